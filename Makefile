@@ -1,0 +1,34 @@
+# Two commands do everything: `make reproduce` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/paper
+SCALE ?= full
+
+.PHONY: reproduce test lint bench clean setup
+reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
+	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
+
+test: lint  ## lint, types and every test
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## ratios against named peers, printed in one run
+	$(BIN)/python -m benchmarks.exact_moments
+	$(BIN)/python -m benchmarks.monte_carlo
+
+setup: $(VENV)/.installed
+
+# The stamp makes re-runs quick: packages are installed again only when their list changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,159 @@
+"""What an algorithm is: a literal `update`, from which everything else is read.
+
+An algorithm that is linear in its state and in the noise states `update` once, with nothing but
+`+`, `-` and multiplication by constants. Run on numbers it *is* the algorithm; run on unit
+vectors it yields its transition matrices (see `nqm.transition`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from nqm.errors import NQMError, check_number
+
+#: One coordinate of the state: a number, an array over directions, or a linear form.
+Value = Any
+State = tuple[Value, ...]
+#: One learning rate, or the pair (lr, member_lr) for methods that take two.
+Rate = Any
+
+
+class Gradient(Protocol):
+    """Minibatch gradient: ``gradient(x)`` draws a new minibatch, a named `batch` is drawn once."""
+
+    def __call__(self, x: Value, batch: int | None = None) -> Value:
+        """Noisy gradient at x."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One of the independent parts an algorithm splits into.
+
+    Attributes
+    ----------
+    name : {"mean", "deviation"}
+        The mean model, or one member's deviation from it.
+    algorithm : Algorithm
+        A single chain with the law of that part.
+    noise_share : float
+        Its noise variance in units of one minibatch's.
+    """
+
+    name: str
+    algorithm: Algorithm
+    noise_share: float
+
+
+class Algorithm(ABC):
+    """A training or averaging method, linear in its state and in the noise."""
+
+    #: How many learning rates `update` takes: 1, or 2 for (lr, member_lr).
+    rates: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def coordinates(self) -> tuple[str, ...]:
+        """Names of the state; equal names are carried over from one phase to the next."""
+
+    @property
+    def period(self) -> int:
+        """Steps after which `update` repeats itself; 1 when it does not look at t."""
+        return 1
+
+    @property
+    def rate_count(self) -> int:
+        """Learning rates this method takes (a wrapper takes its inner method's)."""
+        return self.rates
+
+    @property
+    def member_count(self) -> int:
+        """Members K behind the evaluated weights; 0 for a single chain."""
+        return 0
+
+    @abstractmethod
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        """State after step t (0-based), as the paper prints it."""
+
+    @abstractmethod
+    def weights(self, state: State, t: int) -> Value:
+        """The weights that are evaluated once t steps are done."""
+
+    @abstractmethod
+    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
+        """Start of a phase from plain weights.
+
+        Parameters
+        ----------
+        draw : callable
+            ``draw()`` returns the weights handed over; a second call is a second independent
+            draw of the start.
+        normal : callable
+            ``normal()`` returns a fresh standard normal.
+        """
+
+    def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
+        """Weights of the members behind the evaluated ones; empty for a single chain."""
+        return ()
+
+    def modes(self) -> tuple[Mode, ...]:
+        """Independent chains that carry all second moments; a single chain is its own."""
+        return (Mode("mean", self, 1.0),)
+
+
+class Nonlinear(ABC):
+    """A method that is not linear in state and noise: Monte Carlo, and stated approximations."""
+
+    rate_count: ClassVar[int] = 1
+    #: Minibatches one step draws, and members behind the evaluated weights (0: single chain).
+    minibatches: int
+    member_count: int
+
+
+class Optimizer(Algorithm):
+    """A first-order optimizer in PyTorch's form: buffers, a direction, ``x - lr * direction``."""
+
+    #: Names of the buffers, zero at the start.
+    buffers: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def direction(self, buffers: State, g: Value) -> tuple[Value, State]:
+        """Direction to go against, and the new buffers, given the gradient g."""
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        return ("x", *self.buffers)
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        x, *buffers = state
+        step, new = self.direction(tuple(buffers), gradient(x))
+        return (x - lr * step, *new)
+
+    def weights(self, state: State, t: int) -> Value:
+        return state[0]
+
+    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
+        return (draw(), *self.no_buffers())
+
+    def no_buffers(self) -> State:
+        """Buffers at the start."""
+        return (0.0,) * len(self.buffers)
+
+
+def check_fraction(where: str, value: float, *, closed_high: bool = False) -> None:
+    """Raise NQMError unless value lies in [0, 1), or in [0, 1] if `closed_high`."""
+    check_number(where, value, low=0.0, high=1.0, closed_high=closed_high)
+
+
+def check_algorithm(where: str, value: object, kind: type[Algorithm] = Algorithm) -> None:
+    """Raise NQMError unless value is an algorithm of the given kind."""
+    if not isinstance(value, kind):
+        raise NQMError(f"{where} must be an {kind.__name__}; got {type(value).__name__}")
+
+
+def average(values: tuple[Value, ...]) -> Value:
+    """Plain mean of the members."""
+    return sum(values[1:], start=values[0]) * (1.0 / len(values))

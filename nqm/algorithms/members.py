@@ -1,0 +1,280 @@
+"""K exchangeable members whose mean is the model: independent runs and late-phase weights.
+
+Each states the literal K-member algorithm and its two modes. With minibatch noise of correlation
+q across members (0 with own minibatches, 1 with a shared one) the mean model sees the noise
+q + (1 - q) / K and is independent of a member's deviation, which sees (1 - q)(1 - 1 / K).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nqm.algorithms.base import (
+    Algorithm,
+    Gradient,
+    Mode,
+    Optimizer,
+    Rate,
+    State,
+    Value,
+    average,
+    check_algorithm,
+)
+from nqm.algorithms.optimizers import SGD
+from nqm.errors import NQMError, check_integer, check_number
+
+Draw = Callable[[], Value]
+
+
+@dataclass(frozen=True)
+class Ensemble(Algorithm):
+    """Mean of K independent runs; one step is one step of each run.
+
+    Parameters
+    ----------
+    members : int
+        K >= 1.
+    inner : Optimizer
+        What each run does.
+    starts : {"common", "own"}
+        All from the weights the phase starts with, or each from its own draw of the problem's
+        start (first phase only).
+    """
+
+    members: int = 10
+    inner: Optimizer = field(default_factory=SGD)
+    starts: str = "common"
+
+    def __post_init__(self) -> None:
+        check_integer("Ensemble.members", self.members, 1)
+        check_algorithm("Ensemble.inner", self.inner, Optimizer)
+        if self.starts not in ("common", "own"):
+            raise NQMError(f"Ensemble.starts must be 'common' or 'own'; got {self.starts!r}")
+
+    @property
+    def member_count(self) -> int:
+        return self.members
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        names = self.inner.coordinates
+        return tuple(f"{n}{k + 1}/{self.members}" for k in range(self.members) for n in names)
+
+    def _split(self, state: State) -> tuple[State, ...]:
+        size = len(self.inner.coordinates)
+        return tuple(state[k * size : (k + 1) * size] for k in range(self.members))
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        runs = (self.inner.update(run, gradient, lr, t) for run in self._split(state))
+        return sum(runs, start=())
+
+    def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
+        return tuple(self.inner.weights(run, t) for run in self._split(state))
+
+    def weights(self, state: State, t: int) -> Value:
+        return average(self.member_weights(state, t))
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        return sum((self.inner.embed(x, normal) for x in self._starts(draw)), start=())
+
+    def _starts(self, draw: Draw) -> list[Draw]:
+        if self.starts == "own":
+            return [draw] * self.members
+        x = draw()
+        return [lambda: x] * self.members
+
+    def modes(self) -> tuple[Mode, ...]:
+        k = self.members
+        return (
+            Mode("mean", _RunsMode(self, "mean"), 1.0 / k),
+            Mode("deviation", _RunsMode(self, "deviation"), 1.0 - 1.0 / k),
+        )
+
+
+@dataclass(frozen=True)
+class _RunsMode(Algorithm):
+    """The mean of K runs, or run 1's deviation from it: the inner optimizer from another start."""
+
+    runs: Ensemble
+    mode: str
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        return tuple(f"{n} {self.mode}/{self.runs.members}" for n in self.runs.inner.coordinates)
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        return self.runs.inner.update(state, gradient, lr, t)
+
+    def weights(self, state: State, t: int) -> Value:
+        return state[0]
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        starts = tuple(start() for start in self.runs._starts(draw))
+        mean = average(starts)
+        return self.runs.inner.embed(
+            lambda: mean if self.mode == "mean" else starts[0] - mean, normal
+        )
+
+
+@dataclass(frozen=True)
+class LatePhase(Algorithm):
+    """Additive late-phase weights w_k = theta + phi_k; one step is one cycle over the K members.
+
+    ::
+
+        g_k = gradient at w_k on member k's minibatch
+        phi_k <- phi_k - member_lr * direction(g_k)
+        theta <- theta - lr * direction(gamma * sum_k g_k)
+
+    von Oswald et al. 2021, section 2 and Fig. 5. The mean model w = theta + mean_k phi_k is
+    evaluated. With plain SGD it obeys w' = w - lambda g with lambda = member_lr + gamma K lr: in
+    law plain SGD at rate lambda with batch K B.
+
+    Parameters
+    ----------
+    members : int
+        K >= 1.
+    gamma : float, optional
+        Scale of the summed base gradient; 1 / K (the mean) by default.
+    minibatch : {"own", "shared"}
+        Whether each member draws its own minibatch or all share one.
+    spread : float
+        Variance of the members' initial offsets phi_k.
+    inner : Optimizer
+        The optimizer of theta and of every phi_k, with the same momentum on both sets.
+    """
+
+    rates = 2
+
+    members: int = 10
+    gamma: float | None = None
+    minibatch: str = "own"
+    spread: float = 0.0
+    inner: Optimizer = field(default_factory=SGD)
+
+    def __post_init__(self) -> None:
+        check_integer("LatePhase.members", self.members, 1)
+        if self.gamma is not None:
+            check_number("LatePhase.gamma", self.gamma, low=0.0)
+        check_number("LatePhase.spread", self.spread, low=0.0)
+        check_algorithm("LatePhase.inner", self.inner, Optimizer)
+        if self.minibatch not in ("own", "shared"):
+            raise NQMError(f"LatePhase.minibatch must be 'own' or 'shared'; got {self.minibatch!r}")
+
+    @property
+    def base_scale(self) -> float:
+        """gamma_theta: what multiplies the summed gradient of the base weights."""
+        return 1.0 / self.members if self.gamma is None else self.gamma
+
+    @property
+    def member_count(self) -> int:
+        return self.members
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        buffers = self.inner.buffers
+        names = ["theta", *buffers]
+        for k in range(self.members):
+            names += [f"{n}{k + 1}/{self.members}" for n in ("phi", *buffers)]
+        return tuple(names)
+
+    def _split(self, state: State) -> tuple[State, tuple[State, ...]]:
+        size = 1 + len(self.inner.buffers)
+        parts = tuple(state[i * size : (i + 1) * size] for i in range(self.members + 1))
+        return parts[0], parts[1:]
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        base_lr, member_lr = lr
+        base, members = self._split(state)
+        batch = 0 if self.minibatch == "shared" else None
+        g = tuple(gradient(base[0] + phi[0], batch) for phi in members)
+        summed = self.base_scale * sum(g[1:], start=g[0])
+        new = self.inner.update(base, lambda x, batch=None: summed, base_lr, t)
+        for phi, g_k in zip(members, g, strict=True):
+            new += self.inner.update(phi, lambda x, batch=None, g_k=g_k: g_k, member_lr, t)
+        return new
+
+    def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
+        base, members = self._split(state)
+        return tuple(base[0] + phi[0] for phi in members)
+
+    def weights(self, state: State, t: int) -> Value:
+        base, members = self._split(state)
+        return base[0] + average(tuple(phi[0] for phi in members))
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        none = self.inner.no_buffers()
+        scale = math.sqrt(self.spread)
+        state: State = (draw(), *none)
+        for _ in range(self.members):
+            state += (scale * normal() if self.spread else 0.0, *none)
+        return state
+
+    def modes(self) -> tuple[Mode, ...]:
+        k = self.members
+        q = 1.0 if self.minibatch == "shared" else 0.0
+        return (
+            Mode("mean", _MeanModel(self), q + (1.0 - q) / k),
+            Mode("deviation", _Deviation(self), (1.0 - q) * (1.0 - 1.0 / k)),
+        )
+
+
+@dataclass(frozen=True)
+class _MeanModel(Algorithm):
+    """w = theta + mean phi, driven by one gradient through both optimizers.
+
+    theta and mean phi are kept as their sum: apart they never forget their start (an exact
+    invariant), so they have no steady state.
+    """
+
+    late: LatePhase
+    rates = 2
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        k, buffers = self.late.members, self.late.inner.buffers
+        return (f"w/{k}", *buffers, *(f"{name} mean/{k}" for name in buffers))
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        base_lr, member_lr = lr
+        inner, size = self.late.inner, len(self.late.inner.buffers)
+        w, base, mean = state[0], state[1 : 1 + size], state[1 + size :]
+        g = gradient(w)
+        base_step, base = inner.direction(base, (self.late.base_scale * self.late.members) * g)
+        mean_step, mean = inner.direction(mean, g)
+        return (w - base_lr * base_step - member_lr * mean_step, *base, *mean)
+
+    def weights(self, state: State, t: int) -> Value:
+        return state[0]
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        none = self.late.inner.no_buffers()
+        spread = math.sqrt(self.late.spread / self.late.members)
+        w = draw() + spread * normal() if self.late.spread else draw()
+        return (w, *none, *none)
+
+
+@dataclass(frozen=True)
+class _Deviation(Algorithm):
+    """d = phi_k - mean phi: the inner optimizer at the member rate, from the initial spread."""
+
+    late: LatePhase
+    rates = 2
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        k = self.late.members
+        return (f"d/{k}", *(f"{name} deviation/{k}" for name in self.late.inner.buffers))
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        return self.late.inner.update(state, gradient, lr[1], t)
+
+    def weights(self, state: State, t: int) -> Value:
+        return state[0]
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        spread = math.sqrt(self.late.spread * (1.0 - 1.0 / self.late.members))
+        d = spread * normal() if self.late.spread else 0.0
+        return (d, *self.late.inner.no_buffers())

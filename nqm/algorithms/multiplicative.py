@@ -1,0 +1,111 @@
+"""Multiplicative late-phase weights w_k = theta * phi_k: not linear, so Monte Carlo is the truth.
+
+::
+
+    g_k = gradient at w_k on member k's minibatch
+    phi_k <- phi_k - member_lr * theta * g_k      (summed over directions for a scalar phi_k)
+    theta <- theta - lr * gamma * sum_k phi_k g_k
+
+The only analytic answers are approximations, and every result says which it is: the first order
+in noise and displacement about theta phi = w* (here), and the long-run balance of `nqm.balance`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from nqm.algorithms.base import Nonlinear
+from nqm.algorithms.members import LatePhase
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problem import FloatArray, Problem
+
+
+@dataclass(frozen=True)
+class MultiplicativeLatePhase(Nonlinear):
+    """Late-phase weights that multiply the base (rank-one and BatchNorm-scale members).
+
+    The phase starts at theta = w / factor, phi_k = factor * (1 + sqrt(spread) * normal).
+
+    Parameters
+    ----------
+    members : int
+        K >= 1.
+    gamma : float, optional
+        Scale of the summed base gradient; 1 / K (the mean) by default.
+    factor : float
+        Value phi starts at, > 0.
+    spread : float
+        Variance of the members' relative initial offsets.
+    coupling : {"elementwise", "scalar"}
+        One phi_k per direction, or one number per member for all directions.
+    """
+
+    rate_count: ClassVar[int] = 2
+
+    members: int = 10
+    gamma: float | None = None
+    factor: float = 1.0
+    spread: float = 0.0
+    coupling: str = "elementwise"
+
+    def __post_init__(self) -> None:
+        name = "MultiplicativeLatePhase"
+        check_integer(f"{name}.members", self.members, 1)
+        if self.gamma is not None:
+            check_number(f"{name}.gamma", self.gamma, low=0.0)
+        check_number(f"{name}.factor", self.factor, low=0.0, closed_low=False)
+        check_number(f"{name}.spread", self.spread, low=0.0)
+        if self.coupling not in ("elementwise", "scalar"):
+            raise NQMError(
+                f"{name}.coupling must be 'elementwise' or 'scalar'; got {self.coupling!r}"
+            )
+
+    @property
+    def base_scale(self) -> float:
+        """gamma_theta: what multiplies the summed gradient of the base weights."""
+        return 1.0 / self.members if self.gamma is None else self.gamma
+
+    @property
+    def minibatches(self) -> int:  # type: ignore[override]
+        return self.members
+
+    @property
+    def member_count(self) -> int:  # type: ignore[override]
+        return self.members
+
+    def check(self, problem: Problem) -> None:
+        """Raise NQMError where w* = 0, at which the factors' gradients vanish with each other."""
+        if np.any((problem.minimum == 0.0) & (problem.curvature > 0)):
+            raise NQMError(
+                "late_phase_multiplicative needs problem.minimum != 0 in every direction; "
+                "set e.g. minimum = 1.0"
+            )
+
+    def first_order(self, problem: Problem) -> tuple[LatePhase, FloatArray, FloatArray]:
+        """Additive late-phase weights with the same moments to first order in the noise.
+
+        About theta0 phi0 = w* member k moves by phi0 d(theta) + theta0 d(phi_k), which is the
+        additive model with rates lr * phi0^2 and member_lr * theta0^2 in each direction
+        (elementwise coupling). Its relative error is proportional to the noise variance: it needs
+        noise and displacement small beside w*, and lasts until the balance drifts (`nqm.balance`).
+
+        Returns
+        -------
+        algorithm : LatePhase
+        lr_scale, member_lr_scale : ndarray, shape (d,)
+            What the phase's two rates are multiplied by.
+        """
+        self.check(problem)
+        theta = problem.minimum / self.factor
+        # The spread of w_k is theta0^2 factor^2 spread = w*^2 spread, one number per direction.
+        spread = self.spread * problem.minimum**2
+        if self.spread and np.ptp(spread):
+            raise NQMError(
+                "the first-order approximation with spread > 0 needs one problem.minimum for all "
+                "directions; use method 'sample'"
+            )
+        late = LatePhase(self.members, self.gamma, spread=float(spread.flat[0]))
+        return late, np.full_like(theta, self.factor**2), theta**2

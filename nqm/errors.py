@@ -1,0 +1,53 @@
+"""One error for a user's mistake: what, where, expected, got, do this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class NQMError(ValueError):
+    """A mistake in what the user asked for; its message is one line fit to print alone."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for a near miss, else the list of what exists.
+
+    Parameters
+    ----------
+    name : str
+        What was asked for.
+    known : iterable of str
+        What exists.
+    """
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+
+
+def check_integer(where: str, value: object, minimum: int) -> None:
+    """Raise NQMError unless `value` is an integer (not a bool) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise NQMError(f"{where} must be an integer >= {minimum}; got {value!r}")
+
+
+def check_number(
+    where: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    closed_low: bool = True,
+    closed_high: bool = True,
+) -> None:
+    """Raise NQMError unless `value` is a finite number in the stated interval."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if ok:
+        ok = (value >= low if closed_low else value > low) and (
+            value <= high if closed_high else value < high
+        )
+    if not ok:
+        left = f"{'[' if closed_low else '('}{low:g}"
+        right = f"{high:g}{']' if closed_high and math.isfinite(high) else ')'}"
+        raise NQMError(f"{where} must lie in {left}, {right}; got {value!r}")

@@ -1,0 +1,156 @@
+"""Phases in sequence: what is trained, at which rates, on how many examples, for how long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nqm.algorithms.base import Algorithm, Nonlinear
+from nqm.errors import NQMError, check_integer
+from nqm.problem import FloatArray
+from nqm.schedule import Schedule, Segment, as_schedule
+from nqm.transition import minibatches
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One algorithm, run for `steps` steps.
+
+    How a phase starts: coordinates that the phase before it also has (by name) go on, so late
+    phase after late phase, or SWA on top of a running method, continues. Anything else begins
+    from the weights the earlier phase evaluates: late-phase members are spawned from them, and an
+    average becomes the iterate. A plain optimizer's momentum is kept as the momentum of the
+    late-phase base weights, and members' momentum starts at zero, as in the paper.
+
+    Parameters
+    ----------
+    algorithm : Algorithm or Nonlinear
+    lr : float or Schedule
+        Learning rate by step of this phase.
+    steps : int
+        >= 0. One step of K members is one cycle: every member steps once.
+    batch_size : float or Schedule
+        Examples in one minibatch.
+    member_lr : float or Schedule, optional
+        Rate of late-phase weights; `lr` by default.
+    restart : bool
+        Begin from the evaluated weights even where the state could go on (members are spawned
+        anew).
+    """
+
+    algorithm: Algorithm | Nonlinear
+    lr: float | Schedule
+    steps: int
+    batch_size: float | Schedule = 1
+    member_lr: float | Schedule | None = None
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.algorithm, Algorithm | Nonlinear):
+            raise NQMError(f"phase.algorithm must be an algorithm; got {self.algorithm!r:.60}")
+        check_integer("phase.steps", self.steps, 0)
+        object.__setattr__(self, "lr", as_schedule(self.lr, "phase.lr"))
+        object.__setattr__(self, "batch_size", as_schedule(self.batch_size, "phase.batch_size"))
+        if self.member_lr is not None:
+            if self.algorithm.rate_count == 1:
+                name = type(self.algorithm).__name__
+                raise NQMError(f"phase.member_lr is for late-phase weights; {name} has none")
+            object.__setattr__(self, "member_lr", as_schedule(self.member_lr, "phase.member_lr"))
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatches one step draws."""
+        if isinstance(self.algorithm, Nonlinear):
+            return self.algorithm.minibatches
+        return minibatches(self.algorithm)
+
+    def _schedules(self) -> list[Schedule]:
+        used: list[Any] = [self.lr]
+        if self.algorithm.rate_count == 2:
+            used.append(self.lr if self.member_lr is None else self.member_lr)
+        return [*used, self.batch_size]
+
+    def settings(self, start: int, stop: int) -> FloatArray:
+        """Learning rate(s) and batch size of steps [start, stop), one row per step."""
+        t = np.arange(start, stop)
+        return np.stack([schedule(t) for schedule in self._schedules()], axis=1)
+
+    def examples(self, steps: int) -> float:
+        """Examples drawn in the first `steps` steps."""
+        total = 0.0
+        schedule: Any = self.batch_size
+        for start, stop, period in schedule.segments(steps):
+            if period is not None and stop - start > period:
+                cycles, rest = divmod(stop - start, period)
+                total += cycles * float(schedule(np.arange(start, start + period)).sum())
+                stop = start + rest
+            total += float(schedule(np.arange(start, stop)).sum())
+        return self.minibatches * total
+
+    def segments(self) -> Iterator[Segment]:
+        """Stretches on which rates, batch size and algorithm repeat together."""
+        own = self.algorithm.period if isinstance(self.algorithm, Algorithm) else 1
+        lists = [list(schedule.segments(self.steps)) for schedule in self._schedules()]
+        edges = sorted({edge for segments in lists for s in segments for edge in s[:2]})
+        for start, stop in zip(edges, edges[1:], strict=False):
+            period: int | None = own
+            for segments in lists:
+                repeats = next(p for a, b, p in segments if a <= start < b)
+                period = None if period is None or repeats is None else math.lcm(period, repeats)
+            yield start, stop, period if period is not None and period < stop - start else None
+
+
+@dataclass(frozen=True)
+class Program:
+    """Phases run one after another."""
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not self.phases:
+            raise NQMError("a program needs at least one phase; got none")
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def linear(self) -> bool:
+        """Whether every phase has exact moments."""
+        return all(isinstance(phase.algorithm, Algorithm) for phase in self.phases)
+
+    def examples(self, steps: Sequence[int]) -> FloatArray:
+        """Examples drawn up to each step of the whole program."""
+        counts = []
+        for step in steps:
+            total, left = 0.0, int(step)
+            for phase in self.phases:
+                here = min(left, phase.steps)
+                total, left = total + phase.examples(here), left - here
+            counts.append(total)
+        return np.array(counts)
+
+    def recorded(self, at: Sequence[int] | None) -> list[int]:
+        """Checked, sorted, distinct steps to record; by default about 100, both ends included."""
+        if at is None:
+            return np.unique(np.linspace(0, self.steps, 101).round().astype(np.int64)).tolist()
+        steps = sorted({int(step) for step in at})
+        if not steps or any(int(step) != step for step in at):
+            raise NQMError(f"record.at must hold whole steps; got {list(at)!r:.60}")
+        if steps[0] < 0 or steps[-1] > self.steps:
+            bad = steps[0] if steps[0] < 0 else steps[-1]
+            raise NQMError(f"record.at must lie in 0..{self.steps}, the program's steps; got {bad}")
+        return steps
+
+
+def constant(
+    algorithm: Algorithm | Nonlinear, lr: float, steps: int, *, batch_size: float = 1, **more: Any
+) -> Program:
+    """One phase at constant rates, the commonest program."""
+    return Program((Phase(algorithm, lr, steps, batch_size, **more),))

@@ -1,0 +1,131 @@
+"""What a solver returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from nqm.errors import NQMError, check_number
+from nqm.problem import FloatArray, Problem
+
+
+class Status(StrEnum):
+    """How a case ended; never an exception."""
+
+    FINISHED = "finished"
+    REACHED = "reached"
+    NOT_REACHED = "not_reached"
+    DIVERGED = "diverged"
+
+
+class Kind(StrEnum):
+    """What a number is."""
+
+    EXACT = "exact"
+    SAMPLE = "sample"
+    FIRST_ORDER = "first_order"
+    LONG_RUN = "long_run"
+
+
+#: A loss this many times the start's counts as diverged even where it is still a finite number.
+RUNAWAY = 1e12
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Expected loss at recorded steps. Arrays have shape (records,).
+
+    Attributes
+    ----------
+    kind : Kind
+        Exact moments, Monte Carlo, or a stated approximation.
+    steps, examples : ndarray
+        Over the whole program.
+    loss : ndarray
+        Expected loss of the evaluated weights (the mean model), without the irreducible constant.
+    bias, variance : ndarray
+        Loss of the expected weights, and what their covariance adds; NaN from Monte Carlo.
+    member_loss : ndarray
+        Expected loss of the average member; equal to `loss` for a single chain.
+    loss_sd : ndarray
+        Standard deviation of the loss from run to run.
+    stderr, member_stderr : ndarray
+        Monte Carlo standard errors; 0 for analytic results.
+    weight_mean, weight_variance : ndarray, shape (records, d)
+        First two moments of the evaluated weights by direction (analytic results only).
+    samples : ndarray, shape (records, replicas)
+        Loss of every replica (Monte Carlo only).
+    """
+
+    problem: Problem
+    kind: Kind
+    steps: NDArray[np.int64]
+    examples: FloatArray
+    loss: FloatArray
+    bias: FloatArray
+    variance: FloatArray
+    member_loss: FloatArray
+    loss_sd: FloatArray
+    stderr: FloatArray
+    member_stderr: FloatArray
+    weight_mean: FloatArray | None = field(default=None, repr=False)
+    weight_variance: FloatArray | None = field(default=None, repr=False)
+    samples: FloatArray | None = field(default=None, repr=False)
+    unstable: NDArray[np.bool_] | None = field(default=None, repr=False)
+
+    @property
+    def status(self) -> list[Status]:
+        """Status by recorded step."""
+        scale = max(self.problem.initial_loss, 1e-300)
+        lost = ~np.isfinite(self.loss) | (self.loss > RUNAWAY * scale)
+        if self.unstable is not None:
+            lost |= self.unstable
+        return [Status.DIVERGED if bad else Status.FINISHED for bad in lost]
+
+    def table(self) -> pd.DataFrame:
+        """Tidy table, one row per recorded step."""
+        return pd.DataFrame(
+            {
+                "step": self.steps,
+                "examples": self.examples,
+                "loss": self.loss,
+                "member_loss": self.member_loss,
+                "bias": self.bias,
+                "variance": self.variance,
+                "loss_sd": self.loss_sd,
+                "stderr": self.stderr,
+                "member_stderr": self.member_stderr,
+                "status": [str(status) for status in self.status],
+                "kind": str(self.kind),
+            }
+        )
+
+    def interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
+        """Confidence interval of the expected loss by Student's t (Monte Carlo only)."""
+        check_number("interval.level", level, low=0.0, high=1.0, closed_low=False)
+        if self.samples is None:
+            raise NQMError("interval is for Monte Carlo results; this one is analytic and exact")
+        width = stats.t.ppf(0.5 + level / 2, self.samples.shape[1] - 1) * self.stderr
+        return self.loss - width, self.loss + width
+
+    def quantiles(self, levels: tuple[float, ...] = (0.05, 0.5, 0.95)) -> FloatArray:
+        """Quantiles of the loss from run to run, shape (records, levels).
+
+        Analytic results invert the characteristic function of the loss, which for Gaussian
+        weights is a weighted sum of non-central chi-squares; Monte Carlo ones sort the replicas.
+        """
+        if self.samples is not None:
+            return np.quantile(self.samples, levels, axis=1).T
+        if self.weight_mean is None or self.weight_variance is None:
+            raise NQMError(f"quantiles need Gaussian weights; a {self.kind} result has none")
+        from nqm.distribution import loss_quantile
+
+        rows = zip(self.weight_mean, self.weight_variance, strict=True)
+        return np.array(
+            [[loss_quantile(self.problem, m, v, level) for level in levels] for m, v in rows]
+        )

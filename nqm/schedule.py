@@ -1,0 +1,302 @@
+"""Schedules: a value for every step, used for learning rates and for batch sizes.
+
+A schedule is called with a step, or an array of steps, counted from the start of its phase. It
+also says where it repeats: `segments` cuts the first `steps` steps into stretches on which the
+value is periodic, so that a solver can jump over them by powers instead of walking.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problem import FloatArray
+
+#: (start, stop, period): on [start, stop) the value repeats every `period` steps; None: never.
+Segment = tuple[int, int, int | None]
+
+
+class Schedule(ABC):
+    """A positive number for every step of a phase."""
+
+    @abstractmethod
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        """Value at `step` (0-based within the phase); shape of `step`."""
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        """Stretches of [0, steps) on which the schedule is periodic; by default never."""
+        yield 0, steps, None
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same value at every step."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _positive("Constant.value", self.value)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        return np.full(np.shape(step), self.value, dtype=np.float64)
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        yield 0, steps, 1
+
+
+@dataclass(frozen=True)
+class Piecewise(Schedule):
+    """``values[i]`` from ``boundaries[i-1]`` to ``boundaries[i]``; one value more than boundaries.
+
+    Parameters
+    ----------
+    values : tuple of float
+        Positive.
+    boundaries : tuple of int
+        Increasing steps at which the next value takes over.
+    """
+
+    values: tuple[float, ...]
+    boundaries: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            _positive("Piecewise.values", value)
+        if len(self.values) != len(self.boundaries) + 1:
+            raise NQMError(
+                f"Piecewise.values needs one entry more than boundaries; "
+                f"got {len(self.values)} and {len(self.boundaries)}"
+            )
+        edges = (0, *self.boundaries)
+        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise NQMError(f"Piecewise.boundaries must increase from above 0; got {edges[1:]}")
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        index = np.searchsorted(np.asarray(self.boundaries), np.asarray(step), side="right")
+        return np.asarray(self.values, dtype=np.float64)[index]
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        edges = [0, *(b for b in self.boundaries if b < steps), steps]
+        for start, stop in zip(edges, edges[1:], strict=False):
+            yield start, stop, 1
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """From `start` to `end` in a straight line over `over` steps, then flat at `end`."""
+
+    start: float
+    end: float
+    over: int
+
+    def __post_init__(self) -> None:
+        _positive("Linear.start", self.start)
+        _positive("Linear.end", self.end)
+        check_integer("Linear.over", self.over, 1)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
+        return self.start + (self.end - self.start) * done
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        yield from _then_flat(self.over, steps)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine from `start` down to `end` over `over` steps, then flat (SGDR, 2017)."""
+
+    start: float
+    end: float
+    over: int
+
+    def __post_init__(self) -> None:
+        _positive("Cosine.start", self.start)
+        _positive("Cosine.end", self.end)
+        check_integer("Cosine.over", self.over, 1)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + np.cos(np.pi * done))
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        yield from _then_flat(self.over, steps)
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay(Schedule):
+    """Linear warm-up to `peak`, a plateau, a linear decay to `end`, then flat.
+
+    Step t of the warm-up has peak * (t + 1) / warmup, so the first rate is not zero.
+    """
+
+    peak: float
+    end: float
+    warmup: int
+    stable: int
+    decay: int
+
+    def __post_init__(self) -> None:
+        _positive("WarmupStableDecay.peak", self.peak)
+        _positive("WarmupStableDecay.end", self.end)
+        for name, minimum in (("warmup", 0), ("stable", 0), ("decay", 1)):
+            check_integer(f"WarmupStableDecay.{name}", getattr(self, name), minimum)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        t = np.asarray(step, dtype=np.float64)
+        rise = np.minimum((t + 1.0) / max(self.warmup, 1), 1.0) if self.warmup else 1.0
+        fall = np.clip((t - self.warmup - self.stable) / self.decay, 0.0, 1.0)
+        return np.asarray(self.peak * rise + (self.end - self.peak) * fall)
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        plateau = self.warmup + self.stable
+        edges = [0, self.warmup, plateau, plateau + self.decay, steps]
+        kinds: list[int | None] = [None, 1, None, 1]
+        for start, stop, kind in zip(edges, edges[1:], kinds, strict=False):
+            if start < min(stop, steps):
+                yield start, min(stop, steps), kind
+
+
+@dataclass(frozen=True)
+class Cyclic(Schedule):
+    """Cycles of `period` steps from `high` to `low`, each starting anew (snapshots, SGDR).
+
+    Parameters
+    ----------
+    shape : {"cosine", "linear", "triangle"}
+        Fall by half a cosine, in a straight line, or down and up again (FGE).
+    """
+
+    high: float
+    low: float
+    period: int
+    shape: str = "cosine"
+
+    def __post_init__(self) -> None:
+        _positive("Cyclic.high", self.high)
+        _positive("Cyclic.low", self.low)
+        check_integer("Cyclic.period", self.period, 1)
+        if self.shape not in ("cosine", "linear", "triangle"):
+            raise NQMError(
+                f"Cyclic.shape must be 'cosine', 'linear' or 'triangle'; got {self.shape!r}"
+            )
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        # The last step of a cycle, after which a snapshot is taken, has the lowest value.
+        inside = np.mod(np.asarray(step), self.period) / max(self.period - 1, 1)
+        if self.shape == "cosine":
+            height = 0.5 * (1.0 + np.cos(np.pi * inside))
+        elif self.shape == "linear":
+            height = 1.0 - inside
+        else:
+            height = np.abs(1.0 - 2.0 * inside)
+        return np.asarray(self.low + (self.high - self.low) * height)
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        yield 0, steps, self.period
+
+
+@dataclass(frozen=True)
+class Warmup(Schedule):
+    """Linear warm-up over `steps` steps into any schedule, which is itself not delayed.
+
+    The factor at step t is (t + 1) / steps, as in the common training recipes.
+    """
+
+    steps: int
+    then: Schedule
+
+    def __post_init__(self) -> None:
+        check_integer("Warmup.steps", self.steps, 1)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        rise = np.minimum((np.asarray(step, dtype=np.float64) + 1.0) / self.steps, 1.0)
+        return np.asarray(rise * self.then(step))
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        if self.steps > 1:
+            yield 0, min(self.steps, steps), None
+        for start, stop, period in self.then.segments(steps):
+            if stop > self.steps:
+                yield max(start, self.steps if self.steps > 1 else 0), stop, period
+
+
+@dataclass(frozen=True)
+class Joined(Schedule):
+    """Schedules one after another, each counting its own steps from zero.
+
+    Parameters
+    ----------
+    parts : tuple of Schedule
+    lengths : tuple of int
+        Steps of every part but the last, which goes on for ever.
+    """
+
+    parts: tuple[Schedule, ...]
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(self.parts) != len(self.lengths) + 1:
+            raise NQMError(
+                f"Joined needs one part more than lengths; "
+                f"got {len(self.parts)} parts and {len(self.lengths)} lengths"
+            )
+        for length in self.lengths:
+            check_integer("Joined.lengths", length, 1)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        t = np.asarray(step)
+        edges = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        part = np.searchsorted(edges[1:], t, side="right")
+        value = np.empty(t.shape, dtype=np.float64)
+        for index, schedule in enumerate(self.parts):
+            chosen = part == index
+            value[chosen] = schedule(t[chosen] - edges[index])
+        return value
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        offset = 0
+        for index, schedule in enumerate(self.parts):
+            left = steps - offset
+            if left <= 0:
+                return
+            length = min(self.lengths[index], left) if index < len(self.lengths) else left
+            for start, stop, period in schedule.segments(length):
+                yield offset + start, offset + stop, period
+            offset += length
+
+
+def as_schedule(value: float | Schedule | Any, where: str) -> Schedule:
+    """A number becomes a `Constant`; a schedule stays; anything else is an error naming `where`."""
+    if isinstance(value, Schedule):
+        return value
+    _positive(where, value)
+    return Constant(float(value))
+
+
+def _positive(where: str, value: float) -> None:
+    check_number(where, value, low=0.0, closed_low=False)
+
+
+def _then_flat(over: int, steps: int) -> Iterator[Segment]:
+    yield 0, min(over, steps), None
+    if steps > over:
+        yield over, steps, 1
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "piecewise": Piecewise,
+    "linear": Linear,
+    "cosine": Cosine,
+    "wsd": WarmupStableDecay,
+    "cyclic": Cyclic,
+    "warmup": Warmup,
+    "joined": Joined,
+}

@@ -1,0 +1,1 @@
+"""Solvers: exact moments (walked or jumped), steady states, Monte Carlo."""

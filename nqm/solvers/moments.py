@@ -1,0 +1,368 @@
+"""Exact first and second moments, walked step by step or jumped by powers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nqm.algorithms.base import Algorithm, Mode, Nonlinear, Optimizer
+from nqm.algorithms.multiplicative import MultiplicativeLatePhase
+from nqm.errors import NQMError
+from nqm.problem import FloatArray, Problem
+from nqm.program import Phase, Program
+from nqm.result import Kind, Trajectory
+from nqm.solvers import _kernels
+from nqm.transition import embedding, extract, noise_moment, readout, spectral_radius
+
+#: Most entries of the transition matrices held at once while walking (32 MB).
+CHUNK = 4_000_000
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Moments:
+    """First two moments of one mode: mean (d, n), covariance (d, n, n)."""
+
+    mode: Mode
+    mean: FloatArray
+    covariance: FloatArray
+
+    def weights(self, age: int) -> tuple[FloatArray, FloatArray]:
+        """Mean and variance of the evaluated weights by direction, shape (d,) each."""
+        c = readout(self.mode.algorithm, age)
+        return self.mean @ c, np.einsum("i,dij,j->d", c, self.covariance, c)
+
+
+@dataclass(frozen=True)
+class _Law:
+    """A phase as the solver sees it: a linear algorithm and scales of its rates by direction."""
+
+    phase: Phase
+    algorithm: Algorithm
+    scales: tuple[FloatArray, ...] | None
+
+    def step(self, problem: Problem, mode: Mode, settings: FloatArray, t: int) -> Any:
+        """(A, Q) for rows of settings, shapes (rows, d, n, n)."""
+        rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
+        if self.scales is not None:
+            rates = tuple(rate * scale for rate, scale in zip(rates, self.scales, strict=True))
+        lr = rates if self.algorithm.rate_count == 2 else rates[0]
+        transition = extract(mode.algorithm, problem.curvature[None, :], lr, t)
+        variance = mode.noise_share * problem.noise_variance / settings[:, [-1]]
+        return transition.matrix, noise_moment(transition, variance)
+
+
+def _law(phase: Phase, problem: Problem) -> _Law:
+    algorithm = phase.algorithm
+    if isinstance(algorithm, MultiplicativeLatePhase):
+        if algorithm.coupling == "scalar":
+            raise NQMError(
+                "late_phase_multiplicative with coupling = 'scalar' couples all directions; "
+                "use method 'sample', or nqm.scalar_first_order for the approximation"
+            )
+        late, lr_scale, member_scale = algorithm.first_order(problem)
+        return _Law(phase, late, (lr_scale, member_scale))
+    if isinstance(algorithm, Nonlinear):
+        name = type(algorithm).__name__
+        raise NQMError(f"{name} has no exact moments; use method 'sample'")
+    return _Law(phase, algorithm, None)
+
+
+def begin(algorithm: Algorithm, mean: FloatArray, variance: FloatArray) -> list[Moments]:
+    """Start of a phase from weights with these moments by direction."""
+    states = []
+    for mode in algorithm.modes():
+        draws, normals = embedding(mode.algorithm)
+        start = np.outer(mean, draws.sum(axis=1))
+        covariance = variance[:, None, None] * (draws @ draws.T) + normals @ normals.T
+        states.append(Moments(mode, start, covariance))
+    return states
+
+
+def hand_over(states: list[Moments], old: _Law, new: _Law, age: int) -> tuple[list[Moments], int]:
+    """State at the start of the new phase, and its age: what goes on, goes on (see `Phase`)."""
+    names = [set(state.mode.algorithm.coordinates) for state in states]
+    fresh_names = [set(mode.algorithm.coordinates) for mode in new.algorithm.modes()]
+    goes_on = not new.phase.restart and all(
+        i < len(fresh_names) and have <= fresh_names[i] for i, have in enumerate(names)
+    )
+    if goes_on and names == fresh_names:
+        modes = new.algorithm.modes()
+        return [
+            Moments(mode, state.mean, state.covariance)
+            for mode, state in zip(modes, states, strict=True)
+        ], age
+    check_own_starts(new.algorithm)
+    fresh = begin(new.algorithm, *states[0].weights(age))
+    if goes_on or (isinstance(old.algorithm, Optimizer) and not new.phase.restart):
+        for state, start in zip(states, fresh, strict=False):
+            _carry(state, start, age)
+    return fresh, 0
+
+
+def check_own_starts(algorithm: Algorithm) -> None:
+    """Raise NQMError if a later phase asks for independent draws of its start."""
+    if any(embedding(mode.algorithm)[0].shape[1] > 1 for mode in algorithm.modes()):
+        raise NQMError(
+            "ensemble.starts = 'own' draws the problem's start and must be in the first phase; "
+            "use 'common' in later ones"
+        )
+
+
+def _carry(state: Moments, start: Moments, age: int) -> None:
+    """Copy coordinates both have into `start`, with their covariance with everything else.
+
+    What the new phase adds is a linear function of the old evaluated weights, plus noise of its
+    own; so [kept; added] = M old + fresh noise.
+    """
+    old, new = state.mode.algorithm, start.mode.algorithm
+    draws, normals = embedding(new)
+    lift = np.outer(draws.sum(axis=1), readout(old, age))
+    for i, name in enumerate(new.coordinates):
+        if name in old.coordinates:
+            lift[i] = 0.0
+            lift[i, old.coordinates.index(name)] = 1.0
+            normals = normals.copy()
+            normals[i] = 0.0
+    start.mean = np.ascontiguousarray(state.mean @ lift.T)
+    start.covariance = np.ascontiguousarray(
+        np.einsum("ij,djk,lk->dil", lift, state.covariance, lift) + normals @ normals.T
+    )
+
+
+class _Walker:
+    """Advances all modes through one phase."""
+
+    def __init__(self, problem: Problem, law: _Law, states: list[Moments], age: int):
+        self.problem, self.law, self.states, self.age = problem, law, states, age
+        self.cycle_start = -1
+        self.cycles: list[tuple[FloatArray, FloatArray]] = []
+        self.unstable = False
+
+    def walk(self, start: int, stop: int) -> None:
+        """Steps [start, stop) of the phase, one by one."""
+        period = self.law.algorithm.period
+        size = max(len(s.mode.algorithm.coordinates) for s in self.states)
+        chunk = max(1, CHUNK // (self.problem.directions * size * size))
+        while start < stop:
+            until = min(stop, start + max(chunk, 1))
+            settings = self.law.phase.settings(start, until)
+            residue = (self.age + np.arange(start, until)) % period
+            for state in self.states:
+                self.apply(state, *self.kinds(state.mode, settings, residue))
+            start = until
+
+    def apply(self, state: Moments, matrix: FloatArray, noise: FloatArray, kind: Any) -> None:
+        """Steps `kind` of one mode, nothing recorded."""
+        nothing = np.zeros(0)
+        _kernels.propagate_moments(
+            matrix, noise, kind, state.mean, state.covariance,
+            np.zeros((1, 1)), np.zeros(kind.size, dtype=np.bool_),
+            nothing, nothing, nothing, nothing, nothing,
+        )  # fmt: skip
+
+    def kinds(self, mode: Mode, settings: FloatArray, residue: Any) -> Any:
+        """Distinct transitions of these steps, and which step has which."""
+        rows, kind = np.unique(
+            np.column_stack([settings, residue]), axis=0, return_inverse=True
+        )
+        matrices, noises = [], []
+        kind = kind.reshape(-1)
+        order = np.empty(len(rows), dtype=np.int64)
+        filled = 0
+        for r in np.unique(rows[:, -1]):
+            chosen = np.flatnonzero(rows[:, -1] == r)
+            matrix, noise = self.law.step(self.problem, mode, rows[chosen, :-1], int(r))
+            matrices.append(matrix)
+            noises.append(noise)
+            order[chosen] = np.arange(filled, filled + chosen.size)
+            filled += chosen.size
+        return np.concatenate(matrices), np.concatenate(noises), order[kind]
+
+    def jump(self, start: int, stop: int, origin: int, period: int) -> None:
+        """Steps [start, stop) inside a stretch that repeats every `period` steps from `origin`."""
+        if self.cycle_start != origin:
+            self.cycle_start = origin
+            self.cycles = [self.cycle(state.mode, origin, period) for state in self.states]
+        boundary = start + (-(start - origin)) % period
+        whole = max(0, stop - boundary) // period
+        if not whole:
+            self.walk(start, stop)
+            return
+        self.walk(start, boundary)
+        for state, (matrix, noise) in zip(self.states, self.cycles, strict=True):
+            many, added = np.empty_like(matrix), np.empty_like(noise)
+            _kernels.power(matrix, noise, whole, many, added)
+            self.apply(state, many[None], added[None], np.zeros(1, dtype=np.int64))
+        self.walk(boundary + whole * period, stop)
+
+    def cycle(self, mode: Mode, origin: int, period: int) -> tuple[FloatArray, FloatArray]:
+        """Transition of one whole period."""
+        settings = self.law.phase.settings(origin, origin + period)
+        residue = (self.age + np.arange(origin, origin + period)) % self.law.algorithm.period
+        matrix, noise, kind = self.kinds(mode, settings, residue)
+        return compose_steps(matrix, noise, kind)
+
+
+def compose_steps(matrix: FloatArray, noise: FloatArray, kind: Any) -> tuple[FloatArray, FloatArray]:
+    """Transition of the steps `kind` in turn, (d, n, n) each."""
+    a, q = matrix[kind[0]].copy(), noise[kind[0]].copy()
+    for k in kind[1:]:
+        a2, q2 = np.empty_like(a), np.empty_like(q)
+        _kernels.compose(a, q, matrix[k], noise[k], a2, q2)
+        a, q = a2, q2
+    return a, q
+
+
+def phase_cycles(
+    problem: Problem, phase: Phase
+) -> tuple[tuple[Mode, ...], list[tuple[FloatArray, FloatArray]]]:
+    """Modes of a phase and the transition of one period of each.
+
+    Raises
+    ------
+    NQMError
+        If the phase never repeats itself.
+    """
+    law = _law(phase, problem)
+    period = _whole_period(phase)
+    walker = _Walker(problem, law, [], 0)
+    modes = law.algorithm.modes()
+    return modes, [walker.cycle(mode, 0, period) for mode in modes]
+
+
+def _whole_period(phase: Phase) -> int:
+    long = Phase(phase.algorithm, phase.lr, 10**9, phase.batch_size, phase.member_lr)
+    segments = list(long.segments())
+    if len(segments) != 1 or segments[0][2] is None:
+        raise NQMError("a steady state needs constant or cyclic rates and batch size")
+    return segments[0][2]
+
+
+def solve(
+    problem: Problem,
+    program: Program,
+    at: Sequence[int] | None = None,
+    *,
+    jump: bool = True,
+    progress: Progress | None = None,
+) -> Trajectory:
+    """Exact expected loss at the recorded steps.
+
+    Phases of elementwise multiplicative late-phase weights are replaced by their first-order
+    approximation, and the result's `kind` says so.
+
+    Parameters
+    ----------
+    problem : Problem
+    program : Program
+    at : sequence of int, optional
+        Steps of the whole program to record; about 100 by default.
+    jump : bool
+        Cross stretches that repeat by powers, at a cost of O(log steps); else walk every step.
+    progress : callable, optional
+        Told the number of steps done after each advance.
+
+    Returns
+    -------
+    Trajectory
+    """
+    wanted = program.recorded(at)
+    laws = [_law(phase, problem) for phase in program.phases]
+    rows = list(_visit(problem, laws, wanted, jump, progress))
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    zeros = np.zeros(len(rows))
+    return Trajectory(
+        problem=problem,
+        kind=Kind.EXACT if program.linear else Kind.FIRST_ORDER,
+        steps=np.array(wanted, dtype=np.int64),
+        examples=program.examples(wanted),
+        stderr=zeros,
+        member_stderr=zeros,
+        **columns,
+    )
+
+
+def _visit(
+    problem: Problem,
+    laws: list[_Law],
+    wanted: list[int],
+    jump: bool,
+    progress: Progress | None,
+) -> Iterator[dict[str, Any]]:
+    """One row per wanted step, in order; the end of a phase belongs to that phase."""
+    states = begin(laws[0].algorithm, problem.initial_mean, problem.initial_variance)
+    offset, age, pending = 0, 0, list(wanted)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index, law in enumerate(laws):
+            if index:
+                states, age = hand_over(states, laws[index - 1], law, age)
+            walker = _Walker(problem, law, states, age)
+            if index == 0 and pending and pending[0] == 0:
+                pending.pop(0)
+                yield _read(problem, states, age, False)
+            for start, stop, period in law.phase.segments():
+                position, before = start, _loss(problem, states, age + start)
+                unsteady: bool | None = None
+                while position < stop:
+                    inside = bool(pending) and pending[0] <= offset + stop
+                    target = pending[0] - offset if inside else stop
+                    if jump and period is not None:
+                        walker.jump(position, target, start, period)
+                    else:
+                        walker.walk(position, target)
+                    if progress is not None:
+                        progress(target - position)
+                    position = target
+                    if inside:
+                        pending.pop(0)
+                        if unsteady is None:
+                            unsteady = _unstable(problem, walker, law, start, period)
+                        row = _read(problem, states, age + position, False)
+                        row["unstable"] = bool(unsteady and not row["loss"] <= before)
+                        yield row
+            offset, age = offset + law.phase.steps, age + law.phase.steps
+
+
+def _unstable(
+    problem: Problem, walker: _Walker, law: _Law, start: int, period: int | None
+) -> bool:
+    """Whether a stretch at repeating rates amplifies some direction that has curvature."""
+    if period is None:
+        return False
+    curved = problem.curvature > 0
+    for state in walker.states:
+        matrix, _ = walker.cycle(state.mode, start, period)
+        if np.any(spectral_radius(matrix[curved]) > 1.0 + 1e-12):
+            return True
+    return False
+
+
+def _loss(problem: Problem, states: list[Moments], age: int) -> float:
+    mean, variance = states[0].weights(age)
+    return float(problem.weight @ (mean**2 + variance))
+
+
+def _read(problem: Problem, states: list[Moments], age: int, unstable: bool) -> dict[str, Any]:
+    mean, variance = states[0].weights(age)
+    weight = problem.weight
+    bias, spread = float(weight @ mean**2), float(weight @ variance)
+    member = bias + spread
+    for state in states[1:]:
+        extra_mean, extra = state.weights(age)
+        member += float(weight @ (extra_mean**2 + extra))
+    squared = problem.multiplicity * problem.curvature**2 * variance
+    return {
+        "loss": bias + spread,
+        "bias": bias,
+        "variance": spread,
+        "member_loss": member,
+        "loss_sd": float(np.sqrt(np.sum(squared * (0.5 * variance + mean**2)))),
+        "weight_mean": mean,
+        "weight_variance": variance,
+        "unstable": unstable,
+    }

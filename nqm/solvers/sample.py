@@ -1,0 +1,325 @@
+"""Monte Carlo: the literal algorithm on many replicas, with standard errors.
+
+Replicas run in fixed blocks, each with a generator of its own, so the result is bitwise the same
+for any number of workers. A block holds its own state and nothing else; no array of
+(replicas x directions x steps) exists.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from nqm.algorithms.base import Algorithm, Optimizer
+from nqm.algorithms.multiplicative import MultiplicativeLatePhase
+from nqm.errors import NQMError, check_integer
+from nqm.problem import FloatArray, Problem
+from nqm.program import Phase, Program
+from nqm.result import Kind, Trajectory
+from nqm.solvers import _kernels
+from nqm.solvers.moments import check_own_starts
+from nqm.transition import embedding, extract, member_readout, readout
+
+#: Replicas of one block: its state stays in the cache for some thousand directions.
+BLOCK = 32
+#: Most transition entries prepared at once (16 MB).
+CHUNK = 2_000_000
+
+
+def sample(
+    problem: Problem,
+    program: Program,
+    at: Sequence[int] | None = None,
+    *,
+    replicas: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """Monte Carlo estimate of the expected loss at the recorded steps.
+
+    Parameters
+    ----------
+    problem : Problem
+        A direction of multiplicity m is simulated once and counted m times: unbiased, with an
+        honest (larger) standard error. Use `Problem.expanded` for the loss's distribution.
+    program : Program
+    at : sequence of int, optional
+        Steps of the whole program to record; about 100 by default.
+    replicas : int
+        Independent runs, >= 2.
+    seed : int
+        The same seed gives the same numbers for any number of workers.
+    workers : int, optional
+        Threads; all processors by default.
+    progress : callable, optional
+        Told how many replicas have finished.
+    """
+    check_integer("replicas", replicas, 2)
+    check_integer("seed", seed, 0)
+    check_integer("workers", 1 if workers is None else workers, 1)
+    wanted = program.recorded(at)
+    plan = _Plan(problem, program, wanted)
+    sizes = [min(BLOCK, replicas - i) for i in range(0, replicas, BLOCK)]
+    seeds = np.random.SeedSequence(seed).spawn(len(sizes))
+    loss = np.empty((len(wanted), replicas))
+    member_loss = np.empty((len(wanted), replicas))
+
+    def run(index: int) -> int:
+        first = index * BLOCK
+        rng = np.random.Generator(np.random.SFC64(seeds[index]))
+        part, members = plan.run(rng, sizes[index])
+        loss[:, first : first + sizes[index]] = part
+        member_loss[:, first : first + sizes[index]] = members
+        return sizes[index]
+
+    threads = min(workers or os.cpu_count() or 1, len(sizes))
+    with ThreadPoolExecutor(threads) as pool:
+        for done in pool.map(run, range(len(sizes))):
+            if progress is not None:
+                progress(done)
+    unknown = np.full(len(wanted), np.nan)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sd = loss.std(axis=1, ddof=1)
+        member_sd = member_loss.std(axis=1, ddof=1)
+        return Trajectory(
+            problem=problem,
+            kind=Kind.SAMPLE,
+            steps=np.array(wanted, dtype=np.int64),
+            examples=program.examples(wanted),
+            loss=loss.mean(axis=1),
+            bias=unknown,
+            variance=unknown,
+            member_loss=member_loss.mean(axis=1),
+            loss_sd=sd,
+            stderr=sd / np.sqrt(replicas),
+            member_stderr=member_sd / np.sqrt(replicas),
+            samples=loss,
+        )
+
+
+class _Plan:
+    """What every block does, worked out once: which steps, which rows they record."""
+
+    def __init__(self, problem: Problem, program: Program, wanted: list[int]):
+        self.problem, self.program, self.wanted = problem, program, wanted
+        self.linear: dict[int, _Linear] = {}
+        for index, phase in enumerate(program.phases):
+            if isinstance(phase.algorithm, Algorithm):
+                self.linear[index] = _Linear(phase.algorithm)
+                if index:
+                    self._check(index, phase.algorithm)
+            elif isinstance(phase.algorithm, MultiplicativeLatePhase):
+                phase.algorithm.check(problem)
+            else:
+                raise NQMError(f"no sampler for {type(phase.algorithm).__name__}")
+
+    def _check(self, index: int, algorithm: Algorithm) -> None:
+        if not self._goes_on(index):
+            check_own_starts(algorithm)
+
+    def _goes_on(self, index: int) -> bool:
+        old, new = self.program.phases[index - 1].algorithm, self.program.phases[index]
+        if new.restart or not isinstance(old, Algorithm) or not isinstance(new.algorithm, Algorithm):
+            return False
+        return set(old.coordinates) <= set(new.algorithm.coordinates)
+
+    def run(self, rng: np.random.Generator, replicas: int) -> tuple[FloatArray, FloatArray]:
+        """Losses (records, replicas) of one block: mean model and average member."""
+        problem = self.problem
+        loss = np.empty((len(self.wanted), replicas))
+        member_loss = np.empty_like(loss)
+        shape = (replicas, problem.directions)
+
+        def draw() -> FloatArray:
+            sd = np.sqrt(problem.initial_variance)
+            return problem.initial_mean + sd * rng.standard_normal(shape)
+
+        offset, age = 0, 0
+        state: FloatArray | None = None
+        weights: FloatArray | None = None
+        for index, phase in enumerate(self.program.phases):
+            last = offset + phase.steps
+            rows = [
+                (row, step - offset)
+                for row, step in enumerate(self.wanted)
+                if (offset < step or (index == 0 and step == 0)) and step <= last
+            ]
+            if isinstance(phase.algorithm, MultiplicativeLatePhase):
+                start = draw() if weights is None else weights
+                weights = self._multiplicative(rng, phase, start, rows, loss, member_loss)
+                state = None
+            else:
+                linear = self.linear[index]
+                state, age = self._enter(rng, index, state, weights, age, draw)
+                linear.advance(rng, problem, phase, state, age, rows, loss, member_loss)
+                age += phase.steps
+                weights = state @ readout(linear.algorithm, age)
+            offset = last
+        return loss, member_loss
+
+    def _enter(
+        self,
+        rng: np.random.Generator,
+        index: int,
+        state: FloatArray | None,
+        weights: FloatArray | None,
+        age: int,
+        draw: Callable[[], FloatArray],
+    ) -> tuple[FloatArray, int]:
+        """State (replicas, d, n) at the start of a linear phase, and its age."""
+        new = self.linear[index].algorithm
+        if index and state is not None and self._goes_on(index):
+            old = self.linear[index - 1].algorithm
+            if old.coordinates == new.coordinates:
+                return state, age
+        draws, normals = embedding(new)
+        sources = [draw() if weights is None else weights for _ in range(draws.shape[1])]
+        start = np.stack(sources, axis=-1) @ draws.T
+        if normals.shape[1]:
+            start = start + rng.standard_normal((*start.shape[:2], normals.shape[1])) @ normals.T
+        if index and state is not None:
+            old = self.linear[index - 1].algorithm
+            spawned = isinstance(old, Optimizer) and not self.program.phases[index].restart
+            if self._goes_on(index) or spawned:
+                for i, name in enumerate(new.coordinates):
+                    if name in old.coordinates:
+                        start[..., i] = state[..., old.coordinates.index(name)]
+        return np.ascontiguousarray(start), 0
+
+    def _multiplicative(
+        self,
+        rng: np.random.Generator,
+        phase: Phase,
+        start: FloatArray,
+        rows: list[tuple[int, int]],
+        loss: FloatArray,
+        member_loss: FloatArray,
+    ) -> FloatArray:
+        """Run the compiled multiplicative step; returns the mean model's displacement."""
+        algorithm, problem = phase.algorithm, self.problem
+        assert isinstance(algorithm, MultiplicativeLatePhase)
+        scalar = algorithm.coupling == "scalar"
+        minimum = problem.minimum
+        theta = np.ascontiguousarray((minimum + start) / algorithm.factor)
+        wide = 1 if scalar else problem.directions
+        phi = np.full((len(start), algorithm.members, wide), algorithm.factor)
+        if algorithm.spread:
+            phi *= 1.0 + np.sqrt(algorithm.spread) * rng.standard_normal(phi.shape)
+        record = np.full(phase.steps, -1, dtype=np.int64)
+        for row, step in rows:
+            if step:
+                record[step - 1] = row
+            else:
+                _kernels.evaluate_multiplicative(
+                    theta, phi, minimum, scalar, problem.weight, loss[row], member_loss[row]
+                )
+        chunk = max(1, CHUNK // problem.directions)
+        for first in range(0, phase.steps, chunk):
+            until = min(first + chunk, phase.steps)
+            settings = phase.settings(first, until)
+            _kernels.sample_multiplicative(
+                rng,
+                problem.curvature,
+                minimum,
+                np.sqrt(problem.noise_variance / settings[:, [2]]),
+                algorithm.base_scale * settings[:, 0],
+                settings[:, 1].copy(),
+                scalar,
+                theta,
+                phi,
+                record[first:until],
+                problem.weight,
+                loss,
+                member_loss,
+            )
+        return np.asarray(theta * phi.mean(axis=1) - minimum)
+
+
+class _Linear:
+    """A linear algorithm prepared for the sampling kernel (its transition is sparse)."""
+
+    def __init__(self, algorithm: Algorithm):
+        self.algorithm = algorithm
+        self.cache: dict[bytes, Any] = {}
+
+    def advance(
+        self,
+        rng: np.random.Generator,
+        problem: Problem,
+        phase: Phase,
+        state: FloatArray,
+        age: int,
+        rows: list[tuple[int, int]],
+        loss: FloatArray,
+        member_loss: FloatArray,
+    ) -> None:
+        """All steps of the phase, in place."""
+        algorithm = self.algorithm
+        targets = {step: row for row, step in rows}
+        if 0 in targets:
+            row = targets[0]
+            _kernels.evaluate(
+                state,
+                readout(algorithm, age),
+                member_readout(algorithm, age),
+                problem.weight,
+                loss[row],
+                member_loss[row],
+            )
+            if not algorithm.member_count:
+                member_loss[row] = loss[row]
+        n = len(algorithm.coordinates)
+        chunk = max(1, min(CHUNK // (problem.directions * (n + 1)), 4096))
+        for first in range(0, phase.steps, chunk):
+            until = min(first + chunk, phase.steps)
+            values, column, row_start, m, kind = self._transitions(problem, phase, first, until, age)
+            here = [step for step in sorted(targets) if first < step <= until]
+            record = np.full(until - first, -1, dtype=np.int64)
+            reads = np.zeros((max(len(here), 1), n))
+            members = np.zeros((max(len(here), 1), algorithm.member_count, n))
+            for i, step in enumerate(here):
+                record[step - first - 1] = i
+                reads[i] = readout(algorithm, age + step)
+                members[i] = member_readout(algorithm, age + step)
+            part = np.empty((reads.shape[0], state.shape[0]))
+            member_part = np.full_like(part, np.nan)
+            _kernels.sample_linear(
+                rng, values, column, row_start, m, kind, record, reads, members,
+                problem.weight, state, part, member_part,
+            )  # fmt: skip
+            for i, step in enumerate(here):
+                loss[targets[step]] = part[i]
+                member_loss[targets[step]] = (
+                    member_part[i] if algorithm.member_count else part[i]
+                )
+
+    def _transitions(
+        self, problem: Problem, phase: Phase, first: int, until: int, age: int
+    ) -> tuple[Any, ...]:
+        settings = phase.settings(first, until)
+        residue = (age + np.arange(first, until)) % self.algorithm.period
+        kinds, kind = np.unique(np.column_stack([settings, residue]), axis=0, return_inverse=True)
+        key = kinds.tobytes()
+        if key not in self.cache:
+            blocks = []
+            for setting in kinds:
+                lr = tuple(setting[:-2]) if self.algorithm.rate_count == 2 else setting[0]
+                step = extract(self.algorithm, problem.curvature, lr, int(setting[-1]))
+                sd = np.sqrt(problem.noise_variance / setting[-2])
+                blocks.append(np.concatenate([step.matrix, step.noise * sd[:, None, None]], axis=2))
+            full = np.array(blocks)
+            used = (full != 0.0).any(axis=(0, 1))
+            if used.shape == (1, 2):
+                used[:] = True  # the one-coordinate fast path wants both entries
+            row_start = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int64)
+            column = np.nonzero(used)[1].astype(np.int64)
+            noise_columns = full.shape[3] - full.shape[2]
+            self.cache = {
+                key: (np.ascontiguousarray(full[:, :, used]), column, row_start, noise_columns)
+            }
+        return (*self.cache[key], kind.reshape(-1).astype(np.int64))
