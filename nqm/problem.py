@@ -12,8 +12,7 @@ sizes?", section 3). A direction may stand for m_i equal ones (its multiplicity)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ FloatArray = NDArray[np.float64]
 FLAT = 1e-12
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Problem:
     """A noisy quadratic problem in the eigenbasis of its Hessian.
 
@@ -57,24 +56,34 @@ class Problem:
 
     curvature: FloatArray
     noise_variance: FloatArray
-    multiplicity: FloatArray = field(default=1.0)  # type: ignore[assignment]
-    initial_mean: FloatArray = field(default=0.0)  # type: ignore[assignment]
-    initial_variance: FloatArray = field(default=1.0)  # type: ignore[assignment]
-    minimum: FloatArray = field(default=0.0)  # type: ignore[assignment]
-    irreducible_loss: float = 0.0
+    multiplicity: FloatArray
+    initial_mean: FloatArray
+    initial_variance: FloatArray
+    minimum: FloatArray
+    irreducible_loss: float
 
-    def __post_init__(self) -> None:
-        curvature = _vector("curvature", self.curvature, None, low=0.0)
-        object.__setattr__(self, "curvature", curvature)
-        for name, low in _LOWEST.items():
-            value = _vector(name, getattr(self, name), curvature.size, low=low)
-            object.__setattr__(self, name, value)
+    def __init__(
+        self,
+        curvature: ArrayLike,
+        noise_variance: ArrayLike,
+        multiplicity: ArrayLike = 1.0,
+        initial_mean: ArrayLike = 0.0,
+        initial_variance: ArrayLike = 1.0,
+        minimum: ArrayLike = 0.0,
+        irreducible_loss: float = 0.0,
+    ):
+        h = _vector("curvature", curvature, None, low=0.0)
+        object.__setattr__(self, "curvature", h)
+        values = (noise_variance, multiplicity, initial_mean, initial_variance, minimum)
+        for (name, low), value in zip(_LOWEST.items(), values, strict=True):
+            object.__setattr__(self, name, _vector(name, value, h.size, low=low))
         if not np.all(self.multiplicity > 0):
             raise NQMError(f"problem.multiplicity must be > 0; got {self.multiplicity.min():g}")
-        if not np.isfinite(self.irreducible_loss) or self.irreducible_loss < 0:
+        if not np.isfinite(irreducible_loss) or irreducible_loss < 0:
             raise NQMError(
-                f"problem.irreducible_loss must be finite and >= 0; got {self.irreducible_loss!r}"
+                f"problem.irreducible_loss must be finite and >= 0; got {irreducible_loss!r}"
             )
+        object.__setattr__(self, "irreducible_loss", float(irreducible_loss))
 
     @property
     def directions(self) -> int:
@@ -240,12 +249,14 @@ class Problem:
             )
         h, basis = np.linalg.eigh(h_matrix)
         if h[0] < -FLAT * max(abs(h[-1]), 1e-300):
-            raise NQMError(f"hessian must be positive semi-definite; its least eigenvalue: {h[0]:g}")
+            raise NQMError(
+                f"hessian must be positive semi-definite; its least eigenvalue: {h[0]:g}"
+            )
         start = np.eye(size) if initial_covariance is None else np.asarray(initial_covariance)
         start = _symmetric("initial_covariance", start)
 
         def along(matrix: FloatArray) -> FloatArray:
-            return np.maximum(np.einsum("ij,ik,kj->j", basis, matrix, basis), 0.0)
+            return np.asarray(np.maximum(np.einsum("ij,ik,kj->j", basis, matrix, basis), 0.0))
 
         order = slice(None, None, -1)  # largest curvature first
         return cls(
@@ -342,7 +353,7 @@ def _vector(name: str, value: ArrayLike, size: int | None, *, low: float) -> Flo
     return array
 
 
-def _symmetric(name: str, value: ArrayLike | Sequence[Sequence[float]]) -> FloatArray:
+def _symmetric(name: str, value: ArrayLike) -> FloatArray:
     matrix = np.asarray(value, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise NQMError(f"{name} must be a square matrix; got shape {matrix.shape}")

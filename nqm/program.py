@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Phase:
         own = self.algorithm.period if isinstance(self.algorithm, Algorithm) else 1
         lists = [list(schedule.segments(self.steps)) for schedule in self._schedules()]
         edges = sorted({edge for segments in lists for s in segments for edge in s[:2]})
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             period: int | None = own
             for segments in lists:
                 repeats = next(p for a, b, p in segments if a <= start < b)
@@ -139,7 +140,7 @@ class Program:
     def recorded(self, at: Sequence[int] | None) -> list[int]:
         """Checked, sorted, distinct steps to record; by default about 100, both ends included."""
         if at is None:
-            return np.unique(np.linspace(0, self.steps, 101).round().astype(np.int64)).tolist()
+            return sorted({int(step) for step in np.linspace(0, self.steps, 101).round()})
         steps = sorted({int(step) for step in at})
         if not steps or any(int(step) != step for step in at):
             raise NQMError(f"record.at must hold whole steps; got {list(at)!r:.60}")
@@ -154,3 +155,9 @@ def constant(
 ) -> Program:
     """One phase at constant rates, the commonest program."""
     return Program((Phase(algorithm, lr, steps, batch_size, **more),))
+
+
+def steps_for(algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: float = 1) -> int:
+    """Whole steps that `examples` examples pay for, for comparisons at equal data."""
+    phase = Phase(algorithm, 1.0, 1, batch_size)
+    return int(examples // phase.examples(1))

@@ -81,8 +81,8 @@ class Trajectory:
     @property
     def status(self) -> list[Status]:
         """Status by recorded step."""
-        scale = max(self.problem.initial_loss, 1e-300)
-        lost = ~np.isfinite(self.loss) | (self.loss > RUNAWAY * scale)
+        start = self.problem.initial_loss
+        lost = ~np.isfinite(self.loss) | (self.loss > (RUNAWAY * start if start else np.inf))
         if self.unstable is not None:
             lost |= self.unstable
         return [Status.DIVERGED if bad else Status.FINISHED for bad in lost]

@@ -7,6 +7,7 @@ value is periodic, so that a solver can jump over them by powers instead of walk
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Piecewise(Schedule):
                 f"got {len(self.values)} and {len(self.boundaries)}"
             )
         edges = (0, *self.boundaries)
-        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(edges)):
             raise NQMError(f"Piecewise.boundaries must increase from above 0; got {edges[1:]}")
 
     def __call__(self, step: ArrayLike) -> FloatArray:
@@ -83,7 +84,7 @@ class Piecewise(Schedule):
 
     def segments(self, steps: int) -> Iterator[Segment]:
         edges = [0, *(b for b in self.boundaries if b < steps), steps]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             yield start, stop, 1
 
 

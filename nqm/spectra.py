@@ -7,6 +7,7 @@ stated by a density; `power_noise` gives the noise variance C = scale * H^expone
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -103,4 +104,5 @@ def read_problem(path: str | Path) -> Problem:
     for name in ("curvature", "noise_variance"):
         if name not in table.columns:
             raise NQMError(f"{path}: column {name!r} is missing; known columns: {', '.join(known)}")
-    return Problem(**{name: table[name].to_numpy() for name in known if name in table.columns})
+    given: dict[str, Any] = {n: table[n].to_numpy() for n in known if n in table.columns}
+    return Problem(**given)

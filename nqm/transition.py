@@ -142,13 +142,14 @@ def member_readout(algorithm: Algorithm, t: int) -> FloatArray:
 def noise_moment(transition: Transition, noise_variance: ArrayLike) -> FloatArray:
     """Q = C C' Var e, shape (..., n, n)."""
     c = transition.noise
-    return np.einsum("...ij,...kj->...ik", c, c) * np.asarray(noise_variance)[..., None, None]
+    covariance = np.einsum("...ij,...kj->...ik", c, c)
+    return np.asarray(covariance * np.asarray(noise_variance)[..., None, None])
 
 
 def spectral_radius(matrix: FloatArray) -> FloatArray:
     """Largest modulus of an eigenvalue, for matrices of shape (..., n, n)."""
     if matrix.shape[-1] == 1:
         return np.asarray(np.abs(matrix[..., 0, 0]))
-    finite = np.isfinite(matrix).all(axis=(-2, -1))
+    finite = np.asarray(np.isfinite(matrix).all(axis=(-2, -1)))
     safe = np.where(finite[..., None, None], matrix, 0.0)
     return np.where(finite, np.abs(np.linalg.eigvals(safe)).max(axis=-1), np.inf)

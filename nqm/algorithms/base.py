@@ -148,7 +148,7 @@ def check_fraction(where: str, value: float, *, closed_high: bool = False) -> No
     check_number(where, value, low=0.0, high=1.0, closed_high=closed_high)
 
 
-def check_algorithm(where: str, value: object, kind: type[Algorithm] = Algorithm) -> None:
+def check_algorithm(where: str, value: object, kind: Any = Algorithm) -> None:
     """Raise NQMError unless value is an algorithm of the given kind."""
     if not isinstance(value, kind):
         raise NQMError(f"{where} must be an {kind.__name__}; got {type(value).__name__}")

@@ -16,15 +16,12 @@ _jit = njit(cache=True, nogil=True, error_model="numpy")
 
 
 @_jit
-def propagate_moments(
-    matrix, noise, kind, mean, covariance, readout, record, weight, weight2, bias, variance, spread
-):
+def propagate_moments(matrix, noise, kind, mean, covariance, readout, record, weight, loss):
     """Every step of the first two moments; `mean` (d, n) and `covariance` (d, n, n) in place.
 
     matrix, noise : (s, d, n, n) A and Q = C C' Var e of each kind; kind : (T,).
-    readout : (T, n) evaluated weights after each step; record : (T,) bool.
-    bias, variance, spread : (T,) outputs, added to where `record`: the loss of the mean, the loss
-    of the covariance, and the variance of a Gaussian's loss, sum 2 w2 (var^2 + 2 mean^2 var).
+    Where `record` is true, the expected loss after each step is added to `loss` (T,);
+    readout : (T, n) evaluated weights, weight : (d,) loss per unit of second moment.
     """
     d, n = mean.shape
     new_mean = np.empty(n)
@@ -37,12 +34,8 @@ def propagate_moments(
                 a = matrix[k, i, 0, 0]
                 mu *= a
                 var = a * a * var + noise[k, i, 0, 0]
-                if record[t]:
-                    c = readout[t, 0]
-                    m2, v = c * c * mu * mu, c * c * var
-                    bias[t] += weight[i] * m2
-                    variance[t] += weight[i] * v
-                    spread[t] += 2.0 * weight2[i] * v * (v + 2.0 * m2)
+                if record:
+                    loss[t] += weight[i] * readout[t, 0] ** 2 * (mu * mu + var)
             mean[i, 0], covariance[i, 0, 0] = mu, var
             continue
         mu_i, cov_i = mean[i], covariance[i]
@@ -66,7 +59,7 @@ def propagate_moments(
                         total += half[r, k] * a[c, k]
                     cov_i[r, c] = total
                     cov_i[c, r] = total
-            if record[t]:
+            if record:
                 mu, v = 0.0, 0.0
                 for r in range(n):
                     mu += readout[t, r] * mu_i[r]
@@ -74,9 +67,7 @@ def propagate_moments(
                     for c in range(n):
                         total += cov_i[r, c] * readout[t, c]
                     v += readout[t, r] * total
-                bias[t] += weight[i] * mu * mu
-                variance[t] += weight[i] * v
-                spread[t] += 2.0 * weight2[i] * v * (v + 2.0 * mu * mu)
+                loss[t] += weight[i] * (mu * mu + v)
 
 
 @_jit
@@ -206,6 +197,7 @@ def sample_linear(
                         x[i, 0] = y
                         total += weight[i] * (y * y)
                     loss[out, r] = c2 * total
+                    member_loss[out, r] = loss[out, r]  # one coordinate: at most one member
                 else:
                     for i in range(d):
                         x[i, 0] = v[i, 0] * x[i, 0] + v[i, 1] * rng.standard_normal()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
+from nqm.solvers.scalar_factor import scalar_first_order
 from nqm.transition import embedding, extract, noise_moment, readout, spectral_radius
 
 #: Most entries of the transition matrices held at once while walking (32 MB).
@@ -61,8 +62,8 @@ def _law(phase: Phase, problem: Problem) -> _Law:
     if isinstance(algorithm, MultiplicativeLatePhase):
         if algorithm.coupling == "scalar":
             raise NQMError(
-                "late_phase_multiplicative with coupling = 'scalar' couples all directions; "
-                "use method 'sample', or nqm.scalar_first_order for the approximation"
+                "late_phase_multiplicative with coupling = 'scalar' couples all directions: "
+                "its first order is known for a program of this one phase; use method 'sample'"
             )
         late, lr_scale, member_scale = algorithm.first_order(problem)
         return _Law(phase, late, (lr_scale, member_scale))
@@ -143,8 +144,9 @@ class _Walker:
         self.cycles: list[tuple[FloatArray, FloatArray]] = []
         self.unstable = False
 
-    def walk(self, start: int, stop: int) -> None:
-        """Steps [start, stop) of the phase, one by one."""
+    def walk(self, start: int, stop: int, losses: FloatArray | None = None) -> None:
+        """Steps [start, stop) of the phase, one by one; `losses` takes the first mode's."""
+        begun = start
         period = self.law.algorithm.period
         size = max(len(s.mode.algorithm.coordinates) for s in self.states)
         chunk = max(1, CHUNK // (self.problem.directions * size * size))
@@ -152,24 +154,39 @@ class _Walker:
             until = min(stop, start + max(chunk, 1))
             settings = self.law.phase.settings(start, until)
             residue = (self.age + np.arange(start, until)) % period
-            for state in self.states:
-                self.apply(state, *self.kinds(state.mode, settings, residue))
+            for i, state in enumerate(self.states):
+                step = self.kinds(state.mode, settings, residue)
+                read, out = None, None
+                if losses is not None and i == 0:
+                    t = self.age + np.arange(start, until) + 1
+                    read = np.array([readout(state.mode.algorithm, int(a)) for a in t])
+                    out = losses[start - begun : until - begun]
+                self.apply(state, *step, read, out)
             start = until
 
-    def apply(self, state: Moments, matrix: FloatArray, noise: FloatArray, kind: Any) -> None:
-        """Steps `kind` of one mode, nothing recorded."""
-        nothing = np.zeros(0)
+    def apply(
+        self,
+        state: Moments,
+        matrix: FloatArray,
+        noise: FloatArray,
+        kind: Any,
+        read: FloatArray | None = None,
+        losses: FloatArray | None = None,
+    ) -> None:
+        """Steps `kind` of one mode; their losses are added to `losses` where it is given."""
+        record = losses is not None
+        size = kind.size
         _kernels.propagate_moments(
             matrix, noise, kind, state.mean, state.covariance,
-            np.zeros((1, 1)), np.zeros(kind.size, dtype=np.bool_),
-            nothing, nothing, nothing, nothing, nothing,
+            read if read is not None else np.zeros((1, 1)), record,
+            self.problem.weight, losses if losses is not None else np.zeros(size),
         )  # fmt: skip
 
-    def kinds(self, mode: Mode, settings: FloatArray, residue: Any) -> Any:
+    def kinds(
+        self, mode: Mode, settings: FloatArray, residue: Any
+    ) -> tuple[FloatArray, FloatArray, Any]:
         """Distinct transitions of these steps, and which step has which."""
-        rows, kind = np.unique(
-            np.column_stack([settings, residue]), axis=0, return_inverse=True
-        )
+        rows, kind = np.unique(np.column_stack([settings, residue]), axis=0, return_inverse=True)
         matrices, noises = [], []
         kind = kind.reshape(-1)
         order = np.empty(len(rows), dtype=np.int64)
@@ -208,7 +225,9 @@ class _Walker:
         return compose_steps(matrix, noise, kind)
 
 
-def compose_steps(matrix: FloatArray, noise: FloatArray, kind: Any) -> tuple[FloatArray, FloatArray]:
+def compose_steps(
+    matrix: FloatArray, noise: FloatArray, kind: Any
+) -> tuple[FloatArray, FloatArray]:
     """Transition of the steps `kind` in turn, (d, n, n) each."""
     a, q = matrix[kind[0]].copy(), noise[kind[0]].copy()
     for k in kind[1:]:
@@ -216,6 +235,53 @@ def compose_steps(matrix: FloatArray, noise: FloatArray, kind: Any) -> tuple[Flo
         _kernels.compose(a, q, matrix[k], noise[k], a2, q2)
         a, q = a2, q2
     return a, q
+
+
+class PhaseWalk:
+    """Losses of one phase run from the problem's start, at chosen steps or at every step."""
+
+    def __init__(self, problem: Problem, phase: Phase):
+        self.problem, self.law = problem, _law(phase, problem)
+        self.segments = list(phase.segments())
+
+    def _start(self) -> _Walker:
+        states = begin(self.law.algorithm, self.problem.initial_mean, self.problem.initial_variance)
+        return _Walker(self.problem, self.law, states[:1], 0)
+
+    def _to(self, walker: _Walker, position: int, target: int) -> None:
+        for start, stop, period in self.segments:
+            until = min(stop, target)
+            if position < until and start <= position:
+                if period is None:
+                    walker.walk(position, until)
+                else:
+                    walker.jump(position, until, start, period)
+                position = until
+
+    def cost(self, steps: int) -> float:
+        """Multiplications of a scan over so many steps, to order of magnitude."""
+        n = len(self.law.algorithm.modes()[0].algorithm.coordinates)
+        return float(steps) * self.problem.directions * n * n
+
+    def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
+        """(step, expected loss) at increasing steps, computed as they are asked for."""
+        walker, position = self._start(), 0
+        for step in steps:
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._to(walker, position, step)
+                loss = _loss(self.problem, walker.states, step)
+            position = step
+            yield step, loss
+
+    def path(self, start: int, stop: int) -> FloatArray:
+        """Expected loss at every step start, start + 1, ..., stop."""
+        walker = self._start()
+        out = np.zeros(stop - start + 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._to(walker, 0, start)
+            out[0] = _loss(self.problem, walker.states, start)
+            walker.walk(start, stop, out[1:])
+        return out
 
 
 def phase_cycles(
@@ -253,8 +319,8 @@ def solve(
 ) -> Trajectory:
     """Exact expected loss at the recorded steps.
 
-    Phases of elementwise multiplicative late-phase weights are replaced by their first-order
-    approximation, and the result's `kind` says so.
+    Multiplicative late-phase weights are replaced by their first-order approximation, and the
+    result's `kind` says so (with a scalar factor only as a program's one phase).
 
     Parameters
     ----------
@@ -272,6 +338,9 @@ def solve(
     Trajectory
     """
     wanted = program.recorded(at)
+    only = program.phases[0]
+    if len(program.phases) == 1 and getattr(only.algorithm, "coupling", None) == "scalar":
+        return scalar_first_order(problem, only, wanted)
     laws = [_law(phase, problem) for phase in program.phases]
     rows = list(_visit(problem, laws, wanted, jump, progress))
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
@@ -328,9 +397,7 @@ def _visit(
             offset, age = offset + law.phase.steps, age + law.phase.steps
 
 
-def _unstable(
-    problem: Problem, walker: _Walker, law: _Law, start: int, period: int | None
-) -> bool:
+def _unstable(problem: Problem, walker: _Walker, law: _Law, start: int, period: int | None) -> bool:
     """Whether a stretch at repeating rates amplifies some direction that has curvature."""
     if period is None:
         return False

@@ -124,7 +124,11 @@ class _Plan:
 
     def _goes_on(self, index: int) -> bool:
         old, new = self.program.phases[index - 1].algorithm, self.program.phases[index]
-        if new.restart or not isinstance(old, Algorithm) or not isinstance(new.algorithm, Algorithm):
+        if (
+            new.restart
+            or not isinstance(old, Algorithm)
+            or not isinstance(new.algorithm, Algorithm)
+        ):
             return False
         return set(old.coordinates) <= set(new.algorithm.coordinates)
 
@@ -277,7 +281,9 @@ class _Linear:
         chunk = max(1, min(CHUNK // (problem.directions * (n + 1)), 4096))
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
-            values, column, row_start, m, kind = self._transitions(problem, phase, first, until, age)
+            values, column, row_start, m, kind = self._transitions(
+                problem, phase, first, until, age
+            )
             here = [step for step in sorted(targets) if first < step <= until]
             record = np.full(until - first, -1, dtype=np.int64)
             reads = np.zeros((max(len(here), 1), n))
@@ -294,9 +300,7 @@ class _Linear:
             )  # fmt: skip
             for i, step in enumerate(here):
                 loss[targets[step]] = part[i]
-                member_loss[targets[step]] = (
-                    member_part[i] if algorithm.member_count else part[i]
-                )
+                member_loss[targets[step]] = member_part[i] if algorithm.member_count else part[i]
 
     def _transitions(
         self, problem: Problem, phase: Phase, first: int, until: int, age: int

@@ -1,0 +1,71 @@
+"""Monte Carlo of SGD, loss recorded at every step, against NumPy and against the mere draws.
+
+Work: 10^3 directions x 10^3 replicas x 10^3 steps = 10^9 normals (float64, SFC64 on both sides).
+Peers: the same in vectorised NumPy with the same loss recorded, timed over 50 steps and
+extrapolated; and the time to do nothing but draw 10^9 normals from the same generator in compiled
+code. All on one thread.
+"""
+
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+
+from benchmarks.timing import best_of
+from nqm import SGD, Problem, constant, sample, solve
+from nqm.problem import FloatArray
+from nqm.solvers._kernels import draw_normals
+from nqm.solvers.sample import BLOCK
+from nqm.spectra import harmonic
+
+DIRECTIONS, REPLICAS, STEPS, TIMED = 1_000, 1_000, 1_000, 50
+LR, BATCH = 0.5, 8
+
+
+def generator() -> np.random.Generator:
+    return np.random.Generator(np.random.SFC64(0))
+
+
+def numpy_sgd(h: FloatArray, steps: int) -> FloatArray:
+    """Mean loss after every step, whole replicas-by-directions arrays at a time."""
+    rng = generator()
+    x = rng.standard_normal((REPLICAS, DIRECTIONS))
+    keep, sd = 1 - LR * h, LR * np.sqrt(h / BATCH)
+    loss = np.empty(steps)
+    for t in range(steps):
+        x = keep * x + sd * rng.standard_normal(x.shape)
+        loss[t] = np.mean(0.5 * (x * x) @ h)
+    return loss
+
+
+def main() -> None:
+    h = harmonic(DIRECTIONS)
+    problem = Problem(h, h)
+    program = constant(SGD(), LR, STEPS, batch_size=BATCH)
+    steps = range(STEPS + 1)
+    draw_normals(generator(), 10)
+    sample(problem, constant(SGD(), LR, 2, batch_size=BATCH), replicas=2, workers=1)
+    count = DIRECTIONS * REPLICAS * STEPS
+    runs = []
+    ours = best_of(
+        lambda: runs.append(sample(problem, program, steps, replicas=REPLICAS, workers=1))
+    )
+    draws = best_of(lambda: draw_normals(generator(), count // 10)) * 10
+    loop = best_of(lambda: numpy_sgd(h, TIMED)) * STEPS / TIMED
+    exact = solve(problem, program, [STEPS])
+    z = (runs[0].loss[-1] - exact.loss[-1]) / (exact.loss_sd[-1] / np.sqrt(REPLICAS))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"Monte Carlo of SGD: {DIRECTIONS} directions x {REPLICAS} replicas x {STEPS} steps")
+    print(f"  nqm.sample        {ours:7.2f} s   {count / ours / 1e6:6.0f} M coordinate-steps/s")
+    print(f"  NumPy, same loss  {loop:7.2f} s   {loop / ours:6.2f} x slower (from {TIMED} steps)")
+    print(f"  the draws alone   {draws:7.2f} s   nqm.sample takes {ours / draws:.2f} x as long")
+    print(
+        f"  state of a block {BLOCK * DIRECTIONS * 8 / 2**20:.2f} MiB, recorded losses "
+        f"{STEPS * REPLICAS * 8 / 2**20:.0f} MiB x 2, process peak {peak:.0f} MiB "
+        f"(a full path would take {count * 8 / 2**30:.1f} GiB); last loss z = {z:+.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

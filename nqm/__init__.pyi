@@ -1,0 +1,51 @@
+"""The public names, stated once; `__init__.py` loads each on first use."""
+
+from .algorithms import EMA as EMA
+from .algorithms import LAWA as LAWA
+from .algorithms import ROSTER as ROSTER
+from .algorithms import SGD as SGD
+from .algorithms import SWA as SWA
+from .algorithms import Algorithm as Algorithm
+from .algorithms import Ensemble as Ensemble
+from .algorithms import HeavyBall as HeavyBall
+from .algorithms import LatePhase as LatePhase
+from .algorithms import Lookahead as Lookahead
+from .algorithms import MultiplicativeLatePhase as MultiplicativeLatePhase
+from .algorithms import Nesterov as Nesterov
+from .balance import Balance as Balance
+from .balance import balance_point as balance_point
+from .distribution import LossDistribution as LossDistribution
+from .errors import NQMError as NQMError
+from .problem import Problem as Problem
+from .program import Phase as Phase
+from .program import Program as Program
+from .program import constant as constant
+from .program import steps_for as steps_for
+from .result import Kind as Kind
+from .result import Status as Status
+from .result import Trajectory as Trajectory
+from .schedule import Constant as Constant
+from .schedule import Cosine as Cosine
+from .schedule import Cyclic as Cyclic
+from .schedule import Joined as Joined
+from .schedule import Linear as Linear
+from .schedule import Piecewise as Piecewise
+from .schedule import Schedule as Schedule
+from .schedule import Warmup as Warmup
+from .schedule import WarmupStableDecay as WarmupStableDecay
+from .solvers.moments import solve as solve
+from .solvers.sample import sample as sample
+from .solvers.scan import Scan as Scan
+from .solvers.scan import scan as scan
+from .solvers.steady import Steady as Steady
+from .solvers.steady import steady as steady
+from .sweep import Sweep as Sweep
+from .targets import Best as Best
+from .targets import Crossing as Crossing
+from .targets import best_lr as best_lr
+from .targets import best_lr_and_momentum as best_lr_and_momentum
+from .targets import critical_batch_size as critical_batch_size
+from .targets import stability_edge as stability_edge
+from .targets import steps_to_target as steps_to_target
+
+__version__: str

@@ -1,0 +1,333 @@
+"""The command line: ``nqm list | run | sweep | steady | tune``, and what plug-ins add.
+
+Only click is loaded at the top, so that ``nqm --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nqm.config import Run
+    from nqm.problem import Problem
+    from nqm.program import Phase
+
+
+class _Failure(click.ClickException):
+    """A user's mistake: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {' '.join(self.format_message().split())}", file=file, err=True)
+
+
+class _Unavailable(click.Command):
+    """Stands in for a plug-in that cannot be loaded, and says why when it is called."""
+
+    def __init__(self, name: str, reason: str):
+        self.reason = " ".join(reason.split())
+        super().__init__(name, short_help=f"(unavailable: {self.reason})")
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        raise _Failure(f"nqm {self.name} is unavailable: {self.reason}")
+
+
+class _Commands(click.Group):
+    """Commands of this file, and those of the entry-point group ``nqm.commands``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.commands, *sorted(_plugins().keys() - self.commands.keys())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands or cmd_name not in (plugins := _plugins()):
+            return super().get_command(ctx, cmd_name)
+        try:
+            command = plugins[cmd_name].load()
+        except Exception as error:  # whatever is wrong with it, the other commands must work
+            return _Unavailable(cmd_name, f"{type(error).__name__}: {error}")
+        return command if isinstance(command, click.Command) else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from nqm.errors import NQMError
+
+        try:
+            return super().invoke(ctx)
+        except NQMError as error:
+            raise _Failure(str(error)) from None
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "nqm"
+            raise _Failure(f"{error.format_message()} See {path} --help.") from None
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(130) from None
+
+
+def _plugins() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group="nqm.commands")}
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=_Commands, context_settings=_SETTINGS)
+@click.version_option(package_name="late-phase-nqm")
+def main() -> None:
+    """Noisy quadratic theory of SGD, weight averaging and late-phase weights."""
+
+
+def _options(*names: str) -> Callable[[Any], Any]:
+    """The options commands share, each stated once."""
+    options = {
+        "file": click.argument("file", metavar="FILE.toml"),
+        "set": click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change an entry of the file, e.g. --set phase.0.lr=0.1 (repeatable).",
+        ),
+        "json": click.option(
+            "--json", "as_json", is_flag=True, help="One JSON document on standard output."
+        ),
+        "workers": click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Processors to use; the numbers do not depend on it.",
+        ),
+    }
+
+    def decorate(command: Any) -> Any:
+        for name in reversed(names):
+            command = options[name](command)
+        return command
+
+    return decorate
+
+
+@main.command("list")
+def list_() -> None:
+    """Show algorithms with their parameters, schedules, spectra and columns."""
+    from nqm.algorithms import ROSTER
+    from nqm.config import SPECTRA
+    from nqm.schedule import SCHEDULES
+    from nqm.table import COLUMNS
+
+    for title, entries in (
+        ("algorithm", ROSTER),
+        ("schedule", SCHEDULES),
+        ("spectrum (name)", SPECTRA),
+    ):
+        click.echo(f"{title}:")
+        for name, target in entries.items():
+            click.echo(f"  {name}({_parameters(target)})\n      {_summary(target)}")
+    click.echo("columns:")
+    for name, column in COLUMNS.items():
+        unit = f" [{column.unit}]" if column.unit else ""
+        click.echo(f"  {name}{unit}: {column.doc}")
+
+
+def _parameters(target: Callable[..., Any]) -> str:
+    import inspect
+
+    shown = []
+    for name, parameter in inspect.signature(target).parameters.items():
+        default = parameter.default
+        if default is inspect.Parameter.empty:
+            shown.append(name)
+        elif name == "inner":
+            shown.append("inner=sgd")
+        else:
+            shown.append(f"{name}={default!r}")
+    return ", ".join(shown)
+
+
+def _summary(target: Callable[..., Any]) -> str:
+    import inspect
+
+    return (inspect.getdoc(target) or "").partition("\n")[0]
+
+
+@main.command()
+@_options("file", "set")
+@click.option("--method", help="jump (exact, by powers), moments (exact, every step) or sample.")
+@click.option("--replicas", type=int, help="Independent runs of Monte Carlo.")
+@click.option("--seed", type=int, help="Of Monte Carlo.")
+@click.option("--quantiles", metavar="Q,Q,...", help="Quantiles of the loss, e.g. 0.05,0.5,0.95.")
+@click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
+@_options("workers", "json")
+def run(
+    file: str,
+    overrides: tuple[str, ...],
+    method: str | None,
+    replicas: int | None,
+    seed: int | None,
+    quantiles: str | None,
+    out: str | None,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Expected loss of one program at its recorded steps.
+
+    \b
+    nqm run late.toml --json
+    nqm run late.toml --set phase.1.members=20 --method sample --out late.parquet
+    """
+    from pathlib import Path
+
+    from nqm import __version__, config
+    from nqm.errors import NQMError
+    from nqm.table import finished, write_table
+
+    given = {"method": method, "replicas": replicas, "seed": seed}
+    short = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if quantiles is not None:
+        short.append(f"record.quantiles=[{quantiles}]")
+    mapping = config.load(file, [*overrides, *short])
+    if "sweep" in mapping:
+        raise NQMError(f"{file} has a [sweep] table; use nqm sweep")
+    folder = Path(file).parent
+    job = config.build(mapping, folder)
+    key = config.key(mapping, folder)
+    table = None if out is None else finished(out, key, __version__)
+    if table is None:
+        unit = "replicas" if job.method == "sample" else "steps"
+        with _progress(job.work, unit) as told:
+            table = job.table(workers, told)
+        if out is not None:
+            settings = config.resolve_files(mapping, folder)
+            write_table(out, table, {"key": key, "version": __version__, "config": settings})
+    _show(table, as_json, out)
+
+
+@main.command()
+@_options("file", "set")
+@click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
+@_options("workers", "json")
+def sweep(file: str, overrides: tuple[str, ...], out: str, workers: int, as_json: bool) -> None:
+    """A program over the grid of its [sweep] table; resumes where it was stopped.
+
+    \b
+    nqm sweep grid.toml --out grid.parquet --workers 4
+    """
+    from nqm.sweep import Sweep
+
+    cells = Sweep.from_file(file, overrides)
+    with _progress(len(cells), "cells") as told:
+        if workers == 1:
+            table = cells.run(out, progress=told)
+        else:
+            import multiprocessing
+            from concurrent.futures import ProcessPoolExecutor
+
+            # Forked children would inherit locks of the parent's threads.
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                table = cells.run(out, pool, told)
+    _show(table, as_json, out)
+
+
+@main.command()
+@_options("file", "set", "json")
+def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Where the loss settles when the last phase goes on for ever.
+
+    \b
+    nqm steady late.toml --set phase.-1.lr=0.01
+    """
+    from nqm.solvers.steady import steady as solve
+
+    job = _load(file, overrides)
+    _show(solve(job.problem, job.program.phases[-1]).table(), as_json)
+
+
+@main.command()
+@_options("file", "set")
+@click.option("--phase", "index", type=int, default=-1, show_default=True, help="Phase to tune.")
+@click.option("--momentum", is_flag=True, help="Search momentum as well.")
+@click.option("--target", type=float, help="Reach this loss in the fewest steps instead.")
+@_options("json")
+def tune(
+    file: str,
+    overrides: tuple[str, ...],
+    index: int,
+    momentum: bool,
+    target: float | None,
+    as_json: bool,
+) -> None:
+    """Find the learning rate of one phase with the least final loss of the program.
+
+    With --target: the rate at which a program of one phase first reaches that loss soonest, within
+    the steps it has.
+
+    \b
+    nqm tune late.toml --phase 0
+    nqm tune sgd.toml --target 0.01
+    """
+    from nqm.errors import NQMError
+    from nqm.tune import best_rate, fastest_rate
+
+    job = _load(file, overrides)
+    if target is None:
+        table = best_rate(job.problem, job.program, index, momentum=momentum).table()
+    elif momentum:
+        raise NQMError(
+            "tune searches momentum for the final loss only; drop --momentum or --target"
+        )
+    else:
+        table = fastest_rate(job.problem, job.program, target)
+    _show(table, as_json)
+
+
+def _load(file: str, overrides: tuple[str, ...]) -> Run:
+    from pathlib import Path
+
+    from nqm import config
+
+    return config.build(config.load(file, overrides), Path(file).parent)
+
+
+def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:
+    """Print a table as JSON, or for people; a table that went to a file is only pointed at."""
+    if as_json:
+        import json
+        import math
+
+        def strict(value: Any) -> Any:
+            # JSON has neither NaN nor infinity; the status says what happened.
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        columns = [table[name].tolist() for name in table.columns]
+        rows = [[strict(value) for value in row] for row in zip(*columns, strict=True)]
+        document = {"columns": list(table.columns), "rows": rows}
+        click.echo(json.dumps(document, allow_nan=False))
+    elif out is None:
+        click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.6g}"))
+    else:
+        click.echo(f"{out}: {len(table)} rows", err=True)
+
+
+@contextmanager
+def _progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar for work that takes seconds, on a terminal only."""
+    from tqdm import tqdm
+
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=total, unit=f" {unit}", delay=2, disable=hidden, file=sys.stderr) as bar:
+
+        def told(count: int) -> None:
+            bar.update(count)
+
+        yield told

@@ -1,0 +1,122 @@
+"""Many learning rates at once, at constant rates: the inner loop of every search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nqm.algorithms.base import Algorithm, Mode
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problem import FloatArray, Problem
+from nqm.solvers import _kernels
+from nqm.solvers.moments import CHUNK, begin, compose_steps
+from nqm.transition import extract, noise_moment, readout
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Expected loss after `steps` steps for every learning rate; arrays of shape (L,).
+
+    `bias` and `variance` add up to `loss`; `member_loss` is the average member's.
+    Overflowing (diverged) entries are inf or NaN.
+    """
+
+    lr: FloatArray
+    loss: FloatArray
+    bias: FloatArray
+    variance: FloatArray
+    member_loss: FloatArray
+
+
+def scan(
+    problem: Problem,
+    algorithm: Algorithm,
+    lr: ArrayLike,
+    steps: int,
+    *,
+    batch_size: float = 1,
+    member_lr: ArrayLike | None = None,
+) -> Scan:
+    """Exact expected loss after `steps` steps from the problem's start, at constant rates.
+
+    Costs O(log steps) per direction and rate.
+
+    Parameters
+    ----------
+    problem : Problem
+    algorithm : Algorithm
+        A linear one.
+    lr : array_like, shape (L,)
+    steps : int
+    batch_size : float
+    member_lr : array_like, shape (L,), optional
+        For late-phase weights; `lr` by default.
+    """
+    if not isinstance(algorithm, Algorithm):
+        raise NQMError(f"scan needs exact moments; {type(algorithm).__name__} has none")
+    check_integer("scan.steps", steps, 0)
+    check_number("scan.batch_size", batch_size, low=0.0, closed_low=False)
+    rates = np.atleast_1d(np.asarray(lr, dtype=np.float64))
+    member_rates = (
+        rates if member_lr is None else np.broadcast_to(np.asarray(member_lr), rates.shape)
+    )
+    if not (np.all(rates > 0) and np.all(member_rates > 0)):
+        raise NQMError("scan: every lr must be > 0")
+    modes = algorithm.modes()
+    starts = begin(algorithm, problem.initial_mean, problem.initial_variance)
+    bias = np.zeros((len(modes), rates.size))
+    variance = np.zeros_like(bias)
+    d = problem.directions
+    with np.errstate(over="ignore", invalid="ignore"):
+        for i, (mode, start) in enumerate(zip(modes, starts, strict=True)):
+            size = max(1, CHUNK // (d * start.mean.shape[1] ** 2 * algorithm.period))
+            for first in range(0, rates.size, size):
+                part = slice(first, first + size)
+                many, added = _power(
+                    problem, mode, rates[part], member_rates[part], steps, batch_size
+                )
+                count = many.shape[0] // d
+                mean = np.einsum("dij,dj->di", many, np.tile(start.mean, (count, 1)))
+                spread = many @ np.tile(start.covariance, (count, 1, 1)) @ many.swapaxes(1, 2)
+                c = readout(mode.algorithm, steps)
+                var = np.einsum("i,dij,j->d", c, spread + added, c)
+                bias[i, part] = ((mean @ c) ** 2).reshape(count, d) @ problem.weight
+                variance[i, part] = var.reshape(count, d) @ problem.weight
+        return Scan(
+            lr=rates,
+            loss=bias[0] + variance[0],
+            bias=bias[0],
+            variance=variance[0],
+            member_loss=bias.sum(axis=0) + variance.sum(axis=0),
+        )
+
+
+def _power(
+    problem: Problem,
+    mode: Mode,
+    lr: FloatArray,
+    member_lr: FloatArray,
+    steps: int,
+    batch_size: float,
+) -> tuple[FloatArray, FloatArray]:
+    """(A, Q) of all steps, (L * d, n, n) each."""
+    algorithm = mode.algorithm
+    v = mode.noise_share * problem.noise_variance / batch_size
+    rates = (lr[:, None], member_lr[:, None]) if algorithm.rate_count == 2 else lr[:, None]
+    matrices, noises = [], []
+    for t in range(algorithm.period):
+        step = extract(algorithm, problem.curvature, rates, t)
+        n = step.matrix.shape[-1]
+        matrices.append(step.matrix.reshape(-1, n, n))
+        noises.append(noise_moment(step, v).reshape(-1, n, n))
+    matrix, noise = np.array(matrices), np.array(noises)
+    cycles, rest = divmod(steps, algorithm.period)
+    cycle = compose_steps(matrix, noise, range(algorithm.period))
+    many, added = np.empty_like(cycle[0]), np.empty_like(cycle[1])
+    _kernels.power(*cycle, cycles, many, added)
+    if rest:
+        stacked = np.concatenate([many[None], matrix[:rest]])
+        return compose_steps(stacked, np.concatenate([added[None], noise[:rest]]), range(rest + 1))
+    return many, added

@@ -1,0 +1,395 @@
+"""Sweeps: one configuration over a grid of values, safe to kill at any moment.
+
+Finished cells go to a journal beside the output, one line each. A sweep that is run again takes
+them from there, and when the last one is done the table is written in the order of the cells: the
+bytes do not depend on who computed what, when, or after how many interruptions.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from nqm import __version__, config
+from nqm.errors import NQMError
+from nqm.table import check_stamp, finished, read_table, write_table
+
+#: A result of one cell: its table's columns as lists.
+Result = dict[str, list[Any]]
+#: Up to this many cells are all built before the first is computed.
+BUILT_FIRST = 2000
+#: Most cells sent to a worker at once.
+CHUNK = 32
+#: Seconds between two forced writes of the journal to the disk.
+SYNC = 0.2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell: its place, its value on every axis, its configuration."""
+
+    index: int
+    values: dict[str, Any]
+    mapping: dict[str, Any]
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name} = {value!r:.40}" for name, value in self.values.items())
+        return f"case {self.index} ({settings})"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A configuration and axes: dotted keys, each with the values it takes.
+
+    Parameters
+    ----------
+    base : mapping
+        A configuration as from `nqm.config.load`.
+    axes : mapping of str to sequence
+        ``{"phase.0.lr": [0.1, 0.2], "phase.0.members": [1, 10]}``; the last axis varies fastest.
+    folder : str or Path
+        Where the names of files in `base` start from.
+    """
+
+    base: Mapping[str, Any]
+    axes: Mapping[str, Sequence[Any]]
+    folder: str | Path = "."
+
+    def __post_init__(self) -> None:
+        base = {name: value for name, value in self.base.items() if name != "sweep"}
+        object.__setattr__(self, "base", copy.deepcopy(base))
+        axes = {name: [_plain(v) for v in values] for name, values in self.axes.items()}
+        for name, values in axes.items():
+            if not values:
+                raise NQMError(f"sweep.{name} must hold at least one value; got none")
+            if name in ("record", "record.quantiles"):
+                raise NQMError(f"sweep.{name}: all cells have the same columns; set it in [record]")
+        object.__setattr__(self, "axes", axes)
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Sweep of a TOML file with a ``[sweep]`` table (see `read_axes`)."""
+        mapping = config.load(path, overrides)
+        if "sweep" not in mapping:
+            raise NQMError(
+                f'{path} has no [sweep] table; add e.g. "phase.0.lr" = [0.1, 0.2] in one'
+            )
+        return cls(mapping, read_axes(mapping["sweep"]), Path(path).parent)
+
+    def __len__(self) -> int:
+        return int(np.prod([len(values) for values in self.axes.values()], dtype=np.int64))
+
+    def cases(self) -> Iterator[Case]:
+        """Every cell, in order."""
+        for index, values in enumerate(itertools.product(*self.axes.values())):
+            yield self._case(index, dict(zip(self.axes, values, strict=True)))
+
+    def _case(self, index: int, values: dict[str, Any]) -> Case:
+        mapping = copy.deepcopy(dict(self.base))
+        for name, value in values.items():
+            config.assign(mapping, name, copy.deepcopy(value))
+        return Case(index, values, mapping)
+
+    @property
+    def key(self) -> str:
+        """Content key of the whole sweep."""
+        axes = []
+        for name, values in self.axes.items():
+            alone: list[dict[str, Any]] = [{} for _ in values]
+            for mapping, value in zip(alone, values, strict=True):
+                config.assign(mapping, name, value)
+            axes.append([name, [config.key(mapping, self.folder) for mapping in alone]])
+        return config.key({"base": config.key(self.base, self.folder), "axes": axes})
+
+    def run(
+        self,
+        out: str | Path | None = None,
+        executor: Executor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> pd.DataFrame:
+        """Compute every cell that is not yet known.
+
+        Parameters
+        ----------
+        out : str or Path, optional
+            Table to write (.parquet or .csv). If it already holds this very sweep it is returned
+            at once; if it holds anything else nothing is done.
+        executor : Executor, optional
+            Any of `concurrent.futures`; this process by default. It does not change the result.
+        progress : callable, optional
+            Told how many more cells are known.
+
+        Returns
+        -------
+        DataFrame
+            One row per cell and recorded step: the axes, ``case`` (the cell's content key), and
+            the columns of `Trajectory.table`. A diverged cell is a row like any other. Monte
+            Carlo cells draw from a stream of their own, seeded by (seed, case).
+
+        Raises
+        ------
+        NQMError
+            Naming the cell that cannot be built, before anything is computed.
+        """
+        told = progress if progress is not None else _silent
+        key = self.key
+        if out is not None and (known := finished(out, key, __version__)) is not None:
+            Path(f"{out}.journal.jsonl").unlink(missing_ok=True)
+            told(len(self))
+            return known
+        self._check()
+        if out is None:
+            results: dict[int, Result] = {}
+            for index, result in self._compute(results, executor):
+                results[index] = result
+                told(1)
+            return self._table(results)
+        with _Journal(Path(f"{out}.journal.jsonl"), key) as journal:
+            results = journal.results
+            told(len(results))
+            for index, result in self._compute(dict(results), executor):
+                journal.add(index, result)
+                told(1)
+        metadata = {
+            "key": key,
+            "version": __version__,
+            "config": config.resolve_files(self.base, self.folder),
+            "axes": dict(self.axes),
+        }
+        write_table(out, self._table(results), metadata)
+        journal.path.unlink()
+        return read_table(out)
+
+    def _check(self) -> None:
+        """Build the cells, or, of a great many, every value of every axis once."""
+        cases: Iterator[Case] = self.cases()
+        if len(self) > BUILT_FIRST:
+            first = {name: values[0] for name, values in self.axes.items()}
+            cases = (
+                self._case(-1, first | {name: value})
+                for name, values in self.axes.items()
+                for value in values
+            )
+        for case in cases:
+            _build(case, self.folder, checked=True)
+
+    def _compute(
+        self, known: Mapping[int, Result], executor: Executor | None
+    ) -> Iterator[tuple[int, Result]]:
+        """Results of the cells not known, in the order in which they are done."""
+        left = (case for case in self.cases() if case.index not in known)
+        if executor is None:
+            for case in left:
+                yield compute([case], self.folder)[0]
+            return
+        size = max(1, min(CHUNK, (len(self) - len(known)) // 64))
+        futures: list[Future[list[tuple[int, Result]]]] = []
+        try:
+            while chunk := list(itertools.islice(left, size)):
+                futures.append(executor.submit(compute, chunk, self.folder))
+            for future in as_completed(futures):
+                yield from future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _table(self, results: Mapping[int, Result]) -> pd.DataFrame:
+        """All results in the order of the cells."""
+        own = list(results[0])
+        names = self._names(own)
+        shown = {axis: _column(values) for axis, values in self.axes.items()}
+        fronts = itertools.product(*shown.values())
+        columns: dict[str, list[Any]] = {name: [] for name in (*names.values(), *own)}
+        for index, front in enumerate(fronts):
+            result = results[index]
+            for name, value in zip(names.values(), front, strict=True):
+                columns[name].extend([value] * len(result["case"]))
+            for name in own:
+                columns[name].extend(result[name])
+        return pd.DataFrame(columns)
+
+    def _names(self, taken: Sequence[str]) -> dict[str, str]:
+        """Column of each axis: the last part of its key where that says it all."""
+        short = {axis: axis.rpartition(".")[2] for axis in self.axes}
+        count = list(short.values()).count
+        return {
+            axis: axis if count(name) > 1 or name.isdigit() or name in taken else name
+            for axis, name in short.items()
+        }
+
+
+def read_axes(table: Any) -> dict[str, list[Any]]:
+    """Axes of a ``[sweep]`` table.
+
+    A dotted key holds a list of values, or ``{geomspace = [a, b, count]}``,
+    ``{linspace = [a, b, count]}``, ``{range = [a, b, step]}``, all with both ends.
+    """
+    if not isinstance(table, Mapping) or not table:
+        raise NQMError("sweep must be a table of dotted keys and lists; got something else")
+    axes: dict[str, list[Any]] = {}
+    for name, value in table.items():
+        if isinstance(value, list):
+            axes[name] = value
+        elif isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in _GRIDS:
+            axes[name] = _grid(f"sweep.{name}", *next(iter(value.items())))
+        elif isinstance(value, Mapping) and value:
+            # An unquoted dotted key is a nested table in TOML.
+            axes |= {f"{name}.{inner}": values for inner, values in read_axes(value).items()}
+        else:
+            raise NQMError(
+                f"sweep.{name} must be a list or one of {', '.join(_GRIDS)}; got {value!r:.40}"
+            )
+    return axes
+
+
+_GRIDS = ("geomspace", "linspace", "range")
+
+
+def _grid(where: str, kind: str, numbers: Any) -> list[Any]:
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) != 3
+        or not all(type(number) in (int, float) and np.isfinite(number) for number in numbers)
+    ):
+        raise NQMError(f"{where}.{kind} must hold three numbers; got {numbers!r:.40}")
+    a, b, last = numbers
+    if kind == "range":
+        if last == 0 or (b - a) / last < 0:
+            raise NQMError(f"{where}.range must step from its first to its second; got {numbers}")
+        return [a + i * last for i in range(int((b - a) / last + 1e-9) + 1)]
+    if type(last) is not int or last < 1:
+        raise NQMError(f"{where}.{kind} needs a whole count >= 1; got {last!r}")
+    if kind == "linspace":
+        return [_whole(v) for v in np.linspace(a, b, last).tolist()]
+    if a <= 0 or b <= 0:
+        raise NQMError(f"{where}.geomspace needs ends > 0; got {a!r} and {b!r}")
+    return [_whole(v) for v in np.geomspace(a, b, last).tolist()]
+
+
+def _whole(value: float) -> float:
+    """A whole number for what is one but for rounding, as counts must be."""
+    return round(value) if abs(value - round(value)) <= 1e-12 * abs(value) else value
+
+
+def compute(cases: Sequence[Case], folder: str | Path) -> list[tuple[int, Result]]:
+    """Results of some cells; what a worker runs."""
+    results = []
+    for case in cases:
+        run = _build(case, folder)
+        key = config.key(case.mapping, folder)
+        stream = hashlib.sha256(f"{run.seed}:{key}".encode()).digest()
+        run = replace(run, seed=int.from_bytes(stream[:7], "big"))
+        try:
+            table = run.table()
+        except NQMError as error:
+            raise NQMError(f"{case}: {error}") from None
+        result = {str(name): table[name].tolist() for name in table.columns}
+        results.append((case.index, {"case": [key[:16]] * len(table)} | result))
+    return results
+
+
+def _build(case: Case, folder: str | Path, *, checked: bool = False) -> config.Run:
+    try:
+        run = config.build(case.mapping, folder)
+        if checked:
+            run.check()
+        return run
+    except NQMError as error:
+        raise NQMError(f"{case}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """NumPy numbers and arrays as Python's own."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _column(values: Sequence[Any]) -> Sequence[Any]:
+    """Values of an axis as one column: all numbers, all texts, or everything as JSON text."""
+    for kinds in ((int, float), (str,), (bool,)):
+        if all(type(value) in kinds for value in values):
+            return values
+    return [json.dumps(value) for value in values]
+
+
+def _silent(count: int) -> None:
+    pass
+
+
+class _Journal:
+    """Finished cells, one JSON line each, after a line that says of which sweep.
+
+    A line that was being written when the process died has no end and is dropped; floats, NaN and
+    infinities come back exactly.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path = path
+        self.header = {"key": key, "version": __version__}
+        self.results: dict[int, Result] = {}
+        self.synced = 0.0
+
+    def __enter__(self) -> Self:
+        try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise NQMError(f"cannot read {self.path}: {error.strerror}") from None
+        first = (json.dumps(self.header) + "\n").encode()
+        whole = content[: content.rfind(b"\n") + 1]
+        if content and not whole and not first.startswith(content):
+            check_stamp(self.path, {}, self.header["key"], __version__)
+        if whole:
+            self._read(whole.splitlines())
+        try:
+            self.stream = open(self.path, "ab")
+            self.stream.truncate(len(whole))
+            if not whole:
+                self.stream.write(first)
+                self._flush()
+        except OSError as error:
+            raise NQMError(f"cannot write {self.path}: {error.strerror}") from None
+        return self
+
+    def _read(self, lines: list[bytes]) -> None:
+        try:
+            header, *cells = [json.loads(line) for line in lines]
+        except ValueError:
+            raise NQMError(f"{self.path} is damaged; delete it to compute all cells anew") from None
+        stamp = header if isinstance(header, dict) else {}
+        check_stamp(self.path, stamp, self.header["key"], __version__)
+        self.results = dict(cells)
+
+    def add(self, index: int, result: Result) -> None:
+        """Keep a cell: handed to the system at once, forced to the disk every now and then."""
+        self.results[index] = result
+        self.stream.write((json.dumps([index, result]) + "\n").encode())
+        self.stream.flush()
+        # A killed process loses nothing that was flushed; only a power cut could.
+        if time.monotonic() - self.synced > SYNC:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.synced = time.monotonic()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._flush()
+        self.stream.close()

@@ -1,0 +1,263 @@
+"""Tables on disk: one place for column names, units and labels, and for reading and writing.
+
+A table is Parquet or CSV by its extension. It carries a metadata dictionary (what was run, and a
+content key), holds no time stamp, so the same content is the same bytes, and appears under its
+name only once it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+
+from nqm.errors import NQMError
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds.
+
+    Attributes
+    ----------
+    label : str
+        For an axis or a legend.
+    unit : str
+        Empty for a pure number.
+    doc : str
+        One line.
+    dtype : str
+        As pandas names it.
+    """
+
+    label: str
+    unit: str
+    doc: str
+    dtype: str = "float64"
+
+
+COLUMNS: dict[str, Column] = {
+    "case": Column("case", "", "content key of the cell of a sweep", "str"),
+    "step": Column("training step", "steps", "steps over the whole program", "int64"),
+    "examples": Column("examples", "examples", "examples drawn up to this step"),
+    "loss": Column("expected loss", "", "expected loss of the evaluated weights (mean model)"),
+    "member_loss": Column("member loss", "", "expected loss of the average member"),
+    "bias": Column("bias", "", "loss of the expected weights"),
+    "variance": Column("variance", "", "what the weights' covariance adds to the loss"),
+    "loss_sd": Column("sd of loss", "", "standard deviation of the loss from run to run"),
+    "stderr": Column("standard error", "", "Monte Carlo standard error of loss; 0 if analytic"),
+    "member_stderr": Column("member standard error", "", "the same of member_loss"),
+    "status": Column("status", "", "finished, reached, not_reached or diverged", "str"),
+    "kind": Column("kind", "", "exact, sample, first_order or long_run", "str"),
+    "radius": Column("spectral radius", "", "largest spectral radius of one cycle"),
+    "lr": Column("learning rate", "", "learning rate (of the base weights)"),
+    "member_lr": Column("member learning rate", "", "learning rate of late-phase weights"),
+    "batch_size": Column("batch size", "examples", "examples in one minibatch"),
+    "members": Column("members K", "", "late-phase members or independent runs", "int64"),
+    "gamma": Column(r"$\gamma_\theta$", "", "scale of the summed base gradient"),
+    "momentum": Column("momentum", "", "momentum, in PyTorch's form"),
+    "flat_low": Column("lowest good rate", "", "least rate within 10 % of the best loss"),
+    "flat_high": Column("highest good rate", "", "largest rate within 10 % of the best loss"),
+    "at_edge": Column("at edge", "", "whether the best lies at an end of the search", "bool"),
+}
+
+_QUANTILE = "loss_q"
+
+
+def quantile_name(level: float) -> str:
+    """Column of the loss's quantile at `level`, e.g. ``loss_q0.05``."""
+    return f"{_QUANTILE}{level:g}"
+
+
+def label(name: str) -> str:
+    """Axis label of a column, with its unit; an unknown name labels itself."""
+    if name.startswith(_QUANTILE):
+        return f"{name.removeprefix(_QUANTILE)} quantile of loss"
+    if name not in COLUMNS:
+        return name
+    column = COLUMNS[name]
+    repeats = column.unit in ("", column.label)
+    return column.label if repeats else f"{column.label} ({column.unit})"
+
+
+def write_table(path: str | Path, frame: pd.DataFrame, metadata: Mapping[str, Any]) -> None:
+    """Write a table and its metadata, all or nothing.
+
+    Parameters
+    ----------
+    path : str or Path
+        Ends in .parquet or .csv.
+    frame : DataFrame
+        Its index is not kept. Floats come back exactly from either format.
+    metadata : mapping
+        What JSON can hold; see `read_metadata`.
+
+    Raises
+    ------
+    NQMError
+        On another extension, or when the folder cannot be written.
+    """
+    path = Path(path)
+    write = _write_parquet if _format(path) == ".parquet" else _write_csv
+    with _replacing(path) as stream:
+        write(stream, frame, dict(metadata))
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Table of a .parquet or .csv file; a CSV may as well come from elsewhere."""
+    path = Path(path)
+    if _format(path) == ".parquet":
+        with _reading(path):
+            import pyarrow.parquet as pq
+
+            frame: pd.DataFrame = pq.ParquetFile(path).read().to_pandas()
+            return frame
+    stamp = _csv_stamp(path)
+    with _reading(path):
+        if stamp is None:
+            return pd.read_csv(path, float_precision="round_trip", comment="#")
+        dtypes = stamp["dtypes"]
+        # In a text column an empty field is an empty text; elsewhere it is NaN.
+        missing = {name: [""] for name, dtype in dtypes.items() if dtype != "str"}
+        frame = pd.read_csv(
+            path,
+            float_precision="round_trip",
+            skiprows=1,
+            dtype=dtypes,
+            keep_default_na=False,
+            na_values=missing,
+        )
+        if len(frame) != stamp["rows"] or list(frame.columns) != list(dtypes):
+            raise ValueError(f"{len(frame)} of {stamp['rows']} rows")
+    return frame
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Metadata a table was written with; empty for a file from elsewhere."""
+    path = Path(path)
+    if _format(path) == ".csv":
+        stamp = _csv_stamp(path)
+        return {} if stamp is None else dict(stamp["metadata"])
+    with _reading(path):
+        import pyarrow.parquet as pq
+
+        stored = pq.read_schema(path).metadata or {}
+        return dict(json.loads(stored[b"nqm"])) if b"nqm" in stored else {}
+
+
+def finished(path: str | Path, key: str, version: str) -> pd.DataFrame | None:
+    """The table at `path` if this very content was computed before, None if nothing is there.
+
+    Raises
+    ------
+    NQMError
+        If the file holds anything else, which is never overwritten; and before any computing, if
+        the folder could not take the file.
+    """
+    path = Path(path)
+    _format(path)
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise NQMError(f"cannot write {path}: folder {path.parent} does not exist; create it")
+        if not os.access(path.parent, os.W_OK):
+            raise NQMError(f"cannot write {path}: folder {path.parent} is not writable")
+        return None
+    check_stamp(path, read_metadata(path), key, version)
+    return read_table(path)
+
+
+def check_stamp(path: Path, stamp: Mapping[str, Any], key: str, version: str) -> None:
+    """Raise NQMError unless the stamp found in `path` is of this key and version."""
+    advice = "move it away or choose another output; nothing was overwritten"
+    if "key" not in stamp:
+        raise NQMError(f"{path} exists and was not written by nqm; {advice}")
+    if stamp["key"] != key:
+        raise NQMError(f"{path} holds another configuration (key {stamp['key']!s:.16}); {advice}")
+    if stamp.get("version") != version:
+        raise NQMError(
+            f"{path} was written by nqm {stamp.get('version')}, this is {version}; {advice}"
+        )
+
+
+def _format(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in (".parquet", ".csv"):
+        raise NQMError(f"{path}: a table's name must end in .parquet or .csv; got {suffix!r}")
+    return suffix
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Stream into a neighbour of `path` that takes its name once all is safely on disk."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with open(temporary, "xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise NQMError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn every way a file can be unreadable into one line that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NQMError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise NQMError(
+            f"{path} is not a complete table ({reason:.120}); delete it and run again"
+        ) from None
+
+
+def _write_parquet(stream: IO[bytes], frame: pd.DataFrame, metadata: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    # pandas' own metadata name its version; the bytes should depend on the content alone.
+    stamped = table.replace_schema_metadata({"nqm": json.dumps(metadata, sort_keys=True)})
+    pq.write_table(stamped, stream)
+
+
+def _write_csv(stream: IO[bytes], frame: pd.DataFrame, metadata: dict[str, Any]) -> None:
+    dtypes = {str(name): _dtype(frame[name]) for name in frame.columns}
+    stamp = {"dtypes": dtypes, "metadata": metadata, "rows": len(frame)}
+    stream.write(f"# {json.dumps(stamp)}\n".encode())
+    text = frame.to_csv(index=False, lineterminator="\n")
+    stream.write(text.encode())
+
+
+def _dtype(values: pd.Series[Any]) -> str:
+    return str(values.dtype) if values.dtype.kind in "iufb" else "str"
+
+
+def _csv_stamp(path: Path) -> dict[str, Any] | None:
+    """What the first line of one of our CSV files says; None for a file from elsewhere."""
+    with _reading(path):
+        with open(path, "rb") as stream:
+            first = stream.readline()
+            if not first.startswith(b"# {"):
+                return None
+            stamp = dict(json.loads(first[2:]))
+            if not {"dtypes", "metadata", "rows"} <= stamp.keys():
+                return None
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                raise ValueError("its last line is cut short")
+        return stamp

@@ -1,0 +1,428 @@
+"""Questions one asks of a problem: how long, at which rate, up to which batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import curve_fit, minimize_scalar
+
+from nqm.algorithms.base import Algorithm
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problem import FloatArray, Problem
+from nqm.program import Phase, Program
+from nqm.result import Status
+from nqm.solvers.moments import PhaseWalk, compose_steps, solve
+from nqm.solvers.steady import check_settles, steady
+from nqm.transition import extract, spectral_radius
+
+#: Multiplications that a full scan for the first crossing may cost (about a second).
+SCAN_BUDGET = 2e8
+#: Relative distance from the floor at which a loss has settled.
+SETTLED = 1e-9
+
+
+# --- stability -------------------------------------------------------------------------------
+
+
+def stability_edge(
+    problem: Problem, algorithm: Algorithm, *, member_lr_ratio: float = 1.0
+) -> float:
+    """Smallest constant learning rate at which some direction is no longer stable.
+
+    All linear methods depend on lr and h through lr * h, so the edge is that of the largest
+    curvature. SGD: 2 / h; heavy ball: 2 (1 + momentum) / h; late-phase: lambda h = 2 for the mean
+    model or member_lr h = 2 for the members, whichever comes first.
+
+    Parameters
+    ----------
+    problem : Problem
+    algorithm : Algorithm
+    member_lr_ratio : float
+        member_lr / lr, for late-phase weights.
+
+    Returns
+    -------
+    float
+        ``inf`` if no rate up to 1e4 / h is unstable.
+    """
+    check_number("stability_edge.member_lr_ratio", member_lr_ratio, low=0.0, closed_low=False)
+    highest = float(problem.curvature.max())
+    if highest == 0.0:
+        return float("inf")
+
+    def radius(u: FloatArray) -> FloatArray:
+        worst = np.zeros(u.shape)
+        for mode in algorithm.modes():
+            chain = mode.algorithm
+            rates = (u, member_lr_ratio * u) if chain.rate_count == 2 else u
+            steps = [extract(chain, np.ones(1), rates, t).matrix for t in range(chain.period)]
+            matrix = np.array(steps)
+            whole, _ = compose_steps(matrix, np.zeros_like(matrix), range(chain.period))
+            worst = np.maximum(worst, spectral_radius(whole))
+        return worst
+
+    def unstable(u: FloatArray) -> FloatArray:
+        return np.asarray(radius(u) > 1.0 + 1e-9)
+
+    grid = np.geomspace(1e-6, 1e4, 4001)
+    bad = np.flatnonzero(unstable(grid))
+    if bad.size == 0:
+        return float("inf")
+    if bad[0] == 0:
+        return 0.0
+    low, high = grid[bad[0] - 1], grid[bad[0]]
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if unstable(np.array([middle]))[0] else (middle, high)
+    return float(0.5 * (low + high) / highest)
+
+
+# --- best hyper-parameters -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best setting found and how flat the optimum is.
+
+    Attributes
+    ----------
+    lr : float
+    loss : float
+        Expected loss at `lr`.
+    momentum : float
+        NaN when only the learning rate was searched.
+    flat_low, flat_high : float
+        Rates between which the loss stays within 10 % of the best.
+    at_edge : bool
+        Whether the best rate lies at an end of the searched range.
+    evaluated : DataFrame
+        Columns lr, loss (and momentum): everything that was computed.
+    """
+
+    lr: float
+    loss: float
+    flat_low: float
+    flat_high: float
+    at_edge: bool
+    momentum: float = float("nan")
+    evaluated: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+
+    def table(self) -> pd.DataFrame:
+        """One row."""
+        names = ("lr", "momentum", "loss", "flat_low", "flat_high", "at_edge")
+        return pd.DataFrame({name: [getattr(self, name)] for name in names})
+
+
+def best_lr(
+    problem: Problem,
+    make_program: Callable[[float], Program],
+    low: float,
+    high: float,
+    *,
+    points: int = 41,
+) -> Best:
+    """Learning rate in [low, high] with the least expected loss at the end of the program.
+
+    A geometric grid, then a bounded search between the best point's neighbours. "At given steps"
+    or "at given data" is what `make_program` says (see `Program` and `nqm.program.steps_for`).
+
+    Parameters
+    ----------
+    problem : Problem
+    make_program : callable
+        From a learning rate to the program to run.
+    low, high : float
+        Range searched; `stability_edge` is a natural upper end.
+    points : int
+        Size of the grid.
+
+    Raises
+    ------
+    NQMError
+        If every rate in the range diverges.
+    """
+    check_number("best_lr.low", low, low=0.0, closed_low=False)
+    check_number("best_lr.high", high, low=low, closed_low=False)
+    check_integer("best_lr.points", points, 3)
+    rows: list[tuple[float, float]] = []
+
+    def loss(lr: float) -> float:
+        program = make_program(lr)
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = float(solve(problem, program, [program.steps]).loss[-1])
+        value = value if np.isfinite(value) else np.inf
+        rows.append((lr, value))
+        return value
+
+    grid = np.geomspace(low, high, points)
+    losses = np.array([loss(float(lr)) for lr in grid])
+    if not np.isfinite(losses).any():
+        raise NQMError(f"best_lr: every rate in {low:g}..{high:g} diverges; lower the range")
+    best = int(np.argmin(losses))
+    left, right = grid[max(best - 1, 0)], grid[min(best + 1, points - 1)]
+    minimize_scalar(
+        lambda z: min(loss(float(np.exp(z))), 1e300),
+        bounds=(np.log(left), np.log(right)),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    table = pd.DataFrame(rows, columns=["lr", "loss"]).sort_values("lr", ignore_index=True)
+    winner = min(rows, key=lambda row: row[1])
+    flat = table.loc[table["loss"] <= 1.1 * winner[1], "lr"]
+    return Best(
+        lr=winner[0],
+        loss=winner[1],
+        flat_low=float(flat.min()),
+        flat_high=float(flat.max()),
+        at_edge=bool(winner[0] <= grid[0] * 1.001 or winner[0] >= grid[-1] / 1.001),
+        evaluated=table,
+    )
+
+
+def best_lr_and_momentum(
+    problem: Problem,
+    make_program: Callable[[float, float], Program],
+    low: float,
+    high: float,
+    *,
+    momenta: Sequence[float] = tuple(1.0 - np.geomspace(1.0, 1e-3, 13)),
+    points: int = 31,
+) -> Best:
+    """Best (learning rate, momentum): `best_lr` for each momentum, then between the best two.
+
+    Parameters
+    ----------
+    make_program : callable
+        From (learning rate, momentum) to the program to run.
+    momenta : sequence of float
+        Values tried; refined once around the best.
+    """
+
+    def at(momentum: float) -> Best:
+        return best_lr(problem, lambda lr: make_program(lr, momentum), low, high, points=points)
+
+    found = {float(m): at(float(m)) for m in momenta}
+    order = sorted(found)
+    best = min(found, key=lambda m: found[m].loss)
+    i = order.index(best)
+    left, right = order[max(i - 1, 0)], order[min(i + 1, len(order) - 1)]
+    if right > left:
+        # Search in log(1 - momentum), the natural scale of a memory.
+        def loss(z: float) -> float:
+            momentum = 1.0 - float(np.exp(z))
+            found[momentum] = at(momentum)
+            return found[momentum].loss
+
+        bounds = (np.log1p(-right), np.log1p(-left))
+        minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3})
+    best = min(found, key=lambda m: found[m].loss)
+    parts = [b.evaluated.assign(momentum=m) for m, b in found.items()]
+    winner = found[best]
+    return Best(
+        lr=winner.lr,
+        loss=winner.loss,
+        flat_low=winner.flat_low,
+        flat_high=winner.flat_high,
+        at_edge=winner.at_edge,
+        momentum=best,
+        evaluated=pd.concat(parts, ignore_index=True),
+    )
+
+
+# --- time to a target ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """When the expected loss meets a target.
+
+    Attributes
+    ----------
+    status : Status
+        REACHED, NOT_REACHED (within the phase's steps) or DIVERGED.
+    step, examples : float
+        Of the crossing; NaN unless reached.
+    loss : float
+        Expected loss at that step.
+    floor : float
+        Steady-state loss, NaN where there is none: a target below it is out of reach but for a
+        dip on the way.
+    scanned : bool
+        Whether every step before the crossing was looked at. Otherwise only a grid of steps 5 %
+        apart and the bracket were, and a shorter dip under the target could have been missed.
+    """
+
+    status: Status
+    step: float
+    examples: float
+    loss: float
+    floor: float
+    scanned: bool
+
+
+def steps_to_target(
+    problem: Problem, phase: Phase, target: float, *, crossing: str = "first"
+) -> Crossing:
+    """First (or last) step at which the expected loss is at or below `target`.
+
+    The loss need not fall monotonically (momentum, starts below the floor), so nothing is
+    bisected: jumps on a geometric grid of steps bracket the crossing, then steps are scanned.
+
+    Parameters
+    ----------
+    problem : Problem
+    phase : Phase
+        Its `steps` are the horizon; 10**9 is fine at constant rates.
+    target : float
+        Expected loss, > 0.
+    crossing : {"first", "last"}
+        "last" asks from which step on the loss stays at or below the target until the horizon.
+    """
+    check_number("target", target, low=0.0, closed_low=False)
+    if crossing not in ("first", "last"):
+        raise NQMError(f"crossing must be 'first' or 'last'; got {crossing!r}")
+    floor = _floor(problem, phase)
+    walk = PhaseWalk(problem, phase)
+    if crossing == "last":
+        return _last(walk, phase, target, floor)
+    before, lost = 0, Status.NOT_REACHED
+    for step, loss in walk.at(_grid(phase.steps)):
+        if loss <= target:
+            scanned = walk.cost(step) <= SCAN_BUDGET
+            start = 0 if scanned else before
+            path = walk.path(start, step)
+            hit = int(np.flatnonzero(path <= target)[0])
+            return _crossed(phase, start + hit, float(path[hit]), floor, scanned)
+        before = step
+        if not np.isfinite(loss):
+            lost = Status.DIVERGED
+            break
+        if target < floor and abs(loss - floor) <= SETTLED * floor:
+            break
+    # Dips between grid points count as crossings too, where looking is affordable.
+    scanned = walk.cost(before) <= SCAN_BUDGET
+    if scanned:
+        path = walk.path(0, before)
+        dips = np.flatnonzero(path <= target)
+        if dips.size:
+            return _crossed(phase, int(dips[0]), float(path[dips[0]]), floor, True)
+    return Crossing(lost, np.nan, np.nan, np.nan, floor, scanned)
+
+
+def _last(walk: PhaseWalk, phase: Phase, target: float, floor: float) -> Crossing:
+    """Step from which on the loss stays at or below the target until the horizon."""
+    grid = _grid(phase.steps)
+    losses = np.array([loss for _, loss in walk.at(grid)])
+    if not losses[-1] <= target:
+        lost = Status.NOT_REACHED if np.isfinite(losses[-1]) else Status.DIVERGED
+        return Crossing(lost, np.nan, np.nan, np.nan, floor, False)
+    above = np.flatnonzero(~(losses <= target))
+    bracket = (0, 0) if above.size == 0 else (int(grid[above[-1]]), int(grid[above[-1] + 1]))
+    path = walk.path(*bracket)
+    high = np.flatnonzero(~(path <= target))
+    index = 0 if high.size == 0 else int(high[-1]) + 1
+    return _crossed(phase, bracket[0] + index, float(path[index]), floor, False)
+
+
+def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) -> Crossing:
+    return Crossing(Status.REACHED, step, phase.examples(step), loss, floor, scanned)
+
+
+def _floor(problem: Problem, phase: Phase) -> float:
+    try:
+        check_settles(phase.algorithm)
+        return steady(problem, phase).loss
+    except NQMError:
+        return float("nan")
+
+
+def _grid(steps: int) -> list[int]:
+    """0, 1, 2, ... then growing by 5 % to `steps`."""
+    points = [0]
+    while points[-1] < steps:
+        points.append(min(steps, max(points[-1] + 1, int(points[-1] * 1.05))))
+    return points
+
+
+# --- critical batch size ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CriticalBatch:
+    """Fit of steps = least_steps * (1 + critical / batch size) (McCandlish et al. 2018, eq. 2.11).
+
+    Attributes
+    ----------
+    critical : float
+        Batch size at which twice the least number of steps, and of examples, is needed.
+    least_steps, least_examples : float
+        Limits of large and of small batches.
+    table : DataFrame
+        batch_size, lr (best), step, examples, and the fit's step.
+    """
+
+    critical: float
+    least_steps: float
+    least_examples: float
+    table: pd.DataFrame = field(repr=False)
+
+
+def critical_batch_size(
+    problem: Problem,
+    algorithm: Algorithm,
+    target: float,
+    batch_sizes: Sequence[float],
+    *,
+    points: int = 25,
+    max_steps: int = 10**7,
+) -> CriticalBatch:
+    """Batch size beyond which more examples per step no longer save steps.
+
+    For each batch size the constant learning rate that reaches `target` in the fewest steps is
+    searched below the stability edge.
+
+    Raises
+    ------
+    NQMError
+        If fewer than three batch sizes reach the target.
+    """
+    edge = stability_edge(problem, algorithm)
+    grid = np.geomspace(1e-4 * edge, 0.999 * edge, points)
+    rows = []
+    for batch_size in batch_sizes:
+
+        def steps(lr: float, batch_size: float = batch_size) -> float:
+            phase = Phase(algorithm, lr, max_steps, batch_size)
+            found = steps_to_target(problem, phase, target)
+            return found.step if found.status is Status.REACHED else np.inf
+
+        counts = np.array([steps(float(lr)) for lr in grid])
+        if not np.isfinite(counts).any():
+            continue
+        best = int(np.argmin(counts))
+        ends = grid[max(best - 1, 0)], grid[min(best + 1, points - 1)]
+        tried = {float(grid[best]): float(counts[best])}
+        for lr in np.geomspace(*ends, 17):
+            tried[float(lr)] = steps(float(lr))
+        lr = min(tried, key=lambda key: tried[key])
+        examples = Phase(algorithm, lr, max_steps, batch_size).examples(int(tried[lr]))
+        rows.append((float(batch_size), lr, tried[lr], examples))
+    if len(rows) < 3:
+        raise NQMError(
+            f"critical_batch_size: {len(rows)} of {len(batch_sizes)} batch sizes reach the target "
+            f"{target:g}; three are needed: raise the target, max_steps or the batch sizes"
+        )
+    table = pd.DataFrame(rows, columns=["batch_size", "lr", "step", "examples"])
+    log_steps = np.log(table["step"].to_numpy())
+
+    def model(b: FloatArray, log_least: float, log_critical: float) -> FloatArray:
+        return np.asarray(log_least + np.log1p(np.exp(log_critical) / b))
+
+    guess = (log_steps.min(), float(np.log(table["batch_size"]).median()))
+    fit, _ = curve_fit(model, table["batch_size"].to_numpy(), log_steps, p0=guess)
+    least, critical = float(np.exp(fit[0])), float(np.exp(fit[1]))
+    table["fit"] = np.exp(model(table["batch_size"].to_numpy(), *fit))
+    return CriticalBatch(critical, least, least * critical, table)

@@ -1,0 +1,122 @@
+"""Tuning one phase of a program by the searches of `nqm.targets`, with ranges chosen for it."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nqm.algorithms.base import Algorithm
+from nqm.errors import NQMError
+from nqm.problem import Problem
+from nqm.program import Phase, Program
+from nqm.result import Status
+from nqm.schedule import Constant
+from nqm.targets import Best, best_lr, best_lr_and_momentum, stability_edge, steps_to_target
+
+#: Least rate searched, in units of the largest stable one.
+SLOWEST = 1e-5
+#: Largest momentum searched.
+HEAVIEST = 0.999
+
+
+def best_rate(problem: Problem, program: Program, index: int, *, momentum: bool = False) -> Best:
+    """Constant learning rate (and momentum) of one phase with the least final loss.
+
+    Parameters
+    ----------
+    problem : Problem
+    program : Program
+    index : int
+        Which phase; -1 is the last. Its ``member_lr``, where stated, stays as it is.
+    momentum : bool
+        Search the momentum of the phase's optimizer as well.
+    """
+    phase = _phase(program, index)
+
+    def changed(lr: float, algorithm: Any) -> Program:
+        phases = list(program.phases)
+        phases[index] = replace(phase, lr=lr, algorithm=algorithm)
+        return Program(tuple(phases))
+
+    if not momentum:
+        high = _edge(problem, phase)
+        return best_lr(
+            problem, lambda lr: changed(lr, phase.algorithm), SLOWEST * high, 0.999 * high
+        )
+    ends = [replace(phase, algorithm=_with_momentum(phase.algorithm, m)) for m in (0.0, HEAVIEST)]
+    high = max(_edge(problem, end) for end in ends)
+    return best_lr_and_momentum(
+        problem,
+        lambda lr, m: changed(lr, _with_momentum(phase.algorithm, m)),
+        SLOWEST * high,
+        0.999 * high,
+    )
+
+
+def fastest_rate(problem: Problem, program: Program, target: float) -> pd.DataFrame:
+    """One row: the constant rate at which a one-phase program first reaches `target` soonest.
+
+    Raises
+    ------
+    NQMError
+        If no rate reaches it within the program's steps.
+    """
+    if len(program.phases) != 1:
+        raise NQMError(f"a target needs a program of one phase; got {len(program.phases)}")
+    phase = _phase(program, 0)
+    edge = _edge(problem, phase)
+    tried = {}
+
+    def search(rates: Any) -> float:
+        for lr in map(float, rates):
+            tried[lr] = steps_to_target(problem, replace(phase, lr=lr), target)
+        reached = [lr for lr, c in tried.items() if c.status is Status.REACHED]
+        if not reached:
+            raise NQMError(
+                f"target {target:g} is below what any rate reaches in {phase.steps} steps; "
+                "raise the target, the steps or the batch size"
+            )
+        return min(reached, key=lambda lr: tried[lr].step)
+
+    grid = np.geomspace(SLOWEST * edge, 0.999 * edge, 41)
+    best = int(np.argmin(np.abs(grid - search(grid))))
+    lr = search(np.geomspace(grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)], 17))
+    found = tried[lr]
+    row = {"lr": lr, "step": int(found.step), "examples": found.examples, "loss": found.loss}
+    return pd.DataFrame([row | {"status": str(found.status)}])
+
+
+def _phase(program: Program, index: int) -> Phase:
+    count = len(program.phases)
+    if not -count <= index < count:
+        raise NQMError(f"phase must lie in 0..{count - 1}, or -1 for the last; got {index}")
+    phase = program.phases[index]
+    if not isinstance(phase.lr, Constant):
+        name = type(phase.lr).__name__
+        raise NQMError(f"tuning searches a constant rate but phase.lr is {name}; give a number")
+    return phase
+
+
+def _edge(problem: Problem, phase: Phase) -> float:
+    """Upper end of the rates worth a look."""
+    if not isinstance(phase.algorithm, Algorithm):
+        name = type(phase.algorithm).__name__
+        raise NQMError(f"{name} has no exact stability edge; sweep phase.lr instead")
+    # With member_lr stated, only lr varies: the edge of the base weights alone bounds it.
+    ratio = 1.0 if phase.member_lr is None else 1e-9
+    edge = stability_edge(problem, phase.algorithm, member_lr_ratio=ratio)
+    if not 0 < edge < np.inf:
+        raise NQMError(f"no learning rate to search: the stability edge is {edge:g}")
+    return edge
+
+
+def _with_momentum(algorithm: Any, momentum: float) -> Any:
+    names = {field.name for field in fields(algorithm)}
+    if "momentum" in names:
+        return replace(algorithm, momentum=momentum)
+    if "inner" in names:
+        return replace(algorithm, inner=_with_momentum(algorithm.inner, momentum))
+    raise NQMError(f"{type(algorithm).__name__} has no momentum; use heavy_ball or nesterov")
