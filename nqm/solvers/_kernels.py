@@ -12,7 +12,79 @@ import math
 import numpy as np
 from numba import njit
 
+from nqm.solvers.ziggurat import TAIL_START, tables
+
 _jit = njit(cache=True, nogil=True, error_model="numpy")
+
+_ACCEPT, _WIDTH, _HEIGHT = tables()
+_ONE, _THREE, _EIGHT, _NINE, _ELEVEN, _24, _40 = (np.uint64(n) for n in (1, 3, 8, 9, 11, 24, 40))
+_LAYER, _PLACE = np.uint64(0xFF), np.uint64(0x000FFFFFFFFFFFFF)
+_UNIT = 2.0**-53
+
+
+@_jit
+def _next(state):
+    """Next 64 bits of SFC64; `state` is (a, b, c, counter)."""
+    a, b, c, counter = state[0], state[1], state[2], state[3]
+    bits = a + b + counter
+    state[0] = b ^ (b >> _ELEVEN)
+    state[1] = c + (c << _THREE)
+    state[2] = ((c << _24) | (c >> _40)) + bits
+    state[3] = counter + _ONE
+    return bits
+
+
+@_jit
+def _unit(state):
+    return (_next(state) >> _ELEVEN) * _UNIT
+
+
+@_jit
+def _second_try(state, bits, x):
+    """What follows when the fast test fails: the tail, a wedge, or NaN for a rejection."""
+    layer = bits & _LAYER
+    if layer == 0:
+        while True:
+            beyond = -math.log1p(-_unit(state)) / TAIL_START
+            if -2.0 * math.log1p(-_unit(state)) > beyond * beyond:
+                break
+        # A bit of the place, which the draw does not use otherwise, chooses the side.
+        side = (bits >> _NINE) & _PLACE
+        return -(TAIL_START + beyond) if (side >> _EIGHT) & _ONE else TAIL_START + beyond
+    rise = _HEIGHT[layer - _ONE] - _HEIGHT[layer]
+    if rise * _unit(state) + _HEIGHT[layer] < math.exp(-0.5 * x * x):
+        return x
+    return np.nan
+
+
+@_jit
+def fill_normals(state, out):
+    """Standard normals into `out` (any length), from SFC64 `state` (4,) uint64, advanced in place.
+
+    The stream of ``numpy.random.Generator(SFC64).standard_normal``, without a call for each draw.
+    """
+    a, b, c, counter = state[0], state[1], state[2], state[3]
+    for i in range(out.size):
+        while True:
+            bits = a + b + counter
+            a = b ^ (b >> _ELEVEN)
+            b = c + (c << _THREE)
+            c = ((c << _24) | (c >> _40)) + bits
+            counter += _ONE
+            layer = bits & _LAYER
+            place = (bits >> _NINE) & _PLACE
+            x = place * _WIDTH[layer]
+            if (bits >> _EIGHT) & _ONE:
+                x = -x
+            if place >= _ACCEPT[layer]:
+                state[0], state[1], state[2], state[3] = a, b, c, counter
+                x = _second_try(state, bits, x)
+                a, b, c, counter = state[0], state[1], state[2], state[3]
+                if math.isnan(x):
+                    continue
+            out[i] = x
+            break
+    state[0], state[1], state[2], state[3] = a, b, c, counter
 
 
 @_jit
@@ -160,7 +232,7 @@ def stationary(matrix, noise, out):
 
 @_jit
 def sample_linear(
-    rng,
+    generator,
     values,
     column,
     row,
@@ -176,6 +248,7 @@ def sample_linear(
 ):
     """Literal steps of R replicas; `state` (R, d, n) in place.
 
+    generator : (4,) SFC64 state, in place.
     values : (s, d, nonzeros) entries of [A | C sd(e)] in rows; column : (nonzeros,);
     row : (n + 1,) where each row begins; noise_columns : m.
     record : (T,) index of the output row or -1; readout : (records, n);
@@ -183,37 +256,37 @@ def sample_linear(
     """
     replicas, d, n = state.shape
     z = np.empty(n + noise_columns)
+    normal = np.empty(d * noise_columns)
     single = n == 1 and noise_columns == 1 and column.size == 2
     for t in range(kind.size):
         v, out = values[kind[t]], record[t]
-        if single:
-            c2 = readout[out, 0] ** 2 if out >= 0 else 0.0
-            for r in range(replicas):
-                total = 0.0
-                x = state[r]
-                if out >= 0:
-                    for i in range(d):
-                        y = v[i, 0] * x[i, 0] + v[i, 1] * rng.standard_normal()
-                        x[i, 0] = y
-                        total += weight[i] * (y * y)
-                    loss[out, r] = c2 * total
-                    member_loss[out, r] = loss[out, r]  # one coordinate: at most one member
-                else:
-                    for i in range(d):
-                        x[i, 0] = v[i, 0] * x[i, 0] + v[i, 1] * rng.standard_normal()
-            continue
         for r in range(replicas):
+            fill_normals(generator, normal)
+            if single:
+                x = state[r]
+                for i in range(d):
+                    x[i, 0] = v[i, 0] * x[i, 0] + v[i, 1] * normal[i]
+                continue
             for i in range(d):
                 for j in range(n):
                     z[j] = state[r, i, j]
                 for j in range(noise_columns):
-                    z[n + j] = rng.standard_normal()
+                    z[n + j] = normal[i * noise_columns + j]
                 for j in range(n):
                     total = 0.0
                     for p in range(row[j], row[j + 1]):
                         total += v[i, p] * z[column[p]]
                     state[r, i, j] = total
-        if out >= 0:
+        if out >= 0 and single:
+            c2 = readout[out, 0] ** 2
+            for r in range(replicas):
+                total = 0.0
+                x = state[r]
+                for i in range(d):
+                    total += weight[i] * (x[i, 0] * x[i, 0])
+                loss[out, r] = c2 * total
+                member_loss[out, r] = loss[out, r]  # one coordinate: at most one member
+        elif out >= 0:
             evaluate(state, readout[out], members[out], weight, loss[out], member_loss[out])
 
 
@@ -240,7 +313,7 @@ def evaluate(state, readout, members, weight, loss, member_loss):
 
 @_jit
 def sample_multiplicative(
-    rng,
+    generator,
     curvature,
     minimum,
     noise_sd,
@@ -254,7 +327,9 @@ def sample_multiplicative(
     loss,
     member_loss,
 ):
-    """Multiplicative late-phase steps; theta (R, d) and phi (R, K, d) or (R, K, 1) in place.
+    """Multiplicative late-phase steps, `generator` as above.
+
+    theta (R, d) and phi (R, K, d) or (R, K, 1) in place.
 
     noise_sd : (T, d) of one minibatch; base_lr : (T,) with gamma in it; member_lr : (T,).
     record : (T,) index of the output row or -1; loss, member_loss : (records, R).
@@ -262,14 +337,16 @@ def sample_multiplicative(
     replicas, d = theta.shape
     count = phi.shape[1]
     gradient = np.empty((count, d))
+    normal = np.empty(count * d)
     for t in range(record.size):
         for r in range(replicas):
+            fill_normals(generator, normal)
             for k in range(count):
                 for i in range(d):
                     f = phi[r, k, 0 if scalar else i]
                     gradient[k, i] = (
                         curvature[i] * (theta[r, i] * f - minimum[i])
-                        + noise_sd[t, i] * rng.standard_normal()
+                        + noise_sd[t, i] * normal[k * d + i]
                     )
             for i in range(d):
                 pull = 0.0
@@ -308,12 +385,3 @@ def evaluate_multiplicative(theta, phi, minimum, scalar, weight, loss, member_lo
             total += weight[i] * (mean * mean)
         loss[r] = total
         member_loss[r] = member_total / count
-
-
-@_jit
-def draw_normals(rng, count):
-    """Sum of `count` normals: the cost of merely drawing them, for the benchmarks."""
-    total = 0.0
-    for _ in range(count):
-        total += rng.standard_normal()
-    return math.fabs(total)

@@ -12,7 +12,7 @@ from nqm.algorithms.base import Algorithm, Mode, Nonlinear, Optimizer
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase, Program
+from nqm.program import Phase, Program, goes_on
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
@@ -86,20 +86,17 @@ def begin(algorithm: Algorithm, mean: FloatArray, variance: FloatArray) -> list[
 
 def hand_over(states: list[Moments], old: _Law, new: _Law, age: int) -> tuple[list[Moments], int]:
     """State at the start of the new phase, and its age: what goes on, goes on (see `Phase`)."""
-    names = [set(state.mode.algorithm.coordinates) for state in states]
-    fresh_names = [set(mode.algorithm.coordinates) for mode in new.algorithm.modes()]
-    goes_on = not new.phase.restart and all(
-        i < len(fresh_names) and have <= fresh_names[i] for i, have in enumerate(names)
-    )
-    if goes_on and names == fresh_names:
+    kept = goes_on(old.phase, new.phase)
+    if kept and old.algorithm.coordinates == new.algorithm.coordinates:
         modes = new.algorithm.modes()
         return [
             Moments(mode, state.mean, state.covariance)
             for mode, state in zip(modes, states, strict=True)
         ], age
-    check_own_starts(new.algorithm)
+    if not kept:
+        check_own_starts(new.algorithm)
     fresh = begin(new.algorithm, *states[0].weights(age))
-    if goes_on or (isinstance(old.algorithm, Optimizer) and not new.phase.restart):
+    if kept or (isinstance(old.algorithm, Optimizer) and not new.phase.restart):
         for state, start in zip(states, fresh, strict=False):
             _carry(state, start, age)
     return fresh, 0

@@ -72,7 +72,8 @@ def sample(
     def run(index: int) -> int:
         first = index * BLOCK
         rng = np.random.Generator(np.random.SFC64(seeds[index]))
-        part, members = plan.run(rng, sizes[index])
+        with np.errstate(over="ignore", invalid="ignore"):  # of this thread; status tells
+            part, members = plan.run(rng, sizes[index])
         loss[:, first : first + sizes[index]] = part
         member_loss[:, first : first + sizes[index]] = members
         return sizes[index]
@@ -222,12 +223,13 @@ class _Plan:
                 _kernels.evaluate_multiplicative(
                     theta, phi, minimum, scalar, problem.weight, loss[row], member_loss[row]
                 )
+        generator = _take(rng)
         chunk = max(1, CHUNK // problem.directions)
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
             settings = phase.settings(first, until)
             _kernels.sample_multiplicative(
-                rng,
+                generator,
                 problem.curvature,
                 minimum,
                 np.sqrt(problem.noise_variance / settings[:, [2]]),
@@ -241,7 +243,19 @@ class _Plan:
                 loss,
                 member_loss,
             )
+        _give_back(rng, generator)
         return np.asarray(theta * phi.mean(axis=1) - minimum)
+
+
+def _take(rng: np.random.Generator) -> Any:
+    """SFC64 state (4,) for the kernels, which draw the same stream without calls."""
+    return rng.bit_generator.state["state"]["state"].copy()
+
+
+def _give_back(rng: np.random.Generator, generator: Any) -> None:
+    state = dict(rng.bit_generator.state)
+    state["state"] = {"state": generator}
+    rng.bit_generator.state = state
 
 
 class _Linear:
@@ -278,6 +292,7 @@ class _Linear:
             if not algorithm.member_count:
                 member_loss[row] = loss[row]
         n = len(algorithm.coordinates)
+        generator = _take(rng)
         chunk = max(1, min(CHUNK // (problem.directions * (n + 1)), 4096))
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
@@ -295,12 +310,14 @@ class _Linear:
             part = np.empty((reads.shape[0], state.shape[0]))
             member_part = np.full_like(part, np.nan)
             _kernels.sample_linear(
-                rng, values, column, row_start, m, kind, record, reads, members,
+                generator, values, column, row_start, m, kind, record, reads, members,
                 problem.weight, state, part, member_part,
             )  # fmt: skip
             for i, step in enumerate(here):
                 loss[targets[step]] = part[i]
                 member_loss[targets[step]] = member_part[i] if algorithm.member_count else part[i]
+
+        _give_back(rng, generator)
 
     def _transitions(
         self, problem: Problem, phase: Phase, first: int, until: int, age: int

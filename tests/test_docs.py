@@ -1,0 +1,69 @@
+"""The code in README and docs is executed, so that it cannot rot."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (f"{page.stem}-{index}", text)
+        for page in PAGES
+        for index, (kind, text) in enumerate(FENCE.findall(page.read_text()))
+        if kind == language
+    ]
+
+
+def ids(block: tuple[str, str]) -> str:
+    return block[0]
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=ids)
+def test_python_blocks_run(block: tuple[str, str]) -> None:
+    exec(compile(block[1], block[0], "exec"), {"__name__": "__main__"})
+
+
+def commands() -> list[str]:
+    lines = [line for _, text in blocks("sh") for line in text.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("nqm ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run(command: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
+    words = shlex.split(command)[1:]
+    if words[0] in ("figure", "reproduce"):
+        words += ["--scale", "smoke", "--out", str(tmp_path / "out")]
+    call = "import sys; from nqm.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", call, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    if "--json" in words:
+        assert set(json.loads(done.stdout)) == {"columns", "rows"}
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_toml_blocks_are_the_examples_or_valid() -> None:
+    import tomllib
+
+    for name, text in blocks("toml"):
+        assert tomllib.loads(text), name
