@@ -5,6 +5,7 @@ Only click is loaded at the top, so that ``nqm --help`` is quick.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nqm.config import Run
-    from nqm.problem import Problem
-    from nqm.program import Phase
 
 
 class _Failure(click.ClickException):
@@ -67,6 +66,10 @@ class _Commands(click.Group):
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "nqm"
             raise _Failure(f"{error.format_message()} See {path} --help.") from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader has seen enough; click ends quietly
+                raise
+            raise _Failure(f"cannot write the output: {error.strerror or error}") from None
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise click.exceptions.Exit(130) from None
@@ -81,7 +84,7 @@ def _plugins() -> dict[str, Any]:
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(cls=_Commands, context_settings=_SETTINGS)
+@click.group("nqm", cls=_Commands, context_settings=_SETTINGS)
 @click.version_option(package_name="late-phase-nqm")
 def main() -> None:
     """Noisy quadratic theory of SGD, weight averaging and late-phase weights."""
@@ -120,7 +123,7 @@ def _options(*names: str) -> Callable[[Any], Any]:
 
 @main.command("list")
 def list_() -> None:
-    """Show algorithms with their parameters, schedules, spectra and columns."""
+    """Show algorithms, schedules, spectra and columns."""
     from nqm.algorithms import ROSTER
     from nqm.config import SPECTRA
     from nqm.schedule import SCHEDULES
@@ -180,7 +183,7 @@ def run(
     workers: int,
     as_json: bool,
 ) -> None:
-    """Expected loss of one program at its recorded steps.
+    """Compute the expected loss of one program.
 
     \b
     nqm run late.toml --json
@@ -218,7 +221,9 @@ def run(
 @click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
 @_options("workers", "json")
 def sweep(file: str, overrides: tuple[str, ...], out: str, workers: int, as_json: bool) -> None:
-    """A program over the grid of its [sweep] table; resumes where it was stopped.
+    """Run a program over the grid of its [sweep] table.
+
+    It can be killed at any moment: run again, it goes on where it was stopped.
 
     \b
     nqm sweep grid.toml --out grid.parquet --workers 4
@@ -231,10 +236,14 @@ def sweep(file: str, overrides: tuple[str, ...], out: str, workers: int, as_json
             table = cells.run(out, progress=told)
         else:
             import multiprocessing
+            import signal
             from concurrent.futures import ProcessPoolExecutor
 
-            # Forked children would inherit locks of the parent's threads.
-            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            # Spawned, as forked children would inherit locks of the parent's threads; and deaf
+            # to Ctrl-C, which is for the parent to answer.
+            spawn = multiprocessing.get_context("spawn")
+            deaf = (signal.SIGINT, signal.SIG_IGN)
+            with ProcessPoolExecutor(workers, spawn, signal.signal, deaf) as pool:
                 table = cells.run(out, pool, told)
     _show(table, as_json, out)
 
@@ -242,7 +251,7 @@ def sweep(file: str, overrides: tuple[str, ...], out: str, workers: int, as_json
 @main.command()
 @_options("file", "set", "json")
 def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Where the loss settles when the last phase goes on for ever.
+    """Find where the loss settles in the last phase.
 
     \b
     nqm steady late.toml --set phase.-1.lr=0.01
@@ -267,10 +276,10 @@ def tune(
     target: float | None,
     as_json: bool,
 ) -> None:
-    """Find the learning rate of one phase with the least final loss of the program.
+    """Find the best learning rate of one phase.
 
-    With --target: the rate at which a program of one phase first reaches that loss soonest, within
-    the steps it has.
+    Best for the final loss of the program, or with --target, for a program of one phase, the rate
+    that reaches that loss in the fewest steps.
 
     \b
     nqm tune late.toml --phase 0

@@ -13,6 +13,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -43,6 +44,9 @@ SPECTRA: dict[str, Callable[..., Any]] = {
 }
 
 METHODS = ("jump", "moments", "sample")
+
+#: Beyond this, counts are no longer exact as floats, nor as numbers in JSON.
+LARGEST = 2**53
 
 _TOP = ("problem", "phase", "record", "method", "replicas", "seed", "sweep")
 _START = ("initial_mean", "initial_variance", "minimum")
@@ -342,10 +346,10 @@ def _one_of(table: Mapped, names: tuple[str, ...], what: str) -> str:
 
 def _phase(where: str, table: Any) -> Phase:
     table = _table(where, table)
-    own = [name for name in inspect.signature(Phase).parameters if name != "algorithm"]
+    own = [name for name in _signature(Phase)[0] if name != "algorithm"]
     _require(where, table, "algorithm")
     cls = _lookup(f"{where}.algorithm", table["algorithm"], ROSTER)
-    theirs = list(inspect.signature(cls).parameters)
+    theirs = list(_signature(cls)[0])
     _known_keys(where, table, ("algorithm", *own, *theirs))
     algorithm = _call(cls, {n: v for n, v in table.items() if n in theirs}, where)
     rest = {name: value for name, value in table.items() if name in own}
@@ -391,14 +395,21 @@ def _call(
 ) -> Any:
     """``target(**table, **given)`` with every entry of `table` converted to its annotation."""
     given = given or {}
-    parameters = {n: p for n, p in inspect.signature(target).parameters.items() if n not in given}
+    stated, hints = _signature(target)
+    parameters = {n: p for n, p in stated.items() if n not in given}
     _known_keys(where, table, (*([tag] if tag else []), *parameters))
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty:
             _require(where, table, name)
-    hints = get_type_hints(target)
     values = {n: _convert(f"{where}.{n}", value, hints[n]) for n, value in table.items()}
     return _located(where, lambda: target(**values, **given))
+
+
+@cache
+def _signature(
+    target: Callable[..., Any],
+) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
+    return inspect.signature(target).parameters, get_type_hints(target)
 
 
 def _convert(where: str, value: Any, hint: Any) -> Any:
@@ -418,7 +429,10 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
 def _leaf(where: str, value: Any, hint: Any) -> Any:
     """A plain value of the annotated type, strictly."""
     try:
-        return msgspec.convert(value, hint, strict=True)
+        plain = msgspec.convert(value, hint, strict=True)
+        if isinstance(plain, int) and abs(plain) > LARGEST:
+            raise NQMError(f"{where} must lie within +-2^53; got {plain!s:.40}")
+        return plain
     except msgspec.ValidationError as error:
         _, _, inside = str(error).partition(" - at `$")
         at = inside.rstrip("`").replace("[", ".").replace("]", "")

@@ -105,6 +105,15 @@ class Phase:
             yield start, stop, period if period is not None and period < stop - start else None
 
 
+def goes_on(old: Phase, new: Phase) -> bool:
+    """Whether the state of phase `old` goes on in phase `new`, which may add to it (see `Phase`)."""
+    if new.restart:
+        return False
+    if isinstance(new.algorithm, Nonlinear) or isinstance(old.algorithm, Nonlinear):
+        return isinstance(new.algorithm, Nonlinear) and new.algorithm.continues(old.algorithm)
+    return set(old.algorithm.coordinates) <= set(new.algorithm.coordinates)
+
+
 @dataclass(frozen=True)
 class Program:
     """Phases run one after another."""

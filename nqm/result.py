@@ -8,7 +8,6 @@ from enum import StrEnum
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from nqm.errors import NQMError, check_number
 from nqm.problem import FloatArray, Problem
@@ -110,6 +109,8 @@ class Trajectory:
         check_number("interval.level", level, low=0.0, high=1.0, closed_low=False)
         if self.samples is None:
             raise NQMError("interval is for Monte Carlo results; this one is analytic and exact")
+        from scipy import stats  # slow to load
+
         width = stats.t.ppf(0.5 + level / 2, self.samples.shape[1] - 1) * self.stderr
         return self.loss - width, self.loss + width
 
@@ -118,6 +119,7 @@ class Trajectory:
 
         Analytic results invert the characteristic function of the loss, which for Gaussian
         weights is a weighted sum of non-central chi-squares; Monte Carlo ones sort the replicas.
+        NaN where the run has diverged.
         """
         if self.samples is not None:
             return np.quantile(self.samples, levels, axis=1).T
@@ -125,7 +127,12 @@ class Trajectory:
             raise NQMError(f"quantiles need Gaussian weights; a {self.kind} result has none")
         from nqm.distribution import loss_quantile
 
-        rows = zip(self.weight_mean, self.weight_variance, strict=True)
+        rows = zip(self.weight_mean, self.weight_variance, self.status, strict=True)
         return np.array(
-            [[loss_quantile(self.problem, m, v, level) for level in levels] for m, v in rows]
+            [
+                [np.nan] * len(levels)
+                if status is Status.DIVERGED
+                else [loss_quantile(self.problem, mean, variance, level) for level in levels]
+                for mean, variance, status in rows
+            ]
         )

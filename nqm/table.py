@@ -69,6 +69,10 @@ COLUMNS: dict[str, Column] = {
 }
 
 _QUANTILE = "loss_q"
+#: From version 3 on pandas reads floats exactly by itself.
+_EXACT: dict[str, Any] = (
+    {} if int(pd.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
+)
 
 
 def quantile_name(level: float) -> str:
@@ -122,21 +126,22 @@ def read_table(path: str | Path) -> pd.DataFrame:
     stamp = _csv_stamp(path)
     with _reading(path):
         if stamp is None:
-            return pd.read_csv(path, float_precision="round_trip", comment="#")
+            foreign: pd.DataFrame = pd.read_csv(path, comment="#", **_EXACT)
+            return foreign
         dtypes = stamp["dtypes"]
         # In a text column an empty field is an empty text; elsewhere it is NaN.
         missing = {name: [""] for name, dtype in dtypes.items() if dtype != "str"}
-        frame = pd.read_csv(
+        table: pd.DataFrame = pd.read_csv(
             path,
-            float_precision="round_trip",
             skiprows=1,
             dtype=dtypes,
             keep_default_na=False,
             na_values=missing,
+            **_EXACT,
         )
-        if len(frame) != stamp["rows"] or list(frame.columns) != list(dtypes):
-            raise ValueError(f"{len(frame)} of {stamp['rows']} rows")
-    return frame
+        if len(table) != stamp["rows"] or list(table.columns) != list(dtypes):
+            raise ValueError(f"{len(table)} of {stamp['rows']} rows")
+    return table
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -159,13 +164,17 @@ def finished(path: str | Path, key: str, version: str) -> pd.DataFrame | None:
     ------
     NQMError
         If the file holds anything else, which is never overwritten; and before any computing, if
-        the folder could not take the file.
+        the folder, made where it is missing, could not take the file.
     """
     path = Path(path)
     _format(path)
     if not path.exists():
-        if not path.parent.is_dir():
-            raise NQMError(f"cannot write {path}: folder {path.parent} does not exist; create it")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NQMError(
+                f"cannot write {path}: folder {path.parent}: {error.strerror}"
+            ) from None
         if not os.access(path.parent, os.W_OK):
             raise NQMError(f"cannot write {path}: folder {path.parent} is not writable")
         return None

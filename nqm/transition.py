@@ -37,8 +37,8 @@ class Transition:
 class _UnitGradient:
     """Gradient of linear forms: multiplies by h and adds a fresh unit vector per minibatch."""
 
-    def __init__(self, curvature: Any, first: int, size: int):
-        self.curvature, self.next, self.size = curvature, first, size
+    def __init__(self, curvature: Any, first: int, size: int, axes: int):
+        self.curvature, self.next, self.size, self.axes = curvature, first, size, axes
         self.shared: dict[int, int] = {}
 
     def __call__(self, x: Value, batch: int | None = None) -> Value:
@@ -48,7 +48,7 @@ class _UnitGradient:
             column, self.next = self.next, self.next + 1
             if batch is not None:
                 self.shared[batch] = column
-        unit = np.zeros(self.size)
+        unit = np.zeros((self.size, *(1 for _ in range(self.axes))))
         if column < self.size:
             unit[column] = 1.0
         return self.curvature * x + unit
@@ -60,18 +60,9 @@ def _zero_rates(algorithm: Algorithm) -> Any:
 
 def minibatches(algorithm: Algorithm) -> int:
     """Minibatches one step of the literal algorithm draws; examples = this times batch size."""
-    gradient = _UnitGradient(0.0, 0, 0)
+    gradient = _UnitGradient(0.0, 0, 0, 0)
     algorithm.update((0.0,) * len(algorithm.coordinates), gradient, _zero_rates(algorithm), 0)
     return gradient.next
-
-
-def _stack(state: State, shape: tuple[int, ...], size: int) -> FloatArray:
-    """Linear forms as rows, shape (*shape, n, size)."""
-    rows = np.zeros((*shape, len(state), size))
-    for i, form in enumerate(state):
-        if not np.isscalar(form):  # a plain 0.0 is the zero form
-            rows[..., i, :] = form
-    return rows
 
 
 def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: int = 0) -> Transition:
@@ -89,14 +80,16 @@ def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: int = 0) -> 
     """
     n, m = len(algorithm.coordinates), minibatches(algorithm)
     h = np.asarray(curvature, dtype=np.float64)
-    rates = lr if isinstance(lr, tuple) else (lr,)
-    arrays = [np.asarray(rate, dtype=np.float64) for rate in rates]
-    shape = np.broadcast_shapes(h.shape, *(a.shape for a in arrays))
-    wide = tuple(a[..., None] for a in arrays)
-    unit = np.eye(n, n + m)
-    gradient = _UnitGradient(h[..., None], n, n + m)
-    new = algorithm.update(tuple(unit), gradient, wide if len(wide) > 1 else wide[0], t)
-    rows = _stack(new, shape, n + m)
+    rates = tuple(np.asarray(r, dtype=np.float64) for r in (lr if isinstance(lr, tuple) else (lr,)))
+    shape = np.broadcast_shapes(h.shape, *(rate.shape for rate in rates))
+    # The axis of coefficients goes first, so that arithmetic runs along the long axes.
+    unit = np.eye(n, n + m).reshape(n, n + m, *(1 for _ in shape))
+    gradient = _UnitGradient(h, n, n + m, len(shape))
+    new = algorithm.update(tuple(unit), gradient, rates if len(rates) > 1 else rates[0], t)
+    rows = np.zeros((*shape, n, n + m))
+    for i, form in enumerate(new):
+        if not np.isscalar(form):  # a plain 0.0 is the zero form
+            rows[..., i, :] = np.moveaxis(np.broadcast_to(form, (n + m, *shape)), 0, -1)
     return Transition(np.ascontiguousarray(rows[..., :n]), np.ascontiguousarray(rows[..., n:]))
 
 
@@ -122,7 +115,7 @@ def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
 
     _, draws, normals = run(0, 0)
     state, _, _ = run(draws, normals)
-    rows = _stack(state, (), draws + normals)
+    rows = np.array([np.broadcast_to(form, draws + normals) for form in state])
     return rows[:, :draws], rows[:, draws:]
 
 

@@ -45,6 +45,10 @@ class _Snapshots(Wrapper):
     def period(self) -> int:
         return math.lcm(self.inner.period, self.every)
 
+    @property
+    def counts_steps(self) -> bool:
+        return True
+
     def due(self, t: int) -> bool:
         """Whether step t ends with a snapshot."""
         return (t + 1) % self.every == 0
@@ -59,7 +63,9 @@ class SWA(_Snapshots):
     current weights are evaluated.
     """
 
-    kept = ("snapshot_sum",)
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return (f"snapshot_sum every {self.every}",)
 
     def begin(self, x: Value) -> State:
         return (0.0,)
@@ -87,7 +93,8 @@ class LAWA(_Snapshots):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        return tuple(f"snapshot{i + 1}/{self.window}" for i in range(self.window))
+        names = (f"snapshot{i + 1}/{self.window}" for i in range(self.window))
+        return tuple(f"{name} every {self.every}" for name in names)
 
     def begin(self, x: Value) -> State:
         return (0.0,) * self.window

@@ -65,6 +65,11 @@ class Algorithm(ABC):
         return 1
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether `weights` looks at t beyond its remainder modulo `period` (snapshots do)."""
+        return False
+
+    @property
     def rate_count(self) -> int:
         """Learning rates this method takes (a wrapper takes its inner method's)."""
         return self.rates
@@ -111,6 +116,10 @@ class Nonlinear(ABC):
     #: Minibatches one step draws, and members behind the evaluated weights (0: single chain).
     minibatches: int
     member_count: int
+
+    def continues(self, old: object) -> bool:
+        """Whether a phase of this method goes on from the state of a phase of `old`."""
+        return False
 
 
 class Optimizer(Algorithm):

@@ -76,6 +76,12 @@ class MultiplicativeLatePhase(Nonlinear):
     def member_count(self) -> int:  # type: ignore[override]
         return self.members
 
+    def continues(self, old: object) -> bool:
+        """Members go on where there are as many, of the same kind, from the same factor."""
+        return isinstance(old, MultiplicativeLatePhase) and (
+            (self.members, self.factor, self.coupling) == (old.members, old.factor, old.coupling)
+        )
+
     def check(self, problem: Problem) -> None:
         """Raise NQMError where w* = 0, at which the factors' gradients vanish with each other."""
         if np.any((problem.minimum == 0.0) & (problem.curvature > 0)):

@@ -18,6 +18,7 @@ from nqm.algorithms.base import (
     check_algorithm,
 )
 from nqm.algorithms.optimizers import SGD
+from nqm.errors import NQMError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Wrapper(Algorithm):
 
     def __post_init__(self) -> None:
         check_algorithm(f"{type(self).__name__}.inner", self.inner)
+        if self.inner.counts_steps:
+            raise NQMError(
+                f"{type(self).__name__}.inner must not average snapshots itself, as "
+                f"{type(self.inner).__name__} does: its mean would change with every snapshot taken"
+            )
 
     @property
     @abstractmethod

@@ -18,8 +18,8 @@ from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
 from nqm.transition import embedding, extract, noise_moment, readout, spectral_radius
 
-#: Most entries of the transition matrices held at once while walking (32 MB).
-CHUNK = 4_000_000
+#: Most entries of the transition matrices held at once while walking: they stay in the cache.
+CHUNK = 400_000
 
 Progress = Callable[[int], None]
 
@@ -374,7 +374,7 @@ def _visit(
             for start, stop, period in law.phase.segments():
                 position, before = start, _loss(problem, states, age + start)
                 unsteady: bool | None = None
-                while position < stop:
+                while position < stop and pending:
                     inside = bool(pending) and pending[0] <= offset + stop
                     target = pending[0] - offset if inside else stop
                     if jump and period is not None:

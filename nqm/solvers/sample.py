@@ -18,7 +18,7 @@ from nqm.algorithms.base import Algorithm, Optimizer
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError, check_integer
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase, Program
+from nqm.program import Phase, Program, goes_on
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.moments import check_own_starts
@@ -124,14 +124,7 @@ class _Plan:
             check_own_starts(algorithm)
 
     def _goes_on(self, index: int) -> bool:
-        old, new = self.program.phases[index - 1].algorithm, self.program.phases[index]
-        if (
-            new.restart
-            or not isinstance(old, Algorithm)
-            or not isinstance(new.algorithm, Algorithm)
-        ):
-            return False
-        return set(old.coordinates) <= set(new.algorithm.coordinates)
+        return index > 0 and goes_on(*self.program.phases[index - 1 : index + 1])
 
     def run(self, rng: np.random.Generator, replicas: int) -> tuple[FloatArray, FloatArray]:
         """Losses (records, replicas) of one block: mean model and average member."""
@@ -147,6 +140,7 @@ class _Plan:
         offset, age = 0, 0
         state: FloatArray | None = None
         weights: FloatArray | None = None
+        factors: tuple[FloatArray, FloatArray] | None = None
         for index, phase in enumerate(self.program.phases):
             last = offset + phase.steps
             rows = [
@@ -155,15 +149,18 @@ class _Plan:
                 if (offset < step or (index == 0 and step == 0)) and step <= last
             ]
             if isinstance(phase.algorithm, MultiplicativeLatePhase):
-                start = draw() if weights is None else weights
-                weights = self._multiplicative(rng, phase, start, rows, loss, member_loss)
-                state = None
+                if factors is None or not self._goes_on(index):
+                    start = draw() if weights is None else weights
+                    factors = self._factors(rng, phase.algorithm, start)
+                theta, phi = factors
+                self._multiplicative(rng, phase, theta, phi, rows, loss, member_loss)
+                weights, state = theta * phi.mean(axis=1) - problem.minimum, None
             else:
                 linear = self.linear[index]
                 state, age = self._enter(rng, index, state, weights, age, draw)
                 linear.advance(rng, problem, phase, state, age, rows, loss, member_loss)
                 age += phase.steps
-                weights = state @ readout(linear.algorithm, age)
+                weights, factors = state @ readout(linear.algorithm, age), None
             offset = last
         return loss, member_loss
 
@@ -196,25 +193,32 @@ class _Plan:
                         start[..., i] = state[..., old.coordinates.index(name)]
         return np.ascontiguousarray(start), 0
 
+    def _factors(
+        self, rng: np.random.Generator, algorithm: MultiplicativeLatePhase, start: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Base weights (replicas, d) and members' factors (replicas, K, d or 1) at the start."""
+        theta = np.ascontiguousarray((self.problem.minimum + start) / algorithm.factor)
+        wide = 1 if algorithm.coupling == "scalar" else self.problem.directions
+        phi = np.full((len(start), algorithm.members, wide), algorithm.factor)
+        if algorithm.spread:
+            phi *= 1.0 + np.sqrt(algorithm.spread) * rng.standard_normal(phi.shape)
+        return theta, phi
+
     def _multiplicative(
         self,
         rng: np.random.Generator,
         phase: Phase,
-        start: FloatArray,
+        theta: FloatArray,
+        phi: FloatArray,
         rows: list[tuple[int, int]],
         loss: FloatArray,
         member_loss: FloatArray,
-    ) -> FloatArray:
-        """Run the compiled multiplicative step; returns the mean model's displacement."""
+    ) -> None:
+        """Run the compiled multiplicative step; theta and phi in place."""
         algorithm, problem = phase.algorithm, self.problem
         assert isinstance(algorithm, MultiplicativeLatePhase)
         scalar = algorithm.coupling == "scalar"
         minimum = problem.minimum
-        theta = np.ascontiguousarray((minimum + start) / algorithm.factor)
-        wide = 1 if scalar else problem.directions
-        phi = np.full((len(start), algorithm.members, wide), algorithm.factor)
-        if algorithm.spread:
-            phi *= 1.0 + np.sqrt(algorithm.spread) * rng.standard_normal(phi.shape)
         record = np.full(phase.steps, -1, dtype=np.int64)
         for row, step in rows:
             if step:
@@ -244,7 +248,6 @@ class _Plan:
                 member_loss,
             )
         _give_back(rng, generator)
-        return np.asarray(theta * phi.mean(axis=1) - minimum)
 
 
 def _take(rng: np.random.Generator) -> Any:
