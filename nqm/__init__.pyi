@@ -45,6 +45,7 @@ from .targets import Crossing as Crossing
 from .targets import best_lr as best_lr
 from .targets import best_lr_and_momentum as best_lr_and_momentum
 from .targets import critical_batch_size as critical_batch_size
+from .targets import fewest_steps as fewest_steps
 from .targets import stability_edge as stability_edge
 from .targets import steps_to_target as steps_to_target
 

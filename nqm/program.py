@@ -106,7 +106,7 @@ class Phase:
 
 
 def goes_on(old: Phase, new: Phase) -> bool:
-    """Whether the state of phase `old` goes on in phase `new`, which may add to it (see `Phase`)."""
+    """Whether the state of phase `old` goes on in phase `new`, which may add to it."""
     if new.restart:
         return False
     if isinstance(new.algorithm, Nonlinear) or isinstance(old.algorithm, Nonlinear):

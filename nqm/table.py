@@ -172,9 +172,7 @@ def finished(path: str | Path, key: str, version: str) -> pd.DataFrame | None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise NQMError(
-                f"cannot write {path}: folder {path.parent}: {error.strerror}"
-            ) from None
+            raise NQMError(f"cannot write {path}: folder {path.parent}: {error.strerror}") from None
         if not os.access(path.parent, os.W_OK):
             raise NQMError(f"cannot write {path}: folder {path.parent} is not writable")
         return None

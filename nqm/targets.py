@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -331,6 +331,58 @@ def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) 
     return Crossing(Status.REACHED, step, phase.examples(step), loss, floor, scanned)
 
 
+def fewest_steps(
+    problem: Problem, phase: Phase, target: float, *, points: int = 41
+) -> tuple[float, Crossing]:
+    """Constant learning rate at which a phase first meets `target` soonest, and that crossing.
+
+    A geometric grid below the stability edge, then 17 rates between the best one's neighbours.
+
+    Parameters
+    ----------
+    phase : Phase
+        Its `lr` is replaced by each rate tried; its `steps` are the horizon.
+    points : int
+        Size of the grid.
+
+    Raises
+    ------
+    NQMError
+        If no rate reaches the target within the horizon.
+    """
+    if not isinstance(phase.algorithm, Algorithm):
+        raise NQMError(f"{type(phase.algorithm).__name__} has no exact moments to search with")
+    # With member_lr stated only lr varies, and the edge of the base weights alone bounds it.
+    ratio = 1.0 if phase.member_lr is None else 1e-9
+    edge = stability_edge(problem, phase.algorithm, member_lr_ratio=ratio)
+    best: tuple[float, Crossing] | None = None
+    # From fast to slow; nothing later than the best so far is of interest.
+    grid = np.geomspace(0.999 * edge, 1e-5 * edge, points)
+    for lr in map(float, grid):
+        best = _sooner(best, problem, phase, lr, target)
+    if best is None:
+        raise NQMError(
+            f"target {target:g} is below what any rate reaches in {phase.steps} steps; "
+            "raise the target, the steps or the batch size"
+        )
+    at = int(np.argmin(np.abs(grid - best[0])))
+    ends = grid[max(at - 1, 0)], grid[min(at + 1, points - 1)]
+    for lr in map(float, np.geomspace(*ends, 17)):
+        best = _sooner(best, problem, phase, lr, target)
+    assert best is not None
+    return best
+
+
+def _sooner(
+    best: tuple[float, Crossing] | None, problem: Problem, phase: Phase, lr: float, target: float
+) -> tuple[float, Crossing] | None:
+    steps = phase.steps if best is None else int(best[1].step)
+    found = steps_to_target(problem, replace(phase, lr=lr, steps=steps), target)
+    if found.status is Status.REACHED and (best is None or found.step < best[1].step):
+        return lr, found
+    return best
+
+
 def _floor(problem: Problem, phase: Phase) -> float:
     try:
         check_settles(phase.algorithm)
@@ -389,27 +441,14 @@ def critical_batch_size(
     NQMError
         If fewer than three batch sizes reach the target.
     """
-    edge = stability_edge(problem, algorithm)
-    grid = np.geomspace(1e-4 * edge, 0.999 * edge, points)
     rows = []
     for batch_size in batch_sizes:
-
-        def steps(lr: float, batch_size: float = batch_size) -> float:
-            phase = Phase(algorithm, lr, max_steps, batch_size)
-            found = steps_to_target(problem, phase, target)
-            return found.step if found.status is Status.REACHED else np.inf
-
-        counts = np.array([steps(float(lr)) for lr in grid])
-        if not np.isfinite(counts).any():
+        phase = Phase(algorithm, 1.0, max_steps, batch_size)
+        try:
+            lr, found = fewest_steps(problem, phase, target, points=points)
+        except NQMError:
             continue
-        best = int(np.argmin(counts))
-        ends = grid[max(best - 1, 0)], grid[min(best + 1, points - 1)]
-        tried = {float(grid[best]): float(counts[best])}
-        for lr in np.geomspace(*ends, 17):
-            tried[float(lr)] = steps(float(lr))
-        lr = min(tried, key=lambda key: tried[key])
-        examples = Phase(algorithm, lr, max_steps, batch_size).examples(int(tried[lr]))
-        rows.append((float(batch_size), lr, tried[lr], examples))
+        rows.append((float(batch_size), lr, found.step, found.examples))
     if len(rows) < 3:
         raise NQMError(
             f"critical_batch_size: {len(rows)} of {len(batch_sizes)} batch sizes reach the target "

@@ -12,9 +12,8 @@ from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError
 from nqm.problem import Problem
 from nqm.program import Phase, Program
-from nqm.result import Status
 from nqm.schedule import Constant
-from nqm.targets import Best, best_lr, best_lr_and_momentum, stability_edge, steps_to_target
+from nqm.targets import Best, best_lr, best_lr_and_momentum, fewest_steps, stability_edge
 
 #: Least rate searched, in units of the largest stable one.
 SLOWEST = 1e-5
@@ -66,25 +65,7 @@ def fastest_rate(problem: Problem, program: Program, target: float) -> pd.DataFr
     """
     if len(program.phases) != 1:
         raise NQMError(f"a target needs a program of one phase; got {len(program.phases)}")
-    phase = _phase(program, 0)
-    edge = _edge(problem, phase)
-    tried = {}
-
-    def search(rates: Any) -> float:
-        for lr in map(float, rates):
-            tried[lr] = steps_to_target(problem, replace(phase, lr=lr), target)
-        reached = [lr for lr, c in tried.items() if c.status is Status.REACHED]
-        if not reached:
-            raise NQMError(
-                f"target {target:g} is below what any rate reaches in {phase.steps} steps; "
-                "raise the target, the steps or the batch size"
-            )
-        return min(reached, key=lambda lr: tried[lr].step)
-
-    grid = np.geomspace(SLOWEST * edge, 0.999 * edge, 41)
-    best = int(np.argmin(np.abs(grid - search(grid))))
-    lr = search(np.geomspace(grid[max(best - 1, 0)], grid[min(best + 1, grid.size - 1)], 17))
-    found = tried[lr]
+    lr, found = fewest_steps(problem, _phase(program, 0), target)
     row = {"lr": lr, "step": int(found.step), "examples": found.examples, "loss": found.loss}
     return pd.DataFrame([row | {"status": str(found.status)}])
 
