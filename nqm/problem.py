@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nqm.errors import NQMError
+from nqm.errors import NQMError, check_integer, check_number
 
 FloatArray = NDArray[np.float64]
 
@@ -79,10 +79,7 @@ class Problem:
             object.__setattr__(self, name, _vector(name, value, h.size, low=low))
         if not np.all(self.multiplicity > 0):
             raise NQMError(f"problem.multiplicity must be > 0; got {self.multiplicity.min():g}")
-        if not np.isfinite(irreducible_loss) or irreducible_loss < 0:
-            raise NQMError(
-                f"problem.irreducible_loss must be finite and >= 0; got {irreducible_loss!r}"
-            )
+        check_number("problem.irreducible_loss", irreducible_loss, low=0.0)
         object.__setattr__(self, "irreducible_loss", float(irreducible_loss))
 
     @property
@@ -154,8 +151,7 @@ class Problem:
         multiplicity, so the traces of H and C and the initial loss to first order are kept
         (rounding down to a bin edge would lose several percent of the trace).
         """
-        if bins < 1:
-            raise NQMError(f"binned: bins must be >= 1; got {bins}")
+        check_integer("binned: bins", bins, 1)
         positive = self.curvature > 0
         label = np.zeros(self.directions, dtype=np.int64)
         if positive.any():
@@ -239,21 +235,12 @@ class Problem:
         NQMError
             If a matrix is not square, symmetric or positive semi-definite.
         """
-        h_matrix = _symmetric("hessian", hessian)
-        c_matrix = _symmetric("noise_covariance", noise_covariance)
+        h_matrix = _semidefinite("hessian", hessian, None)
         size = h_matrix.shape[0]
-        if c_matrix.shape != h_matrix.shape:
-            raise NQMError(
-                f"noise_covariance must have the hessian's shape {h_matrix.shape}; "
-                f"got {c_matrix.shape}"
-            )
+        c_matrix = _semidefinite("noise_covariance", noise_covariance, size)
+        start = np.eye(size) if initial_covariance is None else initial_covariance
+        start = _semidefinite("initial_covariance", start, size)
         h, basis = np.linalg.eigh(h_matrix)
-        if h[0] < -FLAT * max(abs(h[-1]), 1e-300):
-            raise NQMError(
-                f"hessian must be positive semi-definite; its least eigenvalue: {h[0]:g}"
-            )
-        start = np.eye(size) if initial_covariance is None else np.asarray(initial_covariance)
-        start = _symmetric("initial_covariance", start)
 
         def along(matrix: FloatArray) -> FloatArray:
             return np.asarray(np.maximum(np.einsum("ij,ik,kj->j", basis, matrix, basis), 0.0))
@@ -262,9 +249,9 @@ class Problem:
         return cls(
             np.maximum(h, 0.0)[order],
             along(c_matrix)[order],
-            initial_mean=(basis.T @ np.broadcast_to(np.asarray(initial_mean, float), size))[order],
+            initial_mean=(basis.T @ _vector("initial_mean", initial_mean, size))[order],
             initial_variance=along(start)[order],
-            minimum=(basis.T @ np.broadcast_to(np.asarray(minimum, float), size))[order],
+            minimum=(basis.T @ _vector("minimum", minimum, size))[order],
         )
 
     @classmethod
@@ -296,6 +283,9 @@ class Problem:
             )
         if not (np.isfinite(x).all() and np.isfinite(y).all()):
             raise NQMError("from_linear_regression: features and target must be finite; got NaN")
+        if not np.any(x):
+            got = "none" if x.size == 0 else "zeros only"
+            raise NQMError(f"from_linear_regression: features must vary; got {got}")
         examples, width = x.shape
         _, singular, basis = np.linalg.svd(x, full_matrices=False)
         h = singular**2 / examples
@@ -305,7 +295,7 @@ class Problem:
         optimum = (projected.T @ y) / examples / h
         residual = y - projected @ optimum
         noise = np.mean((projected * residual[:, None]) ** 2, axis=0)
-        origin = basis.T @ np.broadcast_to(np.asarray(start, dtype=np.float64), width)
+        origin = basis.T @ _vector("start", start, width)
         return cls(
             h,
             noise,
@@ -325,7 +315,7 @@ _LOWEST: dict[str, float] = {
 }
 
 
-def _vector(name: str, value: ArrayLike, size: int | None, *, low: float) -> FloatArray:
+def _vector(name: str, value: ArrayLike, size: int | None, *, low: float = -np.inf) -> FloatArray:
     """Read-only float64 copy of shape (size,), broadcast from a scalar."""
     try:
         array = np.array(value, dtype=np.float64)
@@ -353,7 +343,8 @@ def _vector(name: str, value: ArrayLike, size: int | None, *, low: float) -> Flo
     return array
 
 
-def _symmetric(name: str, value: ArrayLike) -> FloatArray:
+def _semidefinite(name: str, value: ArrayLike, size: int | None) -> FloatArray:
+    """Checked symmetric, positive semi-definite matrix of the given size."""
     matrix = np.asarray(value, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise NQMError(f"{name} must be a square matrix; got shape {matrix.shape}")
@@ -361,4 +352,11 @@ def _symmetric(name: str, value: ArrayLike) -> FloatArray:
         raise NQMError(f"{name} must be finite; got NaN or infinity")
     if not np.allclose(matrix, matrix.T, rtol=1e-10, atol=1e-12 * np.abs(matrix).max()):
         raise NQMError(f"{name} must be symmetric; it differs from its transpose")
+    if size is not None and matrix.shape[0] != size:
+        raise NQMError(f"{name} must have the hessian's size {size}; got shape {matrix.shape}")
+    values = np.linalg.eigvalsh(matrix)
+    if values[0] < -FLAT * np.abs(values).max():
+        raise NQMError(
+            f"{name} must be positive semi-definite; its least eigenvalue: {values[0]:g}"
+        )
     return matrix

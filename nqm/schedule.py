@@ -74,6 +74,8 @@ class Piecewise(Schedule):
                 f"Piecewise.values needs one entry more than boundaries; "
                 f"got {len(self.values)} and {len(self.boundaries)}"
             )
+        for boundary in self.boundaries:
+            check_integer("Piecewise.boundaries", boundary, 1)
         edges = (0, *self.boundaries)
         if any(a >= b for a, b in itertools.pairwise(edges)):
             raise NQMError(f"Piecewise.boundaries must increase from above 0; got {edges[1:]}")
@@ -221,11 +223,12 @@ class Warmup(Schedule):
         return np.asarray(rise * self.then(step))
 
     def segments(self, steps: int) -> Iterator[Segment]:
-        if self.steps > 1:
-            yield 0, min(self.steps, steps), None
+        risen = self.steps if self.steps > 1 else 0  # one step of warm-up is none
+        if risen:
+            yield 0, min(risen, steps), None
         for start, stop, period in self.then.segments(steps):
-            if stop > self.steps:
-                yield max(start, self.steps if self.steps > 1 else 0), stop, period
+            if stop > risen:
+                yield max(start, risen), stop, period
 
 
 @dataclass(frozen=True)

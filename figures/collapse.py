@@ -1,0 +1,77 @@
+"""Late-phase settings before and after the change of variables to (lambda, K B)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from figures.curves import markers
+from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new
+
+
+def _points(table: pd.DataFrame, ax: Axes, x: str, scaled: bool, legend: bool) -> None:
+    """Monte Carlo points: colour is K, marker is gamma."""
+    run = table[table["kind"] == "sample"]
+    for i, (gamma, of_gamma) in enumerate(run.groupby("gamma_rule", sort=False)):
+        for j, (k, rows) in enumerate(of_gamma.groupby("members")):
+            factor = rows["members"] * rows["batch_size"] if scaled else 1.0
+            points = rows.assign(loss=rows["loss"] * factor, stderr=rows["stderr"] * factor)
+            label = f"K = {k}" if legend and i == 0 else "_"
+            look = {"color": PALETTE[j % len(PALETTE)], "marker": MARKERS[i], "label": label}
+            markers(
+                points, x, "loss", "stderr", ax, markersize=3.5, **look, gid=f"{gamma}/{k}/sample"
+            )
+
+
+def scattered(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Loss against the base learning rate: every setting its own point."""
+    ax = axes_or_new(ax)
+    # Points that share a rate are moved aside by K, so that each is seen.
+    sizes = sorted(table["members"].unique())
+    aside = {k: 1.12 ** (i - (len(sizes) - 1) / 2) for i, k in enumerate(sizes)}
+    moved = table.assign(lr=table["lr"] * table["members"].map(aside))
+    _points(moved, ax, "lr", scaled=False, legend=True)
+    ax.set(xscale="log", yscale="log", title="at the base learning rate")
+    rates = sorted(table["lr"].unique())
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.xaxis.minorticks_off()
+    ax.set(xlabel=r"base learning rate $\eta_\theta$", ylabel="expected loss")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.35)
+    ax.legend(ncols=2, loc="upper left", columnspacing=0.8, handletextpad=0.2)
+    return ax
+
+
+def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Loss times K B against lambda, on plain SGD's closed form."""
+    ax = axes_or_new(ax)
+    _points(table, ax, "rate", scaled=True, legend=False)
+    s = table.iloc[0]
+    edge = 2.0 / s["curvature"]
+    rate = np.geomspace(0.8 * table["rate"].min(), 0.97 * edge, 300)
+    curve = s["directions"] * rate * s["noise_variance"] / (2 * (2 - rate * s["curvature"]))
+    ax.plot(rate, curve, color=REFERENCE, zorder=1, label="plain SGD", gid="sgd")
+    for i, gamma in enumerate(table["gamma_rule"].unique()):
+        look: dict[str, Any] = {"marker": MARKERS[i], "color": "0.4", "markerfacecolor": "white"}
+        ax.plot([], [], linestyle="none", label=rf"$\gamma$ = {gamma}", **look)
+    ax.set(xscale="log", yscale="log", title="in SGD's own terms")
+    ax.set(xlabel=r"$\lambda = \eta_\phi + \gamma K \eta_\theta$")
+    ax.set(ylabel=r"expected loss $\times\ K B$")
+    ax.legend(loc="upper left")
+    return ax
+
+
+def remainder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Monte Carlo over the closed form."""
+    ax = axes_or_new(ax)
+    run = table[table["kind"] == "sample"]
+    ratio = run.assign(loss=run["loss"] / run["curve"], stderr=run["stderr"] / run["curve"])
+    _points(ratio, ax, "rate", scaled=False, legend=False)
+    ax.axhline(1.0, color=REFERENCE, zorder=1, linewidth=1.0)
+    reach = 1.25 * float((np.abs(ratio["loss"] - 1.0) + 1.96 * ratio["stderr"]).max())
+    ax.set(xscale="log", ylim=(1 - reach, 1 + reach), title="what is left over")
+    ax.set(xlabel=r"$\lambda$", ylabel="simulation / SGD's closed form")
+    return ax

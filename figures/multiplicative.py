@@ -1,0 +1,84 @@
+"""Multiplicative late-phase weights: floors, their approach, and the first-order error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from figures.curves import markers
+from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
+from nqm.table import label
+
+
+def floors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Quasi-steady and long-run floors against K, with short and long simulations."""
+    ax = axes_or_new(ax)
+    by = {kind: rows.sort_values("members") for kind, rows in table.groupby("kind")}
+    looks = (
+        ("first_order", "sample, short", "quasi-steady", "-"),
+        ("long_run", "sample, long", "long run", "--"),
+    )
+    for i, (theory, run, name, style) in enumerate(looks):
+        rows = by[theory]
+        ax.plot(rows["members"], rows["loss"], style, color=PALETTE[i], label=name, gid=theory)
+        look = {"color": PALETTE[i], "marker": MARKERS[i]}
+        markers(by[run], "members", "loss", "stderr", ax, label="_", **look, gid=run)
+    late = by["long_run"]
+    k = late["members"].to_numpy(dtype=float)
+    guide = 1.6 * float(late["loss"].iloc[-1]) * (k / k[-1]) ** -0.5
+    ax.plot(k[-4:], guide[-4:], color="0.5", linewidth=0.8, gid="guide")
+    ax.text(k[-3], 1.15 * guide[-3], r"$K^{-1/2}$", fontsize=7, color="0.3", va="bottom")
+    ax.set(yscale="log", xlabel="members $K$", ylabel=label("loss"), title="floors")
+    members_axis(ax, [int(value) for value in k])
+    ax.legend(loc="lower left")
+    return ax
+
+
+def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Simulated loss in units of the quasi-steady floor over time; dashes: long-run floors."""
+    ax = axes_or_new(ax)
+    for i, (k, rows) in enumerate(table.groupby("members")):
+        rows = rows.sort_values("step")
+        unit = rows["quasi_steady"]
+        points = rows.assign(loss=rows["loss"] / unit, stderr=rows["stderr"] / unit)
+        look = {"color": PALETTE[i], "marker": MARKERS[i], "markersize": 3.2, "label": f"K = {k}"}
+        markers(points, "step", "loss", "stderr", ax, **look, gid=f"{k}/course")
+        ax.plot(points["step"], points["loss"], color=PALETTE[i], linewidth=0.6)
+        end = float(rows["long_run"].iloc[0] / unit.iloc[0])
+        last = float(table["step"].max())
+        ax.plot([last / 3, 1.6 * last], [end, end], "--", color=PALETTE[i], linewidth=1.0)
+    ax.axhline(1.0, color=REFERENCE, linewidth=1.0, zorder=1)
+    ax.set(xscale="log", xlabel="cycles", ylabel="loss / quasi-steady floor", title="the way there")
+    ax.legend(loc="upper left", handletextpad=0.3)
+    return ax
+
+
+def first_order_error(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Absolute relative error of the first order against the noise variance.
+
+    Average member in open markers with lines proportional to v through their smallest v; the
+    mean model, at the largest rate, as crosses. Points within two standard errors of zero are
+    left out: a logarithmic axis cannot show them.
+    """
+    ax = axes_or_new(ax)
+    seen = table[table["loss"].abs() > 2.0 * table["stderr"]]
+    seen = seen.assign(loss=seen["loss"].abs()).sort_values("variance")
+    member = seen[seen["series"] == "average member"]
+    for i, (lr, rows) in enumerate(member.groupby("lr")):
+        look = {"color": PALETTE[i], "marker": MARKERS[i], "label": rf"member, $\eta$ = {lr:g}"}
+        markers(rows, "variance", "loss", "stderr", ax, **look, gid=f"{lr}/error")
+        weight = 1.0 / (rows["stderr"] / rows["loss"]) ** 2 * (rows["variance"] <= 3.1e-3)
+        scale = float(np.average(rows["loss"] / rows["variance"], weights=weight))
+        v = np.array([table["variance"].min(), table["variance"].max()])
+        ax.plot(v, scale * v, color=PALETTE[i], linewidth=1.0, zorder=1, gid=f"{lr}/linear")
+    largest = float(table["lr"].max())
+    mean = seen[(seen["series"] == "mean model") & (seen["lr"] == largest)]
+    look = {"color": REFERENCE, "marker": "x", "label": rf"mean, $\eta$ = {largest:g}"}
+    markers(mean, "variance", "loss", "stderr", ax, **look, gid="mean/error")
+    ax.set(xscale="log", yscale="log", title="error of the first order")
+    ax.set(xlabel="noise variance $v$ of a minibatch", ylabel="|simulation / first order - 1|")
+    ax.legend(loc="upper left", handletextpad=0.3)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, 8 * high)
+    return ax

@@ -1,0 +1,65 @@
+"""Expected loss through a late-phase switch, against examples seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from figures.curves import curves
+from figures.style import PALETTE, REFERENCE, axes_or_new
+from nqm.table import label
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "SGD to T0": {"color": REFERENCE, "marker": "D"},
+    "mean model": {"color": PALETTE[0], "marker": "o"},
+    "average member": {"color": PALETTE[1], "marker": "s"},
+    "SGD goes on": {"color": PALETTE[2], "marker": "^"},
+    "SGD, lambda, K B": {"color": PALETTE[4], "linestyle": (0, (1, 1.6)), "linewidth": 2.6},
+}
+LABELS = {
+    "SGD to T0": r"SGD until $T_0$",
+    "mean model": "late-phase, mean model",
+    "average member": "late-phase, average member",
+    "SGD goes on": "SGD goes on, equal examples",
+    "SGD, lambda, K B": r"SGD at $\lambda$, batch $KB$",
+}
+
+
+def _finish(table: pd.DataFrame, ax: Axes) -> Axes:
+    start = table.loc[table["series"] == "mean model", "examples"].min()
+    ax.axvline(start, color="0.6", linewidth=0.8, zorder=0)
+    ax.set(yscale="log", xlabel=f"{label('examples')} seen")
+    return ax
+
+
+def switch(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Expected loss of every method; the vertical line is the switch."""
+    ax = axes_or_new(ax)
+    curves(table, x="examples", looks=LOOKS, labels=LABELS, ax=ax)
+    ax.set_ylabel(label("loss"))
+    ax.legend(loc="upper right")
+    return _finish(table, ax)
+
+
+def parts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Bias (solid) and variance (dashed) of the late-phase mean model and of SGD going on."""
+    ax = axes_or_new(ax)
+    exact = table[table["kind"] == "exact"]
+    for series in ("SGD to T0", "SGD goes on", "mean model"):
+        rows = exact[exact["series"] == series].sort_values("examples")
+        for part, style in (("bias", "-"), ("variance", "--")):
+            text = "_" if series == "SGD to T0" else f"{LABELS[series].split(',')[0]}: {part}"
+            look: dict[str, Any] = {
+                "color": LOOKS[series]["color"],
+                "linestyle": style,
+                "label": text,
+            }
+            ax.plot(rows["examples"], rows[part], gid=f"{series}/{part}", **look)
+    ax.set_ylabel("part of the expected loss")
+    ax.legend(loc="upper right")
+    _finish(table, ax)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, 1e-7 * high), 10 * high)  # room for the legend
+    return ax

@@ -1,0 +1,109 @@
+"""How every figure looks, and what its file says about itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: Widths of a journal's column and page, in inches.
+COLUMN, PAGE = 3.5, 7.0
+DPI = 200
+
+#: Okabe & Ito (2008): told apart with any colour vision. Black is kept for references.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+REFERENCE = "#333333"
+MARKERS = ("o", "s", "^", "D", "v", "P")
+#: A sequential map that is monotone in lightness.
+COLORMAP = "viridis"
+UNSTABLE = "#d9d9d9"
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 2.0,
+    "legend.borderaxespad": 0.4,
+    "legend.labelspacing": 0.35,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.0,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.minor.width": 0.5,
+    "ytick.minor.width": 0.5,
+    "pdf.fonttype": 42,
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+}
+
+
+def context() -> AbstractContextManager[None]:
+    """The house style while a figure is drawn and saved; the user's own settings come back."""
+    settings: Any = STYLE  # the stubs ask for a literal type of every key
+    return mpl.rc_context(settings)
+
+
+def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
+    """Empty figure that lays itself out; no window, no change of backend."""
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def axes_or_new(ax: Axes | None) -> Axes:
+    """`ax`, or the single axes of a new figure of one column."""
+    return new_figure().subplots() if ax is None else ax
+
+
+def panel_letters(axes: list[Axes]) -> None:
+    """Put (a), (b), ... before the titles, which are set flush left."""
+    for letter, ax in zip("abcdefgh", axes, strict=False):
+        title = ax.get_title() or ax.get_title(loc="left")
+        ax.set_title("")
+        ax.set_title(f"({letter}) {title}".rstrip(), loc="left")
+
+
+def members_axis(ax: Axes, values: list[int]) -> None:
+    """Logarithmic x axis of ensemble sizes, ticked at the sizes themselves."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(values, [str(value) for value in values])
+    ax.minorticks_off() if ax.get_yscale() != "log" else ax.xaxis.minorticks_off()
+
+
+def save(figure: Figure, stem: Path, parameters: Mapping[str, Any]) -> list[Path]:
+    """Write `stem`.png and `stem`.pdf with the parameters inside; returns the two paths.
+
+    The PNG has them as the text chunk ``Parameters``, the PDF as its keywords, both in JSON.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(parameters, sort_keys=True)
+    kinds: dict[str, dict[str, Any]] = {
+        "png": {"Title": stem.name, "Parameters": text},
+        "pdf": {"Title": stem.name, "Keywords": text, "CreationDate": None},
+    }
+    paths = []
+    for kind, metadata in kinds.items():
+        path = stem.with_suffix(f".{kind}")
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with context():
+                figure.savefig(part, format=kind, metadata=metadata)
+                figure.set_layout_engine("none")  # the second file keeps the layout of the first
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        paths.append(path)
+    return paths

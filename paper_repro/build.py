@@ -1,0 +1,174 @@
+"""From a figure's name to its table, pictures and claims; computing is skipped when it can be."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+import figures.style
+import nqm
+from nqm.errors import NQMError
+from nqm.table import read_metadata, read_table, write_table
+from paper_repro.study import Claim, Scale, Study, find
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Built:
+    """One figure, done.
+
+    Attributes
+    ----------
+    name : str
+    metadata : dict
+        What the table and both pictures carry: figure, scale, version, settings, key.
+    table : DataFrame
+    png, pdf : Path
+    claims : list of Claim
+    seconds : float
+    reused : bool
+        Whether the table of an earlier run was drawn again.
+    """
+
+    name: str
+    metadata: dict[str, Any]
+    table: pd.DataFrame
+    png: Path
+    pdf: Path
+    claims: list[Claim]
+    seconds: float
+    reused: bool
+
+    @property
+    def study(self) -> Study:
+        """Module of the figure."""
+        return find(self.name)
+
+
+def stamp(name: str, scale: Scale) -> dict[str, Any]:
+    """Metadata of a figure's table; ``key`` changes with settings, version and code."""
+    study = find(name)
+    settings = json.loads(json.dumps(asdict(study.settings(scale))))
+    content: dict[str, Any] = {"figure": name, "scale": str(scale), "settings": settings}
+    content |= {"version": nqm.__version__, "seed": settings.get("seed"), "code": _code(study)}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content | {"key": key}
+
+
+def _code(study: Study) -> str:
+    """Digest of the sources a table depends on: all of nqm, and the figure's own modules."""
+    sources = sorted(Path(nqm.__file__).parent.rglob("*.py"))
+    module = cast(ModuleType, study)
+    own = {module.__file__} | {
+        inspect.getsourcefile(value)
+        for value in vars(module).values()
+        if getattr(value, "__module__", "").startswith("paper_repro.")
+    }
+    sources += sorted(Path(path) for path in own if path and not path.endswith("study.py"))
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(name: str, scale: Scale, out: Path) -> Built:
+    """Table, PNG and PDF of one figure under `out`; an equal table found there is only drawn.
+
+    A table of another scale, version or code is computed anew and replaced: `out` holds results
+    of this command. A file that this command did not write is left alone.
+
+    Raises
+    ------
+    NQMError
+        For an unknown name, an unwritable folder, or a foreign file in the way.
+    """
+    began = time.perf_counter()
+    study = find(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NQMError(f"cannot write {out}: {error.strerror or error}") from None
+    metadata = stamp(name, scale)
+    path = out / f"{name}.parquet"
+    table = _earlier(path, metadata)
+    reused = table is not None
+    if table is None:
+        write_table(path, study.compute(scale), metadata)
+        table = read_table(path)
+    png, pdf = _picture(study, table, out / name, metadata)
+    seconds = time.perf_counter() - began
+    return Built(name, metadata, table, png, pdf, study.claims(table), seconds, reused)
+
+
+def build_all(names: Sequence[str], scale: Scale, out: Path) -> Iterator[Built]:
+    """`build` for several names, in the order in which they are finished.
+
+    Two processes share the work: drawing holds Python's lock, so threads would not.
+    """
+    if len(names) == 1:
+        yield build(names[0], scale, out)
+        return
+    # Fresh processes: a forked copy of running threads (numba, BLAS) could hang.
+    workers = min(2, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        # The report's order begins with the quick ones; the long ones have to start first.
+        tasks = [pool.submit(build, name, scale, out) for name in reversed(names)]
+        try:
+            for task in as_completed(tasks):
+                yield task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def redraw(name: str, path: Path, out: Path) -> tuple[Path, Path]:
+    """PNG and PDF under `out` from a table computed before.
+
+    Raises
+    ------
+    NQMError
+        If the table cannot be read or belongs to another figure.
+    """
+    study = find(name)
+    table, metadata = read_table(path), read_metadata(path)
+    other = metadata.get("figure", name)
+    if other != name:
+        raise NQMError(f"{path} is the table of figure {other!r}; asked to draw {name!r}")
+    try:
+        return _picture(study, table, out / name, metadata)
+    except KeyError as error:
+        raise NQMError(f"{path} is not a table of figure {name!r}: no column {error}") from None
+
+
+def _earlier(path: Path, metadata: dict[str, Any]) -> pd.DataFrame | None:
+    if not path.exists():
+        return None
+    try:
+        found = read_metadata(path)
+        table = read_table(path)
+    except NQMError:
+        return None  # cut short by a killed run of an older version; computed anew
+    if "figure" not in found:
+        raise NQMError(f"{path} was not written by this command; move it or choose another --out")
+    return table if found.get("key") == metadata["key"] else None
+
+
+def _picture(
+    study: Study, table: pd.DataFrame, stem: Path, metadata: dict[str, Any]
+) -> tuple[Path, Path]:
+    try:
+        png, pdf = figures.style.save(study.draw(table), stem, metadata)
+    except OSError as error:
+        raise NQMError(f"cannot write {stem}.png: {error.strerror or error}") from None
+    return png, pdf

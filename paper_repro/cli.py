@@ -1,0 +1,117 @@
+"""``nqm figure`` and ``nqm reproduce``: only click is loaded at the top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _Misuse(click.ClickException):
+    """A user's mistake: one line, exit code 2."""
+
+    exit_code = 2
+
+
+class _Command(click.Command):
+    """Turns a user's mistake into one line, whichever group the command is called from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        import matplotlib as mpl
+
+        from nqm.errors import NQMError
+
+        mpl.use("Agg")  # the command line opens no window
+        try:
+            return super().invoke(ctx)
+        except NQMError as error:
+            raise _Misuse(str(error)) from None
+
+
+_out = click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("out/paper"),
+    show_default=True,
+    help="Folder for tables, pictures and the report.",
+)
+_scale = click.option(
+    "--scale",
+    type=click.Choice(["full", "smoke"]),
+    default="full",
+    show_default=True,
+    help="smoke: a small version of everything, in seconds.",
+)
+
+
+@click.command(cls=_Command)
+@click.argument("name")
+@_out
+@_scale
+@click.option(
+    "--table",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw this table (.parquet or .csv) and compute nothing.",
+)
+def figure(name: str, out: Path, scale: str, table: Path | None) -> None:
+    """Compute and draw the figure NAME, or only draw it with --table."""
+    from paper_repro.build import build, redraw
+    from paper_repro.study import Scale
+
+    if table is not None:
+        paths = redraw(name, table, out)
+    else:
+        built = build(name, Scale(scale), out)
+        paths = (built.png, built.pdf)
+        _verdict(built)
+    for path in paths:
+        click.echo(path)
+
+
+@click.command(cls=_Command)
+@click.argument("name")
+@_out
+@_scale
+def reproduce(name: str, out: Path, scale: str) -> None:
+    """Draw the figure NAME, or all of them, and write one page with every claim checked.
+
+    A table that an earlier run left in the folder is used again if nothing it depends on has
+    changed. Ends with exit code 1 if a claim does not hold.
+    """
+    from paper_repro.build import build_all
+    from paper_repro.report import write_report
+    from paper_repro.study import STUDIES, Scale, find, passed
+
+    names = list(STUDIES) if name == "all" else [name]
+    if name != "all":
+        find(name)
+    click.echo(f"computing and drawing {', '.join(names)} ({scale})", err=True)
+    done = {}
+    for built in build_all(names, Scale(scale), out):
+        done[built.name] = built
+        click.echo(f"[{len(done)}/{len(names)}] ", err=True, nl=False)
+        _verdict(built)
+    results = [done[one] for one in names]
+    page = write_report(results, out)
+    claims = [claim for result in results for claim in result.claims]
+    held = passed(claims)
+    click.echo(f"{held} claims passed, {len(claims) - held} failed")
+    click.echo(f"report: {page}")
+    if held < len(claims):
+        raise click.exceptions.Exit(1)
+
+
+def _verdict(built: Any) -> None:
+    """Progress line of one figure, and the claims that failed."""
+    from paper_repro.study import passed
+
+    how = "drawn again" if built.reused else "computed"
+    held, total = passed(built.claims), len(built.claims)
+    click.echo(
+        f"{built.name}: {how} in {built.seconds:.1f} s, {held} of {total} claims hold", err=True
+    )
+    for claim in built.claims:
+        if not claim.passed:
+            failed = f"  FAILED: {claim.text}: {claim.measured:.4g}, must be {claim.rule}"
+            click.echo(failed, err=True)

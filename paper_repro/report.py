@@ -1,0 +1,57 @@
+"""One self-contained HTML page: every picture, its parameters, what it shows and its claims."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from nqm.errors import NQMError
+from paper_repro.build import Built
+from paper_repro.study import passed
+
+
+def write_report(built: Sequence[Built], out: Path) -> Path:
+    """Write ``report.html`` under `out`, all or nothing, and return its path."""
+    environment = Environment(
+        loader=PackageLoader("paper_repro"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    figures = [
+        {
+            "name": one.name,
+            "title": one.study.TITLE,
+            "summary": one.study.SUMMARY,
+            "image": base64.b64encode(one.png.read_bytes()).decode(),
+            "settings": {key: _shown(value) for key, value in one.metadata["settings"].items()},
+            "claims": [vars(claim) | {"measured": f"{claim.measured:.4g}"} for claim in one.claims],
+            "key": one.metadata["key"],
+            "rows": len(one.table),
+        }
+        for one in built
+    ]
+    claims = [claim for one in built for claim in one.claims]
+    page = environment.get_template("report.html.j2").render(
+        figures=figures,
+        version=built[0].metadata["version"],
+        scale=built[0].metadata["scale"],
+        passed=passed(claims),
+        total=len(claims),
+    )
+    path = out / "report.html"
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise NQMError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

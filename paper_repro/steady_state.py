@@ -1,0 +1,177 @@
+"""Steady-state expected loss against ensemble size, additive and multiplicative side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures import floors as panels
+from figures.style import PAGE, context, new_figure, panel_letters
+from nqm.algorithms import SGD, Ensemble, LatePhase, MultiplicativeLatePhase
+from nqm.balance import balance_point
+from nqm.problem import Problem
+from nqm.program import Phase, constant
+from nqm.solvers.sample import sample
+from nqm.solvers.steady import steady
+from nqm.spectra import harmonic
+from paper_repro.study import Claim, Scale, agrees, between, close, identical
+
+TITLE = "Steady-state loss against ensemble size"
+SUMMARY = (
+    "At a fixed learning rate eta the mean model's steady loss falls with K, and so does the mean "
+    "of K independent runs (or, the same thing at steady state, SGD at eta on a K-fold minibatch), "
+    "while the average member and SGD at equal data (rate eta, batch B, K steps in place of one) "
+    "stay where they are; SGD at lambda = 2 eta on batch K B coincides with the mean model. "
+    "Multiplicative members follow the same lines to first order in the noise, until their balance "
+    "drifts to the higher long-run floor (dotted)."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """gamma = 1/K and eta_phi = eta_theta = lr, so lambda = 2 lr; B = 1; w* = 1 throughout."""
+
+    directions: int = 8
+    noise_scale: float = 0.004
+    minimum: float = 1.0
+    lrs: tuple[float, ...] = (0.05, 0.15, 0.45)
+    compared_lr: float = 0.15
+    members: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    settle: float = 3.0
+    replicas: int = 600
+    seed: int = 1
+
+
+def settings(scale: Scale) -> Settings:
+    """Parameters of this figure."""
+    if scale is Scale.SMOKE:
+        return Settings(members=(1, 4, 16), lrs=(0.15, 0.45), replicas=150)
+    return Settings()
+
+
+def steps_for(lr: float, s: Settings) -> int:
+    """Cycles after which the flattest direction has forgotten all but e^(-2 settle)."""
+    return int(np.ceil(s.settle * s.directions / lr))
+
+
+def _cases(lr: float, k: int) -> Iterator[tuple[str, str, Any, float, int]]:
+    """(model, series, algorithm, rate, batch size) of everything compared at one (lr, K)."""
+    yield "additive", "mean model", LatePhase(k), lr, 1
+    yield "multiplicative", "mean model", MultiplicativeLatePhase(k), lr, 1
+    yield "both", "K runs", Ensemble(k), lr, 1
+    yield "both", "SGD, lr, K B", SGD(), lr, k
+    yield "both", "SGD, lambda, K B", SGD(), 2.0 * lr, k
+    yield "both", "SGD, equal data", SGD(), lr, 1
+
+
+def compute(scale: Scale) -> pd.DataFrame:
+    """Steady states of every method for every (lr, K): theory, and Monte Carlo."""
+    s = settings(scale)
+    h = harmonic(s.directions)
+    problem = Problem(h, s.noise_scale * h, minimum=s.minimum, initial_variance=0.0)
+    rows: list[dict[str, Any]] = []
+    seed = s.seed * 1000
+    for lr in s.lrs:
+        for k in s.members:
+            for model, series, algorithm, rate, batch in _cases(lr, k):
+                members = series == "mean model"
+                if not members and series != "SGD, lambda, K B" and lr != s.compared_lr:
+                    continue
+                seed += 1
+                row = {"model": model, "series": series, "members": k, "lr": lr, "rate": rate}
+                row |= {"batch_size": batch, "steps": 0}
+                exact = steady(problem, Phase(algorithm, rate, 1, batch))
+                found = {"mean model": exact.loss, "average member": exact.member_loss}
+                rows += _rows(row, str(exact.kind), found, (0.0, 0.0), members)
+                if series == "SGD, lambda, K B" and lr != s.compared_lr:
+                    continue
+                steps = steps_for(lr, s)
+                program = constant(algorithm, rate, steps, batch_size=batch)
+                run = sample(problem, program, [steps], replicas=s.replicas, seed=seed)
+                found = {"mean model": run.loss[0], "average member": run.member_loss[0]}
+                errors = (float(run.stderr[0]), float(run.member_stderr[0]))
+                rows += _rows(row | {"steps": steps}, "sample", found, errors, members)
+                if model == "multiplicative":
+                    point = balance_point(problem, algorithm, lr)
+                    found = {"mean model": point.loss, "average member": point.member_loss}
+                    rows += _rows(row, "long_run", found, (0.0, 0.0), members)
+    table = pd.DataFrame(rows).assign(directions=s.directions, noise_scale=s.noise_scale)
+    return table.assign(minimum=s.minimum, replicas=s.replicas, seed=s.seed)
+
+
+def _rows(
+    row: dict[str, Any],
+    kind: str,
+    found: dict[str, float],
+    errors: tuple[float, float],
+    members: bool,
+) -> list[dict[str, Any]]:
+    """One row for the mean model, and one for the average member where there are members."""
+    both = [
+        row | {"series": series, "kind": kind, "loss": float(loss), "stderr": error}
+        for (series, loss), error in zip(found.items(), errors, strict=True)
+    ]
+    return both if members else [both[0] | {"series": row["series"]}]
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Mean models by learning rate, simulation over theory, and all methods at one rate."""
+    with context():
+        figure = new_figure(PAGE, 6.4)
+        axes = figure.subplots(3, 2, sharex=True, sharey="row", height_ratios=(3, 1.6, 3))
+        for model, column in zip(("additive", "multiplicative"), axes.T, strict=True):
+            panels.by_rate(table[table["model"] == model], ax=column[0])
+            column[0].set_title(f"{model}: mean model")
+            panels.ratio(table[table["model"] == model], ax=column[1])
+            lr = float(table.loc[table["series"] == "K runs", "lr"].iloc[0])
+            own = table["model"].isin([model, "both"]) & (table["lr"] == lr)
+            panels.compared(table[own], ax=column[2])
+            column[2].set_title(rf"{model}, all methods at $\eta$ = {lr:g}")
+        handles, labels = axes[2, 1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        panel_letters(list(axes.flat))
+        for ax in axes[:, 1]:
+            ax.set_ylabel("")
+        for ax in axes[:2].flat:
+            ax.set_xlabel("")
+    return figure
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Checks of the steady states."""
+    keys = ["model", "series", "members", "lr"]
+    wide = table[table["kind"] == "sample"].merge(
+        table[table["kind"].isin(["exact", "first_order"])], on=keys, suffixes=("", "_theory")
+    )
+    linear = wide[wide["model"] != "multiplicative"]
+    product = wide[wide["model"] == "multiplicative"]
+    exact = table[table["kind"] == "exact"].set_index(keys)["loss"].sort_index()
+    late, sgd = exact["additive", "mean model"], exact["both", "SGD, lambda, K B"]
+    runs, batch = exact["both", "K runs"], exact["both", "SGD, lr, K B"]
+    lr, largest = float(min(table["lr"])), int(max(table["members"]))
+    one = exact["both", "SGD, equal data", 1]
+    return [
+        agrees(
+            "additive late-phase, K runs and SGD: simulation against exact theory",
+            linear["loss"], linear["loss_theory"], linear["stderr"],
+        ),
+        identical("mean model = SGD at lambda on batch K B", late, sgd),
+        identical("mean of K runs = SGD at eta on batch K B, at steady state", runs, batch),
+        close(
+            f"K x (mean model at K = {largest}) / (mean model at K = 1), eta = {lr:g}",
+            float(late[largest, lr] / late[1, lr]) * largest, 1.0, 1e-12,
+        ),
+        between(
+            "late-phase at K = 2 over SGD at eta and equal data (break-even is near K = 2)",
+            float(late[largest, one.index[0]] * largest / 2 / one.iloc[0]), 1.0, 1.2,
+        ),
+        between(
+            "multiplicative, noise small and run short: mean of simulation / first order",
+            float((product["loss"] / product["loss_theory"]).mean()), 0.95, 1.05,
+        ),
+    ]  # fmt: skip

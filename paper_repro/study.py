@@ -1,0 +1,137 @@
+"""What a figure's module states: its settings, its claims, and where it is found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nqm.errors import NQMError, suggest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+#: Largest |z| of a Monte Carlo comparison that still counts as agreement.
+Z_LIMIT = 4.5
+
+#: Name on the command line -> module, in the order of the report.
+STUDIES = {
+    "collapse": "paper_repro.collapse",
+    "steady_state": "paper_repro.steady_state",
+    "switch": "paper_repro.switch",
+    "rate_map": "paper_repro.rate_map",
+    "multiplicative": "paper_repro.multiplicative",
+    "digits": "paper_repro.digits",
+}
+
+
+class Scale(StrEnum):
+    """How much is computed: what the page shows, or just enough to see everything run."""
+
+    FULL = "full"
+    SMOKE = "smoke"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One numerical check that could have failed.
+
+    Attributes
+    ----------
+    text : str
+        What is claimed, in words.
+    measured : float
+    rule : str
+        What `measured` has to satisfy.
+    passed : bool
+    """
+
+    text: str
+    measured: float
+    rule: str
+    passed: bool
+
+
+class Study(Protocol):
+    """What every module in `STUDIES` provides."""
+
+    TITLE: str
+    #: Two sentences: what the picture shows.
+    SUMMARY: str
+
+    def settings(self, scale: Scale) -> Any:
+        """Every parameter of the computation, a frozen dataclass."""
+
+    def compute(self, scale: Scale) -> pd.DataFrame:
+        """Tidy table with all that is drawn and claimed."""
+
+    def draw(self, table: pd.DataFrame) -> Figure:
+        """Figure from the table alone."""
+
+    def claims(self, table: pd.DataFrame) -> list[Claim]:
+        """Numerical checks from the table alone."""
+
+
+def find(name: str) -> Study:
+    """Module of the figure called `name`.
+
+    Raises
+    ------
+    NQMError
+        With a suggestion, if there is none.
+    """
+    if name not in STUDIES:
+        raise NQMError(f"no figure is called {name!r}{suggest(name, STUDIES)}")
+    return cast(Study, import_module(STUDIES[name]))
+
+
+def agrees(text: str, measured: ArrayLike, expected: ArrayLike, stderr: ArrayLike) -> Claim:
+    """Claim: every Monte Carlo estimate lies within `Z_LIMIT` standard errors of the theory."""
+    difference = np.asarray(measured, dtype=float) - np.asarray(expected, dtype=float)
+    z = np.atleast_1d(difference / np.asarray(stderr, dtype=float))
+    worst = float(np.abs(z).max())
+    rule = f"largest |z| of {z.size} comparisons < {Z_LIMIT:g}"
+    return Claim(text, worst, rule, worst < Z_LIMIT)
+
+
+def estimate(text: str, measured: float, expected: float, stderr: float) -> Claim:
+    """Claim: one Monte Carlo estimate, shown itself, agrees with the theory."""
+    rule = f"{expected:.4g} within {Z_LIMIT:g} standard errors ({stderr:.2g})"
+    return Claim(text, float(measured), rule, bool(abs(measured - expected) < Z_LIMIT * stderr))
+
+
+def close(text: str, measured: float, expected: float, tolerance: float) -> Claim:
+    """Claim: `measured` is within a relative `tolerance` of `expected`."""
+    rule = f"{expected:.4g} within {tolerance:.2g} of it"
+    error = abs(measured - expected)
+    return Claim(text, float(measured), rule, bool(error <= tolerance * abs(expected)))
+
+
+def identical(text: str, measured: ArrayLike, expected: ArrayLike, limit: float = 1e-12) -> Claim:
+    """Claim: largest relative difference of two exact results is rounding."""
+    expected = np.asarray(expected, dtype=float)
+    worst = float(np.max(np.abs(np.asarray(measured, dtype=float) / expected - 1.0)))
+    return Claim(text, worst, f"largest relative difference <= {limit:g}", worst <= limit)
+
+
+def between(text: str, measured: float, low: float, high: float) -> Claim:
+    """Claim: low <= measured <= high; an infinite bound is left out of the rule."""
+    parts = [f">= {low:.4g}"] * math.isfinite(low) + [f"<= {high:.4g}"] * math.isfinite(high)
+    return Claim(text, float(measured), " and ".join(parts), bool(low <= measured <= high))
+
+
+def slope(x: ArrayLike, y: ArrayLike) -> float:
+    """Least-squares slope of log y against log x."""
+    return float(np.polyfit(np.log(np.asarray(x)), np.log(np.asarray(y)), 1)[0])
+
+
+def passed(claims: Iterable[Claim]) -> int:
+    """How many claims hold."""
+    return sum(claim.passed for claim in claims)

@@ -1,0 +1,23 @@
+"""Problems shared by the tests, and the settings of the property tests."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+from nqm import Problem
+
+# Reproducible, and free of timing: the first example of a test may compile a kernel.
+settings.register_profile("nqm", deadline=None, derandomize=True, max_examples=30, database=None)
+settings.load_profile("nqm")
+
+
+@pytest.fixture
+def problem() -> Problem:
+    """Three directions that differ in everything."""
+    return Problem(
+        curvature=[1.0, 0.3, 0.02],
+        noise_variance=[0.5, 2.0, 0.1],
+        initial_mean=[1.0, -2.0, 0.5],
+        initial_variance=[0.3, 0.7, 1.5],
+    )
