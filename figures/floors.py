@@ -27,7 +27,11 @@ COMPARED: dict[str, tuple[dict[str, Any], str]] = {
         {"color": "0.35", "marker": "D", "linestyle": "-."},
         r"SGD at $\eta$, batch $B$ (equal data)",
     ),
-    "long run": ({"color": PALETTE[0], "linestyle": ":"}, "mean model, long run"),
+    "mean model, long run": ({"color": PALETTE[0], "linestyle": ":"}, "mean model, long run"),
+    "average member, long run": (
+        {"color": PALETTE[1], "linestyle": ":"},
+        "average member, long run",
+    ),
 }
 
 
@@ -82,10 +86,8 @@ def ratio(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def compared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """All methods at one learning rate."""
     ax = axes_or_new(ax)
-    series = table["series"].where(table["kind"] != "long_run", "long run")
-    # The average member's long run is left out: it lies on its quasi-steady line.
-    hidden = (table["kind"] == "long_run") & (table["series"] == "average member")
-    shown = table.assign(series=series)[~hidden]
+    series = table["series"].where(table["kind"] != "long_run", table["series"] + ", long run")
+    shown = table.assign(series=series)
     order = {name: i for i, name in enumerate(COMPARED)}
     shown = shown.sort_values("series", key=lambda column: column.map(order))
     looks = {name: look for name, (look, _) in COMPARED.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from figures import digits as panels
 from figures.style import PAGE, context, new_figure, panel_letters
@@ -67,40 +69,14 @@ def compute(scale: Scale) -> pd.DataFrame:
     s = settings(scale)
     data = load(s.digit)
     problem = Problem.from_linear_regression(data.features, data.target)
-    start = np.zeros(data.features.shape[1])
     marks = np.unique(np.geomspace(1, s.cycles, s.marks).round().astype(int)).tolist()
     steps = np.unique(np.r_[marks, np.geomspace(1, s.cycles, 60).round().astype(int)]).tolist()
     rng = np.random.default_rng(s.seed)
-    frames = []
-    for lr in s.lrs:
-        for k in s.members:
-            replicas = s.chains // k
-            case = {"lr": lr, "members": k, "rate": 2.0 * lr, "replicas": replicas}
-            program = constant(LatePhase(k), lr, s.cycles, batch_size=s.batch_size)
-            additive = solve(problem, program, steps)
-            known, member_known = exact(
-                data, start, members=k, lr=lr, batch_size=s.batch_size, at=steps
-            )
-            run, member_run = train(
-                data, start, members=k, lr=lr, batch_size=s.batch_size, at=marks,
-                replicas=replicas, rng=rng,
-            )  # fmt: skip
-            root = np.sqrt(replicas)
-            columns: dict[str, tuple[list[int], object, object, object, object]] = {
-                "additive": (steps, additive.loss, additive.member_loss, 0.0, 0.0),
-                "exact": (steps, known, member_known, 0.0, 0.0),
-                "sample": (
-                    marks,
-                    run.mean(axis=1),
-                    member_run.mean(axis=1),
-                    run.std(axis=1, ddof=1) / root,
-                    member_run.std(axis=1, ddof=1) / root,
-                ),
-            }
-            for kind, (at, loss, member, error, member_error) in columns.items():
-                frame = {"step": at, "loss": loss, "member_loss": member, "stderr": error}
-                frame |= {"member_stderr": member_error, "kind": kind}
-                frames.append(pd.DataFrame(frame).assign(**case))
+    # The matrices are small: a second BLAS thread gains nothing, and waits where cores are busy.
+    with threadpool_limits(1):
+        frames = [
+            _case(data, problem, s, lr, k, marks, steps, rng) for lr in s.lrs for k in s.members
+        ]
     table = pd.concat(frames, ignore_index=True)
     table["examples"] = table["step"] * table["members"] * s.batch_size
     reference = table[table["kind"] == "additive"]
@@ -118,6 +94,37 @@ def compute(scale: Scale) -> pd.DataFrame:
         "irreducible_loss": problem.irreducible_loss,
     }
     return table.assign(**fixed)
+
+
+def _case(
+    data: Data,
+    problem: Problem,
+    s: Settings,
+    lr: float,
+    k: int,
+    marks: list[int],
+    steps: list[int],
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """All three kinds of rows for one (lr, K)."""
+    start, replicas = np.zeros(data.features.shape[1]), s.chains // k
+    how: dict[str, Any] = {"members": k, "lr": lr, "batch_size": s.batch_size}
+    additive = solve(problem, constant(LatePhase(k), lr, s.cycles, batch_size=s.batch_size), steps)
+    known, member_known = exact(data, start, at=steps, **how)
+    run, member_run = train(data, start, at=marks, replicas=replicas, rng=rng, **how)
+    parts = [
+        pd.DataFrame({"step": steps, "loss": additive.loss, "member_loss": additive.member_loss}),
+        pd.DataFrame({"step": steps, "loss": known, "member_loss": member_known}),
+        pd.DataFrame(
+            {"step": marks, "loss": run.mean(axis=1), "member_loss": member_run.mean(axis=1)}
+        ),
+    ]
+    for part, kind in zip(parts, ("additive", "exact", "sample"), strict=True):
+        part["kind"] = kind
+        part[["stderr", "member_stderr"]] = 0.0
+    parts[2]["stderr"] = run.std(axis=1, ddof=1) / np.sqrt(replicas)
+    parts[2]["member_stderr"] = member_run.std(axis=1, ddof=1) / np.sqrt(replicas)
+    return pd.concat(parts).assign(lr=lr, members=k, rate=2.0 * lr, replicas=replicas)
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -95,7 +95,9 @@ def exact(
             member_losses.append(0.5 * h @ np.diag(second + spread))
         both = second + spread
         square = np.einsum("ni,ni->n", x @ both, x) - 2.0 * residual * (x @ mean) + residual**2
-        noise = (x.T * (square / len(x))) @ x - np.outer(h, h) * both
+        square = np.maximum(square, 0.0)  # a mean of squares; rounding may say otherwise
+        scaled = x * np.sqrt(square / len(x))[:, None]
+        noise = scaled.T @ scaled - np.outer(h, h) * both
         noise /= batch_size
         second = np.outer(fast, fast) * second + (2.0 * lr) ** 2 / members * noise
         spread = np.outer(slow, slow) * spread + lr**2 * (1.0 - 1.0 / members) * noise

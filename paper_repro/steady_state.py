@@ -28,7 +28,7 @@ SUMMARY = (
     "while the average member and SGD at equal data (rate eta, batch B, K steps in place of one) "
     "stay where they are; SGD at lambda = 2 eta on batch K B coincides with the mean model. "
     "Multiplicative members follow the same lines to first order in the noise, until their balance "
-    "drifts to the higher long-run floor (dotted)."
+    "drifts to the long-run floors (dotted), higher for the mean model and lower for its members."
 )
 
 

@@ -96,9 +96,11 @@ def test_floors_ratio_is_sample_over_theory(steady_table):
     np.testing.assert_allclose(artist(ax, "0.1/ratio").get_ydata(orig=False), 1.1)
 
 
-def test_floors_compared_shows_the_mean_models_long_run_only(steady_table):
+def test_floors_compared_keeps_the_long_run_apart(steady_table):
     ax = floors.compared(steady_table[steady_table["lr"] == 0.1])
-    np.testing.assert_allclose(artist(ax, "long run").get_ydata(orig=False), [0.2, 0.1, 0.05])
+    np.testing.assert_allclose(
+        artist(ax, "mean model, long run").get_ydata(orig=False), [0.2, 0.1, 0.05]
+    )
     np.testing.assert_allclose(
         artist(ax, "average member").get_ydata(orig=False), [0.1, 0.05, 0.025]
     )
