@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
 
 
 class NQMError(ValueError):
@@ -28,13 +29,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def check_integer(where: str, value: object, minimum: int) -> None:
     """Raise NQMError unless `value` is an integer (not a bool) of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise NQMError(f"{where} must be an integer >= {minimum}; got {value!r}")
 
 
 def check_number(
     where: str,
-    value: float,
+    value: object,
     *,
     low: float = -math.inf,
     high: float = math.inf,
@@ -42,11 +43,12 @@ def check_number(
     closed_high: bool = True,
 ) -> None:
     """Raise NQMError unless `value` is a finite number in the stated interval."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if ok:
-        ok = (value >= low if closed_low else value > low) and (
-            value <= high if closed_high else value < high
-        )
+    x = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    ok = (
+        math.isfinite(x)
+        and (x >= low if closed_low else x > low)
+        and (x <= high if closed_high else x < high)
+    )
     if not ok:
         left = f"{'[' if closed_low else '('}{low:g}"
         right = f"{high:g}{']' if closed_high and math.isfinite(high) else ')'}"

@@ -48,7 +48,8 @@ class Trajectory:
     loss : ndarray
         Expected loss of the evaluated weights (the mean model), without the irreducible constant.
     bias, variance : ndarray
-        Loss of the expected weights, and what their covariance adds; NaN from Monte Carlo.
+        What the start alone leaves (gradient noise off), and what the noise alone makes (start
+        at the minimum); they add up to `loss`. NaN from Monte Carlo.
     member_loss : ndarray
         Expected loss of the average member; equal to `loss` for a single chain.
     loss_sd : ndarray

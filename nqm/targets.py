@@ -251,8 +251,9 @@ class Crossing:
         Steady-state loss, NaN where there is none: a target below it is out of reach but for a
         dip on the way.
     scanned : bool
-        Whether every step before the crossing was looked at. Otherwise only a grid of steps 5 %
-        apart and the bracket were, and a shorter dip under the target could have been missed.
+        Whether every step before the crossing was looked at (for a last crossing, every step to
+        the horizon). Otherwise only a grid of steps 5 % apart and the bracket were, and a shorter
+        swing across the target could have been missed.
     """
 
     status: Status
@@ -321,10 +322,13 @@ def _last(walk: PhaseWalk, phase: Phase, target: float, floor: float) -> Crossin
         return Crossing(lost, np.nan, np.nan, np.nan, floor, False)
     above = np.flatnonzero(~(losses <= target))
     bracket = (0, 0) if above.size == 0 else (int(grid[above[-1]]), int(grid[above[-1] + 1]))
-    path = walk.path(*bracket)
+    # A swing above the target between grid points counts too, where looking is affordable.
+    scanned = walk.cost(phase.steps) <= SCAN_BUDGET
+    start, stop = (0, phase.steps) if scanned else bracket
+    path = walk.path(start, stop)
     high = np.flatnonzero(~(path <= target))
     index = 0 if high.size == 0 else int(high[-1]) + 1
-    return _crossed(phase, bracket[0] + index, float(path[index]), floor, False)
+    return _crossed(phase, start + index, float(path[index]), floor, scanned)
 
 
 def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) -> Crossing:
@@ -441,6 +445,11 @@ def critical_batch_size(
     NQMError
         If fewer than three batch sizes reach the target.
     """
+    if target >= problem.initial_loss:
+        raise NQMError(
+            f"critical_batch_size: the target {target:g} is met at the start, whose loss is "
+            f"{problem.initial_loss:g}; lower the target"
+        )
     rows = []
     for batch_size in batch_sizes:
         phase = Phase(algorithm, 1.0, max_steps, batch_size)

@@ -54,8 +54,9 @@ def _step(inner: Inner, momentum: float, buffer: Array, g: Array) -> tuple[Array
     return buffer, {"heavy_ball": buffer, "nesterov": g + momentum * buffer}[inner]
 
 
-def sgd(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-        rng: Rng) -> Array:
+def sgd(
+    h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int, rng: Rng
+) -> Array:
     """Stochastic gradient descent (Robbins & Monro 1951): ``x <- x - lr g``."""
     x = start
     path = [x]
@@ -65,8 +66,17 @@ def sgd(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, 
     return np.stack(path)
 
 
-def heavy_ball(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike,
-               steps: int, rng: Rng, *, momentum: float) -> Array:
+def heavy_ball(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    momentum: float,
+) -> Array:
     """Heavy ball (Polyak 1964; PyTorch form): ``b <- mu b + g; x <- x - lr b``."""
     x, b = start, np.zeros_like(start)
     path = [x]
@@ -77,8 +87,17 @@ def heavy_ball(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: Arra
     return np.stack(path)
 
 
-def nesterov(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike,
-             steps: int, rng: Rng, *, momentum: float) -> Array:
+def nesterov(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    momentum: float,
+) -> Array:
     """Nesterov (Sutskever et al. 2013; PyTorch): ``b <- mu b + g; x <- x - lr (g + mu b)``."""
     x, b = start, np.zeros_like(start)
     path = [x]
@@ -96,8 +115,19 @@ def _run(inner: Inner, momentum: float, *problem: Any) -> Array:
     return {"heavy_ball": heavy_ball, "nesterov": nesterov}[inner](*problem, momentum=momentum)
 
 
-def ema(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-        rng: Rng, *, beta: float, inner: Inner = "sgd", momentum: float = 0.0) -> Array:
+def ema(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    beta: float,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
     """Moving average of the iterates: ``a <- beta a + (1 - beta) x_new``, a starts at x."""
     a = start
     path = [a]
@@ -107,8 +137,19 @@ def ema(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, 
     return np.stack(path)
 
 
-def swa(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-        rng: Rng, *, every: int, inner: Inner = "sgd", momentum: float = 0.0) -> Array:
+def swa(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    every: int,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
     """Average of all snapshots (Izmailov et al. 2018): ``a <- (n a + x) / (n + 1)``.
 
     Snapshots follow steps `every`, ``2 * every``, ...; until the first one x itself is
@@ -124,9 +165,20 @@ def swa(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, 
     return np.stack(path)
 
 
-def lawa(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-         rng: Rng, *, every: int, window: int, inner: Inner = "sgd",
-         momentum: float = 0.0) -> Array:
+def lawa(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    every: int,
+    window: int,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
     """Mean of the last `window` snapshots (Kaddour 2022, LAWA); otherwise as `swa`."""
     snapshots: list[Array] = []
     path = [start]
@@ -137,9 +189,20 @@ def lawa(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike,
     return np.stack(path)
 
 
-def lookahead(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-              rng: Rng, *, k: int, alpha: float, inner: Inner = "sgd",
-              momentum: float = 0.0) -> Array:
+def lookahead(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    k: int,
+    alpha: float,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
     """Lookahead (Zhang et al. 2019): after k steps ``slow <- slow + alpha (x - slow); x <- slow``.
 
     The slow weights are evaluated; the inner momentum buffer survives the syncs.
@@ -156,9 +219,20 @@ def lookahead(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: Array
     return np.stack(path)
 
 
-def ensemble(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-             rng: Rng, *, members: int, starts: Literal["common", "own"] = "common",
-             inner: Inner = "sgd", momentum: float = 0.0) -> tuple[Array, Array]:
+def ensemble(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    members: int,
+    starts: Literal["common", "own"] = "common",
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> tuple[Array, Array]:
     """Weight mean of independent runs, own minibatches (Wortsman et al. 2022, model soups).
 
     With ``starts="own"`` the start has shape (members, replicas, d).
@@ -171,10 +245,23 @@ def ensemble(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayL
     return w.mean(axis=1), w
 
 
-def late_phase(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-               rng: Rng, *, members: int, member_lr: ArrayLike, gamma: float,
-               spread: float = 0.0, minibatch: Minibatch = "own", inner: Inner = "sgd",
-               momentum: float = 0.0) -> tuple[Array, Array]:
+def late_phase(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    members: int,
+    member_lr: ArrayLike,
+    gamma: float,
+    spread: float = 0.0,
+    minibatch: Minibatch = "own",
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> tuple[Array, Array]:
     """Additive late-phase weights ``w_k = theta + phi_k`` (von Oswald et al. 2021).
 
     ``phi_k <- phi_k - member_lr g_k; theta <- theta - lr gamma sum_k g_k``, all g_k taken
@@ -198,10 +285,23 @@ def late_phase(h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: Arra
 
 
 def late_phase_multiplicative(
-        h: Array, v: Array, start: Array, lr: ArrayLike, batch_size: ArrayLike, steps: int,
-        rng: Rng, *, minimum: Array, members: int, member_lr: ArrayLike, gamma: float,
-        factor: Real = 1.0, spread: float = 0.0, scalar: bool = False,
-        minibatch: Minibatch = "own") -> tuple[Array, Array]:
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    minimum: Array,
+    members: int,
+    member_lr: ArrayLike,
+    gamma: float,
+    factor: Real = 1.0,
+    spread: float = 0.0,
+    scalar: bool = False,
+    minibatch: Minibatch = "own",
+) -> tuple[Array, Array]:
     """Multiplicative late-phase weights ``w_k = theta phi_k`` (von Oswald et al. 2021).
 
     ``theta <- theta - lr gamma sum_k phi_k g_k; phi_k <- phi_k - member_lr theta g_k`` with
@@ -235,19 +335,17 @@ def _relax(gap: Array, noise: Real, s0: Real, n: int) -> Array:
     return np.asarray(np.exp(log_power) * s0 + noise * total)
 
 
-def sgd_moment(h: Array, v: Array, lr: float, batch_size: float, s0: Real,
-               steps: int) -> Array:
+def sgd_moment(h: Array, v: Array, lr: float, batch_size: float, s0: Real, steps: int) -> Array:
     """SGD from E x^2 = s0: ``s_T = s* + (1 - lr h)^(2T) (s0 - s*)``."""
     return _relax(lr * h * (2 - lr * h), lr**2 * v / batch_size, s0, steps)
 
 
-def sgd_moment_sequence(h: Array, v: Array, lrs: Array, batch_sizes: Array,
-                        s0: Real) -> Array:
+def sgd_moment_sequence(h: Array, v: Array, lrs: Array, batch_sizes: Array, s0: Real) -> Array:
     """SGD, one rate and batch per step: ``sum_t lr_t^2 v/B_t prod_(u>t) (1 - lr_u h)^2 + bias``."""
     factors = (1 - np.multiply.outer(np.asarray(lrs), h)) ** 2
     total = np.prod(factors, axis=0) * s0
     for t, (lr, size) in enumerate(_plan(len(factors), lrs, batch_sizes)):
-        total = total + lr**2 * v / size * np.prod(factors[t + 1:], axis=0)
+        total = total + lr**2 * v / size * np.prod(factors[t + 1 :], axis=0)
     return np.asarray(total)
 
 
@@ -262,8 +360,9 @@ def heavy_ball_steady(h: Array, v: Array, lr: float, batch_size: float, momentum
     return lr * v / batch_size * (1 + mu) / (h * (1 - mu) * (2 * (1 + mu) - lr * h))
 
 
-def nesterov_steady(h: Array, v: Array, lr: float, batch_size: float, momentum: float, *,
-                    shifted: bool = True) -> Array:
+def nesterov_steady(
+    h: Array, v: Array, lr: float, batch_size: float, momentum: float, *, shifted: bool = True
+) -> Array:
     """Nesterov; the stored x of PyTorch is the shifted point ``(1 + mu) y_t - mu y_(t-1)``.
 
     The unshifted y is the AR(2) process ``y' = r (1 + mu) y_t - r mu y_(t-1) - lr e``.
@@ -291,8 +390,16 @@ def uniform_average(rho: Real, noise: Real, s0: Real, n: int) -> Array:
     return np.asarray((noise * np.sum(c**2, axis=-1) + (rho * c[..., -1]) ** 2 * s0) / n**2)
 
 
-def snapshot_average(h: Array, v: Array, lr: float, batch_size: float, s0: Real, every: int,
-                     snapshots: int, window: int | None = None) -> Array:
+def snapshot_average(
+    h: Array,
+    v: Array,
+    lr: float,
+    batch_size: float,
+    s0: Real,
+    every: int,
+    snapshots: int,
+    window: int | None = None,
+) -> Array:
     """SWA of SGD at its n-th snapshot, or LAWA with a `window`: `uniform_average` in P steps.
 
     ``rho = (1 - lr h)^P``, noise that of P steps from 0, start moment that of the step P before
@@ -314,16 +421,18 @@ def _lookahead_gap(h: Array, lr: float, k: int, alpha: float) -> Array:
     return np.asarray(alpha * lr * h * np.sum(np.power.outer(1 - lr * h, np.arange(k)), axis=-1))
 
 
-def lookahead_moment(h: Array, v: Array, lr: float, batch_size: float, k: int, alpha: float,
-                     s0: Real, syncs: int) -> Array:
+def lookahead_moment(
+    h: Array, v: Array, lr: float, batch_size: float, k: int, alpha: float, s0: Real, syncs: int
+) -> Array:
     """Slow weights after n syncs: ``s' = f^2 s + alpha^2 q_k``, ``f = 1 - alpha (1 - r^k)``."""
     gap = _lookahead_gap(h, lr, k, alpha)
     q = sgd_moment(h, v, lr, batch_size, 0.0, k)
     return _relax(gap * (2 - gap), alpha**2 * q, s0, syncs)
 
 
-def lookahead_steady(h: Array, v: Array, lr: float, batch_size: float, k: int,
-                     alpha: float) -> Array:
+def lookahead_steady(
+    h: Array, v: Array, lr: float, batch_size: float, k: int, alpha: float
+) -> Array:
     """Slow weights: ``alpha^2 q_k / (1 - f^2)``, ``q_k = lr^2 v (1 - r^2k) / (1 - r^2)``."""
     r = 1 - lr * h
     f = 1 - alpha * (1 - r**k)
@@ -331,9 +440,17 @@ def lookahead_steady(h: Array, v: Array, lr: float, batch_size: float, k: int,
     return alpha**2 * q / (1 - f**2)
 
 
-def ensemble_moment(h: Array, v: Array, lr: float, batch_size: float, members: int,
-                    mean: Real, var: Real, steps: int,
-                    starts: Literal["common", "own"] = "common") -> Array:
+def ensemble_moment(
+    h: Array,
+    v: Array,
+    lr: float,
+    batch_size: float,
+    members: int,
+    mean: Real,
+    var: Real,
+    steps: int,
+    starts: Literal["common", "own"] = "common",
+) -> Array:
     """Mean of K SGD runs: ``r^2T (mean^2 + var [/K if own]) + (1 - r^2T) s* / K``."""
     s0 = np.square(mean) + var / (members if starts == "own" else 1)
     return sgd_moment(h, v / members, lr, batch_size, s0, steps)
@@ -350,9 +467,19 @@ def late_phase_noise(v: Array, members: int, minibatch: Minibatch = "own") -> tu
     return v * (q + (1 - q) / members), v * (1 - q) * (1 - 1 / members)
 
 
-def late_phase_moment(h: Array, v: Array, lr: float, batch_size: float, members: int,
-                      member_lr: float, gamma: float, s0: Real, steps: int,
-                      spread: float = 0.0, minibatch: Minibatch = "own") -> tuple[Array, Array]:
+def late_phase_moment(
+    h: Array,
+    v: Array,
+    lr: float,
+    batch_size: float,
+    members: int,
+    member_lr: float,
+    gamma: float,
+    s0: Real,
+    steps: int,
+    spread: float = 0.0,
+    minibatch: Minibatch = "own",
+) -> tuple[Array, Array]:
     """E w_bar^2 and E (w_k - w_bar)^2 after T steps: SGD at rates lambda and member_lr."""
     rate = late_phase_rate(lr, member_lr, gamma, members)
     v_mean, v_dev = late_phase_noise(v, members, minibatch)
@@ -360,9 +487,16 @@ def late_phase_moment(h: Array, v: Array, lr: float, batch_size: float, members:
     return mean, sgd_moment(h, v_dev, member_lr, batch_size, spread * (1 - 1 / members), steps)
 
 
-def late_phase_steady(h: Array, v: Array, lr: float, batch_size: float, members: int,
-                      member_lr: float, gamma: float,
-                      minibatch: Minibatch = "own") -> tuple[Array, Array]:
+def late_phase_steady(
+    h: Array,
+    v: Array,
+    lr: float,
+    batch_size: float,
+    members: int,
+    member_lr: float,
+    gamma: float,
+    minibatch: Minibatch = "own",
+) -> tuple[Array, Array]:
     """Steady E w_bar^2 = ``lambda v_mean/(h (2 - lambda h))``; deviation with member_lr, v_dev."""
     rate = late_phase_rate(lr, member_lr, gamma, members)
     v_mean, v_dev = late_phase_noise(v, members, minibatch)
@@ -390,11 +524,12 @@ def lookahead_stable(h: Array, lr: float, k: int, alpha: float) -> NDArray[np.bo
     return (gap > 0) & (gap < 2)
 
 
-def late_phase_stable(h: Array, lr: float, members: int, member_lr: float,
-                      gamma: float) -> NDArray[np.bool_]:
+def late_phase_stable(
+    h: Array, lr: float, members: int, member_lr: float, gamma: float
+) -> NDArray[np.bool_]:
     """Whether ``lambda h < 2`` (mean model) and ``member_lr h < 2`` (deviations)."""
     rate = late_phase_rate(lr, member_lr, gamma, members)
-    return (0 < rate * h) & (rate * h < 2) & (0 < member_lr * h) & (member_lr * h < 2)
+    return (rate * h > 0) & (rate * h < 2) & (member_lr * h > 0) & (member_lr * h < 2)
 
 
 def loss_variance(h: Array, mean: Real, var: Real, counts: Real = 1) -> float:
@@ -403,8 +538,9 @@ def loss_variance(h: Array, mean: Real, var: Real, counts: Real = 1) -> float:
     return float(np.sum(counts * h**2 * spread))
 
 
-def multiplicative_rates(minimum: Array, factor: Real, lr: float, member_lr: float,
-                         gamma: float) -> tuple[Array, Array]:
+def multiplicative_rates(
+    minimum: Array, factor: Real, lr: float, member_lr: float, gamma: float
+) -> tuple[Array, Array]:
     """First order about ``theta phi = w*``: ``a = member_lr theta^2, b = gamma lr phi^2``.
 
     Elementwise phi then acts as the additive model with member rate a and lambda = a + K b.
@@ -413,8 +549,9 @@ def multiplicative_rates(minimum: Array, factor: Real, lr: float, member_lr: flo
     return member_lr * (minimum / phi) ** 2, gamma * lr * phi**2 * np.ones_like(minimum)
 
 
-def balance_factor(h: Array, minimum: Array, lr: float, members: int, member_lr: float,
-                   gamma: float) -> Array:
+def balance_factor(
+    h: Array, minimum: Array, lr: float, members: int, member_lr: float, gamma: float
+) -> Array:
     """Size of phi at which noise stops sliding (theta, phi) along ``theta phi = w*``.
 
     Solves ``b K^2 E g_bar^2 = a K E g_k^2``, ``E g_bar^2 = (v/K) 2/(2 - lambda h)``,
@@ -422,6 +559,7 @@ def balance_factor(h: Array, minimum: Array, lr: float, members: int, member_lr:
     denominators cleared, v drops out: ``(K b - a)(2 - a h) = a (K - 1)(2 - lambda h)``. The
     bracket is where lambda h < 2; nan where no such point exists.
     """
+
     def rates(u: float, w: float) -> tuple[float, float]:
         return member_lr * abs(w) * np.exp(u / 2), gamma * lr * abs(w) * np.exp(-u / 2)
 
@@ -440,8 +578,16 @@ def balance_factor(h: Array, minimum: Array, lr: float, members: int, member_lr:
     return phi
 
 
-def multiplicative_floor(h: Array, v: Array, minimum: Array, lr: float, batch_size: float,
-                         members: int, member_lr: float, gamma: float) -> Array:
+def multiplicative_floor(
+    h: Array,
+    v: Array,
+    minimum: Array,
+    lr: float,
+    batch_size: float,
+    members: int,
+    member_lr: float,
+    gamma: float,
+) -> Array:
     """Long-run E (w_bar - w*)^2: ``lambda v/K / (h (2 - lambda h))`` at the balance point."""
     phi = balance_factor(h, minimum, lr, members, member_lr, gamma)
     a, b = multiplicative_rates(minimum, phi, lr, member_lr, gamma)

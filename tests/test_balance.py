@@ -76,7 +76,7 @@ def test_floor_over_k_has_slope_minus_one_half():
 
 
 def test_a_long_run_lands_on_the_balance():
-    """Monte Carlo from far off balance (phi = 1.6, theta = 0.6): quasi-steady first, floor later."""
+    """Monte Carlo from far off balance (phi = 1.6, not 0.84): quasi-steady, then the floor."""
     v, lr, k = 0.02, 0.1, 2
     problem = Problem(np.ones(16), v, initial_mean=0.0, initial_variance=0.0, minimum=1.0)
     algorithm = MultiplicativeLatePhase(k, factor=1.6)

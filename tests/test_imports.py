@@ -102,7 +102,7 @@ def test_every_public_name_resolves_and_is_explained():
             assert not own.startswith(f"{name}("), f"nqm.{name} has no docstring of its own"
     for name, member in nqm.ROSTER.items():
         assert member.__doc__, f"{name} has no docstring"
-    with pytest.raises(AttributeError, match="no attribute 'sgd'"):
+    with pytest.raises(AttributeError, match=r"attribute.*sgd"):
         nqm.sgd  # noqa: B018
 
 

@@ -420,6 +420,19 @@ def test_misuse_names_the_field(build, words):
         build()
 
 
+def test_numpy_numbers_are_numbers(problem):
+    """A loop over an array hands over np.int64 and np.float64."""
+    phase = Phase(
+        LatePhase(np.int64(3), np.float32(0.5)), np.float64(0.1), np.int64(4), np.int64(2)
+    )
+    same = Phase(LatePhase(3, 0.5), 0.1, 4, 2)
+    a, b = (nqm.solve(problem, Program((p,)), [4]) for p in (phase, same))
+    assert (a.loss[0], a.examples[0]) == (b.loss[0], b.examples[0])
+    for value in (np.bool_(True), np.int64(0), np.float64(2.0)):
+        with pytest.raises(NQMError, match=r"LatePhase\.members"):
+            LatePhase(value)
+
+
 @pytest.mark.parametrize("at", [[-1], [11], [], [0.5]])
 def test_recorded_steps_are_checked(at, problem):
     with pytest.raises(NQMError, match=r"record\.at"):

@@ -132,7 +132,7 @@ def test_scan_of_sgd_is_the_closed_form(steps, problem):
     found = nqm.scan(problem, SGD(), RATES, steps, batch_size=2)
     expected = [0.5 * h @ literal.sgd_moment(h, v, lr, 2, s0, steps) for lr in RATES]
     agree_each(found.loss, expected, JUMP if steps > 100 else IDENTITY)
-    bias = [0.5 * h @ ((1 - lr * h) ** (2 * steps) * problem.initial_mean**2) for lr in RATES]
+    bias = [0.5 * h @ ((1 - lr * h) ** (2 * steps) * s0) for lr in RATES]
     np.testing.assert_allclose(found.bias, bias, rtol=JUMP, atol=1e-300)
     agree_each(found.bias + found.variance, found.loss, IDENTITY)
     np.testing.assert_array_equal(found.member_loss, found.loss)

@@ -29,14 +29,12 @@ def agree_each(actual: ArrayLike, expected: ArrayLike, tolerance: float) -> None
 
 def within_error(actual: ArrayLike, expected: ArrayLike, standard_error: ArrayLike) -> None:
     """Assert that Monte Carlo means lie within `SIGMAS` standard errors."""
-    gap = np.abs(np.asarray(actual) - np.asarray(expected))
-    error = np.asarray(standard_error)
+    gap = np.abs(np.asarray(actual, dtype=float) - np.asarray(expected, dtype=float))
     assert np.isfinite(gap).all()
-    worst = np.max(np.divide(gap, error, out=np.full(gap.shape, np.inf), where=error > 0))
-    exact = np.max(np.where(error > 0, 0.0, gap), initial=0.0)  # nothing random: equal
-    noisy = np.max(np.where(error > 0, gap / np.where(error > 0, error, 1.0), 0.0), initial=0.0)
-    assert exact <= IDENTITY, f"differs by {exact:.2g} where there is no noise (worst {worst:.2g})"
-    assert noisy < SIGMAS, f"{noisy:.2f} standard errors away"
+    random = np.broadcast_to(np.asarray(standard_error) > 0, gap.shape)
+    assert np.all(gap[~random] <= IDENTITY), "differs where nothing is random"
+    away = gap[random] / np.broadcast_to(standard_error, gap.shape)[random]
+    assert np.all(away < SIGMAS), f"{away.max():.2f} standard errors away"
 
 
 def half_digit(printed: str) -> float:

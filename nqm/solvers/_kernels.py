@@ -142,6 +142,15 @@ def propagate_moments(matrix, noise, kind, mean, covariance, readout, record, we
                 loss[t] += weight[i] * (mu * mu + v)
 
 
+# Plain loops on purpose: array expressions multiply the time these kernels take to compile.
+@_jit
+def _copy(a, out):
+    n = a.shape[0]
+    for r in range(n):
+        for c in range(n):
+            out[r, c] = a[r, c]
+
+
 @_jit
 def _times(a, b, out):
     n = a.shape[0]
@@ -196,18 +205,24 @@ def power(matrix, noise, steps, out_matrix, out_noise):
                     square *= square
             out_matrix[i, 0, 0], out_noise[i, 0, 0] = total, drift
             continue
-        a[:], q[:] = matrix[i], noise[i]
+        _copy(matrix[i], a)
+        _copy(noise[i], q)
         whole, summed = out_matrix[i], out_noise[i]
-        whole[:], summed[:] = np.eye(n), np.zeros((n, n))
+        for r in range(n):
+            for c in range(n):
+                whole[r, c] = 1.0 if r == c else 0.0
+                summed[r, c] = 0.0
         left = steps
         while left > 0:
             if left & 1:
                 _then(whole, summed, a, q, a2, q2, half)
-                whole[:], summed[:] = a2, q2
+                _copy(a2, whole)
+                _copy(q2, summed)
             left >>= 1
             if left:
                 _then(a, q, a, q, a2, q2, half)
-                a[:], q[:] = a2, q2
+                _copy(a2, a)
+                _copy(q2, q)
 
 
 @_jit
@@ -220,14 +235,20 @@ def stationary(matrix, noise, out):
     a, q = np.empty((n, n)), np.empty((n, n))
     a2, q2, half = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
     for i in range(d):
-        a[:], q[:] = matrix[i], noise[i]
+        _copy(matrix[i], a)
+        _copy(noise[i], q)
         for _ in range(64):
             _then(a, q, a, q, a2, q2, half)
-            change = np.abs(q2 - q).max()
-            a[:], q[:] = a2, q2
-            if change <= 1e-17 * np.abs(q).max():
+            change, size = 0.0, 0.0
+            for r in range(n):
+                for c in range(n):
+                    change = max(change, abs(q2[r, c] - q[r, c]))
+                    size = max(size, abs(q2[r, c]))
+            _copy(a2, a)
+            _copy(q2, q)
+            if change <= 1e-17 * size:
                 break
-        out[i] = q
+        _copy(q, out[i])
 
 
 @_jit
@@ -361,7 +382,10 @@ def sample_multiplicative(
                 theta[r, i] = old - base_lr[t] * pull
             if scalar:
                 for k in range(count):
-                    phi[r, k, 0] -= member_lr[t] * gradient[k].sum()
+                    total = 0.0
+                    for i in range(d):
+                        total += gradient[k, i]
+                    phi[r, k, 0] -= member_lr[t] * total
         if record[t] >= 0:
             evaluate_multiplicative(
                 theta, phi, minimum, scalar, weight, loss[record[t]], member_loss[record[t]]

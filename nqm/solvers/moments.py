@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nqm.algorithms.base import Algorithm, Mode, Nonlinear, Optimizer
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
@@ -26,16 +27,24 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Moments:
-    """First two moments of one mode: mean (d, n), covariance (d, n, n)."""
+    """First two moments of one mode: mean (d, n) and covariance (d, n, n) in two parts.
+
+    `started` is what the start alone leaves (gradient noise off), `noisy` what the noise makes.
+    They are kept apart because their difference from the sum would cancel.
+    """
 
     mode: Mode
     mean: FloatArray
-    covariance: FloatArray
+    started: FloatArray
+    noisy: FloatArray
 
-    def weights(self, age: int) -> tuple[FloatArray, FloatArray]:
-        """Mean and variance of the evaluated weights by direction, shape (d,) each."""
+    def weights(self, age: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of the evaluated weights: mean, started and noisy variance, shape (d,) each."""
         c = readout(self.mode.algorithm, age)
-        return self.mean @ c, np.einsum("i,dij,j->d", c, self.covariance, c)
+        started, noisy = (
+            np.einsum("i,dij,j->d", c, part, c) for part in (self.started, self.noisy)
+        )
+        return self.mean @ c, started, noisy
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,29 @@ def _law(phase: Phase, problem: Problem) -> _Law:
     return _Law(phase, algorithm, None)
 
 
-def begin(algorithm: Algorithm, mean: FloatArray, variance: FloatArray) -> list[Moments]:
+def begin(
+    algorithm: Algorithm, mean: FloatArray, started: FloatArray, noisy: FloatArray
+) -> list[Moments]:
     """Start of a phase from weights with these moments by direction."""
     states = []
     for mode in algorithm.modes():
         draws, normals = embedding(mode.algorithm)
-        start = np.outer(mean, draws.sum(axis=1))
-        covariance = variance[:, None, None] * (draws @ draws.T) + normals @ normals.T
-        states.append(Moments(mode, start, covariance))
+        outer = draws @ draws.T
+        states.append(
+            Moments(
+                mode,
+                np.outer(mean, draws.sum(axis=1)),
+                started[:, None, None] * outer + normals @ normals.T,
+                noisy[:, None, None] * outer,
+            )
+        )
     return states
+
+
+def at_start(algorithm: Algorithm, problem: Problem) -> list[Moments]:
+    """Start of the first phase."""
+    variance = problem.initial_variance
+    return begin(algorithm, problem.initial_mean, variance, np.zeros_like(variance))
 
 
 def hand_over(states: list[Moments], old: _Law, new: _Law, age: int) -> tuple[list[Moments], int]:
@@ -90,7 +113,7 @@ def hand_over(states: list[Moments], old: _Law, new: _Law, age: int) -> tuple[li
     if kept and old.algorithm.coordinates == new.algorithm.coordinates:
         modes = new.algorithm.modes()
         return [
-            Moments(mode, state.mean, state.covariance)
+            Moments(mode, state.mean, state.started, state.noisy)
             for mode, state in zip(modes, states, strict=True)
         ], age
     if not kept:
@@ -127,9 +150,11 @@ def _carry(state: Moments, start: Moments, age: int) -> None:
             normals = normals.copy()
             normals[i] = 0.0
     start.mean = np.ascontiguousarray(state.mean @ lift.T)
-    start.covariance = np.ascontiguousarray(
-        np.einsum("ij,djk,lk->dil", lift, state.covariance, lift) + normals @ normals.T
+    started, noisy = (
+        np.einsum("ij,djk,lk->dil", lift, part, lift) for part in (state.started, state.noisy)
     )
+    start.started = np.ascontiguousarray(started + normals @ normals.T)
+    start.noisy = np.ascontiguousarray(noisy)
 
 
 class _Walker:
@@ -156,7 +181,7 @@ class _Walker:
                 read, out = None, None
                 if losses is not None and i == 0:
                     t = self.age + np.arange(start, until) + 1
-                    read = np.array([readout(state.mode.algorithm, int(a)) for a in t])
+                    read = _readouts(state.mode.algorithm, t)
                     out = losses[start - begun : until - begun]
                 self.apply(state, *step, read, out)
             start = until
@@ -172,18 +197,25 @@ class _Walker:
     ) -> None:
         """Steps `kind` of one mode; their losses are added to `losses` where it is given."""
         record = losses is not None
-        size = kind.size
-        _kernels.propagate_moments(
-            matrix, noise, kind, state.mean, state.covariance,
-            read if read is not None else np.zeros((1, 1)), record,
-            self.problem.weight, losses if losses is not None else np.zeros(size),
-        )  # fmt: skip
+        added = losses if losses is not None else np.zeros(kind.size)
+        reads = read if read is not None else np.zeros((1, 1))
+        parts = [(np.zeros_like(state.mean), state.noisy, noise)]
+        if state.mean.any() or state.started.any():
+            parts.append((state.mean, state.started, np.zeros_like(noise)))
+        for mean, covariance, drive in parts:
+            _kernels.propagate_moments(
+                matrix, drive, kind, mean, covariance, reads, record, self.problem.weight, added
+            )
 
     def kinds(
         self, mode: Mode, settings: FloatArray, residue: Any
     ) -> tuple[FloatArray, FloatArray, Any]:
         """Distinct transitions of these steps, and which step has which."""
-        rows, kind = np.unique(np.column_stack([settings, residue]), axis=0, return_inverse=True)
+        rows = np.column_stack([settings, residue])
+        if (rows == rows[0]).all():  # the common case, without the sorting
+            rows, kind = rows[:1], np.zeros(len(rows), dtype=np.int64)
+        else:
+            rows, kind = np.unique(rows, axis=0, return_inverse=True)
         matrices, noises = [], []
         kind = kind.reshape(-1)
         order = np.empty(len(rows), dtype=np.int64)
@@ -222,6 +254,14 @@ class _Walker:
         return compose_steps(matrix, noise, kind)
 
 
+def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
+    """Readout after each of t steps, (T, n)."""
+    if algorithm.counts_steps:
+        return np.array([readout(algorithm, int(a)) for a in t])
+    cycle = np.array([readout(algorithm, a) for a in range(algorithm.period)])
+    return np.asarray(cycle[t % algorithm.period])
+
+
 def compose_steps(
     matrix: FloatArray, noise: FloatArray, kind: Any
 ) -> tuple[FloatArray, FloatArray]:
@@ -242,7 +282,7 @@ class PhaseWalk:
         self.segments = list(phase.segments())
 
     def _start(self) -> _Walker:
-        states = begin(self.law.algorithm, self.problem.initial_mean, self.problem.initial_variance)
+        states = at_start(self.law.algorithm, self.problem)
         return _Walker(self.problem, self.law, states[:1], 0)
 
     def _to(self, walker: _Walker, position: int, target: int) -> None:
@@ -256,9 +296,13 @@ class PhaseWalk:
                 position = until
 
     def cost(self, steps: int) -> float:
-        """Multiplications of a scan over so many steps, to order of magnitude."""
-        n = len(self.law.algorithm.modes()[0].algorithm.coordinates)
-        return float(steps) * self.problem.directions * n * n
+        """Multiplications of a scan over so many steps, to order of magnitude.
+
+        Each step costs some hundred besides, or some thousand where its readout is its own.
+        """
+        algorithm = self.law.algorithm.modes()[0].algorithm
+        besides = 5_000 if algorithm.counts_steps else 200
+        return float(steps) * (besides + self.problem.directions * len(algorithm.coordinates) ** 2)
 
     def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
         """(step, expected loss) at increasing steps, computed as they are asked for."""
@@ -361,7 +405,7 @@ def _visit(
     progress: Progress | None,
 ) -> Iterator[dict[str, Any]]:
     """One row per wanted step, in order; the end of a phase belongs to that phase."""
-    states = begin(laws[0].algorithm, problem.initial_mean, problem.initial_variance)
+    states = at_start(laws[0].algorithm, problem)
     offset, age, pending = 0, 0, list(wanted)
     with np.errstate(over="ignore", invalid="ignore"):
         for index, law in enumerate(laws):
@@ -407,23 +451,23 @@ def _unstable(problem: Problem, walker: _Walker, law: _Law, start: int, period: 
 
 
 def _loss(problem: Problem, states: list[Moments], age: int) -> float:
-    mean, variance = states[0].weights(age)
-    return float(problem.weight @ (mean**2 + variance))
+    mean, started, noisy = states[0].weights(age)
+    return float(problem.weight @ (mean**2 + started + noisy))
 
 
 def _read(problem: Problem, states: list[Moments], age: int, unstable: bool) -> dict[str, Any]:
-    mean, variance = states[0].weights(age)
     weight = problem.weight
-    bias, spread = float(weight @ mean**2), float(weight @ variance)
-    member = bias + spread
+    mean, started, noisy = states[0].weights(age)
+    variance = started + noisy
+    bias, added = float(weight @ (mean**2 + started)), float(weight @ noisy)
+    member = bias + added
     for state in states[1:]:
-        extra_mean, extra = state.weights(age)
-        member += float(weight @ (extra_mean**2 + extra))
+        member += _loss(problem, [state], age)
     squared = problem.multiplicity * problem.curvature**2 * variance
     return {
-        "loss": bias + spread,
+        "loss": bias + added,
         "bias": bias,
-        "variance": spread,
+        "variance": added,
         "member_loss": member,
         "loss_sd": float(np.sqrt(np.sum(squared * (0.5 * variance + mean**2)))),
         "weight_mean": mean,

@@ -58,12 +58,13 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
     for step in at:
         many, added = _power(mean_step, step)
         mean = many @ problem.initial_mean
-        covariance = many @ start @ many.T + added
-        many, added = _power(member_step, step)
-        deviation = float((many @ start_member @ many.T + added)[0, 0])
+        started = many @ start @ many.T
+        covariance = started + added
+        decay, kick = _power(member_step, step)
+        deviation = float((decay @ start_member @ decay.T + kick)[0, 0])
         curved = h[:, None] * covariance
-        bias = 0.5 * float(h @ mean**2)
-        variance = 0.5 * float(np.trace(curved))
+        bias = 0.5 * float(h @ (mean**2 + np.diag(started)))
+        variance = 0.5 * float(h @ np.diag(added))
         spread_of_loss = 0.5 * np.sum(curved * curved.T) + (h * mean) @ covariance @ (h * mean)
         member = bias + variance + 0.5 * moment * deviation
         rows.append((bias + variance, bias, variance, member, np.sqrt(spread_of_loss)))

@@ -11,7 +11,7 @@ from nqm.algorithms.base import Algorithm, Mode
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.problem import FloatArray, Problem
 from nqm.solvers import _kernels
-from nqm.solvers.moments import CHUNK, begin, compose_steps
+from nqm.solvers.moments import CHUNK, at_start, compose_steps
 from nqm.transition import extract, noise_moment, readout
 
 
@@ -19,7 +19,8 @@ from nqm.transition import extract, noise_moment, readout
 class Scan:
     """Expected loss after `steps` steps for every learning rate; arrays of shape (L,).
 
-    `bias` and `variance` add up to `loss`; `member_loss` is the average member's.
+    `bias` (gradient noise off) and `variance` (what the noise adds) sum to `loss`; `member_loss`
+    is the average member's.
     Overflowing (diverged) entries are inf or NaN.
     """
 
@@ -65,7 +66,7 @@ def scan(
     if not (np.all(rates > 0) and np.all(member_rates > 0)):
         raise NQMError("scan: every lr must be > 0")
     modes = algorithm.modes()
-    starts = begin(algorithm, problem.initial_mean, problem.initial_variance)
+    starts = at_start(algorithm, problem)
     bias = np.zeros((len(modes), rates.size))
     variance = np.zeros_like(bias)
     d = problem.directions
@@ -79,11 +80,12 @@ def scan(
                 )
                 count = many.shape[0] // d
                 mean = np.einsum("dij,dj->di", many, np.tile(start.mean, (count, 1)))
-                spread = many @ np.tile(start.covariance, (count, 1, 1)) @ many.swapaxes(1, 2)
+                started = many @ np.tile(start.started, (count, 1, 1)) @ many.swapaxes(1, 2)
                 c = readout(mode.algorithm, steps)
-                var = np.einsum("i,dij,j->d", c, spread + added, c)
-                bias[i, part] = ((mean @ c) ** 2).reshape(count, d) @ problem.weight
-                variance[i, part] = var.reshape(count, d) @ problem.weight
+                square = (mean @ c) ** 2 + np.einsum("i,dij,j->d", c, started, c)
+                noisy = np.einsum("i,dij,j->d", c, added, c)
+                bias[i, part] = square.reshape(count, d) @ problem.weight
+                variance[i, part] = noisy.reshape(count, d) @ problem.weight
         return Scan(
             lr=rates,
             loss=bias[0] + variance[0],
