@@ -129,6 +129,8 @@ def test_preconditioning_leaves_losses(algorithm, problem):
     p = np.array([0.5, 2.0, 30.0])
     changed = problem.precondition(p)
     assert changed.initial_loss == pytest.approx(problem.initial_loss, rel=IDENTITY)
+    moved = problem.replace(minimum=[1.0, -2.0, 0.5]).precondition(p)
+    agree_each(moved.minimum * np.sqrt(p), [1.0, -2.0, 0.5], IDENTITY)  # a position, as x is
     if isinstance(algorithm, SGD):
         # Independently: x' = x - lr p (h x + e) is SGD with (p h, p^2 v) in x itself.
         h, v = problem.curvature, problem.noise_variance

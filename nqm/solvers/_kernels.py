@@ -73,9 +73,10 @@ def fill_normals(state, out):
             counter += _ONE
             layer = bits & _LAYER
             place = (bits >> _NINE) & _PLACE
-            x = place * _WIDTH[layer]
-            if (bits >> _EIGHT) & _ONE:
-                x = -x
+            # Negate without a branch (a random one is mispredicted half the time), and convert
+            # from a signed integer, which takes one instruction.
+            side = np.int64((bits >> _EIGHT) & _ONE)
+            x = ((np.int64(place) ^ -side) + side) * _WIDTH[layer]
             if place >= _ACCEPT[layer]:
                 state[0], state[1], state[2], state[3] = a, b, c, counter
                 x = _second_try(state, bits, x)
@@ -252,6 +253,27 @@ def stationary(matrix, noise, out):
 
 
 @_jit
+def _step_single(keep, push, normal, x):
+    for i in range(keep.size):
+        x[i, 0] = keep[i] * x[i, 0] + push[i] * normal[i]
+
+
+@_jit
+def _sum_squares(weight, x):
+    """Sum of weight x^2 in four interleaved sums, which do not wait for one another."""
+    s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
+    whole = weight.size - weight.size % 4
+    for i in range(0, whole, 4):
+        s0 += weight[i] * (x[i, 0] * x[i, 0])
+        s1 += weight[i + 1] * (x[i + 1, 0] * x[i + 1, 0])
+        s2 += weight[i + 2] * (x[i + 2, 0] * x[i + 2, 0])
+        s3 += weight[i + 3] * (x[i + 3, 0] * x[i + 3, 0])
+    for i in range(whole, weight.size):
+        s0 += weight[i] * (x[i, 0] * x[i, 0])
+    return (s0 + s1) + (s2 + s3)
+
+
+@_jit
 def sample_linear(
     generator,
     values,
@@ -279,14 +301,18 @@ def sample_linear(
     z = np.empty(n + noise_columns)
     normal = np.empty(d * noise_columns)
     single = n == 1 and noise_columns == 1 and column.size == 2
+    # Contiguous coefficients for the fast path, which is bound by memory and by the draws.
+    keep, push = values[:, :, 0].copy(), values[:, :, values.shape[2] - 1].copy()
     for t in range(kind.size):
         v, out = values[kind[t]], record[t]
         for r in range(replicas):
             fill_normals(generator, normal)
             if single:
-                x = state[r]
-                for i in range(d):
-                    x[i, 0] = v[i, 0] * x[i, 0] + v[i, 1] * normal[i]
+                _step_single(keep[kind[t]], push[kind[t]], normal, state[r])
+                if out >= 0:
+                    square = readout[out, 0] ** 2
+                    loss[out, r] = square * _sum_squares(weight, state[r])
+                    member_loss[out, r] = loss[out, r]  # one coordinate: at most one member
                 continue
             for i in range(d):
                 for j in range(n):
@@ -298,16 +324,7 @@ def sample_linear(
                     for p in range(row[j], row[j + 1]):
                         total += v[i, p] * z[column[p]]
                     state[r, i, j] = total
-        if out >= 0 and single:
-            c2 = readout[out, 0] ** 2
-            for r in range(replicas):
-                total = 0.0
-                x = state[r]
-                for i in range(d):
-                    total += weight[i] * (x[i, 0] * x[i, 0])
-                loss[out, r] = c2 * total
-                member_loss[out, r] = loss[out, r]  # one coordinate: at most one member
-        elif out >= 0:
+        if out >= 0 and not single:
             evaluate(state, readout[out], members[out], weight, loss[out], member_loss[out])
 
 
