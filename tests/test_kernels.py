@@ -8,7 +8,7 @@ from scipy import stats
 
 from nqm.solvers import _kernels
 from nqm.solvers.ziggurat import LAYERS, TAIL_START, tables
-from tests.tolerances import IDENTITY
+from tolerances import IDENTITY
 
 
 def generator(seed: int) -> tuple[np.random.Generator, np.ndarray]:
