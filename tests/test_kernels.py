@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from tolerances import IDENTITY
 
 from nqm.solvers import _kernels
 from nqm.solvers.ziggurat import LAYERS, TAIL_START, tables
-from tolerances import IDENTITY
 
 
 def generator(seed: int) -> tuple[np.random.Generator, np.ndarray]:
