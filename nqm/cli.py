@@ -253,13 +253,16 @@ def sweep(file: str, overrides: tuple[str, ...], out: str, workers: int, as_json
 def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Find where the loss settles in the last phase.
 
+    Multiplicative late-phase weights settle twice: a first_order row for the quasi-steady state,
+    and a long_run row for the floor they drift to.
+
     \b
     nqm steady late.toml --set phase.-1.lr=0.01
     """
-    from nqm.solvers.steady import steady as solve
+    from nqm.solvers.steady import settle
 
     job = _load(file, overrides)
-    _show(solve(job.problem, job.program.phases[-1]).table(), as_json)
+    _show(settle(job.problem, job.program.phases[-1]), as_json)
 
 
 @main.command()

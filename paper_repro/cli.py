@@ -8,25 +8,14 @@ from typing import Any
 import click
 
 
-class _Misuse(click.ClickException):
-    """A user's mistake: one line, exit code 2."""
-
-    exit_code = 2
-
-
 class _Command(click.Command):
-    """Turns a user's mistake into one line, whichever group the command is called from."""
+    """Draws into files only; a user's mistake is reported by the group it is called from."""
 
     def invoke(self, ctx: click.Context) -> Any:
         import matplotlib as mpl
 
-        from nqm.errors import NQMError
-
         mpl.use("Agg")  # the command line opens no window
-        try:
-            return super().invoke(ctx)
-        except NQMError as error:
-            raise _Misuse(str(error)) from None
+        return super().invoke(ctx)
 
 
 _out = click.option(

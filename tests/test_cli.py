@@ -202,6 +202,21 @@ def test_steady(file: str) -> None:
     fails(call("steady", file, "--set", "phase.1={algorithm='swa', lr=0.1, steps=100}"), "swa")
 
 
+def test_steady_of_multiplicative_members_is_twofold(tmp_path: Path) -> None:
+    """H = w* = 1, lr = 0.1, v = 0.02, K = 4: the quasi-steady closed form, and the balance point
+    printed to three digits in the derivation's own check, E u^2 = 6.96e-4.
+    """
+    file = tmp_path / "late.toml"
+    file.write_text(
+        "problem = {curvature = [1.0], noise_variance = [0.02], minimum = 1.0}\n"
+        "phase = [{algorithm = 'late_phase_multiplicative', members = 4, lr = 0.1, steps = 9}]\n"
+    )
+    quasi, long = rows(call("steady", str(file), "--json"))
+    assert (quasi["kind"], long["kind"]) == ("first_order", "long_run")
+    assert quasi["loss"] == pytest.approx(0.5 * 0.2 * 0.02 / 4 / (2 - 0.2), rel=1e-12)
+    assert 2 * long["loss"] == pytest.approx(6.96e-4, abs=0.5e-6)
+
+
 ONE = "phase=[{algorithm='sgd', lr=0.1, steps=50, batch_size=8}]"
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from PIL import Image
 
+from nqm.cli import main
 from nqm.errors import NQMError
 from nqm.table import read_metadata, read_table, write_table
 from paper_repro import build as building
@@ -136,9 +137,10 @@ def test_figure_from_a_table(out, tmp_path):
     ],
 )
 def test_misuse_is_one_line_and_exit_code_2(out, arguments, message):
-    arguments = [argument.format(out=out) for argument in arguments]
-    result = CliRunner().invoke(cli.figure, arguments)
+    arguments = ["figure", *(argument.format(out=out) for argument in arguments)]
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
+    assert result.output.startswith("error: ")
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
 

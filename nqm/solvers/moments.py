@@ -336,13 +336,14 @@ def phase_cycles(
         If the phase never repeats itself.
     """
     law = _law(phase, problem)
-    period = _whole_period(phase)
+    period = whole_period(phase)
     walker = _Walker(problem, law, [], 0)
     modes = law.algorithm.modes()
     return modes, [walker.cycle(mode, 0, period) for mode in modes]
 
 
-def _whole_period(phase: Phase) -> int:
+def whole_period(phase: Phase) -> int:
+    """Steps after which a phase that goes on for ever repeats; NQMError if it never does."""
     long = Phase(phase.algorithm, phase.lr, 10**9, phase.batch_size, phase.member_lr)
     segments = list(long.segments())
     if len(segments) != 1 or segments[0][2] is None:

@@ -9,13 +9,15 @@ import pandas as pd
 
 from nqm.algorithms.averaging import SWA
 from nqm.algorithms.base import Algorithm
+from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.algorithms.wrapper import Wrapper
+from nqm.balance import balance_point
 from nqm.errors import NQMError
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase
 from nqm.result import Kind, Status
 from nqm.solvers import _kernels
-from nqm.solvers.moments import phase_cycles
+from nqm.solvers.moments import phase_cycles, whole_period
 from nqm.transition import readout, spectral_radius
 
 #: A number of steps after which every finite window is full; a multiple of any usual period.
@@ -101,6 +103,36 @@ def steady(problem: Problem, phase: Phase) -> Steady:
         weight_variance=variances[0],
         deviation_variance=deviation,
     )
+
+
+def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
+    """`steady` as a table, with a second row for the long-run floor where there is one.
+
+    Elementwise multiplicative late-phase weights have one, at constant rates and batch size.
+    """
+    now = steady(problem, phase)
+    table = now.table()
+    algorithm = phase.algorithm
+    if not isinstance(algorithm, MultiplicativeLatePhase) or now.status is Status.DIVERGED:
+        return table
+    if whole_period(phase) > 1:
+        return table
+    lr, member_lr, batch_size = phase.settings(0, 1)[0]
+    try:
+        floor = balance_point(problem, algorithm, lr, member_lr, batch_size=batch_size)
+    except NQMError:  # no stable balance point
+        found = (np.nan, np.nan, Status.DIVERGED)
+    else:
+        found = (floor.loss, floor.member_loss, Status.FINISHED)
+    loss, member_loss, status = found
+    row = table.assign(
+        loss=loss,
+        member_loss=member_loss,
+        radius=np.nan,
+        status=str(status),
+        kind=str(Kind.LONG_RUN),
+    )
+    return pd.concat([table, row], ignore_index=True)
 
 
 def check_settles(algorithm: object) -> None:
