@@ -203,9 +203,8 @@ def test_steady(file: str) -> None:
 
 
 def test_steady_of_multiplicative_members_is_twofold(tmp_path: Path) -> None:
-    """H = w* = 1, lr = 0.1, v = 0.02, K = 4: the quasi-steady closed form, and the balance point
-    printed to three digits in the derivation's own check, E u^2 = 6.96e-4.
-    """
+    # h = w* = 1, lr = 0.1, v = 0.02, K = 4: the quasi-steady closed form, and the balance point as
+    # printed to three digits where the K-law was derived, E u^2 = 6.96e-4.
     file = tmp_path / "late.toml"
     file.write_text(
         "problem = {curvature = [1.0], noise_variance = [0.02], minimum = 1.0}\n"
