@@ -119,6 +119,25 @@ def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
     return rows[:, :draws], rows[:, draws:]
 
 
+def resumption(old: Algorithm, new: Algorithm, age: int) -> tuple[FloatArray, FloatArray]:
+    """How `new` goes on from `old` after `age` steps: start = lift @ state + normals @ noise.
+
+    Returns
+    -------
+    lift : ndarray, shape (n new, n old)
+    normals : ndarray, shape (n new, number of fresh normals)
+    """
+    n = len(old.coordinates)
+    size = n + embedding(new)[1].shape[1]
+    units = np.eye(size)
+    evaluated = readout(old, age) @ units[:n]
+    fresh = iter(units[n:])
+    known = dict(zip(old.coordinates, units, strict=False))
+    state = new.resume(known, lambda: evaluated, lambda: next(fresh))
+    rows = np.array([np.broadcast_to(form, size) for form in state])
+    return rows[:, :n], rows[:, n:]
+
+
 def readout(algorithm: Algorithm, t: int) -> FloatArray:
     """Coefficients of the evaluated weights on the state after t steps, shape (n,)."""
     n = len(algorithm.coordinates)

@@ -444,3 +444,24 @@ def test_recorded_steps_are_sorted_and_distinct(problem):
     assert result.steps.tolist() == [0, 3, 7]
     assert result.examples.tolist() == [0.0, 3.0, 7.0]
     assert result.loss[0] == pytest.approx(problem.initial_loss, rel=IDENTITY)
+
+
+def test_ema_on_running_members_begins_at_each_member():
+    """One step by hand: a member's EMA is beta d + (1 - beta) d' of its own deviation d."""
+    h, v, lr, members, beta, batch = 0.7, 2.0, 0.2, 3, 0.9, 4
+    late = LatePhase(members)
+    phases = (Phase(late, lr, 40, batch), Phase(EMA(late, beta=beta), lr, 5, batch))
+    result = nqm.solve(Problem([h], [v]), Program(phases), [40, 41])
+
+    def averaged(variance, rate, noise):
+        keep = beta + (1 - beta) * (1 - rate * h)
+        return keep**2 * variance + (1 - beta) ** 2 * rate**2 * noise
+
+    share, rest = v / batch / members, v / batch * (1 - 1 / members)
+    mean, deviation = 1.0, 0.0
+    for _ in range(40):
+        mean = (1 - 2 * lr * h) ** 2 * mean + (2 * lr) ** 2 * share
+        deviation = (1 - lr * h) ** 2 * deviation + lr**2 * rest
+    before = 0.5 * h * (mean + deviation)
+    after = 0.5 * h * (averaged(mean, 2 * lr, share) + averaged(deviation, lr, rest))
+    agree(result.member_loss, [before, after], IDENTITY)

@@ -8,7 +8,7 @@ vectors it yields its transition matrices (see `nqm.transition`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -99,6 +99,16 @@ class Algorithm(ABC):
         normal : callable
             ``normal()`` returns a fresh standard normal.
         """
+
+    def resume(
+        self,
+        known: Mapping[str, Value],
+        draw: Callable[[], Value],
+        normal: Callable[[], Value],
+    ) -> State:
+        """Start of a phase that goes on: `known` coordinates are kept, the others begin."""
+        fresh = self.embed(draw, normal)
+        return tuple(known.get(n, x) for n, x in zip(self.coordinates, fresh, strict=True))
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         """Weights of the members behind the evaluated ones; empty for a single chain."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nqm.algorithms.base import (
@@ -96,8 +96,18 @@ class Wrapper(Algorithm):
         return self._reads(state, t) if self.member_count else ()
 
     def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
-        inner = self.inner.embed(draw, normal)
-        return sum((self.begin(x) for x in self._chains(inner, 0)), start=inner)
+        return self.resume({}, draw, normal)
+
+    def resume(
+        self,
+        known: Mapping[str, Value],
+        draw: Callable[[], Value],
+        normal: Callable[[], Value],
+    ) -> State:
+        # What is kept begins from each running member, not from their mean.
+        inner = self.inner.resume(known, draw, normal)
+        fresh = sum((self.begin(x) for x in self._chains(inner, 0)), start=inner)
+        return tuple(known.get(n, x) for n, x in zip(self.coordinates, fresh, strict=True))
 
     def modes(self) -> tuple[Mode, ...]:
         # Linearity: the wrapped mean is the mean of the wrapped members.

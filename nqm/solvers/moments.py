@@ -17,7 +17,14 @@ from nqm.program import Phase, Program, goes_on
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
-from nqm.transition import embedding, extract, noise_moment, readout, spectral_radius
+from nqm.transition import (
+    embedding,
+    extract,
+    noise_moment,
+    readout,
+    resumption,
+    spectral_radius,
+)
 
 #: Most entries of the transition matrices held at once while walking: they stay in the cache.
 CHUNK = 400_000
@@ -135,20 +142,8 @@ def check_own_starts(algorithm: Algorithm) -> None:
 
 
 def _carry(state: Moments, start: Moments, age: int) -> None:
-    """Copy coordinates both have into `start`, with their covariance with everything else.
-
-    What the new phase adds is a linear function of the old evaluated weights, plus noise of its
-    own; so [kept; added] = M old + fresh noise.
-    """
-    old, new = state.mode.algorithm, start.mode.algorithm
-    draws, normals = embedding(new)
-    lift = np.outer(draws.sum(axis=1), readout(old, age))
-    for i, name in enumerate(new.coordinates):
-        if name in old.coordinates:
-            lift[i] = 0.0
-            lift[i, old.coordinates.index(name)] = 1.0
-            normals = normals.copy()
-            normals[i] = 0.0
+    """Let `start` go on from `state`: [kept; begun] = lift @ state + fresh noise."""
+    lift, normals = resumption(state.mode.algorithm, start.mode.algorithm, age)
     start.mean = np.ascontiguousarray(state.mean @ lift.T)
     started, noisy = (
         np.einsum("ij,djk,lk->dil", lift, part, lift) for part in (state.started, state.noisy)

@@ -22,7 +22,7 @@ from nqm.program import Phase, Program, goes_on
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.moments import check_own_starts
-from nqm.transition import embedding, extract, member_readout, readout
+from nqm.transition import embedding, extract, member_readout, readout, resumption
 
 #: Replicas of one block: its state stays in the cache for some thousand directions.
 BLOCK = 32
@@ -179,19 +179,25 @@ class _Plan:
             old = self.linear[index - 1].algorithm
             if old.coordinates == new.coordinates:
                 return state, age
-        draws, normals = embedding(new)
-        sources = [draw() if weights is None else weights for _ in range(draws.shape[1])]
-        start = np.stack(sources, axis=-1) @ draws.T
-        if normals.shape[1]:
-            start = start + rng.standard_normal((*start.shape[:2], normals.shape[1])) @ normals.T
         if index and state is not None:
             old = self.linear[index - 1].algorithm
             spawned = isinstance(old, Optimizer) and not self.program.phases[index].restart
             if self._goes_on(index) or spawned:
-                for i, name in enumerate(new.coordinates):
-                    if name in old.coordinates:
-                        start[..., i] = state[..., old.coordinates.index(name)]
-        return np.ascontiguousarray(start), 0
+                lift, normals = resumption(old, new, age)
+                return self._begun(rng, state, lift, normals), 0
+        draws, normals = embedding(new)
+        sources = [draw() if weights is None else weights for _ in range(draws.shape[1])]
+        return self._begun(rng, np.stack(sources, axis=-1), draws, normals), 0
+
+    @staticmethod
+    def _begun(
+        rng: np.random.Generator, sources: FloatArray, lift: FloatArray, normals: FloatArray
+    ) -> FloatArray:
+        """Lift @ sources + normals @ fresh noise, for every replica and direction."""
+        start = sources @ lift.T
+        if normals.shape[1]:
+            start = start + rng.standard_normal((*start.shape[:2], normals.shape[1])) @ normals.T
+        return np.ascontiguousarray(start)
 
     def _factors(
         self, rng: np.random.Generator, algorithm: MultiplicativeLatePhase, start: FloatArray
