@@ -292,14 +292,16 @@ def tune(
     from nqm.tune import best_rate, fastest_rate
 
     job = _load(file, overrides)
-    if target is None:
-        table = best_rate(job.problem, job.program, index, momentum=momentum).table()
-    elif momentum:
+    if target is not None and momentum:
         raise NQMError(
             "tune searches momentum for the final loss only; drop --momentum or --target"
         )
-    else:
-        table = fastest_rate(job.problem, job.program, target)
+    with _progress(None, "settings") as told:
+        if target is None:
+            best = best_rate(job.problem, job.program, index, momentum=momentum, progress=told)
+            table = best.table()
+        else:
+            table = fastest_rate(job.problem, job.program, target, progress=told)
     _show(table, as_json)
 
 
@@ -332,7 +334,7 @@ def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:
 
 
 @contextmanager
-def _progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _progress(total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar for work that takes seconds, on a terminal only."""
     from tqdm import tqdm
 

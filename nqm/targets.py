@@ -336,7 +336,12 @@ def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) 
 
 
 def fewest_steps(
-    problem: Problem, phase: Phase, target: float, *, points: int = 41
+    problem: Problem,
+    phase: Phase,
+    target: float,
+    *,
+    points: int = 41,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[float, Crossing]:
     """Constant learning rate at which a phase first meets `target` soonest, and that crossing.
 
@@ -348,6 +353,8 @@ def fewest_steps(
         Its `lr` is replaced by each rate tried; its `steps` are the horizon.
     points : int
         Size of the grid.
+    progress : callable, optional
+        Told of each rate tried.
 
     Raises
     ------
@@ -362,8 +369,10 @@ def fewest_steps(
     best: tuple[float, Crossing] | None = None
     # From fast to slow; nothing later than the best so far is of interest.
     grid = np.geomspace(0.999 * edge, 1e-5 * edge, points)
+    told = progress or (lambda count: None)
     for lr in map(float, grid):
         best = _sooner(best, problem, phase, lr, target)
+        told(1)
     if best is None:
         raise NQMError(
             f"target {target:g} is below what any rate reaches in {phase.steps} steps; "
@@ -373,6 +382,7 @@ def fewest_steps(
     ends = grid[max(at - 1, 0)], grid[min(at + 1, points - 1)]
     for lr in map(float, np.geomspace(*ends, 17)):
         best = _sooner(best, problem, phase, lr, target)
+        told(1)
     assert best is not None
     return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,7 +22,14 @@ SLOWEST = 1e-5
 HEAVIEST = 0.999
 
 
-def best_rate(problem: Problem, program: Program, index: int, *, momentum: bool = False) -> Best:
+def best_rate(
+    problem: Problem,
+    program: Program,
+    index: int,
+    *,
+    momentum: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Best:
     """Constant learning rate (and momentum) of one phase with the least final loss.
 
     Parameters
@@ -32,10 +40,13 @@ def best_rate(problem: Problem, program: Program, index: int, *, momentum: bool 
         Which phase; -1 is the last. Its ``member_lr``, where stated, stays as it is.
     momentum : bool
         Search the momentum of the phase's optimizer as well.
+    progress : callable
+        Told of each setting tried.
     """
     phase = _phase(program, index)
 
     def changed(lr: float, algorithm: Any) -> Program:
+        progress(1)
         phases = list(program.phases)
         phases[index] = replace(phase, lr=lr, algorithm=algorithm)
         return Program(tuple(phases))
@@ -55,7 +66,13 @@ def best_rate(problem: Problem, program: Program, index: int, *, momentum: bool 
     )
 
 
-def fastest_rate(problem: Problem, program: Program, target: float) -> pd.DataFrame:
+def fastest_rate(
+    problem: Problem,
+    program: Program,
+    target: float,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
     """One row: the constant rate at which a one-phase program first reaches `target` soonest.
 
     Raises
@@ -65,7 +82,7 @@ def fastest_rate(problem: Problem, program: Program, target: float) -> pd.DataFr
     """
     if len(program.phases) != 1:
         raise NQMError(f"a target needs a program of one phase; got {len(program.phases)}")
-    lr, found = fewest_steps(problem, _phase(program, 0), target)
+    lr, found = fewest_steps(problem, _phase(program, 0), target, progress=progress)
     row = {"lr": lr, "step": int(found.step), "examples": found.examples, "loss": found.loss}
     return pd.DataFrame([row | {"status": str(found.status)}])
 
