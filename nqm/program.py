@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nqm.algorithms.base import Algorithm, Nonlinear
+from nqm.algorithms.base import Algorithm, Nonlinear, Optimizer
 from nqm.errors import NQMError, check_integer
 from nqm.problem import FloatArray
 from nqm.schedule import Schedule, Segment, as_schedule
@@ -112,6 +112,15 @@ def goes_on(old: Phase, new: Phase) -> bool:
     if isinstance(new.algorithm, Nonlinear) or isinstance(old.algorithm, Nonlinear):
         return isinstance(new.algorithm, Nonlinear) and new.algorithm.continues(old.algorithm)
     return set(old.algorithm.coordinates) <= set(new.algorithm.coordinates)
+
+
+def resumes(old: Phase, new: Phase) -> bool:
+    """Whether coordinates of equal name are carried over into phase `new`.
+
+    Beside a state that goes on, a plain optimizer's momentum becomes that of the base weights.
+    """
+    plain = isinstance(old.algorithm, Optimizer) and isinstance(new.algorithm, Algorithm)
+    return goes_on(old, new) or (plain and not new.restart)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,19 @@ def stability_edge(
     return float(0.5 * (low + high) / highest)
 
 
+def searched_edge(problem: Problem, phase: Phase) -> float:
+    """Upper end of the learning rates worth a look when tuning a phase."""
+    if not isinstance(phase.algorithm, Algorithm):
+        name = type(phase.algorithm).__name__
+        raise NQMError(f"{name} has no exact moments to search with; sweep phase.lr instead")
+    # With member_lr stated only lr varies: the edge of the base weights alone bounds it.
+    ratio = 1.0 if phase.member_lr is None else 1e-9
+    edge = stability_edge(problem, phase.algorithm, member_lr_ratio=ratio)
+    if not 0 < edge < np.inf:
+        raise NQMError(f"no learning rate to search: the stability edge is {edge:g}")
+    return edge
+
+
 # --- best hyper-parameters -------------------------------------------------------------------
 
 
@@ -361,11 +374,7 @@ def fewest_steps(
     NQMError
         If no rate reaches the target within the horizon.
     """
-    if not isinstance(phase.algorithm, Algorithm):
-        raise NQMError(f"{type(phase.algorithm).__name__} has no exact moments to search with")
-    # With member_lr stated only lr varies, and the edge of the base weights alone bounds it.
-    ratio = 1.0 if phase.member_lr is None else 1e-9
-    edge = stability_edge(problem, phase.algorithm, member_lr_ratio=ratio)
+    edge = searched_edge(problem, phase)
     best: tuple[float, Crossing] | None = None
     # From fast to slow; nothing later than the best so far is of interest.
     grid = np.geomspace(0.999 * edge, 1e-5 * edge, points)

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError
 from nqm.problem import Problem
 from nqm.program import Phase, Program
 from nqm.schedule import Constant
-from nqm.targets import Best, best_lr, best_lr_and_momentum, fewest_steps, stability_edge
+from nqm.targets import Best, best_lr, best_lr_and_momentum, fewest_steps, searched_edge
 
 #: Least rate searched, in units of the largest stable one.
 SLOWEST = 1e-5
@@ -52,12 +50,12 @@ def best_rate(
         return Program(tuple(phases))
 
     if not momentum:
-        high = _edge(problem, phase)
+        high = searched_edge(problem, phase)
         return best_lr(
             problem, lambda lr: changed(lr, phase.algorithm), SLOWEST * high, 0.999 * high
         )
     ends = [replace(phase, algorithm=_with_momentum(phase.algorithm, m)) for m in (0.0, HEAVIEST)]
-    high = max(_edge(problem, end) for end in ends)
+    high = max(searched_edge(problem, end) for end in ends)
     return best_lr_and_momentum(
         problem,
         lambda lr, m: changed(lr, _with_momentum(phase.algorithm, m)),
@@ -96,19 +94,6 @@ def _phase(program: Program, index: int) -> Phase:
         name = type(phase.lr).__name__
         raise NQMError(f"tuning searches a constant rate but phase.lr is {name}; give a number")
     return phase
-
-
-def _edge(problem: Problem, phase: Phase) -> float:
-    """Upper end of the rates worth a look."""
-    if not isinstance(phase.algorithm, Algorithm):
-        name = type(phase.algorithm).__name__
-        raise NQMError(f"{name} has no exact stability edge; sweep phase.lr instead")
-    # With member_lr stated, only lr varies: the edge of the base weights alone bounds it.
-    ratio = 1.0 if phase.member_lr is None else 1e-9
-    edge = stability_edge(problem, phase.algorithm, member_lr_ratio=ratio)
-    if not 0 < edge < np.inf:
-        raise NQMError(f"no learning rate to search: the stability edge is {edge:g}")
-    return edge
 
 
 def _with_momentum(algorithm: Any, momentum: float) -> Any:

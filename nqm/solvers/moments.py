@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nqm.algorithms.base import Algorithm, Mode, Nonlinear, Optimizer
+from nqm.algorithms.base import Algorithm, Mode, Nonlinear
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase, Program, goes_on
+from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
@@ -126,7 +126,7 @@ def hand_over(states: list[Moments], old: _Law, new: _Law, age: int) -> tuple[li
     if not kept:
         check_own_starts(new.algorithm)
     fresh = begin(new.algorithm, *states[0].weights(age))
-    if kept or (isinstance(old.algorithm, Optimizer) and not new.phase.restart):
+    if resumes(old.phase, new.phase):
         for state, start in zip(states, fresh, strict=False):
             _carry(state, start, age)
     return fresh, 0
@@ -159,7 +159,6 @@ class _Walker:
         self.problem, self.law, self.states, self.age = problem, law, states, age
         self.cycle_start = -1
         self.cycles: list[tuple[FloatArray, FloatArray]] = []
-        self.unstable = False
 
     def walk(self, start: int, stop: int, losses: FloatArray | None = None) -> None:
         """Steps [start, stop) of the phase, one by one; `losses` takes the first mode's."""
@@ -168,7 +167,7 @@ class _Walker:
         size = max(len(s.mode.algorithm.coordinates) for s in self.states)
         chunk = max(1, CHUNK // (self.problem.directions * size * size))
         while start < stop:
-            until = min(stop, start + max(chunk, 1))
+            until = min(stop, start + chunk)
             settings = self.law.phase.settings(start, until)
             residue = (self.age + np.arange(start, until)) % period
             for i, state in enumerate(self.states):
@@ -410,12 +409,12 @@ def _visit(
             walker = _Walker(problem, law, states, age)
             if index == 0 and pending and pending[0] == 0:
                 pending.pop(0)
-                yield _read(problem, states, age, False)
+                yield _read(problem, states, age, unstable=False)
             for start, stop, period in law.phase.segments():
                 position, before = start, _loss(problem, states, age + start)
                 unsteady: bool | None = None
                 while position < stop and pending:
-                    inside = bool(pending) and pending[0] <= offset + stop
+                    inside = pending[0] <= offset + stop
                     target = pending[0] - offset if inside else stop
                     if jump and period is not None:
                         walker.jump(position, target, start, period)
@@ -428,9 +427,8 @@ def _visit(
                         pending.pop(0)
                         if unsteady is None:
                             unsteady = _unstable(problem, walker, law, start, period)
-                        row = _read(problem, states, age + position, False)
-                        row["unstable"] = bool(unsteady and not row["loss"] <= before)
-                        yield row
+                        grown = not _loss(problem, states, age + position) <= before
+                        yield _read(problem, states, age + position, unstable=unsteady and grown)
             offset, age = offset + law.phase.steps, age + law.phase.steps
 
 
@@ -451,7 +449,7 @@ def _loss(problem: Problem, states: list[Moments], age: int) -> float:
     return float(problem.weight @ (mean**2 + started + noisy))
 
 
-def _read(problem: Problem, states: list[Moments], age: int, unstable: bool) -> dict[str, Any]:
+def _read(problem: Problem, states: list[Moments], age: int, *, unstable: bool) -> dict[str, Any]:
     weight = problem.weight
     mean, started, noisy = states[0].weights(age)
     variance = started + noisy

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from nqm.algorithms.base import Algorithm, Optimizer
+from nqm.algorithms.base import Algorithm
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError, check_integer
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase, Program, goes_on
+from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.moments import check_own_starts
@@ -181,8 +181,7 @@ class _Plan:
                 return state, age
         if index and state is not None:
             old = self.linear[index - 1].algorithm
-            spawned = isinstance(old, Optimizer) and not self.program.phases[index].restart
-            if self._goes_on(index) or spawned:
+            if resumes(*self.program.phases[index - 1 : index + 1]):
                 lift, normals = resumption(old, new, age)
                 return self._begun(rng, state, lift, normals), 0
         draws, normals = embedding(new)
