@@ -1,0 +1,549 @@
+"""Late-phase weights: K copies of a few weights, trained on a shared rest, averaged into one model.
+
+von Oswald, Kobayashi et al., ICLR 2021, Figure 5. From the moment `LatePhase` is made, member k of
+K owns a copy phi_k of the selected weights; all other weights theta are shared. One cycle takes K
+minibatches, one per member::
+
+    phi_k <- U_phi(phi_k, grad_phi_k L(batch_k; theta, phi_k))           for k = 0 .. K-1
+    theta <- U_theta(theta, gamma sum_k grad_theta L(batch_k; theta, phi_k))
+
+theta does not move inside a cycle and member k sees only its own minibatch, so the members' steps
+may be taken together at its end: their weights are stored stacked, (K, ...), and one optimizer that
+works on every number by itself (SGD, Adam and their kin, but neither LARS nor Muon) does for all K.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from neural import fused as fused_forward
+from neural import reparametrize
+from neural.select import select as resolve
+from nqm.errors import NQMError, check_integer, check_number, suggest
+
+#: (inputs, targets); inputs is one tensor, a tuple of arguments or a dict of keyword arguments.
+Batch = tuple[Any, Any]
+Loss = Callable[[Any, Any], Tensor]
+#: How a minibatch is run: its loss, into how many pieces it is cut, and the autocast dtype.
+_Settings = tuple[Loss, int, torch.dtype | None]
+
+GAMMAS = ("sum", "mean")
+NOISE_RULES = ("rms", "fan_in")
+IDLE_STEPS = ("none", "first", "every")
+LEFTOVERS = ("carry", "members", "drop")
+
+
+class LatePhase(nn.Module):
+    """K late-phase members on top of a model.
+
+    Parameters
+    ----------
+    model : Module
+        Any module. Its shared weights stay the same `Parameter` objects, so that its optimizer and
+        momentum go on; its selected weights keep the values they have now.
+    members : int
+        K >= 2.
+    select : str or iterable of str
+        What is replicated (see `neural.select.select`). Normalisation layers bring each member's
+        own running statistics.
+    gamma : {"sum", "mean"} or float
+        Scale of the summed base gradient; ``"sum"`` is 1, ``"mean"`` is 1 / K.
+    noise : float
+        Size sigma of the Gaussian perturbation with which members start. The paper's CIFAR runs
+        use none.
+    noise_rule : {"rms", "fan_in"}
+        Standard deviation in a tensor: sigma times its root mean square (the official code), or
+        sigma / sqrt(n_in) (the paper), n_in the numbers behind one output: the fan-in of a matrix
+        or kernel, and the length of a vector.
+    idle_steps : {"none", "first", "every"}
+        When the optimizer also steps idle members, on a gradient of zero: never; on member 0's
+        turn; on every turn. The last two are what the official code did for CIFAR and ImageNet
+        under torch 1.4: momentum and weight decay act on idle members.
+    seed : int
+        Of the perturbation.
+
+    Raises
+    ------
+    NQMError
+        On K < 2, or a selection that matches nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from neural import LatePhase
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> late = LatePhase(model, members=5, select="batchnorm+head")
+    >>> own = late.optimizer_like(base)
+    >>> data = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(10)]
+    >>> for batches in late.cycles(data):
+    ...     losses = late.step(batches, nn.functional.cross_entropy, base, own)
+    >>> single = late.averaged()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        members: int,
+        select: str | Iterable[str] = "batchnorm+head",
+        *,
+        gamma: str | float = "sum",
+        noise: float = 0.0,
+        noise_rule: str = "rms",
+        idle_steps: str = "none",
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_integer("members", members, 2)
+        check_number("noise", noise, low=0.0)
+        check_integer("seed", seed, 0)
+        _check_word("noise_rule", noise_rule, NOISE_RULES)
+        _check_word("idle_steps", idle_steps, IDLE_STEPS)
+        if isinstance(gamma, str):
+            _check_word("gamma", gamma, GAMMAS)
+        else:
+            check_number("gamma", gamma, low=0.0, closed_low=False)
+        self.model = model
+        self.members = members
+        self.gamma = gamma
+        self.idle_steps = idle_steps
+        self.selection = resolve(model, select)
+        self._carried: list[Batch] = []
+        self._run: Callable[..., Any] = self._member_forward
+        self.stacked = nn.ParameterDict()
+        self.statistics = nn.Module()
+        generator = torch.Generator().manual_seed(seed)
+        for name in self.selection.parameters:
+            self.stacked[_key(name)] = nn.Parameter(
+                _spawn(model.get_parameter(name), members, noise, noise_rule, generator)
+            )
+        for name in self.selection.buffers:
+            value = model.get_buffer(name)
+            self.statistics.register_buffer(_key(name), torch.stack([value] * members))
+        device = next(iter(self.stacked.values())).device
+        self.index: Tensor
+        self.register_buffer("index", torch.arange(members, device=device), persistent=False)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, member: int | Tensor, **kwargs: Any) -> Any:
+        """Output of one member's model; gradients reach its row of the stacked weights.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Of the model.
+        member : int or Tensor
+            0 .. K-1. As a tensor it is data to `torch.compile`: one graph serves all members.
+        """
+        if isinstance(member, int):
+            if not 0 <= member < self.members:
+                raise NQMError(f"member must lie in 0 .. {self.members - 1}; got {member}")
+            member = self.index[member]
+        return self._run(member.reshape(1), args, kwargs)
+
+    def fused(self, inputs: Sequence[Any]) -> list[Any]:
+        """Outputs of all members on their own inputs, by one forward pass over all rows.
+
+        The same mathematics as K calls; faster where kernels are small and launching them is
+        what costs.
+
+        Parameters
+        ----------
+        inputs : sequence of K inputs
+            Of one kind, each as in a batch.
+        """
+        with torch.no_grad():
+            statistics = {name: value.unbind(0) for name, value in self._statistics().items()}
+        weights = {name: value.unbind(0) for name, value in self._weights().items()}
+        rows = [{n: self._cast(n, w[k]) for n, w in weights.items()} for k in range(self.members)]
+        # Statistics are views here: normalisation updates the stacked ones in place.
+        for k, row in enumerate(rows):
+            row.update({name: value[k] for name, value in statistics.items()})
+        return fused_forward.forward(self.model, rows, inputs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the members' forward pass; arguments are those of `torch.compile`."""
+        self._run = torch.compile(self._member_forward, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A compiled function would go on with the weights of the module it was copied from.
+        self._run = self._member_forward
+
+    def _member_forward(self, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = {n: self._cast(n, w.index_select(0, index)[0]) for n, w in self._weights().items()}
+        with torch.no_grad():
+            statistics = {n: v.index_select(0, index) for n, v in self._statistics().items()}
+        state.update({name: value[0] for name, value in statistics.items()})
+        output = functional_call(self.model, state, args, kwargs)
+        if self.training:
+            with torch.no_grad():
+                for name, value in self._statistics().items():
+                    value.index_copy_(0, index, statistics[name])
+        return output
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: self.stacked[_key(name)] for name in self.selection.parameters}
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return {name: self.statistics.get_buffer(_key(name)) for name in self.selection.buffers}
+
+    def _cast(self, name: str, value: Tensor) -> Tensor:
+        # Members differ by little: they are kept in float32 whatever the model runs in.
+        return value.to(self.model.get_parameter(name).dtype)
+
+    # --- training --------------------------------------------------------------------------------
+
+    def member_parameters(self) -> list[nn.Parameter]:
+        """The stacked weights, (K, ...) each: what the member optimizer works on."""
+        return list(self.stacked.values())
+
+    def optimizer_like(self, base_optimizer: Optimizer, **changes: Any) -> Optimizer:
+        """Fresh optimizer of the members, set up group by group like that of the base.
+
+        Parameters
+        ----------
+        base_optimizer : Optimizer
+            Made on the model's parameters; weights it does not hold get its defaults.
+        **changes
+            Settings that differ, e.g. ``weight_decay=5e-3``.
+        """
+        groups: list[dict[str, Any]] = []
+        left = dict(self._weights())
+        for group in base_optimizer.param_groups:
+            held = {id(p) for p in group["params"]}
+            names = [name for name in left if id(self.model.get_parameter(name)) in held]
+            if names:
+                # What a scheduler notes in a group belongs to its own optimizer.
+                own = {n: v for n, v in group.items() if n not in ("params", "initial_lr")}
+                groups.append({**own, "params": [left.pop(name) for name in names]})
+        if left:
+            groups.append({**base_optimizer.defaults, "params": list(left.values())})
+        for group in groups:
+            group.update(changes)
+        make = cast(Callable[..., Optimizer], type(base_optimizer))
+        return make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
+
+    def cycles(self, loader: Iterable[Batch], leftover: str = "carry") -> Iterator[list[Batch]]:
+        """Minibatches of a loader, K at a time.
+
+        Parameters
+        ----------
+        loader : iterable of batches
+        leftover : {"carry", "members", "drop"}
+            What becomes of the last len(loader) mod K batches: they begin the next call's first
+            cycle; they come as a short list, on which `step` moves the members alone, as the
+            official code does (39 cycles and 1 batch in an epoch of CIFAR); or they are not used.
+        """
+        _check_word("leftover", leftover, LEFTOVERS)
+        waiting, self._carried = self._carried, []
+        for batch in loader:
+            waiting.append(batch)
+            if len(waiting) == self.members:
+                yield waiting
+                waiting = []
+        if waiting and leftover == "members":
+            yield waiting
+        elif leftover == "carry":
+            self._carried = waiting
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        loss_fn: Loss,
+        base_optimizer: Optimizer,
+        member_optimizer: Optimizer,
+        *,
+        fused: bool = False,
+        micro_batches: int = 1,
+        autocast: torch.dtype | None = None,
+    ) -> Tensor:
+        """One cycle: every member steps on its own minibatch, the base on all of them.
+
+        Parameters
+        ----------
+        batches : sequence of at most K batches
+            Batch k is member k's. If there are fewer than K, their members step and the base does
+            not.
+        loss_fn : callable
+            ``loss_fn(output, targets)``, a mean over the minibatch.
+        base_optimizer, member_optimizer : Optimizer
+            On the model's parameters, and on `member_parameters`.
+        fused : bool
+            All minibatches in one forward pass.
+        micro_batches : int
+            Pieces that each minibatch is run in, to save memory; gradients are the same, but for
+            BatchNorm, which sees one piece at a time.
+        autocast : dtype, optional
+            Run the model in it, e.g. ``torch.bfloat16``.
+
+        Returns
+        -------
+        Tensor, shape (len(batches),)
+            Losses, detached.
+        """
+        self._check_optimizers(base_optimizer, member_optimizer)
+        if self.idle_steps == "none":
+            losses = self.accumulate(
+                batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast
+            )
+            self._step_rows(member_optimizer, range(len(batches)))
+        else:
+            settings = (loss_fn, micro_batches, autocast)
+            losses = self._step_with_idle(batches, member_optimizer, settings)
+        if len(batches) == self.members:
+            base_optimizer.step()
+        return losses
+
+    def accumulate(
+        self,
+        batches: Sequence[Batch],
+        loss_fn: Loss,
+        *,
+        fused: bool = False,
+        micro_batches: int = 1,
+        autocast: torch.dtype | None = None,
+    ) -> Tensor:
+        """Gradients of one cycle, and no step: for clipping, or a loop of your own.
+
+        Parameters as in `step`. Afterwards ``.grad`` of a stacked weight holds each member's own
+        gradient in its row, and of a shared weight gamma times the sum over members.
+        """
+        self._check_batches(batches)
+        check_integer("micro_batches", micro_batches, 1)
+        if fused and micro_batches > 1:
+            raise NQMError(
+                "fused runs whole minibatches; set micro_batches to 1, or fused to False"
+            )
+        self.zero_grad(set_to_none=True)
+        if fused and len(batches) == self.members:
+            with self._autocast(autocast):
+                outputs = self.fused([inputs for inputs, _ in batches])
+                pairs = zip(outputs, batches, strict=True)
+                losses = torch.stack([loss_fn(out, targets) for out, (_, targets) in pairs])
+            torch.autograd.backward(losses.sum())
+            losses = losses.detach()
+        else:
+            losses = torch.stack(
+                [
+                    self._backward(k, batch, (loss_fn, micro_batches, autocast))
+                    for k, batch in enumerate(batches)
+                ]
+            )
+        self._scale_base()
+        return losses
+
+    def _backward(self, member: int, batch: Batch, settings: _Settings) -> Tensor:
+        loss_fn, micro_batches, autocast = settings
+        total = self.index.new_zeros((), dtype=torch.float32)
+        for share, (inputs, targets) in fused_forward.pieces(batch, micro_batches):
+            args, kwargs = fused_forward.arguments(inputs)
+            with self._autocast(autocast):
+                loss = share * loss_fn(self(*args, member=member, **kwargs), targets)
+            torch.autograd.backward(loss)
+            total = total + loss.detach()
+        return total
+
+    def _autocast(self, dtype: torch.dtype | None) -> torch.autocast:
+        return torch.autocast(self.index.device.type, dtype, enabled=dtype is not None)
+
+    def _scale_base(self) -> None:
+        gamma = {"sum": 1.0, "mean": 1.0 / self.members}.get(str(self.gamma), self.gamma)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads and gamma != 1.0:
+            torch._foreach_mul_(grads, float(gamma))
+
+    def _step_with_idle(
+        self, batches: Sequence[Batch], optimizer: Optimizer, settings: _Settings
+    ) -> Tensor:
+        self._check_batches(batches)
+        self.zero_grad(set_to_none=True)
+        losses = []
+        for k, batch in enumerate(batches):
+            losses.append(self._backward(k, batch, settings))
+            everyone = self.idle_steps == "every" or k == 0
+            self._step_rows(optimizer, range(self.members) if everyone else range(k, k + 1))
+            self.stacked.zero_grad(set_to_none=True)
+        self._scale_base()
+        return torch.stack(losses)
+
+    def _step_rows(self, optimizer: Optimizer, rows: range) -> None:
+        """Step some members: the others' weights and optimizer states are put back."""
+        if len(rows) == self.members:
+            optimizer.step()
+            return
+        idle = torch.tensor([k for k in range(self.members) if k not in rows])
+        idle = idle.to(self.index.device)
+        kept = [
+            (p, p.detach()[idle], {n: v[idle] for n, v in _rows_of(optimizer, p).items()})
+            for p in self.member_parameters()
+        ]
+        optimizer.step()
+        with torch.no_grad():
+            for p, values, states in kept:
+                p[idle] = values
+                for name, state in _rows_of(optimizer, p).items():
+                    state[idle] = states[name] if name in states else torch.zeros_like(state[idle])
+
+    def _check_batches(self, batches: Sequence[Batch]) -> None:
+        if not 0 < len(batches) <= self.members:
+            raise NQMError(
+                f"a cycle takes 1 .. {self.members} minibatches, one per member; "
+                f"got {len(batches)}; see LatePhase.cycles"
+            )
+
+    def _check_optimizers(self, base: Optimizer, member: Optimizer) -> None:
+        own = {id(p) for p in self.member_parameters()}
+        held = {id(p) for group in member.param_groups for p in group["params"]}
+        if not held or not held <= own:
+            raise NQMError(
+                "member_optimizer must be made on late.member_parameters(); see optimizer_like"
+            )
+        if own & {id(p) for group in base.param_groups for p in group["params"]}:
+            raise NQMError("base_optimizer must be made on the model's parameters, not on late's")
+
+    # --- one model -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def averaged(self, *, batchnorm: str = "weights", rank1: str = "factors") -> nn.Module:
+        """The mean member: a plain module of the model's own class, with the same state-dict keys.
+
+        Parameters
+        ----------
+        batchnorm : {"weights", "outputs"}
+            Average scale, shift and running statistics each by itself; or the layers' outputs in
+            evaluation mode, as the official code does: the mean of K affine maps is one affine map.
+        rank1 : {"factors", "product"}
+            Average the factors s and r, as the paper does; or the matrices s_k r_k^T, whose mean
+            has rank up to K and is folded into the weight.
+        """
+        _check_word("batchnorm", batchnorm, ("weights", "outputs"))
+        _check_word("rank1", rank1, ("factors", "product"))
+        state = {name: value.mean(0) for name, value in self._weights().items()}
+        for name, value in self._statistics().items():
+            whole = not value.is_floating_point()
+            state[name] = value.max(0).values if whole else value.mean(0)
+        if batchnorm == "outputs":
+            state |= self._mean_affine()
+        model = self._plain(state)
+        products = self._mean_products() if rank1 == "product" else {}
+        reparametrize.fold(model)
+        for name, weight in products.items():
+            model.get_parameter(name).copy_(weight)
+        return model
+
+    @torch.no_grad()
+    def member(self, k: int) -> nn.Module:
+        """Member k as a plain module, like `averaged`."""
+        if not 0 <= k < self.members:
+            raise NQMError(f"member must lie in 0 .. {self.members - 1}; got {k}")
+        state = {n: value[k] for n, value in (self._weights() | self._statistics()).items()}
+        return reparametrize.fold(self._plain(state))
+
+    def _plain(self, state: dict[str, Tensor]) -> nn.Module:
+        model = copy.deepcopy(self.model)
+        for name, value in state.items():
+            target = model.get_submodule(name.rpartition(".")[0])
+            getattr(target, name.rpartition(".")[2]).copy_(value)
+        model.zero_grad(set_to_none=True)
+        return model.train(self.training)
+
+    def _mean_affine(self) -> dict[str, Tensor]:
+        """Scale and shift with which the mean statistics give the mean of the members' maps."""
+        state: dict[str, Tensor] = {}
+        weights, statistics = self._weights(), self._statistics()
+        for path, module in self.model.named_modules():
+            names = [f"{path}.{n}" if path else n for n in ("weight", "bias")]
+            if not isinstance(module, _BatchNorm) or not all(n in weights for n in names):
+                continue
+            if module.running_mean is None or module.running_var is None:
+                continue
+            gamma, beta = (weights[name] for name in names)
+            prefix = f"{path}." if path else ""
+            mean, var = (statistics[f"{prefix}running_{n}"] for n in ("mean", "var"))
+            scale = gamma / torch.sqrt(var + module.eps)
+            shift = (beta - scale * mean).mean(0)
+            state[names[0]] = scale.mean(0) * torch.sqrt(var.mean(0) + module.eps)
+            state[names[1]] = shift + scale.mean(0) * mean.mean(0)
+        return state
+
+    def _mean_products(self) -> dict[str, Tensor]:
+        """Mean over members of every weight that replicated rank-1 factors are part of."""
+        weights = self._weights()
+        touched = {
+            f"{path}.{name}" if path else name
+            for path, _, name, one in reparametrize.parametrized(self.model)
+            if isinstance(one, reparametrize.RankOne)
+        }
+        total: dict[str, Tensor] = {}
+        for k in range(self.members):
+            model = reparametrize.fold(self._plain({n: w[k] for n, w in weights.items()}))
+            for name in touched:
+                value = model.get_parameter(name).detach() / self.members
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    @torch.no_grad()
+    def spread(self) -> float:
+        """Distance of members from their mean relative to its size, root mean square over all."""
+        values = [w.double() for w in self._weights().values()]
+        apart = sum(float((w - w.mean(0)).square().sum()) for w in values) / self.members
+        size = sum(float(w.mean(0).square().sum()) for w in values)
+        return float((apart / size) ** 0.5) if size else 0.0
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; `averaged` and `member` come in the same mode."""
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Shown with the module."""
+        numbers = sum(p[0].numel() for p in self.member_parameters())
+        return f"members={self.members}, {numbers} weights each, gamma={self.gamma!r}"
+
+
+def _spawn(
+    reference: Tensor, members: int, sigma: float, rule: str, generator: torch.Generator
+) -> Tensor:
+    """K perturbed copies of a weight, (K, ...), at least in float32."""
+    value = reference.detach().to(torch.promote_types(reference.dtype, torch.float32))
+    stacked = torch.stack([value] * members)
+    if sigma > 0.0:
+        if rule == "rms":
+            size = float(value.square().mean().sqrt())
+        else:
+            into = value[0].numel() if value.ndim > 1 else value.numel()
+            size = max(into, 1) ** -0.5
+        # Drawn on the CPU: the same members on every device.
+        normal = torch.randn(stacked.shape, generator=generator, dtype=stacked.dtype)
+        stacked = stacked + sigma * size * normal.to(stacked.device)
+    return stacked
+
+
+def _rows_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Entries of an optimizer's state that have a row for every member."""
+    state = optimizer.state.get(parameter, {})
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
+
+
+def _key(name: str) -> str:
+    # A registered name cannot hold a dot.
+    return name.replace(".", "/")
+
+
+def _check_word(where: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise NQMError(f"{where} {value!r} is unknown{suggest(str(value), known)}")

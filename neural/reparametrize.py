@@ -1,0 +1,170 @@
+"""Weights of another form: rank-1 factors and low-rank updates on top of a layer's own weights.
+
+Both are registered with `torch.nn.utils.parametrize`, so that the model's code, its optimizers and
+the original `Parameter` objects stay as they are; `fold` turns them back into plain weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from nqm.errors import NQMError, check_integer
+
+
+class RankOne(nn.Module):
+    """W (s r^T), elementwise: factor `s` over outputs and `r` over inputs, both 1 at first.
+
+    Wen et al. 2020 (BatchEnsemble); as late-phase weights von Oswald et al. 2021. On a layer's
+    activations it is ``((x r) W) s``.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (out, in, ...)
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        out, into = weight.shape[:2]
+        self.s = nn.Parameter(torch.ones(out, dtype=weight.dtype, device=weight.device))
+        self.r = nn.Parameter(torch.ones(into, dtype=weight.dtype, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The layer's weight, shape (out, in, ...)."""
+        tail = (1,) * (weight.ndim - 2)
+        return weight * self.s.view(-1, 1, *tail) * self.r.view(1, -1, *tail)
+
+
+class LowRank(nn.Module):
+    """W + alpha / rank B A (Hu et al. 2022, LoRA): A is random, B is zero at first.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (out, in, ...)
+    rank : int
+    alpha : float
+    """
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float):
+        super().__init__()
+        flat = weight.detach().flatten(1)
+        self.scale = alpha / rank
+        self.A = nn.Parameter(flat.new_empty(rank, flat.shape[1]))
+        self.B = nn.Parameter(flat.new_zeros(flat.shape[0], rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The layer's weight, shape (out, in, ...)."""
+        return weight + self.scale * (self.B @ self.A).view_as(weight)
+
+
+class _Made(Protocol):
+    def __call__(self, weight: Tensor) -> nn.Module: ...
+
+
+def add_rank1(model: nn.Module, where: str = "*") -> list[str]:
+    """Put rank-1 factors, all 1, on the weights of Linear, convolution and recurrent layers.
+
+    Call it before the optimizer is made if the factors shall be trained with the rest from the
+    start; the model computes the same as before.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place.
+    where : str
+        Glob over weight names, e.g. ``"lstm.*"``.
+
+    Returns
+    -------
+    list of str
+        Names of the weights that got factors.
+
+    Raises
+    ------
+    NQMError
+        If there is none.
+    """
+    return _add(model, where, RankOne)
+
+
+def add_lora(
+    model: nn.Module, rank: int = 4, alpha: float | None = None, where: str = "*"
+) -> list[str]:
+    """Put low-rank updates, zero at first, on the weights of Linear, conv and recurrent layers.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place.
+    rank : int
+    alpha : float, optional
+        The update is scaled by alpha / rank; `rank` by default.
+    where : str
+        Glob over weight names.
+
+    Returns
+    -------
+    list of str
+        Names of the weights that got an update.
+    """
+    check_integer("rank", rank, 1)
+    return _add(model, where, partial(LowRank, rank=rank, alpha=float(alpha or rank)))
+
+
+def _add(model: nn.Module, where: str, make: _Made) -> list[str]:
+    found = [
+        (path, module, name)
+        for path, module in model.named_modules()
+        for name in _weights(module)
+        if fnmatchcase(f"{path}.{name}" if path else name, where)
+    ]
+    if not found:
+        raise NQMError(
+            f"{where!r} matches no weight of a Linear, convolution or recurrent layer of "
+            f"{type(model).__name__}"
+        )
+    for _, module, name in found:
+        parametrize.register_parametrization(module, name, make(getattr(module, name)))
+    return [f"{path}.{name}" if path else name for path, _, name in found]
+
+
+def _weights(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.Linear | _ConvNd):
+        return ["weight"]
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name.startswith("weight")]
+    return []
+
+
+def parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Path of the layer, the layer, name of its weight, and the `RankOne` or `LowRank` on it."""
+    for path, module in list(model.named_modules()):
+        if parametrize.is_parametrized(module):
+            for name, chain in cast(nn.ModuleDict, module.parametrizations).items():
+                for one in cast(nn.ModuleList, chain):
+                    if isinstance(one, RankOne | LowRank):
+                        yield path, module, name, one
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Compute the weights once and for all; afterwards the layers are plain again.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place, and returned. Weights without factors of ours stay as they are.
+    """
+    with torch.no_grad():
+        for _, module, name, _ in list(parametrized(model)):
+            if parametrize.is_parametrized(module, name):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model

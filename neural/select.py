@@ -1,0 +1,138 @@
+"""Which weights are replicated: a small grammar of names, resolved on a model.
+
+``"batchnorm+head"`` joins terms by ``+``. A term is one of `TERMS`, or ``name:PATTERN``, a glob
+over parameter names as ``model.named_parameters()`` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from neural.reparametrize import LowRank, RankOne
+from nqm.errors import NQMError, suggest
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names of the parameters to replicate, and of the running statistics that go with them."""
+
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+
+
+def _is_rms(module: nn.Module) -> bool:
+    # Language-model libraries write their own; the name is what they share.
+    return type(module).__name__.lower().endswith("rmsnorm")
+
+
+_KINDS: dict[str, Callable[[nn.Module], bool]] = {
+    "batchnorm": lambda module: isinstance(module, _BatchNorm),
+    "layernorm": lambda module: isinstance(module, nn.LayerNorm),
+    "groupnorm": lambda module: isinstance(module, nn.GroupNorm),
+    "rmsnorm": _is_rms,
+    "norm": lambda module: (
+        isinstance(module, _BatchNorm | _InstanceNorm | nn.LayerNorm | nn.GroupNorm)
+        or _is_rms(module)
+    ),
+    "rank1": lambda module: isinstance(module, RankOne),
+    "lora": lambda module: isinstance(module, LowRank),
+}
+
+#: Every term but ``name:PATTERN``, with what it selects.
+TERMS: dict[str, str] = {
+    "batchnorm": "scale, shift and running statistics of BatchNorm",
+    "layernorm": "scale and shift of LayerNorm",
+    "groupnorm": "scale and shift of GroupNorm",
+    "rmsnorm": "scale of RMSNorm",
+    "norm": "all normalisation layers",
+    "head": "the last Linear layer, as the classifier is",
+    "bias": "every bias",
+    "rank1": "rank-1 factors (see add_rank1)",
+    "lora": "low-rank factors (see add_lora)",
+    "embedding": "embeddings of template banks (parameters called embedding)",
+    "all": "every trainable parameter",
+}
+
+_ADVICE = {
+    "rank1": "; call neural.add_rank1(model) first",
+    "lora": "; call neural.add_lora(model, rank) first",
+    "head": "; select it by name, as in name:classifier.*",
+}
+
+
+def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
+    """Resolve a selection on a model.
+
+    Frozen parameters are never selected. A layer that keeps running statistics has them replicated
+    as soon as one of its parameters is, or, without parameters, when its kind is named.
+
+    Parameters
+    ----------
+    model : Module
+    what : str or iterable of str
+        Terms joined by ``+``, or a sequence of them.
+
+    Raises
+    ------
+    NQMError
+        On an unknown term, or one that selects nothing in this model.
+    """
+    terms = what.split("+") if isinstance(what, str) else list(what)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    chosen: set[str] = set()
+    statistics: set[str] = set()
+    for term in (term.strip() for term in terms):
+        names, buffers = _term(model, term, trainable.keys())
+        if not names and not buffers:
+            raise NQMError(
+                f"select: {term!r} matches nothing in {type(model).__name__}{_ADVICE.get(term, '')}"
+            )
+        chosen |= names
+        statistics |= buffers
+    for path, module in model.named_modules():
+        if any(_join(path, name) in chosen for name, _ in module.named_parameters(recurse=False)):
+            statistics |= set(_statistics(path, module))
+    return Selection(
+        tuple(name for name in trainable if name in chosen),
+        tuple(name for name, _ in model.named_buffers() if name in statistics),
+    )
+
+
+def _term(model: nn.Module, term: str, trainable: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Parameters and running statistics that one term selects."""
+    if term.startswith("name:"):
+        pattern = term.removeprefix("name:")
+        return {name for name in trainable if fnmatchcase(name, pattern)}, set()
+    if term == "all":
+        return set(trainable), set()
+    if term in ("bias", "embedding"):
+        return {name for name in trainable if name.rpartition(".")[2] == term}, set()
+    if term == "head":
+        linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        prefix = f"{linear[-1]}." if linear and linear[-1] else ""
+        return {n for n in trainable if linear and n.startswith(prefix)}, set()
+    if term not in _KINDS:
+        raise NQMError(f"select: {term!r} is unknown{suggest(term, [*TERMS, 'name:PATTERN'])}")
+    names: set[str] = set()
+    buffers: set[str] = set()
+    for path, module in model.named_modules():
+        if _KINDS[term](module):
+            names |= {_join(path, name) for name, _ in module.named_parameters()}
+            buffers |= set(_statistics(path, module))
+    return names & set(trainable), buffers
+
+
+def _statistics(path: str, module: nn.Module) -> Iterator[str]:
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        for name, _ in module.named_buffers(recurse=False):
+            yield _join(path, name)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
