@@ -191,7 +191,7 @@ def run(
     """
     from pathlib import Path
 
-    from nqm import __version__, config
+    from nqm import __version__, config, declare
     from nqm.errors import NQMError
     from nqm.table import finished, write_table
 
@@ -199,7 +199,7 @@ def run(
     short = [f"{name}={value}" for name, value in given.items() if value is not None]
     if quantiles is not None:
         short.append(f"record.quantiles=[{quantiles}]")
-    mapping = config.load(file, [*overrides, *short])
+    mapping = declare.load(file, [*overrides, *short])
     if "sweep" in mapping:
         raise NQMError(f"{file} has a [sweep] table; use nqm sweep")
     folder = Path(file).parent
@@ -308,9 +308,9 @@ def tune(
 def _load(file: str, overrides: tuple[str, ...]) -> Run:
     from pathlib import Path
 
-    from nqm import config
+    from nqm import config, declare
 
-    return config.build(config.load(file, overrides), Path(file).parent)
+    return config.build(declare.load(file, overrides), Path(file).parent)
 
 
 def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:

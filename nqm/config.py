@@ -1,39 +1,32 @@
 """TOML files and what they describe: a problem, a program, and how to solve it.
 
-The mapping a file holds is kept as it is (`load`) and identified by its content (`key`); `build`
-turns it into objects, field by field, so that every mistake is reported under its dotted name.
+The mapping a file holds (`nqm.declare.load`) is kept as it is and identified by its content
+(`key`); `build` turns it into objects.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
-import json
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
-from nqm import spectra
+from nqm import declare, spectra
 from nqm.algorithms import ROSTER
 from nqm.algorithms.base import Algorithm, Nonlinear
+from nqm.declare import Mapped, call, known_keys, leaf, located, lookup, named, require, table_at
 from nqm.errors import NQMError, check_integer, check_number, suggest
 from nqm.problem import Problem
 from nqm.program import Phase, Program
-from nqm.schedule import SCHEDULES, Schedule, as_schedule
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nqm.result import Trajectory
-
-Mapped = Mapping[str, Any]
 
 SPECTRA: dict[str, Callable[..., Any]] = {
     "harmonic": spectra.harmonic,
@@ -45,24 +38,10 @@ SPECTRA: dict[str, Callable[..., Any]] = {
 
 METHODS = ("jump", "moments", "sample")
 
-#: Beyond this, counts are no longer exact as floats, nor as numbers in JSON.
-LARGEST = 2**53
-
 _TOP = ("problem", "phase", "record", "method", "replicas", "seed", "sweep")
 _START = ("initial_mean", "initial_variance", "minimum")
 _CURVATURE = ("curvature", "spectrum", "file")
 _NOISE = ("noise_variance", "minimum_variance", "noise")
-_WORDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    float | list[float]: "a number or a list of numbers",
-    list[int]: "a list of whole numbers",
-    list[float]: "a list of numbers",
-    tuple[int, ...]: "a list of whole numbers",
-    tuple[float, ...]: "a list of numbers",
-}
 
 
 @dataclass(frozen=True)
@@ -155,75 +134,9 @@ class Run:
         return frame
 
 
-# --- reading ---------------------------------------------------------------------------------
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping a TOML file holds, changed by ``key=value`` overrides.
-
-    Parameters
-    ----------
-    path : str or Path
-    overrides : sequence of str
-        As ``phase.0.lr=0.1``: a dotted key, lists by index, and a value in TOML (anything that
-        is not TOML is taken as text).
-    """
-    path = Path(path)
-    try:
-        mapping = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NQMError(f"{path}: no such file") from None
-    except OSError as error:
-        raise NQMError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise NQMError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name.strip():
-            raise NQMError(f"an override must read key=value; got {override!r}")
-        assign(mapping, name.strip(), _toml_value(text.strip()))
-    return mapping
-
-
-def assign(mapping: dict[str, Any], name: str, value: Any) -> None:
-    """Set the dotted key `name` in place, lists by index; tables on the way are made."""
-    here: Any = mapping
-    parts = name.split(".")
-    for depth, part in enumerate(parts):
-        where = ".".join(parts[: depth + 1])
-        last = depth == len(parts) - 1
-        if isinstance(here, list):
-            index: Any = _index(where, part, len(here))
-        elif isinstance(here, dict):
-            index = part
-            if not last and part not in here:
-                here[part] = {}
-        else:
-            above = ".".join(parts[:depth])
-            raise NQMError(f"{name}: {above} is {here!r:.40}, not a table; set {above} itself")
-        if last:
-            here[index] = value
-        else:
-            here = here[index]
-
-
-def _index(where: str, part: str, size: int) -> int:
-    if not part.lstrip("-").isdigit() or not -size <= int(part) < size:
-        raise NQMError(f"{where}: expected an index from 0 to {size - 1}; got {part!r}")
-    return int(part)
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def key(mapping: Mapped, folder: str | Path = ".") -> str:
     """Content key of a configuration: a file that holds the problem counts by its content."""
-    content = json.dumps(_canonical(resolve_files(mapping, folder)), sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return declare.key(resolve_files(mapping, folder))
 
 
 def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
@@ -237,15 +150,6 @@ def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
         except OSError as error:
             raise NQMError(f"problem.file: cannot read {path}: {error.strerror}") from None
     return resolved
-
-
-def _canonical(value: Any) -> Any:
-    """A number is the same however it was written: 1 and 1.0."""
-    if isinstance(value, Mapping):
-        return {str(name): _canonical(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(entry) for entry in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # --- building --------------------------------------------------------------------------------
@@ -266,7 +170,7 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
     NQMError
         Naming the dotted key at fault.
     """
-    _known_keys("", mapping, _TOP)
+    known_keys("", mapping, _TOP)
     for name in ("problem", "phase"):
         if name not in mapping:
             header = "[problem]" if name == "problem" else "[[phase]]"
@@ -274,28 +178,28 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
     phases = mapping["phase"]
     if not isinstance(phases, list):
         raise NQMError(f"phase must be a list of tables, [[phase]] in TOML; got {phases!r:.40}")
-    record = _table("record", mapping.get("record", {}))
-    _known_keys("record", record, ("at", "quantiles"))
+    record = table_at("record", mapping.get("record", {}))
+    known_keys("record", record, ("at", "quantiles"))
     options: dict[str, Any] = {}
     if "at" in record:
-        options["at"] = _leaf("record.at", record["at"], list[int])
+        options["at"] = leaf("record.at", record["at"], list[int])
     if "quantiles" in record:
-        options["quantiles"] = _leaf("record.quantiles", record["quantiles"], tuple[float, ...])
+        options["quantiles"] = leaf("record.quantiles", record["quantiles"], tuple[float, ...])
     hints: dict[str, Any] = {"method": str, "replicas": int, "seed": int}
     for name, hint in hints.items():
         if name in mapping:
-            options[name] = _leaf(name, mapping[name], hint)
-    problem = build_problem(_table("problem", mapping["problem"]), folder)
+            options[name] = leaf(name, mapping[name], hint)
+    problem = build_problem(table_at("problem", mapping["problem"]), folder)
     program = Program(tuple(_phase(f"phase.{i}", phase) for i, phase in enumerate(phases)))
     return Run(problem, program, **options)
 
 
 def build_problem(table: Mapped, folder: str | Path = ".") -> Problem:
     """The `Problem` that a ``[problem]`` table describes."""
-    _known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, "multiplicity", "bins"))
+    known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, "multiplicity", "bins"))
     source = _one_of(table, _CURVATURE, "curvature")
     fields = {
-        name: _leaf(f"problem.{name}", table[name], float | list[float])
+        name: leaf(f"problem.{name}", table[name], float | list[float])
         for name in (*_START, "multiplicity")
         if name in table
     }
@@ -303,12 +207,12 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem:
         stated = [name for name in (*_NOISE, "multiplicity") if name in table]
         if stated:
             raise NQMError(f"problem.{stated[0]} and problem.file exclude each other; drop one")
-        path = Path(folder, _leaf("problem.file", table["file"], str))
+        path = Path(folder, leaf("problem.file", table["file"], str))
         problem = spectra.read_problem(path).replace(**fields)
     else:
         noise = _one_of(table, _NOISE, "noise")
         if source == "spectrum":
-            curvature = _named("problem.spectrum", table["spectrum"], "name", SPECTRA)
+            curvature = named("problem.spectrum", table["spectrum"], "name", SPECTRA)
             if isinstance(curvature, tuple):
                 if "multiplicity" in fields:
                     raise NQMError(
@@ -316,21 +220,21 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem:
                     )
                 curvature, fields["multiplicity"] = curvature
         else:
-            curvature = _leaf("problem.curvature", table["curvature"], float | list[float])
+            curvature = leaf("problem.curvature", table["curvature"], float | list[float])
         if noise == "noise":
             # A negative or NaN curvature is the problem's error to report, before its power.
             curvature = Problem(curvature, 0.0 * np.asarray(curvature)).curvature
-            settings = _table("problem.noise", table["noise"])
-            variance = _call(
+            settings = table_at("problem.noise", table["noise"])
+            variance = call(
                 spectra.power_noise, settings, "problem.noise", {"curvature": curvature}
             )
             problem = Problem(curvature, variance, **fields)
         else:
-            stated_noise = _leaf(f"problem.{noise}", table[noise], float | list[float])
+            stated_noise = leaf(f"problem.{noise}", table[noise], float | list[float])
             make = Problem if noise == "noise_variance" else Problem.from_minimum_noise
-            problem = _located("problem", lambda: make(curvature, stated_noise, **fields))
+            problem = located("problem", lambda: make(curvature, stated_noise, **fields))
     if "bins" in table:
-        bins = _leaf("problem.bins", table["bins"], int)
+        bins = leaf("problem.bins", table["bins"], int)
         check_integer("problem.bins", bins, 1)
         problem = problem.binned(bins)
     return problem
@@ -345,134 +249,22 @@ def _one_of(table: Mapped, names: tuple[str, ...], what: str) -> str:
 
 
 def _phase(where: str, table: Any) -> Phase:
-    table = _table(where, table)
-    own = [name for name in _signature(Phase)[0] if name != "algorithm"]
-    _require(where, table, "algorithm")
-    cls = _lookup(f"{where}.algorithm", table["algorithm"], ROSTER)
-    theirs = list(_signature(cls)[0])
-    _known_keys(where, table, ("algorithm", *own, *theirs))
-    algorithm = _call(cls, {n: v for n, v in table.items() if n in theirs}, where)
+    table = table_at(where, table)
+    own = [name for name in declare.signature(Phase)[0] if name != "algorithm"]
+    require(where, table, "algorithm")
+    cls = lookup(f"{where}.algorithm", table["algorithm"], ROSTER)
+    theirs = list(declare.signature(cls)[0])
+    known_keys(where, table, ("algorithm", *own, *theirs))
+    algorithm = call(cls, {n: v for n, v in table.items() if n in theirs}, where)
     rest = {name: value for name, value in table.items() if name in own}
-    phase: Phase = _call(Phase, rest, where, {"algorithm": algorithm})
+    phase: Phase = call(Phase, rest, where, {"algorithm": algorithm})
     return phase
 
 
 def _algorithm(where: str, value: Any) -> Algorithm | Nonlinear:
     """An inner algorithm: its name, or a table with its name and parameters."""
-    made: Algorithm | Nonlinear = _named(where, value, "algorithm", ROSTER)
+    made: Algorithm | Nonlinear = named(where, value, "algorithm", ROSTER)
     return made
 
 
-def _schedule(where: str, value: Any) -> Schedule:
-    if isinstance(value, Mapping):
-        made: Schedule = _named(where, value, "schedule", SCHEDULES)
-        return made
-    return as_schedule(_leaf(where, value, float), where)
-
-
-def _named(where: str, value: Any, tag: str, known: Mapping[str, Any]) -> Any:
-    """Call what the entry `tag` of a table names with the table's other entries."""
-    if isinstance(value, str):
-        value = {tag: value}
-    table = dict(_table(where, value))
-    _require(where, table, tag)
-    return _call(_lookup(f"{where}.{tag}", table.pop(tag), known), table, where, tag=tag)
-
-
-def _lookup(where: str, name: Any, known: Mapping[str, Any]) -> Any:
-    if not isinstance(name, str) or name not in known:
-        raise NQMError(f"{where} {name!r} is unknown{suggest(str(name), known)}")
-    return known[name]
-
-
-def _call(
-    target: Callable[..., Any],
-    table: Mapped,
-    where: str,
-    given: Mapped | None = None,
-    *,
-    tag: str | None = None,
-) -> Any:
-    """``target(**table, **given)`` with every entry of `table` converted to its annotation."""
-    given = given or {}
-    stated, hints = _signature(target)
-    parameters = {n: p for n, p in stated.items() if n not in given}
-    _known_keys(where, table, (*([tag] if tag else []), *parameters))
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty:
-            _require(where, table, name)
-    values = {n: _convert(f"{where}.{n}", value, hints[n]) for n, value in table.items()}
-    return _located(where, lambda: target(**values, **given))
-
-
-@cache
-def _signature(
-    target: Callable[..., Any],
-) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
-    return inspect.signature(target).parameters, get_type_hints(target)
-
-
-def _convert(where: str, value: Any, hint: Any) -> Any:
-    """A value of the annotated type: an algorithm, a schedule or several, or a plain value."""
-    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
-    if any(issubclass(kind, Algorithm) for kind in kinds):
-        return _algorithm(where, value)
-    if Schedule not in kinds:
-        return _leaf(where, value, hint)
-    if get_origin(hint) is not tuple:
-        return _schedule(where, value)
-    if not isinstance(value, list):
-        raise NQMError(f"{where} must be a list of schedules; got {value!r:.60}")
-    return tuple(_schedule(f"{where}.{i}", entry) for i, entry in enumerate(value))
-
-
-def _leaf(where: str, value: Any, hint: Any) -> Any:
-    """A plain value of the annotated type, strictly."""
-    try:
-        plain = msgspec.convert(value, hint, strict=True)
-        if isinstance(plain, int) and abs(plain) > LARGEST:
-            raise NQMError(f"{where} must lie within +-2^53; got {plain!s:.40}")
-        return plain
-    except msgspec.ValidationError as error:
-        _, _, inside = str(error).partition(" - at `$")
-        at = inside.rstrip("`").replace("[", ".").replace("]", "")
-        wrong = value
-        for part in at.split(".")[1:]:
-            wrong = wrong[int(part)]
-        if inside.strip("`"):  # one entry of a list
-            hint = int if int in get_args(hint) else float
-        elif type(None) in (options := get_args(hint)):
-            hint = options[0]
-        expected = _WORDS.get(hint, str(error))
-        raise NQMError(f"{where}{at} must be {expected}; got {wrong!r:.60}") from None
-
-
-def _located(where: str, make: Callable[[], Any]) -> Any:
-    """Call `make`; an error that names a class's field names the dotted key instead."""
-    try:
-        return make()
-    except NQMError as error:
-        message = str(error)
-        head, _, rest = message.partition(" ")
-        _, dot, field = head.partition(".")
-        if not dot or head.endswith(":"):
-            raise NQMError(f"{where}: {message}") from None
-        raise NQMError(f"{where}.{field} {rest}") from None
-
-
-def _table(where: str, value: Any) -> Mapped:
-    if not isinstance(value, Mapping):
-        raise NQMError(f"{where} must be a table; got {value!r:.40}")
-    return value
-
-
-def _require(where: str, table: Mapped, name: str) -> None:
-    if name not in table:
-        raise NQMError(f"{where}.{name} is missing; add {name} = ...")
-
-
-def _known_keys(where: str, table: Mapped, known: Sequence[str]) -> None:
-    for name in table:
-        if name not in known:
-            dotted = f"{where}.{name}" if where else name
-            raise NQMError(f"{dotted} is not a known key{suggest(str(name), known)}")
+declare.builds(Algorithm, _algorithm)

@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from nqm import __version__, config
+from nqm import __version__, config, declare
 from nqm.errors import NQMError
 from nqm.table import check_stamp, finished, read_table, write_table
 
@@ -57,7 +57,7 @@ class Sweep:
     Parameters
     ----------
     base : mapping
-        A configuration as from `nqm.config.load`.
+        A configuration as from `nqm.declare.load`.
     axes : mapping of str to sequence
         ``{"phase.0.lr": [0.1, 0.2], "phase.0.members": [1, 10]}``; the last axis varies fastest.
     folder : str or Path
@@ -82,7 +82,7 @@ class Sweep:
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Sweep of a TOML file with a ``[sweep]`` table (see `read_axes`)."""
-        mapping = config.load(path, overrides)
+        mapping = declare.load(path, overrides)
         if "sweep" not in mapping:
             raise NQMError(
                 f'{path} has no [sweep] table; add e.g. "phase.0.lr" = [0.1, 0.2] in one'
@@ -100,7 +100,7 @@ class Sweep:
     def _case(self, index: int, values: dict[str, Any]) -> Case:
         mapping = copy.deepcopy(dict(self.base))
         for name, value in values.items():
-            config.assign(mapping, name, copy.deepcopy(value))
+            declare.assign(mapping, name, copy.deepcopy(value))
         return Case(index, values, mapping)
 
     @property
@@ -110,9 +110,9 @@ class Sweep:
         for name, values in self.axes.items():
             alone: list[dict[str, Any]] = [{} for _ in values]
             for mapping, value in zip(alone, values, strict=True):
-                config.assign(mapping, name, value)
+                declare.assign(mapping, name, value)
             axes.append([name, [config.key(mapping, self.folder) for mapping in alone]])
-        return config.key({"base": config.key(self.base, self.folder), "axes": axes})
+        return declare.key({"base": config.key(self.base, self.folder), "axes": axes})
 
     def run(
         self,

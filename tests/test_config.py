@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nqm import config, spectra
+from nqm import config, declare, spectra
 from nqm.algorithms import EMA, HeavyBall, LatePhase, Lookahead, Nesterov
 from nqm.errors import NQMError
 from nqm.problem import Problem
@@ -44,7 +44,7 @@ def contract(tmp_path: Path) -> Path:
 
 
 def built(path: Path, *overrides: str) -> config.Run:
-    return config.build(config.load(path, overrides), path.parent)
+    return config.build(declare.load(path, overrides), path.parent)
 
 
 def problem(**table: Any) -> Problem:
@@ -122,7 +122,7 @@ def test_schedules_and_inner_algorithms(contract: Path) -> None:
 
 
 def test_overrides_are_toml_or_text(contract: Path) -> None:
-    mapping = config.load(
+    mapping = declare.load(
         contract, ["phase.-1.members=3", "problem.curvature.1=7", "method=sample", "record.at=[1]"]
     )
     assert mapping["phase"][1]["members"] == 3
@@ -132,9 +132,9 @@ def test_overrides_are_toml_or_text(contract: Path) -> None:
 
 
 def test_the_key_is_of_the_content(contract: Path, tmp_path: Path) -> None:
-    key = config.key(config.load(contract))
-    assert key == config.key(config.load(contract, ["problem.initial_mean=0"]))
-    assert key != config.key(config.load(contract, ["phase.0.lr=0.2"]))
+    key = config.key(declare.load(contract))
+    assert key == config.key(declare.load(contract, ["problem.initial_mean=0"]))
+    assert key != config.key(declare.load(contract, ["phase.0.lr=0.2"]))
     first, second = tmp_path / "a.csv", tmp_path / "b.csv"
     first.write_text("curvature,noise_variance\n1.0,0.5\n")
     second.write_text(first.read_text())
@@ -242,10 +242,10 @@ def test_spectra_and_files_are_checked(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(NQMError, match="no such file"):
-        config.load(tmp_path / "none.toml")
+        declare.load(tmp_path / "none.toml")
     with pytest.raises(NQMError, match="cannot read"):
-        config.load(tmp_path)
+        declare.load(tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("[problem]\ncurvature = [1.0,\n[[phase]]\n")
     with pytest.raises(NQMError, match=r"not valid TOML: .*line 3"):
-        config.load(broken)
+        declare.load(broken)
