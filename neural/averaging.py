@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neural.fused import arguments
 from neural.late_phase import Batch, LatePhase
 from nqm.errors import check_number
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def swa(module: nn.Module) -> AveragedModel:
@@ -30,7 +32,7 @@ def swa(module: nn.Module) -> AveragedModel:
 
 
 def ema(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of parameters and running statistics.
+    """Exponential moving average of parameters and running statistics; counters are copied.
 
     Parameters
     ----------
@@ -39,7 +41,16 @@ def ema(module: nn.Module, decay: float) -> AveragedModel:
         In [0, 1): ``average <- decay average + (1 - decay) module`` at every update.
     """
     check_number("decay", decay, low=0.0, high=1.0, closed_high=False)
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    smooth = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def average(kept: _Tensors, new: _Tensors, updates: Tensor | int) -> None:
+        if kept[0].is_floating_point():
+            smooth(kept, new, updates)
+        else:
+            # Counters and indices are whole numbers, which a mean would round.
+            for one, value in zip(kept, new, strict=True):
+                one.copy_(value)
+
     return AveragedModel(module, multi_avg_fn=average, use_buffers=True)
 
 
@@ -88,5 +99,7 @@ def _run(module: nn.Module, inputs: Any) -> None:
 
 
 def _reset_members(late: LatePhase) -> None:
-    for name, value in late.statistics.named_buffers():
-        value.fill_(1.0 if name.endswith("running_var") else 0.0)
+    for key, value in late.statistics.named_buffers():
+        path, _, name = key.replace("/", ".").rpartition(".")
+        if isinstance(late.model.get_submodule(path), _BatchNorm):
+            value.fill_(1.0 if name == "running_var" else 0.0)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -30,10 +32,15 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def pieces(batch: Any, count: int) -> Iterator[tuple[float, Any]]:
     """Share of the rows, and the piece, of a batch cut into at most `count` pieces."""
-    total = _rows_in(batch)
+    if count == 1:
+        yield 1.0, batch
+        return
+    inputs, targets = batch
+    tree = (arguments(inputs), targets)
+    total = _rows_in(tree)
     sizes = [len(part) for part in torch.arange(total).chunk(count)]
-    for size, piece in zip(sizes, _split(batch, sizes, 0), strict=True):
-        yield size / total, piece
+    for size, ((args, kwargs), part) in zip(sizes, _split(tree, sizes, 0), strict=True):
+        yield size / total, (kwargs or args, part)
 
 
 def forward(
@@ -55,11 +62,12 @@ def forward(
     """
     if len(inputs) != len(rows):
         raise NQMError(f"fused needs one minibatch per member, {len(rows)}; got {len(inputs)}")
-    sizes = [_rows_in(one) for one in inputs]
-    joined = _map(lambda *parts: torch.cat(parts), *inputs)
-    args, kwargs = arguments(joined)
+    given = [arguments(one) for one in inputs]
+    sizes = [_rows_in(one) for one in given]
+    args, kwargs = _concatenate(given, 0)
     with _slice_by_slice(model, rows, sizes):
         output = model(*args, **kwargs)
+    _check_rows(output, sum(sizes), 0, "the model's output")
     return _split(output, sizes, 0)
 
 
@@ -72,13 +80,17 @@ def _slice_by_slice(
     canonical = {id(p): name for name, p in model.named_parameters()}
     own_forward = {path: module.forward for path, module in owners.items()}
     had = {path for path, module in owners.items() if "forward" in vars(module)}
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        # In evaluation mode it would go around the layers of a transformer block.
+        torch.backends.mha.set_fastpath_enabled(False)
         for path, module in owners.items():
             local = _local(path, module, canonical)
             own = [{n: row[known] for n, known in local.items() if known in row} for row in rows]
             module.forward = _Sliced(module, own_forward[path], own, sizes)
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for path, module in owners.items():
             if path in had:
                 module.forward = own_forward[path]
@@ -111,16 +123,23 @@ def _owners(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
 
 
 def _mixes_rows(module: nn.Module) -> bool:
+    if isinstance(module, _InstanceNorm):
+        return module.training and module.track_running_stats
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers that are the module's own, not its children's."""
-    yield from module.parameters(recurse=False)
+    """Parameters and buffers that the module itself computes with."""
+    # Attention reads its output layer's weight without calling that layer.
+    yield from module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
     yield from module.buffers(recurse=False)
     if parametrize.is_parametrized(module):
         # A parametrized weight is computed by the layer it belongs to.
         yield from module.get_submodule("parametrizations").parameters()
+
+
+#: Layers with two results, and with arguments that differ in where the minibatch is.
+_PAIRED = (nn.RNNBase, nn.MultiheadAttention)
 
 
 class _Sliced:
@@ -140,14 +159,32 @@ class _Sliced:
         self.axis = 1 if getattr(module, "batch_first", True) is False else 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parts = _split((args, kwargs), self.sizes, self.axis)
+        module = self.direct.module
+        _check_rows((args, kwargs), sum(self.sizes), self.axis, type(module).__name__)
         outputs = [
             functional_call(self.direct, row, part_args, part_kwargs)
-            for row, (part_args, part_kwargs) in zip(self.rows, parts, strict=True)
+            for row, (part_args, part_kwargs) in zip(
+                self.rows, self._cut(args, kwargs), strict=True
+            )
         ]
-        if isinstance(self.direct.module, nn.RNNBase):
-            return _join_recurrent(outputs, self.axis)
-        return _map(lambda *pieces: torch.cat(pieces, self.axis), *outputs)
+        if not isinstance(module, _PAIRED):
+            return _concatenate(outputs, self.axis)
+        # A recurrent layer's state has its minibatch along axis 1, attention weights along 0.
+        second = 1 if isinstance(module, nn.RNNBase) else 0
+        firsts, seconds = zip(*outputs, strict=True)
+        return _concatenate(firsts, self.axis), _concatenate(seconds, second)
+
+    def _cut(self, args: Any, kwargs: Any) -> list[Any]:
+        """Arguments of every slice."""
+        if not isinstance(self.direct.module, _PAIRED):
+            return _split((args, kwargs), self.sizes, self.axis)
+        given = signature(self.direct.own_forward).bind(*args, **kwargs).arguments
+        cut = {}
+        for name, value in given.items():
+            axis = {"hx": 1, "key_padding_mask": 0, "attn_mask": 0}.get(name, self.axis)
+            common = name == "attn_mask" and isinstance(value, Tensor) and value.ndim == 2
+            cut[name] = [value] * len(self.sizes) if common else _split(value, self.sizes, axis)
+        return [((), {name: one[k] for name, one in cut.items()}) for k in range(len(self.sizes))]
 
 
 class _Direct(nn.Module):
@@ -160,10 +197,19 @@ class _Direct(nn.Module):
         return self.own_forward(*args, **kwargs)
 
 
-def _join_recurrent(outputs: list[Any], axis: int) -> Any:
-    """(output, state) of a recurrent layer: the state has its minibatch along axis 1."""
-    sequence = torch.cat([output for output, _ in outputs], axis)
-    return sequence, _map(lambda *pieces: torch.cat(pieces, 1), *(state for _, state in outputs))
+def _concatenate(trees: Sequence[Any], axis: int) -> Any:
+    return _map(lambda *pieces: torch.cat(pieces, axis), *trees)
+
+
+def _check_rows(tree: Any, total: int, axis: int, what: str) -> None:
+    """Whether the minibatches can be told apart: else members would silently share them."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] % total == 0:
+            return
+    raise NQMError(
+        f"fused: no tensor of {what} has the {total} rows of the minibatches along axis {axis}; "
+        "set fused to False"
+    )
 
 
 def _split(tree: Any, sizes: Sequence[int], axis: int) -> list[Any]:

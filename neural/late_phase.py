@@ -225,10 +225,11 @@ class LatePhase(nn.Module):
             names = [name for name in left if id(self.model.get_parameter(name)) in held]
             if names:
                 # What a scheduler notes in a group belongs to its own optimizer.
-                own = {n: v for n, v in group.items() if n not in ("params", "initial_lr")}
+                other = ("params", "param_names", "initial_lr")
+                own = {n: copy.deepcopy(v) for n, v in group.items() if n not in other}
                 groups.append({**own, "params": [left.pop(name) for name in names]})
         if left:
-            groups.append({**base_optimizer.defaults, "params": list(left.values())})
+            groups.append({**copy.deepcopy(base_optimizer.defaults), "params": list(left.values())})
         for group in groups:
             group.update(changes)
         make = cast(Callable[..., Optimizer], type(base_optimizer))
@@ -299,6 +300,10 @@ class LatePhase(nn.Module):
             )
             self._step_rows(member_optimizer, range(len(batches)))
         else:
+            check_integer("micro_batches", micro_batches, 1)
+            if fused:
+                # An idle member moves between its turns.
+                raise NQMError(f"fused needs idle_steps='none'; got {self.idle_steps!r}")
             settings = (loss_fn, micro_batches, autocast)
             losses = self._step_with_idle(batches, member_optimizer, settings)
         if len(batches) == self.members:
@@ -333,6 +338,7 @@ class LatePhase(nn.Module):
                 losses = torch.stack([loss_fn(out, targets) for out, (_, targets) in pairs])
             torch.autograd.backward(losses.sum())
             losses = losses.detach()
+            self._check_reached()
         else:
             losses = torch.stack(
                 [
@@ -402,6 +408,13 @@ class LatePhase(nn.Module):
                 f"got {len(batches)}; see LatePhase.cycles"
             )
 
+    def _check_reached(self) -> None:
+        for name in self.selection.parameters:
+            if self.model.get_parameter(name).grad is not None:
+                raise NQMError(
+                    f"fused: {name} is used outside the layer that holds it; set fused to False"
+                )
+
     def _check_optimizers(self, base: Optimizer, member: Optimizer) -> None:
         own = {id(p) for p in self.member_parameters()}
         held = {id(p) for group in member.param_groups for p in group["params"]}
@@ -459,22 +472,28 @@ class LatePhase(nn.Module):
         return model.train(self.training)
 
     def _mean_affine(self) -> dict[str, Tensor]:
-        """Scale and shift with which the mean statistics give the mean of the members' maps."""
+        """What gives the mean of the members' maps: scale and shift, or else the statistics."""
         state: dict[str, Tensor] = {}
         weights, statistics = self._weights(), self._statistics()
         for path, module in self.model.named_modules():
-            names = [f"{path}.{n}" if path else n for n in ("weight", "bias")]
-            if not isinstance(module, _BatchNorm) or not all(n in weights for n in names):
-                continue
-            if module.running_mean is None or module.running_var is None:
-                continue
-            gamma, beta = (weights[name] for name in names)
             prefix = f"{path}." if path else ""
+            if not isinstance(module, _BatchNorm) or f"{prefix}running_var" not in statistics:
+                continue
             mean, var = (statistics[f"{prefix}running_{n}"] for n in ("mean", "var"))
-            scale = gamma / torch.sqrt(var + module.eps)
-            shift = (beta - scale * mean).mean(0)
-            state[names[0]] = scale.mean(0) * torch.sqrt(var.mean(0) + module.eps)
-            state[names[1]] = shift + scale.mean(0) * mean.mean(0)
+            gamma: Tensor | None = weights.get(f"{prefix}weight", module.weight)
+            beta: Tensor | None = weights.get(f"{prefix}bias", module.bias)
+            each = torch.rsqrt(var + module.eps) * (1.0 if gamma is None else gamma)
+            scale = each.mean(0)
+            shift = ((0.0 if beta is None else beta) - each * mean).mean(0)
+            if gamma is None:
+                state[f"{prefix}running_var"] = scale**-2 - module.eps
+            else:
+                state[f"{prefix}weight"] = scale * torch.sqrt(var.mean(0) + module.eps)
+            if beta is None:
+                # Where the scale is 0 the shift is, too.
+                state[f"{prefix}running_mean"] = (-shift / scale).nan_to_num(0.0)
+            else:
+                state[f"{prefix}bias"] = shift + scale * mean.mean(0)
         return state
 
     def _mean_products(self) -> dict[str, Tensor]:
@@ -540,8 +559,9 @@ def _rows_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]
 
 
 def _key(name: str) -> str:
-    # A registered name cannot hold a dot.
-    return name.replace(".", "/")
+    # A registered name cannot hold a dot, nor be one of a dictionary's own, as `values` is.
+    path, _, own = name.rpartition(".")
+    return f"{path.replace('.', '/')}/{own}"
 
 
 def _check_word(where: str, value: object, known: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,36 @@ def _add(model: nn.Module, where: str, make: _Made) -> list[str]:
         )
     for _, module, name in found:
         parametrize.register_parametrization(module, name, make(getattr(module, name)))
+    for module in {module for _, module, _ in found}:
+        if isinstance(module, nn.RNNBase):
+            _let_copy(module)
     return [f"{path}.{name}" if path else name for path, _, name in found]
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    The weight is a property of its class, which a deep copy shares: removed from the copy it would
+    be gone from the original, too.
+    """
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
+def _let_copy(layer: nn.RNNBase) -> None:
+    """Let a recurrent layer be copied after a forward pass.
+
+    It holds on to the weights computed for that pass, and autograd's results cannot be copied.
+    """
+    own_class = cast(Any, type(layer))  # parametrization gave it one of its own
+    deepcopy = own_class.__deepcopy__
+
+    def refreshed_deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        with torch.no_grad():
+            self._init_flat_weights()
+        return deepcopy(self, memo)
+
+    own_class.__deepcopy__ = refreshed_deepcopy
 
 
 def _weights(module: nn.Module) -> list[str]:
@@ -166,5 +195,6 @@ def fold(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for _, module, name, _ in list(parametrized(model)):
             if parametrize.is_parametrized(module, name):
+                _own_class(module)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return model

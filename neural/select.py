@@ -84,7 +84,13 @@ def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
         On an unknown term, or one that selects nothing in this model.
     """
     terms = what.split("+") if isinstance(what, str) else list(what)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names_of = {id(p): name for name, p in model.named_parameters()}
+    # A tied weight may be asked for by any of its names.
+    trainable = {
+        name: names_of[id(p)]
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad
+    }
     chosen: set[str] = set()
     statistics: set[str] = set()
     for term in (term.strip() for term in terms):
@@ -93,13 +99,15 @@ def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
             raise NQMError(
                 f"select: {term!r} matches nothing in {type(model).__name__}{_ADVICE.get(term, '')}"
             )
-        chosen |= names
+        chosen |= {trainable[name] for name in names}
         statistics |= buffers
+    if not chosen:
+        raise NQMError(f"select: {what!r} holds no trainable weight of {type(model).__name__}")
     for path, module in model.named_modules():
         if any(_join(path, name) in chosen for name, _ in module.named_parameters(recurse=False)):
             statistics |= set(_statistics(path, module))
     return Selection(
-        tuple(name for name in trainable if name in chosen),
+        tuple(name for name in names_of.values() if name in chosen),
         tuple(name for name, _ in model.named_buffers() if name in statistics),
     )
 
@@ -111,8 +119,10 @@ def _term(model: nn.Module, term: str, trainable: Iterable[str]) -> tuple[set[st
         return {name for name in trainable if fnmatchcase(name, pattern)}, set()
     if term == "all":
         return set(trainable), set()
-    if term in ("bias", "embedding"):
+    if term == "embedding":
         return {name for name in trainable if name.rpartition(".")[2] == term}, set()
+    if term == "bias":
+        return {name for name in trainable if _is_bias(name.rpartition(".")[2])}, set()
     if term == "head":
         linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         prefix = f"{linear[-1]}." if linear and linear[-1] else ""
@@ -123,9 +133,15 @@ def _term(model: nn.Module, term: str, trainable: Iterable[str]) -> tuple[set[st
     buffers: set[str] = set()
     for path, module in model.named_modules():
         if _KINDS[term](module):
-            names |= {_join(path, name) for name, _ in module.named_parameters()}
+            parameters = module.named_parameters(remove_duplicate=False)
+            names |= {_join(path, name) for name, _ in parameters}
             buffers |= set(_statistics(path, module))
     return names & set(trainable), buffers
+
+
+def _is_bias(name: str) -> bool:
+    # Recurrent layers have bias_ih_l0, attention in_proj_bias.
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
 def _statistics(path: str, module: nn.Module) -> Iterator[str]:

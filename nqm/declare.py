@@ -59,12 +59,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise NQMError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise NQMError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name.strip():
-            raise NQMError(f"an override must read key=value; got {override!r}")
-        assign(mapping, name.strip(), _toml_value(text.strip()))
+    override(mapping, overrides)
     return mapping
+
+
+def override(mapping: dict[str, Any], settings: Sequence[str]) -> None:
+    """Apply ``key=value`` settings in place (see `load`)."""
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.strip():
+            raise NQMError(f"an override must read key=value; got {setting!r}")
+        assign(mapping, name.strip(), _toml_value(text.strip()))
 
 
 def assign(mapping: dict[str, Any], name: str, value: Any) -> None:

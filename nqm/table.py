@@ -110,7 +110,7 @@ def write_table(path: str | Path, frame: pd.DataFrame, metadata: Mapping[str, An
     """
     path = Path(path)
     write = _write_parquet if _format(path) == ".parquet" else _write_csv
-    with _replacing(path) as stream:
+    with replacing(path) as stream:
         write(stream, frame, dict(metadata))
 
 
@@ -201,7 +201,7 @@ def _format(path: Path) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Stream into a neighbour of `path` that takes its name once all is safely on disk."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

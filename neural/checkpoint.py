@@ -1,0 +1,51 @@
+"""Checkpoints: written whole or not at all, and read without running anything in them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nqm.errors import NQMError
+from nqm.table import replacing
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values; the file takes its name once all is on disk.
+
+    Raises
+    ------
+    NQMError
+        When it cannot be written, e.g. on a full disk; an older file of that name stays.
+    """
+    with replacing(path) as stream:
+        try:
+            torch.save(dict(content), stream)
+        except RuntimeError as error:
+            # torch's writer hides the system's error; the next write tells it, if there is one.
+            raise OSError(str(error).partition("\n")[0]) from None
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save` wrote.
+
+    Raises
+    ------
+    NQMError
+        When the file is missing, cut short or holds more than tensors and plain values.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise NQMError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise NQMError(
+            f"{path} is not a complete checkpoint ({reason:.100}); delete it and run again"
+        ) from None
+    if not isinstance(content, dict):
+        raise NQMError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    return content

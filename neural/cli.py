@@ -1,0 +1,175 @@
+"""``nqm neural list | train | evaluate | export | sweep``: only click is loaded at the top."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        from nqm.errors import NQMError
+
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise NQMError("this needs PyTorch: pip install 'late-phase-nqm[neural]'") from None
+
+
+@click.group(cls=_Group)
+def neural() -> None:
+    """Late-phase weights in PyTorch: train, evaluate and export real networks."""
+
+
+_device = click.option("--device", help="cpu, cuda or cuda:1; the GPU by default, if there is one.")
+_data = click.option(
+    "--data",
+    "root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of data files; the variable NQM_DATA by default.",
+)
+_set = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change an entry of the recipe, e.g. --set late_phase.members=5 (repeatable).",
+)
+_scale = click.option(
+    "--scale",
+    default="full",
+    show_default=True,
+    help="full: the recipe itself; cpu: tens of minutes without a GPU; smoke: under a minute.",
+)
+_threads = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of torch; all processors by default."
+)
+
+
+@neural.command("list")
+def list_() -> None:
+    """Show recipes, models, data sets and selections."""
+    from neural.data import DATASETS
+    from neural.models import MODELS
+    from neural.recipe import load_recipe, recipe_names
+    from neural.select import TERMS
+
+    click.echo("recipe:")
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        click.echo(f"  {name}\n      {recipe.title}; arms {', '.join(recipe.arms)}")
+    models = {name: family.description for name, family in MODELS.items()}
+    for title, entries in (("model", models), ("data", DATASETS), ("select", TERMS)):
+        click.echo(f"{title}:")
+        for name, text in entries.items():
+            click.echo(f"  {name}\n      {text}")
+
+
+@neural.command()
+@click.argument("recipe")
+@_scale
+@_set
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs.")
+@click.option("--arm", "arms", multiple=True, help="Only this arm (repeatable).")
+@click.option("--seed", "seeds", type=int, multiple=True, help="Only this seed (repeatable).")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
+@_device
+@_data
+@_threads
+def train(
+    recipe: str,
+    scale: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    arms: tuple[str, ...],
+    seeds: tuple[int, ...],
+    workers: int,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Train every arm of RECIPE with every seed, and compare them.
+
+    It can be killed at any moment: run again, it goes on where it was stopped.
+
+    \b
+    nqm neural train digits_bn
+    nqm neural train fashion_mnist_bn --workers 2 --threads 2
+    torchrun --nproc-per-node 8 -m nqm neural train cifar10_bn
+    """
+    from neural.experiment import run_experiment
+    from neural.recipe import load_recipe
+
+    made = load_recipe(recipe, scale, overrides)
+    folder = out or Path("out/neural") / f"{made.name}-{scale}"
+    place = _place(device, root, threads)
+    with _progress(hidden=place.rank > 0) as told:
+        table = run_experiment(
+            made, folder, place, arms=arms, seeds=seeds or None, workers=workers, progress=told
+        )
+    if place.rank == 0:
+        _show(table, made.title, folder)
+
+
+def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
+    import torch
+
+    from neural import distributed
+    from neural.task import Place
+    from nqm.errors import NQMError
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rank, world = distributed.join()
+    cuda = torch.cuda.is_available()
+    name = device or (f"cuda:{distributed.local_rank()}" if cuda else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise NQMError(f"device {name!r} cannot be used: {reason}") from None
+    if place.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return Place(place, root, rank, world)
+
+
+def _show(table: Any, title: str, folder: Path) -> None:
+    """Summary over seeds, and where the rest is."""
+    from neural.draw import draw
+    from neural.summary import summarise
+
+    click.echo(title)
+    metrics = [
+        name for name in ("accuracy", "nll", "ece", "bpc") if (table["metric"] == name).any()
+    ]
+    for metric in metrics:
+        click.echo(f"\n{metric}")
+        summary = summarise(table, metric)
+        shown = summary.to_string(index=False, float_format=lambda value: f"{value:.4f}", na_rep="")
+        click.echo(shown)
+    for arm, seed in table.loc[table["status"] == "diverged", ["arm", "seed"]].to_numpy():
+        click.echo(f"diverged: {arm}, seed {seed}")
+    for path in draw(table, folder, title):
+        click.echo(path)
+
+
+@contextmanager
+def _progress(*, hidden: bool) -> Iterator[Callable[[float], None]]:
+    from tqdm import tqdm
+
+    hidden = hidden or not sys.stderr.isatty()
+    form = "{percentage:5.1f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=1.0, bar_format=form, delay=2, disable=hidden, file=sys.stderr) as bar:
+
+        def told(share: float) -> None:
+            bar.update(share - bar.n)
+
+        yield told

@@ -1,0 +1,44 @@
+"""Several processes on one run: started by ``torchrun``, each with its share of every minibatch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def join() -> tuple[int, int]:
+    """Join the processes ``torchrun`` started; (rank, world), (0, 1) for a process on its own."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Mean of every gradient over the processes, in place.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+        The same ones, with gradients, in every process.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return
+    # One message for all: many small ones would wait for each other.
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+def local_rank() -> int:
+    """Which of this machine's GPUs is this process's own."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

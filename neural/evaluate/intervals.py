@@ -1,0 +1,100 @@
+"""Means over seeds with Student-t intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nqm.errors import NQMError, check_number
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over independent runs and what is known about it.
+
+    Attributes
+    ----------
+    mean : float
+    sd : float
+        Sample standard deviation (n - 1); NaN for one run.
+    low, high : float
+        Ends of the two-sided Student-t interval of the mean; NaN for one run.
+    n : int
+        Number of runs.
+    level : float
+        Coverage of the interval.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    n: int
+    level: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval's length."""
+        return (self.high - self.low) / 2
+
+    def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:.4g} (1 run)"
+        return (
+            f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] "
+            f"({100 * self.level:g} %, sd {self.sd:.2g}, {self.n} runs)"
+        )
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean, standard deviation and t interval of one number per run.
+
+    Parameters
+    ----------
+    values : sequence of float, length n >= 1
+    level : float
+        Coverage, in (0, 1).
+
+    Raises
+    ------
+    NQMError
+        If there is no value, they are not one-dimensional, or `level` is out of range.
+    """
+    check_number("mean_interval: level", level, low=0, high=1, closed_low=False, closed_high=False)
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not x.size:
+        raise NQMError(f"mean_interval: expected one value per run; got shape {x.shape}")
+    n, mean = x.size, float(x.mean())
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, math.nan, n, level)
+    from scipy.special import stdtrit
+
+    sd = float(x.std(ddof=1))
+    reach = float(stdtrit(n - 1, 0.5 + level / 2)) * sd / math.sqrt(n)
+    return Interval(mean, sd, mean - reach, mean + reach, n, level)
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
+    """Interval of the mean of a - b over runs that share a seed (the paired t test's).
+
+    Parameters
+    ----------
+    a, b : sequence of float, length n
+        Position i of both is the same seed.
+    level : float
+        Coverage, in (0, 1).
+
+    Raises
+    ------
+    NQMError
+        If the lengths differ, and as in `mean_interval`.
+    """
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape != y.shape:
+        raise NQMError(
+            f"paired_difference: a and b must pair up by seed; got shapes {x.shape} and {y.shape}"
+        )
+    return mean_interval((x - y).tolist(), level)

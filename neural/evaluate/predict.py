@@ -1,0 +1,233 @@
+"""Run a model over batches: one prediction, one per member, one per dropout draw, or a score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neural.evaluate.metrics import correct
+from nqm.errors import NQMError, check_integer
+
+#: Pairs (inputs, labels). Logits of shape (B, ..., C) and labels (B, ...) are flattened to
+#: (N, C) and (N,), so a language model's positions count as examples.
+Batches = Iterable[tuple[Tensor, Tensor]]
+Device = torch.device | str | None
+
+
+class MemberForward(Protocol):
+    """Logits of member k; a module, or any callable of this form."""
+
+    def __call__(self, x: Tensor, /, *, member: int) -> Tensor:
+        """Logits (B, ..., C) of inputs `x` under member `member`."""
+        ...
+
+
+class Score(NamedTuple):
+    """Mean cross-entropy in nats, and share of correct predictions."""
+
+    loss: float
+    accuracy: float
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Eval mode without autograd; afterwards every module has its own mode back.
+
+    Parameters
+    ----------
+    model : Module or any object
+        Anything but a module is left alone.
+    """
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def predict(model: nn.Module, batches: Batches, device: Device = None) -> tuple[Tensor, Tensor]:
+    """Logits and labels of all batches, in eval mode.
+
+    Parameters
+    ----------
+    model : Module
+        Maps inputs to logits (B, ..., C).
+    batches : iterable of (inputs, labels)
+    device : device, optional
+        Where inputs are sent; by default where the model's first parameter is.
+
+    Returns
+    -------
+    logits : Tensor of float32, shape (N, C), on the CPU
+    labels : Tensor of int64, shape (N,), on the CPU
+
+    Raises
+    ------
+    NQMError
+        If there is no batch, or logits and labels do not fit.
+    """
+    with evaluating(model):
+        logits, labels = _collect(lambda x: [model(x)], batches, _device(model, device))
+    return logits[0], labels
+
+
+def predict_members(
+    forward_k: MemberForward, members: int, batches: Batches, device: Device = None
+) -> tuple[Tensor, Tensor]:
+    """Logits of every member; each batch is loaded once.
+
+    Parameters
+    ----------
+    forward_k : callable
+        ``forward_k(x, member=k)`` gives logits (B, ..., C). A module is run in eval mode.
+    members : int
+        K.
+    batches, device
+        As in `predict`.
+
+    Returns
+    -------
+    logits : Tensor of float32, shape (K, N, C), on the CPU
+    labels : Tensor of int64, shape (N,), on the CPU
+
+    Raises
+    ------
+    NQMError
+        If `members` is below 1, and as in `predict`.
+    """
+    check_integer("predict_members: members", members, 1)
+    with evaluating(forward_k):
+        return _collect(
+            lambda x: [forward_k(x, member=k) for k in range(members)],
+            batches,
+            _device(forward_k, device),
+        )
+
+
+def ensemble_log_probs(member_logits: Tensor) -> Tensor:
+    """Log of the members' mean probability.
+
+    Parameters
+    ----------
+    member_logits : Tensor, shape (K, N, C)
+        Logits or log-probabilities.
+
+    Returns
+    -------
+    Tensor of float64, shape (N, C)
+    """
+    if member_logits.ndim != 3 or not len(member_logits):
+        raise NQMError(
+            "ensemble_log_probs: expected logits (K, N, C) with K >= 1; got shape "
+            f"{tuple(member_logits.shape)}"
+        )
+    log_probs = member_logits.double().log_softmax(-1)
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
+
+
+def mc_dropout(
+    model: nn.Module, batches: Batches, samples: int, seed: int = 0, device: Device = None
+) -> tuple[Tensor, Tensor]:
+    """Logits under random dropout masks (Gal & Ghahramani 2016).
+
+    Dropout layers draw masks; everything else, BatchNorm above all, stays in eval mode. Average
+    with `ensemble_log_probs`.
+
+    Parameters
+    ----------
+    model : Module
+        Holds at least one ``torch.nn`` dropout layer.
+    batches, device
+        As in `predict`.
+    samples : int
+        Draws per example.
+    seed : int
+        Of the masks; the global random state is left as it was.
+
+    Returns
+    -------
+    logits : Tensor of float32, shape (samples, N, C), on the CPU
+    labels : Tensor of int64, shape (N,), on the CPU
+
+    Raises
+    ------
+    NQMError
+        If the model has no dropout layer, `samples` is below 1, and as in `predict`.
+    """
+    check_integer("mc_dropout: samples", samples, 1)
+    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    if not dropouts:
+        raise NQMError(
+            "mc_dropout: the model has no dropout layer, so all samples would be equal; "
+            "build it with dropout, or use predict"
+        )
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in dropouts:
+            module.training = True
+        return _collect(
+            lambda x: [model(x) for _ in range(samples)], batches, _device(model, device)
+        )
+
+
+def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
+    """Mean loss and accuracy in eval mode, without keeping logits.
+
+    Parameters
+    ----------
+    model, batches, device
+        As in `predict`.
+    """
+    target = _device(model, device)
+    loss, hits, count = 0.0, 0, 0
+    with evaluating(model):
+        for x, y in batches:
+            logits, labels = _flat(model(x.to(target)), y.to(target))
+            loss += float(nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+            hits += int(correct(logits, labels).sum())
+            count += len(labels)
+    if not count:
+        raise NQMError("score: there is no batch; an iterator is empty after its first use")
+    return Score(loss / count, hits / count)
+
+
+def _device(model: object, device: Device) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def _flat(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.shape[:-1] != labels.shape:
+        raise NQMError(
+            "predict: expected logits (B, ..., C) and labels (B, ...); got shapes "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
+
+
+def _collect(
+    forwards: Callable[[Tensor], list[Tensor]], batches: Batches, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Stack the outputs of all forwards: logits (K, N, C) in float32 and labels (N,)."""
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    for x, y in batches:
+        outputs = [_flat(out.float().cpu(), y.cpu()) for out in forwards(x.to(device))]
+        logits.append(torch.stack([out for out, _ in outputs]))
+        labels.append(outputs[0][1])
+    if not labels:
+        raise NQMError("predict: there is no batch; an iterator is empty after its first use")
+    # Outside inference mode, so that the caller may use the results under autograd.
+    with torch.inference_mode(False):
+        return torch.cat([x.clone() for x in logits], 1), torch.cat([y.clone() for y in labels])

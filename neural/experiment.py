@@ -1,0 +1,250 @@
+"""All runs of a recipe, and the table of what came out.
+
+Runs of one seed that begin alike, until one of them spawns members, begins to average or lowers
+its rate, are trained once up to there; the others start from its checkpoint. They are bit for bit
+the runs they would have been by themselves (on a CPU).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from neural.config import RunConfig, describe
+from neural.evaluate import classification_metrics, ensemble_log_probs
+from neural.recipe import Recipe
+from neural.task import Place
+from neural.train import train
+from nqm import __version__, declare
+from nqm.errors import NQMError, suggest
+from nqm.table import write_table
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an experiment.
+
+    Attributes
+    ----------
+    start : tuple, optional
+        Arm and epoch whose checkpoint it starts from.
+    keep : tuple of int
+        Epochs whose checkpoints others start from.
+    """
+
+    arm: str
+    seed: int
+    run: RunConfig
+    start: tuple[str, int] | None = None
+    keep: tuple[int, ...] = ()
+
+    def folder(self, out: Path) -> Path:
+        """Where it is kept."""
+        return out / self.arm / f"seed{self.seed}"
+
+
+def jobs(recipe: Recipe, seeds: Sequence[int] | None = None) -> list[list[Job]]:
+    """Runs of a recipe: a list for each seed, each run after the one it starts from."""
+    return [_seed_jobs(recipe, seed) for seed in (recipe.seeds if seeds is None else seeds)]
+
+
+def _seed_jobs(recipe: Recipe, seed: int) -> list[Job]:
+    made: list[Job] = []
+    for arm, config in recipe.arms.items():
+        run = replace(config, seed=seed)
+        shared = {job.arm: _shared(job.run, run) for job in made}
+        donor = max(shared, key=lambda name: shared[name], default=None)
+        start = (donor, shared[donor]) if donor is not None and shared[donor] else None
+        made.append(Job(arm, seed, run, start))
+    wanted: dict[str, set[int]] = {}
+    for job in made:
+        if job.start is not None:
+            wanted.setdefault(job.start[0], set()).add(job.start[1])
+    return [replace(job, keep=tuple(sorted(wanted.get(job.arm, ())))) for job in made]
+
+
+def _shared(one: RunConfig, other: RunConfig) -> int:
+    """Epochs that two runs have in common."""
+    rest = {"late_phase": None, "average": None}
+    lr = one.train.lr
+    if describe(replace(one, **rest)) != describe(  # type: ignore[arg-type]
+        replace(other, **rest, train=replace(other.train, lr=lr))  # type: ignore[arg-type]
+    ):
+        return 0
+    epochs = min(_plain_epochs(one), _plain_epochs(other))
+    if other.train.lr == lr:
+        return epochs
+    if one.train.lr_every != "epoch":
+        return 0
+    times = np.arange(epochs)
+    differ = lr(times) != other.train.lr(times)
+    return int(differ.argmax()) if differ.any() else epochs
+
+
+def _plain_epochs(run: RunConfig) -> int:
+    """Epochs until a run does anything but plain training."""
+    parts = (run.late_phase, run.average)
+    return min((part.start_epoch for part in parts if part is not None), default=run.train.epochs)
+
+
+def run_experiment(
+    recipe: Recipe,
+    out: str | Path,
+    place: Place | None = None,
+    *,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Train every arm with every seed, as far as it is not done yet.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    out : str or Path
+        A folder per run below it, and ``results.parquet``.
+    place : Place, optional
+    arms : sequence of str
+        Some of the recipe's; all by default.
+    seeds : sequence of int, optional
+        Instead of the recipe's.
+    workers : int
+        Processes; a seed's runs stay in one. They do not change any number.
+    progress : callable, optional
+        Told the share of all runs that is done.
+
+    Returns
+    -------
+    DataFrame
+        Columns arm, seed, status, weights, member, data, metric, value (see `neural.report`); a
+        diverged run is one row without a value. ``deep_ensemble_...`` (seed -1) is the
+        mean prediction of an arm's runs.
+    """
+    place, out = place or Place(), Path(out)
+    for arm in arms:
+        if arm not in recipe.arms:
+            raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, recipe.arms)}")
+    chosen = {a: run for a, run in recipe.arms.items() if not arms or a in arms}
+    groups = jobs(replace(recipe, arms=chosen), seeds)
+    if workers == 1:
+        for index, group in enumerate(groups):
+            _run_group(group, out, place, _within(progress, index, len(groups)))
+    else:
+        _run_parallel(groups, out, place, min(workers, len(groups)), progress)
+    if place.rank > 0:
+        return pd.DataFrame()
+    table = collect([job for group in groups for job in group], out)
+    key = declare.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
+    metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
+    write_table(out / "results.parquet", table, metadata)
+    return table
+
+
+def _run_group(group: Sequence[Job], out: Path, place: Place, progress: Progress | None) -> None:
+    """All runs of one seed, in order."""
+    folders = {job.arm: job.folder(out) for job in group}
+    for index, job in enumerate(group):
+        start = None
+        if job.start is not None:
+            kept = folders[job.start[0]] / f"epoch{job.start[1]}.pt"
+            start = kept if kept.exists() else None
+        inner = _within(progress, index, len(group))
+        told = None if inner is None else (lambda done, of, inner=inner: inner(done / of))
+        train(job.run, folders[job.arm], place, start=start, keep=job.keep, progress=told)
+    for job in group:
+        for epoch in job.keep:
+            (folders[job.arm] / f"epoch{epoch}.pt").unlink(missing_ok=True)
+    if progress is not None:
+        progress(1.0)
+
+
+def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
+    return None if progress is None else lambda share: progress((index + share) / count)
+
+
+_SHARES: Any = None
+
+
+def _start_worker(shares: Any, threads: int) -> None:
+    import signal
+
+    global _SHARES
+    _SHARES = shares
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    torch.set_num_threads(threads)
+
+
+def _work(index: int, group: list[Job], out: Path, place: Place) -> None:
+    def told(share: float) -> None:
+        _SHARES[index] = share
+
+    _run_group(group, out, place, told)
+
+
+def _run_parallel(
+    groups: list[list[Job]], out: Path, place: Place, workers: int, progress: Progress | None
+) -> None:
+    # Spawned: forked children would inherit locks of torch's threads.
+    spawn = multiprocessing.get_context("spawn")
+    shares = spawn.Array("d", len(groups))
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (shares, threads)) as pool:
+        pending = {pool.submit(_work, i, group, out, place) for i, group in enumerate(groups)}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
+                if progress is not None:
+                    progress(sum(shares[:]) / len(groups))
+                for future in done:
+                    future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
+    """One table of all results on disk, deep ensembles included."""
+    from neural.runlog import RunFolder
+
+    parts: list[pd.DataFrame] = []
+    for job in runs:
+        log = RunFolder(job.folder(out), job.run, writes=False)
+        result = log.result()
+        if result.empty:
+            blank = {"weights": "", "member": -1, "data": "", "metric": "", "value": np.nan}
+            result = pd.DataFrame([blank])
+        lead = {"arm": job.arm, "seed": job.seed, "status": log.status}
+        parts.append(pd.DataFrame({**lead, **{n: result[n] for n in result.columns}}))
+    table: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    ensembles = pd.DataFrame(list(_deep_ensembles(runs, out)))
+    return pd.concat([table, ensembles], ignore_index=True)
+
+
+def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
+    """Mean prediction over an arm's seeds, of every single model."""
+    for arm in dict.fromkeys(job.arm for job in runs):
+        paths = [job.folder(out) / "predictions.npz" for job in runs if job.arm == arm]
+        kept = [np.load(path) for path in paths if path.exists()]
+        if len(kept) < 2:
+            continue
+        labels = torch.from_numpy(kept[0]["labels"])
+        for weights in ("iterate", "averaged", "swa", "ema"):
+            if weights not in kept[0]:
+                continue
+            stacked = torch.stack([torch.from_numpy(one[weights]) for one in kept])
+            metrics = classification_metrics(ensemble_log_probs(stacked), labels)
+            lead = {"arm": arm, "seed": -1, "status": "finished", "member": -1, "data": "test"}
+            for metric, value in metrics.items():
+                name = f"deep_ensemble_{weights}"
+                yield {**lead, "weights": name, "metric": metric, "value": value}

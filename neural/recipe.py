@@ -1,0 +1,151 @@
+"""Recipes: an experiment as a TOML file, a few arms over a few seeds.
+
+The sections of a run (`neural.config`) stand at the top. ``[late_phase]`` and ``[average]`` take
+part only in the arms that ``use`` them; an arm's other entries change what the top says::
+
+    title = "..."
+    seeds = 5
+    [data] ...
+    [late_phase] ...
+    [arm.base]
+    [arm.late_phase]
+    use = ["late_phase"]
+    train.weight_decay = 1e-3
+    [scale.smoke]
+    train.epochs = 2
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from neural.config import RunConfig, build
+from nqm import declare
+from nqm.errors import NQMError, check_integer, suggest
+
+SCALES = ("full", "cpu", "smoke")
+_OPTIONAL = ("late_phase", "average")
+_OWN = ("title", "about", "seeds", "arm", "scale")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment.
+
+    Attributes
+    ----------
+    name, title, about : str
+    scale : str
+    seeds : tuple of int
+    arms : mapping of str to RunConfig
+        With seed 0. The first is what the others are compared with.
+    mapping : mapping
+        What the recipe says at this scale.
+    """
+
+    name: str
+    title: str
+    about: str
+    scale: str
+    seeds: tuple[int, ...]
+    arms: Mapping[str, RunConfig]
+    mapping: Mapping[str, Any]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = files("neural") / "recipes"
+    return sorted(one.name.removesuffix(".toml") for one in folder.iterdir() if _is_toml(one.name))
+
+
+def _is_toml(name: str) -> bool:
+    return name.endswith(".toml")
+
+
+def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -> Recipe:
+    """Recipe by name, or from a file.
+
+    Parameters
+    ----------
+    name : str
+        One of `recipe_names`, or the path of a TOML file.
+    scale : {"full", "cpu", "smoke"}
+        ``full`` is the recipe itself; the others are its ``[scale.NAME]`` changes.
+    overrides : sequence of str
+        As ``train.epochs=3``; applied last.
+
+    Raises
+    ------
+    NQMError
+        Naming the recipe and the dotted key at fault.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        if name not in recipe_names():
+            raise NQMError(f"no recipe is called {name!r}{suggest(name, recipe_names())}")
+        path = Path(str(files("neural") / "recipes" / f"{name}.toml"))
+    mapping = declare.load(path)
+    if scale not in SCALES:
+        raise NQMError(f"scale {scale!r} is unknown{suggest(scale, SCALES)}")
+    changes = mapping.pop("scale", {})
+    if scale != "full":
+        if scale not in changes:
+            raise NQMError(f"recipe {path.stem} has no scale {scale!r}; it has full only")
+        _merge(mapping, changes[scale])
+    declare.override(mapping, overrides)
+    return make_recipe(path.stem, mapping, scale)
+
+
+def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> Recipe:
+    """The recipe a mapping describes."""
+    top = copy.deepcopy(dict(mapping))
+    own = {key: top.pop(key) for key in _OWN if key in top}
+    arms = declare.table_at("arm", own.get("arm", {}))
+    if not arms:
+        raise NQMError(f"recipe {name} has no arm; add an [arm.NAME] table")
+    return Recipe(
+        name,
+        declare.leaf("title", own.get("title", name), str),
+        declare.leaf("about", own.get("about", ""), str),
+        scale,
+        _seeds(own.get("seeds", 1)),
+        {arm: _run(arm, top, table) for arm, table in arms.items()},
+        mapping,
+    )
+
+
+def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
+    changes = dict(declare.table_at(f"arm.{arm}", table))
+    used = declare.leaf(f"arm.{arm}.use", changes.pop("use", []), tuple[str, ...])
+    for section in used:
+        if section not in _OPTIONAL or section not in top:
+            raise NQMError(
+                f"arm.{arm}.use: there is no section {section!r} to use"
+                f"{suggest(section, [name for name in _OPTIONAL if name in top])}"
+            )
+    unused = [name for name in _OPTIONAL if name not in used]
+    mapping = {name: copy.deepcopy(part) for name, part in top.items() if name not in unused}
+    _merge(mapping, changes)
+    return declare.located(f"arm.{arm}", lambda: build(mapping))
+
+
+def _merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put `changes` into `mapping`, table by table; a schedule is replaced whole."""
+    for name, value in changes.items():
+        inner = mapping.get(name)
+        if isinstance(value, Mapping) and isinstance(inner, dict) and "schedule" not in value:
+            _merge(inner, value)
+        else:
+            mapping[name] = copy.deepcopy(value)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    if isinstance(value, list):
+        return tuple(declare.leaf("seeds", value, list[int]))
+    check_integer("seeds", value, 1)
+    return tuple(range(value))

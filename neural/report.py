@@ -1,0 +1,205 @@
+"""What a run is worth: test metrics of every model that comes out of it.
+
+The table is tidy: one row per (weights, member, data, metric). `weights` names the model:
+
+============  ====================================================================================
+iterate       the model as trained, without late-phase weights
+averaged      the mean of the late-phase members: the paper's single model
+swa, ema      the average over time; with members, of their mean, BatchNorm statistics taken anew
+member        one member, `member` says which
+ensemble      mean prediction of the members
+mc_dropout    mean prediction over dropout masks
+============  ====================================================================================
+
+and, where they differ from ``averaged``, ``averaged_outputs`` (BatchNorm averaged as the official
+code does) and ``averaged_product`` (rank-1 factors averaged as matrices).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from neural import evaluate
+from neural.averaging import recompute_statistics
+from neural.data import Images, load_images
+from neural.late_phase import LatePhase
+from neural.reparametrize import RankOne, parametrized
+from neural.session import Session
+from neural.task import Task
+from nqm.errors import NQMError
+
+#: Relative size of the weight noise under which the rise of the loss is told.
+NOISES = (0.01, 0.02, 0.05, 0.1, 0.2)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of a run.
+
+    Attributes
+    ----------
+    table : DataFrame
+        Columns weights, member (-1: none), data, metric, value.
+    model : dict
+        State dict of the single model.
+    late : dict, optional
+        State dict of base and members.
+    predictions : dict
+        ``labels`` (N,) of the test set, and log-probabilities (N, C) by `weights`; empty for text.
+    """
+
+    table: pd.DataFrame
+    model: dict[str, Tensor]
+    late: dict[str, Tensor] | None
+    predictions: dict[str, NDArray[Any]]
+
+
+def during(session: Session, epoch: int) -> Row:
+    """One row of the history; starts the mean of the training loss anew."""
+    late = session.late
+    model = session.model if late is None else late.averaged()
+    score = evaluate.score(model, session.task.test(), session.place.device)
+    return {
+        "epoch": epoch,
+        "step": session.done,
+        "examples": session.done * session.run.data.batch_size,
+        "lr": float(session.optimizer.param_groups[0]["lr"]),
+        "train_loss": session.take_mean_loss(),
+        "weights": "iterate" if late is None else "averaged",
+        "spread": 0.0 if late is None else late.spread(),
+        "loss": score.loss,
+        "accuracy": score.accuracy,
+    }
+
+
+def final(session: Session, root: Path | None) -> Report:
+    """All metrics of a finished session."""
+    task, settings = session.task, session.run.evaluate
+    trained = session.trained
+    if session.average is not None:
+        recompute_statistics(session.average.module, task.stream.epoch(session.run.train.epochs))
+    models = dict(_models(session))
+    rows: list[Row] = []
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, model in models.items():
+        measured, predicted = _metrics(model, task)
+        rows += _named(name, measured)
+        if predicted is not None:
+            kept[name] = predicted
+    if isinstance(trained, LatePhase):
+        rows += _members(trained, task)
+    primary = next(reversed(models)) if session.average is not None else next(iter(models))
+    model = models[primary]
+    if settings.mc_dropout:
+        logits, labels = evaluate.mc_dropout(model, task.test(), settings.mc_dropout)
+        mean = evaluate.ensemble_log_probs(logits)
+        rows += _named("mc_dropout", evaluate.classification_metrics(mean, labels))
+    rows += [{"weights": primary, "member": -1} | row for row in _beyond(session, model, root)]
+    late = trained.state_dict() if isinstance(trained, LatePhase) else None
+    predictions = {name: one.log_softmax(-1).numpy() for name, (one, _) in kept.items()}
+    if kept:
+        predictions["labels"] = kept[primary][1].numpy()
+    return Report(pd.DataFrame(rows), model.state_dict(), late, predictions)
+
+
+def _models(session: Session) -> Iterator[tuple[str, nn.Module]]:
+    """Single models of a session; the one that counts comes first, or is the average, last."""
+    late = session.late
+    if late is None:
+        yield "iterate", session.model
+    else:
+        yield "averaged", late.averaged()
+        if any("running_var" in name for name in late.selection.buffers):
+            yield "averaged_outputs", late.averaged(batchnorm="outputs")
+        if any(isinstance(one, RankOne) for *_, one in parametrized(late.model)):
+            yield "averaged_product", late.averaged(rank1="product")
+    settings = session.run.average
+    if session.average is not None and settings is not None:
+        module = session.average.module
+        yield settings.method, module.averaged() if isinstance(module, LatePhase) else module
+
+
+def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
+    """Test metrics and, of images, logits and labels."""
+    if task.channels == 0:
+        score = evaluate.score(model, task.test())
+        bits = evaluate.bits_per_character(score.loss)
+        return {"accuracy": score.accuracy, "nll": score.loss, "bpc": bits}, None
+    logits, labels = evaluate.predict(model, task.test())
+    return evaluate.classification_metrics(logits, labels), (logits, labels)
+
+
+def _members(late: LatePhase, task: Task) -> list[Row]:
+    """Every member by itself, and the ensemble of their predictions."""
+    if task.channels == 0:
+        rows = []
+        for k in range(late.members):
+            rows += _named("member", _metrics(late.member(k), task)[0], member=k)
+        return rows
+    logits, labels = evaluate.predict_members(late, late.members, task.test())
+    rows = []
+    for k, one in enumerate(logits):
+        rows += _named("member", evaluate.classification_metrics(one, labels), member=k)
+    mean = evaluate.ensemble_log_probs(logits)
+    return rows + _named("ensemble", evaluate.classification_metrics(mean, labels))
+
+
+def _named(weights: str, metrics: dict[str, float], member: int = -1) -> list[Row]:
+    return [
+        {"weights": weights, "member": member, "data": "test", "metric": name, "value": value}
+        for name, value in metrics.items()
+    ]
+
+
+def _beyond(session: Session, model: nn.Module, root: Path | None) -> Iterator[Row]:
+    """OOD detection, robustness, flatness and the line to a member, as far as asked for."""
+    task, settings = session.task, session.run.evaluate
+    if settings.ood:
+        inside = evaluate.entropy_score(evaluate.predict(model, task.test())[0])
+    for name in settings.ood:
+        outside = evaluate.entropy_score(_ood_logits(model, task, name, root))
+        for metric, value in evaluate.ood_metrics(inside, outside).items():
+            yield {"data": name, "metric": metric, "value": value}
+    if settings.corruptions:
+        yield from corrupted(model, task)
+    if settings.flatness:
+        rises = evaluate.loss_rise(model, lambda m: evaluate.score(m, task.test()).loss, NOISES)
+        for rise in rises:
+            yield {"data": f"noise {rise.sigma:g}", "metric": "loss_rise", "value": rise.mean}
+    if settings.line and isinstance(session.trained, LatePhase):
+        ends = session.trained.member(0).state_dict(), session.trained.averaged().state_dict()
+        line = evaluate.loss_line(model, *ends, lambda m: evaluate.score(m, task.test()))
+        for t, loss in zip(line.position, line.loss, strict=True):
+            yield {"data": f"line {t:g}", "metric": "nll", "value": float(loss)}
+
+
+def _ood_logits(model: nn.Module, task: Task, name: str, root: Path | None) -> Tensor:
+    images = load_images(name, root).test
+    assert task.images is not None
+    assert task.normalised is not None
+    if images.pixels.shape[1:] != task.images.pixels.shape[1:]:
+        raise NQMError(
+            f"evaluate.ood {name!r} holds images of {tuple(images.pixels.shape[1:])}, the task "
+            f"of {tuple(task.images.pixels.shape[1:])} (channels, height, width)"
+        )
+    return evaluate.predict(model, task.normalised(images))[0]
+
+
+def corrupted(model: nn.Module, task: Task) -> Iterator[Row]:
+    """Accuracy under every corruption and severity."""
+    assert task.images is not None
+    assert task.normalised is not None
+    for name in evaluate.CORRUPTIONS:
+        for severity in range(1, 6):
+            pixels = evaluate.corrupt(task.images.pixels, name, severity)
+            images = Images(pixels, task.images.labels)
+            score = evaluate.score(model, task.normalised(images))
+            yield {"data": f"{name} {severity}", "metric": "accuracy", "value": score.accuracy}

@@ -1,0 +1,189 @@
+"""The folder of one run: what it was, where it stands, what came out.
+
+::
+
+    run.json           configuration, its key, versions, hardware
+    checkpoint.pt      where training goes on; gone when it is finished
+    epoch120.pt        kept for runs with the same beginning
+    history.parquet    one row per evaluation during training
+    result.parquet     one row per metric at the end
+    model.pt           the single model, a plain state dict
+    late.pt            base and all members, if there are any
+    predictions.npz    log-probabilities on the test set, and its labels
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from neural import checkpoint
+from neural.config import RunConfig, build, describe
+from neural.report import Report
+from nqm import __version__, declare
+from nqm.errors import NQMError
+from nqm.table import read_table, replacing, write_table
+
+
+class RunFolder:
+    """One run on disk.
+
+    Parameters
+    ----------
+    path : Path
+        Made where it is missing.
+    run : RunConfig
+    writes : bool
+        False for all but the first of several processes.
+
+    Raises
+    ------
+    NQMError
+        If the folder holds another configuration, or anything else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, run: RunConfig, *, writes: bool = True):
+        self.path, self.writes = path, writes
+        mapping = describe(run)
+        self.key = declare.key(mapping)
+        stated = read_json(path)
+        if stated is not None and stated.get("key") != self.key:
+            raise NQMError(
+                f"{path} holds another configuration (key {stated.get('key')!s:.16}); "
+                "move it away or choose another folder; nothing was overwritten"
+            )
+        self.stated: dict[str, Any] = stated or {
+            "key": self.key,
+            "status": None,
+            "config": mapping,
+            "versions": versions(),
+        }
+        if stated is None:
+            self._write_json()
+
+    @property
+    def status(self) -> str | None:
+        """``finished``, ``diverged``, or None while there is something left to do."""
+        value: str | None = self.stated["status"]
+        return value
+
+    def checkpoint(self, device: torch.device, start: Path | None) -> dict[str, Any] | None:
+        """Where to go on: this run's own checkpoint, else the one given, else nowhere."""
+        own = self.path / "checkpoint.pt"
+        if own.exists():
+            return checkpoint.load(own, device)
+        return None if start is None else checkpoint.load(start, device)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        if self.writes:
+            checkpoint.save(self.path / "checkpoint.pt", state)
+
+    def keep(self, epoch: int, state: Mapping[str, Any]) -> None:
+        """Keep a checkpoint for other runs, and go on from it after a kill."""
+        if self.writes:
+            checkpoint.save(self.path / f"epoch{epoch}.pt", state)
+            self.save(state)
+
+    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the table of evaluations."""
+        if self.writes:
+            self._write_table("history", pd.DataFrame(rows))
+
+    def history(self) -> pd.DataFrame:
+        """Evaluations during training."""
+        return self._read_table("history")
+
+    def result(self) -> pd.DataFrame:
+        """Metrics at the end; empty if the run diverged."""
+        return self._read_table("result")
+
+    def finish(self, status: str, report: Report | None) -> None:
+        """Write the result, and note that nothing is left to do."""
+        if not self.writes:
+            return
+        if report is not None:
+            self._write_table("result", report.table)
+            checkpoint.save(self.path / "model.pt", report.model)
+            if report.late is not None:
+                checkpoint.save(self.path / "late.pt", report.late)
+            if report.predictions:
+                with replacing(self.path / "predictions.npz") as stream:
+                    np.savez_compressed(stream, **report.predictions)
+        self.stated["status"] = status
+        self._write_json()
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _write_table(self, name: str, table: pd.DataFrame) -> None:
+        metadata = {"key": self.key, "version": __version__}
+        write_table(self.path / f"{name}.parquet", table, metadata)
+
+    def _read_table(self, name: str) -> pd.DataFrame:
+        path = self.path / f"{name}.parquet"
+        return read_table(path) if path.exists() else pd.DataFrame()
+
+    def _write_json(self) -> None:
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NQMError(f"cannot make the folder {self.path}: {error.strerror}") from None
+        with replacing(self.path / "run.json") as stream:
+            stream.write(json.dumps(self.stated, indent=1).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What ``run.json`` of a run's folder says; None if there is none.
+
+    Raises
+    ------
+    NQMError
+        If the folder holds something else.
+    """
+    file = path / "run.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        raise ValueError("not a table")
+    except FileNotFoundError:
+        if path.is_dir() and any(path.iterdir()):
+            raise NQMError(f"{path} holds something else than a run; choose another") from None
+        return None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise NQMError(f"{file} cannot be read ({reason:.80}); delete the folder") from None
+
+
+def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Configuration of a run on disk, and all that its ``run.json`` says.
+
+    Raises
+    ------
+    NQMError
+        If there is no run.
+    """
+    stated = read_json(Path(path)) if Path(path).is_dir() else None
+    if stated is None:
+        raise NQMError(f"{path} is not the folder of a run: it holds no run.json")
+    return build(stated["config"]), stated
+
+
+def versions() -> dict[str, str]:
+    """What the run is computed with."""
+    cuda = torch.cuda.is_available()
+    return {
+        "late-phase-nqm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,251 @@
+"""All that a training run changes: model, members, optimizers, average, position, random state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from neural import averaging, checkpoint, reparametrize
+from neural.config import ModelConfig, RunConfig
+from neural.distributed import average_gradients
+from neural.fused import arguments, pieces
+from neural.late_phase import Batch, LatePhase
+from neural.models import build as build_model
+from neural.optim import clip_rows, make_optimizer, set_lr
+from neural.select import select
+from neural.task import DTYPES, Place, Task
+from nqm.errors import NQMError
+
+
+class Session:
+    """A run's state, and the three things done to it: `step`, `spawn`, `end_epoch`.
+
+    Parameters
+    ----------
+    run : RunConfig
+    task : Task
+    place : Place
+
+    Attributes
+    ----------
+    done : int
+        Minibatches used so far.
+    late : LatePhase or None
+        None before T0.
+    average : AveragedModel or None
+        Over the model, or over `late` with all its members.
+    """
+
+    def __init__(self, run: RunConfig, task: Task, place: Place):
+        self.run, self.task, self.place = run, task, place
+        torch.manual_seed(run.seed)
+        self.model = make_model(run.model, task).to(place.device, DTYPES[run.train.precision])
+        if run.train.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = self._hooked(make_optimizer(self.model, run.train))
+        self.forward = torch.compile(self.model) if run.train.compile else self.model
+        self.late: LatePhase | None = None
+        self.member_optimizer: Optimizer | None = None
+        self.average: AveragedModel | None = None
+        self.done = 0
+        self.rows: list[dict[str, Any]] = []
+        #: Sum and count of the losses since the history's last row.
+        self.losses = torch.zeros(2, dtype=torch.float64, device=place.device)
+        self.autocast = torch.bfloat16 if run.train.precision == "bfloat16" else None
+
+    @property
+    def trained(self) -> nn.Module:
+        """What is being trained now: the model, or model and members."""
+        return self.model if self.late is None else self.late
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the part of the running one."""
+        return self.done / len(self.task.stream)
+
+    def spawn(self) -> None:
+        """T0: make the members, and their optimizer with empty momentum."""
+        settings = self.run.late_phase
+        assert settings is not None
+        self.late = LatePhase(
+            self.model,
+            settings.members,
+            settings.select,
+            gamma=settings.gamma,
+            noise=settings.noise,
+            noise_rule=settings.noise_rule,
+            idle_steps=settings.idle_steps,
+            seed=self.run.seed,
+        )
+        decay = settings.weight_decay
+        changes = {} if decay is None else {"weight_decay": decay}
+        own = self.late.optimizer_like(self.optimizer, **changes)
+        self.member_optimizer = self._hooked(own, stacked=True)
+        if self.run.train.compile:
+            self.late.compile()
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """One base step, on a minibatch, or on one for each member.
+
+        Returns
+        -------
+        Tensor, shape (len(batches),)
+            Losses, detached; on the device.
+        """
+        self._set_rates()
+        self.trained.train()
+        if self.late is None:
+            losses = self._base_step(batches[0])
+        else:
+            assert self.member_optimizer is not None
+            assert self.run.late_phase is not None
+            losses = self.late.step(
+                batches,
+                self.task.loss,
+                self.optimizer,
+                self.member_optimizer,
+                fused=self.run.late_phase.fused,
+                micro_batches=self.run.train.micro_batches,
+                autocast=self.autocast,
+            )
+        self.losses[0] += losses.sum()
+        self.losses[1] += len(losses)
+        self.done += len(batches)
+        settings = self.run.average
+        if settings is not None and settings.method == "ema" and self.epoch > settings.start_epoch:
+            self._update_average(lambda module: averaging.ema(module, settings.decay))
+        return losses
+
+    def _base_step(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.place.device)
+        enabled = self.autocast is not None
+        for share, (inputs, targets) in pieces(batch, self.run.train.micro_batches):
+            args, kwargs = arguments(inputs)
+            with torch.autocast(self.place.device.type, self.autocast, enabled=enabled):
+                loss = share * self.task.loss(self.forward(*args, **kwargs), targets)
+            torch.autograd.backward(loss)
+            total = total + loss.detach()
+        self.optimizer.step()
+        return total.reshape(1)
+
+    def _set_rates(self) -> None:
+        train, late = self.run.train, self.run.late_phase
+        now = self.epoch if train.lr_every == "step" else self.done // len(self.task.stream)
+        set_lr(self.optimizer, float(train.lr(now)))
+        if self.member_optimizer is not None and late is not None:
+            set_lr(self.member_optimizer, float((late.lr or train.lr)(now)))
+
+    def finite(self) -> bool:
+        """Whether every loss was, since the history's last row."""
+        return bool(self.losses[0].isfinite())
+
+    def take_mean_loss(self) -> float:
+        """Mean training loss since it was taken last."""
+        total, count = self.losses.tolist()
+        self.losses.zero_()
+        return total / count if count else float("nan")
+
+    def end_epoch(self, epoch: int) -> None:
+        """Take the snapshot of SWA; `epoch` epochs are done."""
+        settings = self.run.average
+        if settings is not None and settings.method == "swa" and epoch > settings.start_epoch:
+            self._update_average(averaging.swa)
+
+    def _update_average(self, make: Any) -> None:
+        if self.average is None:
+            self.average = make(self.trained)
+        assert self.average is not None
+        self.average.update_parameters(self.trained)
+
+    def _hooked(self, optimizer: Optimizer, *, stacked: bool = False) -> Optimizer:
+        """Have gradients averaged over ranks, and clipped, before every step."""
+        world, norm = self.place.world, self.run.train.clip_norm
+
+        def before(optimizer: Optimizer, *_: Any) -> None:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            if world > 1:
+                average_gradients(held)
+            if norm is not None and stacked:
+                clip_rows(held, norm)
+            elif norm is not None:
+                nn.utils.clip_grad_norm_(held, norm)
+
+        if world > 1 or norm is not None:
+            optimizer.register_step_pre_hook(before)
+        return optimizer
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit; tensors and plain values."""
+        state: dict[str, Any] = {
+            "done": self.done,
+            "rows": self.rows,
+            "losses": self.losses,
+            "weights": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.place.device.type == "cuda":
+            state["cuda_random"] = torch.cuda.get_rng_state(self.place.device)
+        if self.member_optimizer is not None:
+            state["member_optimizer"] = self.member_optimizer.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, of this run or of one with the same beginning."""
+        if "member_optimizer" in state:
+            self.spawn()
+        self.trained.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.member_optimizer is not None:
+            self.member_optimizer.load_state_dict(state["member_optimizer"])
+        if "average" in state:
+            settings = self.run.average
+            assert settings is not None
+            swa = settings.method == "swa"
+            make = averaging.swa if swa else (lambda m: averaging.ema(m, settings.decay))
+            self.average = make(self.trained)
+            self.average.load_state_dict(state["average"])
+        self.done = state["done"]
+        self.rows = list(state["rows"])
+        self.losses.copy_(state["losses"])
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.place.device)
+
+
+def make_model(config: ModelConfig, task: Task) -> nn.Module:
+    """The model of a run, with its checkpoint and what is put on it."""
+    model = build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
+    if config.checkpoint is not None:
+        load_weights(model, config.checkpoint)
+    if config.rank1 is not None:
+        reparametrize.add_rank1(model, config.rank1)
+    if config.lora is not None:
+        head = select(model, "head").parameters
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in head)
+        reparametrize.add_lora(model, config.lora)
+    return model
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a state dict, strictly; that of a published checkpoint under ``state_dict``."""
+    content = checkpoint.load(Path(path))
+    state = content.get("state_dict", content)
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None
