@@ -1,0 +1,26 @@
+"""Sets of data by name, and streams of batches that resume exactly."""
+
+from neural.data.augment import AUGMENTATIONS, augment_batch
+from neural.data.catalog import DATASETS, load, load_images
+from neural.data.folder import FolderBatches, ImageFolder, ImagePack, StreamData
+from neural.data.images import ImageBatches, ImageData, Images, evaluation_batches
+from neural.data.text import TextBatches, TextData, evaluation_windows
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "FolderBatches",
+    "ImageBatches",
+    "ImageData",
+    "ImageFolder",
+    "ImagePack",
+    "Images",
+    "StreamData",
+    "TextBatches",
+    "TextData",
+    "augment_batch",
+    "evaluation_batches",
+    "evaluation_windows",
+    "load",
+    "load_images",
+]

@@ -1,0 +1,48 @@
+"""Decoded images kept between runs, in the user's cache folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from neural.data.formats import Bytes
+
+
+def cache_folder() -> Path:
+    """``~/.cache/late-phase-nqm``, or its place under ``XDG_CACHE_HOME``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "late-phase-nqm"
+
+
+def cached(key: str, make: Callable[[], Bytes]) -> Bytes:
+    """The array stored under `key`, made and stored if it is not there.
+
+    Parameters
+    ----------
+    key : str
+        File name without extension; must change with what the array is made of.
+    make : callable
+        Computes the array.
+    """
+    path = cache_folder() / "decoded" / f"{key}.npy"
+    try:
+        stored: Bytes = np.load(path, allow_pickle=False)
+        return stored
+    except (OSError, ValueError, EOFError):  # absent or damaged: made anew
+        pass
+    array = make()
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as out:
+            np.save(out, array)
+        os.replace(temporary, path)
+    except OSError:  # a full or read-only disk costs time, not the run
+        with suppress(OSError):
+            temporary.unlink()
+    return array

@@ -1,0 +1,362 @@
+"""Images too many for memory: read, decoded and cropped by worker processes as they are needed."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neural.data.augment import normalise
+from neural.data.formats import Bytes, damaged, is_image, read_npz
+from neural.data.sampling import EpochPlan, epoch_order, keyed_generator
+from nqm.errors import NQMError, check_integer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Share of the image's area, and width over height, of a training crop (Szegedy et al. 2015).
+SCALE = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+
+
+class EncodedImages(Protocol):
+    """Encoded images with labels; what a stream reads from."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image."""
+
+    def where(self, index: int) -> str:
+        """What an error message calls that image."""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in one folder for each class; the rank of the sorted folder names is the label.
+
+    Attributes
+    ----------
+    paths : tuple of Path
+    labels : Tensor
+        (N,) int64.
+    names : tuple of str
+        Class folders.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    names: tuple[str, ...]
+
+    @classmethod
+    def scan(cls, folder: Path) -> ImageFolder:
+        """List the images below the class folders of `folder`.
+
+        Raises
+        ------
+        NQMError
+            If there is no such folder, or no image in a class folder.
+        """
+        if not folder.is_dir():
+            raise NQMError(f"no folder {folder}; it must hold one folder of images for each class")
+        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        paths: list[Path] = []
+        labels: list[int] = []
+        for label, entry in enumerate(classes):
+            found = sorted(path for path in entry.rglob("*") if is_image(path.name))
+            if not found:
+                raise NQMError(f"class folder {entry} holds no image; remove it or fill it")
+            paths += found
+            labels += [label] * len(found)
+        if not paths:
+            raise NQMError(f"{folder} must hold one folder of images for each class; got none")
+        return cls(tuple(paths), torch.tensor(labels), tuple(entry.name for entry in classes))
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image."""
+        return self.paths[index].read_bytes()
+
+    def where(self, index: int) -> str:
+        """Its path."""
+        return str(self.paths[index])
+
+
+@dataclass(frozen=True)
+class ImagePack:
+    """JPEG images joined end to end in an .npz: `jpeg`, `lengths`, `y`, and `name` by class.
+
+    Attributes
+    ----------
+    path : Path
+    joined : ndarray
+        uint8.
+    ends : ndarray
+        (N + 1,) int64: image i is ``joined[ends[i]:ends[i + 1]]``.
+    labels : Tensor
+        (N,) int64.
+    names : tuple of str
+        Class names.
+    """
+
+    path: Path
+    joined: Bytes
+    ends: np.ndarray[tuple[int], np.dtype[np.int64]]
+    labels: Tensor
+    names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> ImagePack:
+        """Read a pack.
+
+        Raises
+        ------
+        NQMError
+            If an array is missing or the lengths do not fit.
+        """
+        joined, lengths, labels, names = read_npz(path, ("jpeg", "lengths", "y", "name"))
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        if ends[-1] != len(joined) or len(labels) != len(lengths):
+            raise damaged(path, f"{len(joined)} bytes where the lengths add up to {ends[-1]}")
+        return cls(path, joined, ends, torch.from_numpy(labels.astype(np.int64)),
+                   tuple(str(name) for name in names))  # fmt: skip
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image."""
+        return self.joined[self.ends[index] : self.ends[index + 1]].tobytes()
+
+    def where(self, index: int) -> str:
+        """Its file and number."""
+        return f"{self.path}: image {index}"
+
+
+@dataclass(frozen=True)
+class StreamData:
+    """A set of encoded images by the name it is loaded under.
+
+    Attributes
+    ----------
+    name, label : str
+        For the command line, and for tables and figures.
+    train, test : EncodedImages
+    classes : int
+    mean, std : tuple of float
+        Normalisation per channel.
+    resize : int
+        Shorter side, pixels, to which a test image is brought before its centre is cropped.
+    """
+
+    name: str
+    label: str
+    train: EncodedImages
+    test: EncodedImages
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int = 256
+
+
+def random_crop_box(
+    width: int, height: int, generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """Box of a random-resized crop (Szegedy et al. 2015), as torchvision draws it.
+
+    The area is a uniform share of the image's in `SCALE`, the aspect ratio log-uniform in
+    `RATIO`, the position uniform; after ten misfits the largest centred box of a permitted ratio.
+
+    Returns
+    -------
+    (int, int, int, int)
+        Left, top, right and bottom, pixels.
+    """
+    for _ in range(10):
+        u, v = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        area = width * height * (SCALE[0] + (SCALE[1] - SCALE[0]) * u)
+        ratio = math.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * v)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(torch.randint(width - w + 1, (), generator=generator))
+            top = int(torch.randint(height - h + 1, (), generator=generator))
+            return left, top, left + w, top + h
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def training_view(image: Image, size: int, generator: torch.Generator) -> Image:
+    """Random-resized crop to `size` pixels (bilinear), mirrored with probability 1/2."""
+    from PIL.Image import Resampling, Transpose
+
+    box = random_crop_box(*image.size, generator)
+    view = image.crop(box).resize((size, size), Resampling.BILINEAR)
+    if torch.rand((), generator=generator) < 0.5:
+        view = view.transpose(Transpose.FLIP_LEFT_RIGHT)
+    return view
+
+
+def evaluation_view(image: Image, size: int, resize: int) -> Image:
+    """Shorter side to `resize` pixels (bilinear), then the central square of `size`."""
+    from PIL.Image import Resampling
+
+    width, height = image.size
+    short = min(width, height)
+    scaled = (resize * width // short, resize * height // short)
+    if scaled != image.size:
+        image = image.resize(scaled, Resampling.BILINEAR)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+class _Views(torch.utils.data.Dataset[tuple[Tensor, int] | str]):
+    """Decoded views of the images; a failure is returned as its message, see `FolderBatches`."""
+
+    def __init__(
+        self, images: EncodedImages, *, train: bool, size: int, resize: int, key: tuple[int, int]
+    ) -> None:
+        self.images, self.train, self.size, self.resize = images, train, size, resize
+        self.key = key
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.images.read(index))) as opened:
+                image = opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return str(damaged(self.images.where(index), str(error).partition("\n")[0]))
+        if self.train:
+            generator = keyed_generator(*self.key, 1, index)
+            view = training_view(image, self.size, generator)
+        else:
+            view = evaluation_view(image, self.size, self.resize)
+        pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)
+        return pixels, int(self.images.labels[index])
+
+
+def _collate(examples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    pixels, labels = [], []
+    for example in examples:
+        if isinstance(example, str):
+            return example
+        pixels.append(example[0])
+        labels.append(example[1])
+    return torch.stack(pixels), torch.tensor(labels)
+
+
+class FolderBatches:
+    """Batches of encoded images, decoded in worker processes.
+
+    The same interface and the same exact resume as `ImageBatches`: the view of an image depends
+    only on (seed, epoch, its index), whatever the number of workers.
+
+    Parameters
+    ----------
+    images : EncodedImages
+        An `ImageFolder` or an `ImagePack`.
+    batch_size : int
+        Examples of a global batch, over all ranks.
+    mean, std : sequence of float
+        Normalisation per channel.
+    train : bool
+        Shuffled, random-resized crops and mirroring; else in order, centre crops.
+    size : int
+        Side of the square that a network sees, pixels.
+    resize : int
+        Shorter side of a test image before its centre crop, pixels; at least `size`.
+    drop_last : bool
+        Leave out an incomplete last batch.
+    seed : int
+    device : torch.device or str
+    rank, world : int
+        Rank r of w gets the r-th of w parts of every global batch.
+    workers : int
+        Processes; 0 decodes in this one.
+    memory_format : torch.memory_format, optional
+        E.g. `torch.channels_last`.
+
+    Raises
+    ------
+    NQMError
+        For a number out of range; while iterating, for an image that cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: EncodedImages,
+        batch_size: int,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        train: bool = True,
+        size: int = 224,
+        resize: int = 256,
+        drop_last: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        memory_format: torch.memory_format | None = None,
+    ) -> None:
+        check_integer("size", size, 1)
+        check_integer("resize", resize, size)
+        check_integer("seed", seed, 0)
+        check_integer("workers", workers, 0)
+        self.plan = EpochPlan(
+            len(images.labels), batch_size, drop_last=drop_last, rank=rank, world=world
+        )
+        self.images, self.train, self.size, self.resize = images, train, size, resize
+        self.mean, self.std = (torch.tensor(list(c), device=device) for c in (mean, std))
+        self.seed, self.device, self.workers = seed, torch.device(device), workers
+        self.memory_format = memory_format or torch.contiguous_format
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return self.plan.batches
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an epoch from batch `start` on; the same bits as without a break.
+
+        Parameters
+        ----------
+        epoch : int
+            From 0.
+        start : int
+            Batches already done; they are not decoded.
+
+        Yields
+        ------
+        (Tensor, Tensor)
+            (B, 3, size, size) float32 images and (B,) int64 labels, on the device.
+        """
+        check_integer("epoch", epoch, 0)
+        return self._batches(epoch, self.plan.slices(start))
+
+    def _batches(self, epoch: int, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        count = self.plan.count
+        order = torch.arange(count)
+        if self.train:
+            order = epoch_order(count, "shuffle", keyed_generator(self.seed, epoch, 0))
+        loader = torch.utils.data.DataLoader(
+            _Views(self.images, train=self.train, size=self.size, resize=self.resize,
+                   key=(self.seed, epoch)),
+            batch_sampler=[order[part].tolist() for part in parts],
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        for batch in loader:
+            if isinstance(batch, str):  # raised in a worker, it would be a page of traceback
+                raise NQMError(batch)
+            pixels, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            inputs = normalise(pixels, self.mean, self.std)
+            yield inputs.contiguous(memory_format=self.memory_format), labels

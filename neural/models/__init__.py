@@ -1,0 +1,138 @@
+"""Models by name: ``build("resnet20", classes=10)``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from nqm.errors import NQMError, suggest
+
+__all__ = ["MODELS", "Family", "build"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: where its class is, and which options its name can carry.
+
+    Parameters
+    ----------
+    module, name : str
+        The class, imported when first built.
+    description : str
+        One line.
+    sizes : tuple of str
+        Options set by numbers at the end of the name: ``wrn-28-10`` is depth 28, width 10.
+    images : bool
+        Whether the input is images (N, channels, H, W); else symbols (B, L).
+    """
+
+    module: str
+    name: str
+    description: str
+    sizes: tuple[str, ...] = ()
+    images: bool = True
+
+    def load(self) -> type[nn.Module]:
+        """Import the class."""
+        loaded: type[nn.Module] = getattr(
+            importlib.import_module(f"neural.models.{self.module}"), self.name
+        )
+        return loaded
+
+    def options(self) -> tuple[str, ...]:
+        """Names of the options `build` accepts, besides classes and channels."""
+        names = inspect.signature(self.load()).parameters
+        return tuple(name for name in names if name not in ("classes", "channels"))
+
+
+#: Every family of this package by name.
+MODELS: Mapping[str, Family] = MappingProxyType(
+    {
+        "resnet": Family(
+            "resnet_cifar", "ResNetCifar", "CIFAR ResNet, as resnet8 .. resnet110", ("depth",)
+        ),
+        "wrn": Family("wide_resnet", "WideResNet", "wide ResNet, as wrn-28-10", ("depth", "width")),
+        "pyramidnet": Family(
+            "pyramidnet", "PyramidNet", "PyramidNet, as pyramidnet-110-270", ("depth", "alpha")
+        ),
+        "hyper_wrn": Family(
+            "hyper_wrn",
+            "HyperWideResNet",
+            "wide ResNet with template banks, as hyper_wrn-28-10",
+            ("depth", "width"),
+        ),
+        "fast_cnn": Family("fast_cnn", "FastCNN", "fast CIFAR net with a whitening first layer"),
+        "digits_cnn": Family("small_cnn", "DigitsCNN", "14,000 parameters, for 8x8 digits"),
+        "mlp": Family("small_cnn", "MLP", "multi-layer perceptron"),
+        "lstm_lm": Family("lstm", "LSTMLanguageModel", "LSTM language model", images=False),
+        "transformer_lm": Family(
+            "transformer", "TransformerLanguageModel", "causal transformer", images=False
+        ),
+    }
+)
+
+
+def build(name: str, *, classes: int, channels: int = 3, **options: Any) -> nn.Module:
+    """A freshly initialised model.
+
+    Parameters
+    ----------
+    name : str
+        A key of `MODELS`, with sizes after it where the family takes them (``resnet20``,
+        ``wrn-28-10``); or ``torchvision:NAME`` or ``timm:NAME`` for a model of those libraries.
+    classes : int
+        Outputs: classes of images, symbols of a text.
+    channels : int
+        Channels of the images; language models have none and ignore it.
+    **options
+        Options of the class, listed by ``MODELS[family].options()``.
+
+    Returns
+    -------
+    nn.Module
+        Maps images (N, channels, H, W) to logits (N, classes), or symbols (B, L) to logits
+        (B, L, classes). Its last ``nn.Linear`` in order of registration is the output layer.
+
+    Raises
+    ------
+    NQMError
+        If the name or an option is unknown, or a value out of range.
+
+    Examples
+    --------
+    >>> sum(p.numel() for p in build("resnet20", classes=10).parameters())
+    269722
+    """
+    library, colon, rest = name.partition(":")
+    if colon:
+        from neural.models.libraries import build_from_library
+
+        return build_from_library(library, rest, classes=classes, channels=channels, **options)
+    match = re.fullmatch(r"([a-z_]+)((?:-?\d+)*)", name)
+    family = MODELS.get(match[1]) if match else None
+    if match is None or family is None:
+        known = [*MODELS, "resnet20", "wrn-28-10"]
+        raise NQMError(f"unknown model {name!r}{suggest(name, known)}")
+    numbers = [int(number) for number in re.findall(r"\d+", match[2])]
+    if len(numbers) > len(family.sizes):
+        form = "".join(f"-{size.upper()}" for size in family.sizes)
+        raise NQMError(f"unknown model {name!r}; expected {match[1]}{form}")
+    sizes = dict(zip(family.sizes, numbers, strict=False))
+    known_options = family.options()
+    for option in options:
+        if option not in known_options:
+            raise NQMError(f"{name} has no option {option!r}{suggest(option, known_options)}")
+        if option in sizes:
+            raise NQMError(
+                f"{option} of {name} is already {sizes[option]} by its name; got {option}="
+                f"{options[option]!r}; leave one out"
+            )
+    images = {"channels": channels} if family.images else {}
+    return family.load()(classes=classes, **images, **sizes, **options)

@@ -1,0 +1,106 @@
+"""What the image models share: normalisation by name, initialisation, the head and its input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nqm.errors import NQMError, check_integer, check_number, suggest
+
+Norm = Literal["batch", "group"]
+NORMS = ("batch", "group")
+
+
+def make_norm(kind: str, channels: int, groups: int | None = None) -> nn.Module:
+    """Normalisation of a feature map of `channels` channels, with scale 1 and shift 0.
+
+    Parameters
+    ----------
+    kind : {"batch", "group"}
+        BatchNorm (eps 1e-5, momentum 0.1) or GroupNorm (Wu & He 2018).
+    channels : int
+        Channels of the input, ``(N, C, H, W)``.
+    groups : int, optional
+        Groups of a GroupNorm. By default each group has 8 channels, or all when 8 does not
+        divide them.
+
+    Raises
+    ------
+    NQMError
+        If the kind is unknown, or the groups do not divide the channels.
+    """
+    if kind == "batch":
+        if groups is not None:
+            raise NQMError(
+                "groups belongs to norm='group'; got norm='batch'; leave one of them out"
+            )
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        if groups is None:
+            groups = channels // 8 if channels % 8 == 0 else 1
+        check_integer("groups", groups, 1)
+        if channels % groups:
+            raise NQMError(
+                f"groups must divide the {channels} channels of every layer; got {groups}"
+                "; leave it out for groups of 8 channels"
+            )
+        return nn.GroupNorm(groups, channels)
+    raise NQMError(f"norm must be 'batch' or 'group'; got {kind!r}{suggest(kind, NORMS)}")
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size (divided by `stride`), without bias."""
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 1x1 convolution without bias: the projection of a shortcut."""
+    return nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+
+def initialise_kaiming(model: nn.Module) -> None:
+    """Kaiming normal weights (fan in, gain sqrt 2) of convolutions and linears; biases 0.
+
+    He et al. 2015, eq. 10: standard deviation ``sqrt(2 / fan_in)``.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def pad_channels(x: Tensor, channels: int, before: int = 0) -> Tensor:
+    """`x` (N, C, H, W) with channels of zeros before and after, `channels` in all."""
+    return nn.functional.pad(x, (0, 0, 0, 0, before, channels - x.shape[1] - before))
+
+
+def pool(x: Tensor) -> Tensor:
+    """Mean over the positions: (N, C, H, W) -> (N, C)."""
+    return torch.mean(x, dim=(2, 3))
+
+
+def blocks_per_group(model: str, depth: int, rule: int) -> int:
+    """Blocks in each of three groups of a net of depth ``6 n + rule``.
+
+    Raises
+    ------
+    NQMError
+        If the depth is not of that form.
+    """
+    check_integer(f"{model}.depth", depth, 6 + rule)
+    if (depth - rule) % 6:
+        below = depth - (depth - rule) % 6
+        raise NQMError(
+            f"{model}.depth must be 6 n + {rule}; got {depth}; nearest: {below} and {below + 6}"
+        )
+    return (depth - rule) // 6
+
+
+def check_image_model(model: str, classes: int, channels: int, dropout: float = 0.0) -> None:
+    """Raise NQMError unless these arguments of an image model are in range."""
+    check_integer(f"{model}.classes", classes, 1)
+    check_integer(f"{model}.channels", channels, 1)
+    check_number(f"{model}.dropout", dropout, low=0, high=1, closed_high=False)
