@@ -145,6 +145,7 @@ def _show(table: Any, title: str, folder: Path) -> None:
     """Summary over seeds, and where the rest is."""
     from neural.draw import draw
     from neural.summary import summarise
+    from nqm.table import read_table
 
     click.echo(title)
     metrics = [
@@ -157,7 +158,7 @@ def _show(table: Any, title: str, folder: Path) -> None:
         click.echo(shown)
     for arm, seed in table.loc[table["status"] == "diverged", ["arm", "seed"]].to_numpy():
         click.echo(f"diverged: {arm}, seed {seed}")
-    for path in draw(table, folder, title):
+    for path in draw(table, read_table(folder / "history.parquet"), folder, title):
         click.echo(path)
 
 

@@ -35,7 +35,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+    for g, mean in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         g.copy_(mean.view_as(g))
 
 

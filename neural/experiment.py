@@ -21,6 +21,7 @@ import torch
 from neural.config import RunConfig, describe
 from neural.evaluate import classification_metrics, ensemble_log_probs
 from neural.recipe import Recipe
+from neural.runlog import RunFolder
 from neural.task import Place
 from neural.train import train
 from nqm import __version__, declare
@@ -113,7 +114,7 @@ def run_experiment(
     ----------
     recipe : Recipe
     out : str or Path
-        A folder per run below it, and ``results.parquet``.
+        A folder per run below it, ``results.parquet`` and ``history.parquet``.
     place : Place, optional
     arms : sequence of str
         Some of the recipe's; all by default.
@@ -144,10 +145,12 @@ def run_experiment(
         _run_parallel(groups, out, place, min(workers, len(groups)), progress)
     if place.rank > 0:
         return pd.DataFrame()
-    table = collect([job for group in groups for job in group], out)
+    runs = [job for group in groups for job in group]
+    table = collect(runs, out)
     key = declare.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
     metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
     write_table(out / "results.parquet", table, metadata)
+    write_table(out / "history.parquet", histories(runs, out), metadata)
     return table
 
 
@@ -215,8 +218,6 @@ def _run_parallel(
 
 def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
     """One table of all results on disk, deep ensembles included."""
-    from neural.runlog import RunFolder
-
     parts: list[pd.DataFrame] = []
     for job in runs:
         log = RunFolder(job.folder(out), job.run, writes=False)
@@ -229,6 +230,17 @@ def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
     table: pd.DataFrame = pd.concat(parts, ignore_index=True)
     ensembles = pd.DataFrame(list(_deep_ensembles(runs, out)))
     return pd.concat([table, ensembles], ignore_index=True)
+
+
+def histories(runs: Sequence[Job], out: Path) -> pd.DataFrame:
+    """One table of all evaluations during training; columns arm, seed and those of a run's own."""
+    parts = []
+    for job in runs:
+        history = RunFolder(job.folder(out), job.run, writes=False).history()
+        history.insert(0, "arm", job.arm)
+        history.insert(1, "seed", job.seed)
+        parts.append(history)
+    return pd.concat(parts, ignore_index=True)
 
 
 def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:

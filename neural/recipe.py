@@ -131,7 +131,8 @@ def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
     unused = [name for name in _OPTIONAL if name not in used]
     mapping = {name: copy.deepcopy(part) for name, part in top.items() if name not in unused}
     _merge(mapping, changes)
-    return declare.located(f"arm.{arm}", lambda: build(mapping))
+    run: RunConfig = declare.located(f"arm.{arm}", lambda: build(mapping))
+    return run
 
 
 def _merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:

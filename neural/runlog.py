@@ -116,7 +116,8 @@ class RunFolder:
                 checkpoint.save(self.path / "late.pt", report.late)
             if report.predictions:
                 with replacing(self.path / "predictions.npz") as stream:
-                    np.savez_compressed(stream, **report.predictions)
+                    arrays: dict[str, Any] = dict(report.predictions)
+                    np.savez_compressed(stream, **arrays)
         self.stated["status"] = status
         self._write_json()
         (self.path / "checkpoint.pt").unlink(missing_ok=True)

@@ -26,11 +26,7 @@ def summarise(results: pd.DataFrame, metric: str = "accuracy", data: str = "test
         difference_low, difference_high: to the first arm's model without averaging over time,
         paired by seed. Members are averaged within each seed first.
     """
-    chosen = results[(results["metric"] == metric) & (results["data"] == data)]
-    groups = {
-        (str(arm), str(weights)): part.groupby("seed")["value"].mean()
-        for (arm, weights), part in chosen.groupby(["arm", "weights"], sort=False)
-    }
+    groups = _groups(results, metric, data)
     reference = _reference(groups, str(results["arm"].iloc[0]))
     rows = []
     for (arm, weights), values in groups.items():
@@ -44,6 +40,32 @@ def summarise(results: pd.DataFrame, metric: str = "accuracy", data: str = "test
             row |= {"difference_low": gap.low, "difference_high": gap.high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def per_seed(results: pd.DataFrame, metric: str = "accuracy", data: str = "test") -> pd.DataFrame:
+    """One row per arm, model and seed, with the mean and the interval over seeds beside it.
+
+    Returns
+    -------
+    DataFrame
+        Columns arm, weights, seed, value, mean, low, high.
+    """
+    rows = []
+    for (arm, weights), values in _groups(results, metric, data).items():
+        interval = mean_interval(values.tolist())
+        for seed, value in values.items():
+            row = {"arm": arm, "weights": weights, "seed": seed, "value": value}
+            rows.append(row | {"mean": interval.mean, "low": interval.low, "high": interval.high})
+    return pd.DataFrame(rows)
+
+
+def _groups(results: pd.DataFrame, metric: str, data: str) -> dict[tuple[str, str], pd.Series]:
+    """(arm, weights) -> values by seed."""
+    chosen = results[(results["metric"] == metric) & (results["data"] == data)]
+    return {
+        (str(arm), str(weights)): part.groupby("seed")["value"].mean()
+        for (arm, weights), part in chosen.groupby(["arm", "weights"], sort=False)
+    }
 
 
 def _reference(groups: Mapping[tuple[str, str], pd.Series], arm: str) -> pd.Series | None:

@@ -177,8 +177,14 @@ def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
         "workers": place.workers,
         "memory_format": layout,
     }
-    share = {"rank": place.rank, "world": place.world}
-    stream = FolderBatches(data.train, run.data.batch_size, seed=run.seed, **shared, **share)
+    stream = FolderBatches(
+        data.train,
+        run.data.batch_size,
+        seed=run.seed,
+        rank=place.rank,
+        world=place.world,
+        **shared,
+    )
     test = FolderBatches(
         data.test, run.evaluate.batch_size, train=False, resize=data.resize, **shared
     )

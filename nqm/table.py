@@ -65,6 +65,14 @@ COLUMNS: dict[str, Column] = {
     "momentum": Column("momentum", "", "momentum, in PyTorch's form"),
     "flat_low": Column("lowest good rate", "", "least rate within 10 % of the best loss"),
     "flat_high": Column("highest good rate", "", "largest rate within 10 % of the best loss"),
+    "arm": Column("arm", "", "one way of training in an experiment", "str"),
+    "seed": Column("seed", "", "of initial weights, data order and noise", "int64"),
+    "epoch": Column("epochs", "epochs", "passes over the training set", "int64"),
+    "accuracy": Column("accuracy", "", "share of correct predictions"),
+    "nll": Column("negative log-likelihood", "nats", "mean cross-entropy"),
+    "brier": Column("Brier score", "", "mean squared distance of probabilities from the truth"),
+    "ece": Column("calibration error", "", "expected calibration error, 15 bins"),
+    "bpc": Column("bits per character", "bits", "mean cross-entropy of a text"),
     "at_edge": Column("at edge", "", "whether the best lies at an end of the search", "bool"),
 }
 

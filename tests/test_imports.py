@@ -17,7 +17,7 @@ PACKAGES = ("nqm", "neural", "figures", "paper_repro")
 ALLOWED = {
     "nqm": ("nqm",),
     "figures": ("figures", "nqm.table"),
-    "neural": ("neural", "nqm"),
+    "neural": ("neural", "figures", "nqm"),
     "paper_repro": ("paper_repro", "figures", "neural", "nqm"),
 }
 
