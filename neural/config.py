@@ -39,6 +39,8 @@ class DataConfig:
         Take a class-balanced part, or this many bytes of a text.
     length : int
         Symbols of a window of text.
+    mean, std : tuple of float, optional
+        Normalisation of each channel instead of the set's own, as a published checkpoint needs.
     """
 
     name: str
@@ -49,6 +51,8 @@ class DataConfig:
     train_examples: int | None = None
     test_examples: int | None = None
     length: int = 100
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_integer("DataConfig.batch_size", self.batch_size, 1)
@@ -135,6 +139,10 @@ class TrainConfig:
         check_number("TrainConfig.momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
         check_number("TrainConfig.weight_decay", self.weight_decay, low=0.0)
         check_number("TrainConfig.label_smoothing", self.label_smoothing, low=0.0, high=1.0)
+        if len(self.betas) != 2:
+            raise NQMError(f"TrainConfig.betas must be two numbers; got {list(self.betas)}")
+        for beta in self.betas:
+            check_number("TrainConfig.betas", beta, low=0.0, high=1.0, closed_high=False)
         if self.clip_norm is not None:
             check_number("TrainConfig.clip_norm", self.clip_norm, low=0.0, closed_low=False)
         for name, known in _WORDS.items():

@@ -92,11 +92,13 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
     mapping = declare.load(path)
     if scale not in SCALES:
         raise NQMError(f"scale {scale!r} is unknown{suggest(scale, SCALES)}")
-    changes = mapping.pop("scale", {})
+    changes = declare.table_at("scale", mapping.pop("scale", {}))
+    declare.known_keys("scale", changes, SCALES[1:])
     if scale != "full":
         if scale not in changes:
-            raise NQMError(f"recipe {path.stem} has no scale {scale!r}; it has full only")
-        _merge(mapping, changes[scale])
+            has = ", ".join(("full", *changes))
+            raise NQMError(f"recipe {path.stem} has no scale {scale!r}; it has {has}")
+        _merge(mapping, declare.table_at(f"scale.{scale}", changes[scale]))
     declare.override(mapping, overrides)
     return make_recipe(path.stem, mapping, scale)
 
@@ -131,8 +133,11 @@ def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
     unused = [name for name in _OPTIONAL if name not in used]
     mapping = {name: copy.deepcopy(part) for name, part in top.items() if name not in unused}
     _merge(mapping, changes)
-    run: RunConfig = declare.located(f"arm.{arm}", lambda: build(mapping))
-    return run
+    try:
+        return build(mapping)
+    except NQMError as error:
+        # The key at fault may stand in the arm or at the top: it keeps its whole name.
+        raise NQMError(f"arm.{arm}: {error}") from None
 
 
 def _merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -147,6 +152,9 @@ def _merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 def _seeds(value: Any) -> tuple[int, ...]:
     if isinstance(value, list):
-        return tuple(declare.leaf("seeds", value, list[int]))
+        seeds = tuple(declare.leaf("seeds", value, list[int]))
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise NQMError(f"seeds must be different whole numbers >= 0; got {value!r:.60}")
+        return seeds
     check_integer("seeds", value, 1)
     return tuple(range(value))

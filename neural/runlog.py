@@ -156,12 +156,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
             return content
         raise ValueError("not a table")
     except FileNotFoundError:
-        if path.is_dir() and any(path.iterdir()):
+        # A file that is being written, or was when the process was killed, is no one's.
+        if path.is_dir() and any(not _is_temporary(one) for one in path.iterdir()):
             raise NQMError(f"{path} holds something else than a run; choose another") from None
         return None
+    except NotADirectoryError:
+        raise NQMError(f"{path} is a file, not the folder of a run; choose another") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(f"{file} cannot be read ({reason:.80}); delete the folder") from None
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether it is a file that `nqm.table.replacing` has not finished."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:

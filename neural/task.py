@@ -126,11 +126,12 @@ def _images(run: RunConfig, data: ImageData, place: Place) -> Task:
     train = _part("train_examples", data.train, settings.train_examples)
     test = _part("test_examples", data.test, settings.test_examples).to(place.device)
     layout = torch.channels_last if run.train.channels_last else None
+    mean, std = settings.mean or data.mean, settings.std or data.std
     stream = ImageBatches(
         train,
         settings.batch_size,
-        mean=data.mean,
-        std=data.std,
+        mean=mean,
+        std=std,
         augment=settings.augment,
         cutout=settings.cutout,
         sampling=settings.sampling,
@@ -144,7 +145,7 @@ def _images(run: RunConfig, data: ImageData, place: Place) -> Task:
 
     def normalised(images: Images) -> Iterator[Batch]:
         size = run.evaluate.batch_size
-        for x, y in evaluation_batches(images, size, data.mean, data.std, place.device):
+        for x, y in evaluation_batches(images, size, mean, std, place.device):
             form = layout or torch.contiguous_format
             yield x.to(DTYPES[run.train.precision], memory_format=form), y
 
