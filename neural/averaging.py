@@ -62,10 +62,12 @@ def recompute_statistics(module: nn.Module, batches: Iterable[Batch]) -> None:
     ----------
     module : Module
         Changed in place. Every member of a `LatePhase` runs on every batch, as in the official
-        code.
+        code. Of an `AveragedModel` it is the average that is run.
     batches : iterable of (inputs, targets)
         Training data; targets are not used.
     """
+    if isinstance(module, AveragedModel):
+        module = module.module
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
         return

@@ -118,6 +118,107 @@ def train(
         _show(table, made.title, folder)
 
 
+@neural.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--ood", multiple=True, metavar="DATA", help="Set of images to detect (repeatable).")
+@click.option("--corruptions", is_flag=True, help="Accuracy under 14 corruptions, 5 severities.")
+@click.option("--flatness", is_flag=True, help="Rise of the loss under weight noise.")
+@click.option("--line", is_flag=True, help="Loss on the line from member 0 to the average.")
+@click.option("--mc-dropout", type=click.IntRange(min=0), default=0, help="Samples.")
+@click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
+@_device
+@_data
+@_threads
+def evaluate(
+    run: Path,
+    ood: tuple[str, ...],
+    corruptions: bool,
+    flatness: bool,
+    line: bool,
+    mc_dropout: int,
+    out: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Measure the single model of a finished RUN, the folder of one arm and seed.
+
+    \b
+    nqm neural evaluate out/neural/digits_bn-full/late_phase/seed0 --flatness --line
+    """
+    from neural.config import EvaluateConfig, describe
+    from neural.reopen import measure, reopen
+    from nqm import __version__, declare
+    from nqm.table import finished, write_table
+
+    place = _place(device, root, threads)
+    opened = reopen(run, place)
+    asked = EvaluateConfig(
+        ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
+    )
+    key = declare.key({"run": describe(opened.run), "asked": repr(asked)})
+    table = None if out is None else finished(out, key, __version__)
+    if table is None:
+        table = measure(opened, asked, root)
+        if out is not None:
+            write_table(out, table, {"key": key, "version": __version__})
+    click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+
+
+@neural.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--out", required=True, metavar="FILE.safetensors")
+@click.option("--member", type=int, help="One member instead of the single model.")
+def export(run: Path, out: str, member: int | None) -> None:
+    """Write the single model of a finished RUN as safetensors, under its architecture's names.
+
+    \b
+    nqm neural export out/neural/digits_bn-full/late_phase/seed0 --out digits.safetensors
+    """
+    from neural.reopen import export as write
+
+    click.echo(write(run, out, member))
+
+
+@neural.command()
+@click.argument("file", metavar="FILE.toml")
+@_set
+@click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
+@_device
+@_data
+@_threads
+def sweep(
+    file: str,
+    overrides: tuple[str, ...],
+    out: str,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Train one arm of a recipe over the grid of FILE's [sweep] table: seeds, K, T0, anything.
+
+    It can be killed at any moment: run again, it goes on where it was stopped.
+
+    \b
+    nqm neural sweep members.toml --out members.parquet
+    """
+    from neural.sweep import work
+    from nqm.sweep import Sweep
+
+    place = _place(device, root, threads)
+    cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), place))
+    done = 0
+    with _progress(hidden=False) as told:
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            told(done / len(cells))
+
+        table = cells.run(out, progress=count)
+    click.echo(f"{out}: {len(table)} rows", err=True)
+
+
 def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
     import torch
 

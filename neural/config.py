@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from neural.data.augment import AUGMENTATIONS
+from neural.late_phase import GAMMAS, IDLE_STEPS, LEFTOVERS, NOISE_RULES
 from nqm import declare
 from nqm.errors import NQMError, check_integer, check_number, suggest
 from nqm.schedule import SCHEDULES, Schedule
@@ -18,6 +20,7 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 LR_EVERY = ("epoch", "step")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AVERAGES = ("swa", "ema")
+SAMPLINGS = ("shuffle", "replacement", "stream")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class DataConfig:
         ``crop``, ``flip``.
     cutout : int
         Side of the hole, pixels; 0: none.
-    sampling : {"shuffle", "replacement"}
+    sampling : {"shuffle", "replacement", "stream"}
+        "stream" is for texts.
     train_examples, test_examples : int, optional
         Take a class-balanced part, or this many bytes of a text.
     length : int
@@ -57,6 +61,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_integer("DataConfig.batch_size", self.batch_size, 1)
         check_integer("DataConfig.length", self.length, 1)
+        check_integer("DataConfig.cutout", self.cutout, 0)
+        _check_word("DataConfig.sampling", self.sampling, SAMPLINGS)
+        for name in self.augment:
+            _check_word("DataConfig.augment", name, AUGMENTATIONS)
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) is not None:
                 check_integer(f"DataConfig.{name}", getattr(self, name), 1)
@@ -85,6 +93,10 @@ class ModelConfig:
     checkpoint: str | None = None
     rank1: str | None = None
     lora: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None:
+            check_integer("ModelConfig.lora", self.lora, 1)
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,20 @@ class LatePhaseConfig:
     def __post_init__(self) -> None:
         check_integer("LatePhaseConfig.start_epoch", self.start_epoch, 0)
         check_integer("LatePhaseConfig.members", self.members, 2)
-        _check_word("LatePhaseConfig.leftover", self.leftover, ("carry", "members", "drop"))
+        check_number("LatePhaseConfig.noise", self.noise, low=0.0)
+        if isinstance(self.gamma, str):
+            _check_word("LatePhaseConfig.gamma", self.gamma, GAMMAS)
+        else:
+            check_number("LatePhaseConfig.gamma", self.gamma, low=0.0, closed_low=False)
+        if self.weight_decay is not None:
+            check_number("LatePhaseConfig.weight_decay", self.weight_decay, low=0.0)
+        _check_word("LatePhaseConfig.leftover", self.leftover, LEFTOVERS)
+        _check_word("LatePhaseConfig.noise_rule", self.noise_rule, NOISE_RULES)
+        _check_word("LatePhaseConfig.idle_steps", self.idle_steps, IDLE_STEPS)
+        if self.fused and self.idle_steps != "none":
+            raise NQMError(
+                f"LatePhaseConfig.fused needs idle_steps = 'none'; got {self.idle_steps!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -269,6 +294,11 @@ class RunConfig:
                     f"got {part.start_epoch}"
                 )
         late, average = self.late_phase, self.average
+        if late is not None and late.fused and self.train.micro_batches > 1:
+            raise NQMError(
+                "late_phase.fused runs whole minibatches and needs train.micro_batches = 1; "
+                f"got {self.train.micro_batches}"
+            )
         if late is not None and average is not None and average.start_epoch < late.start_epoch:
             raise NQMError(
                 "average.start_epoch must not lie before late_phase.start_epoch, "
@@ -312,6 +342,9 @@ def _model(value: Any) -> ModelConfig:
     """Entries that are none of ours are the model's own options."""
     table = dict(declare.table_at("model", value))
     declare.require("model", table, "name")
+    for name in ("classes", "channels"):
+        if name in table:
+            raise NQMError(f"model.{name} is what the data have; leave it out")
     names = ("name", "checkpoint", "rank1", "lora")
     own: dict[str, Any] = {name: table.pop(name) for name in names if name in table}
     made: ModelConfig = declare.call(ModelConfig, own, "model", {"options": table})

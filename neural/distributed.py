@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def join() -> tuple[int, int]:
@@ -37,6 +37,13 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for g, mean in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         g.copy_(mean.view_as(g))
+
+
+def summed(value: Tensor) -> Tensor:
+    """Sum of a tensor over the processes, the same in all of them."""
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def local_rank() -> int:

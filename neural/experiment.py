@@ -26,7 +26,7 @@ from neural.task import Place
 from neural.train import train
 from nqm import __version__, declare
 from nqm.errors import NQMError, suggest
-from nqm.table import write_table
+from nqm.table import read_metadata, write_table
 
 Progress = Callable[[float], None]
 
@@ -136,6 +136,12 @@ def run_experiment(
     for arm in arms:
         if arm not in recipe.arms:
             raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, recipe.arms)}")
+    target = out / "results.parquet"
+    if target.exists() and read_metadata(target).get("recipe") != recipe.name:
+        raise NQMError(
+            f"{target} does not hold results of recipe {recipe.name}; choose another folder; "
+            "nothing was overwritten"
+        )
     chosen = {a: run for a, run in recipe.arms.items() if not arms or a in arms}
     groups = jobs(replace(recipe, arms=chosen), seeds)
     if workers == 1:
@@ -149,7 +155,7 @@ def run_experiment(
     table = collect(runs, out)
     key = declare.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
     metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
-    write_table(out / "results.parquet", table, metadata)
+    write_table(target, table, metadata)
     write_table(out / "history.parquet", histories(runs, out), metadata)
     return table
 

@@ -138,6 +138,9 @@ class LatePhase(nn.Module):
     def forward(self, *args: Any, member: int | Tensor, **kwargs: Any) -> Any:
         """Output of one member's model; gradients reach its row of the stacked weights.
 
+        Activation checkpoints in the model need `step` or `accumulate`, which keep the member's
+        weights in place until the backward pass is done.
+
         Parameters
         ----------
         *args, **kwargs
@@ -155,7 +158,7 @@ class LatePhase(nn.Module):
         """Outputs of all members on their own inputs, by one forward pass over all rows.
 
         The same mathematics as K calls; faster where kernels are small and launching them is
-        what costs.
+        what costs. Where the model folds other axes into the rows, the rows must be the outer ones.
 
         Parameters
         ----------
@@ -180,12 +183,24 @@ class LatePhase(nn.Module):
         # A compiled function would go on with the weights of the module it was copied from.
         self._run = self._member_forward
 
-    def _member_forward(self, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _member_forward(
+        self,
+        index: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        learn: Callable[[Any], Tensor] | None = None,
+    ) -> Any:
         state = {n: self._cast(n, w.index_select(0, index)[0]) for n, w in self._weights().items()}
         with torch.no_grad():
             statistics = {n: v.index_select(0, index) for n, v in self._statistics().items()}
         state.update({name: value[0] for name, value in statistics.items()})
-        output = functional_call(self.model, state, args, kwargs)
+        if learn is None:
+            output = functional_call(self.model, state, args, kwargs)
+        else:
+            # Activation checkpoints run layers again in the backward pass: the member's weights
+            # must still be in place.
+            state = {f"model.{n}": value for n, value in state.items()}
+            output = functional_call(_Turn(self.model, learn), state, args, kwargs)
         if self.training:
             with torch.no_grad():
                 for name, value in self._statistics().items():
@@ -245,6 +260,8 @@ class LatePhase(nn.Module):
             What becomes of the last len(loader) mod K batches: they begin the next call's first
             cycle; they come as a short list, on which `step` moves the members alone, as the
             official code does (39 cycles and 1 batch in an epoch of CIFAR); or they are not used.
+            A step count, as in Adam's bias correction, is common to all members: it counts the
+            short cycles, too.
         """
         _check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
@@ -354,10 +371,19 @@ class LatePhase(nn.Module):
         total = self.index.new_zeros((), dtype=torch.float32)
         for share, (inputs, targets) in fused_forward.pieces(batch, micro_batches):
             args, kwargs = fused_forward.arguments(inputs)
+
+            def learn(output: Any, share: float = share, targets: Any = targets) -> Tensor:
+                loss = share * loss_fn(output, targets)
+                with self._autocast(None):
+                    torch.autograd.backward(loss)
+                return loss.detach()
+
             with self._autocast(autocast):
-                loss = share * loss_fn(self(*args, member=member, **kwargs), targets)
-            torch.autograd.backward(loss)
-            total = total + loss.detach()
+                if self._run == self._member_forward:
+                    index = self.index[member].reshape(1)
+                    total = total + self._member_forward(index, args, kwargs, learn)
+                else:
+                    total = total + learn(self(*args, member=member, **kwargs))
         return total
 
     def _autocast(self, dtype: torch.dtype | None) -> torch.autocast:
@@ -528,6 +554,18 @@ class LatePhase(nn.Module):
         """Shown with the module."""
         numbers = sum(p[0].numel() for p in self.member_parameters())
         return f"members={self.members}, {numbers} weights each, gamma={self.gamma!r}"
+
+
+class _Turn(nn.Module):
+    """A model's forward pass, and what is done with its output."""
+
+    def __init__(self, model: nn.Module, learn: Callable[[Any], Tensor]):
+        super().__init__()
+        self.model = model
+        self.learn = learn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.learn(self.model(*args, **kwargs))
 
 
 def _spawn(

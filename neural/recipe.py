@@ -98,7 +98,7 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
         if scale not in changes:
             has = ", ".join(("full", *changes))
             raise NQMError(f"recipe {path.stem} has no scale {scale!r}; it has {has}")
-        _merge(mapping, declare.table_at(f"scale.{scale}", changes[scale]))
+        merge(mapping, declare.table_at(f"scale.{scale}", changes[scale]))
     declare.override(mapping, overrides)
     return make_recipe(path.stem, mapping, scale)
 
@@ -132,7 +132,7 @@ def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
             )
     unused = [name for name in _OPTIONAL if name not in used]
     mapping = {name: copy.deepcopy(part) for name, part in top.items() if name not in unused}
-    _merge(mapping, changes)
+    merge(mapping, changes)
     try:
         return build(mapping)
     except NQMError as error:
@@ -140,12 +140,12 @@ def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
         raise NQMError(f"arm.{arm}: {error}") from None
 
 
-def _merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Put `changes` into `mapping`, table by table; a schedule is replaced whole."""
     for name, value in changes.items():
         inner = mapping.get(name)
         if isinstance(value, Mapping) and isinstance(inner, dict) and "schedule" not in value:
-            _merge(inner, value)
+            merge(inner, value)
         else:
             mapping[name] = copy.deepcopy(value)
 

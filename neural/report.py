@@ -17,6 +17,7 @@ code does) and ``averaged_product`` (rank-1 factors averaged as matrices).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ from typing import Any
 import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from neural import evaluate
 from neural.averaging import recompute_statistics
+from neural.config import EvaluateConfig
 from neural.data import Images, load_images
-from neural.late_phase import LatePhase
-from neural.reparametrize import RankOne, parametrized
+from neural.late_phase import Batch, LatePhase
+from neural.reparametrize import RankOne, fold, parametrized
 from neural.session import Session
 from neural.task import Task
 from nqm.errors import NQMError
@@ -49,7 +52,7 @@ class Report:
     table : DataFrame
         Columns weights, member (-1: none), data, metric, value.
     model : dict
-        State dict of the single model.
+        State dict of the single model, its weights plain.
     late : dict, optional
         State dict of base and members.
     predictions : dict
@@ -80,10 +83,29 @@ def during(session: Session, epoch: int) -> Row:
     }
 
 
+def check(session: Session, root: Path | None) -> None:
+    """Find out before training whether `final` can measure what is asked for.
+
+    Raises
+    ------
+    NQMError
+        If it cannot.
+    """
+    task, settings = session.task, session.run.evaluate
+    for name in settings.ood:
+        _ood_batches(task, name, root)
+    if settings.corruptions and task.images is None:
+        raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
+    dropout = any(isinstance(one, _DropoutNd) for one in session.model.modules())
+    if settings.mc_dropout and not dropout:
+        raise NQMError(
+            "evaluate.mc_dropout needs a model with dropout; set model.dropout or leave it out"
+        )
+
+
 def final(session: Session, root: Path | None) -> Report:
     """All metrics of a finished session."""
-    task, settings = session.task, session.run.evaluate
-    trained = session.trained
+    task, late = session.task, session.late
     if session.average is not None:
         recompute_statistics(session.average.module, task.stream.epoch(session.run.train.epochs))
     models = dict(_models(session))
@@ -94,20 +116,19 @@ def final(session: Session, root: Path | None) -> Report:
         rows += _named(name, measured)
         if predicted is not None:
             kept[name] = predicted
-    if isinstance(trained, LatePhase):
-        rows += _members(trained, task)
+    if late is not None:
+        rows += _members(late, task)
     primary = next(reversed(models)) if session.average is not None else next(iter(models))
     model = models[primary]
-    if settings.mc_dropout:
-        logits, labels = evaluate.mc_dropout(model, task.test(), settings.mc_dropout)
-        mean = evaluate.ensemble_log_probs(logits)
-        rows += _named("mc_dropout", evaluate.classification_metrics(mean, labels))
-    rows += [{"weights": primary, "member": -1} | row for row in _beyond(session, model, root)]
-    late = trained.state_dict() if isinstance(trained, LatePhase) else None
+    extra = beyond(model, late, task, session.run.evaluate, root)
+    rows += [{"weights": primary, "member": -1} | row for row in extra]
     predictions = {name: one.log_softmax(-1).numpy() for name, (one, _) in kept.items()}
     if kept:
         predictions["labels"] = kept[primary][1].numpy()
-    return Report(pd.DataFrame(rows), model.state_dict(), late, predictions)
+    plain = fold(copy.deepcopy(model)).state_dict()
+    return Report(
+        pd.DataFrame(rows), plain, None if late is None else late.state_dict(), predictions
+    )
 
 
 def _models(session: Session) -> Iterator[tuple[str, nn.Module]]:
@@ -137,6 +158,11 @@ def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tens
     return evaluate.classification_metrics(logits, labels), (logits, labels)
 
 
+def test_metrics(model: nn.Module, task: Task) -> dict[str, float]:
+    """Test metrics of one model."""
+    return _metrics(model, task)[0]
+
+
 def _members(late: LatePhase, task: Task) -> list[Row]:
     """Every member by itself, and the ensemble of their predictions."""
     if task.channels == 0:
@@ -159,44 +185,58 @@ def _named(weights: str, metrics: dict[str, float], member: int = -1) -> list[Ro
     ]
 
 
-def _beyond(session: Session, model: nn.Module, root: Path | None) -> Iterator[Row]:
-    """OOD detection, robustness, flatness and the line to a member, as far as asked for."""
-    task, settings = session.task, session.run.evaluate
+def beyond(
+    model: nn.Module,
+    late: LatePhase | None,
+    task: Task,
+    settings: EvaluateConfig,
+    root: Path | None,
+) -> Iterator[Row]:
+    """What a run is asked for beside test metrics: one row per data and metric, for `model`.
+
+    MC-dropout, OOD detection, robustness, flatness, and the line from a member to the average.
+    """
+    if settings.mc_dropout:
+        logits, labels = evaluate.mc_dropout(model, task.test(), settings.mc_dropout)
+        mean = evaluate.ensemble_log_probs(logits)
+        yield from _named("mc_dropout", evaluate.classification_metrics(mean, labels))
     if settings.ood:
         inside = evaluate.entropy_score(evaluate.predict(model, task.test())[0])
     for name in settings.ood:
-        outside = evaluate.entropy_score(_ood_logits(model, task, name, root))
+        logits, _ = evaluate.predict(model, _ood_batches(task, name, root))
+        outside = evaluate.entropy_score(logits)
         for metric, value in evaluate.ood_metrics(inside, outside).items():
             yield {"data": name, "metric": metric, "value": value}
     if settings.corruptions:
-        yield from corrupted(model, task)
+        yield from _corrupted(model, task)
     if settings.flatness:
         rises = evaluate.loss_rise(model, lambda m: evaluate.score(m, task.test()).loss, NOISES)
         for rise in rises:
             yield {"data": f"noise {rise.sigma:g}", "metric": "loss_rise", "value": rise.mean}
-    if settings.line and isinstance(session.trained, LatePhase):
-        ends = session.trained.member(0).state_dict(), session.trained.averaged().state_dict()
-        line = evaluate.loss_line(model, *ends, lambda m: evaluate.score(m, task.test()))
+    if settings.line and late is not None:
+        ends = late.member(0).state_dict(), late.averaged().state_dict()
+        plain = fold(copy.deepcopy(late.model))
+        line = evaluate.loss_line(plain, *ends, lambda m: evaluate.score(m, task.test()))
         for t, loss in zip(line.position, line.loss, strict=True):
             yield {"data": f"line {t:g}", "metric": "nll", "value": float(loss)}
 
 
-def _ood_logits(model: nn.Module, task: Task, name: str, root: Path | None) -> Tensor:
+def _ood_batches(task: Task, name: str, root: Path | None) -> Iterator[Batch]:
+    if task.images is None or task.normalised is None:
+        raise NQMError(f"evaluate.ood needs images in memory; {task.label} has none")
     images = load_images(name, root).test
-    assert task.images is not None
-    assert task.normalised is not None
     if images.pixels.shape[1:] != task.images.pixels.shape[1:]:
         raise NQMError(
             f"evaluate.ood {name!r} holds images of {tuple(images.pixels.shape[1:])}, the task "
             f"of {tuple(task.images.pixels.shape[1:])} (channels, height, width)"
         )
-    return evaluate.predict(model, task.normalised(images))[0]
+    return task.normalised(images)
 
 
-def corrupted(model: nn.Module, task: Task) -> Iterator[Row]:
+def _corrupted(model: nn.Module, task: Task) -> Iterator[Row]:
     """Accuracy under every corruption and severity."""
-    assert task.images is not None
-    assert task.normalised is not None
+    if task.images is None or task.normalised is None:
+        raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
     for name in evaluate.CORRUPTIONS:
         for severity in range(1, 6):
             pixels = evaluate.corrupt(task.images.pixels, name, severity)

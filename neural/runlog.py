@@ -31,6 +31,13 @@ from nqm import __version__, declare
 from nqm.errors import NQMError
 from nqm.table import read_table, replacing, write_table
 
+#: Status -> the tables there are.
+TABLES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "finished": ("history", "result"),
+    "diverged": ("history",),
+}
+
 
 class RunFolder:
     """One run on disk.
@@ -67,6 +74,11 @@ class RunFolder:
         }
         if stated is None:
             self._write_json()
+        elif any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
+            self.stated["status"] = None  # deleted, to be computed again
+        if writes:
+            for left in path.glob(".*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
 
     @property
     def status(self) -> str | None:

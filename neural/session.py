@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from neural import averaging, checkpoint, reparametrize
 from neural.config import ModelConfig, RunConfig
-from neural.distributed import average_gradients
+from neural.distributed import average_gradients, summed
 from neural.fused import arguments, pieces
 from neural.late_phase import Batch, LatePhase
 from neural.models import build as build_model
@@ -49,6 +50,8 @@ class Session:
         if run.train.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = self._hooked(make_optimizer(self.model, run.train))
+        if run.late_phase is not None:
+            select(self.model, run.late_phase.select)  # a mistake is told now, not at T0
         self.forward = torch.compile(self.model) if run.train.compile else self.model
         self.late: LatePhase | None = None
         self.member_optimizer: Optimizer | None = None
@@ -73,16 +76,7 @@ class Session:
         """T0: make the members, and their optimizer with empty momentum."""
         settings = self.run.late_phase
         assert settings is not None
-        self.late = LatePhase(
-            self.model,
-            settings.members,
-            settings.select,
-            gamma=settings.gamma,
-            noise=settings.noise,
-            noise_rule=settings.noise_rule,
-            idle_steps=settings.idle_steps,
-            seed=self.run.seed,
-        )
+        self.late = make_late(self.model, self.run)
         decay = settings.weight_decay
         changes = {} if decay is None else {"weight_decay": decay}
         own = self.late.optimizer_like(self.optimizer, **changes)
@@ -118,8 +112,11 @@ class Session:
         self.losses[1] += len(losses)
         self.done += len(batches)
         settings = self.run.average
-        if settings is not None and settings.method == "ema" and self.epoch > settings.start_epoch:
-            self._update_average(lambda module: averaging.ema(module, settings.decay))
+        moved = self.late is None or len(batches) == self.late.members  # the base
+        if settings is None or settings.method != "ema" or not moved:
+            return losses
+        if self.epoch > settings.start_epoch:
+            self._update_average(partial(averaging.ema, decay=settings.decay))
         return losses
 
     def _base_step(self, batch: Batch) -> Tensor:
@@ -143,8 +140,9 @@ class Session:
             set_lr(self.member_optimizer, float((late.lr or train.lr)(now)))
 
     def finite(self) -> bool:
-        """Whether every loss was, since the history's last row."""
-        return bool(self.losses[0].isfinite())
+        """Whether every loss was, in all processes, since the history's last row."""
+        total = self.losses[0]
+        return bool((total if self.place.world == 1 else summed(total)).isfinite())
 
     def take_mean_loss(self) -> float:
         """Mean training loss since it was taken last."""
@@ -224,10 +222,31 @@ class Session:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.place.device)
 
 
-def make_model(config: ModelConfig, task: Task) -> nn.Module:
+def plain_model(config: ModelConfig, task: Task) -> nn.Module:
+    """The architecture of a run, freshly initialised."""
+    return build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
+
+
+def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
+    """Late-phase members of a run on its model."""
+    settings = run.late_phase
+    assert settings is not None
+    return LatePhase(
+        model,
+        settings.members,
+        settings.select,
+        gamma=settings.gamma,
+        noise=settings.noise,
+        noise_rule=settings.noise_rule,
+        idle_steps=settings.idle_steps,
+        seed=run.seed,
+    )
+
+
+def make_model(config: ModelConfig, task: Task, *, pretrained: bool = True) -> nn.Module:
     """The model of a run, with its checkpoint and what is put on it."""
-    model = build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
-    if config.checkpoint is not None:
+    model = plain_model(config, task)
+    if config.checkpoint is not None and pretrained:
         load_weights(model, config.checkpoint)
     if config.rank1 is not None:
         reparametrize.add_rank1(model, config.rank1)

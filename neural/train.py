@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def train(
         return Outcome(log.status, log.history(), log.result())
     task = open_task(run, place)
     session = Session(run, task, place)
+    report.check(session, place.root)
     if (state := log.checkpoint(place.device, start)) is not None:
         session.load_state_dict(state)
 
@@ -108,6 +110,8 @@ def train(
         if time.monotonic() - saved > CHECKPOINT_EVERY:
             log.save(session.state_dict())
             saved = time.monotonic()
+    if status == "finished" and not math.isfinite(session.rows[-1]["loss"]):
+        status = "diverged"  # with the very last step
     log.write_history(session.rows)
     log.finish(status, report.final(session, place.root) if status == "finished" else None)
     return Outcome(status, log.history(), log.result())

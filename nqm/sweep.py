@@ -38,6 +38,37 @@ SYNC = 0.2
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the cells of a sweep are: functions of a configuration, importable by a worker.
+
+    Attributes
+    ----------
+    build : callable
+        ``build(mapping, folder)`` gives a run with a method ``check()``; raises what is wrong.
+    key : callable
+        ``key(mapping, folder)``, its content key.
+    solve : callable
+        ``solve(run, key)`` gives the table of one cell.
+    describe : callable
+        ``describe(mapping, folder)``, what is noted in the table's metadata.
+    """
+
+    build: Callable[[Mapping[str, Any], str | Path], Any]
+    key: Callable[[Mapping[str, Any], str | Path], str]
+    solve: Callable[[Any, str], pd.DataFrame]
+    describe: Callable[[Mapping[str, Any], str | Path], dict[str, Any]]
+
+
+def _solve(run: config.Run, key: str) -> pd.DataFrame:
+    """Table of a run of the theory, with a stream of random numbers of its own."""
+    stream = hashlib.sha256(f"{run.seed}:{key}".encode()).digest()
+    return replace(run, seed=int.from_bytes(stream[:7], "big")).table()
+
+
+THEORY = Work(config.build, config.key, _solve, config.resolve_files)
+
+
+@dataclass(frozen=True)
 class Case:
     """One cell: its place, its value on every axis, its configuration."""
 
@@ -62,11 +93,14 @@ class Sweep:
         ``{"phase.0.lr": [0.1, 0.2], "phase.0.members": [1, 10]}``; the last axis varies fastest.
     folder : str or Path
         Where the names of files in `base` start from.
+    work : Work
+        What a cell is; a run of the theory by default.
     """
 
     base: Mapping[str, Any]
     axes: Mapping[str, Sequence[Any]]
     folder: str | Path = "."
+    work: Work = THEORY
 
     def __post_init__(self) -> None:
         base = {name: value for name, value in self.base.items() if name != "sweep"}
@@ -80,14 +114,16 @@ class Sweep:
         object.__setattr__(self, "axes", axes)
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def from_file(
+        cls, path: str | Path, overrides: Sequence[str] = (), work: Work = THEORY
+    ) -> Self:
         """Sweep of a TOML file with a ``[sweep]`` table (see `read_axes`)."""
         mapping = declare.load(path, overrides)
         if "sweep" not in mapping:
             raise NQMError(
                 f'{path} has no [sweep] table; add e.g. "phase.0.lr" = [0.1, 0.2] in one'
             )
-        return cls(mapping, read_axes(mapping["sweep"]), Path(path).parent)
+        return cls(mapping, read_axes(mapping["sweep"]), Path(path).parent, work)
 
     def __len__(self) -> int:
         return int(np.prod([len(values) for values in self.axes.values()], dtype=np.int64))
@@ -111,8 +147,8 @@ class Sweep:
             alone: list[dict[str, Any]] = [{} for _ in values]
             for mapping, value in zip(alone, values, strict=True):
                 declare.assign(mapping, name, value)
-            axes.append([name, [config.key(mapping, self.folder) for mapping in alone]])
-        return declare.key({"base": config.key(self.base, self.folder), "axes": axes})
+            axes.append([name, [self.work.key(mapping, self.folder) for mapping in alone]])
+        return declare.key({"base": self.work.key(self.base, self.folder), "axes": axes})
 
     def run(
         self,
@@ -166,7 +202,7 @@ class Sweep:
         metadata = {
             "key": key,
             "version": __version__,
-            "config": config.resolve_files(self.base, self.folder),
+            "config": self.work.describe(self.base, self.folder),
             "axes": dict(self.axes),
         }
         write_table(out, self._table(results), metadata)
@@ -184,7 +220,7 @@ class Sweep:
                 for value in values
             )
         for case in cases:
-            _build(case, self.folder, checked=True)
+            _build(case, self.folder, self.work, checked=True)
 
     def _compute(
         self, known: Mapping[int, Result], executor: Executor | None
@@ -193,13 +229,13 @@ class Sweep:
         left = (case for case in self.cases() if case.index not in known)
         if executor is None:
             for case in left:
-                yield compute([case], self.folder)[0]
+                yield compute([case], self.folder, self.work)[0]
             return
         size = max(1, min(CHUNK, (len(self) - len(known)) // 64))
         futures: list[Future[list[tuple[int, Result]]]] = []
         try:
             while chunk := list(itertools.islice(left, size)):
-                futures.append(executor.submit(compute, chunk, self.folder))
+                futures.append(executor.submit(compute, chunk, self.folder, self.work))
             for future in as_completed(futures):
                 yield from future.result()
         finally:
@@ -284,16 +320,16 @@ def _whole(value: float) -> float:
     return round(value) if abs(value - round(value)) <= 1e-12 * abs(value) else value
 
 
-def compute(cases: Sequence[Case], folder: str | Path) -> list[tuple[int, Result]]:
+def compute(
+    cases: Sequence[Case], folder: str | Path, work: Work = THEORY
+) -> list[tuple[int, Result]]:
     """Results of some cells; what a worker runs."""
     results = []
     for case in cases:
-        run = _build(case, folder)
-        key = config.key(case.mapping, folder)
-        stream = hashlib.sha256(f"{run.seed}:{key}".encode()).digest()
-        run = replace(run, seed=int.from_bytes(stream[:7], "big"))
+        run = _build(case, folder, work)
+        key = work.key(case.mapping, folder)
         try:
-            table = run.table()
+            table = work.solve(run, key)
         except NQMError as error:
             raise NQMError(f"{case}: {error}") from None
         result = {str(name): table[name].tolist() for name in table.columns}
@@ -301,9 +337,9 @@ def compute(cases: Sequence[Case], folder: str | Path) -> list[tuple[int, Result
     return results
 
 
-def _build(case: Case, folder: str | Path, *, checked: bool = False) -> config.Run:
+def _build(case: Case, folder: str | Path, work: Work, *, checked: bool = False) -> Any:
     try:
-        run = config.build(case.mapping, folder)
+        run = work.build(case.mapping, folder)
         if checked:
             run.check()
         return run

@@ -1,0 +1,96 @@
+"""Sweeps of training runs, by the machinery of the theory's sweeps.
+
+A file names a recipe and the axes::
+
+    recipe = "digits_bn"
+    arm = "late_phase"
+    [sweep]
+    seed = [0, 1, 2]
+    "late_phase.members" = [2, 5, 10]
+
+Every cell is one run of one arm; what is no key of the file's own is an entry of the recipe.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from neural.config import RunConfig, describe
+from neural.recipe import load_recipe, make_recipe, merge
+from neural.task import Place
+from neural.train import train
+from nqm import declare
+from nqm.errors import NQMError, suggest
+from nqm.sweep import Work
+
+_OWN = ("recipe", "scale", "arm", "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep; `build` has found everything in it sound."""
+
+    run: RunConfig
+
+    def check(self) -> None:
+        """Nothing is left to be found wrong before training."""
+
+
+def work(runs: Path, place: Place) -> Work:
+    """What the cells of a sweep of training runs are.
+
+    Parameters
+    ----------
+    runs : Path
+        Takes a folder per cell, named by its key: a killed sweep goes on inside a cell.
+    place : Place
+    """
+    return Work(build, key, partial(_train, runs=runs, place=place), _describe)
+
+
+def build(mapping: Mapping[str, Any], folder: str | Path = ".") -> Cell:
+    """The run of one cell.
+
+    Parameters
+    ----------
+    mapping : mapping
+        ``recipe``, and optionally ``scale``, ``arm`` (the recipe's last by default) and ``seed``;
+        other entries change the recipe's.
+    folder : str or Path
+        Where the path of a recipe of one's own starts from.
+    """
+    declare.require("", mapping, "recipe")
+    name = declare.leaf("recipe", mapping["recipe"], str)
+    path = str(Path(folder, name)) if name.endswith(".toml") else name
+    made = load_recipe(path, declare.leaf("scale", mapping.get("scale", "full"), str))
+    changed = copy.deepcopy(dict(made.mapping))
+    merge(changed, {name: value for name, value in mapping.items() if name not in _OWN})
+    arms = make_recipe(made.name, changed, made.scale).arms
+    arm = declare.leaf("arm", mapping.get("arm", list(arms)[-1]), str)
+    if arm not in arms:
+        raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
+    return Cell(replace(arms[arm], seed=declare.leaf("seed", mapping.get("seed", 0), int)))
+
+
+def key(mapping: Mapping[str, Any], folder: str | Path = ".") -> str:
+    """Content key: of the resolved run, or, of a part of a mapping, of the part."""
+    return declare.key(_describe(mapping, folder))
+
+
+def _describe(mapping: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    return describe(build(mapping, folder).run) if "recipe" in mapping else dict(mapping)
+
+
+def _train(cell: Cell, key: str, *, runs: Path, place: Place) -> pd.DataFrame:
+    outcome = train(cell.run, runs / key[:16], place)
+    if outcome.result.empty:
+        nothing = {"weights": "", "member": -1, "data": "", "metric": "", "value": float("nan")}
+        return pd.DataFrame([{"status": outcome.status, **nothing}])
+    return outcome.result.assign(status=outcome.status)
