@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 OUT ?= out/paper
 SCALE ?= full
 
-.PHONY: reproduce test lint bench clean setup
+.PHONY: reproduce test lint bench clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
 test: lint  ## lint, types and every test
 	$(BIN)/pytest
 
-lint: setup
+lint: setup-neural
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -22,11 +22,16 @@ bench: setup  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.monte_carlo
 
 setup: $(VENV)/.installed
+setup-neural: $(VENV)/.installed-neural  ## PyTorch as well
 
 # The stamp makes re-runs quick: packages are installed again only when their list changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+$(VENV)/.installed-neural: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,neural,vision,oracles]' --constraint constraints.txt
 	touch $@
 
 clean:
