@@ -141,10 +141,17 @@ def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
 
 
 def merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put `changes` into `mapping`, table by table; a schedule is replaced whole."""
+    """Put `changes` into `mapping`, table by table.
+
+    A schedule is replaced whole, and so is a model that is named anew: the options of one are not
+    those of another.
+    """
     for name, value in changes.items():
         inner = mapping.get(name)
-        if isinstance(value, Mapping) and isinstance(inner, dict) and "schedule" not in value:
+        anew = isinstance(value, Mapping) and (
+            "schedule" in value or (name == "model" and "name" in value)
+        )
+        if isinstance(value, Mapping) and isinstance(inner, dict) and not anew:
             merge(inner, value)
         else:
             mapping[name] = copy.deepcopy(value)

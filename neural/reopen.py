@@ -12,10 +12,10 @@ import pandas as pd
 from torch import Tensor, nn
 
 from neural import checkpoint, report
-from neural.config import EvaluateConfig, RunConfig
+from neural.config import EvaluateConfig, RunConfig, describe
 from neural.late_phase import LatePhase
+from neural.making import make_late, make_model, plain_model
 from neural.runlog import open_run
-from neural.session import make_late, make_model, plain_model
 from neural.task import Place, Task, open_task
 from nqm.errors import NQMError
 
@@ -56,7 +56,7 @@ def reopen(folder: str | Path, place: Place | None = None) -> Opened:
     model.load_state_dict(checkpoint.load(folder / "model.pt"))
     late = None
     if run.late_phase is not None:
-        late = make_late(make_model(run.model, task, pretrained=False), run)
+        late = make_late(make_model(run.model, task, start=False), run)
         late.load_state_dict(checkpoint.load(folder / "late.pt"))
         late = late.to(place.device)
     return Opened(run, task, model.to(place.device), late)
@@ -109,7 +109,7 @@ def export(folder: str | Path, out: str | Path, member: int | None = None) -> Pa
         if opened.late is None:
             raise NQMError(f"the run in {folder} has no members; leave --member out")
         state, run = opened.late.member(member).state_dict(), opened.run
-    content = save(_independent(state), metadata={"run": json.dumps(_noted(run))})
+    content = save(_independent(state), metadata={"run": json.dumps(describe(run))})
     with replacing(out) as stream:
         stream.write(content)
     return out
@@ -118,9 +118,3 @@ def export(folder: str | Path, out: str | Path, member: int | None = None) -> Pa
 def _independent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share memory, as tied weights do.
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-
-
-def _noted(run: RunConfig) -> dict[str, Any]:
-    from neural.config import describe
-
-    return describe(run)

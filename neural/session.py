@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from neural import averaging, checkpoint, reparametrize
-from neural.config import ModelConfig, RunConfig
+from neural import averaging
+from neural.config import RunConfig
 from neural.distributed import average_gradients, summed
 from neural.fused import arguments, pieces
 from neural.late_phase import Batch, LatePhase
-from neural.models import build as build_model
+from neural.making import make_late, make_model
 from neural.optim import clip_rows, make_optimizer, set_lr
 from neural.select import select
 from neural.task import DTYPES, Place, Task
-from nqm.errors import NQMError
 
 
 class Session:
@@ -46,7 +44,9 @@ class Session:
     def __init__(self, run: RunConfig, task: Task, place: Place):
         self.run, self.task, self.place = run, task, place
         torch.manual_seed(run.seed)
-        self.model = make_model(run.model, task).to(place.device, DTYPES[run.train.precision])
+        self.model = make_model(run.model, task, root=place.root).to(
+            place.device, DTYPES[run.train.precision]
+        )
         if run.train.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = self._hooked(make_optimizer(self.model, run.train))
@@ -220,51 +220,3 @@ class Session:
         torch.set_rng_state(state["random"].cpu())
         if "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.place.device)
-
-
-def plain_model(config: ModelConfig, task: Task) -> nn.Module:
-    """The architecture of a run, freshly initialised."""
-    return build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
-
-
-def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
-    """Late-phase members of a run on its model."""
-    settings = run.late_phase
-    assert settings is not None
-    return LatePhase(
-        model,
-        settings.members,
-        settings.select,
-        gamma=settings.gamma,
-        noise=settings.noise,
-        noise_rule=settings.noise_rule,
-        idle_steps=settings.idle_steps,
-        seed=run.seed,
-    )
-
-
-def make_model(config: ModelConfig, task: Task, *, pretrained: bool = True) -> nn.Module:
-    """The model of a run, with its checkpoint and what is put on it."""
-    model = plain_model(config, task)
-    if config.checkpoint is not None and pretrained:
-        load_weights(model, config.checkpoint)
-    if config.rank1 is not None:
-        reparametrize.add_rank1(model, config.rank1)
-    if config.lora is not None:
-        head = select(model, "head").parameters
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(name in head)
-        reparametrize.add_lora(model, config.lora)
-    return model
-
-
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a state dict, strictly; that of a published checkpoint under ``state_dict``."""
-    content = checkpoint.load(Path(path))
-    state = content.get("state_dict", content)
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None
