@@ -17,9 +17,10 @@ lint: setup-neural
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## ratios against named peers, printed in one run
+bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.exact_moments
 	$(BIN)/python -m benchmarks.monte_carlo
+	$(BIN)/python -m benchmarks.late_phase
 
 setup: $(VENV)/.installed
 setup-neural: $(VENV)/.installed-neural  ## PyTorch as well
