@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 from hypothesis import settings
 
 from nqm import Problem
+
+if find_spec("torch"):
+    import torch
+
+    torch.set_num_threads(1)
+else:
+    collect_ignore_glob = [
+        "test_neural_*.py", "test_averaging.py", "test_fused.py", "test_late_phase.py",
+        "test_select.py",
+    ]  # fmt: skip
 
 # Reproducible, and free of timing: the first example of a test may compile a kernel.
 settings.register_profile("nqm", deadline=None, derandomize=True, max_examples=30, database=None)

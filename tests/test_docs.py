@@ -40,10 +40,25 @@ def commands() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.startswith("nqm ")]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, what the pages call RUN."""
+    from neural.experiment import run_experiment
+    from neural.recipe import load_recipe
+
+    out = tmp_path_factory.mktemp("runs")
+    run_experiment(load_recipe("digits_bn", "smoke"), out, arms=["late_phase"], seeds=[0])
+    return out / "late_phase" / "seed0"
+
+
 @pytest.mark.parametrize("command", commands())
-def test_commands_run(command: str, tmp_path: Path) -> None:
+def test_commands_run(command: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
     words = shlex.split(command)[1:]
+    if "RUN" in words:
+        words[words.index("RUN")] = str(request.getfixturevalue("trained"))
+    if words[:2] == ["neural", "train"]:
+        words += ["--scale", "smoke", "--threads", "1"]
     if words[0] in ("figure", "reproduce"):
         words += ["--scale", "smoke", "--out", str(tmp_path / "out")]
     call = "import sys; from nqm.cli import main; sys.exit(main())"
