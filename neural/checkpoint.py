@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise NQMError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a damaged file makes torch's reader stumble in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise NQMError(
             f"{path} is not a complete checkpoint ({reason:.100}); delete it and run again"
         ) from None

@@ -79,7 +79,16 @@ def list_() -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs.")
 @click.option("--arm", "arms", multiple=True, help="Only this arm (repeatable).")
 @click.option("--seed", "seeds", type=int, multiple=True, help="Only this seed (repeatable).")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Seeds at once, each in a process of its own.",
+)
+@click.option(
+    "--tensorboard", is_flag=True, help="Note curves for TensorBoard in each run's folder."
+)
 @_device
 @_data
 @_threads
@@ -91,6 +100,7 @@ def train(
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
     workers: int,
+    tensorboard: bool,
     device: str | None,
     root: Path | None,
     threads: int | None,
@@ -104,12 +114,14 @@ def train(
     nqm neural train fashion_mnist_bn --workers 2 --threads 2
     torchrun --nproc-per-node 8 -m nqm neural train cifar10_bn
     """
+    from dataclasses import replace
+
     from neural.experiment import run_experiment
     from neural.recipe import load_recipe
 
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural") / f"{made.name}-{scale}"
-    place = _place(device, root, threads)
+    place = replace(_place(device, root, threads), tensorboard=tensorboard)
     with _progress(hidden=place.rank > 0) as told:
         table = run_experiment(
             made, folder, place, arms=arms, seeds=seeds or None, workers=workers, progress=told

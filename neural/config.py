@@ -285,7 +285,7 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("RunConfig.seed", self.seed, 0)
+        check_integer("seed", self.seed, 0)
         epochs = self.train.epochs
         for name, part in (("late_phase", self.late_phase), ("average", self.average)):
             if part is not None and part.start_epoch >= epochs:

@@ -21,11 +21,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from neural import fused as fused_forward
-from neural import reparametrize
+from neural import merging
 from neural.select import select as resolve
 from nqm.errors import NQMError, check_integer, check_number, suggest
 
@@ -468,18 +467,15 @@ class LatePhase(nn.Module):
         """
         _check_word("batchnorm", batchnorm, ("weights", "outputs"))
         _check_word("rank1", rank1, ("factors", "product"))
-        state = {name: value.mean(0) for name, value in self._weights().items()}
-        for name, value in self._statistics().items():
-            whole = not value.is_floating_point()
-            state[name] = value.max(0).values if whole else value.mean(0)
+        weights, statistics = self._weights(), self._statistics()
+        state = merging.means(weights | statistics)
         if batchnorm == "outputs":
-            state |= self._mean_affine()
-        model = self._plain(state)
-        products = self._mean_products() if rank1 == "product" else {}
-        reparametrize.fold(model)
-        for name, weight in products.items():
-            model.get_parameter(name).copy_(weight)
-        return model
+            state |= merging.mean_affine(self.model, weights, statistics)
+        model = merging.with_weights(self.model, state)
+        if rank1 == "product":
+            for name, weight in merging.mean_products(self.model, weights).items():
+                model.get_parameter(name).copy_(weight)
+        return model.train(self.training)
 
     @torch.no_grad()
     def member(self, k: int) -> nn.Module:
@@ -487,56 +483,7 @@ class LatePhase(nn.Module):
         if not 0 <= k < self.members:
             raise NQMError(f"member must lie in 0 .. {self.members - 1}; got {k}")
         state = {n: value[k] for n, value in (self._weights() | self._statistics()).items()}
-        return reparametrize.fold(self._plain(state))
-
-    def _plain(self, state: dict[str, Tensor]) -> nn.Module:
-        model = copy.deepcopy(self.model)
-        for name, value in state.items():
-            target = model.get_submodule(name.rpartition(".")[0])
-            getattr(target, name.rpartition(".")[2]).copy_(value)
-        model.zero_grad(set_to_none=True)
-        return model.train(self.training)
-
-    def _mean_affine(self) -> dict[str, Tensor]:
-        """What gives the mean of the members' maps: scale and shift, or else the statistics."""
-        state: dict[str, Tensor] = {}
-        weights, statistics = self._weights(), self._statistics()
-        for path, module in self.model.named_modules():
-            prefix = f"{path}." if path else ""
-            if not isinstance(module, _BatchNorm) or f"{prefix}running_var" not in statistics:
-                continue
-            mean, var = (statistics[f"{prefix}running_{n}"] for n in ("mean", "var"))
-            gamma: Tensor | None = weights.get(f"{prefix}weight", module.weight)
-            beta: Tensor | None = weights.get(f"{prefix}bias", module.bias)
-            each = torch.rsqrt(var + module.eps) * (1.0 if gamma is None else gamma)
-            scale = each.mean(0)
-            shift = ((0.0 if beta is None else beta) - each * mean).mean(0)
-            if gamma is None:
-                state[f"{prefix}running_var"] = scale**-2 - module.eps
-            else:
-                state[f"{prefix}weight"] = scale * torch.sqrt(var.mean(0) + module.eps)
-            if beta is None:
-                # Where the scale is 0 the shift is, too.
-                state[f"{prefix}running_mean"] = (-shift / scale).nan_to_num(0.0)
-            else:
-                state[f"{prefix}bias"] = shift + scale * mean.mean(0)
-        return state
-
-    def _mean_products(self) -> dict[str, Tensor]:
-        """Mean over members of every weight that replicated rank-1 factors are part of."""
-        weights = self._weights()
-        touched = {
-            f"{path}.{name}" if path else name
-            for path, _, name, one in reparametrize.parametrized(self.model)
-            if isinstance(one, reparametrize.RankOne)
-        }
-        total: dict[str, Tensor] = {}
-        for k in range(self.members):
-            model = reparametrize.fold(self._plain({n: w[k] for n, w in weights.items()}))
-            for name in touched:
-                value = model.get_parameter(name).detach() / self.members
-                total[name] = total[name] + value if name in total else value
-        return total
+        return merging.with_weights(self.model, state).train(self.training)
 
     @torch.no_grad()
     def spread(self) -> float:

@@ -90,11 +90,13 @@ def _found(name: str, root: Path | None) -> Path:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict, strictly; that of a published checkpoint under ``state_dict``."""
-    content = checkpoint.load(path)
-    state = content.get("state_dict", content)
-    state = {name.removeprefix("module."): value for name, value in state.items()}
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        content = checkpoint.load(path)
+    except NQMError as error:
+        raise NQMError(f"model.checkpoint {error}") from None
+    state = content.get("state_dict", content)
+    try:
+        model.load_state_dict({name.removeprefix("module."): v for name, v in state.items()})
+    except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None

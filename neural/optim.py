@@ -55,7 +55,7 @@ def clip_rows(parameters: Iterable[nn.Parameter], norm: float) -> None:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return
-    total = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()
+    total = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads]).sum(0).sqrt()
     factor = (norm / (total + 1e-6)).clamp(max=1.0)
     for g in grads:
         g.mul_(factor.view(-1, *(1,) * (g.ndim - 1)))

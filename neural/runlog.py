@@ -45,7 +45,7 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        Made where it is missing.
+        Looked at, and made by `begin` where it is missing.
     run : RunConfig
     writes : bool
         False for all but the first of several processes.
@@ -72,19 +72,27 @@ class RunFolder:
             "config": mapping,
             "versions": versions(),
         }
-        if stated is None:
-            self._write_json()
-        elif any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
+        if any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
             self.stated["status"] = None  # deleted, to be computed again
-        if writes:
-            for left in path.glob(".*.tmp"):  # by a process that was killed
-                left.unlink(missing_ok=True)
+        if self.status is not None:
+            self._tidy()
 
     @property
     def status(self) -> str | None:
         """``finished``, ``diverged``, or None while there is something left to do."""
         value: str | None = self.stated["status"]
         return value
+
+    def begin(self) -> None:
+        """Note down what is about to be trained; the folder is this run's from now on."""
+        self._write_json()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what a process left that was killed while it wrote, or at the very end."""
+        for left in self.path.iterdir() if self.writes else ():
+            if _is_temporary(left) or (left.name == "checkpoint.pt" and self.status is not None):
+                left.unlink(missing_ok=True)
 
     def checkpoint(self, device: torch.device, start: Path | None) -> dict[str, Any] | None:
         """Where to go on: this run's own checkpoint, else the one given, else nowhere."""

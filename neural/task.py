@@ -53,6 +53,8 @@ class Place:
         This process takes its share of every minibatch.
     workers : int
         Processes that decode images.
+    tensorboard : bool
+        Whether to note the history for TensorBoard as well.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -60,6 +62,7 @@ class Place:
     rank: int = 0
     world: int = 1
     workers: int = 0
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from neural.late_phase import Batch
 from neural.runlog import RunFolder
 from neural.session import Session
 from neural.task import Place, Stream, open_task
+from neural.tensorboard import Board
 
 #: Seconds between two checkpoints.
 CHECKPOINT_EVERY = 60.0
@@ -82,9 +83,11 @@ def train(
     task = open_task(run, place)
     session = Session(run, task, place)
     report.check(session, place.root)
+    log.begin()
     if (state := log.checkpoint(place.device, start)) is not None:
         session.load_state_dict(state)
 
+    board = Board(log.path, session.done) if place.tensorboard and place.rank == 0 else None
     batches = len(task.stream)
     total = run.train.epochs * batches
     saved, status = time.monotonic(), "finished"
@@ -105,6 +108,8 @@ def train(
             if epoch % run.evaluate.every == 0 or epoch == run.train.epochs:
                 session.rows.append(report.during(session, epoch))
                 log.write_history(session.rows)
+                if board is not None:
+                    board.add(session.rows[-1])
             if epoch in keep:
                 log.keep(epoch, session.state_dict())
         if time.monotonic() - saved > CHECKPOINT_EVERY:
