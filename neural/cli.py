@@ -112,7 +112,7 @@ def train(
     \b
     nqm neural train digits_bn
     nqm neural train fashion_mnist_bn --workers 2 --threads 2
-    torchrun --nproc-per-node 8 -m nqm neural train cifar10_bn
+    torchrun --nproc-per-node 8 $(which nqm) neural train cifar10_bn
     """
     from dataclasses import replace
 
@@ -251,6 +251,7 @@ def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
         raise NQMError(f"device {name!r} cannot be used: {reason}") from None
     if place.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     return Place(place, root, rank, world)
 
 
