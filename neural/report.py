@@ -11,8 +11,8 @@ ensemble      mean prediction of the members
 mc_dropout    mean prediction over dropout masks
 ============  ====================================================================================
 
-and, where they differ from ``averaged``, ``averaged_outputs`` (BatchNorm averaged as the official
-code does) and ``averaged_product`` (rank-1 factors averaged as matrices).
+and, where they may differ, ``averaged_outputs`` and ``swa_outputs`` (BatchNorm averaged as the
+official code does), ``averaged_product`` and ``swa_product`` (rank-1 factors averaged as matrices).
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def during(session: Session, epoch: int) -> Row:
     """One row of the history; starts the mean of the training loss anew."""
     late = session.late
     model = session.model if late is None else late.averaged()
-    score = evaluate.score(model, session.task.test(), session.place.device)
+    kind = evaluate.score_text if session.task.channels == 0 else evaluate.score
+    score = kind(model, session.task.test())
     return {
         "epoch": epoch,
         "step": session.done,
@@ -118,7 +119,8 @@ def final(session: Session, root: Path | None) -> Report:
             kept[name] = predicted
     if late is not None:
         rows += _members(late, task)
-    primary = next(reversed(models)) if session.average is not None else next(iter(models))
+    settings = session.run.average
+    primary = settings.method if settings is not None else next(iter(models))
     model = models[primary]
     extra = beyond(model, late, task, session.run.evaluate, root)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
@@ -132,26 +134,33 @@ def final(session: Session, root: Path | None) -> Report:
 
 
 def _models(session: Session) -> Iterator[tuple[str, nn.Module]]:
-    """Single models of a session; the one that counts comes first, or is the average, last."""
-    late = session.late
-    if late is None:
+    """Single models of a session."""
+    if session.late is None:
         yield "iterate", session.model
     else:
-        yield "averaged", late.averaged()
-        if any("running_var" in name for name in late.selection.buffers):
-            yield "averaged_outputs", late.averaged(batchnorm="outputs")
-        if any(isinstance(one, RankOne) for *_, one in parametrized(late.model)):
-            yield "averaged_product", late.averaged(rank1="product")
+        yield from _means(session.late, "averaged")
     settings = session.run.average
     if session.average is not None and settings is not None:
         module = session.average.module
-        yield settings.method, module.averaged() if isinstance(module, LatePhase) else module
+        if isinstance(module, LatePhase):
+            yield from _means(module, settings.method)
+        else:
+            yield settings.method, module
+
+
+def _means(late: LatePhase, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The mean member, and those means that may differ from it."""
+    yield name, late.averaged()
+    if any("running_var" in name for name in late.selection.buffers):
+        yield f"{name}_outputs", late.averaged(batchnorm="outputs")
+    if any(isinstance(one, RankOne) for *_, one in parametrized(late.model)):
+        yield f"{name}_product", late.averaged(rank1="product")
 
 
 def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
     """Test metrics and, of images, logits and labels."""
     if task.channels == 0:
-        score = evaluate.score(model, task.test())
+        score = evaluate.score_text(model, task.test())
         bits = evaluate.bits_per_character(score.loss)
         return {"accuracy": score.accuracy, "nll": score.loss, "bpc": bits}, None
     logits, labels = evaluate.predict(model, task.test())

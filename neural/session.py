@@ -48,7 +48,7 @@ class Session:
             place.device, DTYPES[run.train.precision]
         )
         if run.train.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            _channels_last(self.model)
         self.optimizer = self._hooked(make_optimizer(self.model, run.train))
         if run.late_phase is not None:
             select(self.model, run.late_phase.select)  # a mistake is told now, not at T0
@@ -220,3 +220,10 @@ class Session:
         torch.set_rng_state(state["random"].cpu())
         if "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.place.device)
+
+
+def _channels_last(model: nn.Module) -> None:
+    """Lay kernels out for channels-last images; banks of kernels have an axis too many for it."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""``nqm figure`` and ``nqm reproduce``: only click is loaded at the top."""
+"""``nqm figure``, ``nqm reproduce`` and ``nqm tables``: only click is loaded at the top."""
 
 from __future__ import annotations
 
@@ -89,6 +89,31 @@ def reproduce(name: str, out: Path, scale: str) -> None:
     click.echo(f"report: {page}")
     if held < len(claims):
         raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.option(
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("out/neural"),
+    show_default=True,
+    help="Folder of the experiments that `nqm neural train` has run.",
+)
+@_out
+def tables(runs: Path, out: Path) -> None:
+    """Put the runs found so far beside the paper's tables, and write them as one page.
+
+    A row without a run at full scale says so.
+    """
+    from paper_repro.tables import load_tables
+    from paper_repro.tables.collect import collect
+    from paper_repro.tables.page import as_text, write_tables
+
+    filled = collect(runs, load_tables())
+    paths = write_tables(filled, out)
+    click.echo(as_text(filled))
+    for path in paths:
+        click.echo(path)
 
 
 def _verdict(built: Any) -> None:

@@ -410,3 +410,32 @@ def test_prediction_mistakes_are_one_line():
         ev.predict_members(Members(), 0, make_batches())
     with pytest.raises(NQMError, match=r"\(K, N, C\)"):
         ev.ensemble_log_probs(torch.zeros(2, 3))
+
+
+def test_score_text_carries_the_state_over_windows() -> None:
+    from neural.evaluate import score, score_text
+    from neural.models import build
+
+    torch.manual_seed(0)
+    model = build("lstm_lm", classes=5, hidden=6, embedding=3).double()
+    text = torch.randint(5, (2, 31))
+    whole = [(text[:, :-1], text[:, 1:])]
+    windows = [(text[:, i : i + 7], text[:, i + 1 : i + 8]) for i in (0, 7, 14)]
+    windows.append((text[:, 21:30], text[:, 22:31]))
+    assert score_text(model, windows).loss == pytest.approx(score(model, whole).loss, rel=1e-12)
+    assert score(model, windows).loss != pytest.approx(score(model, whole).loss, rel=1e-6)
+    # Other rows are other readers: they begin anew.
+    alone = [(text[:1, :9], text[:1, 1:10])]
+    both = score_text(model, [*whole, *alone]).loss * 69
+    assert both == pytest.approx(score(model, whole).loss * 60 + score(model, alone).loss * 9)
+
+
+def test_score_text_of_a_model_without_a_state_is_its_score() -> None:
+    from neural.evaluate import score, score_text
+    from neural.models import build
+
+    torch.manual_seed(0)
+    model = build("transformer_lm", classes=5, width=8, heads=2, layers=1, context=16)
+    text = torch.randint(5, (2, 13))
+    windows = [(text[:, :6], text[:, 1:7]), (text[:, 6:12], text[:, 7:13])]
+    assert score_text(model, windows) == score(model, windows)

@@ -30,6 +30,7 @@ from neural.evaluate.predict import (
     predict,
     predict_members,
     score,
+    score_text,
 )
 
 __all__ = [
@@ -60,4 +61,5 @@ __all__ = [
     "predict",
     "predict_members",
     "score",
+    "score_text",
 ]

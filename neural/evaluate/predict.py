@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +198,37 @@ def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
             count += len(labels)
     if not count:
         raise NQMError("score: there is no batch; an iterator is empty after its first use")
+    return Score(loss / count, hits / count)
+
+
+def score_text(model: nn.Module, batches: Batches) -> Score:
+    """`score` of a language model, with the state carried from one window to the next.
+
+    Parameters
+    ----------
+    model : Module
+        A recurrent one takes ``(symbols, state, return_state=True)``; any other starts every
+        window anew.
+    batches : iterable of (symbols, next symbols)
+        Windows whose rows go on in the next batch while their number is the same, as from
+        `neural.data.evaluation_windows`.
+    """
+    if "return_state" not in inspect.signature(model.forward).parameters:
+        return score(model, batches)
+    loss, hits, count = 0.0, 0, 0
+    state: Any = None
+    rows = 0
+    with evaluating(model):
+        for x, y in batches:
+            state = state if len(x) == rows else None
+            rows = len(x)
+            output, state = model(x, state, return_state=True)
+            logits, labels = _flat(output, y)
+            loss += float(nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+            hits += int(correct(logits, labels).sum())
+            count += len(labels)
+    if not count:
+        raise NQMError("score_text: there is no batch; an iterator is empty after its first use")
     return Score(loss / count, hits / count)
 
 

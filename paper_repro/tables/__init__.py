@@ -1,0 +1,15 @@
+"""The paper's tables beside our runs: one module per table, each a list of rows as data."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from paper_repro.tables.rows import Table
+
+#: In the order of the page.
+NAMES = ("cifar10", "cifar100", "other_networks", "imagenet", "enwik8", "ood", "ablations")
+
+
+def load_tables() -> list[Table]:
+    """All tables."""
+    return [import_module(f"paper_repro.tables.{name}").TABLE for name in NAMES]

@@ -1,0 +1,222 @@
+"""Our side of the tables: what the runs on disk say, and what may be shown for which row.
+
+Only a recipe's full scale, with the settings the recipe states, stands beside a number of the
+paper. The scale ``cpu`` and related recipes have a column of their own, each under its own title;
+the scale ``smoke`` is never shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nqm.errors import NQMError
+from nqm.table import read_metadata, read_table
+from paper_repro.tables.rows import Row, Source, Table
+
+#: Scales that are shown, the largest first.
+SHOWN = ("full", "cpu")
+#: Settings that change how fast a run is, or what is measured besides, but not the training.
+_FREE = {"evaluate": None, "train": ("channels_last", "compile"), "late_phase": ("fused",)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number of ours.
+
+    Attributes
+    ----------
+    title : str
+        Of the recipe at its scale.
+    scale : str
+    mean, sd : float
+        In the table's unit; sd is NaN for one seed.
+    n : int
+        Seeds.
+    diverged : int
+        Further seeds, without a value.
+    hardware : str
+    """
+
+    title: str
+    scale: str
+    mean: float
+    sd: float
+    n: int
+    diverged: int
+    hardware: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row and what there is for it.
+
+    Attributes
+    ----------
+    row : Row
+    ours : Measured, optional
+        None: not run.
+    smaller : tuple of Measured
+    left_out : bool
+        Whether there are runs at full scale whose settings are not the recipe's.
+    """
+
+    row: Row
+    ours: Measured | None = None
+    smaller: tuple[Measured, ...] = ()
+    left_out: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """Values of one source at one scale; `measured` is None if no run has the right settings."""
+
+    measured: Measured | None
+    left_out: bool
+
+
+@dataclass
+class Runs:
+    """Experiments on disk, in folders ``RECIPE-SCALE`` as ``nqm neural train`` makes them."""
+
+    root: Path
+    _results: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict)
+
+    def results(self, recipe: str, scale: str) -> pd.DataFrame | None:
+        """Table of an experiment, None where it was not run.
+
+        Raises
+        ------
+        NQMError
+            If the folder holds another experiment, or a damaged table.
+        """
+        at = (recipe, scale)
+        if at not in self._results:
+            path = self.folder(*at) / "results.parquet"
+            self._results[at] = read_table(path) if path.exists() else None
+            if path.exists():
+                stated = read_metadata(path)
+                holds = (stated.get("recipe"), stated.get("scale"))
+                if holds != at:
+                    raise NQMError(
+                        f"{path} must hold recipe {recipe} at scale {scale}; got {holds[0]} at "
+                        f"{holds[1]}; give the folder its own name"
+                    )
+        return self._results[at]
+
+    def folder(self, recipe: str, scale: str) -> Path:
+        """Where an experiment is."""
+        return self.root / f"{recipe}-{scale}"
+
+    def find(self, source: Source, scale: str, factor: float) -> Found:
+        """Mean over the seeds whose runs have the settings of the recipe."""
+        table = self.results(source.recipe, scale)
+        table = None if table is None else table[table["arm"] == source.arm]
+        if table is None or table.empty:
+            return Found(None, left_out=False)
+        from neural.recipe import load_recipe  # brings torch
+
+        recipe = load_recipe(source.recipe, scale)
+        ran = sorted(int(seed) for seed in table["seed"].unique() if seed >= 0)
+        stated = {seed: self._stated(source, scale, seed) for seed in ran}
+        right = [seed for seed in ran if _same_training(stated[seed], recipe, source.arm, seed)]
+        left_out = len(right) < len(ran)
+        seeds = right
+        if source.weights.startswith("deep_ensemble"):
+            # A mean prediction that some other run is part of is not that of the recipe.
+            seeds = [] if left_out else [-1]
+        values = _values(table[table["seed"].isin(seeds)], source) * factor
+        if values.empty:
+            return Found(None, left_out)
+        failed = table[table["seed"].isin(right) & (table["status"] == "diverged")]
+        against = "" if source.data == ("test",) else f", against {' and '.join(source.data)}"
+        measured = Measured(
+            recipe.title + against,
+            scale,
+            float(values.mean()),
+            float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
+            len(values),
+            failed["seed"].nunique(),
+            "; ".join(sorted({_hardware(stated[seed]) for seed in right})),
+        )
+        return Found(measured, left_out)
+
+    def _stated(self, source: Source, scale: str, seed: int) -> Mapping[str, Any]:
+        from neural.runlog import read_json
+
+        folder = self.folder(source.recipe, scale) / source.arm / f"seed{seed}"
+        return (read_json(folder) if folder.is_dir() else None) or {}
+
+
+def collect(root: str | Path, tables: list[Table]) -> list[tuple[Table, list[Line]]]:
+    """Every table with our numbers, as far as the runs in a folder go.
+
+    Parameters
+    ----------
+    root : str or Path
+        Folder of the experiments; nothing in it is a valid answer.
+    tables : list of Table
+
+    Raises
+    ------
+    NQMError
+        On a table that is damaged or not where it belongs.
+    """
+    runs = Runs(Path(root))
+    return [(table, [_line(runs, table, row) for row in table.rows]) for table in tables]
+
+
+def _line(runs: Runs, table: Table, row: Row) -> Line:
+    full, cpu = (runs.find(row.source, scale, table.factor) for scale in SHOWN)
+    smaller = [] if full.measured is not None or not table.reduced else [cpu.measured]
+    for source in row.related:
+        at_scales = (runs.find(source, scale, table.factor).measured for scale in SHOWN)
+        smaller.append(next((one for one in at_scales if one is not None), None))
+    return Line(row, full.measured, tuple(one for one in smaller if one), full.left_out)
+
+
+def _values(table: pd.DataFrame, source: Source) -> pd.Series:
+    """One value per seed; a seed without all sets of data has none."""
+    chosen = table[
+        (table["weights"] == source.weights)
+        & (table["metric"] == source.metric)
+        & table["data"].isin(source.data)
+    ]
+    by_data = chosen.pivot_table(index="seed", columns="data", values="value", dropna=False)
+    if set(by_data.columns) != set(source.data):
+        return pd.Series(dtype=float)
+    return by_data.mean(axis=1, skipna=False).dropna()
+
+
+def _same_training(stated: Mapping[str, Any], recipe: Any, arm: str, seed: int) -> bool:
+    from neural.config import build, describe
+
+    if arm not in recipe.arms or "config" not in stated:
+        return False
+    try:
+        ran = build(stated["config"])
+    except NQMError:  # settings that no longer exist
+        return False
+    return _training(describe(ran)) == _training(describe(replace(recipe.arms[arm], seed=seed)))
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    """Content key of all settings that training depends on."""
+    from nqm.declare import key
+
+    kept = {}
+    for name, part in config.items():
+        free = _FREE.get(name, ())
+        if free is not None:
+            inner = isinstance(part, Mapping) and free
+            kept[name] = {k: v for k, v in part.items() if k not in free} if inner else part
+    return key(kept)
+
+
+def _hardware(stated: Mapping[str, Any]) -> str:
+    versions = stated.get("versions", {})
+    return f"{versions.get('hardware', 'unknown hardware')}, torch {versions.get('torch', '?')}"
