@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-neural: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev,neural,vision,oracles]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,cluster,neural,vision,oracles]' --constraint constraints.txt
 	touch $@
 
 clean:

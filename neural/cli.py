@@ -227,8 +227,8 @@ def sweep(
             done += more
             told(done / len(cells))
 
-        table = cells.run(out, progress=count)
-    click.echo(f"{out}: {len(table)} rows", err=True)
+        cells.write(out, progress=count)
+    click.echo(f"{out}: {len(cells)} cells", err=True)
 
 
 def _place(device: str | None, root: Path | None, threads: int | None) -> Any:

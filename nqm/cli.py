@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import pandas as pd
 
     from nqm.config import Run
@@ -219,33 +221,62 @@ def run(
 @main.command()
 @_options("file", "set")
 @click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Run on a Dask cluster, e.g. tcp://127.0.0.1:8786."
+)
 @_options("workers", "json")
-def sweep(file: str, overrides: tuple[str, ...], out: str, workers: int, as_json: bool) -> None:
+def sweep(
+    file: str,
+    overrides: tuple[str, ...],
+    out: str,
+    scheduler: str | None,
+    workers: int,
+    as_json: bool,
+) -> None:
     """Run a program over the grid of its [sweep] table.
 
     It can be killed at any moment: run again, it goes on where it was stopped.
 
     \b
     nqm sweep grid.toml --out grid.parquet --workers 4
+    nqm sweep grid.toml --out grid.parquet --scheduler tcp://127.0.0.1:8786
     """
+    from nqm.errors import NQMError
     from nqm.sweep import Sweep
+    from nqm.table import read_table
 
+    if scheduler is not None and workers > 1:
+        raise NQMError("--scheduler brings its own workers; drop --workers")
     cells = Sweep.from_file(file, overrides)
-    with _progress(len(cells), "cells") as told:
-        if workers == 1:
-            table = cells.run(out, progress=told)
-        else:
-            import multiprocessing
-            import signal
-            from concurrent.futures import ProcessPoolExecutor
+    with _executor(scheduler, workers) as executor, _progress(len(cells), "cells") as told:
+        cells.write(out, executor, told)
+    if as_json:
+        _show(read_table(out), as_json)
+    else:
+        click.echo(f"{out}: {len(cells)} cells", err=True)
 
-            # Spawned, as forked children would inherit locks of the parent's threads; and deaf
-            # to Ctrl-C, which is for the parent to answer.
-            spawn = multiprocessing.get_context("spawn")
-            deaf = (signal.SIGINT, signal.SIG_IGN)
-            with ProcessPoolExecutor(workers, spawn, signal.signal, deaf) as pool:
-                table = cells.run(out, pool, told)
-    _show(table, as_json, out)
+
+@contextmanager
+def _executor(scheduler: str | None, workers: int) -> Iterator[Executor | None]:
+    """Where cells are computed: a cluster, processes, or here."""
+    if scheduler is not None:
+        from nqm.cluster import connected
+
+        with connected(scheduler) as executor:
+            yield executor
+    elif workers > 1:
+        import multiprocessing
+        import signal
+        from concurrent.futures import ProcessPoolExecutor
+
+        # Spawned, as forked children would inherit locks of the parent's threads; and deaf
+        # to Ctrl-C, which is for the parent to answer.
+        spawn = multiprocessing.get_context("spawn")
+        deaf = (signal.SIGINT, signal.SIG_IGN)
+        with ProcessPoolExecutor(workers, spawn, signal.signal, deaf) as pool:
+            yield pool
+    else:
+        yield None
 
 
 @main.command()

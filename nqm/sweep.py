@@ -11,13 +11,11 @@ import copy
 import hashlib
 import itertools
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -25,16 +23,17 @@ import pandas as pd
 
 from nqm import __version__, config, declare
 from nqm.errors import NQMError
-from nqm.table import check_stamp, finished, read_table, write_table
+from nqm.journal import Columns, Journal, Known, Memory, Result
+from nqm.table import is_finished, read_table, write_frames
 
-#: A result of one cell: its table's columns as lists.
-Result = dict[str, list[Any]]
 #: Up to this many cells are all built before the first is computed.
 BUILT_FIRST = 2000
 #: Most cells sent to a worker at once.
 CHUNK = 32
-#: Seconds between two forced writes of the journal to the disk.
-SYNC = 0.2
+#: Most chunks handed to an executor and not yet done.
+WAITING = 256
+#: Cells whose rows are held at once while the table is written.
+CELLS = 20_000
 
 
 @dataclass(frozen=True)
@@ -180,34 +179,40 @@ class Sweep:
         NQMError
             Naming the cell that cannot be built, before anything is computed.
         """
-        told = progress if progress is not None else _silent
-        key = self.key
-        if out is not None and (known := finished(out, key, __version__)) is not None:
-            Path(f"{out}.journal.jsonl").unlink(missing_ok=True)
-            told(len(self))
-            return known
-        self._check()
         if out is None:
-            results: dict[int, Result] = {}
-            for index, result in self._compute(results, executor):
-                results[index] = result
-                told(1)
-            return self._table(results)
-        with _Journal(Path(f"{out}.journal.jsonl"), key) as journal:
-            results = journal.results
-            told(len(results))
-            for index, result in self._compute(dict(results), executor):
-                journal.add(index, result)
-                told(1)
+            self._check()
+            known = Memory()
+            self._fill(known, executor, progress)
+            return pd.concat(self._frames(known), ignore_index=True)
+        self.write(out, executor, progress)
+        return read_table(out)
+
+    def write(
+        self,
+        out: str | Path,
+        executor: Executor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """`run` for tables that need not fit into memory; parameters as there."""
+        key, told = self.key, progress if progress is not None else _silent
+        path = Path(f"{out}.journal.jsonl")
+        if is_finished(out, key, __version__):
+            path.unlink(missing_ok=True)
+            told(len(self))
+            return
+        self._check()
         metadata = {
             "key": key,
             "version": __version__,
             "config": self.work.describe(self.base, self.folder),
             "axes": dict(self.axes),
         }
-        write_table(out, self._table(results), metadata)
-        journal.path.unlink()
-        return read_table(out)
+        with Journal(path, key, len(self)) as journal:
+            told(len(journal))
+            self._fill(journal, executor, told)
+            frames, columns = self._frames(journal), journal.columns
+            write_frames(out, frames, self._dtypes(columns), columns.rows, metadata)
+        path.unlink()
 
     def _check(self) -> None:
         """Build the cells, or, of a great many, every value of every axis once."""
@@ -222,49 +227,83 @@ class Sweep:
         for case in cases:
             _build(case, self.folder, self.work, checked=True)
 
-    def _compute(
-        self, known: Mapping[int, Result], executor: Executor | None
-    ) -> Iterator[tuple[int, Result]]:
-        """Results of the cells not known, in the order in which they are done."""
+    def _fill(
+        self, known: Known, executor: Executor | None, progress: Callable[[int], None] | None
+    ) -> None:
+        """Compute the cells that are not known."""
         left = (case for case in self.cases() if case.index not in known)
-        if executor is None:
-            for case in left:
-                yield compute([case], self.folder, self.work)[0]
-            return
         size = max(1, min(CHUNK, (len(self) - len(known)) // 64))
-        futures: list[Future[list[tuple[int, Result]]]] = []
-        try:
-            while chunk := list(itertools.islice(left, size)):
-                futures.append(executor.submit(compute, chunk, self.folder, self.work))
-            for future in as_completed(futures):
-                yield from future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        done = _here if executor is None else partial(_by, executor, size)
+        for index, result in done(left, self.folder, self.work):
+            known.add(index, result)
+            if progress is not None:
+                progress(1)
 
-    def _table(self, results: Mapping[int, Result]) -> pd.DataFrame:
-        """All results in the order of the cells."""
-        own = list(results[0])
-        names = self._names(own)
-        shown = {axis: _column(values) for axis, values in self.axes.items()}
-        fronts = itertools.product(*shown.values())
-        columns: dict[str, list[Any]] = {name: [] for name in (*names.values(), *own)}
-        for index, front in enumerate(fronts):
-            result = results[index]
-            for name, value in zip(names.values(), front, strict=True):
-                columns[name].extend([value] * len(result["case"]))
-            for name in own:
-                columns[name].extend(result[name])
-        return pd.DataFrame(columns)
+    def _dtypes(self, columns: Columns) -> dict[str, str]:
+        """Types of all columns, axes first."""
+        own = columns.dtypes()
+        axes = _Axes(self.axes, own)
+        return axes.dtypes | own
 
-    def _names(self, taken: Sequence[str]) -> dict[str, str]:
-        """Column of each axis: the last part of its key where that says it all."""
-        short = {axis: axis.rpartition(".")[2] for axis in self.axes}
+    def _frames(self, known: Known) -> Iterator[pd.DataFrame]:
+        """All results in the order of the cells, so many cells at a time."""
+        own = known.columns.dtypes()
+        axes = _Axes(self.axes, own)
+        numbered = enumerate(itertools.product(*axes.columns.values()))
+        while part := list(itertools.islice(numbered, CELLS)):
+            columns: dict[str, list[Any]] = {name: [] for name in (*axes.columns, *own)}
+            for index, front in part:
+                result = known[index]
+                for name, value in zip(axes.columns, front, strict=True):
+                    columns[name].extend([value] * len(result["case"]))
+                for name in own:
+                    columns[name].extend(result[name])
+            yield pd.DataFrame(columns).astype(axes.dtypes | own)
+
+
+class _Axes:
+    """Axes as columns of the table.
+
+    A column is called by the last part of its key where that says it all; it holds numbers, texts,
+    or everything as JSON text.
+    """
+
+    def __init__(self, axes: Mapping[str, Sequence[Any]], taken: Collection[str]):
+        short = {axis: axis.rpartition(".")[2] for axis in axes}
         count = list(short.values()).count
-        return {
-            axis: axis if count(name) > 1 or name.isdigit() or name in taken else name
-            for axis, name in short.items()
+        self.columns: dict[str, Sequence[Any]] = {}
+        for axis, name in short.items():
+            full = count(name) > 1 or name.isdigit() or name in taken
+            self.columns[axis if full else name] = _column(axes[axis])
+        self.dtypes = {
+            name: str(pd.Series(list(values)).dtype) for name, values in self.columns.items()
         }
+
+
+def _here(cases: Iterator[Case], folder: str | Path, work: Work) -> Iterator[tuple[int, Result]]:
+    for case in cases:
+        yield compute([case], folder, work)[0]
+
+
+def _by(
+    executor: Executor, size: int, cases: Iterator[Case], folder: str | Path, work: Work
+) -> Iterator[tuple[int, Result]]:
+    """Results in the order in which they are done; so many are asked for at a time."""
+    pending: set[Future[list[tuple[int, Result]]]] = set()
+    try:
+        while True:
+            for _ in range(WAITING - len(pending)):
+                if not (chunk := list(itertools.islice(cases, size))):
+                    break
+                pending.add(executor.submit(compute, chunk, folder, work))
+            if not pending:
+                return
+            done, pending = wait(pending, return_when="FIRST_COMPLETED")
+            for future in done:
+                yield from future.result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def read_axes(table: Any) -> dict[str, list[Any]]:
@@ -362,70 +401,3 @@ def _column(values: Sequence[Any]) -> Sequence[Any]:
 
 def _silent(count: int) -> None:
     pass
-
-
-class _Journal:
-    """Finished cells, one JSON line each, after a line that says of which sweep.
-
-    A line that was being written when the process died has no end and is dropped; floats, NaN and
-    infinities come back exactly.
-    """
-
-    def __init__(self, path: Path, key: str):
-        self.path = path
-        self.header = {"key": key, "version": __version__}
-        self.results: dict[int, Result] = {}
-        self.synced = 0.0
-
-    def __enter__(self) -> Self:
-        try:
-            content = self.path.read_bytes() if self.path.exists() else b""
-        except OSError as error:
-            raise NQMError(f"cannot read {self.path}: {error.strerror}") from None
-        first = (json.dumps(self.header) + "\n").encode()
-        whole = content[: content.rfind(b"\n") + 1]
-        if content and not whole and not first.startswith(content):
-            check_stamp(self.path, {}, self.header["key"], __version__)
-        if whole:
-            self._read(whole.splitlines())
-        try:
-            self.stream = open(self.path, "ab")
-            self.stream.truncate(len(whole))
-            if not whole:
-                self.stream.write(first)
-                self._flush()
-        except OSError as error:
-            raise NQMError(f"cannot write {self.path}: {error.strerror}") from None
-        return self
-
-    def _read(self, lines: list[bytes]) -> None:
-        try:
-            header, *cells = [json.loads(line) for line in lines]
-        except ValueError:
-            raise NQMError(f"{self.path} is damaged; delete it to compute all cells anew") from None
-        stamp = header if isinstance(header, dict) else {}
-        check_stamp(self.path, stamp, self.header["key"], __version__)
-        self.results = dict(cells)
-
-    def add(self, index: int, result: Result) -> None:
-        """Keep a cell: handed to the system at once, forced to the disk every now and then."""
-        self.results[index] = result
-        self.stream.write((json.dumps([index, result]) + "\n").encode())
-        self.stream.flush()
-        # A killed process loses nothing that was flushed; only a power cut could.
-        if time.monotonic() - self.synced > SYNC:
-            self._flush()
-
-    def _flush(self) -> None:
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        self.synced = time.monotonic()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._flush()
-        self.stream.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +116,32 @@ def write_table(path: str | Path, frame: pd.DataFrame, metadata: Mapping[str, An
     NQMError
         On another extension, or when the folder cannot be written.
     """
+    dtypes = {str(name): _dtype(frame[name]) for name in frame.columns}
+    write_frames(path, [frame], dtypes, len(frame), metadata)
+
+
+def write_frames(
+    path: str | Path,
+    frames: Iterable[pd.DataFrame],
+    dtypes: Mapping[str, str],
+    rows: int,
+    metadata: Mapping[str, Any],
+) -> None:
+    """`write_table` of a table that comes in pieces, and never lies in memory whole.
+
+    Parameters
+    ----------
+    frames : iterable of DataFrame
+        With equal columns and types; the pieces become row groups.
+    dtypes : mapping of str to str
+        Of the columns, as pandas names them.
+    rows : int
+        Of all frames together.
+    """
     path = Path(path)
     write = _write_parquet if _format(path) == ".parquet" else _write_csv
     with replacing(path) as stream:
-        write(stream, frame, dict(metadata))
+        write(stream, frames, dict(dtypes), rows, dict(metadata))
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -168,6 +190,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def finished(path: str | Path, key: str, version: str) -> pd.DataFrame | None:
     """The table at `path` if this very content was computed before, None if nothing is there.
 
+    Raises as `is_finished`.
+    """
+    return read_table(path) if is_finished(path, key, version) else None
+
+
+def is_finished(path: str | Path, key: str, version: str) -> bool:
+    """Whether the table at `path` holds this very content already.
+
     Raises
     ------
     NQMError
@@ -176,16 +206,16 @@ def finished(path: str | Path, key: str, version: str) -> pd.DataFrame | None:
     """
     path = Path(path)
     _format(path)
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NQMError(f"cannot write {path}: folder {path.parent}: {error.strerror}") from None
-        if not os.access(path.parent, os.W_OK):
-            raise NQMError(f"cannot write {path}: folder {path.parent} is not writable")
-        return None
-    check_stamp(path, read_metadata(path), key, version)
-    return read_table(path)
+    if path.exists():
+        check_stamp(path, read_metadata(path), key, version)
+        return True
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NQMError(f"cannot write {path}: folder {path.parent}: {error.strerror}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise NQMError(f"cannot write {path}: folder {path.parent} is not writable")
+    return False
 
 
 def check_stamp(path: Path, stamp: Mapping[str, Any], key: str, version: str) -> None:
@@ -240,22 +270,40 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _write_parquet(stream: IO[bytes], frame: pd.DataFrame, metadata: dict[str, Any]) -> None:
+def _write_parquet(
+    stream: IO[bytes],
+    frames: Iterable[pd.DataFrame],
+    dtypes: dict[str, str],
+    rows: int,
+    metadata: dict[str, Any],
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    # pandas' own metadata name its version; the bytes should depend on the content alone.
-    stamped = table.replace_schema_metadata({"nqm": json.dumps(metadata, sort_keys=True)})
-    pq.write_table(stamped, stream)
+    writer = None
+    for frame in frames:
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        # pandas' own metadata name its version; the bytes should depend on the content alone.
+        stamped = table.replace_schema_metadata({"nqm": json.dumps(metadata, sort_keys=True)})
+        if writer is None:
+            writer = pq.ParquetWriter(stream, stamped.schema)
+        writer.write_table(stamped)
+    if writer is not None:
+        writer.close()
 
 
-def _write_csv(stream: IO[bytes], frame: pd.DataFrame, metadata: dict[str, Any]) -> None:
-    dtypes = {str(name): _dtype(frame[name]) for name in frame.columns}
-    stamp = {"dtypes": dtypes, "metadata": metadata, "rows": len(frame)}
+def _write_csv(
+    stream: IO[bytes],
+    frames: Iterable[pd.DataFrame],
+    dtypes: dict[str, str],
+    rows: int,
+    metadata: dict[str, Any],
+) -> None:
+    stamp = {"dtypes": dtypes, "metadata": metadata, "rows": rows}
     stream.write(f"# {json.dumps(stamp)}\n".encode())
-    text = frame.to_csv(index=False, lineterminator="\n")
-    stream.write(text.encode())
+    for index, frame in enumerate(frames):
+        text = frame.to_csv(index=False, lineterminator="\n", header=index == 0)
+        stream.write(text.encode())
 
 
 def _dtype(values: pd.Series[Any]) -> str:

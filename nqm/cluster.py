@@ -1,0 +1,48 @@
+"""Sweeps on a Dask cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+
+from nqm.errors import NQMError
+
+#: Seconds to wait for a scheduler that does not answer.
+PATIENCE = 10
+#: How often a chunk of cells is tried again after its worker was lost.
+RETRIES = 5
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Executor]:
+    """Executor that runs on the workers of a Dask scheduler, for `Sweep.run`.
+
+    Workers need this package, and see the files a configuration names under the same paths. A
+    chunk whose worker is lost goes to another one.
+
+    Parameters
+    ----------
+    address : str
+        As ``tcp://host:8786``.
+
+    Raises
+    ------
+    NQMError
+        If Dask is not installed, or nothing answers at the address.
+    """
+    try:
+        from distributed import Client
+    except ImportError:
+        raise NQMError("--scheduler needs Dask: pip install 'late-phase-nqm[cluster]'") from None
+    try:
+        client = Client(address, timeout=PATIENCE, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise NQMError(
+            f"no Dask scheduler answers at {address!r} ({error!s:.80}); start one with "
+            "`dask scheduler` and give its address, e.g. tcp://127.0.0.1:8786"
+        ) from None
+    try:
+        yield client.get_executor(retries=RETRIES)
+    finally:
+        client.close()
