@@ -46,6 +46,13 @@ def summed(value: Tensor) -> Tensor:
     return total
 
 
+def share_weights(module: nn.Module) -> None:
+    """Give every process the parameters and buffers of the first."""
+    with torch.no_grad():
+        for value in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(value, 0)
+
+
 def local_rank() -> int:
     """Which of this machine's GPUs is this process's own."""
     return int(os.environ.get("LOCAL_RANK", "0"))

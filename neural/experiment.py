@@ -8,6 +8,7 @@ the runs they would have been by themselves (on a CPU).
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -128,8 +129,9 @@ def run_experiment(
     Returns
     -------
     DataFrame
-        Columns arm, seed, status, weights, member, data, metric, value (see `neural.report`); a
-        diverged run is one row without a value. ``deep_ensemble_...`` (seed -1) is the
+        All runs of the recipe that are done, those of earlier calls included. Columns arm, seed,
+        status, weights, member, data, metric, value (see `neural.report`); a diverged run is one
+        row without a value. ``deep_ensemble_...`` (seed -1) is the
         mean prediction of an arm's runs.
     """
     place, out = place or Place(), Path(out)
@@ -151,13 +153,27 @@ def run_experiment(
         _run_parallel(groups, out, place, min(workers, len(groups)), progress)
     if place.rank > 0:
         return pd.DataFrame()
-    runs = [job for group in groups for job in group]
+    runs = _done(recipe, [*recipe.seeds, *(seeds or ())], out)
     table = collect(runs, out)
     key = declare.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
     metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
     write_table(target, table, metadata)
     write_table(out / "history.parquet", histories(runs, out), metadata)
     return table
+
+
+def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Job]:
+    """Runs of a recipe, of any arm and these seeds, that are at their end."""
+    done = []
+    for group in jobs(recipe, sorted(set(seeds))):
+        for job in group:
+            try:
+                status = RunFolder(job.folder(out), job.run, writes=False).status
+            except NQMError:  # another configuration's
+                continue
+            if status is not None:
+                done.append(job)
+    return sorted(done, key=lambda job: list(recipe.arms).index(job.arm))
 
 
 def _run_group(group: Sequence[Job], out: Path, place: Place, progress: Progress | None) -> None:
@@ -195,8 +211,12 @@ def _start_worker(shares: Any, threads: int) -> None:
 
 
 def _work(index: int, group: list[Job], out: Path, place: Place) -> None:
+    parent = multiprocessing.parent_process()
+
     def told(share: float) -> None:
         _SHARES[index] = share
+        if parent is not None and not parent.is_alive():
+            sys.exit("the process that asked for this run is gone")
 
     _run_group(group, out, place, told)
 
@@ -217,9 +237,12 @@ def _run_parallel(
                     progress(sum(shares[:]) / len(groups))
                 for future in done:
                     future.result()
-        finally:
-            for future in pending:
-                future.cancel()
+        except BaseException:
+            # Runs go on from their checkpoints: nothing is gained by waiting for them.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:

@@ -192,7 +192,8 @@ class Cyclic(Schedule):
 
     def __call__(self, step: ArrayLike) -> FloatArray:
         # The last step of a cycle, after which a snapshot is taken, has the lowest value.
-        inside = np.mod(np.asarray(step), self.period) / max(self.period - 1, 1)
+        # Where time is counted in parts of a step: after a cycle's last step its value holds.
+        inside = np.minimum(np.mod(np.asarray(step), self.period) / max(self.period - 1, 1), 1.0)
         if self.shape == "cosine":
             height = 0.5 * (1.0 + np.cos(np.pi * inside))
         elif self.shape == "linear":

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import LATE, mapping
 
 from neural.config import (
     AverageConfig,
@@ -34,7 +36,6 @@ from nqm.schedule import (
     Warmup,
     WarmupStableDecay,
 )
-from tiny_runs import LATE, mapping
 
 # --- there and back ------------------------------------------------------------------------------
 
@@ -95,7 +96,10 @@ def runs(draw: st.DrawFn) -> RunConfig:
     average = draw(
         st.none()
         | st.builds(
-            AverageConfig, st.sampled_from(["swa", "ema"]), st.integers(first, epochs - 1), fractions
+            AverageConfig,
+            st.sampled_from(["swa", "ema"]),
+            st.integers(first, epochs - 1),
+            fractions,
         )
     )
     values = st.recursive(
