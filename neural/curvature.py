@@ -1,0 +1,177 @@
+"""A trained network's loss as a function of some of its weights: slopes, curvature, noise.
+
+Everything is a derivative of one function, the mean loss over fixed data, in the flat vector w of
+the selected weights; the other weights, running statistics included, stay as they are. Derivatives
+are taken in evaluation mode: in training mode BatchNorm makes the loss a function of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from neural.fused import arguments
+from neural.late_phase import Batch
+from neural.select import select as resolve
+from nqm.errors import NQMError, check_number
+
+#: (output, targets) -> one loss per example, shape (B,).
+ExampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each example, shape (B,), nats; of a text's window the mean over symbols."""
+    flat = nn.functional.cross_entropy(output.flatten(0, -2), targets.flatten(), reduction="none")
+    return flat.view(len(targets), -1).mean(1)
+
+
+class Landscape:
+    """Mean loss over fixed data as a function of a flat vector of weights.
+
+    Parameters
+    ----------
+    model : Module
+        Left as it is; evaluated in evaluation mode.
+    batches : sequence of (inputs, targets)
+        The data, always in this order; one batch is in work at a time.
+    select : str or iterable of str
+        Which weights (see `neural.select.select`): ``"all"``, or the late-phase coordinates alone.
+    loss : callable
+        One loss per example.
+    weight_decay : float
+        Adds weight_decay / 2 |w|^2, which is part of the curvature and no noise.
+
+    Attributes
+    ----------
+    size : int
+        Weights p.
+    examples : int
+        N.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        select: str | Iterable[str] = "all",
+        *,
+        loss: ExampleLoss = cross_entropy,
+        weight_decay: float = 0.0,
+    ):
+        check_number("weight_decay", weight_decay, low=0.0)
+        if not batches:
+            raise NQMError("a landscape needs data; got no batch")
+        self.model, self.batches, self.example_loss = model, batches, loss
+        self.weight_decay = weight_decay
+        names = resolve(model, select).parameters
+        self.shapes = {name: model.get_parameter(name).shape for name in names}
+        self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
+        self.size = self.weights.numel()
+        self.examples = sum(len(targets) for _, targets in batches)
+
+    # --- the function and its derivatives, of one batch ----------------------------------------
+
+    def _losses(self, w: Tensor, batch: Batch) -> Tensor:
+        """Losses of a batch's examples at w, shape (B,)."""
+        inputs, targets = batch
+        args, kwargs = arguments(inputs)
+        output = functional_call(self.model, self._named(w), args, kwargs)
+        return self.example_loss(output, targets)
+
+    def _named(self, w: Tensor) -> dict[str, Tensor]:
+        parts = torch.split(w, [shape.numel() for shape in self.shapes.values()])
+        return {n: p.view(shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
+
+    def _over_batches(self, term: Callable[[Batch], Tensor]) -> Iterator[Tensor]:
+        """A term of every batch, in evaluation mode."""
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            for batch in self.batches:
+                yield term(batch)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _mean(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+        """Sum over batches of a functional of the batch's share of the mean loss."""
+
+        def term(batch: Batch) -> Tensor:
+            return of(lambda w: self._losses(w, batch).sum() / self.examples)
+
+        terms = self._over_batches(term)
+        total = next(terms)
+        for one in terms:
+            total = total + one
+        return total.detach()
+
+    # --- mean loss -------------------------------------------------------------------------------
+
+    def loss(self, w: Tensor | None = None) -> float:
+        """Mean loss, weight decay included."""
+        at = self.weights if w is None else w
+        with torch.no_grad():
+            data = float(self._mean(lambda f: f(at)))
+        return data + 0.5 * self.weight_decay * float(at.double().square().sum())
+
+    def gradient(self, w: Tensor | None = None) -> Tensor:
+        """Slope of the mean loss, shape (p,)."""
+        at = self.weights if w is None else w
+        return self._mean(lambda f: grad(f)(at)) + self.weight_decay * at
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """H v at the weights, shape (p,): a forward derivative of the gradient."""
+        data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
+        return data + self.weight_decay * v
+
+    def hessian(self) -> Tensor:
+        """All of H, shape (p, p), for few weights."""
+        columns = [self.hessian_product(e) for e in torch.eye(self.size).to(self.weights)]
+        h = torch.stack(columns, 1)
+        return 0.5 * (h + h.T)
+
+    def third(self, v: Tensor) -> Tensor:
+        """Slope of v' H v as w moves, shape (p,): third derivatives, twice along v."""
+
+        def bend(f: Callable[[Tensor], Tensor]) -> Tensor:
+            def slope(w: Tensor) -> Tensor:
+                return _slope(f, w, v)
+
+            bent: Tensor = grad(lambda w: _slope(slope, w, v))(self.weights)
+            return bent
+
+        return self._mean(bend)
+
+    # --- single examples -------------------------------------------------------------------------
+
+    def example_slopes(self, v: Tensor) -> Tensor:
+        """Slope of every example's own loss along v, shape (N,), without weight decay."""
+
+        def slopes(batch: Batch) -> Tensor:
+            return _slope(lambda w: self._losses(w, batch), self.weights, v).detach()
+
+        return torch.cat(list(self._over_batches(slopes)))
+
+    def example_gradients(self) -> Iterator[Tensor]:
+        """Gradient of every example's own loss, batch by batch, shape (B, p) each."""
+
+        def gradients(batch: Batch) -> Tensor:
+            inputs, targets = batch
+
+            def one(x: Tensor, y: Tensor) -> Tensor:
+                slope: Tensor = grad(lambda w: self._losses(w, (x[None], y[None]))[0])(self.weights)
+                return slope
+
+            slopes: Tensor = vmap(one)(inputs, targets)
+            return slopes.detach()
+
+        yield from self._over_batches(gradients)
+
+
+def _slope(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
+    """Derivative of f at w along v, by forward differentiation."""
+    slope: Tensor = jvp(f, (w,), (v,))[1]
+    return slope
