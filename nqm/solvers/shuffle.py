@@ -92,7 +92,7 @@ def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSt
         diverged = np.full(problem.directions, np.inf)
         return ShuffledSteady(np.inf, np.inf, diverged, radius)
     # What one step's minibatch is: mode.noise_share B examples' worth.
-    share = mode.noise_share / phase.batch_size(0)
+    share = mode.noise_share / float(rates[-1])
     variance = problem.noise_variance * share * (examples - 1.0 / share) / (examples - 1.0)
     scale = (variance * steps / (steps - 1.0))[:, None, None]
     read = readout(mode.algorithm, 1)
