@@ -20,6 +20,7 @@ lint: setup-neural
 bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.exact_moments
 	$(BIN)/python -m benchmarks.monte_carlo
+	$(BIN)/python -m benchmarks.zhang2019
 	$(BIN)/python -m benchmarks.late_phase
 
 setup: $(VENV)/.installed

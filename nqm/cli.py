@@ -153,8 +153,8 @@ def _parameters(target: Callable[..., Any]) -> str:
         default = parameter.default
         if default is inspect.Parameter.empty:
             shown.append(name)
-        elif name == "inner":
-            shown.append("inner=sgd")
+        elif name in ("inner", "outer"):
+            shown.append(f"{name}=sgd")
         else:
             shown.append(f"{name}={default!r}")
     return ", ".join(shown)

@@ -63,7 +63,7 @@ class Phase:
             object.__setattr__(self, "member_lr", as_schedule(self.member_lr, "phase.member_lr"))
 
     @property
-    def minibatches(self) -> int:
+    def minibatches(self) -> float:
         """Minibatches one step draws."""
         if isinstance(self.algorithm, Nonlinear):
             return self.algorithm.minibatches
@@ -80,6 +80,12 @@ class Phase:
         t = np.arange(start, stop)
         return np.stack([schedule(t) for schedule in self._schedules()], axis=1)
 
+    @property
+    def constant(self) -> bool:
+        """Whether rates and batch size never change."""
+        segments = [s for schedule in self._schedules() for s in schedule.segments(self.steps)]
+        return len(segments) <= len(self._schedules()) and all(s[2] == 1 for s in segments)
+
     def examples(self, steps: int) -> float:
         """Examples drawn in the first `steps` steps."""
         total = 0.0
@@ -94,7 +100,9 @@ class Phase:
 
     def segments(self) -> Iterator[Segment]:
         """Stretches on which rates, batch size and algorithm repeat together."""
-        own = self.algorithm.period if isinstance(self.algorithm, Algorithm) else 1
+        own: int | None = 1
+        if isinstance(self.algorithm, Algorithm):
+            own = None if self.algorithm.ages else self.algorithm.period
         lists = [list(schedule.segments(self.steps)) for schedule in self._schedules()]
         edges = sorted({edge for segments in lists for s in segments for edge in s[:2]})
         for start, stop in itertools.pairwise(edges):

@@ -16,7 +16,7 @@ from nqm.program import Phase, Program
 from nqm.result import Status
 from nqm.solvers.moments import PhaseWalk, compose_steps, solve
 from nqm.solvers.steady import check_settles, steady
-from nqm.transition import extract, spectral_radius
+from nqm.transition import cycle_times, extract, spectral_radius
 
 #: Multiplications that a full scan for the first crossing may cost (about a second).
 SCAN_BUDGET = 2e8
@@ -49,18 +49,33 @@ def stability_edge(
         ``inf`` if no rate up to 1e4 / h is unstable.
     """
     check_number("stability_edge.member_lr_ratio", member_lr_ratio, low=0.0, closed_low=False)
-    highest = float(problem.curvature.max())
+    mask = algorithm.replicated(problem)
+    if mask is None:
+        return _edge(algorithm, float(problem.curvature.max()), member_lr_ratio)
+    # Members of their own in some directions only: elsewhere the member rate is none.
+    groups = [(mask > 0, member_lr_ratio), (mask == 0, 0.0)]
+    return min(
+        _edge(algorithm, float(problem.curvature[chosen].max(initial=0.0)), ratio)
+        for chosen, ratio in groups
+    )
+
+
+def _edge(algorithm: Algorithm, highest: float, member_lr_ratio: float) -> float:
+    """`stability_edge` of directions whose largest curvature is `highest`."""
     if highest == 0.0:
         return float("inf")
+
+    h = np.array([highest])
 
     def radius(u: FloatArray) -> FloatArray:
         worst = np.zeros(u.shape)
         for mode in algorithm.modes():
             chain = mode.algorithm
-            rates = (u, member_lr_ratio * u) if chain.rate_count == 2 else u
-            steps = [extract(chain, np.ones(1), rates, t).matrix for t in range(chain.period)]
-            matrix = np.array(steps)
-            whole, _ = compose_steps(matrix, np.zeros_like(matrix), range(chain.period))
+            lr = u / highest
+            rates = (lr, member_lr_ratio * lr) if chain.rate_count == 2 else lr
+            times = cycle_times(chain)
+            matrix = np.array([extract(chain, h, rates, t).matrix for t in times])
+            whole, _ = compose_steps(matrix, np.zeros_like(matrix), range(len(times)))
             worst = np.maximum(worst, spectral_radius(whole))
         return worst
 

@@ -1,18 +1,20 @@
 """From a literal `update` to its transition, by running it on unit vectors.
 
 One step of a linear algorithm is z' = A z + C e with z the state of one direction and e standard
-minibatch noise (one entry per minibatch used). Steps compose as affine maps of the second moment,
-(A2 A1, A2 Q1 A2' + Q2) with Q = C C' Var e.
+minibatch noise (one entry per minibatch used), plus D n where the method draws normals n of its
+own. Steps compose as affine maps of the second moment, (A2 A1, A2 Q1 A2' + Q2) with
+Q = C C' Var e + D D'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from nqm.algorithms.base import Algorithm, State, Value
 from nqm.problem import FloatArray
@@ -28,44 +30,77 @@ class Transition:
         A; the leading axes are those of curvature and learning rate.
     noise : ndarray, shape (..., n, m)
         C, one column per minibatch drawn.
+    own : ndarray, shape (..., n, r)
+        D, one column per normal of the method's own (rounding), whose size no batch changes.
     """
 
     matrix: FloatArray
     noise: FloatArray
+    own: FloatArray
+
+
+class _Tally:
+    """Gradient that only counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.minibatches, self.examples, self.normals = 0, 0.0, 0
+        self.named: set[int] = set()
+
+    def __call__(self, x: Value, batch: int | None = None, size: float = 1.0) -> Value:
+        if batch not in self.named:
+            self.minibatches, self.examples = self.minibatches + 1, self.examples + size
+            if batch is not None:
+                self.named.add(batch)
+        return 0.0
+
+    def normal(self) -> Value:
+        self.normals += 1
+        return 0.0
 
 
 class _UnitGradient:
     """Gradient of linear forms: multiplies by h and adds a fresh unit vector per minibatch."""
 
-    def __init__(self, curvature: Any, first: int, size: int, axes: int):
-        self.curvature, self.next, self.size, self.axes = curvature, first, size, axes
+    def __init__(self, curvature: Any, size: int, first: int, first_normal: int, axes: int):
+        self.curvature, self.size, self.axes = curvature, size, axes
+        self.next, self.next_normal = first, first_normal
         self.shared: dict[int, int] = {}
 
-    def __call__(self, x: Value, batch: int | None = None) -> Value:
+    def __call__(self, x: Value, batch: int | None = None, size: float = 1.0) -> Value:
         if batch is not None and batch in self.shared:
             column = self.shared[batch]
         else:
             column, self.next = self.next, self.next + 1
             if batch is not None:
                 self.shared[batch] = column
+        return self.curvature * x + self._unit(column) / math.sqrt(size)
+
+    def normal(self) -> Value:
+        column, self.next_normal = self.next_normal, self.next_normal + 1
+        return self._unit(column)
+
+    def _unit(self, column: int) -> FloatArray:
         unit = np.zeros((self.size, *(1 for _ in range(self.axes))))
-        if column < self.size:
-            unit[column] = 1.0
-        return self.curvature * x + unit
+        unit[column] = 1.0
+        return unit
 
 
-def _zero_rates(algorithm: Algorithm) -> Any:
-    return 0.0 if algorithm.rate_count == 1 else (0.0, 0.0)
+def _tally(algorithm: Algorithm) -> _Tally:
+    tally = _Tally()
+    rates: Any = 0.0 if algorithm.rate_count == 1 else (0.0, 0.0)
+    algorithm.update((0.0,) * len(algorithm.coordinates), tally, rates, 0)
+    return tally
 
 
-def minibatches(algorithm: Algorithm) -> int:
-    """Minibatches one step of the literal algorithm draws; examples = this times batch size."""
-    gradient = _UnitGradient(0.0, 0, 0, 0)
-    algorithm.update((0.0,) * len(algorithm.coordinates), gradient, _zero_rates(algorithm), 0)
-    return gradient.next
+def minibatches(algorithm: Algorithm) -> float:
+    """Minibatches one step of the literal algorithm draws; examples = this times batch size.
+
+    A whole number but where members share a part of their examples.
+    """
+    return _tally(algorithm).examples
 
 
-def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: int = 0) -> Transition:
+def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0) -> Transition:
     """Transition of step t.
 
     Parameters
@@ -75,22 +110,25 @@ def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: int = 0) -> 
         h, any shape that broadcasts with `lr`.
     lr : array_like, or a pair of them
         Learning rate(s), as many as ``algorithm.rate_count``.
-    t : int
-        Step within the phase; only its remainder modulo ``algorithm.period`` matters.
+    t : int, or array_like where ``algorithm.ages`` and has period 1
+        Step within the phase; only its remainder modulo ``algorithm.period`` matters, unless the
+        algorithm ages. An array broadcasts with `curvature` and `lr`.
     """
-    n, m = len(algorithm.coordinates), minibatches(algorithm)
+    tally = _tally(algorithm)
+    n, m, r = len(algorithm.coordinates), tally.minibatches, tally.normals
     h = np.asarray(curvature, dtype=np.float64)
     rates = tuple(np.asarray(r, dtype=np.float64) for r in (lr if isinstance(lr, tuple) else (lr,)))
-    shape = np.broadcast_shapes(h.shape, *(rate.shape for rate in rates))
+    shape = np.broadcast_shapes(h.shape, *(rate.shape for rate in rates), np.shape(t))
     # The axis of coefficients goes first, so that arithmetic runs along the long axes.
-    unit = np.eye(n, n + m).reshape(n, n + m, *(1 for _ in shape))
-    gradient = _UnitGradient(h, n, n + m, len(shape))
+    unit = np.eye(n, n + m + r).reshape(n, n + m + r, *(1 for _ in shape))
+    gradient = _UnitGradient(h, n + m + r, n, n + m, len(shape))
     new = algorithm.update(tuple(unit), gradient, rates if len(rates) > 1 else rates[0], t)
-    rows = np.zeros((*shape, n, n + m))
+    rows = np.zeros((*shape, n, n + m + r))
     for i, form in enumerate(new):
         if not np.isscalar(form):  # a plain 0.0 is the zero form
-            rows[..., i, :] = np.moveaxis(np.broadcast_to(form, (n + m, *shape)), 0, -1)
-    return Transition(np.ascontiguousarray(rows[..., :n]), np.ascontiguousarray(rows[..., n:]))
+            rows[..., i, :] = np.moveaxis(np.broadcast_to(form, (n + m + r, *shape)), 0, -1)
+    parts = np.split(rows, [n, n + m], axis=-1)
+    return Transition(*(np.ascontiguousarray(part) for part in parts))
 
 
 def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
@@ -138,6 +176,39 @@ def resumption(old: Algorithm, new: Algorithm, age: int) -> tuple[FloatArray, Fl
     return rows[:, :n], rows[:, n:]
 
 
+#: A time at which a method that ages has all but stopped changing; a multiple of usual periods.
+LATE = 720_720 * 10**6
+
+
+def clock(algorithm: Algorithm, t: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What `update` can tell of the times t: themselves, or what is left modulo the period."""
+    return t if algorithm.ages else t % algorithm.period
+
+
+def simultaneous(algorithm: Algorithm, clocks: FloatArray) -> Iterator[tuple[Any, Any]]:
+    """(rows, t) by which the steps at these `clocks` are to be extracted together."""
+    if algorithm.ages and algorithm.period == 1:
+        yield np.arange(clocks.size), clocks[:, None]
+        return
+    for r in np.unique(clocks):
+        yield np.flatnonzero(clocks == r), int(r)
+
+
+def cycle_times(algorithm: Algorithm) -> range:
+    """Times of one whole cycle; of a late one for a method that ages."""
+    first = LATE if algorithm.ages else 0
+    return range(first, first + algorithm.period)
+
+
+def origins(algorithm: Algorithm, known: Container[str] = ()) -> FloatArray:
+    """Share of the origin's position -w* in each coordinate that begins, shape (n,).
+
+    `known` coordinates go on from an earlier phase and do not begin.
+    """
+    begun = [n in algorithm.at_origin and n not in known for n in algorithm.coordinates]
+    return np.array(begun, dtype=np.float64)
+
+
 def readout(algorithm: Algorithm, t: int) -> FloatArray:
     """Coefficients of the evaluated weights on the state after t steps, shape (n,)."""
     n = len(algorithm.coordinates)
@@ -152,10 +223,11 @@ def member_readout(algorithm: Algorithm, t: int) -> FloatArray:
 
 
 def noise_moment(transition: Transition, noise_variance: ArrayLike) -> FloatArray:
-    """Q = C C' Var e, shape (..., n, n)."""
-    c = transition.noise
+    """Q = C C' Var e + D D', shape (..., n, n)."""
+    c, d = transition.noise, transition.own
     covariance = np.einsum("...ij,...kj->...ik", c, c)
-    return np.asarray(covariance * np.asarray(noise_variance)[..., None, None])
+    moment = np.asarray(covariance * np.asarray(noise_variance)[..., None, None])
+    return moment + np.einsum("...ij,...kj->...ik", d, d) if d.shape[-1] else moment
 
 
 def spectral_radius(matrix: FloatArray) -> FloatArray:

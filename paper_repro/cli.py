@@ -63,18 +63,20 @@ def figure(name: str, out: Path, scale: str, table: Path | None) -> None:
 @_out
 @_scale
 def reproduce(name: str, out: Path, scale: str) -> None:
-    """Draw the figure NAME, or all of them, and write one page with every claim checked.
+    """Draw the figure NAME, or a group of them, and write one page with every claim checked.
+
+    Groups are `all`, the figures of the paper on late-phase weights, and `zhang2019`.
 
     A table that an earlier run left in the folder is used again if nothing it depends on has
     changed. Ends with exit code 1 if a claim does not hold.
     """
     from paper_repro.build import build_all
     from paper_repro.report import write_report
-    from paper_repro.study import STUDIES, Scale, find, passed
+    from paper_repro.study import GROUPS, Scale, find, passed
 
-    names = list(STUDIES) if name == "all" else [name]
-    if name != "all":
-        find(name)
+    names = list(GROUPS.get(name, [name]))
+    for one in names:
+        find(one)
     click.echo(f"computing and drawing {', '.join(names)} ({scale})", err=True)
     done = {}
     for built in build_all(names, Scale(scale), out):

@@ -11,11 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nqm.errors import NQMError
 from paper_repro.build import Built
-from paper_repro.study import passed
+from paper_repro.study import ZHANG2019, passed
 
 
 def write_report(built: Sequence[Built], out: Path) -> Path:
-    """Write ``report.html`` under `out`, all or nothing, and return its path."""
+    """Write one page under `out`, all or nothing, and return its path.
+
+    ``zhang2019.html`` if that is where all the figures belong, else ``report.html``.
+    """
+    name = "zhang2019" if all(one.name in ZHANG2019 for one in built) else "report"
     environment = Environment(
         loader=PackageLoader("paper_repro"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -34,14 +38,14 @@ def write_report(built: Sequence[Built], out: Path) -> Path:
         for one in built
     ]
     claims = [claim for one in built for claim in one.claims]
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template(f"{name}.html.j2").render(
         figures=figures,
         version=built[0].metadata["version"],
         scale=built[0].metadata["scale"],
         passed=passed(claims),
         total=len(claims),
     )
-    path = out / "report.html"
+    path = out / f"{name}.html"
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(page, encoding="utf-8")

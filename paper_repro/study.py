@@ -31,6 +31,24 @@ STUDIES = {
     "digits": "paper_repro.digits",
 }
 
+#: The figures of Zhang et al. 2019, a page of their own.
+ZHANG2019 = {
+    "zhang2019_training": "paper_repro.zhang2019.training_curves",
+    "zhang2019_targets": "paper_repro.zhang2019.targets",
+    "zhang2019_rate": "paper_repro.zhang2019.optimal_rate",
+    "zhang2019_schedules": "paper_repro.zhang2019.schedules",
+    "zhang2019_momentum": "paper_repro.zhang2019.momentum",
+    "zhang2019_effective_rate": "paper_repro.zhang2019.effective_rate",
+    "zhang2019_ema": "paper_repro.zhang2019.averaging",
+    "zhang2019_scheduled_steps": "paper_repro.zhang2019.scheduled_steps",
+}
+
+#: Learning curves and schedules where the noise depends on the state.
+SCALING = {"scaling": "paper_repro.scaling"}
+
+#: Names on the command line that stand for several figures; each has a page of its own.
+GROUPS = {"all": STUDIES, "zhang2019": ZHANG2019, "scaling": SCALING}
+
 
 class Scale(StrEnum):
     """How much is computed: what the page shows, or just enough to see everything run."""
@@ -60,7 +78,7 @@ class Claim:
 
 
 class Study(Protocol):
-    """What every module in `STUDIES` provides."""
+    """What every module in `GROUPS` provides."""
 
     TITLE: str
     #: Two sentences: what the picture shows.
@@ -87,9 +105,10 @@ def find(name: str) -> Study:
     NQMError
         With a suggestion, if there is none.
     """
-    if name not in STUDIES:
-        raise NQMError(f"no figure is called {name!r}{suggest(name, STUDIES)}")
-    return cast(Study, import_module(STUDIES[name]))
+    known = STUDIES | ZHANG2019 | SCALING
+    if name not in known:
+        raise NQMError(f"no figure is called {name!r}{suggest(name, known)}")
+    return cast(Study, import_module(known[name]))
 
 
 def agrees(text: str, measured: ArrayLike, expected: ArrayLike, stderr: ArrayLike) -> Claim:

@@ -245,6 +245,153 @@ def ensemble(
     return w.mean(axis=1), w
 
 
+def polynomial_average(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    eta: int,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
+    """Polynomial-decay average (Shamir & Zhang 2013) by its weights, for whole eta.
+
+    Iterate s of t counts in proportion to the rising product ``s (s + 1) ... (s + eta - 1)``.
+    """
+    path = _run(inner, momentum, h, v, start, lr, batch_size, steps, rng)
+    s = np.arange(1, steps + 1)
+    weight = np.prod([s + j for j in range(eta)], axis=0) * np.ones(steps)
+    means = [
+        np.tensordot(weight[:t], path[1 : t + 1], 1) / weight[:t].sum() for t in range(1, steps + 1)
+    ]
+    return np.stack([start, *means])
+
+
+def schedule_free(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    beta: float,
+) -> Array:
+    """Schedule-free SGD (Defazio et al. 2024): x is the plain mean of z_1 .. z_t."""
+    z, x, total = start, start, np.zeros_like(start)
+    path = [x]
+    for t, (eta, size) in enumerate(_plan(steps, lr, batch_size), 1):
+        y = (1 - beta) * z + beta * x
+        z = z - eta * _gradient(y, h, v, size, rng)
+        total = total + z
+        x = total / t
+        path.append(x)
+    return np.stack(path)
+
+
+def local_sgd(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    workers: int,
+    local_steps: int,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+    outer: Inner = "sgd",
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    curvatures: ArrayLike = 1.0,
+    minima: ArrayLike = 0.0,
+) -> tuple[Array, Array]:
+    """Local SGD, FedAvg and DiLoCo (Douillard et al. 2023), round by round.
+
+    The outer gradient is ``server - mean of workers``. Clients may have their own `curvatures`
+    (workers,), in units of h, and `minima` (workers, d).
+    """
+    c = np.broadcast_to(curvatures, (workers,))[:, None, None]
+    m = np.broadcast_to(minima, (workers, h.size))[:, None, :]
+    server, b_server = start, np.zeros_like(start)
+    x = np.stack([start] * workers)
+    b = np.zeros_like(x)
+    path = [x]
+    for t, (eta, size) in enumerate(_plan(steps, lr, batch_size), 1):
+        b, direction = _step(inner, momentum, b, _gradient(c * (x - m), h, v, size, rng))
+        x = x - eta * direction
+        if t % local_steps == 0:
+            delta = server - x.mean(axis=0)
+            b_server, direction = _step(outer, outer_momentum, b_server, delta)
+            server = server - outer_lr * direction
+            x = np.stack([server] * workers)
+        path.append(x)
+    w = np.stack(path)
+    return w.mean(axis=1), w
+
+
+def weight_decay(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    decay: float,
+    anchor: Array | Literal["start"],
+    decoupled: bool = False,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
+    """L2 pull to `anchor` (d,), in the gradient or (AdamW) beside it."""
+    x, b = start, np.zeros_like(start)
+    to = start if isinstance(anchor, str) else anchor
+    path = [x]
+    for eta, size in _plan(steps, lr, batch_size):
+        g = _gradient(x, h, v, size, rng)
+        if decoupled:
+            shrunk = (1 - eta * decay) * x + eta * decay * to
+            b, direction = _step(inner, momentum, b, g)
+            x = shrunk - eta * direction
+        else:
+            b, direction = _step(inner, momentum, b, g + decay * (x - to))
+            x = x - eta * direction
+        path.append(x)
+    return np.stack(path)
+
+
+def rounded(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    pitch: float,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
+    """Low precision as added noise: variance ``pitch^2 / 6`` on the weights after every step."""
+    x, b = start, np.zeros_like(start)
+    path = [x]
+    for eta, size in _plan(steps, lr, batch_size):
+        b, direction = _step(inner, momentum, b, _gradient(x, h, v, size, rng))
+        x = x - eta * direction + np.sqrt(pitch**2 / 6) * _normal(rng, x.shape)
+        path.append(x)
+    return np.stack(path)
+
+
 def late_phase(
     h: Array,
     v: Array,
@@ -258,7 +405,9 @@ def late_phase(
     member_lr: ArrayLike,
     gamma: float,
     spread: float = 0.0,
-    minibatch: Minibatch = "own",
+    minibatch: Minibatch | float = "own",
+    replicated: ArrayLike = 1.0,
+    decay: float = 0.0,
     inner: Inner = "sgd",
     momentum: float = 0.0,
 ) -> tuple[Array, Array]:
@@ -266,18 +415,27 @@ def late_phase(
 
     ``phi_k <- phi_k - member_lr g_k; theta <- theta - lr gamma sum_k g_k``, all g_k taken
     before anything moves; theta and every phi_k have their own momentum buffers. Each phi_k
-    starts at ``sqrt(spread) N(0, 1)``.
+    starts at ``sqrt(spread) N(0, 1)``. A number for `minibatch` is the correlation of the members'
+    gradient noise; phi exists only where `replicated` (d,) is 1; `decay` pulls every w_k to the
+    mean model's start.
     """
     theta = start
-    phi = np.sqrt(spread) * _normal(rng, (members, *start.shape))
+    phi = np.sqrt(spread) * _normal(rng, (members, *start.shape)) * np.asarray(replicated)
+    anchor = (theta + phi).mean(axis=0)
     b_theta, b_phi = np.zeros_like(theta), np.zeros_like(phi)
     noise = start.shape if minibatch == "shared" else phi.shape
     path = [theta + phi]
     for eta, eta_phi, size in _plan(steps, lr, member_lr, batch_size):
-        g = _gradient(theta + phi, h, v, size, rng, noise)
+        if isinstance(minibatch, str):
+            g = _gradient(theta + phi, h, v, size, rng, noise)
+        else:
+            own, common = _normal(rng, phi.shape), _normal(rng, start.shape)
+            e = np.sqrt(1 - minibatch) * own + np.sqrt(minibatch) * common
+            g = h * (theta + phi) + np.sqrt(v / size) * e
+        g = g + decay * (theta + phi - anchor)
         b_phi, step_phi = _step(inner, momentum, b_phi, g)
         b_theta, step_theta = _step(inner, momentum, b_theta, gamma * g.sum(axis=0))
-        phi = phi - eta_phi * step_phi
+        phi = phi - eta_phi * step_phi * np.asarray(replicated)
         theta = theta - eta * step_theta
         path.append(theta + phi)
     w = np.stack(path)

@@ -179,7 +179,10 @@ MISTAKES = [
     ("phase.0.member_lr=0.1", "phase.0.member_lr is for late-phase weights; SGD has none"),
     ("phase.1.members=0", "phase.1.members must be an integer >= 1; got 0"),
     ("phase.1.gama=1", "phase.1.gama is not a known key; did you mean 'gamma'?"),
-    ("phase.1.minibatch='one'", "phase.1.minibatch must be 'own' or 'shared'; got 'one'"),
+    (
+        "phase.1.minibatch='one'",
+        "phase.1.minibatch must be 'own', 'shared' or a number in [0, 1]; got 'one'",
+    ),
     (
         "phase.1.inner={algorithm='heavy_ball', momentum=1.2}",
         "phase.1.inner.momentum must lie in [0, 1); got 1.2",

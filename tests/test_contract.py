@@ -23,16 +23,22 @@ from nqm import (
     SWA,
     Algorithm,
     Ensemble,
+    Federated,
     HeavyBall,
     LatePhase,
+    LocalSGD,
     Lookahead,
     Nesterov,
     Phase,
+    PolynomialAverage,
     Problem,
     Program,
+    Rounded,
+    ScheduleFree,
     Status,
+    WeightDecay,
 )
-from nqm.transition import embedding, extract, member_readout, minibatches, readout
+from nqm.transition import Transition, embedding, extract, member_readout, minibatches, readout
 
 Array = np.ndarray
 Path = tuple[Array, Array | None]
@@ -108,6 +114,12 @@ def on_top(average: Callable[..., Array], below: Callable[..., Path], **options:
     return path
 
 
+def clients(**options: Any) -> Callable[..., Path]:
+    """Clients that differ: their models have no place in the member loss."""
+    together = many(literal.local_sgd, **options)
+    return lambda *problem: (together(*problem)[0], None)
+
+
 def late(**options: Any) -> Callable[..., Path]:
     options = {"lr": 0.3, "member_lr": 0.3} | options
     return many(literal.late_phase, **options)
@@ -173,21 +185,71 @@ def _cases() -> list[Case]:
              on_top(ema_of, single(literal.lookahead, k=3, alpha=0.4), beta=0.7)),
         Case("swa-ema", SWA(EMA(SGD(), 0.7), 2),
              on_top(average_of, single(literal.ema, beta=0.7), every=2)),
+        Case("late-overlap", LatePhase(3, minibatch=0.3),
+             late(members=3, gamma=1 / 3, minibatch=0.3)),
+        Case("late-partial", LatePhase(3, 0.5, spread=0.4, inner=HeavyBall(0.6), directions=(0, 2)),
+             late(lr=0.2, members=3, gamma=0.5, spread=0.4, replicated=[1, 0, 1], member_lr=0.1,
+                  inner="heavy_ball", momentum=0.6),
+             lr=0.2, member_lr=0.1),
+        Case("ema-late-partial", EMA(LatePhase(3, spread=0.4, directions=0.4), 0.7),
+             on_top(ema_of, beta=0.7,
+                    below=late(members=3, gamma=1 / 3, spread=0.4, replicated=[1, 0, 0]))),
+        Case("polynomial-sgd", PolynomialAverage(SGD(), 3),
+             single(literal.polynomial_average, eta=3)),
+        Case("polynomial-nesterov", PolynomialAverage(Nesterov(0.6), 1),
+             single(literal.polynomial_average, eta=1, inner="nesterov", momentum=0.6)),
+        Case("polynomial-lookahead", PolynomialAverage(Lookahead(SGD(), 3, 0.4), 0),
+             on_top(average_of, single(literal.lookahead, k=3, alpha=0.4), every=1)),
+        Case("schedule_free", ScheduleFree(0.6), single(literal.schedule_free, beta=0.6)),
+        Case("fedavg", LocalSGD(3, 4), many(literal.local_sgd, workers=3, local_steps=4)),
+        Case("diloco", LocalSGD(3, 3, Nesterov(0.6), Nesterov(0.5), 0.7),
+             many(literal.local_sgd, workers=3, local_steps=3, inner="nesterov", momentum=0.6,
+                  outer="nesterov", outer_lr=0.7, outer_momentum=0.5)),
+        Case("swa-local_sgd", SWA(LocalSGD(2, 2, outer=HeavyBall(0.4)), 3),
+             on_top(average_of, many(literal.local_sgd, workers=2, local_steps=2,
+                                     outer="heavy_ball", outer_momentum=0.4), every=3)),
+        Case("federated", Federated(2, 3, HeavyBall(0.6), HeavyBall(0.3), 0.8, (1.5, 0.5)),
+             clients(workers=2, local_steps=3, inner="heavy_ball", momentum=0.6,
+                     outer="heavy_ball", outer_lr=0.8, outer_momentum=0.3, curvatures=(1.5, 0.5))),
+        Case("decay-coupled", WeightDecay(Nesterov(0.6), 0.2),
+             single(literal.weight_decay, decay=0.2, anchor=np.zeros(3), inner="nesterov",
+                    momentum=0.6)),
+        Case("decay-decoupled", WeightDecay(HeavyBall(0.6), 0.2, decoupled=True),
+             single(literal.weight_decay, decay=0.2, anchor=np.zeros(3), inner="heavy_ball",
+                    momentum=0.6, decoupled=True)),
+        Case("decay-start", WeightDecay(HeavyBall(0.6), 0.2, "start"),
+             single(literal.weight_decay, decay=0.2, anchor="start", inner="heavy_ball",
+                    momentum=0.6)),
+        Case("decay-start-late", WeightDecay(LatePhase(3, spread=0.4), 0.2, "start"),
+             late(members=3, gamma=1 / 3, spread=0.4, decay=0.2)),
+        Case("ema-decay", EMA(WeightDecay(SGD(), 0.2, "start", True), 0.7),
+             on_top(ema_of, beta=0.7, below=single(
+                 literal.weight_decay, decay=0.2, anchor="start", decoupled=True))),
+        Case("rounded", Rounded(SGD(), 0.5), single(literal.rounded, pitch=0.5)),
+        Case("swa-rounded", SWA(Rounded(HeavyBall(0.6), 0.5), 2),
+             on_top(average_of, every=2, below=single(
+                 literal.rounded, pitch=0.5, inner="heavy_ball", momentum=0.6))),
     ]  # fmt: skip
     return cases
+
+
+def settles(algorithm: Algorithm) -> bool:
+    """Whether there is a steady state: not for means over all the past."""
+    return not algorithm.ages and not isinstance(algorithm, SWA)
 
 
 CASES = _cases()
 every_case = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 settling = pytest.mark.parametrize(
-    "case", [c for c in CASES if "swa" not in c.name], ids=lambda c: c.name
+    "case", [c for c in CASES if settles(c.algorithm)], ids=lambda c: c.name
 )
 
 
 def test_roster_is_covered():
-    """Each linear algorithm by name occurs above (the multiplicative one has its own file)."""
+    """Each linear algorithm by name occurs above (what is not linear has files of its own)."""
     covered = {type(c.algorithm) for c in CASES}
-    assert set(ROSTER.values()) - covered == {nqm.MultiplicativeLatePhase}
+    left = {nqm.MultiplicativeLatePhase, nqm.SampledSGD, nqm.SignSGD, nqm.Adam}
+    assert set(ROSTER.values()) - covered == left
 
 
 def starts_own(algorithm: Algorithm) -> bool:
@@ -213,17 +275,28 @@ class NumericGradient:
     def __init__(self, h: Array, rng: np.random.Generator):
         self.h, self.rng = h, rng
         self.drawn: list[Array] = []
+        self.normals: list[Array] = []
         self.batches: dict[int, Array] = {}
+        self.examples = 0.0
 
-    def __call__(self, x: Any, batch: int | None = None) -> Any:
+    def __call__(self, x: Any, batch: int | None = None, size: float = 1.0) -> Any:
         if batch is None or batch not in self.batches:
             noise = self.rng.standard_normal(self.h.shape)
             self.drawn.append(noise)
+            self.examples += size
             if batch is not None:
                 self.batches[batch] = noise
         else:
             noise = self.batches[batch]
-        return self.h * x + noise
+        return self.h * x + noise / np.sqrt(size)
+
+    def normal(self) -> Any:
+        self.normals.append(self.rng.standard_normal(self.h.shape))
+        return self.normals[-1]
+
+
+def step_of(algorithm: Algorithm, h: Array, rates: Any, t: int) -> Transition:
+    return extract(algorithm, h, rates, t if algorithm.ages else t % algorithm.period)
 
 
 def check_extraction(algorithm: Algorithm, lr: Any, h: Array, seed: int) -> None:
@@ -235,11 +308,13 @@ def check_extraction(algorithm: Algorithm, lr: Any, h: Array, seed: int) -> None
         gradient = NumericGradient(h, rng)
         new = np.array([np.broadcast_to(x, h.shape) for x in
                         algorithm.update(tuple(z), gradient, lr, t)])  # fmt: skip
-        step = extract(algorithm, h, lr, t % algorithm.period)
-        noise = np.array(gradient.drawn)
-        assert step.noise.shape[-1] == len(gradient.drawn) == minibatches(algorithm)
+        step = step_of(algorithm, h, lr, t)
+        assert step.noise.shape[-1] == len(gradient.drawn)
+        assert minibatches(algorithm) == pytest.approx(gradient.examples, rel=1e-15)
         predicted = np.einsum("dij,jd->id", step.matrix, z)
-        predicted += np.einsum("dij,jd->id", step.noise, noise)
+        predicted += np.einsum("dij,jd->id", step.noise, np.array(gradient.drawn))
+        own = np.array(gradient.normals).reshape(-1, h.size)
+        predicted += np.einsum("dij,jd->id", step.own, own)
         agree(predicted, new, IDENTITY)
 
 
@@ -277,7 +352,7 @@ def test_mean_is_the_deterministic_path(case, problem):
 @every_case
 def test_zero_noise_is_the_deterministic_path(case, problem):
     quiet = problem.replace(noise_variance=0.0, initial_variance=0.0, multiplicity=[1, 3, 0.5])
-    case = replace(case, algorithm=without_spread(case.algorithm))
+    case = replace(case, algorithm=without(without(case.algorithm, "spread"), "pitch"))
     path, members = case.path(
         quiet.curvature, quiet.noise_variance, start_of(case, quiet, 1, None), 2, STEPS, None
     )
@@ -289,13 +364,13 @@ def test_zero_noise_is_the_deterministic_path(case, problem):
     agree(result.member_loss, (chains[:, :, 0] ** 2 @ half).mean(axis=1), IDENTITY)
 
 
-def without_spread(algorithm: Any) -> Any:
-    """The same algorithm with members that start together."""
-    if getattr(algorithm, "spread", 0.0):
-        return replace(algorithm, spread=0.0)
+def without(algorithm: Any, name: str) -> Any:
+    """The same algorithm whose members start together (spread), or that is exact (pitch)."""
+    if getattr(algorithm, name, 0.0):
+        return replace(algorithm, **{name: 0.0})
     inner = getattr(algorithm, "inner", None)
-    if inner is not None and without_spread(inner) is not inner:
-        return replace(algorithm, inner=without_spread(inner))
+    if inner is not None and without(inner, name) is not inner:
+        return replace(algorithm, inner=without(inner, name))
     return algorithm
 
 
@@ -412,6 +487,20 @@ def test_lookahead_closed_form(k, alpha, syncs, problem):
 # ------------------------------------------------------------------ literal form = the two modes
 
 
+def replicated(algorithm: Algorithm, problem: Problem) -> Array:
+    """1 where members are replicated, else 0."""
+    mask = algorithm.replicated(problem)
+    return np.ones(problem.directions) if mask is None else mask
+
+
+def rates_by_direction(case: Case, problem: Problem) -> Any:
+    """What `update` takes as lr: without members, their rate is none."""
+    if case.algorithm.rate_count == 1:
+        return case.lr
+    lr, member_lr = case.rates
+    return lr, member_lr * replicated(case.algorithm, problem)
+
+
 @dataclass(frozen=True)
 class Dense:
     loss: float
@@ -425,13 +514,15 @@ def dense(case: Case, problem: Problem, steps: int, batch_size: float = 2) -> De
     algorithm, h = case.algorithm, problem.curvature
     draws, normals = embedding(algorithm)
     mean = np.outer(problem.initial_mean, draws.sum(axis=1))
-    cov = problem.initial_variance[:, None, None] * (draws @ draws.T) + normals @ normals.T
+    cov = problem.initial_variance[:, None, None] * (draws @ draws.T)
+    cov = cov + replicated(algorithm, problem)[:, None, None] * (normals @ normals.T)
     v = problem.noise_variance[:, None, None] / batch_size
+    rates = rates_by_direction(case, problem)
     for t in range(steps):
-        step = extract(algorithm, h, case.rates, t % algorithm.period)
-        a, c = step.matrix, step.noise
+        step = step_of(algorithm, h, rates, t)
+        a, c, own = step.matrix, step.noise, step.own
         mean = np.einsum("dij,dj->di", a, mean)
-        cov = a @ cov @ a.swapaxes(1, 2) + v * (c @ c.swapaxes(1, 2))
+        cov = a @ cov @ a.swapaxes(1, 2) + v * (c @ c.swapaxes(1, 2)) + own @ own.swapaxes(1, 2)
     read = readout(algorithm, steps)[None]
     rows = member_readout(algorithm, steps) if algorithm.member_count else read
 
@@ -478,14 +569,17 @@ def algorithms(draw: Any) -> Algorithm:
     base = draw(st.sampled_from([
         inner,
         Lookahead(inner, draw(st.integers(1, 5)), draw(_fraction)),
+        LocalSGD(members, draw(st.integers(1, 4)), inner, draw(optimizers()), draw(_rate)),
+        Rounded(inner, draw(_fraction)),
         Ensemble(members, inner, draw(st.sampled_from(["common", "own"]))),
-        LatePhase(members, draw(st.floats(0.0, 1.0)), draw(st.sampled_from(["own", "shared"])),
-                  draw(st.sampled_from([0.0, 0.3])), inner),
+        LatePhase(members, draw(st.floats(0.0, 1.0)), draw(st.sampled_from(["own", "shared", 0.4])),
+                  draw(st.sampled_from([0.0, 0.3])), inner, draw(st.sampled_from([None, 0.5]))),
     ]))  # fmt: skip
     every = draw(st.integers(1, 4))
     return draw(st.sampled_from([
         base, EMA(base, draw(_fraction)), SWA(base, every),
-        LAWA(base, every, draw(st.integers(1, 3))),
+        LAWA(base, every, draw(st.integers(1, 3))), PolynomialAverage(base, 4 * draw(_fraction)),
+        ScheduleFree(draw(_fraction)),
     ]))  # fmt: skip
 
 
@@ -567,8 +661,9 @@ def test_bias_and_variance(case, problem):
     """Bias: the loss without gradient noise. Variance: the loss from the optimum. Sum: the loss."""
     at = range(STEPS + 1)
     whole = nqm.solve(problem, case.program(STEPS), at)
-    fixed = replace(case, algorithm=without_spread(case.algorithm))
-    bias = nqm.solve(problem.replace(noise_variance=0.0), case.program(STEPS), at)
+    fixed = replace(case, algorithm=without(case.algorithm, "spread"))
+    exact = replace(case, algorithm=without(case.algorithm, "pitch"))
+    bias = nqm.solve(problem.replace(noise_variance=0.0), exact.program(STEPS), at)
     optimum = problem.replace(initial_mean=0.0, initial_variance=0.0)
     variance = nqm.solve(optimum, fixed.program(STEPS), at)
     agree(whole.bias, bias.loss, IDENTITY)
@@ -611,17 +706,22 @@ def test_heavy_ball_near_critical_damping(off):
 # ------------------------------------------------------------------ steady states
 
 
-def cycle(algorithm: Algorithm, case: Case, h: float, v: float) -> tuple[Array, Array]:
+def cycle(algorithm: Algorithm, rates: Any, h: float, v: float) -> tuple[Array, Array]:
     """(A, Q) of one period of the algorithm in one direction, composed in NumPy."""
     a, q = np.eye(len(algorithm.coordinates)), 0.0
     for t in range(algorithm.period):
-        step = extract(algorithm, np.array([h]), case.rates, t)
-        a_t, c_t = step.matrix[0], step.noise[0]
-        a, q = a_t @ a, a_t @ (q * np.ones_like(a)) @ a_t.T + v * c_t @ c_t.T
+        step = extract(algorithm, np.array([h]), rates, t)
+        a_t, c_t, own = step.matrix[0], step.noise[0], step.own[0]
+        a, q = a_t @ a, a_t @ (q * np.ones_like(a)) @ a_t.T + v * c_t @ c_t.T + own @ own.T
     return a, q
 
 
-@settling
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if settles(c.algorithm) and not c.algorithm.constants
+     and c.algorithm.replicated(Problem([1.0] * 3, 1.0)) is None],
+    ids=lambda c: c.name,
+)  # fmt: skip
 def test_steady_state_solves_the_lyapunov_equation(case, problem):
     found = nqm.steady(problem, case.program(1).phases[0])
     assert found.status is Status.FINISHED
@@ -629,7 +729,7 @@ def test_steady_state_solves_the_lyapunov_equation(case, problem):
     for mode in case.algorithm.modes():
         row = []
         for h, v in zip(problem.curvature, problem.noise_variance, strict=True):
-            a, q = cycle(mode.algorithm, case, h, mode.noise_share * v / 2)
+            a, q = cycle(mode.algorithm, case.rates, h, mode.noise_share * v / 2)
             c = readout(mode.algorithm, 1000 * mode.algorithm.period)
             row.append(c @ solve_discrete_lyapunov(a, q) @ c)
         variances.append(np.array(row))
@@ -727,6 +827,36 @@ LIMITS = {
     "lawa window 1": (LAWA(HeavyBall(0.6), 1, 1), None, HeavyBall(0.6), 0.3),
     "lawa window as long as the run": (LAWA(SGD(), 2, 99), None, SWA(SGD(), 2), 0.3),
     "swa before its first snapshot": (SWA(HeavyBall(0.6), 99), None, HeavyBall(0.6), 0.3),
+    "schedule_free beta 0": (ScheduleFree(0.0), None, SWA(), 0.3),
+    "polynomial_average eta 0": (
+        PolynomialAverage(HeavyBall(0.6), 0.0),
+        None,
+        SWA(HeavyBall(0.6)),
+        0.3,
+    ),
+    "local_sgd 1 worker": (LocalSGD(1, 3, Nesterov(0.6)), None, Nesterov(0.6), 0.3),
+    "federated 1 client": (Federated(1, 3, Nesterov(0.6)), None, Nesterov(0.6), 0.3),
+    "weight_decay 0": (WeightDecay(HeavyBall(0.6), 0.0), None, HeavyBall(0.6), 0.3),
+    "weight_decay decoupled without momentum": (
+        WeightDecay(SGD(), 0.2, "start", True),
+        None,
+        WeightDecay(SGD(), 0.2, "start"),
+        0.3,
+    ),
+    "rounded pitch 0": (Rounded(HeavyBall(0.6), 0.0), None, HeavyBall(0.6), 0.3),
+    "late_phase minibatch 0": (LatePhase(3, minibatch=0.0), None, LatePhase(3), 0.3),
+    "late_phase minibatch 1": (
+        LatePhase(3, minibatch=1.0),
+        None,
+        LatePhase(3, minibatch="shared"),
+        0.3,
+    ),
+    "late_phase directions all": (
+        LatePhase(3, spread=0.4, directions=1.0),
+        None,
+        LatePhase(3, spread=0.4),
+        0.3,
+    ),
     "late_phase inner momentum 0": (LatePhase(2, inner=HeavyBall(0.0)), None, LatePhase(2), 0.3),
 }
 
@@ -776,6 +906,15 @@ EDGES = {
     "lookahead even": (Lookahead(SGD(), 4, 0.5), 1.0, literal.sgd_limit),
     # 1 - r^3 = 2 / alpha: r = (1 - 2 / 0.5)^(1/3) = -3^(1/3), beyond SGD's own limit.
     "lookahead odd": (Lookahead(SGD(), 3, 0.5), 1.0, lambda h: (1 + 3 ** (1 / 3)) / h),
+    "fedavg": (LocalSGD(3, 4), 1.0, literal.sgd_limit),
+    # Heavy ball on the transformed problem: 1 - r^3 = 2 (1 + 0.5) at outer rate 1.
+    "diloco odd": (LocalSGD(3, 3, outer=HeavyBall(0.5)), 1.0, lambda h: (1 + 2 ** (1 / 3)) / h),
+    # mean_k (1 - c_k u)^2 = 1 - 2 u + 1.25 u^2 is 1 again at u = 1.6.
+    "federated": (Federated(2, 2, curvatures=(1.5, 0.5)), 1.0, lambda h: 1.6 / h),
+    "weight_decay": (WeightDecay(SGD(), 0.2), 1.0, lambda h: 2 / (h + 0.2)),
+    "rounded": (Rounded(Nesterov(0.8), 0.1), 1.0, lambda h: literal.nesterov_limit(h, 0.8)),
+    # theta alone at rate gamma K lr = lr in direction 0; lambda = 2 lr in the others.
+    "late_phase partial": (LatePhase(3, directions=(1, 2)), 1.0, lambda h: np.array([2, 1, 1]) / h),
     "late_phase": (LatePhase(3), 1.0, lambda h: 1 / h),
     "late_phase gamma 1": (LatePhase(3, 1.0), 1.0, lambda h: 0.5 / h),
     "late_phase member_lr": (LatePhase(3, 0.1), 2.0, lambda h: 2 / (2.3 * h)),
@@ -839,5 +978,5 @@ def test_overflow_is_a_status_and_not_a_warning(case, problem):
     ):
         assert result.status == [Status.FINISHED, Status.DIVERGED]
         assert result.table()["status"].tolist() == ["finished", "diverged"]
-    if "swa" not in case.name:
+    if settles(case.algorithm):
         assert nqm.steady(problem, wild.program(1).phases[0]).status is Status.DIVERGED

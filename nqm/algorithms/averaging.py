@@ -1,13 +1,13 @@
-"""Averages of the iterates of one run: EMA, SWA (uniform tail average), LAWA."""
+"""Averages of the iterates of one run: EMA, SWA (Polyak-Ruppert), LAWA, polynomial decay."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from nqm.algorithms.base import State, Value, check_fraction
+from nqm.algorithms.base import State, Value, check_fraction, ends
 from nqm.algorithms.wrapper import Wrapper
-from nqm.errors import check_integer
+from nqm.errors import check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Snapshots(Wrapper):
 
     def due(self, t: int) -> bool:
         """Whether step t ends with a snapshot."""
-        return (t + 1) % self.every == 0
+        return ends(t, self.every)
 
 
 @dataclass(frozen=True)
@@ -105,3 +105,33 @@ class LAWA(_Snapshots):
     def read(self, kept: State, x: Value, t: int) -> Value:
         taken = min(t // self.every, self.window)
         return sum(kept[1:taken], start=kept[0]) * (1.0 / taken) if taken else x
+
+
+@dataclass(frozen=True)
+class PolynomialAverage(Wrapper):
+    """a_t = a_(t-1) + (eta + 1) / (t + eta) (x_t - a_(t-1)): late iterates count more.
+
+    Shamir & Zhang 2013, "Polynomial-decay averaging". eta 0 is the uniform (Polyak-Ruppert) mean
+    of all iterates, and eta -> infinity the last one. Stepped one by one: no two steps are alike.
+    """
+
+    eta: float = 3.0
+    kept = ("polynomial average",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("PolynomialAverage.eta", self.eta, low=0.0)
+
+    @property
+    def ages(self) -> bool:
+        return True
+
+    def begin(self, x: Value) -> State:
+        return (x,)
+
+    def keep(self, kept: State, x: Value, t: int) -> State:
+        share = (self.eta + 1.0) / (t + 1.0 + self.eta)
+        return ((1.0 - share) * kept[0] + share * x,)
+
+    def read(self, kept: State, x: Value, t: int) -> Value:
+        return kept[0]

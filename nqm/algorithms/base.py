@@ -10,9 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from nqm.errors import NQMError, check_number
+
+if TYPE_CHECKING:
+    from nqm.problem import FloatArray, Problem
 
 #: One coordinate of the state: a number, an array over directions, or a linear form.
 Value = Any
@@ -24,8 +27,12 @@ Rate = Any
 class Gradient(Protocol):
     """Minibatch gradient: ``gradient(x)`` draws a new minibatch, a named `batch` is drawn once."""
 
-    def __call__(self, x: Value, batch: int | None = None) -> Value:
-        """Noisy gradient at x."""
+    def __call__(self, x: Value, batch: int | None = None, size: float = 1.0) -> Value:
+        """Noisy gradient at x of a minibatch of `size` times the phase's batch size."""
+        ...
+
+    def normal(self) -> Value:
+        """A fresh standard normal of the method's own, untouched by the batch size."""
         ...
 
 
@@ -68,6 +75,36 @@ class Algorithm(ABC):
     def counts_steps(self) -> bool:
         """Whether `weights` looks at t beyond its remainder modulo `period` (snapshots do)."""
         return False
+
+    @property
+    def ages(self) -> bool:
+        """Whether `update` looks at t beyond its remainder modulo `period`.
+
+        No two steps are alike then: jumps walk, and there is no steady state. With period 1
+        `update` must take an array of times t.
+        """
+        return False
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Coordinates that `update` never moves (what weights are pulled to)."""
+        return ()
+
+    @property
+    def at_origin(self) -> tuple[str, ...]:
+        """Those `constants` that stand at the origin of weight space, -w* in our coordinates.
+
+        `embed` returns 0 for them; the solvers, who know the problem, put them there.
+        """
+        return ()
+
+    def check(self, problem: Problem) -> None:
+        """Raise NQMError where the method makes no sense on this problem."""
+        return
+
+    def replicated(self, problem: Problem) -> FloatArray | None:
+        """1 in directions that have members of their own and 0 elsewhere, (d,); None if all do."""
+        return None
 
     @property
     def rate_count(self) -> int:
@@ -119,13 +156,20 @@ class Algorithm(ABC):
         return (Mode("mean", self, 1.0),)
 
 
-class Nonlinear(ABC):
+class Nonlinear:
     """A method that is not linear in state and noise: Monte Carlo, and stated approximations."""
 
     rate_count: ClassVar[int] = 1
-    #: Minibatches one step draws, and members behind the evaluated weights (0: single chain).
-    minibatches: int
-    member_count: int
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatches one step draws."""
+        return 1
+
+    @property
+    def member_count(self) -> int:
+        """Members behind the evaluated weights; 0 for a single chain."""
+        return 0
 
     def continues(self, old: object) -> bool:
         """Whether a phase of this method goes on from the state of a phase of `old`."""
@@ -171,6 +215,11 @@ def check_algorithm(where: str, value: object, kind: Any = Algorithm) -> None:
     """Raise NQMError unless value is an algorithm of the given kind."""
     if not isinstance(value, kind):
         raise NQMError(f"{where} must be an {kind.__name__}; got {type(value).__name__}")
+
+
+def ends(t: int, every: int) -> bool:
+    """Whether step t is the last of `every` steps (of 1, whatever the array of times t)."""
+    return every == 1 or (t + 1) % every == 0
 
 
 def average(values: tuple[Value, ...]) -> Value:

@@ -15,6 +15,7 @@ from nqm.algorithms.base import (
     Value,
     check_algorithm,
     check_fraction,
+    ends,
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import check_integer
@@ -48,7 +49,7 @@ class Lookahead(Algorithm):
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         x, *buffers = self.inner.update(state[:-1], gradient, lr, t)
         slow = state[-1]
-        if (t + 1) % self.k == 0:
+        if ends(t, self.k):
             slow = slow + self.alpha * (x - slow)
             x = slow
         return (x, *buffers, slow)

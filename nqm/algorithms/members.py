@@ -8,8 +8,10 @@ q + (1 - q) / K and is independent of a member's deviation, which sees (1 - q)(1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from nqm.algorithms.base import (
     Algorithm,
@@ -21,11 +23,15 @@ from nqm.algorithms.base import (
     Value,
     average,
     check_algorithm,
+    check_fraction,
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.problem import FloatArray, Problem
 
 Draw = Callable[[], Value]
+
+_SHARED = {"own": 0.0, "shared": 1.0}
 
 
 @dataclass(frozen=True)
@@ -138,21 +144,26 @@ class LatePhase(Algorithm):
         K >= 1.
     gamma : float, optional
         Scale of the summed base gradient; 1 / K (the mean) by default.
-    minibatch : {"own", "shared"}
-        Whether each member draws its own minibatch or all share one.
+    minibatch : {"own", "shared"} or float
+        Whether each member draws its own minibatch or all share one; or the share q in [0, 1] of
+        a minibatch's examples that all members have in common (the correlation of their noise).
     spread : float
         Variance of the members' initial offsets phi_k.
     inner : Optimizer
         The optimizer of theta and of every phi_k, with the same momentum on both sets.
+    directions : float or tuple of int, optional
+        Directions that have members (all by default): the sharpest ones, up to this fraction of
+        all, or by index. Elsewhere theta alone is trained, by the same summed gradient.
     """
 
     rates = 2
 
     members: int = 10
     gamma: float | None = None
-    minibatch: str = "own"
+    minibatch: str | float = "own"
     spread: float = 0.0
     inner: Optimizer = field(default_factory=SGD)
+    directions: float | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_integer("LatePhase.members", self.members, 1)
@@ -160,8 +171,43 @@ class LatePhase(Algorithm):
             check_number("LatePhase.gamma", self.gamma, low=0.0)
         check_number("LatePhase.spread", self.spread, low=0.0)
         check_algorithm("LatePhase.inner", self.inner, Optimizer)
-        if self.minibatch not in ("own", "shared"):
-            raise NQMError(f"LatePhase.minibatch must be 'own' or 'shared'; got {self.minibatch!r}")
+        if isinstance(self.minibatch, str) and self.minibatch not in _SHARED:
+            raise NQMError(
+                "LatePhase.minibatch must be 'own', 'shared' or a number in [0, 1]; "
+                f"got {self.minibatch!r}"
+            )
+        check_fraction("LatePhase.minibatch", self.shared, closed_high=True)
+        if isinstance(self.directions, Sequence):
+            object.__setattr__(self, "directions", tuple(self.directions))
+            for index in self.directions:
+                check_integer("LatePhase.directions", index, 0)
+        elif self.directions is not None:
+            check_fraction("LatePhase.directions", self.directions, closed_high=True)
+
+    @property
+    def shared(self) -> float:
+        """q: share of the examples, and correlation of the noise, that members have in common."""
+        if isinstance(self.minibatch, str):
+            return _SHARED[self.minibatch]
+        return self.minibatch
+
+    def replicated(self, problem: Problem) -> FloatArray | None:
+        if self.directions is None:
+            return None
+        mask = np.zeros(problem.directions)
+        if isinstance(self.directions, tuple):
+            beyond = [i for i in self.directions if i >= mask.size]
+            if beyond:
+                raise NQMError(
+                    f"LatePhase.directions must lie in 0..{mask.size - 1}, the problem's; "
+                    f"got {beyond[0]}"
+                )
+            mask[list(self.directions)] = 1.0
+            return mask
+        order = np.argsort(-problem.curvature, kind="stable")
+        counted = np.cumsum(problem.multiplicity[order])
+        mask[order] = counted <= self.directions * counted[-1] * (1.0 + 1e-12)
+        return mask
 
     @property
     def base_scale(self) -> float:
@@ -177,8 +223,20 @@ class LatePhase(Algorithm):
         buffers = self.inner.buffers
         names = ["theta", *buffers]
         for k in range(self.members):
-            names += [f"{n}{k + 1}/{self.members}" for n in ("phi", *buffers)]
+            names += [f"{n}{k + 1}/{self.members}{self._where}" for n in ("phi", *buffers)]
         return tuple(names)
+
+    @property
+    def _where(self) -> str:
+        # Members of other directions are other members: they do not go on in a next phase.
+        return "" if self.directions is None else f" in {self.directions}"
+
+    def _gradient(self, gradient: Gradient, x: Value) -> Value:
+        """On a member's minibatch: the mean over examples of its own and those in common."""
+        q = self.shared
+        if q in (0.0, 1.0):
+            return gradient(x, 0 if q else None)
+        return q * gradient(x, 0, q) + (1.0 - q) * gradient(x, None, 1.0 - q)
 
     def _split(self, state: State) -> tuple[State, tuple[State, ...]]:
         size = 1 + len(self.inner.buffers)
@@ -188,12 +246,13 @@ class LatePhase(Algorithm):
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         base_lr, member_lr = lr
         base, members = self._split(state)
-        batch = 0 if self.minibatch == "shared" else None
-        g = tuple(gradient(base[0] + phi[0], batch) for phi in members)
+        g = tuple(self._gradient(gradient, base[0] + phi[0]) for phi in members)
         summed = self.base_scale * sum(g[1:], start=g[0])
-        new = self.inner.update(base, lambda x, batch=None: summed, base_lr, t)
+        step, buffers = self.inner.direction(base[1:], summed)
+        new: State = (base[0] - base_lr * step, *buffers)
         for phi, g_k in zip(members, g, strict=True):
-            new += self.inner.update(phi, lambda x, batch=None, g_k=g_k: g_k, member_lr, t)
+            step, buffers = self.inner.direction(phi[1:], g_k)
+            new += (phi[0] - member_lr * step, *buffers)
         return new
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
@@ -213,8 +272,7 @@ class LatePhase(Algorithm):
         return state
 
     def modes(self) -> tuple[Mode, ...]:
-        k = self.members
-        q = 1.0 if self.minibatch == "shared" else 0.0
+        k, q = self.members, self.shared
         return (
             Mode("mean", _MeanModel(self), q + (1.0 - q) / k),
             Mode("deviation", _Deviation(self), (1.0 - q) * (1.0 - 1.0 / k)),
@@ -234,7 +292,7 @@ class _MeanModel(Algorithm):
 
     @property
     def coordinates(self) -> tuple[str, ...]:
-        k, buffers = self.late.members, self.late.inner.buffers
+        k, buffers = f"{self.late.members}{self.late._where}", self.late.inner.buffers
         return (f"w/{k}", *buffers, *(f"{name} mean/{k}" for name in buffers))
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
@@ -265,7 +323,7 @@ class _Deviation(Algorithm):
 
     @property
     def coordinates(self) -> tuple[str, ...]:
-        k = self.late.members
+        k = f"{self.late.members}{self.late._where}"
         return (f"d/{k}", *(f"{name} deviation/{k}" for name in self.late.inner.buffers))
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:

@@ -69,11 +69,11 @@ class MultiplicativeLatePhase(Nonlinear):
         return 1.0 / self.members if self.gamma is None else self.gamma
 
     @property
-    def minibatches(self) -> int:  # type: ignore[override]
+    def minibatches(self) -> int:
         return self.members
 
     @property
-    def member_count(self) -> int:  # type: ignore[override]
+    def member_count(self) -> int:
         return self.members
 
     def continues(self, old: object) -> bool:

@@ -19,6 +19,7 @@ from nqm.algorithms.base import (
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError
+from nqm.problem import FloatArray, Problem
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Wrapper(Algorithm):
 
     def __post_init__(self) -> None:
         check_algorithm(f"{type(self).__name__}.inner", self.inner)
-        if self.inner.counts_steps:
+        if self.inner.counts_steps or self.inner.ages:
             raise NQMError(
                 f"{type(self).__name__}.inner must not average snapshots itself, as "
                 f"{type(self.inner).__name__} does: its mean would change with every snapshot taken"
@@ -69,6 +70,20 @@ class Wrapper(Algorithm):
     @property
     def rate_count(self) -> int:
         return self.inner.rate_count
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        return self.inner.constants
+
+    @property
+    def at_origin(self) -> tuple[str, ...]:
+        return self.inner.at_origin
+
+    def check(self, problem: Problem) -> None:
+        self.inner.check(problem)
+
+    def replicated(self, problem: Problem) -> FloatArray | None:
+        return self.inner.replicated(problem)
 
     def _chains(self, inner: State, t: int) -> tuple[Value, ...]:
         return self.inner.member_weights(inner, t) or (self.inner.weights(inner, t),)

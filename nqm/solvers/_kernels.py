@@ -426,3 +426,212 @@ def evaluate_multiplicative(theta, phi, minimum, scalar, weight, loss, member_lo
             total += weight[i] * (mean * mean)
         loss[r] = total
         member_loss[r] = member_total / count
+
+
+# --- Two coordinates at constant rates: the search for the fewest steps --------------------------
+# d directions, T steps. One direction is z' = A z + b e; with z_0 the start of unit size and c what
+# is read, E (c z_T)^2 = (c A^T z_0)^2 + sum over t < T of (c A^t b)^2: two plain trajectories.
+
+#: Below this a response is zero: even its fourth power is no denormal number, which would be slow.
+_FAINT = 1e-75
+#: Steps of the doubling grid are 1 .. 2 _BASE - 1, then _BASE .. 2 _BASE - 1 times powers of two.
+_BASE = 16
+
+
+@_jit
+def double_responses(matrix, kick, start, read, started, noisy):
+    """Responses on the doubling grid; `started`, `noisy` (d, grid), matrix (d, 2, 2), kick (d, 2).
+
+    Every grid step beyond 2 _BASE is twice an earlier one, so each costs one squaring.
+    """
+    a, b, c, e = np.empty(_BASE), np.empty(_BASE), np.empty(_BASE), np.empty(_BASE)
+    p, q, s = np.empty(_BASE), np.empty(_BASE), np.empty(_BASE)
+    z0, z1, c0, c1 = start[0], start[1], read[0], read[1]
+    rounds = (started.shape[1] - (2 * _BASE - 1)) // _BASE
+    for i in range(matrix.shape[0]):
+        m00, m01, m10, m11 = matrix[i, 0, 0], matrix[i, 0, 1], matrix[i, 1, 0], matrix[i, 1, 1]
+        k0, k1 = kick[i, 0], kick[i, 1]
+        a0, b0, e0, d0 = 1.0, 0.0, 0.0, 1.0
+        p0, q0, s0 = 0.0, 0.0, 0.0
+        for t in range(2 * _BASE - 1):
+            a0, b0, e0, d0 = (
+                m00 * a0 + m01 * e0,
+                m00 * b0 + m01 * d0,
+                m10 * a0 + m11 * e0,
+                m10 * b0 + m11 * d0,
+            )
+            u0, u1, w0, w1 = (
+                m00 * p0 + m01 * q0,
+                m00 * q0 + m01 * s0,
+                m10 * p0 + m11 * q0,
+                m10 * q0 + m11 * s0,
+            )
+            p0 = u0 * m00 + u1 * m01 + k0 * k0
+            q0 = u0 * m10 + u1 * m11 + k0 * k1
+            s0 = w0 * m10 + w1 * m11 + k1 * k1
+            y = c0 * (a0 * z0 + b0 * z1) + c1 * (e0 * z0 + d0 * z1)
+            started[i, t] = y * y
+            noisy[i, t] = c0 * c0 * p0 + 2.0 * c0 * c1 * q0 + c1 * c1 * s0
+            if t >= _BASE - 1:
+                j = t - (_BASE - 1)
+                a[j], b[j], c[j], e[j], p[j], q[j], s[j] = a0, b0, e0, d0, p0, q0, s0
+        for r in range(rounds):
+            at = 2 * _BASE - 1 + r * _BASE
+            for j in range(_BASE):
+                a0, b0, e0, d0 = a[j], b[j], c[j], e[j]
+                p0, q0, s0 = p[j], q[j], s[j]
+                u0, u1 = a0 * p0 + b0 * q0, a0 * q0 + b0 * s0
+                w0, w1 = e0 * p0 + d0 * q0, e0 * q0 + d0 * s0
+                p[j] = p0 + u0 * a0 + u1 * b0
+                q[j] = q0 + u0 * e0 + u1 * d0
+                s[j] = s0 + w0 * e0 + w1 * d0
+                trace, cross = a0 + d0, b0 * e0
+                a0, b0, e0, d0 = a0 * a0 + cross, b0 * trace, e0 * trace, d0 * d0 + cross
+                a[j] = a0 if abs(a0) > _FAINT else 0.0
+                b[j] = b0 if abs(b0) > _FAINT else 0.0
+                c[j] = e0 if abs(e0) > _FAINT else 0.0
+                e[j] = d0 if abs(d0) > _FAINT else 0.0
+                y = c0 * (a[j] * z0 + b[j] * z1) + c1 * (c[j] * z0 + e[j] * z1)
+                started[i, at + j] = y * y
+                noisy[i, at + j] = c0 * c0 * p[j] + 2.0 * c0 * c1 * q[j] + c1 * c1 * s[j]
+
+
+@_jit
+def jump_responses(matrix, kick, start, read, steps, state, impulse, noisy):
+    """After `steps` steps: A^steps z_0 and A^steps b (d, 2), and the noise read so far (d,)."""
+    c0, c1 = read[0], read[1]
+    for i in range(matrix.shape[0]):
+        a0, b0, e0, d0 = matrix[i, 0, 0], matrix[i, 0, 1], matrix[i, 1, 0], matrix[i, 1, 1]
+        k0, k1 = kick[i, 0], kick[i, 1]
+        p0, q0, s0 = k0 * k0, k0 * k1, k1 * k1
+        ma, mb, me, md = 1.0, 0.0, 0.0, 1.0
+        mp, mq, ms = 0.0, 0.0, 0.0
+        left = steps
+        while left > 0:
+            if left & 1:
+                u0, u1 = a0 * mp + b0 * mq, a0 * mq + b0 * ms
+                w0, w1 = e0 * mp + d0 * mq, e0 * mq + d0 * ms
+                mp, mq, ms = (
+                    p0 + u0 * a0 + u1 * b0,
+                    q0 + u0 * e0 + u1 * d0,
+                    s0 + w0 * e0 + w1 * d0,
+                )
+                ma, mb, me, md = (
+                    a0 * ma + b0 * me,
+                    a0 * mb + b0 * md,
+                    e0 * ma + d0 * me,
+                    e0 * mb + d0 * md,
+                )
+            left >>= 1
+            if left:
+                u0, u1 = a0 * p0 + b0 * q0, a0 * q0 + b0 * s0
+                w0, w1 = e0 * p0 + d0 * q0, e0 * q0 + d0 * s0
+                p0, q0, s0 = (
+                    p0 + u0 * a0 + u1 * b0,
+                    q0 + u0 * e0 + u1 * d0,
+                    s0 + w0 * e0 + w1 * d0,
+                )
+                trace, cross = a0 + d0, b0 * e0
+                a0, b0, e0, d0 = a0 * a0 + cross, b0 * trace, e0 * trace, d0 * d0 + cross
+                if abs(a0) + abs(b0) + abs(e0) + abs(d0) < _FAINT:
+                    a0, b0, e0, d0 = 0.0, 0.0, 0.0, 0.0
+        state[i, 0] = ma * start[0] + mb * start[1]
+        state[i, 1] = me * start[0] + md * start[1]
+        impulse[i, 0] = ma * k0 + mb * k1
+        impulse[i, 1] = me * k0 + md * k1
+        noisy[i] = c0 * c0 * mp + 2.0 * c0 * c1 * mq + c1 * c1 * ms
+
+
+@_jit
+def orbit(matrix, state, out):
+    """state, A state, A^2 state, ... into `out` (T, d, 2); matrix (d, 2, 2), state (d, 2)."""
+    for i in range(matrix.shape[0]):
+        a, b, c, e = matrix[i, 0, 0], matrix[i, 0, 1], matrix[i, 1, 0], matrix[i, 1, 1]
+        x, y = state[i, 0], state[i, 1]
+        for t in range(out.shape[0]):
+            out[t, i, 0], out[t, i, 1] = x, y
+            x, y = a * x + b * y, c * x + e * y
+            x = x if abs(x) > _FAINT else 0.0
+            y = y if abs(y) > _FAINT else 0.0
+
+
+# --- Optimizers that are not linear, stochastic rounding, heavy-tailed noise ---------------------
+
+#: Rules of `sample_optimizer`, in the order of the classes of `nqm.algorithms.sampled`.
+CLIPPED, SIGN, ADAM = 0, 1, 2
+
+
+@_jit
+def _student(state, dof):
+    """Student's t by the polar method of Bailey (1994), scaled to unit variance; dof > 2."""
+    radius = math.sqrt((dof - 2.0) * math.expm1(-2.0 / dof * math.log1p(-_unit(state))))
+    return radius * math.cos(2.0 * math.pi * _unit(state))
+
+
+@_jit
+def sample_optimizer(
+    generator,
+    rule,
+    momentum,
+    setting,
+    epsilon,
+    dof,
+    pitch,
+    age,
+    curvature,
+    minimum,
+    noise_sd,
+    lr,
+    multiplicity,
+    x,
+    first,
+    second,
+    record,
+    loss,
+):
+    """Steps of R replicas of one rule; x, first and second (R, d) in place, `generator` as above.
+
+    setting : the clipping threshold, or Adam's beta2; dof : of the noise, inf for normal;
+    pitch : of the grid weights are rounded to, 0 for none; age : steps done before.
+    noise_sd : (T, d); lr : (T,); record : (T,) index of the output row or -1; loss : (records, R).
+    """
+    replicas, d = x.shape
+    gradient = np.empty(d)
+    for t in range(record.size):
+        done = age + t + 1
+        for r in range(replicas):
+            if math.isinf(dof):
+                fill_normals(generator, gradient)
+            else:
+                for i in range(d):
+                    gradient[i] = _student(generator, dof)
+            square = 0.0
+            for i in range(d):
+                gradient[i] = curvature[i] * x[r, i] + noise_sd[t, i] * gradient[i]
+                square += multiplicity[i] * gradient[i] * gradient[i]
+            norm = math.sqrt(square)
+            clip = setting / norm if rule == CLIPPED and norm > setting else 1.0
+            for i in range(d):
+                g = clip * gradient[i]
+                if rule == ADAM:
+                    first[r, i] = momentum * first[r, i] + (1.0 - momentum) * g
+                    second[r, i] = setting * second[r, i] + (1.0 - setting) * g * g
+                    mean = first[r, i] / (1.0 - momentum**done)
+                    scale = math.sqrt(second[r, i] / (1.0 - setting**done)) + epsilon
+                    step = mean / scale
+                else:
+                    step = momentum * first[r, i] + g
+                    first[r, i] = step
+                    if rule == SIGN:
+                        step = 1.0 if step > 0.0 else (-1.0 if step < 0.0 else step)
+                x[r, i] -= lr[t] * step
+                if pitch > 0.0:
+                    cell = (x[r, i] + minimum[i]) / pitch
+                    low = math.floor(cell) if math.isfinite(cell) else cell
+                    up = 1.0 if _unit(generator) < cell - low else 0.0
+                    x[r, i] = (low + up) * pitch - minimum[i]
+            if record[t] >= 0:
+                total = 0.0
+                for i in range(d):
+                    total += 0.5 * multiplicity[i] * curvature[i] * (x[r, i] * x[r, i])
+                loss[record[t], r] = total

@@ -18,11 +18,15 @@ from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
 from nqm.transition import (
+    clock,
+    cycle_times,
     embedding,
     extract,
     noise_moment,
+    origins,
     readout,
     resumption,
+    simultaneous,
     spectral_radius,
 )
 
@@ -55,14 +59,14 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class _Law:
+class Law:
     """A phase as the solver sees it: a linear algorithm and scales of its rates by direction."""
 
     phase: Phase
     algorithm: Algorithm
     scales: tuple[FloatArray, ...] | None
 
-    def step(self, problem: Problem, mode: Mode, settings: FloatArray, t: int) -> Any:
+    def step(self, problem: Problem, mode: Mode, settings: FloatArray, t: Any) -> Any:
         """(A, Q) for rows of settings, shapes (rows, d, n, n)."""
         rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
         if self.scales is not None:
@@ -73,7 +77,7 @@ class _Law:
         return transition.matrix, noise_moment(transition, variance)
 
 
-def _law(phase: Phase, problem: Problem) -> _Law:
+def law_of(phase: Phase, problem: Problem) -> Law:
     algorithm = phase.algorithm
     if isinstance(algorithm, MultiplicativeLatePhase):
         if algorithm.coupling == "scalar":
@@ -82,39 +86,55 @@ def _law(phase: Phase, problem: Problem) -> _Law:
                 "its first order is known for a program of this one phase; use method 'sample'"
             )
         late, lr_scale, member_scale = algorithm.first_order(problem)
-        return _Law(phase, late, (lr_scale, member_scale))
+        return Law(phase, late, (lr_scale, member_scale))
     if isinstance(algorithm, Nonlinear):
         name = type(algorithm).__name__
         raise NQMError(f"{name} has no exact moments; use method 'sample'")
-    return _Law(phase, algorithm, None)
+    algorithm.check(problem)
+    mask = algorithm.replicated(problem)
+    return Law(phase, algorithm, None if mask is None else (np.ones_like(mask), mask))
 
 
 def begin(
-    algorithm: Algorithm, mean: FloatArray, started: FloatArray, noisy: FloatArray
+    algorithm: Algorithm,
+    problem: Problem,
+    mean: FloatArray,
+    started: FloatArray,
+    noisy: FloatArray,
 ) -> list[Moments]:
     """Start of a phase from weights with these moments by direction."""
     states = []
     for mode in algorithm.modes():
         draws, normals = embedding(mode.algorithm)
         outer = draws @ draws.T
+        origin = np.outer(-problem.minimum, origins(mode.algorithm))
         states.append(
             Moments(
                 mode,
-                np.outer(mean, draws.sum(axis=1)),
-                started[:, None, None] * outer + normals @ normals.T,
+                np.outer(mean, draws.sum(axis=1)) + origin,
+                started[:, None, None] * outer + _fresh(algorithm, problem, normals),
                 noisy[:, None, None] * outer,
             )
         )
     return states
 
 
+def _fresh(algorithm: Algorithm, problem: Problem, normals: FloatArray) -> FloatArray:
+    """Covariance that fresh normals bring, (d, n, n); none where members are not replicated."""
+    mask = algorithm.replicated(problem)
+    replicated = np.ones(problem.directions) if mask is None else mask
+    return np.asarray(replicated[:, None, None] * (normals @ normals.T))
+
+
 def at_start(algorithm: Algorithm, problem: Problem) -> list[Moments]:
     """Start of the first phase."""
     variance = problem.initial_variance
-    return begin(algorithm, problem.initial_mean, variance, np.zeros_like(variance))
+    return begin(algorithm, problem, problem.initial_mean, variance, np.zeros_like(variance))
 
 
-def hand_over(states: list[Moments], old: _Law, new: _Law, age: int) -> tuple[list[Moments], int]:
+def hand_over(
+    problem: Problem, states: list[Moments], old: Law, new: Law, age: int
+) -> tuple[list[Moments], int]:
     """State at the start of the new phase, and its age: what goes on, goes on (see `Phase`)."""
     kept = goes_on(old.phase, new.phase)
     if kept and old.algorithm.coordinates == new.algorithm.coordinates:
@@ -125,10 +145,10 @@ def hand_over(states: list[Moments], old: _Law, new: _Law, age: int) -> tuple[li
         ], age
     if not kept:
         check_own_starts(new.algorithm)
-    fresh = begin(new.algorithm, *states[0].weights(age))
+    fresh = begin(new.algorithm, problem, *states[0].weights(age))
     if resumes(old.phase, new.phase):
         for state, start in zip(states, fresh, strict=False):
-            _carry(state, start, age)
+            _carry(problem, state, start, new.algorithm, age)
     return fresh, 0
 
 
@@ -141,21 +161,25 @@ def check_own_starts(algorithm: Algorithm) -> None:
         )
 
 
-def _carry(state: Moments, start: Moments, age: int) -> None:
+def _carry(
+    problem: Problem, state: Moments, start: Moments, algorithm: Algorithm, age: int
+) -> None:
     """Let `start` go on from `state`: [kept; begun] = lift @ state + fresh noise."""
-    lift, normals = resumption(state.mode.algorithm, start.mode.algorithm, age)
-    start.mean = np.ascontiguousarray(state.mean @ lift.T)
+    old, new = state.mode.algorithm, start.mode.algorithm
+    lift, normals = resumption(old, new, age)
+    origin = np.outer(-problem.minimum, origins(new, old.coordinates))
+    start.mean = np.ascontiguousarray(state.mean @ lift.T + origin)
     started, noisy = (
         np.einsum("ij,djk,lk->dil", lift, part, lift) for part in (state.started, state.noisy)
     )
-    start.started = np.ascontiguousarray(started + normals @ normals.T)
+    start.started = np.ascontiguousarray(started + _fresh(algorithm, problem, normals))
     start.noisy = np.ascontiguousarray(noisy)
 
 
 class _Walker:
     """Advances all modes through one phase."""
 
-    def __init__(self, problem: Problem, law: _Law, states: list[Moments], age: int):
+    def __init__(self, problem: Problem, law: Law, states: list[Moments], age: int):
         self.problem, self.law, self.states, self.age = problem, law, states, age
         self.cycle_start = -1
         self.cycles: list[tuple[FloatArray, FloatArray]] = []
@@ -163,13 +187,12 @@ class _Walker:
     def walk(self, start: int, stop: int, losses: FloatArray | None = None) -> None:
         """Steps [start, stop) of the phase, one by one; `losses` takes the first mode's."""
         begun = start
-        period = self.law.algorithm.period
         size = max(len(s.mode.algorithm.coordinates) for s in self.states)
         chunk = max(1, CHUNK // (self.problem.directions * size * size))
         while start < stop:
             until = min(stop, start + chunk)
             settings = self.law.phase.settings(start, until)
-            residue = (self.age + np.arange(start, until)) % period
+            residue = clock(self.law.algorithm, self.age + np.arange(start, until))
             for i, state in enumerate(self.states):
                 step = self.kinds(state.mode, settings, residue)
                 read, out = None, None
@@ -214,9 +237,8 @@ class _Walker:
         kind = kind.reshape(-1)
         order = np.empty(len(rows), dtype=np.int64)
         filled = 0
-        for r in np.unique(rows[:, -1]):
-            chosen = np.flatnonzero(rows[:, -1] == r)
-            matrix, noise = self.law.step(self.problem, mode, rows[chosen, :-1], int(r))
+        for chosen, t in simultaneous(mode.algorithm, rows[:, -1]):
+            matrix, noise = self.law.step(self.problem, mode, rows[chosen, :-1], t)
             matrices.append(matrix)
             noises.append(noise)
             order[chosen] = np.arange(filled, filled + chosen.size)
@@ -243,9 +265,17 @@ class _Walker:
     def cycle(self, mode: Mode, origin: int, period: int) -> tuple[FloatArray, FloatArray]:
         """Transition of one whole period."""
         settings = self.law.phase.settings(origin, origin + period)
-        residue = (self.age + np.arange(origin, origin + period)) % self.law.algorithm.period
+        residue = clock(self.law.algorithm, self.age + np.arange(origin, origin + period))
         matrix, noise, kind = self.kinds(mode, settings, residue)
         return compose_steps(matrix, noise, kind)
+
+    def limit(self, mode: Mode, settings: FloatArray) -> FloatArray:
+        """Transition matrix of an ageing method's late steps, at constant settings (1, :)."""
+        steps = [
+            self.law.step(self.problem, mode, settings, t) for t in cycle_times(mode.algorithm)
+        ]
+        matrices, noises = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+        return compose_steps(matrices, noises, range(len(steps)))[0]
 
 
 def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
@@ -272,7 +302,7 @@ class PhaseWalk:
     """Losses of one phase run from the problem's start, at chosen steps or at every step."""
 
     def __init__(self, problem: Problem, phase: Phase):
-        self.problem, self.law = problem, _law(phase, problem)
+        self.problem, self.law = problem, law_of(phase, problem)
         self.segments = list(phase.segments())
 
     def _start(self) -> _Walker:
@@ -292,10 +322,12 @@ class PhaseWalk:
     def cost(self, steps: int) -> float:
         """Multiplications of a scan over so many steps, to order of magnitude.
 
-        Each step costs some hundred besides, or some thousand where its readout is its own.
+        Each step costs some hundred besides, or some thousand where it differs from all others.
         """
         algorithm = self.law.algorithm.modes()[0].algorithm
-        besides = 5_000 if algorithm.counts_steps else 200
+        besides = 5_000 if algorithm.counts_steps or algorithm.ages else 200
+        if algorithm.ages and algorithm.period > 1:
+            besides = 40_000  # extracted one by one
         return float(steps) * (besides + self.problem.directions * len(algorithm.coordinates) ** 2)
 
     def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
@@ -321,19 +353,20 @@ class PhaseWalk:
 
 def phase_cycles(
     problem: Problem, phase: Phase
-) -> tuple[tuple[Mode, ...], list[tuple[FloatArray, FloatArray]]]:
-    """Modes of a phase and the transition of one period of each.
+) -> tuple[tuple[Mode, ...], list[Moments], list[tuple[FloatArray, FloatArray]]]:
+    """Modes of a phase, their start and the transition of one period of each.
 
     Raises
     ------
     NQMError
         If the phase never repeats itself.
     """
-    law = _law(phase, problem)
+    law = law_of(phase, problem)
     period = whole_period(phase)
     walker = _Walker(problem, law, [], 0)
     modes = law.algorithm.modes()
-    return modes, [walker.cycle(mode, 0, period) for mode in modes]
+    cycles = [walker.cycle(mode, 0, period) for mode in modes]
+    return modes, at_start(law.algorithm, problem), cycles
 
 
 def whole_period(phase: Phase) -> int:
@@ -377,7 +410,7 @@ def solve(
     only = program.phases[0]
     if len(program.phases) == 1 and getattr(only.algorithm, "coupling", None) == "scalar":
         return scalar_first_order(problem, only, wanted)
-    laws = [_law(phase, problem) for phase in program.phases]
+    laws = [law_of(phase, problem) for phase in program.phases]
     rows = list(_visit(problem, laws, wanted, jump, progress))
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     zeros = np.zeros(len(rows))
@@ -394,7 +427,7 @@ def solve(
 
 def _visit(
     problem: Problem,
-    laws: list[_Law],
+    laws: list[Law],
     wanted: list[int],
     jump: bool,
     progress: Progress | None,
@@ -405,7 +438,7 @@ def _visit(
     with np.errstate(over="ignore", invalid="ignore"):
         for index, law in enumerate(laws):
             if index:
-                states, age = hand_over(states, laws[index - 1], law, age)
+                states, age = hand_over(problem, states, laws[index - 1], law, age)
             walker = _Walker(problem, law, states, age)
             if index == 0 and pending and pending[0] == 0:
                 pending.pop(0)
@@ -432,13 +465,17 @@ def _visit(
             offset, age = offset + law.phase.steps, age + law.phase.steps
 
 
-def _unstable(problem: Problem, walker: _Walker, law: _Law, start: int, period: int | None) -> bool:
+def _unstable(problem: Problem, walker: _Walker, law: Law, start: int, period: int | None) -> bool:
     """Whether a stretch at repeating rates amplifies some direction that has curvature."""
-    if period is None:
+    ageing = law.algorithm.ages and law.phase.constant
+    if period is None and not ageing:
         return False
     curved = problem.curvature > 0
     for state in walker.states:
-        matrix, _ = walker.cycle(state.mode, start, period)
+        if period is None:
+            matrix = walker.limit(state.mode, law.phase.settings(start, start + 1))
+        else:
+            matrix, _ = walker.cycle(state.mode, start, period)
         if np.any(spectral_radius(matrix[curved]) > 1.0 + 1e-12):
             return True
     return False

@@ -16,13 +16,23 @@ import numpy as np
 
 from nqm.algorithms.base import Algorithm
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
+from nqm.algorithms.sampled import Sampled
 from nqm.errors import NQMError, check_integer
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.moments import check_own_starts
-from nqm.transition import embedding, extract, member_readout, readout, resumption
+from nqm.transition import (
+    clock,
+    embedding,
+    extract,
+    member_readout,
+    origins,
+    readout,
+    resumption,
+    simultaneous,
+)
 
 #: Replicas of one block: its state stays in the cache for some thousand directions.
 BLOCK = 32
@@ -111,12 +121,13 @@ class _Plan:
         self.linear: dict[int, _Linear] = {}
         for index, phase in enumerate(program.phases):
             if isinstance(phase.algorithm, Algorithm):
-                self.linear[index] = _Linear(phase.algorithm)
+                phase.algorithm.check(problem)
+                self.linear[index] = _Linear(phase.algorithm, problem)
                 if index:
                     self._check(index, phase.algorithm)
             elif isinstance(phase.algorithm, MultiplicativeLatePhase):
                 phase.algorithm.check(problem)
-            else:
+            elif not isinstance(phase.algorithm, Sampled):
                 raise NQMError(f"no sampler for {type(phase.algorithm).__name__}")
 
     def _check(self, index: int, algorithm: Algorithm) -> None:
@@ -141,6 +152,7 @@ class _Plan:
         state: FloatArray | None = None
         weights: FloatArray | None = None
         factors: tuple[FloatArray, FloatArray] | None = None
+        buffers: tuple[FloatArray, FloatArray] | None = None
         for index, phase in enumerate(self.program.phases):
             last = offset + phase.steps
             rows = [
@@ -155,6 +167,13 @@ class _Plan:
                 theta, phi = factors
                 self._multiplicative(rng, phase, theta, phi, rows, loss, member_loss)
                 weights, state = theta * phi.mean(axis=1) - problem.minimum, None
+            elif isinstance(phase.algorithm, Sampled):
+                weights = np.ascontiguousarray(draw() if weights is None else weights)
+                if buffers is None or not self._goes_on(index):
+                    buffers, age = (np.zeros_like(weights), np.zeros_like(weights)), 0
+                self._optimizer(rng, phase, age, weights, buffers, rows, loss)
+                member_loss[[row for row, _ in rows]] = loss[[row for row, _ in rows]]
+                age, state, factors = age + phase.steps, None, None
             else:
                 linear = self.linear[index]
                 state, age = self._enter(rng, index, state, weights, age, draw)
@@ -183,19 +202,31 @@ class _Plan:
             old = self.linear[index - 1].algorithm
             if resumes(*self.program.phases[index - 1 : index + 1]):
                 lift, normals = resumption(old, new, age)
-                return self._begun(rng, state, lift, normals), 0
+                begun = self._begun(rng, index, state, lift, normals)
+                return begun + self._origin(new, old.coordinates), 0
         draws, normals = embedding(new)
         sources = [draw() if weights is None else weights for _ in range(draws.shape[1])]
-        return self._begun(rng, np.stack(sources, axis=-1), draws, normals), 0
+        begun = self._begun(rng, index, np.stack(sources, axis=-1), draws, normals)
+        return begun + self._origin(new), 0
 
-    @staticmethod
+    def _origin(self, algorithm: Algorithm, known: Sequence[str] = ()) -> FloatArray:
+        """What begins at the origin of weight space, (d, n)."""
+        return np.outer(-self.problem.minimum, origins(algorithm, known))
+
     def _begun(
-        rng: np.random.Generator, sources: FloatArray, lift: FloatArray, normals: FloatArray
+        self,
+        rng: np.random.Generator,
+        index: int,
+        sources: FloatArray,
+        lift: FloatArray,
+        normals: FloatArray,
     ) -> FloatArray:
         """Lift @ sources + normals @ fresh noise, for every replica and direction."""
         start = sources @ lift.T
         if normals.shape[1]:
-            start = start + rng.standard_normal((*start.shape[:2], normals.shape[1])) @ normals.T
+            noise = rng.standard_normal((*start.shape[:2], normals.shape[1])) @ normals.T
+            mask = self.linear[index].mask
+            start = start + (noise if mask is None else mask[:, None] * noise)
         return np.ascontiguousarray(start)
 
     def _factors(
@@ -208,6 +239,48 @@ class _Plan:
         if algorithm.spread:
             phi *= 1.0 + np.sqrt(algorithm.spread) * rng.standard_normal(phi.shape)
         return theta, phi
+
+    def _optimizer(
+        self,
+        rng: np.random.Generator,
+        phase: Phase,
+        age: int,
+        x: FloatArray,
+        buffers: tuple[FloatArray, FloatArray],
+        rows: list[tuple[int, int]],
+        loss: FloatArray,
+    ) -> None:
+        """Run a compiled rule that is not linear; weights and buffers in place."""
+        algorithm, problem = phase.algorithm, self.problem
+        assert isinstance(algorithm, Sampled)
+        record = np.full(phase.steps, -1, dtype=np.int64)
+        for row, step in rows:
+            if step:
+                record[step - 1] = row
+            else:
+                loss[row] = x**2 @ problem.weight
+        generator = _take(rng)
+        chunk = max(1, CHUNK // problem.directions)
+        for first in range(0, phase.steps, chunk):
+            until = min(first + chunk, phase.steps)
+            settings = phase.settings(first, until)
+            _kernels.sample_optimizer(
+                generator,
+                *algorithm.rule,
+                algorithm.tail,
+                algorithm.pitch,
+                age + first,
+                problem.curvature,
+                problem.minimum,
+                np.sqrt(problem.noise_variance / settings[:, [1]]),
+                settings[:, 0].copy(),
+                problem.multiplicity,
+                x,
+                *buffers,
+                record[first:until],
+                loss,
+            )
+        _give_back(rng, generator)
 
     def _multiplicative(
         self,
@@ -269,8 +342,9 @@ def _give_back(rng: np.random.Generator, generator: Any) -> None:
 class _Linear:
     """A linear algorithm prepared for the sampling kernel (its transition is sparse)."""
 
-    def __init__(self, algorithm: Algorithm):
+    def __init__(self, algorithm: Algorithm, problem: Problem):
         self.algorithm = algorithm
+        self.mask = algorithm.replicated(problem)
         self.cache: dict[bytes, Any] = {}
 
     def advance(
@@ -331,16 +405,23 @@ class _Linear:
         self, problem: Problem, phase: Phase, first: int, until: int, age: int
     ) -> tuple[Any, ...]:
         settings = phase.settings(first, until)
-        residue = (age + np.arange(first, until)) % self.algorithm.period
+        residue = clock(self.algorithm, age + np.arange(first, until))
         kinds, kind = np.unique(np.column_stack([settings, residue]), axis=0, return_inverse=True)
         key = kinds.tobytes()
         if key not in self.cache:
-            blocks = []
-            for setting in kinds:
-                lr = tuple(setting[:-2]) if self.algorithm.rate_count == 2 else setting[0]
-                step = extract(self.algorithm, problem.curvature, lr, int(setting[-1]))
-                sd = np.sqrt(problem.noise_variance / setting[-2])
-                blocks.append(np.concatenate([step.matrix, step.noise * sd[:, None, None]], axis=2))
+            blocks: list[Any] = [None] * len(kinds)
+            for chosen, t in simultaneous(self.algorithm, kinds[:, -1]):
+                rows = kinds[chosen]
+                lr: Any = rows[:, [0]]
+                if self.algorithm.rate_count == 2:
+                    lr = (lr, rows[:, [1]] * (1.0 if self.mask is None else self.mask))
+                step = extract(self.algorithm, problem.curvature[None, :], lr, t)
+                sd = np.sqrt(problem.noise_variance / rows[:, [-2]])
+                noise = step.noise * sd[..., None, None]
+                for i, block in zip(
+                    chosen, np.concatenate([step.matrix, noise, step.own], axis=-1), strict=True
+                ):
+                    blocks[i] = block
             full = np.array(blocks)
             used = (full != 0.0).any(axis=(0, 1))
             if used.shape == (1, 2):

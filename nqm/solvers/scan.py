@@ -42,7 +42,7 @@ def scan(
 ) -> Scan:
     """Exact expected loss after `steps` steps from the problem's start, at constant rates.
 
-    Costs O(log steps) per direction and rate.
+    Costs O(log steps) per direction and rate (O(steps) for a method that ages).
 
     Parameters
     ----------
@@ -65,6 +65,9 @@ def scan(
     )
     if not (np.all(rates > 0) and np.all(member_rates > 0)):
         raise NQMError("scan: every lr must be > 0")
+    algorithm.check(problem)
+    mask = algorithm.replicated(problem)
+    member_scale = np.ones(problem.directions) if mask is None else mask
     modes = algorithm.modes()
     starts = at_start(algorithm, problem)
     bias = np.zeros((len(modes), rates.size))
@@ -75,9 +78,8 @@ def scan(
             size = max(1, CHUNK // (d * start.mean.shape[1] ** 2 * algorithm.period))
             for first in range(0, rates.size, size):
                 part = slice(first, first + size)
-                many, added = _power(
-                    problem, mode, rates[part], member_rates[part], steps, batch_size
-                )
+                two = rates[part, None], member_rates[part, None] * member_scale
+                many, added = _power(problem, mode, two, steps, batch_size)
                 count = many.shape[0] // d
                 mean = np.einsum("dij,dj->di", many, np.tile(start.mean, (count, 1)))
                 started = many @ np.tile(start.started, (count, 1, 1)) @ many.swapaxes(1, 2)
@@ -98,22 +100,28 @@ def scan(
 def _power(
     problem: Problem,
     mode: Mode,
-    lr: FloatArray,
-    member_lr: FloatArray,
+    two: tuple[FloatArray, FloatArray],
     steps: int,
     batch_size: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """(A, Q) of all steps, (L * d, n, n) each."""
+    """(A, Q) of all steps, (L * d, n, n) each; `two` rates broadcast to (L, d)."""
     algorithm = mode.algorithm
     v = mode.noise_share * problem.noise_variance / batch_size
-    rates = (lr[:, None], member_lr[:, None]) if algorithm.rate_count == 2 else lr[:, None]
-    matrices, noises = [], []
-    for t in range(algorithm.period):
+    rates = two if algorithm.rate_count == 2 else two[0]
+
+    def step_at(t: int) -> tuple[FloatArray, FloatArray]:
         step = extract(algorithm, problem.curvature, rates, t)
         n = step.matrix.shape[-1]
-        matrices.append(step.matrix.reshape(-1, n, n))
-        noises.append(noise_moment(step, v).reshape(-1, n, n))
-    matrix, noise = np.array(matrices), np.array(noises)
+        return step.matrix.reshape(-1, n, n), noise_moment(step, v).reshape(-1, n, n)
+
+    if algorithm.ages:  # no two steps are alike
+        many, added = (np.zeros_like(part) for part in step_at(0))
+        many += np.eye(many.shape[-1])
+        for t in range(steps):
+            a, q = step_at(t)
+            many, added = a @ many, a @ added @ a.swapaxes(1, 2) + q
+        return many, added
+    matrix, noise = (np.array(p) for p in zip(*map(step_at, range(algorithm.period)), strict=True))
     cycles, rest = divmod(steps, algorithm.period)
     cycle = compose_steps(matrix, noise, range(algorithm.period))
     many, added = np.empty_like(cycle[0]), np.empty_like(cycle[1])

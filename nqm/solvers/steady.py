@@ -35,6 +35,9 @@ class Steady:
     weight_variance, deviation_variance : ndarray, shape (d,)
         Variance of the evaluated weights, and of a member about them. NaN along flat directions,
         which diffuse for ever but cost nothing.
+    weight_mean : ndarray, shape (d,)
+        Where the evaluated weights settle: 0, the minimum, but for methods that pull elsewhere.
+        A pull to the phase's start is taken to be one to the problem's start.
     status : Status
         FINISHED, or DIVERGED when some curved direction is unstable.
     radius : float
@@ -50,6 +53,7 @@ class Steady:
     kind: Kind
     weight_variance: FloatArray = field(repr=False)
     deviation_variance: FloatArray = field(repr=False)
+    weight_mean: FloatArray = field(repr=False)
 
     def table(self) -> pd.DataFrame:
         """One row."""
@@ -74,24 +78,41 @@ def steady(problem: Problem, phase: Phase) -> Steady:
     Raises
     ------
     NQMError
-        For rates that never repeat, and for a uniform average (SWA), whose variance keeps
-        falling as one over the number of snapshots.
+        For rates that never repeat, and for averages over all the past (SWA, schedule-free),
+        whose variance keeps falling as one over the number of steps.
     """
     check_settles(phase.algorithm)
-    modes, cycles = phase_cycles(problem, phase)
+    modes, starts, cycles = phase_cycles(problem, phase)
     curved = problem.curvature > 0
-    variances, radius = [], 0.0
-    for mode, (matrix, noise) in zip(modes, cycles, strict=True):
-        here = spectral_radius(matrix[curved])
-        radius = max(radius, float(here.max(initial=0.0)))
-        fixed = np.full_like(noise, np.nan)
+    mask = phase.algorithm.replicated(problem) if isinstance(phase.algorithm, Algorithm) else None
+    variances, means, radius = [], [], 0.0
+    for mode, start, (matrix, noise) in zip(modes, starts, cycles, strict=True):
+        here = curved if mode.name == "mean" or mask is None else curved & (mask > 0)
+        mean, variance = np.full((2, problem.directions), np.nan)
+        mean[curved], variance[curved] = 0.0, 0.0
+        names = mode.algorithm.coordinates
+        still = np.array([name in mode.algorithm.constants for name in names])
+        moving = matrix[np.ix_(here, ~still, ~still)]
+        radius = max(radius, float(spectral_radius(moving).max(initial=0.0)))
         if radius < 1.0:
-            solved = np.empty((int(curved.sum()), *noise.shape[1:]))
-            _kernels.stationary(matrix[curved], noise[curved], solved)
-            fixed[curved] = solved
-        c = readout(mode.algorithm, LONG * mode.algorithm.period)
-        variances.append(np.einsum("i,dij,j->d", c, fixed, c))
-    losses = [float(problem.weight[curved] @ v[curved]) for v in variances]
+            c = readout(mode.algorithm, LONG * mode.algorithm.period)
+            solved = np.empty_like(moving)
+            kicks = np.ascontiguousarray(noise[np.ix_(here, ~still, ~still)])
+            _kernels.stationary(np.ascontiguousarray(moving), kicks, solved)
+            pull = _response(moving, matrix[np.ix_(here, ~still, still)]).swapaxes(1, 2) @ c[~still]
+            pull += c[still]
+            mean[here] = np.einsum("dk,dk->d", pull, start.mean[here][:, still])
+            fixed = start.started[np.ix_(here, still, still)]
+            variance[here] = np.einsum("i,dij,j->d", c[~still], solved, c[~still])
+            variance[here] += np.einsum("dk,dkl,dl->d", pull, fixed, pull)
+        else:
+            variance[here] = np.nan
+        variances.append(variance)
+        means.append(mean)
+    losses = [
+        float(problem.weight[curved] @ (m[curved] ** 2 + v[curved]))
+        for m, v in zip(means, variances, strict=True)
+    ]
     stable = radius < 1.0
     deviation = variances[1] if len(variances) > 1 else np.where(curved, 0.0, np.nan)
     return Steady(
@@ -102,7 +123,14 @@ def steady(problem: Problem, phase: Phase) -> Steady:
         kind=Kind.EXACT if isinstance(phase.algorithm, Algorithm) else Kind.FIRST_ORDER,
         weight_variance=variances[0],
         deviation_variance=deviation,
+        weight_mean=means[0],
     )
+
+
+def _response(moving: FloatArray, pulled: FloatArray) -> FloatArray:
+    """Where the moving coordinates settle per unit of each constant one, (d, n, constants)."""
+    identity = np.eye(moving.shape[-1])
+    return np.asarray(np.linalg.solve(identity - moving, pulled))
 
 
 def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
@@ -136,7 +164,12 @@ def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
 
 
 def check_settles(algorithm: object) -> None:
-    """Raise NQMError for a uniform average, which has no steady state."""
+    """Raise NQMError for what averages over all its past and so has no steady state."""
+    if isinstance(algorithm, Algorithm) and algorithm.ages:
+        raise NQMError(
+            f"{type(algorithm).__name__} has no steady state: each of its steps differs from the "
+            "last; run it for a number of steps"
+        )
     while isinstance(algorithm, Wrapper):
         if isinstance(algorithm, SWA):
             raise NQMError(

@@ -1,0 +1,65 @@
+"""Scaling laws: loss against compute by model size, and against when a rate starts to decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from figures.curves import curves
+from figures.style import COLORMAP, REFERENCE, axes_or_new
+
+
+def _ordered(values: list[Any]) -> dict[Any, dict[str, Any]]:
+    """Colours of a sequential map, dark for small to light for large."""
+    shades = mpl.colormaps[COLORMAP](np.linspace(0.0, 0.85, len(values)))
+    return {value: {"color": shade} for value, shade in zip(values, shades, strict=True)}
+
+
+def frontier(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Loss over compute, a colour per model size; the least loss within each budget, dotted.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns features, compute, loss, kind.
+    ax : Axes, optional
+    """
+    ax = axes_or_new(ax)
+    looks = _ordered(sorted(table["features"].unique()))
+    curves(table, x="compute", by="features", looks=looks, ax=ax)
+    spent = table[table["kind"] != "sample"].sort_values("compute")
+    least = spent["loss"].cummin()
+    look: dict[str, Any] = {"color": REFERENCE, "linewidth": 2.2, "linestyle": (0, (1, 1.6))}
+    look["label"] = "best size"
+    ax.plot(spent["compute"], least, gid="least", zorder=4, **look)
+    ax.set(xscale="log", yscale="log", ylabel="expected loss + irreducible loss")
+    ax.set_xlabel("compute (features $\\times$ examples)")
+    ax.legend(title="features", loc="lower left")
+    return ax
+
+
+def decay_start(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Final loss over the share of steps spent on the decay, relative to the best share (dots).
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns decay (share of all steps), noise, loss, kind: one curve per label noise.
+    ax : Axes, optional
+    """
+    ax = axes_or_new(ax)
+    best = table.groupby("noise")["loss"].transform("min")
+    relative = table.assign(relative=table["loss"] / best)
+    looks = _ordered(sorted(table["noise"].unique()))
+    curves(relative, x="decay", y="relative", by="noise", looks=looks, ax=ax)
+    for noise, rows in relative.groupby("noise"):
+        best_share = rows["decay"].to_numpy()[rows["relative"].argmin()]
+        ax.plot(best_share, 1.0, "o", gid=f"{noise}/best", clip_on=False, **looks[noise])
+    ax.set(xlabel="share of the steps spent on the decay", ylabel="final loss / best final loss")
+    ax.set(xlim=(0.0, 1.0), ylim=(0.98, 2.5))
+    ax.legend(title="label noise $\\sigma^2$", loc="upper right")
+    return ax

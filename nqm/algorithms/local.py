@@ -1,0 +1,287 @@
+"""Workers that train on their own for a while and then share: local SGD, FedAvg, DiLoCo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nqm.algorithms.base import (
+    Algorithm,
+    Gradient,
+    Mode,
+    Optimizer,
+    Rate,
+    State,
+    Value,
+    average,
+    check_algorithm,
+    ends,
+)
+from nqm.algorithms.optimizers import SGD
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problem import Problem
+
+Draw = Callable[[], Value]
+
+
+@dataclass(frozen=True)
+class LocalSGD(Algorithm):
+    """Workers take `local_steps` steps apart, then a server moves to their mean (DiLoCo, FedAvg).
+
+    ::
+
+        x_k <- inner step on worker k's minibatch       every step
+        delta = server - mean_k x_k                     after every local_steps-th step
+        server <- outer step at rate outer_lr with delta as its gradient;  x_k <- server
+
+    Stich 2019 (local SGD); McMahan et al. 2017 (FedAvg: outer_lr 1, outer SGD); Douillard et al.
+    2023 (DiLoCo: outer Nesterov momentum). One worker and outer SGD is Lookahead. The workers' mean
+    is evaluated, which after a round is the server's model; their inner momentum is kept.
+
+    Parameters
+    ----------
+    workers : int
+        M >= 1.
+    local_steps : int
+        H >= 1.
+    inner, outer : Optimizer
+    outer_lr : float
+        > 0.
+    """
+
+    workers: int = 8
+    local_steps: int = 10
+    inner: Optimizer = field(default_factory=SGD)
+    outer: Optimizer = field(default_factory=SGD)
+    outer_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_integer(f"{name}.workers", self.workers, 1)
+        check_integer(f"{name}.local_steps", self.local_steps, 1)
+        check_algorithm(f"{name}.inner", self.inner, Optimizer)
+        check_algorithm(f"{name}.outer", self.outer, Optimizer)
+        check_number(f"{name}.outer_lr", self.outer_lr, low=0.0, closed_low=False)
+
+    @property
+    def member_count(self) -> int:
+        return self.workers
+
+    @property
+    def period(self) -> int:
+        return math.lcm(self.inner.period, self.local_steps)
+
+    @property
+    def server(self) -> tuple[str, ...]:
+        """Names of the server's coordinates."""
+        return ("server", *(f"server {name}" for name in self.outer.buffers))
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        m, names = self.workers, self.inner.coordinates
+        return (*self.server, *(f"{n} worker {k + 1}/{m}" for k in range(m) for n in names))
+
+    def split(self, state: State) -> tuple[State, tuple[State, ...]]:
+        """The server's coordinates, and each worker's."""
+        first, size = len(self.server), len(self.inner.coordinates)
+        return state[:first], tuple(
+            state[first + k * size : first + (k + 1) * size] for k in range(self.workers)
+        )
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        server, workers = self.split(state)
+        workers = tuple(self.inner.update(worker, gradient, lr, t) for worker in workers)
+        return self.shared(server, workers, t)
+
+    def shared(self, server: State, workers: tuple[State, ...], t: int) -> State:
+        """The state once the server has met the workers, where step t ends a round."""
+        if ends(t, self.local_steps):
+            delta = server[0] - average(tuple(worker[0] for worker in workers))
+            step, buffers = self.outer.direction(server[1:], delta)
+            server = (server[0] - self.outer_lr * step, *buffers)
+            workers = tuple((server[0], *worker[1:]) for worker in workers)
+        return sum(workers, start=server)
+
+    def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
+        return tuple(worker[0] for worker in self.split(state)[1])
+
+    def weights(self, state: State, t: int) -> Value:
+        return average(tuple(worker[0] for worker in self.split(state)[1]))
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        x = draw()
+        worker = self.inner.embed(lambda: x, normal)
+        return (x, *self.outer.no_buffers(), *(worker * self.workers))
+
+    def modes(self) -> tuple[Mode, ...]:
+        m = self.workers
+        return (
+            Mode("mean", _MeanWorker(self), 1.0 / m),
+            Mode("deviation", _WorkerDeviation(self), 1.0 - 1.0 / m),
+        )
+
+
+@dataclass(frozen=True)
+class _MeanWorker(Algorithm):
+    """The workers' mean and the server: the same method with one worker."""
+
+    local: LocalSGD
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        m, names = self.local.workers, self.local.inner.coordinates
+        return (*self.local.server, *(f"{n} workers/{m}" for n in names))
+
+    @property
+    def period(self) -> int:
+        return self.local.period
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        first = len(self.local.server)
+        worker = self.local.inner.update(state[first:], gradient, lr, t)
+        return self.local.shared(state[:first], (worker,), t)
+
+    def weights(self, state: State, t: int) -> Value:
+        return state[len(self.local.server)]
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        x = draw()
+        return (x, *self.local.outer.no_buffers(), *self.local.inner.embed(lambda: x, normal))
+
+
+@dataclass(frozen=True)
+class _WorkerDeviation(Algorithm):
+    """A worker's distance from the mean: the inner optimizer, put back to 0 after every round."""
+
+    local: LocalSGD
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        return tuple(f"{n} deviation/{self.local.workers}" for n in self.local.inner.coordinates)
+
+    @property
+    def period(self) -> int:
+        return self.local.period
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        d, *buffers = self.local.inner.update(state, gradient, lr, t)
+        return (0.0 if ends(t, self.local.local_steps) else d, *buffers)
+
+    def weights(self, state: State, t: int) -> Value:
+        return state[0]
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        return (0.0, *self.local.inner.no_buffers())
+
+
+@dataclass(frozen=True)
+class Federated(LocalSGD):
+    """Local SGD on clients that differ: client k's loss is 1/2 c_k h (w - w* (1 + shift_k))^2.
+
+    With more than one local step the fixed point drifts away from the minimum w* of the clients'
+    mean loss (client drift; Charles & Konecny 2021). The loss is that of `Problem`, which is the
+    mean client's up to a constant: curvatures must average to 1 and curvature * shift to 0. A
+    client's gradient noise is the problem's.
+
+    Parameters
+    ----------
+    curvatures : tuple of float
+        Client k's curvature in units of the problem's, one for each worker, >= 0.
+    shifts : tuple of float
+        Distance of client k's minimum from w*, in units of w* (``problem.minimum``).
+    """
+
+    curvatures: tuple[float, ...] = ()
+    shifts: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, values in (("curvatures", self.curvatures), ("shifts", self.shifts)):
+            object.__setattr__(self, name, tuple(values))
+            if len(values) not in (0, self.workers):
+                raise NQMError(
+                    f"Federated.{name} must hold one number for each of the {self.workers} "
+                    f"workers; got {len(values)}"
+                )
+            low = 0.0 if name == "curvatures" else -math.inf
+            for value in values:
+                check_number(f"Federated.{name}", value, low=low)
+        mean = sum(self.client_curvatures) / self.workers
+        pull = sum(c * s for c, s in zip(self.client_curvatures, self.client_shifts, strict=True))
+        if abs(mean - 1.0) > 1e-9:
+            raise NQMError(f"Federated.curvatures must average to 1; got {mean:g}")
+        if abs(pull) > 1e-9 * (1.0 + max(map(abs, self.client_shifts))):
+            raise NQMError(
+                "Federated.shifts times curvatures must sum to 0, or w* is not the minimum of the "
+                f"clients' mean loss; got {pull:g}"
+            )
+
+    def check(self, problem: Problem) -> None:
+        if any(self.shifts) and not np.any(problem.minimum):
+            raise NQMError(
+                "Federated.shifts are in units of problem.minimum, which is 0; set e.g. minimum = 1"
+            )
+
+    @property
+    def client_curvatures(self) -> tuple[float, ...]:
+        """c_k; 1 by default."""
+        return self.curvatures or (1.0,) * self.workers
+
+    @property
+    def client_shifts(self) -> tuple[float, ...]:
+        """shift_k; 0 by default."""
+        return self.shifts or (0.0,) * self.workers
+
+    @property
+    def member_count(self) -> int:
+        return 0  # clients that differ have no common mean and deviation
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        return ("origin",)
+
+    @property
+    def at_origin(self) -> tuple[str, ...]:
+        return ("origin",)
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        return (*super().coordinates, "origin")
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        *moving, origin = state
+        server, workers = self.split(tuple(moving))
+        clients = zip(workers, self.client_curvatures, self.client_shifts, strict=True)
+        # The origin is at -w*, and so client k's minimum at -shift_k times that.
+        workers = tuple(
+            self.inner.update(worker, _Client(gradient, c, -s * origin), lr, t)
+            for worker, c, s in clients
+        )
+        return (*self.shared(server, workers, t), origin)
+
+    def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
+        return ()
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        return (*super().embed(draw, normal), 0.0)
+
+    def modes(self) -> tuple[Mode, ...]:
+        return (Mode("mean", self, 1.0),)
+
+
+@dataclass(frozen=True)
+class _Client:
+    """Gradient of one client's loss."""
+
+    gradient: Gradient
+    curvature: float
+    minimum: Value
+
+    def __call__(self, x: Value, batch: int | None = None, size: float = 1.0) -> Value:
+        return self.gradient(self.curvature * (x - self.minimum), batch, size)
+
+    def normal(self) -> Value:
+        return self.gradient.normal()

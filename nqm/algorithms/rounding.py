@@ -1,0 +1,55 @@
+"""Weights kept in low precision, as far as second moments go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nqm.algorithms.base import Algorithm, Gradient, Optimizer, Rate, State, Value, check_algorithm
+from nqm.algorithms.optimizers import SGD
+from nqm.errors import check_number
+
+
+@dataclass(frozen=True)
+class Rounded(Algorithm):
+    """Weights stochastically rounded to a grid of spacing `pitch` after every step, as added noise.
+
+    Rounding up with probability equal to the fraction f is unbiased with variance
+    pitch^2 f (1 - f); over weights spread across many cells that is pitch^2 / 6 on average, which
+    is added here as Gaussian noise of its own, free of the batch size. It holds while a step's
+    spread is large beside the pitch (`SampledSGD` rounds for real, by Monte Carlo). SWA of it is
+    SWALP (Yang et al. 2019): averaging removes rounding noise as 1 / snapshots.
+
+    Parameters
+    ----------
+    inner : Optimizer
+        Its buffers are kept in full precision.
+    pitch : float
+        Spacing of the grid, in units of the weights, >= 0.
+    """
+
+    inner: Optimizer = field(default_factory=SGD)
+    pitch: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_algorithm("Rounded.inner", self.inner, Optimizer)
+        check_number("Rounded.pitch", self.pitch, low=0.0)
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        return self.inner.coordinates
+
+    @property
+    def period(self) -> int:
+        return self.inner.period
+
+    def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
+        x, *buffers = self.inner.update(state, gradient, lr, t)
+        return (x + self.pitch / math.sqrt(6.0) * gradient.normal(), *buffers)
+
+    def weights(self, state: State, t: int) -> Value:
+        return self.inner.weights(state, t)
+
+    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
+        return self.inner.embed(draw, normal)

@@ -1,0 +1,116 @@
+"""Optimizers that are not linear, and noise that is not Gaussian: Monte Carlo only."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from nqm.algorithms.base import Nonlinear, check_fraction
+from nqm.errors import check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Nonlinear, ABC):
+    """What these optimizers share: one minibatch a step, its noise, and the weights' precision.
+
+    Parameters
+    ----------
+    dof : float, optional
+        Degrees of freedom, > 2, of Student-t gradient noise, scaled to the variance v / B of a
+        minibatch; normal by default. A heavy tail is that of the minibatch, whatever its size.
+    pitch : float
+        Weights are stochastically rounded to multiples of this after every step; 0 for none. The
+        grid goes through the origin of weight space, which ``problem.minimum`` places.
+    """
+
+    dof: float | None = None
+    pitch: float = 0.0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.dof is not None:
+            check_number(f"{name}.dof", self.dof, low=2.0, closed_low=False)
+        check_number(f"{name}.pitch", self.pitch, low=0.0)
+
+    @property
+    @abstractmethod
+    def rule(self) -> tuple[int, float, float, float]:
+        """Number of the compiled rule; momentum; threshold or beta2; epsilon."""
+
+    @property
+    def tail(self) -> float:
+        """Degrees of freedom; infinity for normal noise."""
+        return math.inf if self.dof is None else self.dof
+
+    def continues(self, old: object) -> bool:
+        """Buffers go on where the rule is the same."""
+        return type(old) is type(self)
+
+
+@dataclass(frozen=True)
+class SampledSGD(Sampled):
+    """SGD or heavy ball by Monte Carlo: clipped gradients, heavy-tailed noise, true rounding.
+
+    g <- g min(1, threshold / |g|) over all directions; b' = momentum b + g; x' = x - lr b'.
+
+    Parameters
+    ----------
+    threshold : float, optional
+        Largest norm of a gradient; none by default (Zhang et al. 2020, "Why gradient clipping
+        accelerates training").
+    """
+
+    momentum: float = 0.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("SampledSGD.momentum", self.momentum)
+        if self.threshold is not None:
+            check_number("SampledSGD.threshold", self.threshold, low=0.0, closed_low=False)
+
+    @property
+    def rule(self) -> tuple[int, float, float, float]:
+        return 0, self.momentum, math.inf if self.threshold is None else self.threshold, 0.0
+
+
+@dataclass(frozen=True)
+class SignSGD(Sampled):
+    """b' = momentum b + g;  x' = x - lr sign(b') (signSGD, Signum; Bernstein et al. 2018).
+
+    The mean step is lr erf(h x / (sd(e) sqrt 2)) for normal noise without momentum: near the
+    minimum SGD at the rate lr sqrt(2 / pi) / sd(e), with noise of variance lr^2 whatever the batch.
+    """
+
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("SignSGD.momentum", self.momentum)
+
+    @property
+    def rule(self) -> tuple[int, float, float, float]:
+        return 1, self.momentum, 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class Adam(Sampled):
+    """x' = x - lr m / (sqrt(s) + epsilon) with bias-corrected means m of g and s of g^2.
+
+    Kingma & Ba 2015, direction by direction: the basis is that of the curvature.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("Adam.beta1", self.beta1)
+        check_fraction("Adam.beta2", self.beta2)
+        check_number("Adam.epsilon", self.epsilon, low=0.0, closed_low=False)
+
+    @property
+    def rule(self) -> tuple[int, float, float, float]:
+        return 2, self.beta1, self.beta2, self.epsilon

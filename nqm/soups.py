@@ -1,0 +1,285 @@
+"""Soups: weighted means of several end points of training, with closed-form weights.
+
+Every ingredient is, in each direction, a linear function of a few independent Gaussian sources:
+the common start and each run's own noise. So the expected loss of a soup with weights w is
+w' M w with M_ij = sum_d m h / 2 E x_i x_j, and the best weights that sum to one solve M w ~ 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problem import FloatArray, Problem
+from nqm.program import Program
+from nqm.solvers.moments import check_own_starts, solve
+
+
+@dataclass(frozen=True)
+class GreedySample:
+    """Greedy soups chosen on a finite validation set, by Monte Carlo; arrays of shape (replicas,).
+
+    Attributes
+    ----------
+    loss : ndarray
+        True loss of the soup chosen.
+    single_loss : ndarray
+        True loss of the one ingredient that looked best.
+    size : ndarray
+        How many ingredients the soup has.
+    """
+
+    loss: FloatArray
+    single_loss: FloatArray
+    size: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Soup:
+    """N ingredients with a joint Gaussian law.
+
+    Attributes
+    ----------
+    problem : Problem
+    response : ndarray, shape (d, N, S)
+        Ingredient i in direction d is ``response[d, i] @ sources[d]``.
+    mean, variance : ndarray, shape (d, S)
+        Of the independent sources.
+    """
+
+    problem: Problem
+    response: FloatArray
+    mean: FloatArray
+    variance: FloatArray
+
+    # --- ingredients ---------------------------------------------------------------------------
+
+    @classmethod
+    def of_runs(cls, problem: Problem, programs: Sequence[Program]) -> Soup:
+        """End points of independent runs from a common start, each with a program of its own.
+
+        Wortsman et al. 2022, "Model soups": rates, steps and methods may differ.
+        """
+        if not programs:
+            raise NQMError("a soup needs at least one program; got none")
+        runs = [_affine(problem, program) for program in programs]
+        return cls._from(problem, [(None, run) for run in runs])
+
+    @classmethod
+    def of_snapshots(cls, problem: Problem, cycle: Program, members: int) -> Soup:
+        """End points of `members` cycles run one after another, the optimizer restarted at each.
+
+        Snapshot ensembles (SSE, Huang et al. 2017) and FGE (Garipov et al. 2018), averaged. FGE
+        takes its snapshots in mid-cycle, where the rate is lowest: let the cycle end there.
+
+        Parameters
+        ----------
+        cycle : Program
+            One cycle, e.g. a phase of SGD under a `Cosine` schedule.
+        """
+        check_integer("Soup.members", members, 1)
+        run = _affine(problem, cycle)
+        return cls._from(problem, [(i - 1 if i else None, run) for i in range(members)])
+
+    @classmethod
+    def of_star(
+        cls, problem: Problem, cycle: Program, members: int, branch: Program | None = None
+    ) -> Soup:
+        """A first cycle, then `members` - 1 branches that all start from its end point.
+
+        StarSSE (Sadrtdinov et al. 2023).
+
+        Parameters
+        ----------
+        branch : Program, optional
+            The cycle of the branches; `cycle` by default.
+        """
+        check_integer("Soup.members", members, 1)
+        first = _affine(problem, cycle)
+        other = first if branch is None else _affine(problem, branch)
+        return cls._from(problem, [(None, first), *[(0, other)] * (members - 1)])
+
+    @classmethod
+    def _from(cls, problem: Problem, tree: list[tuple[int | None, _Affine]]) -> Soup:
+        """Ingredients that each begin at the problem's start (None) or at an earlier one."""
+        d, n = problem.directions, len(tree)
+        # Sources: the start, the number one (for pulls to a place), then each run's noise.
+        response = np.zeros((d, n, n + 2))
+        variance = np.zeros((d, n + 2))
+        variance[:, 0] = problem.initial_variance
+        mean = np.zeros((d, n + 2))
+        mean[:, 0], mean[:, 1] = problem.initial_mean, 1.0
+        for i, (parent, run) in enumerate(tree):
+            if parent is None:
+                response[:, i, 0] = run.gain
+            else:
+                response[:, i] = run.gain[:, None] * response[:, parent]
+            response[:, i, 1] += run.shift
+            response[:, i, i + 2] = 1.0
+            variance[:, i + 2] = run.noise
+        return cls(problem, response, mean, variance)
+
+    # --- weights -------------------------------------------------------------------------------
+
+    @property
+    def ingredients(self) -> int:
+        """N."""
+        return int(self.response.shape[1])
+
+    @property
+    def moment(self) -> FloatArray:
+        """M_ij, the loss per pair of ingredients, shape (N, N)."""
+        r = self.response
+        place = np.einsum("dis,ds->di", r, self.mean)
+        weight = self.problem.weight
+        spread = np.einsum("d,dis,ds,djs->ij", weight, r, self.variance, r)
+        return np.asarray(spread + np.einsum("d,di,dj->ij", weight, place, place))
+
+    def loss(self, weights: ArrayLike) -> float:
+        """Expected loss of the mean with these weights, shape (N,); they should sum to 1."""
+        w = np.asarray(weights, dtype=np.float64)
+        if w.shape != (self.ingredients,):
+            raise NQMError(f"a soup's weights must have shape ({self.ingredients},); got {w.shape}")
+        return float(w @ self.moment @ w)
+
+    def uniform(self) -> FloatArray:
+        """The plain mean's weights."""
+        return np.full(self.ingredients, 1.0 / self.ingredients)
+
+    def optimal(self, *, nonnegative: bool = False) -> FloatArray:
+        """Weights of least expected loss that sum to 1: w ~ M^-1 1.
+
+        Parameters
+        ----------
+        nonnegative : bool
+            Among weights >= 0 only. Up to scale these minimise u' M u / 2 - sum u over u >= 0, a
+            non-negative least-squares problem in a factor of M.
+
+        Raises
+        ------
+        NQMError
+            If M is singular: two ingredients are the same, or one has no loss at all.
+        """
+        moment = self.moment
+        scale = np.sqrt(np.diag(moment))
+        try:
+            factor = np.linalg.cholesky(moment / np.outer(scale, scale))
+        except np.linalg.LinAlgError:
+            factor = np.full_like(moment, np.nan)
+        ones = 1.0 / scale
+        if not np.isfinite(factor).all() or np.linalg.cond(factor) > 1e7:
+            raise NQMError(
+                "optimal weights of a soup are not determined: its ingredients are linearly "
+                "dependent; drop duplicates"
+            )
+        target = np.linalg.solve(factor, ones)
+        u = nnls(factor.T, target)[0] if nonnegative else np.linalg.solve(factor.T, target)
+        u = u / scale
+        return np.asarray(u / u.sum())
+
+    def greedy(self) -> FloatArray:
+        """Weights of the greedy soup on the exact expected loss.
+
+        Ingredients in order of their own loss; each enters, at equal weights, if it strictly
+        lowers the loss (Wortsman et al. 2022, recipe 1).
+        """
+        moment = self.moment
+        weights = np.zeros(self.ingredients)
+        order = np.argsort(np.diag(moment), kind="stable")
+        chosen = _greedy(order, lambda kept: float(moment[np.ix_(kept, kept)].mean()))
+        weights[chosen] = 1.0 / len(chosen)
+        return weights
+
+    def sample_greedy(
+        self, validation_size: float, *, replicas: int = 1000, seed: int = 0
+    ) -> GreedySample:
+        """Greedy soups chosen by a finite validation set, by Monte Carlo.
+
+        The loss of one set of n examples is the true one tilted by its gradient noise,
+        L(x) + e'x with Var e = v / n, the same for every candidate.
+
+        Parameters
+        ----------
+        validation_size : float
+            n > 0; ``numpy.inf`` for the true loss of each draw.
+
+        Raises
+        ------
+        NQMError
+            Unless every multiplicity is 1: the tilts of equal directions are independent.
+        """
+        if np.any(self.problem.multiplicity != 1.0):
+            raise NQMError("sample_greedy needs multiplicity 1; use problem.expanded()")
+        if validation_size != np.inf:
+            check_number("validation_size", validation_size, low=0.0, closed_low=False)
+        check_integer("replicas", replicas, 1)
+        check_integer("seed", seed, 0)
+        rng = np.random.default_rng(seed)
+        weight = self.problem.weight
+        tilt_sd = np.sqrt(self.problem.noise_variance / validation_size)
+        loss, single = np.empty((2, replicas))
+        size = np.empty(replicas, dtype=np.int64)
+        for replica in range(replicas):
+            sources = self.mean + np.sqrt(self.variance) * rng.standard_normal(self.mean.shape)
+            x = np.einsum("dis,ds->id", self.response, sources)
+            tilt = tilt_sd * rng.standard_normal(tilt_sd.shape)
+
+            def seen(kept: Sequence[int], x: FloatArray = x, tilt: FloatArray = tilt) -> float:
+                mean = x[kept].mean(axis=0)
+                return float(weight @ mean**2 + tilt @ mean)
+
+            order = np.argsort([seen([i]) for i in range(len(x))], kind="stable")
+            chosen = _greedy(order, seen)
+            loss[replica] = weight @ x[chosen].mean(axis=0) ** 2
+            single[replica] = weight @ x[order[0]] ** 2
+            size[replica] = len(chosen)
+        return GreedySample(loss, single, size)
+
+
+def _greedy(order: NDArray[np.int64], loss: Callable[[Sequence[int]], float]) -> list[int]:
+    """Ingredients in order, each kept if the mean of those kept then has a lower loss."""
+    kept = [int(order[0])]
+    best = loss(kept)
+    for i in map(int, order[1:]):
+        found = loss([*kept, i])
+        if found < best:
+            kept, best = [*kept, i], found
+    return kept
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """A run's end point, gain * start + shift + noise, by direction (d,); `noise` a variance."""
+
+    gain: FloatArray
+    shift: FloatArray
+    noise: FloatArray
+
+
+def _affine(problem: Problem, program: Program) -> _Affine:
+    """Read off the exact moments of runs from 0 and from 1."""
+    if not program.linear:
+        raise NQMError("a soup's closed forms need linear methods; use method 'sample'")
+    try:
+        check_own_starts(program.phases[0].algorithm)  # type: ignore[arg-type]
+    except NQMError:
+        raise NQMError(
+            "a soup's ingredients share their start; use ensemble.starts = 'common'"
+        ) from None
+    ends = []
+    for start in (0.0, 1.0):
+        placed = problem.replace(initial_mean=start, initial_variance=0.0)
+        ends.append(solve(placed, program, [program.steps]))
+    zero, one = (end.weight_mean for end in ends)
+    noise = ends[0].weight_variance
+    assert zero is not None
+    assert one is not None
+    assert noise is not None
+    if not np.isfinite([zero, one, noise]).all():
+        raise NQMError("a soup's ingredient diverges; lower its learning rate")
+    return _Affine(one[0] - zero[0], zero[0], noise[0])

@@ -1,0 +1,65 @@
+"""Figure: the best effective rate lr / (1 - momentum) against batch size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+import figures.zhang2019 as panels
+from figures.style import PAGE, context, new_figure, panel_letters
+from paper_repro.study import Claim, Scale, between, slope
+from paper_repro.zhang2019 import momentum
+from paper_repro.zhang2019.common import curves
+from paper_repro.zhang2019.momentum import Settings, searched
+
+TITLE = "Zhang et al. 2019: effective learning rate"
+SUMMARY = (
+    "With momentum the best effective rate lr / (1 - mu) (a) keeps growing with the batch after "
+    "that of SGD (dashed) has met the stability edge; (b) has the momentum that goes with it. Many "
+    "pairs of rate and momentum are nearly as good at small batches, hence the steps of the grid."
+)
+
+
+def settings(scale: Scale) -> Settings:
+    """Parameters of this figure: those of the figure on momentum."""
+    return momentum.settings(scale)
+
+
+def compute(scale: Scale) -> pd.DataFrame:
+    """One row per method, preconditioner and batch size."""
+    found = searched(settings(scale))
+    return found.assign(effective_lr=found["lr"] / (1.0 - found["momentum"]))
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Effective rates, and momenta."""
+    with context():
+        figure = new_figure(PAGE, 2.9)
+        axes = figure.subplots(1, 2)
+        panels.effective_rates(table, ax=axes[0])
+        panels.memories(table[table["series"] == "momentum"], ax=axes[1])
+        panel_letters(list(axes))
+    return figure
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Linear scaling, and no edge at 2."""
+    curve = curves(table, ["series", "exponent"])
+    heavy, plain = curve["momentum", 0.0], curve["SGD", 0.0]
+    left = 1.0 - heavy["momentum"]
+    small = int((plain["batch_size"] <= 64).sum())
+    ratio = heavy["effective_lr"].to_numpy() / plain["effective_lr"].to_numpy()
+    middle = heavy["batch_size"] <= 2**14
+    return [
+        between("effective rate in proportion to the batch up to 2^14 (momentum): slope",
+                slope(heavy["batch_size"][middle], heavy["effective_lr"][middle]), 0.7, 1.1),
+        between("SGD's best rate stays below the edge 2", float(plain["effective_lr"].max()),
+                0.0, 2.0),
+        between("largest effective rate with momentum over SGD's",
+                float(heavy["effective_lr"].max() / plain["effective_lr"].max()), 5.0, np.inf),
+        between("at small batches (up to 64) the two effective rates agree: largest ratio",
+                float(ratio[:small].max()), 0.5, 2.0),
+        between("memory 1 / (1 - mu) is shorter at a larger batch: last over first",
+                float(left.iloc[0] / left.iloc[-1]), 0.0, 0.1),
+    ]  # fmt: skip

@@ -1,0 +1,105 @@
+"""Figure: the best schedule of 50 constant pieces for nine batch sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+import figures.zhang2019 as panels
+from figures.style import PAGE, context, new_figure, panel_letters
+from nqm.algorithms import SGD
+from nqm.optimize import best_piecewise, fewest_steps_piecewise
+from nqm.program import Phase, Program
+from nqm.solvers.moments import solve
+from paper_repro.study import Claim, Scale, between, identical
+from paper_repro.zhang2019.common import model, powers_of_two
+
+TITLE = "Zhang et al. 2019: optimised learning-rate schedules"
+SUMMARY = (
+    "Rates of 50 equal pieces that meet the target in the fewest steps, for nine batch sizes, "
+    "against training time (a) and its share (b): a larger batch holds the highest stable rate "
+    "longer and decays later. Rates are found by exact gradients of the expected loss; what is "
+    "reported is a local optimum."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Plain SGD; rates up to 2 / h."""
+
+    directions: int = 10_000
+    target: float = 0.01
+    pieces: int = 50
+    batch_sizes: tuple[int, ...] = powers_of_two(4, 12)
+
+
+def settings(scale: Scale) -> Settings:
+    """Parameters of this figure."""
+    if scale is Scale.SMOKE:
+        return Settings(directions=200, pieces=10, batch_sizes=powers_of_two(4, 12, 4))
+    return Settings()
+
+
+def compute(scale: Scale) -> pd.DataFrame:
+    """One row per batch size and piece."""
+    s = settings(scale)
+    problem = model(s.directions)
+    frames = []
+    for size in s.batch_sizes:
+        best = fewest_steps_piecewise(problem, s.pieces, size, s.target)
+        shorter = best_piecewise(problem, s.pieces, best.steps - 1, size, start=best.rates)
+        constant = fewest_steps_piecewise(problem, 1, size, s.target)
+        program = Program((Phase(SGD(), best.schedule, best.steps, size),))
+        direct = solve(problem, program, [best.steps]).loss[0]
+        begins = np.cumsum(best.lengths) - best.lengths
+        frame = pd.DataFrame({"begin": begins, "length": best.lengths, "lr": best.rates})
+        frames.append(frame.assign(
+            batch_size=size, step=best.steps, loss=best.loss, direct=direct,
+            loss_before=shorter.loss, constant_step=constant.steps,
+        ))  # fmt: skip
+    table = pd.concat(frames, ignore_index=True)
+    return table.assign(target=s.target, directions=s.directions, kind="exact")
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Rates against steps, and against the share of training."""
+    with context():
+        figure = new_figure(PAGE, 2.9)
+        axes = figure.subplots(1, 2, sharey=True)
+        panels.schedules(table, ax=axes[0])
+        panels.schedules(table, share=True, ax=axes[1])
+        axes[1].set_ylabel("")
+        panel_letters(list(axes))
+    return figure
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """The schedules meet the target, save steps, and decay later at larger batches."""
+    runs = table.groupby("batch_size").first().sort_index()
+    gain = runs["constant_step"] / runs["step"]
+    held = table[table["lr"] > 1.0].groupby("batch_size")["length"].sum() / runs["step"]
+    held = held.fillna(0.0).sort_index()
+    per_run = len(table) / len(runs)
+    last = table.groupby("batch_size")["lr"].agg(lambda lr: lr.iloc[-1] / lr.max())
+    bound = table["directions"].iloc[0] / (2 * runs["target"] * runs.index)
+    return [
+        identical("loss by pieces = loss by the general solver", runs["loss"], runs["direct"],
+                  1e-10),
+        between("loss at the end over the target, largest",
+                float((runs["loss"] / runs["target"]).max()), 0.0, 1.0),
+        between("best loss found in one step fewer over the target, smallest",
+                float((runs["loss_before"] / runs["target"]).min()), 1 + 1e-12, np.inf),
+        between("steps at the best constant rate over these, smallest batch",
+                float(gain.iloc[0]), 2.0, np.inf),
+        between("the same, largest batch", float(gain.iloc[-1]), 1.0, 1.5),
+        between("share of steps at a rate above 1 grows with the batch: smallest change, which "
+                "may be a piece down", float(held.diff().min()), -1.0 / per_run, 1.0),
+        between("from the smallest batch to the largest it grows by",
+                float(held.iloc[-1] - held.iloc[0]), 0.2, 1.0),
+        between("the last rate is below the highest: largest ratio", float(last.max()), 0.0, 0.9),
+        between("no steps below n / (2 C B): smallest ratio", float((runs["step"] / bound).min()),
+                1.0, np.inf),
+    ]  # fmt: skip
