@@ -78,6 +78,7 @@ class Law:
 
 
 def law_of(phase: Phase, problem: Problem) -> Law:
+    """A phase as the solver sees it; NQMError if it has no exact moments."""
     algorithm = phase.algorithm
     if isinstance(algorithm, MultiplicativeLatePhase):
         if algorithm.coupling == "scalar":
