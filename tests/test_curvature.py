@@ -82,7 +82,7 @@ def test_third_derivatives_are_the_change_of_the_curvature(landscape: Landscape)
     for sign in (1.0, -1.0):
         w = landscape.weights + sign * step * u
         h = hessian(lambda w: whole_loss(landscape, w))(w)
-        bent.append(v @ h @ v)
+        bent.append((v @ h @ v).detach())
     assert float(landscape.third(v) @ u) == pytest.approx(
         float(bent[0] - bent[1]) / (2 * step), rel=1e-5
     )
