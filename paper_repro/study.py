@@ -46,8 +46,11 @@ ZHANG2019 = {
 #: Learning curves and schedules where the noise depends on the state.
 SCALING = {"scaling": "paper_repro.scaling"}
 
+#: Every method at equal data.
+RANKING = {"ranking": "paper_repro.ranking"}
+
 #: Names on the command line that stand for several figures; each has a page of its own.
-GROUPS = {"all": STUDIES, "zhang2019": ZHANG2019, "scaling": SCALING}
+GROUPS = {"all": STUDIES, "zhang2019": ZHANG2019, "scaling": SCALING, "ranking": RANKING}
 
 
 class Scale(StrEnum):
@@ -105,7 +108,7 @@ def find(name: str) -> Study:
     NQMError
         With a suggestion, if there is none.
     """
-    known = STUDIES | ZHANG2019 | SCALING
+    known = STUDIES | ZHANG2019 | SCALING | RANKING
     if name not in known:
         raise NQMError(f"no figure is called {name!r}{suggest(name, known)}")
     return cast(Study, import_module(known[name]))

@@ -1,0 +1,112 @@
+"""Every method's final loss at equal data, over that of SGD at its best constant rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from figures.curves import WIDTH95
+from figures.style import PALETTE, REFERENCE, axes_or_new
+
+#: What the losses are divided by, and the reference drawn beside it.
+UNIT, HONEST = "sgd", "sgd_linear"
+_TICK: dict[str, Any] = {
+    "marker": "|", "linestyle": "none", "markersize": 9.0, "markeredgewidth": 1.6
+}  # fmt: skip
+_MARKER: dict[str, Any] = {
+    "marker": "o", "linestyle": "none", "markersize": 3.6,
+    "markerfacecolor": "white", "markeredgewidth": 0.9,
+}  # fmt: skip
+#: Colour of each family of methods.
+COLORS = {"last iterate": REFERENCE, "mean over time": PALETTE[0], "mean over runs": PALETTE[1]}
+
+
+def ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """Exact loss over that of SGD at a constant rate: methods by (spectrum, noise)."""
+    exact = table[table["kind"] == "exact"]
+    wide = exact.pivot_table(
+        index="method", columns=["spectrum", "noise"], values="loss", sort=False
+    )
+    return wide / wide.loc[UNIT]
+
+
+def order(table: pd.DataFrame) -> list[str]:
+    """Methods by mean rank over the problems, the best first; equal losses share a rank."""
+    rank = ratios(table).round(6).rank().mean(axis=1)
+    return [str(name) for name in rank.sort_values(kind="stable").index]
+
+
+def panel(table: pd.DataFrame, rows: list[str], *, ax: Axes | None = None) -> Axes:
+    """One problem: ticks are theory, open markers simulation with 95 % error bars.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns method, label, family, kind, loss, stderr; of one problem.
+    rows : list of str
+        Methods from the top down.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        A tick's gid is ``METHOD``, its marker's ``METHOD/sample``.
+    """
+    ax = axes_or_new(ax)
+    exact, run = (table[table["kind"] == kind].set_index("method") for kind in ("exact", "sample"))
+    theory = exact["loss"].to_dict()
+    unit = theory[UNIT]
+    drawn = (run[["loss", "stderr"]] / unit).to_dict()
+    ax.axvline(1.0, color="0.6", linewidth=0.8, zorder=1)
+    dashes: Any = {"color": "0.6", "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
+    ax.axvline(theory[HONEST] / unit, gid="honest", **dashes)
+    for y, name in enumerate(rows):
+        color = COLORS[exact["family"].to_dict()[name]]
+        ratio = theory[name] / unit
+        ax.plot([1.0, ratio], [y, y], color=color, linewidth=0.8, alpha=0.35, zorder=2)
+        ax.plot([ratio], [y], color=color, zorder=3, gid=name, **_TICK)
+        width = [WIDTH95 * drawn["stderr"][name]]
+        look: Any = _MARKER | {"color": color, "elinewidth": 0.9, "zorder": 4}
+        bar = ax.errorbar([drawn["loss"][name]], [y], xerr=width, **look)
+        bar[0].set_gid(f"{name}/sample")
+    ax.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
+    ax.set_yticks(np.arange(len(rows)), [exact["label"].to_dict()[name] for name in rows])
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.spines["left"].set_visible(False)
+    return ax
+
+
+def page(table: pd.DataFrame, figure: Figure) -> None:
+    """A panel per problem, noise by row and spectrum by column, with one order of methods."""
+    noises, spectra = table["noise"].unique(), table["spectrum"].unique()
+    grid = figure.subplots(len(noises), len(spectra), sharex="row", sharey=True, squeeze=False)
+    rows = order(table)
+    for i, noise in enumerate(noises):
+        for j, spectrum in enumerate(spectra):
+            chosen = (table["noise"] == noise) & (table["spectrum"] == spectrum)
+            ax = panel(table[chosen], rows, ax=grid[i, j])
+            ax.set_title(f"{spectrum}, {noise}", loc="left")
+    for ax in grid[:, 0]:
+        low, high = ax.get_xlim()
+        subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+        ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    figure.supxlabel("final loss / that of SGD at its best constant rate, equal data", fontsize=8)
+    figure.legend(handles=_legend(), loc="outside upper center", ncols=5, fontsize=7)
+
+
+def _legend() -> list[Line2D]:
+    """Colours are families, the shapes theory and simulation."""
+    ink: dict[str, Any] = {"color": REFERENCE}
+    return [
+        *(Line2D([], [], color=color, linewidth=2.5, label=name) for name, color in COLORS.items()),
+        Line2D([], [], label="theory", **_TICK, **ink),
+        Line2D([], [], label="simulation", **_MARKER, **ink),
+    ]
