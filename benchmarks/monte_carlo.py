@@ -4,18 +4,25 @@ Work: 10^3 directions x 10^3 replicas x 10^3 steps = 10^9 normals (float64, SFC6
 Peers: the same in vectorised NumPy with the same loss recorded, timed over 50 steps and
 extrapolated; and the time to do nothing but draw 10^9 normals from the same generator in compiled
 code. All on one thread.
+
+``precision="float32"``: against NumPy's own single-precision normals and against its generator
+alone, in processor time, which other processes disturb less.
 """
 
 from __future__ import annotations
 
+import os
 import resource
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from benchmarks.timing import best_of
 from nqm import SGD, Problem, constant, sample, solve
 from nqm.problem import FloatArray
-from nqm.solvers._kernels import fill_normals
+from nqm.solvers import fast_normals
+from nqm.solvers._kernels import fill_lanes, fill_normals
 from nqm.solvers.sample import BLOCK
 from nqm.spectra import harmonic
 
@@ -33,6 +40,48 @@ def draw(count: int) -> None:
     buffer = np.empty(DIRECTIONS)
     for _ in range(count // DIRECTIONS):
         fill_normals(state, buffer)
+
+
+def least_processor_time(function: Callable[[], object]) -> float:
+    """Processor seconds of the quickest of five calls."""
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def draw_single(count: int) -> None:
+    """Draw `count` normals of single precision in compiled code, a tile at a time."""
+    lanes = fast_normals.lanes(np.random.SeedSequence(0))
+    buffer = np.empty((1024, fast_normals.LANES), dtype=np.float32)
+    for _ in range(count // buffer.size):
+        fill_lanes(lanes, buffer)
+
+
+def single_precision(problem: Problem) -> None:
+    """Processor time per normal of NumPy, of our draws alone and of `sample`."""
+    rng, count, steps = generator(), 10**7, 100
+    program = constant(SGD(), LR, steps, batch_size=BATCH)
+    draw_single(2**15)
+    numpy = count / least_processor_time(lambda: rng.standard_normal(count, dtype=np.float32))
+    draws = 10 * count / least_processor_time(lambda: draw_single(10 * count))
+    print(f"precision='float32', load average {os.getloadavg()[0]:.1f}")
+    print(f"  NumPy float32 SFC64  {numpy / 1e6:6.0f} M normals/s")
+    print(f"  the draws alone      {draws / 1e6:6.0f} M normals/s  {draws / numpy:5.1f} x NumPy")
+    for name, at in (("every loss", range(steps + 1)), ("last loss", [steps])):
+        for precision in fast_normals.PRECISIONS:
+
+            def run(at: Sequence[int] = at, precision: str = precision) -> None:
+                sample(problem, program, at, replicas=320, workers=1, precision=precision)
+
+            run()
+            rate = 320 * steps * DIRECTIONS / least_processor_time(run)
+            print(
+                f"  {precision}, {name:10s}  {rate / 1e6:6.0f} M steps/s   "
+                f"{rate / numpy:5.1f} x NumPy's draws, {rate / draws:.2f} x ours"
+            )
 
 
 def numpy_sgd(h: FloatArray, steps: int) -> FloatArray:
@@ -54,6 +103,7 @@ def main() -> None:
     steps = range(STEPS + 1)
     draw(DIRECTIONS)
     sample(problem, constant(SGD(), LR, 2, batch_size=BATCH), replicas=2, workers=1)
+    single_precision(problem)
     count = DIRECTIONS * REPLICAS * STEPS
     runs = []
     ours = best_of(

@@ -171,6 +171,7 @@ def _summary(target: Callable[..., Any]) -> str:
 @click.option("--method", help="jump (exact, by powers), moments (exact, every step) or sample.")
 @click.option("--replicas", type=int, help="Independent runs of Monte Carlo.")
 @click.option("--seed", type=int, help="Of Monte Carlo.")
+@click.option("--precision", help="Of Monte Carlo's normals: float64 or float32 (fast).")
 @click.option("--quantiles", metavar="Q,Q,...", help="Quantiles of the loss, e.g. 0.05,0.5,0.95.")
 @click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
 @_options("workers", "json")
@@ -180,6 +181,7 @@ def run(
     method: str | None,
     replicas: int | None,
     seed: int | None,
+    precision: str | None,
     quantiles: str | None,
     out: str | None,
     workers: int,
@@ -197,7 +199,7 @@ def run(
     from nqm.errors import NQMError
     from nqm.table import finished, write_table
 
-    given = {"method": method, "replicas": replicas, "seed": seed}
+    given = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
     short = [f"{name}={value}" for name, value in given.items() if value is not None]
     if quantiles is not None:
         short.append(f"record.quantiles=[{quantiles}]")

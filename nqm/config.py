@@ -22,6 +22,7 @@ from nqm.declare import Mapped, call, known_keys, leaf, located, lookup, named, 
 from nqm.errors import NQMError, check_integer, check_number, suggest
 from nqm.problem import Problem
 from nqm.program import Phase, Program
+from nqm.solvers.fast_normals import check_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +39,7 @@ SPECTRA: dict[str, Callable[..., Any]] = {
 
 METHODS = ("jump", "moments", "sample")
 
-_TOP = ("problem", "phase", "record", "method", "replicas", "seed", "sweep")
+_TOP = ("problem", "phase", "record", "method", "replicas", "seed", "precision", "sweep")
 _START = ("initial_mean", "initial_variance", "minimum")
 _CURVATURE = ("curvature", "spectrum", "file")
 _NOISE = ("noise_variance", "minimum_variance", "noise")
@@ -58,6 +59,8 @@ class Run:
         Exact by powers, exact step by step, or Monte Carlo.
     replicas, seed : int
         Of Monte Carlo.
+    precision : {"float64", "float32"}
+        Of Monte Carlo's normals.
     """
 
     problem: Problem
@@ -67,12 +70,14 @@ class Run:
     method: str = "jump"
     replicas: int = 1000
     seed: int = 0
+    precision: str = "float64"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise NQMError(f"method {self.method!r} is unknown{suggest(self.method, METHODS)}")
         check_integer("replicas", self.replicas, 2)
         check_integer("seed", self.seed, 0)
+        check_precision(self.precision)
         for level in self.quantiles:
             check_number(
                 "record.quantiles", level, low=0.0, high=1.0, closed_low=False, closed_high=False
@@ -112,6 +117,7 @@ class Run:
                 replicas=self.replicas,
                 seed=self.seed,
                 workers=workers,
+                precision=self.precision,
                 progress=progress,
             )
         from nqm.solvers.moments import solve
@@ -185,7 +191,7 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
         options["at"] = leaf("record.at", record["at"], list[int])
     if "quantiles" in record:
         options["quantiles"] = leaf("record.quantiles", record["quantiles"], tuple[float, ...])
-    hints: dict[str, Any] = {"method": str, "replicas": int, "seed": int}
+    hints: dict[str, Any] = {"method": str, "replicas": int, "seed": int, "precision": str}
     for name, hint in hints.items():
         if name in mapping:
             options[name] = leaf(name, mapping[name], hint)

@@ -8,10 +8,13 @@ Shapes: d directions, n state coordinates, m noise columns, s kinds of step, T s
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import intrinsic
 
+from nqm.solvers.fast_normals import COS, LANES, LOG, SIN
 from nqm.solvers.ziggurat import TAIL_START, tables
 
 _jit = njit(cache=True, nogil=True, error_model="numpy")
@@ -635,3 +638,161 @@ def sample_optimizer(
                 for i in range(d):
                     total += 0.5 * multiplicity[i] * curvature[i] * (x[r, i] * x[r, i])
                 loss[record[t], r] = total
+
+
+# --- Monte Carlo with single-precision normals: one lane per replica -----------------------------
+# Lanes are the last axis of every array here, so that each inner loop is one of vector instructions
+# without any reassociation (short ones over a `width` known only when they run: the compiler would
+# unroll a known one before it could vectorise it). Casts keep integers at 32 bits.
+# See `nqm.solvers.fast_normals`.
+
+#: Steps whose normals are drawn at once; even. Normals and losses of a tile stay in the L1 cache.
+_TILE = 32
+_U1, _U3, _U7, _U9, _U11, _U21, _U25 = (np.uint32(n) for n in (1, 3, 7, 9, 11, 21, 25))
+_U29, _U30, _SIGN = np.uint32(29), np.uint32(30), np.uint32(0x80000000)
+_F1, _F_2, _ROOT_HALF = np.float32(1.0), np.float32(-2.0), np.int32(0x3F3504F3)
+_U_STEP, _U_HALF, _T_STEP, _T_HALF = (np.float32(2.0**-n) for n in (31, 32, 29, 30))
+# Minus twice the logarithm is what is wanted.
+_W0, _W1, _W2, _W3, _W4, _W5, _W6 = (np.float32(-2.0 * c) for c in LOG)
+_W_LN2 = np.float32(-2.0 * math.log(2.0))
+_S0, _S1, _S2, _S3 = (np.float32(c) for c in SIN)
+_C0, _C1, _C2, _C3 = (np.float32(c) for c in COS)
+
+
+def _rounded_once(_, a, b, c):
+    """Fused a * b + c, asked for by name: the compiler may fuse nothing on its own."""
+    return a(a, a, a), lambda context, builder, signature, args: builder.fma(*args)
+
+
+_fma: Any = intrinsic(_rounded_once)
+
+
+@_jit
+def _xoshiro(a, b, c, d):
+    """32 bits of xoshiro128++ and the next state."""
+    total = np.uint32(a + d)
+    bits = np.uint32(np.uint32(np.uint32(total << _U7) | np.uint32(total >> _U25)) + a)
+    shifted = np.uint32(b << _U9)
+    c, d = np.uint32(c ^ a), np.uint32(d ^ b)
+    b, a = np.uint32(b ^ c), np.uint32(a ^ d)
+    c = np.uint32(c ^ shifted)
+    d = np.uint32(np.uint32(d << _U11) | np.uint32(d >> _U21))
+    return bits, a, b, c, d
+
+
+@_jit
+def _box_muller(p, q):
+    """Two normals: p chooses the radius, q an angle below pi/4, the octant by its last bits."""
+    u = _fma(np.float32(np.int32(p >> _U1)), _U_STEP, _U_HALF)
+    bits = np.float32(u).view(np.int32)
+    exponent = np.int32(np.int32(bits - _ROOT_HALF) >> 23)
+    f = np.int32(bits - np.int32(exponent << 23)).view(np.float32) - _F1
+    w = _fma(f, _fma(f, _fma(f, _fma(f, _fma(f, _fma(f, _W6, _W5), _W4), _W3), _W2), _W1), _W0)
+    radius = math.sqrt(_fma(np.float32(exponent), _W_LN2, f * _fma(f, _fma(f, w, _F1), _F_2)))
+    t = _fma(np.float32(np.int32(q >> _U3)), _T_STEP, _T_HALF)
+    y = t * t
+    sine = radius * (t * _fma(y, _fma(y, _fma(y, _S3, _S2), _S1), _S0))
+    cosine = radius * _fma(y, _fma(y, _fma(y, _C3, _C2), _C1), _C0)
+    swap = (q & _U1) != 0
+    first, second = (sine, cosine) if swap else (cosine, sine)
+    first = np.uint32(np.float32(first).view(np.uint32) ^ np.uint32(np.uint32(q << _U30) & _SIGN))
+    second = np.uint32(np.float32(second).view(np.uint32) ^ np.uint32(np.uint32(q << _U29) & _SIGN))
+    return np.uint32(first).view(np.float32), np.uint32(second).view(np.float32)
+
+
+@_jit
+def fill_lanes(lanes, out):
+    """Single-precision normals into `out` (even, LANES) float32; `lanes` (4, LANES) in place."""
+    for j in range(0, out.shape[0], 2):
+        for r in range(LANES):
+            a, b, c, d = lanes[0, r], lanes[1, r], lanes[2, r], lanes[3, r]
+            p, a, b, c, d = _xoshiro(a, b, c, d)
+            q, a, b, c, d = _xoshiro(a, b, c, d)
+            lanes[0, r], lanes[1, r], lanes[2, r], lanes[3, r] = a, b, c, d
+            out[j, r], out[j + 1, r] = _box_muller(p, q)
+
+
+@_jit
+def _advance_lanes(values, column, row, normal, first, new, x):
+    """Set x to A x + C e for every lane; x, `new` (n, LANES), e from row `first` of `normal`."""
+    n, width = x.shape
+    for j in range(n):
+        for r in range(width):
+            new[j, r] = 0.0
+        for p in range(row[j], row[j + 1]):
+            v, c = values[p], column[p]
+            if c < n:
+                for r in range(width):
+                    new[j, r] += v * x[c, r]
+            else:
+                for r in range(width):
+                    new[j, r] += v * normal[first + c - n, r]
+    for j in range(n):
+        for r in range(width):
+            x[j, r] = new[j, r]
+
+
+@_jit
+def _add_loss(readout, weight, x, read, loss):
+    """Add weight (readout x)^2 of every lane to `loss` (LANES,)."""
+    for r in range(read.size):
+        read[r] = 0.0
+    for j in range(x.shape[0]):
+        c = readout[j]
+        if c != 0.0:
+            for r in range(read.size):
+                read[r] += c * x[j, r]
+    for r in range(read.size):
+        loss[r] += weight * (read[r] * read[r])
+
+
+@_jit
+def sample_lanes(
+    lanes,
+    values,
+    column,
+    row,
+    noise_columns,
+    kind,
+    record,
+    readout,
+    members,
+    weight,
+    state,
+    loss,
+    member_loss,
+):
+    """`sample_linear` for LANES replicas at once: `state` (d, n, LANES) in place.
+
+    lanes : (4, LANES), in place; values : (d, s, nonzeros); the rest as there.
+    loss, member_loss : (records, LANES), zero before.
+    """
+    d, n, width = state.shape
+    count = members.shape[1]
+    normal = np.empty((_TILE * noise_columns, width), dtype=np.float32)
+    new, read = np.empty((n, width)), np.empty(width)
+    single = n == 1 and noise_columns == 1 and column.size == 2
+    for first in range(0, kind.size, _TILE):
+        last = min(first + _TILE, kind.size)
+        drawn = (last - first) * noise_columns
+        for i in range(d):
+            fill_lanes(lanes, normal[: drawn + drawn % 2])
+            x = state[i]
+            for t in range(first, last):
+                v, out = values[i, kind[t]], record[t]
+                if single:
+                    keep, push = v[0], v[1]
+                    for r in range(width):
+                        x[0, r] = keep * x[0, r] + push * normal[t - first, r]
+                else:
+                    _advance_lanes(v, column, row, normal, (t - first) * noise_columns, new, x)
+                if out < 0:
+                    continue
+                if single:
+                    c = weight[i] * (readout[out, 0] * readout[out, 0])
+                    for r in range(width):
+                        loss[out, r] += c * (x[0, r] * x[0, r])
+                else:
+                    _add_loss(readout[out], weight[i], x, read, loss[out])
+                for k in range(count):
+                    _add_loss(members[out, k], weight[i] / count, x, read, member_loss[out])

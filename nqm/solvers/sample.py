@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nqm.algorithms.base import Algorithm
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
@@ -21,7 +22,7 @@ from nqm.errors import NQMError, check_integer
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Kind, Trajectory
-from nqm.solvers import _kernels
+from nqm.solvers import _kernels, fast_normals
 from nqm.solvers.moments import check_own_starts
 from nqm.transition import (
     clock,
@@ -35,7 +36,7 @@ from nqm.transition import (
 )
 
 #: Replicas of one block: its state stays in the cache for some thousand directions.
-BLOCK = 32
+BLOCK = fast_normals.LANES
 #: Most transition entries prepared at once (16 MB).
 CHUNK = 2_000_000
 
@@ -48,6 +49,7 @@ def sample(
     replicas: int = 1000,
     seed: int = 0,
     workers: int | None = None,
+    precision: str = "float64",
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
     """Monte Carlo estimate of the expected loss at the recorded steps.
@@ -66,14 +68,18 @@ def sample(
         The same seed gives the same numbers for any number of workers.
     workers : int, optional
         Threads; all processors by default.
+    precision : {"float64", "float32"}
+        Of the normals. "float32" is for linear algorithms, several times as fast, and has no
+        normal beyond 6.66 (`nqm.solvers.fast_normals`); all else is float64 in both.
     progress : callable, optional
         Told how many replicas have finished.
     """
     check_integer("replicas", replicas, 2)
     check_integer("seed", seed, 0)
     check_integer("workers", 1 if workers is None else workers, 1)
+    fast_normals.check_precision(precision)
     wanted = program.recorded(at)
-    plan = _Plan(problem, program, wanted)
+    plan = _Plan(problem, program, wanted, fast=precision == "float32")
     sizes = [min(BLOCK, replicas - i) for i in range(0, replicas, BLOCK)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
     loss = np.empty((len(wanted), replicas))
@@ -82,8 +88,9 @@ def sample(
     def run(index: int) -> int:
         first = index * BLOCK
         rng = np.random.Generator(np.random.SFC64(seeds[index]))
+        lanes = fast_normals.lanes(seeds[index]) if plan.fast else None
         with np.errstate(over="ignore", invalid="ignore"):  # of this thread; status tells
-            part, members = plan.run(rng, sizes[index])
+            part, members = plan.run(rng, lanes, sizes[index])
         loss[:, first : first + sizes[index]] = part
         member_loss[:, first : first + sizes[index]] = members
         return sizes[index]
@@ -116,15 +123,21 @@ def sample(
 class _Plan:
     """What every block does, worked out once: which steps, which rows they record."""
 
-    def __init__(self, problem: Problem, program: Program, wanted: list[int]):
-        self.problem, self.program, self.wanted = problem, program, wanted
+    def __init__(self, problem: Problem, program: Program, wanted: list[int], *, fast: bool):
+        self.problem, self.program, self.wanted, self.fast = problem, program, wanted, fast
         self.linear: dict[int, _Linear] = {}
         for index, phase in enumerate(program.phases):
             if isinstance(phase.algorithm, Algorithm):
                 phase.algorithm.check(problem)
-                self.linear[index] = _Linear(phase.algorithm, problem)
+                self.linear[index] = _Linear(phase.algorithm, problem, fast)
                 if index:
                     self._check(index, phase.algorithm)
+            elif fast:
+                name = type(phase.algorithm).__name__
+                raise NQMError(
+                    f"precision 'float32' is for linear algorithms; phase.{index} is {name}; "
+                    "use 'float64'"
+                )
             elif isinstance(phase.algorithm, MultiplicativeLatePhase):
                 phase.algorithm.check(problem)
             elif not isinstance(phase.algorithm, Sampled):
@@ -137,8 +150,13 @@ class _Plan:
     def _goes_on(self, index: int) -> bool:
         return index > 0 and goes_on(*self.program.phases[index - 1 : index + 1])
 
-    def run(self, rng: np.random.Generator, replicas: int) -> tuple[FloatArray, FloatArray]:
-        """Losses (records, replicas) of one block: mean model and average member."""
+    def run(
+        self, rng: np.random.Generator, lanes: NDArray[np.uint32] | None, replicas: int
+    ) -> tuple[FloatArray, FloatArray]:
+        """Losses (records, replicas) of one block: mean model and average member.
+
+        The steps draw from `lanes` if there are any, all else from `rng`.
+        """
         problem = self.problem
         loss = np.empty((len(self.wanted), replicas))
         member_loss = np.empty_like(loss)
@@ -177,7 +195,7 @@ class _Plan:
             else:
                 linear = self.linear[index]
                 state, age = self._enter(rng, index, state, weights, age, draw)
-                linear.advance(rng, problem, phase, state, age, rows, loss, member_loss)
+                linear.advance(rng, lanes, problem, phase, state, age, rows, loss, member_loss)
                 age += phase.steps
                 weights, factors = state @ readout(linear.algorithm, age), None
             offset = last
@@ -342,14 +360,15 @@ def _give_back(rng: np.random.Generator, generator: Any) -> None:
 class _Linear:
     """A linear algorithm prepared for the sampling kernel (its transition is sparse)."""
 
-    def __init__(self, algorithm: Algorithm, problem: Problem):
-        self.algorithm = algorithm
+    def __init__(self, algorithm: Algorithm, problem: Problem, fast: bool):
+        self.algorithm, self.fast = algorithm, fast
         self.mask = algorithm.replicated(problem)
         self.cache: dict[bytes, Any] = {}
 
     def advance(
         self,
         rng: np.random.Generator,
+        lanes: NDArray[np.uint32] | None,
         problem: Problem,
         phase: Phase,
         state: FloatArray,
@@ -375,6 +394,9 @@ class _Linear:
                 member_loss[row] = loss[row]
         n = len(algorithm.coordinates)
         generator = _take(rng)
+        replicas = len(state)
+        across = np.zeros((problem.directions, n, BLOCK))  # replicas last, short blocks padded
+        across[:, :, :replicas] = state.transpose(1, 2, 0)
         chunk = max(1, min(CHUNK // (problem.directions * (n + 1)), 4096))
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
@@ -389,17 +411,22 @@ class _Linear:
                 record[step - first - 1] = i
                 reads[i] = readout(algorithm, age + step)
                 members[i] = member_readout(algorithm, age + step)
-            part = np.empty((reads.shape[0], state.shape[0]))
-            member_part = np.full_like(part, np.nan)
-            _kernels.sample_linear(
-                generator, values, column, row_start, m, kind, record, reads, members,
-                problem.weight, state, part, member_part,
-            )  # fmt: skip
+            steps = values, column, row_start, m, kind, record, reads, members, problem.weight
+            if lanes is None:
+                part = np.empty((len(reads), replicas))
+                member_part = np.full_like(part, np.nan)
+                _kernels.sample_linear(generator, *steps, state, part, member_part)
+            else:
+                part = np.zeros((len(reads), BLOCK))
+                member_part = np.zeros_like(part)
+                _kernels.sample_lanes(lanes, *steps, across, part, member_part)
+                part, member_part = part[:, :replicas], member_part[:, :replicas]
             for i, step in enumerate(here):
                 loss[targets[step]] = part[i]
                 member_loss[targets[step]] = member_part[i] if algorithm.member_count else part[i]
-
         _give_back(rng, generator)
+        if lanes is not None:
+            state[...] = across[:, :, :replicas].transpose(2, 0, 1)
 
     def _transitions(
         self, problem: Problem, phase: Phase, first: int, until: int, age: int
@@ -429,7 +456,8 @@ class _Linear:
             row_start = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int64)
             column = np.nonzero(used)[1].astype(np.int64)
             noise_columns = full.shape[3] - full.shape[2]
-            self.cache = {
-                key: (np.ascontiguousarray(full[:, :, used]), column, row_start, noise_columns)
-            }
+            values = full[:, :, used]
+            if self.fast:  # which runs through the steps of one direction
+                values = values.transpose(1, 0, 2)
+            self.cache = {key: (np.ascontiguousarray(values), column, row_start, noise_columns)}
         return (*self.cache[key], kind.reshape(-1).astype(np.int64))
