@@ -6,14 +6,14 @@ every mistake is reported under its dotted key. All times are in epochs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from neural.data.augment import AUGMENTATIONS
 from neural.late_phase import GAMMAS, IDLE_STEPS, LEFTOVERS, NOISE_RULES
 from nqm import declare
-from nqm.errors import NQMError, check_integer, check_number, suggest
+from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.schedule import SCHEDULES, Schedule
 
 PRECISIONS = ("float32", "bfloat16", "float64")
@@ -62,9 +62,9 @@ class DataConfig:
         check_integer("DataConfig.batch_size", self.batch_size, 1)
         check_integer("DataConfig.length", self.length, 1)
         check_integer("DataConfig.cutout", self.cutout, 0)
-        _check_word("DataConfig.sampling", self.sampling, SAMPLINGS)
+        check_word("DataConfig.sampling", self.sampling, SAMPLINGS)
         for name in self.augment:
-            _check_word("DataConfig.augment", name, AUGMENTATIONS)
+            check_word("DataConfig.augment", name, AUGMENTATIONS)
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) is not None:
                 check_integer(f"DataConfig.{name}", getattr(self, name), 1)
@@ -158,7 +158,7 @@ class TrainConfig:
         if self.clip_norm is not None:
             check_number("TrainConfig.clip_norm", self.clip_norm, low=0.0, closed_low=False)
         for name, known in _WORDS.items():
-            _check_word(f"TrainConfig.{name}", getattr(self, name), known)
+            check_word(f"TrainConfig.{name}", getattr(self, name), known)
 
 
 _WORDS = {"lr_every": LR_EVERY, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
@@ -197,14 +197,14 @@ class LatePhaseConfig:
         check_integer("LatePhaseConfig.members", self.members, 2)
         check_number("LatePhaseConfig.noise", self.noise, low=0.0)
         if isinstance(self.gamma, str):
-            _check_word("LatePhaseConfig.gamma", self.gamma, GAMMAS)
+            check_word("LatePhaseConfig.gamma", self.gamma, GAMMAS)
         else:
             check_number("LatePhaseConfig.gamma", self.gamma, low=0.0, closed_low=False)
         if self.weight_decay is not None:
             check_number("LatePhaseConfig.weight_decay", self.weight_decay, low=0.0)
-        _check_word("LatePhaseConfig.leftover", self.leftover, LEFTOVERS)
-        _check_word("LatePhaseConfig.noise_rule", self.noise_rule, NOISE_RULES)
-        _check_word("LatePhaseConfig.idle_steps", self.idle_steps, IDLE_STEPS)
+        check_word("LatePhaseConfig.leftover", self.leftover, LEFTOVERS)
+        check_word("LatePhaseConfig.noise_rule", self.noise_rule, NOISE_RULES)
+        check_word("LatePhaseConfig.idle_steps", self.idle_steps, IDLE_STEPS)
         if self.fused and self.idle_steps != "none":
             raise NQMError(
                 f"LatePhaseConfig.fused needs idle_steps = 'none'; got {self.idle_steps!r}"
@@ -230,7 +230,7 @@ class AverageConfig:
     decay: float = 0.999
 
     def __post_init__(self) -> None:
-        _check_word("AverageConfig.method", self.method, AVERAGES)
+        check_word("AverageConfig.method", self.method, AVERAGES)
         check_integer("AverageConfig.start_epoch", self.start_epoch, 0)
         check_number("AverageConfig.decay", self.decay, low=0.0, high=1.0, closed_high=False)
 
@@ -371,8 +371,3 @@ def _plain(value: Any) -> Any:
 def _fields(value: Any) -> dict[str, Any]:
     stated = {one.name: getattr(value, one.name) for one in fields(value)}
     return {name: _plain(entry) for name, entry in stated.items() if entry is not None}
-
-
-def _check_word(where: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise NQMError(f"{where} {value!r} is unknown{suggest(str(value), known)}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from neural import fused as fused_forward
 from neural import merging
 from neural.select import select as resolve
-from nqm.errors import NQMError, check_integer, check_number, suggest
+from nqm.errors import NQMError, check_integer, check_number, check_word
 
 #: (inputs, targets); inputs is one tensor, a tuple of arguments or a dict of keyword arguments.
 Batch = tuple[Any, Any]
@@ -105,10 +105,10 @@ class LatePhase(nn.Module):
         check_integer("members", members, 2)
         check_number("noise", noise, low=0.0)
         check_integer("seed", seed, 0)
-        _check_word("noise_rule", noise_rule, NOISE_RULES)
-        _check_word("idle_steps", idle_steps, IDLE_STEPS)
+        check_word("noise_rule", noise_rule, NOISE_RULES)
+        check_word("idle_steps", idle_steps, IDLE_STEPS)
         if isinstance(gamma, str):
-            _check_word("gamma", gamma, GAMMAS)
+            check_word("gamma", gamma, GAMMAS)
         else:
             check_number("gamma", gamma, low=0.0, closed_low=False)
         self.model = model
@@ -262,7 +262,7 @@ class LatePhase(nn.Module):
             A step count, as in Adam's bias correction, is common to all members: it counts the
             short cycles, too.
         """
-        _check_word("leftover", leftover, LEFTOVERS)
+        check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
         for batch in loader:
             waiting.append(batch)
@@ -456,6 +456,8 @@ class LatePhase(nn.Module):
     def averaged(self, *, batchnorm: str = "weights", rank1: str = "factors") -> nn.Module:
         """The mean member: a plain module of the model's own class, with the same state-dict keys.
 
+        It is in training or evaluation mode as this module is.
+
         Parameters
         ----------
         batchnorm : {"weights", "outputs"}
@@ -465,8 +467,8 @@ class LatePhase(nn.Module):
             Average the factors s and r, as the paper does; or the matrices s_k r_k^T, whose mean
             has rank up to K and is folded into the weight.
         """
-        _check_word("batchnorm", batchnorm, ("weights", "outputs"))
-        _check_word("rank1", rank1, ("factors", "product"))
+        check_word("batchnorm", batchnorm, ("weights", "outputs"))
+        check_word("rank1", rank1, ("factors", "product"))
         weights, statistics = self._weights(), self._statistics()
         state = merging.means(weights | statistics)
         if batchnorm == "outputs":
@@ -492,10 +494,6 @@ class LatePhase(nn.Module):
         apart = sum(float((w - w.mean(0)).square().sum()) for w in values) / self.members
         size = sum(float(w.mean(0).square().sum()) for w in values)
         return float((apart / size) ** 0.5) if size else 0.0
-
-    def train(self, mode: bool = True) -> Self:
-        """As of any module; `averaged` and `member` come in the same mode."""
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Shown with the module."""
@@ -547,8 +545,3 @@ def _key(name: str) -> str:
     # A registered name cannot hold a dot, nor be one of a dictionary's own, as `values` is.
     path, _, own = name.rpartition(".")
     return f"{path.replace('.', '/')}/{own}"
-
-
-def _check_word(where: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise NQMError(f"{where} {value!r} is unknown{suggest(str(value), known)}")

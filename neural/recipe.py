@@ -26,7 +26,7 @@ from typing import Any
 
 from neural.config import RunConfig, build
 from nqm import declare
-from nqm.errors import NQMError, check_integer, suggest
+from nqm.errors import NQMError, check_integer, check_word, suggest
 
 SCALES = ("full", "cpu", "smoke")
 _OPTIONAL = ("late_phase", "average")
@@ -90,8 +90,7 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
             raise NQMError(f"no recipe is called {name!r}{suggest(name, recipe_names())}")
         path = Path(str(files("neural") / "recipes" / f"{name}.toml"))
     mapping = declare.load(path)
-    if scale not in SCALES:
-        raise NQMError(f"scale {scale!r} is unknown{suggest(scale, SCALES)}")
+    check_word("scale", scale, SCALES)
     changes = declare.table_at("scale", mapping.pop("scale", {}))
     declare.known_keys("scale", changes, SCALES[1:])
     if scale != "full":

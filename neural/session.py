@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +115,7 @@ class Session:
         if settings is None or settings.method != "ema" or not moved:
             return losses
         if self.epoch > settings.start_epoch:
-            self._update_average(partial(averaging.ema, decay=settings.decay))
+            self._update_average()
         return losses
 
     def _base_step(self, batch: Batch) -> Tensor:
@@ -154,13 +153,19 @@ class Session:
         """Take the snapshot of SWA; `epoch` epochs are done."""
         settings = self.run.average
         if settings is not None and settings.method == "swa" and epoch > settings.start_epoch:
-            self._update_average(averaging.swa)
+            self._update_average()
 
-    def _update_average(self, make: Any) -> None:
+    def _update_average(self) -> None:
         if self.average is None:
-            self.average = make(self.trained)
-        assert self.average is not None
+            self.average = self._new_average()
         self.average.update_parameters(self.trained)
+
+    def _new_average(self) -> AveragedModel:
+        settings = self.run.average
+        assert settings is not None
+        if settings.method == "swa":
+            return averaging.swa(self.trained)
+        return averaging.ema(self.trained, settings.decay)
 
     def _hooked(self, optimizer: Optimizer, *, stacked: bool = False) -> Optimizer:
         """Have gradients averaged over ranks, and clipped, before every step."""
@@ -208,11 +213,7 @@ class Session:
         if self.member_optimizer is not None:
             self.member_optimizer.load_state_dict(state["member_optimizer"])
         if "average" in state:
-            settings = self.run.average
-            assert settings is not None
-            swa = settings.method == "swa"
-            make = averaging.swa if swa else (lambda m: averaging.ema(m, settings.decay))
-            self.average = make(self.trained)
+            self.average = self._new_average()
             self.average.load_state_dict(state["average"])
         self.done = state["done"]
         self.rows = list(state["rows"])

@@ -19,7 +19,7 @@ from nqm import declare, spectra
 from nqm.algorithms import ROSTER
 from nqm.algorithms.base import Algorithm, Nonlinear
 from nqm.declare import Mapped, call, known_keys, leaf, located, lookup, named, require, table_at
-from nqm.errors import NQMError, check_integer, check_number, suggest
+from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.problem import Problem
 from nqm.program import Phase, Program
 from nqm.solvers.fast_normals import check_precision
@@ -73,8 +73,7 @@ class Run:
     precision: str = "float64"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise NQMError(f"method {self.method!r} is unknown{suggest(self.method, METHODS)}")
+        check_word("method", self.method, METHODS)
         check_integer("replicas", self.replicas, 2)
         check_integer("seed", self.seed, 0)
         check_precision(self.precision)

@@ -27,6 +27,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
+def check_word(where: str, value: object, known: Iterable[str]) -> None:
+    """Raise NQMError, with a suggestion, unless `value` is one of the known words."""
+    if value not in (names := tuple(known)):
+        raise NQMError(f"{where} {value!r} is unknown{suggest(str(value), names)}")
+
+
 def check_integer(where: str, value: object, minimum: int) -> None:
     """Raise NQMError unless `value` is an integer (not a bool) of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:

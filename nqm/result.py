@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 
 from nqm.errors import NQMError, check_number
 from nqm.problem import FloatArray, Problem
+
+if TYPE_CHECKING:
+    from nqm.program import Program
 
 
 class Status(StrEnum):
@@ -77,6 +82,35 @@ class Trajectory:
     weight_variance: FloatArray | None = field(default=None, repr=False)
     samples: FloatArray | None = field(default=None, repr=False)
     unstable: NDArray[np.bool_] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of_samples(
+        cls,
+        problem: Problem,
+        program: Program,
+        steps: Sequence[int],
+        loss: FloatArray,
+        member_loss: FloatArray,
+    ) -> Self:
+        """Monte Carlo result from the losses of all replicas, shape (records, replicas) each."""
+        unknown = np.full(len(steps), np.nan)
+        root = np.sqrt(loss.shape[1])
+        with np.errstate(over="ignore", invalid="ignore"):
+            sd, member_sd = (part.std(axis=1, ddof=1) for part in (loss, member_loss))
+            return cls(
+                problem=problem,
+                kind=Kind.SAMPLE,
+                steps=np.array(steps, dtype=np.int64),
+                examples=program.examples(steps),
+                loss=loss.mean(axis=1),
+                bias=unknown,
+                variance=unknown,
+                member_loss=member_loss.mean(axis=1),
+                loss_sd=sd,
+                stderr=sd / root,
+                member_stderr=member_sd / root,
+                samples=loss,
+            )
 
     @property
     def status(self) -> list[Status]:

@@ -189,16 +189,8 @@ def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
         As in `predict`.
     """
     target = _device(model, device)
-    loss, hits, count = 0.0, 0, 0
     with evaluating(model):
-        for x, y in batches:
-            logits, labels = _flat(model(x.to(target)), y.to(target))
-            loss += float(nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
-            hits += int(correct(logits, labels).sum())
-            count += len(labels)
-    if not count:
-        raise NQMError("score: there is no batch; an iterator is empty after its first use")
-    return Score(loss / count, hits / count)
+        return _scored("score", ((model(x.to(target)), y.to(target)) for x, y in batches))
 
 
 def score_text(model: nn.Module, batches: Batches) -> Score:
@@ -215,20 +207,29 @@ def score_text(model: nn.Module, batches: Batches) -> Score:
     """
     if "return_state" not in inspect.signature(model.forward).parameters:
         return score(model, batches)
-    loss, hits, count = 0.0, 0, 0
-    state: Any = None
-    rows = 0
-    with evaluating(model):
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+        state: Any = None
+        rows = 0
         for x, y in batches:
             state = state if len(x) == rows else None
             rows = len(x)
             output, state = model(x, state, return_state=True)
-            logits, labels = _flat(output, y)
-            loss += float(nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
-            hits += int(correct(logits, labels).sum())
-            count += len(labels)
+            yield output, y
+
+    with evaluating(model):
+        return _scored("score_text", outputs())
+
+
+def _scored(who: str, outputs: Iterable[tuple[Tensor, Tensor]]) -> Score:
+    """Score of pairs (logits, labels), summed as they come."""
+    loss, hits, count = 0.0, 0, 0
+    for logits, labels in (_flat(*pair) for pair in outputs):
+        loss += float(nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+        hits += int(correct(logits, labels).sum())
+        count += len(labels)
     if not count:
-        raise NQMError("score_text: there is no batch; an iterator is empty after its first use")
+        raise NQMError(f"{who}: there is no batch; an iterator is empty after its first use")
     return Score(loss / count, hits / count)
 
 

@@ -15,7 +15,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from nqm.errors import NQMError, suggest
+from nqm.errors import check_word
 
 #: Of the normals of Monte Carlo; see `nqm.sample`.
 PRECISIONS = ("float64", "float32")
@@ -37,8 +37,7 @@ COS = (0.9999999723759496, -0.3084242527090074, 0.01584991298202756, -0.00031887
 
 def check_precision(precision: str) -> None:
     """Refuse an unknown precision in one line."""
-    if precision not in PRECISIONS:
-        raise NQMError(f"precision {precision!r} is unknown{suggest(precision, PRECISIONS)}")
+    check_word("precision", precision, PRECISIONS)
 
 
 def lanes(seed: np.random.SeedSequence) -> NDArray[np.uint32]:

@@ -16,7 +16,7 @@ from nqm.errors import NQMError, check_integer
 from nqm.least_squares import LeastSquares
 from nqm.problem import FloatArray
 from nqm.program import Phase, Program, goes_on, resumes
-from nqm.result import Kind, Trajectory
+from nqm.result import Trajectory
 from nqm.solvers.moments import check_own_starts
 
 
@@ -89,23 +89,8 @@ def sample(
     rows: list[tuple[FloatArray, FloatArray]] = []
     with np.errstate(over="ignore", invalid="ignore"):
         _run(problem, program, wanted, replicas, rng, rows)
-        loss, member_loss = (np.array(part) for part in zip(*rows, strict=True))
-        sd, member_sd = (part.std(axis=1, ddof=1) for part in (loss, member_loss))
-        unknown = np.full(len(wanted), np.nan)
-        return Trajectory(
-            problem=problem.additive(),
-            kind=Kind.SAMPLE,
-            steps=np.array(wanted, dtype=np.int64),
-            examples=program.examples(wanted),
-            loss=loss.mean(axis=1),
-            bias=unknown,
-            variance=unknown,
-            member_loss=member_loss.mean(axis=1),
-            loss_sd=sd,
-            stderr=sd / np.sqrt(replicas),
-            member_stderr=member_sd / np.sqrt(replicas),
-            samples=loss,
-        )
+    loss, member_loss = (np.array(part) for part in zip(*rows, strict=True))
+    return Trajectory.of_samples(problem.additive(), program, wanted, loss, member_loss)
 
 
 def _run(

@@ -21,7 +21,7 @@ from nqm.algorithms.sampled import Sampled
 from nqm.errors import NQMError, check_integer
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
-from nqm.result import Kind, Trajectory
+from nqm.result import Trajectory
 from nqm.solvers import _kernels, fast_normals
 from nqm.solvers.moments import check_own_starts
 from nqm.transition import (
@@ -100,24 +100,7 @@ def sample(
         for done in pool.map(run, range(len(sizes))):
             if progress is not None:
                 progress(done)
-    unknown = np.full(len(wanted), np.nan)
-    with np.errstate(over="ignore", invalid="ignore"):
-        sd = loss.std(axis=1, ddof=1)
-        member_sd = member_loss.std(axis=1, ddof=1)
-        return Trajectory(
-            problem=problem,
-            kind=Kind.SAMPLE,
-            steps=np.array(wanted, dtype=np.int64),
-            examples=program.examples(wanted),
-            loss=loss.mean(axis=1),
-            bias=unknown,
-            variance=unknown,
-            member_loss=member_loss.mean(axis=1),
-            loss_sd=sd,
-            stderr=sd / np.sqrt(replicas),
-            member_stderr=member_sd / np.sqrt(replicas),
-            samples=loss,
-        )
+    return Trajectory.of_samples(problem, program, wanted, loss, member_loss)
 
 
 class _Plan:
