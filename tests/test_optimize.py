@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nqm
 from nqm import SGD, NQMError, Phase, Problem, Program
@@ -22,32 +24,64 @@ def problem() -> Problem:
 
 
 def literal_loss(problem, rates, lengths, batch_size):
-    """Step by step, s' = (1 - lr h)^2 s + lr^2 v / B; rates may be complex."""
-    h, v = problem.curvature, problem.noise_variance / batch_size
+    """Step by step, s' = (1 - lr h)^2 s + lr^2 v / B; rates and batch sizes may be complex."""
+    h, v = problem.curvature, problem.noise_variance
     s = problem.initial_mean**2 + problem.initial_variance
-    for lr, count in zip(rates, lengths, strict=True):
+    sizes = np.broadcast_to(batch_size, np.shape(rates))
+    for lr, count, size in zip(rates, lengths, sizes, strict=True):
         for _ in range(count):
-            s = (1 - lr * h) ** 2 * s + lr**2 * v
+            s = (1 - lr * h) ** 2 * s + lr**2 * v / size
     return problem.weight @ s
+
+
+def complex_steps(loss, at):
+    """Gradient of `loss` without cancellation."""
+    tiny = 1e-30j * np.eye(at.size)
+    return np.array([loss(at + step).imag / 1e-30 for step in tiny])
 
 
 RATES = np.array([0.4, 1.0, 2.0 - 1e-7, 2.0, 2.2, 1e-9, 0.02])
 LENGTHS = np.array([3, 1, 40, 7, 2, 60, 0])
+SIZES = np.array([4.0, 1.0, 7.5, 2.0, 0.3, 100.0, 1.0])
 
 
-def test_gradient_is_the_complex_steps_and_finite_differences(problem):
+def test_gradients_are_the_complex_steps(problem):
     """At u = 1 and u = 2, where the closed form is 0 / 0 or has no logarithm, too."""
-    loss, gradient = piecewise_loss(problem, RATES, LENGTHS, 4.0)
-    agree_each(loss, literal_loss(problem, RATES, LENGTHS, 4.0), IDENTITY)
-    for k in range(RATES.size):
-        tiny = RATES.astype(complex)
-        tiny[k] += 1e-30j
-        exact = literal_loss(problem, tiny, LENGTHS, 4.0).imag / 1e-30
+    for sizes in (4.0, SIZES):
+        loss, by_rate, by_batch = piecewise_loss(problem, RATES, LENGTHS, sizes)
+        agree_each(loss, literal_loss(problem, RATES, LENGTHS, sizes), IDENTITY)
+        exact = complex_steps(lambda lr, b=sizes: literal_loss(problem, lr, LENGTHS, b), RATES)
         # The slope of the sum is a limit at u = 2 exactly and cancels a little around it.
-        np.testing.assert_allclose(gradient[k], exact, rtol=1e-8, atol=1e-14)
-    # Second-order differences of our own function, away from the corners.
+        np.testing.assert_allclose(by_rate, exact, rtol=1e-8, atol=1e-14)
+    exact = complex_steps(lambda b: literal_loss(problem, RATES, LENGTHS, b), SIZES)
+    np.testing.assert_allclose(by_batch, exact, rtol=1e-9, atol=1e-14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0.01, 1.9), st.integers(0, 6), st.floats(0.5, 50.0)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_gradients_of_any_pieces(pieces):
+    """One-step pieces alone take a path of their own, which any list of lengths 1 walks."""
+    h = harmonic(5)
+    problem = Problem(h, 0.3, multiplicity=np.arange(1.0, 6.0), initial_mean=0.5)
+    rates, lengths, sizes = (np.array(part) for part in zip(*pieces, strict=True))
+    for n in (lengths, np.ones_like(lengths)):
+        loss, by_rate, by_batch = piecewise_loss(problem, rates, n, sizes)
+        assert loss == pytest.approx(literal_loss(problem, rates, n, sizes), rel=1e-11)
+        exact = complex_steps(lambda lr, n=n: literal_loss(problem, lr, n, sizes), rates)
+        np.testing.assert_allclose(by_rate, exact, rtol=1e-8, atol=1e-10 * loss)
+        exact = complex_steps(lambda b, n=n: literal_loss(problem, rates, n, b), sizes)
+        np.testing.assert_allclose(by_batch, exact, rtol=1e-8, atol=1e-10 * loss)
+
+
+def test_gradient_is_that_of_finite_differences(problem):
     rates, lengths = np.array([0.3, 1.3, 0.7]), np.array([5, 10, 30])
-    _, gradient = piecewise_loss(problem, rates, lengths, 4.0)
+    _, gradient, _ = piecewise_loss(problem, rates, lengths, 4.0)
     for k in range(3):
         ends = [rates + sign * 1e-5 * np.eye(3)[k] for sign in (1, -1)]
         up, down = (piecewise_loss(problem, end, lengths, 4.0)[0] for end in ends)
@@ -56,7 +90,7 @@ def test_gradient_is_the_complex_steps_and_finite_differences(problem):
 
 def test_flat_and_slow_directions():
     problem = Problem([1.0, 1e-12, 0.0], [0.5, 0.5, 0.5])
-    loss, gradient = piecewise_loss(problem, [0.3, 0.1], [10, 10**6], 1.0)
+    loss, gradient, _ = piecewise_loss(problem, [0.3, 0.1], [10, 10**6], 1.0)
     program = Program((Phase(SGD(), 0.3, 10), Phase(SGD(), 0.1, 10**6)))
     agree_each(loss, nqm.solve(problem, program, [program.steps]).loss[0], JUMP)
     assert np.isfinite(gradient).all()
@@ -75,6 +109,49 @@ def test_one_direction_is_the_kalman_filter():
     assert not found.at_bound
 
 
+def coordinate_sweep(problem, rates, batch, high):
+    """Each rate in turn set to its best with all others fixed: the loss is quadratic in it."""
+    h, v = problem.curvature, problem.noise_variance / batch
+    p = [problem.weight]
+    for lr in rates[:0:-1]:
+        p.append(p[-1] * (1 - lr * h) ** 2)
+    s = problem.initial_mean**2 + problem.initial_variance
+    new = np.empty_like(rates)
+    for t, adjoint in enumerate(reversed(p)):
+        new[t] = min(adjoint @ (h * s) / (adjoint @ (h**2 * s + v)), high)
+        s = (1 - new[t] * h) ** 2 * s + new[t] ** 2 * v
+    return new, problem.weight @ s
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.01])
+def test_free_rates_obey_the_equation_of_the_optimum(problem, noise):
+    steps, batch = 300, 2.0
+    noisy = problem.replace(noise_variance=noise * problem.noise_variance)
+    found = best_piecewise(noisy, steps, steps, batch)
+    rates, loss = coordinate_sweep(noisy, found.rates, batch, 2.0)
+    assert found.loss * (1 - 1e-7) < loss <= found.loss * (1 + IDENTITY)
+    np.testing.assert_allclose(found.rates, rates, rtol=5e-3)
+    coarse = best_piecewise(noisy, 20, steps, batch)
+    assert found.loss < coarse.loss
+
+
+def test_flatness_of_a_schedule_is_the_literal_losses(problem):
+    found = best_piecewise(problem, 4, 40, 8.0, within=0.05)
+    flat = found.flat["rates"]
+    for k in range(4):
+        for end in (flat.low[k], flat.high[k]):
+            rates = found.rates.copy()
+            rates[k] = end
+            risen = literal_loss(problem, rates, found.lengths, 8.0) / found.loss
+            assert risen == pytest.approx(1.05, rel=1e-6) or (end == 2.0 and risen < 1.05)
+    scale = found.flat["scale"]
+    for factor in (scale.low, scale.high):
+        rates = np.minimum(factor * found.rates, 2.0)
+        risen = literal_loss(problem, rates, found.lengths, 8.0) / found.loss
+        assert risen == pytest.approx(1.05, rel=1e-6)
+    assert scale.low < 1 < scale.high
+
+
 def test_optimum_beats_constant_rates_and_its_neighbours(problem):
     steps, batch = 300, 8.0
     found = best_piecewise(problem, 6, steps, batch)
@@ -91,7 +168,7 @@ def test_optimum_beats_constant_rates_and_its_neighbours(problem):
         rates = np.minimum(found.rates * np.exp(0.1 * rng.normal(size=6)), 2.0)
         assert piecewise_loss(problem, rates, found.lengths, batch)[0] >= found.loss * (1 - 1e-9)
     # Kuhn and Tucker: no slope inside, none inwards at the bound.
-    loss, gradient = piecewise_loss(problem, found.rates, found.lengths, batch)
+    loss, gradient, _ = piecewise_loss(problem, found.rates, found.lengths, batch)
     agree_each(loss, found.loss, IDENTITY)
     slope = gradient * found.rates / loss
     inside = found.rates < 2.0 * (1 - 1e-9)
