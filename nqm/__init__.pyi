@@ -27,7 +27,10 @@ from .condense import condense as condense
 from .distribution import LossDistribution as LossDistribution
 from .errors import NQMError as NQMError
 from .least_squares import LeastSquares as LeastSquares
+from .optimize import best_batches as best_batches
+from .optimize import best_late_phase as best_late_phase
 from .optimize import best_piecewise as best_piecewise
+from .optimize import flatness as flatness
 from .problem import Problem as Problem
 from .program import Phase as Phase
 from .program import Program as Program
