@@ -38,6 +38,9 @@ GAMMAS = ("sum", "mean")
 NOISE_RULES = ("rms", "fan_in")
 IDLE_STEPS = ("none", "first", "every")
 LEFTOVERS = ("carry", "members", "drop")
+#: In an optimizer's state: its single numbers, as Adam's step count, for every member. Only there
+#: once members have taken different numbers of steps.
+_OWN = "members"
 
 
 class LatePhase(nn.Module):
@@ -128,6 +131,11 @@ class LatePhase(nn.Module):
         for name in self.selection.buffers:
             value = model.get_buffer(name)
             self.statistics.register_buffer(_key(name), torch.stack([value] * members))
+        # Where things are, worked out once; what is there is looked up, as `to` may change it.
+        self._places = {name: _place(model, name) for name in self.selection.parameters}
+        self._keys = {name: _key(name) for name in self.selection.parameters}
+        self._buffer_keys = {name: _key(name) for name in self.selection.buffers}
+        self._tied = _any_tied(model, {*self._keys, *self._buffer_keys})
         device = next(iter(self.stacked.values())).device
         self.index: Tensor
         self.register_buffer("index", torch.arange(members, device=device), persistent=False)
@@ -194,12 +202,13 @@ class LatePhase(nn.Module):
             statistics = {n: v.index_select(0, index) for n, v in self._statistics().items()}
         state.update({name: value[0] for name, value in statistics.items()})
         if learn is None:
-            output = functional_call(self.model, state, args, kwargs)
+            output = functional_call(self.model, state, args, kwargs, tie_weights=self._tied)
         else:
             # Activation checkpoints run layers again in the backward pass: the member's weights
             # must still be in place.
             state = {f"model.{n}": value for n, value in state.items()}
-            output = functional_call(_Turn(self.model, learn), state, args, kwargs)
+            turn = _Turn(self.model, learn)
+            output = functional_call(turn, state, args, kwargs, tie_weights=self._tied)
         if self.training:
             with torch.no_grad():
                 for name, value in self._statistics().items():
@@ -207,14 +216,17 @@ class LatePhase(nn.Module):
         return output
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: self.stacked[_key(name)] for name in self.selection.parameters}
+        held = self.stacked._parameters
+        return {name: cast(Tensor, held[key]) for name, key in self._keys.items()}
 
     def _statistics(self) -> dict[str, Tensor]:
-        return {name: self.statistics.get_buffer(_key(name)) for name in self.selection.buffers}
+        held = self.statistics._buffers
+        return {name: cast(Tensor, held[key]) for name, key in self._buffer_keys.items()}
 
     def _cast(self, name: str, value: Tensor) -> Tensor:
         # Members differ by little: they are kept in float32 whatever the model runs in.
-        return value.to(self.model.get_parameter(name).dtype)
+        holder, own = self._places[name]
+        return value.to(cast(Tensor, holder._parameters[own]).dtype)
 
     # --- training --------------------------------------------------------------------------------
 
@@ -259,8 +271,6 @@ class LatePhase(nn.Module):
             What becomes of the last len(loader) mod K batches: they begin the next call's first
             cycle; they come as a short list, on which `step` moves the members alone, as the
             official code does (39 cycles and 1 batch in an epoch of CIFAR); or they are not used.
-            A step count, as in Adam's bias correction, is common to all members: it counts the
-            short cycles, too.
         """
         check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
@@ -410,21 +420,48 @@ class LatePhase(nn.Module):
 
     def _step_rows(self, optimizer: Optimizer, rows: range) -> None:
         """Step some members: the others' weights and optimizer states are put back."""
-        if len(rows) == self.members:
+        parts = [list(rows)]
+        if any(_OWN in optimizer.state.get(p, {}) for p in self.member_parameters()):
+            parts = self._alike(optimizer, rows)
+        elif len(rows) == self.members:
             optimizer.step()
             return
-        idle = torch.tensor([k for k in range(self.members) if k not in rows])
+        for part in parts:
+            self._step_part(optimizer, part)
+
+    def _alike(self, optimizer: Optimizer, rows: range) -> list[list[int]]:
+        """Members in groups that have taken equally many steps."""
+        parts: dict[tuple[float, ...], list[int]] = {}
+        for k in rows:
+            states = (optimizer.state.get(p, {}).get(_OWN, {}) for p in self.member_parameters())
+            parts.setdefault(tuple(v[k] for own in states for v in own.values()), []).append(k)
+        return list(parts.values())
+
+    def _step_part(self, optimizer: Optimizer, part: list[int]) -> None:
+        """One step of members whose optimizer states agree in what is one number for all."""
+        idle = torch.tensor([k for k in range(self.members) if k not in part], dtype=torch.long)
         idle = idle.to(self.index.device)
-        kept = [
-            (p, p.detach()[idle], {n: v[idle] for n, v in _rows_of(optimizer, p).items()})
-            for p in self.member_parameters()
-        ]
+        kept = []
+        for p in self.member_parameters():
+            state = optimizer.state.get(p, {})
+            own = state.get(_OWN) or {n: [float(v)] * self.members for n, v in _common(state, p)}
+            for name, value in _common(state, p):
+                value.fill_(own[name][part[0]])
+            rows = {n: v[idle] for n, v in _rows_of(optimizer, p).items()}
+            kept.append((p, p.detach()[idle], rows, own))
         optimizer.step()
         with torch.no_grad():
-            for p, values, states in kept:
+            for p, values, states, own in kept:
                 p[idle] = values
-                for name, state in _rows_of(optimizer, p).items():
-                    state[idle] = states[name] if name in states else torch.zeros_like(state[idle])
+                for name, value in _rows_of(optimizer, p).items():
+                    value[idle] = states[name] if name in states else torch.zeros_like(value[idle])
+                state = optimizer.state.get(p, {})
+                for name, value in _common(state, p):
+                    numbers = own.setdefault(name, [0.0] * self.members)
+                    for k in part:
+                        numbers[k] = float(value)
+                if own:
+                    state[_OWN] = own
 
     def _check_batches(self, batches: Sequence[Batch]) -> None:
         if not 0 < len(batches) <= self.members:
@@ -539,6 +576,31 @@ def _rows_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]
         for name, value in state.items()
         if isinstance(value, Tensor) and value.shape == parameter.shape
     }
+
+
+def _common(state: dict[str, Any], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
+    """Entries of a weight's optimizer state that are one number for all members (Adam's step)."""
+    return [
+        (name, value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.numel() == 1 and value.shape != parameter.shape
+    ]
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Module that holds a parameter, and its name there."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
+
+
+def _any_tied(model: nn.Module, names: set[str]) -> bool:
+    """Whether one of these parameters and buffers is held in several places."""
+    held = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    chosen = {id(tensor) for name, tensor in held if name in names}
+    return sum(id(tensor) in chosen for _, tensor in held) > len(chosen)
 
 
 def _key(name: str) -> str:

@@ -70,11 +70,12 @@ def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) 
     DataFrame
         Columns data, metric, value.
     """
+    ood = report.ood_images(opened.task, settings.ood, root)
     rows: list[dict[str, Any]] = [
         {"data": "test", "metric": name, "value": value}
         for name, value in report.test_metrics(opened.model, opened.task).items()
     ]
-    rows += report.beyond(opened.model, opened.late, opened.task, settings, root)
+    rows += report.beyond(opened.model, opened.late, opened.task, settings, ood)
     return pd.DataFrame(rows, columns=["data", "metric", "value"])
 
 

@@ -18,7 +18,7 @@ official code does), ``averaged_product`` and ``swa_product`` (rank-1 factors av
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from neural import evaluate
 from neural.averaging import recompute_statistics
 from neural.config import EvaluateConfig
 from neural.data import Images, load_images
-from neural.late_phase import Batch, LatePhase
+from neural.late_phase import LatePhase
 from neural.reparametrize import RankOne, fold, parametrized
 from neural.session import Session
 from neural.task import Task
@@ -69,8 +69,7 @@ def during(session: Session, epoch: int) -> Row:
     """One row of the history; starts the mean of the training loss anew."""
     late = session.late
     model = session.model if late is None else late.averaged()
-    kind = evaluate.score_text if session.task.channels == 0 else evaluate.score
-    score = kind(model, session.task.test())
+    score = session.task.score(model)
     return {
         "epoch": epoch,
         "step": session.done,
@@ -84,8 +83,13 @@ def during(session: Session, epoch: int) -> Row:
     }
 
 
-def check(session: Session, root: Path | None) -> None:
+def check(session: Session, root: Path | None) -> dict[str, Images]:
     """Find out before training whether `final` can measure what is asked for.
+
+    Returns
+    -------
+    dict
+        Images to tell from the task's own, by name.
 
     Raises
     ------
@@ -93,8 +97,7 @@ def check(session: Session, root: Path | None) -> None:
         If it cannot.
     """
     task, settings = session.task, session.run.evaluate
-    for name in settings.ood:
-        _ood_batches(task, name, root)
+    ood = ood_images(task, settings.ood, root)
     if settings.corruptions and task.images is None:
         raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
     dropout = any(isinstance(one, _DropoutNd) for one in session.model.modules())
@@ -102,10 +105,11 @@ def check(session: Session, root: Path | None) -> None:
         raise NQMError(
             "evaluate.mc_dropout needs a model with dropout; set model.dropout or leave it out"
         )
+    return ood
 
 
-def final(session: Session, root: Path | None) -> Report:
-    """All metrics of a finished session."""
+def final(session: Session, ood: Mapping[str, Images]) -> Report:
+    """All metrics of a finished session; `ood` is what `check` returned."""
     task, late = session.task, session.late
     if session.average is not None:
         recompute_statistics(session.average.module, task.stream.epoch(session.run.train.epochs))
@@ -122,7 +126,7 @@ def final(session: Session, root: Path | None) -> Report:
     settings = session.run.average
     primary = settings.method if settings is not None else next(iter(models))
     model = models[primary]
-    extra = beyond(model, late, task, session.run.evaluate, root)
+    extra = beyond(model, late, task, session.run.evaluate, ood)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
     predictions = {name: one.log_softmax(-1).numpy() for name, (one, _) in kept.items()}
     if kept:
@@ -160,7 +164,7 @@ def _means(late: LatePhase, name: str) -> Iterator[tuple[str, nn.Module]]:
 def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
     """Test metrics and, of images, logits and labels."""
     if task.channels == 0:
-        score = evaluate.score_text(model, task.test())
+        score = task.score(model)
         bits = evaluate.bits_per_character(score.loss)
         return {"accuracy": score.accuracy, "nll": score.loss, "bpc": bits}, None
     logits, labels = evaluate.predict(model, task.test())
@@ -199,47 +203,58 @@ def beyond(
     late: LatePhase | None,
     task: Task,
     settings: EvaluateConfig,
-    root: Path | None,
+    ood: Mapping[str, Images],
 ) -> Iterator[Row]:
     """What a run is asked for beside test metrics: one row per data and metric, for `model`.
 
-    MC-dropout, OOD detection, robustness, flatness, and the line from a member to the average.
+    MC-dropout, detection of the sets `ood` (from `ood_images`), robustness, flatness, and the line
+    from a member to the average.
     """
     if settings.mc_dropout:
         logits, labels = evaluate.mc_dropout(model, task.test(), settings.mc_dropout)
         mean = evaluate.ensemble_log_probs(logits)
         yield from _named("mc_dropout", evaluate.classification_metrics(mean, labels))
-    if settings.ood:
+    if ood:
         inside = evaluate.entropy_score(evaluate.predict(model, task.test())[0])
-    for name in settings.ood:
-        logits, _ = evaluate.predict(model, _ood_batches(task, name, root))
+    for name, images in ood.items():
+        assert task.normalised is not None  # or `ood_images` had said so
+        logits, _ = evaluate.predict(model, task.normalised(images))
         outside = evaluate.entropy_score(logits)
         for metric, value in evaluate.ood_metrics(inside, outside).items():
             yield {"data": name, "metric": metric, "value": value}
     if settings.corruptions:
         yield from _corrupted(model, task)
     if settings.flatness:
-        rises = evaluate.loss_rise(model, lambda m: evaluate.score(m, task.test()).loss, NOISES)
+        rises = evaluate.loss_rise(model, lambda m: task.score(m).loss, NOISES)
         for rise in rises:
             yield {"data": f"noise {rise.sigma:g}", "metric": "loss_rise", "value": rise.mean}
     if settings.line and late is not None:
         ends = late.member(0).state_dict(), late.averaged().state_dict()
         plain = fold(copy.deepcopy(late.model))
-        line = evaluate.loss_line(plain, *ends, lambda m: evaluate.score(m, task.test()))
+        line = evaluate.loss_line(plain, *ends, task.score)
         for t, loss in zip(line.position, line.loss, strict=True):
             yield {"data": f"line {t:g}", "metric": "nll", "value": float(loss)}
 
 
-def _ood_batches(task: Task, name: str, root: Path | None) -> Iterator[Batch]:
-    if task.images is None or task.normalised is None:
-        raise NQMError(f"evaluate.ood needs images in memory; {task.label} has none")
-    images = load_images(name, root).test
-    if images.pixels.shape[1:] != task.images.pixels.shape[1:]:
-        raise NQMError(
-            f"evaluate.ood {name!r} holds images of {tuple(images.pixels.shape[1:])}, the task "
-            f"of {tuple(task.images.pixels.shape[1:])} (channels, height, width)"
-        )
-    return task.normalised(images)
+def ood_images(task: Task, names: Iterable[str], root: Path | None) -> dict[str, Images]:
+    """Test images of other data sets, of the task's own shape.
+
+    Raises
+    ------
+    NQMError
+        If the task's images are not in memory, or a set's have another shape.
+    """
+    sets = {}
+    for name in names:
+        if task.images is None or task.normalised is None:
+            raise NQMError(f"evaluate.ood needs images in memory; {task.label} has none")
+        images = sets[name] = load_images(name, root).test
+        if images.pixels.shape[1:] != task.images.pixels.shape[1:]:
+            raise NQMError(
+                f"evaluate.ood {name!r} holds images of {tuple(images.pixels.shape[1:])}, the task "
+                f"of {tuple(task.images.pixels.shape[1:])} (channels, height, width)"
+            )
+    return sets
 
 
 def _corrupted(model: nn.Module, task: Task) -> Iterator[Row]:
@@ -250,5 +265,5 @@ def _corrupted(model: nn.Module, task: Task) -> Iterator[Row]:
         for severity in range(1, 6):
             pixels = evaluate.corrupt(task.images.pixels, name, severity)
             images = Images(pixels, task.images.labels)
-            score = evaluate.score(model, task.normalised(images))
+            score = task.score(model, task.normalised(images))
             yield {"data": f"{name} {severity}", "metric": "accuracy", "value": score.accuracy}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from neural.data import (
     evaluation_windows,
     load,
 )
+from neural.evaluate import Score, score, score_text
 from neural.late_phase import Batch
 from nqm.errors import NQMError
 
@@ -103,6 +104,18 @@ class Task:
         return nn.functional.cross_entropy(
             logits, targets.flatten(), label_smoothing=self.smoothing
         )
+
+    def score(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> Score:
+        """Mean loss, nats, and accuracy; a language model's state goes on over the windows.
+
+        Parameters
+        ----------
+        model : Module
+        batches : iterable, optional
+            The test set by default.
+        """
+        kind = score_text if self.channels == 0 else score
+        return kind(model, self.test() if batches is None else batches)
 
 
 def open_task(run: RunConfig, place: Place) -> Task:

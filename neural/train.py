@@ -82,7 +82,7 @@ def train(
         return Outcome(log.status, log.history(), log.result())
     task = open_task(run, place)
     session = Session(run, task, place)
-    report.check(session, place.root)
+    ood = report.check(session, place.root)
     log.begin()
     if (state := log.checkpoint(place.device, start)) is not None:
         session.load_state_dict(state)
@@ -118,7 +118,7 @@ def train(
     if status == "finished" and not math.isfinite(session.rows[-1]["loss"]):
         status = "diverged"  # with the very last step
     log.write_history(session.rows)
-    log.finish(status, report.final(session, place.root) if status == "finished" else None)
+    log.finish(status, report.final(session, ood) if status == "finished" else None)
     return Outcome(status, log.history(), log.result())
 
 

@@ -67,14 +67,6 @@ class LiteralLatePhase:
             base_optimizer.step()
         return losses
 
-    def share_step_counts(self) -> None:
-        """Give all members the largest step count: the library's members have one in common."""
-        states = [state for o in self.optimizers for state in o.state.values()]
-        counts = [float(state["step"]) for state in states if "step" in state]
-        for state in states:
-            if "step" in state:
-                state["step"].fill_(max(counts))
-
     def _step_idle(self, active: int) -> None:
         for k, (member, optimizer) in enumerate(zip(self.copies, self.optimizers, strict=True)):
             if k != active:

@@ -160,12 +160,13 @@ class Pair:
                 zip(self.literal.copies, self.literal.optimizers, strict=True)
             ):
                 expected = own.state[one.get_parameter(name)]
-                for key, value in state.items():
-                    row = value if key == "step" else value[k]
+                counts = {n: v[k] for n, v in state.get("members", {}).items()}
+                for key in state.keys() - {"members"}:
+                    row = counts.get(key, state[key]) if key == "step" else state[key][k]
                     if expected:
                         agree(row, expected[key], IDENTITY)
-                    elif key != "step":  # it has not stepped yet
-                        assert not row.any()
+                    else:  # it has not stepped yet
+                        assert not np.any(np.asarray(row))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
@@ -237,7 +238,6 @@ def test_leftover_batches_move_the_first_members_alone(kind):
         rows = {n: pair.row(n).clone() for n in pair.late.selection.parameters}
         states = copy.deepcopy(pair.own.state_dict()["state"])
         pair.step(cycles[2])
-        pair.literal.share_step_counts()
         now = [p.detach() for p in pair.late.model.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(base, now, strict=True))
         for name, before in rows.items():
@@ -245,21 +245,32 @@ def test_leftover_batches_move_the_first_members_alone(kind):
             assert not torch.equal(pair.row(name)[0], before[0])
         for index, state in pair.own.state_dict()["state"].items():
             for key, value in state.items():
-                if key != "step":
+                if key not in ("step", "members"):
                     assert torch.equal(value[1:], states[index][key][1:])
                     assert not torch.equal(value[0], states[index][key][0])
     pair.check()
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
 def test_the_very_first_cycle_may_be_short(kind):
     """Members without a turn have no moments yet; theirs begin at zero."""
     pair = Pair(kind)
-    pair.step(images(2))
-    pair.check()
-    if kind == "sgd":  # Adam's first correction depends on the step count
-        pair.step(images(3))
+    for count in (2, 3, 1, 3):
+        pair.step(images(count))
         pair.check()
+
+
+def test_step_counts_of_members_survive_a_checkpoint():
+    pair = Pair("adam")
+    pair.step(images(1))
+    pair.step(images(3))
+    state = copy.deepcopy(pair.own.state_dict())
+    pair.own = pair.late.optimizer_like(pair.base)
+    pair.own.load_state_dict(state)
+    pair.step(images(3))
+    pair.check()
+    counts = [own["members"]["step"] for own in pair.own.state.values()]
+    assert counts == [[3.0, 2.0, 2.0]] * len(counts)
 
 
 def numbered(cycles: list[list[tuple[Any, Any]]]) -> list[list[int]]:
@@ -280,9 +291,10 @@ def test_cycles_keep_order_and_treat_leftovers_as_told():
 
 @pytest.mark.parametrize("select", ["batchnorm+head", "all"])
 @pytest.mark.parametrize("idle", ["first", "every"])
-def test_idle_members_step_on_zero_gradients_as_under_torch_1(idle, select):
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_idle_members_step_on_zero_gradients_as_under_torch_1(kind, idle, select):
     """Momentum and weight decay act on them; a short cycle included."""
-    pair = Pair("sgd", select, idle=idle, noise=0.1)
+    pair = Pair(kind, select, idle=idle, noise=0.1)
     for count in (3, 3, 2, 3):
         pair.step(images(count))
     pair.check()

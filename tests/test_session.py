@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -334,3 +334,39 @@ def test_text_has_no_images_to_damage(tmp_path: Path) -> None:
             train(tiny(**sections, evaluate=extra), tmp_path / "run")
     # Nothing was trained: the folder is still anyone's.
     assert train(tiny(**sections), tmp_path / "run").status == "finished"
+
+
+def test_flatness_and_line_of_a_text_model_carry_its_state() -> None:
+    """As its likelihood does: the line ends at the averaged model's."""
+    from neural import LatePhase, evaluate, report
+    from neural.config import EvaluateConfig
+    from neural.models import build
+
+    torch.manual_seed(0)
+    model = build("lstm_lm", classes=5, hidden=6, embedding=3)
+    late = LatePhase(model, 2, "head", noise=0.5)
+    text = torch.randint(5, (2, 31))
+    windows = [(text[:, i : i + 6], text[:, i + 1 : i + 7]) for i in range(0, 30, 6)]
+    task = Task("text", 5, 0, cast(Any, None), lambda: iter(windows), 0.0)
+    single = late.averaged()
+    settings = EvaluateConfig(line=True, flatness=True)
+    rows = {row["data"]: row["value"] for row in report.beyond(single, late, task, settings, {})}
+    carried = evaluate.score_text(single, windows).loss
+    assert rows["line 1"] == pytest.approx(carried, rel=1e-6)
+    assert rows["line 1"] != pytest.approx(evaluate.score(single, windows).loss, rel=1e-6)
+    rise = evaluate.loss_rise(single, lambda m: evaluate.score_text(m, windows).loss, [0.1])[0]
+    assert rows["noise 0.1"] == pytest.approx(rise.mean, rel=1e-6)
+
+
+def test_sets_to_tell_apart_are_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neural import report
+
+    loaded, load = [], report.load_images
+    monkeypatch.setattr(
+        report, "load_images", lambda name, root: loaded.append(name) or load(name, root)
+    )
+    outcome = train(tiny(evaluate={"ood": ["digits"]}), tmp_path / "run")
+    assert loaded == ["digits"]
+    assert set(outcome.result.query("data == 'digits'").metric) == {"auroc", "aupr", "fpr95"}
