@@ -7,7 +7,9 @@ are taken in evaluation mode: in training mode BatchNorm makes the loss a functi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ from nqm.errors import NQMError, check_number
 
 #: (output, targets) -> one loss per example, shape (B,).
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+#: Rows of a dense Hessian that are computed at once: memory goes with them.
+HESSIAN_ROWS = 32
 
 
 def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
@@ -72,6 +78,12 @@ class Landscape:
         self.size = self.weights.numel()
         self.examples = sum(len(targets) for _, targets in batches)
 
+    def at(self, weights: Tensor) -> Landscape:
+        """The same function, with derivatives taken elsewhere."""
+        moved = copy.copy(self)
+        moved.weights = weights
+        return moved
+
     # --- the function and its derivatives, of one batch ----------------------------------------
 
     def _losses(self, w: Tensor, batch: Batch) -> Tensor:
@@ -85,16 +97,22 @@ class Landscape:
         parts = torch.split(w, [shape.numel() for shape in self.shapes.values()])
         return {n: p.view(shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
 
-    def _over_batches(self, term: Callable[[Batch], Tensor]) -> Iterator[Tensor]:
-        """A term of every batch, in evaluation mode."""
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode, and afterwards as it was."""
         modes = {module: module.training for module in self.model.modules()}
         try:
             self.model.eval()
-            for batch in self.batches:
-                yield term(batch)
+            yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+    def _over_batches(self, term: Callable[[Batch], Tensor]) -> Iterator[Tensor]:
+        """A term of every batch, in evaluation mode."""
+        with self.evaluating():
+            for batch in self.batches:
+                yield term(batch)
 
     def _mean(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """Sum over batches of a functional of the batch's share of the mean loss."""
@@ -107,6 +125,10 @@ class Landscape:
         for one in terms:
             total = total + one
         return total.detach()
+
+    def mean_loss(self, w: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of a minibatch at w, without weight decay; the mode is the caller's."""
+        return self._losses(w, batch).mean()
 
     # --- mean loss -------------------------------------------------------------------------------
 
@@ -127,10 +149,29 @@ class Landscape:
         data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
         return data + self.weight_decay * v
 
+    def weighted_gradient(self, weights: Tensor) -> Tensor:
+        """Sum of the examples' own gradients, each times a weight; without weight decay, (p,).
+
+        With weights of mean 0 and variance 1 / (N - 1) it is a draw of one example's noise.
+        """
+        parts = iter(torch.split(weights, [len(targets) for _, targets in self.batches]))
+
+        def term(batch: Batch) -> Tensor:
+            share = next(parts)
+            slope: Tensor = grad(lambda w: share @ self._losses(w, batch))(self.weights)
+            return slope
+
+        total = torch.zeros_like(self.weights)
+        for one in self._over_batches(term):
+            total = total + one.detach()
+        return total
+
     def hessian(self) -> Tensor:
         """All of H, shape (p, p), for few weights."""
-        columns = [self.hessian_product(e) for e in torch.eye(self.size).to(self.weights)]
-        h = torch.stack(columns, 1)
+        units = torch.eye(self.size).to(self.weights)
+        h = torch.cat(
+            [vmap(self.hessian_product)(some) for some in torch.split(units, HESSIAN_ROWS)]
+        )
         return 0.5 * (h + h.T)
 
     def third(self, v: Tensor) -> Tensor:

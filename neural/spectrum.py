@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from neural.curvature import Landscape
+from neural.krylov import krylov
 from nqm.errors import NQMError, check_integer, check_number
 
 FloatArray = NDArray[np.float64]
@@ -159,38 +160,13 @@ def density(
     rng = np.random.default_rng(seed)
     values, weights = [], []
     for _ in range(probes):
-        probe = rng.standard_normal(landscape.size)
-        probe -= out @ (out.T @ probe)
-        alpha, beta = _lanczos(apply, probe / np.linalg.norm(probe), out, min(steps, left))
-        nodes, vectors = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
-        values.append(nodes)
-        weights.append(vectors[0] ** 2)
+        probe = krylov(apply, rng.standard_normal(landscape.size), steps, out)
+        values.append(probe.values)
+        weights.append(probe.amplitudes**2 / np.sum(probe.amplitudes**2))
     joined = np.concatenate(values)
     counts = np.concatenate(weights) * left / probes
     order = np.argsort(joined)
     return Density(joined[order], counts[order])
-
-
-def _lanczos(
-    apply: LinearOperator, start: FloatArray, out: FloatArray, steps: int
-) -> tuple[FloatArray, FloatArray]:
-    """Diagonal and off-diagonal of the tridiagonal matrix, in the complement of `out`."""
-    basis = [start]
-    alpha: list[float] = []
-    beta: list[float] = []
-    for _ in range(steps):
-        w = apply.matvec(basis[-1])
-        alpha.append(float(w @ basis[-1]))
-        held = np.stack(basis, 1)
-        for _ in range(2):  # twice is enough (Parlett): rounding would bring copies back
-            w = w - out @ (out.T @ w)
-            w = w - held @ (held.T @ w)
-        size = float(np.linalg.norm(w))
-        if size < 1e-10 * max(map(abs, alpha)) or len(alpha) == steps:
-            break
-        beta.append(size)
-        basis.append(w / size)
-    return np.array(alpha), np.array(beta[: len(alpha) - 1])
 
 
 def binned(spectrum: Density, bins: int) -> Density:

@@ -1,0 +1,215 @@
+"""Real training from a checkpoint on a landscape's own data: what a prediction is held against.
+
+Chains train the landscape's weights by SGD with minibatches drawn from its examples, in evaluation
+mode and without augmentation: the very loss whose curvature and noise were measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import grad, vmap
+
+from neural.curvature import Landscape
+from neural.late_phase import LatePhase
+from nqm.errors import NQMError, check_integer, check_word
+
+FloatArray = NDArray[np.float64]
+SAMPLING = ("with replacement", "shuffled")
+#: Chains of fewer weights than this step together; kernels of convolutions would not gain by it.
+TOGETHER = 5000
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the chains train.
+
+    Attributes
+    ----------
+    lr, momentum : float
+        As `torch.optim.SGD` has them.
+    batch_size, steps : int
+    sampling : {"with replacement", "shuffled"}
+    """
+
+    lr: float
+    batch_size: int
+    steps: int
+    momentum: float = 0.0
+    sampling: str = "with replacement"
+
+    def __post_init__(self) -> None:
+        check_integer("batch_size", self.batch_size, 1)
+        check_integer("steps", self.steps, 1)
+        check_word("sampling", self.sampling, SAMPLING)
+
+
+def train_chains(
+    landscape: Landscape,
+    training: Training,
+    chains: int,
+    at: Sequence[int],
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Independent runs from the checkpoint.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    training : Training
+    chains : int
+    at : sequence of int
+        Steps to hand out weights after, rising.
+    seed : int
+        Chain c draws its minibatches from (seed, c).
+    progress : callable, optional
+        Told of minibatches done.
+
+    Yields
+    ------
+    step : int
+    weights : Tensor, shape (chains, p)
+    """
+    x = torch.cat([inputs for inputs, _ in landscape.batches])
+    y = torch.cat([targets for _, targets in landscape.batches])
+    weights = landscape.weights.repeat(chains, 1)
+    buffers = torch.zeros_like(weights)
+    draws = [minibatches(landscape.examples, training, (seed, c)) for c in range(chains)]
+    slope = grad(lambda w, a, b: landscape.mean_loss(w, (a, b)))
+    together = landscape.size < TOGETHER
+    done = 0
+    with landscape.evaluating():
+        for stop in at:
+            for _ in range(stop - done):
+                index = torch.stack([next(draw) for draw in draws]).to(x.device)
+                if together:
+                    slopes = vmap(slope)(weights, x[index], y[index])
+                else:
+                    each = zip(weights, index, strict=True)
+                    slopes = torch.stack([slope(w, x[i], y[i]) for w, i in each])
+                slopes += landscape.weight_decay * weights
+                if training.momentum:
+                    slopes = buffers.mul_(training.momentum).add_(slopes)
+                weights = weights - training.lr * slopes
+                if progress is not None:
+                    progress(chains)
+            done = stop
+            if not bool(weights.isfinite().all()):
+                raise NQMError(f"lr = {training.lr:g} diverged before step {stop}; lower it")
+            yield stop, weights.detach().clone()
+
+
+def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iterator[Tensor]:
+    """Indices of minibatches without end, shape (B,)."""
+    generator = torch.Generator().manual_seed(key[0] * 1_000_003 + key[1])
+    size = training.batch_size
+    if training.sampling != "shuffled":
+        while True:
+            yield torch.randint(examples, (size,), generator=generator)
+    if examples % size:
+        raise NQMError(f"shuffled epochs need a batch_size that divides {examples}; got {size}")
+    while True:
+        yield from torch.randperm(examples, generator=generator).view(-1, size)
+
+
+def train_late_phase(
+    landscape: Landscape,
+    training: Training,
+    members: int,
+    select: str,
+    at: Sequence[int],
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Late-phase members on a shared base, by `LatePhase` and `torch.optim.SGD`.
+
+    Parameters
+    ----------
+    landscape : Landscape
+        Of all the model's weights that are to be trained.
+    training : Training
+    members : int
+        K; a step draws K minibatches.
+    select : str
+        The replicated weights.
+    at : sequence of int
+        Cycles.
+    seed : int
+    progress : callable, optional
+        Told of minibatches done.
+
+    Yields
+    ------
+    step : int
+    weights : Tensor, shape (p,)
+        Of the averaged model.
+    """
+    model = copy.deepcopy(landscape.model).eval()
+    held = [model.get_parameter(name) for name in landscape.shapes]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is one for one in held))
+    base = torch.optim.SGD(
+        held, training.lr, training.momentum, weight_decay=landscape.weight_decay
+    )
+    late = LatePhase(model, members, select, gamma="mean", seed=seed).eval()
+    own = late.optimizer_like(base)
+    x = torch.cat([inputs for inputs, _ in landscape.batches])
+    y = torch.cat([targets for _, targets in landscape.batches])
+    draws = [minibatches(landscape.examples, training, (seed, k)) for k in range(members)]
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return landscape.example_loss(output, targets).mean()
+
+    done = 0
+    for stop in at:
+        for _ in range(stop - done):
+            index = [next(draw) for draw in draws]
+            late.step([(x[i], y[i]) for i in index], loss, base, own)
+            if progress is not None:
+                progress(members)
+        done = stop
+        state = late.averaged().state_dict()
+        yield stop, torch.cat([state[name].flatten() for name in landscape.shapes]).detach()
+
+
+def noise_free(landscape: Landscape, training: Training, at: Sequence[int]) -> FloatArray:
+    """Loss of full-batch gradient descent from the checkpoint, shape (times,)."""
+    weights = landscape.weights
+    buffer = torch.zeros_like(weights)
+    losses = []
+    done = 0
+    for stop in at:
+        for _ in range(stop - done):
+            buffer = training.momentum * buffer + landscape.gradient(weights)
+            weights = weights - training.lr * buffer
+        done = stop
+        losses.append(landscape.loss(weights))
+    return np.array(losses)
+
+
+def group_losses(
+    loss: Callable[[Tensor], float], snapshots: Sequence[Tensor], members: int
+) -> FloatArray:
+    """Loss of the mean weights of every `members` chains, shape (groups, times).
+
+    Parameters
+    ----------
+    loss : callable
+        Of a weight vector.
+    snapshots : sequence of Tensor, shape (chains, p)
+        One for each time.
+    members : int
+        Chains left over are not used.
+    """
+    groups = len(snapshots[0]) // members
+    means = [[w[g * members : (g + 1) * members].mean(0) for w in snapshots] for g in range(groups)]
+    return np.array([[loss(mean) for mean in row] for row in means])

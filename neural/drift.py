@@ -1,0 +1,158 @@
+"""What the quadratic leaves out at leading order: noise pushes the mean, by third derivatives.
+
+Around weights that scatter with covariance S the mean gradient is g + 1/2 T:S, T the tensor of
+third derivatives. The force f = 1/2 T:S moves the mean of any number of runs away from where the
+loss is least. Averaging K members divides the scatter by K and leaves this: the *floor*,
+
+    1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
+
+after t steps, 1/2 f' H^-1 f in the end. S is proportional to lr / B, so f is, and the floor to its
+square. f is measured on the network: the mean gradient at both ends of random displacements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neural.curvature import Landscape
+from neural.krylov import Krylov, krylov
+from neural.local_model import LocalModel, vector
+from neural.spectrum import Progress, operator
+from nqm.errors import check_integer
+
+FloatArray = NDArray[np.float64]
+Function = Callable[[FloatArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The force of the noise on the mean weights, measured twice.
+
+    Two independent halves of the draws: products of the two are free of the bias that the square of
+    a noisy estimate has.
+
+    Attributes
+    ----------
+    lr, batch_size : float
+        Of the scatter at which it was measured.
+    top : tuple of ndarray, shape (k,)
+        Of both halves along the local model's eigenpairs.
+    rest : tuple of Krylov
+        Of both halves.
+    """
+
+    local: LocalModel
+    lr: float
+    batch_size: float
+    top: tuple[FloatArray, FloatArray]
+    rest: tuple[Krylov, Krylov]
+
+    def floor(self, lr: float, batch_size: float, steps: float) -> float:
+        """Loss that the mean over any number of members keeps after so many steps."""
+        function = _settled(lr, steps)
+        one, other = self.top
+        value = one @ (function(self.local.pairs.values) * other)
+        if len(self.rest[0].values):
+            value += self.rest[0].apply(function) @ self.rest[1].apply(np.ones_like)
+        return 0.5 * float(value) * self._scale(lr, batch_size) ** 2
+
+    def cross(self, lr: float, batch_size: float, steps: float) -> float:
+        """Change of the mean's loss by the force acting along the slope of the checkpoint."""
+
+        def function(h: FloatArray) -> FloatArray:
+            psi = _psi(lr, steps)(h)
+            return psi * (psi * h - 1.0)
+
+        local = self.local
+        force = 0.5 * (self.top[0] + self.top[1])
+        value = local.slope @ (function(local.pairs.values) * force)
+        if len(local.gradient.values) and len(self.rest[0].values):
+            moved = local.gradient.apply(function)
+            value += 0.5 * sum(float(moved @ half.apply(np.ones_like)) for half in self.rest)
+        return float(value) * self._scale(lr, batch_size)
+
+    def _scale(self, lr: float, batch_size: float) -> float:
+        return (lr / batch_size) / (self.lr / self.batch_size)
+
+
+def _psi(lr: float, steps: float) -> Function:
+    """(1 - (1 - lr h)^t) / h."""
+
+    def psi(h: FloatArray) -> FloatArray:
+        u = lr * h
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            power = np.where(u < 1.0, np.exp(steps * np.log1p(-np.minimum(u, 1.0))), 0.0)
+            power = np.where(u > 1.0, (1.0 - u) ** round(steps), power)
+            return np.where(np.abs(u) * steps < 1e-9, lr * steps, (1.0 - power) / h)
+
+    return psi
+
+
+def _settled(lr: float, steps: float) -> Function:
+    """psi^2 h."""
+    psi = _psi(lr, steps)
+    return lambda h: psi(h) ** 2 * h
+
+
+def descent(local: LocalModel, lr: float, steps: float) -> float:
+    """Change of the loss by noise-free gradient descent on the quadratic, <= 0 where H > 0."""
+    psi = _psi(lr, steps)
+    h, _, g = local.points()
+    return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
+
+
+def measure_drift(
+    landscape: Landscape,
+    local: LocalModel,
+    lr: float,
+    batch_size: float,
+    steps: float,
+    *,
+    samples: int = 32,
+    products: int = 30,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Drift:
+    """Measure the force at the scatter of so many steps of SGD from the checkpoint.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    local : LocalModel
+        Of this landscape.
+    lr, batch_size, steps : float
+        The scatter. With momentum b, lr is the effective rate lr / (1 - b).
+    samples : int
+        Random displacements, two gradients each; an even number.
+    products : int
+        Hessian products for each half.
+    seed : int
+    progress : callable, optional
+        Told that one more gradient or product is done.
+    """
+    check_integer("samples", samples, 2)
+    rng = np.random.default_rng([seed, 1])
+    still = landscape.gradient().double().cpu().numpy()
+    halves = [np.zeros(landscape.size), np.zeros(landscape.size)]
+    for i in range(samples):
+        moved = vector(landscape, local.displacement(rng, lr, batch_size, steps))
+        ends = [landscape.gradient(landscape.weights + sign * moved) for sign in (1.0, -1.0)]
+        halves[i % 2] += sum(end.double().cpu().numpy() for end in ends) / 2.0 - still
+        if progress is not None:
+            progress(2)
+    counts = ((samples + 1) // 2, samples // 2)
+    forces = [half / count for half, count in zip(halves, counts, strict=True)]
+    known = local.pairs.vectors
+    apply = operator(landscape, progress)
+    rest = [krylov(apply, force, products, known) for force in forces]
+    return Drift(
+        local,
+        lr,
+        batch_size,
+        (known.T @ forces[0], known.T @ forces[1]),
+        (rest[0], rest[1]),
+    )

@@ -1,0 +1,120 @@
+"""The landscape of a run: its loss on a fixed part of its training data, augmentation off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from neural.averaging import recompute_statistics
+from neural.config import RunConfig
+from neural.curvature import Landscape
+from neural.data import TextData, evaluation_batches, evaluation_windows, load
+from neural.data.images import ImageData
+from neural.late_phase import Batch
+from neural.task import Place
+from nqm.errors import NQMError, check_integer
+
+#: Weights up to which derivatives are taken in double precision.
+DOUBLE = 5000
+
+
+def landscape_of(
+    run: RunConfig,
+    model: nn.Module,
+    place: Place,
+    *,
+    select: str | Iterable[str] = "all",
+    examples: int | None = None,
+    weight_decay: float | None = None,
+    batch_size: int = 512,
+) -> Landscape:
+    """Training loss of a run's model.
+
+    BatchNorm statistics are taken anew on the landscape's own data; derivatives are those of
+    evaluation mode.
+
+    Parameters
+    ----------
+    run : RunConfig
+    model : Module
+        Changed in place: statistics, precision.
+    place : Place
+    select : str or iterable of str
+        Which weights; see `neural.select.select`.
+    examples : int, optional
+        As evenly over the classes as can be, the same for every seed; all by default. Of a text,
+        windows of the run's length.
+    weight_decay : float, optional
+        That of the run by default.
+    batch_size : int
+        Examples in work at once.
+    """
+    dtype = torch.float64 if sum(p.numel() for p in model.parameters()) <= DOUBLE else torch.float32
+    batches = [
+        (x.to(dtype) if x.is_floating_point() else x, y)
+        for x, y in training_batches(run, place, examples, batch_size)
+    ]
+    model.to(place.device, dtype)
+    recompute_statistics(model, batches)
+    decay = run.train.weight_decay if weight_decay is None else weight_decay
+    return Landscape(model.eval(), batches, select, weight_decay=decay)
+
+
+def training_batches(
+    run: RunConfig, place: Place, examples: int | None, batch_size: int
+) -> list[Batch]:
+    """The first so many training examples, in a fixed order."""
+    if examples is not None:
+        check_integer("examples", examples, 2)
+    data = load(run.data.name, place.root)
+    if isinstance(data, TextData):
+        data = data.compact()
+        length = run.data.length
+        symbols = None if examples is None else examples * length
+        text = data.train[: run.data.train_examples][:symbols]
+        windows = len(text) // length
+        return list(evaluation_windows(text[: windows * length], windows, length, place.device))
+    if not isinstance(data, ImageData) or data.train is None:
+        raise NQMError(
+            f"data.name {run.data.name!r} does not fit into memory as a landscape's data; choose a "
+            "set of small images or a text"
+        )
+    train = data.train
+    if run.data.train_examples is not None:
+        train = train.subset(run.data.train_examples)
+    if examples is not None and examples < len(train):
+        train = train.subset(examples)
+    mean, std = run.data.mean or data.mean, run.data.std or data.std
+    return list(evaluation_batches(train, batch_size, mean, std, place.device))
+
+
+def settle(landscape: Landscape, iterations: int = 500) -> Landscape:
+    """The same landscape at a minimum near by: full-batch L-BFGS from the checkpoint.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    iterations : int
+        At most.
+    """
+    weights = landscape.weights.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=iterations,
+        history_size=30,
+        tolerance_grad=1e-7 if weights.dtype == torch.float32 else 1e-10,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        here = weights.detach()
+        weights.grad = landscape.gradient(here)
+        return landscape.loss(here)
+
+    step: Callable[[Callable[[], float]], Any] = optimizer.step
+    step(closure)
+    return landscape.at(weights.detach())

@@ -1,0 +1,281 @@
+"""The quadratic picture of a network around a checkpoint: slope, curvature and gradient noise.
+
+Expected losses of linear methods see three measures on the axis of curvature: how many directions
+there are, how much noise, and how much slope. The stiffest directions are measured one by one. Of
+the rest each measure is found by Lanczos from a vector that carries it: the gradient for the slope,
+draws of the gradient noise for the noise. No law that ties noise to curvature is assumed, and noise
+that is correlated between directions is counted right, as expected losses need its diagonal alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neural import noise as gradient_noise
+from neural.curvature import Landscape
+from neural.krylov import Krylov, krylov
+from neural.spectrum import Eigenpairs, Progress, eigenpairs, operator
+from nqm.errors import NQMError, check_integer
+from nqm.problem import Problem
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Slope, curvature and gradient noise at a checkpoint.
+
+    Attributes
+    ----------
+    loss : float
+        At the checkpoint.
+    pairs : Eigenpairs
+        The stiffest k directions, or all.
+    noise : ndarray, shape (k, k)
+        Covariance of one example's gradient along them.
+    slope : ndarray, shape (k,)
+        Of the loss along them.
+    gradient : Krylov
+        The rest of the gradient.
+    draws : tuple of Krylov
+        Draws of the rest of one example's gradient noise.
+    noise_trace : float
+        Of the whole covariance of one example's gradient.
+    examples : int
+        N.
+    """
+
+    loss: float
+    pairs: Eigenpairs
+    noise: FloatArray
+    slope: FloatArray
+    gradient: Krylov
+    draws: tuple[Krylov, ...]
+    noise_trace: float
+    examples: int
+
+    @property
+    def largest(self) -> float:
+        """Largest curvature."""
+        return float(self.pairs.values[0])
+
+    @property
+    def draw_scale(self) -> float:
+        """What the squares of the draws are multiplied by, so that they have the known trace."""
+        found = sum(float(draw.amplitudes @ draw.amplitudes) for draw in self.draws)
+        left = self.noise_trace - float(np.trace(self.noise))
+        return max(left, 0.0) * len(self.draws) / found if found > 0 else 0.0
+
+    def points(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Curvature, noise variance and squared slope of every node, shape (d,) each.
+
+        Negative curvature included.
+        """
+        scale = self.draw_scale / max(len(self.draws), 1)
+        parts = [(self.pairs.values, np.diag(self.noise), self.slope**2)]
+        parts += [(d.values, scale * d.amplitudes**2, 0.0 * d.values) for d in self.draws]
+        rest = self.gradient
+        parts.append((rest.values, 0.0 * rest.values, rest.amplitudes**2))
+        h, v, g = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return h, v, g
+
+    def problem(self) -> Problem:
+        """The noisy quadratic problem that `nqm` solves.
+
+        Displacements are from the minimum of the quadratic, g / h along each node. Nodes of
+        negative curvature are left out (`negative_share`): nothing settles along them.
+        """
+        h, v, g = self.points()
+        held = h > 0
+        h, v, g = h[held], v[held], g[held]
+        return Problem(h, v, initial_mean=np.sqrt(g) / h, initial_variance=0.0)
+
+    def negative_share(self) -> tuple[float, float]:
+        """Shares of the noise's trace and of the squared slope along negative curvature."""
+        h, v, g = self.points()
+        below = h <= 0
+        return (
+            float(v[below].sum() / max(v.sum(), 1e-300)),
+            float(g[below].sum() / max(g.sum(), 1e-300)),
+        )
+
+    def displacement(
+        self, rng: np.random.Generator, lr: float, batch_size: float, steps: float
+    ) -> FloatArray:
+        """A draw of where the noise of `steps` steps of SGD puts the weights, shape (p,).
+
+        Exact covariance along the eigenpairs; for the rest, lr^2 / B sum_t (1 - lr h)^2t times a
+        draw of the noise, its diagonal exact.
+        """
+        h = self.pairs.values
+        r = 1.0 - lr * h
+        joint = np.outer(r, r)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ages = np.where(joint == 1.0, steps, (1.0 - joint**steps) / (1.0 - joint))
+        covariance = lr**2 / batch_size * self.noise * ages
+        size, turn = np.linalg.eigh(0.5 * (covariance + covariance.T))
+        top = turn @ (np.sqrt(np.maximum(size, 0.0)) * rng.standard_normal(len(h)))
+        moved = self.pairs.vectors @ top
+        if self.draws and len(self.draws[0].values):
+            draw = self.draws[rng.integers(len(self.draws))]
+            scale = self.draw_scale * lr**2 / batch_size
+            moved = moved + draw.apply(lambda c: np.sqrt(scale * _ages(lr * c, steps)))
+        return np.asarray(moved)
+
+
+def _ages(u: FloatArray, steps: float) -> FloatArray:
+    """Sum of (1 - u)^2t over t < steps."""
+    r = (1.0 - u) ** 2
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.where(np.abs(1.0 - r) < 1e-12, steps, (1.0 - r**steps) / (1.0 - r))
+
+
+def measure(
+    landscape: Landscape,
+    pairs: int | None = 50,
+    *,
+    draws: int = 6,
+    products: int = 30,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> LocalModel:
+    """Measure slope, curvature and noise of a landscape.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    pairs : int, optional
+        Stiffest directions one by one; None for all, of few weights.
+    draws, products : int
+        Draws of the noise, and Hessian products for each and for the gradient.
+    tolerance : float
+        Of the eigenpairs.
+    seed : int
+    folder : Path, optional
+        Every stage is kept there as it is done, under the content of the landscape, and not
+        computed again.
+    progress : callable, optional
+        Told that one more Hessian product is done.
+
+    Raises
+    ------
+    NQMError
+        If there are fewer than two examples, or the eigenpairs do not converge.
+    """
+    check_integer("draws", draws, 1)
+    check_integer("products", products, 1)
+    if landscape.examples < 2:
+        raise NQMError("gradient noise needs two examples at least; got 1")
+    kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
+    complete = pairs is None or pairs >= landscape.size
+
+    def stiffest() -> dict[str, Any]:
+        if complete:
+            values, vectors = np.linalg.eigh(landscape.hessian().double().cpu().numpy())
+            found = Eigenpairs(values[::-1], vectors[:, ::-1], np.zeros(len(values)))
+        else:
+            assert pairs is not None
+            found = eigenpairs(landscape, pairs, tolerance=tolerance, seed=seed, progress=progress)
+        slopes = [landscape.example_slopes(vector(landscape, v)) for v in found.vectors.T]
+        along = torch.stack(slopes).double().cpu().numpy()
+        return {
+            "values": found.values,
+            "vectors": found.vectors,
+            "residuals": found.residuals,
+            "noise": np.atleast_2d(np.cov(along)),
+        }
+
+    top = kept("all" if complete else f"top{pairs}-{tolerance:g}", stiffest)
+    known = Eigenpairs(top["values"], top["vectors"], top["residuals"])
+    gradient = landscape.gradient().double().cpu().numpy()
+    apply = operator(landscape, progress)
+
+    def run(start: Callable[[], FloatArray]) -> Callable[[], dict[str, Any]]:
+        return lambda: vars(krylov(apply, start(), products, known.vectors))
+
+    def draw(index: int) -> FloatArray:
+        rng = np.random.default_rng([seed, index])
+        weights = rng.standard_normal(landscape.examples)
+        weights = (weights - weights.mean()) / np.sqrt(landscape.examples - 1)
+        given = torch.from_numpy(weights).to(landscape.weights)
+        return np.asarray(landscape.weighted_gradient(given).double().cpu().numpy())
+
+    stage = f"{len(known.values)}-{products}"
+    rest = Krylov(**kept(f"gradient-{stage}", run(lambda: gradient)))
+    others = tuple(
+        Krylov(**kept(f"draw{i}-{stage}", run(lambda i=i: draw(i))))  # type: ignore[misc]
+        for i in range(0 if complete else draws)
+    )
+    trace = kept("trace", lambda: {"trace": np.array(gradient_noise.trace(landscape))})["trace"]
+    return LocalModel(
+        landscape.loss(),
+        known,
+        top["noise"],
+        known.vectors.T @ gradient,
+        rest,
+        others,
+        float(trace),
+        landscape.examples,
+    )
+
+
+def vector(landscape: Landscape, values: FloatArray) -> torch.Tensor:
+    """An array in the landscape's own precision and place."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(landscape.weights)
+
+
+def fingerprint(landscape: Landscape) -> str:
+    """Content of a landscape: weights, data, loss."""
+    digest = hashlib.sha256()
+    state = landscape.model.state_dict()
+    held = [landscape.weights, *(state[name] for name in sorted(state))]
+    held += [tensor for batch in landscape.batches for tensor in batch if torch.is_tensor(tensor)]
+    for tensor in held:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    said = (sorted(landscape.shapes.items()), landscape.weight_decay, landscape.example_loss)
+    digest.update(repr((said[0], said[1], getattr(said[2], "__qualname__", ""))).encode())
+    return digest.hexdigest()[:16]
+
+
+class Kept:
+    """Results of stages, in a folder of their own, each written whole or not at all.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        None to keep nothing.
+    key : str
+        What the stages belong to.
+    """
+
+    def __init__(self, folder: Path | None, key: str):
+        self.folder = None if folder is None else folder / key
+
+    def __call__(self, stage: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The arrays of a stage, from its file or computed and written there."""
+        from nqm.table import replacing
+
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{stage}.npz"
+        if path.exists():
+            try:
+                with np.load(path) as content:
+                    return dict(content)
+            except (OSError, ValueError, EOFError) as error:
+                raise NQMError(f"{path} is damaged ({error}); remove it, and run again") from None
+        found = compute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as stream:
+            np.savez(stream, **found)
+        return found
