@@ -65,6 +65,8 @@ class Trajectory:
         First two moments of the evaluated weights by direction (analytic results only).
     samples : ndarray, shape (records, replicas)
         Loss of every replica (Monte Carlo only).
+    controlled : bool
+        Whether a control variate has adjusted the means (`nqm.sample`).
     """
 
     problem: Problem
@@ -82,6 +84,7 @@ class Trajectory:
     weight_variance: FloatArray | None = field(default=None, repr=False)
     samples: FloatArray | None = field(default=None, repr=False)
     unstable: NDArray[np.bool_] | None = field(default=None, repr=False)
+    controlled: bool = False
 
     @classmethod
     def of_samples(
@@ -146,8 +149,20 @@ class Trajectory:
             raise NQMError("interval is for Monte Carlo results; this one is analytic and exact")
         from scipy import stats  # slow to load
 
-        width = stats.t.ppf(0.5 + level / 2, self.samples.shape[1] - 1) * self.stderr
+        degrees = self.samples.shape[1] - (2 if self.controlled else 1)
+        width = stats.t.ppf(0.5 + level / 2, degrees) * self.stderr
         return self.loss - width, self.loss + width
+
+    @property
+    def speed_up(self) -> FloatArray:
+        """Replicas that plain means would need for this standard error, over those drawn.
+
+        Monte Carlo only; 1 without a control variate, infinite where one leaves no error.
+        """
+        if self.samples is None:
+            raise NQMError("speed_up is for Monte Carlo results; this one is analytic and exact")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray((self.loss_sd / self.stderr) ** 2 / self.samples.shape[1])
 
     def quantiles(self, levels: tuple[float, ...] = (0.05, 0.5, 0.95)) -> FloatArray:
         """Quantiles of the loss from run to run, shape (records, levels).

@@ -352,6 +352,134 @@ def evaluate(state, readout, members, weight, loss, member_loss):
         member_loss[r] = member_total / count if count else np.nan
 
 
+#: Rules of `sample_optimizer`, in the order of the classes of `nqm.algorithms.sampled`.
+CLIPPED, SIGN, ADAM = 0, 1, 2
+
+# --- The linear twin of a method that is not linear: see `nqm.solvers.control` -------------------
+# `field` (FIELDS, d) holds, for each direction, what is deterministic: the mean of the weights, the
+# variance of the twin's deviation from it, its covariance with the buffer and the buffer's
+# variance, the buffer's mean, three numbers of the method's own, and the twin's coefficients.
+
+_MEAN, _VARIANCE, _CROSS, _BUFFER, _BUFFER_MEAN, _OWN, _SECOND, _APART = range(8)
+_PULL, _PUSH, _STEP = 8, 9, 10
+FIELDS = 11
+
+
+@_jit
+def _move_twin(field, momentum, noise, delta, buffer):
+    """Of one replica (d,): b' = momentum b + pull delta + push noise, delta' = delta - step b'."""
+    for i in range(delta.size):
+        b = momentum * buffer[i] + field[_PULL, i] * delta[i] + field[_PUSH, i] * noise[i]
+        buffer[i] = b
+        delta[i] -= field[_STEP, i] * b
+
+
+@_jit
+def _move_moments(field, i, momentum, step):
+    """Second moments of the twin after that step, exact for noise of variance 1."""
+    pull, push = field[_PULL, i], field[_PUSH, i]
+    cross = momentum * field[_CROSS, i] + pull * field[_VARIANCE, i]
+    own = momentum * momentum * field[_BUFFER, i] + push * push
+    own += pull * (momentum * field[_CROSS, i] + cross)
+    field[_STEP, i] = step
+    field[_VARIANCE, i] += step * (step * own - 2.0 * cross)
+    field[_CROSS, i] = cross - step * own
+    field[_BUFFER, i] = own
+
+
+@_jit
+def evaluate_twin(field, weight, delta, loss):
+    """Loss (R,) of the twin; returns its expectation."""
+    for r in range(delta.shape[0]):
+        total = 0.0
+        for i in range(weight.size):
+            x = field[_MEAN, i] + delta[r, i]
+            total += weight[i] * (x * x)
+        loss[r] = total
+    expected = 0.0
+    for i in range(weight.size):
+        expected += weight[i] * (field[_MEAN, i] * field[_MEAN, i] + field[_VARIANCE, i])
+    return expected
+
+
+@_jit
+def _factors_field(field, curvature, minimum, noise_sd, base_lr, member_lr, count):
+    """Twin of multiplicative late-phase weights, and the drift of E theta^2 and E phi^2.
+
+    Noise slides the pair along theta phi = w: by what keeps theta^2 / base_lr - K phi^2 /
+    member_lr, of which noise adds base_lr G^2 and takes member_lr theta^2 sum g^2.
+    """
+    for i in range(curvature.size):
+        h, mean, noise = curvature[i], field[_MEAN, i], noise_sd[i] * noise_sd[i]
+        theta, phi, apart = field[_OWN, i], field[_SECOND, i], field[_APART, i]
+        a, b = member_lr * theta, base_lr * phi
+        rate = a + count * b
+        joint = h * h * (mean * mean + field[_VARIANCE, i]) + noise / count
+        alone = joint + h * h * apart + noise * (1.0 - 1.0 / count)
+        field[_PULL, i], field[_PUSH, i] = h, noise_sd[i] / math.sqrt(count)
+        _move_moments(field, i, 0.0, rate)
+        field[_APART, i] = (1.0 - a * h) ** 2 * apart + a * a * noise * (1.0 - 1.0 / count)
+        curved = base_lr * count * member_lr
+        field[_MEAN, i] = mean - rate * h * mean + curved * (minimum[i] + mean) * joint
+        theta += base_lr * base_lr * count * count * phi * joint
+        phi += member_lr * a * alone
+        w = minimum[i] + field[_MEAN, i]
+        excess, slope = theta * phi - w * w, theta * member_lr + phi * base_lr * count
+        root = math.sqrt(max(slope * slope - 4.0 * curved * excess, 0.0))
+        slide = 2.0 * excess / (slope + root) if slope + root > 0.0 else 0.0
+        field[_OWN, i] = theta - base_lr * count * slide
+        field[_SECOND, i] = phi - member_lr * slide
+
+
+@_jit
+def _optimizer_field(
+    field, rule, momentum, setting, epsilon, peak, done, curvature, noise_sd, lr, multiplicity
+):
+    """Twin of one step of `sample_optimizer`, by statistical linearisation; `peak` 2 f(0)."""
+    d = curvature.size
+    square = 0.0
+    for i in range(d):
+        h, s = curvature[i], noise_sd[i]
+        second = field[_MEAN, i] * field[_MEAN, i] + field[_VARIANCE, i]
+        square += multiplicity[i] * (h * h * second + s * s)
+    clip = setting / math.sqrt(square) if rule == CLIPPED and square > setting * setting else 1.0
+    for i in range(d):
+        h, s, mean, variance = curvature[i], noise_sd[i], field[_MEAN, i], field[_VARIANCE, i]
+        step = lr
+        if rule == ADAM:
+            fresh = h * h * (mean * mean + variance) + s * s
+            field[_SECOND, i] = setting * field[_SECOND, i] + (1.0 - setting) * fresh
+            scale = math.sqrt(field[_SECOND, i] / (1.0 - setting**done)) + epsilon
+            step = lr / ((1.0 - momentum**done) * scale)
+            field[_PULL, i], field[_PUSH, i] = (1.0 - momentum) * h, (1.0 - momentum) * s
+            shift = momentum * field[_BUFFER_MEAN, i] + (1.0 - momentum) * h * mean
+            drift = step * shift
+        elif rule == SIGN:
+            shift = momentum * field[_BUFFER_MEAN, i] + h * mean
+            spread = s * s + h * h * variance
+            if momentum > 0.0:
+                spread += momentum * momentum * field[_BUFFER, i]
+                spread += 2.0 * momentum * h * field[_CROSS, i]
+            spread = math.sqrt(spread)
+            z = shift / spread if spread > 0.0 else (math.inf if shift > 0.0 else -math.inf)
+            slope = peak * math.exp(-0.5 * z * z) / spread if spread > 0.0 else 0.0
+            drift = lr * math.erf(z / math.sqrt(2.0))
+            if momentum > 0.0:
+                field[_PULL, i], field[_PUSH, i] = h, s
+                step = lr * slope
+            else:  # the twin is driven by the sign of the noise
+                field[_PULL, i] = slope * h
+                agree = math.asin(min(s / spread, 1.0)) if spread > 0.0 else 0.0
+                field[_PUSH, i] = 2.0 / math.pi * agree * math.erfc(abs(z) / math.sqrt(2.0))
+        else:
+            field[_PULL, i], field[_PUSH, i] = clip * h, clip * s
+            shift = momentum * field[_BUFFER_MEAN, i] + clip * h * mean
+            drift = lr * shift
+        field[_BUFFER_MEAN, i] = shift
+        field[_MEAN, i] = mean - drift
+        _move_moments(field, i, momentum, step)
+
+
 @_jit
 def sample_multiplicative(
     generator,
@@ -367,6 +495,11 @@ def sample_multiplicative(
     weight,
     loss,
     member_loss,
+    field,
+    delta,
+    buffer,
+    expected,
+    twin_loss,
 ):
     """Multiplicative late-phase steps, `generator` as above.
 
@@ -374,14 +507,25 @@ def sample_multiplicative(
 
     noise_sd : (T, d) of one minibatch; base_lr : (T,) with gamma in it; member_lr : (T,).
     record : (T,) index of the output row or -1; loss, member_loss : (records, R).
+    field (FIELDS, d), delta (R, d), buffer (R, d) : of the twin, in place; none if delta is empty.
+    expected (records,), twin_loss (records, R).
     """
     replicas, d = theta.shape
     count = phi.shape[1]
     gradient = np.empty((count, d))
     normal = np.empty(count * d)
+    controlled, common = delta.size > 0, np.empty(d)
     for t in range(record.size):
+        if controlled:
+            _factors_field(field, curvature, minimum, noise_sd[t], base_lr[t], member_lr[t], count)
         for r in range(replicas):
             fill_normals(generator, normal)
+            if controlled:
+                common[:] = 0.0
+                for k in range(count):
+                    for i in range(d):
+                        common[i] += normal[k * d + i] / math.sqrt(count)
+                _move_twin(field, 0.0, common, delta[r], buffer[r])
             for k in range(count):
                 for i in range(d):
                     f = phi[r, k, 0 if scalar else i]
@@ -410,6 +554,8 @@ def sample_multiplicative(
             evaluate_multiplicative(
                 theta, phi, minimum, scalar, weight, loss[record[t]], member_loss[record[t]]
             )
+            if controlled:
+                expected[record[t]] = evaluate_twin(field, weight, delta, twin_loss[record[t]])
 
 
 @_jit
@@ -560,9 +706,6 @@ def orbit(matrix, state, out):
 
 # --- Optimizers that are not linear, stochastic rounding, heavy-tailed noise ---------------------
 
-#: Rules of `sample_optimizer`, in the order of the classes of `nqm.algorithms.sampled`.
-CLIPPED, SIGN, ADAM = 0, 1, 2
-
 
 @_jit
 def _student(state, dof):
@@ -591,23 +734,50 @@ def sample_optimizer(
     second,
     record,
     loss,
+    field,
+    delta,
+    buffer,
+    expected,
+    twin_loss,
+    peak,
 ):
     """Steps of R replicas of one rule; x, first and second (R, d) in place, `generator` as above.
 
     setting : the clipping threshold, or Adam's beta2; dof : of the noise, inf for normal;
     pitch : of the grid weights are rounded to, 0 for none; age : steps done before.
     noise_sd : (T, d); lr : (T,); record : (T,) index of the output row or -1; loss : (records, R).
+    field, delta, buffer, expected, twin_loss : as above; peak : twice the noise's density at 0.
     """
     replicas, d = x.shape
     gradient = np.empty(d)
+    controlled, signs = delta.size > 0, rule == SIGN and momentum == 0.0
+    weight, driving = 0.5 * multiplicity * curvature, np.empty(d)
     for t in range(record.size):
         done = age + t + 1
+        if controlled:
+            _optimizer_field(
+                field,
+                rule,
+                momentum,
+                setting,
+                epsilon,
+                peak,
+                done,
+                curvature,
+                noise_sd[t],
+                lr[t],
+                multiplicity,
+            )
         for r in range(replicas):
             if math.isinf(dof):
                 fill_normals(generator, gradient)
             else:
                 for i in range(d):
                     gradient[i] = _student(generator, dof)
+            if controlled:
+                for i in range(d):
+                    driving[i] = math.copysign(1.0, gradient[i]) if signs else gradient[i]
+                _move_twin(field, momentum, driving, delta[r], buffer[r])
             square = 0.0
             for i in range(d):
                 gradient[i] = curvature[i] * x[r, i] + noise_sd[t, i] * gradient[i]
@@ -638,6 +808,8 @@ def sample_optimizer(
                 for i in range(d):
                     total += 0.5 * multiplicity[i] * curvature[i] * (x[r, i] * x[r, i])
                 loss[record[t], r] = total
+        if controlled and record[t] >= 0:
+            expected[record[t]] = evaluate_twin(field, weight, delta, twin_loss[record[t]])
 
 
 # --- Monte Carlo with single-precision normals: one lane per replica -----------------------------

@@ -59,6 +59,7 @@ def solve(
     laws = [_linear_law(phase, problem) for phase in program.phases]
     with np.errstate(over="ignore", invalid="ignore"):
         rows = list(_visit(problem, laws, wanted, progress))
+    columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     zeros = np.zeros(len(rows))
     return Trajectory(
         problem=problem.additive(),
@@ -68,7 +69,7 @@ def solve(
         loss_sd=np.full(len(rows), np.nan),
         stderr=zeros,
         member_stderr=zeros,
-        **{name: np.array([row[name] for row in rows]) for name in rows[0]},
+        **columns,
     )
 
 

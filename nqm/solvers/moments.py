@@ -413,7 +413,7 @@ def solve(
         return scalar_first_order(problem, only, wanted)
     laws = [law_of(phase, problem) for phase in program.phases]
     rows = list(_visit(problem, laws, wanted, jump, progress))
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     zeros = np.zeros(len(rows))
     return Trajectory(
         problem=problem,

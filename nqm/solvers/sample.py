@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Trajectory
 from nqm.solvers import _kernels, fast_normals
+from nqm.solvers.control import Start, Twin, adjust, peak
 from nqm.solvers.moments import check_own_starts
 from nqm.transition import (
     clock,
@@ -50,6 +52,7 @@ def sample(
     seed: int = 0,
     workers: int | None = None,
     precision: str = "float64",
+    control: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
     """Monte Carlo estimate of the expected loss at the recorded steps.
@@ -71,28 +74,39 @@ def sample(
     precision : {"float64", "float32"}
         Of the normals. "float32" is for linear algorithms, several times as fast, and has no
         normal beyond 6.66 (`nqm.solvers.fast_normals`); all else is float64 in both.
+    control : bool
+        Adjust the mean losses by a control variate, for methods that are not linear: a linear twin
+        in the same noise, whose expected loss is exact (`nqm.solvers.control`). The result's
+        `speed_up` says how many times as many replicas would else be needed. Linear phases can
+        come before, not after; factors must be elementwise.
     progress : callable, optional
         Told how many replicas have finished.
     """
-    check_integer("replicas", replicas, 2)
+    check_integer("replicas", replicas, 3 if control else 2)
     check_integer("seed", seed, 0)
     check_integer("workers", 1 if workers is None else workers, 1)
     fast_normals.check_precision(precision)
     wanted = program.recorded(at)
-    plan = _Plan(problem, program, wanted, fast=precision == "float32")
+    start = Start.of(problem, program, wanted) if control else None
+    plan = _Plan(problem, program, wanted, fast=precision == "float32", start=start)
     sizes = [min(BLOCK, replicas - i) for i in range(0, replicas, BLOCK)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
     loss = np.empty((len(wanted), replicas))
     member_loss = np.empty((len(wanted), replicas))
+    twin_loss = np.empty((len(wanted), replicas if control else 0))
+    expected = np.empty(len(wanted))
 
     def run(index: int) -> int:
         first = index * BLOCK
         rng = np.random.Generator(np.random.SFC64(seeds[index]))
         lanes = fast_normals.lanes(seeds[index]) if plan.fast else None
         with np.errstate(over="ignore", invalid="ignore"):  # of this thread; status tells
-            part, members = plan.run(rng, lanes, sizes[index])
+            part, members, twin = plan.run(rng, lanes, sizes[index])
         loss[:, first : first + sizes[index]] = part
         member_loss[:, first : first + sizes[index]] = members
+        if control:
+            twin_loss[:, first : first + sizes[index]] = twin.loss
+            expected[...] = twin.expected  # the same in every block
         return sizes[index]
 
     threads = min(workers or os.cpu_count() or 1, len(sizes))
@@ -100,14 +114,36 @@ def sample(
         for done in pool.map(run, range(len(sizes))):
             if progress is not None:
                 progress(done)
-    return Trajectory.of_samples(problem, program, wanted, loss, member_loss)
+    result = Trajectory.of_samples(problem, program, wanted, loss, member_loss)
+    if not control:
+        return result
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, error = adjust(loss, twin_loss, expected)
+        member_mean, member_error = adjust(member_loss, twin_loss, expected)
+    return replace(
+        result,
+        loss=mean,
+        stderr=error,
+        member_loss=member_mean,
+        member_stderr=member_error,
+        controlled=True,
+    )
 
 
 class _Plan:
     """What every block does, worked out once: which steps, which rows they record."""
 
-    def __init__(self, problem: Problem, program: Program, wanted: list[int], *, fast: bool):
+    def __init__(
+        self,
+        problem: Problem,
+        program: Program,
+        wanted: list[int],
+        *,
+        fast: bool,
+        start: Start | None,
+    ):
         self.problem, self.program, self.wanted, self.fast = problem, program, wanted, fast
+        self.start = start
         self.linear: dict[int, _Linear] = {}
         for index, phase in enumerate(program.phases):
             if isinstance(phase.algorithm, Algorithm):
@@ -135,8 +171,8 @@ class _Plan:
 
     def run(
         self, rng: np.random.Generator, lanes: NDArray[np.uint32] | None, replicas: int
-    ) -> tuple[FloatArray, FloatArray]:
-        """Losses (records, replicas) of one block: mean model and average member.
+    ) -> tuple[FloatArray, FloatArray, Twin]:
+        """Losses (records, replicas) of one block, mean model and average member, and its twins.
 
         The steps draw from `lanes` if there are any, all else from `rng`.
         """
@@ -154,6 +190,8 @@ class _Plan:
         weights: FloatArray | None = None
         factors: tuple[FloatArray, FloatArray] | None = None
         buffers: tuple[FloatArray, FloatArray] | None = None
+        start = self.start
+        twin = Twin.of(problem, start, len(self.wanted), replicas)
         for index, phase in enumerate(self.program.phases):
             last = offset + phase.steps
             rows = [
@@ -162,17 +200,21 @@ class _Plan:
                 if (offset < step or (index == 0 and step == 0)) and step <= last
             ]
             if isinstance(phase.algorithm, MultiplicativeLatePhase):
+                weights = draw() if weights is None else weights
+                self._meet(twin, index, weights)
                 if factors is None or not self._goes_on(index):
-                    start = draw() if weights is None else weights
-                    factors = self._factors(rng, phase.algorithm, start)
+                    factors = self._factors(rng, phase.algorithm, weights)
+                    twin.begin_factors(problem, phase.algorithm, factors[1])
                 theta, phi = factors
-                self._multiplicative(rng, phase, theta, phi, rows, loss, member_loss)
+                self._multiplicative(rng, phase, theta, phi, twin, rows, loss, member_loss)
                 weights, state = theta * phi.mean(axis=1) - problem.minimum, None
             elif isinstance(phase.algorithm, Sampled):
                 weights = np.ascontiguousarray(draw() if weights is None else weights)
+                self._meet(twin, index, weights)
                 if buffers is None or not self._goes_on(index):
                     buffers, age = (np.zeros_like(weights), np.zeros_like(weights)), 0
-                self._optimizer(rng, phase, age, weights, buffers, rows, loss)
+                    twin.begin_optimizer()
+                self._optimizer(rng, phase, age, weights, buffers, twin, rows, loss)
                 member_loss[[row for row, _ in rows]] = loss[[row for row, _ in rows]]
                 age, state, factors = age + phase.steps, None, None
             else:
@@ -181,8 +223,16 @@ class _Plan:
                 linear.advance(rng, lanes, problem, phase, state, age, rows, loss, member_loss)
                 age += phase.steps
                 weights, factors = state @ readout(linear.algorithm, age), None
+                if start is not None:  # until they part the twin is the run itself
+                    here = [row for row, _ in rows]
+                    twin.loss[here] = loss[here]
             offset = last
-        return loss, member_loss
+        return loss, member_loss, twin
+
+    def _meet(self, twin: Twin, index: int, weights: FloatArray) -> None:
+        """The twin starts where the first phase that is not linear does."""
+        if self.start is not None and index == self.start.index:
+            twin.delta[...] = weights - self.start.mean
 
     def _enter(
         self,
@@ -248,6 +298,7 @@ class _Plan:
         age: int,
         x: FloatArray,
         buffers: tuple[FloatArray, FloatArray],
+        twin: Twin,
         rows: list[tuple[int, int]],
         loss: FloatArray,
     ) -> None:
@@ -260,6 +311,7 @@ class _Plan:
                 record[step - 1] = row
             else:
                 loss[row] = x**2 @ problem.weight
+                twin.record(row, problem)
         generator = _take(rng)
         chunk = max(1, CHUNK // problem.directions)
         for first in range(0, phase.steps, chunk):
@@ -280,6 +332,8 @@ class _Plan:
                 *buffers,
                 record[first:until],
                 loss,
+                *twin.arrays,
+                peak(algorithm),
             )
         _give_back(rng, generator)
 
@@ -289,6 +343,7 @@ class _Plan:
         phase: Phase,
         theta: FloatArray,
         phi: FloatArray,
+        twin: Twin,
         rows: list[tuple[int, int]],
         loss: FloatArray,
         member_loss: FloatArray,
@@ -306,6 +361,7 @@ class _Plan:
                 _kernels.evaluate_multiplicative(
                     theta, phi, minimum, scalar, problem.weight, loss[row], member_loss[row]
                 )
+                twin.record(row, problem)
         generator = _take(rng)
         chunk = max(1, CHUNK // problem.directions)
         for first in range(0, phase.steps, chunk):
@@ -325,6 +381,7 @@ class _Plan:
                 problem.weight,
                 loss,
                 member_loss,
+                *twin.arrays,
             )
         _give_back(rng, generator)
 
