@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/paper
 SCALE ?= full
 
-.PHONY: reproduce test lint bench clean setup setup-neural
+.PHONY: reproduce test lint bench gallery clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
@@ -20,8 +20,13 @@ lint: setup-neural
 bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.exact_moments
 	$(BIN)/python -m benchmarks.monte_carlo
+	$(BIN)/python -m benchmarks.variance_reduction
 	$(BIN)/python -m benchmarks.zhang2019
 	$(BIN)/python -m benchmarks.late_phase
+	$(BIN)/python -m benchmarks.sweep
+
+gallery: setup  ## run the gallery's code, draw its pictures, note what it prints
+	$(BIN)/python -m figures.gallery docs/gallery.md
 
 setup: $(VENV)/.installed
 setup-neural: $(VENV)/.installed-neural  ## PyTorch as well

@@ -127,7 +127,7 @@ def _options(*names: str) -> Callable[[Any], Any]:
 def list_() -> None:
     """Show algorithms, schedules, spectra and columns."""
     from nqm.algorithms import ROSTER
-    from nqm.config import SPECTRA
+    from nqm.config import MODELS, SPECTRA
     from nqm.schedule import SCHEDULES
     from nqm.table import COLUMNS
 
@@ -135,6 +135,7 @@ def list_() -> None:
         ("algorithm", ROSTER),
         ("schedule", SCHEDULES),
         ("spectrum (name)", SPECTRA),
+        ("model of least squares (name)", MODELS),
     ):
         click.echo(f"{title}:")
         for name, target in entries.items():
@@ -292,10 +293,7 @@ def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     \b
     nqm steady late.toml --set phase.-1.lr=0.01
     """
-    from nqm.solvers.steady import settle
-
-    job = _load(file, overrides)
-    _show(settle(job.problem, job.program.phases[-1]), as_json)
+    _show(_load(file, overrides).steady(), as_json)
 
 
 @main.command()
@@ -325,16 +323,17 @@ def tune(
     from nqm.tune import best_rate, fastest_rate
 
     job = _load(file, overrides)
+    problem = job.additive("tune")
     if target is not None and momentum:
         raise NQMError(
             "tune searches momentum for the final loss only; drop --momentum or --target"
         )
     with _progress(None, "settings") as told:
         if target is None:
-            best = best_rate(job.problem, job.program, index, momentum=momentum, progress=told)
+            best = best_rate(problem, job.program, index, momentum=momentum, progress=told)
             table = best.table()
         else:
-            table = fastest_rate(job.problem, job.program, target, progress=told)
+            table = fastest_rate(problem, job.program, target, progress=told)
     _show(table, as_json)
 
 

@@ -20,6 +20,7 @@ from nqm.algorithms import ROSTER
 from nqm.algorithms.base import Algorithm, Nonlinear
 from nqm.declare import Mapped, call, known_keys, leaf, located, lookup, named, require, table_at
 from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.least_squares import LeastSquares, power_law, random_features
 from nqm.problem import Problem
 from nqm.program import Phase, Program
 from nqm.solvers.fast_normals import check_precision
@@ -37,12 +38,33 @@ SPECTRA: dict[str, Callable[..., Any]] = {
     "two_cluster": spectra.two_cluster,
 }
 
-METHODS = ("jump", "moments", "sample")
+#: Least-squares problems that come with their target and start.
+MODELS: dict[str, Callable[..., LeastSquares]] = {
+    "power_law": power_law,
+    "random_features": random_features,
+}
 
-_TOP = ("problem", "phase", "record", "method", "replicas", "seed", "precision", "sweep")
+METHODS = ("jump", "moments", "sample")
+#: Whether each cell of a sweep draws its own random numbers, or all the same ones.
+STREAMS = ("own", "common")
+
+_TOP = (
+    "problem",
+    "phase",
+    "record",
+    "method",
+    "replicas",
+    "seed",
+    "precision",
+    "control",
+    "streams",
+    "sweep",
+)
 _START = ("initial_mean", "initial_variance", "minimum")
 _CURVATURE = ("curvature", "spectrum", "file")
 _NOISE = ("noise_variance", "minimum_variance", "noise")
+#: Of least squares, whose noise follows from its inputs and labels.
+_INPUTS = ("inputs", "label_noise", "model")
 
 
 @dataclass(frozen=True)
@@ -61,9 +83,14 @@ class Run:
         Of Monte Carlo.
     precision : {"float64", "float32"}
         Of Monte Carlo's normals.
+    control : bool
+        Whether a control variate adjusts Monte Carlo's means (`nqm.sample`).
+    streams : {"own", "common"}
+        Of a sweep's Monte Carlo cells: each a stream of its own, or all that of `seed`, so that
+        differences between cells that draw alike scatter less.
     """
 
-    problem: Problem
+    problem: Problem | LeastSquares
     program: Program
     at: list[int] | None = None
     quantiles: tuple[float, ...] = ()
@@ -71,17 +98,35 @@ class Run:
     replicas: int = 1000
     seed: int = 0
     precision: str = "float64"
+    control: bool = False
+    streams: str = "own"
 
     def __post_init__(self) -> None:
         check_word("method", self.method, METHODS)
         check_integer("replicas", self.replicas, 2)
         check_integer("seed", self.seed, 0)
         check_precision(self.precision)
+        check_word("streams", self.streams, STREAMS)
+        if self.control and self.method != "sample":
+            raise NQMError(f"control is for method 'sample'; got method {self.method!r}")
+        if isinstance(self.problem, LeastSquares):
+            self._check_least_squares()
         for level in self.quantiles:
             check_number(
                 "record.quantiles", level, low=0.0, high=1.0, closed_low=False, closed_high=False
             )
         self.program.recorded(self.at)
+
+    def _check_least_squares(self) -> None:
+        """Raise for what its solvers do not have."""
+        if self.quantiles and self.method != "sample":
+            raise NQMError(
+                "record.quantiles: least squares has no exact ones, as its weights are not "
+                'Gaussian; use method = "sample"'
+            )
+        if self.precision != "float64" or self.control:
+            name = "control" if self.control else "precision"
+            raise NQMError(f"{name}: least squares is sampled literally, in float64; drop {name}")
 
     @property
     def work(self) -> int:
@@ -90,8 +135,11 @@ class Run:
 
     def check(self) -> None:
         """Raise what only the solver knows to be impossible, by a run of no steps."""
-        phases = tuple(replace(phase, steps=0) for phase in self.program.phases)
-        replace(self, program=Program(phases), at=[0], replicas=2).solve()
+        # Least squares sees how a method draws its minibatches only once it takes a step.
+        least = 1 if isinstance(self.problem, LeastSquares) else 0
+        phases = (replace(phase, steps=min(phase.steps, least)) for phase in self.program.phases)
+        program = Program(tuple(phases))
+        replace(self, program=program, at=[program.steps], replicas=3).solve()
 
     def solve(
         self, workers: int | None = 1, progress: Callable[[int], None] | None = None
@@ -106,6 +154,8 @@ class Run:
             Told how much of `work` was done since it was told last.
         """
         # The compiled kernels are loaded only here: a mistake in a file is reported at once.
+        if isinstance(self.problem, LeastSquares):
+            return self._solve_least_squares(self.problem, progress)
         if self.method == "sample":
             from nqm.solvers.sample import sample
 
@@ -117,12 +167,47 @@ class Run:
                 seed=self.seed,
                 workers=workers,
                 precision=self.precision,
+                control=self.control,
                 progress=progress,
             )
         from nqm.solvers.moments import solve
 
         jump = self.method == "jump"
         return solve(self.problem, self.program, self.at, jump=jump, progress=progress)
+
+    def _solve_least_squares(
+        self, problem: LeastSquares, progress: Callable[[int], None] | None
+    ) -> Trajectory:
+        """Every step walked, whichever exact method is asked for, or one literal sampler."""
+        if self.method != "sample":
+            from nqm.solvers.least_squares import solve
+
+            return solve(problem, self.program, self.at, progress=progress)
+        from nqm.solvers.least_squares_sample import sample
+
+        found = sample(problem, self.program, self.at, replicas=self.replicas, seed=self.seed)
+        if progress is not None:
+            progress(self.work)
+        return found
+
+    def steady(self) -> pd.DataFrame:
+        """Where the loss settles in the last phase, as a table."""
+        last = self.program.phases[-1]
+        if isinstance(self.problem, LeastSquares):
+            from nqm.solvers.least_squares import steady
+
+            return steady(self.problem, last).table()
+        from nqm.solvers.steady import settle
+
+        return settle(self.problem, last)
+
+    def additive(self, asked: str) -> Problem:
+        """The problem, for what needs noise that does not depend on the weights; else NQMError."""
+        if isinstance(self.problem, LeastSquares):
+            raise NQMError(
+                f"{asked} does not know least squares (problem.inputs); sweep phase.0.lr instead"
+            )
+        return self.problem
 
     def table(
         self, workers: int | None = 1, progress: Callable[[int], None] | None = None
@@ -191,6 +276,7 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
     if "quantiles" in record:
         options["quantiles"] = leaf("record.quantiles", record["quantiles"], tuple[float, ...])
     hints: dict[str, Any] = {"method": str, "replicas": int, "seed": int, "precision": str}
+    hints |= {"control": bool, "streams": str}
     for name, hint in hints.items():
         if name in mapping:
             options[name] = leaf(name, mapping[name], hint)
@@ -199,15 +285,18 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
     return Run(problem, program, **options)
 
 
-def build_problem(table: Mapped, folder: str | Path = ".") -> Problem:
-    """The `Problem` that a ``[problem]`` table describes."""
-    known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, "multiplicity", "bins"))
+def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSquares:
+    """What a ``[problem]`` table describes."""
+    known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, *_INPUTS, "multiplicity", "bins"))
+    if "inputs" in table:
+        return _least_squares(table)
+    for name in _INPUTS:
+        if name in table:
+            raise NQMError(
+                f'problem.{name} is for least squares; add inputs = "gaussian" or drop {name}'
+            )
     source = _one_of(table, _CURVATURE, "curvature")
-    fields = {
-        name: leaf(f"problem.{name}", table[name], float | list[float])
-        for name in (*_START, "multiplicity")
-        if name in table
-    }
+    fields = _vectors(table)
     if source == "file":
         stated = [name for name in (*_NOISE, "multiplicity") if name in table]
         if stated:
@@ -216,16 +305,7 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem:
         problem = spectra.read_problem(path).replace(**fields)
     else:
         noise = _one_of(table, _NOISE, "noise")
-        if source == "spectrum":
-            curvature = named("problem.spectrum", table["spectrum"], "name", SPECTRA)
-            if isinstance(curvature, tuple):
-                if "multiplicity" in fields:
-                    raise NQMError(
-                        "problem.multiplicity follows from this spectrum; drop problem.multiplicity"
-                    )
-                curvature, fields["multiplicity"] = curvature
-        else:
-            curvature = leaf("problem.curvature", table["curvature"], float | list[float])
+        curvature = _curvature(table, source, fields)
         if noise == "noise":
             # A negative or NaN curvature is the problem's error to report, before its power.
             curvature = Problem(curvature, 0.0 * np.asarray(curvature)).curvature
@@ -243,6 +323,55 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem:
         check_integer("problem.bins", bins, 1)
         problem = problem.binned(bins)
     return problem
+
+
+def _least_squares(table: Mapped) -> LeastSquares:
+    """One-pass least squares: Gaussian inputs, noisy labels."""
+    check_word("problem.inputs", leaf("problem.inputs", table["inputs"], str), ("gaussian",))
+    for name in (*_NOISE, "file", "bins"):
+        if name in table:
+            raise NQMError(f"problem.{name} and problem.inputs exclude each other; drop one")
+    source = _one_of(table, ("curvature", "spectrum", "model"), "the inputs")
+    fields = _vectors(table)
+    label_noise = leaf("problem.label_noise", table.get("label_noise", 0.0), float)
+    if source == "model":
+        if fields:
+            name = next(iter(fields))
+            raise NQMError(f"problem.{name} follows from problem.model; drop {name}")
+        settings = dict(table_at("problem.model", table["model"]))
+        require("problem.model", settings, "name")
+        make = lookup("problem.model.name", settings.pop("name"), MODELS)
+        check_number("problem.label_noise", label_noise, low=0.0)
+        model: LeastSquares = call(
+            make, settings, "problem.model", {"label_noise": label_noise}, tag="name"
+        )
+        return model
+    curvature = _curvature(table, source, fields)
+    made: LeastSquares = located("problem", lambda: LeastSquares(curvature, label_noise, **fields))
+    return made
+
+
+def _vectors(table: Mapped) -> dict[str, Any]:
+    """Start, minimum and multiplicity, where stated."""
+    return {
+        name: leaf(f"problem.{name}", table[name], float | list[float])
+        for name in (*_START, "multiplicity")
+        if name in table
+    }
+
+
+def _curvature(table: Mapped, source: str, fields: dict[str, Any]) -> Any:
+    """Curvature by its list or the name of its spectrum, which may set the multiplicity."""
+    if source == "curvature":
+        return leaf("problem.curvature", table["curvature"], float | list[float])
+    curvature = named("problem.spectrum", table["spectrum"], "name", SPECTRA)
+    if isinstance(curvature, tuple):
+        if "multiplicity" in fields:
+            raise NQMError(
+                "problem.multiplicity follows from this spectrum; drop problem.multiplicity"
+            )
+        curvature, fields["multiplicity"] = curvature
+    return curvature
 
 
 def _one_of(table: Mapped, names: tuple[str, ...], what: str) -> str:

@@ -59,7 +59,9 @@ class Work:
 
 
 def _solve(run: config.Run, key: str) -> pd.DataFrame:
-    """Table of a run of the theory, with a stream of random numbers of its own."""
+    """Table of a run of the theory, with a stream of its own unless all cells have one."""
+    if run.streams == "common":
+        return run.table()
     stream = hashlib.sha256(f"{run.seed}:{key}".encode()).digest()
     return replace(run, seed=int.from_bytes(stream[:7], "big")).table()
 
@@ -172,7 +174,8 @@ class Sweep:
         DataFrame
             One row per cell and recorded step: the axes, ``case`` (the cell's content key), and
             the columns of `Trajectory.table`. A diverged cell is a row like any other. Monte
-            Carlo cells draw from a stream of their own, seeded by (seed, case).
+            Carlo cells draw from a stream of their own, seeded by (seed, case); with
+            ``streams = "common"`` from that of the seed alone.
 
         Raises
         ------

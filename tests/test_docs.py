@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -30,9 +31,22 @@ def ids(block: tuple[str, str]) -> str:
     return block[0]
 
 
+def printed() -> dict[str, str]:
+    """By the name of a Python block, the ``text`` block that follows it: what it prints."""
+    told = {}
+    for page in PAGES:
+        fences = FENCE.findall(page.read_text())
+        for index, (one, two) in enumerate(itertools.pairwise(fences)):
+            if (one[0], two[0]) == ("python", "text"):
+                told[f"{page.stem}-{index}"] = two[1]
+    return told
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=ids)
-def test_python_blocks_run(block: tuple[str, str]) -> None:
+def test_python_blocks_run(block: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block[1], block[0], "exec"), {"__name__": "__main__"})
+    out = capsys.readouterr().out
+    assert out == printed().get(block[0], out), "make gallery puts what is printed into the page"
 
 
 def commands() -> list[str]:

@@ -1,0 +1,102 @@
+"""Cells per second of a sweep: one process, two processes, and two Dask workers on loopback.
+
+Tiny cells show what a cell costs beside its numerics (building, keys, the journal, its share of the
+table; an executor's messages); realistic ones whether that matters. Every table is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import best_of
+from nqm.sweep import Sweep
+
+HARMONIC = {"name": "harmonic", "directions": 2}
+
+
+def tiny(cells: int) -> Sweep:
+    """Two directions after 10^9 steps, as good as settled: one jump a cell."""
+    base = {
+        "problem": {"spectrum": HARMONIC, "noise": {}},
+        "phase": [{"algorithm": "sgd", "lr": 0.1, "steps": 10**9}],
+        "record": {"at": [10**9]},
+    }
+    return Sweep(base, {"phase.0.lr": [0.1 + i / (2 * cells) for i in range(cells)]})
+
+
+def realistic(cells: int) -> Sweep:
+    """Heavy-ball late-phase weights, 300 cosine steps, 1000 directions, walked step by step."""
+    rate = {"schedule": "cosine", "start": 0.5, "end": 0.05, "over": 300}
+    late = {"algorithm": "late_phase", "members": 10, "lr": rate, "steps": 300, "batch_size": 8}
+    late |= {"inner": {"algorithm": "heavy_ball", "momentum": 0.9}, "member_lr": 0.01}
+    base = {
+        "problem": {"spectrum": HARMONIC | {"directions": 1000}, "noise": {}},
+        "phase": [late],
+    }
+    return Sweep(base, {"phase.0.members": list(range(1, cells + 1))})
+
+
+@contextmanager
+def processes(count: int) -> Iterator[Executor]:
+    """Worker processes as `nqm sweep --workers` makes them."""
+    spawn = multiprocessing.get_context("spawn")
+    deaf = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(count, spawn, signal.signal, deaf) as pool:
+        yield pool
+
+
+@contextmanager
+def dask(count: int) -> Iterator[Executor]:
+    """A scheduler and workers of one thread each, on this machine."""
+    from distributed import LocalCluster
+
+    from nqm.cluster import connected
+
+    local: dict[str, Any] = {"dashboard_address": None, "host": "127.0.0.1", "silence_logs": 50}
+    with (
+        LocalCluster(n_workers=count, threads_per_worker=1, **local) as cluster,
+        connected(cluster.scheduler_address) as executor,
+    ):
+        yield executor
+
+
+def seconds(make: Callable[[int], Sweep], cells: int, executor: Executor | None) -> float:
+    """Best time of a whole sweep, table written, once the workers have loaded everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        make(8).run(executor=executor)  # a chunk each, enough for every worker to have had one
+        paths = (Path(folder, f"{i}.parquet") for i in range(100))
+        return best_of(lambda: make(cells).write(next(paths), executor))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", type=int, default=600)
+    parser.add_argument("--realistic", type=int, default=8)
+    given = parser.parse_args()
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
+    kinds = {"tiny": (tiny, given.tiny), "realistic": (realistic, given.realistic)}
+    for name, (make, cells) in kinds.items():
+        alone = seconds(make, cells, None)
+        each = f"{cells / alone:.4g} cells/s, {1e3 * alone / cells:.3g} ms each"
+        print(f"{name}: {cells} cells, one after another {each}")
+        for where, workers in (("process", processes), ("Dask worker", dask)):
+            for count in (1, 2):
+                with workers(count) as executor:
+                    took = seconds(make, cells, executor)
+                told = f"{cells / took:.4g} cells/s, {alone / took:.2f} times as fast"
+                if count == 1:  # more workers than idle processors would only wait for each other
+                    told += f", {1e3 * (took - alone) / cells:+.3g} ms per cell"
+                print(f"  {count} {where}: {told} (load average {os.getloadavg()[0]:.1f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The gallery's pictures, drawn from the very code its page shows.
+
+Every entry of the page is a heading, a picture, a Python block and what the block prints. The block
+leaves a `table` behind, and the picture is `draw` of it: nothing is stated twice. ::
+
+    python -m figures.gallery docs/gallery.md      # make gallery
+
+runs all blocks, writes the pictures, and puts what was printed into the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
+
+from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, context, new_figure
+from nqm.table import COLUMNS
+
+#: Inches, and dots per inch: 480 x 300 pixels.
+SIZE, DPI = (3.2, 2.0), 150
+#: Shades of every house colour, towards white, in a picture's palette.
+SHADES = 8
+#: Values whose largest is so many times their least get a logarithmic axis.
+WIDE = 12.0
+#: Text chunk of a picture that holds its code's digest.
+CHUNK = "Code"
+
+_ENTRY = re.compile(
+    r"^!\[(?P<alt>[^\]]*)\]\((?P<picture>images/gallery/[^)]+\.png)\)\n\n"
+    r"^```python\n(?P<code>.*?)^```\n\n"
+    r"^```text\n(?P<printed>.*?)^```\n(?P<prose>.*?)(?=^#|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the gallery, as its page states it.
+
+    Attributes
+    ----------
+    picture : str
+        Its path from the page.
+    alt, code, printed, prose : str
+    place : (int, int)
+        Where `printed` stands in the page.
+    """
+
+    picture: str
+    alt: str
+    code: str
+    printed: str
+    prose: str
+    place: tuple[int, int]
+
+    @property
+    def digest(self) -> str:
+        """Of the code; a picture drawn from other code has another."""
+        return hashlib.sha256(self.code.encode()).hexdigest()[:16]
+
+    def run(self) -> tuple[pd.DataFrame, str]:
+        """The block's table, and what it prints."""
+        space: dict[str, Any] = {"__name__": "__main__"}
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(self.code, self.picture, "exec"), space)
+        return space["table"], out.getvalue()
+
+
+def entries(page: str) -> list[Entry]:
+    """All entries of a page's text, in order."""
+    found = _ENTRY.finditer(page)
+    return [Entry(**match.groupdict(), place=match.span("printed")) for match in found]
+
+
+def draw(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """A curve per column against the index; a bar per row where the index holds names.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The index's name labels the x axis, the columns' name the y axis ("expected loss" by
+        default). A column known at fewer than half of the rows becomes markers.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        A curve's gid is its column. Axes are logarithmic where positive values spread widely.
+    """
+    ax = axes_or_new(ax)
+    what = str(table.columns.name or COLUMNS["loss"].label)
+    if pd.api.types.is_numeric_dtype(table.index):
+        _curves(table, ax)
+        name = str(table.index.name or "")
+        ax.set(xlabel=COLUMNS[name].label if name in COLUMNS else name, ylabel=what)
+        steps = np.diff(np.sort(table.index.to_numpy(dtype=float)))
+        if table.index.min() > 0 and np.ptp(steps) > 1e-6 * steps.max() and _wide(table.index):
+            ax.set_xscale("log")
+            if table.index.max() < 1e4 and table.index.min() > 1e-3:
+                ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        _bars(table, ax)
+        ax.set(xlabel=what)
+    return ax
+
+
+def _wide(values: Any) -> bool:
+    """Whether positive values want a logarithmic axis."""
+    numbers = np.asarray(values, dtype=float)
+    numbers = numbers[np.isfinite(numbers)]
+    return bool(numbers.min() > 0 and numbers.max() > WIDE * numbers.min())
+
+
+def _curves(table: pd.DataFrame, ax: Axes) -> None:
+    curves, marked = 0, 0
+    for name in table.columns:
+        rows = table[name].dropna()
+        look: dict[str, Any]
+        if 2 * len(rows) < len(table):
+            look = {"linestyle": "none", "marker": MARKERS[marked], "markerfacecolor": "white"}
+            look |= {"color": REFERENCE, "zorder": 3}
+            marked += 1
+        else:
+            look = {"color": PALETTE[curves]}
+            curves += 1
+        ax.plot(rows.index, rows, label=str(name), gid=str(name), **look)
+    if _wide(table):
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        if high < 100.0 * low:  # one power of ten or two are too few ticks
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+    if len(table.columns) > 1:
+        ax.legend(loc="best", handlelength=1.4)
+
+
+def _bars(table: pd.DataFrame, ax: Axes) -> None:
+    rows = np.arange(len(table))
+    height = 0.8 / len(table.columns)
+    for index, name in enumerate(table.columns):
+        values: NDArray[np.float64] = table[name].to_numpy(dtype=float)
+        place = rows + (index - (len(table.columns) - 1) / 2) * height
+        color = PALETTE[index % len(PALETTE)]
+        ax.barh(place, values, height, label=str(name), gid=str(name), color=color)
+        for y, value in zip(place, values, strict=True):
+            gap: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points"}
+            ax.annotate(f"{value:.3g}", (value, y), va="center", fontsize=7, **gap)
+    ax.set_yticks(rows, [str(name) for name in table.index])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.margins(x=0.15)
+    if len(table.columns) > 1:
+        ax.legend(loc="best", handlelength=1.0)
+
+
+def picture(table: pd.DataFrame, digest: str) -> bytes:
+    """The table drawn as a small PNG that carries its code's digest."""
+    from PIL import Image, PngImagePlugin
+
+    with context():
+        figure = new_figure(*SIZE)
+        draw(table, ax=figure.subplots())
+        raw, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(raw, format="png", dpi=DPI)
+    told = PngImagePlugin.PngInfo()
+    told.add_text(CHUNK, digest)
+    colors = _palette()
+    pixels = np.asarray(Image.open(raw).convert("RGB"), dtype=np.int64)
+    seen, where = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    nearest = np.square(seen[:, None] - colors).sum(axis=-1).argmin(axis=1).astype(np.uint8)
+    image = Image.fromarray(nearest[where.ravel()].reshape(pixels.shape[:2]))
+    image.putpalette(colors.ravel().tolist())
+    image.save(small, format="png", optimize=True, pnginfo=told)
+    return small.getvalue()
+
+
+def _palette() -> NDArray[np.int64]:
+    """House colours and black, each in `SHADES` steps to white, shape (colours, 3)."""
+    shades = np.linspace(0.0, 1.0, SHADES)[:, None]
+    inks = [np.array(to_rgb(color)) for color in (*PALETTE, REFERENCE, "black")]
+    ramps = np.concatenate([shades + (1.0 - shades) * ink for ink in inks])
+    return np.asarray((255.0 * ramps).round(), dtype=np.int64)
+
+
+def build(path: Path) -> None:
+    """Run the page's blocks, write its pictures, and put what they print into it."""
+    page = path.read_text(encoding="utf-8")
+    for entry in reversed(entries(page)):  # from the end, so that places stay right
+        table, printed = entry.run()
+        target = path.parent / entry.picture
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(picture(table, entry.digest))
+        page = page[: entry.place[0]] + printed + page[entry.place[1] :]
+    path.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
