@@ -27,7 +27,7 @@ from neural.curvature import Landscape
 from neural.drift import Drift, descent
 from neural.local_model import Kept, LocalModel, fingerprint
 from nqm import SGD, HeavyBall, Phase, Program, solve
-from nqm.errors import NQMError
+from nqm.errors import NQMError, check_integer
 from nqm.solvers.shuffle import shuffled_steady
 from nqm.targets import stability_edge
 
@@ -145,9 +145,15 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_integer("looks", self.looks, 1)
         if max(self.members) > self.chains:
             raise NQMError(
                 f"members must be at most the {self.chains} chains; got {max(self.members)}"
+            )
+        if self.late_phase is not None and min(self.members) < 2:
+            raise NQMError(
+                f"members must be at least 2 with late_phase; got {min(self.members)}; of chains a "
+                "single one may be looked at"
             )
 
 
@@ -216,18 +222,19 @@ def measure_training(
     said = "-".join(f"{value}".replace(" ", "_") for value in asdict(training).values())
     how = "-".join(map(str, (*plan.members, plan.chains, plan.looks)))
     way = "chains" if plan.late_phase is None else f"late_phase-{plan.late_phase}".replace("*", "")
-    losses = kept(f"{way}-{said}-{how}", chains if plan.late_phase is None else members)
+    tested = "" if test is None else "-test"
+    losses = kept(f"{way}-{said}-{how}{tested}", chains if plan.late_phase is None else members)
     rows = []
     for k in plan.members:
         each = losses[str(k)].mean(1)
         error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else np.nan
-        tested = losses.get(f"test{k}")
+        scores = losses.get(f"test{k}")
         rows.append(
             {
                 "members": k,
                 "measured": float(each.mean()),
                 "error": error,
-                "test": np.nan if tested is None else float(tested.mean()),
+                "test": np.nan if scores is None else float(scores.mean()),
             }
         )
     return pd.DataFrame(rows)
@@ -287,7 +294,7 @@ def verdict(table: pd.DataFrame, local: LocalModel) -> list[str]:
     Parameters
     ----------
     table : DataFrame
-        As `compare` makes it, of any number of trainings.
+        As `compare` makes it, of trainings that differ in learning rate and batch size.
     local : LocalModel
     """
     import pandas as pd
@@ -302,11 +309,12 @@ def verdict(table: pd.DataFrame, local: LocalModel) -> list[str]:
         "negative curvature, of which the quadratic says nothing."
     )
     held = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
-    for bound in (1.05, 1.2, 1.5):
+    trained = not held["measured"].isna().all()
+    for bound in (1.05, 1.2, 1.5) if trained else ():
         near = np.abs(np.log(held["ratio"].clip(lower=1e-9))) < np.log(bound)
         lines.append(f"{int(near.sum())} of {len(held)} cells within a factor {bound:g}.")
     stiff = held[held["lr"] / (1.0 - held["momentum"]) * local.largest <= 0.5]
-    if len(stiff):
+    if trained and len(stiff):
         lines.append(
             f"Where lr h_max <= 0.5: measured rise over predicted {stiff['ratio'].min():.2f} to "
             f"{stiff['ratio'].max():.2f}."
@@ -324,11 +332,11 @@ def verdict(table: pd.DataFrame, local: LocalModel) -> list[str]:
     for (way, size, k), rows in held.groupby(["way", "batch_size", "members"], sort=True):
         if rows["lr"].nunique() < 3:
             continue
-        best = [float(rows.loc[rows[name].idxmin(), "lr"]) for name in ("predicted", "measured")]
-        lines.append(
-            f"{way}, B = {size}, K = {k}: best lr of those tried {best[0]:.3g} predicted, "
-            f"{best[1]:.3g} measured."
-        )
+        tried = rows.set_index("lr")
+        best = f"{float(tried['predicted'].idxmin()):.3g} predicted"
+        if trained:
+            best += f", {float(tried['measured'].idxmin()):.3g} measured"
+        lines.append(f"{way}, B = {size}, K = {k}: best lr of those tried {best}.")
     if not pd.isna(table["test"]).all():
         lines.append("Test losses stand in the table; the theory does not predict them.")
     return lines

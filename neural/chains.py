@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from neural.curvature import Landscape
@@ -89,6 +89,8 @@ def train_chains(
     with landscape.evaluating():
         for stop in at:
             for _ in range(stop - done):
+                if not bool(weights.isfinite().all(1).any()):
+                    break  # all diverged; the loss of such weights is told as infinite
                 index = torch.stack([next(draw) for draw in draws]).to(x.device)
                 if together:
                     slopes = vmap(slope)(weights, x[index], y[index])
@@ -102,8 +104,6 @@ def train_chains(
                 if progress is not None:
                     progress(chains)
             done = stop
-            if not bool(weights.isfinite().all()):
-                raise NQMError(f"lr = {training.lr:g} diverged before step {stop}; lower it")
             yield stop, weights.detach().clone()
 
 
@@ -155,6 +155,8 @@ def train_late_phase(
     """
     model = copy.deepcopy(landscape.model).eval()
     held = [model.get_parameter(name) for name in landscape.shapes]
+    # A landscape may stand elsewhere than its model.
+    nn.utils.vector_to_parameters(landscape.weights.clone(), held)
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is one for one in held))
     base = torch.optim.SGD(
@@ -208,8 +210,8 @@ def group_losses(
     snapshots : sequence of Tensor, shape (chains, p)
         One for each time.
     members : int
-        Chains left over are not used.
+        Chains left over are not used. The loss of weights that diverged is infinite.
     """
     groups = len(snapshots[0]) // members
     means = [[w[g * members : (g + 1) * members].mean(0) for w in snapshots] for g in range(groups)]
-    return np.array([[loss(mean) for mean in row] for row in means])
+    return np.nan_to_num([[loss(mean) for mean in row] for row in means], nan=np.inf, posinf=np.inf)

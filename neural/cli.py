@@ -1,4 +1,4 @@
-"""``nqm neural list | train | evaluate | export | sweep``: only click is loaded at the top."""
+"""``nqm neural list | train | evaluate | export | sweep | bridge``; only click loads at the top."""
 
 from __future__ import annotations
 
@@ -229,6 +229,123 @@ def sweep(
 
         cells.write(out, progress=count)
     click.echo(f"{out}: {len(cells)} cells", err=True)
+
+
+@neural.command()
+@click.argument("target", metavar="RUN|RECIPE")
+@_scale
+@_set
+@click.option("--select", default="all", show_default=True, help="Weights, e.g. batchnorm+head.")
+@click.option("--examples", type=int, default=2000, show_default=True, help="0 for all.")
+@click.option("--weight-decay", type=float, help="That of the run by default.")
+@click.option(
+    "--settle", type=int, default=0, show_default=True, help="First so many L-BFGS iterations."
+)
+@click.option(
+    "--pairs", type=int, default=50, show_default=True, help="Stiffest directions; 0 for all."
+)
+@click.option("--draws", type=int, default=6, show_default=True, help="Draws of the noise.")
+@click.option("--products", type=int, default=30, show_default=True, help="Hessian products each.")
+@click.option("--samples", type=int, default=32, show_default=True, help="For the drift.")
+@click.option(
+    "--rate",
+    "rates",
+    type=float,
+    multiple=True,
+    help="Learning rate times the largest curvature (repeatable); 1/16 to 1/2 by default.",
+)
+@click.option("--batch-size", "batch_sizes", type=int, multiple=True, help="Repeatable.")
+@click.option("--steps", type=int, default=1000, show_default=True)
+@click.option("--momentum", type=float, default=0.0, show_default=True)
+@click.option("--shuffled", is_flag=True, help="Epochs without replacement.")
+@click.option("--members", type=int, multiple=True, help="K (repeatable); 1 to 16 by default.")
+@click.option("--chains", type=int, default=32, show_default=True)
+@click.option("--looks", type=int, default=5, show_default=True, help="At the losses of a run.")
+@click.option("--late-phase", metavar="WEIGHTS", help="Members of these weights on a shared base.")
+@click.option("--predict-only", is_flag=True, help="Train nothing.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder.")
+@_device
+@_data
+@_threads
+def bridge(
+    target: str,
+    scale: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    **asked: Any,
+) -> None:
+    """Predict from curvature and noise what K and the learning rate do to a network, and train.
+
+    TARGET is the folder of a finished run, or a recipe with model.checkpoint. Nothing is fitted to
+    the training runs that the prediction is held against. It can be killed at any moment: run
+    again, it goes on where it was.
+
+    \b
+    nqm neural bridge out/neural/digits_bn-full/base/seed0 --select batchnorm+head
+    """
+    from neural.bridge import Plan
+    from neural.bridge_run import BridgeConfig, open_target, run_bridge
+    from neural.draw import draw_bridge
+
+    place = _place(device, root, threads)
+    default = Plan.members if asked["late_phase"] is None else Plan.members[1:]
+    plan = Plan(
+        members=asked.pop("members") or default,
+        chains=asked.pop("chains"),
+        looks=asked.pop("looks"),
+        late_phase=asked.pop("late_phase"),
+        seed=asked.pop("seed"),
+    )
+    config = BridgeConfig(
+        examples=asked.pop("examples") or None,
+        pairs=asked.pop("pairs") or None,
+        rates=asked.pop("rates") or BridgeConfig.rates,
+        batch_sizes=asked.pop("batch_sizes") or BridgeConfig.batch_sizes,
+        sampling="shuffled" if asked.pop("shuffled") else "with replacement",
+        train=not asked.pop("predict_only"),
+        **asked,
+    )
+    name = "-".join(Path(target).with_suffix("").parts[-3:])
+    out = out or Path("out", "bridge", name)
+    opened = open_target(target, place, scale, overrides)
+    with _stages() as told:
+        found = run_bridge(opened, config, plan, place, out, told=told)
+    columns = ["lr", "batch_size", "members", "predicted", "measured", "error", "ratio"]
+    shown = found.table[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    click.echo(shown)
+    for line in found.words:
+        click.echo(f"- {line}")
+    for path in draw_bridge(found.table, found.spectrum, out, f"{name}, {config.select}"):
+        click.echo(path)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, float], None]]:
+    """A bar for each stage, one after the other."""
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:5.1f}%|{bar}| {elapsed}<{remaining}"
+    bar: Any = None
+
+    def told(stage: str, share: float) -> None:
+        nonlocal bar
+        if bar is None or bar.desc != stage:
+            if bar is not None:
+                bar.close()
+            hidden = not sys.stderr.isatty()
+            bar = tqdm(total=1.0, desc=stage, bar_format=form, delay=2, disable=hidden)
+            bar.desc = stage
+        bar.update(share - bar.n)
+
+    try:
+        yield told
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _place(device: str | None, root: Path | None, threads: int | None) -> Any:

@@ -84,6 +84,13 @@ class Landscape:
         moved.weights = weights
         return moved
 
+    def on(self, batches: Sequence[Batch]) -> Landscape:
+        """The same model on other data, without weight decay: test loss, for one."""
+        moved = copy.copy(self)
+        moved.batches, moved.weight_decay = batches, 0.0
+        moved.examples = sum(len(targets) for _, targets in batches)
+        return moved
+
     # --- the function and its derivatives, of one batch ----------------------------------------
 
     def _losses(self, w: Tensor, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 
-from figures import runs, style
+from figures import bridge, runs, style
 from neural.summary import per_seed
 
 
@@ -44,3 +44,31 @@ def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str)
             left.set_ylim(float(settled.min()) - 0.005, float(history[column].max()) + 0.005)
         figure.suptitle(title, fontsize=9)
     return style.save(figure, folder / "comparison", {"title": title})
+
+
+def draw_bridge(
+    table: pd.DataFrame, spectrum: pd.DataFrame, folder: Path, title: str
+) -> list[Path]:
+    """A page of pictures of a bridge, as PNG and PDF.
+
+    Parameters
+    ----------
+    table, spectrum : DataFrame
+        As `neural.bridge_run` makes them.
+    folder : Path
+        Takes ``bridge.png`` and ``bridge.pdf``.
+    title : str
+    """
+    mpl.use("Agg")
+    with style.context():
+        figure = style.new_figure(style.PAGE, 4.6)
+        axes = figure.subplots(2, 3)
+        bridge.spectrum(spectrum, ax=axes[0, 0])
+        bridge.noise_against_curvature(spectrum, ax=axes[0, 1])
+        bridge.against_members(table, ax=axes[0, 2])
+        bridge.against_rate(table, ax=axes[1, 0])
+        bridge.against_batch_size(table, ax=axes[1, 1])
+        bridge.ratios(table, ax=axes[1, 2])
+        style.panel_letters(list(axes.flat))
+        figure.suptitle(title, fontsize=9)
+    return style.save(figure, folder / "bridge", {"title": title})

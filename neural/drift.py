@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from neural.curvature import Landscape
 from neural.krylov import Krylov, krylov
-from neural.local_model import LocalModel, vector
+from neural.local_model import Kept, LocalModel, fingerprint, vector
 from neural.spectrum import Progress, operator
 from nqm.errors import check_integer
 
@@ -115,6 +117,7 @@ def measure_drift(
     samples: int = 32,
     products: int = 30,
     seed: int = 0,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Drift:
     """Measure the force at the scatter of so many steps of SGD from the checkpoint.
@@ -131,28 +134,38 @@ def measure_drift(
     products : int
         Hessian products for each half.
     seed : int
+    folder : Path, optional
+        Keeps what is found, and gives it when asked again.
     progress : callable, optional
         Told that one more gradient or product is done.
     """
     check_integer("samples", samples, 2)
-    rng = np.random.default_rng([seed, 1])
-    still = landscape.gradient().double().cpu().numpy()
-    halves = [np.zeros(landscape.size), np.zeros(landscape.size)]
-    for i in range(samples):
-        moved = vector(landscape, local.displacement(rng, lr, batch_size, steps))
-        ends = [landscape.gradient(landscape.weights + sign * moved) for sign in (1.0, -1.0)]
-        halves[i % 2] += sum(end.double().cpu().numpy() for end in ends) / 2.0 - still
-        if progress is not None:
-            progress(2)
-    counts = ((samples + 1) // 2, samples // 2)
-    forces = [half / count for half, count in zip(halves, counts, strict=True)]
+    kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
+    basis = f"{len(local.pairs.values)}-{len(local.draws)}"
+    stage = f"drift-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
+
+    def sampled() -> dict[str, Any]:
+        rng = np.random.default_rng([seed, 3])
+        still = landscape.gradient().double().cpu().numpy()
+        halves = np.zeros((2, landscape.size))
+        for i in range(samples):
+            moved = vector(landscape, local.displacement(rng, lr, batch_size, steps, i % 2))
+            ends = [landscape.gradient(landscape.weights + sign * moved) for sign in (1.0, -1.0)]
+            halves[i % 2] += sum(end.double().cpu().numpy() for end in ends) / 2.0 - still
+            if progress is not None:
+                progress(2)
+        return {"forces": halves / np.array([[(samples + 1) // 2], [samples // 2]])}
+
+    forces = kept(stage, sampled)["forces"]
     known = local.pairs.vectors
     apply = operator(landscape, progress)
-    rest = [krylov(apply, force, products, known) for force in forces]
-    return Drift(
-        local,
-        lr,
-        batch_size,
-        (known.T @ forces[0], known.T @ forces[1]),
-        (rest[0], rest[1]),
-    )
+
+    def rest(half: int) -> Krylov:
+        found = kept(
+            f"{stage}-{products}-{half}",
+            lambda: vars(krylov(apply, forces[half], products, known)),
+        )
+        return Krylov(**found)
+
+    top = (known.T @ forces[0], known.T @ forces[1])
+    return Drift(local, lr, batch_size, top, (rest(0), rest(1)))

@@ -76,7 +76,7 @@ def krylov(apply: LinearOperator, start: FloatArray, steps: int, out: FloatArray
             w = w - out @ (out.T @ w)
             w = w - held @ (held.T @ w)
         size = float(np.linalg.norm(w))
-        if len(alpha) == min(steps, room) or size < 1e-10 * max(map(abs, alpha)):
+        if len(alpha) == min(steps, room) or size <= 1e-10 * max(map(abs, alpha + beta)):
             break
         beta.append(size)
         basis.append(w / size)

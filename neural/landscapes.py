@@ -76,7 +76,11 @@ def training_batches(
         symbols = None if examples is None else examples * length
         text = data.train[: run.data.train_examples][:symbols]
         windows = len(text) // length
-        return list(evaluation_windows(text[: windows * length], windows, length, place.device))
+        seen, following = next(
+            evaluation_windows(text[: windows * length], windows, length, place.device)
+        )
+        parts = (torch.split(both, batch_size) for both in (seen, following))
+        return list(zip(*parts, strict=True))
     if not isinstance(data, ImageData) or data.train is None:
         raise NQMError(
             f"data.name {run.data.name!r} does not fit into memory as a landscape's data; choose a "

@@ -13,7 +13,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from neural.krylov import Krylov, krylov
 from neural.spectrum import Eigenpairs, Progress, eigenpairs, operator
 from nqm.errors import NQMError, check_integer
 from nqm.problem import Problem
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FloatArray = NDArray[np.float64]
 
@@ -40,7 +44,7 @@ class LocalModel:
     pairs : Eigenpairs
         The stiffest k directions, or all.
     noise : ndarray, shape (k, k)
-        Covariance of one example's gradient along them.
+        Covariance along them of the gradient of one of the N examples, drawn at random.
     slope : ndarray, shape (k,)
         Of the loss along them.
     gradient : Krylov
@@ -98,6 +102,14 @@ class LocalModel:
         h, v, g = h[held], v[held], g[held]
         return Problem(h, v, initial_mean=np.sqrt(g) / h, initial_variance=0.0)
 
+    def problem_table(self) -> pd.DataFrame:
+        """The same as a table, which ``[problem] file = "..."`` reads."""
+        import pandas as pd
+
+        problem = self.problem()
+        names = ("curvature", "noise_variance", "initial_mean", "initial_variance")
+        return pd.DataFrame({name: getattr(problem, name) for name in names})
+
     def negative_share(self) -> tuple[float, float]:
         """Shares of the noise's trace and of the squared slope along negative curvature."""
         h, v, g = self.points()
@@ -108,12 +120,18 @@ class LocalModel:
         )
 
     def displacement(
-        self, rng: np.random.Generator, lr: float, batch_size: float, steps: float
+        self,
+        rng: np.random.Generator,
+        lr: float,
+        batch_size: float,
+        steps: float,
+        half: int | None = None,
     ) -> FloatArray:
         """A draw of where the noise of `steps` steps of SGD puts the weights, shape (p,).
 
         Exact covariance along the eigenpairs; for the rest, lr^2 / B sum_t (1 - lr h)^2t times a
-        draw of the noise, its diagonal exact.
+        draw of the noise, its diagonal exact. With `half` 0 or 1 only every second draw of the
+        noise is used, so that displacements of the two halves are independent.
         """
         h = self.pairs.values
         r = 1.0 - lr * h
@@ -124,8 +142,9 @@ class LocalModel:
         size, turn = np.linalg.eigh(0.5 * (covariance + covariance.T))
         top = turn @ (np.sqrt(np.maximum(size, 0.0)) * rng.standard_normal(len(h)))
         moved = self.pairs.vectors @ top
-        if self.draws and len(self.draws[0].values):
-            draw = self.draws[rng.integers(len(self.draws))]
+        draws = self.draws if half is None else self.draws[half::2] or self.draws
+        if draws and len(draws[0].values):
+            draw = draws[rng.integers(len(draws))]
             scale = self.draw_scale * lr**2 / batch_size
             moved = moved + draw.apply(lambda c: np.sqrt(scale * _ages(lr * c, steps)))
         return np.asarray(moved)
@@ -192,7 +211,7 @@ def measure(
             "values": found.values,
             "vectors": found.vectors,
             "residuals": found.residuals,
-            "noise": np.atleast_2d(np.cov(along)),
+            "noise": np.atleast_2d(np.cov(along, ddof=0)),
         }
 
     top = kept("all" if complete else f"top{pairs}-{tolerance:g}", stiffest)
@@ -204,19 +223,20 @@ def measure(
         return lambda: vars(krylov(apply, start(), products, known.vectors))
 
     def draw(index: int) -> FloatArray:
-        rng = np.random.default_rng([seed, index])
+        rng = np.random.default_rng([seed, 2, index])
         weights = rng.standard_normal(landscape.examples)
-        weights = (weights - weights.mean()) / np.sqrt(landscape.examples - 1)
+        weights = (weights - weights.mean()) / np.sqrt(landscape.examples)
         given = torch.from_numpy(weights).to(landscape.weights)
         return np.asarray(landscape.weighted_gradient(given).double().cpu().numpy())
 
-    stage = f"{len(known.values)}-{products}"
+    stage = f"{len(known.values)}-{tolerance:g}-{products}"
     rest = Krylov(**kept(f"gradient-{stage}", run(lambda: gradient)))
     others = tuple(
         Krylov(**kept(f"draw{i}-{stage}", run(lambda i=i: draw(i))))  # type: ignore[misc]
         for i in range(0 if complete else draws)
     )
     trace = kept("trace", lambda: {"trace": np.array(gradient_noise.trace(landscape))})["trace"]
+    trace = trace * (1.0 - 1.0 / landscape.examples)  # of minibatches out of these very examples
     return LocalModel(
         landscape.loss(),
         known,
@@ -272,7 +292,7 @@ class Kept:
             try:
                 with np.load(path) as content:
                     return dict(content)
-            except (OSError, ValueError, EOFError) as error:
+            except (OSError, ValueError, EOFError, BadZipFile) as error:
                 raise NQMError(f"{path} is damaged ({error}); remove it, and run again") from None
         found = compute()
         self.folder.mkdir(parents=True, exist_ok=True)

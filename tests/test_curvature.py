@@ -111,6 +111,65 @@ def test_noise_is_the_covariance_of_the_examples_gradients(landscape: Landscape)
     agree(noise.along(landscape, vectors), np.diag(vectors.T @ c @ vectors), 1e-11)
 
 
+def test_weighted_slopes_are_draws_of_the_noise(landscape: Landscape) -> None:
+    gradients = torch.cat(list(landscape.example_gradients()))
+    some = torch.randn(30, dtype=torch.double)
+    agree(landscape.weighted_gradient(some), some @ gradients, 1e-11)
+    # Orthonormal weights of mean 0: the covariance that random ones of variance 1 / (N - 1) have.
+    frame = np.linalg.qr(np.column_stack([np.ones(30), np.eye(30)[:, 1:]]))[0][:, 1:] / np.sqrt(29)
+    slopes = [landscape.weighted_gradient(torch.from_numpy(w.copy())).numpy() for w in frame.T]
+    together = sum(np.outer(s, s) for s in slopes)
+    agree(together, np.cov(gradients.numpy(), rowvar=False), 1e-10)
+
+
+def test_derivatives_are_taken_elsewhere(landscape: Landscape) -> None:
+    before = landscape.weights.clone()
+    w = before + 0.1 * torch.randn_like(before)
+    moved = landscape.at(w)
+    assert moved.loss() == pytest.approx(float(whole_loss(landscape, w).detach()), rel=IDENTITY)
+    dense = hessian(lambda w: whole_loss(landscape, w))(w).detach()
+    agree(moved.hessian(), dense, 1e-11)
+    agree(moved.third(before), torch.func.grad(
+        lambda w: before @ hessian(lambda w: whole_loss(landscape, w))(w) @ before
+    )(w).detach(), 1e-9)  # fmt: skip
+    slopes = torch.cat(list(moved.example_gradients()))
+    agree(moved.example_slopes(before), slopes @ before, 1e-10)
+    agree(slopes.mean(0) + DECAY * w, moved.gradient(), IDENTITY)
+    assert torch.equal(landscape.weights, before)
+
+
+def test_the_mean_loss_of_a_minibatch(landscape: Landscape) -> None:
+    (x, y), w = landscape.batches[0], landscape.weights
+    with landscape.evaluating():
+        small = landscape.mean_loss(w, (x, y))
+    alone = Landscape(landscape.model, [(x, y)], list(_names(landscape)))
+    assert float(small.detach()) == pytest.approx(alone.loss(), rel=IDENTITY)
+    assert alone.weight_decay == 0.0
+
+
+def _names(landscape: Landscape) -> list[str]:
+    return [f"name:{name}" for name in landscape.shapes]
+
+
+def test_evaluation_mode_ends_as_it_began(landscape: Landscape) -> None:
+    model = landscape.model.train()
+    first = next(iter(model.children()))
+    first.eval()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    inside = []
+
+    def fail() -> None:
+        inside.extend(module.training for module in model.modules())
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), landscape.evaluating():
+        fail()
+    assert inside
+    assert not any(inside)
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.parametrize("end", ["top", "bottom"])
 def test_eigenpairs_of_either_end(landscape: Landscape, end: str) -> None:
     values, _ = np.linalg.eigh(landscape.hessian().numpy())

@@ -54,6 +54,13 @@ def commands() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.startswith("nqm ")]
 
 
+#: The bridge's command in seconds.
+SMALL_BRIDGE = (
+    "--threads 1 --examples 60 --pairs 4 --draws 1 --products 3 --samples 2 --steps 20 --chains 4 "
+    "--members 2 --looks 1 --rate 0.2"
+)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, what the pages call RUN."""
@@ -73,6 +80,8 @@ def test_commands_run(command: str, tmp_path: Path, request: pytest.FixtureReque
         words[words.index("RUN")] = str(request.getfixturevalue("trained"))
     if words[:2] == ["neural", "train"]:
         words += ["--scale", "smoke", "--threads", "1"]
+    if words[:2] == ["neural", "bridge"]:
+        words += SMALL_BRIDGE.split()
     if words[0] in ("figure", "reproduce"):
         words += ["--scale", "smoke", "--out", str(tmp_path / "out")]
     call = "import sys; from nqm.cli import main; sys.exit(main())"

@@ -1,0 +1,354 @@
+"""``nqm neural bridge``: a run or a recipe in, tables and a page of pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from neural.bridge import Plan, compare, predict, verdict
+from neural.chains import Training
+from neural.config import RunConfig, describe
+from neural.curvature import Landscape
+from neural.drift import Drift, measure_drift
+from neural.landscapes import landscape_of, settle
+from neural.local_model import Kept, LocalModel, fingerprint, measure
+from neural.making import make_model
+from neural.noise import fit_power_law
+from neural.recipe import load_recipe
+from neural.reopen import reopen
+from neural.spectrum import density
+from neural.task import Place, Task, open_task
+from nqm import __version__, declare
+from nqm.errors import NQMError, check_number
+from nqm.table import finished, replacing, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Learning rates by default, times the largest curvature: eightfold.
+RATES = (0.0625, 0.125, 0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """What is measured, predicted and trained.
+
+    Attributes
+    ----------
+    select : str
+        Weights of the landscape; the others stay as they are.
+    examples : int, optional
+        Of the training set; all by default.
+    weight_decay : float, optional
+        That of the run by default.
+    settle : int
+        Iterations of L-BFGS towards the minimum near by, before anything is measured.
+    pairs : int, optional
+        Stiffest directions one by one; None for all of few weights.
+    draws, products : int
+        Draws of the noise, and Hessian products for each (`neural.local_model.measure`).
+    samples : int
+        Random displacements for the drift (`neural.drift.measure_drift`).
+    rates : tuple of float
+        Learning rates, times the largest curvature. The first batch size goes with each.
+    batch_sizes : tuple of int
+        The last but one of the rates goes with each.
+    steps : int
+    momentum : float
+    sampling : {"with replacement", "shuffled"}
+    train : bool
+        False to predict only.
+    """
+
+    select: str = "all"
+    examples: int | None = 2000
+    weight_decay: float | None = None
+    settle: int = 0
+    pairs: int | None = 50
+    draws: int = 6
+    products: int = 30
+    samples: int = 32
+    rates: tuple[float, ...] = RATES
+    batch_sizes: tuple[int, ...] = (32,)
+    steps: int = 1000
+    momentum: float = 0.0
+    sampling: str = "with replacement"
+    train: bool = True
+
+    def __post_init__(self) -> None:
+        for rate in self.rates:
+            check_number("rates", rate, low=0.0, closed_low=False)
+
+    def trainings(self, largest: float) -> list[Training]:
+        """Every rate at the first batch size, every batch size at one rate."""
+        lrs = [rate * (1.0 - self.momentum) / largest for rate in self.rates]
+        middle = lrs[max(len(lrs) - 2, 0)]
+        cells = [(lr, self.batch_sizes[0]) for lr in lrs]
+        cells += [(middle, size) for size in self.batch_sizes[1:]]
+        return [
+            Training(float(lr), size, self.steps, self.momentum, self.sampling)
+            for lr, size in cells
+        ]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network to look at: its run, model and data."""
+
+    run: RunConfig
+    model: nn.Module
+    task: Task
+
+
+def open_target(
+    target: str, place: Place, scale: str = "full", overrides: Sequence[str] = ()
+) -> Opened:
+    """The single model of a finished run, or of a recipe's first arm with its checkpoint.
+
+    Parameters
+    ----------
+    target : str
+        Folder of a finished run, or a recipe's name or file.
+    place : Place
+    scale : str
+    overrides : sequence of str
+        Of a recipe, e.g. ``model.checkpoint=FILE``.
+    """
+    if Path(target, "run.json").exists():
+        opened = reopen(target, place)
+        return Opened(opened.run, opened.model, opened.task)
+    if Path(target).is_dir():
+        raise NQMError(f"{target} holds no run; give the folder of one arm and seed")
+    recipe = load_recipe(target, scale, overrides)
+    run = next(iter(recipe.arms.values()))
+    if run.model.checkpoint is None:
+        raise NQMError(
+            f"recipe {target} starts from random weights; give the folder of a finished run, or "
+            "--set model.checkpoint=FILE"
+        )
+    task = open_task(run, place)
+    return Opened(run, make_model(run.model, task, root=place.root), task)
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """All that was found.
+
+    Attributes
+    ----------
+    local : LocalModel
+    table : DataFrame
+        `neural.bridge.compare` of every training; measured columns are NaN if none was trained.
+    spectrum : DataFrame
+        Columns curvature, count, noise_variance, kind (pair or bulk).
+    words : list of str
+        The verdict.
+    """
+
+    local: LocalModel
+    table: pd.DataFrame
+    spectrum: pd.DataFrame
+    words: list[str]
+
+
+def run_bridge(
+    opened: Opened,
+    config: BridgeConfig,
+    plan: Plan,
+    place: Place,
+    out: Path,
+    *,
+    told: Callable[[str, float], None] | None = None,
+) -> Bridge:
+    """Measure, predict, train, compare; every stage is kept in `out` and not done again.
+
+    Parameters
+    ----------
+    opened : Opened
+    config : BridgeConfig
+    plan : Plan
+    place : Place
+    out : Path
+        Takes ``bridge.parquet``, ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads),
+        ``verdict.md`` and, in ``kept/``, what each stage found.
+    told : callable, optional
+        Told a stage's name and the share of it that is done.
+    """
+    import pandas as pd
+
+    stated = {"run": describe(opened.run), "bridge": asdict(config), "plan": asdict(plan)}
+    key = declare.key(stated)
+    stamp = {"key": key, "version": __version__, "configuration": stated}
+    kept = out / "kept"
+    report = told or (lambda stage, share: None)
+    table = finished(out / "bridge.parquet", key, __version__)  # refuses another's
+    landscape = landscape_of(
+        opened.run, opened.model, place, select=config.select, examples=config.examples,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    if config.settle:
+        report("settle", 0.0)
+        start = landscape
+        found = Kept(kept, fingerprint(start))(
+            f"settled{config.settle}",
+            lambda: {"weights": settle(start, config.settle).weights.cpu().numpy()},
+        )
+        landscape = start.at(torch.from_numpy(found["weights"]).to(start.weights))
+    local = _measure(landscape, config, kept, plan.seed, report)
+    local.problem_table().pipe(lambda t: write_table(out / "problem.parquet", t, stamp))
+    spectrum = _spectrum(landscape, local, config, kept, plan.seed)
+    write_table(out / "spectrum.parquet", spectrum, stamp)
+    if table is None:
+        tables = []
+        trainings = config.trainings(local.largest)
+        drifts: dict[float, Drift] = {}
+        for i, training in enumerate(trainings):
+            drift = _drift(landscape, local, training, config, kept, plan.seed, drifts, report)
+            if not config.train:
+                tables.append(_predicted(local, drift, training, plan))
+                continue
+            total = training.steps * plan.chains
+            done = 0
+
+            def progress(more: int, i: int = i, total: int = total) -> None:
+                nonlocal done
+                done += more
+                report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
+
+            test = _test_loss(landscape, opened.task)
+            tables.append(
+                compare(
+                    landscape,
+                    local,
+                    drift,
+                    training,
+                    plan,
+                    test=test,
+                    folder=kept,
+                    progress=progress,
+                )
+            )
+        table = pd.concat(tables, ignore_index=True)
+        write_table(out / "bridge.parquet", table, stamp)
+    words = verdict(table, local)
+    with replacing(out / "verdict.md") as stream:
+        stream.write(("\n".join(f"- {line}" for line in words) + "\n").encode())
+    return Bridge(local, table, spectrum, words)
+
+
+def _measure(
+    landscape: Landscape,
+    config: BridgeConfig,
+    kept: Path,
+    seed: int,
+    report: Callable[[str, float], None],
+) -> LocalModel:
+    # ARPACK takes two to four products for a pair.
+    expected = 3.0 * (config.pairs or 0) + config.products * (config.draws + 1)
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        report("curvature and noise", min(done / expected, 0.99))
+
+    return measure(
+        landscape, config.pairs, draws=config.draws, products=config.products, seed=seed,
+        folder=kept, progress=progress,
+    )  # fmt: skip
+
+
+def _drift(
+    landscape: Landscape,
+    local: LocalModel,
+    training: Training,
+    config: BridgeConfig,
+    kept: Path,
+    seed: int,
+    known: dict[float, Drift],
+    report: Callable[[str, float], None],
+) -> Drift:
+    """The drift at a training's rate; measured at one rate, and scaled, unless it is cheap."""
+    rate = training.lr / (1.0 - training.momentum)
+    dense = len(local.pairs.values) == landscape.size
+    if not dense:
+        rate = config.trainings(local.largest)[max(len(config.rates) - 2, 0)].lr
+        rate /= 1.0 - training.momentum
+    if rate in known:
+        return known[rate]
+    expected = 2.0 * config.samples + (0 if dense else 2 * config.products)
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        report("third derivatives", min(done / expected, 1.0))
+
+    known[rate] = measure_drift(
+        landscape, local, rate, config.batch_sizes[0], training.steps, samples=config.samples,
+        products=config.products, seed=seed, folder=kept, progress=progress,
+    )  # fmt: skip
+    return known[rate]
+
+
+def _predicted(local: LocalModel, drift: Drift, training: Training, plan: Plan) -> pd.DataFrame:
+    import pandas as pd
+
+    from neural.bridge import COLUMNS, looks
+
+    found = predict(local, drift, training, looks(training, plan.looks))
+    rows = [
+        asdict(training) | asdict(found) | {
+            "way": plan.late_phase or "chains", "members": k, "predicted": found.change(k),
+            "predicted_rise": found.rise(k),
+        }
+        for k in plan.members
+    ]  # fmt: skip
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def _test_loss(landscape: Landscape, task: Task) -> Callable[[Tensor], float]:
+    """Mean cross-entropy on the test set, as a function of the landscape's weights."""
+    batches = [
+        (x.to(landscape.weights.dtype) if x.is_floating_point() else x, y) for x, y in task.test()
+    ]
+    return landscape.on(batches).loss
+
+
+def _spectrum(
+    landscape: Landscape, local: LocalModel, config: BridgeConfig, kept: Path, seed: int
+) -> pd.DataFrame:
+    """Every node of curvature with its count and noise, for the picture."""
+    import pandas as pd
+
+    pairs = local.pairs
+    columns = {
+        "curvature": pairs.values,
+        "count": np.ones(len(pairs.values)),
+        "noise_variance": np.diag(local.noise),
+    }
+    parts = [pd.DataFrame(columns).assign(kind="pair")]
+    if len(pairs.values) < landscape.size:
+        stage = Kept(kept, f"{fingerprint(landscape)}-{seed}")
+        found = stage(
+            f"density-{len(pairs.values)}",
+            lambda: vars(density(landscape, pairs, probes=2, steps=config.products, seed=seed)),
+        )
+        bulk = pd.DataFrame({"curvature": found["values"], "count": found["counts"]})
+        parts.append(bulk.assign(kind="bulk"))
+        h, v, _ = local.points()
+        rest = slice(len(pairs.values), None)
+        noise = pd.DataFrame({"curvature": h[rest], "noise_variance": v[rest]})
+        parts.append(noise[noise["noise_variance"] > 0].assign(kind="bulk noise"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def noise_exponent(local: LocalModel) -> float:
+    """Exponent g of noise against curvature, c = A h^g, over the stiffest directions."""
+    return fit_power_law(local.pairs.values, np.diag(local.noise)).exponent

@@ -1,0 +1,240 @@
+"""Prediction beside training, on losses that are exactly what the theory takes them for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny_landscapes import Bowl, quadratic, scatter, slide
+from tolerances import IDENTITY, agree, within_error
+
+from neural.bridge import (
+    COLUMNS,
+    Plan,
+    Prediction,
+    compare,
+    edge,
+    looks,
+    measure_training,
+    predict,
+    verdict,
+)
+from neural.chains import Training, noise_free
+from neural.drift import Drift, measure_drift
+from neural.local_model import LocalModel, measure
+from nqm.errors import NQMError
+
+CURVATURE = (2.0, 0.7, 0.2)
+
+
+def measured(bowl: Bowl, training: Training) -> tuple[LocalModel, Drift]:
+    local = measure(bowl.landscape, None)
+    rate = training.lr / (1.0 - training.momentum)
+    given = (rate, training.batch_size, training.steps)
+    return local, measure_drift(bowl.landscape, local, *given, samples=2)
+
+
+@pytest.fixture(scope="module")
+def bowl() -> Bowl:
+    return Bowl(CURVATURE, away=0.5)
+
+
+# --- the prediction ------------------------------------------------------------------------------
+
+
+def test_the_parts_add_up() -> None:
+    found = Prediction(descent=-8.0, cross=-0.5, floor=2.0, excess=12.0)
+    assert (found.rise(), found.rise(4)) == (13.5, 4.5)
+    assert (found.change(), found.change(4)) == (5.5, -3.5)
+    assert found.enough == 6.0
+    assert replace(found, floor=0.0).enough == replace(found, floor=-1.0).enough == np.inf
+
+
+def test_looks_are_in_the_second_half() -> None:
+    assert looks(Training(0.1, 1, 100), 5) == [60, 70, 80, 90, 100]
+    assert looks(Training(0.1, 1, 100), 1) == [100]
+    assert looks(Training(0.1, 1, 3), 5) == [2, 3]
+    assert looks(Training(0.1, 1, 1), 5) == [1]
+
+
+def test_a_prediction_is_the_literal_recursion(bowl: Bowl) -> None:
+    training, at = Training(0.3, 4, 30), (10, 30)
+    local, drift = measured(bowl, training)
+    h, g = bowl.hessian, bowl.landscape.gradient().numpy()
+    found = predict(local, drift, training, at)
+    walked = [quadratic(g, h, slide(g, h, 0.3, t)) for t in at]
+    assert found.descent == pytest.approx(np.mean(walked), rel=1e-9)
+    spread = [0.5 * np.trace(h @ scatter(h, bowl.noise, 0.3, 4, t)) for t in at]
+    assert found.excess == pytest.approx(np.mean(spread), rel=1e-9)
+    assert abs(found.floor) + abs(found.cross) < 1e-12
+
+
+@pytest.mark.parametrize(("momentum", "at"), [(0.0, 1.0), (0.5, 1.5)])
+def test_the_edge(bowl: Bowl, momentum: float, at: float) -> None:
+    """2 (1 + momentum) / h."""
+    local = measure(bowl.landscape, None)
+    assert edge(local, Training(0.1, 4, 10, momentum)) == pytest.approx(at, rel=1e-6)
+
+
+# --- and what training does ----------------------------------------------------------------------
+
+PLAIN = Training(0.3, 4, 30)
+
+
+@pytest.mark.parametrize(
+    ("training", "plan", "away"),
+    [
+        (PLAIN, Plan((1, 4), 64), 0.5),
+        (replace(PLAIN, lr=0.9), Plan((1, 4), 64), 0.0),
+        (Training(0.06, 4, 100, momentum=0.8), Plan((1, 4), 64), 0.0),
+        # Looked at after every step of whole epochs: noise cancels within them.
+        (Training(0.2, 32, 128, sampling="shuffled"), Plan((1, 4), 48, 64), 0.0),
+        (replace(PLAIN, steps=15), Plan((2, 3), 40, 3, late_phase="all"), 0.5),
+    ],
+    ids=["plain", "near the edge", "momentum", "shuffled", "members"],
+)
+def test_training_does_what_is_predicted(training: Training, plan: Plan, away: float) -> None:
+    bowl = Bowl(CURVATURE, away=away)
+    local, drift = measured(bowl, training)
+    table = compare(bowl.landscape, local, drift, training, plan)
+    assert list(table.columns) == COLUMNS
+    assert list(table["members"]) == list(plan.members)
+    assert set(table["way"]) == {plan.late_phase or "chains"}
+    within_error(table["measured"], table["predicted"], table["error"])
+    within_error(table["ratio"], np.ones(2), table["ratio_error"])
+    calm = noise_free(bowl.landscape, training, looks(training, plan.looks)).mean()
+    np.testing.assert_allclose(table["noise_free"], calm - local.loss, rtol=1e-9, atol=1e-12)
+    # Else the experiment would tell little.
+    assert (table["error"] < 0.35 * table["predicted_rise"]).all()
+
+
+def test_on_a_quadratic_it_does_not_matter_which_weights_are_members(bowl: Bowl) -> None:
+    training = replace(PLAIN, steps=6)
+    found = [
+        measure_training(bowl.landscape, training, Plan((2,), 4, late_phase=select))
+        for select in ("all", "name:first")
+    ]
+    agree(found[0]["measured"], found[1]["measured"], 1e-9)
+
+
+def test_shuffled_epochs_are_not_draws_with_replacement(bowl: Bowl) -> None:
+    shuffled = Training(0.2, 32, 128, sampling="shuffled")
+    local, drift = measured(bowl, shuffled)
+    drawn = replace(shuffled, sampling="with replacement")
+    found = [predict(local, drift, one, [128]).excess for one in (shuffled, drawn)]
+    assert found[0] < 0.75 * found[1]
+
+
+def test_a_rate_beyond_the_edge_is_told(bowl: Bowl) -> None:
+    wild = Training(1.01, 4, 6)
+    local, drift = measured(bowl, wild)
+    assert predict(local, drift, wild, [6]).excess == np.inf
+    table = compare(bowl.landscape, local, drift, wild, Plan((1, 2), 4))
+    assert np.isposinf(table["excess"]).all()
+    assert np.isfinite(table["measured"]).all()
+    lines = verdict(table, local)
+    assert not any("cells within" in line for line in lines)
+    assert all("\n" not in line for line in lines)
+
+
+def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
+    local, drift = measured(bowl, PLAIN)
+    told: list[int] = []
+
+    def run(training: Training, plan: Plan, tested: bool = False) -> pd.DataFrame:
+        told.clear()
+        test = (lambda w: float(w.sum())) if tested else None
+        return compare(
+            bowl.landscape, local, drift, training, plan,
+            test=test, folder=tmp_path, progress=told.append,
+        )  # fmt: skip
+
+    plan = Plan((1, 2), 4)
+    short = replace(PLAIN, steps=5)
+    first = run(short, plan)
+    assert sum(told) == 4 * 5
+    again = run(short, plan)
+    assert not told
+    pd.testing.assert_frame_equal(first, again)
+    for other, way in (
+        (replace(short, lr=0.2), plan),
+        (replace(short, momentum=0.1), plan),
+        (short, replace(plan, seed=1)),
+        (short, Plan((2,), 4, late_phase="all")),
+    ):
+        run(other, way)
+        assert told
+        run(other, way)
+        assert not told
+    # Losses on test data are not among what was kept.
+    assert first["test"].isna().all()
+    assert run(short, plan, tested=True)["test"].notna().all()
+
+
+def test_members_share_their_test_losses(bowl: Bowl) -> None:
+    table = measure_training(
+        bowl.landscape, replace(PLAIN, steps=3), Plan((1, 4), 4), test=lambda w: float(w.sum())
+    )
+    # A linear loss: the mean over groups is the same for every K.
+    assert table["test"][0] == pytest.approx(table["test"][1], rel=IDENTITY)
+    assert np.isnan(table["error"][1])  # of one group
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"members": (1, 16), "chains": 8}, "at most the 8 chains; got 16"),
+        ({"members": (1, 4), "late_phase": "all"}, "at least 2 with late_phase; got 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(NQMError, match=message) as told:
+        Plan(**settings)  # type: ignore[arg-type]
+    assert "\n" not in str(told.value)
+
+
+# --- the verdict ---------------------------------------------------------------------------------
+
+
+def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFrame:
+    """One training as `compare` gives it, one K for each ratio."""
+    predicted = 1.0 / lr
+    rows: dict[str, object] = {
+        "way": "chains", "lr": lr, "momentum": 0.0, "batch_size": 8, "sampling": "shuffled",
+        "steps": 10, "members": range(1, 1 + len(ratios)), "predicted": predicted,
+        "measured": predicted * np.array(ratios), "error": 0.1, "predicted_rise": predicted,
+        "measured_rise": predicted * np.array(ratios), "ratio": ratios, "ratio_error": 0.1,
+        "descent": 0.0, "noise_free": 0.0, "cross": 0.0, "floor": 0.5, "excess": 10.0,
+    }  # fmt: skip
+    return pd.DataFrame(rows).assign(**({"test": np.nan} | changes))[COLUMNS]
+
+
+def test_the_verdict_counts(bowl: Bowl) -> None:
+    local = measure(bowl.landscape, None)
+    # Every table has its rows numbered from 0, as they are put together.
+    table = pd.concat(
+        [
+            cells(0.1, (1.0, 1.1)),
+            cells(0.2, (0.7, 1.3), floor=0.0),
+            cells(0.4, (3.0, -1.0)),
+            cells(0.8, (9.0, 9.0), predicted_rise=np.nan, excess=np.inf),
+        ]
+    )
+    lines = verdict(table, local)
+    assert lines[0].startswith("Largest curvature 2; plain SGD is stable up to lr = 1 ")
+    assert lines[1].startswith("0.0% of the noise and 0.0% of the squared slope")
+    assert "1 of 6 cells within a factor 1.05." in lines
+    assert "2 of 6 cells within a factor 1.2." in lines
+    assert "4 of 6 cells within a factor 1.5." in lines
+    assert "Where lr h_max <= 0.5: measured rise over predicted 0.70 to 1.30." in lines
+    assert "chains, lr = 0.1, B = 8: beyond K = 20 the floor is most of the loss." in lines
+    assert "chains, lr = 0.2, B = 8: no floor within reach of K." in lines
+    # Predicted falls with lr here; measured is 10, 3.5 and 7.5, then 11, 6.5 and -2.5.
+    best = "chains, B = 8, K = {}: best lr of those tried 0.4 predicted, {} measured."
+    assert best.format(1, 0.2) in lines
+    assert best.format(2, 0.4) in lines
+    assert not any("Test losses" in line for line in lines)
+    assert "Test losses" in verdict(cells(0.1, (1.0,), test=0.3), local)[-1]

@@ -1,0 +1,150 @@
+"""The push of the noise on the mean weights, where third derivatives are known exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_landscapes import Bowl, quadratic, scatter, slide
+from tolerances import IDENTITY, JUMP, agree, within_error
+
+from neural.drift import Drift, descent, measure_drift
+from neural.krylov import Krylov
+from neural.local_model import LocalModel, measure
+from neural.spectrum import Eigenpairs
+from nqm.errors import NQMError
+
+CURVATURE = (3.0, 1.0, 0.4, 0.2, 0.05)
+LR, SIZE, STEPS = 0.2, 8.0, 12
+
+
+@pytest.fixture(scope="module")
+def bowl() -> Bowl:
+    return Bowl(CURVATURE, away=0.1, examples=60, cubic=1.0)
+
+
+def noise(bowl: Bowl) -> np.ndarray:
+    return np.cov(torch.cat(list(bowl.landscape.example_gradients())).numpy(), rowvar=False, ddof=0)
+
+
+def force(drift: Drift, half: int) -> np.ndarray:
+    """One of the two measured forces, put together again."""
+    along = drift.local.pairs.vectors @ drift.top[half]
+    return np.asarray(along + drift.rest[half].apply(np.ones_like))
+
+
+def test_the_bowl_is_what_it_says(bowl: Bowl) -> None:
+    w = bowl.landscape.weights.numpy()
+    agree(bowl.landscape.gradient(), bowl.gradient(), IDENTITY)
+    curvature = bowl.hessian + np.einsum("ijk,k->ij", bowl.third, w)
+    agree(bowl.landscape.hessian(), curvature, IDENTITY)
+    agree(noise(bowl), bowl.noise, JUMP)
+
+
+def test_the_force_is_half_the_third_derivatives_with_the_scatter(
+    bowl: Bowl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h, samples = bowl.landscape.hessian().numpy(), 1000
+    local = measure(bowl.landscape, None)
+    monkeypatch.setattr(bowl.landscape, "gradient", bowl.gradient)  # the same, and quicker
+    drift = measure_drift(bowl.landscape, local, LR, SIZE, STEPS, samples=samples)
+    covariance = scatter(h, noise(bowl), LR, SIZE, STEPS)
+    expected = 0.5 * np.einsum("ijk,jk->i", bowl.third, covariance)
+    # Of a normal d, Var(d' A d) = 2 tr(A S A S); here A is half of a slice of T.
+    turned = 0.5 * bowl.third @ covariance
+    error = np.sqrt(2.0 * np.einsum("ijk,ikj->i", turned, turned) / (samples / 2))
+    for half in (0, 1):
+        within_error(force(drift, half), expected, error)
+    assert (np.abs(expected) > 5.0 * error).any()
+    assert not np.array_equal(drift.top[0], drift.top[1])
+
+
+@pytest.mark.parametrize("pairs", [None, 2])
+@pytest.mark.parametrize(("lr", "size", "steps"), [(LR, SIZE, STEPS), (0.5, 2.0, 3), (0.05, 8, 40)])
+def test_the_mean_moves_as_gradient_descent_with_the_force(
+    bowl: Bowl, pairs: int | None, lr: float, size: float, steps: int
+) -> None:
+    g, h = bowl.landscape.gradient().numpy(), bowl.landscape.hessian().numpy()
+    local = measure(bowl.landscape, pairs, draws=4, tolerance=1e-12)
+    drift = measure_drift(bowl.landscape, local, LR, SIZE, STEPS, samples=6)
+    scale = (lr / size) / (LR / SIZE)
+    pushed = [slide(scale * force(drift, half), h, lr, steps) for half in (0, 1)]
+    assert drift.floor(lr, size, steps) == pytest.approx(0.5 * pushed[0] @ h @ pushed[1], rel=1e-8)
+    # m is linear in slope and force: what both together do, less what each does.
+    still, mean = slide(g, h, lr, steps), 0.5 * (pushed[0] + pushed[1])
+    together = quadratic(g, h, still + mean) - quadratic(g, h, still)
+    expected = together - 0.5 * mean @ h @ mean
+    assert drift.cross(lr, size, steps) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_halves_share_no_draw(bowl: Bowl) -> None:
+    """Else the product of the two would keep the bias of a square."""
+    local = measure(bowl.landscape, 2, draws=2, tolerance=1e-12)
+    whole = measure_drift(bowl.landscape, local, LR, SIZE, STEPS, samples=8)
+    top = float(np.trace(local.noise))
+    sizes = [float(draw.amplitudes @ draw.amplitudes) for draw in local.draws]
+    empty = replace(local.draws[0], amplitudes=0.0 * local.draws[0].amplitudes)
+    for half in (0, 1):
+        # Without the other half's draw, and with as much less of noise, nothing changes for it.
+        draws = (local.draws[0], empty) if half == 0 else (empty, local.draws[1])
+        left = (local.noise_trace - top) * sizes[half] / sum(sizes)
+        cut = replace(local, draws=draws, noise_trace=top + left)
+        found = measure_drift(bowl.landscape, cut, LR, SIZE, STEPS, samples=8)
+        agree(force(found, half), force(whole, half), 1e-9)
+        assert not np.allclose(force(found, 1 - half), force(whole, 1 - half), rtol=1e-3)
+
+
+def test_a_quadratic_has_no_drift() -> None:
+    landscape = Bowl(CURVATURE, away=0.3).landscape
+    drift = measure_drift(landscape, measure(landscape, 2, tolerance=1e-10), LR, SIZE, 500)
+    assert abs(drift.floor(LR, SIZE, 500)) < 1e-25
+    assert abs(drift.cross(LR, SIZE, 500)) < 1e-12
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.5])
+def test_descent_at_every_curvature(lr: float) -> None:
+    """Flat, nearly flat, bent down, reached in one step, jumped over, and unstable."""
+    u = np.array([2.2, 1.7, 1.0, 0.3, 1e-6, 1e-12, 1e-15, 0.0, -1e-13, -0.1])
+    pairs = Eigenpairs(u / lr, np.eye(len(u)), np.zeros(len(u)))
+    empty = Krylov(np.zeros(0), np.zeros(0), np.zeros((len(u), 0)))
+    for one, h in enumerate(pairs.values):
+        g = 2.0 * np.eye(len(u))[one]
+        local = LocalModel(0.0, pairs, np.eye(len(u)), g, empty, (), float(len(u)), 9)
+        for steps in (1, 2, 5, 30):
+            expected = quadratic(
+                g, np.diag(pairs.values), slide(g, np.diag(pairs.values), lr, steps)
+            )
+            # 1 - (1 - u)^t loses digits at small u.
+            assert descent(local, lr, steps) == pytest.approx(expected, rel=1e-7), (h, steps)
+
+
+def test_the_measurement_is_kept(bowl: Bowl, tmp_path: Path) -> None:
+    local = measure(bowl.landscape, 2, tolerance=1e-10)
+    told: list[int] = []
+
+    def drift(**changes: float) -> Drift:
+        given = {"lr": LR, "batch_size": SIZE, "steps": STEPS} | changes
+        return measure_drift(
+            bowl.landscape, local, **given, samples=4, folder=tmp_path, progress=told.append
+        )
+
+    first = drift()
+    assert sum(told) == 4 * 2 + 2 * 3
+    told.clear()
+    again = drift()
+    assert not told
+    for half in (0, 1):
+        agree(force(again, half), force(first, half), IDENTITY)
+    for changes in ({"lr": 0.1}, {"batch_size": 4.0}, {"steps": 13}):
+        drift(**changes)
+        assert sum(told) == 4 * 2 + 2 * 3
+        told.clear()
+
+
+def test_two_samples_are_needed(bowl: Bowl) -> None:
+    local = measure(bowl.landscape, None)
+    with pytest.raises(NQMError, match="samples must be an integer >= 2; got 1"):
+        measure_drift(bowl.landscape, local, LR, SIZE, STEPS, samples=1)
