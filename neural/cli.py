@@ -309,7 +309,7 @@ def bridge(
         train=not asked.pop("predict_only"),
         **asked,
     )
-    name = "-".join(Path(target).with_suffix("").parts[-3:])
+    name = "-".join(Path(target).parts[-3:]).removesuffix(".toml") or "here"
     out = out or Path("out", "bridge", name)
     opened = open_target(target, place, scale, overrides)
     with _stages() as told:

@@ -19,7 +19,7 @@ else:
         "test_bridge_law.py", "test_select.py", "test_recipe*.py", "test_session.py",
         "test_train.py", "test_experiment.py", "test_distributed.py", "test_summary.py",
         "test_curvature.py", "test_local_model.py", "test_drift.py", "test_chains.py",
-        "test_bridge.py", "test_landscapes.py", "test_krylov.py", "test_torch_sample.py",
+        "test_bridge*.py", "test_landscapes.py", "test_krylov.py", "test_torch_sample.py",
     ]  # fmt: skip
 
 # Reproducible, and free of timing: the first example of a test may compile a kernel.

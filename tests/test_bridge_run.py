@@ -1,0 +1,119 @@
+"""The bridge's command: from a run to tables and words, resumable, mistakes told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from tiny_runs import recipe
+
+from neural.bridge import COLUMNS, Plan
+from neural.bridge_run import BridgeConfig, noise_exponent, open_target, run_bridge
+from neural.experiment import run_experiment
+from neural.local_model import LocalModel
+from neural.noise import fit_power_law
+from neural.spectrum import Eigenpairs
+from neural.task import Place
+from nqm import SGD, Phase, Program, solve
+from nqm.cli import main
+from nqm.errors import NQMError
+from nqm.spectra import read_problem
+
+PLAN = Plan(members=(1, 2), chains=4, looks=2)
+SMALL = BridgeConfig(
+    select="head", examples=60, pairs=6, draws=2, products=4, samples=4, rates=(0.1, 0.3),
+    batch_sizes=(10, 20), steps=20,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    run_experiment(recipe({"base": {}}), out, seeds=[0])
+    return out / "base" / "seed0"
+
+
+def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    found = run_bridge(
+        open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path,
+        told=lambda stage, share: stages.append(stage),
+    )  # fmt: skip
+    assert list(found.table.columns) == COLUMNS
+    assert len(found.table) == 3 * 2  # two rates at the first size, the second size at one rate
+    assert found.table[["measured", "predicted", "test"]].notna().all(axis=None)
+    assert {"curvature and noise", "third derivatives", "train 1 of 3"} <= set(stages)
+    assert (tmp_path / "verdict.md").read_text() == "".join(f"- {w}\n" for w in found.words)
+    # The file is the problem, as nqm reads it: the table's excess is its expected loss.
+    problem = read_problem(tmp_path / "problem.parquet").replace(initial_mean=0.0)
+    row = found.table.iloc[0]
+    phase = Phase(SGD(), float(row["lr"]), 20, batch_size=int(row["batch_size"]))
+    losses = solve(problem, Program((phase,)), at=[15, 20]).loss
+    assert row["excess"] == pytest.approx(float(np.mean(losses)), rel=1e-9)
+    # All directions are counted, and all the noise.
+    counted = found.spectrum[found.spectrum["kind"] != "bulk noise"]["count"].sum()
+    assert counted == pytest.approx(8 * 10 + 10, rel=1e-9)
+    noise = found.spectrum["noise_variance"].sum()
+    assert noise == pytest.approx(found.local.noise_trace, rel=1e-9)
+
+    stages.clear()
+    again = run_bridge(
+        open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path,
+        told=lambda stage, share: stages.append(stage),
+    )  # fmt: skip
+    assert not stages, "nothing is done twice"
+    pd.testing.assert_frame_equal(again.table, found.table)
+    with pytest.raises(NQMError, match="another configuration"):
+        run_bridge(open_target(str(run), Place()), SMALL, Plan((1,), 4), Place(), tmp_path)
+
+
+def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
+    config = BridgeConfig(
+        select="head", examples=60, pairs=None, samples=4, steps=20, rates=(0.2,), settle=300,
+        weight_decay=0.02, train=False,
+    )  # fmt: skip
+    found = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
+    assert found.table["measured"].isna().all()
+    assert (found.table["predicted_rise"] > 0).all()
+    assert np.abs(found.table["descent"]).max() < 1e-9, "at a minimum there is no descent"
+    assert not any("measured" in line for line in found.words)
+
+
+def test_trainings_are_a_star() -> None:
+    cells = BridgeConfig(rates=(0.1, 0.2, 0.4), batch_sizes=(8, 16, 32), momentum=0.5).trainings(4)
+    assert [cell.lr * 4 / 0.5 for cell in cells] == pytest.approx([0.1, 0.2, 0.4, 0.2, 0.2])
+    assert [cell.batch_size for cell in cells] == [8, 8, 8, 16, 32]
+
+
+def test_the_exponent_is_that_of_the_stiffest() -> None:
+    h = np.array([4.0, 2.0, 1.0])
+    pairs = Eigenpairs(h, np.eye(3), np.zeros(3))
+    empty: tuple[()] = ()
+    local = LocalModel(0.0, pairs, np.diag(3.0 * h**1.5), h, None, empty, 1.0, 9)  # type: ignore[arg-type]
+    assert noise_exponent(local) == pytest.approx(1.5, rel=1e-9)
+    assert fit_power_law(h, 3.0 * h**1.5).exponent == pytest.approx(1.5, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["digits_bn"], "starts from random weights"),
+        (["digits_bm"], "no recipe is called 'digits_bm'; did you mean 'digits_bn'"),
+        (["."], "holds no run"),
+        (["RUN", "--select", "norms"], "select: 'norms' is unknown"),
+        (["RUN", "--examples", "1"], "examples must be"),
+        (["RUN", "--members", "64"], "members must be at most the 32 chains; got 64"),
+        (["RUN", "--rate", "-1"], "rates must lie in"),
+        (["RUN", "--late-phase", "head", "--members", "1"], "members must be at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line(run: Path, tmp_path: Path, words: list[str], told: str) -> None:
+    words = [str(run) if word == "RUN" else word for word in words]
+    out = str(tmp_path / "out")
+    done = CliRunner().invoke(main, ["neural", "bridge", *words, "--out", out, "--threads", "1"])
+    assert done.exit_code == 2, done.output
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
