@@ -6,8 +6,9 @@ any training run. The loss of the mean of K runs after t steps is
     L(checkpoint) + descent + cross + floor + excess / K:
 
 noise-free descent, the drift of the mean (`neural.drift`), and the excess that `nqm` gives for the
-noise of one run. Late-phase members on a shared base draw K minibatches for one base step, so that
-at gamma = "mean" their average is plain SGD on minibatches of K B: the same 1/K.
+noise of one run, with curvature and noise as the scatter sees them (`neural.smoothing`). Late-phase
+members on a shared base draw K minibatches for one base step, so that at gamma = "mean" their
+average is plain SGD on minibatches of K B: the same 1/K.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from neural.chains import Training, group_losses, noise_free, train_chains, trai
 from neural.curvature import Landscape
 from neural.drift import Drift, descent
 from neural.local_model import Kept, LocalModel, fingerprint
+from neural.smoothing import Smoothing
 from nqm import SGD, HeavyBall, Phase, Program, solve
 from nqm.errors import NQMError, check_integer
 from nqm.solvers.shuffle import shuffled_steady
@@ -54,16 +56,21 @@ class Prediction:
     excess : float
         Expected excess of a single run due to noise; that of K is its K-th part. Infinite where
         the quadratic is unstable.
+    share : float
+        Part of the excess that is due to curvature which the scatter itself has changed
+        (`neural.smoothing`): of K members it falls as 1 / K^2.
     """
 
     descent: float
     cross: float
     floor: float
     excess: float
+    share: float = 0.0
 
     def rise(self, members: float = 1.0) -> float:
         """What noise adds to the loss of the mean of K members."""
-        return self.cross + self.floor + self.excess / members
+        excess = (self.excess - self.share) / members + 0.5 * self.share / members**2
+        return self.cross + self.floor + excess
 
     def change(self, members: float = 1.0) -> float:
         """Expected change of the loss of the mean of K members."""
@@ -75,7 +82,13 @@ class Prediction:
         return self.excess / self.floor if self.floor > 0 else float("inf")
 
 
-def predict(local: LocalModel, drift: Drift, training: Training, at: Iterable[int]) -> Prediction:
+def predict(
+    local: LocalModel,
+    drift: Drift,
+    training: Training,
+    at: Iterable[int],
+    smoothing: Smoothing | None = None,
+) -> Prediction:
     """What a training does to the loss, averaged over the steps `at`.
 
     Parameters
@@ -85,8 +98,15 @@ def predict(local: LocalModel, drift: Drift, training: Training, at: Iterable[in
     training : Training
         Shuffled epochs are taken to be at their steady state: their noise cancels over an epoch.
     at : iterable of int
+    smoothing : Smoothing, optional
+        Take curvature and noise as the scatter sees them.
     """
     at = sorted(set(at))
+    rate, size = training.lr / (1.0 - training.momentum), training.batch_size
+    share = 0.0
+    if smoothing is not None:
+        local = smoothing.at(rate, size)
+        share = float(np.mean([smoothing.share(rate, size, t) for t in at]))
     if training.lr >= edge(local, training):
         return Prediction(np.nan, np.nan, np.nan, np.inf)
     problem = local.problem().replace(initial_mean=0.0)
@@ -95,14 +115,12 @@ def predict(local: LocalModel, drift: Drift, training: Training, at: Iterable[in
         excess = shuffled_steady(problem, phase, local.examples).loss
     else:
         excess = float(np.mean(solve(problem, Program((phase,)), at=at).loss))
-    rate = training.lr / (1.0 - training.momentum)
-    size = training.batch_size
     pieces = [
         (descent(local, rate, t), drift.cross(rate, size, t), drift.floor(rate, size, t))
         for t in at
     ]
     fall, cross, floor = (float(value) for value in np.mean(pieces, axis=0))
-    return Prediction(fall, cross, floor, excess)
+    return Prediction(fall, cross, floor, excess, share)
 
 
 def edge(local: LocalModel, training: Training) -> float:
@@ -247,6 +265,7 @@ def compare(
     training: Training,
     plan: Plan,
     *,
+    smoothing: Smoothing | None = None,
     test: Callable[[Tensor], float] | None = None,
     folder: Path | None = None,
     progress: Callable[[int], None] | None = None,
@@ -261,7 +280,7 @@ def compare(
         ``measured_rise``), and their ratio; the parts of the prediction; the test loss.
     """
     at = looks(training, plan.looks)
-    found = predict(local, drift, training, at)
+    found = predict(local, drift, training, at, smoothing)
     table = measure_training(landscape, training, plan, test=test, folder=folder, progress=progress)
     calm = found.descent
     if not abs(calm) <= STILL * found.excess / max(plan.members):
@@ -284,7 +303,7 @@ def compare(
 COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "predicted", "measured",
     "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent", "noise_free",
-    "cross", "floor", "excess", "test",
+    "cross", "floor", "excess", "share", "test",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neural.bridge import Plan, compare, predict, verdict
+from neural.bridge import COLUMNS, Plan, compare, looks, predict, verdict
 from neural.chains import Training
 from neural.config import RunConfig, describe
 from neural.curvature import Landscape
@@ -22,6 +22,7 @@ from neural.making import make_model
 from neural.noise import fit_power_law
 from neural.recipe import load_recipe
 from neural.reopen import reopen
+from neural.smoothing import Smoothing, measure_smoothing
 from neural.spectrum import density
 from neural.task import Place, Task, open_task
 from nqm import __version__, declare
@@ -55,6 +56,8 @@ class BridgeConfig:
         Draws of the noise, and Hessian products for each (`neural.local_model.measure`).
     samples : int
         Random displacements for the drift (`neural.drift.measure_drift`).
+    smooth : int
+        Random displacements for averages over the scatter (`neural.smoothing`); 0 for none.
     rates : tuple of float
         Learning rates, times the largest curvature. The first batch size goes with each.
     batch_sizes : tuple of int
@@ -74,6 +77,7 @@ class BridgeConfig:
     draws: int = 6
     products: int = 30
     samples: int = 32
+    smooth: int = 2
     rates: tuple[float, ...] = RATES
     batch_sizes: tuple[int, ...] = (32,)
     steps: int = 1000
@@ -84,6 +88,10 @@ class BridgeConfig:
     def __post_init__(self) -> None:
         for rate in self.rates:
             check_number("rates", rate, low=0.0, closed_low=False)
+
+    def reference(self, largest: float) -> float:
+        """The effective learning rate at which what is measured once is measured."""
+        return self.rates[max(len(self.rates) - 2, 0)] / largest
 
     def trainings(self, largest: float) -> list[Training]:
         """Every rate at the first batch size, every batch size at one rate."""
@@ -208,10 +216,13 @@ def run_bridge(
         tables = []
         trainings = config.trainings(local.largest)
         drifts: dict[float, Drift] = {}
+        smoothing = _smoothing(landscape, local, config, kept, plan.seed, report)
         for i, training in enumerate(trainings):
-            drift = _drift(landscape, local, training, config, kept, plan.seed, drifts, report)
+            drift = _drift(
+                landscape, local, smoothing, training, config, kept, plan.seed, drifts, report
+            )
             if not config.train:
-                tables.append(_predicted(local, drift, training, plan))
+                tables.append(_predicted(local, drift, training, plan, smoothing))
                 continue
             total = training.steps * plan.chains
             done = 0
@@ -229,6 +240,7 @@ def run_bridge(
                     drift,
                     training,
                     plan,
+                    smoothing=smoothing,
                     test=test,
                     folder=kept,
                     progress=progress,
@@ -264,9 +276,33 @@ def _measure(
     )  # fmt: skip
 
 
+def _smoothing(
+    landscape: Landscape,
+    local: LocalModel,
+    config: BridgeConfig,
+    kept: Path,
+    seed: int,
+    report: Callable[[str, float], None],
+) -> Smoothing | None:
+    if not config.smooth:
+        return None
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        report("averages over the scatter", done / (2.0 * config.smooth))
+
+    return measure_smoothing(
+        landscape, local, config.reference(local.largest), config.batch_sizes[0], config.steps,
+        samples=config.smooth, seed=seed, folder=kept, progress=progress,
+    )  # fmt: skip
+
+
 def _drift(
     landscape: Landscape,
     local: LocalModel,
+    smoothing: Smoothing | None,
     training: Training,
     config: BridgeConfig,
     kept: Path,
@@ -278,10 +314,10 @@ def _drift(
     rate = training.lr / (1.0 - training.momentum)
     dense = len(local.pairs.values) == landscape.size
     if not dense:
-        rate = config.trainings(local.largest)[max(len(config.rates) - 2, 0)].lr
-        rate /= 1.0 - training.momentum
+        rate = config.reference(local.largest)
     if rate in known:
         return known[rate]
+    size = config.batch_sizes[0]
     expected = 2.0 * config.samples + (0 if dense else 2 * config.products)
     done = 0
 
@@ -291,25 +327,34 @@ def _drift(
         report("third derivatives", min(done / expected, 1.0))
 
     known[rate] = measure_drift(
-        landscape, local, rate, config.batch_sizes[0], training.steps, samples=config.samples,
-        products=config.products, seed=seed, folder=kept, progress=progress,
+        landscape, local if smoothing is None else smoothing.at(rate, size), rate, size,
+        training.steps, samples=config.samples, products=config.products, seed=seed, folder=kept,
+        progress=progress,
     )  # fmt: skip
     return known[rate]
 
 
-def _predicted(local: LocalModel, drift: Drift, training: Training, plan: Plan) -> pd.DataFrame:
+def _predicted(
+    local: LocalModel,
+    drift: Drift,
+    training: Training,
+    plan: Plan,
+    smoothing: Smoothing | None,
+) -> pd.DataFrame:
     import pandas as pd
 
-    from neural.bridge import COLUMNS, looks
-
-    found = predict(local, drift, training, looks(training, plan.looks))
+    found = predict(local, drift, training, looks(training, plan.looks), smoothing)
     rows = [
-        asdict(training) | asdict(found) | {
-            "way": plan.late_phase or "chains", "members": k, "predicted": found.change(k),
+        asdict(training)
+        | asdict(found)
+        | {
+            "way": plan.late_phase or "chains",
+            "members": k,
+            "predicted": found.change(k),
             "predicted_rise": found.rise(k),
         }
         for k in plan.members
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 

@@ -248,6 +248,13 @@ def sweep(
 @click.option("--products", type=int, default=30, show_default=True, help="Hessian products each.")
 @click.option("--samples", type=int, default=32, show_default=True, help="For the drift.")
 @click.option(
+    "--smooth",
+    type=int,
+    default=2,
+    show_default=True,
+    help="For averages over the scatter; 0: none.",
+)
+@click.option(
     "--rate",
     "rates",
     type=float,

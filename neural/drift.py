@@ -141,7 +141,9 @@ def measure_drift(
     """
     check_integer("samples", samples, 2)
     kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
-    basis = f"{len(local.pairs.values)}-{len(local.draws)}"
+    # A smoothed local model is another one: its largest curvature and its noise say which.
+    basis = f"{len(local.pairs.values)}-{len(local.draws)}-{local.largest:.10g}"
+    basis += f"-{local.noise_trace:.10g}"
     stage = f"drift-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
 
     def sampled() -> dict[str, Any]:

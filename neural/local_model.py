@@ -119,6 +119,14 @@ class LocalModel:
             float(g[below].sum() / max(g.sum(), 1e-300)),
         )
 
+    def scatter(self, lr: float, batch_size: float, steps: float) -> FloatArray:
+        """Covariance along the eigenpairs after `steps` steps of SGD, shape (k, k)."""
+        r = 1.0 - lr * self.pairs.values
+        joint = np.outer(r, r)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ages = np.where(joint == 1.0, steps, (1.0 - joint**steps) / (1.0 - joint))
+        return np.asarray(lr**2 / batch_size * self.noise * ages)
+
     def displacement(
         self,
         rng: np.random.Generator,
@@ -134,11 +142,7 @@ class LocalModel:
         noise is used, so that displacements of the two halves are independent.
         """
         h = self.pairs.values
-        r = 1.0 - lr * h
-        joint = np.outer(r, r)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ages = np.where(joint == 1.0, steps, (1.0 - joint**steps) / (1.0 - joint))
-        covariance = lr**2 / batch_size * self.noise * ages
+        covariance = self.scatter(lr, batch_size, steps)
         size, turn = np.linalg.eigh(0.5 * (covariance + covariance.T))
         top = turn @ (np.sqrt(np.maximum(size, 0.0)) * rng.standard_normal(len(h)))
         moved = self.pairs.vectors @ top

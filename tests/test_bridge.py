@@ -209,7 +209,7 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "measured_rise": predicted * np.array(ratios), "ratio": ratios, "ratio_error": 0.1,
         "descent": 0.0, "noise_free": 0.0, "cross": 0.0, "floor": 0.5, "excess": 10.0,
     }  # fmt: skip
-    return pd.DataFrame(rows).assign(**({"test": np.nan} | changes))[COLUMNS]
+    return pd.DataFrame(rows).assign(**({"test": np.nan, "share": 0.0} | changes))[COLUMNS]
 
 
 def test_the_verdict_counts(bowl: Bowl) -> None:

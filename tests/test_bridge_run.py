@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,18 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     assert list(found.table.columns) == COLUMNS
     assert len(found.table) == 3 * 2  # two rates at the first size, the second size at one rate
     assert found.table[["measured", "predicted", "test"]].notna().all(axis=None)
-    assert {"curvature and noise", "third derivatives", "train 1 of 3"} <= set(stages)
+    assert {
+        "curvature and noise",
+        "averages over the scatter",
+        "third derivatives",
+        "train 1 of 3",
+    } <= set(stages)
     assert (tmp_path / "verdict.md").read_text() == "".join(f"- {w}\n" for w in found.words)
     # The file is the problem, as nqm reads it: the table's excess is its expected loss.
     problem = read_problem(tmp_path / "problem.parquet").replace(initial_mean=0.0)
-    row = found.table.iloc[0]
+    config = replace(SMALL, smooth=0, train=False)
+    plain = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path / "plain")
+    row = plain.table.iloc[0]
     phase = Phase(SGD(), float(row["lr"]), 20, batch_size=int(row["batch_size"]))
     losses = solve(problem, Program((phase,)), at=[15, 20]).loss
     assert row["excess"] == pytest.approx(float(np.mean(losses)), rel=1e-9)

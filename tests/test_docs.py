@@ -56,8 +56,8 @@ def commands() -> list[str]:
 
 #: The bridge's command in seconds.
 SMALL_BRIDGE = (
-    "--threads 1 --examples 60 --pairs 4 --draws 1 --products 3 --samples 2 --steps 20 --chains 4 "
-    "--members 2 --looks 1 --rate 0.2"
+    "--threads 1 --examples 60 --pairs 4 --draws 1 --products 3 --samples 2 --smooth 1 --steps 20 "
+    "--chains 4 --members 2 --looks 1 --rate 0.2"
 )
 
 

@@ -1,0 +1,151 @@
+"""Curvature and noise as weights that scatter see them: averages over the scatter.
+
+To leading order in lr / B the averages move in proportion to it. They are measured at one scatter,
+at both ends of random displacements, along the known eigenpairs, and scaled to any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neural import noise as gradient_noise
+from neural.curvature import Landscape
+from neural.local_model import Kept, LocalModel, fingerprint, vector
+from neural.spectrum import Eigenpairs, Progress
+from nqm.errors import check_integer
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How curvature and noise along the eigenpairs change under scatter.
+
+    Attributes
+    ----------
+    local : LocalModel
+        At the centre.
+    lr, batch_size : float
+        Of the scatter at which it was measured.
+    curvature, noise : ndarray, shape (k, k)
+        Mean over the scatter less the value at the centre.
+    trace : float
+        The same of the whole noise's trace.
+    """
+
+    local: LocalModel
+    lr: float
+    batch_size: float
+    curvature: FloatArray
+    noise: FloatArray
+    trace: float
+
+    def at(self, lr: float, batch_size: float) -> LocalModel:
+        """The local model as the scatter of another rate sees it."""
+        scale = (lr / batch_size) / (self.lr / self.batch_size)
+        local = self.local
+        size, turn = np.linalg.eigh(np.diag(local.pairs.values) + scale * self.curvature)
+        size, turn = size[::-1], turn[:, ::-1]
+        noise = turn.T @ (local.noise + scale * self.noise) @ turn
+        power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
+        noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)  # differences, and rounding
+        pairs = Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals)
+        trace = max(local.noise_trace + scale * self.trace, float(np.trace(noise)))
+        return replace(
+            local, pairs=pairs, noise=noise, slope=turn.T @ local.slope, noise_trace=trace
+        )
+
+    def share(self, lr: float, batch_size: float, steps: float) -> float:
+        """Part of a run's excess that is due to the change of curvature.
+
+        The scatter S settles by the mean curvature, H + D, while the loss of a Gaussian scatter is
+        1/2 tr((H + D / 2) S), D itself in proportion to the scatter: of K members the excess is
+        (excess - share) / K + share / (2 K^2).
+        """
+        scale = (lr / batch_size) / (self.lr / self.batch_size)
+        seen = self.at(lr, batch_size)
+        turn = self.local.pairs.vectors.T @ seen.pairs.vectors
+        change = turn.T @ (scale * self.curvature) @ turn
+        return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps)))
+
+
+def measure_smoothing(
+    landscape: Landscape,
+    local: LocalModel,
+    lr: float,
+    batch_size: float,
+    steps: float,
+    *,
+    samples: int = 4,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Smoothing:
+    """Measure the averages at the scatter of so many steps of SGD.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    local : LocalModel
+        Of this landscape.
+    lr, batch_size, steps : float
+        The scatter. With momentum b, lr is the effective rate lr / (1 - b).
+    samples : int
+        Random displacements, looked at both ends: at each, k Hessian products and the noise along k
+        directions.
+    seed : int
+    folder : Path, optional
+        Keeps what is found, and gives it when asked again.
+    progress : callable, optional
+        Told that one more end is done.
+    """
+    check_integer("samples", samples, 1)
+    kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
+    vectors = local.pairs.vectors
+
+    def averages() -> dict[str, Any]:
+        rng = np.random.default_rng([seed, 4])
+        found = []
+        for _ in range(samples):
+            moved = vector(landscape, local.displacement(rng, lr, batch_size, steps))
+            for sign in (1.0, -1.0):
+                there = landscape.at(landscape.weights + sign * moved)
+                found.append(_along(there, vectors))
+                if progress is not None:
+                    progress(1)
+        curvature = np.mean([h for h, _, _ in found], axis=0)
+        noise = np.mean([c for _, c, _ in found], axis=0)
+        trace = np.mean([total for _, _, total in found])
+        return {
+            "curvature": curvature - np.diag(local.pairs.values),
+            "noise": noise - local.noise,
+            "trace": trace - local.noise_trace,
+        }
+
+    basis = f"{len(local.pairs.values)}-{len(local.draws)}"
+    stage = f"smoothing-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
+    changes = kept(stage, averages)
+    return Smoothing(
+        local, lr, batch_size, changes["curvature"], changes["noise"], float(changes["trace"])
+    )
+
+
+def _along(landscape: Landscape, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:
+    """Curvature and noise along some directions, (k, k) each, and the noise's whole trace."""
+    units = [vector(landscape, v) for v in vectors.T]
+    if len(units) == landscape.size:
+        h = landscape.hessian().double().cpu().numpy()
+        curvature = vectors.T @ h @ vectors
+        c = gradient_noise.covariance(landscape) * (1.0 - 1.0 / landscape.examples)
+        return curvature, vectors.T @ c @ vectors, float(np.trace(c))
+    products = torch.stack([landscape.hessian_product(v) for v in units], 1)
+    curvature = vectors.T @ products.double().cpu().numpy()
+    slopes = torch.stack([landscape.example_slopes(v) for v in units]).double().cpu().numpy()
+    trace = gradient_noise.trace(landscape) * (1.0 - 1.0 / landscape.examples)
+    return 0.5 * (curvature + curvature.T), np.atleast_2d(np.cov(slopes, ddof=0)), trace

@@ -1,0 +1,61 @@
+"""Curvature and noise averaged over the scatter, where the averages are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_landscapes import tanh_landscape
+from tolerances import agree
+
+from neural.local_model import measure
+from neural.smoothing import measure_smoothing
+from nqm.errors import NQMError
+
+LR, SIZE, STEPS = 0.2, 4.0, 50
+
+
+@pytest.mark.parametrize("pairs", [None, 5])
+def test_averages_are_those_of_the_ends(pairs: int | None) -> None:
+    landscape = tanh_landscape()
+    local = measure(landscape, pairs, draws=2, products=10)
+    found = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=3)
+    rng = np.random.default_rng([0, 4])  # the same displacements
+    v, curvature, noise, traces = local.pairs.vectors, [], [], []
+    for _ in range(3):
+        moved = torch.from_numpy(local.displacement(rng, LR, SIZE, STEPS))
+        for w in (landscape.weights + moved, landscape.weights - moved):
+            there = landscape.at(w)
+            gradients = torch.cat(list(there.example_gradients())).numpy()
+            c = np.cov(gradients, rowvar=False, ddof=0)
+            curvature.append(v.T @ there.hessian().numpy() @ v)
+            noise.append(v.T @ c @ v)
+            traces.append(np.trace(c))
+    agree(found.curvature + np.diag(local.pairs.values), np.mean(curvature, axis=0), 1e-8)
+    agree(found.noise + local.noise, np.mean(noise, axis=0), 1e-8)
+    assert found.trace + local.noise_trace == pytest.approx(np.mean(traces), rel=1e-9)
+    # Seen at the same scatter the local model is that of the averages.
+    seen = found.at(LR, SIZE)
+    agree(np.sort(seen.pairs.values), np.linalg.eigvalsh(np.mean(curvature, axis=0)), 1e-8)
+    assert seen.noise_trace == pytest.approx(np.mean(traces), rel=1e-9)
+    # The slope is the same vector in the turned basis; half the batch is twice the change.
+    agree(seen.pairs.vectors @ seen.slope, v @ local.slope, 1e-9)
+    twice = found.at(LR, SIZE / 2.0).pairs.values.sum() - local.pairs.values.sum()
+    assert twice == pytest.approx(2.0 * np.trace(found.curvature), rel=1e-9)
+
+
+def test_the_share_is_half_the_change_with_the_scatter() -> None:
+    landscape = tanh_landscape()
+    local = measure(landscape, None)
+    found = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=2)
+    seen = found.at(LR, SIZE)
+    whole = seen.pairs.vectors @ seen.scatter(LR, SIZE, STEPS) @ seen.pairs.vectors.T
+    change = local.pairs.vectors @ found.curvature @ local.pairs.vectors.T
+    expected = 0.5 * np.trace(change @ whole)
+    assert found.share(LR, SIZE, STEPS) == pytest.approx(expected, rel=1e-8)
+
+
+def test_nothing_to_average_over_is_refused() -> None:
+    landscape = tanh_landscape()
+    with pytest.raises(NQMError, match="samples must be"):
+        measure_smoothing(landscape, measure(landscape, None), LR, SIZE, STEPS, samples=0)
