@@ -10,7 +10,7 @@ reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
 test: lint  ## lint, types and every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 lint: setup-neural
 	$(BIN)/ruff check .
