@@ -16,19 +16,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import FloatArray, Problem
+from nqm.problem import FloatArray, Problem, Quadratic
 
 _VECTORS = ("curvature", "multiplicity", "initial_mean", "initial_variance", "minimum")
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class LeastSquares:
+class LeastSquares(Quadratic):
     """Linear regression on a stream of Gaussian inputs, in the eigenbasis of their covariance.
 
     Every vector but the first broadcasts from a scalar and ends as a read-only float64 array.
@@ -77,24 +76,9 @@ class LeastSquares:
         object.__setattr__(self, "label_noise", float(label_noise))
 
     @property
-    def directions(self) -> int:
-        """Number of entries d (equal directions count once)."""
-        return self.curvature.size
-
-    @property
-    def weight(self) -> FloatArray:
-        """Loss per unit of second moment, m h / 2, shape (d,)."""
-        return 0.5 * self.multiplicity * self.curvature
-
-    @property
     def irreducible_loss(self) -> float:
         """Loss s2 / 2 of the best weights, left out of every reported loss."""
         return 0.5 * self.label_noise
-
-    @property
-    def initial_loss(self) -> float:
-        """Expected loss of the start."""
-        return float(self.weight @ (self.initial_mean**2 + self.initial_variance))
 
     def additive(self) -> Problem:
         """The same quadratic with the noise of the minimum everywhere, v_i = h_i s2."""
@@ -115,11 +99,6 @@ class LeastSquares:
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         digest.update(np.float64(self.label_noise).tobytes())
         return digest.hexdigest()[:16]
-
-    def replace(self, **changes: Any) -> LeastSquares:
-        """Copy with some fields changed."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return LeastSquares(**(fields | changes))
 
 
 def power_law(

@@ -12,8 +12,8 @@ sizes?", section 3). A direction may stand for m_i equal ones (its multiplicity)
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,8 +26,37 @@ FloatArray = NDArray[np.float64]
 FLAT = 1e-12
 
 
+class Quadratic:
+    """What every problem with a quadratic loss shares; `Problem` is the one with additive noise."""
+
+    curvature: FloatArray
+    multiplicity: FloatArray
+    initial_mean: FloatArray
+    initial_variance: FloatArray
+
+    @property
+    def directions(self) -> int:
+        """Number of entries d (equal directions count once)."""
+        return self.curvature.size
+
+    @property
+    def weight(self) -> FloatArray:
+        """Loss per unit of second moment, m h / 2, shape (d,)."""
+        return 0.5 * self.multiplicity * self.curvature
+
+    @property
+    def initial_loss(self) -> float:
+        """Expected loss of the start."""
+        return float(self.weight @ (self.initial_mean**2 + self.initial_variance))
+
+    def replace(self, **changes: Any) -> Self:
+        """Copy with some fields changed."""
+        held = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        return type(self)(**(held | changes))
+
+
 @dataclass(frozen=True, eq=False, init=False)
-class Problem:
+class Problem(Quadratic):
     """A noisy quadratic problem in the eigenbasis of its Hessian.
 
     Every field but the first broadcasts from a scalar and ends as a read-only float64 array.
@@ -82,21 +111,6 @@ class Problem:
         check_number("problem.irreducible_loss", irreducible_loss, low=0.0)
         object.__setattr__(self, "irreducible_loss", float(irreducible_loss))
 
-    @property
-    def directions(self) -> int:
-        """Number of entries d (binned directions count once)."""
-        return self.curvature.size
-
-    @property
-    def weight(self) -> FloatArray:
-        """Loss per unit of second moment, m h / 2, shape (d,)."""
-        return 0.5 * self.multiplicity * self.curvature
-
-    @property
-    def initial_loss(self) -> float:
-        """Expected loss of the start."""
-        return float(self.weight @ (self.initial_mean**2 + self.initial_variance))
-
     def key(self) -> str:
         """Content key: equal problems, and only they, share it."""
         digest = hashlib.sha256()
@@ -104,11 +118,6 @@ class Problem:
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         digest.update(np.float64(self.irreducible_loss).tobytes())
         return digest.hexdigest()[:16]
-
-    def replace(self, **changes: Any) -> Problem:
-        """Copy with some fields changed."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Problem(**(fields | changes))
 
     def precondition(self, p: ArrayLike) -> Problem:
         """The same training seen with preconditioned gradients ``p * g``, p > 0, shape (d,).
