@@ -8,8 +8,10 @@ from matplotlib.axes import Axes
 
 from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
 
-#: A predicted and a measured rise within this factor agree well: drawn as a band.
-BAND = 1.2
+#: A predicted and a measured rise within these factors agree well: drawn as bands.
+BANDS = (1.2, 1.05)
+#: Ratios are drawn as far as this factor from 1.
+FAR = 3.0
 #: Shares of the largest below which a direction counts as noiseless, or is left out of the law.
 NOISELESS, STIFF = 1e-9, 0.02
 
@@ -80,12 +82,15 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     rows = _first_size(table)
     for i, (lr, one) in enumerate(rows.groupby("lr")):
-        _lines(ax, one, "members", i, f"lr {lr:.2g}")
+        _lines(ax, one, "members", i, f"{lr:.2g}")
         if (one["floor"] > 0).all():
             ax.axhline(one["floor"].iloc[0], color=PALETTE[i % len(PALETTE)], lw=0.6, ls=":")
     members_axis(ax, sorted(map(int, table["members"].unique())))
     ax.set(yscale="log", xlabel="K", ylabel="rise of the loss", title="members (dots: floor)")
-    ax.legend(loc="best")
+    ax.legend(
+        loc="lower left", title="lr", title_fontsize=7, ncols=2, columnspacing=1.0, frameon=True,
+        framealpha=0.9, edgecolor="none",
+    )  # fmt: skip
     return ax
 
 
@@ -107,7 +112,7 @@ def against_batch_size(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     tried = table.groupby("lr")["batch_size"].nunique()
     lr = float(tried.index[int(tried.to_numpy().argmax())])
-    rows = table[table["lr"] == lr]
+    rows = table[(table["lr"] == lr) & (table["weights"] == "iterate")]
     sizes = sorted(rows["members"].unique())
     for i, k in enumerate(sizes[:: max(1, (len(sizes) + 1) // 3)]):
         _lines(ax, rows[rows["members"] == k], "batch_size", i, f"K = {k}")
@@ -118,33 +123,112 @@ def against_batch_size(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def ratios(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Measured over predicted rise, with two standard errors."""
+def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Change of the loss after the checkpoint, for the fewest and the most members.
+
+    Of the first batch size, and of the rate in the middle of those tried.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As the course of `neural.bridge.compare`, of all trainings.
+    ax : Axes, optional
+    """
     ax = axes_or_new(ax)
-    for i, (lr, one) in enumerate(table.groupby("lr")):
-        ax.errorbar(
-            one["members"] * (1.0 + 0.05 * i), one["ratio"], 2.0 * one["ratio_error"],
-            fmt=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], ms=2.5, lw=0.7,
-            label=f"lr {lr:.2g}", gid=f"ratio/{lr:g}",
-        )  # fmt: skip
-    ax.axhspan(1.0 / BAND, BAND, color="#eeeeee", zorder=0)
+    rows = table[table["batch_size"] == table["batch_size"].iloc[0]]
+    rates = sorted(rows["lr"].unique())
+    lr = rates[len(rates) // 2]
+    rows = rows[rows["lr"] == lr]
+    for i, k in enumerate(sorted({rows["members"].min(), rows["members"].max()})):
+        _lines(ax, rows[rows["members"] == k], "step", i, f"K = {k}", "predicted", "measured")
+    ax.axhline(0.0, color=REFERENCE, lw=0.6, zorder=0)
+    ax.set(xscale="log", xlabel="step", ylabel="change of the loss", title=f"course, lr {lr:.2g}")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.2 * (high - low))  # a legend over the markers would hide them
+    ax.legend(loc="upper center", ncols=2)
+    return ax
+
+
+def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What noise adds to the loss of the fewest members, and of their averages over time."""
+    ax = axes_or_new(ax)
+    rows = table[table["batch_size"] == table["batch_size"].iloc[0]]
+    fewest = rows["members"].min()
+    for i, (weights, one) in enumerate(rows.groupby("weights", sort=False)):
+        _lines(ax, one[one["members"] == fewest], "lr", i, str(weights))
+    ax.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="rise of the loss")
+    ax.set_title(f"averages over time, K = {fewest}")
+    ax.legend(loc="best")
+    return ax
+
+
+def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) -> Axes:
+    """Measured over predicted rise of every cell, with two standard errors.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.compare` makes it. From left to right K grows; the first batch size is
+        filled.
+    largest : float
+        Curvature h_max.
+    ax : Axes, optional
+    """
+    ax = axes_or_new(ax)
+    scaled = table["lr"] / (1.0 - table["momentum"]) * largest
+    rates, sizes = sorted(scaled.unique()), sorted(table["members"].unique())
+    width = 0.7 * np.diff(np.log(rates)).min(initial=np.log(2.0))
+    for i, (weights, one) in enumerate(table.groupby("weights", sort=False)):
+        rank = (one["members"].map(sizes.index) + 0.25 * (i + 1)) / len(sizes) - 0.5
+        x = scaled[one.index] * np.exp(width * rank)
+        for first in (True, False):
+            held = (one["batch_size"] == table["batch_size"].iloc[0]) == first
+            ax.errorbar(
+                x[held], one["ratio"][held], 2.0 * one["ratio_error"][held],
+                fmt=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], ms=2.5, lw=0.7,
+                mfc=None if first else "white", mew=0.7, label=str(weights) if first else None,
+                gid=f"ratio/{weights}/{'first' if first else 'other'}",
+            )  # fmt: skip
+    for shade, band in zip(("#f2f2f2", "#dddddd"), BANDS, strict=True):
+        ax.axhspan(1.0 / band, band, color=shade, zorder=0)
     ax.axhline(1.0, color=REFERENCE, lw=0.7, zorder=0)
-    members_axis(ax, sorted(map(int, table["members"].unique())))
-    ax.set(xlabel="K", ylabel="measured / predicted", title=f"ratio (band: factor {BAND})")
+    ends = pd.concat(
+        [table["ratio"] - 2.0 * table["ratio_error"], table["ratio"] + 2.0 * table["ratio_error"]]
+    )
+    ax.set(xscale="log", yscale="log", xlabel="lr h_max", ylabel="measured / predicted")
+    ax.set_ylim(
+        max(np.nanmin([ends.min(), 0.75]), 1.0 / FAR), min(np.nanmax([ends.max(), 1.33]), FAR)
+    )
+    ax.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
+    low, high = ax.get_ylim()
+    shown = [y for y in (0.33, 0.5, 0.7, 0.83, 1.0, 1.2, 1.5, 2.0, 3.0) if low <= y <= high]
+    ax.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    ax.minorticks_off()
+    names = " and ".join(f"{band:g}" for band in reversed(BANDS))
+    ax.set_title(f"all cells, K from left to right (hollow: other B; bands: {names})")
+    ax.legend(loc="best", ncols=3, columnspacing=1.2)
     return ax
 
 
 def _first_size(table: pd.DataFrame) -> pd.DataFrame:
     held: pd.DataFrame = table[table["batch_size"] == table["batch_size"].iloc[0]]
-    return held
+    return held[held["weights"] == "iterate"]
 
 
-def _lines(ax: Axes, rows: pd.DataFrame, x: str, i: int, name: str) -> None:
+def _lines(
+    ax: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    i: int,
+    name: str,
+    predicted: str = "predicted_rise",
+    measured: str = "measured_rise",
+) -> None:
     """Prediction as a line, measurement as markers with two standard errors."""
     rows = rows.sort_values(x)
     color = PALETTE[i % len(PALETTE)]
-    ax.plot(rows[x], rows["predicted_rise"], color=color, label=name, gid=f"{name}/predicted")
+    ax.plot(rows[x], rows[predicted], color=color, label=name, gid=f"{name}/predicted")
     ax.errorbar(
-        rows[x], rows["measured_rise"], 2.0 * rows["error"], fmt=MARKERS[i % len(MARKERS)],
+        rows[x], rows[measured], 2.0 * rows["error"], fmt=MARKERS[i % len(MARKERS)],
         color=color, ms=3.0, lw=0.7, gid=f"{name}/measured",
     )  # fmt: skip

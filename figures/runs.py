@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new
 from nqm.table import label
@@ -59,8 +60,10 @@ def over_epochs(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | Non
         mean = rows.groupby("epoch")[column].mean()
         name = str(arm).replace("_", " ")
         ax.plot(mean.index, mean, color=color, label=name, gid=f"{arm}/mean")
-    ax.set(xlabel="epochs", ylabel=f"test {label(column)}")
-    if column in ("loss", "train_loss"):
+    said = "cross-entropy (nats)" if column == "loss" else label(column)
+    ax.set(xlabel="epochs", ylabel=f"test {said}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if column == "loss" and table[column].max() > 10.0 * table[column].min():
         ax.set_yscale("log")
     ax.legend(loc="best")
     return ax

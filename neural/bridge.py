@@ -6,15 +6,16 @@ any training run. The loss of the mean of K runs after t steps is
     L(checkpoint) + descent + cross + floor + excess / K:
 
 noise-free descent, the drift of the mean (`neural.drift`), and the excess that `nqm` gives for the
-noise of one run, with curvature and noise as the scatter sees them (`neural.smoothing`). Late-phase
-members on a shared base draw K minibatches for one base step, so that at gamma = "mean" their
-average is plain SGD on minibatches of K B: the same 1/K.
+noise of one run, with curvature and noise as the scatter sees them (`neural.smoothing`). Averages
+over time (`neural.time_averages`) have the same parts. Late-phase members on a shared base draw K
+minibatches for one base step, so that at gamma = "mean" their average is plain SGD on minibatches
+of K B: the same 1/K.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from neural.curvature import Landscape
 from neural.drift import Drift, descent
 from neural.local_model import Kept, LocalModel, fingerprint
 from neural.smoothing import Smoothing
+from neural.time_averages import ExponentialMean, Running, TailMean, TimeAverage
 from nqm import SGD, HeavyBall, Phase, Program, solve
-from nqm.errors import NQMError, check_integer
+from nqm.errors import NQMError, check_integer, check_number
 from nqm.solvers.shuffle import shuffled_steady
 from nqm.targets import stability_edge
 
@@ -39,6 +41,19 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 #: The noise-free path is trained, not predicted, where descent is more than this of the excess.
 STILL = 0.01
+#: Looks at the course of a training in its first half.
+EARLY = 5
+#: The weights themselves, beside averages of them over time.
+ITERATE = "iterate"
+COLUMNS = [
+    "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
+    "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
+    "noise_free", "cross", "floor", "excess", "share", "worth", "test",
+]  # fmt: skip
+COURSE = [
+    "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
+    "measured", "error",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,8 @@ class Prediction:
     share : float
         Part of the excess that is due to curvature which the scatter itself has changed
         (`neural.smoothing`): of K members it falls as 1 / K^2.
+    worth : float
+        Runs that an average over time is worth, by the excess; 1 of the iterate.
     """
 
     descent: float
@@ -66,10 +83,11 @@ class Prediction:
     floor: float
     excess: float
     share: float = 0.0
+    worth: float = 1.0
 
     def rise(self, members: float = 1.0) -> float:
         """What noise adds to the loss of the mean of K members."""
-        excess = (self.excess - self.share) / members + 0.5 * self.share / members**2
+        excess = (self.excess - self.share) / members + 0.5 * self.share / (members**2 * self.worth)
         return self.cross + self.floor + excess
 
     def change(self, members: float = 1.0) -> float:
@@ -86,10 +104,10 @@ def predict(
     local: LocalModel,
     drift: Drift,
     training: Training,
-    at: Iterable[int],
+    at: Iterable[int | TimeAverage],
     smoothing: Smoothing | None = None,
 ) -> Prediction:
-    """What a training does to the loss, averaged over the steps `at`.
+    """What a training does to the loss, averaged over `at`.
 
     Parameters
     ----------
@@ -97,30 +115,62 @@ def predict(
     drift : Drift
     training : Training
         Shuffled epochs are taken to be at their steady state: their noise cancels over an epoch.
-    at : iterable of int
+    at : iterable of int or TimeAverage
+        Steps at which the iterate is looked at, or averages over time.
     smoothing : Smoothing, optional
         Take curvature and noise as the scatter sees them.
     """
-    at = sorted(set(at))
-    rate, size = training.lr / (1.0 - training.momentum), training.batch_size
-    share = 0.0
+    each = predict_each(local, drift, training, list(at), smoothing)
+    return Prediction(*map(float, np.mean([astuple(one) for one in each], axis=0)))
+
+
+def predict_each(
+    local: LocalModel,
+    drift: Drift,
+    training: Training,
+    at: Sequence[int | TimeAverage],
+    smoothing: Smoothing | None = None,
+) -> list[Prediction]:
+    """`predict` of every look or average by itself."""
+    rate, size, method = (
+        training.lr / (1.0 - training.momentum),
+        training.batch_size,
+        _method(training),
+    )
     if smoothing is not None:
         local = smoothing.at(rate, size)
-        share = float(np.mean([smoothing.share(rate, size, t) for t in at]))
     if training.lr >= edge(local, training):
-        return Prediction(np.nan, np.nan, np.nan, np.inf)
+        return [Prediction(np.nan, np.nan, np.nan, np.inf)] * len(at)
     problem = local.problem().replace(initial_mean=0.0)
-    phase = Phase(_method(training), training.lr, at[-1], batch_size=training.batch_size)
-    if training.sampling == "shuffled":
-        excess = shuffled_steady(problem, phase, local.examples).loss
+    steps = sorted({when if isinstance(when, int) else when.steps for when in at})
+    phase = Phase(method, training.lr, steps[-1], batch_size=size)
+    shuffled = training.sampling == "shuffled"
+    if shuffled:
+        noise = dict.fromkeys(steps, shuffled_steady(problem, phase, local.examples).loss)
     else:
-        excess = float(np.mean(solve(problem, Program((phase,)), at=at).loss))
-    pieces = [
-        (descent(local, rate, t), drift.cross(rate, size, t), drift.floor(rate, size, t))
-        for t in at
-    ]
-    fall, cross, floor = (float(value) for value in np.mean(pieces, axis=0))
-    return Prediction(fall, cross, floor, excess, share)
+        losses = solve(problem, Program((phase,)), at=steps).loss
+        noise = dict(zip(steps, map(float, losses), strict=True))
+    found = []
+    for when in at:
+        step = when if isinstance(when, int) else when.steps
+        excess, worth = noise[step], 1.0
+        if isinstance(when, TimeAverage):
+            # The steady state of shuffled epochs says nothing of how their steps are correlated.
+            program = when.program(method, training.lr, size)
+            excess = np.nan if shuffled else float(solve(problem, program, at=[step]).loss[-1])
+            worth = noise[step] / excess
+        share = 0.0 if smoothing is None else smoothing.share(rate, size, step, local) / worth
+        found.append(
+            Prediction(
+                descent(local, rate, when),
+                drift.cross(rate, size, when),
+                drift.floor(rate, size, when),
+                excess,
+                share,
+                worth,
+            )
+        )
+    return found
 
 
 def edge(local: LocalModel, training: Training) -> float:
@@ -138,6 +188,12 @@ def looks(training: Training, count: int) -> list[int]:
     return sorted({round(half + half * i / count) for i in range(1, count + 1)})
 
 
+def course_steps(training: Training, count: int) -> list[int]:
+    """`looks`, and before them steps that double, for the course alone."""
+    early = {training.steps >> halvings for halvings in range(2, 2 + EARLY)} - {0}
+    return sorted(early | set(looks(training, count)))
+
+
 @dataclass(frozen=True)
 class Plan:
     """How trainings are looked at.
@@ -153,6 +209,9 @@ class Plan:
     late_phase : str, optional
         Weights to replicate on a shared base, in place of chains of their own; every group of K is
         then a run of `neural.late_phase.LatePhase`.
+    ema : float
+        Decay of the exponential mean of a chain's weights, looked at beside the mean over the
+        second half of its steps.
     seed : int
     """
 
@@ -160,10 +219,18 @@ class Plan:
     chains: int = 32
     looks: int = 5
     late_phase: str | None = None
+    ema: float = 0.99
     seed: int = 0
+
+    def averages(self, training: Training) -> tuple[TimeAverage, ...]:
+        """Averages over time that are looked at; of late-phase members none."""
+        if self.late_phase is not None:
+            return ()
+        return TailMean(training.steps), ExponentialMean(training.steps, self.ema)
 
     def __post_init__(self) -> None:
         check_integer("looks", self.looks, 1)
+        check_number("ema", self.ema, low=0.0, high=1.0, closed_high=False)
         if max(self.members) > self.chains:
             raise NQMError(
                 f"members must be at most the {self.chains} chains; got {max(self.members)}"
@@ -175,6 +242,24 @@ class Plan:
             )
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What was found of a training.
+
+    Attributes
+    ----------
+    table : DataFrame
+        A row for every K and kind of weights: the iterate, averaged over its looks, and averages
+        over time, looked at in the end.
+    course : DataFrame
+        A row for every K and step at which the iterate is looked at; in the first half of the
+        steps for the smallest and the largest K only.
+    """
+
+    table: pd.DataFrame
+    course: pd.DataFrame
+
+
 def measure_training(
     landscape: Landscape,
     training: Training,
@@ -183,7 +268,7 @@ def measure_training(
     test: Callable[[Tensor], float] | None = None,
     folder: Path | None = None,
     progress: Callable[[int], None] | None = None,
-) -> pd.DataFrame:
+) -> Outcome:
     """Really train from the checkpoint, and average.
 
     Parameters
@@ -200,62 +285,112 @@ def measure_training(
 
     Returns
     -------
-    DataFrame
-        Columns members, measured, error, test: change of the training loss from the checkpoint's,
-        mean over groups and looks, its standard error over groups, and the mean test loss.
+    Outcome
+        Columns members, weights (members, step), measured, error, and in the table test: change of
+        the training loss from the checkpoint's, mean over groups (and looks), its standard error
+        over groups, and the mean test loss.
     """
     import pandas as pd
 
-    at = looks(training, plan.looks)
+    at, late = course_steps(training, plan.looks), looks(training, plan.looks)
+    ends = {min(plan.members), max(plan.members)}
     kept = Kept(folder, f"{fingerprint(landscape)}-{plan.seed}")
     start = landscape.loss()
 
-    def chains() -> dict[str, Any]:
-        held = train_chains(landscape, training, plan.chains, at, seed=plan.seed, progress=progress)
-        weights = [w for _, w in held]
+    def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
         found = {}
-        for k in plan.members:
-            found[str(k)] = group_losses(landscape.loss, weights, k) - start
+        for weights, held in snapshots.items():
+            part = held if weights != ITERATE or k in ends else held[-len(late) :]
+            found[f"{weights}{k}"] = group_losses(landscape.loss, part, groups_of) - start
             if test is not None:
-                found[f"test{k}"] = group_losses(test, weights[-1:], k)
+                found[f"test-{weights}{k}"] = group_losses(test, held[-1:], groups_of)
         return found
+
+    def chains() -> dict[str, Any]:
+        averages = Running(plan.averages(training), landscape.weights.repeat(plan.chains, 1))
+        held = train_chains(
+            landscape, training, plan.chains, at, seed=plan.seed, seen=averages, progress=progress
+        )
+        snapshots = {ITERATE: [w for _, w in held]}
+        snapshots |= {name: [mean] for name, mean in averages.values.items()}
+        found = [losses(k, snapshots, k) for k in plan.members]
+        return {name: array for one in found for name, array in one.items()}
 
     def run(k: int, group: int) -> Iterator[tuple[int, Tensor]]:
         select, seed = plan.late_phase or "all", 1000 * plan.seed + group
         return train_late_phase(landscape, training, k, select, at, seed=seed, progress=progress)
 
     def members() -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for k in plan.members:
             runs = [
                 torch.stack([w for _, w in run(k, group)])
                 for group in range(max(plan.chains // k, 2))
             ]
-            weights = list(torch.stack(runs, 1))
-            found[str(k)] = group_losses(landscape.loss, weights, 1) - start
-            if test is not None:
-                found[f"test{k}"] = group_losses(test, weights[-1:], 1)
+            found |= losses(k, {ITERATE: list(torch.stack(runs, 1))}, 1)
         return found
 
     said = "-".join(f"{value}".replace(" ", "_") for value in asdict(training).values())
-    how = "-".join(map(str, (*plan.members, plan.chains, plan.looks)))
+    how = "-".join(map(str, (*plan.members, plan.chains, plan.looks, f"ema{plan.ema:g}")))
     way = "chains" if plan.late_phase is None else f"late_phase-{plan.late_phase}".replace("*", "")
     tested = "" if test is None else "-test"
-    losses = kept(f"{way}-{said}-{how}{tested}", chains if plan.late_phase is None else members)
-    rows = []
-    for k in plan.members:
-        each = losses[str(k)].mean(1)
-        error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else np.nan
-        scores = losses.get(f"test{k}")
-        rows.append(
-            {
-                "members": k,
-                "measured": float(each.mean()),
-                "error": error,
-                "test": np.nan if scores is None else float(scores.mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+    known = kept(f"{way}-{said}-{how}{tested}", chains if plan.late_phase is None else members)
+    rows, course = [], []
+    for weights in (ITERATE, *(average.name for average in plan.averages(training))):
+        for k in plan.members:
+            found = known[f"{weights}{k}"]
+            measured, error = _mean(found[:, -len(late) :].mean(1))
+            scores = known.get(f"test-{weights}{k}")
+            score = np.nan if scores is None else float(scores.mean())
+            rows.append((k, weights, measured, error, score))
+            if weights == ITERATE:
+                steps = at[-found.shape[1] :]
+                course += [(k, t, *_mean(one)) for t, one in zip(steps, found.T, strict=True)]
+    return Outcome(
+        pd.DataFrame(rows, columns=["members", "weights", "measured", "error", "test"]),
+        pd.DataFrame(course, columns=["members", "step", "measured", "error"]),
+    )
+
+
+def _mean(each: FloatArray) -> tuple[float, float]:
+    """Mean and its standard error; NaN of a single one."""
+    error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else np.nan
+    return float(each.mean()), error
+
+
+def foresee(
+    local: LocalModel,
+    drift: Drift,
+    training: Training,
+    plan: Plan,
+    smoothing: Smoothing | None = None,
+) -> Outcome:
+    """The prediction alone, in the form of `compare`; what would be measured is NaN."""
+    import pandas as pd
+
+    late = looks(training, plan.looks)
+    seen = {ITERATE: predict(local, drift, training, late, smoothing)}
+    for average in plan.averages(training):
+        seen[average.name] = predict(local, drift, training, [average], smoothing)
+    stated = {"way": plan.late_phase or "chains"} | asdict(training)
+    rows = [
+        stated
+        | asdict(found)
+        | {"members": k, "weights": weights, "noise_free": found.descent}
+        | {"predicted": found.change(k), "predicted_rise": found.rise(k)}
+        for weights, found in seen.items()
+        for k in plan.members
+    ]
+    at = course_steps(training, plan.looks)
+    each = predict_each(local, drift, training, at, smoothing)
+    course = [
+        stated | {"members": k, "step": step, "predicted": found.change(k)}
+        for k in plan.members
+        for step, found in zip(at, each, strict=True)
+    ]
+    return Outcome(
+        pd.DataFrame(rows).reindex(columns=COLUMNS), pd.DataFrame(course).reindex(columns=COURSE)
+    )
 
 
 def compare(
@@ -269,93 +404,43 @@ def compare(
     test: Callable[[Tensor], float] | None = None,
     folder: Path | None = None,
     progress: Callable[[int], None] | None = None,
-) -> pd.DataFrame:
-    """Prediction beside measurement, a row for every K.
+) -> Outcome:
+    """Prediction beside measurement.
 
     Returns
     -------
-    DataFrame
-        The training; members; predicted and measured change of the loss from the checkpoint's, its
-        standard error; what noise adds, predicted and measured (``predicted_rise``,
-        ``measured_rise``), and their ratio; the parts of the prediction; the test loss.
+    Outcome
+        In the table: the training; members, weights; predicted and measured change of the loss
+        from the checkpoint's, its standard error; what noise adds, predicted and measured
+        (``predicted_rise``, ``measured_rise``), and their ratio; the parts of the prediction; the
+        test loss. In the course: predicted and measured change at every look.
     """
-    at = looks(training, plan.looks)
-    found = predict(local, drift, training, at, smoothing)
-    table = measure_training(landscape, training, plan, test=test, folder=folder, progress=progress)
-    calm = found.descent
-    if not abs(calm) <= STILL * found.excess / max(plan.members):
+    both = foresee(local, drift, training, plan, smoothing)
+    real = measure_training(landscape, training, plan, test=test, folder=folder, progress=progress)
+    table, names = both.table, ["measured", "error", "test"]
+    table[names] = real.table[names]
+    parts = table.drop_duplicates("weights").set_index("weights")
+    scatter = parts["excess"].fillna(
+        np.inf
+    )  # of averages of shuffled epochs there is no prediction
+    if not (parts["descent"].abs() <= STILL * scatter / max(plan.members)).all():
         kept = Kept(folder, fingerprint(landscape))
-        name = f"noise_free-{training.lr}-{training.momentum}-{training.steps}-{plan.looks}"
-        path = kept(name, lambda: {"loss": noise_free(landscape, training, at)})
-        calm = float(path["loss"].mean()) - landscape.loss()
-    for name, value in (asdict(training) | asdict(found)).items():
-        table[name] = value
-    table["way"] = plan.late_phase or "chains"
-    table["noise_free"] = calm
-    table["predicted"] = [found.change(k) for k in table["members"]]
-    table["predicted_rise"] = [found.rise(k) for k in table["members"]]
-    table["measured_rise"] = table["measured"] - calm
+        stated = (training.lr, training.momentum, training.steps, plan.looks, plan.ema)
+        name = "-".join(map(str, ("noise_free", *stated)))
+        calm = kept(name, lambda: _noise_free(landscape, training, plan))
+        table["noise_free"] = [float(calm[name]) for name in table["weights"]]
+    table["measured_rise"] = table["measured"] - table["noise_free"]
     table["ratio"] = table["measured_rise"] / table["predicted_rise"]
     table["ratio_error"] = table["error"] / table["predicted_rise"]
-    return table[COLUMNS]
+    names = ["measured", "error"]
+    course = both.course.drop(columns=names).merge(real.course, on=["members", "step"])
+    return Outcome(table, course[COURSE])
 
 
-COLUMNS = [
-    "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "predicted", "measured",
-    "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent", "noise_free",
-    "cross", "floor", "excess", "share", "test",
-]  # fmt: skip
-
-
-def verdict(table: pd.DataFrame, local: LocalModel) -> list[str]:
-    """What the table says, in plain words.
-
-    Parameters
-    ----------
-    table : DataFrame
-        As `compare` makes it, of trainings that differ in learning rate and batch size.
-    local : LocalModel
-    """
-    import pandas as pd
-
-    lines = [
-        f"Largest curvature {local.largest:.4g}; plain SGD is stable up to lr = "
-        f"{2.0 / local.largest:.3g} on the quadratic."
-    ]
-    negative = local.negative_share()
-    lines.append(
-        f"{negative[0]:.1%} of the noise and {negative[1]:.1%} of the squared slope lie along "
-        "negative curvature, of which the quadratic says nothing."
-    )
-    held = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
-    trained = not held["measured"].isna().all()
-    for bound in (1.05, 1.2, 1.5) if trained else ():
-        near = np.abs(np.log(held["ratio"].clip(lower=1e-9))) < np.log(bound)
-        lines.append(f"{int(near.sum())} of {len(held)} cells within a factor {bound:g}.")
-    stiff = held[held["lr"] / (1.0 - held["momentum"]) * local.largest <= 0.5]
-    if trained and len(stiff):
-        lines.append(
-            f"Where lr h_max <= 0.5: measured rise over predicted {stiff['ratio'].min():.2f} to "
-            f"{stiff['ratio'].max():.2f}."
-        )
-    grouped = held.groupby(["way", "batch_size", "lr"], sort=True)
-    for (way, size, lr), rows in grouped:
-        first = rows.iloc[0]
-        enough = first["excess"] / first["floor"] if first["floor"] > 0 else np.inf
-        pays = (
-            f"beyond K = {enough:.0f} the floor is most of the loss"
-            if enough < 1e4
-            else ("no floor within reach of K")
-        )
-        lines.append(f"{way}, lr = {lr:.3g}, B = {size}: {pays}.")
-    for (way, size, k), rows in held.groupby(["way", "batch_size", "members"], sort=True):
-        if rows["lr"].nunique() < 3:
-            continue
-        tried = rows.set_index("lr")
-        best = f"{float(tried['predicted'].idxmin()):.3g} predicted"
-        if trained:
-            best += f", {float(tried['measured'].idxmin()):.3g} measured"
-        lines.append(f"{way}, B = {size}, K = {k}: best lr of those tried {best}.")
-    if not pd.isna(table["test"]).all():
-        lines.append("Test losses stand in the table; the theory does not predict them.")
-    return lines
+def _noise_free(landscape: Landscape, training: Training, plan: Plan) -> dict[str, Any]:
+    """Change of the loss without noise, for every kind of weights."""
+    averages = Running(plan.averages(training), landscape.weights)
+    losses = noise_free(landscape, training, looks(training, plan.looks), seen=averages)
+    found = {name: np.array(landscape.loss(mean)) for name, mean in averages.values.items()}
+    found[ITERATE] = np.array(losses.mean())
+    return {name: loss - landscape.loss() for name, loss in found.items()}

@@ -11,23 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neural.bridge import COLUMNS, Plan, compare, looks, predict, verdict
+from neural.best_rate import best_rates
+from neural.bridge import Plan, compare, foresee
 from neural.chains import Training
 from neural.config import RunConfig, describe
-from neural.curvature import Landscape
+from neural.cost import Cost
+from neural.curvature import CURVATURES, Landscape
 from neural.drift import Drift, measure_drift
 from neural.landscapes import landscape_of, settle
 from neural.local_model import Kept, LocalModel, fingerprint, measure
 from neural.making import make_model
-from neural.noise import fit_power_law
 from neural.recipe import load_recipe
 from neural.reopen import reopen
 from neural.smoothing import Smoothing, measure_smoothing
 from neural.spectrum import density
 from neural.task import Place, Task, open_task
+from neural.verdict import verdict
 from nqm import __version__, declare
-from nqm.errors import NQMError, check_number
-from nqm.table import finished, replacing, write_table
+from nqm.errors import NQMError, check_number, check_word
+from nqm.table import finished, read_table, replacing, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +50,8 @@ class BridgeConfig:
         Of the training set; all by default.
     weight_decay : float, optional
         That of the run by default.
+    curvature : {"hessian", "ggn"}
+        All of it, or the Gauss-Newton part: never negative, and cheap for a few weights of many.
     settle : int
         Iterations of L-BFGS towards the minimum near by, before anything is measured.
     pairs : int, optional
@@ -72,6 +76,7 @@ class BridgeConfig:
     select: str = "all"
     examples: int | None = 2000
     weight_decay: float | None = None
+    curvature: str = "hessian"
     settle: int = 0
     pairs: int | None = 50
     draws: int = 6
@@ -86,6 +91,7 @@ class BridgeConfig:
     train: bool = True
 
     def __post_init__(self) -> None:
+        check_word("curvature", self.curvature, CURVATURES)
         for rate in self.rates:
             check_number("rates", rate, low=0.0, closed_low=False)
 
@@ -151,8 +157,12 @@ class Bridge:
     Attributes
     ----------
     local : LocalModel
-    table : DataFrame
+    table, course : DataFrame
         `neural.bridge.compare` of every training; measured columns are NaN if none was trained.
+    best : DataFrame
+        `neural.best_rate.best_rates`.
+    cost : DataFrame
+        Columns stage, seconds, epochs.
     spectrum : DataFrame
         Columns curvature, count, noise_variance, kind (pair or bulk).
     words : list of str
@@ -161,6 +171,9 @@ class Bridge:
 
     local: LocalModel
     table: pd.DataFrame
+    course: pd.DataFrame
+    best: pd.DataFrame
+    cost: pd.DataFrame
     spectrum: pd.DataFrame
     words: list[str]
 
@@ -183,8 +196,9 @@ def run_bridge(
     plan : Plan
     place : Place
     out : Path
-        Takes ``bridge.parquet``, ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads),
-        ``verdict.md`` and, in ``kept/``, what each stage found.
+        Takes ``bridge.parquet``, ``course.parquet``, ``best_rate.parquet``, ``cost.parquet``,
+        ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads), ``verdict.md`` and, in
+        ``kept/``, what each stage found.
     told : callable, optional
         Told a stage's name and the share of it that is done.
     """
@@ -198,7 +212,7 @@ def run_bridge(
     table = finished(out / "bridge.parquet", key, __version__)  # refuses another's
     landscape = landscape_of(
         opened.run, opened.model, place, select=config.select, examples=config.examples,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay, curvature=config.curvature,
     )  # fmt: skip
     if config.settle:
         report("settle", 0.0)
@@ -208,21 +222,25 @@ def run_bridge(
             lambda: {"weights": settle(start, config.settle).weights.cpu().numpy()},
         )
         landscape = start.at(torch.from_numpy(found["weights"]).to(start.weights))
-    local = _measure(landscape, config, kept, plan.seed, report)
+    cost = Cost(landscape, kept)
+    with cost("curvature and noise"):
+        local = _measure(landscape, config, kept, plan.seed, report)
     local.problem_table().pipe(lambda t: write_table(out / "problem.parquet", t, stamp))
     spectrum = _spectrum(landscape, local, config, kept, plan.seed)
     write_table(out / "spectrum.parquet", spectrum, stamp)
     if table is None:
-        tables = []
+        outcomes = []
         trainings = config.trainings(local.largest)
         drifts: dict[float, Drift] = {}
-        smoothing = _smoothing(landscape, local, config, kept, plan.seed, report)
+        with cost("averages over the scatter"):
+            smoothing = _smoothing(landscape, local, config, kept, plan.seed, report)
         for i, training in enumerate(trainings):
-            drift = _drift(
-                landscape, local, smoothing, training, config, kept, plan.seed, drifts, report
-            )
+            with cost("third derivatives"):
+                drift = _drift(
+                    landscape, local, smoothing, training, config, kept, plan.seed, drifts, report
+                )
             if not config.train:
-                tables.append(_predicted(local, drift, training, plan, smoothing))
+                outcomes.append(foresee(local, drift, training, plan, smoothing))
                 continue
             total = training.steps * plan.chains
             done = 0
@@ -233,25 +251,27 @@ def run_bridge(
                 report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
 
             test = _test_loss(landscape, opened.task)
-            tables.append(
-                compare(
-                    landscape,
-                    local,
-                    drift,
-                    training,
-                    plan,
-                    smoothing=smoothing,
-                    test=test,
-                    folder=kept,
-                    progress=progress,
-                )
-            )
-        table = pd.concat(tables, ignore_index=True)
-        write_table(out / "bridge.parquet", table, stamp)
-    words = verdict(table, local)
+            with cost("training"):
+                both = compare(
+                    landscape, local, drift, training, plan, smoothing=smoothing, test=test,
+                    folder=kept, progress=progress,
+                )  # fmt: skip
+            outcomes.append(both)
+        table = pd.concat([one.table for one in outcomes], ignore_index=True)
+        course = pd.concat([one.course for one in outcomes], ignore_index=True)
+        report("best rates", 0.0)
+        drift = drifts.get(config.reference(local.largest), drift)
+        best = best_rates(table, local, drift, count=plan.looks, smoothing=smoothing)
+        named = {"course": course, "best_rate": best, "cost": cost.table(), "bridge": table}
+        for name, one in named.items():  # the last is what tells that all are there
+            write_table(out / f"{name}.parquet", one, stamp)
+    course, best, spent = (
+        read_table(out / f"{name}.parquet") for name in ("course", "best_rate", "cost")
+    )
+    words = verdict(table, local, best, spent)
     with replacing(out / "verdict.md") as stream:
         stream.write(("\n".join(f"- {line}" for line in words) + "\n").encode())
-    return Bridge(local, table, spectrum, words)
+    return Bridge(local, table, course, best, spent, spectrum, words)
 
 
 def _measure(
@@ -334,30 +354,6 @@ def _drift(
     return known[rate]
 
 
-def _predicted(
-    local: LocalModel,
-    drift: Drift,
-    training: Training,
-    plan: Plan,
-    smoothing: Smoothing | None,
-) -> pd.DataFrame:
-    import pandas as pd
-
-    found = predict(local, drift, training, looks(training, plan.looks), smoothing)
-    rows = [
-        asdict(training)
-        | asdict(found)
-        | {
-            "way": plan.late_phase or "chains",
-            "members": k,
-            "predicted": found.change(k),
-            "predicted_rise": found.rise(k),
-        }
-        for k in plan.members
-    ]
-    return pd.DataFrame(rows).reindex(columns=COLUMNS)
-
-
 def _test_loss(landscape: Landscape, task: Task) -> Callable[[Tensor], float]:
     """Mean cross-entropy on the test set, as a function of the landscape's weights."""
     batches = [
@@ -392,8 +388,3 @@ def _spectrum(
         noise = pd.DataFrame({"curvature": h[rest], "noise_variance": v[rest]})
         parts.append(noise[noise["noise_variance"] > 0].assign(kind="bulk noise"))
     return pd.concat(parts, ignore_index=True)
-
-
-def noise_exponent(local: LocalModel) -> float:
-    """Exponent g of noise against curvature, c = A h^g, over the stiffest directions."""
-    return fit_power_law(local.pairs.values, np.diag(local.noise)).exponent

@@ -21,6 +21,8 @@ from neural.late_phase import LatePhase
 from nqm.errors import NQMError, check_integer, check_word
 
 FloatArray = NDArray[np.float64]
+#: Shown every step 1, 2, ... and the weights after it (`neural.time_averages.Running`).
+Seen = Callable[[int, Tensor], None]
 SAMPLING = ("with replacement", "shuffled")
 #: Chains of fewer weights than this step together; kernels of convolutions would not gain by it.
 TOGETHER = 5000
@@ -57,6 +59,7 @@ def train_chains(
     at: Sequence[int],
     *,
     seed: int = 0,
+    seen: Seen | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Independent runs from the checkpoint.
@@ -70,6 +73,8 @@ def train_chains(
         Steps to hand out weights after, rising.
     seed : int
         Chain c draws its minibatches from (seed, c).
+    seen : callable, optional
+        Shown every step and the weights after it, shape (chains, p).
     progress : callable, optional
         Told of minibatches done.
 
@@ -85,24 +90,31 @@ def train_chains(
     draws = [minibatches(landscape.examples, training, (seed, c)) for c in range(chains)]
     slope = grad(lambda w, a, b: landscape.mean_loss(w, (a, b)))
     together = landscape.size < TOGETHER
+
+    def slopes(weights: Tensor) -> Tensor:
+        index = torch.stack([next(draw) for draw in draws]).to(x.device)
+        found: Tensor
+        if together:
+            found = vmap(slope)(weights, x[index], y[index])
+        else:
+            each = zip(weights, index, strict=True)
+            found = torch.stack([slope(w, x[i], y[i]) for w, i in each])
+        return found.add_(weights, alpha=landscape.weight_decay)
+
     done = 0
     with landscape.evaluating():
         for stop in at:
-            for _ in range(stop - done):
-                if not bool(weights.isfinite().all(1).any()):
-                    break  # all diverged; the loss of such weights is told as infinite
-                index = torch.stack([next(draw) for draw in draws]).to(x.device)
-                if together:
-                    slopes = vmap(slope)(weights, x[index], y[index])
-                else:
-                    each = zip(weights, index, strict=True)
-                    slopes = torch.stack([slope(w, x[i], y[i]) for w, i in each])
-                slopes += landscape.weight_decay * weights
-                if training.momentum:
-                    slopes = buffers.mul_(training.momentum).add_(slopes)
-                weights = weights - training.lr * slopes
-                if progress is not None:
-                    progress(chains)
+            for step in range(done + 1, stop + 1):
+                # Once all have diverged they stay; the loss of such weights is told as infinite.
+                if bool(weights.isfinite().all(1).any()):
+                    moved = slopes(weights)
+                    if training.momentum:
+                        moved = buffers.mul_(training.momentum).add_(moved)
+                    weights = weights - training.lr * moved
+                    if progress is not None:
+                        progress(chains)
+                if seen is not None:
+                    seen(step, weights)
             done = stop
             yield stop, weights.detach().clone()
 
@@ -183,16 +195,30 @@ def train_late_phase(
         yield stop, torch.cat([state[name].flatten() for name in landscape.shapes]).detach()
 
 
-def noise_free(landscape: Landscape, training: Training, at: Sequence[int]) -> FloatArray:
-    """Loss of full-batch gradient descent from the checkpoint, shape (times,)."""
+def noise_free(
+    landscape: Landscape, training: Training, at: Sequence[int], *, seen: Seen | None = None
+) -> FloatArray:
+    """Loss of full-batch gradient descent from the checkpoint, shape (times,).
+
+    Parameters
+    ----------
+    landscape : Landscape
+    training : Training
+    at : sequence of int
+        Steps, rising.
+    seen : callable, optional
+        Shown every step and the weights after it, shape (p,).
+    """
     weights = landscape.weights
     buffer = torch.zeros_like(weights)
     losses = []
     done = 0
     for stop in at:
-        for _ in range(stop - done):
+        for step in range(done + 1, stop + 1):
             buffer = training.momentum * buffer + landscape.gradient(weights)
             weights = weights - training.lr * buffer
+            if seen is not None:
+                seen(step, weights)
         done = stop
         losses.append(landscape.loss(weights))
     return np.array(losses)

@@ -239,6 +239,10 @@ def sweep(
 @click.option("--examples", type=int, default=2000, show_default=True, help="0 for all.")
 @click.option("--weight-decay", type=float, help="That of the run by default.")
 @click.option(
+    "--curvature", type=click.Choice(["hessian", "ggn"]), default="hessian", show_default=True,
+    help="All of it, or the Gauss-Newton part.",
+)  # fmt: skip
+@click.option(
     "--settle", type=int, default=0, show_default=True, help="First so many L-BFGS iterations."
 )
 @click.option(
@@ -268,6 +272,9 @@ def sweep(
 @click.option("--members", type=int, multiple=True, help="K (repeatable); 1 to 16 by default.")
 @click.option("--chains", type=int, default=32, show_default=True)
 @click.option("--looks", type=int, default=5, show_default=True, help="At the losses of a run.")
+@click.option(
+    "--ema", type=float, default=0.99, show_default=True, help="Decay of the mean over time."
+)
 @click.option("--late-phase", metavar="WEIGHTS", help="Members of these weights on a shared base.")
 @click.option("--predict-only", is_flag=True, help="Train nothing.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -305,6 +312,7 @@ def bridge(
         chains=asked.pop("chains"),
         looks=asked.pop("looks"),
         late_phase=asked.pop("late_phase"),
+        ema=asked.pop("ema"),
         seed=asked.pop("seed"),
     )
     config = BridgeConfig(
@@ -321,12 +329,14 @@ def bridge(
     opened = open_target(target, place, scale, overrides)
     with _stages() as told:
         found = run_bridge(opened, config, plan, place, out, told=told)
-    columns = ["lr", "batch_size", "members", "predicted", "measured", "error", "ratio"]
+    columns = ["lr", "batch_size", "members", "weights"]
+    columns += ["predicted", "measured", "error", "ratio"]
     shown = found.table[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
     click.echo(shown)
     for line in found.words:
         click.echo(f"- {line}")
-    for path in draw_bridge(found.table, found.spectrum, out, f"{name}, {config.select}"):
+    title = f"{name}, {config.select}"
+    for path in draw_bridge(found.table, found.course, found.spectrum, out, title):
         click.echo(path)
 
 

@@ -10,22 +10,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from neural.fused import arguments
+from neural.ggn import ggn_matrix, ggn_product
 from neural.late_phase import Batch
 from neural.select import select as resolve
-from nqm.errors import NQMError, check_number
+from nqm.errors import NQMError, check_number, check_word
 
 #: (output, targets) -> one loss per example, shape (B,).
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
+#: What may be taken as the curvature: all of it, or the generalised Gauss-Newton part.
+CURVATURES = ("hessian", "ggn")
 
 #: Rows of a dense Hessian that are computed at once: memory goes with them.
 HESSIAN_ROWS = 32
+#: Numbers of examples' own gradients that are held at once.
+GRADIENT_NUMBERS = 2**26
 
 
 def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
@@ -49,6 +56,10 @@ class Landscape:
         One loss per example.
     weight_decay : float
         Adds weight_decay / 2 |w|^2, which is part of the curvature and no noise.
+    curvature : {"hessian", "ggn"}
+        What `curvature_product` and `curvature_matrix` give, and with them all that asks for
+        curvature: the Hessian, or the generalised Gauss-Newton matrix (`neural.ggn`), which has no
+        negative eigenvalues where the loss is convex in the output.
 
     Attributes
     ----------
@@ -66,12 +77,14 @@ class Landscape:
         *,
         loss: ExampleLoss = cross_entropy,
         weight_decay: float = 0.0,
+        curvature: str = "hessian",
     ):
         check_number("weight_decay", weight_decay, low=0.0)
+        check_word("curvature", curvature, CURVATURES)
         if not batches:
             raise NQMError("a landscape needs data; got no batch")
         self.model, self.batches, self.example_loss = model, batches, loss
-        self.weight_decay = weight_decay
+        self.weight_decay, self.curvature = weight_decay, curvature
         names = resolve(model, select).parameters
         self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
@@ -93,12 +106,16 @@ class Landscape:
 
     # --- the function and its derivatives, of one batch ----------------------------------------
 
+    def _output(self, w: Tensor, inputs: Any) -> Tensor:
+        """The model's output at w, shape (B, ...)."""
+        args, kwargs = arguments(inputs)
+        output: Tensor = functional_call(self.model, self._named(w), args, kwargs)
+        return output
+
     def _losses(self, w: Tensor, batch: Batch) -> Tensor:
         """Losses of a batch's examples at w, shape (B,)."""
         inputs, targets = batch
-        args, kwargs = arguments(inputs)
-        output = functional_call(self.model, self._named(w), args, kwargs)
-        return self.example_loss(output, targets)
+        return self.example_loss(self._output(w, inputs), targets)
 
     def _named(self, w: Tensor) -> dict[str, Tensor]:
         parts = torch.split(w, [shape.numel() for shape in self.shapes.values()])
@@ -115,23 +132,23 @@ class Landscape:
             for module, mode in modes.items():
                 module.training = mode
 
-    def _over_batches(self, term: Callable[[Batch], Tensor]) -> Iterator[Tensor]:
+    def _over_batches(
+        self, term: Callable[[Batch], Tensor], batches: Iterable[Batch] | None = None
+    ) -> Iterator[Tensor]:
         """A term of every batch, in evaluation mode."""
         with self.evaluating():
-            for batch in self.batches:
-                yield term(batch)
+            for batch in self.batches if batches is None else batches:
+                with torch.no_grad():  # derivatives are those of torch.func alone
+                    found = term(batch)
+                yield found
+
+    def _total(self, term: Callable[[Batch], Tensor]) -> Tensor:
+        """Sum of a term over batches."""
+        return reduce(torch.add, self._over_batches(term))
 
     def _mean(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """Sum over batches of a functional of the batch's share of the mean loss."""
-
-        def term(batch: Batch) -> Tensor:
-            return of(lambda w: self._losses(w, batch).sum() / self.examples)
-
-        terms = self._over_batches(term)
-        total = next(terms)
-        for one in terms:
-            total = total + one
-        return total.detach()
+        return self._total(lambda batch: of(lambda w: self._losses(w, batch).sum() / self.examples))
 
     def mean_loss(self, w: Tensor, batch: Batch) -> Tensor:
         """Mean loss of a minibatch at w, without weight decay; the mode is the caller's."""
@@ -142,19 +159,13 @@ class Landscape:
     def loss(self, w: Tensor | None = None) -> float:
         """Mean loss, weight decay included."""
         at = self.weights if w is None else w
-        with torch.no_grad():
-            data = float(self._mean(lambda f: f(at)))
-        return data + 0.5 * self.weight_decay * float(at.double().square().sum())
+        data = float(self._mean(lambda f: f(at)))
+        return data + 0.5 * self.weight_decay * float(at.detach().double().square().sum())
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Slope of the mean loss, shape (p,)."""
         at = self.weights if w is None else w
         return self._mean(lambda f: grad(f)(at)) + self.weight_decay * at
-
-    def hessian_product(self, v: Tensor) -> Tensor:
-        """H v at the weights, shape (p,): a forward derivative of the gradient."""
-        data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
-        return data + self.weight_decay * v
 
     def weighted_gradient(self, weights: Tensor) -> Tensor:
         """Sum of the examples' own gradients, each times a weight; without weight decay, (p,).
@@ -168,10 +179,22 @@ class Landscape:
             slope: Tensor = grad(lambda w: share @ self._losses(w, batch))(self.weights)
             return slope
 
-        total = torch.zeros_like(self.weights)
-        for one in self._over_batches(term):
-            total = total + one.detach()
-        return total
+        return self._total(term)
+
+    # --- curvature -------------------------------------------------------------------------------
+
+    def curvature_product(self, v: Tensor) -> Tensor:
+        """The curvature that was chosen, times v, shape (p,)."""
+        return self.ggn_product(v) if self.curvature == "ggn" else self.hessian_product(v)
+
+    def curvature_matrix(self) -> Tensor:
+        """All of the curvature that was chosen, shape (p, p), for few weights."""
+        return self.ggn() if self.curvature == "ggn" else self.hessian()
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """H v at the weights, shape (p,): a forward derivative of the gradient."""
+        data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
+        return data + self.weight_decay * v
 
     def hessian(self) -> Tensor:
         """All of H, shape (p, p), for few weights."""
@@ -180,6 +203,27 @@ class Landscape:
             [vmap(self.hessian_product)(some) for some in torch.split(units, HESSIAN_ROWS)]
         )
         return 0.5 * (h + h.T)
+
+    def ggn_product(self, v: Tensor) -> Tensor:
+        """G v at the weights, shape (p,), weight decay included; see `neural.ggn`."""
+
+        def term(batch: Batch) -> Tensor:
+            inputs, targets = batch
+            return ggn_product(
+                lambda w: self._output(w, inputs),
+                lambda output: self.example_loss(output, targets).sum() / self.examples,
+                self.weights,
+                v,
+            )
+
+        return self._total(term) + self.weight_decay * v
+
+    def ggn(self) -> Tensor:
+        """All of G, shape (p, p), float64, for few weights; weight decay included."""
+        data = self._total(
+            lambda batch: ggn_matrix(self._output, self.example_loss, self.weights, *batch)
+        )
+        return data / self.examples + self.weight_decay * torch.eye(self.size).to(data)
 
     def third(self, v: Tensor) -> Tensor:
         """Slope of v' H v as w moves, shape (p,): third derivatives, twice along v."""
@@ -195,28 +239,20 @@ class Landscape:
 
     # --- single examples -------------------------------------------------------------------------
 
-    def example_slopes(self, v: Tensor) -> Tensor:
-        """Slope of every example's own loss along v, shape (N,), without weight decay."""
-
-        def slopes(batch: Batch) -> Tensor:
-            return _slope(lambda w: self._losses(w, batch), self.weights, v).detach()
-
-        return torch.cat(list(self._over_batches(slopes)))
-
     def example_gradients(self) -> Iterator[Tensor]:
-        """Gradient of every example's own loss, batch by batch, shape (B, p) each."""
+        """Gradient of every example's own loss, some at a time, shape (b, p) each."""
 
-        def gradients(batch: Batch) -> Tensor:
-            inputs, targets = batch
+        def one(x: Tensor, y: Tensor) -> Tensor:
+            slope: Tensor = grad(lambda w: self._losses(w, (x[None], y[None]))[0])(self.weights)
+            return slope
 
-            def one(x: Tensor, y: Tensor) -> Tensor:
-                slope: Tensor = grad(lambda w: self._losses(w, (x[None], y[None]))[0])(self.weights)
-                return slope
-
-            slopes: Tensor = vmap(one)(inputs, targets)
-            return slopes.detach()
-
-        yield from self._over_batches(gradients)
+        rows = max(GRADIENT_NUMBERS // self.size, 1)
+        some = (
+            part
+            for inputs, targets in self.batches
+            for part in zip(torch.split(inputs, rows), torch.split(targets, rows), strict=True)
+        )
+        yield from self._over_batches(lambda part: vmap(one)(*part), some)
 
 
 def _slope(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:

@@ -47,13 +47,13 @@ def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str)
 
 
 def draw_bridge(
-    table: pd.DataFrame, spectrum: pd.DataFrame, folder: Path, title: str
+    table: pd.DataFrame, course: pd.DataFrame, spectrum: pd.DataFrame, folder: Path, title: str
 ) -> list[Path]:
     """A page of pictures of a bridge, as PNG and PDF.
 
     Parameters
     ----------
-    table, spectrum : DataFrame
+    table, course, spectrum : DataFrame
         As `neural.bridge_run` makes them.
     folder : Path
         Takes ``bridge.png`` and ``bridge.pdf``.
@@ -61,14 +61,17 @@ def draw_bridge(
     """
     mpl.use("Agg")
     with style.context():
-        figure = style.new_figure(style.PAGE, 4.6)
-        axes = figure.subplots(2, 3)
-        bridge.spectrum(spectrum, ax=axes[0, 0])
-        bridge.noise_against_curvature(spectrum, ax=axes[0, 1])
-        bridge.against_members(table, ax=axes[0, 2])
-        bridge.against_rate(table, ax=axes[1, 0])
-        bridge.against_batch_size(table, ax=axes[1, 1])
-        bridge.ratios(table, ax=axes[1, 2])
-        style.panel_letters(list(axes.flat))
+        figure = style.new_figure(style.PAGE, 6.6)
+        axes = figure.subplot_mosaic("abc;def;ghh")
+        bridge.spectrum(spectrum, ax=axes["a"])
+        bridge.noise_against_curvature(spectrum, ax=axes["b"])
+        bridge.course(course, ax=axes["c"])
+        bridge.against_members(table, ax=axes["d"])
+        bridge.against_rate(table, ax=axes["e"])
+        bridge.against_batch_size(table, ax=axes["f"])
+        bridge.averages(table, ax=axes["g"])
+        pairs = spectrum.loc[spectrum["kind"] == "pair", "curvature"]
+        bridge.residuals(table, float(pairs.max()), ax=axes["h"])
+        style.panel_letters(list(axes.values()))
         figure.suptitle(title, fontsize=9)
     return style.save(figure, folder / "bridge", {"title": title})

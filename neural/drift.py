@@ -6,14 +6,16 @@ loss is least. Averaging K members divides the scatter by K and leaves this: the
 
     1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
 
-after t steps, 1/2 f' H^-1 f in the end. S is proportional to lr / B, so f is, and the floor to its
-square. f is measured on the network: the mean gradient at both ends of random displacements.
+after t steps, 1/2 f' H^-1 f in the end; of an average over time psi is averaged with its weights.
+S is proportional to lr / B, so f is, and the floor to its square. f is measured on the network: the
+mean gradient at both ends of random displacements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ from neural.curvature import Landscape
 from neural.krylov import Krylov, krylov
 from neural.local_model import Kept, LocalModel, fingerprint, vector
 from neural.spectrum import Progress, operator
+from neural.time_averages import TimeAverage, power
 from nqm.errors import check_integer
 
 FloatArray = NDArray[np.float64]
 Function = Callable[[FloatArray], FloatArray]
+#: After so many steps, or an average over time.
+When = float | TimeAverage
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,21 @@ class Drift:
     top: tuple[FloatArray, FloatArray]
     rest: tuple[Krylov, Krylov]
 
-    def floor(self, lr: float, batch_size: float, steps: float) -> float:
+    def floor(self, lr: float, batch_size: float, when: When) -> float:
         """Loss that the mean over any number of members keeps after so many steps."""
-        function = _settled(lr, steps)
+        function = _settled(lr, when)
         one, other = self.top
         value = one @ (function(self.local.pairs.values) * other)
         if len(self.rest[0].values):
             value += self.rest[0].apply(function) @ self.rest[1].apply(np.ones_like)
         return 0.5 * float(value) * self._scale(lr, batch_size) ** 2
 
-    def cross(self, lr: float, batch_size: float, steps: float) -> float:
+    def cross(self, lr: float, batch_size: float, when: When) -> float:
         """Change of the mean's loss by the force acting along the slope of the checkpoint."""
+        psi = response(lr, when)
 
         def function(h: FloatArray) -> FloatArray:
-            psi = _psi(lr, steps)(h)
-            return psi * (psi * h - 1.0)
+            return psi(h) * (psi(h) * h - 1.0)
 
         local = self.local
         force = 0.5 * (self.top[0] + self.top[1])
@@ -81,28 +86,38 @@ class Drift:
         return (lr / batch_size) / (self.lr / self.batch_size)
 
 
-def _psi(lr: float, steps: float) -> Function:
-    """(1 - (1 - lr h)^t) / h."""
+def response(lr: float, when: When) -> Function:
+    """psi: how far a constant force moves the weights along curvature h, (1 - (1 - lr h)^t) / h.
+
+    Parameters
+    ----------
+    lr : float
+    when : float or TimeAverage
+        t; or an average of psi over t.
+    """
+    steps, age, left = (
+        (when.steps, when.age, when.left)
+        if isinstance(when, TimeAverage)
+        else (when, when, partial(power, steps=when))
+    )
 
     def psi(h: FloatArray) -> FloatArray:
         u = lr * h
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            power = np.where(u < 1.0, np.exp(steps * np.log1p(-np.minimum(u, 1.0))), 0.0)
-            power = np.where(u > 1.0, (1.0 - u) ** round(steps), power)
-            return np.where(np.abs(u) * steps < 1e-9, lr * steps, (1.0 - power) / h)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(np.abs(u) * steps < 1e-9, lr * age, (1.0 - left(u)) / h)
 
     return psi
 
 
-def _settled(lr: float, steps: float) -> Function:
+def _settled(lr: float, when: When) -> Function:
     """psi^2 h."""
-    psi = _psi(lr, steps)
+    psi = response(lr, when)
     return lambda h: psi(h) ** 2 * h
 
 
-def descent(local: LocalModel, lr: float, steps: float) -> float:
+def descent(local: LocalModel, lr: float, when: When) -> float:
     """Change of the loss by noise-free gradient descent on the quadratic, <= 0 where H > 0."""
-    psi = _psi(lr, steps)
+    psi = response(lr, when)
     h, _, g = local.points()
     return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
 

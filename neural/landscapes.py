@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from neural.averaging import recompute_statistics
+from neural.batch_landscape import BatchLandscape, grouped
 from neural.config import RunConfig
 from neural.curvature import Landscape
 from neural.data import TextData, evaluation_batches, evaluation_windows, load
@@ -29,12 +30,14 @@ def landscape_of(
     select: str | Iterable[str] = "all",
     examples: int | None = None,
     weight_decay: float | None = None,
+    curvature: str = "hessian",
+    group: int | None = None,
     batch_size: int = 512,
 ) -> Landscape:
     """Training loss of a run's model.
 
     BatchNorm statistics are taken anew on the landscape's own data; derivatives are those of
-    evaluation mode.
+    evaluation mode, unless groups of examples have their own statistics.
 
     Parameters
     ----------
@@ -49,6 +52,11 @@ def landscape_of(
         windows of the run's length.
     weight_decay : float, optional
         That of the run by default.
+    curvature : {"hessian", "ggn"}
+        See `Landscape`.
+    group : int, optional
+        Examples that BatchNorm sees together, as in training: a `BatchLandscape`, whose examples
+        are such groups.
     batch_size : int
         Examples in work at once.
     """
@@ -60,7 +68,9 @@ def landscape_of(
     model.to(place.device, dtype)
     recompute_statistics(model, batches)
     decay = run.train.weight_decay if weight_decay is None else weight_decay
-    return Landscape(model.eval(), batches, select, weight_decay=decay)
+    kind = Landscape if group is None else BatchLandscape
+    data = batches if group is None else grouped(batches, group)
+    return kind(model.eval(), data, select, weight_decay=decay, curvature=curvature)
 
 
 def training_batches(

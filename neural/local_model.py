@@ -177,10 +177,11 @@ def measure(
     Parameters
     ----------
     landscape : Landscape
+        Its curvature is the one that it was made with: the Hessian, or its Gauss-Newton part.
     pairs : int, optional
-        Stiffest directions one by one; None for all, of few weights.
+        Stiffest directions one by one; None for all, of few weights: from the dense matrix.
     draws, products : int
-        Draws of the noise, and Hessian products for each and for the gradient.
+        Draws of the noise, and products with the curvature for each and for the gradient.
     tolerance : float
         Of the eigenpairs.
     seed : int
@@ -188,7 +189,7 @@ def measure(
         Every stage is kept there as it is done, under the content of the landscape, and not
         computed again.
     progress : callable, optional
-        Told that one more Hessian product is done.
+        Told that one more product with the curvature is done.
 
     Raises
     ------
@@ -201,22 +202,17 @@ def measure(
         raise NQMError("gradient noise needs two examples at least; got 1")
     kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
     complete = pairs is None or pairs >= landscape.size
+    population = 1.0 - 1.0 / landscape.examples  # minibatches are drawn from these very examples
 
     def stiffest() -> dict[str, Any]:
         if complete:
-            values, vectors = np.linalg.eigh(landscape.hessian().double().cpu().numpy())
+            values, vectors = np.linalg.eigh(landscape.curvature_matrix().double().cpu().numpy())
             found = Eigenpairs(values[::-1], vectors[:, ::-1], np.zeros(len(values)))
         else:
             assert pairs is not None
             found = eigenpairs(landscape, pairs, tolerance=tolerance, seed=seed, progress=progress)
-        slopes = [landscape.example_slopes(vector(landscape, v)) for v in found.vectors.T]
-        along = torch.stack(slopes).double().cpu().numpy()
-        return {
-            "values": found.values,
-            "vectors": found.vectors,
-            "residuals": found.residuals,
-            "noise": np.atleast_2d(np.cov(along, ddof=0)),
-        }
+        noise = population * gradient_noise.covariance(landscape, found.vectors)
+        return vars(found) | {"noise": noise}
 
     top = kept("all" if complete else f"top{pairs}-{tolerance:g}", stiffest)
     known = Eigenpairs(top["values"], top["vectors"], top["residuals"])
@@ -239,8 +235,11 @@ def measure(
         Krylov(**kept(f"draw{i}-{stage}", run(lambda i=i: draw(i))))  # type: ignore[misc]
         for i in range(0 if complete else draws)
     )
-    trace = kept("trace", lambda: {"trace": np.array(gradient_noise.trace(landscape))})["trace"]
-    trace = trace * (1.0 - 1.0 / landscape.examples)  # of minibatches out of these very examples
+    if complete:
+        trace = np.trace(top["noise"])
+    else:
+        found = kept("trace", lambda: {"trace": np.array(gradient_noise.trace(landscape))})
+        trace = population * found["trace"]
     return LocalModel(
         landscape.loss(),
         known,
@@ -259,7 +258,7 @@ def vector(landscape: Landscape, values: FloatArray) -> torch.Tensor:
 
 
 def fingerprint(landscape: Landscape) -> str:
-    """Content of a landscape: weights, data, loss."""
+    """Content of a landscape: weights, data, loss, what an example is, which curvature."""
     digest = hashlib.sha256()
     state = landscape.model.state_dict()
     held = [landscape.weights, *(state[name] for name in sorted(state))]
@@ -268,6 +267,7 @@ def fingerprint(landscape: Landscape) -> str:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     said = (sorted(landscape.shapes.items()), landscape.weight_decay, landscape.example_loss)
     digest.update(repr((said[0], said[1], getattr(said[2], "__qualname__", ""))).encode())
+    digest.update(repr((landscape.curvature, landscape.examples)).encode())
     return digest.hexdigest()[:16]
 
 

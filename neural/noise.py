@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from neural.curvature import Landscape
-from neural.spectrum import Eigenpairs
 from nqm.errors import NQMError
 
 FloatArray = NDArray[np.float64]
@@ -28,36 +26,6 @@ class PowerLaw:
     scale: float
     exponent: float
 
-    def __call__(self, h: ArrayLike) -> FloatArray:
-        """Noise variance at curvature h; none where h <= 0."""
-        h = np.asarray(h, dtype=np.float64)
-        return np.where(h > 0, self.scale * np.maximum(h, 1e-300) ** self.exponent, 0.0)
-
-
-def along(
-    landscape: Landscape, vectors: FloatArray, progress: Callable[[int], None] | None = None
-) -> FloatArray:
-    """Variance over examples of the slope along each direction, shape (k,).
-
-    One forward derivative of the vector of losses per direction gives the slopes of all examples:
-    no example's gradient is ever formed.
-
-    Parameters
-    ----------
-    landscape : Landscape
-    vectors : ndarray, shape (p, k)
-        Of length 1.
-    progress : callable, optional
-        Told that one more direction is done.
-    """
-    found = []
-    for v in vectors.T:
-        slopes = landscape.example_slopes(torch.from_numpy(v.copy()).to(landscape.weights))
-        found.append(float(slopes.double().var(correction=1)))
-        if progress is not None:
-            progress(1)
-    return np.array(found)
-
 
 def trace(landscape: Landscape) -> float:
     """Trace of the covariance of the examples' gradients."""
@@ -73,10 +41,32 @@ def trace(landscape: Landscape) -> float:
     return (squares - float((mean / n).square().sum()) * n) / (n - 1)
 
 
-def covariance(landscape: Landscape) -> FloatArray:
-    """Covariance of the examples' gradients, shape (p, p), for few weights."""
-    gradients = torch.cat(list(landscape.example_gradients())).double().cpu().numpy()
-    return np.atleast_2d(np.cov(gradients, rowvar=False))
+def covariance(landscape: Landscape, vectors: FloatArray | None = None) -> FloatArray:
+    """Covariance of the examples' gradients along some directions, shape (k, k).
+
+    One pass over the data, however many directions: batches' own covariances are pooled (Chan,
+    Golub & LeVeque 1983).
+
+    Parameters
+    ----------
+    landscape : Landscape
+    vectors : ndarray, shape (p, k), optional
+        The weights themselves by default, which must be few.
+    """
+    count = landscape.size if vectors is None else vectors.shape[1]
+    mean, products = np.zeros(count), np.zeros((count, count))
+    done = 0
+    for gradients in landscape.example_gradients():
+        g = gradients.double().cpu().numpy()
+        g = g if vectors is None else g @ vectors
+        centre = g.mean(0)
+        apart, off, share = g - centre, centre - mean, len(g) / (done + len(g))
+        products += apart.T @ apart + done * share * np.outer(off, off)
+        mean += share * off
+        done += len(g)
+    if done < 2:
+        raise NQMError(f"noise needs two examples at least; got {done}")
+    return products / (done - 1)
 
 
 def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
@@ -86,25 +76,6 @@ def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
         raise NQMError("a power law needs two directions of positive curvature and noise at least")
     exponent, log_scale = np.polyfit(np.log(curvature[held]), np.log(noise[held]), 1)
     return PowerLaw(float(np.exp(log_scale)), float(exponent))
-
-
-def bulk_law(pairs: Eigenpairs, noise: FloatArray, rest: FloatArray, total: float) -> PowerLaw:
-    """Power law of the bulk: the exponent of the top directions, the scale of what is left.
-
-    Parameters
-    ----------
-    pairs : Eigenpairs
-    noise : ndarray, shape (k,)
-        Along them.
-    rest : ndarray
-        Curvatures of the bulk, one for each direction (or repeated by count).
-    total : float
-        Trace of the noise of all directions.
-    """
-    law = fit_power_law(pairs.values, noise)
-    shape = float(PowerLaw(1.0, law.exponent)(rest).sum())
-    left = total - float(noise.sum())
-    return PowerLaw(max(left, 0.0) / shape if shape > 0 else 0.0, law.exponent)
 
 
 @dataclass(frozen=True)

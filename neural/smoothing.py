@@ -61,15 +61,17 @@ class Smoothing:
             local, pairs=pairs, noise=noise, slope=turn.T @ local.slope, noise_trace=trace
         )
 
-    def share(self, lr: float, batch_size: float, steps: float) -> float:
+    def share(
+        self, lr: float, batch_size: float, steps: float, seen: LocalModel | None = None
+    ) -> float:
         """Part of a run's excess that is due to the change of curvature.
 
         The scatter S settles by the mean curvature, H + D, while the loss of a Gaussian scatter is
         1/2 tr((H + D / 2) S), D itself in proportion to the scatter: of K members the excess is
-        (excess - share) / K + share / (2 K^2).
+        (excess - share) / K + share / (2 K^2). `seen` is `at` of the same rate, where it is known.
         """
         scale = (lr / batch_size) / (self.lr / self.batch_size)
-        seen = self.at(lr, batch_size)
+        seen = self.at(lr, batch_size) if seen is None else seen
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         change = turn.T @ (scale * self.curvature) @ turn
         return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps)))
@@ -138,14 +140,12 @@ def measure_smoothing(
 
 def _along(landscape: Landscape, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:
     """Curvature and noise along some directions, (k, k) each, and the noise's whole trace."""
-    units = [vector(landscape, v) for v in vectors.T]
-    if len(units) == landscape.size:
-        h = landscape.hessian().double().cpu().numpy()
-        curvature = vectors.T @ h @ vectors
-        c = gradient_noise.covariance(landscape) * (1.0 - 1.0 / landscape.examples)
-        return curvature, vectors.T @ c @ vectors, float(np.trace(c))
-    products = torch.stack([landscape.hessian_product(v) for v in units], 1)
-    curvature = vectors.T @ products.double().cpu().numpy()
-    slopes = torch.stack([landscape.example_slopes(v) for v in units]).double().cpu().numpy()
-    trace = gradient_noise.trace(landscape) * (1.0 - 1.0 / landscape.examples)
-    return 0.5 * (curvature + curvature.T), np.atleast_2d(np.cov(slopes, ddof=0)), trace
+    population = 1.0 - 1.0 / landscape.examples
+    noise = population * gradient_noise.covariance(landscape, vectors)
+    if vectors.shape[1] == landscape.size:
+        h = landscape.curvature_matrix().double().cpu().numpy()
+        return vectors.T @ h @ vectors, noise, float(np.trace(noise))
+    products = [landscape.curvature_product(vector(landscape, v)) for v in vectors.T]
+    curvature = vectors.T @ torch.stack(products, 1).double().cpu().numpy()
+    trace = population * gradient_noise.trace(landscape)
+    return 0.5 * (curvature + curvature.T), noise, trace

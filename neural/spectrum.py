@@ -1,4 +1,4 @@
-"""Eigenvalues of a landscape's Hessian: both ends one by one, the bulk as a density."""
+"""Eigenvalues of a landscape's curvature: both ends one by one, the bulk as a density."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from neural.krylov import krylov
 from nqm.errors import NQMError, check_integer, check_number
 
 FloatArray = NDArray[np.float64]
-#: Told that one more product with the Hessian is done.
+#: Told that one more product with the curvature is done.
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Some eigenpairs of a Hessian.
+    """Some eigenpairs of the curvature H, which is the Hessian or its Gauss-Newton part.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ def eigenpairs(
     count : int
         Fewer than its weights.
     end : {"top", "bottom"}
-        Algebraically largest, or smallest: a network in training has negative ones.
+        Algebraically largest, or smallest: the Hessian of a network in training has negative ones.
     tolerance : float
         Relative accuracy at which ARPACK stops.
     seed : int
@@ -114,11 +114,11 @@ def eigenpairs(
 
 
 def operator(landscape: Landscape, progress: Progress | None = None) -> LinearOperator:
-    """The Hessian as SciPy takes it; arithmetic in the landscape's own precision."""
+    """The curvature as SciPy takes it; arithmetic in the landscape's own precision."""
 
     def product(v: FloatArray) -> FloatArray:
         direction = torch.from_numpy(np.ascontiguousarray(v).reshape(-1)).to(landscape.weights)
-        result = landscape.hessian_product(direction).double().cpu().numpy()
+        result = landscape.curvature_product(direction).double().cpu().numpy()
         if progress is not None:
             progress(1)
         return np.asarray(result)
@@ -148,7 +148,7 @@ def density(
     known : Eigenpairs, optional
         Taken out of the spectrum.
     probes, steps : int
-        The work is their product, in Hessian products.
+        The work is their product, in products with the curvature.
     seed : int
     progress : callable, optional
     """
@@ -192,7 +192,7 @@ def binned(spectrum: Density, bins: int) -> Density:
 
 
 def trace_estimate(landscape: Landscape, probes: int = 10, seed: int = 0) -> tuple[float, float]:
-    """Trace of the Hessian and its standard error, by random signs (Hutchinson)."""
+    """Trace of the curvature and its standard error, by random signs (Hutchinson)."""
     check_number("probes", probes, low=2)
     rng = np.random.default_rng(seed)
     apply = operator(landscape)

@@ -20,7 +20,7 @@ else:
         "test_train.py", "test_experiment.py", "test_distributed.py", "test_summary.py",
         "test_curvature.py", "test_local_model.py", "test_drift.py", "test_chains.py",
         "test_bridge*.py", "test_landscapes.py", "test_krylov.py", "test_torch_sample.py",
-        "test_smoothing.py",
+        "test_smoothing.py", "test_ggn.py", "test_batch_landscape.py",
     ]  # fmt: skip
 
 # Reproducible, and free of timing: the first example of a test may compile a kernel.

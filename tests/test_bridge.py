@@ -13,18 +13,21 @@ from tolerances import IDENTITY, agree, within_error
 
 from neural.bridge import (
     COLUMNS,
+    COURSE,
     Plan,
     Prediction,
     compare,
+    course_steps,
     edge,
+    foresee,
     looks,
     measure_training,
     predict,
-    verdict,
 )
 from neural.chains import Training, noise_free
 from neural.drift import Drift, measure_drift
 from neural.local_model import LocalModel, measure
+from neural.verdict import verdict
 from nqm.errors import NQMError
 
 CURVATURE = (2.0, 0.7, 0.2)
@@ -58,6 +61,8 @@ def test_looks_are_in_the_second_half() -> None:
     assert looks(Training(0.1, 1, 100), 1) == [100]
     assert looks(Training(0.1, 1, 3), 5) == [2, 3]
     assert looks(Training(0.1, 1, 1), 5) == [1]
+    assert course_steps(Training(0.1, 1, 100), 2) == [1, 3, 6, 12, 25, 75, 100]
+    assert course_steps(Training(0.1, 1, 3), 5) == [2, 3]
 
 
 def test_a_prediction_is_the_literal_recursion(bowl: Bowl) -> None:
@@ -99,12 +104,21 @@ PLAIN = Training(0.3, 4, 30)
 def test_training_does_what_is_predicted(training: Training, plan: Plan, away: float) -> None:
     bowl = Bowl(CURVATURE, away=away)
     local, drift = measured(bowl, training)
-    table = compare(bowl.landscape, local, drift, training, plan)
-    assert list(table.columns) == COLUMNS
+    found = compare(bowl.landscape, local, drift, training, plan)
+    assert list(found.table.columns) == COLUMNS
+    table = found.table[found.table["weights"] == "iterate"]
+    assert len(found.table) == (2 if plan.late_phase else 6)
     assert list(table["members"]) == list(plan.members)
     assert set(table["way"]) == {plan.late_phase or "chains"}
     within_error(table["measured"], table["predicted"], table["error"])
     within_error(table["ratio"], np.ones(2), table["ratio_error"])
+    course = found.course
+    assert list(course.columns) == COURSE
+    if training.sampling != "shuffled":  # which are not at their steady state from the start
+        within_error(course["measured"], course["predicted"], course["error"])
+    assert sorted(set(course["step"])) == course_steps(training, plan.looks)
+    late = course[course["step"] > training.steps / 2].groupby("members")["measured"].mean()
+    np.testing.assert_allclose(late, table["measured"], rtol=1e-9)
     calm = noise_free(bowl.landscape, training, looks(training, plan.looks)).mean()
     np.testing.assert_allclose(table["noise_free"], calm - local.loss, rtol=1e-9, atol=1e-12)
     # Else the experiment would tell little.
@@ -114,7 +128,7 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
 def test_on_a_quadratic_it_does_not_matter_which_weights_are_members(bowl: Bowl) -> None:
     training = replace(PLAIN, steps=6)
     found = [
-        measure_training(bowl.landscape, training, Plan((2,), 4, late_phase=select))
+        measure_training(bowl.landscape, training, Plan((2,), 4, late_phase=select)).table
         for select in ("all", "name:first")
     ]
     agree(found[0]["measured"], found[1]["measured"], 1e-9)
@@ -132,7 +146,7 @@ def test_a_rate_beyond_the_edge_is_told(bowl: Bowl) -> None:
     wild = Training(1.01, 4, 6)
     local, drift = measured(bowl, wild)
     assert predict(local, drift, wild, [6]).excess == np.inf
-    table = compare(bowl.landscape, local, drift, wild, Plan((1, 2), 4))
+    table = compare(bowl.landscape, local, drift, wild, Plan((1, 2), 4)).table
     assert np.isposinf(table["excess"]).all()
     assert np.isfinite(table["measured"]).all()
     lines = verdict(table, local)
@@ -147,10 +161,11 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
     def run(training: Training, plan: Plan, tested: bool = False) -> pd.DataFrame:
         told.clear()
         test = (lambda w: float(w.sum())) if tested else None
-        return compare(
+        found = compare(
             bowl.landscape, local, drift, training, plan,
             test=test, folder=tmp_path, progress=told.append,
         )  # fmt: skip
+        return found.table
 
     plan = Plan((1, 2), 4)
     short = replace(PLAIN, steps=5)
@@ -163,6 +178,7 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
         (replace(short, lr=0.2), plan),
         (replace(short, momentum=0.1), plan),
         (short, replace(plan, seed=1)),
+        (short, replace(plan, ema=0.5)),
         (short, Plan((2,), 4, late_phase="all")),
     ):
         run(other, way)
@@ -174,12 +190,33 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
     assert run(short, plan, tested=True)["test"].notna().all()
 
 
+def test_a_prediction_alone_has_the_same_form(bowl: Bowl) -> None:
+    local, drift = measured(bowl, PLAIN)
+    plan = Plan((1, 2, 4), 4)
+    alone = foresee(local, drift, PLAIN, plan)
+    both = compare(bowl.landscape, local, drift, PLAIN, plan)
+    names = ["members", "weights", "predicted", "predicted_rise", "floor", "excess", "worth"]
+    pd.testing.assert_frame_equal(alone.table[names], both.table[names])
+    assert alone.table["measured"].isna().all()
+    assert list(alone.course.columns) == COURSE
+    # Beforehand for every K; really looked at in the first half for the ends only.
+    early = both.course[both.course["step"] <= 15]
+    assert set(early["members"]) == {1, 4}
+    wanted = ["members", "step"]
+    joined = both.course.merge(alone.course, on=wanted, validate="1:1")
+    assert len(joined) == len(both.course)
+    np.testing.assert_array_equal(joined["predicted_x"], joined["predicted_y"])
+
+
 def test_members_share_their_test_losses(bowl: Bowl) -> None:
     table = measure_training(
         bowl.landscape, replace(PLAIN, steps=3), Plan((1, 4), 4), test=lambda w: float(w.sum())
-    )
+    ).table
     # A linear loss: the mean over groups is the same for every K.
-    assert table["test"][0] == pytest.approx(table["test"][1], rel=IDENTITY)
+    for weights, rows in table.groupby("weights"):
+        one, other = rows["test"]
+        assert one == pytest.approx(other, rel=IDENTITY), weights
+    assert table["test"].nunique() > 2  # the averages are others
     assert np.isnan(table["error"][1])  # of one group
 
 
@@ -188,53 +225,10 @@ def test_members_share_their_test_losses(bowl: Bowl) -> None:
     [
         ({"members": (1, 16), "chains": 8}, "at most the 8 chains; got 16"),
         ({"members": (1, 4), "late_phase": "all"}, "at least 2 with late_phase; got 1"),
+        ({"ema": 1.0}, r"ema must lie in \[0, 1\); got 1.0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(NQMError, match=message) as told:
         Plan(**settings)  # type: ignore[arg-type]
     assert "\n" not in str(told.value)
-
-
-# --- the verdict ---------------------------------------------------------------------------------
-
-
-def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFrame:
-    """One training as `compare` gives it, one K for each ratio."""
-    predicted = 1.0 / lr
-    rows: dict[str, object] = {
-        "way": "chains", "lr": lr, "momentum": 0.0, "batch_size": 8, "sampling": "shuffled",
-        "steps": 10, "members": range(1, 1 + len(ratios)), "predicted": predicted,
-        "measured": predicted * np.array(ratios), "error": 0.1, "predicted_rise": predicted,
-        "measured_rise": predicted * np.array(ratios), "ratio": ratios, "ratio_error": 0.1,
-        "descent": 0.0, "noise_free": 0.0, "cross": 0.0, "floor": 0.5, "excess": 10.0,
-    }  # fmt: skip
-    return pd.DataFrame(rows).assign(**({"test": np.nan, "share": 0.0} | changes))[COLUMNS]
-
-
-def test_the_verdict_counts(bowl: Bowl) -> None:
-    local = measure(bowl.landscape, None)
-    # Every table has its rows numbered from 0, as they are put together.
-    table = pd.concat(
-        [
-            cells(0.1, (1.0, 1.1)),
-            cells(0.2, (0.7, 1.3), floor=0.0),
-            cells(0.4, (3.0, -1.0)),
-            cells(0.8, (9.0, 9.0), predicted_rise=np.nan, excess=np.inf),
-        ]
-    )
-    lines = verdict(table, local)
-    assert lines[0].startswith("Largest curvature 2; plain SGD is stable up to lr = 1 ")
-    assert lines[1].startswith("0.0% of the noise and 0.0% of the squared slope")
-    assert "1 of 6 cells within a factor 1.05." in lines
-    assert "2 of 6 cells within a factor 1.2." in lines
-    assert "4 of 6 cells within a factor 1.5." in lines
-    assert "Where lr h_max <= 0.5: measured rise over predicted 0.70 to 1.30." in lines
-    assert "chains, lr = 0.1, B = 8: beyond K = 20 the floor is most of the loss." in lines
-    assert "chains, lr = 0.2, B = 8: no floor within reach of K." in lines
-    # Predicted falls with lr here; measured is 10, 3.5 and 7.5, then 11, 6.5 and -2.5.
-    best = "chains, B = 8, K = {}: best lr of those tried 0.4 predicted, {} measured."
-    assert best.format(1, 0.2) in lines
-    assert best.format(2, 0.4) in lines
-    assert not any("Test losses" in line for line in lines)
-    assert "Test losses" in verdict(cells(0.1, (1.0,), test=0.3), local)[-1]

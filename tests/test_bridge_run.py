@@ -12,11 +12,8 @@ from click.testing import CliRunner
 from tiny_runs import recipe
 
 from neural.bridge import COLUMNS, Plan
-from neural.bridge_run import BridgeConfig, noise_exponent, open_target, run_bridge
+from neural.bridge_run import BridgeConfig, open_target, run_bridge
 from neural.experiment import run_experiment
-from neural.local_model import LocalModel
-from neural.noise import fit_power_law
-from neural.spectrum import Eigenpairs
 from neural.task import Place
 from nqm import SGD, Phase, Program, solve
 from nqm.cli import main
@@ -44,7 +41,9 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
         told=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert list(found.table.columns) == COLUMNS
-    assert len(found.table) == 3 * 2  # two rates at the first size, the second size at one rate
+    # Two rates at the first size, the second size at one rate; two K, and averages over time.
+    assert len(found.table) == 3 * 2 * 3
+    assert set(found.course["step"]) == {1, 2, 5, 15, 20}
     assert found.table[["measured", "predicted", "test"]].notna().all(axis=None)
     assert {
         "curvature and noise",
@@ -53,6 +52,9 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
         "train 1 of 3",
     } <= set(stages)
     assert (tmp_path / "verdict.md").read_text() == "".join(f"- {w}\n" for w in found.words)
+    parts = ["curvature and noise", "averages over the scatter", "third derivatives", "training"]
+    assert list(found.cost["stage"]) == parts
+    assert (found.cost["epochs"] > 0.0).all()
     # The file is the problem, as nqm reads it: the table's excess is its expected loss.
     problem = read_problem(tmp_path / "problem.parquet").replace(initial_mean=0.0)
     config = replace(SMALL, smooth=0, train=False)
@@ -73,7 +75,14 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
         told=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert not stages, "nothing is done twice"
-    pd.testing.assert_frame_equal(again.table, found.table)
+    for name in ("table", "course", "best", "cost"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name))
+    assert again.words == found.words
+    (tmp_path / "bridge.parquet").unlink()  # as if stopped before the last table
+    late = run_bridge(open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path)
+    pd.testing.assert_frame_equal(late.table, found.table)
+    assert (late.cost["epochs"] == 0.0).all()
+    assert any("third derivatives kept" in line for line in late.words)
     with pytest.raises(NQMError, match="another configuration"):
         run_bridge(open_target(str(run), Place()), SMALL, Plan((1,), 4), Place(), tmp_path)
 
@@ -94,15 +103,6 @@ def test_trainings_are_a_star() -> None:
     cells = BridgeConfig(rates=(0.1, 0.2, 0.4), batch_sizes=(8, 16, 32), momentum=0.5).trainings(4)
     assert [cell.lr * 4 / 0.5 for cell in cells] == pytest.approx([0.1, 0.2, 0.4, 0.2, 0.2])
     assert [cell.batch_size for cell in cells] == [8, 8, 8, 16, 32]
-
-
-def test_the_exponent_is_that_of_the_stiffest() -> None:
-    h = np.array([4.0, 2.0, 1.0])
-    pairs = Eigenpairs(h, np.eye(3), np.zeros(3))
-    empty: tuple[()] = ()
-    local = LocalModel(0.0, pairs, np.diag(3.0 * h**1.5), h, None, empty, 1.0, 9)  # type: ignore[arg-type]
-    assert noise_exponent(local) == pytest.approx(1.5, rel=1e-9)
-    assert fit_power_law(h, 3.0 * h**1.5).exponent == pytest.approx(1.5, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tolerances import agree
 from torch import Tensor, nn
 
 from neural import landscapes
+from neural.batch_landscape import BatchLandscape
 from neural.config import RunConfig
 from neural.data import ImageData, StreamData, TextData, load_images
 from neural.landscapes import landscape_of, settle, training_batches
@@ -84,6 +85,18 @@ def test_fewer_examples_are_the_same_for_every_seed(run: RunConfig) -> None:
     assert len(more[0][0]) == run.data.train_examples
     with pytest.raises(NQMError, match="examples must be an integer >= 2; got 1"):
         training_batches(run, PLACE, 1, 512)
+
+
+def test_curvature_and_groups_are_passed_on(run: RunConfig) -> None:
+    plain = landscape_of(run, network(run), PLACE, select="head")
+    assert plain.curvature == "hessian"
+    assert landscape_of(run, network(run), PLACE, select="head", curvature="ggn").curvature == "ggn"
+    landscape = landscape_of(run, network(run), PLACE, group=32)
+    assert isinstance(landscape, BatchLandscape)
+    assert landscape.examples == 300 // 32
+    x, y = (torch.cat([part[i][0] for part in landscape.batches]) for i in (0, 1))
+    assert torch.equal(x, torch.cat([x for x, _ in plain.batches])[:288])
+    assert torch.equal(y, torch.cat([y for _, y in plain.batches])[:288])
 
 
 def test_few_weights_are_in_double_precision() -> None:

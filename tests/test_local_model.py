@@ -187,7 +187,7 @@ def test_stages_are_kept(tmp_path: Path, pairs: int | None) -> None:
     landscape = tanh_landscape()
     first = measure(landscape, pairs, draws=2, products=5, folder=tmp_path)
     again = tanh_landscape()
-    for name in ("hessian_product", "hessian", "example_slopes", "weighted_gradient"):
+    for name in ("hessian_product", "hessian", "example_gradients", "weighted_gradient"):
         setattr(again, name, refuse)
     same(first, measure(again, pairs, draws=2, products=5, folder=tmp_path))
 

@@ -1,0 +1,153 @@
+"""The learning rate at which training from a checkpoint gains most, predicted and measured.
+
+A low rate gets nowhere in so many steps, a high one adds noise. From a checkpoint that is not a
+minimum the loss therefore has a least value in between, at a rate that rises with K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from neural.bridge import ITERATE, Prediction, edge, looks, predict
+from neural.chains import Training
+from neural.drift import Drift
+from neural.local_model import LocalModel
+from neural.smoothing import Smoothing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Rates of the first search, and how far below the lowest one asked for it begins.
+POINTS, BELOW = 24, 16.0
+
+
+def best_rate(
+    local: LocalModel,
+    drift: Drift,
+    training: Training,
+    members: Sequence[int],
+    *,
+    count: int = 5,
+    smoothing: Smoothing | None = None,
+) -> list[float | None]:
+    """The rate at which the predicted loss of the mean of K is least, for every K.
+
+    Parameters
+    ----------
+    local : LocalModel
+    drift : Drift
+        Of any rate; it is scaled.
+    training : Training
+        The lowest rate of interest; steps, batch size and momentum.
+    members : sequence of int
+        K.
+    count : int
+        Looks at a training, over which its loss is averaged (`neural.bridge.looks`).
+    smoothing : Smoothing, optional
+        Of any rate; it is scaled.
+
+    Returns
+    -------
+    list of float or None
+        Between a sixteenth of the training's rate and the edge of stability; None where the loss
+        is least at an end of that.
+    """
+    at = looks(training, count)
+    known: dict[float, Prediction] = {}
+
+    def change(x: float, k: int) -> float:
+        if x not in known:
+            one = replace(training, lr=float(np.exp(x)))
+            known[x] = predict(local, drift, one, at, smoothing)
+        return float(np.nan_to_num(known[x].change(k), nan=np.inf))
+
+    grid = np.linspace(np.log(training.lr / BELOW), np.log(edge(local, training)), POINTS)
+    found: list[float | None] = []
+    for k in members:
+        least = int(np.argmin([change(x, k) for x in grid]))
+        if least in (0, POINTS - 1):
+            found.append(None)
+            continue
+        within = (grid[least - 1], grid[least + 1])
+        best = minimize_scalar(change, within, within, (k,), "bounded", options={"xatol": 1e-3})
+        found.append(float(np.exp(best.x)))
+    return found
+
+
+def measured_best(table: pd.DataFrame) -> float | None:
+    """The rate of least measured loss: a parabola in log lr through the lowest and its neighbours.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns lr, measured; one row per rate.
+
+    Returns
+    -------
+    float or None
+        None where the lowest is the first or the last, or a loss is not finite.
+    """
+    rows = table.sort_values("lr")
+    losses = rows["measured"].to_numpy()
+    if np.isnan(losses).any():
+        return None
+    least = int(np.argmin(losses))
+    near = slice(least - 1, least + 2)
+    if least in (0, len(rows) - 1) or not np.isfinite(losses[near]).all():
+        return None
+    x = np.log(rows["lr"].to_numpy()[near])
+    # From the middle one, where a parabola keeps its digits.
+    bent, slope, _ = np.polyfit(x - x[1], losses[near], 2)
+    return float(np.exp(x[1] - slope / (2.0 * bent))) if bent > 0 else None
+
+
+def best_rates(
+    table: pd.DataFrame,
+    local: LocalModel,
+    drift: Drift,
+    *,
+    count: int = 5,
+    smoothing: Smoothing | None = None,
+) -> pd.DataFrame:
+    """Both of them, for every K and for every batch size at which three rates were tried.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.compare` makes it, of all trainings.
+    local : LocalModel
+    drift : Drift
+    count : int
+        Looks at a training.
+    smoothing : Smoothing, optional
+
+    Returns
+    -------
+    DataFrame
+        Columns way, batch_size, members, predicted, measured; NaN where there is none in reach.
+    """
+    import pandas as pd
+
+    columns = ["way", "batch_size", "members", "predicted", "measured"]
+    rows = []
+    held = table[table["weights"] == ITERATE]
+    for _, one in held.groupby(["way", "batch_size"], sort=False):
+        if one["lr"].nunique() < 3:
+            continue
+        first = one.iloc[0]
+        size = int(first["batch_size"])
+        training = Training(
+            float(one["lr"].min()), size, int(first["steps"]), float(first["momentum"]),
+            str(first["sampling"]),
+        )  # fmt: skip
+        sizes = [int(k) for k in one["members"].unique()]
+        predicted = best_rate(local, drift, training, sizes, count=count, smoothing=smoothing)
+        for k, rate in zip(sizes, predicted, strict=True):
+            rows.append((first["way"], size, k, rate, measured_best(one[one["members"] == k])))
+    found = pd.DataFrame(rows, columns=columns)
+    return found.astype({"predicted": float, "measured": float})

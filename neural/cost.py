@@ -1,0 +1,55 @@
+"""What the stages of a bridge cost, in epochs: gradients over all the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from neural.curvature import Landscape
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Cost:
+    """Wall time of stages over that of one gradient of all examples.
+
+    Parameters
+    ----------
+    landscape : Landscape
+        Its gradient is timed: the quickest of three.
+    kept : Path
+        Where stages leave what they found. One that leaves nothing new had been done before.
+    """
+
+    def __init__(self, landscape: Landscape, kept: Path):
+        self.landscape, self.kept = landscape, kept
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage, or a part of one; parts add up."""
+        before, start = self._count(), perf_counter()
+        yield
+        spent = perf_counter() - start if self._count() > before else 0.0
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def _count(self) -> int:
+        return sum(1 for _ in self.kept.rglob("*.npz"))
+
+    def table(self) -> pd.DataFrame:
+        """Columns stage, seconds, epochs; 0 of a stage that was kept."""
+        import pandas as pd
+
+        epoch = min(_seconds(self.landscape) for _ in range(3))
+        rows = [(stage, spent, spent / epoch) for stage, spent in self.seconds.items()]
+        return pd.DataFrame(rows, columns=["stage", "seconds", "epochs"])
+
+
+def _seconds(landscape: Landscape) -> float:
+    start = perf_counter()
+    landscape.gradient()
+    return perf_counter() - start

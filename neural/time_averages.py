@@ -1,0 +1,170 @@
+"""Averages of the weights over the steps of one run: run along, and as quadratics see them.
+
+Each is stated once, by how far it moves towards the weights w_t of every step,
+
+    a_t = a_(t-1) + share(t) (w_t - a_(t-1)),      a_0 = w_0 the checkpoint.
+
+On a quadratic without noise what is left of a displacement along curvature h is then the mean of
+(1 - lr h)^t over the steps, each with its weight in the average: `left`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nqm import EMA, SWA, Phase, Program
+from nqm.algorithms.base import Optimizer
+from nqm.errors import check_integer, check_number
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TimeAverage(ABC):
+    """An average over the steps of one run, looked at when they are done.
+
+    Attributes
+    ----------
+    steps : int
+        T, of the whole run.
+    """
+
+    steps: int
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, 1)
+
+    @abstractmethod
+    def share(self, step: int) -> float:
+        """How far the average moves towards the weights after step 1, 2, ..."""
+
+    @abstractmethod
+    def left(self, u: FloatArray) -> FloatArray:
+        """Mean of (1 - u)^t with the average's weights on t = 0 ... T, shape of u."""
+
+    @property
+    @abstractmethod
+    def age(self) -> float:
+        """Mean of t with the same weights."""
+
+    @abstractmethod
+    def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
+        """The run and its average as `nqm` states them."""
+
+
+@dataclass(frozen=True)
+class TailMean(TimeAverage):
+    """SWA: the uniform mean of the weights after every step of the second half, t > T // 2."""
+
+    name: ClassVar[str] = "swa"
+
+    @property
+    def start(self) -> int:
+        """Steps before the first that counts."""
+        return self.steps // 2
+
+    def share(self, step: int) -> float:
+        """1 / n at the n-th step that counts."""
+        return 1.0 / (step - self.start) if step > self.start else 0.0
+
+    def left(self, u: FloatArray) -> FloatArray:
+        """(1 - u)^(s + 1) (1 - (1 - u)^n) / (n u) with s = T // 2, n = T - s."""
+        count = self.steps - self.start
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            # Of 1 - (1 - u)^n little would be left at small u.
+            lost = np.where(u < 1.0, -np.expm1(count * np.log1p(-np.minimum(u, 1.0))), 0.0)
+            mean = np.where(u < 1.0, lost, 1.0 - power(u, count)) / (u * count)
+            return power(u, self.start + 1) * np.where(u == 0.0, 1.0, mean)
+
+    @property
+    def age(self) -> float:
+        """(s + 1 + T) / 2."""
+        return 0.5 * (self.start + 1 + self.steps)
+
+    def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
+        """`nqm.SWA` from the middle on."""
+        first = Phase(method, lr, self.start, batch_size=batch_size)
+        rest = Phase(SWA(method), lr, self.steps - self.start, batch_size=batch_size)
+        return Program((first, rest))
+
+
+@dataclass(frozen=True)
+class ExponentialMean(TimeAverage):
+    """EMA: every step moves it by 1 - beta towards the weights.
+
+    Attributes
+    ----------
+    beta : float
+        Decay, in [0, 1).
+    """
+
+    beta: float = 0.99
+    name: ClassVar[str] = "ema"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("ema", self.beta, low=0.0, high=1.0, closed_high=False)
+
+    def share(self, step: int) -> float:
+        """1 - beta."""
+        return 1.0 - self.beta
+
+    def left(self, u: FloatArray) -> FloatArray:
+        """beta^T + (1 - beta) r (r^T - beta^T) / (r - beta) with r = 1 - u."""
+        r, beta, steps = 1.0 - u, self.beta, self.steps
+        gap = r - beta
+        same = np.abs(gap) < 1e-9
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            apart = (power(u, steps) - beta**steps) / np.where(same, 1.0, gap)
+            sum_of_powers = np.where(same, steps * beta ** (steps - 1), apart)
+            return beta**steps + (1.0 - beta) * r * sum_of_powers
+
+    @property
+    def age(self) -> float:
+        """T - beta (1 - beta^T) / (1 - beta)."""
+        return self.steps - self.beta * (1.0 - self.beta**self.steps) / (1.0 - self.beta)
+
+    def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
+        """`nqm.EMA` from the start."""
+        return Program((Phase(EMA(method, self.beta), lr, self.steps, batch_size=batch_size),))
+
+
+class Running:
+    """Averages that run along, without a memory of the path.
+
+    Parameters
+    ----------
+    averages : iterable of TimeAverage
+    start : Tensor
+        The weights at step 0, of one run or of many.
+
+    Attributes
+    ----------
+    values : dict of str to Tensor
+        Every average so far, by its name.
+    """
+
+    def __init__(self, averages: Iterable[TimeAverage], start: Tensor):
+        self.averages = tuple(averages)
+        self.values = {average.name: start.detach().clone() for average in self.averages}
+
+    def __call__(self, step: int, weights: Tensor) -> None:
+        """Take in the weights after a step."""
+        for average in self.averages:
+            if share := average.share(step):
+                self.values[average.name].lerp_(weights, share)
+
+
+def power(u: FloatArray, steps: float) -> FloatArray:
+    """(1 - u)^steps of a whole number of steps, exact at small u too."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        small = np.exp(steps * np.log1p(-np.minimum(u, 1.0)))
+        return np.where(u < 1.0, small, (1.0 - u) ** round(steps))

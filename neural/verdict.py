@@ -1,0 +1,149 @@
+"""What the tables of a bridge say, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neural.bridge import ITERATE
+from neural.local_model import LocalModel
+from neural.noise import fit_power_law
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def verdict(
+    table: pd.DataFrame,
+    local: LocalModel,
+    best: pd.DataFrame | None = None,
+    cost: pd.DataFrame | None = None,
+) -> list[str]:
+    """What was found, a sentence or two a line.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.compare` makes it, of trainings that differ in learning rate and batch
+        size.
+    local : LocalModel
+    best : DataFrame, optional
+        As `neural.best_rate.best_rates` makes it.
+    cost : DataFrame, optional
+        As the table of `neural.cost.Cost` makes it.
+    """
+    negative = local.negative_share()
+    lines = [
+        f"Largest curvature {local.largest:.4g}; plain SGD is stable up to lr = "
+        f"{2.0 / local.largest:.3g} on the quadratic.",
+        f"{negative[0]:.1%} of the noise and {negative[1]:.1%} of the squared slope lie along "
+        "negative curvature, of which the quadratic says nothing.",
+        f"Noise along the stiffest directions goes as h^{noise_exponent(local):.2f}; the noise "
+        f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
+    ]
+    held = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
+    trained = not held["measured"].isna().all()
+    if trained:
+        lines += _agreement(held, local)
+    lines += _floors(held[held["weights"] == ITERATE])
+    if best is not None:
+        lines += _best(best, trained)
+    if cost is not None:
+        parts = [
+            f"{stage} {f'{epochs:.3g} epochs' if epochs > 0 else 'kept'}"
+            for stage, epochs in zip(cost["stage"], cost["epochs"], strict=True)
+        ]
+        lines.append(f"Cost, one gradient of all examples being an epoch: {', '.join(parts)}.")
+    if not table["test"].isna().all():
+        lines.append("Test losses stand in the table; the theory does not predict them.")
+    return lines
+
+
+def rank_order(table: pd.DataFrame) -> tuple[int, int]:
+    """Pairs of trainings whose order is predicted right, out of those whose order is sure.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns predicted, measured, error; a row for every K and learning rate.
+
+    Returns
+    -------
+    right, pairs : int
+        Of all pairs whose measured losses are more than two standard errors apart, of both
+        together.
+    """
+    rows = table[["predicted", "measured", "error"]].to_numpy(dtype=float)
+    signs = [
+        np.sign(one[0] - other[0]) == np.sign(one[1] - other[1])
+        for one, other in combinations(rows, 2)
+        if abs(one[1] - other[1]) > 2.0 * np.hypot(one[2], other[2])
+    ]
+    return int(sum(signs)), len(signs)
+
+
+def _agreement(held: pd.DataFrame, local: LocalModel) -> Iterator[str]:
+    """How near measurement is to the prediction, where there is one."""
+    iterate = held[held["weights"] == ITERATE]
+    for bound in (1.05, 1.2, 1.5):
+        near = np.abs(np.log(iterate["ratio"].clip(lower=1e-9))) < np.log(bound)
+        yield f"{int(near.sum())} of {len(iterate)} cells within a factor {bound:g}."
+    stiff = held["lr"] / (1.0 - held["momentum"]) * local.largest <= 0.5
+    for weights, rows in held[stiff].groupby("weights", sort=False):
+        name = "W" if weights == ITERATE else f"{weights}: w"
+        yield (
+            f"{name}here lr h_max <= 0.5: measured rise over predicted {rows['ratio'].min():.2f} "
+            f"to {rows['ratio'].max():.2f}."
+        )
+    counts = [rank_order(rows) for _, rows in iterate.groupby(["way", "batch_size"])]
+    right, pairs = (sum(part) for part in zip(*counts, strict=True))
+    yield (
+        f"Rank order of K and lr right in {right} of {pairs} pairs whose measured losses are two "
+        "standard errors apart."
+    )
+
+
+def _floors(held: pd.DataFrame) -> Iterator[str]:
+    """From which K on averaging gains little."""
+    for (way, size, lr), rows in held.groupby(["way", "batch_size", "lr"], sort=True):
+        first = rows.iloc[0]
+        enough = first["excess"] / first["floor"] if first["floor"] > 0 else np.inf
+        pays = (
+            f"beyond K = {enough:.0f} the floor is most of the loss"
+            if enough < 1e4
+            else "no floor within reach of K"
+        )
+        yield f"{way}, lr = {lr:.3g}, B = {size}: {pays}."
+
+
+def _best(best: pd.DataFrame, trained: bool) -> Iterator[str]:
+    """Best learning rates, for the smallest and the largest K."""
+    for (way, size), rows in best.groupby(["way", "batch_size"], sort=False):
+        rows = rows.sort_values("members")
+        for i in sorted({0, len(rows) - 1}):
+            row = rows.iloc[i]
+            one, other = row["predicted"], row["measured"]
+            words = f"{one:.3g} predicted" if one > 0 else "predicted to be the lowest"
+            if trained:
+                words += f", {other:.3g} measured" if other > 0 else ", beyond the grid measured"
+            if one > 0 and other > 0:
+                words += f", ratio {other / one:.2f}"
+            yield f"{way}, B = {size}, K = {row['members']}: best lr {words}."
+
+
+def _noise_scale(local: LocalModel) -> float:
+    """Examples at which a minibatch's noise and the gradient are of one size."""
+    squared = float(local.points()[2].sum())
+    return local.noise_trace / squared if squared > 0 else np.inf
+
+
+def noise_exponent(local: LocalModel) -> float:
+    """Exponent g of noise against curvature, c = A h^g, over the stiffest directions.
+
+    NaN if fewer than two of them have positive curvature and noise.
+    """
+    h, c = local.pairs.values, np.diag(local.noise)
+    return fit_power_law(h, c).exponent if ((h > 0) & (c > 0)).sum() > 1 else np.nan
