@@ -45,10 +45,12 @@ STILL = 0.01
 EARLY = 5
 #: The weights themselves, beside averages of them over time.
 ITERATE = "iterate"
+MEASURED = ["measured", "error", "gain", "gain_error", "test"]
 COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
     "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
-    "noise_free", "cross", "floor", "excess", "share", "worth", "test",
+    "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess", "share",
+    "worth", "test",
 ]  # fmt: skip
 COURSE = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
@@ -286,9 +288,10 @@ def measure_training(
     Returns
     -------
     Outcome
-        Columns members, weights (members, step), measured, error, and in the table test: change of
-        the training loss from the checkpoint's, mean over groups (and looks), its standard error
-        over groups, and the mean test loss.
+        Columns members, weights (members, step), measured, error: change of the training loss from
+        the checkpoint's, mean over groups (and looks), its standard error over groups. In the table
+        also gain, gain_error: the mean loss of the group's own chains less that of their mean, in
+        which what they have in common cancels; and test, the mean test loss.
     """
     import pandas as pd
 
@@ -335,21 +338,32 @@ def measure_training(
     way = "chains" if plan.late_phase is None else f"late_phase-{plan.late_phase}".replace("*", "")
     tested = "" if test is None else "-test"
     known = kept(f"{way}-{said}-{how}{tested}", chains if plan.late_phase is None else members)
-    rows, course = [], []
+    rows, course, none = [], [], (np.nan, np.nan)
     for weights in (ITERATE, *(average.name for average in plan.averages(training))):
         for k in plan.members:
             found = known[f"{weights}{k}"]
             measured, error = _mean(found[:, -len(late) :].mean(1))
             scores = known.get(f"test-{weights}{k}")
             score = np.nan if scores is None else float(scores.mean())
-            rows.append((k, weights, measured, error, score))
+            gain = _gain(known.get(f"{weights}1"), found, k, len(late)) if k > 1 else none
+            rows.append((k, weights, measured, error, *gain, score))
             if weights == ITERATE:
                 steps = at[-found.shape[1] :]
                 course += [(k, t, *_mean(one)) for t, one in zip(steps, found.T, strict=True)]
     return Outcome(
-        pd.DataFrame(rows, columns=["members", "weights", "measured", "error", "test"]),
+        pd.DataFrame(rows, columns=["members", "weights", *MEASURED]),
         pd.DataFrame(course, columns=["members", "step", "measured", "error"]),
     )
+
+
+def _gain(
+    single: FloatArray | None, mean: FloatArray, members: int, late: int
+) -> tuple[float, float]:
+    """What averaging saves each group of chains; NaN of members, which are no chains."""
+    if single is None:
+        return np.nan, np.nan
+    own = single[: len(mean) * members].reshape(len(mean), members, -1).mean(1)
+    return _mean((own[:, -late:] - mean[:, -late:]).mean(1))
 
 
 def _mean(each: FloatArray) -> tuple[float, float]:
@@ -378,6 +392,7 @@ def foresee(
         | asdict(found)
         | {"members": k, "weights": weights, "noise_free": found.descent}
         | {"predicted": found.change(k), "predicted_rise": found.rise(k)}
+        | {"predicted_gain": found.rise(1) - found.rise(k)}
         for weights, found in seen.items()
         for k in plan.members
     ]
@@ -412,13 +427,14 @@ def compare(
     Outcome
         In the table: the training; members, weights; predicted and measured change of the loss
         from the checkpoint's, its standard error; what noise adds, predicted and measured
-        (``predicted_rise``, ``measured_rise``), and their ratio; the parts of the prediction; the
-        test loss. In the course: predicted and measured change at every look.
+        (``predicted_rise``, ``measured_rise``), and their ratio; what averaging saves a single run
+        (``predicted_gain``, ``gain``); the parts of the prediction; the test loss. In the course:
+        predicted and measured change at every look.
     """
     both = foresee(local, drift, training, plan, smoothing)
     real = measure_training(landscape, training, plan, test=test, folder=folder, progress=progress)
-    table, names = both.table, ["measured", "error", "test"]
-    table[names] = real.table[names]
+    table = both.table
+    table[MEASURED] = real.table[MEASURED]
     parts = table.drop_duplicates("weights").set_index("weights")
     scatter = parts["excess"].fillna(
         np.inf

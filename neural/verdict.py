@@ -98,6 +98,13 @@ def _agreement(held: pd.DataFrame, local: LocalModel) -> Iterator[str]:
             f"{name}here lr h_max <= 0.5: measured rise over predicted {rows['ratio'].min():.2f} "
             f"to {rows['ratio'].max():.2f}."
         )
+    gain = iterate[iterate["gain"].notna()]
+    if len(gain):
+        ratio = gain["gain"] / gain["predicted_gain"]
+        yield (
+            "What averaging saves, loss of one run less that of K: measured over predicted "
+            f"{ratio.min():.2f} to {ratio.max():.2f}."
+        )
     counts = [rank_order(rows) for _, rows in iterate.groupby(["way", "batch_size"])]
     right, pairs = (sum(part) for part in zip(*counts, strict=True))
     yield (

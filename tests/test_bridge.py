@@ -92,11 +92,11 @@ PLAIN = Training(0.3, 4, 30)
 @pytest.mark.parametrize(
     ("training", "plan", "away"),
     [
-        (PLAIN, Plan((1, 4), 64), 0.5),
-        (replace(PLAIN, lr=0.9), Plan((1, 4), 64), 0.0),
-        (Training(0.06, 4, 100, momentum=0.8), Plan((1, 4), 64), 0.0),
+        (PLAIN, Plan((1, 4), 256), 0.5),
+        (replace(PLAIN, lr=0.9), Plan((1, 4), 256), 0.0),
+        (Training(0.06, 4, 100, momentum=0.8), Plan((1, 4), 256), 0.0),
         # Looked at after every step of whole epochs: noise cancels within them.
-        (Training(0.2, 32, 128, sampling="shuffled"), Plan((1, 4), 48, 64), 0.0),
+        (Training(0.2, 32, 128, sampling="shuffled"), Plan((1, 4), 96, 64), 0.0),
         (replace(PLAIN, steps=15), Plan((2, 3), 40, 3, late_phase="all"), 0.5),
     ],
     ids=["plain", "near the edge", "momentum", "shuffled", "members"],
@@ -112,6 +112,12 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
     assert set(table["way"]) == {plan.late_phase or "chains"}
     within_error(table["measured"], table["predicted"], table["error"])
     within_error(table["ratio"], np.ones(2), table["ratio_error"])
+    saved = table[table["members"] > 1]
+    if plan.late_phase:
+        assert saved["gain"].isna().all(), "members are no chains by themselves"
+    else:
+        within_error(saved["gain"], saved["predicted_gain"], saved["gain_error"])
+        assert (saved["gain_error"] < 0.2 * saved["predicted_gain"]).all()
     course = found.course
     assert list(course.columns) == COURSE
     if training.sampling != "shuffled":  # which are not at their steady state from the start

@@ -28,6 +28,7 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "predicted_rise": predicted, "measured_rise": predicted * np.array(ratios),
         "ratio": ratios, "ratio_error": 0.1, "descent": 0.0, "noise_free": 0.0, "cross": 0.0,
         "floor": 0.5, "excess": 10.0, "share": 0.0, "worth": 1.0, "test": np.nan,
+        "predicted_gain": 2.0, "gain": [np.nan, 3.0, 3.0][: len(ratios)], "gain_error": 0.1,
     }  # fmt: skip
     return pd.DataFrame(rows).assign(**changes)[COLUMNS]
 
@@ -57,6 +58,8 @@ def test_the_verdict_counts(local: LocalModel) -> None:
     # predicted alike, and 3.5 < 6.5 < 7.5 is not what is predicted of 5, 5 and 2.5.
     right = sum(line.startswith("Rank order of K and lr right in 10 of 15 pairs") for line in lines)
     assert right == 1
+    saves = "What averaging saves, loss of one run less that of K: measured over predicted 1.50"
+    assert f"{saves} to 1.50." in lines
     assert not any("Test losses" in line or "Cost" in line for line in lines)
     assert "Test losses" in verdict(cells(0.1, (1.0,), test=0.3), local)[-1]
 
