@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,7 +53,9 @@ class BridgeConfig:
     curvature : {"hessian", "ggn"}
         All of it, or the Gauss-Newton part: never negative, and cheap for a few weights of many.
     settle : int
-        Iterations of L-BFGS towards the minimum near by, before anything is measured.
+        Iterations towards the minimum near by, before anything is measured.
+    settle_lr : float, optional
+        By gradient descent at this rate, not by L-BFGS (`neural.landscapes.settle`).
     pairs : int, optional
         Stiffest directions one by one; None for all of few weights.
     draws, products : int
@@ -71,6 +73,8 @@ class BridgeConfig:
     sampling : {"with replacement", "shuffled"}
     train : bool
         False to predict only.
+    test_examples : int, optional
+        Of the test set, whose loss is looked at after training; all by default.
     """
 
     select: str = "all"
@@ -78,6 +82,7 @@ class BridgeConfig:
     weight_decay: float | None = None
     curvature: str = "hessian"
     settle: int = 0
+    settle_lr: float | None = None
     pairs: int | None = 50
     draws: int = 6
     products: int = 30
@@ -89,6 +94,7 @@ class BridgeConfig:
     momentum: float = 0.0
     sampling: str = "with replacement"
     train: bool = True
+    test_examples: int | None = 2000
 
     def __post_init__(self) -> None:
         check_word("curvature", self.curvature, CURVATURES)
@@ -218,8 +224,8 @@ def run_bridge(
         report("settle", 0.0)
         start = landscape
         found = Kept(kept, fingerprint(start))(
-            f"settled{config.settle}",
-            lambda: {"weights": settle(start, config.settle).weights.cpu().numpy()},
+            f"settled{config.settle}-{config.settle_lr}",
+            lambda: _weights(settle(start, config.settle, config.settle_lr)),
         )
         landscape = start.at(torch.from_numpy(found["weights"]).to(start.weights))
     cost = Cost(landscape, kept)
@@ -250,7 +256,7 @@ def run_bridge(
                 done += more
                 report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
 
-            test = _test_loss(landscape, opened.task)
+            test = held_out_loss(landscape, opened.task, config.test_examples)
             with cost("training"):
                 both = compare(
                     landscape, local, drift, training, plan, smoothing=smoothing, test=test,
@@ -354,11 +360,21 @@ def _drift(
     return known[rate]
 
 
-def _test_loss(landscape: Landscape, task: Task) -> Callable[[Tensor], float]:
-    """Mean cross-entropy on the test set, as a function of the landscape's weights."""
-    batches = [
-        (x.to(landscape.weights.dtype) if x.is_floating_point() else x, y) for x, y in task.test()
-    ]
+def _weights(landscape: Landscape) -> dict[str, Any]:
+    return {"weights": landscape.weights.cpu().numpy()}
+
+
+def held_out_loss(
+    landscape: Landscape, task: Task, examples: int | None
+) -> Callable[[Tensor], float]:
+    """Mean cross-entropy on so much of the test set, as a function of the landscape's weights."""
+    batches, left = [], examples
+    for x, y in task.test():
+        x, y = x[:left], y[:left]
+        batches.append((x.to(landscape.weights.dtype) if x.is_floating_point() else x, y))
+        left = None if left is None else left - len(x)
+        if left == 0:
+            break
     return landscape.on(batches).loss
 
 

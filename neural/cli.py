@@ -243,8 +243,9 @@ def sweep(
     help="All of it, or the Gauss-Newton part.",
 )  # fmt: skip
 @click.option(
-    "--settle", type=int, default=0, show_default=True, help="First so many L-BFGS iterations."
+    "--settle", type=int, default=0, show_default=True, help="First so many iterations downhill."
 )
+@click.option("--settle-lr", type=float, help="By descent at this rate; by L-BFGS without.")
 @click.option(
     "--pairs", type=int, default=50, show_default=True, help="Stiffest directions; 0 for all."
 )
@@ -276,6 +277,9 @@ def sweep(
     "--ema", type=float, default=0.99, show_default=True, help="Decay of the mean over time."
 )
 @click.option("--late-phase", metavar="WEIGHTS", help="Members of these weights on a shared base.")
+@click.option(
+    "--test-examples", type=int, default=2000, show_default=True, help="Looked at; 0 for all."
+)
 @click.option("--predict-only", is_flag=True, help="Train nothing.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder.")
@@ -317,6 +321,7 @@ def bridge(
     )
     config = BridgeConfig(
         examples=asked.pop("examples") or None,
+        test_examples=asked.pop("test_examples") or None,
         pairs=asked.pop("pairs") or None,
         rates=asked.pop("rates") or BridgeConfig.rates,
         batch_sizes=asked.pop("batch_sizes") or BridgeConfig.batch_sizes,

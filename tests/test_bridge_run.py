@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from tiny_runs import recipe
+from torch import nn
 
 from neural.bridge import COLUMNS, Plan
-from neural.bridge_run import BridgeConfig, open_target, run_bridge
+from neural.bridge_run import BridgeConfig, held_out_loss, open_target, run_bridge
 from neural.experiment import run_experiment
+from neural.landscapes import landscape_of
 from neural.task import Place
 from nqm import SGD, Phase, Program, solve
 from nqm.cli import main
@@ -97,6 +100,18 @@ def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
     assert (found.table["predicted_rise"] > 0).all()
     assert np.abs(found.table["descent"]).max() < 1e-9, "at a minimum there is no descent"
     assert not any("measured" in line for line in found.words)
+
+
+@pytest.mark.parametrize("examples", [3, None])
+def test_loss_of_so_much_of_the_test_set(run: Path, examples: int | None) -> None:
+    opened = open_target(str(run), Place())
+    landscape = landscape_of(opened.run, opened.model, Place(), select="head", examples=60)
+    x, y = map(torch.cat, zip(*opened.task.test(), strict=True))
+    x, y = x[:examples].double(), y[:examples]
+    with torch.no_grad():
+        expected = float(nn.functional.cross_entropy(opened.model(x), y))
+    found = held_out_loss(landscape, opened.task, examples)(landscape.weights)
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_trainings_are_a_star() -> None:

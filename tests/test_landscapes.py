@@ -167,3 +167,17 @@ def test_settling_stays_near_and_leaves_the_rest_alone() -> None:
     assert float(found.weighted_gradient(torch.full((40,), 1 / 40.0).double()).norm()) > 1e-4
     less = settle(landscape, iterations=3)
     assert found.loss() < less.loss() < landscape.loss()
+
+
+def test_settling_at_a_rate_goes_to_the_same_minimum() -> None:
+    landscape = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).landscape
+    found = settle(landscape, 2000, lr=0.3)
+    np.testing.assert_allclose(found.weights, np.zeros(4), atol=1e-8)
+
+
+def test_settling_at_a_rate_that_is_too_high() -> None:
+    landscape = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).landscape
+    with pytest.raises(NQMError, match="settle_lr 40 diverges; take a lower one"):
+        settle(landscape, 500, lr=40.0)  # 3.8 / 3 is the edge of stability; a cosine goes below it
+    with pytest.raises(NQMError, match="settle_lr"):
+        settle(landscape, 500, lr=0.0)
