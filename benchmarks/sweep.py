@@ -7,18 +7,17 @@ table; an executor's messages); realistic ones whether that matters. Every table
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import best_of
 from nqm.sweep import Sweep
+from nqm.workers import processes
 
 HARMONIC = {"name": "harmonic", "directions": 2}
 
@@ -43,15 +42,6 @@ def realistic(cells: int) -> Sweep:
         "phase": [late],
     }
     return Sweep(base, {"phase.0.members": list(range(1, cells + 1))})
-
-
-@contextmanager
-def processes(count: int) -> Iterator[Executor]:
-    """Worker processes as `nqm sweep --workers` makes them."""
-    spawn = multiprocessing.get_context("spawn")
-    deaf = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(count, spawn, signal.signal, deaf) as pool:
-        yield pool
 
 
 @contextmanager

@@ -268,15 +268,9 @@ def _executor(scheduler: str | None, workers: int) -> Iterator[Executor | None]:
         with connected(scheduler) as executor:
             yield executor
     elif workers > 1:
-        import multiprocessing
-        import signal
-        from concurrent.futures import ProcessPoolExecutor
+        from nqm.workers import processes
 
-        # Spawned, as forked children would inherit locks of the parent's threads; and deaf
-        # to Ctrl-C, which is for the parent to answer.
-        spawn = multiprocessing.get_context("spawn")
-        deaf = (signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(workers, spawn, signal.signal, deaf) as pool:
+        with processes(workers) as pool:
             yield pool
     else:
         yield None

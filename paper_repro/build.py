@@ -19,6 +19,7 @@ import figures.style
 import nqm
 from nqm.errors import NQMError
 from nqm.table import read_metadata, read_table, write_table
+from nqm.workers import share_machine
 from paper_repro.study import Claim, Scale, Study, find
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def build_all(names: Sequence[str], scale: Scale, out: Path) -> Iterator[Built]:
         return
     # Fresh processes: a forked copy of running threads (numba, BLAS) could hang.
     workers = min(2, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, share_machine, (workers,)) as pool:
         # The report's order begins with the quick ones; the long ones have to start first.
         tasks = [pool.submit(build, name, scale, out) for name in reversed(names)]
         try:
