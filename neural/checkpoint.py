@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,10 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     NQMError
         When it cannot be written, e.g. on a full disk; an older file of that name stays.
     """
+    written = io.BytesIO()  # torch's own writer hides the system's error, e.g. that a disk is full
+    torch.save(dict(content), written)
     with replacing(path) as stream:
-        try:
-            torch.save(dict(content), stream)
-        except RuntimeError as error:
-            # torch's writer hides the system's error; the next write tells it, if there is one.
-            raise OSError(str(error).partition("\n")[0]) from None
+        stream.write(written.getbuffer())
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

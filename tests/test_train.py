@@ -495,8 +495,7 @@ def test_full_disk_keeps_the_checkpoint_there_was(tmp_path: Path) -> None:
     checkpoint.save(path, {"weights": torch.arange(5_000)})
     code, message = in_process(save_with_little_room, path)
     assert code == 0
-    assert message.startswith(f"cannot write {path}")
-    assert "\n" not in message
+    assert message == f"cannot write {path}: File too large"
     assert_equal(checkpoint.load(path), {"weights": torch.arange(5_000)})
     assert [one.name for one in tmp_path.iterdir()] == ["checkpoint.pt"]
 
