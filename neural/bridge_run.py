@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neural.batch_landscape import grouped
 from neural.best_rate import best_rates
 from neural.bridge import Plan, compare, foresee
 from neural.chains import Training
@@ -52,6 +53,9 @@ class BridgeConfig:
         That of the run by default.
     curvature : {"hessian", "ggn"}
         All of it, or the Gauss-Newton part: never negative, and cheap for a few weights of many.
+    group : int, optional
+        Examples that BatchNorm sees together, as in training (`neural.batch_landscape`); batch
+        sizes then count such groups. Evaluation mode by default.
     settle : int
         Iterations towards the minimum near by, before anything is measured.
     settle_lr : float, optional
@@ -81,6 +85,7 @@ class BridgeConfig:
     examples: int | None = 2000
     weight_decay: float | None = None
     curvature: str = "hessian"
+    group: int | None = None
     settle: int = 0
     settle_lr: float | None = None
     pairs: int | None = 50
@@ -211,6 +216,8 @@ def run_bridge(
     import pandas as pd
 
     stated = {"run": describe(opened.run), "bridge": asdict(config), "plan": asdict(plan)}
+    if config.group is not None and plan.late_phase is not None:
+        raise NQMError("late_phase trains in evaluation mode; drop group")
     key = declare.key(stated)
     stamp = {"key": key, "version": __version__, "configuration": stated}
     kept = out / "kept"
@@ -218,7 +225,7 @@ def run_bridge(
     table = finished(out / "bridge.parquet", key, __version__)  # refuses another's
     landscape = landscape_of(
         opened.run, opened.model, place, select=config.select, examples=config.examples,
-        weight_decay=config.weight_decay, curvature=config.curvature,
+        weight_decay=config.weight_decay, curvature=config.curvature, group=config.group,
     )  # fmt: skip
     if config.settle:
         report("settle", 0.0)
@@ -256,7 +263,7 @@ def run_bridge(
                 done += more
                 report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
 
-            test = held_out_loss(landscape, opened.task, config.test_examples)
+            test = held_out_loss(landscape, opened.task, config.test_examples, config.group)
             with cost("training"):
                 both = compare(
                     landscape, local, drift, training, plan, smoothing=smoothing, test=test,
@@ -365,7 +372,7 @@ def _weights(landscape: Landscape) -> dict[str, Any]:
 
 
 def held_out_loss(
-    landscape: Landscape, task: Task, examples: int | None
+    landscape: Landscape, task: Task, examples: int | None, group: int | None = None
 ) -> Callable[[Tensor], float]:
     """Mean cross-entropy on so much of the test set, as a function of the landscape's weights."""
     batches, left = [], examples
@@ -375,7 +382,7 @@ def held_out_loss(
         left = None if left is None else left - len(x)
         if left == 0:
             break
-    return landscape.on(batches).loss
+    return landscape.on(batches if group is None else grouped(batches, group)).loss
 
 
 def _spectrum(

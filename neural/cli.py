@@ -243,6 +243,9 @@ def sweep(
     help="All of it, or the Gauss-Newton part.",
 )  # fmt: skip
 @click.option(
+    "--group", type=int, help="BatchNorm in training mode, on groups of so many; counts as one."
+)
+@click.option(
     "--settle", type=int, default=0, show_default=True, help="First so many iterations downhill."
 )
 @click.option("--settle-lr", type=float, help="By descent at this rate; by L-BFGS without.")

@@ -102,6 +102,16 @@ def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
     assert not any("measured" in line for line in found.words)
 
 
+def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, group=6, rates=(0.1,), batch_sizes=(1,), test_examples=30)
+    found = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
+    assert found.local.examples == 10, "sixty examples in groups of six"
+    assert found.table[["predicted", "measured", "test"]].notna().all(axis=None)
+    late = replace(PLAN, late_phase="head", members=(2,))
+    with pytest.raises(NQMError, match="drop group"):
+        run_bridge(open_target(str(run), Place()), config, late, Place(), tmp_path / "late")
+
+
 @pytest.mark.parametrize("examples", [3, None])
 def test_loss_of_so_much_of_the_test_set(run: Path, examples: int | None) -> None:
     opened = open_target(str(run), Place())
