@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from neural.bridge import ITERATE, Prediction, edge, looks, predict
+from neural.bridge import ITERATE
 from neural.chains import Training
 from neural.drift import Drift
 from neural.local_model import LocalModel
+from neural.prediction import Prediction, edge, looks, predict
 from neural.smoothing import Smoothing
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def best_rate(
     members : sequence of int
         K.
     count : int
-        Looks at a training, over which its loss is averaged (`neural.bridge.looks`).
+        Looks at a training, over which its loss is averaged (`neural.prediction.looks`).
     smoothing : Smoothing, optional
         Of any rate; it is scaled.
 

@@ -15,18 +15,15 @@ from neural.bridge import (
     COLUMNS,
     COURSE,
     Plan,
-    Prediction,
     compare,
     course_steps,
-    edge,
     foresee,
-    looks,
     measure_training,
-    predict,
 )
 from neural.chains import Training, noise_free
 from neural.drift import Drift, measure_drift
 from neural.local_model import LocalModel, measure
+from neural.prediction import Prediction, edge, looks, predict
 from neural.verdict import verdict
 from nqm.errors import NQMError
 

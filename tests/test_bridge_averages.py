@@ -8,10 +8,11 @@ import torch
 from tiny_landscapes import Bowl, quadratic, slide, tanh_landscape
 from tolerances import IDENTITY, agree, within_error
 
-from neural.bridge import Plan, compare, predict
+from neural.bridge import Plan, compare
 from neural.chains import Training, noise_free, train_chains
 from neural.drift import measure_drift, response
 from neural.local_model import measure
+from neural.prediction import predict
 from neural.time_averages import ExponentialMean, Running, TailMean, TimeAverage
 from nqm.errors import NQMError
 

@@ -1,0 +1,161 @@
+"""What theory predicts of a training from a checkpoint.
+
+Predicted from slope, curvature, noise and third derivatives at the checkpoint; nothing is fitted to
+any training run. The loss of the mean of K runs after t steps is
+
+    L(checkpoint) + descent + cross + floor + excess / K:
+
+noise-free descent, the drift of the mean (`neural.drift`), and the excess that `nqm` gives for the
+noise of one run, with curvature and noise as the scatter sees them (`neural.smoothing`). Averages
+over time (`neural.time_averages`) have the same parts. Late-phase members on a shared base draw K
+minibatches for one base step, so that at gamma = "mean" their average is plain SGD on minibatches
+of K B: the same 1/K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from neural.chains import Training
+from neural.drift import Drift, descent
+from neural.local_model import LocalModel
+from neural.smoothing import Smoothing
+from neural.time_averages import TimeAverage
+from nqm import SGD, HeavyBall, Phase, Program, solve
+from nqm.solvers.shuffle import shuffled_steady
+from nqm.targets import stability_edge
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The loss after training, taken apart; all relative to the checkpoint's loss.
+
+    Attributes
+    ----------
+    descent : float
+        Noise-free descent on the quadratic.
+    cross : float
+        What the drift does to that.
+    floor : float
+        The loss that the drift leaves in the mean of any number of members.
+    excess : float
+        Expected excess of a single run due to noise; that of K is its K-th part. Infinite where
+        the quadratic is unstable.
+    share : float
+        Part of the excess that is due to curvature which the scatter itself has changed
+        (`neural.smoothing`): of K members it falls as 1 / K^2.
+    worth : float
+        Runs that an average over time is worth, by the excess; 1 of the iterate.
+    """
+
+    descent: float
+    cross: float
+    floor: float
+    excess: float
+    share: float = 0.0
+    worth: float = 1.0
+
+    def rise(self, members: float = 1.0) -> float:
+        """What noise adds to the loss of the mean of K members."""
+        excess = (self.excess - self.share) / members + 0.5 * self.share / (members**2 * self.worth)
+        return self.cross + self.floor + excess
+
+    def change(self, members: float = 1.0) -> float:
+        """Expected change of the loss of the mean of K members."""
+        return self.descent + self.rise(members)
+
+    @property
+    def enough(self) -> float:
+        """Members at which the floor is as large as what is left of the excess."""
+        return self.excess / self.floor if self.floor > 0 else float("inf")
+
+
+def predict(
+    local: LocalModel,
+    drift: Drift,
+    training: Training,
+    at: Iterable[int | TimeAverage],
+    smoothing: Smoothing | None = None,
+) -> Prediction:
+    """What a training does to the loss, averaged over `at`.
+
+    Parameters
+    ----------
+    local : LocalModel
+    drift : Drift
+    training : Training
+        Shuffled epochs are taken to be at their steady state: their noise cancels over an epoch.
+    at : iterable of int or TimeAverage
+        Steps at which the iterate is looked at, or averages over time.
+    smoothing : Smoothing, optional
+        Take curvature and noise as the scatter sees them.
+    """
+    each = predict_each(local, drift, training, list(at), smoothing)
+    return Prediction(*map(float, np.mean([astuple(one) for one in each], axis=0)))
+
+
+def predict_each(
+    local: LocalModel,
+    drift: Drift,
+    training: Training,
+    at: Sequence[int | TimeAverage],
+    smoothing: Smoothing | None = None,
+) -> list[Prediction]:
+    """`predict` of every look or average by itself."""
+    rate, size, method = (
+        training.lr / (1.0 - training.momentum),
+        training.batch_size,
+        _method(training),
+    )
+    if smoothing is not None:
+        local = smoothing.at(rate, size)
+    if training.lr >= edge(local, training):
+        return [Prediction(np.nan, np.nan, np.nan, np.inf)] * len(at)
+    problem = local.problem().replace(initial_mean=0.0)
+    steps = sorted({when if isinstance(when, int) else when.steps for when in at})
+    phase = Phase(method, training.lr, steps[-1], batch_size=size)
+    shuffled = training.sampling == "shuffled"
+    if shuffled:
+        noise = dict.fromkeys(steps, shuffled_steady(problem, phase, local.examples).loss)
+    else:
+        losses = solve(problem, Program((phase,)), at=steps).loss
+        noise = dict(zip(steps, map(float, losses), strict=True))
+    found = []
+    for when in at:
+        step = when if isinstance(when, int) else when.steps
+        excess, worth = noise[step], 1.0
+        if isinstance(when, TimeAverage):
+            # The steady state of shuffled epochs says nothing of how their steps are correlated.
+            program = when.program(method, training.lr, size)
+            excess = np.nan if shuffled else float(solve(problem, program, at=[step]).loss[-1])
+            worth = noise[step] / excess
+        share = 0.0 if smoothing is None else smoothing.share(rate, size, step, local) / worth
+        found.append(
+            Prediction(
+                descent(local, rate, when),
+                drift.cross(rate, size, when),
+                drift.floor(rate, size, when),
+                excess,
+                share,
+                worth,
+            )
+        )
+    return found
+
+
+def edge(local: LocalModel, training: Training) -> float:
+    """Learning rate from which the quadratic is unstable."""
+    return float(stability_edge(local.problem(), _method(training)))
+
+
+def _method(training: Training) -> SGD | HeavyBall:
+    return HeavyBall(momentum=training.momentum) if training.momentum else SGD()
+
+
+def looks(training: Training, count: int) -> list[int]:
+    """Steps over the second half of a training at which it is looked at."""
+    half = training.steps / 2.0
+    return sorted({round(half + half * i / count) for i in range(1, count + 1)})
