@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,7 +14,7 @@ from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
 BANDS = (1.2, 1.05)
 #: Ratios are drawn as far as this factor from 1.
 FAR = 3.0
-#: Shares of the largest below which a direction counts as noiseless, or is left out of the law.
+#: Shares of the largest below which a direction counts as noiseless, or a law is not drawn.
 NOISELESS, STIFF = 1e-9, 0.02
 
 
@@ -44,13 +46,17 @@ def spectrum(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def noise_against_curvature(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def noise_against_curvature(
+    table: pd.DataFrame, exponent: float = math.nan, *, ax: Axes | None = None
+) -> Axes:
     """Gradient noise of one example along the stiffest directions.
 
     Parameters
     ----------
     table : DataFrame
         Columns curvature, noise_variance, kind.
+    exponent : float
+        Of a power law to be drawn through the stiffest of them; none if NaN.
     ax : Axes, optional
     """
     ax = axes_or_new(ax)
@@ -59,12 +65,11 @@ def noise_against_curvature(table: pd.DataFrame, *, ax: Axes | None = None) -> A
     rows = rows[rows["noise_variance"] > NOISELESS * rows["noise_variance"].max()]
     h, c = rows["curvature"], rows["noise_variance"]
     ax.plot(h, c, "o", color=PALETTE[0], ms=2.5, gid="pairs")
-    if (h > STIFF * h.max()).sum() > 1:
+    if math.isfinite(exponent):
         stiff = h > STIFF * h.max()
-        slope, offset = np.polyfit(np.log(h[stiff]), np.log(c[stiff]), 1)
         ends = np.array([h[stiff].min(), h.max()])
-        line = np.exp(offset) * ends**slope
-        ax.plot(ends, line, color=REFERENCE, lw=0.8, label=f"exponent {slope:.2f}", gid="law")
+        line = np.exp(np.log(c[stiff] / h[stiff] ** exponent).mean()) * ends**exponent
+        ax.plot(ends, line, color=REFERENCE, lw=0.8, label=f"exponent {exponent:.2f}", gid="law")
         ax.legend(loc="upper left")
     ax.set(xscale="log", yscale="log", xlabel="curvature h", ylabel="noise variance", title="noise")
     return ax

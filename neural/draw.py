@@ -8,6 +8,7 @@ import matplotlib as mpl
 import pandas as pd
 
 from figures import bridge, runs, style
+from neural.noise import noise_exponent
 from neural.summary import per_seed
 
 
@@ -62,16 +63,20 @@ def draw_bridge(
     mpl.use("Agg")
     with style.context():
         figure = style.new_figure(style.PAGE, 6.6)
-        axes = figure.subplot_mosaic("abc;def;ghh")
+        several = table["batch_size"].nunique() > 1
+        axes = figure.subplot_mosaic("abc;def;ghh" if several else "abc;def;ggg")
+        pairs = spectrum[spectrum["kind"] == "pair"]
+        h, noise = (pairs[name].to_numpy(float) for name in ("curvature", "noise_variance"))
         bridge.spectrum(spectrum, ax=axes["a"])
-        bridge.noise_against_curvature(spectrum, ax=axes["b"])
+        bridge.noise_against_curvature(spectrum, noise_exponent(h, noise), ax=axes["b"])
         bridge.course(course, ax=axes["c"])
         bridge.against_members(table, ax=axes["d"])
         bridge.against_rate(table, ax=axes["e"])
-        bridge.against_batch_size(table, ax=axes["f"])
-        bridge.averages(table, ax=axes["g"])
-        pairs = spectrum.loc[spectrum["kind"] == "pair", "curvature"]
-        bridge.residuals(table, float(pairs.max()), ax=axes["h"])
+        last = "gh" if several else "fg"
+        if several:
+            bridge.against_batch_size(table, ax=axes["f"])
+        bridge.averages(table, ax=axes[last[0]])
+        bridge.residuals(table, float(h.max()), ax=axes[last[1]])
         style.panel_letters(list(axes.values()))
         figure.suptitle(title, fontsize=9)
     return style.save(figure, folder / "bridge", {"title": title})

@@ -12,6 +12,8 @@ from neural.curvature import Landscape
 from nqm.errors import NQMError
 
 FloatArray = NDArray[np.float64]
+#: Share of the largest curvature below which a direction says nothing of the noise's law.
+STIFF = 0.02
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,32 @@ def covariance(landscape: Landscape, vectors: FloatArray | None = None) -> Float
 
 
 def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
-    """Least squares in the logarithms, over directions of positive curvature and noise."""
-    held = (curvature > 0) & (noise > 0)
+    """Least squares in the logarithms, over the stiffest directions of positive noise.
+
+    Parameters
+    ----------
+    curvature, noise : ndarray, shape (k,)
+        Directions of less than `STIFF` of the largest curvature are left out: where weight decay is
+        most of the curvature there is no law to be found.
+
+    Raises
+    ------
+    NQMError
+        If fewer than two directions are left.
+    """
+    held = (curvature > max(STIFF * curvature.max(initial=0.0), 0.0)) & (noise > 0)
     if held.sum() < 2:
-        raise NQMError("a power law needs two directions of positive curvature and noise at least")
+        raise NQMError("a power law needs two stiff directions of positive noise at least")
     exponent, log_scale = np.polyfit(np.log(curvature[held]), np.log(noise[held]), 1)
     return PowerLaw(float(np.exp(log_scale)), float(exponent))
+
+
+def noise_exponent(curvature: FloatArray, noise: FloatArray) -> float:
+    """Exponent of `fit_power_law`; NaN where there is no law to be fitted."""
+    try:
+        return fit_power_law(curvature, noise).exponent
+    except NQMError:
+        return float("nan")
 
 
 @dataclass(frozen=True)

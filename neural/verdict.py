@@ -10,7 +10,7 @@ import numpy as np
 
 from neural.bridge import ITERATE
 from neural.local_model import LocalModel
-from neural.noise import fit_power_law
+from neural.noise import noise_exponent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,12 +36,13 @@ def verdict(
         As the table of `neural.cost.Cost` makes it.
     """
     negative = local.negative_share()
+    exponent = noise_exponent(local.pairs.values, np.diag(local.noise))
     lines = [
         f"Largest curvature {local.largest:.4g}; plain SGD is stable up to lr = "
         f"{2.0 / local.largest:.3g} on the quadratic.",
         f"{negative[0]:.1%} of the noise and {negative[1]:.1%} of the squared slope lie along "
         "negative curvature, of which the quadratic says nothing.",
-        f"Noise along the stiffest directions goes as h^{noise_exponent(local):.2f}; the noise "
+        f"Noise along the stiffest directions goes as h^{exponent:.2f}; the noise "
         f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
     ]
     held = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
@@ -145,12 +146,3 @@ def _noise_scale(local: LocalModel) -> float:
     """Examples at which a minibatch's noise and the gradient are of one size."""
     squared = float(local.points()[2].sum())
     return local.noise_trace / squared if squared > 0 else np.inf
-
-
-def noise_exponent(local: LocalModel) -> float:
-    """Exponent g of noise against curvature, c = A h^g, over the stiffest directions.
-
-    NaN if fewer than two of them have positive curvature and noise.
-    """
-    h, c = local.pairs.values, np.diag(local.noise)
-    return fit_power_law(h, c).exponent if ((h > 0) & (c > 0)).sum() > 1 else np.nan

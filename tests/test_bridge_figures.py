@@ -92,3 +92,15 @@ def test_the_page_is_drawn_without_measurements_too(
     paths = draw_bridge(bare, alone, spectrum, tmp_path, "title")
     assert [path.name for path in paths] == ["bridge.png", "bridge.pdf"]
     assert all(path.stat().st_size > 10_000 for path in paths)
+    one_size = bare[bare["batch_size"] == bare["batch_size"].iloc[0]]
+    assert all(path.exists() for path in draw_bridge(one_size, alone, spectrum, tmp_path, "one"))
+
+
+def test_the_law_goes_through_the_stiffest() -> None:
+    h = np.array([4.0, 2.0, 1.0, 0.01])
+    noise = 3.0 * h**1.5
+    table = pd.DataFrame({"curvature": h, "noise_variance": noise, "kind": "pair"})
+    x, y = np.asarray(line(bridge.noise_against_curvature(table, 1.5), "law").get_data())
+    agree(x, [1.0, 4.0], IDENTITY)
+    agree(y, 3.0 * x**1.5, 1e-12)
+    assert not [n for n in bridge.noise_against_curvature(table).lines if n.get_gid() == "law"]

@@ -9,8 +9,7 @@ from tiny_landscapes import Bowl
 
 from neural.bridge import COLUMNS
 from neural.local_model import LocalModel, measure
-from neural.spectrum import Eigenpairs
-from neural.verdict import noise_exponent, rank_order, verdict
+from neural.verdict import rank_order, verdict
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +92,3 @@ def test_best_rates_and_cost_are_stated(local: LocalModel) -> None:
     assert "chains, B = 8, K = 1: best lr 0.1 predicted, 0.15 measured, ratio 1.50." in both
     untrained = verdict(cells(0.1, (np.nan,)), local, best.assign(predicted=0.1, measured=np.nan))
     assert "chains, B = 8, K = 1: best lr 0.1 predicted." in untrained
-
-
-def test_the_exponent_is_that_of_the_stiffest() -> None:
-    h = np.array([4.0, 2.0, 1.0])
-    pairs = Eigenpairs(h, np.eye(3), np.zeros(3))
-    empty: tuple[()] = ()
-    local = LocalModel(0.0, pairs, np.diag(3.0 * h**1.5), h, None, empty, 1.0, 9)  # type: ignore[arg-type]
-    assert noise_exponent(local) == pytest.approx(1.5, rel=1e-9)

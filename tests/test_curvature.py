@@ -221,7 +221,10 @@ def test_power_laws() -> None:
     h = np.geomspace(1e-3, 10.0, 20)
     law = noise.fit_power_law(h, 3.0 * h**1.5)
     assert (law.scale, law.exponent) == pytest.approx((3.0, 1.5), rel=1e-10)
-    with pytest.raises(NQMError, match="two directions"):
+    flat = np.where(h < 0.02 * 10.0, 1e-20, 3.0 * h**1.5)  # weight decay alone
+    assert noise.noise_exponent(h, flat) == pytest.approx(1.5, rel=1e-10)
+    assert np.isnan(noise.noise_exponent(h[:1], flat[:1]))
+    with pytest.raises(NQMError, match="two stiff directions"):
         noise.fit_power_law(np.array([1.0, -1.0]), np.array([1.0, 1.0]))
 
 
