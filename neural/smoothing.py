@@ -47,11 +47,16 @@ class Smoothing:
     trace: float
 
     def at(self, lr: float, batch_size: float) -> LocalModel:
-        """The local model as the scatter of another rate sees it."""
+        """The local model as the scatter of another rate sees it.
+
+        A direction that the change, scaled to a far larger scatter, would turn downwards is taken
+        for flat: leading order says no more than that.
+        """
         scale = (lr / batch_size) / (self.lr / self.batch_size)
         local = self.local
         size, turn = np.linalg.eigh(np.diag(local.pairs.values) + scale * self.curvature)
         size, turn = size[::-1], turn[:, ::-1]
+        size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
         noise = turn.T @ (local.noise + scale * self.noise) @ turn
         power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
         noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)  # differences, and rounding

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,3 +61,13 @@ def test_nothing_to_average_over_is_refused() -> None:
     landscape = tanh_landscape()
     with pytest.raises(NQMError, match="samples must be"):
         measure_smoothing(landscape, measure(landscape, None), LR, SIZE, STEPS, samples=0)
+
+
+def test_a_change_that_is_too_large_turns_nothing_downwards() -> None:
+    landscape = tanh_landscape()
+    local = measure(landscape, 5)
+    assert local.pairs.values.min() > 0.0
+    found = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=1)
+    downwards = replace(found, curvature=-np.diag(local.pairs.values))
+    assert (downwards.at(LR, SIZE / 3.0).pairs.values == 0.0).all()
+    agree(downwards.at(LR, 2.0 * SIZE).pairs.values, 0.5 * local.pairs.values, 1e-12)
