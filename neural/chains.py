@@ -94,11 +94,12 @@ def train_chains(
     def slopes(weights: Tensor) -> Tensor:
         index = torch.stack([next(draw) for draw in draws]).to(x.device)
         found: Tensor
-        if together:
-            found = vmap(slope)(weights, x[index], y[index])
-        else:
-            each = zip(weights, index, strict=True)
-            found = torch.stack([slope(w, x[i], y[i]) for w, i in each])
+        with torch.no_grad():  # or the model's other weights would keep every step's graph
+            if together:
+                found = vmap(slope)(weights, x[index], y[index])
+            else:
+                each = zip(weights, index, strict=True)
+                found = torch.stack([slope(w, x[i], y[i]) for w, i in each])
         return found.add_(weights, alpha=landscape.weight_decay)
 
     done = 0

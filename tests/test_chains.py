@@ -252,3 +252,15 @@ def test_only_the_landscapes_weights_move() -> None:
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("together", [0, 5000])
+def test_training_a_part_keeps_no_graph(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "TOGETHER", together)
+    whole = tanh_landscape()
+    part = Landscape(whole.model, whole.batches, "head")
+    assert part.size < whole.size
+    seen: list[Tensor] = []
+    found = train_chains(part, Training(0.1, 4, 2), 2, [2], seen=lambda _, w: seen.append(w))
+    assert [step for step, _ in found] == [2]
+    assert [w.requires_grad for w in seen] == [False, False]
