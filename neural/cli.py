@@ -350,7 +350,9 @@ def bridge(
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str, float], None]]:
-    """A bar for each stage, one after the other."""
+    """A bar for each stage, one after the other; a line for each where there is no terminal."""
+    from datetime import datetime
+
     from tqdm import tqdm
 
     form = "{desc}: {percentage:5.1f}%|{bar}| {elapsed}<{remaining}"
@@ -362,6 +364,8 @@ def _stages() -> Iterator[Callable[[str, float], None]]:
             if bar is not None:
                 bar.close()
             hidden = not sys.stderr.isatty()
+            if hidden:
+                click.echo(f"{datetime.now():%H:%M:%S} {stage}", err=True)
             bar = tqdm(total=1.0, desc=stage, bar_format=form, delay=2, disable=hidden)
             bar.desc = stage
         bar.update(share - bar.n)

@@ -150,3 +150,17 @@ def test_a_mistake_is_one_line(run: Path, tmp_path: Path, words: list[str], told
     assert done.exit_code == 2, done.output
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    words = "--select head --examples 60 --pairs 6 --draws 2 --products 4 --samples 4 --smooth 0"
+    words += " --steps 5 --chains 2 --members 1 --members 2 --rate 0.1 --looks 1 --test-examples 10"
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        main, ["neural", "bridge", str(run), *words.split(), "--out", str(out), "--threads", "1"]
+    )
+    assert done.exit_code == 0, done.output
+    stages = [line.partition(" ")[2] for line in done.stderr.strip().splitlines()]
+    assert stages == ["curvature and noise", "third derivatives", "train 1 of 1", "best rates"]
+    assert (out / "verdict.md").read_text().splitlines()[0].removeprefix("- ") in done.stdout
+    assert str(out / "bridge.png") in done.stdout
