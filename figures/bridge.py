@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
 
@@ -72,6 +73,8 @@ def noise_against_curvature(
         ax.plot(ends, line, color=REFERENCE, lw=0.8, label=f"exponent {exponent:.2f}", gid="law")
         ax.legend(loc="upper left")
     ax.set(xscale="log", yscale="log", xlabel="curvature h", ylabel="noise variance", title="noise")
+    for axis in (ax.xaxis, ax.yaxis):  # names of ticks between decades would overlap
+        axis.set_minor_formatter(NullFormatter())
     return ax
 
 
@@ -99,6 +102,14 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _rate_axes(ax: Axes, rates: pd.Series[float]) -> None:
+    """Rise of the loss against the learning rate, with the rates themselves as ticks."""
+    ax.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="rise of the loss")
+    ticks = sorted(rates.unique())
+    ax.set_xticks(ticks, [f"{rate:.2g}" for rate in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 def against_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The same against the learning rate, for a few K."""
     ax = axes_or_new(ax)
@@ -106,7 +117,7 @@ def against_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     sizes = sorted(rows["members"].unique())
     for i, k in enumerate(sizes[:: max(1, (len(sizes) + 1) // 3)]):
         _lines(ax, rows[rows["members"] == k], "lr", i, f"K = {k}")
-    ax.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="rise of the loss")
+    _rate_axes(ax, rows["lr"])
     ax.set_title("learning rate")
     ax.legend(loc="best")
     return ax
@@ -161,7 +172,7 @@ def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     fewest = rows["members"].min()
     for i, (weights, one) in enumerate(rows.groupby("weights", sort=False)):
         _lines(ax, one[one["members"] == fewest], "lr", i, str(weights))
-    ax.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="rise of the loss")
+    _rate_axes(ax, rows["lr"])
     ax.set_title(f"averages over time, K = {fewest}")
     ax.legend(loc="best")
     return ax
