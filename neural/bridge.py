@@ -301,7 +301,7 @@ def compare(
         table["noise_free"] = [float(calm[name]) for name in table["weights"]]
     table["measured_rise"] = table["measured"] - table["noise_free"]
     table["ratio"] = table["measured_rise"] / table["predicted_rise"]
-    table["ratio_error"] = table["error"] / table["predicted_rise"]
+    table["ratio_error"] = table["error"] / table["predicted_rise"].abs()
     names = ["measured", "error"]
     course = both.course.drop(columns=names).merge(real.course, on=["members", "step"])
     return Outcome(table, course[COURSE])

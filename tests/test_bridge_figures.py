@@ -89,6 +89,8 @@ def test_the_page_is_drawn_without_measurements_too(
     names = ["measured", "error", "measured_rise", "ratio", "ratio_error"]
     bare = table.assign(**dict.fromkeys(names, np.nan))
     alone = course.assign(measured=np.nan, error=np.nan)
+    below = table.assign(predicted_rise=-table["predicted_rise"], ratio=-table["ratio"])
+    assert draw_bridge(below, course, spectrum, tmp_path, "rises below zero have no logarithm")
     paths = draw_bridge(bare, alone, spectrum, tmp_path, "title")
     assert [path.name for path in paths] == ["bridge.png", "bridge.pdf"]
     assert all(path.stat().st_size > 10_000 for path in paths)
