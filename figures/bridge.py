@@ -151,7 +151,7 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax : Axes, optional
     """
     ax = axes_or_new(ax)
-    rows = table[table["batch_size"] == table["batch_size"].iloc[0]]
+    rows = table[_at_first_size(table)]
     rates = sorted(rows["lr"].unique())
     lr = rates[len(rates) // 2]
     rows = rows[rows["lr"] == lr]
@@ -168,7 +168,7 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What noise adds to the loss of the fewest members, and of their averages over time."""
     ax = axes_or_new(ax)
-    rows = table[table["batch_size"] == table["batch_size"].iloc[0]]
+    rows = table[_at_first_size(table)]
     fewest = rows["members"].min()
     for i, (weights, one) in enumerate(rows.groupby("weights", sort=False)):
         _lines(ax, one[one["members"] == fewest], "lr", i, str(weights))
@@ -193,12 +193,13 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     ax = axes_or_new(ax)
     scaled = table["lr"] / (1.0 - table["momentum"]) * largest
     rates, sizes = sorted(scaled.unique()), sorted(table["members"].unique())
+    at_first = _at_first_size(table)
     width = 0.7 * np.diff(np.log(rates)).min(initial=np.log(2.0))
     for i, (weights, one) in enumerate(table.groupby("weights", sort=False)):
         rank = (one["members"].map(sizes.index) + 0.25 * (i + 1)) / len(sizes) - 0.5
         x = scaled[one.index] * np.exp(width * rank)
         for first in (True, False):
-            held = (one["batch_size"] == table["batch_size"].iloc[0]) == first
+            held = at_first[one.index] == first
             ax.errorbar(
                 x[held], one["ratio"][held], 2.0 * one["ratio_error"][held],
                 fmt=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], ms=2.5, lw=0.7,
@@ -226,9 +227,15 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     return ax
 
 
+def _at_first_size(table: pd.DataFrame) -> pd.Series[bool]:
+    first: pd.Series[bool] = table["batch_size"] == table["batch_size"].iloc[0]
+    return first
+
+
 def _first_size(table: pd.DataFrame) -> pd.DataFrame:
-    held: pd.DataFrame = table[table["batch_size"] == table["batch_size"].iloc[0]]
-    return held[held["weights"] == "iterate"]
+    """The weights themselves, at the first batch size."""
+    held: pd.DataFrame = table[_at_first_size(table) & (table["weights"] == "iterate")]
+    return held
 
 
 def _lines(

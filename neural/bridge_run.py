@@ -247,6 +247,8 @@ def run_bridge(
         drifts: dict[float, Drift] = {}
         with cost("averages over the scatter"):
             smoothing = _smoothing(landscape, local, config, kept, plan.seed, report)
+        if config.train:
+            test = held_out_loss(landscape, opened.task, config.test_examples, config.group)
         for i, training in enumerate(trainings):
             with cost("third derivatives"):
                 drift = _drift(
@@ -263,7 +265,6 @@ def run_bridge(
                 done += more
                 report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
 
-            test = held_out_loss(landscape, opened.task, config.test_examples, config.group)
             with cost("training"):
                 both = compare(
                     landscape, local, drift, training, plan, smoothing=smoothing, test=test,
