@@ -11,6 +11,7 @@ import numpy as np
 from neural.bridge import ITERATE
 from neural.local_model import LocalModel
 from neural.noise import noise_exponent
+from neural.prediction import Prediction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +119,7 @@ def _floors(held: pd.DataFrame) -> Iterator[str]:
     """From which K on averaging gains little."""
     for (way, size, lr), rows in held.groupby(["way", "batch_size", "lr"], sort=True):
         first = rows.iloc[0]
-        enough = first["excess"] / first["floor"] if first["floor"] > 0 else np.inf
+        enough = Prediction(*first[["descent", "cross", "floor", "excess"]]).enough
         pays = (
             f"beyond K = {enough:.0f} the floor is most of the loss"
             if enough < 1e4
