@@ -36,7 +36,7 @@ COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
     "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
     "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess", "share",
-    "worth", "test",
+    "worth", "growth", "test",
 ]  # fmt: skip
 COURSE = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
@@ -241,12 +241,14 @@ def foresee(
     for average in plan.averages(training):
         seen[average.name] = predict(local, drift, training, [average], smoothing)
     stated = {"way": plan.late_phase or "chains"} | asdict(training)
+    rate = training.lr / (1.0 - training.momentum)
+    growth = np.nan if smoothing is None else smoothing.growth(rate, training.batch_size)
     rows = [
         stated
         | asdict(found)
         | {"members": k, "weights": weights, "noise_free": found.descent}
         | {"predicted": found.change(k), "predicted_rise": found.rise(k)}
-        | {"predicted_gain": found.rise(1) - found.rise(k)}
+        | {"predicted_gain": found.rise(1) - found.rise(k), "growth": growth}
         for weights, found in seen.items()
         for k in plan.members
     ]

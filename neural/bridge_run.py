@@ -213,8 +213,6 @@ def run_bridge(
     told : callable, optional
         Told a stage's name and the share of it that is done.
     """
-    import pandas as pd
-
     stated = {"run": describe(opened.run), "bridge": asdict(config), "plan": asdict(plan)}
     if config.group is not None and plan.late_phase is not None:
         raise NQMError("late_phase trains in evaluation mode; drop group")
@@ -223,62 +221,18 @@ def run_bridge(
     kept = out / "kept"
     report = told or (lambda stage, share: None)
     table = finished(out / "bridge.parquet", key, __version__)  # refuses another's
-    landscape = landscape_of(
-        opened.run, opened.model, place, select=config.select, examples=config.examples,
-        weight_decay=config.weight_decay, curvature=config.curvature, group=config.group,
-    )  # fmt: skip
-    if config.settle:
-        report("settle", 0.0)
-        start = landscape
-        found = Kept(kept, fingerprint(start))(
-            f"settled{config.settle}-{config.settle_lr}",
-            lambda: _weights(settle(start, config.settle, config.settle_lr)),
-        )
-        landscape = start.at(torch.from_numpy(found["weights"]).to(start.weights))
-    cost = Cost(landscape, kept)
+    landscape = _landscape(opened, config, place, kept, report)
+    cost = Cost(landscape, kept, key)
     with cost("curvature and noise"):
         local = _measure(landscape, config, kept, plan.seed, report)
     local.problem_table().pipe(lambda t: write_table(out / "problem.parquet", t, stamp))
     spectrum = _spectrum(landscape, local, config, kept, plan.seed)
     write_table(out / "spectrum.parquet", spectrum, stamp)
     if table is None:
-        outcomes = []
-        trainings = config.trainings(local.largest)
-        drifts: dict[float, Drift] = {}
-        with cost("averages over the scatter"):
-            smoothing = _smoothing(landscape, local, config, kept, plan.seed, report)
-        if config.train:
-            test = held_out_loss(landscape, opened.task, config.test_examples, config.group)
-        for i, training in enumerate(trainings):
-            with cost("third derivatives"):
-                drift = _drift(
-                    landscape, local, smoothing, training, config, kept, plan.seed, drifts, report
-                )
-            if not config.train:
-                outcomes.append(foresee(local, drift, training, plan, smoothing))
-                continue
-            total = training.steps * plan.chains
-            done = 0
-
-            def progress(more: int, i: int = i, total: int = total) -> None:
-                nonlocal done
-                done += more
-                report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
-
-            with cost("training"):
-                both = compare(
-                    landscape, local, drift, training, plan, smoothing=smoothing, test=test,
-                    folder=kept, progress=progress,
-                )  # fmt: skip
-            outcomes.append(both)
-        table = pd.concat([one.table for one in outcomes], ignore_index=True)
-        course = pd.concat([one.course for one in outcomes], ignore_index=True)
-        report("best rates", 0.0)
-        drift = drifts.get(config.reference(local.largest), drift)
-        best = best_rates(table, local, drift, count=plan.looks, smoothing=smoothing)
-        named = {"course": course, "best_rate": best, "cost": cost.table(), "bridge": table}
-        for name, one in named.items():  # the last is what tells that all are there
+        found = _compare_all(landscape, local, opened.task, config, plan, kept, cost, report)
+        for name, one in found.items():
             write_table(out / f"{name}.parquet", one, stamp)
+        table = found["bridge"]
     course, best, spent = (
         read_table(out / f"{name}.parquet") for name in ("course", "best_rate", "cost")
     )
@@ -286,6 +240,81 @@ def run_bridge(
     with replacing(out / "verdict.md") as stream:
         stream.write(("\n".join(f"- {line}" for line in words) + "\n").encode())
     return Bridge(local, table, course, best, spent, spectrum, words)
+
+
+def _landscape(
+    opened: Opened,
+    config: BridgeConfig,
+    place: Place,
+    kept: Path,
+    report: Callable[[str, float], None],
+) -> Landscape:
+    """The network's landscape, at the minimum near by if asked for."""
+    landscape = landscape_of(
+        opened.run, opened.model, place, select=config.select, examples=config.examples,
+        weight_decay=config.weight_decay, curvature=config.curvature, group=config.group,
+    )  # fmt: skip
+    if not config.settle:
+        return landscape
+    report("settle", 0.0)
+    found = Kept(kept, fingerprint(landscape))(
+        f"settled{config.settle}-{config.settle_lr}",
+        lambda: _weights(settle(landscape, config.settle, config.settle_lr)),
+    )
+    return landscape.at(torch.from_numpy(found["weights"]).to(landscape.weights))
+
+
+def _compare_all(
+    landscape: Landscape,
+    local: LocalModel,
+    task: Task,
+    config: BridgeConfig,
+    plan: Plan,
+    kept: Path,
+    cost: Cost,
+    report: Callable[[str, float], None],
+) -> dict[str, pd.DataFrame]:
+    """Tables of all trainings by name; the last, `bridge`, tells that all are there."""
+    import pandas as pd
+
+    outcomes = []
+    drifts: dict[float, Drift] = {}
+    trainings = config.trainings(local.largest)
+    with cost("averages over the scatter"):
+        smoothing = _smoothing(landscape, local, config, kept, plan.seed, report)
+    test = None
+    if config.train:
+        test = held_out_loss(landscape, task, config.test_examples, config.group)
+    for i, training in enumerate(trainings):
+        with cost("third derivatives"):
+            drift = _drift(
+                landscape, local, smoothing, training, config, kept, plan.seed, drifts, report
+            )
+        if not config.train:
+            outcomes.append(foresee(local, drift, training, plan, smoothing))
+            continue
+        total = training.steps * plan.chains
+        done = 0
+
+        def progress(more: int, i: int = i, total: int = total) -> None:
+            nonlocal done
+            done += more
+            report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
+
+        with cost("training"):
+            both = compare(
+                landscape, local, drift, training, plan, smoothing=smoothing, test=test,
+                folder=kept, progress=progress,
+            )  # fmt: skip
+        outcomes.append(both)
+    table, course = (
+        pd.concat([getattr(one, name) for one in outcomes], ignore_index=True)
+        for name in ("table", "course")
+    )
+    report("best rates", 0.0)
+    drift = drifts.get(config.reference(local.largest), drift)
+    best = best_rates(table, local, drift, count=plan.looks, smoothing=smoothing)
+    return {"course": course, "best_rate": best, "cost": cost.table(), "bridge": table}
 
 
 def _measure(

@@ -21,6 +21,7 @@ from nqm.errors import NQMError, check_integer, check_number
 
 #: Weights up to which derivatives are taken in double precision.
 DOUBLE = 5000
+#: Heavy ball is stable while lr h < 2 (1 + momentum): hence the 3.8 / lr of `settle`.
 SETTLING_MOMENTUM = 0.9
 
 

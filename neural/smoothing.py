@@ -81,6 +81,15 @@ class Smoothing:
         change = turn.T @ (scale * self.curvature) @ turn
         return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps)))
 
+    def growth(self, lr: float, batch_size: float) -> float:
+        """By which part of itself the noise grows under scatter.
+
+        Noise that scatters weights, which makes noise: what leading order leaves out is of the size
+        of the square of this.
+        """
+        scale = (lr / batch_size) / (self.lr / self.batch_size)
+        return scale * self.trace / max(self.local.noise_trace, 1e-300)
+
 
 def measure_smoothing(
     landscape: Landscape,

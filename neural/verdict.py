@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+#: Growth of the noise by its own scatter beyond which a correction of leading order is none.
+FEEDBACK = 0.5
+
+
 def verdict(
     table: pd.DataFrame,
     local: LocalModel,
@@ -50,6 +54,7 @@ def verdict(
     trained = not held["measured"].isna().all()
     if trained:
         lines += _agreement(held, local)
+    lines += _trust(table)
     lines += _floors(held[held["weights"] == ITERATE])
     if best is not None:
         lines += _best(best, trained)
@@ -113,6 +118,25 @@ def _agreement(held: pd.DataFrame, local: LocalModel) -> Iterator[str]:
         f"Rank order of K and lr right in {right} of {pairs} pairs whose measured losses are two "
         "standard errors apart."
     )
+
+
+def _trust(table: pd.DataFrame) -> Iterator[str]:
+    """How far the noise feeds itself, and where the prediction is therefore void."""
+    known = table[table["growth"].notna()]
+    if known.empty:
+        return
+    ends = f"{known['growth'].min():+.0%} to {known['growth'].max():+.0%}"
+    yield f"The scatter of the weights is predicted to change their noise by {ends}."
+    far = known[known["growth"].abs() > FEEDBACK].drop_duplicates(["lr", "batch_size"])
+    if len(far):
+        cells = ", ".join(
+            f"lr = {lr:.3g} at B = {size}"
+            for lr, size in zip(far["lr"], far["batch_size"], strict=True)
+        )
+        yield (
+            f"Beyond {FEEDBACK:.0%} a correction of leading order is none: do not believe the "
+            f"prediction for {cells}."
+        )
 
 
 def _floors(held: pd.DataFrame) -> Iterator[str]:

@@ -84,10 +84,16 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     (tmp_path / "bridge.parquet").unlink()  # as if stopped before the last table
     late = run_bridge(open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path)
     pd.testing.assert_frame_equal(late.table, found.table)
-    assert (late.cost["epochs"] == 0.0).all()
-    assert any("third derivatives kept" in line for line in late.words)
+    pd.testing.assert_series_equal(late.cost["seconds"], found.cost["seconds"])
+    # What another configuration has done is kept; it cost this one nothing.
+    less = replace(SMALL, batch_sizes=SMALL.batch_sizes[:1])
+    for name in ("bridge", "problem", "spectrum", "course", "best_rate", "cost"):
+        (tmp_path / f"{name}.parquet").rename(tmp_path / f"{name}-all.parquet")
+    part = run_bridge(open_target(str(run), Place()), less, PLAN, Place(), tmp_path)
+    assert (part.cost["epochs"] == 0.0).all()
+    assert any("third derivatives kept" in line for line in part.words)
     with pytest.raises(NQMError, match="another configuration"):
-        run_bridge(open_target(str(run), Place()), SMALL, Plan((1,), 4), Place(), tmp_path)
+        run_bridge(open_target(str(run), Place()), less, Plan((1,), 4), Place(), tmp_path)
 
 
 def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:

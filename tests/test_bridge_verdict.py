@@ -26,7 +26,8 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "predicted": predicted, "measured": predicted * np.array(ratios), "error": 0.1,
         "predicted_rise": predicted, "measured_rise": predicted * np.array(ratios),
         "ratio": ratios, "ratio_error": 0.1, "descent": 0.0, "noise_free": 0.0, "cross": 0.0,
-        "floor": 0.5, "excess": 10.0, "share": 0.0, "worth": 1.0, "test": np.nan,
+        "floor": 0.5, "excess": 10.0, "share": 0.0, "worth": 1.0, "growth": np.nan,
+        "test": np.nan,
         "predicted_gain": 2.0, "gain": [np.nan, 3.0, 3.0][: len(ratios)], "gain_error": 0.1,
     }  # fmt: skip
     return pd.DataFrame(rows).assign(**changes)[COLUMNS]
@@ -60,6 +61,7 @@ def test_the_verdict_counts(local: LocalModel) -> None:
     saves = "What averaging saves, loss of one run less that of K: measured over predicted 1.50"
     assert f"{saves} to 1.50." in lines
     assert not any("Test losses" in line or "Cost" in line for line in lines)
+    assert not any("scatter" in line or "believe" in line for line in lines)
     assert "Test losses" in verdict(cells(0.1, (1.0,), test=0.3), local)[-1]
 
 
@@ -92,3 +94,15 @@ def test_best_rates_and_cost_are_stated(local: LocalModel) -> None:
     assert "chains, B = 8, K = 1: best lr 0.1 predicted, 0.15 measured, ratio 1.50." in both
     untrained = verdict(cells(0.1, (np.nan,)), local, best.assign(predicted=0.1, measured=np.nan))
     assert "chains, B = 8, K = 1: best lr 0.1 predicted." in untrained
+
+
+def test_noise_that_feeds_itself_is_told(local: LocalModel) -> None:
+    calm = pd.concat([cells(0.1, (1.0, 1.1), growth=-0.1), cells(0.2, (1.0,), growth=0.5)])
+    told = "The scatter of the weights is predicted to change their noise by -10% to +50%."
+    assert told in verdict(calm, local)
+    assert not any("do not believe" in line for line in verdict(calm, local))
+    wild = pd.concat(
+        [calm, cells(0.4, (1.0, 2.0), growth=1.0), cells(0.2, (1.0,), growth=0.6, batch_size=4)]
+    )
+    told = "do not believe the prediction for lr = 0.4 at B = 8, lr = 0.2 at B = 4."
+    assert sum(line.endswith(told) for line in verdict(wild, local)) == 1

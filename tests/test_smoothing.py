@@ -36,6 +36,9 @@ def test_averages_are_those_of_the_ends(pairs: int | None) -> None:
     agree(found.curvature + np.diag(local.pairs.values), np.mean(curvature, axis=0), 1e-8)
     agree(found.noise + local.noise, np.mean(noise, axis=0), 1e-8)
     assert found.trace + local.noise_trace == pytest.approx(np.mean(traces), rel=1e-9)
+    expected = np.mean(traces) / local.noise_trace - 1.0
+    assert found.growth(LR, SIZE) == pytest.approx(expected, rel=1e-9)
+    assert found.growth(LR, 2.0 * SIZE) == pytest.approx(0.5 * expected, rel=1e-9)
     # Seen at the same scatter the local model is that of the averages.
     seen = found.at(LR, SIZE)
     agree(np.sort(seen.pairs.values), np.linalg.eigvalsh(np.mean(curvature, axis=0)), 1e-8)
