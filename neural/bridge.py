@@ -16,6 +16,7 @@ from neural.chains import Training, group_losses, noise_free, train_chains, trai
 from neural.curvature import Landscape
 from neural.drift import Drift
 from neural.local_model import Kept, LocalModel, fingerprint
+from neural.noise import trace
 from neural.prediction import looks, predict, predict_each
 from neural.smoothing import Smoothing
 from neural.time_averages import ExponentialMean, Running, TailMean, TimeAverage
@@ -36,7 +37,7 @@ COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
     "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
     "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess", "share",
-    "worth", "growth", "test",
+    "worth", "growth", "fading", "test",
 ]  # fmt: skip
 COURSE = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
@@ -284,8 +285,10 @@ def compare(
         In the table: the training; members, weights; predicted and measured change of the loss
         from the checkpoint's, its standard error; what noise adds, predicted and measured
         (``predicted_rise``, ``measured_rise``), and their ratio; what averaging saves a single run
-        (``predicted_gain``, ``gain``); the parts of the prediction; the test loss. In the course:
-        predicted and measured change at every look.
+        (``predicted_gain``, ``gain``); the parts of the prediction; by which part of itself the
+        noise is predicted to grow under scatter (``growth``), and has changed at the end of the
+        noise-free path (``fading``, where that is trained); the test loss. In the course: predicted
+        and measured change at every look.
     """
     both = foresee(local, drift, training, plan, smoothing)
     real = measure_training(landscape, training, plan, test=test, folder=folder, progress=progress)
@@ -298,9 +301,10 @@ def compare(
     if not (parts["descent"].abs() <= STILL * scatter / max(plan.members)).all():
         kept = Kept(folder, fingerprint(landscape))
         stated = (training.lr, training.momentum, training.steps, plan.looks, plan.ema)
-        name = "-".join(map(str, ("noise_free", *stated)))
+        name = "-".join(map(str, ("noise_free_path", *stated)))
         calm = kept(name, lambda: _noise_free(landscape, training, plan))
         table["noise_free"] = [float(calm[name]) for name in table["weights"]]
+        table["fading"] = float(calm["fading"])
     table["measured_rise"] = table["measured"] - table["noise_free"]
     table["ratio"] = table["measured_rise"] / table["predicted_rise"]
     table["ratio_error"] = table["error"] / table["predicted_rise"].abs()
@@ -310,9 +314,17 @@ def compare(
 
 
 def _noise_free(landscape: Landscape, training: Training, plan: Plan) -> dict[str, Any]:
-    """Change of the loss without noise, for every kind of weights."""
+    """Change of the loss without noise, for every kind of weights; and that of the noise itself."""
     averages = Running(plan.averages(training), landscape.weights)
-    losses = noise_free(landscape, training, looks(training, plan.looks), seen=averages)
+    end = landscape.weights
+
+    def seen(step: int, weights: Tensor) -> None:
+        nonlocal end
+        averages(step, weights)
+        end = weights
+
+    losses = noise_free(landscape, training, looks(training, plan.looks), seen=seen)
     found = {name: np.array(landscape.loss(mean)) for name, mean in averages.values.items()}
     found[ITERATE] = np.array(losses.mean())
-    return {name: loss - landscape.loss() for name, loss in found.items()}
+    change = {name: loss - landscape.loss() for name, loss in found.items()}
+    return change | {"fading": np.array(trace(landscape.at(end)) / trace(landscape) - 1.0)}

@@ -121,12 +121,13 @@ def _agreement(held: pd.DataFrame, local: LocalModel) -> Iterator[str]:
 
 
 def _trust(table: pd.DataFrame) -> Iterator[str]:
-    """How far the noise feeds itself, and where the prediction is therefore void."""
+    """How far the noise changes by its own scatter and on the way: what the prediction rests on."""
     known = table[table["growth"].notna()]
-    if known.empty:
-        return
-    ends = f"{known['growth'].min():+.0%} to {known['growth'].max():+.0%}"
-    yield f"The scatter of the weights is predicted to change their noise by {ends}."
+    if len(known):
+        yield (
+            "The scatter of the weights is predicted to change their noise by "
+            f"{_range(known['growth'])}."
+        )
     far = known[known["growth"].abs() > FEEDBACK].drop_duplicates(["lr", "batch_size"])
     if len(far):
         cells = ", ".join(
@@ -137,6 +138,17 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
             f"Beyond {FEEDBACK:.0%} a correction of leading order is none: do not believe the "
             f"prediction for {cells}."
         )
+    calm = table.loc[table["fading"].notna(), "fading"]
+    if len(calm):
+        line = f"On the noise-free path the noise changes by {_range(calm)}"
+        if calm.abs().max() > FEEDBACK:
+            line += ", and the prediction takes it from the checkpoint: settle further"
+        yield f"{line}."
+
+
+def _range(changes: pd.Series[float]) -> str:
+    low, high = f"{changes.min():+.0%}", f"{changes.max():+.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _floors(held: pd.DataFrame) -> Iterator[str]:

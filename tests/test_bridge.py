@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tiny_landscapes import Bowl, quadratic, scatter, slide
+import torch
+from tiny_landscapes import Bowl, quadratic, scatter, slide, tanh_landscape
 from tolerances import IDENTITY, agree, within_error
 
 from neural.bridge import (
@@ -124,8 +125,24 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
     np.testing.assert_allclose(late, table["measured"], rtol=1e-9)
     calm = noise_free(bowl.landscape, training, looks(training, plan.looks)).mean()
     np.testing.assert_allclose(table["noise_free"], calm - local.loss, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(table["fading"], 0.0 if away else np.nan, atol=1e-9)
     # Else the experiment would tell little.
     assert (table["error"] < 0.35 * table["predicted_rise"]).all()
+
+
+def test_noise_changes_on_the_way() -> None:
+    landscape, training = tanh_landscape(), Training(0.5, 8, 12)
+    local = measure(landscape, None)
+    drift = measure_drift(landscape, local, 0.5, 8, 12, samples=2)
+    found = compare(landscape, local, drift, training, Plan((1, 2), 2, 1)).table
+    weights, traces = landscape.weights.clone(), []
+    for _ in range(training.steps + 1):
+        gradients = torch.cat(list(landscape.at(weights).example_gradients())).numpy()
+        traces.append(np.trace(np.cov(gradients, rowvar=False)))
+        weights -= training.lr * landscape.gradient(weights)
+    change = traces[-1] / traces[0] - 1.0
+    assert abs(change) > 0.01
+    np.testing.assert_allclose(found["fading"], change, rtol=1e-9)
 
 
 def test_on_a_quadratic_it_does_not_matter_which_weights_are_members(bowl: Bowl) -> None:

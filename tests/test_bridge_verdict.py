@@ -27,7 +27,7 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "predicted_rise": predicted, "measured_rise": predicted * np.array(ratios),
         "ratio": ratios, "ratio_error": 0.1, "descent": 0.0, "noise_free": 0.0, "cross": 0.0,
         "floor": 0.5, "excess": 10.0, "share": 0.0, "worth": 1.0, "growth": np.nan,
-        "test": np.nan,
+        "fading": np.nan, "test": np.nan,
         "predicted_gain": 2.0, "gain": [np.nan, 3.0, 3.0][: len(ratios)], "gain_error": 0.1,
     }  # fmt: skip
     return pd.DataFrame(rows).assign(**changes)[COLUMNS]
@@ -106,3 +106,13 @@ def test_noise_that_feeds_itself_is_told(local: LocalModel) -> None:
     )
     told = "do not believe the prediction for lr = 0.4 at B = 8, lr = 0.2 at B = 4."
     assert sum(line.endswith(told) for line in verdict(wild, local)) == 1
+
+
+def test_noise_that_fades_on_the_way_is_told(local: LocalModel) -> None:
+    table = pd.concat([cells(0.1, (1.0, 1.1), fading=-0.2), cells(0.2, (1.0,), fading=0.1)])
+    assert "On the noise-free path the noise changes by -20% to +10%." in verdict(table, local)
+    told = (
+        "On the noise-free path the noise changes by -92%, and the prediction takes it from the "
+        "checkpoint: settle further."
+    )
+    assert told in verdict(cells(0.1, (1.0, 1.1), fading=-0.92), local)
