@@ -16,6 +16,7 @@ from neural.chains import Training, group_losses, noise_free, train_chains, trai
 from neural.curvature import Landscape
 from neural.drift import Drift
 from neural.local_model import Kept, LocalModel, fingerprint
+from neural.luck import Luck, measure_luck
 from neural.noise import trace
 from neural.prediction import looks, predict, predict_each
 from neural.smoothing import Smoothing
@@ -32,12 +33,12 @@ STILL = 0.01
 EARLY = 5
 #: The weights themselves, beside averages of them over time.
 ITERATE = "iterate"
-MEASURED = ["measured", "error", "gain", "gain_error", "test"]
+MEASURED = ["measured", "error", "gain", "gain_error", "plain", "plain_error", "test"]
 COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
     "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
     "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess", "share",
-    "worth", "growth", "fading", "test",
+    "worth", "growth", "fading", "plain", "plain_error", "test",
 ]  # fmt: skip
 COURSE = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
@@ -122,6 +123,7 @@ def measure_training(
     training: Training,
     plan: Plan,
     *,
+    luck: Luck | None = None,
     test: Callable[[Tensor], float] | None = None,
     folder: Path | None = None,
     progress: Callable[[int], None] | None = None,
@@ -133,6 +135,8 @@ def measure_training(
     landscape : Landscape
     training : Training
     plan : Plan
+    luck : Luck, optional
+        Of this training, to be taken off what is measured; the table has both.
     test : callable, optional
         Test loss of a weight vector, looked at once at the end.
     folder : Path, optional
@@ -146,10 +150,9 @@ def measure_training(
         Columns members, weights (members, step), measured, error: change of the training loss from
         the checkpoint's, mean over groups (and looks), its standard error over groups. In the table
         also gain, gain_error: the mean loss of the group's own chains less that of their mean, in
-        which what they have in common cancels; and test, the mean test loss.
+        which what they have in common cancels; plain, plain_error: measured as it is, luck and all;
+        and test, the mean test loss.
     """
-    import pandas as pd
-
     at, late = course_steps(training, plan.looks), looks(training, plan.looks)
     ends = {min(plan.members), max(plan.members)}
     kept = Kept(folder, f"{fingerprint(landscape)}-{plan.seed}")
@@ -174,17 +177,14 @@ def measure_training(
         found = [losses(k, snapshots, k) for k in plan.members]
         return {name: array for one in found for name, array in one.items()}
 
-    def run(k: int, group: int) -> Iterator[tuple[int, Tensor]]:
-        select, seed = plan.late_phase or "all", 1000 * plan.seed + group
+    def run(k: int, seed: int) -> Iterator[tuple[int, Tensor]]:
+        select = plan.late_phase or "all"
         return train_late_phase(landscape, training, k, select, at, seed=seed, progress=progress)
 
     def members() -> dict[str, Any]:
         found: dict[str, Any] = {}
         for k in plan.members:
-            runs = [
-                torch.stack([w for _, w in run(k, group)])
-                for group in range(max(plan.chains // k, 2))
-            ]
+            runs = [torch.stack([w for _, w in run(k, seed)]) for seed in _runs(plan, k)]
             found |= losses(k, {ITERATE: list(torch.stack(runs, 1))}, 1)
         return found
 
@@ -193,15 +193,36 @@ def measure_training(
     way = "chains" if plan.late_phase is None else f"late_phase-{plan.late_phase}".replace("*", "")
     tested = "" if test is None else "-test"
     known = kept(f"{way}-{said}-{how}{tested}", chains if plan.late_phase is None else members)
-    rows, course, none = [], [], (np.nan, np.nan)
-    for weights in (ITERATE, *(average.name for average in plan.averages(training))):
-        for k in plan.members:
-            found = known[f"{weights}{k}"]
-            measured, error = _mean(found[:, -len(late) :].mean(1))
+    return _tabulate(known, training, plan, luck)
+
+
+def _tabulate(known: dict[str, Any], training: Training, plan: Plan, luck: Luck | None) -> Outcome:
+    """Means and errors of what was measured of every group of chains, or run of members."""
+    import pandas as pd
+
+    at, count = course_steps(training, plan.looks), len(looks(training, plan.looks))
+    averages = plan.averages(training)
+    columns = {ITERATE: slice(0, len(at))}
+    columns |= {one.name: slice(i, i + 1) for i, one in enumerate(averages, len(at))}
+    off = {} if luck is None else _draws(luck, plan, [*at, *averages])
+    rows, course = [], []
+    for weights, part in columns.items():
+        held = {k: known[f"{weights}{k}"] for k in plan.members}
+        if off:
+            held = {k: plain - off[k][:, part][:, -plain.shape[1] :] for k, plain in held.items()}
+        for k, found in held.items():
+            plain = known[f"{weights}{k}"]
             scores = known.get(f"test-{weights}{k}")
-            score = np.nan if scores is None else float(scores.mean())
-            gain = _gain(known.get(f"{weights}1"), found, k, len(late)) if k > 1 else none
-            rows.append((k, weights, measured, error, *gain, score))
+            rows.append(
+                (
+                    k,
+                    weights,
+                    *_mean(found[:, -count:].mean(1)),
+                    *_gain(held.get(1), found, k, count),
+                    *_mean(plain[:, -count:].mean(1)),
+                    np.nan if scores is None else float(scores.mean()),
+                )
+            )
             if weights == ITERATE:
                 steps = at[-found.shape[1] :]
                 course += [(k, t, *_mean(one)) for t, one in zip(steps, found.T, strict=True)]
@@ -211,11 +232,30 @@ def measure_training(
     )
 
 
+def _keys(plan: Plan, members: int) -> tuple[tuple[int, int], ...]:
+    """By which chains, or members of one run after the other, draw their minibatches."""
+    if plan.late_phase is None:
+        return tuple((plan.seed, chain) for chain in range(plan.chains))
+    return tuple((seed, k) for seed in _runs(plan, members) for k in range(members))
+
+
+def _runs(plan: Plan, members: int) -> list[int]:
+    """Seeds of late-phase runs of K members: two at least."""
+    return [1000 * plan.seed + group for group in range(max(plan.chains // members, 2))]
+
+
+def _draws(luck: Luck, plan: Plan, when: list[int | TimeAverage]) -> dict[int, FloatArray]:
+    """The luck of every K, shape (groups, times)."""
+    keys = {k: _keys(plan, k) for k in plan.members}
+    z = {one: luck.responses(one, when) for one in set(keys.values())}
+    return {k: luck.of(z[one], when, k) for k, one in keys.items()}
+
+
 def _gain(
     single: FloatArray | None, mean: FloatArray, members: int, late: int
 ) -> tuple[float, float]:
     """What averaging saves each group of chains; NaN of members, which are no chains."""
-    if single is None:
+    if single is None or members == 1:
         return np.nan, np.nan
     own = single[: len(mean) * members].reshape(len(mean), members, -1).mean(1)
     return _mean((own[:, -late:] - mean[:, -late:]).mean(1))
@@ -291,7 +331,10 @@ def compare(
         and measured change at every look.
     """
     both = foresee(local, drift, training, plan, smoothing)
-    real = measure_training(landscape, training, plan, test=test, folder=folder, progress=progress)
+    luck = measure_luck(landscape, local, training, folder)
+    real = measure_training(
+        landscape, training, plan, luck=luck, test=test, folder=folder, progress=progress
+    )
     table = both.table
     table[MEASURED] = real.table[MEASURED]
     parts = table.drop_duplicates("weights").set_index("weights")

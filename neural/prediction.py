@@ -25,6 +25,7 @@ from neural.local_model import LocalModel
 from neural.smoothing import Smoothing
 from neural.time_averages import TimeAverage
 from nqm import SGD, HeavyBall, Phase, Program, solve
+from nqm.problem import Problem
 from nqm.solvers.shuffle import shuffled_steady
 from nqm.targets import stability_edge
 
@@ -105,33 +106,17 @@ def predict_each(
     smoothing: Smoothing | None = None,
 ) -> list[Prediction]:
     """`predict` of every look or average by itself."""
-    rate, size, method = (
-        training.lr / (1.0 - training.momentum),
-        training.batch_size,
-        _method(training),
-    )
+    rate, size = training.lr / (1.0 - training.momentum), training.batch_size
     if smoothing is not None:
         local = smoothing.at(rate, size)
     if training.lr >= edge(local, training):
         return [Prediction(np.nan, np.nan, np.nan, np.inf)] * len(at)
     problem = local.problem().replace(initial_mean=0.0)
-    steps = sorted({when if isinstance(when, int) else when.steps for when in at})
-    phase = Phase(method, training.lr, steps[-1], batch_size=size)
-    shuffled = training.sampling == "shuffled"
-    if shuffled:
-        noise = dict.fromkeys(steps, shuffled_steady(problem, phase, local.examples).loss)
-    else:
-        losses = solve(problem, Program((phase,)), at=steps).loss
-        noise = dict(zip(steps, map(float, losses), strict=True))
+    steps = [when if isinstance(when, int) else when.steps for when in at]
+    excesses = expected_excess(problem, training, local.examples, [*at, *steps])
     found = []
-    for when in at:
-        step = when if isinstance(when, int) else when.steps
-        excess, worth = noise[step], 1.0
-        if isinstance(when, TimeAverage):
-            # The steady state of shuffled epochs says nothing of how their steps are correlated.
-            program = when.program(method, training.lr, size)
-            excess = np.nan if shuffled else float(solve(problem, program, at=[step]).loss[-1])
-            worth = noise[step] / excess
+    for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
+        worth = iterate / excess if isinstance(when, TimeAverage) else 1.0
         share = 0.0 if smoothing is None else smoothing.share(rate, size, step, local) / worth
         found.append(
             Prediction(
@@ -143,6 +128,46 @@ def predict_each(
                 worth,
             )
         )
+    return found
+
+
+def expected_excess(
+    problem: Problem, training: Training, examples: int, at: Sequence[int | TimeAverage]
+) -> list[float]:
+    """Loss that noise adds to one run, by `nqm`.
+
+    Parameters
+    ----------
+    problem : Problem
+        Started at its minimum.
+    training : Training
+        Below the edge of stability.
+    examples : int
+        N, of which shuffled epochs are made.
+    at : sequence of int or TimeAverage
+        Of averages over shuffled epochs it is NaN: the steady state says nothing of how the steps
+        of an epoch are correlated.
+    """
+    method, lr, size = _method(training), training.lr, training.batch_size
+    shuffled = training.sampling == "shuffled"
+    steps = sorted({when for when in at if isinstance(when, int)})
+    known: dict[int, float] = {}
+    if steps:
+        phase = Phase(method, lr, steps[-1], batch_size=size)
+        if shuffled:
+            known = dict.fromkeys(steps, shuffled_steady(problem, phase, examples).loss)
+        else:
+            losses = solve(problem, Program((phase,)), at=steps).loss
+            known = dict(zip(steps, map(float, losses), strict=True))
+    found = []
+    for when in at:
+        if isinstance(when, int):
+            found.append(known[when])
+        elif shuffled:
+            found.append(np.nan)
+        else:
+            losses = solve(problem, when.program(method, lr, size), at=[when.steps]).loss
+            found.append(float(losses[-1]))
     return found
 
 

@@ -108,18 +108,23 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
     assert len(found.table) == (2 if plan.late_phase else 6)
     assert list(table["members"]) == list(plan.members)
     assert set(table["way"]) == {plan.late_phase or "chains"}
-    within_error(table["measured"], table["predicted"], table["error"])
-    within_error(table["ratio"], np.ones(2), table["ratio_error"])
+    within_error(table["plain"], table["predicted"], table["plain_error"])
     saved = table[table["members"] > 1]
     if plan.late_phase:
         assert saved["gain"].isna().all(), "members are no chains by themselves"
-    else:
-        within_error(saved["gain"], saved["predicted_gain"], saved["gain_error"])
-        assert (saved["gain_error"] < 0.2 * saved["predicted_gain"]).all()
     course = found.course
     assert list(course.columns) == COURSE
-    if training.sampling != "shuffled":  # which are not at their steady state from the start
-        within_error(course["measured"], course["predicted"], course["error"])
+    if training.sampling == "shuffled":  # its luck is not known, nor its way to the steady state
+        np.testing.assert_array_equal(table["measured"], table["plain"])
+        within_error(table["ratio"], np.ones(2), table["ratio_error"])
+        within_error(saved["gain"], saved["predicted_gain"], saved["gain_error"])
+        assert (saved["gain_error"] < 0.2 * saved["predicted_gain"]).all()
+    else:  # less the luck of the draw every run of a quadratic does what is expected
+        agree(table["measured"], table["predicted"], 1e-9)
+        agree(course["measured"], course["predicted"], 1e-9)
+        assert (table["error"] < 1e-9 * table["plain_error"]).all()
+        if not plan.late_phase:
+            agree(saved["gain"], saved["predicted_gain"], 1e-9)
     assert sorted(set(course["step"])) == course_steps(training, plan.looks)
     late = course[course["step"] > training.steps / 2].groupby("members")["measured"].mean()
     np.testing.assert_allclose(late, table["measured"], rtol=1e-9)
@@ -127,7 +132,7 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
     np.testing.assert_allclose(table["noise_free"], calm - local.loss, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(table["fading"], 0.0 if away else np.nan, atol=1e-9)
     # Else the experiment would tell little.
-    assert (table["error"] < 0.35 * table["predicted_rise"]).all()
+    assert (table["plain_error"] < 0.35 * table["predicted_rise"]).all()
 
 
 def test_noise_changes_on_the_way() -> None:
