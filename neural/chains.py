@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float64]
 #: Shown every step 1, 2, ... and the weights after it (`neural.time_averages.Running`).
 Seen = Callable[[int, Tensor], None]
 SAMPLING = ("with replacement", "shuffled")
-#: Chains of fewer weights than this step together; kernels of convolutions would not gain by it.
+#: Chains of a model of fewer weights than this step together; convolutions would lose by it.
 TOGETHER = 5000
 
 
@@ -89,7 +89,7 @@ def train_chains(
     buffers = torch.zeros_like(weights)
     draws = [minibatches(landscape.examples, training, (seed, c)) for c in range(chains)]
     slope = grad(lambda w, a, b: landscape.mean_loss(w, (a, b)))
-    together = landscape.size < TOGETHER
+    together = sum(p.numel() for p in landscape.model.parameters()) < TOGETHER
 
     def slopes(weights: Tensor) -> Tensor:
         index = torch.stack([next(draw) for draw in draws]).to(x.device)
