@@ -222,7 +222,9 @@ def run_bridge(
     report = told or (lambda stage, share: None)
     table = finished(out / "bridge.parquet", key, __version__)  # refuses another's
     landscape = _landscape(opened, config, place, kept, report)
-    cost = Cost(landscape, kept, key)
+    epoch = len(opened.task.stream) * opened.run.data.batch_size
+    share = landscape.examples * (config.group or 1) / epoch
+    cost = Cost(landscape, share, kept, key)
     with cost("curvature and noise"):
         local = _measure(landscape, config, kept, plan.seed, report)
     local.problem_table().pipe(lambda t: write_table(out / "problem.parquet", t, stamp))

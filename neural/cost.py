@@ -1,4 +1,4 @@
-"""What the stages of a bridge cost, in epochs: gradients over all the data."""
+"""What the stages of a bridge cost, in epochs of the training of the network."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 class Cost:
-    """Wall time of stages over that of one gradient of all examples.
+    """Wall time of stages over that of one gradient of all training examples.
 
     Parameters
     ----------
     landscape : Landscape
         Its gradient is timed: the quickest of three.
+    share : float
+        Of the training set's examples, that are in the landscape.
     kept : Path
         Where stages leave what they found. One that leaves nothing new had been done before.
     key : str
@@ -30,8 +32,9 @@ class Cost:
         goes on after another counts both; what a stage had spent when it was killed is lost.
     """
 
-    def __init__(self, landscape: Landscape, kept: Path, key: str):
-        self.landscape, self.kept, self.path = landscape, kept, kept / f"cost-{key[:16]}.json"
+    def __init__(self, landscape: Landscape, share: float, kept: Path, key: str):
+        self.landscape, self.share, self.kept = landscape, share, kept
+        self.path = kept / f"cost-{key[:16]}.json"
         self.seconds: dict[str, float] = {}
         if self.path.exists():
             self.seconds = json.loads(self.path.read_text())
@@ -54,7 +57,7 @@ class Cost:
         """Columns stage, seconds, epochs; 0 of a stage that another configuration has done."""
         import pandas as pd
 
-        epoch = min(_seconds(self.landscape) for _ in range(3))
+        epoch = min(_seconds(self.landscape) for _ in range(3)) / self.share
         rows = [(stage, spent, spent / epoch) for stage, spent in self.seconds.items()]
         return pd.DataFrame(rows, columns=["stage", "seconds", "epochs"])
 

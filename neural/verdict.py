@@ -60,10 +60,12 @@ def verdict(
         lines += _best(best, trained)
     if cost is not None:
         parts = [
-            f"{stage} {f'{epochs:.3g} epochs' if epochs > 0 else 'kept'}"
+            f"{stage} {f'{epochs:.3g}' if epochs > 0 else 'kept'}"
             for stage, epochs in zip(cost["stage"], cost["epochs"], strict=True)
         ]
-        lines.append(f"Cost, one gradient of all examples being an epoch: {', '.join(parts)}.")
+        lines.append(
+            f"Cost, one gradient of all training examples being an epoch: {', '.join(parts)}."
+        )
     if not table["test"].isna().all():
         lines.append("Test losses stand in the table; the theory does not predict them.")
     return lines

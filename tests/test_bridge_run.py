@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny_landscapes import tanh_landscape
 from tiny_runs import recipe
 from torch import nn
 
 from neural.bridge import COLUMNS, Plan
 from neural.bridge_run import BridgeConfig, held_out_loss, open_target, run_bridge
+from neural.cost import Cost
 from neural.experiment import run_experiment
 from neural.landscapes import landscape_of
 from neural.task import Place
@@ -116,6 +118,15 @@ def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
     late = replace(PLAN, late_phase="head", members=(2,))
     with pytest.raises(NQMError, match="drop group"):
         run_bridge(open_target(str(run), Place()), config, late, Place(), tmp_path / "late")
+
+
+def test_cost_is_told_in_epochs_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neural.cost._seconds", lambda landscape: 2.0)
+    cost = Cost(tanh_landscape(), 0.25, tmp_path, "key")  # an epoch takes eight seconds
+    cost.seconds = {"one": 16.0, "kept": 0.0}
+    assert cost.table()["epochs"].tolist() == [2.0, 0.0]
 
 
 @pytest.mark.parametrize("examples", [3, None])

@@ -88,7 +88,7 @@ def test_best_rates_and_cost_are_stated(local: LocalModel) -> None:
     assert "chains, B = 8, K = 1: best lr predicted to be the lowest, 0.1 measured." in lines
     assert "chains, B = 8, K = 64: best lr 0.2 predicted, beyond the grid measured." in lines
     assert not any("lr 7" in line for line in lines), "only the ends are told"
-    told = "Cost, one gradient of all examples being an epoch: one kept, other 12.3 epochs."
+    told = "Cost in epochs, gradients of all training examples: one kept, other 12.3."
     assert told in lines
     both = verdict(cells(0.1, (1.0,)), local, best.assign(predicted=0.1, measured=0.15))
     assert "chains, B = 8, K = 1: best lr 0.1 predicted, 0.15 measured, ratio 1.50." in both
