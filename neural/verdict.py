@@ -63,9 +63,7 @@ def verdict(
             f"{stage} {f'{epochs:.3g}' if epochs > 0 else 'kept'}"
             for stage, epochs in zip(cost["stage"], cost["epochs"], strict=True)
         ]
-        lines.append(
-            f"Cost, one gradient of all training examples being an epoch: {', '.join(parts)}."
-        )
+        lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(parts)}.")
     if not table["test"].isna().all():
         lines.append("Test losses stand in the table; the theory does not predict them.")
     return lines
