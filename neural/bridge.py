@@ -38,7 +38,7 @@ COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
     "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
     "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess", "share",
-    "worth", "growth", "fading", "plain", "plain_error", "test",
+    "worth", "growth", "kinks", "fading", "plain", "plain_error", "test",
 ]  # fmt: skip
 COURSE = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
@@ -284,12 +284,13 @@ def foresee(
     stated = {"way": plan.late_phase or "chains"} | asdict(training)
     rate = training.lr / (1.0 - training.momentum)
     growth = np.nan if smoothing is None else smoothing.growth(rate, training.batch_size)
+    kinks = np.nan if smoothing is None else smoothing.creased()
     rows = [
         stated
         | asdict(found)
         | {"members": k, "weights": weights, "noise_free": found.descent}
         | {"predicted": found.change(k), "predicted_rise": found.rise(k)}
-        | {"predicted_gain": found.rise(1) - found.rise(k), "growth": growth}
+        | {"predicted_gain": found.rise(1) - found.rise(k), "growth": growth, "kinks": kinks}
         for weights, found in seen.items()
         for k in plan.members
     ]
@@ -326,9 +327,9 @@ def compare(
         from the checkpoint's, its standard error; what noise adds, predicted and measured
         (``predicted_rise``, ``measured_rise``), and their ratio; what averaging saves a single run
         (``predicted_gain``, ``gain``); the parts of the prediction; by which part of itself the
-        noise is predicted to grow under scatter (``growth``), and has changed at the end of the
-        noise-free path (``fading``, where that is trained); the test loss. In the course: predicted
-        and measured change at every look.
+        noise is predicted to grow under scatter (``growth``), kinks add to the curvature
+        (``kinks``), and the noise has changed at the end of the noise-free path (``fading``, where
+        that is trained); the test loss. In the course: predicted and measured change at every look.
     """
     both = foresee(local, drift, training, plan, smoothing)
     luck = measure_luck(landscape, local, training, folder)

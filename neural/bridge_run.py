@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from neural.config import RunConfig, describe
 from neural.cost import Cost
 from neural.curvature import CURVATURES, Landscape
 from neural.drift import Drift, measure_drift
+from neural.kinks import measure_kinks
 from neural.landscapes import landscape_of, settle
 from neural.local_model import Kept, LocalModel, fingerprint, measure
 from neural.making import make_model
@@ -65,9 +66,11 @@ class BridgeConfig:
     draws, products : int
         Draws of the noise, and Hessian products for each (`neural.local_model.measure`).
     samples : int
-        Random displacements for the drift (`neural.drift.measure_drift`).
+        Random displacements for the drift (`neural.drift.measure_drift`), and for kinks
+        (`neural.kinks`).
     smooth : int
-        Random displacements for averages over the scatter (`neural.smoothing`); 0 for none.
+        Random displacements for averages over the scatter (`neural.smoothing`); 0 for none, and
+        for no kinks.
     rates : tuple of float
         Learning rates, times the largest curvature. The first batch size goes with each.
     batch_sizes : tuple of int
@@ -356,12 +359,18 @@ def _smoothing(
     def progress(more: int) -> None:
         nonlocal done
         done += more
-        report("averages over the scatter", done / (2.0 * config.smooth))
+        report("averages over the scatter", done / (2.0 * (config.smooth + config.samples)))
 
-    return measure_smoothing(
-        landscape, local, config.reference(local.largest), config.batch_sizes[0], config.steps,
-        samples=config.smooth, seed=seed, folder=kept, progress=progress,
+    rate, size = config.reference(local.largest), config.batch_sizes[0]
+    smoothing = measure_smoothing(
+        landscape, local, rate, size, config.steps, samples=config.smooth, seed=seed, folder=kept,
+        progress=progress,
     )  # fmt: skip
+    kinks = measure_kinks(
+        landscape, smoothing, config.steps, samples=config.samples, seed=seed, folder=kept,
+        progress=progress,
+    )  # fmt: skip
+    return replace(smoothing, kinks=kinks)
 
 
 def _drift(

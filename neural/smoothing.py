@@ -24,6 +24,24 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Kinks:
+    """What kinks of the loss add to the curvature (`neural.kinks`).
+
+    It is taken not to depend on the size of the scatter.
+
+    Attributes
+    ----------
+    pairs : ndarray, shape (k,)
+        Along the eigenpairs.
+    rest : float
+        Along the scatter's part that is left.
+    """
+
+    pairs: FloatArray
+    rest: float
+
+
+@dataclass(frozen=True)
 class Smoothing:
     """How curvature and noise along the eigenpairs change under scatter.
 
@@ -37,6 +55,8 @@ class Smoothing:
         Mean over the scatter less the value at the centre.
     trace : float
         The same of the whole noise's trace.
+    kinks : Kinks, optional
+        Of the loss; none of a smooth one.
     """
 
     local: LocalModel
@@ -45,6 +65,7 @@ class Smoothing:
     curvature: FloatArray
     noise: FloatArray
     trace: float
+    kinks: Kinks | None = None
 
     def at(self, lr: float, batch_size: float) -> LocalModel:
         """The local model as the scatter of another rate sees it.
@@ -53,8 +74,9 @@ class Smoothing:
         for flat: leading order says no more than that.
         """
         scale = (lr / batch_size) / (self.lr / self.batch_size)
-        local = self.local
-        size, turn = np.linalg.eigh(np.diag(local.pairs.values) + scale * self.curvature)
+        local, kinks = self.local, self.kinks
+        along = local.pairs.values if kinks is None else local.pairs.values + kinks.pairs
+        size, turn = np.linalg.eigh(np.diag(along) + scale * self.curvature)
         size, turn = size[::-1], turn[:, ::-1]
         size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
         noise = turn.T @ (local.noise + scale * self.noise) @ turn
@@ -62,8 +84,14 @@ class Smoothing:
         noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)  # differences, and rounding
         pairs = Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals)
         trace = max(local.noise_trace + scale * self.trace, float(np.trace(noise)))
+        rest = 0.0 if kinks is None else kinks.rest
         return replace(
-            local, pairs=pairs, noise=noise, slope=turn.T @ local.slope, noise_trace=trace
+            local,
+            pairs=pairs,
+            noise=noise,
+            slope=turn.T @ local.slope,
+            draws=tuple(replace(draw, values=draw.values + rest) for draw in local.draws),
+            noise_trace=trace,
         )
 
     def share(
@@ -89,6 +117,11 @@ class Smoothing:
         """
         scale = (lr / batch_size) / (self.lr / self.batch_size)
         return scale * self.trace / max(self.local.noise_trace, 1e-300)
+
+    def creased(self) -> float:
+        """What kinks add to the curvature along the eigenpairs, as a part of it."""
+        added = 0.0 if self.kinks is None else float(self.kinks.pairs.sum())
+        return added / float(np.abs(self.local.pairs.values).sum())
 
 
 def measure_smoothing(

@@ -128,6 +128,8 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
             "The scatter of the weights is predicted to change their noise by "
             f"{_range(known['growth'])}."
         )
+        if (kinks := known["kinks"].max()) > 0.01:
+            yield f"Kinks of the loss add {kinks:.0%} to curvature along the stiffest directions."
     far = known[known["growth"].abs() > FEEDBACK].drop_duplicates(["lr", "batch_size"])
     if len(far):
         cells = ", ".join(

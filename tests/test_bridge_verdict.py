@@ -26,7 +26,7 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "predicted": predicted, "measured": predicted * np.array(ratios), "error": 0.1,
         "predicted_rise": predicted, "measured_rise": predicted * np.array(ratios),
         "ratio": ratios, "ratio_error": 0.1, "descent": 0.0, "noise_free": 0.0, "cross": 0.0,
-        "floor": 0.5, "excess": 10.0, "share": 0.0, "worth": 1.0, "growth": np.nan,
+        "floor": 0.5, "excess": 10.0, "share": 0.0, "worth": 1.0, "growth": np.nan, "kinks": 0.0,
         "fading": np.nan, "plain": np.nan, "plain_error": np.nan, "test": np.nan,
         "predicted_gain": 2.0, "gain": [np.nan, 3.0, 3.0][: len(ratios)], "gain_error": 0.1,
     }  # fmt: skip
@@ -100,6 +100,9 @@ def test_noise_that_feeds_itself_is_told(local: LocalModel) -> None:
     calm = pd.concat([cells(0.1, (1.0, 1.1), growth=-0.1), cells(0.2, (1.0,), growth=0.5)])
     told = "The scatter of the weights is predicted to change their noise by -10% to +50%."
     assert told in verdict(calm, local)
+    assert not any("Kinks" in line for line in verdict(calm, local))
+    told = "Kinks of the loss add 23% to curvature along the stiffest directions."
+    assert told in verdict(calm.assign(kinks=0.23), local)
     assert not any("do not believe" in line for line in verdict(calm, local))
     wild = pd.concat(
         [calm, cells(0.4, (1.0, 2.0), growth=1.0), cells(0.2, (1.0,), growth=0.6, batch_size=4)]
