@@ -32,8 +32,8 @@ from neural.time_averages import Running, TimeAverage, power
 from nqm.problem import Problem
 
 FloatArray = NDArray[np.float64]
-#: Directions looked at: the stiffest.
-DIRECTIONS = 128
+#: Directions looked at, at most: the stiffest.
+DIRECTIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,14 @@ class Luck:
     Attributes
     ----------
     training : Training
-    curvature, noise, slope : FloatArray, shape (k,)
-        Along the directions looked at; the noise of one example.
+    curvature, slope : FloatArray, shape (k,)
+        Along the directions looked at.
     slopes : Tensor, shape (N, k)
         Of every example, less their mean.
     """
 
     training: Training
     curvature: FloatArray
-    noise: FloatArray
     slope: FloatArray
     slopes: Tensor
 
@@ -100,7 +99,8 @@ class Luck:
         """
         groups = len(z[0]) // members
         training, h = self.training, self.curvature
-        problem = Problem(h, self.noise, initial_mean=0.0, initial_variance=0.0)
+        noise = self.slopes.square().mean(0).numpy()
+        problem = Problem(h, noise, initial_mean=0.0, initial_variance=0.0)
         expected = expected_excess(problem, training, len(self.slopes), when)
         u = training.lr / (1.0 - training.momentum) * h
         found = []
@@ -115,7 +115,7 @@ class Luck:
 def measure_luck(
     landscape: Landscape, local: LocalModel, training: Training, folder: Path | None = None
 ) -> Luck | None:
-    """The slopes of all examples along the stiffest directions.
+    """The slopes of all examples along the eigenpairs, and along what is left of the slope.
 
     Parameters
     ----------
@@ -132,10 +132,13 @@ def measure_luck(
         None where nothing is known to be taken off: of shuffled epochs, beyond the edge of
         stability, and where no curvature is positive.
     """
-    held = np.flatnonzero(local.pairs.values > 0.0)[:DIRECTIONS]
+    # The rest of the slope as Lanczos has it: what it carries would be luck's largest part else.
+    rest = local.gradient
+    curvature = np.concatenate([local.pairs.values, rest.values])
+    held = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
     if training.sampling == "shuffled" or not len(held) or training.lr >= edge(local, training):
         return None
-    vectors = local.pairs.vectors[:, held]
+    vectors = np.hstack([local.pairs.vectors, rest.vectors])[:, held]
 
     def slopes() -> dict[str, Any]:
         each = landscape.example_gradients()
@@ -143,10 +146,5 @@ def measure_luck(
 
     kept = Kept(folder, fingerprint(landscape))
     found = kept(f"slopes-{len(held)}-{local.largest:.10g}", slopes)["slopes"]
-    return Luck(
-        training,
-        local.pairs.values[held],
-        np.diag(local.noise)[held],
-        local.slope[held],
-        torch.from_numpy(found - found.mean(0)),
-    )
+    slope = np.concatenate([local.slope, rest.amplitudes])[held]
+    return Luck(training, curvature[held], slope, torch.from_numpy(found - found.mean(0)))

@@ -52,6 +52,14 @@ def test_less_the_luck_a_network_scatters_less() -> None:
         np.testing.assert_array_equal(alone[name], table[same])
 
 
+def test_what_is_left_of_the_slope_is_looked_at_too() -> None:
+    landscape = Bowl((2.0, 0.7, 0.2), away=0.5).landscape
+    # One eigenpair; of two directions more Lanczos finds all that there is.
+    luck = measure_luck(landscape, measure(landscape, 1, draws=1, products=2), TRAINING)
+    table = measure_training(landscape, TRAINING, Plan((1, 4), 16, 2), luck=luck).table
+    assert (table["error"] < 1e-9 * table["plain_error"]).all()
+
+
 def test_where_nothing_is_known_of_it(tmp_path: Path) -> None:
     landscape = Bowl((2.0, 0.7, 0.2)).landscape
     local = measure(landscape, None)
