@@ -354,17 +354,23 @@ def _smoothing(
 ) -> Smoothing | None:
     if not config.smooth:
         return None
+    dense = len(local.pairs.values) == landscape.size
+    expected = 2.0 * config.smooth + 4.0 * config.samples + (0 if dense else 2 * config.products)
     done = 0
 
     def progress(more: int) -> None:
         nonlocal done
         done += more
-        report("averages over the scatter", done / (2.0 * (config.smooth + config.samples)))
+        report("averages over the scatter", min(done / expected, 0.99))
 
     rate, size = config.reference(local.largest), config.batch_sizes[0]
+    drift = measure_drift(
+        landscape, local, rate, size, config.steps, samples=config.samples,
+        products=config.products, seed=seed, folder=kept, progress=progress,
+    )  # fmt: skip
     smoothing = measure_smoothing(
-        landscape, local, rate, size, config.steps, samples=config.smooth, seed=seed, folder=kept,
-        progress=progress,
+        landscape, local, rate, size, config.steps, mean=drift.moved(rate, size, config.steps),
+        samples=config.smooth, seed=seed, folder=kept, progress=progress,
     )  # fmt: skip
     kinks = measure_kinks(
         landscape, smoothing, config.steps, samples=config.samples, seed=seed, folder=kept,

@@ -82,6 +82,15 @@ class Drift:
             value += 0.5 * sum(float(moved @ half.apply(np.ones_like)) for half in self.rest)
         return float(value) * self._scale(lr, batch_size)
 
+    def moved(self, lr: float, batch_size: float, when: When) -> FloatArray:
+        """Where the force has put the mean, -psi f, shape (p,)."""
+        psi = response(lr, when)
+        local = self.local
+        found = local.pairs.vectors @ (psi(local.pairs.values) * (self.top[0] + self.top[1]))
+        if len(self.rest[0].values):
+            found = found + sum(half.apply(psi) for half in self.rest)
+        return np.asarray(-0.5 * found * self._scale(lr, batch_size))
+
     def _scale(self, lr: float, batch_size: float) -> float:
         return (lr / batch_size) / (self.lr / self.batch_size)
 

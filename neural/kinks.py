@@ -84,7 +84,7 @@ def measure_kinks(
     basis = f"{len(local.pairs.values)}-{len(local.draws)}"
     found = kept(f"kinks-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}", slopes)
     moved = found["moved"]
-    smooth = np.diag(local.pairs.values) + smoothing.curvature
+    smooth = np.diag(local.pairs.values) + smoothing.width
     surplus = found["turned"] - moved @ smooth
     own = (moved * surplus).sum(0) / np.maximum((moved**2).sum(0), 1e-300)
     over, size = found["rest"]

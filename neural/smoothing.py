@@ -1,7 +1,9 @@
 """Curvature and noise as weights that scatter see them: averages over the scatter.
 
-To leading order in lr / B the averages move in proportion to it. They are measured at one scatter,
-at both ends of random displacements, along the known eigenpairs, and scaled to any other.
+To leading order in lr / B the averages move in proportion to it, by the width of the scatter and by
+where the noise has pushed its mean (`neural.drift`), which are of the same order. They are measured
+at one scatter, at both ends of random displacements around that mean, along the known eigenpairs,
+and scaled to any other.
 """
 
 from __future__ import annotations
@@ -52,9 +54,11 @@ class Smoothing:
     lr, batch_size : float
         Of the scatter at which it was measured.
     curvature, noise : ndarray, shape (k, k)
-        Mean over the scatter less the value at the centre.
+        Mean over the scatter less the value at the checkpoint.
     trace : float
         The same of the whole noise's trace.
+    width : ndarray, shape (k, k)
+        The part of `curvature` that is due to the width of the scatter, not to where its mean is.
     kinks : Kinks, optional
         Of the loss; none of a smooth one.
     """
@@ -65,6 +69,7 @@ class Smoothing:
     curvature: FloatArray
     noise: FloatArray
     trace: float
+    width: FloatArray
     kinks: Kinks | None = None
 
     def at(self, lr: float, batch_size: float) -> LocalModel:
@@ -97,7 +102,7 @@ class Smoothing:
     def share(
         self, lr: float, batch_size: float, steps: float, seen: LocalModel | None = None
     ) -> float:
-        """Part of a run's excess that is due to the change of curvature.
+        """Part of a run's excess that is due to the change of curvature with the scatter's width.
 
         The scatter S settles by the mean curvature, H + D, while the loss of a Gaussian scatter is
         1/2 tr((H + D / 2) S), D itself in proportion to the scatter: of K members the excess is
@@ -106,7 +111,7 @@ class Smoothing:
         scale = (lr / batch_size) / (self.lr / self.batch_size)
         seen = self.at(lr, batch_size) if seen is None else seen
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
-        change = turn.T @ (scale * self.curvature) @ turn
+        change = turn.T @ (scale * self.width) @ turn
         return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps)))
 
     def growth(self, lr: float, batch_size: float) -> float:
@@ -131,6 +136,7 @@ def measure_smoothing(
     batch_size: float,
     steps: float,
     *,
+    mean: FloatArray | None = None,
     samples: int = 4,
     seed: int = 0,
     folder: Path | None = None,
@@ -145,9 +151,11 @@ def measure_smoothing(
         Of this landscape.
     lr, batch_size, steps : float
         The scatter. With momentum b, lr is the effective rate lr / (1 - b).
+    mean : ndarray, shape (p,), optional
+        Of the scatter, from the checkpoint (`neural.drift.Drift.moved`); the checkpoint by default.
     samples : int
-        Random displacements, looked at both ends: at each, k Hessian products and the noise along k
-        directions.
+        Random displacements, looked at both ends: at each, and at the mean, k Hessian products and
+        the noise along k directions.
     seed : int
     folder : Path, optional
         Keeps what is found, and gives it when asked again.
@@ -158,31 +166,36 @@ def measure_smoothing(
     kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
     vectors = local.pairs.vectors
 
+    centre = landscape.weights
+    if mean is not None:
+        centre = centre + vector(landscape, mean)
+
     def averages() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 4])
         found = []
         for _ in range(samples):
             moved = vector(landscape, local.displacement(rng, lr, batch_size, steps))
             for sign in (1.0, -1.0):
-                there = landscape.at(landscape.weights + sign * moved)
-                found.append(_along(there, vectors))
+                found.append(_along(landscape.at(centre + sign * moved), vectors))
                 if progress is not None:
                     progress(1)
-        curvature = np.mean([h for h, _, _ in found], axis=0)
-        noise = np.mean([c for _, c, _ in found], axis=0)
-        trace = np.mean([total for _, _, total in found])
+        curvature, noise, trace = (np.mean(part, axis=0) for part in zip(*found, strict=True))
+        still = np.diag(local.pairs.values)
+        middle = still if mean is None else _along(landscape.at(centre), vectors)[0]
         return {
-            "curvature": curvature - np.diag(local.pairs.values),
+            "curvature": curvature - still,
             "noise": noise - local.noise,
             "trace": trace - local.noise_trace,
+            "width": curvature - middle,
         }
 
-    basis = f"{len(local.pairs.values)}-{len(local.draws)}"
-    stage = f"smoothing-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
-    changes = kept(stage, averages)
-    return Smoothing(
-        local, lr, batch_size, changes["curvature"], changes["noise"], float(changes["trace"])
-    )
+    where = 0.0 if mean is None else float(np.linalg.norm(mean))
+    basis = f"{len(local.pairs.values)}-{len(local.draws)}-{where:.8g}"
+    stage = f"averages-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
+    found = kept(stage, averages)
+    parts = (found[name] for name in ("curvature", "noise", "trace", "width"))
+    curvature, noise, trace, width = parts
+    return Smoothing(local, lr, batch_size, curvature, noise, float(trace), width)
 
 
 def _along(landscape: Landscape, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:

@@ -78,6 +78,7 @@ def test_the_mean_moves_as_gradient_descent_with_the_force(
     together = quadratic(g, h, still + mean) - quadratic(g, h, still)
     expected = together - 0.5 * mean @ h @ mean
     assert drift.cross(lr, size, steps) == pytest.approx(expected, rel=1e-8)
+    agree(drift.moved(lr, size, steps), mean, 1e-7)
 
 
 def test_the_halves_share_no_draw(bowl: Bowl) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_landscapes import tanh_landscape
+from tiny_landscapes import Bowl, tanh_landscape
 from tolerances import agree
 
 from neural.local_model import measure
@@ -54,10 +54,26 @@ def test_the_share_is_half_the_change_with_the_scatter() -> None:
     local = measure(landscape, None)
     found = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=2)
     seen = found.at(LR, SIZE)
+    np.testing.assert_array_equal(found.width, found.curvature)
     whole = seen.pairs.vectors @ seen.scatter(LR, SIZE, STEPS) @ seen.pairs.vectors.T
     change = local.pairs.vectors @ found.curvature @ local.pairs.vectors.T
     expected = 0.5 * np.trace(change @ whole)
     assert found.share(LR, SIZE, STEPS) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_mean_of_the_scatter_counts_as_well() -> None:
+    """With third derivatives and no fourth the mean curvature is that at the mean."""
+    bowl = Bowl((2.0, 0.7, 0.2), cubic=0.3)
+    local, mean = measure(bowl.landscape, None), np.array([0.3, -0.2, 0.1])
+    found = measure_smoothing(bowl.landscape, local, LR, SIZE, STEPS, mean=mean, samples=2)
+    v = local.pairs.vectors
+    agree(found.curvature, v.T @ (bowl.third @ mean) @ v, 1e-9)
+    assert np.abs(found.width).max() < 1e-9
+    assert found.share(LR, SIZE, STEPS) == pytest.approx(0.0, abs=1e-9)
+    there = bowl.landscape.at(bowl.landscape.weights + torch.from_numpy(mean))
+    gradients = torch.cat(list(there.example_gradients())).numpy()
+    moved = measure_smoothing(bowl.landscape, local, 1e-9, SIZE, STEPS, mean=mean, samples=1)
+    agree(moved.noise + local.noise, v.T @ np.cov(gradients, rowvar=False, ddof=0) @ v, 1e-5)
 
 
 def test_nothing_to_average_over_is_refused() -> None:
