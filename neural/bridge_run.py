@@ -369,12 +369,11 @@ def _smoothing(
         products=config.products, seed=seed, folder=kept, progress=progress,
     )  # fmt: skip
     smoothing = measure_smoothing(
-        landscape, local, rate, size, config.steps, mean=drift.moved(rate, size, config.steps),
-        samples=config.smooth, seed=seed, folder=kept, progress=progress,
+        landscape, local, rate, size, config.steps, drift=drift, samples=config.smooth, seed=seed,
+        folder=kept, progress=progress,
     )  # fmt: skip
     kinks = measure_kinks(
-        landscape, smoothing, config.steps, samples=config.samples, seed=seed, folder=kept,
-        progress=progress,
+        landscape, smoothing, samples=config.samples, seed=seed, folder=kept, progress=progress,
     )  # fmt: skip
     return replace(smoothing, kinks=kinks)
 

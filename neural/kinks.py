@@ -31,7 +31,6 @@ FloatArray = NDArray[np.float64]
 def measure_kinks(
     landscape: Landscape,
     smoothing: Smoothing,
-    steps: float,
     *,
     samples: int = 16,
     seed: int = 0,
@@ -45,8 +44,6 @@ def measure_kinks(
     landscape : Landscape
     smoothing : Smoothing
         Of this landscape: its scatter, and the mean second derivatives there.
-    steps : float
-        Of the scatter.
     samples : int
         Random displacements: slopes at both ends of each, and a Hessian product where there are
         more directions than pairs.
@@ -59,6 +56,7 @@ def measure_kinks(
     check_integer("samples", samples, 1)
     kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
     local, lr, batch_size = smoothing.local, smoothing.lr, smoothing.batch_size
+    steps = smoothing.steps
     vectors = local.pairs.vectors
     dense = vectors.shape[1] == landscape.size
 
@@ -84,7 +82,7 @@ def measure_kinks(
     basis = f"{len(local.pairs.values)}-{len(local.draws)}"
     found = kept(f"kinks-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}", slopes)
     moved = found["moved"]
-    smooth = np.diag(local.pairs.values) + smoothing.width
+    smooth = np.diag(local.pairs.values) + smoothing.width.curvature
     surplus = found["turned"] - moved @ smooth
     own = (moved * surplus).sum(0) / np.maximum((moved**2).sum(0), 1e-300)
     over, size = found["rest"]

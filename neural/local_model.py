@@ -123,7 +123,7 @@ class LocalModel:
         """Covariance along the eigenpairs after `steps` steps of SGD, shape (k, k)."""
         r = 1.0 - lr * self.pairs.values
         joint = np.outer(r, r)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ages = np.where(joint == 1.0, steps, (1.0 - joint**steps) / (1.0 - joint))
         return np.asarray(lr**2 / batch_size * self.noise * ages)
 

@@ -1,9 +1,9 @@
 """Curvature and noise as weights that scatter see them: averages over the scatter.
 
-To leading order in lr / B the averages move in proportion to it, by the width of the scatter and by
-where the noise has pushed its mean (`neural.drift`), which are of the same order. They are measured
-at one scatter, at both ends of random displacements around that mean, along the known eigenpairs,
-and scaled to any other.
+To leading order in lr / B the averages move by the width of the scatter and by where the noise has
+pushed its mean (`neural.drift`), which are of the same order. They are measured at one scatter, at
+both ends of random displacements around that mean and at the mean, along the known eigenpairs. For
+any other scatter the one part is scaled with the covariance, the other with the displacement.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from neural import noise as gradient_noise
 from neural.curvature import Landscape
+from neural.drift import Drift
 from neural.local_model import Kept, LocalModel, fingerprint, vector
 from neural.spectrum import Eigenpairs, Progress
 from nqm.errors import check_integer
 
 FloatArray = NDArray[np.float64]
+NAMES = ("curvature", "noise", "trace")
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,36 @@ class Kinks:
 
 
 @dataclass(frozen=True)
+class Change:
+    """How curvature and noise along the eigenpairs change.
+
+    Attributes
+    ----------
+    curvature, noise : ndarray, shape (k, k)
+        Less the value at the checkpoint.
+    trace : float
+        The same of the whole noise's trace.
+    """
+
+    curvature: FloatArray
+    noise: FloatArray
+    trace: float
+
+
+@dataclass(frozen=True)
 class Smoothing:
     """How curvature and noise along the eigenpairs change under scatter.
 
     Attributes
     ----------
     local : LocalModel
-        At the centre.
-    lr, batch_size : float
+        At the checkpoint.
+    lr, batch_size, steps : float
         Of the scatter at which it was measured.
-    curvature, noise : ndarray, shape (k, k)
-        Mean over the scatter less the value at the checkpoint.
-    trace : float
-        The same of the whole noise's trace.
-    width : ndarray, shape (k, k)
-        The part of `curvature` that is due to the width of the scatter, not to where its mean is.
+    width, mean : Change
+        By the width of the scatter, and by where its mean is.
+    drift : Drift, optional
+        What pushes the mean; by default nothing does.
     kinks : Kinks, optional
         Of the loss; none of a smooth one.
     """
@@ -66,11 +83,33 @@ class Smoothing:
     local: LocalModel
     lr: float
     batch_size: float
-    curvature: FloatArray
-    noise: FloatArray
-    trace: float
-    width: FloatArray
+    steps: float
+    width: Change
+    mean: Change
+    drift: Drift | None = None
     kinks: Kinks | None = None
+
+    def scales(self, lr: float, batch_size: float) -> tuple[float, float]:
+        """How wide, and how far from the checkpoint, another scatter is beside this one.
+
+        Both are the ratio of lr / B at most, as they are once all directions have settled. Before
+        that they are less at low rates: its covariance and the displacement of its mean, projected
+        on those at which the two parts were measured.
+        """
+        settled = (lr / batch_size) / (self.lr / self.batch_size)
+        there = self.local.scatter(self.lr, self.batch_size, self.steps)
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
+            here = self.local.scatter(lr, batch_size, self.steps)
+            wide = float(np.sum(here * there) / max(float(np.sum(there * there)), 1e-300))
+        wide = min(wide, settled) if np.isfinite(wide) else settled
+        if self.drift is None:
+            return wide, 0.0
+        one, other = (
+            self.drift.moved(*at, self.steps)
+            for at in ((self.lr, self.batch_size), (lr, batch_size))
+        )
+        far = float(one @ other / max(float(one @ one), 1e-300))
+        return wide, float(np.clip(far, -settled, settled)) if np.isfinite(far) else settled
 
     def at(self, lr: float, batch_size: float) -> LocalModel:
         """The local model as the scatter of another rate sees it.
@@ -78,17 +117,18 @@ class Smoothing:
         A direction that the change, scaled to a far larger scatter, would turn downwards is taken
         for flat: leading order says no more than that.
         """
-        scale = (lr / batch_size) / (self.lr / self.batch_size)
-        local, kinks = self.local, self.kinks
+        wide, far = self.scales(lr, batch_size)
+        width, mean, local, kinks = self.width, self.mean, self.local, self.kinks
         along = local.pairs.values if kinks is None else local.pairs.values + kinks.pairs
-        size, turn = np.linalg.eigh(np.diag(along) + scale * self.curvature)
+        change = wide * width.curvature + far * mean.curvature
+        size, turn = np.linalg.eigh(np.diag(along) + change)
         size, turn = size[::-1], turn[:, ::-1]
         size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
-        noise = turn.T @ (local.noise + scale * self.noise) @ turn
+        noise = turn.T @ (local.noise + wide * width.noise + far * mean.noise) @ turn
         power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
         noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)  # differences, and rounding
         pairs = Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals)
-        trace = max(local.noise_trace + scale * self.trace, float(np.trace(noise)))
+        trace = local.noise_trace + wide * width.trace + far * mean.trace
         rest = 0.0 if kinks is None else kinks.rest
         return replace(
             local,
@@ -96,7 +136,7 @@ class Smoothing:
             noise=noise,
             slope=turn.T @ local.slope,
             draws=tuple(replace(draw, values=draw.values + rest) for draw in local.draws),
-            noise_trace=trace,
+            noise_trace=max(trace, float(np.trace(noise))),
         )
 
     def share(
@@ -108,10 +148,9 @@ class Smoothing:
         1/2 tr((H + D / 2) S), D itself in proportion to the scatter: of K members the excess is
         (excess - share) / K + share / (2 K^2). `seen` is `at` of the same rate, where it is known.
         """
-        scale = (lr / batch_size) / (self.lr / self.batch_size)
         seen = self.at(lr, batch_size) if seen is None else seen
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
-        change = turn.T @ (scale * self.width) @ turn
+        change = turn.T @ (self.scales(lr, batch_size)[0] * self.width.curvature) @ turn
         return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps)))
 
     def growth(self, lr: float, batch_size: float) -> float:
@@ -120,8 +159,9 @@ class Smoothing:
         Noise that scatters weights, which makes noise: what leading order leaves out is of the size
         of the square of this.
         """
-        scale = (lr / batch_size) / (self.lr / self.batch_size)
-        return scale * self.trace / max(self.local.noise_trace, 1e-300)
+        wide, far = self.scales(lr, batch_size)
+        change = wide * self.width.trace + far * self.mean.trace
+        return change / max(self.local.noise_trace, 1e-300)
 
     def creased(self) -> float:
         """What kinks add to the curvature along the eigenpairs, as a part of it."""
@@ -136,7 +176,7 @@ def measure_smoothing(
     batch_size: float,
     steps: float,
     *,
-    mean: FloatArray | None = None,
+    drift: Drift | None = None,
     samples: int = 4,
     seed: int = 0,
     folder: Path | None = None,
@@ -151,8 +191,8 @@ def measure_smoothing(
         Of this landscape.
     lr, batch_size, steps : float
         The scatter. With momentum b, lr is the effective rate lr / (1 - b).
-    mean : ndarray, shape (p,), optional
-        Of the scatter, from the checkpoint (`neural.drift.Drift.moved`); the checkpoint by default.
+    drift : Drift, optional
+        Tells the mean of the scatter; the checkpoint by default.
     samples : int
         Random displacements, looked at both ends: at each, and at the mean, k Hessian products and
         the noise along k directions.
@@ -166,9 +206,10 @@ def measure_smoothing(
     kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
     vectors = local.pairs.vectors
 
-    centre = landscape.weights
-    if mean is not None:
-        centre = centre + vector(landscape, mean)
+    centre, where = landscape.weights, 0.0
+    if drift is not None:
+        mean = drift.moved(lr, batch_size, steps)
+        centre, where = centre + vector(landscape, mean), float(np.linalg.norm(mean))
 
     def averages() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 4])
@@ -179,23 +220,24 @@ def measure_smoothing(
                 found.append(_along(landscape.at(centre + sign * moved), vectors))
                 if progress is not None:
                     progress(1)
-        curvature, noise, trace = (np.mean(part, axis=0) for part in zip(*found, strict=True))
-        still = np.diag(local.pairs.values)
-        middle = still if mean is None else _along(landscape.at(centre), vectors)[0]
+        there = tuple(np.mean(part, axis=0) for part in zip(*found, strict=True))
+        here = np.diag(local.pairs.values), local.noise, local.noise_trace
+        middle = here if drift is None else _along(landscape.at(centre), vectors)
+        parts = {"width": zip(there, middle, strict=True), "mean": zip(middle, here, strict=True)}
         return {
-            "curvature": curvature - still,
-            "noise": noise - local.noise,
-            "trace": trace - local.noise_trace,
-            "width": curvature - middle,
+            f"{part}-{name}": one - other
+            for part, pairs in parts.items()
+            for name, (one, other) in zip(NAMES, pairs, strict=True)
         }
 
-    where = 0.0 if mean is None else float(np.linalg.norm(mean))
     basis = f"{len(local.pairs.values)}-{len(local.draws)}-{where:.8g}"
     stage = f"averages-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
     found = kept(stage, averages)
-    parts = (found[name] for name in ("curvature", "noise", "trace", "width"))
-    curvature, noise, trace, width = parts
-    return Smoothing(local, lr, batch_size, curvature, noise, float(trace), width)
+    width, mean_part = (
+        Change(found[f"{part}-curvature"], found[f"{part}-noise"], float(found[f"{part}-trace"]))
+        for part in ("width", "mean")
+    )
+    return Smoothing(local, lr, batch_size, steps, width, mean_part, drift)
 
 
 def _along(landscape: Landscape, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:

@@ -48,10 +48,8 @@ def smoothed(landscape: Landscape, pairs: int | None, samples: int = 1) -> Smoot
 def test_kinks_are_counted(pairs: int | None, tmp_path: Path) -> None:
     landscape = creased()
     smoothing = smoothed(landscape, pairs)
-    assert np.abs(smoothing.curvature).max() < 1e-9, "second derivatives do not see them"
-    found = [
-        measure_kinks(landscape, smoothing, STEPS, samples=60, folder=tmp_path) for _ in range(2)
-    ]
+    assert np.abs(smoothing.width.curvature).max() < 1e-9, "second derivatives do not see them"
+    found = [measure_kinks(landscape, smoothing, samples=60, folder=tmp_path) for _ in range(2)]
     density = 1.0 / (SPREAD * np.sqrt(2.0 * np.pi))
     added = 2.0 * np.array(JUMP) * density
     # 20,000 of them: 2,660 p(0) d in a width d of 0.05, some four percent at one end alone.
@@ -78,7 +76,7 @@ def test_kinks_are_counted(pairs: int | None, tmp_path: Path) -> None:
 def test_a_smooth_loss_has_none() -> None:
     landscape = tanh_landscape()
     smoothing = measure_smoothing(landscape, measure(landscape, None), 0.02, SIZE, 30, samples=8)
-    found = measure_kinks(landscape, smoothing, 30, samples=60)
+    found = measure_kinks(landscape, smoothing, samples=60)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
 
@@ -86,7 +84,7 @@ def test_a_smooth_loss_has_none() -> None:
 def test_nothing_to_look_at_is_refused() -> None:
     landscape = tanh_landscape()
     with pytest.raises(NQMError, match="samples must be"):
-        measure_kinks(landscape, smoothed(landscape, 4), STEPS, samples=0)
+        measure_kinks(landscape, smoothed(landscape, 4), samples=0)
 
 
 def test_kinks_of_nothing_change_nothing() -> None:

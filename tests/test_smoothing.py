@@ -10,6 +10,7 @@ import torch
 from tiny_landscapes import Bowl, tanh_landscape
 from tolerances import agree
 
+from neural.drift import measure_drift
 from neural.local_model import measure
 from neural.smoothing import measure_smoothing
 from nqm.errors import NQMError
@@ -33,9 +34,10 @@ def test_averages_are_those_of_the_ends(pairs: int | None) -> None:
             curvature.append(v.T @ there.hessian().numpy() @ v)
             noise.append(v.T @ c @ v)
             traces.append(np.trace(c))
-    agree(found.curvature + np.diag(local.pairs.values), np.mean(curvature, axis=0), 1e-8)
-    agree(found.noise + local.noise, np.mean(noise, axis=0), 1e-8)
-    assert found.trace + local.noise_trace == pytest.approx(np.mean(traces), rel=1e-9)
+    agree(found.width.curvature + np.diag(local.pairs.values), np.mean(curvature, axis=0), 1e-8)
+    agree(found.width.noise + local.noise, np.mean(noise, axis=0), 1e-8)
+    assert found.width.trace + local.noise_trace == pytest.approx(np.mean(traces), rel=1e-9)
+    assert all(np.abs(part).max() == 0.0 for part in vars(found.mean).values())
     expected = np.mean(traces) / local.noise_trace - 1.0
     assert found.growth(LR, SIZE) == pytest.approx(expected, rel=1e-9)
     assert found.growth(LR, 2.0 * SIZE) == pytest.approx(0.5 * expected, rel=1e-9)
@@ -46,7 +48,7 @@ def test_averages_are_those_of_the_ends(pairs: int | None) -> None:
     # The slope is the same vector in the turned basis; half the batch is twice the change.
     agree(seen.pairs.vectors @ seen.slope, v @ local.slope, 1e-9)
     twice = found.at(LR, SIZE / 2.0).pairs.values.sum() - local.pairs.values.sum()
-    assert twice == pytest.approx(2.0 * np.trace(found.curvature), rel=1e-9)
+    assert twice == pytest.approx(2.0 * np.trace(found.width.curvature), rel=1e-9)
 
 
 def test_the_share_is_half_the_change_with_the_scatter() -> None:
@@ -54,9 +56,8 @@ def test_the_share_is_half_the_change_with_the_scatter() -> None:
     local = measure(landscape, None)
     found = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=2)
     seen = found.at(LR, SIZE)
-    np.testing.assert_array_equal(found.width, found.curvature)
     whole = seen.pairs.vectors @ seen.scatter(LR, SIZE, STEPS) @ seen.pairs.vectors.T
-    change = local.pairs.vectors @ found.curvature @ local.pairs.vectors.T
+    change = local.pairs.vectors @ found.width.curvature @ local.pairs.vectors.T
     expected = 0.5 * np.trace(change @ whole)
     assert found.share(LR, SIZE, STEPS) == pytest.approx(expected, rel=1e-8)
 
@@ -64,16 +65,47 @@ def test_the_share_is_half_the_change_with_the_scatter() -> None:
 def test_the_mean_of_the_scatter_counts_as_well() -> None:
     """With third derivatives and no fourth the mean curvature is that at the mean."""
     bowl = Bowl((2.0, 0.7, 0.2), cubic=0.3)
-    local, mean = measure(bowl.landscape, None), np.array([0.3, -0.2, 0.1])
-    found = measure_smoothing(bowl.landscape, local, LR, SIZE, STEPS, mean=mean, samples=2)
-    v = local.pairs.vectors
-    agree(found.curvature, v.T @ (bowl.third @ mean) @ v, 1e-9)
-    assert np.abs(found.width).max() < 1e-9
+    local = measure(bowl.landscape, None)
+    drift = measure_drift(bowl.landscape, local, LR, SIZE, STEPS, samples=40)
+    found = measure_smoothing(bowl.landscape, local, LR, SIZE, STEPS, drift=drift, samples=2)
+    v, mean = local.pairs.vectors, drift.moved(LR, SIZE, STEPS)
+    agree(found.mean.curvature, v.T @ (bowl.third @ mean) @ v, 1e-9)
+    assert np.abs(found.width.curvature).max() < 1e-9
     assert found.share(LR, SIZE, STEPS) == pytest.approx(0.0, abs=1e-9)
-    there = bowl.landscape.at(bowl.landscape.weights + torch.from_numpy(mean))
-    gradients = torch.cat(list(there.example_gradients())).numpy()
-    moved = measure_smoothing(bowl.landscape, local, 1e-9, SIZE, STEPS, mean=mean, samples=1)
-    agree(moved.noise + local.noise, v.T @ np.cov(gradients, rowvar=False, ddof=0) @ v, 1e-5)
+    seen = found.at(LR, SIZE).pairs.values.sum()
+    assert seen == pytest.approx(2.9 + np.einsum("iik,k->", bowl.third, mean), rel=1e-9)
+    assert found.growth(LR, SIZE) == pytest.approx(0.0, abs=1e-9), "noise is the same everywhere"
+
+
+def test_noise_at_the_mean_of_the_scatter() -> None:
+    landscape = tanh_landscape()
+    local = measure(landscape, None)
+    drift = measure_drift(landscape, local, 0.02, SIZE, STEPS, samples=4)
+    found = measure_smoothing(landscape, local, 0.02, SIZE, STEPS, drift=drift, samples=1)
+    v, mean = local.pairs.vectors, torch.from_numpy(drift.moved(0.02, SIZE, STEPS))
+    there = landscape.at(landscape.weights + mean)
+    c = np.cov(torch.cat(list(there.example_gradients())).numpy(), rowvar=False, ddof=0)
+    agree(found.mean.noise + local.noise, v.T @ c @ v, 1e-9)
+    assert found.mean.trace + local.noise_trace == pytest.approx(np.trace(c), rel=1e-9)
+    whole = found.at(0.02, SIZE).noise_trace / local.noise_trace - 1.0
+    assert found.growth(0.02, SIZE) == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_scatter_that_has_not_settled_is_scaled_by_its_size() -> None:
+    bowl = Bowl((2.0, 0.7, 0.2), cubic=0.3)
+    local = measure(bowl.landscape, None)
+    drift = measure_drift(bowl.landscape, local, LR, SIZE, STEPS, samples=6)
+    found = measure_smoothing(bowl.landscape, local, LR, SIZE, STEPS, drift=drift, samples=1)
+    assert found.scales(LR, SIZE) == pytest.approx((1.0, 1.0), rel=1e-12)
+    assert found.scales(LR, 4.0 * SIZE) == pytest.approx((0.25, 0.25), rel=1e-12)
+    # So few steps at a low rate: noise adds up as lr^2 t, and its push as lr^3 t^2 / 2 and less.
+    wide, far = found.scales(1e-3 * LR, SIZE)
+    there, here = (local.scatter(lr, SIZE, STEPS) for lr in (LR, 1e-3 * LR))
+    assert wide == pytest.approx((here * there).sum() / (there**2).sum(), rel=1e-9)
+    assert wide < 1e-4
+    assert far < 1e-4
+    beyond = found.scales(100.0, SIZE)  # the edge of stability
+    assert np.abs(beyond) == pytest.approx((500.0, 500.0))
 
 
 def test_nothing_to_average_over_is_refused() -> None:
@@ -87,6 +119,6 @@ def test_a_change_that_is_too_large_turns_nothing_downwards() -> None:
     local = measure(landscape, 5)
     assert local.pairs.values.min() > 0.0
     found = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=1)
-    downwards = replace(found, curvature=-np.diag(local.pairs.values))
+    downwards = replace(found, width=replace(found.width, curvature=-np.diag(local.pairs.values)))
     assert (downwards.at(LR, SIZE / 3.0).pairs.values == 0.0).all()
     agree(downwards.at(LR, 2.0 * SIZE).pairs.values, 0.5 * local.pairs.values, 1e-12)
