@@ -8,7 +8,7 @@ included, and by Stein's lemma (Stein 1981) slopes are enough to tell it:
     E[H(w + d)] S = E[slope(w + d) d'].
 
 What this is more than the mean of the second derivatives is due to kinks. It is taken along each of
-the known eigenpairs, and once for all that is left.
+the stiff eigenpairs, and once for all that is left, flat pairs and the rest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from neural.curvature import Landscape
 from neural.local_model import Kept, fingerprint, vector
+from neural.noise import STIFF
 from neural.smoothing import Kinks, Smoothing
 from neural.spectrum import Progress
 from nqm.errors import check_integer
@@ -75,15 +76,18 @@ def measure_kinks(
             if dense:
                 continue
             left = d - vectors @ moved[-1]
-            flat = landscape.curvature_product(vector(landscape, left)).double().cpu().numpy()
-            rest += left @ (odd - flat), left @ left
+            even = landscape.curvature_product(vector(landscape, left)).double().cpu().numpy()
+            rest += left @ (odd - even), left @ left
         return {"moved": np.array(moved), "turned": np.array(turned), "rest": rest}
 
     basis = f"{len(local.pairs.values)}-{len(local.draws)}"
     found = kept(f"kinks-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}", slopes)
     moved = found["moved"]
     smooth = np.diag(local.pairs.values) + smoothing.width.curvature
-    surplus = found["turned"] - moved @ smooth
-    own = (moved * surplus).sum(0) / np.maximum((moved**2).sum(0), 1e-300)
-    over, size = found["rest"]
-    return Kinks(own, float(over / size) if size > 0 else 0.0)
+    over = (moved * (found["turned"] - moved @ smooth)).sum(0)
+    size = (moved**2).sum(0)
+    # Where weights hardly scatter, what kinks couple in from elsewhere is all that would be found.
+    flat = local.pairs.values < STIFF * local.largest
+    whole = size[flat].sum() + found["rest"][1]
+    rest = float((over[flat].sum() + found["rest"][0]) / whole) if whole > 0 else 0.0
+    return Kinks(np.where(flat, rest, over / np.maximum(size, 1e-300)), rest)

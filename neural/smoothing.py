@@ -38,7 +38,7 @@ class Kinks:
     pairs : ndarray, shape (k,)
         Along the eigenpairs.
     rest : float
-        Along the scatter's part that is left.
+        Along the scatter's part that is left; flat pairs share it.
     """
 
     pairs: FloatArray

@@ -21,14 +21,14 @@ CURVATURE, JUMP, SPREAD = (4.0, 2.0, 1.0), (0.3, 0.5, 0.2), 3.0
 LR, SIZE, STEPS = 0.1, 4.0, 100
 
 
-def creased() -> Landscape:
+def creased(curvature: tuple[float, ...] = CURVATURE) -> Landscape:
     """Example n has the loss 1/2 w' H w + sum_i J_i |w_i - x_ni|, x normal around the checkpoint.
 
     Scatter meets 2 J_i p(0) of kinks for a length, p the density of x_i, wherever it is narrow
     beside `SPREAD`; the second derivatives at a point are H.
     """
     x = SPREAD * torch.from_numpy(np.random.default_rng(1).standard_normal((20_000, 3)))
-    h, jump = torch.tensor(CURVATURE).double(), torch.tensor(JUMP).double()
+    h, jump = torch.tensor(curvature).double(), torch.tensor(JUMP).double()
 
     def loss(output: Tensor, targets: Tensor) -> Tensor:
         off, w = output.unbind(1)
@@ -56,7 +56,7 @@ def test_kinks_are_counted(pairs: int | None, tmp_path: Path) -> None:
     kept = slice(None) if pairs is None else slice(0, pairs)
     np.testing.assert_allclose(found[0].pairs, added[kept], rtol=0.1)
     if pairs is None:
-        assert found[0].rest == 0.0
+        assert found[0].rest == 0.0, "no pair is flat, and there is nothing else"
     else:
         assert found[0].rest == pytest.approx(added[2], rel=0.1)
     np.testing.assert_array_equal(found[0].pairs, found[1].pairs)
@@ -71,6 +71,17 @@ def test_kinks_are_counted(pairs: int | None, tmp_path: Path) -> None:
         for draw, before in zip(local.draws, smoothing.local.draws, strict=True):
             np.testing.assert_allclose(draw.values, before.values + found[0].rest, rtol=1e-9)
     assert seen.share(LR, SIZE, STEPS) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_flat_directions_share_one_value() -> None:
+    landscape = creased((4.0, 0.02, 0.01))
+    smoothing = smoothed(landscape, None)
+    found = measure_kinks(landscape, smoothing, samples=60)
+    added = 2.0 * np.array(JUMP) / (SPREAD * np.sqrt(2.0 * np.pi))
+    size = np.diag(smoothing.local.scatter(LR, SIZE, STEPS))
+    shared = (added * size)[1:].sum() / size[1:].sum()
+    np.testing.assert_allclose(found.pairs, [added[0], shared, shared], rtol=0.15)
+    assert found.pairs[1] == found.pairs[2] == found.rest
 
 
 def test_a_smooth_loss_has_none() -> None:
