@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 #: Growth of the noise by its own scatter beyond which a correction of leading order is none.
-FEEDBACK = 0.5
+FEEDBACK = 0.4
 
 
 def verdict(

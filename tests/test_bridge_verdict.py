@@ -97,8 +97,8 @@ def test_best_rates_and_cost_are_stated(local: LocalModel) -> None:
 
 
 def test_noise_that_feeds_itself_is_told(local: LocalModel) -> None:
-    calm = pd.concat([cells(0.1, (1.0, 1.1), growth=-0.1), cells(0.2, (1.0,), growth=0.5)])
-    told = "The scatter of the weights is predicted to change their noise by -10% to +50%."
+    calm = pd.concat([cells(0.1, (1.0, 1.1), growth=-0.1), cells(0.2, (1.0,), growth=0.4)])
+    told = "The scatter of the weights is predicted to change their noise by -10% to +40%."
     assert told in verdict(calm, local)
     assert not any("Kinks" in line for line in verdict(calm, local))
     told = "Kinks of the loss add 23% to curvature along the stiffest directions."
