@@ -20,6 +20,7 @@ from neural import noise as gradient_noise
 from neural.curvature import Landscape
 from neural.drift import Drift
 from neural.local_model import Kept, LocalModel, fingerprint, vector
+from neural.noise import STIFF
 from neural.spectrum import Eigenpairs, Progress
 from nqm.errors import check_integer
 
@@ -164,9 +165,10 @@ class Smoothing:
         return change / max(self.local.noise_trace, 1e-300)
 
     def creased(self) -> float:
-        """What kinks add to the curvature along the eigenpairs, as a part of it."""
-        added = 0.0 if self.kinks is None else float(self.kinks.pairs.sum())
-        return added / float(np.abs(self.local.pairs.values).sum())
+        """What kinks add to the curvature along the stiff eigenpairs, as a part of it."""
+        stiff = self.local.pairs.values >= STIFF * self.local.largest
+        added = 0.0 if self.kinks is None else float(self.kinks.pairs[stiff].sum())
+        return added / float(np.abs(self.local.pairs.values[stiff]).sum())
 
 
 def measure_smoothing(
