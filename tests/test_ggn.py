@@ -176,7 +176,7 @@ def test_a_local_model_of_it(pairs: int | None, tmp_path: Path) -> None:
     for kind, found in (("ggn", local), ("hessian", other)):
         landscape.curvature = kind
         still = measure_smoothing(landscape, found, 1e-9, 1, 1, samples=1)
-        assert np.abs(still.curvature).max() < 1e-6 * values[0]
+        assert np.abs(still.width.curvature).max() < 1e-6 * values[0]
 
 
 def test_the_key_tells_the_kinds_apart() -> None:
