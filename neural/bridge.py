@@ -346,7 +346,7 @@ def compare(
         kept = Kept(folder, fingerprint(landscape))
         stated = (training.lr, training.momentum, training.steps, plan.looks, plan.ema)
         name = "-".join(map(str, ("noise_free_path", *stated)))
-        calm = kept(name, lambda: _noise_free(landscape, training, plan))
+        calm = kept(name, lambda: _noise_free(landscape, local, training, plan))
         table["noise_free"] = [float(calm[name]) for name in table["weights"]]
         table["fading"] = float(calm["fading"])
     table["measured_rise"] = table["measured"] - table["noise_free"]
@@ -357,7 +357,9 @@ def compare(
     return Outcome(table, course[COURSE])
 
 
-def _noise_free(landscape: Landscape, training: Training, plan: Plan) -> dict[str, Any]:
+def _noise_free(
+    landscape: Landscape, local: LocalModel, training: Training, plan: Plan
+) -> dict[str, Any]:
     """Change of the loss without noise, for every kind of weights; and that of the noise itself."""
     averages = Running(plan.averages(training), landscape.weights)
     end = landscape.weights
@@ -370,5 +372,7 @@ def _noise_free(landscape: Landscape, training: Training, plan: Plan) -> dict[st
     losses = noise_free(landscape, training, looks(training, plan.looks), seen=seen)
     found = {name: np.array(landscape.loss(mean)) for name, mean in averages.values.items()}
     found[ITERATE] = np.array(losses.mean())
-    change = {name: loss - landscape.loss() for name, loss in found.items()}
-    return change | {"fading": np.array(trace(landscape.at(end)) / trace(landscape) - 1.0)}
+    change = {name: loss - local.loss for name, loss in found.items()}
+    population = 1.0 - 1.0 / landscape.examples  # as the local model has it
+    noise = population * trace(landscape.at(end))
+    return change | {"fading": np.array(noise / local.noise_trace - 1.0)}

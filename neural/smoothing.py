@@ -97,20 +97,27 @@ class Smoothing:
         that they are less at low rates: its covariance and the displacement of its mean, projected
         on those at which the two parts were measured.
         """
-        settled = (lr / batch_size) / (self.lr / self.batch_size)
+        return self._wide(lr, batch_size), self._far(lr, batch_size)
+
+    def _settled(self, lr: float, batch_size: float) -> float:
+        return (lr / batch_size) / (self.lr / self.batch_size)
+
+    def _wide(self, lr: float, batch_size: float) -> float:
+        settled = self._settled(lr, batch_size)
         there = self.local.scatter(self.lr, self.batch_size, self.steps)
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
             here = self.local.scatter(lr, batch_size, self.steps)
             wide = float(np.sum(here * there) / max(float(np.sum(there * there)), 1e-300))
-        wide = min(wide, settled) if np.isfinite(wide) else settled
+        return min(wide, settled) if np.isfinite(wide) else settled
+
+    def _far(self, lr: float, batch_size: float) -> float:
         if self.drift is None:
-            return wide, 0.0
-        one, other = (
-            self.drift.moved(*at, self.steps)
-            for at in ((self.lr, self.batch_size), (lr, batch_size))
-        )
-        far = float(one @ other / max(float(one @ one), 1e-300))
-        return wide, float(np.clip(far, -settled, settled)) if np.isfinite(far) else settled
+            return 0.0
+        settled = self._settled(lr, batch_size)
+        there = self.drift.moved(self.lr, self.batch_size, self.steps)
+        here = self.drift.moved(lr, batch_size, self.steps)
+        far = float(there @ here / max(float(there @ there), 1e-300))
+        return float(np.clip(far, -settled, settled)) if np.isfinite(far) else settled
 
     def at(self, lr: float, batch_size: float) -> LocalModel:
         """The local model as the scatter of another rate sees it.
@@ -151,7 +158,7 @@ class Smoothing:
         """
         seen = self.at(lr, batch_size) if seen is None else seen
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
-        change = turn.T @ (self.scales(lr, batch_size)[0] * self.width.curvature) @ turn
+        change = turn.T @ (self._wide(lr, batch_size) * self.width.curvature) @ turn
         return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps)))
 
     def growth(self, lr: float, batch_size: float) -> float:
