@@ -7,7 +7,7 @@ minimum the loss therefore has a least value in between, at a rate that rises wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,30 +27,42 @@ if TYPE_CHECKING:
 POINTS, BELOW = 24, 16.0
 
 
+@dataclass(frozen=True)
+class View:
+    """A network as the scatter of one training sees it.
+
+    Attributes
+    ----------
+    drift : Drift
+    smoothing : Smoothing, optional
+    """
+
+    drift: Drift
+    smoothing: Smoothing | None = None
+
+
 def best_rate(
     local: LocalModel,
-    drift: Drift,
+    views: Sequence[View],
     training: Training,
     members: Sequence[int],
     *,
     count: int = 5,
-    smoothing: Smoothing | None = None,
 ) -> list[float | None]:
     """The rate at which the predicted loss of the mean of K is least, for every K.
 
     Parameters
     ----------
     local : LocalModel
-    drift : Drift
-        Of any rate; it is scaled.
+    views : sequence of View
+        Of one rate or more. Between two the prediction is that of both, in proportion to log lr;
+        beyond, the nearest is scaled.
     training : Training
         The lowest rate of interest; steps, batch size and momentum.
     members : sequence of int
         K.
     count : int
         Looks at a training, over which its loss is averaged (`neural.prediction.looks`).
-    smoothing : Smoothing, optional
-        Of any rate; it is scaled.
 
     Returns
     -------
@@ -63,8 +75,7 @@ def best_rate(
 
     def change(x: float, k: int) -> float:
         if x not in known:
-            one = replace(training, lr=float(np.exp(x)))
-            known[x] = predict(local, drift, one, at, smoothing)
+            known[x] = predicted(local, views, replace(training, lr=float(np.exp(x))), at)
         return float(np.nan_to_num(known[x].change(k), nan=np.inf))
 
     grid = np.linspace(np.log(training.lr / BELOW), np.log(edge(local, training)), POINTS)
@@ -78,6 +89,25 @@ def best_rate(
         best = minimize_scalar(change, within, within, (k,), "bounded", options={"xatol": 1e-3})
         found.append(float(np.exp(best.x)))
     return found
+
+
+def predicted(
+    local: LocalModel, views: Sequence[View], training: Training, at: Sequence[int]
+) -> Prediction:
+    """The prediction by the two views next to a training."""
+    views = sorted(views, key=lambda view: view.drift.lr)
+    x = np.log([view.drift.lr for view in views])
+    place = np.interp(np.log(training.lr / (1.0 - training.momentum)), x, np.arange(len(x)))
+    lower, upper = int(np.floor(place)), int(np.ceil(place))
+    low, high = (
+        predict(local, view.drift, training, at, view.smoothing)
+        for view in (views[lower], views[upper])
+    )
+    part = place - lower
+    if part == 0.0:
+        return low
+    both = zip(astuple(low), astuple(high), strict=True)
+    return Prediction(*((1.0 - part) * one + part * other for one, other in both))
 
 
 def measured_best(table: pd.DataFrame) -> float | None:
@@ -110,10 +140,9 @@ def measured_best(table: pd.DataFrame) -> float | None:
 def best_rates(
     table: pd.DataFrame,
     local: LocalModel,
-    drift: Drift,
+    views: Sequence[View],
     *,
     count: int = 5,
-    smoothing: Smoothing | None = None,
 ) -> pd.DataFrame:
     """Both of them, for every K and for every batch size at which three rates were tried.
 
@@ -122,10 +151,10 @@ def best_rates(
     table : DataFrame
         As `neural.bridge.compare` makes it, of all trainings.
     local : LocalModel
-    drift : Drift
+    views : sequence of View
+        Of the trainings.
     count : int
         Looks at a training.
-    smoothing : Smoothing, optional
 
     Returns
     -------
@@ -147,8 +176,9 @@ def best_rates(
             str(first["sampling"]),
         )  # fmt: skip
         sizes = [int(k) for k in one["members"].unique()]
-        predicted = best_rate(local, drift, training, sizes, count=count, smoothing=smoothing)
-        for k, rate in zip(sizes, predicted, strict=True):
+        own = [view for view in views if view.drift.batch_size == size]
+        best = best_rate(local, own, training, sizes, count=count)
+        for k, rate in zip(sizes, best, strict=True):
             rows.append((first["way"], size, k, rate, measured_best(one[one["members"] == k])))
     found = pd.DataFrame(rows, columns=columns)
     return found.astype({"predicted": float, "measured": float})

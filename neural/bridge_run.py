@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from neural.batch_landscape import grouped
-from neural.best_rate import best_rates
+from neural.best_rate import View, best_rates
 from neural.bridge import Plan, compare, foresee
 from neural.chains import Training
 from neural.config import RunConfig, describe
 from neural.cost import Cost
 from neural.curvature import CURVATURES, Landscape
-from neural.drift import Drift, measure_drift
-from neural.kinks import measure_kinks
+from neural.drift import measure_drift
+from neural.kinks import find_kinks
 from neural.landscapes import landscape_of, settle
 from neural.local_model import Kept, LocalModel, fingerprint, measure
 from neural.making import make_model
@@ -66,8 +66,8 @@ class BridgeConfig:
     draws, products : int
         Draws of the noise, and Hessian products for each (`neural.local_model.measure`).
     samples : int
-        Random displacements for the drift (`neural.drift.measure_drift`), and for kinks
-        (`neural.kinks`).
+        Random displacements for the drift (`neural.drift.measure_drift`) and for kinks
+        (`neural.kinks`) at the scatter of each training.
     smooth : int
         Random displacements for averages over the scatter (`neural.smoothing`); 0 for none, and
         for no kinks.
@@ -282,8 +282,7 @@ def _compare_all(
     """Tables of all trainings by name; the last, `bridge`, tells that all are there."""
     import pandas as pd
 
-    outcomes = []
-    drifts: dict[float, Drift] = {}
+    outcomes, views = [], []
     trainings = config.trainings(local.largest)
     with cost("averages over the scatter"):
         smoothing = _smoothing(landscape, local, config, kept, plan.seed, report)
@@ -292,11 +291,10 @@ def _compare_all(
         test = held_out_loss(landscape, task, config.test_examples, config.group)
     for i, training in enumerate(trainings):
         with cost("third derivatives"):
-            drift = _drift(
-                landscape, local, smoothing, training, config, kept, plan.seed, drifts, report
-            )
+            view = _view(landscape, local, smoothing, training, config, kept, plan.seed, report)
+        views.append(view)
         if not config.train:
-            outcomes.append(foresee(local, drift, training, plan, smoothing))
+            outcomes.append(foresee(local, view.drift, training, plan, view.smoothing))
             continue
         total = training.steps * plan.chains
         done = 0
@@ -308,7 +306,7 @@ def _compare_all(
 
         with cost("training"):
             both = compare(
-                landscape, local, drift, training, plan, smoothing=smoothing, test=test,
+                landscape, local, view.drift, training, plan, smoothing=view.smoothing, test=test,
                 folder=kept, progress=progress,
             )  # fmt: skip
         outcomes.append(both)
@@ -317,8 +315,7 @@ def _compare_all(
         for name in ("table", "course")
     )
     report("best rates", 0.0)
-    drift = drifts.get(config.reference(local.largest), drift)
-    best = best_rates(table, local, drift, count=plan.looks, smoothing=smoothing)
+    best = best_rates(table, local, views, count=plan.looks)
     return {"course": course, "best_rate": best, "cost": cost.table(), "bridge": table}
 
 
@@ -355,7 +352,7 @@ def _smoothing(
     if not config.smooth:
         return None
     dense = len(local.pairs.values) == landscape.size
-    expected = 2.0 * config.smooth + 4.0 * config.samples + (0 if dense else 2 * config.products)
+    expected = 2.0 * (config.smooth + config.samples) + (0 if dense else 2 * config.products)
     done = 0
 
     def progress(more: int) -> None:
@@ -372,13 +369,10 @@ def _smoothing(
         landscape, local, rate, size, config.steps, drift=drift, samples=config.smooth, seed=seed,
         folder=kept, progress=progress,
     )  # fmt: skip
-    kinks = measure_kinks(
-        landscape, smoothing, samples=config.samples, seed=seed, folder=kept, progress=progress,
-    )  # fmt: skip
-    return replace(smoothing, kinks=kinks)
+    return replace(smoothing, kinks=find_kinks(drift, smoothing))
 
 
-def _drift(
+def _view(
     landscape: Landscape,
     local: LocalModel,
     smoothing: Smoothing | None,
@@ -386,17 +380,11 @@ def _drift(
     config: BridgeConfig,
     kept: Path,
     seed: int,
-    known: dict[float, Drift],
     report: Callable[[str, float], None],
-) -> Drift:
-    """The drift at a training's rate; measured at one rate, and scaled, unless it is cheap."""
-    rate = training.lr / (1.0 - training.momentum)
+) -> View:
+    """Drift and kinks at a training's own scatter, as all else has it."""
+    rate, size = training.lr / (1.0 - training.momentum), training.batch_size
     dense = len(local.pairs.values) == landscape.size
-    if not dense:
-        rate = config.reference(local.largest)
-    if rate in known:
-        return known[rate]
-    size = config.batch_sizes[0]
     expected = 2.0 * config.samples + (0 if dense else 2 * config.products)
     done = 0
 
@@ -405,12 +393,14 @@ def _drift(
         done += more
         report("third derivatives", min(done / expected, 1.0))
 
-    known[rate] = measure_drift(
+    drift = measure_drift(
         landscape, local if smoothing is None else smoothing.at(rate, size), rate, size,
         training.steps, samples=config.samples, products=config.products, seed=seed, folder=kept,
         progress=progress,
     )  # fmt: skip
-    return known[rate]
+    if smoothing is None:
+        return View(drift)
+    return View(drift, replace(smoothing, kinks=find_kinks(drift, smoothing)))
 
 
 def _weights(landscape: Landscape) -> dict[str, Any]:

@@ -7,8 +7,10 @@ loss is least. Averaging K members divides the scatter by K and leaves this: the
     1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
 
 after t steps, 1/2 f' H^-1 f in the end; of an average over time psi is averaged with its weights.
-S is proportional to lr / B, so f is, and the floor to its square. f is measured on the network: the
-mean gradient at both ends of random displacements.
+f is measured on the network: the mean gradient at both ends of random displacements. Of a smooth
+loss it is proportional to S, that is to lr / B, and the floor to its square. Where weights sit on
+kinks it hardly falls as the scatter narrows: it is measured at the scatter of each training, and
+scaled with lr / B to others near by.
 """
 
 from __future__ import annotations
@@ -36,6 +38,26 @@ When = float | TimeAverage
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """How the slope turns from one end of a displacement to the other, for n random ones.
+
+    Attributes
+    ----------
+    moved : ndarray, shape (n, k)
+        Displacements along the local model's eigenpairs.
+    turned : ndarray, shape (n, k)
+        Half the difference of the slopes at both ends, along the same.
+    left : ndarray, shape (3,)
+        Of d, the displacement beyond the eigenpairs, sums of d'd, of d'Hd by the local model, and
+        of d' with half the difference of the slopes.
+    """
+
+    moved: FloatArray
+    turned: FloatArray
+    left: FloatArray
+
+
+@dataclass(frozen=True)
 class Drift:
     """The force of the noise on the mean weights, measured twice.
 
@@ -44,19 +66,25 @@ class Drift:
 
     Attributes
     ----------
-    lr, batch_size : float
-        Of the scatter at which it was measured.
+    local : LocalModel
+        Whose scatter it was measured at.
+    lr, batch_size, steps : float
+        Of that scatter.
     top : tuple of ndarray, shape (k,)
         Of both halves along the local model's eigenpairs.
     rest : tuple of Krylov
         Of both halves.
+    slopes : Slopes
+        What was seen besides; the force is their even part.
     """
 
     local: LocalModel
     lr: float
     batch_size: float
+    steps: float
     top: tuple[FloatArray, FloatArray]
     rest: tuple[Krylov, Krylov]
+    slopes: Slopes
 
     def floor(self, lr: float, batch_size: float, when: When) -> float:
         """Loss that the mean over any number of members keeps after so many steps."""
@@ -168,22 +196,35 @@ def measure_drift(
     # A smoothed local model is another one: its largest curvature and its noise say which.
     basis = f"{len(local.pairs.values)}-{len(local.draws)}-{local.largest:.10g}"
     basis += f"-{local.noise_trace:.10g}"
-    stage = f"drift-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
+    stage = f"slopes-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
+    known = local.pairs.vectors
 
     def sampled() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 3])
         still = landscape.gradient().double().cpu().numpy()
         halves = np.zeros((2, landscape.size))
+        moved, turned, left = [], [], np.zeros(3)
         for i in range(samples):
-            moved = vector(landscape, local.displacement(rng, lr, batch_size, steps, i % 2))
-            ends = [landscape.gradient(landscape.weights + sign * moved) for sign in (1.0, -1.0)]
-            halves[i % 2] += sum(end.double().cpu().numpy() for end in ends) / 2.0 - still
+            draw = _drawn(local, i)
+            d = local.displacement(rng, lr, batch_size, steps, draw)
+            given = vector(landscape, d)
+            ends = [landscape.gradient(landscape.weights + sign * given) for sign in (1.0, -1.0)]
+            one, other = (end.double().cpu().numpy() for end in ends)
+            halves[i % 2] += 0.5 * (one + other) - still
+            odd = 0.5 * (one - other)
+            moved.append(known.T @ d)
+            turned.append(known.T @ odd)
+            if draw is not None:
+                beyond, rest = d - known @ moved[-1], local.draws[draw]
+                bent = rest.values @ (rest.vectors.T @ beyond) ** 2  # exact: it lies in their span
+                left += beyond @ beyond, bent, beyond @ odd
             if progress is not None:
                 progress(2)
-        return {"forces": halves / np.array([[(samples + 1) // 2], [samples // 2]])}
+        forces = halves / np.array([[(samples + 1) // 2], [samples // 2]])
+        return {"forces": forces, "moved": moved, "turned": turned, "left": left}
 
-    forces = kept(stage, sampled)["forces"]
-    known = local.pairs.vectors
+    found = kept(stage, sampled)
+    forces = found["forces"]
     apply = operator(landscape, progress)
 
     def rest(half: int) -> Krylov:
@@ -194,4 +235,14 @@ def measure_drift(
         return Krylov(**found)
 
     top = (known.T @ forces[0], known.T @ forces[1])
-    return Drift(local, lr, batch_size, top, (rest(0), rest(1)))
+    slopes = Slopes(np.array(found["moved"]), np.array(found["turned"]), found["left"])
+    return Drift(local, lr, batch_size, steps, top, (rest(0), rest(1)), slopes)
+
+
+def _drawn(local: LocalModel, sample: int) -> int | None:
+    """Draw of the noise for a displacement: the halves take turns, and share none if they can."""
+    count = len(local.draws)
+    if not count or not len(local.draws[0].values):
+        return None
+    own = range(count)[sample % 2 :: 2] or range(count)
+    return own[sample // 2 % len(own)]

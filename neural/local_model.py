@@ -133,24 +133,22 @@ class LocalModel:
         lr: float,
         batch_size: float,
         steps: float,
-        half: int | None = None,
+        draw: int | None = None,
     ) -> FloatArray:
         """A draw of where the noise of `steps` steps of SGD puts the weights, shape (p,).
 
-        Exact covariance along the eigenpairs; for the rest, lr^2 / B sum_t (1 - lr h)^2t times a
-        draw of the noise, its diagonal exact. With `half` 0 or 1 only every second draw of the
-        noise is used, so that displacements of the two halves are independent.
+        Exact covariance along the eigenpairs; for the rest, lr^2 / B sum_t (1 - lr h)^2t times the
+        stated draw of the noise, or one at random, its diagonal exact.
         """
         h = self.pairs.values
         covariance = self.scatter(lr, batch_size, steps)
         size, turn = np.linalg.eigh(0.5 * (covariance + covariance.T))
         top = turn @ (np.sqrt(np.maximum(size, 0.0)) * rng.standard_normal(len(h)))
         moved = self.pairs.vectors @ top
-        draws = self.draws if half is None else self.draws[half::2] or self.draws
-        if draws and len(draws[0].values):
-            draw = draws[rng.integers(len(draws))]
+        if self.draws and len(self.draws[0].values):
+            drawn = self.draws[rng.integers(len(self.draws)) if draw is None else draw]
             scale = self.draw_scale * lr**2 / batch_size
-            moved = moved + draw.apply(lambda c: np.sqrt(scale * _ages(lr * c, steps)))
+            moved = moved + drawn.apply(lambda c: np.sqrt(scale * _ages(lr * c, steps)))
         return np.asarray(moved)
 
 

@@ -30,9 +30,7 @@ NAMES = ("curvature", "noise", "trace")
 
 @dataclass(frozen=True)
 class Kinks:
-    """What kinks of the loss add to the curvature (`neural.kinks`).
-
-    It is taken not to depend on the size of the scatter.
+    """What kinks of the loss add to the curvature at the scatter of one training (`neural.kinks`).
 
     Attributes
     ----------
@@ -118,6 +116,11 @@ class Smoothing:
         here = self.drift.moved(lr, batch_size, self.steps)
         far = float(there @ here / max(float(there @ there), 1e-300))
         return float(np.clip(far, -settled, settled)) if np.isfinite(far) else settled
+
+    def smooth(self, lr: float, batch_size: float) -> FloatArray:
+        """Mean second derivatives over another scatter around the checkpoint, shape (k, k)."""
+        change = self._wide(lr, batch_size) * self.width.curvature
+        return np.asarray(np.diag(self.local.pairs.values) + change)
 
     def at(self, lr: float, batch_size: float) -> LocalModel:
         """The local model as the scatter of another rate sees it.

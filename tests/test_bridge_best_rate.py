@@ -11,10 +11,11 @@ from scipy.optimize import minimize_scalar
 from test_bridge_verdict import cells
 from tiny_landscapes import Bowl
 
-from neural.best_rate import best_rate, best_rates, measured_best
+from neural.best_rate import View, best_rate, best_rates, measured_best, predicted
 from neural.chains import Training
-from neural.drift import Drift, measure_drift
+from neural.drift import measure_drift
 from neural.local_model import LocalModel, measure
+from neural.prediction import predict
 from nqm import SGD, Phase, Program, solve
 
 
@@ -24,13 +25,13 @@ def bowl() -> Bowl:
 
 
 @pytest.fixture(scope="module")
-def measured(bowl: Bowl) -> tuple[LocalModel, Drift]:
+def measured(bowl: Bowl) -> tuple[LocalModel, list[View]]:
     local = measure(bowl.landscape, None)
-    return local, measure_drift(bowl.landscape, local, 0.3, 4, 30, samples=2)
+    return local, [View(measure_drift(bowl.landscape, local, 0.3, 4, 30, samples=2))]
 
 
 def test_one_step_has_its_best_rate_in_closed_form(
-    bowl: Bowl, measured: tuple[LocalModel, Drift]
+    bowl: Bowl, measured: tuple[LocalModel, list[View]]
 ) -> None:
     """|g|^2 / (g' H g + tr(H C) / (B K)) (McCandlish et al. 2018, eq. 2.6)."""
     g, h = bowl.landscape.gradient().numpy(), bowl.hessian
@@ -42,7 +43,7 @@ def test_one_step_has_its_best_rate_in_closed_form(
     assert expected[2] > 2.0 * expected[0]
 
 
-def test_of_many_steps_it_is_that_of_nqm(measured: tuple[LocalModel, Drift]) -> None:
+def test_of_many_steps_it_is_that_of_nqm(measured: tuple[LocalModel, list[View]]) -> None:
     local, _ = measured
     problem = local.problem()
     found = best_rate(*measured, Training(0.05, 4, 12), (1, 8), count=1)
@@ -57,11 +58,34 @@ def test_of_many_steps_it_is_that_of_nqm(measured: tuple[LocalModel, Drift]) -> 
         assert rate == pytest.approx(np.exp(best.x), rel=3e-3)
 
 
+def test_between_two_views_it_is_what_both_say(measured: tuple[LocalModel, list[View]]) -> None:
+    """At the geometric mean of their rates as much of one as of the other; beyond, the nearest."""
+    local, (view,) = measured
+    drift = view.drift
+    force = np.array([0.3, -0.2, 0.1])
+    pushed = [
+        View(replace(drift, lr=lr, top=(size * force, size * force)))
+        for lr, size in ((0.2, 1.0), (0.8, 2.0))
+    ]
+    training = Training(0.4, 4, 12)
+    low, high = (predict(local, one.drift, training, [12]) for one in pushed)
+    mixed = predicted(local, pushed, training, [12])
+    for name in ("descent", "cross", "floor", "excess"):
+        middle = 0.5 * (getattr(low, name) + getattr(high, name))
+        assert getattr(mixed, name) == pytest.approx(middle, rel=1e-12)
+    assert low.floor != pytest.approx(high.floor, rel=0.01)
+    for lr, one in ((0.1, pushed[0]), (0.2, pushed[0]), (0.8, pushed[1]), (0.9, pushed[1])):
+        training = Training(lr, 4, 12)
+        assert predicted(local, pushed[::-1], training, [12]) == predict(
+            local, one.drift, training, [12]
+        )
+
+
 def test_at_a_minimum_the_lowest_is_best(bowl: Bowl) -> None:
     still = Bowl((2.0, 0.7, 0.2)).landscape
     local = measure(still, None)
     drift = measure_drift(still, local, 0.3, 4, 30, samples=2)
-    assert best_rate(local, drift, Training(0.05, 4, 30), (1, 4)) == [None, None]
+    assert best_rate(local, [View(drift)], Training(0.05, 4, 30), (1, 4)) == [None, None]
 
 
 def test_a_parabola_through_three_losses() -> None:
@@ -78,7 +102,7 @@ def test_a_parabola_through_three_losses() -> None:
     assert measured_best(near) is None
 
 
-def test_a_table_of_both(measured: tuple[LocalModel, Drift]) -> None:
+def test_a_table_of_both(measured: tuple[LocalModel, list[View]]) -> None:
     given = {"sampling": "with replacement", "steps": 12, "batch_size": 4}
     # Losses of K = 1 fall and rise again; those of K = 2 fall.
     table = pd.concat(

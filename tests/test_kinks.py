@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,22 +11,24 @@ from tiny_landscapes import Plain, tanh_landscape
 from torch import Tensor
 
 from neural.curvature import Landscape
-from neural.kinks import measure_kinks
+from neural.drift import Drift, measure_drift
+from neural.kinks import find_kinks
 from neural.local_model import measure
 from neural.smoothing import Kinks, Smoothing, measure_smoothing
-from nqm.errors import NQMError
 
 CURVATURE, JUMP, SPREAD = (4.0, 2.0, 1.0), (0.3, 0.5, 0.2), 3.0
 LR, SIZE, STEPS = 0.1, 4.0, 100
 
 
-def creased(curvature: tuple[float, ...] = CURVATURE) -> Landscape:
+def creased(curvature: tuple[float, ...] = CURVATURE, *, at_checkpoint: bool = False) -> Landscape:
     """Example n has the loss 1/2 w' H w + sum_i J_i |w_i - x_ni|, x normal around the checkpoint.
 
     Scatter meets 2 J_i p(0) of kinks for a length, p the density of x_i, wherever it is narrow
-    beside `SPREAD`; the second derivatives at a point are H.
+    beside `SPREAD`; the second derivatives at a point are H. Or nearly all at the checkpoint.
     """
-    x = SPREAD * torch.from_numpy(np.random.default_rng(1).standard_normal((20_000, 3)))
+    x = (1e-6 if at_checkpoint else SPREAD) * torch.from_numpy(
+        np.random.default_rng(1).standard_normal((20_000, 3))
+    )
     h, jump = torch.tensor(curvature).double(), torch.tensor(JUMP).double()
 
     def loss(output: Tensor, targets: Tensor) -> Tensor:
@@ -44,39 +45,43 @@ def smoothed(landscape: Landscape, pairs: int | None, samples: int = 1) -> Smoot
     return measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=samples)
 
 
+def slopes(landscape: Landscape, smoothing: Smoothing) -> Drift:
+    given = smoothing.local, smoothing.lr, smoothing.batch_size, smoothing.steps
+    return measure_drift(landscape, *given, samples=60, products=2)
+
+
 @pytest.mark.parametrize("pairs", [None, 2])
-def test_kinks_are_counted(pairs: int | None, tmp_path: Path) -> None:
+def test_kinks_are_counted(pairs: int | None) -> None:
     landscape = creased()
     smoothing = smoothed(landscape, pairs)
     assert np.abs(smoothing.width.curvature).max() < 1e-9, "second derivatives do not see them"
-    found = [measure_kinks(landscape, smoothing, samples=60, folder=tmp_path) for _ in range(2)]
+    found = find_kinks(slopes(landscape, smoothing), smoothing)
     density = 1.0 / (SPREAD * np.sqrt(2.0 * np.pi))
     added = 2.0 * np.array(JUMP) * density
     # 20,000 of them: 2,660 p(0) d in a width d of 0.05, some four percent at one end alone.
     kept = slice(None) if pairs is None else slice(0, pairs)
-    np.testing.assert_allclose(found[0].pairs, added[kept], rtol=0.1)
+    np.testing.assert_allclose(found.pairs, added[kept], rtol=0.1)
     if pairs is None:
-        assert found[0].rest == 0.0, "no pair is flat, and there is nothing else"
+        assert found.rest == 0.0, "no pair is flat, and there is nothing else"
     else:
-        assert found[0].rest == pytest.approx(added[2], rel=0.1)
-    np.testing.assert_array_equal(found[0].pairs, found[1].pairs)
+        assert found.rest == pytest.approx(added[2], rel=0.1)
     # Seen by the scatter, the curvature has them, whatever its size; the smooth part has not.
-    seen = replace(smoothing, kinks=found[0])
+    seen = replace(smoothing, kinks=found)
     assert smoothing.creased() == 0.0
-    assert seen.creased() == pytest.approx(found[0].pairs.sum() / sum(CURVATURE[kept]), rel=1e-6)
+    assert seen.creased() == pytest.approx(found.pairs.sum() / sum(CURVATURE[kept]), rel=1e-6)
     for rate in (LR, 0.3 * LR):
         local = seen.at(rate, SIZE)
-        expected = np.array(CURVATURE)[kept] + found[0].pairs
+        expected = np.array(CURVATURE)[kept] + found.pairs
         np.testing.assert_allclose(local.pairs.values, expected, rtol=1e-9)
         for draw, before in zip(local.draws, smoothing.local.draws, strict=True):
-            np.testing.assert_allclose(draw.values, before.values + found[0].rest, rtol=1e-9)
+            np.testing.assert_allclose(draw.values, before.values + found.rest, rtol=1e-9)
     assert seen.share(LR, SIZE, STEPS) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_flat_directions_share_one_value() -> None:
     landscape = creased((4.0, 0.02, 0.01))
     smoothing = smoothed(landscape, None)
-    found = measure_kinks(landscape, smoothing, samples=60)
+    found = find_kinks(slopes(landscape, smoothing), smoothing)
     added = 2.0 * np.array(JUMP) / (SPREAD * np.sqrt(2.0 * np.pi))
     size = np.diag(smoothing.local.scatter(LR, SIZE, STEPS))
     shared = (added * size)[1:].sum() / size[1:].sum()
@@ -87,15 +92,33 @@ def test_flat_directions_share_one_value() -> None:
 def test_a_smooth_loss_has_none() -> None:
     landscape = tanh_landscape()
     smoothing = measure_smoothing(landscape, measure(landscape, None), 0.02, SIZE, 30, samples=8)
-    found = measure_kinks(landscape, smoothing, samples=60)
+    found = find_kinks(slopes(landscape, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
 
 
-def test_nothing_to_look_at_is_refused() -> None:
-    landscape = tanh_landscape()
-    with pytest.raises(NQMError, match="samples must be"):
-        measure_kinks(landscape, smoothed(landscape, 4), samples=0)
+def test_a_scatter_that_knows_of_kinks_finds_the_same() -> None:
+    landscape = creased()
+    smoothing = smoothed(landscape, 2)
+    found = find_kinks(slopes(landscape, smoothing), smoothing)
+    seen = replace(smoothing, kinks=found)
+    local = seen.at(LR, SIZE)
+    again = find_kinks(measure_drift(landscape, local, LR, SIZE, STEPS, samples=60), seen)
+    np.testing.assert_allclose(again.pairs, found.pairs, rtol=0.05)
+    assert again.rest == pytest.approx(found.rest, rel=0.05)
+
+
+def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None:
+    """J |w| along a direction of scatter s: J E|d| d / s^2 = J sqrt(2 / pi) / s."""
+    landscape = creased(at_checkpoint=True)
+    for lr in (LR, 0.1 * LR):
+        local = measure(landscape, None)
+        smoothing = measure_smoothing(landscape, local, lr, SIZE, STEPS, samples=1)
+        found = find_kinks(measure_drift(landscape, local, lr, SIZE, STEPS, samples=400), smoothing)
+        size = np.sqrt(np.diag(local.scatter(lr, SIZE, STEPS)))
+        # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
+        expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
+        np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
 
 
 def test_kinks_of_nothing_change_nothing() -> None:
