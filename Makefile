@@ -24,6 +24,7 @@ bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.zhang2019
 	$(BIN)/python -m benchmarks.late_phase
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.allocator
 
 gallery: setup  ## run the gallery's code, draw its pictures, note what it prints
 	$(BIN)/python -m figures.gallery docs/gallery.md

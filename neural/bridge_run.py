@@ -297,13 +297,7 @@ def _compare_all(
             outcomes.append(foresee(local, view.drift, training, plan, view.smoothing))
             continue
         total = training.steps * plan.chains
-        done = 0
-
-        def progress(more: int, i: int = i, total: int = total) -> None:
-            nonlocal done
-            done += more
-            report(f"train {i + 1} of {len(trainings)}", min(done / total, 1.0))
-
+        progress = _progress(report, f"train {i + 1} of {len(trainings)}", total)
         with cost("training"):
             both = compare(
                 landscape, local, view.drift, training, plan, smoothing=view.smoothing, test=test,
@@ -328,16 +322,9 @@ def _measure(
 ) -> LocalModel:
     # ARPACK takes two to four products for a pair.
     expected = 3.0 * (config.pairs or 0) + config.products * (config.draws + 1)
-    done = 0
-
-    def progress(more: int) -> None:
-        nonlocal done
-        done += more
-        report("curvature and noise", min(done / expected, 0.99))
-
     return measure(
         landscape, config.pairs, draws=config.draws, products=config.products, seed=seed,
-        folder=kept, progress=progress,
+        folder=kept, progress=_progress(report, "curvature and noise", expected),
     )  # fmt: skip
 
 
@@ -351,16 +338,10 @@ def _smoothing(
 ) -> Smoothing | None:
     if not config.smooth:
         return None
-    dense = len(local.pairs.values) == landscape.size
-    expected = 2.0 * (config.smooth + config.samples) + (0 if dense else 2 * config.products)
-    done = 0
-
-    def progress(more: int) -> None:
-        nonlocal done
-        done += more
-        report("averages over the scatter", min(done / expected, 0.99))
-
     rate, size = config.reference(local.largest), config.batch_sizes[0]
+    ends = 2.0 * (config.smooth + config.samples)
+    expected = ends + (0 if local.complete else 2 * config.products)
+    progress = _progress(report, "averages over the scatter", expected)
     drift = measure_drift(
         landscape, local, rate, size, config.steps, samples=config.samples,
         products=config.products, seed=seed, folder=kept, progress=progress,
@@ -382,25 +363,31 @@ def _view(
     seed: int,
     report: Callable[[str, float], None],
 ) -> View:
-    """Drift and kinks at a training's own scatter, as all else has it."""
+    """Drift and kinks at a training's own scatter."""
     rate, size = training.lr / (1.0 - training.momentum), training.batch_size
-    dense = len(local.pairs.values) == landscape.size
-    expected = 2.0 * config.samples + (0 if dense else 2 * config.products)
+    expected = 2.0 * config.samples + (0 if local.complete else 2 * config.products)
+    drift = measure_drift(
+        landscape, local if smoothing is None else smoothing.at(rate, size), rate, size,
+        training.steps, samples=config.samples, products=config.products, seed=seed, folder=kept,
+        progress=_progress(report, "third derivatives", expected),
+    )  # fmt: skip
+    if smoothing is None:
+        return View(drift)
+    return View(drift, replace(smoothing, kinks=find_kinks(drift, smoothing)))
+
+
+def _progress(
+    report: Callable[[str, float], None], stage: str, expected: float
+) -> Callable[[int], None]:
+    """Counts what is done of a stage, and tells its share."""
     done = 0
 
     def progress(more: int) -> None:
         nonlocal done
         done += more
-        report("third derivatives", min(done / expected, 1.0))
+        report(stage, min(done / expected, 0.99))
 
-    drift = measure_drift(
-        landscape, local if smoothing is None else smoothing.at(rate, size), rate, size,
-        training.steps, samples=config.samples, products=config.products, seed=seed, folder=kept,
-        progress=progress,
-    )  # fmt: skip
-    if smoothing is None:
-        return View(drift)
-    return View(drift, replace(smoothing, kinks=find_kinks(drift, smoothing)))
+    return progress
 
 
 def _weights(landscape: Landscape) -> dict[str, Any]:
@@ -434,7 +421,7 @@ def _spectrum(
         "noise_variance": np.diag(local.noise),
     }
     parts = [pd.DataFrame(columns).assign(kind="pair")]
-    if len(pairs.values) < landscape.size:
+    if not local.complete:
         stage = Kept(kept, f"{fingerprint(landscape)}-{seed}")
         found = stage(
             f"density-{len(pairs.values)}",

@@ -381,9 +381,11 @@ def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
     import torch
 
     from neural import distributed
+    from neural.allocator import keep_freed_memory
     from neural.task import Place
     from nqm.errors import NQMError
 
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     rank, world = distributed.join()

@@ -72,6 +72,11 @@ class LocalModel:
         return float(self.pairs.values[0])
 
     @property
+    def complete(self) -> bool:
+        """Whether the eigenpairs are all there are, as of the dense matrix."""
+        return len(self.pairs.values) == len(self.pairs.vectors)
+
+    @property
     def draw_scale(self) -> float:
         """What the squares of the draws are multiplied by, so that they have the known trace."""
         found = sum(float(draw.amplitudes @ draw.amplitudes) for draw in self.draws)

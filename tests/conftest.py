@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -12,16 +14,14 @@ from nqm import Problem
 if find_spec("torch"):
     import torch
 
+    from neural.allocator import keep_freed_memory
+
     torch.set_num_threads(1)
-else:
-    collect_ignore_glob = [
-        "test_neural_*.py", "test_averaging.py", "test_fused.py", "test_late_phase.py",
-        "test_bridge_law.py", "test_select.py", "test_recipe*.py", "test_session.py",
-        "test_train.py", "test_experiment.py", "test_distributed.py", "test_summary.py",
-        "test_curvature.py", "test_local_model.py", "test_drift.py", "test_chains.py",
-        "test_bridge*.py", "test_landscapes.py", "test_krylov.py", "test_torch_sample.py",
-        "test_smoothing.py", "test_ggn.py", "test_batch_landscape.py",
-    ]  # fmt: skip
+    keep_freed_memory()
+else:  # without PyTorch the theory is tested alone
+    needs = re.compile(r"^(import|from) (torch|neural)\b", re.MULTILINE)
+    here = Path(__file__).parent
+    collect_ignore = [p.name for p in here.glob("test_*.py") if needs.search(p.read_text())]
 
 # Reproducible, and free of timing: the first example of a test may compile a kernel.
 settings.register_profile("nqm", deadline=None, derandomize=True, max_examples=30, database=None)
