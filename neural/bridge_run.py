@@ -373,7 +373,8 @@ def _view(
     )  # fmt: skip
     if smoothing is None:
         return View(drift)
-    return View(drift, replace(smoothing, kinks=find_kinks(drift, smoothing)))
+    smoothing = replace(smoothing, kinks=find_kinks(drift, smoothing))
+    return View(smoothing.hold(drift), smoothing)
 
 
 def _progress(

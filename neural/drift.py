@@ -76,6 +76,9 @@ class Drift:
         Of both halves.
     slopes : Slopes
         What was seen besides; the force is their even part.
+    climb : ndarray, shape (k, k), optional
+        Curvature along the eigenpairs by which the displacement of the mean counts in the loss,
+        where it is another than that which holds the force (`Smoothing.hold`).
     """
 
     local: LocalModel
@@ -85,14 +88,16 @@ class Drift:
     top: tuple[FloatArray, FloatArray]
     rest: tuple[Krylov, Krylov]
     slopes: Slopes
+    climb: FloatArray | None = None
 
     def floor(self, lr: float, batch_size: float, when: When) -> float:
         """Loss that the mean over any number of members keeps after so many steps."""
-        function = _settled(lr, when)
-        one, other = self.top
-        value = one @ (function(self.local.pairs.values) * other)
+        psi, h = response(lr, when), self.local.pairs.values
+        one, other = (psi(h) * half for half in self.top)
+        value = one @ (h * other if self.climb is None else self.climb @ other)
         if len(self.rest[0].values):
-            value += self.rest[0].apply(function) @ self.rest[1].apply(np.ones_like)
+            moved = self.rest[0].apply(lambda h: psi(h) ** 2 * h)
+            value += moved @ self.rest[1].apply(np.ones_like)
         return 0.5 * float(value) * self._scale(lr, batch_size) ** 2
 
     def cross(self, lr: float, batch_size: float, when: When) -> float:
@@ -144,12 +149,6 @@ def response(lr: float, when: When) -> Function:
             return np.where(np.abs(u) * steps < 1e-9, lr * age, (1.0 - left(u)) / h)
 
     return psi
-
-
-def _settled(lr: float, when: When) -> Function:
-    """psi^2 h."""
-    psi = response(lr, when)
-    return lambda h: psi(h) ** 2 * h
 
 
 def descent(local: LocalModel, lr: float, when: When) -> float:

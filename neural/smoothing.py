@@ -122,13 +122,20 @@ class Smoothing:
         change = self._wide(lr, batch_size) * self.width.curvature
         return np.asarray(np.diag(self.local.pairs.values) + change)
 
-    def at(self, lr: float, batch_size: float) -> LocalModel:
+    def at(self, lr: float, batch_size: float, way: float = 1.0) -> LocalModel:
         """The local model as the scatter of another rate sees it.
 
         A direction that the change, scaled to a far larger scatter, would turn downwards is taken
         for flat: leading order says no more than that.
+
+        Parameters
+        ----------
+        lr, batch_size : float
+        way : float
+            Where on its way from the checkpoint the mean is taken to be; at its end by default.
         """
         wide, far = self.scales(lr, batch_size)
+        far *= way
         width, mean, local, kinks = self.width, self.mean, self.local, self.kinks
         along = local.pairs.values if kinks is None else local.pairs.values + kinks.pairs
         change = wide * width.curvature + far * mean.curvature
@@ -148,6 +155,28 @@ class Smoothing:
             slope=turn.T @ local.slope,
             draws=tuple(replace(draw, values=draw.values + rest) for draw in local.draws),
             noise_trace=max(trace, float(np.trace(noise))),
+        )
+
+    def hold(self, drift: Drift) -> Drift:
+        """A drift with the curvature that the mean meets on its way, which changes as it goes.
+
+        Where curvature is H + s M after a part s of the way m, the force is held by the mean of it,
+        (H + M / 2) m, and the loss of the mean, without scatter, rises by m' (H + M / 3) m / 2.
+        """
+        lr, batch_size = drift.lr, drift.batch_size
+        seen = self.at(lr, batch_size, 0.5)
+        turn = seen.pairs.vectors.T @ drift.local.pairs.vectors
+        kinks = Kinks(np.zeros(len(turn)), 0.0) if self.kinks is None else self.kinks
+        climb = np.diag(self.local.pairs.values + kinks.pairs)
+        climb += self._far(lr, batch_size) / 3.0 * self.mean.curvature
+        across = self.local.pairs.vectors.T @ seen.pairs.vectors
+        first, second = (replace(half, values=half.values + kinks.rest) for half in drift.rest)
+        return replace(
+            drift,
+            local=seen,
+            top=(turn @ drift.top[0], turn @ drift.top[1]),
+            rest=(first, second),
+            climb=across.T @ climb @ across,
         )
 
     def share(

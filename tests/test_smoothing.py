@@ -12,7 +12,7 @@ from tolerances import agree
 
 from neural.drift import measure_drift
 from neural.local_model import measure
-from neural.smoothing import measure_smoothing
+from neural.smoothing import Change, Kinks, Smoothing, measure_smoothing
 from nqm.errors import NQMError
 
 LR, SIZE, STEPS = 0.2, 4.0, 50
@@ -75,6 +75,45 @@ def test_the_mean_of_the_scatter_counts_as_well() -> None:
     seen = found.at(LR, SIZE).pairs.values.sum()
     assert seen == pytest.approx(2.9 + np.einsum("iik,k->", bowl.third, mean), rel=1e-9)
     assert found.growth(LR, SIZE) == pytest.approx(0.0, abs=1e-9), "noise is the same everywhere"
+
+
+@pytest.mark.parametrize("rest", [0.0, 0.4])
+def test_what_holds_the_mean_and_what_it_costs_are_exact_of_a_cubic(rest: float) -> None:
+    """Where the force f has put the mean m, slope(m) = -f, and the floor is the loss there."""
+    bowl, steps = Bowl((2.0, 0.7, 0.2), cubic=0.3), 4000
+    local = measure(bowl.landscape, None)
+    v, mean = local.pairs.vectors, np.array([0.1, -0.2, 0.3])
+    start = bowl.landscape.weights
+    there = start + torch.from_numpy(mean)
+    kinked = rest * np.eye(3)  # a curvature that no second derivative sees
+    force = -v.T @ (bowl.landscape.gradient(there).numpy() + kinked @ mean)
+    drift = measure_drift(bowl.landscape, local, LR, SIZE, steps, samples=2)
+    drift = replace(drift, top=(force, force))
+    still = Change(np.zeros((3, 3)), np.zeros((3, 3)), 0.0)
+    moved = replace(still, curvature=v.T @ (bowl.third @ mean) @ v)
+    kinks = Kinks(np.full(3, rest), rest) if rest else None
+    smoothing = Smoothing(local, LR, SIZE, steps, still, moved, drift, kinks)
+    held = smoothing.hold(drift)
+    agree(held.moved(LR, SIZE, steps), mean, 1e-9)
+    rise = bowl.landscape.loss(there) - bowl.landscape.loss() + 0.5 * mean @ kinked @ mean
+    assert held.floor(LR, SIZE, steps) == pytest.approx(rise, rel=1e-9)
+    assert drift.floor(LR, SIZE, steps) != pytest.approx(rise, rel=0.02)
+    # Elsewhere the force is scaled, and the curvature that it was measured with stays.
+    half = held.floor(LR, 2.0 * SIZE, steps)
+    assert half == pytest.approx(rise / 4.0, rel=1e-9)
+
+
+def test_the_rest_of_the_force_is_held_by_kinks_as_well() -> None:
+    landscape = tanh_landscape()
+    local = measure(landscape, 2, draws=2, products=3)
+    drift = measure_drift(landscape, local, 0.02, SIZE, STEPS, samples=2, products=3)
+    still = Change(np.zeros((2, 2)), np.zeros((2, 2)), 0.0)
+    kinks = Kinks(np.array([0.1, 0.2]), 0.3)
+    smoothing = Smoothing(local, 0.02, SIZE, STEPS, still, still, drift, kinks)
+    held = smoothing.hold(drift)
+    for half, before in zip(held.rest, drift.rest, strict=True):
+        agree(half.values, before.values + 0.3, 1e-12)
+    agree(np.sort(held.local.pairs.values), np.sort(local.pairs.values + np.array([0.1, 0.2])), 1e-12)
 
 
 def test_noise_at_the_mean_of_the_scatter() -> None:
