@@ -113,7 +113,8 @@ def test_the_rest_of_the_force_is_held_by_kinks_as_well() -> None:
     held = smoothing.hold(drift)
     for half, before in zip(held.rest, drift.rest, strict=True):
         agree(half.values, before.values + 0.3, 1e-12)
-    agree(np.sort(held.local.pairs.values), np.sort(local.pairs.values + np.array([0.1, 0.2])), 1e-12)
+    stiffer = local.pairs.values + np.array([0.1, 0.2])
+    agree(np.sort(held.local.pairs.values), np.sort(stiffer), 1e-12)
 
 
 def test_noise_at_the_mean_of_the_scatter() -> None:
