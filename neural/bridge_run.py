@@ -343,12 +343,12 @@ def _smoothing(
     expected = ends + (0 if local.complete else 2 * config.products)
     progress = _progress(report, "averages over the scatter", expected)
     drift = measure_drift(
-        landscape, local, rate, size, config.steps, samples=config.samples,
-        products=config.products, seed=seed, folder=kept, progress=progress,
+        landscape, local, rate, size, config.steps, momentum=config.momentum,
+        samples=config.samples, products=config.products, seed=seed, folder=kept, progress=progress,
     )  # fmt: skip
     smoothing = measure_smoothing(
-        landscape, local, rate, size, config.steps, drift=drift, samples=config.smooth, seed=seed,
-        folder=kept, progress=progress,
+        landscape, local, rate, size, config.steps, drift=drift, momentum=config.momentum,
+        samples=config.smooth, seed=seed, folder=kept, progress=progress,
     )  # fmt: skip
     return replace(smoothing, kinks=find_kinks(drift, smoothing))
 
@@ -368,7 +368,8 @@ def _view(
     expected = 2.0 * config.samples + (0 if local.complete else 2 * config.products)
     drift = measure_drift(
         landscape, local if smoothing is None else smoothing.at(rate, size), rate, size,
-        training.steps, samples=config.samples, products=config.products, seed=seed, folder=kept,
+        training.steps, momentum=training.momentum, samples=config.samples,
+        products=config.products, seed=seed, folder=kept,
         progress=_progress(report, "third derivatives", expected),
     )  # fmt: skip
     if smoothing is None:

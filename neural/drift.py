@@ -165,6 +165,7 @@ def measure_drift(
     batch_size: float,
     steps: float,
     *,
+    momentum: float = 0.0,
     samples: int = 32,
     products: int = 30,
     seed: int = 0,
@@ -180,6 +181,8 @@ def measure_drift(
         Of this landscape.
     lr, batch_size, steps : float
         The scatter. With momentum b, lr is the effective rate lr / (1 - b).
+    momentum : float
+        Of the optimiser.
     samples : int
         Random displacements, two gradients each; an even number.
     products : int
@@ -195,7 +198,8 @@ def measure_drift(
     # A smoothed local model is another one: its largest curvature and its noise say which.
     basis = f"{len(local.pairs.values)}-{len(local.draws)}-{local.largest:.10g}"
     basis += f"-{local.noise_trace:.10g}"
-    stage = f"slopes-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
+    heavy = f"-{momentum}" if momentum else ""
+    stage = f"slopes-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
     known = local.pairs.vectors
 
     def sampled() -> dict[str, Any]:
@@ -205,7 +209,7 @@ def measure_drift(
         moved, turned, left = [], [], np.zeros(3)
         for i in range(samples):
             draw = _drawn(local, i)
-            d = local.displacement(rng, lr, batch_size, steps, draw)
+            d = local.displacement(rng, lr, batch_size, steps, draw, momentum)
             given = vector(landscape, d)
             ends = [landscape.gradient(landscape.weights + sign * given) for sign in (1.0, -1.0)]
             one, other = (end.double().cpu().numpy() for end in ends)

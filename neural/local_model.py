@@ -124,12 +124,26 @@ class LocalModel:
             float(g[below].sum() / max(g.sum(), 1e-300)),
         )
 
-    def scatter(self, lr: float, batch_size: float, steps: float) -> FloatArray:
-        """Covariance along the eigenpairs after `steps` steps of SGD, shape (k, k)."""
-        r = 1.0 - lr * self.pairs.values
-        joint = np.outer(r, r)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            ages = np.where(joint == 1.0, steps, (1.0 - joint**steps) / (1.0 - joint))
+    def scatter(
+        self, lr: float, batch_size: float, steps: float, momentum: float = 0.0
+    ) -> FloatArray:
+        """Covariance along the eigenpairs after so many steps, shape (k, k).
+
+        Parameters
+        ----------
+        lr : float
+            The effective rate: with momentum b, that of the optimiser over 1 - b.
+        batch_size, steps : float
+        momentum : float
+            Of heavy ball; SGD by default.
+        """
+        u = lr * self.pairs.values
+        if momentum:
+            ages = _heavy_ages(u, steps, momentum, joint=True)
+        else:
+            joint = np.outer(1.0 - u, 1.0 - u)
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                ages = np.where(joint == 1.0, steps, (1.0 - joint**steps) / (1.0 - joint))
         return np.asarray(lr**2 / batch_size * self.noise * ages)
 
     def displacement(
@@ -139,29 +153,54 @@ class LocalModel:
         batch_size: float,
         steps: float,
         draw: int | None = None,
+        momentum: float = 0.0,
     ) -> FloatArray:
-        """A draw of where the noise of `steps` steps of SGD puts the weights, shape (p,).
+        """A draw of where the noise of so many steps puts the weights, shape (p,).
 
-        Exact covariance along the eigenpairs; for the rest, lr^2 / B sum_t (1 - lr h)^2t times the
-        stated draw of the noise, or one at random, its diagonal exact.
+        Exact covariance along the eigenpairs (`scatter`); for the rest, the stated draw of the
+        noise, or one at random, with its diagonal exact.
         """
         h = self.pairs.values
-        covariance = self.scatter(lr, batch_size, steps)
+        covariance = self.scatter(lr, batch_size, steps, momentum)
         size, turn = np.linalg.eigh(0.5 * (covariance + covariance.T))
         top = turn @ (np.sqrt(np.maximum(size, 0.0)) * rng.standard_normal(len(h)))
         moved = self.pairs.vectors @ top
         if self.draws and len(self.draws[0].values):
             drawn = self.draws[rng.integers(len(self.draws)) if draw is None else draw]
             scale = self.draw_scale * lr**2 / batch_size
-            moved = moved + drawn.apply(lambda c: np.sqrt(scale * _ages(lr * c, steps)))
+            moved = moved + drawn.apply(lambda c: np.sqrt(scale * _ages(lr * c, steps, momentum)))
         return np.asarray(moved)
 
 
-def _ages(u: FloatArray, steps: float) -> FloatArray:
-    """Sum of (1 - u)^2t over t < steps."""
+def _ages(u: FloatArray, steps: float, momentum: float) -> FloatArray:
+    """Sum over t < steps of the square of what is left of a step's noise t steps later."""
+    if momentum:
+        return _heavy_ages(u, steps, momentum, joint=False)
     r = (1.0 - u) ** 2
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(np.abs(1.0 - r) < 1e-12, steps, (1.0 - r**steps) / (1.0 - r))
+
+
+def _heavy_ages(u: FloatArray, steps: float, momentum: float, joint: bool) -> FloatArray:
+    """The same of heavy ball, in units of the effective rate; `joint` of every two directions.
+
+    Of a unit of noise r_a has reached the weights after a steps, r_0 = 0, r_1 = 1 and
+    r_(a+1) = (1 + b - (1 - b) u) r_a - b r_(a-1), times the optimiser's rate.
+    """
+    before, now = np.zeros(len(u)), np.full(len(u), 1.0 - momentum)
+    total = np.zeros((len(u), len(u)) if joint else len(u))
+    left = int(steps)
+    with np.errstate(invalid="ignore", over="ignore"):
+        while left:
+            block = np.empty((min(left, 512), len(u)))
+            for row in block:
+                row[:] = now
+                before, now = (
+                    now, (1.0 + momentum - (1.0 - momentum) * u) * now - momentum * before
+                )  # fmt: skip
+            total += block.T @ block if joint else (block**2).sum(0)
+            left -= len(block)
+    return total
 
 
 def measure(

@@ -77,6 +77,8 @@ class Smoothing:
         What pushes the mean; by default nothing does.
     kinks : Kinks, optional
         Of the loss; none of a smooth one.
+    momentum : float
+        Of the optimiser; rates are effective ones, lr / (1 - momentum).
     """
 
     local: LocalModel
@@ -87,6 +89,7 @@ class Smoothing:
     mean: Change
     drift: Drift | None = None
     kinks: Kinks | None = None
+    momentum: float = 0.0
 
     def scales(self, lr: float, batch_size: float) -> tuple[float, float]:
         """How wide, and how far from the checkpoint, another scatter is beside this one.
@@ -102,9 +105,9 @@ class Smoothing:
 
     def _wide(self, lr: float, batch_size: float) -> float:
         settled = self._settled(lr, batch_size)
-        there = self.local.scatter(self.lr, self.batch_size, self.steps)
+        there = self.local.scatter(self.lr, self.batch_size, self.steps, self.momentum)
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
-            here = self.local.scatter(lr, batch_size, self.steps)
+            here = self.local.scatter(lr, batch_size, self.steps, self.momentum)
             wide = float(np.sum(here * there) / max(float(np.sum(there * there)), 1e-300))
         return min(wide, settled) if np.isfinite(wide) else settled
 
@@ -191,7 +194,7 @@ class Smoothing:
         seen = self.at(lr, batch_size) if seen is None else seen
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         change = turn.T @ (self._wide(lr, batch_size) * self.width.curvature) @ turn
-        return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps)))
+        return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps, self.momentum)))
 
     def growth(self, lr: float, batch_size: float) -> float:
         """By which part of itself the noise grows under scatter.
@@ -218,6 +221,7 @@ def measure_smoothing(
     steps: float,
     *,
     drift: Drift | None = None,
+    momentum: float = 0.0,
     samples: int = 4,
     seed: int = 0,
     folder: Path | None = None,
@@ -234,6 +238,8 @@ def measure_smoothing(
         The scatter. With momentum b, lr is the effective rate lr / (1 - b).
     drift : Drift, optional
         Tells the mean of the scatter; the checkpoint by default.
+    momentum : float
+        Of the optimiser.
     samples : int
         Random displacements, looked at both ends: at each, and at the mean, k Hessian products and
         the noise along k directions.
@@ -256,7 +262,8 @@ def measure_smoothing(
         rng = np.random.default_rng([seed, 4])
         found = []
         for _ in range(samples):
-            moved = vector(landscape, local.displacement(rng, lr, batch_size, steps))
+            displaced = local.displacement(rng, lr, batch_size, steps, momentum=momentum)
+            moved = vector(landscape, displaced)
             for sign in (1.0, -1.0):
                 found.append(_along(landscape.at(centre + sign * moved), vectors))
                 if progress is not None:
@@ -272,13 +279,14 @@ def measure_smoothing(
         }
 
     basis = f"{len(local.pairs.values)}-{len(local.draws)}-{where:.8g}"
-    stage = f"averages-{lr:.8g}-{batch_size}-{steps}-{samples}-{basis}"
+    heavy = f"-{momentum}" if momentum else ""
+    stage = f"averages-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
     found = kept(stage, averages)
     width, mean_part = (
         Change(found[f"{part}-curvature"], found[f"{part}-noise"], float(found[f"{part}-trace"]))
         for part in ("width", "mean")
     )
-    return Smoothing(local, lr, batch_size, steps, width, mean_part, drift)
+    return Smoothing(local, lr, batch_size, steps, width, mean_part, drift=drift, momentum=momentum)
 
 
 def _along(landscape: Landscape, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:

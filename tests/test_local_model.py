@@ -130,6 +130,35 @@ def test_displacements_scatter_as_the_weights_of_sgd_do() -> None:
     within_error(drawn.mean(0), np.zeros(landscape.size), np.sqrt(size / count))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 30, 1200])
+def test_heavy_ball_scatters_as_its_own_steps_say(steps: int) -> None:
+    """Weights and buffer of every direction, their joint covariance step by step."""
+    landscape = tanh_landscape()
+    h, c, _ = dense(landscape)
+    lr, beta, batch_size = 0.3, 0.9, 4
+    own, one, none = (1.0 - beta) * lr, np.eye(len(h)), np.zeros_like(h)
+    step = np.block([[one - own * h, -own * beta * one], [h, beta * one]])
+    noise = np.block([[own**2 * c, -own * c], [-own * c, c]]) / batch_size
+    joint = np.block([[none, none], [none, none]])
+    for _ in range(steps):
+        joint = step @ joint @ step.T + noise
+    expected = joint[: len(h), : len(h)]
+    local = measure(landscape, None)
+    found = local.scatter(lr, batch_size, steps, beta)
+    v = local.pairs.vectors
+    agree(v @ found @ v.T, expected, 1e-9)
+    cut = partial(landscape)
+    rng = np.random.default_rng(0)
+    moved = [cut.displacement(rng, lr, batch_size, steps, 0, beta) for _ in range(2)]
+    left = [m - cut.pairs.vectors @ (cut.pairs.vectors.T @ m) for m in moved]
+    agree(left[0], left[1], 1e-12)
+    draw = cut.draws[0]
+    along = (draw.vectors.T @ left[0]) ** 2
+    only = replace(local, pairs=replace(local.pairs, values=draw.values), noise=np.eye(len(along)))
+    ages = np.diag(only.scatter(lr, batch_size, steps, beta))
+    agree(along, cut.draw_scale * draw.amplitudes**2 * ages, 1e-9)
+
+
 def test_the_rest_of_a_displacement_has_its_trace() -> None:
     landscape = tanh_landscape()
     local = partial(landscape)
