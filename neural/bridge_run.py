@@ -339,7 +339,7 @@ def _smoothing(
     if not config.smooth:
         return None
     rate, size = config.reference(local.largest), config.batch_sizes[0]
-    ends = 2.0 * (config.smooth + config.samples)
+    ends = 2.0 * config.smooth + 4.0 * config.samples
     expected = ends + (0 if local.complete else 2 * config.products)
     progress = _progress(report, "averages over the scatter", expected)
     drift = measure_drift(
@@ -365,7 +365,7 @@ def _view(
 ) -> View:
     """Drift and kinks at a training's own scatter."""
     rate, size = training.lr / (1.0 - training.momentum), training.batch_size
-    expected = 2.0 * config.samples + (0 if local.complete else 2 * config.products)
+    expected = 4.0 * config.samples + (0 if local.complete else 2 * config.products)
     drift = measure_drift(
         landscape, local if smoothing is None else smoothing.at(rate, size), rate, size,
         training.steps, momentum=training.momentum, samples=config.samples,

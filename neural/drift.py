@@ -6,11 +6,12 @@ loss is least. Averaging K members divides the scatter by K and leaves this: the
 
     1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
 
-after t steps, 1/2 f' H^-1 f in the end; of an average over time psi is averaged with its weights.
-f is measured on the network: the mean gradient at both ends of random displacements. Of a smooth
-loss it is proportional to S, that is to lr / B, and the floor to its square. Where weights sit on
-kinks it hardly falls as the scatter narrows: it is measured at the scatter of each training, and
-scaled with lr / B to others near by.
+after t steps, 1/2 f' H^-1 f in the end; of an average over time psi is averaged with its weights. f
+is measured on the network, by mean gradients at both ends of random displacements of the scatter's
+width, and of half of it: 4/3 of their difference. Of a smooth loss that is 1/2 T:S. Weights on
+kinks are pushed by any scatter, however narrow, and training without noise meets that push as well;
+in the difference it cancels. S goes as lr / B, f with it, and the floor as its square: f is
+measured at the scatter of each training, and scaled with lr / B to others near by.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ class Slopes:
     ----------
     moved : ndarray, shape (n, k)
         Displacements along the local model's eigenpairs.
-    turned : ndarray, shape (n, k)
-        Half the difference of the slopes at both ends, along the same.
-    left : ndarray, shape (3,)
+    turned : ndarray, shape (2, n, k)
+        Half the difference of the slopes at both ends, along the same; and at both ends of half
+        the displacement.
+    left : ndarray, shape (4,)
         Of d, the displacement beyond the eigenpairs, sums of d'd, of d'Hd by the local model, and
-        of d' with half the difference of the slopes.
+        of d' with both half differences of the slopes.
     """
 
     moved: FloatArray
@@ -184,7 +186,7 @@ def measure_drift(
     momentum : float
         Of the optimiser.
     samples : int
-        Random displacements, two gradients each; an even number.
+        Random displacements, four gradients each; an even number.
     products : int
         Hessian products for each half.
     seed : int
@@ -199,32 +201,29 @@ def measure_drift(
     basis = f"{len(local.pairs.values)}-{len(local.draws)}-{local.largest:.10g}"
     basis += f"-{local.noise_trace:.10g}"
     heavy = f"-{momentum}" if momentum else ""
-    stage = f"slopes-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
+    stage = f"force-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
     known = local.pairs.vectors
 
     def sampled() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 3])
-        still = landscape.gradient().double().cpu().numpy()
         halves = np.zeros((2, landscape.size))
-        moved, turned, left = [], [], np.zeros(3)
+        moved, turned, left = [], [], np.zeros(4)
         for i in range(samples):
             draw = _drawn(local, i)
             d = local.displacement(rng, lr, batch_size, steps, draw, momentum)
-            given = vector(landscape, d)
-            ends = [landscape.gradient(landscape.weights + sign * given) for sign in (1.0, -1.0)]
-            one, other = (end.double().cpu().numpy() for end in ends)
-            halves[i % 2] += 0.5 * (one + other) - still
-            odd = 0.5 * (one - other)
+            odd, even = _both_ends(landscape, d)
+            near_odd, near_even = _both_ends(landscape, 0.5 * d)
+            halves[i % 2] += (even - near_even) / 0.75
             moved.append(known.T @ d)
-            turned.append(known.T @ odd)
+            turned.append((known.T @ odd, known.T @ near_odd))
             if draw is not None:
                 beyond, rest = d - known @ moved[-1], local.draws[draw]
                 bent = rest.values @ (rest.vectors.T @ beyond) ** 2  # exact: it lies in their span
-                left += beyond @ beyond, bent, beyond @ odd
+                left += beyond @ beyond, bent, beyond @ odd, beyond @ near_odd
             if progress is not None:
-                progress(2)
+                progress(4)
         forces = halves / np.array([[(samples + 1) // 2], [samples // 2]])
-        return {"forces": forces, "moved": moved, "turned": turned, "left": left}
+        return {"forces": forces, "moved": moved, "turned": np.stack(turned, 1), "left": left}
 
     found = kept(stage, sampled)
     forces = found["forces"]
@@ -238,8 +237,16 @@ def measure_drift(
         return Krylov(**found)
 
     top = (known.T @ forces[0], known.T @ forces[1])
-    slopes = Slopes(np.array(found["moved"]), np.array(found["turned"]), found["left"])
+    slopes = Slopes(np.array(found["moved"]), found["turned"], found["left"])
     return Drift(local, lr, batch_size, steps, top, (rest(0), rest(1)), slopes)
+
+
+def _both_ends(landscape: Landscape, moved: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Half the difference and half the sum of the slopes at both ends of a displacement."""
+    given = vector(landscape, moved)
+    ends = [landscape.gradient(landscape.weights + sign * given) for sign in (1.0, -1.0)]
+    one, other = (end.double().cpu().numpy() for end in ends)
+    return 0.5 * (one - other), 0.5 * (one + other)
 
 
 def _drawn(local: LocalModel, sample: int) -> int | None:

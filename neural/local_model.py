@@ -146,6 +146,17 @@ class LocalModel:
                 ages = np.where(joint == 1.0, steps, (1.0 - joint**steps) / (1.0 - joint))
         return np.asarray(lr**2 / batch_size * self.noise * ages)
 
+    def rest_scatter(
+        self, lr: float, batch_size: float, steps: float, momentum: float = 0.0
+    ) -> float:
+        """Trace of the covariance beyond the eigenpairs, as `scatter` has it along them."""
+        if not self.draws:
+            return 0.0
+        squares = [
+            draw.amplitudes**2 @ _ages(lr * draw.values, steps, momentum) for draw in self.draws
+        ]
+        return self.draw_scale * lr**2 / batch_size * float(np.mean(squares))
+
     def displacement(
         self,
         rng: np.random.Generator,

@@ -50,6 +50,10 @@ class Prediction:
         (`neural.smoothing`): of K members it falls as 1 / K^2.
     worth : float
         Runs that an average over time is worth, by the excess; 1 of the iterate.
+    creases : float
+        Part of the excess that is due to kinks (`neural.kinks`).
+    exponent : float
+        a, where kinks weigh as s^-a at width s.
     """
 
     descent: float
@@ -58,11 +62,15 @@ class Prediction:
     excess: float
     share: float = 0.0
     worth: float = 1.0
+    creases: float = 0.0
+    exponent: float = 0.0
 
     def rise(self, members: float = 1.0) -> float:
         """What noise adds to the loss of the mean of K members."""
         excess = (self.excess - self.share) / members + 0.5 * self.share / (members**2 * self.worth)
-        return self.cross + self.floor + excess
+        runs, half = members * self.worth, 0.5 * self.exponent
+        kinks = self.creases * self.worth * (runs ** (half - 1.0) / (1.0 - half) - 1.0 / runs)
+        return float(self.cross + self.floor + excess + kinks)
 
     def change(self, members: float = 1.0) -> float:
         """Expected change of the loss of the mean of K members."""
@@ -117,7 +125,11 @@ def predict_each(
     found = []
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
         worth = iterate / excess if isinstance(when, TimeAverage) else 1.0
-        share = 0.0 if smoothing is None else smoothing.share(rate, size, step, local) / worth
+        share = creases = exponent = 0.0
+        if smoothing is not None:
+            share = smoothing.share(rate, size, step, local) / worth
+            creases = smoothing.creases(rate, size, step, local) / worth
+            exponent = 0.0 if smoothing.kinks is None else smoothing.kinks.exponent
         found.append(
             Prediction(
                 descent(local, rate, when),
@@ -126,6 +138,8 @@ def predict_each(
                 excess,
                 share,
                 worth,
+                creases,
+                exponent,
             )
         )
     return found

@@ -38,10 +38,13 @@ class Kinks:
         Along the eigenpairs.
     rest : float
         Along the scatter's part that is left; flat pairs share it.
+    exponent : float
+        a, where kinks weigh as s^-a at width s: 0 where they are spread evenly, 1 on a kink.
     """
 
     pairs: FloatArray
     rest: float
+    exponent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,24 @@ class Smoothing:
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         change = turn.T @ (self._wide(lr, batch_size) * self.width.curvature) @ turn
         return 0.5 * float(np.sum(change * seen.scatter(lr, batch_size, steps, self.momentum)))
+
+    def creases(
+        self, lr: float, batch_size: float, steps: float, seen: LocalModel | None = None
+    ) -> float:
+        """Part of a run's excess that is due to kinks.
+
+        They weigh more on the mean of K members, which scatters less: dL/dS = 1/2 H(S) with kinks
+        as s^-a leaves K^(a/2 - 1) / (1 - a/2) of it in place of 1 / K. `seen` is `at` of the same
+        rate, where it is known.
+        """
+        if self.kinks is None:
+            return 0.0
+        seen = self.at(lr, batch_size) if seen is None else seen
+        turn = self.local.pairs.vectors.T @ seen.pairs.vectors
+        along = (turn * self.kinks.pairs[:, None] * turn).sum(0)
+        scatter = np.diag(seen.scatter(lr, batch_size, steps, self.momentum))
+        rest = self.kinks.rest * seen.rest_scatter(lr, batch_size, steps, self.momentum)
+        return max(0.5 * (float(along @ scatter) + rest), 0.0)
 
     def growth(self, lr: float, batch_size: float) -> float:
         """By which part of itself the noise grows under scatter.

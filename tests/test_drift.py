@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_landscapes import Bowl, quadratic, scatter, slide
+from tiny_landscapes import Bowl, Plain, quadratic, scatter, slide
 from tolerances import IDENTITY, JUMP, agree, within_error
+from torch import Tensor
 
+from neural.curvature import Landscape
 from neural.drift import Drift, descent, measure_drift
 from neural.krylov import Krylov
 from neural.local_model import LocalModel, measure
@@ -98,6 +100,24 @@ def test_the_halves_share_no_draw(bowl: Bowl) -> None:
         assert not np.allclose(force(found, 1 - half), force(whole, 1 - half), rtol=1e-3)
 
 
+def test_a_kink_at_the_checkpoint_pushes_nothing() -> None:
+    """Of |w + 1e-9| the slope is 1 at the checkpoint, and on the average over any scatter 0."""
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        off, w = output.unbind(1)
+        return (0.5 * w**2 + 0.3 * (off - 1e-9).abs()).sum(1)
+
+    x = torch.zeros(8, 3, dtype=torch.double)
+    model = Plain(x[0, :1].clone(), x[0, 1:].clone())
+    landscape = Landscape(model, [(x, torch.zeros(8, dtype=torch.long))], loss=loss)
+    assert landscape.gradient().abs().min() == pytest.approx(0.3)
+    pairs = Eigenpairs(np.ones(3), np.eye(3), np.zeros(3))
+    rest = Krylov(np.zeros(0), np.zeros(0), np.zeros((3, 0)))
+    local = LocalModel(0.0, pairs, np.eye(3), np.zeros(3), rest, (), 3.0, 8)
+    drift = measure_drift(landscape, local, LR, SIZE, STEPS, samples=4)
+    assert max(np.abs(force(drift, half)).max() for half in (0, 1)) < 1e-12
+
+
 def test_a_quadratic_has_no_drift() -> None:
     landscape = Bowl(CURVATURE, away=0.3).landscape
     drift = measure_drift(landscape, measure(landscape, 2, tolerance=1e-10), LR, SIZE, 500)
@@ -133,7 +153,7 @@ def test_the_measurement_is_kept(bowl: Bowl, tmp_path: Path) -> None:
         )
 
     first = drift()
-    assert sum(told) == 4 * 2 + 2 * 3
+    assert sum(told) == 4 * 4 + 2 * 3
     told.clear()
     again = drift()
     assert not told
@@ -141,7 +161,7 @@ def test_the_measurement_is_kept(bowl: Bowl, tmp_path: Path) -> None:
         agree(force(again, half), force(first, half), IDENTITY)
     for changes in ({"lr": 0.1}, {"batch_size": 4.0}, {"steps": 13}):
         drift(**changes)
-        assert sum(told) == 4 * 2 + 2 * 3
+        assert sum(told) == 4 * 4 + 2 * 3
         told.clear()
 
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_landscapes import Plain, tanh_landscape
+from tiny_landscapes import Plain, scatter, tanh_landscape
 from torch import Tensor
 
 from neural.curvature import Landscape
 from neural.drift import Drift, measure_drift
 from neural.kinks import find_kinks
 from neural.local_model import measure
+from neural.prediction import Prediction
 from neural.smoothing import Kinks, Smoothing, measure_smoothing
 
 CURVATURE, JUMP, SPREAD = (4.0, 2.0, 1.0), (0.3, 0.5, 0.2), 3.0
@@ -65,6 +66,7 @@ def test_kinks_are_counted(pairs: int | None) -> None:
         assert found.rest == 0.0, "no pair is flat, and there is nothing else"
     else:
         assert found.rest == pytest.approx(added[2], rel=0.1)
+    assert found.exponent < 0.1, "spread evenly, they weigh the same at any width"
     # Seen by the scatter, the curvature has them, whatever its size; the smooth part has not.
     seen = replace(smoothing, kinks=found)
     assert smoothing.creased() == 0.0
@@ -95,6 +97,7 @@ def test_a_smooth_loss_has_none() -> None:
     found = find_kinks(slopes(landscape, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
+    assert found.exponent == 0.0, "what there is falls with the width of the scatter"
 
 
 def test_a_scatter_that_knows_of_kinks_finds_the_same() -> None:
@@ -119,6 +122,36 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None
         # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
         expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
         np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
+        assert found.exponent == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("pairs", [None, 2])
+def test_what_kinks_cost_is_half_their_curvature_with_the_scatter(pairs: int | None) -> None:
+    landscape = creased()
+    smoothing = smoothed(landscape, pairs)
+    assert smoothing.creases(LR, SIZE, STEPS) == 0.0
+    kinks = Kinks(np.array([0.1, 0.2, 0.3][:pairs]), 0.3)
+    seen = replace(smoothing, kinks=kinks)
+    h = np.array(CURVATURE) + np.array([0.1, 0.2, 0.3])
+    c = np.cov(torch.cat(list(landscape.example_gradients())).numpy(), rowvar=False, ddof=0)
+    expected = 0.5 * np.trace(np.diag([0.1, 0.2, 0.3]) @ scatter(np.diag(h), c, LR, SIZE, STEPS))
+    # Examples are drawn: their noise is not quite along the axes, that of the rest not quite known.
+    assert seen.creases(LR, SIZE, STEPS) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("members", [1, 4, 16])
+@pytest.mark.parametrize("worth", [1.0, 7.0])
+def test_the_mean_of_runs_on_a_kink_falls_as_one_over_the_root(members: int, worth: float) -> None:
+    """E [1/2 h d^2 + J |d|] = 1/2 h s^2 + J s sqrt(2 / pi), s^2 one over members and worth."""
+    h, jump, size = 2.0, 0.3, 0.1
+    kink = jump * np.sqrt(2.0 / np.pi) / size  # by Stein's lemma
+    excess, creases = 0.5 * (h + kink) * size**2, 0.5 * kink * size**2
+    found = Prediction(0.0, 0.0, 0.0, excess / worth, 0.0, worth, creases / worth, 1.0)
+    runs = members * worth
+    expected = 0.5 * h * size**2 / runs + jump * np.sqrt(2.0 / np.pi / runs) * size
+    assert found.rise(members) == pytest.approx(expected, rel=1e-12)
+    spread = replace(found, exponent=0.0)
+    assert spread.rise(members) == pytest.approx(excess / runs, rel=1e-12)
 
 
 def test_kinks_of_nothing_change_nothing() -> None:
