@@ -374,7 +374,10 @@ def _view(
     )  # fmt: skip
     if smoothing is None:
         return View(drift)
-    smoothing = replace(smoothing, kinks=find_kinks(drift, smoothing))
+    kinks = find_kinks(drift, smoothing)
+    if smoothing.kinks is not None:  # of the scatter at which the smooth change is known best
+        kinks = replace(kinks, exponent=smoothing.kinks.exponent)
+    smoothing = replace(smoothing, kinks=kinks)
     return View(smoothing.hold(drift), smoothing)
 
 
