@@ -98,14 +98,13 @@ def predicted(
     views = sorted(views, key=lambda view: view.drift.lr)
     x = np.log([view.drift.lr for view in views])
     place = np.interp(np.log(training.lr / (1.0 - training.momentum)), x, np.arange(len(x)))
-    lower, upper = int(np.floor(place)), int(np.ceil(place))
-    low, high = (
-        predict(local, view.drift, training, at, view.smoothing)
-        for view in (views[lower], views[upper])
-    )
+    lower = int(place)
+    near = views[lower : lower + 2]
+    low = predict(local, near[0].drift, training, at, near[0].smoothing)
     part = place - lower
     if part == 0.0:
         return low
+    high = predict(local, near[1].drift, training, at, near[1].smoothing)
     both = zip(astuple(low), astuple(high), strict=True)
     return Prediction(*((1.0 - part) * one + part * other for one, other in both))
 
