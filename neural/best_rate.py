@@ -6,7 +6,7 @@ minimum the loss therefore has a least value in between, at a rate that rises wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,7 @@ def best_rate(
     members: Sequence[int],
     *,
     count: int = 5,
+    progress: Callable[[int], None] | None = None,
 ) -> list[float | None]:
     """The rate at which the predicted loss of the mean of K is least, for every K.
 
@@ -63,6 +64,8 @@ def best_rate(
         K.
     count : int
         Looks at a training, over which its loss is averaged (`neural.prediction.looks`).
+    progress : callable, optional
+        Told that one more rate has been tried: at first `POINTS`, then some for every K.
 
     Returns
     -------
@@ -76,6 +79,8 @@ def best_rate(
     def change(x: float, k: int) -> float:
         if x not in known:
             known[x] = predicted(local, views, replace(training, lr=float(np.exp(x))), at)
+            if progress is not None:
+                progress(1)
         return float(np.nan_to_num(known[x].change(k), nan=np.inf))
 
     grid = np.linspace(np.log(training.lr / BELOW), np.log(edge(local, training)), POINTS)
@@ -142,6 +147,7 @@ def best_rates(
     views: Sequence[View],
     *,
     count: int = 5,
+    progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Both of them, for every K and for every batch size at which three rates were tried.
 
@@ -154,6 +160,8 @@ def best_rates(
         Of the trainings.
     count : int
         Looks at a training.
+    progress : callable, optional
+        As of `best_rate`.
 
     Returns
     -------
@@ -176,7 +184,7 @@ def best_rates(
         )  # fmt: skip
         sizes = [int(k) for k in one["members"].unique()]
         own = [view for view in views if view.drift.batch_size == size]
-        best = best_rate(local, own, training, sizes, count=count)
+        best = best_rate(local, own, training, sizes, count=count, progress=progress)
         for k, rate in zip(sizes, best, strict=True):
             rows.append((first["way"], size, k, rate, measured_best(one[one["members"] == k])))
     found = pd.DataFrame(rows, columns=columns)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neural.batch_landscape import grouped
-from neural.best_rate import View, best_rates
+from neural.best_rate import POINTS, View, best_rates
 from neural.bridge import Plan, compare, foresee
 from neural.chains import Training
 from neural.config import RunConfig, describe
@@ -309,7 +309,8 @@ def _compare_all(
         for name in ("table", "course")
     )
     report("best rates", 0.0)
-    best = best_rates(table, local, views, count=plan.looks)
+    progress = _progress(report, "best rates", POINTS + 8.0 * len(plan.members))
+    best = best_rates(table, local, views, count=plan.looks, progress=progress)
     return {"course": course, "best_rate": best, "cost": cost.table(), "bridge": table}
 
 
@@ -374,9 +375,8 @@ def _view(
     )  # fmt: skip
     if smoothing is None:
         return View(drift)
-    kinks = find_kinks(drift, smoothing)
-    if smoothing.kinks is not None:  # of the scatter at which the smooth change is known best
-        kinks = replace(kinks, exponent=smoothing.kinks.exponent)
+    # The exponent is that of the scatter at which the smooth change is known best.
+    kinks = replace(find_kinks(drift, smoothing), exponent=smoothing.kinks.exponent)
     smoothing = replace(smoothing, kinks=kinks)
     return View(smoothing.hold(drift), smoothing)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from neural.curvature import Landscape
 from neural.krylov import Krylov, krylov
@@ -160,6 +161,22 @@ def descent(local: LocalModel, lr: float, when: When) -> float:
     return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
 
 
+def descended(local: LocalModel, lr: float, when: When) -> FloatArray:
+    """Where noise-free gradient descent on the quadratic puts the weights, -psi g, shape (p,).
+
+    Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below.
+    """
+    psi = response(lr, when)
+
+    def held(h: FloatArray) -> FloatArray:
+        return psi(np.maximum(h, 0.0))
+
+    moved = local.pairs.vectors @ (held(local.pairs.values) * local.slope)
+    if len(local.gradient.values):
+        moved = moved + local.gradient.apply(held)
+    return np.asarray(-moved)
+
+
 def measure_drift(
     landscape: Landscape,
     local: LocalModel,
@@ -175,6 +192,9 @@ def measure_drift(
     progress: Progress | None = None,
 ) -> Drift:
     """Measure the force at the scatter of so many steps of SGD from the checkpoint.
+
+    Around where descent without noise ends by the local model: a checkpoint that training without
+    noise has settled on is on more kinks than weights that scatter meet.
 
     Parameters
     ----------
@@ -201,8 +221,9 @@ def measure_drift(
     basis = f"{len(local.pairs.values)}-{len(local.draws)}-{local.largest:.10g}"
     basis += f"-{local.noise_trace:.10g}"
     heavy = f"-{momentum}" if momentum else ""
-    stage = f"force-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
+    stage = f"push-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
     known = local.pairs.vectors
+    centre = landscape.weights + vector(landscape, descended(local, lr, steps))
 
     def sampled() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 3])
@@ -211,8 +232,8 @@ def measure_drift(
         for i in range(samples):
             draw = _drawn(local, i)
             d = local.displacement(rng, lr, batch_size, steps, draw, momentum)
-            odd, even = _both_ends(landscape, d)
-            near_odd, near_even = _both_ends(landscape, 0.5 * d)
+            odd, even = _both_ends(landscape, centre, d)
+            near_odd, near_even = _both_ends(landscape, centre, 0.5 * d)
             halves[i % 2] += (even - near_even) / 0.75
             moved.append(known.T @ d)
             turned.append((known.T @ odd, known.T @ near_odd))
@@ -241,10 +262,12 @@ def measure_drift(
     return Drift(local, lr, batch_size, steps, top, (rest(0), rest(1)), slopes)
 
 
-def _both_ends(landscape: Landscape, moved: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _both_ends(
+    landscape: Landscape, centre: Tensor, moved: FloatArray
+) -> tuple[FloatArray, FloatArray]:
     """Half the difference and half the sum of the slopes at both ends of a displacement."""
     given = vector(landscape, moved)
-    ends = [landscape.gradient(landscape.weights + sign * given) for sign in (1.0, -1.0)]
+    ends = [landscape.gradient(centre + sign * given) for sign in (1.0, -1.0)]
     one, other = (end.double().cpu().numpy() for end in ends)
     return 0.5 * (one - other), 0.5 * (one + other)
 

@@ -129,7 +129,7 @@ def predict_each(
         if smoothing is not None:
             share = smoothing.share(rate, size, step, local) / worth
             creases = smoothing.creases(rate, size, step, local) / worth
-            exponent = 0.0 if smoothing.kinks is None else smoothing.kinks.exponent
+            exponent = smoothing.kinks.exponent
         found.append(
             Prediction(
                 descent(local, rate, when),

@@ -1,14 +1,15 @@
 """Curvature and noise as weights that scatter see them: averages over the scatter.
 
 To leading order in lr / B the averages move by the width of the scatter and by where the noise has
-pushed its mean (`neural.drift`), which are of the same order. They are measured at one scatter, at
-both ends of random displacements around that mean and at the mean, along the known eigenpairs. For
-any other scatter the one part is scaled with the covariance, the other with the displacement.
+pushed its mean (`neural.drift`), which are of the same order; and by where descent without noise
+takes the weights. They are measured at one scatter, along the known eigenpairs: at both ends of
+random displacements around its mean, at the mean, and at the end of descent. For any other scatter
+the first part is scaled with the covariance, the others with the displacements.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from neural import noise as gradient_noise
 from neural.curvature import Landscape
-from neural.drift import Drift
+from neural.drift import Drift, descended
 from neural.local_model import Kept, LocalModel, fingerprint, vector
 from neural.noise import STIFF
 from neural.spectrum import Eigenpairs, Progress
@@ -45,6 +46,11 @@ class Kinks:
     pairs: FloatArray
     rest: float
     exponent: float = 0.0
+
+    @classmethod
+    def none(cls) -> Kinks:
+        """Those of a smooth loss, whatever the number of eigenpairs."""
+        return cls(np.zeros(1), 0.0)
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,13 @@ class Smoothing:
         At the checkpoint.
     lr, batch_size, steps : float
         Of the scatter at which it was measured.
-    width, mean : Change
-        By the width of the scatter, and by where its mean is.
+    width, mean, descent : Change
+        By the width of the scatter, by where the noise has pushed its mean, and by where descent
+        without noise ends.
     drift : Drift, optional
         What pushes the mean; by default nothing does.
-    kinks : Kinks, optional
-        Of the loss; none of a smooth one.
+    kinks : Kinks
+        Of the loss; none by default.
     momentum : float
         Of the optimiser; rates are effective ones, lr / (1 - momentum).
     """
@@ -90,8 +97,9 @@ class Smoothing:
     steps: float
     width: Change
     mean: Change
+    descent: Change
     drift: Drift | None = None
-    kinks: Kinks | None = None
+    kinks: Kinks = field(default_factory=Kinks.none)
     momentum: float = 0.0
 
     def scales(self, lr: float, batch_size: float) -> tuple[float, float]:
@@ -123,9 +131,17 @@ class Smoothing:
         far = float(there @ here / max(float(there @ there), 1e-300))
         return float(np.clip(far, -settled, settled)) if np.isfinite(far) else settled
 
+    def _gone(self, lr: float) -> float:
+        """How far descent without noise goes at another rate beside this one's."""
+        there = descended(self.local, self.lr, self.steps)
+        size = float(there @ there)
+        gone = float(there @ descended(self.local, lr, self.steps) / size) if size > 0.0 else 0.0
+        return float(np.clip(gone, 0.0, max(lr / self.lr, 1.0)))
+
     def smooth(self, lr: float, batch_size: float) -> FloatArray:
-        """Mean second derivatives over another scatter around the checkpoint, shape (k, k)."""
+        """Mean second derivatives over another scatter that nothing pushes, shape (k, k)."""
         change = self._wide(lr, batch_size) * self.width.curvature
+        change = change + self._gone(lr) * self.descent.curvature
         return np.asarray(np.diag(self.local.pairs.values) + change)
 
     def at(self, lr: float, batch_size: float, way: float = 1.0) -> LocalModel:
@@ -138,22 +154,24 @@ class Smoothing:
         ----------
         lr, batch_size : float
         way : float
-            Where on its way from the checkpoint the mean is taken to be; at its end by default.
+            Where on the way that the noise pushes it the mean is taken to be; at its end by
+            default.
         """
         wide, far = self.scales(lr, batch_size)
-        far *= way
-        width, mean, local, kinks = self.width, self.mean, self.local, self.kinks
-        along = local.pairs.values if kinks is None else local.pairs.values + kinks.pairs
-        change = wide * width.curvature + far * mean.curvature
+        parts = (self.width, wide), (self.mean, way * far), (self.descent, self._gone(lr))
+        local = self.local
+        along = local.pairs.values + self.kinks.pairs
+        change = np.sum([scale * part.curvature for part, scale in parts], axis=0)
         size, turn = np.linalg.eigh(np.diag(along) + change)
         size, turn = size[::-1], turn[:, ::-1]
         size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
-        noise = turn.T @ (local.noise + wide * width.noise + far * mean.noise) @ turn
+        noise = local.noise + np.sum([scale * part.noise for part, scale in parts], axis=0)
+        noise = turn.T @ noise @ turn
         power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
         noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)  # differences, and rounding
         pairs = Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals)
-        trace = local.noise_trace + wide * width.trace + far * mean.trace
-        rest = 0.0 if kinks is None else kinks.rest
+        trace = local.noise_trace + sum(scale * part.trace for part, scale in parts)
+        rest = self.kinks.rest
         return replace(
             local,
             pairs=pairs,
@@ -172,11 +190,11 @@ class Smoothing:
         lr, batch_size = drift.lr, drift.batch_size
         seen = self.at(lr, batch_size, 0.5)
         turn = seen.pairs.vectors.T @ drift.local.pairs.vectors
-        kinks = Kinks(np.zeros(len(turn)), 0.0) if self.kinks is None else self.kinks
-        climb = np.diag(self.local.pairs.values + kinks.pairs)
+        climb = np.diag(self.local.pairs.values + self.kinks.pairs)
         climb += self._far(lr, batch_size) / 3.0 * self.mean.curvature
+        climb += self._gone(lr) * self.descent.curvature
         across = self.local.pairs.vectors.T @ seen.pairs.vectors
-        first, second = (replace(half, values=half.values + kinks.rest) for half in drift.rest)
+        first, second = (replace(half, values=half.values + self.kinks.rest) for half in drift.rest)
         return replace(
             drift,
             local=seen,
@@ -208,8 +226,6 @@ class Smoothing:
         as s^-a leaves K^(a/2 - 1) / (1 - a/2) of it in place of 1 / K. `seen` is `at` of the same
         rate, where it is known.
         """
-        if self.kinks is None:
-            return 0.0
         seen = self.at(lr, batch_size) if seen is None else seen
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         along = (turn * self.kinks.pairs[:, None] * turn).sum(0)
@@ -225,13 +241,14 @@ class Smoothing:
         """
         wide, far = self.scales(lr, batch_size)
         change = wide * self.width.trace + far * self.mean.trace
-        return change / max(self.local.noise_trace, 1e-300)
+        calm = self.local.noise_trace + self._gone(lr) * self.descent.trace
+        return change / max(calm, 1e-300)
 
     def creased(self) -> float:
         """What kinks add to the curvature along the stiff eigenpairs, as a part of it."""
         stiff = self.local.pairs.values >= STIFF * self.local.largest
-        added = 0.0 if self.kinks is None else float(self.kinks.pairs[stiff].sum())
-        return added / float(np.abs(self.local.pairs.values[stiff]).sum())
+        added = np.broadcast_to(self.kinks.pairs, stiff.shape)[stiff].sum()
+        return float(added / np.abs(self.local.pairs.values[stiff]).sum())
 
 
 def measure_smoothing(
@@ -274,10 +291,11 @@ def measure_smoothing(
     kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
     vectors = local.pairs.vectors
 
-    centre, where = landscape.weights, 0.0
+    calm = landscape.weights + vector(landscape, descended(local, lr, steps))
+    centre, where = calm, 0.0
     if drift is not None:
         mean = drift.moved(lr, batch_size, steps)
-        centre, where = centre + vector(landscape, mean), float(np.linalg.norm(mean))
+        centre, where = calm + vector(landscape, mean), float(np.linalg.norm(mean))
 
     def averages() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 4])
@@ -291,23 +309,26 @@ def measure_smoothing(
                     progress(1)
         there = tuple(np.mean(part, axis=0) for part in zip(*found, strict=True))
         here = np.diag(local.pairs.values), local.noise, local.noise_trace
-        middle = here if drift is None else _along(landscape.at(centre), vectors)
-        parts = {"width": zip(there, middle, strict=True), "mean": zip(middle, here, strict=True)}
+        end = _along(landscape.at(calm), vectors)
+        middle = end if drift is None else _along(landscape.at(centre), vectors)
+        parts = {"width": (there, middle), "mean": (middle, end), "descent": (end, here)}
         return {
             f"{part}-{name}": one - other
-            for part, pairs in parts.items()
-            for name, (one, other) in zip(NAMES, pairs, strict=True)
+            for part, (after, before) in parts.items()
+            for name, one, other in zip(NAMES, after, before, strict=True)
         }
 
     basis = f"{len(local.pairs.values)}-{len(local.draws)}-{where:.8g}"
     heavy = f"-{momentum}" if momentum else ""
-    stage = f"averages-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
+    stage = f"changes-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
     found = kept(stage, averages)
-    width, mean_part = (
+    width, pushed, gone = (
         Change(found[f"{part}-curvature"], found[f"{part}-noise"], float(found[f"{part}-trace"]))
-        for part in ("width", "mean")
+        for part in ("width", "mean", "descent")
     )
-    return Smoothing(local, lr, batch_size, steps, width, mean_part, drift=drift, momentum=momentum)
+    return Smoothing(
+        local, lr, batch_size, steps, width, pushed, gone, drift=drift, momentum=momentum
+    )
 
 
 def _along(landscape: Landscape, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:

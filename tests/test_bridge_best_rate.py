@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from test_bridge_verdict import cells
 from tiny_landscapes import Bowl
 
-from neural.best_rate import View, best_rate, best_rates, measured_best, predicted
+from neural.best_rate import POINTS, View, best_rate, best_rates, measured_best, predicted
 from neural.chains import Training
 from neural.drift import measure_drift
 from neural.local_model import LocalModel, measure
@@ -38,8 +38,10 @@ def test_one_step_has_its_best_rate_in_closed_form(
     sizes = (1, 3, 10)
     noise = np.trace(h @ bowl.noise) / 4.0
     expected = [g @ g / (g @ h @ g + noise / k) for k in sizes]
-    found = best_rate(*measured, Training(0.05, 4, 1), sizes, count=1)
+    told: list[int] = []
+    found = best_rate(*measured, Training(0.05, 4, 1), sizes, count=1, progress=told.append)
     assert found == pytest.approx(expected, rel=2e-3)
+    assert sum(told) > POINTS
     assert expected[2] > 2.0 * expected[0]
 
 

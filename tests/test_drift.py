@@ -13,7 +13,7 @@ from tolerances import IDENTITY, JUMP, agree, within_error
 from torch import Tensor
 
 from neural.curvature import Landscape
-from neural.drift import Drift, descent, measure_drift
+from neural.drift import Drift, descended, descent, measure_drift
 from neural.krylov import Krylov
 from neural.local_model import LocalModel, measure
 from neural.spectrum import Eigenpairs
@@ -123,6 +123,17 @@ def test_a_quadratic_has_no_drift() -> None:
     drift = measure_drift(landscape, measure(landscape, 2, tolerance=1e-10), LR, SIZE, 500)
     assert abs(drift.floor(LR, SIZE, 500)) < 1e-25
     assert abs(drift.cross(LR, SIZE, 500)) < 1e-12
+
+
+@pytest.mark.parametrize("pairs", [None, 2])
+def test_where_descent_ends(bowl: Bowl, pairs: int | None) -> None:
+    g, h = bowl.landscape.gradient().numpy(), bowl.landscape.hessian().numpy()
+    local = measure(bowl.landscape, pairs, tolerance=1e-12)
+    agree(descended(local, LR, STEPS), slide(g, h, LR, STEPS), 1e-7)
+    # A quadratic that is bent downwards falls for ever, a loss does not.
+    downwards = replace(local, pairs=replace(local.pairs, values=-local.pairs.values))
+    along = local.pairs.vectors.T @ descended(downwards, LR, STEPS)
+    agree(along, -LR * STEPS * local.slope, 1e-9)
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.5])

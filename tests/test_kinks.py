@@ -21,20 +21,21 @@ CURVATURE, JUMP, SPREAD = (4.0, 2.0, 1.0), (0.3, 0.5, 0.2), 3.0
 LR, SIZE, STEPS = 0.1, 4.0, 100
 
 
-def creased(curvature: tuple[float, ...] = CURVATURE, *, at_checkpoint: bool = False) -> Landscape:
+def creased(
+    curvature: tuple[float, ...] = CURVATURE, *, at_checkpoint: bool = False, slope: float = 0.0
+) -> Landscape:
     """Example n has the loss 1/2 w' H w + sum_i J_i |w_i - x_ni|, x normal around the checkpoint.
 
     Scatter meets 2 J_i p(0) of kinks for a length, p the density of x_i, wherever it is narrow
     beside `SPREAD`; the second derivatives at a point are H. Or nearly all at the checkpoint.
     """
-    x = (1e-6 if at_checkpoint else SPREAD) * torch.from_numpy(
-        np.random.default_rng(1).standard_normal((20_000, 3))
-    )
+    drawn = np.random.default_rng(1).standard_normal((10_000, 3))
+    x = (1e-6 if at_checkpoint else SPREAD) * torch.from_numpy(np.concatenate([drawn, -drawn]))
     h, jump = torch.tensor(curvature).double(), torch.tensor(JUMP).double()
 
     def loss(output: Tensor, targets: Tensor) -> Tensor:
         off, w = output.unbind(1)
-        return (0.5 * h * w**2 + jump * off.abs()).sum(1)
+        return (0.5 * h * w**2 + slope * w + jump * off.abs()).sum(1)
 
     zero = torch.zeros(3, dtype=torch.double)
     targets = torch.zeros(len(x), dtype=torch.long)
@@ -92,7 +93,7 @@ def test_flat_directions_share_one_value() -> None:
 
 
 def test_a_smooth_loss_has_none() -> None:
-    landscape = tanh_landscape()
+    landscape = tanh_landscape(quick=False)
     smoothing = measure_smoothing(landscape, measure(landscape, None), 0.02, SIZE, 30, samples=8)
     found = find_kinks(slopes(landscape, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
@@ -123,6 +124,14 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None
         expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
         np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
         assert found.exponent == pytest.approx(1.0, abs=1e-3)
+
+
+def test_kinks_that_descent_leads_off_are_not_met() -> None:
+    landscape = creased(at_checkpoint=True, slope=3.0)
+    local = measure(landscape, None)
+    smoothing = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=1)
+    found = find_kinks(measure_drift(landscape, local, LR, SIZE, STEPS, samples=60), smoothing)
+    assert np.abs(found.pairs).max() < 1e-6
 
 
 @pytest.mark.parametrize("pairs", [None, 2])
@@ -156,7 +165,8 @@ def test_the_mean_of_runs_on_a_kink_falls_as_one_over_the_root(members: int, wor
 
 def test_kinks_of_nothing_change_nothing() -> None:
     smoothing = smoothed(tanh_landscape(), 4)
-    none = Kinks(np.zeros(4), 0.0)
+    none = Kinks(np.zeros(4), 0.0, 0.5)
+    assert smoothing.kinks == Kinks.none()
     seen = replace(smoothing, kinks=none).at(LR, SIZE)
     before = smoothing.at(LR, SIZE)
     np.testing.assert_array_equal(seen.pairs.values, before.pairs.values)
