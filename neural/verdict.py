@@ -144,7 +144,7 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
     if len(calm):
         line = f"On the noise-free path the noise changes by {_range(calm)}"
         if calm.abs().max() > FEEDBACK:
-            line += ", and the prediction takes it from the checkpoint: settle further"
+            line += ", too much for one straight step from the checkpoint: settle further"
         yield f"{line}."
 
 
