@@ -116,7 +116,7 @@ def test_noise_that_fades_on_the_way_is_told(local: LocalModel) -> None:
     table = pd.concat([cells(0.1, (1.0, 1.1), fading=-0.2), cells(0.2, (1.0,), fading=0.1)])
     assert "On the noise-free path the noise changes by -20% to +10%." in verdict(table, local)
     told = (
-        "On the noise-free path the noise changes by -92%, and the prediction takes it from the "
+        "On the noise-free path the noise changes by -92%, too much for one straight step from the "
         "checkpoint: settle further."
     )
     assert told in verdict(cells(0.1, (1.0, 1.1), fading=-0.92), local)
