@@ -38,7 +38,7 @@ COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
     "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
     "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess", "share",
-    "worth", "creases", "exponent", "growth", "kinks", "fading", "plain", "plain_error", "test",
+    "worth", "creases", "octave", "growth", "kinks", "fading", "plain", "plain_error", "test",
 ]  # fmt: skip
 COURSE = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",

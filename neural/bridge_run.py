@@ -375,9 +375,7 @@ def _view(
     )  # fmt: skip
     if smoothing is None:
         return View(drift)
-    # The exponent is that of the scatter at which the smooth change is known best.
-    kinks = replace(find_kinks(drift, smoothing), exponent=smoothing.kinks.exponent)
-    smoothing = replace(smoothing, kinks=kinks)
+    smoothing = replace(smoothing, kinks=find_kinks(drift, smoothing))
     return View(smoothing.hold(drift), smoothing)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, grad_and_value, jvp, vmap
 
 from neural.fused import arguments
 from neural.ggn import ggn_matrix, ggn_product
@@ -164,8 +164,19 @@ class Landscape:
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Slope of the mean loss, shape (p,)."""
+        return self.loss_and_gradient(w)[1]
+
+    def loss_and_gradient(self, w: Tensor | None = None) -> tuple[float, Tensor]:
+        """Both, for the price of the slope."""
         at = self.weights if w is None else w
-        return self._mean(lambda f: grad(f)(at)) + self.weight_decay * at
+
+        def both(f: Callable[[Tensor], Tensor]) -> Tensor:
+            slope, value = grad_and_value(f)(at)
+            return torch.cat((slope, value[None]))
+
+        found = self._mean(both)
+        decayed = 0.5 * self.weight_decay * float(at.detach().double().square().sum())
+        return float(found[-1]) + decayed, found[:-1] + self.weight_decay * at
 
     def weighted_gradient(self, weights: Tensor) -> Tensor:
         """Sum of the examples' own gradients, each times a weight; without weight decay, (p,).

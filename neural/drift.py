@@ -53,11 +53,14 @@ class Slopes:
     left : ndarray, shape (4,)
         Of d, the displacement beyond the eigenpairs, sums of d'd, of d'Hd by the local model, and
         of d' with both half differences of the slopes.
+    risen : ndarray, shape (2,)
+        Sums of the mean loss at both ends less that in the middle; and of half the displacement.
     """
 
     moved: FloatArray
     turned: FloatArray
     left: FloatArray
+    risen: FloatArray
 
 
 @dataclass(frozen=True)
@@ -227,13 +230,15 @@ def measure_drift(
 
     def sampled() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 3])
-        halves = np.zeros((2, landscape.size))
+        halves, risen = np.zeros((2, landscape.size)), np.zeros(2)
         moved, turned, left = [], [], np.zeros(4)
+        middle = landscape.loss(centre)
         for i in range(samples):
             draw = _drawn(local, i)
             d = local.displacement(rng, lr, batch_size, steps, draw, momentum)
-            odd, even = _both_ends(landscape, centre, d)
-            near_odd, near_even = _both_ends(landscape, centre, 0.5 * d)
+            odd, even, loss = _both_ends(landscape, centre, d)
+            near_odd, near_even, near_loss = _both_ends(landscape, centre, 0.5 * d)
+            risen += loss - middle, near_loss - middle
             halves[i % 2] += (even - near_even) / 0.75
             moved.append(known.T @ d)
             turned.append((known.T @ odd, known.T @ near_odd))
@@ -244,9 +249,10 @@ def measure_drift(
             if progress is not None:
                 progress(4)
         forces = halves / np.array([[(samples + 1) // 2], [samples // 2]])
-        return {"forces": forces, "moved": moved, "turned": np.stack(turned, 1), "left": left}
+        slopes = {"moved": moved, "turned": np.stack(turned, 1), "left": left, "risen": risen}
+        return {"forces": forces} | slopes
 
-    found = kept(stage, sampled)
+    found = kept(f"{stage}-ends", sampled)
     forces = found["forces"]
     apply = operator(landscape, progress)
 
@@ -258,18 +264,19 @@ def measure_drift(
         return Krylov(**found)
 
     top = (known.T @ forces[0], known.T @ forces[1])
-    slopes = Slopes(np.array(found["moved"]), found["turned"], found["left"])
+    slopes = Slopes(np.array(found["moved"]), found["turned"], found["left"], found["risen"])
     return Drift(local, lr, batch_size, steps, top, (rest(0), rest(1)), slopes)
 
 
 def _both_ends(
     landscape: Landscape, centre: Tensor, moved: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Half the difference and half the sum of the slopes at both ends of a displacement."""
+) -> tuple[FloatArray, FloatArray, float]:
+    """At both ends of a displacement: half the slopes' difference, their mean, and the losses'."""
     given = vector(landscape, moved)
-    ends = [landscape.gradient(centre + sign * given) for sign in (1.0, -1.0)]
-    one, other = (end.double().cpu().numpy() for end in ends)
-    return 0.5 * (one - other), 0.5 * (one + other)
+    ends = [landscape.loss_and_gradient(centre + sign * given) for sign in (1.0, -1.0)]
+    (loss, _), (other_loss, _) = ends
+    one, other = (slope.double().cpu().numpy() for _, slope in ends)
+    return 0.5 * (one - other), 0.5 * (one + other), 0.5 * (loss + other_loss)
 
 
 def _drawn(local: LocalModel, sample: int) -> int | None:

@@ -51,9 +51,9 @@ class Prediction:
     worth : float
         Runs that an average over time is worth, by the excess; 1 of the iterate.
     creases : float
-        Part of the excess that is due to kinks (`neural.kinks`).
-    exponent : float
-        a, where kinks weigh as s^-a at width s.
+        What kinks (`neural.kinks`) cost a single run beyond their part of the excess.
+    octave : float
+        What they cost more, times the members, for every halving of the scatter's width.
     """
 
     descent: float
@@ -63,13 +63,13 @@ class Prediction:
     share: float = 0.0
     worth: float = 1.0
     creases: float = 0.0
-    exponent: float = 0.0
+    octave: float = 0.0
 
     def rise(self, members: float = 1.0) -> float:
         """What noise adds to the loss of the mean of K members."""
         excess = (self.excess - self.share) / members + 0.5 * self.share / (members**2 * self.worth)
-        runs, half = members * self.worth, 0.5 * self.exponent
-        kinks = self.creases * self.worth * (runs ** (half - 1.0) / (1.0 - half) - 1.0 / runs)
+        halvings = 0.5 * np.log2(members * self.worth)
+        kinks = (self.creases + halvings * self.octave) / members
         return float(self.cross + self.floor + excess + kinks)
 
     def change(self, members: float = 1.0) -> float:
@@ -125,11 +125,11 @@ def predict_each(
     found = []
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
         worth = iterate / excess if isinstance(when, TimeAverage) else 1.0
-        share = creases = exponent = 0.0
+        share = creases = octave = 0.0
         if smoothing is not None:
             share = smoothing.share(rate, size, step, local) / worth
-            creases = smoothing.creases(rate, size, step, local) / worth
-            exponent = smoothing.kinks.exponent
+            kinks, part = smoothing.kinks, smoothing.creases(rate, size, step, local) / worth
+            creases, octave = part * (kinks.cost - 1.0), part * kinks.octave
         found.append(
             Prediction(
                 descent(local, rate, when),
@@ -139,7 +139,7 @@ def predict_each(
                 share,
                 worth,
                 creases,
-                exponent,
+                octave,
             )
         )
     return found

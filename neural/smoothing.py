@@ -39,13 +39,17 @@ class Kinks:
         Along the eigenpairs.
     rest : float
         Along the scatter's part that is left; flat pairs share it.
-    exponent : float
-        a, where kinks weigh as s^-a at width s: 0 where they are spread evenly, 1 on a kink.
+    cost : float
+        What they cost, over half of that curvature with the scatter: 1 where kinks are spread
+        evenly, 2 on the spot of a kink.
+    octave : float
+        By how much more for every halving of the scatter's width.
     """
 
     pairs: FloatArray
     rest: float
-    exponent: float = 0.0
+    cost: float = 1.0
+    octave: float = 0.0
 
     @classmethod
     def none(cls) -> Kinks:
@@ -138,9 +142,16 @@ class Smoothing:
         gone = float(there @ descended(self.local, lr, self.steps) / size) if size > 0.0 else 0.0
         return float(np.clip(gone, 0.0, max(lr / self.lr, 1.0)))
 
-    def smooth(self, lr: float, batch_size: float) -> FloatArray:
-        """Mean second derivatives over another scatter that nothing pushes, shape (k, k)."""
-        change = self._wide(lr, batch_size) * self.width.curvature
+    def smooth(self, lr: float, batch_size: float, width: float = 1.0) -> FloatArray:
+        """Mean second derivatives over another scatter that nothing pushes, shape (k, k).
+
+        Parameters
+        ----------
+        lr, batch_size : float
+        width : float
+            So much of the change by the scatter's width: half of it counts in the loss.
+        """
+        change = width * self._wide(lr, batch_size) * self.width.curvature
         change = change + self._gone(lr) * self.descent.curvature
         return np.asarray(np.diag(self.local.pairs.values) + change)
 
@@ -220,11 +231,9 @@ class Smoothing:
     def creases(
         self, lr: float, batch_size: float, steps: float, seen: LocalModel | None = None
     ) -> float:
-        """Part of a run's excess that is due to kinks.
+        """Part of a run's excess that is due to kinks: half their curvature with its scatter.
 
-        They weigh more on the mean of K members, which scatters less: dL/dS = 1/2 H(S) with kinks
-        as s^-a leaves K^(a/2 - 1) / (1 - a/2) of it in place of 1 / K. `seen` is `at` of the same
-        rate, where it is known.
+        `seen` is `at` of the same rate, where it is known.
         """
         seen = self.at(lr, batch_size) if seen is None else seen
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors

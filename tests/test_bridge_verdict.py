@@ -27,7 +27,7 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "predicted_rise": predicted, "measured_rise": predicted * np.array(ratios),
         "ratio": ratios, "ratio_error": 0.1, "descent": 0.0, "noise_free": 0.0, "cross": 0.0,
         "floor": 0.5, "excess": 10.0, "share": 0.0, "worth": 1.0, "growth": np.nan, "kinks": 0.0,
-        "creases": 0.0, "exponent": 0.0,
+        "creases": 0.0, "octave": 0.0,
         "fading": np.nan, "plain": np.nan, "plain_error": np.nan, "test": np.nan,
         "predicted_gain": 2.0, "gain": [np.nan, 3.0, 3.0][: len(ratios)], "gain_error": 0.1,
     }  # fmt: skip

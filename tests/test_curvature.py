@@ -66,6 +66,7 @@ def test_loss_slope_and_curvature_are_those_of_the_whole(landscape: Landscape) -
     assert landscape.loss() == pytest.approx(float(whole_loss(landscape, w).detach()), rel=IDENTITY)
     slope = torch.func.grad(lambda w: whole_loss(landscape, w))(w).detach()
     agree(landscape.gradient(), slope, IDENTITY)
+    assert landscape.loss_and_gradient()[0] == pytest.approx(landscape.loss(), rel=IDENTITY)
     dense = hessian(lambda w: whole_loss(landscape, w))(w).detach()
     agree(landscape.hessian(), dense, 1e-11)
     v = torch.randn_like(w)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from tiny_landscapes import Plain, scatter, tanh_landscape
 from torch import Tensor
 
@@ -22,14 +23,21 @@ LR, SIZE, STEPS = 0.1, 4.0, 100
 
 
 def creased(
-    curvature: tuple[float, ...] = CURVATURE, *, at_checkpoint: bool = False, slope: float = 0.0
+    curvature: tuple[float, ...] = CURVATURE,
+    *,
+    at_checkpoint: bool = False,
+    denser: bool = False,
+    slope: float = 0.0,
 ) -> Landscape:
     """Example n has the loss 1/2 w' H w + sum_i J_i |w_i - x_ni|, x normal around the checkpoint.
 
     Scatter meets 2 J_i p(0) of kinks for a length, p the density of x_i, wherever it is narrow
-    beside `SPREAD`; the second derivatives at a point are H. Or nearly all at the checkpoint.
+    beside `SPREAD`; the second derivatives at a point are H. Or nearly all at the checkpoint; or
+    x a product of two uniform numbers, of density log(1 / |x|) / 2.
     """
-    drawn = np.random.default_rng(1).standard_normal((10_000, 3))
+    rng = np.random.default_rng(1)
+    shape = (10_000, 3)
+    drawn = rng.random(shape) * rng.random(shape) if denser else rng.standard_normal(shape)
     x = (1e-6 if at_checkpoint else SPREAD) * torch.from_numpy(np.concatenate([drawn, -drawn]))
     h, jump = torch.tensor(curvature).double(), torch.tensor(JUMP).double()
 
@@ -67,7 +75,7 @@ def test_kinks_are_counted(pairs: int | None) -> None:
         assert found.rest == 0.0, "no pair is flat, and there is nothing else"
     else:
         assert found.rest == pytest.approx(added[2], rel=0.1)
-    assert found.exponent < 0.1, "spread evenly, they weigh the same at any width"
+    assert (found.cost, found.octave) == pytest.approx((1.0, 0.0), abs=0.1), "the same at any width"
     # Seen by the scatter, the curvature has them, whatever its size; the smooth part has not.
     seen = replace(smoothing, kinks=found)
     assert smoothing.creased() == 0.0
@@ -98,7 +106,10 @@ def test_a_smooth_loss_has_none() -> None:
     found = find_kinks(slopes(landscape, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
-    assert found.exponent == 0.0, "what there is falls with the width of the scatter"
+    seen = replace(smoothing, kinks=found)
+    excess = 0.5 * smoothing.local.pairs.values @ np.diag(smoothing.local.scatter(0.02, SIZE, 30))
+    cost = seen.creases(0.02, SIZE, 30) * (found.cost + found.octave)
+    assert cost < 0.01 * excess, "members do not make up for it"
 
 
 def test_a_scatter_that_knows_of_kinks_finds_the_same() -> None:
@@ -123,7 +134,8 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None
         # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
         expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
         np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
-        assert found.exponent == pytest.approx(1.0, abs=1e-3)
+        # Twice E J |d| over E J |d|; and of half the displacement, over its square, twice as much.
+        assert (found.cost, found.octave) == pytest.approx((2.0, 2.0), abs=0.01)
 
 
 def test_kinks_that_descent_leads_off_are_not_met() -> None:
@@ -148,24 +160,45 @@ def test_what_kinks_cost_is_half_their_curvature_with_the_scatter(pairs: int | N
     assert seen.creases(LR, SIZE, STEPS) == pytest.approx(expected, rel=1e-3)
 
 
+def test_kinks_that_are_denser_the_nearer() -> None:
+    """Of density log(X / |x|) / X they add J (log(X / s) + (gamma + log 2) / 2) / X at width s."""
+    landscape = creased(denser=True)
+    local = measure(landscape, None)
+    smoothing = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=1)
+    found = find_kinks(measure_drift(landscape, local, LR, SIZE, STEPS, samples=60), smoothing)
+    size = np.sqrt(np.diag(local.scatter(LR, SIZE, STEPS)))
+    near = np.log(SPREAD / size) + 0.5 * (np.euler_gamma + np.log(2.0))
+    added = np.array(JUMP) * near / SPREAD
+    np.testing.assert_allclose(found.pairs, added, rtol=0.15)
+    # dL / dS = 1/2 H(S); both relative to all that kinks add, along all directions.
+    octave = np.log(2.0) / SPREAD * (np.array(JUMP) @ size**2) / (added @ size**2)
+    assert found.octave == pytest.approx(octave, rel=0.25)
+    assert found.cost == pytest.approx(1.0 + octave / (2.0 * np.log(2.0)), abs=0.05)
+
+
 @pytest.mark.parametrize("members", [1, 4, 16])
 @pytest.mark.parametrize("worth", [1.0, 7.0])
-def test_the_mean_of_runs_on_a_kink_falls_as_one_over_the_root(members: int, worth: float) -> None:
-    """E [1/2 h d^2 + J |d|] = 1/2 h s^2 + J s sqrt(2 / pi), s^2 one over members and worth."""
-    h, jump, size = 2.0, 0.3, 0.1
-    kink = jump * np.sqrt(2.0 / np.pi) / size  # by Stein's lemma
-    excess, creases = 0.5 * (h + kink) * size**2, 0.5 * kink * size**2
-    found = Prediction(0.0, 0.0, 0.0, excess / worth, 0.0, worth, creases / worth, 1.0)
+def test_the_cost_of_kinks_is_the_integral_of_their_curvature(members: int, worth: float) -> None:
+    """It is 1/2 H(S) dS, with H(S) = h + k + b log2(1 / w) at w of the width of one run."""
+    h, k, b, size = 2.0, 0.3, 0.2, 0.1
+
+    def curvature(s: float) -> float:
+        return h + k - 0.5 * b * np.log2(s / size**2)
+
     runs = members * worth
-    expected = 0.5 * h * size**2 / runs + jump * np.sqrt(2.0 / np.pi / runs) * size
-    assert found.rise(members) == pytest.approx(expected, rel=1e-12)
-    spread = replace(found, exponent=0.0)
-    assert spread.rise(members) == pytest.approx(excess / runs, rel=1e-12)
+    expected = 0.5 * quad(curvature, 0.0, size**2 / runs)[0]
+    creases = 0.5 * k * size**2 / worth
+    cost, octave = 1.0 + b / k / (2.0 * np.log(2.0)), b / k
+    excess = 0.5 * (h + k) * size**2 / worth
+    found = Prediction(0.0, 0.0, 0.0, excess, 0.0, worth, creases * (cost - 1.0), creases * octave)
+    assert found.rise(members) == pytest.approx(expected, rel=1e-7)
+    spread = replace(found, creases=0.0, octave=0.0)
+    assert spread.rise(members) == pytest.approx(excess / members, rel=1e-12)
 
 
 def test_kinks_of_nothing_change_nothing() -> None:
     smoothing = smoothed(tanh_landscape(), 4)
-    none = Kinks(np.zeros(4), 0.0, 0.5)
+    none = Kinks(np.zeros(4), 0.0, 1.5, 0.5)
     assert smoothing.kinks == Kinks.none()
     seen = replace(smoothing, kinks=none).at(LR, SIZE)
     before = smoothing.at(LR, SIZE)
