@@ -167,12 +167,14 @@ def descent(local: LocalModel, lr: float, when: When) -> float:
 def descended(local: LocalModel, lr: float, when: When) -> FloatArray:
     """Where noise-free gradient descent on the quadratic puts the weights, -psi g, shape (p,).
 
-    Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below.
+    Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below. Where
+    lr h is 2 or more, which heavy ball may stand, it is taken to have settled.
     """
     psi = response(lr, when)
 
     def held(h: FloatArray) -> FloatArray:
-        return psi(np.maximum(h, 0.0))
+        within = psi(np.clip(h, 0.0, 2.0 / lr))
+        return np.where(lr * h < 2.0, within, 1.0 / np.maximum(h, 2.0 / lr))
 
     moved = local.pairs.vectors @ (held(local.pairs.values) * local.slope)
     if len(local.gradient.values):

@@ -138,6 +138,10 @@ def test_where_descent_ends(bowl: Bowl, pairs: int | None) -> None:
     downwards = replace(local, pairs=replace(local.pairs, values=-local.pairs.values))
     along = local.pairs.vectors.T @ descended(downwards, LR, STEPS)
     agree(along, -LR * STEPS * local.slope, 1e-9)
+    # Far beyond what plain descent stands, as for heavy ball's effective rates, it has settled.
+    steep = 3.0 / local.pairs.values.min()
+    along = local.pairs.vectors.T @ descended(local, steep, 5000)
+    agree(along, -local.slope / local.pairs.values, 1e-9)
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.5])
