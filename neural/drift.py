@@ -167,8 +167,8 @@ def descent(local: LocalModel, lr: float, when: When) -> float:
 def descended(local: LocalModel, lr: float, when: When) -> FloatArray:
     """Where noise-free gradient descent on the quadratic puts the weights, -psi g, shape (p,).
 
-    Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below. Where
-    lr h is 2 or more, which heavy ball may stand, it is taken to have settled.
+    Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below.
+    Where lr h is 2 or more, which heavy ball may stand, descent is taken to have settled.
     """
     psi = response(lr, when)
 
