@@ -88,6 +88,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_integer("looks", self.looks, 1)
+        for k in self.members:
+            check_integer("members", k, 1)
         check_number("ema", self.ema, low=0.0, high=1.0, closed_high=False)
         if max(self.members) > self.chains:
             raise NQMError(

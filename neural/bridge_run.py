@@ -23,6 +23,7 @@ from neural.kinks import find_kinks
 from neural.landscapes import landscape_of, settle
 from neural.local_model import Kept, LocalModel, fingerprint, measure
 from neural.making import make_model
+from neural.prediction import edge
 from neural.recipe import load_recipe
 from neural.reopen import reopen
 from neural.smoothing import Smoothing, measure_smoothing
@@ -30,7 +31,7 @@ from neural.spectrum import density
 from neural.task import Place, Task, open_task
 from neural.verdict import verdict
 from nqm import __version__, declare
-from nqm.errors import NQMError, check_number, check_word
+from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.table import finished, read_table, replacing, write_table
 
 if TYPE_CHECKING:
@@ -106,8 +107,21 @@ class BridgeConfig:
 
     def __post_init__(self) -> None:
         check_word("curvature", self.curvature, CURVATURES)
+        least = {"examples": 2, "group": 2, "settle": 0, "pairs": 1, "draws": 1, "products": 1}
+        least |= {"samples": 2, "smooth": 0, "test_examples": 1}
+        for name, minimum in least.items():
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), minimum)
+        if self.settle_lr is not None:
+            check_number("settle_lr", self.settle_lr, low=0.0, closed_low=False)
+        check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
+        stable = 2.0 * (1.0 + self.momentum) / (1.0 - self.momentum)
         for rate in self.rates:
-            check_number("rates", rate, low=0.0, closed_low=False)
+            if not 0.0 < rate < stable:
+                raise NQMError(
+                    f"rates must lie in (0, {stable:.4g}), below the edge of stability; got {rate}"
+                )
+        self.trainings(1.0)  # which checks what they have
 
     def reference(self, largest: float) -> float:
         """The effective learning rate at which what is measured once is measured."""
@@ -225,6 +239,8 @@ def run_bridge(
     report = told or (lambda stage, share: None)
     table = finished(out / "bridge.parquet", key, __version__)  # refuses another's
     landscape = _landscape(opened, config, place, kept, report)
+    for training in config.trainings(1.0):
+        training.check(landscape.examples)
     epoch = len(opened.task.stream) * opened.run.data.batch_size
     share = landscape.examples * (config.group or 1) / epoch
     cost = Cost(landscape, share, kept, key)
@@ -367,10 +383,12 @@ def _view(
     """Drift and kinks at a training's own scatter."""
     rate, size = training.lr / (1.0 - training.momentum), training.batch_size
     expected = 4.0 * config.samples + (0 if local.complete else 2 * config.products)
+    seen = local if smoothing is None else smoothing.at(rate, size)
+    if training.lr >= edge(seen, training):  # nothing will be predicted
+        seen = local
     drift = measure_drift(
-        landscape, local if smoothing is None else smoothing.at(rate, size), rate, size,
-        training.steps, momentum=training.momentum, samples=config.samples,
-        products=config.products, seed=seed, folder=kept,
+        landscape, seen, rate, size, training.steps, momentum=training.momentum,
+        samples=config.samples, products=config.products, seed=seed, folder=kept,
         progress=_progress(report, "third derivatives", expected),
     )  # fmt: skip
     if smoothing is None:

@@ -18,7 +18,7 @@ from torch.func import grad, vmap
 
 from neural.curvature import Landscape
 from neural.late_phase import LatePhase
-from nqm.errors import NQMError, check_integer, check_word
+from nqm.errors import NQMError, check_integer, check_number, check_word
 
 FloatArray = NDArray[np.float64]
 #: Shown every step 1, 2, ... and the weights after it (`neural.time_averages.Running`).
@@ -47,9 +47,19 @@ class Training:
     sampling: str = "with replacement"
 
     def __post_init__(self) -> None:
+        check_number("lr", self.lr, low=0.0, closed_low=False)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("steps", self.steps, 1)
+        check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
         check_word("sampling", self.sampling, SAMPLING)
+
+    def check(self, examples: int) -> None:
+        """Raise NQMError unless so many examples can be drawn from in this way."""
+        if self.sampling == "shuffled" and examples % self.batch_size:
+            raise NQMError(
+                f"shuffled epochs need a batch_size that divides the {examples} examples; got "
+                f"{self.batch_size}"
+            )
 
 
 def train_chains(
@@ -124,11 +134,10 @@ def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iter
     """Indices of minibatches without end, shape (B,)."""
     generator = torch.Generator().manual_seed(key[0] * 1_000_003 + key[1])
     size = training.batch_size
+    training.check(examples)
     if training.sampling != "shuffled":
         while True:
             yield torch.randint(examples, (size,), generator=generator)
-    if examples % size:
-        raise NQMError(f"shuffled epochs need a batch_size that divides {examples}; got {size}")
     while True:
         yield from torch.randperm(examples, generator=generator).view(-1, size)
 

@@ -250,6 +250,7 @@ def test_members_share_their_test_losses(bowl: Bowl) -> None:
     [
         ({"members": (1, 16), "chains": 8}, "at most the 8 chains; got 16"),
         ({"members": (1, 4), "late_phase": "all"}, "at least 2 with late_phase; got 1"),
+        ({"members": (0,)}, "members must be an integer >= 1; got 0"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\); got 1.0"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -118,6 +119,42 @@ def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
     late = replace(PLAN, late_phase="head", members=(2,))
     with pytest.raises(NQMError, match="drop group"):
         run_bridge(open_target(str(run), Place()), config, late, Place(), tmp_path / "late")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 1}, "samples must be an integer >= 2; got 1"),
+        ({"smooth": -1}, "smooth must be an integer >= 0; got -1"),
+        ({"examples": 1}, "examples must be an integer >= 2; got 1"),
+        ({"pairs": -3}, "pairs must be an integer >= 1; got -3"),
+        ({"settle_lr": -1.0}, r"settle_lr must lie in \(0, inf\); got -1.0"),
+        ({"batch_sizes": (8, 0)}, "batch_size must be an integer >= 1; got 0"),
+        (
+            {"rates": (0.1, 2.0)},
+            r"rates must lie in \(0, 2\), below the edge of stability; got 2.0",
+        ),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\); got 1.0"),
+        ({"curvature": "ggm"}, "did you mean 'ggn'"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(NQMError, match=message) as told:
+        BridgeConfig(**settings)
+    assert "\n" not in str(told.value)
+
+
+def test_heavy_ball_stands_a_higher_rate() -> None:
+    assert BridgeConfig(rates=(5.9,), momentum=0.5).rates == (5.9,)
+    with pytest.raises(NQMError, match=r"\(0, 6\)"):
+        BridgeConfig(rates=(6.0,), momentum=0.5)
+
+
+def test_shuffled_epochs_are_checked_before_anything_is_measured(run: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, sampling="shuffled", batch_sizes=(7,))
+    with pytest.raises(NQMError, match="divides the 60 examples; got 7"):
+        run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_cost_is_told_in_epochs_of_training(

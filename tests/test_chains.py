@@ -153,7 +153,7 @@ def test_draws_with_replacement_are_uniform() -> None:
 
 def test_an_epoch_must_be_whole_minibatches() -> None:
     training = Training(0.1, 7, 3, sampling="shuffled")
-    with pytest.raises(NQMError, match="batch_size that divides 40; got 7"):
+    with pytest.raises(NQMError, match="batch_size that divides the 40 examples; got 7"):
         list(train_chains(tanh_landscape(), training, 2, (3,)))
 
 
@@ -173,6 +173,8 @@ def test_divergence_is_an_infinite_loss() -> None:
     [
         ({"batch_size": 0}, "batch_size must be an integer >= 1; got 0"),
         ({"steps": 2.5}, "steps must be an integer >= 1; got 2.5"),
+        ({"lr": 0.0}, r"lr must lie in \(0, inf\); got 0.0"),
+        ({"momentum": 1.5}, r"momentum must lie in \[0, 1\); got 1.5"),
         ({"sampling": "shufled"}, "did you mean 'shuffled'"),
     ],
 )
