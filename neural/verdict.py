@@ -149,7 +149,9 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _range(changes: pd.Series[float]) -> str:
-    low, high = f"{changes.min():+.0%}", f"{changes.max():+.0%}"
+    low, high = (
+        f"{x:+.0%}" if abs(x) < 100.0 else f"{x:+.0e} times" for x in (changes.min(), changes.max())
+    )
     return low if low == high else f"{low} to {high}"
 
 

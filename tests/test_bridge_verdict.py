@@ -105,6 +105,8 @@ def test_noise_that_feeds_itself_is_told(local: LocalModel) -> None:
     told = "Kinks of the loss add 23% to curvature along the stiffest directions."
     assert told in verdict(calm.assign(kinks=0.23), local)
     assert not any("do not believe" in line for line in verdict(calm, local))
+    edge = calm.assign(growth=3e30)
+    assert any("change their noise by +3e+30 times." in line for line in verdict(edge, local))
     wild = pd.concat(
         [calm, cells(0.4, (1.0, 2.0), growth=1.0), cells(0.2, (1.0,), growth=0.6, batch_size=4)]
     )
