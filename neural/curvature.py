@@ -159,8 +159,11 @@ class Landscape:
     def loss(self, w: Tensor | None = None) -> float:
         """Mean loss, weight decay included."""
         at = self.weights if w is None else w
-        data = float(self._mean(lambda f: f(at)))
-        return data + 0.5 * self.weight_decay * float(at.detach().double().square().sum())
+        return float(self._mean(lambda f: f(at))) + self._decay(at)
+
+    def _decay(self, w: Tensor) -> float:
+        """Weight decay's part of the loss."""
+        return 0.5 * self.weight_decay * float(w.detach().double().square().sum())
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Slope of the mean loss, shape (p,)."""
@@ -175,8 +178,7 @@ class Landscape:
             return torch.cat((slope, value[None]))
 
         found = self._mean(both)
-        decayed = 0.5 * self.weight_decay * float(at.detach().double().square().sum())
-        return float(found[-1]) + decayed, found[:-1] + self.weight_decay * at
+        return float(found[-1]) + self._decay(at), found[:-1] + self.weight_decay * at
 
     def weighted_gradient(self, weights: Tensor) -> Tensor:
         """Sum of the examples' own gradients, each times a weight; without weight decay, (p,).

@@ -10,6 +10,7 @@ the first part is scaled with the covariance, the others with the displacements.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,28 +119,39 @@ class Smoothing:
     def _settled(self, lr: float, batch_size: float) -> float:
         return (lr / batch_size) / (self.lr / self.batch_size)
 
+    @cached_property
+    def _scatter(self) -> FloatArray:
+        """Along the eigenpairs, at which it was measured."""
+        return self.local.scatter(self.lr, self.batch_size, self.steps, self.momentum)
+
+    @cached_property
+    def _descent(self) -> FloatArray:
+        """Where descent without noise ended when it was measured."""
+        return descended(self.local, self.lr, self.steps)
+
+    @cached_property
+    def _push(self) -> FloatArray:
+        """Where the noise had pushed the mean."""
+        assert self.drift is not None
+        return self.drift.moved(self.lr, self.batch_size, self.steps)
+
     def _wide(self, lr: float, batch_size: float) -> float:
         settled = self._settled(lr, batch_size)
-        there = self.local.scatter(self.lr, self.batch_size, self.steps, self.momentum)
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
             here = self.local.scatter(lr, batch_size, self.steps, self.momentum)
-            wide = float(np.sum(here * there) / max(float(np.sum(there * there)), 1e-300))
+            wide = _part(self._scatter, here)
         return min(wide, settled) if np.isfinite(wide) else settled
 
     def _far(self, lr: float, batch_size: float) -> float:
         if self.drift is None:
             return 0.0
         settled = self._settled(lr, batch_size)
-        there = self.drift.moved(self.lr, self.batch_size, self.steps)
-        here = self.drift.moved(lr, batch_size, self.steps)
-        far = float(there @ here / max(float(there @ there), 1e-300))
+        far = _part(self._push, self.drift.moved(lr, batch_size, self.steps))
         return float(np.clip(far, -settled, settled)) if np.isfinite(far) else settled
 
     def _gone(self, lr: float) -> float:
         """How far descent without noise goes at another rate beside this one's."""
-        there = descended(self.local, self.lr, self.steps)
-        size = float(there @ there)
-        gone = float(there @ descended(self.local, lr, self.steps) / size) if size > 0.0 else 0.0
+        gone = _part(self._descent, descended(self.local, lr, self.steps))
         return float(np.clip(gone, 0.0, max(lr / self.lr, 1.0)))
 
     def smooth(self, lr: float, batch_size: float, width: float = 1.0) -> FloatArray:
@@ -258,6 +270,11 @@ class Smoothing:
         stiff = self.local.pairs.values >= STIFF * self.local.largest
         added = np.broadcast_to(self.kinks.pairs, stiff.shape)[stiff].sum()
         return float(added / np.abs(self.local.pairs.values[stiff]).sum())
+
+
+def _part(there: FloatArray, here: FloatArray) -> float:
+    """How far `here` goes along `there`: 1 where they are the same, 0 where nothing moves."""
+    return float(np.sum(there * here) / max(float(np.sum(there * there)), 1e-300))
 
 
 def measure_smoothing(
