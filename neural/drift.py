@@ -47,12 +47,11 @@ class Slopes:
     ----------
     moved : ndarray, shape (n, k)
         Displacements along the local model's eigenpairs.
-    turned : ndarray, shape (2, n, k)
-        Half the difference of the slopes at both ends, along the same; and at both ends of half
-        the displacement.
-    left : ndarray, shape (4,)
+    turned : ndarray, shape (n, k)
+        Half the difference of the slopes at both ends, along the same.
+    left : ndarray, shape (3,)
         Of d, the displacement beyond the eigenpairs, sums of d'd, of d'Hd by the local model, and
-        of d' with both half differences of the slopes.
+        of d' with half the difference of the slopes.
     risen : ndarray, shape (2,)
         Sums of the mean loss at both ends less that in the middle; and of half the displacement.
     """
@@ -233,28 +232,27 @@ def measure_drift(
     def sampled() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 3])
         halves, risen = np.zeros((2, landscape.size)), np.zeros(2)
-        moved, turned, left = [], [], np.zeros(4)
+        moved, turned, left = [], [], np.zeros(3)
         middle = landscape.loss(centre)
         for i in range(samples):
             draw = _drawn(local, i)
             d = local.displacement(rng, lr, batch_size, steps, draw, momentum)
             odd, even, loss = _both_ends(landscape, centre, d)
-            near_odd, near_even, near_loss = _both_ends(landscape, centre, 0.5 * d)
+            _, near_even, near_loss = _both_ends(landscape, centre, 0.5 * d)
             risen += loss - middle, near_loss - middle
             halves[i % 2] += (even - near_even) / 0.75
             moved.append(known.T @ d)
-            turned.append((known.T @ odd, known.T @ near_odd))
+            turned.append(known.T @ odd)
             if draw is not None:
                 beyond, rest = d - known @ moved[-1], local.draws[draw]
                 bent = rest.values @ (rest.vectors.T @ beyond) ** 2  # exact: it lies in their span
-                left += beyond @ beyond, bent, beyond @ odd, beyond @ near_odd
+                left += beyond @ beyond, bent, beyond @ odd
             if progress is not None:
                 progress(4)
         forces = halves / np.array([[(samples + 1) // 2], [samples // 2]])
-        slopes = {"moved": moved, "turned": np.stack(turned, 1), "left": left, "risen": risen}
-        return {"forces": forces} | slopes
+        return {"forces": forces, "moved": moved, "turned": turned, "left": left, "risen": risen}
 
-    found = kept(f"{stage}-ends", sampled)
+    found = kept(f"{stage}-seen", sampled)
     forces = found["forces"]
     apply = operator(landscape, progress)
 
@@ -266,8 +264,8 @@ def measure_drift(
         return Krylov(**found)
 
     top = (known.T @ forces[0], known.T @ forces[1])
-    slopes = Slopes(np.array(found["moved"]), found["turned"], found["left"], found["risen"])
-    return Drift(local, lr, batch_size, steps, top, (rest(0), rest(1)), slopes)
+    seen = (np.asarray(found[name]) for name in ("moved", "turned", "left", "risen"))
+    return Drift(local, lr, batch_size, steps, top, (rest(0), rest(1)), Slopes(*seen))
 
 
 def _both_ends(
