@@ -29,7 +29,8 @@ from neural.config import RunConfig, build, describe
 from neural.report import Report
 from nqm import __version__, declare
 from nqm.errors import NQMError
-from nqm.table import read_table, replacing, write_table
+from nqm.files import is_lock, is_temporary, replacing
+from nqm.table import read_table, write_table
 
 #: Status -> the tables there are.
 TABLES: dict[str | None, tuple[str, ...]] = {
@@ -91,7 +92,7 @@ class RunFolder:
     def _tidy(self) -> None:
         """Remove what a process left that was killed while it wrote, or at the very end."""
         for left in self.path.iterdir() if self.writes else ():
-            if _is_temporary(left) or (left.name == "checkpoint.pt" and self.status is not None):
+            if is_temporary(left) or (left.name == "checkpoint.pt" and self.status is not None):
                 left.unlink(missing_ok=True)
 
     def checkpoint(self, device: torch.device, start: Path | None) -> dict[str, Any] | None:
@@ -177,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ValueError("not a table")
     except FileNotFoundError:
         # A file that is being written, or was when the process was killed, is no one's.
-        if path.is_dir() and any(not _is_temporary(one) for one in path.iterdir()):
+        if path.is_dir() and any(not (is_temporary(one) or is_lock(one)) for one in path.iterdir()):
             raise NQMError(f"{path} holds something else than a run; choose another") from None
         return None
     except NotADirectoryError:
@@ -185,11 +186,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(f"{file} cannot be read ({reason:.80}); delete the folder") from None
-
-
-def _is_temporary(path: Path) -> bool:
-    """Whether it is a file that `nqm.table.replacing` has not finished."""
-    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import IO, Any
 import pandas as pd
 
 from nqm.errors import NQMError
+from nqm.files import replacing as replacing
 
 
 @dataclass(frozen=True)
@@ -236,24 +236,6 @@ def _format(path: Path) -> str:
     if suffix not in (".parquet", ".csv"):
         raise NQMError(f"{path}: a table's name must end in .parquet or .csv; got {suffix!r}")
     return suffix
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Stream into a neighbour of `path` that takes its name once all is safely on disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise NQMError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 @contextmanager

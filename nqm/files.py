@@ -1,0 +1,182 @@
+"""Files that are written whole or not at all, and locks that keep a second writer out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from nqm.errors import NQMError
+
+#: Errors of a file system that has no locks of its own.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+
+@contextmanager
+def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
+    """Be the only writer of an output until the end of the block.
+
+    The system frees the lock when its process ends in any way. It holds among all machines that
+    see the file where the file system passes `flock` on, as NFS does.
+
+    Parameters
+    ----------
+    output : str or Path
+        A file, or a folder with `folder`; folders on the way are made.
+    folder : bool
+        Whether all that is in the folder `output` is written by one process.
+
+    Raises
+    ------
+    NQMError
+        If another process holds it, naming that process; or if nothing can be written there.
+    """
+    output = Path(output)
+    path = output / ".lock" if folder else output.with_name(f".{output.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = _take(path)
+    except OSError as error:
+        raise NQMError(f"cannot write {output}: {error.strerror or error}") from None
+    if stream is None:
+        raise NQMError(
+            f"{output} is being written by {_holder(path)}; wait for it, or choose another output"
+        )
+    try:
+        yield
+    finally:
+        # Removed before it is freed: who opened it meanwhile sees that it has no name any more.
+        with suppress(OSError):
+            os.unlink(stream.name)
+        stream.close()
+
+
+def _take(path: Path) -> IO[bytes] | None:
+    """The file at `path`, locked by this process; None if another one holds it."""
+    while True:
+        stream: IO[bytes] = open(path, "ab")  # noqa: SIM115  closed with the lock
+        free = _flock(stream)
+        if free and _is_at(stream, path):
+            break
+        stream.close()
+        if free is None:  # no locks here: existence of a second file has to do
+            path.unlink(missing_ok=True)
+            try:
+                stream = open(path.with_name(f"{path.name}.held"), "xb")  # noqa: SIM115
+            except FileExistsError:
+                return None
+            break
+        if not free:
+            return None
+        # Its holder removed the file between the two calls; try again.
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    stream.flush()
+    return stream
+
+
+def _flock(stream: IO[bytes]) -> bool | None:
+    """Whether the file could be locked at once; None where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return None
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _is_at(stream: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, as written in it."""
+    held = path.with_name(f"{path.name}.held")
+    for name, advice in ((held, f" (if there is no such process, delete {held})"), (path, "")):
+        with suppress(OSError, UnicodeDecodeError):
+            if text := name.read_text(encoding="utf-8")[:200]:
+                return text + advice
+    return "another process"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Stream into a neighbour of `path` that takes its name once all is safely on disk.
+
+    Neighbours that a killed process left behind are removed.
+
+    Raises
+    ------
+    NQMError
+        If the file cannot be written; an older one of that name stays.
+    """
+    try:
+        _tidy(path)
+        with _temporary(path) as stream:
+            try:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.replace(stream.name, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(stream.name)
+                raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise NQMError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _temporary(path: Path) -> IO[bytes]:
+    """A new neighbour of `path`, locked as long as it is open."""
+    while True:
+        stream = open(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), "xb")  # noqa: SIM115
+        # `_tidy` of another process may have come in between the two calls.
+        if _flock(stream) is not False and os.path.exists(stream.name):
+            return stream
+        stream.close()
+
+
+def _tidy(path: Path) -> None:
+    """Remove neighbours of `path` that nobody writes to any more."""
+    for left in path.parent.iterdir():
+        if is_temporary(left) and left.name.startswith(f".{path.name}."):
+            with suppress(OSError), open(left, "ab") as stream:
+                if _flock(stream):
+                    left.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is a file that `replacing` has not finished."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
+def is_lock(path: Path) -> bool:
+    """Whether it is the file of a lock."""
+    return path.name.startswith(".") and path.name.endswith((".lock", ".lock.held"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,109 @@
+"""Locks on outputs, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nqm import files
+from nqm.errors import NQMError
+from nqm.files import locked, replacing
+from nqm.limits import check_size, memory_limit, readable
+
+HOLDER = """
+import sys
+from nqm.files import locked
+with locked(sys.argv[1], folder=sys.argv[2] == "folder"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(output: Path, kind: str) -> subprocess.Popen[str]:
+    """Another process that holds the lock until its input ends."""
+    command = [sys.executable, "-c", HOLDER, str(output), kind]
+    process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "new" / "out.csv"
+    with holder(output, kind) as process:
+        for _ in range(2):
+            with pytest.raises(NQMError) as caught, locked(output, folder=kind == "folder"):
+                pass
+            words = f"{output} is being written by process {process.pid} on {socket.gethostname()};"
+            assert str(caught.value).startswith(words)
+        process.send_signal(signal.SIGKILL)
+    with locked(output, folder=kind == "folder"):  # freed by the crash
+        pass
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == []
+
+
+def test_one_process_is_refused_as_well(tmp_path: Path) -> None:
+    with locked(tmp_path / "a"), locked(tmp_path / "b"):
+        with pytest.raises(NQMError, match=f"process {os.getpid()} "), locked(tmp_path / "a"):
+            pass
+    with locked(tmp_path / "a"):
+        pass
+
+
+def test_where_the_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_flock", lambda stream: None)
+    with locked(tmp_path / "a"):
+        with pytest.raises(NQMError, match=r"no such process, delete .*held"):
+            with locked(tmp_path / "a"):
+                pass
+        with replacing(tmp_path / "a") as stream:
+            stream.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(NQMError, match="cannot write .*plain"), locked(tmp_path / "plain" / "t"):
+        pass
+
+
+def test_left_overs_are_removed_but_not_what_is_being_written(tmp_path: Path) -> None:
+    target, other = tmp_path / "t.csv", tmp_path / ".u.csv.01234567.tmp"
+    (tmp_path / ".t.csv.01234567.tmp").write_text("half")
+    other.write_text("half")
+    with replacing(target) as first:
+        first.write(b"1")
+        with replacing(target) as second:
+            second.write(b"2")
+        assert target.read_bytes() == b"2"
+    assert target.read_bytes() == b"1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "t.csv"]
+
+
+def test_nothing_is_replaced_on_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "t.csv"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as stream:
+        stream.write(b"new")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert target.read_text() == "old"
+    with pytest.raises(NQMError, match="cannot write"), replacing(tmp_path / "no" / "t.csv"):
+        pass
+
+
+def test_sizes() -> None:
+    check_size("bins = 3", memory_limit() // 8)
+    with pytest.raises(NQMError, match=r"bins = 9 needs 7\.28 TiB of memory.*; take fewer"):
+        check_size("bins = 9", 10**12, fix="take fewer")
+    with pytest.raises(NQMError, match="of memory"):
+        check_size("bins = 9", 10**400, 2.5)
+    assert [readable(1), readable(1536), readable(2**60 * 5)] == ["1 bytes", "1.5 KiB", "5 EiB"]
