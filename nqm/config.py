@@ -20,6 +20,7 @@ from nqm.algorithms import ROSTER
 from nqm.algorithms.base import Algorithm, Nonlinear
 from nqm.declare import Mapped, call, known_keys, leaf, located, lookup, named, require, table_at
 from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.files import check_regular
 from nqm.least_squares import LeastSquares, power_law, random_features
 from nqm.problem import Problem
 from nqm.program import Phase, Program
@@ -236,7 +237,11 @@ def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
     if isinstance(problem, dict) and isinstance(problem.get("file"), str):
         path = Path(folder, problem["file"])
         try:
-            problem["file"] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            check_regular(path)
+            with open(path, "rb") as stream:
+                problem["file"] = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        except NQMError as error:
+            raise NQMError(f"problem.file: {error}") from None
         except OSError as error:
             raise NQMError(f"problem.file: cannot read {path}: {error.strerror}") from None
     return resolved

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -18,13 +19,21 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from nqm.errors import NQMError, suggest
+from nqm.errors import NQMError, shown, suggest
+from nqm.files import check_regular
+from nqm.limits import readable
 from nqm.schedule import SCHEDULES, Schedule, as_schedule
 
 Mapped = Mapping[str, Any]
 
 #: Beyond this, counts are no longer exact as floats, nor as numbers in JSON.
 LARGEST = 2**53
+
+#: Most parts of a dotted key, and tables within tables.
+DEEPEST = 64
+_DEEP = f"holds tables within tables more than {DEEPEST} deep"
+#: Most bytes of a file of settings.
+LONGEST = 16 * 2**20
 
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -51,14 +60,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         is not TOML is taken as text).
     """
     path = Path(path)
+    if check_regular(path) > LONGEST:
+        raise NQMError(f"{path} is no file of settings: it is longer than {readable(LONGEST)}")
     try:
         mapping = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NQMError(f"{path}: no such file") from None
     except OSError as error:
         raise NQMError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, or an integer of thousands of digits
         raise NQMError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise NQMError(f"{path} {_DEEP}") from None
+    _check_values(mapping, str(path))
     override(mapping, overrides)
     return mapping
 
@@ -69,13 +81,31 @@ def override(mapping: dict[str, Any], settings: Sequence[str]) -> None:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
             raise NQMError(f"an override must read key=value; got {setting!r}")
-        assign(mapping, name.strip(), _toml_value(text.strip()))
+        value = _toml_value(text.strip())
+        assign(mapping, name.strip(), value)
+        _check_values(mapping, f"--set {name.strip():.40}")
+
+
+def _check_values(mapping: Mapped, where: str) -> None:
+    """Raise NQMError on tables too deep, or an integer beyond all floats."""
+    left: list[tuple[Any, int]] = [(mapping, 0)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, Mapping | list):
+            if depth > DEEPEST:
+                raise NQMError(f"{where} {_DEEP}")
+            inner = value.values() if isinstance(value, Mapping) else value
+            left.extend((one, depth + 1) for one in inner)
+        elif isinstance(value, int) and abs(value) > 2**1000:
+            raise NQMError(f"{where} holds {shown(value, 40)}, which is beyond all numbers")
 
 
 def assign(mapping: dict[str, Any], name: str, value: Any) -> None:
     """Set the dotted key `name` in place, lists by index; tables on the way are made."""
     here: Any = mapping
     parts = name.split(".")
+    if len(parts) > DEEPEST:
+        raise NQMError(f"{name:.40}: a key has at most {DEEPEST} parts; got {len(parts)}")
     for depth, part in enumerate(parts):
         where = ".".join(parts[: depth + 1])
         last = depth == len(parts) - 1
@@ -87,24 +117,48 @@ def assign(mapping: dict[str, Any], name: str, value: Any) -> None:
                 here[part] = {}
         else:
             above = ".".join(parts[:depth])
-            raise NQMError(f"{name}: {above} is {here!r:.40}, not a table; set {above} itself")
+            raise NQMError(f"{name}: {above} is {shown(here, 40)}, not a table; set {above} itself")
         if last:
             here[index] = value
         else:
             here = here[index]
 
 
+def copied(value: Any) -> Any:
+    """A copy in which no table or list is there twice, so that each can be changed alone."""
+    if isinstance(value, Mapping):
+        return {name: copied(entry) for name, entry in value.items()}
+    return [copied(entry) for entry in value] if isinstance(value, list) else value
+
+
+def path_of(mapping: Mapped, name: str) -> tuple[str | int, ...]:
+    """Keys and indices, counted from the front, of the dotted key `name` in a mapping."""
+    path: list[str | int] = []
+    here: Any = mapping
+    for part in name.split("."):
+        if isinstance(here, list):
+            path.append(_index(name, part, len(here)) % len(here))
+            here = here[int(part)]
+        else:
+            path.append(part)
+            here = here.get(part) if isinstance(here, dict) else None
+    return tuple(path)
+
+
 def _index(where: str, part: str, size: int) -> int:
-    if not part.lstrip("-").isdigit() or not -size <= int(part) < size:
-        raise NQMError(f"{where}: expected an index from 0 to {size - 1}; got {part!r}")
+    if not re.fullmatch("-?[0-9]{1,9}", part) or not -size <= int(part) < size:
+        raise NQMError(f"{where}: expected an index from 0 to {size - 1}; got {shown(part, 40)}")
     return int(part)
 
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        mapping = tomllib.loads(f"value = {text}")
+    except ValueError:
         return text
+    except RecursionError:
+        raise NQMError(f"{text:.20}... {_DEEP}") from None
+    return mapping["value"] if len(mapping) == 1 else text
 
 
 def key(mapping: Mapped) -> str:
@@ -151,7 +205,7 @@ def named(where: str, value: Any, tag: str, known: Mapping[str, Any]) -> Any:
 def lookup(where: str, name: Any, known: Mapping[str, Any]) -> Any:
     """What `name` names; NQMError with a suggestion if nothing."""
     if not isinstance(name, str) or name not in known:
-        raise NQMError(f"{where} {name!r} is unknown{suggest(str(name), known)}")
+        raise NQMError(f"{where} {shown(name)} is unknown{suggest(str(name), known)}")
     return known[name]
 
 
@@ -194,7 +248,7 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is not tuple:
         return schedule(where, value)
     if not isinstance(value, list):
-        raise NQMError(f"{where} must be a list of schedules; got {value!r:.60}")
+        raise NQMError(f"{where} must be a list of schedules; got {shown(value, 60)}")
     return tuple(schedule(f"{where}.{i}", entry) for i, entry in enumerate(value))
 
 
@@ -203,7 +257,7 @@ def leaf(where: str, value: Any, hint: Any) -> Any:
     try:
         plain = msgspec.convert(value, hint, strict=True)
         if isinstance(plain, int) and abs(plain) > LARGEST:
-            raise NQMError(f"{where} must lie within +-2^53; got {plain!s:.40}")
+            raise NQMError(f"{where} must lie within +-2^53; got {shown(plain, 40)}")
         return plain
     except msgspec.ValidationError as error:
         _, _, inside = str(error).partition(" - at `$")
@@ -216,7 +270,7 @@ def leaf(where: str, value: Any, hint: Any) -> Any:
         elif type(None) in (options := get_args(hint)):
             hint = options[0]
         expected = _WORDS.get(hint, str(error))
-        raise NQMError(f"{where}{at} must be {expected}; got {wrong!r:.60}") from None
+        raise NQMError(f"{where}{at} must be {expected}; got {shown(wrong, 60)}") from None
 
 
 def located(where: str, make: Callable[[], Any]) -> Any:
@@ -235,7 +289,7 @@ def located(where: str, make: Callable[[], Any]) -> Any:
 def table_at(where: str, value: Any) -> Mapped:
     """`value` itself; NQMError unless it is a table."""
     if not isinstance(value, Mapping):
-        raise NQMError(f"{where} must be a table; got {value!r:.40}")
+        raise NQMError(f"{where} must be a table; got {shown(value, 40)}")
     return value
 
 

@@ -23,20 +23,30 @@ def suggest(name: str, known: Iterable[str]) -> str:
         What exists.
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
+    close = get_close_matches(name[:100], names, n=1)  # matching takes length times length
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as a message has it: its first `most` characters, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_word(where: str, value: object, known: Iterable[str]) -> None:
     """Raise NQMError, with a suggestion, unless `value` is one of the known words."""
-    if value not in (names := tuple(known)):
-        raise NQMError(f"{where} {value!r} is unknown{suggest(str(value), names)}")
+    names = tuple(known)
+    if not isinstance(value, str) or value not in names:
+        raise NQMError(f"{where} {shown(value)} is unknown{suggest(str(value), names)}")
 
 
 def check_integer(where: str, value: object, minimum: int) -> None:
     """Raise NQMError unless `value` is an integer (not a bool) of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise NQMError(f"{where} must be an integer >= {minimum}; got {value!r}")
+        raise NQMError(f"{where} must be an integer >= {minimum}; got {shown(value)}")
 
 
 def check_number(
@@ -49,7 +59,10 @@ def check_number(
     closed_high: bool = True,
 ) -> None:
     """Raise NQMError unless `value` is a finite number in the stated interval."""
-    x = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    try:
+        x = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        x = math.inf
     ok = (
         math.isfinite(x)
         and (x >= low if closed_low else x > low)
@@ -58,4 +71,4 @@ def check_number(
     if not ok:
         left = f"{'[' if closed_low else '('}{low:g}"
         right = f"{high:g}{']' if closed_high and math.isfinite(high) else ')'}"
-        raise NQMError(f"{where} must lie in {left}, {right}; got {value!r}")
+        raise NQMError(f"{where} must lie in {left}, {right}; got {shown(value)}")

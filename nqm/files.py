@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -113,6 +114,26 @@ def _holder(path: Path) -> str:
             if text := name.read_text(encoding="utf-8")[:200]:
                 return text + advice
     return "another process"
+
+
+def check_regular(path: Path) -> int:
+    """Bytes of a file that can be read to its end.
+
+    Raises
+    ------
+    NQMError
+        If there is no file, or it is a folder, a pipe or a device, which may have no end.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise NQMError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise NQMError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise NQMError(f"{path} is {kind}, not a file; name a file")
+    return found.st_size
 
 
 @contextmanager

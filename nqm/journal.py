@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,13 +17,16 @@ from typing import Any, Self
 import numpy as np
 
 from nqm import __version__
-from nqm.errors import NQMError
+from nqm.errors import NQMError, shown
+from nqm.files import check_regular, locked, sync_folder
 from nqm.table import check_stamp
 
 #: A result of one cell: its table's columns as lists.
 Result = dict[str, list[Any]]
 #: Seconds between two forced writes to the disk.
 SYNC = 0.2
+#: Types of value that a table has.
+_VALUES = {bool, int, float, str, type(None)}
 
 
 class Columns:
@@ -33,7 +37,16 @@ class Columns:
         self.rows = 0
 
     def see(self, result: Result) -> None:
-        """Take one more result into account."""
+        """Take one more result into account.
+
+        Raises
+        ------
+        NQMError
+            If its columns are not those of the results before.
+        """
+        if self.kinds and self.kinds.keys() != result.keys():
+            odd = ", ".join(sorted(self.kinds.keys() ^ result.keys()))
+            raise NQMError(f"not every cell has the columns {odd}; sweep them one by one")
         for name, values in result.items():
             self.kinds.setdefault(name, set()).update(map(type, values))
         self.rows += len(result["case"])
@@ -54,7 +67,7 @@ class Journal:
     """Results by cell: ``journal[index]``; a context manager that holds the file.
 
     A line that was being written when the process died has no end and is dropped; floats, NaN and
-    infinities come back exactly.
+    infinities come back exactly. One process at a time holds the file, another is refused.
 
     Parameters
     ----------
@@ -81,27 +94,30 @@ class Journal:
         return bool(self._begins[index] >= 0)
 
     def __getitem__(self, index: int) -> Result:
-        self._stream.seek(self._begins[index])
-        result: Result = json.loads(self._stream.readline())[1]
+        place = int(self._begins[index])
+        self._stream.seek(place)
+        found, result = self._cell(self._stream.readline(), place)
+        if found != index:
+            raise self._damaged(place, f"it should hold cell {index}, not {found}")
         return result
 
     def __enter__(self) -> Self:
         first = (json.dumps(self.header) + "\n").encode()
-        try:
-            self._stream = open(self.path, "a+b")
-        except OSError as error:
-            raise NQMError(f"cannot write {self.path}: {error.strerror}") from None
-        try:
-            whole = self._read(first)
-            self._stream.truncate(whole)
-            if not whole:
-                self._stream.write(first)
-                self._flush()
-        except BaseException as error:
-            self._stream.close()
-            if isinstance(error, OSError):
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            try:
+                if self.path.exists():
+                    check_regular(self.path)
+                self._stream = stack.enter_context(open(self.path, "a+b"))
+                whole = self._read(first)
+                self._stream.truncate(whole)
+                if not whole:
+                    self._stream.write(first)
+                    self._flush()
+                    sync_folder(self.path.parent)
+            except OSError as error:
                 raise NQMError(f"cannot write {self.path}: {error.strerror}") from None
-            raise
+            self._open = stack.pop_all()
         return self
 
     def _read(self, first: bytes) -> int:
@@ -112,28 +128,60 @@ class Journal:
             if header and not first.startswith(header):
                 check_stamp(self.path, {}, self.header["key"], __version__)
             return 0
-        check_stamp(self.path, self._parsed(header, dict), self.header["key"], __version__)
+        try:
+            stated = json.loads(header)
+        except (ValueError, RecursionError):
+            stated = None
+        stamp = stated if isinstance(stated, dict) else {}
+        check_stamp(self.path, stamp, self.header["key"], __version__)
         place = len(header)
         while (line := self._stream.readline()).endswith(b"\n"):
-            index, result = self._parsed(line, list)
-            self._note(index, result, place)
+            index, result = self._cell(line, place)
+            if index in self:
+                raise self._damaged(place, f"cell {index} is there twice")
+            try:
+                self._note(index, result, place)
+            except NQMError as error:
+                raise self._damaged(place, str(error)) from None
             place += len(line)
+            self._stream.seek(place)
         return place
 
-    def _parsed(self, line: bytes, kind: type) -> Any:
+    def _cell(self, line: bytes, place: int) -> tuple[int, Result]:
+        """Index and result that a line holds; NQMError if it is not as `add` writes it."""
         try:
             content = json.loads(line)
-        except ValueError:
-            raise NQMError(f"{self.path} is damaged; delete it to compute all cells anew") from None
-        return content if isinstance(content, kind) else kind()
+        except (ValueError, RecursionError):
+            raise self._damaged(place, "it is not JSON") from None
+        why = _fault(content, len(self._begins))
+        if why:
+            raise self._damaged(place, why)
+        index, result = content
+        return index, result
+
+    def _damaged(self, place: int, why: str) -> NQMError:
+        self._stream.seek(0)
+        number = self._stream.read(place).count(b"\n") + 1
+        return NQMError(
+            f"{self.path}: line {number} is damaged ({why}); delete this line to have its cell "
+            "computed anew, or the file to have all"
+        )
+
+    def check(self, index: int, case: str) -> None:
+        """Raise NQMError unless the line of this cell belongs to the case of this content key."""
+        if (found := self[index]["case"][0]) != case:
+            place = int(self._begins[index])
+            raise self._damaged(place, f"cell {index} is case {case}, not {found:.16}")
 
     def _note(self, index: int, result: Result, place: int) -> None:
-        self._known += self._begins[index] < 0
-        self._begins[index] = place
         self.columns.see(result)
+        self._known += 1
+        self._begins[index] = place
 
     def add(self, index: int, result: Result) -> None:
         """Keep a cell: handed to the system at once, forced to the disk every now and then."""
+        if index in self:
+            raise ValueError(f"cell {index} is in {self.path} already")
         place = self._stream.seek(0, os.SEEK_END)
         self._stream.write((json.dumps([index, result]) + "\n").encode())
         self._stream.flush()
@@ -153,8 +201,35 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._flush()
-        self._stream.close()
+        with self._open:
+            self._flush()
+
+    def delete(self) -> None:
+        """Remove the file, which is still held."""
+        self.path.unlink(missing_ok=True)
+
+
+def _fault(content: Any, cells: int) -> str:
+    """What is wrong with the content of a line; empty if nothing."""
+    if not isinstance(content, list) or len(content) != 2:
+        return "it is no pair of an index and a result"
+    index, result = content
+    if type(index) is not int or not 0 <= index < cells:
+        return f"the index must lie in 0..{cells - 1}; got {shown(index, 40)}"
+    if not isinstance(result, dict) or "case" not in result:
+        return "its result is no table with a column case"
+    if not all(isinstance(values, list) for values in result.values()):
+        return "a column is no list"
+    if len({len(values) for values in result.values()}) != 1 or not result["case"]:
+        return "its columns are not of one length"
+    for name, values in result.items():
+        if not set(map(type, values)) <= _VALUES or any(
+            type(value) is int and abs(value) >= 2**63 for value in values
+        ):
+            return f"a value in column {shown(name, 40)} is no number and no text"
+    if len(set(result["case"])) != 1 or type(result["case"][0]) is not str:
+        return "its rows are not of one case"
+    return ""
 
 
 class Memory(dict[int, Result]):

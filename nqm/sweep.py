@@ -7,11 +7,11 @@ bytes do not depend on who computed what, when, or after how many interruptions.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 
 from nqm import __version__, config, declare
-from nqm.errors import NQMError
+from nqm.declare import copied
+from nqm.errors import NQMError, shown
 from nqm.journal import Columns, Journal, Known, Memory, Result
-from nqm.table import is_finished, read_table, write_frames
+from nqm.table import read_table, write_frames, writing
 
 #: Up to this many cells are all built before the first is computed.
 BUILT_FIRST = 2000
@@ -34,6 +35,8 @@ CHUNK = 32
 WAITING = 256
 #: Cells whose rows are held at once while the table is written.
 CELLS = 20_000
+#: Most cells of a sweep, and most values of an axis.
+MOST = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,18 @@ class Sweep:
 
     def __post_init__(self) -> None:
         base = {name: value for name, value in self.base.items() if name != "sweep"}
-        object.__setattr__(self, "base", copy.deepcopy(base))
+        object.__setattr__(self, "base", copied(base))
         axes = {name: [_plain(v) for v in values] for name, values in self.axes.items()}
         for name, values in axes.items():
             if not values:
                 raise NQMError(f"sweep.{name} must hold at least one value; got none")
-            if name in ("record", "record.quantiles"):
-                raise NQMError(f"sweep.{name}: all cells have the same columns; set it in [record]")
+        _check_axes(self.base, axes)
         object.__setattr__(self, "axes", axes)
+        if len(self) > MOST:
+            sizes = " x ".join(str(len(values)) for values in axes.values())
+            raise NQMError(
+                f"sweep has {sizes} = {len(self)} cells, more than {MOST}; take fewer values"
+            )
 
     @classmethod
     def from_file(
@@ -127,7 +134,7 @@ class Sweep:
         return cls(mapping, read_axes(mapping["sweep"]), Path(path).parent, work)
 
     def __len__(self) -> int:
-        return int(np.prod([len(values) for values in self.axes.values()], dtype=np.int64))
+        return math.prod(len(values) for values in self.axes.values())
 
     def cases(self) -> Iterator[Case]:
         """Every cell, in order."""
@@ -135,9 +142,9 @@ class Sweep:
             yield self._case(index, dict(zip(self.axes, values, strict=True)))
 
     def _case(self, index: int, values: dict[str, Any]) -> Case:
-        mapping = copy.deepcopy(dict(self.base))
+        mapping = copied(self.base)
         for name, value in values.items():
-            declare.assign(mapping, name, copy.deepcopy(value))
+            declare.assign(mapping, name, copied(value))
         return Case(index, values, mapping)
 
     @property
@@ -198,11 +205,16 @@ class Sweep:
     ) -> None:
         """`run` for tables that need not fit into memory; parameters as there."""
         key, told = self.key, progress if progress is not None else _silent
-        path = Path(f"{out}.journal.jsonl")
-        if is_finished(out, key, __version__):
-            path.unlink(missing_ok=True)
-            told(len(self))
-            return
+        with writing(out, key, __version__) as open_:
+            if open_:
+                self._write(out, key, executor, told)
+            else:
+                told(len(self))
+
+    def _write(
+        self, out: str | Path, key: str, executor: Executor | None, told: Callable[[int], None]
+    ) -> None:
+        """Compute what the journal lacks, write the table and remove the journal."""
         self._check()
         metadata = {
             "key": key,
@@ -210,25 +222,41 @@ class Sweep:
             "config": self.work.describe(self.base, self.folder),
             "axes": dict(self.axes),
         }
-        with Journal(path, key, len(self)) as journal:
+        with Journal(Path(f"{out}.journal.jsonl"), key, len(self)) as journal:
+            self._check_known(journal)
             told(len(journal))
             self._fill(journal, executor, told)
             frames, columns = self._frames(journal), journal.columns
             write_frames(out, frames, self._dtypes(columns), columns.rows, metadata)
-        path.unlink()
+            journal.delete()
 
     def _check(self) -> None:
-        """Build the cells, or, of a great many, every value of every axis once."""
-        cases: Iterator[Case] = self.cases()
+        """Build the cells, or, of a great many, every value of every axis once.
+
+        No two may be the same run: a value would be written beside a result that it did not make.
+        """
+        groups: Iterable[Iterable[Case]] = [self.cases()]
         if len(self) > BUILT_FIRST:
             first = {name: values[0] for name, values in self.axes.items()}
-            cases = (
-                self._case(-1, first | {name: value})
+            groups = (
+                (self._case(-1, first | {name: value}) for value in values)
                 for name, values in self.axes.items()
-                for value in values
             )
-        for case in cases:
-            _build(case, self.folder, self.work, checked=True)
+        for group in groups:
+            seen: dict[str, Case] = {}
+            for case in group:
+                _build(case, self.folder, self.work, checked=True)
+                twin = seen.setdefault(self.work.key(case.mapping, self.folder), case)
+                if twin is not case:
+                    raise NQMError(
+                        f"{case} is the same run as {twin}; drop the values that change nothing"
+                    )
+
+    def _check_known(self, journal: Journal) -> None:
+        """Raise unless every cell that is known is what its line says."""
+        for case in self.cases() if len(journal) else ():
+            if case.index in journal:
+                journal.check(case.index, self.work.key(case.mapping, self.folder)[:16])
 
     def _fill(
         self, known: Known, executor: Executor | None, progress: Callable[[int], None] | None
@@ -277,7 +305,8 @@ class _Axes:
         self.columns: dict[str, Sequence[Any]] = {}
         for axis, name in short.items():
             full = count(name) > 1 or name.isdigit() or name in taken
-            self.columns[axis if full else name] = _column(axes[axis])
+            column = axis if full else name
+            self.columns[f"sweep.{axis}" if column in taken else column] = _column(axes[axis])
         self.dtypes = {
             name: str(pd.Series(list(values)).dtype) for name, values in self.columns.items()
         }
@@ -319,16 +348,21 @@ def read_axes(table: Any) -> dict[str, list[Any]]:
         raise NQMError("sweep must be a table of dotted keys and lists; got something else")
     axes: dict[str, list[Any]] = {}
     for name, value in table.items():
+        if name in axes:
+            raise NQMError(f"sweep.{name} is there twice; drop one")
         if isinstance(value, list):
             axes[name] = value
         elif isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in _GRIDS:
             axes[name] = _grid(f"sweep.{name}", *next(iter(value.items())))
         elif isinstance(value, Mapping) and value:
             # An unquoted dotted key is a nested table in TOML.
-            axes |= {f"{name}.{inner}": values for inner, values in read_axes(value).items()}
+            for inner, values in read_axes(value).items():
+                if f"{name}.{inner}" in axes:
+                    raise NQMError(f"sweep.{name}.{inner} is there twice; drop one")
+                axes[f"{name}.{inner}"] = values
         else:
             raise NQMError(
-                f"sweep.{name} must be a list or one of {', '.join(_GRIDS)}; got {value!r:.40}"
+                f"sweep.{name} must be a list or one of {', '.join(_GRIDS)}; got {shown(value, 40)}"
             )
     return axes
 
@@ -340,21 +374,53 @@ def _grid(where: str, kind: str, numbers: Any) -> list[Any]:
     if (
         not isinstance(numbers, list)
         or len(numbers) != 3
-        or not all(type(number) in (int, float) and np.isfinite(number) for number in numbers)
+        or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
     ):
-        raise NQMError(f"{where}.{kind} must hold three numbers; got {numbers!r:.40}")
+        raise NQMError(f"{where}.{kind} must hold three numbers; got {shown(numbers)}")
     a, b, last = numbers
     if kind == "range":
         if last == 0 or (b - a) / last < 0:
             raise NQMError(f"{where}.range must step from its first to its second; got {numbers}")
-        return [a + i * last for i in range(int((b - a) / last + 1e-9) + 1)]
-    if type(last) is not int or last < 1:
-        raise NQMError(f"{where}.{kind} needs a whole count >= 1; got {last!r}")
-    if kind == "linspace":
-        return [_whole(v) for v in np.linspace(a, b, last).tolist()]
-    if a <= 0 or b <= 0:
-        raise NQMError(f"{where}.geomspace needs ends > 0; got {a!r} and {b!r}")
-    return [_whole(v) for v in np.geomspace(a, b, last).tolist()]
+        steps = (b - a) / last + 1e-9  # infinite where it overflows
+        _check_count(f"{where}.range", steps + 1)
+        values = [a + i * last for i in range(int(steps) + 1)]
+    else:
+        if type(last) is not int or last < 1:
+            raise NQMError(f"{where}.{kind} needs a whole count >= 1; got {shown(last)}")
+        _check_count(f"{where}.{kind}", last)
+        if kind == "geomspace" and (a <= 0 or b <= 0):
+            raise NQMError(f"{where}.geomspace needs ends > 0; got {a!r} and {b!r}")
+        with np.errstate(all="ignore"):
+            space = np.linspace if kind == "linspace" else np.geomspace
+            values = [_whole(v) for v in space(float(a), float(b), last).tolist()]
+    if not all(math.isfinite(value) for value in values):
+        raise NQMError(f"{where}.{kind} leaves the numbers that there are; got {numbers}")
+    return values
+
+
+def _check_count(where: str, count: float) -> None:
+    if count > MOST:
+        raise NQMError(f"{where} makes {count:.4g} values, more than {MOST}; take fewer")
+
+
+def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> None:
+    """Raise NQMError unless every axis sets an entry of its own, of the configuration alone."""
+    paths = {name: declare.path_of(base, name) for name in axes}
+    owners: dict[tuple[str | int, ...], str] = {}
+    for name, path in paths.items():
+        if path[0] == "sweep":
+            raise NQMError(f"sweep.{name}: the axes of a sweep are no axis; drop it")
+        if path == ("record",) or path[:2] == ("record", "quantiles"):
+            raise NQMError(f"sweep.{name}: all cells have the same columns; set it in [record]")
+        if path in owners:
+            raise NQMError(f"sweep.{owners[path]} and sweep.{name} are the same entry; drop one")
+        owners[path] = name
+    for name, path in paths.items():
+        for length in range(1, len(path)):
+            if outer := owners.get(path[:length]):
+                raise NQMError(
+                    f"sweep.{name} is a part of sweep.{outer}, which is an axis too; drop one"
+                )
 
 
 def _whole(value: float) -> float:
@@ -398,7 +464,8 @@ def _column(values: Sequence[Any]) -> Sequence[Any]:
     """Values of an axis as one column: all numbers, all texts, or everything as JSON text."""
     for kinds in ((int, float), (str,), (bool,)):
         if all(type(value) in kinds for value in values):
-            return values
+            wide = kinds == (int, float) and any(abs(value) > declare.LARGEST for value in values)
+            return [float(value) for value in values] if wide else values
     return [json.dumps(value) for value in values]
 
 

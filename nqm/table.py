@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from typing import IO, Any
 import pandas as pd
 
 from nqm.errors import NQMError
+from nqm.files import check_regular, locked
 from nqm.files import replacing as replacing
+from nqm.limits import check_size
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,9 @@ def read_table(path: str | Path) -> pd.DataFrame:
         with _reading(path):
             import pyarrow.parquet as pq
 
-            frame: pd.DataFrame = pq.ParquetFile(path).read().to_pandas()
+            file = pq.ParquetFile(path)
+            check_size(f"{path}", file.metadata.num_rows * file.metadata.num_columns)
+            frame: pd.DataFrame = file.read().to_pandas()
             return frame
     stamp = _csv_stamp(path)
     with _reading(path):
@@ -206,16 +211,32 @@ def is_finished(path: str | Path, key: str, version: str) -> bool:
     """
     path = Path(path)
     _format(path)
-    if path.exists():
-        check_stamp(path, read_metadata(path), key, version)
-        return True
     try:
+        if path.exists():
+            check_stamp(path, read_metadata(path), key, version)
+            return True
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NQMError(f"cannot write {path}: folder {path.parent}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, NQMError):
+            raise
+        reason = getattr(error, "strerror", error)
+        raise NQMError(f"cannot write {path}: folder {path.parent}: {reason}") from None
     if not os.access(path.parent, os.W_OK):
         raise NQMError(f"cannot write {path}: folder {path.parent} is not writable")
     return False
+
+
+@contextmanager
+def writing(path: str | Path, key: str, version: str) -> Iterator[bool]:
+    """Whether this content is still to be computed; if so nobody else writes the table meanwhile.
+
+    Raises as `is_finished`, and if another process is writing it.
+    """
+    if is_finished(path, key, version):  # which needs no leave to write
+        yield False
+        return
+    with locked(path):
+        yield not is_finished(path, key, version)
 
 
 def check_stamp(path: Path, stamp: Mapping[str, Any], key: str, version: str) -> None:
@@ -241,11 +262,12 @@ def _format(path: Path) -> str:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn every way a file can be unreadable into one line that names it."""
+    check_size(f"{path}", check_regular(path), 1)
     try:
         yield
-    except FileNotFoundError:
-        raise NQMError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except NQMError:
+        raise
+    except Exception as error:  # a damaged file makes a reader stumble in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise NQMError(
             f"{path} is not a complete table ({reason:.120}); delete it and run again"
@@ -302,7 +324,18 @@ def _csv_stamp(path: Path) -> dict[str, Any] | None:
             stamp = dict(json.loads(first[2:]))
             if not {"dtypes", "metadata", "rows"} <= stamp.keys():
                 return None
+            _check_csv_stamp(stamp)
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":
                 raise ValueError("its last line is cut short")
         return stamp
+
+
+def _check_csv_stamp(stamp: Mapping[str, Any]) -> None:
+    kinds = {"dtypes": dict, "metadata": dict, "rows": int}
+    wrong = [name for name, kind in kinds.items() if type(stamp[name]) is not kind]
+    known = re.compile("str|bool|float(16|32|64)|u?int(8|16|32|64)")
+    if not wrong and not all(known.fullmatch(str(one)) for one in stamp["dtypes"].values()):
+        wrong = ["dtypes"]
+    if wrong:
+        raise ValueError(f"{wrong[0]} of its first line is damaged")

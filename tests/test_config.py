@@ -246,7 +246,7 @@ def test_spectra_and_files_are_checked(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(NQMError, match="no such file"):
         declare.load(tmp_path / "none.toml")
-    with pytest.raises(NQMError, match="cannot read"):
+    with pytest.raises(NQMError, match="is a folder, not a file"):
         declare.load(tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("[problem]\ncurvature = [1.0,\n[[phase]]\n")
