@@ -6,6 +6,7 @@ Only click is loaded at the top, so that ``nqm --help`` is quick.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,13 +22,22 @@ if TYPE_CHECKING:
     from nqm.config import Run
 
 
+#: Most characters of a message.
+LONGEST = 2000
+
+
 class _Failure(click.ClickException):
     """A user's mistake: one line, exit code 2."""
 
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"error: {' '.join(self.format_message().split())}", file=file, err=True)
+        line = " ".join(self.format_message().split())
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+        # Names and values may hold anything, also what would steer the terminal.
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        click.echo(f"error: {line}", file=file, err=True)
 
 
 class _Unavailable(click.Command):
@@ -58,9 +68,11 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from nqm.errors import NQMError
+        from nqm.interrupts import interruptible
 
         try:
-            return super().invoke(ctx)
+            with interruptible():
+                return super().invoke(ctx)
         except NQMError as error:
             raise _Failure(str(error)) from None
         except click.exceptions.NoArgsIsHelpError:
@@ -72,9 +84,17 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:  # the reader has seen enough; click ends quietly
                 raise
             raise _Failure(f"cannot write the output: {error.strerror or error}") from None
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            raise click.exceptions.Exit(130) from None
+        except (MemoryError, RecursionError, OverflowError) as error:
+            # Sizes are checked before they are asked for; this is for those that nobody thought of.
+            if os.environ.get("NQM_TRACEBACK"):
+                raise
+            raise _Failure(
+                f"this is more than the machine can do ({type(error).__name__}: {error!s:.100}); "
+                "ask for smaller numbers; NQM_TRACEBACK=1 shows where it happened"
+            ) from None
+        except KeyboardInterrupt as error:
+            click.echo(str(error) or "interrupted", err=True)
+            raise click.exceptions.Exit(getattr(error, "code", 130)) from None
 
 
 def _plugins() -> dict[str, Any]:
@@ -198,27 +218,45 @@ def run(
 
     from nqm import __version__, config, declare
     from nqm.errors import NQMError
-    from nqm.table import finished, write_table
+    from nqm.table import read_table, write_table, writing
 
     given = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
     short = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if quantiles is not None:
-        short.append(f"record.quantiles=[{quantiles}]")
     mapping = declare.load(file, [*overrides, *short])
+    if quantiles is not None:
+        declare.assign(mapping, "record.quantiles", _levels(quantiles))
     if "sweep" in mapping:
         raise NQMError(f"{file} has a [sweep] table; use nqm sweep")
     folder = Path(file).parent
     job = config.build(mapping, folder)
     key = config.key(mapping, folder)
-    table = None if out is None else finished(out, key, __version__)
-    if table is None:
+
+    def compute() -> pd.DataFrame:
         unit = "replicas" if job.method == "sample" else "steps"
         with _progress(job.work, unit) as told:
-            table = job.table(workers, told)
-        if out is not None:
+            return job.table(workers, told)
+
+    if out is None:
+        _show(compute(), as_json)
+        return
+    with writing(out, key, __version__) as missing:
+        if missing:
             settings = config.resolve_files(mapping, folder)
-            write_table(out, table, {"key": key, "version": __version__, "config": settings})
+            write_table(out, compute(), {"key": key, "version": __version__, "config": settings})
+        table = read_table(out)
     _show(table, as_json, out)
+
+
+def _levels(text: str) -> list[float]:
+    """Quantile levels between commas."""
+    from nqm.errors import NQMError, shown
+
+    try:
+        return [float(level) for level in text.split(",")]
+    except ValueError:
+        raise NQMError(
+            f"--quantiles must be numbers between commas, as 0.05,0.5; got {shown(text)}"
+        ) from None
 
 
 @main.command()

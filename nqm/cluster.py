@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor
 from contextlib import contextmanager
 
 from nqm.errors import NQMError
@@ -32,17 +32,24 @@ def connected(address: str) -> Iterator[Executor]:
         If Dask is not installed, or nothing answers at the address.
     """
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
     except ImportError:
         raise NQMError("--scheduler needs Dask: pip install 'late-phase-nqm[cluster]'") from None
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
+    except Exception as error:  # also of protocols that are not installed, as ucx
         raise NQMError(
             f"no Dask scheduler answers at {address!r} ({error!s:.80}); start one with "
             "`dask scheduler` and give its address, e.g. tcp://127.0.0.1:8786"
         ) from None
     try:
         yield client.get_executor(retries=RETRIES)
+    except (CancelledError, OSError, TimeoutError, KilledWorker) as error:
+        if client.status == "running" and not isinstance(error, KilledWorker):
+            raise
+        raise NQMError(
+            f"the Dask scheduler at {address} or its workers were lost; run again: what is "
+            "finished is kept"
+        ) from None
     finally:
         client.close()

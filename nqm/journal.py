@@ -144,7 +144,6 @@ class Journal:
             except NQMError as error:
                 raise self._damaged(place, str(error)) from None
             place += len(line)
-            self._stream.seek(place)
         return place
 
     def _cell(self, line: bytes, place: int) -> tuple[int, Result]:

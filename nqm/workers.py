@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import connection
+from typing import Any
+
+from nqm.errors import NQMError
 
 
 @contextmanager
-def processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes, each with its share of the machine, deaf to Ctrl-C.
+def processes(
+    count: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """So many processes that end with this one, deaf to Ctrl-C.
 
     Spawned, as forked children would inherit locks of the parent's threads (numba, BLAS). Ctrl-C is
-    for the parent to answer.
+    for the parent to answer. When the block is left by an error, work that is under way is given
+    up: what is finished was handed over before.
+
+    Parameters
+    ----------
+    count : int
+    start : callable, optional
+        ``start(*arguments)`` is called in each; `share_machine` by default.
+
+    Raises
+    ------
+    NQMError
+        If a worker ends of itself, as one does that the system stops for want of memory.
     """
-    with ProcessPoolExecutor(count, get_context("spawn"), _start, (count,)) as pool:
+    others = set(multiprocessing.active_children())
+    if start is None:
+        start, arguments = share_machine, (count,)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, _start, (start, arguments))
+    try:
         yield pool
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise NQMError(
+                "a worker process was stopped, perhaps for want of memory; run again, with fewer "
+                "--workers: what is finished is kept"
+            ) from None
+        raise
+    pool.shutdown()
 
 
 def share_machine(workers: int) -> None:
@@ -34,6 +71,19 @@ def share_machine(workers: int) -> None:
     numba.set_num_threads(max(1, numba.get_num_threads() // workers))
 
 
-def _start(workers: int) -> None:
+def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    share_machine(workers)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Wait until the parent is gone, however it went, and end this process.
+
+    A worker would wait for work for ever: it holds the other end of its pipe itself. A thread can
+    do it as compiled code (numba, torch, BLAS) lets the interpreter go.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
