@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from nqm.table import replacing
 
 #: Widths of a journal's column and page, in inches.
 COLUMN, PAGE = 3.5, 7.0
@@ -97,13 +98,8 @@ def save(figure: Figure, stem: Path, parameters: Mapping[str, Any]) -> list[Path
     paths = []
     for kind, metadata in kinds.items():
         path = stem.with_suffix(f".{kind}")
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with context():
-                figure.savefig(part, format=kind, metadata=metadata)
-                figure.set_layout_engine("none")  # the second file keeps the layout of the first
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as stream, context():
+            figure.savefig(stream, format=kind, metadata=metadata)
+            figure.set_layout_engine("none")  # the second file keeps the layout of the first
         paths.append(path)
     return paths

@@ -311,6 +311,7 @@ def bridge(
     from neural.bridge import Plan
     from neural.bridge_run import BridgeConfig, open_target, run_bridge
     from neural.draw import draw_bridge
+    from nqm.files import locked
 
     place = _place(device, root, threads)
     default = Plan.members if asked["late_phase"] is None else Plan.members[1:]
@@ -335,6 +336,7 @@ def bridge(
     name = "-".join(Path(target).parts[-3:]).removesuffix(".toml") or "here"
     out = out or Path("out", "bridge", name)
     opened = open_target(target, place, scale, overrides)
+    click.get_current_context().with_resource(locked(out, folder=True))
     with _stages() as told:
         found = run_bridge(opened, config, plan, place, out, told=told)
     columns = ["lr", "batch_size", "members", "weights"]

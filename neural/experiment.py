@@ -8,9 +8,9 @@ the runs they would have been by themselves (on a CPU).
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from neural.task import Place
 from neural.train import train
 from nqm import __version__, declare
 from nqm.errors import NQMError, suggest
+from nqm.files import locked
 from nqm.table import read_metadata, write_table
+from nqm.workers import processes
 
 Progress = Callable[[float], None]
 
@@ -144,6 +146,21 @@ def run_experiment(
             f"{target} does not hold results of recipe {recipe.name}; choose another folder; "
             "nothing was overwritten"
         )
+    with locked(out, folder=True) if place.rank == 0 else nullcontext():
+        return _run_all(recipe, out, place, arms, seeds, workers, progress)
+
+
+def _run_all(
+    recipe: Recipe,
+    out: Path,
+    place: Place,
+    arms: Sequence[str],
+    seeds: Sequence[int] | None,
+    workers: int,
+    progress: Progress | None,
+) -> pd.DataFrame:
+    """`run_experiment` by the only process that writes to the folder."""
+    target = out / "results.parquet"
     chosen = {a: run for a, run in recipe.arms.items() if not arms or a in arms}
     groups = jobs(replace(recipe, arms=chosen), seeds)
     if workers == 1:
@@ -202,21 +219,14 @@ _SHARES: Any = None
 
 
 def _start_worker(shares: Any, threads: int) -> None:
-    import signal
-
     global _SHARES
     _SHARES = shares
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     torch.set_num_threads(threads)
 
 
 def _work(index: int, group: list[Job], out: Path, place: Place) -> None:
-    parent = multiprocessing.parent_process()
-
     def told(share: float) -> None:
         _SHARES[index] = share
-        if parent is not None and not parent.is_alive():
-            sys.exit("the process that asked for this run is gone")
 
     _run_group(group, out, place, told)
 
@@ -224,25 +234,16 @@ def _work(index: int, group: list[Job], out: Path, place: Place) -> None:
 def _run_parallel(
     groups: list[list[Job]], out: Path, place: Place, workers: int, progress: Progress | None
 ) -> None:
-    # Spawned: forked children would inherit locks of torch's threads.
-    spawn = multiprocessing.get_context("spawn")
-    shares = spawn.Array("d", len(groups))
+    shares = multiprocessing.get_context("spawn").Array("d", len(groups))
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (shares, threads)) as pool:
+    with processes(workers, _start_worker, (shares, threads)) as pool:
         pending = {pool.submit(_work, i, group, out, place) for i, group in enumerate(groups)}
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
-                if progress is not None:
-                    progress(sum(shares[:]) / len(groups))
-                for future in done:
-                    future.result()
-        except BaseException:
-            # Runs go on from their checkpoints: nothing is gained by waiting for them.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+        while pending:
+            done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
+            if progress is not None:
+                progress(sum(shares[:]) / len(groups))
+            for future in done:
+                future.result()
 
 
 def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:

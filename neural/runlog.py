@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from neural.config import RunConfig, build, describe
 from neural.report import Report
 from nqm import __version__, declare
 from nqm.errors import NQMError
-from nqm.files import is_lock, is_temporary, replacing
+from nqm.files import is_lock, is_temporary, locked, replacing, tidy_lock
 from nqm.table import read_table, write_table
 
 #: Status -> the tables there are.
@@ -46,7 +47,7 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        Looked at, and made by `begin` where it is missing.
+        Looked at, and made by `begun` where it is missing.
     run : RunConfig
     writes : bool
         False for all but the first of several processes.
@@ -58,7 +59,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, run: RunConfig, *, writes: bool = True):
-        self.path, self.writes = path, writes
+        self.path, self.run, self.writes = path, run, writes
         mapping = describe(run)
         self.key = declare.key(mapping)
         stated = read_json(path)
@@ -75,8 +76,9 @@ class RunFolder:
         }
         if any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
             self.stated["status"] = None  # deleted, to be computed again
-        if self.status is not None:
+        if self.status is not None and writes:
             self._tidy()
+            tidy_lock(path, folder=True)
 
     @property
     def status(self) -> str | None:
@@ -84,10 +86,24 @@ class RunFolder:
         value: str | None = self.stated["status"]
         return value
 
-    def begin(self) -> None:
-        """Note down what is about to be trained; the folder is this run's from now on."""
-        self._write_json()
-        self._tidy()
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Note down what is about to be trained; only this process writes to the folder.
+
+        Raises
+        ------
+        NQMError
+            If another process trains this run, or has done so just now.
+        """
+        if not self.writes:
+            yield
+            return
+        with locked(self.path, folder=True):
+            if RunFolder(self.path, self.run).status is not None:
+                raise NQMError(f"{self.path} was finished just now by another process; run again")
+            self._write_json()
+            self._tidy()
+            yield
 
     def _tidy(self) -> None:
         """Remove what a process left that was killed while it wrote, or at the very end."""
@@ -154,10 +170,6 @@ class RunFolder:
     def _write_json(self) -> None:
         if not self.writes:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NQMError(f"cannot make the folder {self.path}: {error.strerror}") from None
         with replacing(self.path / "run.json") as stream:
             stream.write(json.dumps(self.stated, indent=1).encode())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pandas as pd
 
 from neural import report
 from neural.config import RunConfig
+from neural.data import Images
 from neural.late_phase import Batch
 from neural.runlog import RunFolder
 from neural.session import Session
@@ -83,10 +84,22 @@ def train(
     task = open_task(run, place)
     session = Session(run, task, place)
     ood = report.check(session, place.root)
-    log.begin()
-    if (state := log.checkpoint(place.device, start)) is not None:
-        session.load_state_dict(state)
+    with log.begun():
+        if (state := log.checkpoint(place.device, start)) is not None:
+            session.load_state_dict(state)
+        _go_on(session, ood, log, keep, progress)
+    return Outcome(log.status or "", log.history(), log.result())
 
+
+def _go_on(
+    session: Session,
+    ood: Mapping[str, Images],
+    log: RunFolder,
+    keep: Collection[int],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Train to the end, and write what came out."""
+    run, task, place = session.run, session.task, session.place
     board = Board(log.path, session.done) if place.tensorboard and place.rank == 0 else None
     batches = len(task.stream)
     total = run.train.epochs * batches
@@ -119,7 +132,6 @@ def train(
         status = "diverged"  # with the very last step
     log.write_history(session.rows)
     log.finish(status, report.final(session, ood) if status == "finished" else None)
-    return Outcome(status, log.history(), log.result())
 
 
 def _groups(session: Session, total: int) -> Iterator[tuple[list[Batch], int]]:

@@ -28,7 +28,7 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
     Parameters
     ----------
     output : str or Path
-        A file, or a folder with `folder`; folders on the way are made.
+        A file, or a folder with `folder`; it is made where it is missing.
     folder : bool
         Whether all that is in the folder `output` is written by one process.
 
@@ -38,7 +38,8 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
         If another process holds it, naming that process; or if nothing can be written there.
     """
     output = Path(output)
-    path = output / ".lock" if folder else output.with_name(f".{output.name}.lock")
+    path = _lock_of(output, folder)
+    made = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = _take(path)
@@ -55,6 +56,20 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
         with suppress(OSError):
             os.unlink(stream.name)
         stream.close()
+        if made:
+            with suppress(OSError):  # unless there is something in it
+                path.parent.rmdir()
+
+
+def tidy_lock(output: str | Path, *, folder: bool = False) -> None:
+    """Remove the lock that a killed process left beside what it had just finished."""
+    if _lock_of(Path(output), folder).exists():
+        with suppress(NQMError), locked(output, folder=folder):
+            pass
+
+
+def _lock_of(output: Path, folder: bool) -> Path:
+    return output / ".lock" if folder else output.with_name(f".{output.name}.lock")
 
 
 def _take(path: Path) -> IO[bytes] | None:
@@ -75,9 +90,9 @@ def _take(path: Path) -> IO[bytes] | None:
         if not free:
             return None
         # Its holder removed the file between the two calls; try again.
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    stream.flush()
+    with suppress(OSError):  # only for information: on a full disk the lock holds as well
+        stream.truncate(0)
+        os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return stream
 
 

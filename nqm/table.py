@@ -19,7 +19,7 @@ from typing import IO, Any
 import pandas as pd
 
 from nqm.errors import NQMError
-from nqm.files import check_regular, locked
+from nqm.files import check_regular, locked, tidy_lock
 from nqm.files import replacing as replacing
 from nqm.limits import check_size
 
@@ -233,6 +233,7 @@ def writing(path: str | Path, key: str, version: str) -> Iterator[bool]:
     Raises as `is_finished`, and if another process is writing it.
     """
     if is_finished(path, key, version):  # which needs no leave to write
+        tidy_lock(path)
         yield False
         return
     with locked(path):

@@ -7,10 +7,9 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Generator, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +18,7 @@ import figures.style
 import nqm
 from nqm.errors import NQMError
 from nqm.table import read_metadata, read_table, write_table
-from nqm.workers import share_machine
+from nqm.workers import processes
 from paper_repro.study import Claim, Scale, Study, find
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def build(name: str, scale: Scale, out: Path) -> Built:
     return Built(name, metadata, table, png, pdf, study.claims(table), seconds, reused)
 
 
-def build_all(names: Sequence[str], scale: Scale, out: Path) -> Iterator[Built]:
+def build_all(names: Sequence[str], scale: Scale, out: Path) -> Generator[Built, None, None]:
     """`build` for several names, in the order in which they are finished.
 
     Two processes share the work: drawing holds Python's lock, so threads would not.
@@ -121,17 +120,11 @@ def build_all(names: Sequence[str], scale: Scale, out: Path) -> Iterator[Built]:
     if len(names) == 1:
         yield build(names[0], scale, out)
         return
-    # Fresh processes: a forked copy of running threads (numba, BLAS) could hang.
-    workers = min(2, os.cpu_count() or 1)
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, share_machine, (workers,)) as pool:
+    with processes(min(2, os.cpu_count() or 1)) as pool:
         # The report's order begins with the quick ones; the long ones have to start first.
         tasks = [pool.submit(build, name, scale, out) for name in reversed(names)]
-        try:
-            for task in as_completed(tasks):
-                yield task.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for task in as_completed(tasks):
+            yield task.result()
 
 
 def redraw(name: str, path: Path, out: Path) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ _scale = click.option(
 def figure(name: str, out: Path, scale: str, table: Path | None) -> None:
     """Compute and draw the figure NAME, or only draw it with --table."""
     from paper_repro.build import build, redraw
-    from paper_repro.study import Scale
+    from paper_repro.study import Scale, find
 
+    find(name)
+    _alone(out)
     if table is not None:
         paths = redraw(name, table, out)
     else:
@@ -77,12 +80,14 @@ def reproduce(name: str, out: Path, scale: str) -> None:
     names = list(GROUPS.get(name, [name]))
     for one in names:
         find(one)
+    _alone(out)
     click.echo(f"computing and drawing {', '.join(names)} ({scale})", err=True)
     done = {}
-    for built in build_all(names, Scale(scale), out):
-        done[built.name] = built
-        click.echo(f"[{len(done)}/{len(names)}] ", err=True, nl=False)
-        _verdict(built)
+    with closing(build_all(names, Scale(scale), out)) as figures:  # an error ends its workers
+        for built in figures:
+            done[built.name] = built
+            click.echo(f"[{len(done)}/{len(names)}] ", err=True, nl=False)
+            _verdict(built)
     results = [done[one] for one in names]
     page = write_report(results, out)
     claims = [claim for result in results for claim in result.claims]
@@ -112,10 +117,18 @@ def tables(runs: Path, out: Path) -> None:
     from paper_repro.tables.page import as_text, write_tables
 
     filled = collect(runs, load_tables())
+    _alone(out)
     paths = write_tables(filled, out)
     click.echo(as_text(filled))
     for path in paths:
         click.echo(path)
+
+
+def _alone(out: Path) -> None:
+    """Keep every other command out of the folder until this one is over."""
+    from nqm.files import locked
+
+    click.get_current_context().with_resource(locked(out, folder=True))
 
 
 def _verdict(built: Any) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nqm.errors import NQMError
+from nqm.files import replacing
 from paper_repro.build import Built
 from paper_repro.study import ZHANG2019, passed
 
@@ -46,14 +45,8 @@ def write_report(built: Sequence[Built], out: Path) -> Path:
         total=len(claims),
     )
     path = out / f"{name}.html"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise NQMError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        stream.write(page.encode())
     return path
 
 

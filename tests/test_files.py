@@ -48,8 +48,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path, kind
             words = f"{output} is being written by process {process.pid} on {socket.gethostname()};"
             refuses(output, re.escape(words), folder=kind == "folder")
         process.send_signal(signal.SIGKILL)
-    with locked(output, folder=kind == "folder"):  # freed by the crash
-        pass
+    files.tidy_lock(output, folder=kind == "folder")  # freed by the crash
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert left == []
 
