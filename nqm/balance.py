@@ -21,6 +21,7 @@ from scipy.optimize import brentq
 
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError, check_number
+from nqm.least_squares import additive_only
 from nqm.problem import FloatArray, Problem
 from nqm.result import Kind
 
@@ -65,6 +66,12 @@ def balance_point(
     NQMError
         For a scalar factor, w* = 0, or rates that leave no stable balance point.
     """
+    problem = additive_only("balance_point", problem)
+    if not isinstance(algorithm, MultiplicativeLatePhase):
+        raise NQMError(
+            "balance_point.algorithm must be a MultiplicativeLatePhase; "
+            f"got {type(algorithm).__name__}"
+        )
     if algorithm.coupling != "elementwise":
         raise NQMError("the balance point is derived for coupling = 'elementwise' only")
     algorithm.check(problem)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
-from nqm.errors import check_integer, check_number
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.least_squares import additive_only
 from nqm.problem import FloatArray, Problem
 
 
@@ -41,15 +42,18 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
     Problem
         Largest curvature first; fractional multiplicities.
     """
+    problem = additive_only("condense", problem)
     check_integer("condense: points", points, 1)
     check_number("condense: width", width, low=0.0, closed_low=False)
     kept = np.flatnonzero(problem.curvature > 0)
+    if not kept.size:
+        raise NQMError("condense: every direction is flat; give a curvature above 0")
     order = kept[np.argsort(-problem.curvature[kept], kind="stable")]
     log_h = np.log(problem.curvature[order])
     count = problem.multiplicity[order]
     start = problem.initial_mean[order] ** 2 + problem.initial_variance[order]
     noise = problem.noise_variance[order]
-    label = ((log_h[0] - log_h) / width).astype(np.int64) if order.size else np.zeros(0, int)
+    label = ((log_h[0] - log_h) / width).astype(np.int64)
     blocks: list[tuple[FloatArray, ...]] = []
     for block in np.split(np.arange(order.size), np.flatnonzero(np.diff(label)) + 1):
         entry = log_h[block], count[block], start[block], noise[block]

@@ -11,6 +11,9 @@ from numbers import Integral, Real
 class NQMError(ValueError):
     """A mistake in what the user asked for; its message is one line fit to print alone."""
 
+    def __init__(self, message: str = ""):
+        super().__init__(" ".join(str(message).split()))
+
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for a near miss, else the list of what exists.
@@ -30,7 +33,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def shown(value: object, most: int = 60) -> str:
     """A value as a message has it: its first `most` characters, whatever it is."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except ValueError:  # Python prints no integer of thousands of digits
         return "an integer of thousands of digits"
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nqm.errors import NQMError, check_integer, check_number
+from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.problem import FloatArray, Problem, Quadratic
 
 _VECTORS = ("curvature", "multiplicity", "initial_mean", "initial_variance", "minimum")
@@ -99,6 +99,28 @@ class LeastSquares(Quadratic):
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         digest.update(np.float64(self.label_noise).tobytes())
         return digest.hexdigest()[:16]
+
+
+def any_problem(where: str, problem: object) -> Problem | LeastSquares:
+    """The problem of a function that takes both kinds; NQMError for anything else."""
+    if not isinstance(problem, Problem | LeastSquares):
+        raise NQMError(
+            f"{where}: problem must be a Problem or a LeastSquares; got {shown(problem)}"
+        )
+    return problem
+
+
+def additive_only(where: str, problem: object) -> Problem:
+    """The problem of a function that needs noise independent of the weights; else NQMError."""
+    if isinstance(problem, LeastSquares):
+        raise NQMError(
+            f"{where} needs a Problem, whose noise does not depend on the weights; a LeastSquares "
+            "has solve, sample, steady, stability_edge, best_lr and steps_to_target, and its "
+            "additive() is a Problem with the noise of the minimum"
+        )
+    if not isinstance(problem, Problem):
+        raise NQMError(f"{where}: problem must be a Problem; got {shown(problem)}")
+    return problem
 
 
 def power_law(

@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nqm.errors import NQMError, check_integer, check_number
+from nqm.errors import NQMError, check_integer, check_number, shown
 
 FloatArray = NDArray[np.float64]
 
@@ -322,6 +322,17 @@ _LOWEST: dict[str, float] = {
     "initial_variance": 0.0,
     "minimum": -np.inf,
 }
+
+
+def numbers_above_zero(where: str, values: ArrayLike) -> FloatArray:
+    """One number or a list of them as a vector (n,); NQMError unless all are finite and > 0."""
+    try:
+        vector = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError):
+        vector = np.empty(0)
+    if vector.ndim != 1 or not vector.size or not np.all(np.isfinite(vector) & (vector > 0)):
+        raise NQMError(f"{where} must hold numbers > 0; got {shown(values)}")
+    return vector
 
 
 def _vector(name: str, value: ArrayLike, size: int | None, *, low: float = -np.inf) -> FloatArray:

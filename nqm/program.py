@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nqm.algorithms.base import Algorithm, Nonlinear, Optimizer
-from nqm.errors import NQMError, check_integer
+from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.problem import FloatArray
 from nqm.schedule import Schedule, Segment, as_schedule
 from nqm.transition import minibatches
@@ -138,9 +138,14 @@ class Program:
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "phases", tuple(self.phases))
+        phases = self.phases
+        if not isinstance(phases, Sequence):
+            raise NQMError(f"program.phases must be a list of phases; got {shown(phases)}")
+        object.__setattr__(self, "phases", tuple(phases))
         if not self.phases:
             raise NQMError("a program needs at least one phase; got none")
+        for index, phase in enumerate(self.phases):
+            one_phase(f"program.phases[{index}]", phase)
 
     @property
     def steps(self) -> int:
@@ -176,6 +181,34 @@ class Program:
         return steps
 
 
+def one_phase(where: str, value: object) -> Phase:
+    """The phase that a function was given; NQMError for anything else."""
+    if not isinstance(value, Phase):
+        raise NQMError(f"{where} must be a Phase{_instead(value)}")
+    return value
+
+
+def as_program(where: str, value: Program | Phase | Sequence[Phase]) -> Program:
+    """A program, from one phase or a list of them; NQMError for anything else."""
+    if isinstance(value, Program):
+        return value
+    if isinstance(value, Phase):
+        return Program((value,))
+    if isinstance(value, list | tuple):
+        return Program(tuple(value))
+    raise NQMError(f"{where} must be a Program, a Phase or a list of phases{_instead(value)}")
+
+
+def _instead(value: object) -> str:
+    """``"; got SGD(): do this"``, where one can guess what was meant."""
+    hint = ""
+    if isinstance(value, Algorithm | Nonlinear):
+        hint = ", which has no rate and no steps: give Phase(algorithm, lr, steps)"
+    elif isinstance(value, Program):
+        hint = ": give one of its phases"
+    return f"; got {shown(value)}{hint}"
+
+
 def constant(
     algorithm: Algorithm | Nonlinear, lr: float, steps: int, *, batch_size: float = 1, **more: Any
 ) -> Program:
@@ -185,5 +218,6 @@ def constant(
 
 def steps_for(algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: float = 1) -> int:
     """Whole steps that `examples` examples pay for, for comparisons at equal data."""
+    check_number("steps_for.examples", examples, low=0.0)
     phase = Phase(algorithm, 1.0, 1, batch_size)
     return int(examples // phase.examples(1))

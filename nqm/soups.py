@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
-from nqm.errors import NQMError, check_integer, check_number
+from nqm.errors import NQMError, check_integer, check_number, shown
+from nqm.least_squares import additive_only
 from nqm.problem import FloatArray, Problem
-from nqm.program import Program
+from nqm.program import Program, as_program
 from nqm.solvers.moments import check_own_starts, solve
 
 
@@ -65,6 +66,8 @@ class Soup:
 
         Wortsman et al. 2022, "Model soups": rates, steps and methods may differ.
         """
+        if not isinstance(programs, list | tuple):
+            raise NQMError(f"Soup.of_runs needs a list of programs; got {shown(programs)}")
         if not programs:
             raise NQMError("a soup needs at least one program; got none")
         runs = [_affine(problem, program) for program in programs]
@@ -263,6 +266,7 @@ class _Affine:
 
 def _affine(problem: Problem, program: Program) -> _Affine:
     """Read off the exact moments of runs from 0 and from 1."""
+    problem, program = additive_only("Soup", problem), as_program("Soup: the program", program)
     if not program.linear:
         raise NQMError("a soup's closed forms need linear methods; use method 'sample'")
     try:

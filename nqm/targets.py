@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,12 +13,16 @@ from scipy.optimize import curve_fit, minimize_scalar
 
 from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import FloatArray, Problem
-from nqm.program import Phase, Program
+from nqm.least_squares import LeastSquares, any_problem
+from nqm.problem import FloatArray, Problem, numbers_above_zero
+from nqm.program import Phase, Program, as_program, one_phase
 from nqm.result import Status
 from nqm.solvers.moments import PhaseWalk, compose_steps, solve
 from nqm.solvers.steady import check_settles, steady
 from nqm.transition import cycle_times, extract, spectral_radius
+
+if TYPE_CHECKING:
+    from nqm.solvers.least_squares import CoupledPhaseWalk
 
 #: Multiplications that a full scan for the first crossing may cost (about a second).
 SCAN_BUDGET = 2e8
@@ -28,7 +34,11 @@ SETTLED = 1e-9
 
 
 def stability_edge(
-    problem: Problem, algorithm: Algorithm, *, member_lr_ratio: float = 1.0
+    problem: Problem | LeastSquares,
+    algorithm: Algorithm,
+    *,
+    batch_size: float = 1,
+    member_lr_ratio: float = 1.0,
 ) -> float:
     """Smallest constant learning rate at which some direction is no longer stable.
 
@@ -38,8 +48,12 @@ def stability_edge(
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or LeastSquares
+        In least squares the noise grows with the weights' distance from the minimum, so that a
+        small batch lowers the edge (`nqm.solvers.least_squares.stability_edge`).
     algorithm : Algorithm
+    batch_size : float
+        Of least squares; the edge of a `Problem` is the same for all.
     member_lr_ratio : float
         member_lr / lr, for late-phase weights.
 
@@ -49,6 +63,19 @@ def stability_edge(
         ``inf`` if no rate up to 1e4 / h is unstable.
     """
     check_number("stability_edge.member_lr_ratio", member_lr_ratio, low=0.0, closed_low=False)
+    check_number("stability_edge.batch_size", batch_size, low=0.0, closed_low=False)
+    if not isinstance(algorithm, Algorithm):
+        raise NQMError(
+            f"stability_edge.algorithm must be a linear algorithm; got {type(algorithm).__name__}"
+        )
+    problem = any_problem("stability_edge", problem)
+    if isinstance(problem, LeastSquares):
+        from nqm.solvers import least_squares  # which builds on this module
+
+        return least_squares.stability_edge(
+            problem, algorithm, batch_size, member_lr_ratio=member_lr_ratio
+        )
+    algorithm.check(problem)
     mask = algorithm.replicated(problem)
     if mask is None:
         return _edge(algorithm, float(problem.curvature.max()), member_lr_ratio)
@@ -95,14 +122,17 @@ def _edge(algorithm: Algorithm, highest: float, member_lr_ratio: float) -> float
     return float(0.5 * (low + high) / highest)
 
 
-def searched_edge(problem: Problem, phase: Phase) -> float:
+def searched_edge(problem: Problem | LeastSquares, phase: Phase) -> float:
     """Upper end of the learning rates worth a look when tuning a phase."""
     if not isinstance(phase.algorithm, Algorithm):
         name = type(phase.algorithm).__name__
         raise NQMError(f"{name} has no exact moments to search with; sweep phase.lr instead")
     # With member_lr stated only lr varies: the edge of the base weights alone bounds it.
     ratio = 1.0 if phase.member_lr is None else 1e-9
-    edge = stability_edge(problem, phase.algorithm, member_lr_ratio=ratio)
+    batch_size = 1.0
+    if isinstance(problem, LeastSquares):  # the largest batch leaves the widest range to search
+        batch_size = float(phase.settings(0, 1)[0, -1])
+    edge = stability_edge(problem, phase.algorithm, batch_size=batch_size, member_lr_ratio=ratio)
     if not 0 < edge < np.inf:
         raise NQMError(f"no learning rate to search: the stability edge is {edge:g}")
     return edge
@@ -145,7 +175,7 @@ class Best:
 
 
 def best_lr(
-    problem: Problem,
+    problem: Problem | LeastSquares,
     make_program: Callable[[float], Program],
     low: float,
     high: float,
@@ -159,7 +189,7 @@ def best_lr(
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or LeastSquares
     make_program : callable
         From a learning rate to the program to run.
     low, high : float
@@ -175,10 +205,12 @@ def best_lr(
     check_number("best_lr.low", low, low=0.0, closed_low=False)
     check_number("best_lr.high", high, low=low, closed_low=False)
     check_integer("best_lr.points", points, 3)
+    problem = any_problem("best_lr", problem)
+    _callable("best_lr.make_program", make_program)
     rows: list[tuple[float, float]] = []
 
     def loss(lr: float) -> float:
-        program = make_program(lr)
+        program = as_program("best_lr: what make_program returns", make_program(lr))
         with np.errstate(over="ignore", invalid="ignore"):
             value = float(solve(problem, program, [program.steps]).loss[-1])
         value = value if np.isfinite(value) else np.inf
@@ -211,7 +243,7 @@ def best_lr(
 
 
 def best_lr_and_momentum(
-    problem: Problem,
+    problem: Problem | LeastSquares,
     make_program: Callable[[float, float], Program],
     low: float,
     high: float,
@@ -228,6 +260,8 @@ def best_lr_and_momentum(
     momenta : sequence of float
         Values tried; refined once around the best.
     """
+    problem = any_problem("best_lr_and_momentum", problem)
+    _callable("best_lr_and_momentum.make_program", make_program)
 
     def at(momentum: float) -> Best:
         return best_lr(problem, lambda lr: make_program(lr, momentum), low, high, points=points)
@@ -258,6 +292,13 @@ def best_lr_and_momentum(
         momentum=best,
         evaluated=pd.concat(parts, ignore_index=True),
     )
+
+
+def _callable(where: str, value: object) -> None:
+    if not callable(value):
+        raise NQMError(
+            f"{where} must be a function that returns a program; got {type(value).__name__}"
+        )
 
 
 # --- time to a target ------------------------------------------------------------------------
@@ -293,7 +334,7 @@ class Crossing:
 
 
 def steps_to_target(
-    problem: Problem, phase: Phase, target: float, *, crossing: str = "first"
+    problem: Problem | LeastSquares, phase: Phase, target: float, *, crossing: str = "first"
 ) -> Crossing:
     """First (or last) step at which the expected loss is at or below `target`.
 
@@ -302,9 +343,10 @@ def steps_to_target(
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or LeastSquares
     phase : Phase
-        Its `steps` are the horizon; 10**9 is fine at constant rates.
+        Its `steps` are the horizon; 10**9 is fine at constant rates, but least squares is walked
+        step by step.
     target : float
         Expected loss, > 0.
     crossing : {"first", "last"}
@@ -313,8 +355,10 @@ def steps_to_target(
     check_number("target", target, low=0.0, closed_low=False)
     if crossing not in ("first", "last"):
         raise NQMError(f"crossing must be 'first' or 'last'; got {crossing!r}")
+    phase = one_phase("steps_to_target.phase", phase)
+    problem = any_problem("steps_to_target", problem)
     floor = _floor(problem, phase)
-    walk = PhaseWalk(problem, phase)
+    walk = _walk(problem, phase)
     if crossing == "last":
         return _last(walk, phase, target, floor)
     before, lost = 0, Status.NOT_REACHED
@@ -341,7 +385,18 @@ def steps_to_target(
     return Crossing(lost, np.nan, np.nan, np.nan, floor, scanned)
 
 
-def _last(walk: PhaseWalk, phase: Phase, target: float, floor: float) -> Crossing:
+def _walk(problem: Problem | LeastSquares, phase: Phase) -> PhaseWalk | CoupledPhaseWalk:
+    """Losses of a phase at any steps."""
+    if isinstance(problem, LeastSquares):
+        from nqm.solvers.least_squares import CoupledPhaseWalk  # which builds on this module
+
+        return CoupledPhaseWalk(problem, phase)
+    return PhaseWalk(problem, phase)
+
+
+def _last(
+    walk: PhaseWalk | CoupledPhaseWalk, phase: Phase, target: float, floor: float
+) -> Crossing:
     """Step from which on the loss stays at or below the target until the horizon."""
     grid = _grid(phase.steps)
     losses = np.array([loss for _, loss in walk.at(grid)])
@@ -364,7 +419,7 @@ def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) 
 
 
 def fewest_steps(
-    problem: Problem,
+    problem: Problem | LeastSquares,
     phase: Phase,
     target: float,
     *,
@@ -389,6 +444,8 @@ def fewest_steps(
     NQMError
         If no rate reaches the target within the horizon.
     """
+    phase = one_phase("fewest_steps.phase", phase)
+    problem = any_problem("fewest_steps", problem)
     edge = searched_edge(problem, phase)
     best: tuple[float, Crossing] | None = None
     # From fast to slow; nothing later than the best so far is of interest.
@@ -412,7 +469,11 @@ def fewest_steps(
 
 
 def _sooner(
-    best: tuple[float, Crossing] | None, problem: Problem, phase: Phase, lr: float, target: float
+    best: tuple[float, Crossing] | None,
+    problem: Problem | LeastSquares,
+    phase: Phase,
+    lr: float,
+    target: float,
 ) -> tuple[float, Crossing] | None:
     steps = phase.steps if best is None else int(best[1].step)
     found = steps_to_target(problem, replace(phase, lr=lr, steps=steps), target)
@@ -421,7 +482,7 @@ def _sooner(
     return best
 
 
-def _floor(problem: Problem, phase: Phase) -> float:
+def _floor(problem: Problem | LeastSquares, phase: Phase) -> float:
     try:
         check_settles(phase.algorithm)
         return steady(problem, phase).loss
@@ -461,7 +522,7 @@ class CriticalBatch:
 
 
 def critical_batch_size(
-    problem: Problem,
+    problem: Problem | LeastSquares,
     algorithm: Algorithm,
     target: float,
     batch_sizes: Sequence[float],
@@ -479,22 +540,25 @@ def critical_batch_size(
     NQMError
         If fewer than three batch sizes reach the target.
     """
+    problem = any_problem("critical_batch_size", problem)
+    check_number("critical_batch_size.target", target, low=0.0, closed_low=False)
+    sizes = numbers_above_zero("critical_batch_size.batch_sizes", batch_sizes)
     if target >= problem.initial_loss:
         raise NQMError(
             f"critical_batch_size: the target {target:g} is met at the start, whose loss is "
             f"{problem.initial_loss:g}; lower the target"
         )
     rows = []
-    for batch_size in batch_sizes:
+    for batch_size in map(float, sizes):
         phase = Phase(algorithm, 1.0, max_steps, batch_size)
         try:
             lr, found = fewest_steps(problem, phase, target, points=points)
         except NQMError:
             continue
-        rows.append((float(batch_size), lr, found.step, found.examples))
+        rows.append((batch_size, lr, found.step, found.examples))
     if len(rows) < 3:
         raise NQMError(
-            f"critical_batch_size: {len(rows)} of {len(batch_sizes)} batch sizes reach the target "
+            f"critical_batch_size: {len(rows)} of {sizes.size} batch sizes reach the target "
             f"{target:g}; three are needed: raise the target, max_steps or the batch sizes"
         )
     table = pd.DataFrame(rows, columns=["batch_size", "lr", "step", "examples"])
@@ -504,7 +568,14 @@ def critical_batch_size(
         return np.asarray(log_least + np.log1p(np.exp(log_critical) / b))
 
     guess = (log_steps.min(), float(np.log(table["batch_size"]).median()))
-    fit, _ = curve_fit(model, table["batch_size"].to_numpy(), log_steps, p0=guess)
+    try:
+        with np.errstate(over="ignore"), warnings.catch_warnings(action="ignore"):
+            fit, _ = curve_fit(model, table["batch_size"].to_numpy(), log_steps, p0=guess)
+    except RuntimeError:
+        raise NQMError(
+            "critical_batch_size: the steps at these batch sizes do not follow "
+            "least (1 + critical / B); take batch sizes from well below to well above the critical"
+        ) from None
     least, critical = float(np.exp(fit[0])), float(np.exp(fit[1]))
     table["fit"] = np.exp(model(table["batch_size"].to_numpy(), *fit))
     return CriticalBatch(critical, least, least * critical, table)

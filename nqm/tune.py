@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from nqm.errors import NQMError
+from nqm.errors import NQMError, check_integer
+from nqm.least_squares import LeastSquares
 from nqm.problem import Problem
-from nqm.program import Phase, Program
+from nqm.program import Phase, Program, as_program
 from nqm.schedule import Constant
 from nqm.targets import Best, best_lr, best_lr_and_momentum, fewest_steps, searched_edge
 
@@ -21,7 +22,7 @@ HEAVIEST = 0.999
 
 
 def best_rate(
-    problem: Problem,
+    problem: Problem | LeastSquares,
     program: Program,
     index: int,
     *,
@@ -41,6 +42,7 @@ def best_rate(
     progress : callable
         Told of each setting tried.
     """
+    program = as_program("best_rate.program", program)
     phase = _phase(program, index)
 
     def changed(lr: float, algorithm: Any) -> Program:
@@ -65,7 +67,7 @@ def best_rate(
 
 
 def fastest_rate(
-    problem: Problem,
+    problem: Problem | LeastSquares,
     program: Program,
     target: float,
     *,
@@ -78,6 +80,7 @@ def fastest_rate(
     NQMError
         If no rate reaches it within the program's steps.
     """
+    program = as_program("fastest_rate.program", program)
     if len(program.phases) != 1:
         raise NQMError(f"a target needs a program of one phase; got {len(program.phases)}")
     lr, found = fewest_steps(problem, _phase(program, 0), target, progress=progress)
@@ -87,6 +90,7 @@ def fastest_rate(
 
 def _phase(program: Program, index: int) -> Phase:
     count = len(program.phases)
+    check_integer("phase", index, -count)
     if not -count <= index < count:
         raise NQMError(f"phase must lie in 0..{count - 1}, or -1 for the last; got {index}")
     phase = program.phases[index]

@@ -260,7 +260,7 @@ def test_one_rate_and_only_unstable_ones():
         ({"algorithms": EMA(HeavyBall(0.9))}, "EMA: use fewest_steps"),
         ({"rates": [0.1, 0.2, 0.3]}, "geometric grid"),
         ({"rates": [0.2, 0.1]}, "geometric grid"),
-        ({"rates": [0.0, 0.1]}, "geometric grid"),
+        ({"rates": [0.0, 0.1]}, "rates must hold numbers > 0"),
         ({"batch_sizes": []}, "batch_sizes"),
         ({"batch_sizes": [0.0]}, "batch_sizes"),
         ({"target": 0.0}, "search.target"),

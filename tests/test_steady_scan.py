@@ -189,9 +189,12 @@ def test_diverged_rates_are_not_finite_and_warn_of_nothing(problem):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p: nqm.scan(p, SGD(), [0.1, 0.0], 5), "lr must be > 0"),
-        (lambda p: nqm.scan(p, SGD(), [np.nan], 5), "lr must be > 0"),
-        (lambda p: nqm.scan(p, LatePhase(2), [0.1], 5, member_lr=-1.0), "lr must be > 0"),
+        (lambda p: nqm.scan(p, SGD(), [0.1, 0.0], 5), "lr must hold"),
+        (lambda p: nqm.scan(p, SGD(), [np.nan], 5), "lr must hold"),
+        (
+            lambda p: nqm.scan(p, LatePhase(2), [0.1], 5, member_lr=-1.0),
+            "member_lr must hold",
+        ),
         (lambda p: nqm.scan(p, SGD(), [0.1], -5), r"scan\.steps"),
         (lambda p: nqm.scan(p, SGD(), [0.1], 5, batch_size=0), r"scan\.batch_size"),
         (lambda p: nqm.scan(p, MultiplicativeLatePhase(2), [0.1], 5), "MultiplicativeLatePhase"),

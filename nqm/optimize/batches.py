@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from nqm.algorithms.optimizers import SGD
 from nqm.condense import condense
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.least_squares import additive_only
 from nqm.optimize.descend import Objective, fastest, from_coarse, usual_starts
 from nqm.optimize.flatness import WITHIN, Flatness, flat_numbers, flatness
 from nqm.optimize.pieces import Evaluated, equal_pieces, evaluate, final_loss
@@ -113,6 +114,7 @@ def best_batches(
     NQMError
         If the examples do not pay for the steps.
     """
+    problem = additive_only("best_batches", problem)
     check_integer("best_batches.pieces", pieces, 1)
     check_integer("best_batches.smallest", smallest, 1)
     check_integer("best_batches.examples", examples, smallest)

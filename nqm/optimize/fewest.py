@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from nqm.condense import condense
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.least_squares import additive_only
 from nqm.optimize.flatness import WITHIN
 from nqm.optimize.rates import WIDTH, BestSchedule, on_all, optimised, with_flatness
 from nqm.problem import Problem
@@ -32,6 +33,7 @@ def fewest_steps_piecewise(
     NQMError
         If `horizon` steps do not suffice.
     """
+    problem = additive_only("fewest_steps_piecewise", problem)
     check_integer("fewest_steps_piecewise.pieces", pieces, 1)
     check_number("fewest_steps_piecewise.batch_size", batch_size, low=0.0, closed_low=False)
     check_number(

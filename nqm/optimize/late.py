@@ -21,6 +21,7 @@ from nqm.algorithms.members import LatePhase
 from nqm.algorithms.optimizers import SGD
 from nqm.condense import condense
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.least_squares import additive_only
 from nqm.optimize.descend import SLOWEST, best_constant, descend, fastest
 from nqm.optimize.flatness import WITHIN, Flatness, flat_numbers, flatness
 from nqm.optimize.pieces import Evaluated, evaluate
@@ -130,6 +131,7 @@ def best_late_phase(
     NQMError
         If the examples do not pay for one cycle of some K.
     """
+    problem = additive_only("best_late_phase", problem)
     for name, rate in (("lr", lr), ("late_lr", late_lr)):
         if rate is not None:
             check_number(f"best_late_phase.{name}", rate, low=0.0, closed_low=False)

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nqm.problem import FloatArray, Problem
+from nqm.errors import NQMError, shown
+from nqm.least_squares import additive_only
+from nqm.problem import FloatArray, Problem, numbers_above_zero
 
 
 def equal_pieces(steps: int, pieces: int) -> NDArray[np.int64]:
@@ -49,7 +51,21 @@ def piecewise_loss(
     by_rate, by_batch : ndarray, shape (pieces,)
         d loss / d rate and d loss / d batch size, exact: one sweep forwards, one backwards.
     """
-    run = evaluate(problem, rates, lengths, batch_size)
+    problem = additive_only("piecewise_loss", problem)
+    lr = numbers_above_zero("piecewise_loss.rates", rates)
+    size = numbers_above_zero("piecewise_loss.batch_size", batch_size)
+    n = np.asarray(lengths)
+    if n.shape != lr.shape or n.dtype.kind not in "iuf" or not np.all((n >= 0) & (n % 1 == 0)):
+        raise NQMError(
+            f"piecewise_loss.lengths must hold {lr.size} whole numbers >= 0, one for each rate; "
+            f"got {shown(lengths)}"
+        )
+    if size.size not in (1, lr.size):
+        raise NQMError(
+            f"piecewise_loss.batch_size must have one entry or one for each of {lr.size} rates; "
+            f"got {size.size}"
+        )
+    run = evaluate(problem, lr, n, size)
     return run.loss, run.by_rate, -run.noise / run.batch_size
 
 

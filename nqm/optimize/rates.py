@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.condense import condense
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.least_squares import additive_only
 from nqm.optimize.descend import SLOWEST, Objective, descend, fastest, from_coarse, usual_starts
 from nqm.optimize.flatness import WITHIN, Flatness, flatness
 from nqm.optimize.pieces import Evaluated, equal_pieces, evaluate, final_loss
@@ -99,6 +100,7 @@ def best_piecewise(
     BestSchedule
         Its loss is exact, over every direction of `problem`.
     """
+    problem = additive_only("best_piecewise", problem)
     check_integer("best_piecewise.pieces", pieces, 1)
     check_integer("best_piecewise.steps", steps, 1)
     check_number("best_piecewise.batch_size", batch_size, low=0.0, closed_low=False)

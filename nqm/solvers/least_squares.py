@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +141,33 @@ class _Walk:
                 for mode, here in zip(self.coupled.modes, self.coupled.packed, strict=True)
             ]
         )
+
+
+class CoupledPhaseWalk:
+    """Losses of one phase run from the problem's start; every step is walked."""
+
+    def __init__(self, problem: LeastSquares, phase: Phase):
+        self.problem, self.law = problem, _linear_law(phase, problem)
+
+    def cost(self, steps: int) -> float:
+        """Multiplications of so many steps, to order of magnitude; a step costs 20 000 besides."""
+        size = sum(len(mode.algorithm.coordinates) ** 2 for mode in self.law.algorithm.modes())
+        return float(steps) * (20_000 + self.problem.directions * size**2)
+
+    def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
+        """(step, expected loss) at increasing steps, computed as they are asked for."""
+        states = at_start(self.law.algorithm, self.problem.additive())
+        walk, position = _Walk(self.problem, self.law, states, 0), 0
+        for step in steps:
+            with np.errstate(over="ignore", invalid="ignore"):
+                walk.walk(position, step)
+                loss = float(walk.losses(step)[0].sum())
+            position = step
+            yield step, loss
+
+    def path(self, start: int, stop: int) -> FloatArray:
+        """Expected loss at every step start, start + 1, ..., stop."""
+        return np.array([loss for _, loss in self.at(range(start, stop + 1))])
 
 
 def _second(state: Moments) -> FloatArray:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from nqm.algorithms.base import Algorithm, Mode, Nonlinear
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError
+from nqm.least_squares import LeastSquares, any_problem
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase, Program, goes_on, resumes
+from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory
 from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
@@ -380,8 +381,8 @@ def whole_period(phase: Phase) -> int:
 
 
 def solve(
-    problem: Problem,
-    program: Program,
+    problem: Problem | LeastSquares,
+    program: Program | Phase | Sequence[Phase],
     at: Sequence[int] | None = None,
     *,
     jump: bool = True,
@@ -394,12 +395,13 @@ def solve(
 
     Parameters
     ----------
-    problem : Problem
-    program : Program
+    problem : Problem or LeastSquares
+    program : Program, Phase or sequence of Phase
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
     jump : bool
         Cross stretches that repeat by powers, at a cost of O(log steps); else walk every step.
+        Least squares, whose directions are coupled, is always walked.
     progress : callable, optional
         Told the number of steps done after each advance.
 
@@ -407,6 +409,12 @@ def solve(
     -------
     Trajectory
     """
+    program = as_program("solve.program", program)
+    problem = any_problem("solve", problem)
+    if isinstance(problem, LeastSquares):
+        from nqm.solvers import least_squares  # which builds on this module
+
+        return least_squares.solve(problem, program, at, progress=progress)
     wanted = program.recorded(at)
     only = program.phases[0]
     if len(program.phases) == 1 and getattr(only.algorithm, "coupling", None) == "scalar":

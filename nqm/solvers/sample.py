@@ -20,8 +20,9 @@ from nqm.algorithms.base import Algorithm
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.algorithms.sampled import Sampled
 from nqm.errors import NQMError, check_integer
+from nqm.least_squares import LeastSquares, any_problem
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase, Program, goes_on, resumes
+from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Trajectory
 from nqm.solvers import _kernels, fast_normals
 from nqm.solvers.control import Start, Twin, adjust, peak
@@ -44,8 +45,8 @@ CHUNK = 2_000_000
 
 
 def sample(
-    problem: Problem,
-    program: Program,
+    problem: Problem | LeastSquares,
+    program: Program | Phase | Sequence[Phase],
     at: Sequence[int] | None = None,
     *,
     replicas: int = 1000,
@@ -59,10 +60,11 @@ def sample(
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or LeastSquares
         A direction of multiplicity m is simulated once and counted m times: unbiased, with an
         honest (larger) standard error. Use `Problem.expanded` for the loss's distribution.
-    program : Program
+        Least squares is sampled example by example, in float64, on one thread.
+    program : Program, Phase or sequence of Phase
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
     replicas : int
@@ -86,6 +88,10 @@ def sample(
     check_integer("seed", seed, 0)
     check_integer("workers", 1 if workers is None else workers, 1)
     fast_normals.check_precision(precision)
+    program = as_program("sample.program", program)
+    problem = any_problem("sample", problem)
+    if isinstance(problem, LeastSquares):
+        return _least_squares(problem, program, at, replicas, seed, precision, control, progress)
     wanted = program.recorded(at)
     start = Start.of(problem, program, wanted) if control else None
     plan = _Plan(problem, program, wanted, fast=precision == "float32", start=start)
@@ -128,6 +134,28 @@ def sample(
         member_stderr=member_error,
         controlled=True,
     )
+
+
+def _least_squares(
+    problem: LeastSquares,
+    program: Program,
+    at: Sequence[int] | None,
+    replicas: int,
+    seed: int,
+    precision: str,
+    control: bool,
+    progress: Callable[[int], None] | None,
+) -> Trajectory:
+    """`sample` on least squares, which has one literal sampler."""
+    if precision != "float64" or control:
+        name = "control" if control else "precision"
+        raise NQMError(f"sample.{name}: least squares is sampled literally, in float64; drop it")
+    from nqm.solvers import least_squares_sample
+
+    found = least_squares_sample.sample(problem, program, at, replicas=replicas, seed=seed)
+    if progress is not None:
+        progress(replicas)
+    return found
 
 
 class _Plan:

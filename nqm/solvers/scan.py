@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 
 from nqm.algorithms.base import Algorithm, Mode
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import FloatArray, Problem
+from nqm.least_squares import additive_only
+from nqm.problem import FloatArray, Problem, numbers_above_zero
 from nqm.solvers import _kernels
 from nqm.solvers.moments import CHUNK, at_start, compose_steps
 from nqm.transition import extract, noise_moment, readout
@@ -55,16 +56,20 @@ def scan(
     member_lr : array_like, shape (L,), optional
         For late-phase weights; `lr` by default.
     """
+    problem = additive_only("scan", problem)
     if not isinstance(algorithm, Algorithm):
         raise NQMError(f"scan needs exact moments; {type(algorithm).__name__} has none")
     check_integer("scan.steps", steps, 0)
     check_number("scan.batch_size", batch_size, low=0.0, closed_low=False)
-    rates = np.atleast_1d(np.asarray(lr, dtype=np.float64))
-    member_rates = (
-        rates if member_lr is None else np.broadcast_to(np.asarray(member_lr), rates.shape)
-    )
-    if not (np.all(rates > 0) and np.all(member_rates > 0)):
-        raise NQMError("scan: every lr must be > 0")
+    rates = member_rates = numbers_above_zero("scan.lr", lr)
+    if member_lr is not None:
+        member_rates = numbers_above_zero("scan.member_lr", member_lr)
+        if member_rates.size not in (1, rates.size):
+            raise NQMError(
+                f"scan.member_lr must have one entry or as many as lr, {rates.size}; "
+                f"got {member_rates.size}"
+            )
+        member_rates = np.broadcast_to(member_rates, rates.shape)
     algorithm.check(problem)
     mask = algorithm.replicated(problem)
     member_scale = np.ones(problem.directions) if mask is None else mask

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,8 +28,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.algorithms.base import Algorithm
 from nqm.condense import condense
-from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import FloatArray, Problem
+from nqm.errors import NQMError, check_integer, check_number, shown
+from nqm.least_squares import additive_only
+from nqm.problem import FloatArray, Problem, numbers_above_zero
 from nqm.result import Status
 from nqm.solvers import _kernels
 from nqm.transition import embedding, extract, minibatches, readout, spectral_radius
@@ -199,15 +201,15 @@ def search(
     NQMError
         If the rates are no geometric grid, or an algorithm has more than two coordinates.
     """
-    spectra = [problems] if isinstance(problems, Problem) else list(problems)
-    methods = [algorithms] if isinstance(algorithms, Algorithm) else list(algorithms)
+    spectra = [
+        additive_only("search", problem) for problem in _several("search.problems", problems)
+    ]
+    methods = _several("search.algorithms", algorithms)
     chains = [_Chain.of(method) for method in methods]
     lr = _geometric(rates)
     check_number("search.target", target, low=0.0, closed_low=False)
     check_integer("search.horizon", horizon, 1)
-    sizes = np.asarray(batch_sizes, dtype=np.float64)
-    if not (sizes.size and np.all(sizes > 0)):
-        raise NQMError(f"search.batch_sizes must hold numbers > 0; got {batch_sizes!r:.60}")
+    sizes = numbers_above_zero("search.batch_sizes", batch_sizes)
     for problem in spectra:
         if target >= problem.initial_loss:
             raise NQMError(
@@ -391,15 +393,20 @@ def _weights(problem: Problem) -> tuple[FloatArray, FloatArray]:
     return problem.weight * start, problem.weight * noise
 
 
+def _several(where: str, given: Any) -> list[Any]:
+    """One or several, as a list that is not empty."""
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    if not several:
+        raise NQMError(f"{where} must name at least one; got none")
+    return several
+
+
 def _geometric(rates: ArrayLike) -> FloatArray:
-    lr = np.atleast_1d(np.asarray(rates, dtype=np.float64))
-    good = lr.ndim == 1 and lr.size > 0 and bool(np.all(np.isfinite(lr) & (lr > 0)))
-    if good and lr.size > 1:
-        even = np.geomspace(lr[0], lr[-1], lr.size)
-        good = lr[-1] > lr[0] and bool(np.allclose(lr, even, rtol=1e-9, atol=0.0))
-    if not good:
+    lr = numbers_above_zero("search.rates", rates)
+    even = np.geomspace(lr[0], lr[-1], lr.size)
+    if lr.size > 1 and not (lr[-1] > lr[0] and np.allclose(lr, even, rtol=1e-9, atol=0.0)):
         raise NQMError(
             "search.rates must be a geometric grid, smallest first, as of numpy.geomspace; "
-            f"got {rates!r:.60}"
+            f"got {shown(rates)}"
         )
     return lr

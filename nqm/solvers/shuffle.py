@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError, check_integer
+from nqm.least_squares import additive_only
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase
+from nqm.program import Phase, one_phase
 from nqm.solvers.moments import whole_period
 from nqm.transition import extract, readout, spectral_radius
 
@@ -65,6 +66,8 @@ def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSt
     NQMError
         If the epoch is not a whole number of at least two steps, or the phase is not constant.
     """
+    problem = additive_only("shuffled_steady", problem)
+    phase = one_phase("shuffled_steady.phase", phase)
     check_integer("examples", examples, 2)
     algorithm = phase.algorithm
     if not isinstance(algorithm, Algorithm) or whole_period(phase) != 1 or algorithm.counts_steps:

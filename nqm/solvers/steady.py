@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,16 @@ from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.algorithms.wrapper import Wrapper
 from nqm.balance import balance_point
 from nqm.errors import NQMError
+from nqm.least_squares import LeastSquares, any_problem
 from nqm.problem import FloatArray, Problem
-from nqm.program import Phase
+from nqm.program import Phase, one_phase
 from nqm.result import Kind, Status
 from nqm.solvers import _kernels
 from nqm.solvers.moments import phase_cycles, whole_period
 from nqm.transition import readout, spectral_radius
+
+if TYPE_CHECKING:
+    from nqm.solvers.least_squares import CoupledSteady
 
 #: A number of steps after which every finite window is full; a multiple of any usual period.
 LONG = 720_720
@@ -68,12 +73,26 @@ class Steady:
         )
 
 
-def steady(problem: Problem, phase: Phase) -> Steady:
+@overload
+def steady(problem: Problem, phase: Phase) -> Steady: ...
+
+
+@overload
+def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady: ...
+
+
+def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSteady:
     """Steady state of a phase that goes on for ever; its `steps` are not looked at.
 
     The fixed point of S = A S A' + Q over one cycle of rates, by doubling. For elementwise
     multiplicative late-phase weights this is the quasi-steady state of the first order; the
     long-run floor, reached after a time of order 1 / (lr^2 v), is `nqm.balance_point`.
+
+    Parameters
+    ----------
+    problem : Problem or LeastSquares
+        Least squares returns a `nqm.solvers.least_squares.CoupledSteady`.
+    phase : Phase
 
     Raises
     ------
@@ -81,6 +100,12 @@ def steady(problem: Problem, phase: Phase) -> Steady:
         For rates that never repeat, and for averages over all the past (SWA, schedule-free),
         whose variance keeps falling as one over the number of steps.
     """
+    phase = one_phase("steady.phase", phase)
+    problem = any_problem("steady", problem)
+    if isinstance(problem, LeastSquares):
+        from nqm.solvers import least_squares  # which builds on this module
+
+        return least_squares.steady(problem, phase)
     check_settles(phase.algorithm)
     modes, starts, cycles = phase_cycles(problem, phase)
     curved = problem.curvature > 0
