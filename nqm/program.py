@@ -56,6 +56,7 @@ class Phase:
         check_integer("phase.steps", self.steps, 0)
         object.__setattr__(self, "lr", as_schedule(self.lr, "phase.lr"))
         object.__setattr__(self, "batch_size", as_schedule(self.batch_size, "phase.batch_size"))
+        _check_batch_sizes(self.batch_size, self.steps)
         if self.member_lr is not None:
             if self.algorithm.rate_count == 1:
                 name = type(self.algorithm).__name__
@@ -74,6 +75,12 @@ class Phase:
         if self.algorithm.rate_count == 2:
             used.append(self.lr if self.member_lr is None else self.member_lr)
         return [*used, self.batch_size]
+
+    @property
+    def least_batch_size(self) -> float:
+        """A lower bound of the batch size; its first value for a schedule that tells none."""
+        schedule: Any = self.batch_size
+        return schedule.least or float(schedule(0))
 
     def settings(self, start: int, stop: int) -> FloatArray:
         """Learning rate(s) and batch size of steps [start, stop), one row per step."""
@@ -111,6 +118,18 @@ class Phase:
                 repeats = next(p for a, b, p in segments if a <= start < b)
                 period = None if period is None or repeats is None else math.lcm(period, repeats)
             yield start, stop, period if period is not None and period < stop - start else None
+
+
+def _check_batch_sizes(schedule: Any, steps: int) -> None:
+    """Raise NQMError where a batch would be empty, at any of the first million steps."""
+    if schedule.least > 0.0:
+        return
+    empty = np.flatnonzero(~(schedule(np.arange(min(steps, 10**6))) > 0.0))
+    if empty.size:
+        raise NQMError(
+            f"phase.batch_size must be > 0 at every step; {type(schedule).__name__} gives "
+            f"{float(schedule(empty[0])):g} at step {empty[0]}"
+        )
 
 
 def goes_on(old: Phase, new: Phase) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from nqm.algorithms.sampled import Sampled, SampledSGD
 from nqm.errors import NQMError, check_number
 from nqm.problem import FloatArray, Problem
 
@@ -36,8 +38,43 @@ class Kind(StrEnum):
     LONG_RUN = "long_run"
 
 
-#: A loss this many times the start's counts as diverged even where it is still a finite number.
+#: A loss this many times what a stable run may come to counts as diverged, though finite.
 RUNAWAY = 1e12
+
+
+def runaway(problem: Problem, program: Program) -> float:
+    """Loss beyond which a run counts as diverged even where it is still a finite number.
+
+    `RUNAWAY` times what a stable run may come to: the loss of the start, of the origin (to which
+    decay pulls), of the members' spread, and of all the noise of all steps piled up, at the highest
+    rate of plain SGD, 2 / h of the largest curvature. Infinite for methods whose steps are bounded
+    whatever the gradient: they do not diverge, and their loss has the scale of their rate.
+    """
+    top = float(problem.curvature.max())
+    if top == 0.0 or any(_bounded(phase.algorithm) for phase in program.phases):
+        return math.inf
+    with np.errstate(over="ignore"):
+        square = problem.initial_mean**2 + problem.initial_variance
+        for phase in program.phases:
+            own = _own_noise(phase.algorithm)
+            kick = (2.0 / top) ** 2 * problem.noise_variance / phase.least_batch_size + own
+            square = square + phase.steps * kick + own + (1.0 + own) * problem.minimum**2
+        limit = RUNAWAY * float(problem.weight @ square)
+    return limit if limit > 0.0 else math.inf
+
+
+def _bounded(algorithm: object) -> bool:
+    """Whether a step is bounded whatever the gradient: signs, Adam, clipping."""
+    if not isinstance(algorithm, Sampled):
+        return False
+    return not isinstance(algorithm, SampledSGD) or algorithm.threshold is not None
+
+
+def _own_noise(algorithm: object) -> float:
+    """Variance of what a method adds by itself: rounding, and the members' first spread."""
+    inner = getattr(algorithm, "inner", None)
+    own = getattr(algorithm, "pitch", 0.0) ** 2 + getattr(algorithm, "spread", 0.0)
+    return float(own) + (0.0 if inner is None else _own_noise(inner))
 
 
 @dataclass(frozen=True)
@@ -65,6 +102,8 @@ class Trajectory:
         First two moments of the evaluated weights by direction (analytic results only).
     samples : ndarray, shape (records, replicas)
         Loss of every replica (Monte Carlo only).
+    runaway : float
+        Loss beyond which the run counts as diverged even where it is finite (`runaway`).
     controlled : bool
         Whether a control variate has adjusted the means (`nqm.sample`).
     """
@@ -84,6 +123,7 @@ class Trajectory:
     weight_variance: FloatArray | None = field(default=None, repr=False)
     samples: FloatArray | None = field(default=None, repr=False)
     unstable: NDArray[np.bool_] | None = field(default=None, repr=False)
+    runaway: float = math.inf
     controlled: bool = False
 
     @classmethod
@@ -113,13 +153,13 @@ class Trajectory:
                 stderr=sd / root,
                 member_stderr=member_sd / root,
                 samples=loss,
+                runaway=runaway(problem, program),
             )
 
     @property
     def status(self) -> list[Status]:
         """Status by recorded step."""
-        start = self.problem.initial_loss
-        lost = ~np.isfinite(self.loss) | (self.loss > (RUNAWAY * start if start else np.inf))
+        lost = ~np.isfinite(self.loss) | (self.loss > self.runaway)
         if self.unstable is not None:
             lost |= self.unstable
         return [Status.DIVERGED if bad else Status.FINISHED for bad in lost]

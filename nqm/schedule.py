@@ -24,11 +24,16 @@ Segment = tuple[int, int, int | None]
 
 
 class Schedule(ABC):
-    """A positive number for every step of a phase."""
+    """A number >= 0 for every step of a phase; a batch size must be > 0 at each of them."""
 
     @abstractmethod
     def __call__(self, step: ArrayLike) -> FloatArray:
         """Value at `step` (0-based within the phase); shape of `step`."""
+
+    @property
+    def least(self) -> float:
+        """A lower bound of the values; 0 where none is known."""
+        return 0.0
 
     def segments(self, steps: int) -> Iterator[Segment]:
         """Stretches of [0, steps) on which the schedule is periodic; by default never."""
@@ -47,6 +52,10 @@ class Constant(Schedule):
     def __call__(self, step: ArrayLike) -> FloatArray:
         return np.full(np.shape(step), self.value, dtype=np.float64)
 
+    @property
+    def least(self) -> float:
+        return self.value
+
     def segments(self, steps: int) -> Iterator[Segment]:
         yield 0, steps, 1
 
@@ -58,7 +67,7 @@ class Piecewise(Schedule):
     Parameters
     ----------
     values : tuple of float
-        Positive.
+        >= 0, not all of them 0.
     boundaries : tuple of int
         Increasing steps at which the next value takes over.
     """
@@ -68,7 +77,8 @@ class Piecewise(Schedule):
 
     def __post_init__(self) -> None:
         for value in self.values:
-            _positive("Piecewise.values", value)
+            check_number("Piecewise.values", value, low=0.0)
+        _some_above_zero("Piecewise.values", *self.values)
         if len(self.values) != len(self.boundaries) + 1:
             raise NQMError(
                 f"Piecewise.values needs one entry more than boundaries; "
@@ -83,6 +93,10 @@ class Piecewise(Schedule):
     def __call__(self, step: ArrayLike) -> FloatArray:
         index = np.searchsorted(np.asarray(self.boundaries), np.asarray(step), side="right")
         return np.asarray(self.values, dtype=np.float64)[index]
+
+    @property
+    def least(self) -> float:
+        return min(self.values)
 
     def segments(self, steps: int) -> Iterator[Segment]:
         edges = [0, *(b for b in self.boundaries if b < steps), steps]
@@ -99,13 +113,18 @@ class Linear(Schedule):
     over: int
 
     def __post_init__(self) -> None:
-        _positive("Linear.start", self.start)
-        _positive("Linear.end", self.end)
+        check_number("Linear.start", self.start, low=0.0)
+        check_number("Linear.end", self.end, low=0.0)
+        _some_above_zero("Linear.start and Linear.end", self.start, self.end)
         check_integer("Linear.over", self.over, 1)
 
     def __call__(self, step: ArrayLike) -> FloatArray:
         done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
         return self.start + (self.end - self.start) * done
+
+    @property
+    def least(self) -> float:
+        return min(self.start, self.end)
 
     def segments(self, steps: int) -> Iterator[Segment]:
         yield from _then_flat(self.over, steps)
@@ -120,13 +139,18 @@ class Cosine(Schedule):
     over: int
 
     def __post_init__(self) -> None:
-        _positive("Cosine.start", self.start)
-        _positive("Cosine.end", self.end)
+        check_number("Cosine.start", self.start, low=0.0)
+        check_number("Cosine.end", self.end, low=0.0)
+        _some_above_zero("Cosine.start and Cosine.end", self.start, self.end)
         check_integer("Cosine.over", self.over, 1)
 
     def __call__(self, step: ArrayLike) -> FloatArray:
         done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
         return self.end + (self.start - self.end) * 0.5 * (1.0 + np.cos(np.pi * done))
+
+    @property
+    def least(self) -> float:
+        return min(self.start, self.end)
 
     def segments(self, steps: int) -> Iterator[Segment]:
         yield from _then_flat(self.over, steps)
@@ -147,7 +171,7 @@ class WarmupStableDecay(Schedule):
 
     def __post_init__(self) -> None:
         _positive("WarmupStableDecay.peak", self.peak)
-        _positive("WarmupStableDecay.end", self.end)
+        check_number("WarmupStableDecay.end", self.end, low=0.0)
         for name, minimum in (("warmup", 0), ("stable", 0), ("decay", 1)):
             check_integer(f"WarmupStableDecay.{name}", getattr(self, name), minimum)
 
@@ -156,6 +180,10 @@ class WarmupStableDecay(Schedule):
         rise = np.minimum((t + 1.0) / max(self.warmup, 1), 1.0) if self.warmup else 1.0
         fall = np.clip((t - self.warmup - self.stable) / self.decay, 0.0, 1.0)
         return np.asarray(self.peak * rise + (self.end - self.peak) * fall)
+
+    @property
+    def least(self) -> float:
+        return min(self.peak / max(self.warmup, 1), self.end)
 
     def segments(self, steps: int) -> Iterator[Segment]:
         plateau = self.warmup + self.stable
@@ -183,7 +211,7 @@ class Cyclic(Schedule):
 
     def __post_init__(self) -> None:
         _positive("Cyclic.high", self.high)
-        _positive("Cyclic.low", self.low)
+        check_number("Cyclic.low", self.low, low=0.0)
         check_integer("Cyclic.period", self.period, 1)
         if self.shape not in ("cosine", "linear", "triangle"):
             raise NQMError(
@@ -201,6 +229,10 @@ class Cyclic(Schedule):
         else:
             height = np.abs(1.0 - 2.0 * inside)
         return np.asarray(self.low + (self.high - self.low) * height)
+
+    @property
+    def least(self) -> float:
+        return min(self.high, self.low)
 
     def segments(self, steps: int) -> Iterator[Segment]:
         yield 0, steps, self.period
@@ -222,6 +254,10 @@ class Warmup(Schedule):
     def __call__(self, step: ArrayLike) -> FloatArray:
         rise = np.minimum((np.asarray(step, dtype=np.float64) + 1.0) / self.steps, 1.0)
         return np.asarray(rise * self.then(step))
+
+    @property
+    def least(self) -> float:
+        return self.then.least / self.steps
 
     def segments(self, steps: int) -> Iterator[Segment]:
         risen = self.steps if self.steps > 1 else 0  # one step of warm-up is none
@@ -265,6 +301,10 @@ class Joined(Schedule):
             value[chosen] = schedule(t[chosen] - edges[index])
         return value
 
+    @property
+    def least(self) -> float:
+        return min(part.least for part in self.parts)
+
     def segments(self, steps: int) -> Iterator[Segment]:
         offset = 0
         for index, schedule in enumerate(self.parts):
@@ -287,6 +327,11 @@ def as_schedule(value: float | Schedule | Any, where: str) -> Schedule:
 
 def _positive(where: str, value: float) -> None:
     check_number(where, value, low=0.0, closed_low=False)
+
+
+def _some_above_zero(where: str, *values: float) -> None:
+    if not any(values):
+        raise NQMError(f"{where} must not all be 0: nothing would be trained")
 
 
 def _then_flat(over: int, steps: int) -> Iterator[Segment]:

@@ -166,7 +166,7 @@ MISTAKES = [
     ("phase.0.lr={start=1}", "phase.0.lr.schedule is missing"),
     (
         "phase.0.lr={schedule='cosine', start=-1, end=1, over=2}",
-        "phase.0.lr.start must lie in (0, inf); got -1",
+        "phase.0.lr.start must lie in [0, inf); got -1",
     ),
     ("phase.0.lr={schedule='cosine', start=1}", "phase.0.lr.end is missing"),
     ("phase.0.lr={schedule='joined', parts=1, lengths=[]}", "phase.0.lr.parts must be a list"),

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import IDENTITY, agree_each
+from tolerances import IDENTITY, agree_each, within_error
 
+import nqm
 from nqm import (
+    SGD,
     Constant,
     Cosine,
     Cyclic,
     Joined,
     Linear,
     NQMError,
+    Phase,
     Piecewise,
+    Program,
     Schedule,
     Warmup,
     WarmupStableDecay,
@@ -144,7 +148,12 @@ def test_a_number_is_a_constant():
         (lambda: Piecewise((1.0, 2.0, 3.0), (5, 5)), r"Piecewise\.boundaries"),
         (lambda: Piecewise((1.0, 2.0), (0,)), r"Piecewise\.boundaries"),
         (lambda: Piecewise((1.0, 2.0), (2.5,)), r"Piecewise\.boundaries"),
-        (lambda: Linear(1.0, 0.0, 3), r"Linear\.end"),
+        (lambda: Linear(1.0, -0.1, 3), r"Linear\.end"),
+        (lambda: Linear(0.0, 0.0, 3), "must not all be 0"),
+        (lambda: Piecewise((0.0, 0.0), (3,)), "must not all be 0"),
+        (lambda: WarmupStableDecay(0.0, 0.0, 0, 0, 1), r"WarmupStableDecay\.peak"),
+        (lambda: Cyclic(0.0, 0.0, 3), r"Cyclic\.high"),
+        (lambda: Phase(SGD(), 0.1, 5, Linear(4.0, 0.0, 4)), "batch_size must be > 0.* 0 at step 4"),
         (lambda: Linear(1.0, 0.1, 0), r"Linear\.over"),
         (lambda: Cosine(float("nan"), 0.1, 3), r"Cosine\.start"),
         (lambda: Cosine(1.0, 0.1, 2.5), r"Cosine\.over"),
@@ -162,3 +171,58 @@ def test_a_number_is_a_constant():
 def test_bad_input_names_the_field(build, words):
     with pytest.raises(NQMError, match=words):
         build()
+
+
+#: Schedules that end at 0, or pass through it, and from which step on they stay there.
+ENDING = {
+    "linear": Linear(0.4, 0.0, 12),
+    "from zero": Linear(0.0, 0.4, 12),
+    "cosine": Cosine(0.4, 0.0, 12),
+    "wsd": WarmupStableDecay(0.4, 0.0, 3, 4, 5),
+    "cyclic": Cyclic(0.4, 0.0, 5),
+    "piecewise": Piecewise((0.4, 0.0, 0.2), (5, 9)),
+    "warmup": Warmup(3, Cosine(0.4, 0.0, 12)),
+    "joined": Joined((Linear(0.4, 0.0, 4), Constant(0.2)), (6,)),
+}
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_rate_may_be_zero(name, problem):
+    """Exact losses are those of the recursion, and where the rate is 0 nothing moves."""
+    schedule, steps = ENDING[name], 20
+    program = Program((Phase(SGD(), schedule, steps, 2),))
+    moment = problem.initial_mean**2 + problem.initial_variance
+    expected = [problem.weight @ moment]
+    for lr in schedule(np.arange(steps)):
+        kicked = lr**2 * problem.noise_variance / 2
+        moment = (1.0 - lr * problem.curvature) ** 2 * moment + kicked
+        expected.append(problem.weight @ moment)
+    at = range(steps + 1)
+    for jump in (True, False):
+        found = nqm.solve(problem, program, at, jump=jump)
+        agree_each(found.loss, expected, IDENTITY)
+        assert set(found.status) == {nqm.Status.FINISHED}
+    still = np.flatnonzero(schedule(np.arange(steps)) == 0.0)
+    assert still.size
+    agree_each(found.loss[still + 1], found.loss[still], 0.0)
+    for precision in ("float64", "float32"):
+        drawn = nqm.sample(problem, program, at, replicas=600, precision=precision)
+        within_error(drawn.loss, expected, drawn.stderr)
+    nqm.sample(problem, Program((Phase(nqm.Adam(), schedule, steps),)), [steps], replicas=4)
+
+
+def test_least_is_the_least_value():
+    for schedule in (*ENDING.values(), *(schedule for schedule, _ in FORMULAS.values())):
+        least = schedule(np.arange(60)).min()
+        assert 0.0 <= schedule.least <= least * (1.0 + IDENTITY)
+
+
+def test_a_cycle_down_to_zero_settles(problem):
+    """The steady state at the end of a cycle of rates is the fixed point of its moments."""
+    schedule = Cyclic(0.4, 0.0, 5)
+    keep, kicked = np.ones(3), np.zeros(3)
+    for lr in schedule(np.arange(5)):
+        factor = (1.0 - lr * problem.curvature) ** 2
+        keep, kicked = factor * keep, factor * kicked + lr**2 * problem.noise_variance
+    found = nqm.steady(problem, Phase(SGD(), schedule, 1))
+    agree_each(found.loss, problem.weight @ (kicked / (1.0 - keep)), 1e-11)  # 1 - keep cancels

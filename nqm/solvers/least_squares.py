@@ -14,7 +14,7 @@ from nqm.errors import NQMError, check_number
 from nqm.least_squares import LeastSquares
 from nqm.problem import FloatArray
 from nqm.program import Phase, Program
-from nqm.result import Kind, Status, Trajectory
+from nqm.result import Kind, Status, Trajectory, runaway
 from nqm.solvers.coupled import Coupled, Cycle, Repeated, cycle, moving, pack, pair, unpack
 from nqm.solvers.moments import Law, Moments, at_start, hand_over, law_of, whole_period
 from nqm.solvers.steady import LONG, check_settles
@@ -69,6 +69,7 @@ def solve(
         loss_sd=np.full(len(rows), np.nan),
         stderr=zeros,
         member_stderr=zeros,
+        runaway=runaway(problem.additive(), program),
         **columns,
     )
 

@@ -15,7 +15,7 @@ from nqm.errors import NQMError
 from nqm.least_squares import LeastSquares, any_problem
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on, resumes
-from nqm.result import Kind, Trajectory
+from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
 from nqm.transition import (
@@ -430,6 +430,7 @@ def solve(
         examples=program.examples(wanted),
         stderr=zeros,
         member_stderr=zeros,
+        runaway=runaway(problem, program),
         **columns,
     )
 

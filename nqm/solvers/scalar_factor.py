@@ -18,7 +18,7 @@ from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program
-from nqm.result import Kind, Trajectory
+from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
 
 #: Dense matrices beyond this many directions would take gigabytes and minutes.
@@ -31,7 +31,7 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
     Valid for noise, spread and displacement small beside w*. Needs constant rates and batch size,
     multiplicity 1 and at most 1000 directions.
     """
-    algorithm = phase.algorithm
+    algorithm, program = phase.algorithm, Program((phase,))
     assert isinstance(algorithm, MultiplicativeLatePhase)
     algorithm.check(problem)
     if any(period != 1 for _, _, period in phase.segments()) or len(list(phase.segments())) > 1:
@@ -74,7 +74,7 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
         problem=problem,
         kind=Kind.FIRST_ORDER,
         steps=np.array(at, dtype=np.int64),
-        examples=Program((phase,)).examples(at),
+        examples=program.examples(at),
         loss=loss,
         bias=bias_,
         variance=variance_,
@@ -82,6 +82,7 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
         loss_sd=loss_sd,
         stderr=zeros,
         member_stderr=zeros,
+        runaway=runaway(problem, program),
     )
 
 
