@@ -77,6 +77,15 @@ def _own_noise(algorithm: object) -> float:
     return float(own) + (0.0 if inner is None else _own_noise(inner))
 
 
+#: Least distance of a quantile's level from 0 and from 1.
+TAIL = 1e-12
+
+
+def check_level(where: str, level: object) -> None:
+    """Raise NQMError unless `level` is one that exact quantiles have."""
+    check_number(where, level, low=TAIL, high=1.0 - TAIL)
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """Expected loss at recorded steps. Arrays have shape (records,).
