@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neural import landscapes
 from neural.batch_landscape import BatchLandscape
 from neural.config import RunConfig
+from neural.curvature import Landscape
 from neural.data import ImageData, StreamData, TextData, load_images
 from neural.landscapes import landscape_of, settle, training_batches
 from neural.models import build
@@ -152,8 +153,54 @@ def test_a_folder_of_images_is_refused(run: RunConfig, monkeypatch: pytest.Monke
 def test_settling_finds_the_minimum_of_a_quadratic() -> None:
     landscape = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).landscape
     found = settle(landscape)
-    np.testing.assert_allclose(found.weights, np.zeros(4), atol=1e-8)
+    np.testing.assert_allclose(found.weights, np.zeros(4), atol=1e-13)
     assert not found.weights.requires_grad
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_settling_does_not_depend_on_the_unit_of_the_loss(size: float) -> None:
+    bowl = Bowl(np.geomspace(1.0, 1e-3, 10).tolist(), away=1.0)
+    plain = bowl.landscape.example_loss
+    bowl.landscape.example_loss = lambda output, targets: size * plain(output, targets)
+    found = settle(bowl.landscape)
+    # Rounding of the gradient, of examples' gradients of size 1, over the least curvature.
+    np.testing.assert_allclose(found.weights, 0.0, atol=1e-14 / 1e-3)
+
+
+def test_settling_finds_the_minimum_of_a_curved_loss() -> None:
+    bowl = Bowl((3.0, 1.0, 0.4, 0.1), away=0.05, cubic=0.1)
+    found = settle(bowl.landscape)
+    # The gradient by the closed form; at the minimum the Hessian H + T[w] is positive.
+    np.testing.assert_allclose(bowl.gradient(found.weights), 0.0, atol=1e-14)
+    bent = bowl.hessian + np.tensordot(bowl.third, found.weights.numpy(), 1)
+    assert np.linalg.eigvalsh(bent)[0] > 0.0
+
+
+def test_settling_in_single_precision_goes_as_far_as_it_reaches() -> None:
+    landscape = tanh_landscape(0.1, quick=False)
+    exact = settle(landscape).weights
+    single = Landscape(
+        landscape.model.float(),
+        [(x.float(), y) for x, y in landscape.batches],
+        weight_decay=0.1,
+    )
+    # The least curvature is at least the decay, and the gradient's rounding that of float32.
+    agree(settle(single).weights, exact, 1e-4)  # float32
+
+
+def test_settling_does_not_climb_to_a_saddle() -> None:
+    landscape = Bowl((2.0, 1.0, -0.5), away=1e-3).landscape
+    found = settle(landscape, iterations=5)
+    assert found.loss() <= landscape.loss()
+    w, v = found.weights.numpy(), np.linalg.eigh(Bowl((2.0, 1.0, -0.5)).hessian)[1][:, 0]
+    start = landscape.weights.numpy()
+    assert abs(w @ v) >= abs(start @ v)
+
+
+def test_settling_from_a_loss_that_is_not_finite() -> None:
+    landscape = Bowl((3.0, 1.0), away=1.0).landscape
+    with pytest.raises(NQMError, match="settle: the loss at the checkpoint is nan"):
+        settle(landscape.at(torch.full((2,), torch.nan).double()))
 
 
 def test_settling_stays_near_and_leaves_the_rest_alone() -> None:
