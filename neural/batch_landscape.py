@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from neural.curvature import Landscape
 from neural.late_phase import Batch
+from neural.rows import input_rows, joined
 from nqm.errors import NQMError, check_integer
 
 
@@ -33,7 +34,8 @@ class BatchLandscape(Landscape):
     def _output(self, w: Tensor, inputs: Any) -> Tensor:
         """Outputs of every group by itself, shape (groups, size, ...)."""
         output = super()._output
-        return torch.stack([output(w, group) for group in inputs])
+        tensors, make = input_rows(inputs)
+        return torch.stack([output(w, make(group)) for group in zip(*tensors, strict=True)])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -64,12 +66,12 @@ def grouped(batches: Sequence[Batch], size: int) -> list[Batch]:
         One group each, of shapes (1, size, ...).
     """
     check_integer("size", size, 2)
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    if len(y) < size:
-        raise NQMError(f"size must be at most the {len(y)} examples; got {size}")
-    whole = len(y) // size * size
-    groups = zip(torch.split(x[:whole], size), torch.split(y[:whole], size), strict=True)
-    return [(inputs[None], targets[None]) for inputs, targets in groups]
+    tensors, make = joined(batches)
+    count = len(tensors[-1])
+    if count < size:
+        raise NQMError(f"size must be at most the {count} examples; got {size}")
+    groups = zip(*(torch.split(one[: count // size * size], size) for one in tensors), strict=True)
+    return [make([one[None] for one in group]) for group in groups]
 
 
 def _with_own_statistics(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:

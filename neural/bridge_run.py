@@ -21,6 +21,7 @@ from neural.curvature import CURVATURES, Landscape
 from neural.drift import measure_drift
 from neural.kinks import find_kinks
 from neural.landscapes import landscape_of, settle
+from neural.late_phase import Batch
 from neural.local_model import Kept, LocalModel, fingerprint, measure
 from neural.making import make_model
 from neural.prediction import edge
@@ -418,9 +419,15 @@ def _weights(landscape: Landscape) -> dict[str, Any]:
 def held_out_loss(
     landscape: Landscape, task: Task, examples: int | None, group: int | None = None
 ) -> Callable[[Tensor], float]:
-    """Mean cross-entropy on so much of the test set, as a function of the landscape's weights."""
-    batches, left = [], examples
+    """Mean cross-entropy on so much of the test set, as a function of the landscape's weights.
+
+    Of a text, windows of full length: a symbol of a shorter one would count for more.
+    """
+    batches: list[Batch] = []
+    left = examples
     for x, y in task.test():
+        if batches and y.shape[1:] != batches[0][1].shape[1:]:
+            continue
         x, y = x[:left], y[:left]
         batches.append((x.to(landscape.weights.dtype) if x.is_floating_point() else x, y))
         left = None if left is None else left - len(x)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import grad
 
 from neural.curvature import Landscape
 from neural.late_phase import LatePhase
+from neural.rows import EachRow, joined
 from nqm.errors import NQMError, check_integer, check_number, check_word
 
 FloatArray = NDArray[np.float64]
@@ -93,28 +94,24 @@ def train_chains(
     step : int
     weights : Tensor, shape (chains, p)
     """
-    x = torch.cat([inputs for inputs, _ in landscape.batches])
-    y = torch.cat([targets for _, targets in landscape.batches])
+    landscape.check()
+    tensors, make = joined(landscape.batches)
     weights = landscape.weights.repeat(chains, 1)
     buffers = torch.zeros_like(weights)
     draws = [minibatches(landscape.examples, training, (seed, c)) for c in range(chains)]
-    slope = grad(lambda w, a, b: landscape.mean_loss(w, (a, b)))
-    together = sum(p.numel() for p in landscape.model.parameters()) < TOGETHER
+    slope = EachRow(grad(lambda w, *batch: landscape.mean_loss(w, make(batch))))
+    slope.together = sum(p.numel() for p in landscape.model.parameters()) < TOGETHER
 
     def slopes(weights: Tensor) -> Tensor:
-        index = torch.stack([next(draw) for draw in draws]).to(x.device)
+        index = torch.stack([next(draw) for draw in draws]).to(tensors[-1].device)
         found: Tensor
         with torch.no_grad():  # or the model's other weights would keep every step's graph
-            if together:
-                found = vmap(slope)(weights, x[index], y[index])
-            else:
-                each = zip(weights, index, strict=True)
-                found = torch.stack([slope(w, x[i], y[i]) for w, i in each])
+            found = slope(weights, *(tensor[index] for tensor in tensors))
         return found.add_(weights, alpha=landscape.weight_decay)
 
     done = 0
-    with landscape.evaluating():
-        for stop in at:
+    for stop in at:
+        with landscape.evaluating():
             for step in range(done + 1, stop + 1):
                 # Once all have diverged they stay; the loss of such weights is told as infinite.
                 if bool(weights.isfinite().all(1).any()):
@@ -126,8 +123,8 @@ def train_chains(
                         progress(chains)
                 if seen is not None:
                     seen(step, weights)
-            done = stop
-            yield stop, weights.detach().clone()
+        done = stop
+        yield stop, weights.detach().clone()
 
 
 def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iterator[Tensor]:
@@ -186,8 +183,7 @@ def train_late_phase(
     )
     late = LatePhase(model, members, select, gamma="mean", seed=seed).eval()
     own = late.optimizer_like(base)
-    x = torch.cat([inputs for inputs, _ in landscape.batches])
-    y = torch.cat([targets for _, targets in landscape.batches])
+    tensors, make = joined(landscape.batches)
     draws = [minibatches(landscape.examples, training, (seed, k)) for k in range(members)]
 
     def loss(output: Tensor, targets: Tensor) -> Tensor:
@@ -197,7 +193,7 @@ def train_late_phase(
     for stop in at:
         for _ in range(stop - done):
             index = [next(draw) for draw in draws]
-            late.step([(x[i], y[i]) for i in index], loss, base, own)
+            late.step([make([one[i] for one in tensors]) for i in index], loss, base, own)
             if progress is not None:
                 progress(members)
         done = stop

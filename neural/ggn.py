@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
+from neural.rows import EachRow, rows
+
 #: Rows of the examples' Jacobians that are computed at once: memory goes with them.
 JACOBIAN_ROWS = 160
 
@@ -42,10 +44,10 @@ def ggn_product(
 
 
 def ggn_matrix(
-    output: Callable[[Tensor, Tensor], Tensor],
+    output: Callable[[Tensor, Any], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
     w: Tensor,
-    inputs: Tensor,
+    inputs: Any,
     targets: Tensor,
 ) -> Tensor:
     """G summed over a batch, shape (p, p), float64, for few weights.
@@ -61,30 +63,33 @@ def ggn_matrix(
     loss : callable
         (outputs, targets) -> one loss per example, shape (B,).
     w : Tensor, shape (p,)
-    inputs, targets : Tensor
-        The batch, examples along the first axis.
+    inputs, targets
+        The batch, examples along the first axis of every tensor (`neural.rows`).
     """
+    tensors, make = rows((inputs, targets))
 
-    def rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def jacobian_of(*row: Tensor) -> tuple[Tensor, Tensor]:
         """J and H J of one example, shape (entries of the output, p) each."""
+        x, y = make([tensor[None] for tensor in row])
 
         def one(w: Tensor) -> tuple[Tensor, Tensor]:
-            out = output(w, x[None])[0]
+            out = output(w, x)[0]
             return out, out
 
         def of_output(out: Tensor) -> Tensor:
-            return loss(out[None], y[None])[0]
+            return loss(out[None], y)[0]
 
         jacobian, here = jacrev(one, has_aux=True, chunk_size=JACOBIAN_ROWS)(w)
         bent = vmap(lambda u: _bent(of_output, here, u), in_dims=-1, out_dims=-1)(jacobian)
         return jacobian.reshape(-1, len(w)), bent.reshape(-1, len(w))
 
+    each = EachRow(jacobian_of)
     with torch.no_grad():
-        entries = output(w, inputs[:1]).numel()
+        entries = output(w, make([tensor[:1] for tensor in tensors])[0]).numel()
         some = max(JACOBIAN_ROWS // entries, 1)
         total = w.new_zeros(len(w), len(w), dtype=torch.float64)
-        for x, y in zip(torch.split(inputs, some), torch.split(targets, some), strict=True):
-            jacobian, bent = vmap(rows)(x, y)
+        for part in zip(*(torch.split(tensor, some) for tensor in tensors), strict=True):
+            jacobian, bent = each(*part)
             total += jacobian.flatten(0, 1).double().T @ bent.flatten(0, 1).double()
     return 0.5 * (total + total.T)
 

@@ -73,7 +73,9 @@ def landscape_of(
     decay = run.train.weight_decay if weight_decay is None else weight_decay
     kind = Landscape if group is None else BatchLandscape
     data = batches if group is None else grouped(batches, group)
-    return kind(model.eval(), data, select, weight_decay=decay, curvature=curvature)
+    landscape = kind(model.eval(), data, select, weight_decay=decay, curvature=curvature)
+    landscape.check()
+    return landscape
 
 
 def training_batches(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from neural import noise as gradient_noise
 from neural.curvature import Landscape
 from neural.krylov import Krylov, krylov
+from neural.rows import content
 from neural.spectrum import Eigenpairs, Progress, eigenpairs, operator
 from nqm.errors import NQMError, check_integer
 from nqm.problem import Problem
@@ -315,9 +316,11 @@ def fingerprint(landscape: Landscape) -> str:
     digest = hashlib.sha256()
     state = landscape.model.state_dict()
     held = [landscape.weights, *(state[name] for name in sorted(state))]
-    held += [tensor for batch in landscape.batches for tensor in batch if torch.is_tensor(tensor)]
-    for tensor in held:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for one in [*held, *content(landscape.batches)]:
+        if torch.is_tensor(one):
+            digest.update(one.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(one).encode())
     said = (sorted(landscape.shapes.items()), landscape.weight_decay, landscape.example_loss)
     digest.update(repr((said[0], said[1], getattr(said[2], "__qualname__", ""))).encode())
     digest.update(repr((landscape.curvature, landscape.examples)).encode())
