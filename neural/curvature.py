@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import grad, grad_and_value, jvp
 
 from neural.fused import arguments
 from neural.ggn import ggn_matrix, ggn_product
@@ -24,6 +24,7 @@ from neural.late_phase import Batch
 from neural.plain_kernels import plain_kernels, through_detach
 from neural.rows import EachRow, MakeBatch, rows
 from neural.select import select as resolve
+from neural.swap import call, places
 from nqm.errors import NQMError, check_number, check_word
 
 #: (output, targets) -> one loss per example, shape (B,).
@@ -108,6 +109,7 @@ class Landscape:
         self.weight_decay, self.curvature = weight_decay, curvature
         names = resolve(model, select).parameters
         _check_weights({name: model.get_parameter(name) for name in names})
+        self.places = places(model, names)
         self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
         self.size = self.weights.numel()
@@ -202,7 +204,7 @@ class Landscape:
     def _output(self, w: Tensor, inputs: Any) -> Tensor:
         """The model's output at w, shape (B, ...)."""
         args, kwargs = arguments(inputs)
-        output: Tensor = functional_call(self.model, self._named(w), args, kwargs)
+        output: Tensor = call(self.model, self.places, self._named(w), args, kwargs)
         return output
 
     def _losses(self, w: Tensor, batch: Batch) -> Tensor:

@@ -20,12 +20,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from neural import fused as fused_forward
 from neural import merging
 from neural.select import select as resolve
+from neural.swap import places, swapped
 from nqm.errors import NQMError, check_integer, check_number, check_word
 
 #: (inputs, targets); inputs is one tensor, a tuple of arguments or a dict of keyword arguments.
@@ -132,10 +132,9 @@ class LatePhase(nn.Module):
             value = model.get_buffer(name)
             self.statistics.register_buffer(_key(name), torch.stack([value] * members))
         # Where things are, worked out once; what is there is looked up, as `to` may change it.
-        self._places = {name: _place(model, name) for name in self.selection.parameters}
+        self._places = places(model, [*self.selection.parameters, *self.selection.buffers])
         self._keys = {name: _key(name) for name in self.selection.parameters}
         self._buffer_keys = {name: _key(name) for name in self.selection.buffers}
-        self._tied = _any_tied(model, {*self._keys, *self._buffer_keys})
         device = next(iter(self.stacked.values())).device
         self.index: Tensor
         self.register_buffer("index", torch.arange(members, device=device), persistent=False)
@@ -199,20 +198,17 @@ class LatePhase(nn.Module):
     ) -> Any:
         state = {n: self._cast(n, w.index_select(0, index)[0]) for n, w in self._weights().items()}
         with torch.no_grad():
-            statistics = {n: v.index_select(0, index) for n, v in self._statistics().items()}
-        state.update({name: value[0] for name, value in statistics.items()})
-        if learn is None:
-            output = functional_call(self.model, state, args, kwargs, tie_weights=self._tied)
-        else:
-            # Activation checkpoints run layers again in the backward pass: the member's weights
-            # must still be in place.
-            state = {f"model.{n}": value for n, value in state.items()}
-            turn = _Turn(self.model, learn)
-            output = functional_call(turn, state, args, kwargs, tie_weights=self._tied)
+            state |= {n: v.index_select(0, index)[0] for n, v in self._statistics().items()}
+        with swapped(self._places, state):
+            output = self.model(*args, **kwargs)
+            if learn is not None:
+                # Activation checkpoints run layers again in the backward pass: the member's
+                # weights must still be in place.
+                output = learn(output)
         if self.training:
             with torch.no_grad():
                 for name, value in self._statistics().items():
-                    value.index_copy_(0, index, statistics[name])
+                    value.index_copy_(0, index, state[name][None])
         return output
 
     def _weights(self) -> dict[str, Tensor]:
@@ -225,7 +221,7 @@ class LatePhase(nn.Module):
 
     def _cast(self, name: str, value: Tensor) -> Tensor:
         # Members differ by little: they are kept in float32 whatever the model runs in.
-        holder, own = self._places[name]
+        holder, own = self._places[name][0]
         return value.to(cast(Tensor, holder._parameters[own]).dtype)
 
     # --- training --------------------------------------------------------------------------------
@@ -538,18 +534,6 @@ class LatePhase(nn.Module):
         return f"members={self.members}, {numbers} weights each, gamma={self.gamma!r}"
 
 
-class _Turn(nn.Module):
-    """A model's forward pass, and what is done with its output."""
-
-    def __init__(self, model: nn.Module, learn: Callable[[Any], Tensor]):
-        super().__init__()
-        self.model = model
-        self.learn = learn
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.learn(self.model(*args, **kwargs))
-
-
 def _spawn(
     reference: Tensor, members: int, sigma: float, rule: str, generator: torch.Generator
 ) -> Tensor:
@@ -585,22 +569,6 @@ def _common(state: dict[str, Any], parameter: nn.Parameter) -> list[tuple[str, T
         for name, value in state.items()
         if isinstance(value, Tensor) and value.numel() == 1 and value.shape != parameter.shape
     ]
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Module that holds a parameter, and its name there."""
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
-
-
-def _any_tied(model: nn.Module, names: set[str]) -> bool:
-    """Whether one of these parameters and buffers is held in several places."""
-    held = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    chosen = {id(tensor) for name, tensor in held if name in names}
-    return sum(id(tensor) in chosen for _, tensor in held) > len(chosen)
 
 
 def _key(name: str) -> str:
