@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from neural.fused import arguments
 from neural.late_phase import Batch, LatePhase
+from neural.rows import arguments
 from nqm.errors import check_number
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]

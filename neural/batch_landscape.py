@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from neural.curvature import Landscape
+from neural.example_rows import input_rows, joined
 from neural.late_phase import Batch
-from neural.rows import input_rows, joined
 from nqm.errors import NQMError, check_integer
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
-from neural.fused import arguments
+from neural.example_rows import EachRow, MakeBatch, rows
 from neural.ggn import ggn_matrix, ggn_product
 from neural.late_phase import Batch
 from neural.plain_kernels import plain_kernels, through_detach
-from neural.rows import EachRow, MakeBatch, rows
+from neural.rows import arguments
 from neural.select import select as resolve
 from neural.swap import call, places
 from nqm.errors import NQMError, check_number, check_word
@@ -67,7 +67,7 @@ class Landscape:
         Left as it is; evaluated in evaluation mode.
     batches : sequence of (inputs, targets)
         The data, always in this order; one batch is in work at a time. Inputs are a tensor, or a
-        tuple or mapping of what the model takes (`neural.rows`); targets a tensor.
+        tuple or mapping of what the model takes (`neural.example_rows`); targets a tensor.
     select : str or iterable of str
         Which weights (see `neural.select.select`): ``"all"``, or the late-phase coordinates alone.
     loss : callable

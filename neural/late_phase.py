@@ -15,8 +15,10 @@ works on every number by itself (SGD, Adam and their kin, but neither LARS nor M
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from torch.optim import Optimizer
 
 from neural import fused as fused_forward
 from neural import merging
+from neural.pieces import Known, LossWeight, backward_in_pieces
+from neural.rows import UnclearRowsError, arguments
 from neural.select import select as resolve
 from neural.swap import places, swapped
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -31,8 +35,16 @@ from nqm.errors import NQMError, check_integer, check_number, check_word
 #: (inputs, targets); inputs is one tensor, a tuple of arguments or a dict of keyword arguments.
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
-#: How a minibatch is run: its loss, into how many pieces it is cut, and the autocast dtype.
-_Settings = tuple[Loss, int, torch.dtype | None]
+
+
+class _Settings(NamedTuple):
+    """How a minibatch is run."""
+
+    loss: Loss
+    micro_batches: int
+    autocast: torch.dtype | None
+    loss_weight: LossWeight | None
+
 
 GAMMAS = ("sum", "mean")
 NOISE_RULES = ("rms", "fan_in")
@@ -120,6 +132,9 @@ class LatePhase(nn.Module):
         self.idle_steps = idle_steps
         self.selection = resolve(model, select)
         self._carried: list[Batch] = []
+        self._plans: dict[Any, fused_forward.Plan | None] = {}
+        self._told: set[str] = set()
+        self._pieces: Known = {}
         self._run: Callable[..., Any] = self._member_forward
         self.stacked = nn.ParameterDict()
         self.statistics = nn.Module()
@@ -164,21 +179,56 @@ class LatePhase(nn.Module):
         """Outputs of all members on their own inputs, by one forward pass over all rows.
 
         The same mathematics as K calls; faster where kernels are small and launching them is
-        what costs. Where the model folds other axes into the rows, the rows must be the outer ones.
+        what costs. On inputs of new shapes the pass is first compared with K passes, on copies of
+        the model. Where rows cannot be told apart (a layer that is used by position, a model that
+        mixes rows, an output without them) a warning says why, and members run one by one.
 
         Parameters
         ----------
         inputs : sequence of K inputs
-            Of one kind, each as in a batch.
+            Of one kind, each as in a batch; minibatches lie along the first axis of their tensors.
         """
+        if len(inputs) != self.members:
+            raise NQMError(
+                f"fused needs one minibatch per member, {self.members}; got {len(inputs)}"
+            )
+        plan = self._plan(inputs)
+        if plan is None:
+            outputs = []
+            for k, one in enumerate(inputs):
+                args, kwargs = arguments(one)
+                outputs.append(self(*args, member=k, **kwargs))
+            return outputs
+        return cast(
+            list[Any],
+            fused_forward.forward(self.model, self._places, self._member_rows(), inputs, plan),
+        )
+
+    def _plan(self, inputs: Sequence[Any]) -> fused_forward.Plan | None:
+        """How to run all rows together; None where that cannot be, which is told once."""
+        key = None
+        try:
+            key = fused_forward.key(self.model, inputs)
+            if key not in self._plans:
+                self._plans[key] = fused_forward.make_plan(self.model, self._member_rows(), inputs)
+        except UnclearRowsError as error:
+            if key is not None:
+                self._plans[key] = None
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                warnings.warn(f"fused: {error}; members run one by one", stacklevel=2)
+            return None
+        return self._plans[key]
+
+    def _member_rows(self) -> list[dict[str, Tensor]]:
+        """Weights and statistics of every member; statistics are views, which layers update."""
         with torch.no_grad():
             statistics = {name: value.unbind(0) for name, value in self._statistics().items()}
         weights = {name: value.unbind(0) for name, value in self._weights().items()}
         rows = [{n: self._cast(n, w[k]) for n, w in weights.items()} for k in range(self.members)]
-        # Statistics are views here: normalisation updates the stacked ones in place.
         for k, row in enumerate(rows):
             row.update({name: value[k] for name, value in statistics.items()})
-        return fused_forward.forward(self.model, rows, inputs)
+        return rows
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the members' forward pass; arguments are those of `torch.compile`."""
@@ -290,6 +340,7 @@ class LatePhase(nn.Module):
         fused: bool = False,
         micro_batches: int = 1,
         autocast: torch.dtype | None = None,
+        loss_weight: LossWeight | None = None,
     ) -> Tensor:
         """One cycle: every member steps on its own minibatch, the base on all of them.
 
@@ -306,9 +357,13 @@ class LatePhase(nn.Module):
             All minibatches in one forward pass.
         micro_batches : int
             Pieces that each minibatch is run in, to save memory; gradients are the same, but for
-            BatchNorm, which sees one piece at a time.
+            BatchNorm, which sees one piece at a time. Pieces that do not make up the minibatch
+            (rows along another axis, a loss that ignores some of them) are an error.
         autocast : dtype, optional
-            Run the model in it, e.g. ``torch.bfloat16``.
+            Run the model in it, e.g. ``torch.bfloat16``; by default in the caller's autocast.
+        loss_weight : callable, optional
+            ``loss_weight(inputs, targets)`` of a piece: what its loss is a mean over, e.g. the
+            labels that are not ignored. Its rows by default.
 
         Returns
         -------
@@ -318,15 +373,16 @@ class LatePhase(nn.Module):
         self._check_optimizers(base_optimizer, member_optimizer)
         if self.idle_steps == "none":
             losses = self.accumulate(
-                batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast
-            )
+                batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast,
+                loss_weight=loss_weight,
+            )  # fmt: skip
             self._step_rows(member_optimizer, range(len(batches)))
         else:
             check_integer("micro_batches", micro_batches, 1)
             if fused:
                 # An idle member moves between its turns.
                 raise NQMError(f"fused needs idle_steps='none'; got {self.idle_steps!r}")
-            settings = (loss_fn, micro_batches, autocast)
+            settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
             losses = self._step_with_idle(batches, member_optimizer, settings)
         if len(batches) == self.members:
             base_optimizer.step()
@@ -340,6 +396,7 @@ class LatePhase(nn.Module):
         fused: bool = False,
         micro_batches: int = 1,
         autocast: torch.dtype | None = None,
+        loss_weight: LossWeight | None = None,
     ) -> Tensor:
         """Gradients of one cycle, and no step: for clipping, or a loop of your own.
 
@@ -353,46 +410,55 @@ class LatePhase(nn.Module):
                 "fused runs whole minibatches; set micro_batches to 1, or fused to False"
             )
         self.zero_grad(set_to_none=True)
+        settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
+        losses = None
         if fused and len(batches) == self.members:
-            with self._autocast(autocast):
-                outputs = self.fused([inputs for inputs, _ in batches])
-                pairs = zip(outputs, batches, strict=True)
-                losses = torch.stack([loss_fn(out, targets) for out, (_, targets) in pairs])
-            torch.autograd.backward(losses.sum())
-            losses = losses.detach()
-            self._check_reached()
-        else:
+            losses = self._backward_fused(batches, settings)
+        if losses is None:
             losses = torch.stack(
-                [
-                    self._backward(k, batch, (loss_fn, micro_batches, autocast))
-                    for k, batch in enumerate(batches)
-                ]
+                [self._backward(k, batch, settings) for k, batch in enumerate(batches)]
             )
         self._scale_base()
         return losses
 
+    def _backward_fused(self, batches: Sequence[Batch], settings: _Settings) -> Tensor | None:
+        """Losses of all members by one pass; None where there is no plan for it."""
+        inputs = [one for one, _ in batches]
+        with self._autocast(settings.autocast):
+            plan = self._plan(inputs)
+            if plan is None:
+                return None
+
+            def learn(outputs: list[Any]) -> Tensor:
+                pairs = zip(outputs, batches, strict=True)
+                losses = torch.stack([settings.loss(out, targets) for out, (_, targets) in pairs])
+                with torch.autocast(self.index.device.type, enabled=False):
+                    torch.autograd.backward(losses.sum())
+                return losses.detach()
+
+            rows = self._member_rows()
+            losses = fused_forward.forward(self.model, self._places, rows, inputs, plan, learn)
+        self._check_reached()
+        return cast(Tensor, losses)
+
     def _backward(self, member: int, batch: Batch, settings: _Settings) -> Tensor:
-        loss_fn, micro_batches, autocast = settings
-        total = self.index.new_zeros((), dtype=torch.float32)
-        for share, (inputs, targets) in fused_forward.pieces(batch, micro_batches):
-            args, kwargs = fused_forward.arguments(inputs)
-
-            def learn(output: Any, share: float = share, targets: Any = targets) -> Tensor:
-                loss = share * loss_fn(output, targets)
-                with self._autocast(None):
-                    torch.autograd.backward(loss)
-                return loss.detach()
-
-            with self._autocast(autocast):
+        def run(
+            args: tuple[Any, ...], kwargs: dict[str, Any], learn: Callable[[Any], Tensor]
+        ) -> Tensor:
+            with self._autocast(settings.autocast):
                 if self._run == self._member_forward:
                     index = self.index[member].reshape(1)
-                    total = total + self._member_forward(index, args, kwargs, learn)
-                else:
-                    total = total + learn(self(*args, member=member, **kwargs))
-        return total
+                    return cast(Tensor, self._member_forward(index, args, kwargs, learn))
+                return learn(self(*args, member=member, **kwargs))
 
-    def _autocast(self, dtype: torch.dtype | None) -> torch.autocast:
-        return torch.autocast(self.index.device.type, dtype, enabled=dtype is not None)
+        return backward_in_pieces(
+            self.model, batch, settings.micro_batches, settings.loss, run, self._pieces,
+            settings.loss_weight,
+        )  # fmt: skip
+
+    def _autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+        # Without a type of its own a step runs in the caller's autocast, if there is one.
+        return nullcontext() if dtype is None else torch.autocast(self.index.device.type, dtype)
 
     def _scale_base(self) -> None:
         gamma = {"sum": 1.0, "mean": 1.0 / self.members}.get(str(self.gamma), self.gamma)

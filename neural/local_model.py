@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from neural import noise as gradient_noise
 from neural.curvature import Landscape
+from neural.example_rows import content
 from neural.krylov import Krylov, krylov
-from neural.rows import content
 from neural.spectrum import Eigenpairs, Progress, eigenpairs, operator
 from nqm.errors import NQMError, check_integer
 from nqm.problem import Problem

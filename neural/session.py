@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 from neural import averaging
 from neural.config import RunConfig
 from neural.distributed import average_gradients, summed
-from neural.fused import arguments, pieces
 from neural.late_phase import Batch, LatePhase
 from neural.making import make_late, make_model
 from neural.optim import clip_rows, make_optimizer, set_lr
+from neural.pieces import Known, backward_in_pieces
 from neural.select import select
 from neural.task import DTYPES, Place, Task
 
@@ -55,6 +55,7 @@ class Session:
         self.late: LatePhase | None = None
         self.member_optimizer: Optimizer | None = None
         self.average: AveragedModel | None = None
+        self.known_pieces: Known = {}
         self.done = 0
         self.rows: list[dict[str, Any]] = []
         #: Sum and count of the losses since the history's last row.
@@ -120,16 +121,16 @@ class Session:
 
     def _base_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.place.device)
         enabled = self.autocast is not None
-        for share, (inputs, targets) in pieces(batch, self.run.train.micro_batches):
-            args, kwargs = arguments(inputs)
+
+        def run(args: Any, kwargs: Any, learn: Callable[[Any], Tensor]) -> Tensor:
             with torch.autocast(self.place.device.type, self.autocast, enabled=enabled):
-                loss = share * self.task.loss(self.forward(*args, **kwargs), targets)
-            torch.autograd.backward(loss)
-            total = total + loss.detach()
+                return learn(self.forward(*args, **kwargs))
+
+        count = self.run.train.micro_batches
+        loss = backward_in_pieces(self.model, batch, count, self.task.loss, run, self.known_pieces)
         self.optimizer.step()
-        return total.reshape(1)
+        return loss.reshape(1)
 
     def _set_rates(self) -> None:
         train, late = self.run.train, self.run.late_phase

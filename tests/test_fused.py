@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from tolerances import agree
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from neural import LatePhase, add_lora, add_rank1
 from nqm import NQMError
@@ -248,6 +250,10 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+#: The model itself holds a weight of the members: it runs as a whole.
+WHOLE = ("class token", "whole transformer")
+
+
 def members_of(case: str, noise: float = 0.3) -> LatePhase:
     """Members that differ in weights and statistics."""
     make, select, _ = CASES[case]
@@ -291,7 +297,11 @@ def test_fused_is_member_by_member(case, sizes):
     for _ in range(2):
         batches = batches_of(case, sizes)
         expected = apart.accumulate(batches, loss_fn)
-        agree(fused.accumulate(batches, loss_fn, fused=True), expected, FUSED)
+        if case in WHOLE:
+            losses = fused.accumulate(batches, loss_fn, fused=True)
+        else:
+            losses = quietly(fused, batches)
+        agree(losses, expected, FUSED)
         same_state(fused, apart)
     assert expected.std() > 0.01
     grads = [p.grad for p in fused.member_parameters()]
@@ -425,25 +435,81 @@ def test_a_forward_of_the_users_own_is_kept():
 
 def test_hooks_run_once_around_all_rows():
     late = members_of("BatchNorm2d and head")
+    inputs = [image(rows) for rows in (3, 4, 5)]
     seen: list[tuple[str, int, int]] = []
     for path, module in late.model.named_modules():
         module.register_forward_hook(
             lambda _, args, out, path=path: seen.append((path, len(args[0]), len(out)))
         )
-    late.fused([image(rows) for rows in (3, 4, 5)])
+    late.fused(inputs)  # hooks see the passes that are compared, too
+    seen.clear()
+    late.fused(inputs)
     assert sorted(seen) == sorted((path, 12, 12) for path, _ in late.model.named_modules())
 
 
-# ------------------------------------------------------------------ what it cannot do, it says
+# ------------------------------------------------------------------ where rows are unclear
 
 
-class TimeFirst(nn.Module):
+class Positions(nn.Module):
+    """A table looked up by position: what is looked up has as many entries as there may be rows."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4)
+        self.symbol, self.position = nn.Embedding(5, 4), nn.Embedding(24, 4)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.transpose(0, 1)).mean(0)
+        x = self.symbol(x) + self.position(torch.arange(x.shape[1]))
+        return self.head(torch.tanh(self.norm(x)).mean(1))
+
+
+class RelativeBias(nn.Module):
+    """Weights over positions from a table that pairs of positions look up."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.table, self.value = nn.Embedding(2 * length, 1), nn.Linear(4, 4)
+        self.head, self.length = nn.Linear(4, 3), length
+
+    def forward(self, x: Tensor) -> Tensor:
+        i = torch.arange(self.length)
+        bias = self.table(i[:, None] - i + self.length)[..., 0].softmax(-1)
+        return self.head((bias @ self.value(x)).mean(1))
+
+
+class Contrast(nn.Module):
+    """Every row is seen beside the mean of its minibatch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.head(x - x.mean(0))
+
+
+class Backwards(nn.Module):
+    """Positions folded into the rows as the outer axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.transpose(0, 1).flatten(0, 1)
+        return self.head(self.norm(flat)).view(x.shape[1], len(x), 3).mean(0)
+
+
+class TimeFirstText(nn.Module):
+    """Its input is (time, batch), as in many published language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.symbol, self.rnn, self.head = nn.Embedding(5, 4), nn.LSTM(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.symbol(x))[0]).mean(1)
 
 
 class Borrowed(nn.Module):
@@ -451,39 +517,210 @@ class Borrowed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(5, 4)
+        self.embedding = nn.Embedding(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(self.embedding(x).mean(1), self.embedding.weight)
 
 
 class Scalar(nn.Module):
+    """A loss of its own, as transformers libraries give it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x).mean()
+        return self.head(x).square().mean()
 
 
-def test_minibatches_that_cannot_be_told_apart_are_an_error():
-    inputs = [sequence(4) for _ in range(MEMBERS)]
-    with pytest.raises(NQMError, match=r"LayerNorm has the 12 rows .* axis 0"):
-        LatePhase(TimeFirst(), MEMBERS, "layernorm").fused(inputs)
-    with pytest.raises(NQMError, match="the model's output has the 12 rows"):
-        LatePhase(Scalar(), MEMBERS, "head").fused(inputs)
-    with pytest.raises(NQMError, match="one minibatch per member, 3; got 2"):
-        LatePhase(Scalar(), MEMBERS, "head").fused(inputs[:2])
-    with pytest.raises(NQMError, match="minibatches that hold a tensor with rows"):
-        LatePhase(Scalar(), MEMBERS, "head").fused([1.0, 2.0, 3.0])
+class Counting(nn.Module):
+    """A shared buffer moves with every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1.0
+        return self.head(x)
 
 
-def test_a_weight_used_outside_its_layer_is_an_error():
-    late = LatePhase(Borrowed(), MEMBERS, "all")
-    batches = [(tokens(4), torch.randint(5, (4,))) for _ in range(MEMBERS)]
-    late.accumulate(batches, functional.cross_entropy)
-    with pytest.raises(NQMError, match=r"embedding\.weight is used outside the layer"):
+UNCLEAR: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Any], str]] = {
+    "positions": (Positions, "all", lambda n: torch.randint(5, (n, 12)), "used by position"),
+    "positions alone": (
+        Positions, "name:position.*", lambda n: torch.randint(5, (n, 24)), "used by position"),
+    "pairs of positions": (
+        lambda: RelativeBias(12), "all", lambda n: torch.randn(n, 12, 4), "used by position"),
+    "rows that mix": (Contrast, "head", vector, "change the output of another"),
+    "positions outside": (Backwards, "layernorm", sequence, "change the output of another"),
+    "time first": (
+        TimeFirstText, "head", lambda n: torch.randint(5, (n, 7)), "change the output of another"),
+    "a borrowed weight": (Borrowed, "all", tokens, "change the output of another"),
+    "class token": (Transformer, "name:cls_token", sequence, "itself uses members' weights"),
+    "no rows": (Scalar, "head", vector, "output holds a tensor without rows"),
+    "a counter": (Counting, "head", vector, "buffer passes would take other values"),
+    "one common number": (
+        lambda: Named(), "head", lambda n: (vector(n), torch.randn(n)), "does not run on all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("case", list(UNCLEAR))
+def test_where_rows_are_unclear_members_run_one_by_one(case, noise):
+    """Told once, before anything is trained; members that still agree hide nothing."""
+    make, select, draw, reason = UNCLEAR[case]
+    fused = LatePhase(make(), MEMBERS, select, noise=noise)
+    apart = copy.deepcopy(fused)
+
+    def loss_fn(out: Any, targets: Tensor) -> Tensor:
+        out = out["out"] if isinstance(out, dict) else out
+        return functional.cross_entropy(out, targets) if out.ndim else out
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            batches = [(draw(4), torch.randint(3, (4,))) for _ in range(MEMBERS)]
+            losses = fused.accumulate(batches, loss_fn, fused=True)
+            assert torch.equal(losses, apart.accumulate(batches, loss_fn))
+            same_state(fused, apart)
+    (one,) = told
+    assert reason in str(one.message)
+    assert "members run one by one" in str(one.message)
+
+
+def quietly(late: LatePhase, batches: list[Any], loss_fn: Any = functional.cross_entropy) -> Tensor:
+    """One fused pass, and no warning that it was none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return late.accumulate(batches, loss_fn, fused=True)
+
+
+class Masked(nn.Module):
+    """A mask of positions beside the data, common to all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.norm(self.attention(x, x, x, attn_mask=mask)[0]).mean(1))
+
+
+@pytest.mark.parametrize("length", [8, 5])
+def test_an_input_common_to_all_rows(length):
+    late = LatePhase(Masked(), 2, "norm+head", noise=0.3)
+    apart = copy.deepcopy(late)
+    mask = torch.ones(length, length).triu(1).bool()
+    batches = [((torch.randn(4, length, 4), mask), torch.randint(3, (4,))) for _ in range(2)]
+    expected = apart.accumulate(batches, functional.cross_entropy)
+    agree(quietly(late, batches), expected, FUSED)
+    same_state(late, apart)
+    other = [batches[0], ((batches[1][0][0], mask.T), batches[1][1])]
+    expected = apart.accumulate(other, functional.cross_entropy)
+    with pytest.warns(UserWarning, match="differs between minibatches"):
+        assert torch.equal(late.accumulate(other, functional.cross_entropy, fused=True), expected)
+
+
+def test_settings_that_differ_between_minibatches_reach_their_member():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, times: float) -> Tensor:
+            return times * self.head(x)
+
+    late = LatePhase(Scaled(), 2, "head")
+    inputs = [(vector(4), 1.0), (vector(4), 3.0)]
+    with pytest.warns(UserWarning, match="differs between minibatches"):
+        outputs = late.fused(inputs)
+    for (x, times), out in zip(inputs, outputs, strict=True):
+        agree(out.detach(), (times * late.model.head(x)).detach(), FUSED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        late.fused([(vector(4), 2.0), (vector(4), 2.0)])
+
+
+class Routed(nn.Module):
+    """As many rows go through a layer as the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0.0
+        out = x[:, :3].clone()
+        return out.masked_scatter(chosen[:, None].expand(-1, 3), self.head(x[chosen]))
+
+
+def test_shapes_that_depend_on_the_data_are_told_before_anything_moves():
+    x = vector(4)
+    x[:, 0] = 1.0  # at first all rows are chosen, and nothing shows
+    late = LatePhase(Routed(), 2, "head", noise=0.3)
+    assert len(late.fused([x, x])) == 2
+    other = x.clone()
+    other[:3, 0] = -1.0
+    batches = [(x, torch.randint(3, (4,))), (other, torch.randint(3, (4,)))]
+    with pytest.raises(NQMError, match=r"head \(Linear\) is given shapes that depend on the data"):
         late.accumulate(batches, functional.cross_entropy, fused=True)
+    apart = [(other, torch.randint(3, (4,))), (x, torch.randint(3, (4,)))]
+    fresh = LatePhase(Routed(), 2, "head")
+    with pytest.warns(UserWarning, match="members run one by one"):
+        fresh.accumulate(apart, functional.cross_entropy, fused=True)
+
+
+def test_shared_layers_run_once_and_chance_stays_the_models():
+    """Dropout does not hide the rows; the comparison draws no number of the caller's."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3))
+    late = LatePhase(model, MEMBERS, "head")
+    batches = [(vector(4), torch.randint(3, (4,))) for _ in range(MEMBERS)]
+    torch.manual_seed(3)
+    first = quietly(late, batches)
+    runs: list[int] = []
+    model[0].register_forward_hook(lambda _, args, out: runs.append(len(out)))
+    torch.manual_seed(3)
+    assert torch.equal(quietly(late, batches), first)
+    assert runs == [4 * MEMBERS]
+    torch.manual_seed(3)
+    hidden = model[1](model[0](torch.cat([x for x, _ in batches])))
+    outputs = model[3](torch.tanh(hidden)).split(4)
+    losses = [functional.cross_entropy(o, y) for o, (_, y) in zip(outputs, batches, strict=True)]
+    agree(first, torch.stack(losses).detach(), FUSED)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_run_slices_again(reentrant):
+    class Frugal(nn.Module):
+        def __init__(self, frugal: bool) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+            self.frugal = frugal
+
+        def part(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.last(torch.tanh(self.norm(x))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if not self.frugal:
+                return self.part(x)
+            return checkpoint(self.part, x, use_reentrant=reentrant)
+
+    usual, frugal = (LatePhase(Frugal(f), MEMBERS, "norm+head", noise=0.5) for f in (False, True))
+    frugal.load_state_dict(usual.state_dict())
+    batches = [(vector(4), torch.randint(3, (4,))) for _ in range(MEMBERS)]
+    expected = usual.accumulate(batches, functional.cross_entropy)
+    agree(quietly(frugal, batches), expected, FUSED)
+    same_state(frugal, usual)
+
+
+def test_mistakes_of_the_inputs():
+    late = LatePhase(Scalar(), MEMBERS, "head")
+    with pytest.raises(NQMError, match="one minibatch per member, 3; got 2"):
+        late.fused([vector(4), vector(4)])
 
 
 def test_short_cycles_run_member_by_member():
