@@ -118,9 +118,10 @@ def train(
 
     from neural.experiment import run_experiment
     from neural.recipe import load_recipe
+    from nqm.names import folder_name
 
     made = load_recipe(recipe, scale, overrides)
-    folder = out or Path("out/neural") / f"{made.name}-{scale}"
+    folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
     place = replace(_place(device, root, threads), tensorboard=tensorboard)
     with _progress(hidden=place.rank > 0) as told:
         table = run_experiment(
@@ -312,6 +313,7 @@ def bridge(
     from neural.bridge_run import BridgeConfig, open_target, run_bridge
     from neural.draw import draw_bridge
     from nqm.files import locked
+    from nqm.names import folder_name
 
     place = _place(device, root, threads)
     default = Plan.members if asked["late_phase"] is None else Plan.members[1:]
@@ -333,7 +335,8 @@ def bridge(
         train=not asked.pop("predict_only"),
         **asked,
     )
-    name = "-".join(Path(target).parts[-3:]).removesuffix(".toml") or "here"
+    # Of "..", "/" and the like nothing is left that could lead out of out/bridge.
+    name = folder_name("-".join(Path(target).parts[-3:]).removesuffix(".toml"), "here")
     out = out or Path("out", "bridge", name)
     opened = open_target(target, place, scale, overrides)
     click.get_current_context().with_resource(locked(out, folder=True))

@@ -443,7 +443,7 @@ def _check_targets(targets: list[Any], loss: ExampleLoss) -> None:
     if len(counts) > 1 or 0 in counts:
         raise NQMError(
             f"examples have {min(counts)} to {max(counts)} labels that count ({IGNORED} does not): "
-            "their mean is not that of a minibatch; cut all to one number, or pass a loss of your own"
+            "their mean is not that of a minibatch; cut all to one number, or pass your own loss"
         )
 
 

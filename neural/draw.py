@@ -43,7 +43,7 @@ def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str)
         if column == "accuracy":  # what early epochs do is not the question
             settled = history.loc[history["epoch"] >= history["epoch"].max() / 3, column]
             left.set_ylim(float(settled.min()) - 0.005, float(history[column].max()) + 0.005)
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(title, fontsize=9, parse_math=False)  # a "$" of the user's is one
     return style.save(figure, folder / "comparison", {"title": title})
 
 
@@ -78,5 +78,5 @@ def draw_bridge(
         bridge.averages(table, ax=axes[last[0]])
         bridge.residuals(table, float(h.max()), ax=axes[last[1]])
         style.panel_letters(list(axes.values()))
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(title, fontsize=9, parse_math=False)  # a "$" of the user's is one
     return style.save(figure, folder / "bridge", {"title": title})

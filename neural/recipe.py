@@ -27,10 +27,15 @@ from typing import Any
 from neural.config import RunConfig, build
 from nqm import declare
 from nqm.errors import NQMError, check_integer, check_word, suggest
+from nqm.names import check_folder_names
 
 SCALES = ("full", "cpu", "smoke")
+#: Each has a run of every arm.
+MOST_SEEDS = 10_000
 _OPTIONAL = ("late_phase", "average")
 _OWN = ("title", "about", "seeds", "arm", "scale")
+#: What an experiment writes beside the folders of its arms.
+OUTPUTS = ("results.parquet", "history.parquet", "comparison.png", "comparison.pdf")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
     arms = declare.table_at("arm", own.get("arm", {}))
     if not arms:
         raise NQMError(f"recipe {name} has no arm; add an [arm.NAME] table")
+    check_folder_names("arm", arms, OUTPUTS)
     return Recipe(
         name,
         declare.leaf("title", own.get("title", name), str),
@@ -159,8 +165,19 @@ def merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
 def _seeds(value: Any) -> tuple[int, ...]:
     if isinstance(value, list):
         seeds = tuple(declare.leaf("seeds", value, list[int]))
-        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise NQMError(f"seeds must be different whole numbers >= 0; got {value!r:.60}")
+        check_seeds("seeds", seeds)
         return seeds
     check_integer("seeds", value, 1)
+    if value > MOST_SEEDS:
+        raise NQMError(f"seeds must be at most {MOST_SEEDS}; got {value}")
     return tuple(range(value))
+
+
+def check_seeds(where: str, seeds: Sequence[int]) -> None:
+    """Raise NQMError unless these are different seeds, and some."""
+    wrong = len(set(seeds)) < len(seeds) or any(not 0 <= s <= declare.LARGEST for s in seeds)
+    if wrong or not 0 < len(seeds) <= MOST_SEEDS:
+        raise NQMError(
+            f"{where} must be 1 to {MOST_SEEDS} different whole numbers from 0 to 2^53; "
+            f"got {list(seeds)!r:.60}"
+        )
