@@ -6,8 +6,9 @@ every mistake is reported under its dotted key. All times are in epochs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from neural.data.augment import AUGMENTATIONS
@@ -21,6 +22,21 @@ LR_EVERY = ("epoch", "step")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 AVERAGES = ("swa", "ema")
 SAMPLINGS = ("shuffle", "replacement", "stream")
+#: More than anyone trains for; schedules are looked at epoch by epoch.
+MOST_EPOCHS = 1_000_000
+#: The paper's letters -> where they are set.
+LETTERS = {"t0": "start_epoch", "k": "members", "sigma": "noise"}
+
+
+def refuse_unused(part: Any, where: str, names: Iterable[str], reason: str) -> None:
+    """Raise NQMError if an entry that nothing reads was set to something of its own."""
+    stated = {one.name: one for one in fields(part)}
+    for name in names:
+        if (value := getattr(part, name)) != stated[name].default:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise NQMError(
+                f"{where}.{name} would be ignored ({reason}); leave it out; got {shown!r:.60}"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,13 @@ class DataConfig:
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) is not None:
                 check_integer(f"DataConfig.{name}", getattr(self, name), 1)
+        for value in self.mean or ():
+            check_number("DataConfig.mean", value)
+        for value in self.std or ():
+            check_number("DataConfig.std", value, low=0.0, closed_low=False)
+        for name in ("mean", "std"):
+            if getattr(self, name) == ():
+                raise NQMError(f"DataConfig.{name} must hold a number for each channel; got []")
 
 
 @dataclass(frozen=True)
@@ -97,6 +120,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.lora is not None:
             check_integer("ModelConfig.lora", self.lora, 1)
+        if self.checkpoint is not None and not Path(self.checkpoint).name:
+            raise NQMError(
+                f"ModelConfig.checkpoint must be the path of a file; got {self.checkpoint!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -147,6 +174,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_integer("TrainConfig.epochs", self.epochs, 1)
+        if self.epochs > MOST_EPOCHS:
+            raise NQMError(f"TrainConfig.epochs must be at most {MOST_EPOCHS}; got {self.epochs}")
         check_integer("TrainConfig.micro_batches", self.micro_batches, 1)
         check_number("TrainConfig.momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
         check_number("TrainConfig.weight_decay", self.weight_decay, low=0.0)
@@ -159,6 +188,9 @@ class TrainConfig:
             check_number("TrainConfig.clip_norm", self.clip_norm, low=0.0, closed_low=False)
         for name, known in _WORDS.items():
             check_word(f"TrainConfig.{name}", getattr(self, name), known)
+        unused = "betas" if self.optimizer == "sgd" else "momentum"
+        if getattr(self, unused) != 0.0:  # which says that there is none
+            refuse_unused(self, "TrainConfig", (unused,), f"optimizer = {self.optimizer!r}")
 
 
 _WORDS = {"lr_every": LR_EVERY, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
@@ -175,7 +207,8 @@ class LatePhaseConfig:
     lr : Schedule, optional
         Of the members, over the epochs of the whole run; that of the base by default.
     weight_decay : float, optional
-        Of the members; that of the base by default.
+        Of the members; that of the base by default. Members that `TrainConfig.no_decay` selects
+        have none.
     leftover : {"carry", "members", "drop"}
         What becomes of the last batches of an epoch (see `neural.LatePhase.cycles`).
     """
@@ -233,6 +266,8 @@ class AverageConfig:
         check_word("AverageConfig.method", self.method, AVERAGES)
         check_integer("AverageConfig.start_epoch", self.start_epoch, 0)
         check_number("AverageConfig.decay", self.decay, low=0.0, high=1.0, closed_high=False)
+        if self.method == "swa":
+            refuse_unused(self, "AverageConfig", ("decay",), "method = 'swa'")
 
 
 @dataclass(frozen=True)
@@ -286,6 +321,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, 0)
+        if self.seed > declare.LARGEST:
+            raise NQMError(f"seed must be at most 2^53; got {self.seed}")
         epochs = self.train.epochs
         for name, part in (("late_phase", self.late_phase), ("average", self.average)):
             if part is not None and part.start_epoch >= epochs:
@@ -325,6 +362,12 @@ def build(mapping: Mapping[str, Any]) -> RunConfig:
     NQMError
         Naming the dotted key at fault.
     """
+    late = mapping.get("late_phase")
+    for where, table in (("", mapping), ("late_phase.", late if isinstance(late, Mapping) else {})):
+        for name in table:
+            if str(name).lower() in LETTERS:
+                field = f"late_phase.{LETTERS[str(name).lower()]}"
+                raise NQMError(f"{where}{name} is not a known key; {name} is {field}")
     declare.known_keys("", mapping, _TOP)
     for name in ("data", "model", "train"):
         if name not in mapping:

@@ -19,11 +19,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from neural import preflight
 from neural.config import RunConfig, describe
+from neural.data import Data, Images, load
 from neural.evaluate import classification_metrics, ensemble_log_probs
-from neural.recipe import Recipe
+from neural.recipe import Recipe, check_seeds
+from neural.report import ood_images
 from neural.runlog import RunFolder
-from neural.task import Place
+from neural.task import Place, open_task
 from neural.train import train
 from nqm import __version__, declare
 from nqm.errors import NQMError, suggest
@@ -162,7 +165,10 @@ def _run_all(
     """`run_experiment` by the only process that writes to the folder."""
     target = out / "results.parquet"
     chosen = {a: run for a, run in recipe.arms.items() if not arms or a in arms}
+    if seeds is not None:
+        check_seeds("seed", seeds)
     groups = jobs(replace(recipe, arms=chosen), seeds)
+    _rehearse(groups, out, place)
     if workers == 1:
         for index, group in enumerate(groups):
             _run_group(group, out, place, _within(progress, index, len(groups)))
@@ -177,6 +183,30 @@ def _run_all(
     write_table(target, table, metadata)
     write_table(out / "history.parquet", histories(runs, out), metadata)
     return table
+
+
+def _rehearse(groups: list[list[Job]], out: Path, place: Place) -> None:
+    """Find every arm with a run left to do sound, before the first of them is trained."""
+    left = {
+        job.arm: job.run
+        for group in groups
+        for job in group
+        if RunFolder(job.folder(out), job.run, writes=False).status is None
+    }
+    data: dict[str, Data] = {}
+    ood: dict[str, Images] = {}
+    for arm, run in left.items():
+        try:
+            if run.data.name not in data:
+                data = {run.data.name: load(run.data.name, place.root)}
+            task = open_task(run, place, data[run.data.name])
+            new = [name for name in run.evaluate.ood if name not in ood]
+            ood |= ood_images(task, new, place.root)
+            preflight.check_run(run, place, task)
+            few = {name: ood[name] for name in run.evaluate.ood}
+            preflight.rehearse(run, place, task, few)
+        except NQMError as error:
+            raise NQMError(f"arm {arm}: {error}") from error
 
 
 def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Job]:
@@ -203,7 +233,10 @@ def _run_group(group: Sequence[Job], out: Path, place: Place, progress: Progress
             start = kept if kept.exists() else None
         inner = _within(progress, index, len(group))
         told = None if inner is None else (lambda done, of, inner=inner: inner(done / of))
-        train(job.run, folders[job.arm], place, start=start, keep=job.keep, progress=told)
+        train(
+            job.run, folders[job.arm], place, start=start, keep=job.keep, rehearsed=True,
+            progress=told,
+        )  # fmt: skip
     for job in group:
         for epoch in job.keep:
             (folders[job.arm] / f"epoch{epoch}.pt").unlink(missing_ok=True)

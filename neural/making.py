@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -84,8 +85,9 @@ def _found(name: str, root: Path | None) -> Path:
     path = Path(name).expanduser()
     if path.exists() or path.is_absolute():
         return path
-    below = sorted(data_root(root).rglob(path.name)) if data_root(root).is_dir() else []
-    return next((one for one in below if one.match(name)), path)
+    # A name is a name, and no pattern.
+    below = sorted(data_root(root).rglob(escape(path.name))) if data_root(root).is_dir() else []
+    return next((one for one in below if one.match(escape(name))), path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -15,6 +15,8 @@ from neural.select import select
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Optimizer of all trainable weights; those selected by `no_decay` in a group of their own.
 
+    The groups say by their entry ``decays`` which they are.
+
     Parameters
     ----------
     model : Module
@@ -25,8 +27,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     decayed = {
         "params": [p for name, p in trainable if name not in spared],
         "weight_decay": config.weight_decay,
+        "decays": True,
     }
-    plain = {"params": [p for name, p in trainable if name in spared], "weight_decay": 0.0}
+    plain = {
+        "params": [p for name, p in trainable if name in spared],
+        "weight_decay": 0.0,
+        "decays": False,
+    }
     groups = [group for group in (decayed, plain) if group["params"]]
     lr = float(config.lr(0))
     if config.optimizer == "sgd":

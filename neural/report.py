@@ -83,13 +83,8 @@ def during(session: Session, epoch: int) -> Row:
     }
 
 
-def check(session: Session, root: Path | None) -> dict[str, Images]:
+def check(session: Session) -> None:
     """Find out before training whether `final` can measure what is asked for.
-
-    Returns
-    -------
-    dict
-        Images to tell from the task's own, by name.
 
     Raises
     ------
@@ -97,7 +92,6 @@ def check(session: Session, root: Path | None) -> dict[str, Images]:
         If it cannot.
     """
     task, settings = session.task, session.run.evaluate
-    ood = ood_images(task, settings.ood, root)
     if settings.corruptions and task.images is None:
         raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
     dropout = any(isinstance(one, _DropoutNd) for one in session.model.modules())
@@ -105,11 +99,10 @@ def check(session: Session, root: Path | None) -> dict[str, Images]:
         raise NQMError(
             "evaluate.mc_dropout needs a model with dropout; set model.dropout or leave it out"
         )
-    return ood
 
 
 def final(session: Session, ood: Mapping[str, Images]) -> Report:
-    """All metrics of a finished session; `ood` is what `check` returned."""
+    """All metrics of a finished session; `ood` is what `ood_images` returned."""
     task, late = session.task, session.late
     if session.average is not None:
         recompute_statistics(session.average.module, task.stream.epoch(session.run.train.epochs))

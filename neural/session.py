@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from neural import averaging
 from neural.config import RunConfig
-from neural.distributed import average_gradients, summed
+from neural.distributed import average_gradients, share_weights, summed
 from neural.late_phase import Batch, LatePhase
 from neural.making import make_late, make_model
 from neural.optim import clip_rows, make_optimizer, set_lr
 from neural.pieces import Known, backward_in_pieces
 from neural.select import select
 from neural.task import DTYPES, Place, Task
+from nqm.errors import NQMError
 
 
 class Session:
@@ -46,6 +48,10 @@ class Session:
         self.model = make_model(run.model, task, root=place.root).to(
             place.device, DTYPES[run.train.precision]
         )
+        if place.world > 1:
+            # Each process starts from what it sees of the data, as whitening does, or from a seed
+            # of its own: one model is trained only if all begin with the same weights.
+            share_weights(self.model)
         if run.train.channels_last:
             _channels_last(self.model)
         self.optimizer = self._hooked(make_optimizer(self.model, run.train))
@@ -77,9 +83,10 @@ class Session:
         settings = self.run.late_phase
         assert settings is not None
         self.late = make_late(self.model, self.run)
-        decay = settings.weight_decay
-        changes = {} if decay is None else {"weight_decay": decay}
-        own = self.late.optimizer_like(self.optimizer, **changes)
+        own = self.late.optimizer_like(self.optimizer)
+        for group in own.param_groups if settings.weight_decay is not None else ():
+            if group.get("decays", True):  # those of `no_decay` have none
+                group["weight_decay"] = settings.weight_decay
         self.member_optimizer = self._hooked(own, stacked=True)
         if self.run.train.compile:
             self.late.compile()
@@ -118,6 +125,44 @@ class Session:
         if self.epoch > settings.start_epoch:
             self._update_average()
         return losses
+
+    def try_out(self, batch: Batch) -> None:
+        """One step of the model, of its members and of the average, at a rate of 0.
+
+        Raises
+        ------
+        NQMError
+            If the model gives something else than logits.
+        """
+        inputs, _ = batch
+        with torch.no_grad():
+            logits = copy.deepcopy(self.model).train()(inputs)  # its running statistics move
+        if not isinstance(logits, Tensor):
+            raise NQMError(
+                f"model {self.run.model.name} gives a {type(logits).__name__} in training, not "
+                "logits; set model.aux_logits = false if it has auxiliary outputs"
+            )
+        set_lr(self.optimizer, 0.0)
+        self.model.train()
+        self._base_step(batch)
+        settings = self.run.late_phase
+        if settings is not None:
+            self.spawn()
+            assert self.late is not None
+            assert self.member_optimizer is not None
+            set_lr(self.member_optimizer, 0.0)
+            self.late.train()
+            count = settings.members if settings.fused else 2
+            self.late.step(
+                [batch] * count,
+                self.task.loss,
+                self.optimizer,
+                self.member_optimizer,
+                fused=settings.fused,
+                autocast=self.autocast,
+            )
+        if self.run.average is not None:
+            self._update_average()
 
     def _base_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from neural.config import RunConfig
+from neural.config import RunConfig, refuse_unused
 from neural.data import (
+    Data,
     FolderBatches,
     ImageBatches,
     ImageData,
@@ -118,15 +119,22 @@ class Task:
         return kind(model, self.test() if batches is None else batches)
 
 
-def open_task(run: RunConfig, place: Place) -> Task:
-    """Load a run's data set.
+def open_task(run: RunConfig, place: Place, data: Data | None = None) -> Task:
+    """What a run is trained and judged on.
+
+    Parameters
+    ----------
+    run : RunConfig
+    place : Place
+    data : ImageData, StreamData or TextData, optional
+        The run's data set, if it is in memory already.
 
     Raises
     ------
     NQMError
-        If it is missing, or cannot be trained on as the run asks.
+        If the set is missing, cannot be trained on as the run asks, or would ignore a setting.
     """
-    data = load(run.data.name, place.root)
+    data = load(run.data.name, place.root) if data is None else data
     if isinstance(data, TextData):
         return _text(run, data, place)
     if isinstance(data, StreamData):
@@ -136,6 +144,7 @@ def open_task(run: RunConfig, place: Place) -> Task:
 
 def _images(run: RunConfig, data: ImageData, place: Place) -> Task:
     settings = run.data
+    refuse_unused(settings, "data", ("length",), "images have none")
     if data.train is None:
         raise NQMError(f"data.name {settings.name!r} has no training part; it serves as OOD data")
     # The same part for every seed: seeds differ by training alone.
@@ -185,14 +194,33 @@ def _part(name: str, images: Images, count: int | None) -> Images:
     return images.subset(count)
 
 
+def _start(name: str, text: Tensor, count: int | None) -> Tensor:
+    if count is not None and count > len(text):
+        raise NQMError(f"data.{name} must be at most the {len(text)} bytes there are; got {count}")
+    return text[:count]
+
+
 def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
+    settings = run.data
+    refuse_unused(settings, "data", ("length",), "images have none")
+    refuse_unused(
+        settings,
+        "data",
+        ("augment", "cutout"),
+        "streamed images are cropped at random and mirrored",
+    )
+    refuse_unused(settings, "data", ("sampling",), "streamed images are always shuffled")
+    refuse_unused(
+        settings, "data", ("train_examples", "test_examples"), "all streamed images are used"
+    )
     layout = torch.channels_last if run.train.channels_last else None
     shared: dict[str, Any] = {
-        "mean": data.mean,
-        "std": data.std,
+        "mean": settings.mean or data.mean,
+        "std": settings.std or data.std,
         "device": place.device,
         "workers": place.workers,
         "memory_format": layout,
+        "dtype": DTYPES[run.train.precision],
     }
     stream = FolderBatches(
         data.train,
@@ -211,8 +239,11 @@ def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
 
 def _text(run: RunConfig, data: TextData, place: Place) -> Task:
     settings = run.data
+    refuse_unused(settings, "data", ("augment", "cutout", "mean", "std"), "a text has none")
+    refuse_unused(run.train, "train", ("channels_last",), "a text has no channels")
     data = data.compact()
-    train, test = data.train[: settings.train_examples], data.test[: settings.test_examples]
+    train = _start("train_examples", data.train, settings.train_examples)
+    test = _start("test_examples", data.test, settings.test_examples)
     stream = TextBatches(
         train,
         settings.batch_size,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from neural import report
+from neural import preflight, report
 from neural.config import RunConfig
 from neural.data import Images
 from neural.late_phase import Batch
@@ -52,6 +52,7 @@ def train(
     *,
     start: Path | None = None,
     keep: Collection[int] = (),
+    rehearsed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Train one run; killed at any moment and called again, it goes on where it was.
@@ -68,6 +69,8 @@ def train(
         Checkpoint of a run with the same beginning, to start from.
     keep : collection of int
         Epochs after which a checkpoint is kept for other runs to start from.
+    rehearsed : bool
+        Whether `neural.preflight` has found this run sound already.
     progress : callable, optional
         Told (minibatches done, of all) now and then.
 
@@ -82,8 +85,11 @@ def train(
     if log.status is not None:
         return Outcome(log.status, log.history(), log.result())
     task = open_task(run, place)
+    ood = report.ood_images(task, run.evaluate.ood, place.root)
+    if not rehearsed:
+        preflight.check_run(run, place, task)
+        preflight.rehearse(run, place, task, ood)
     session = Session(run, task, place)
-    ood = report.check(session, place.root)
     with log.begun():
         if (state := log.checkpoint(place.device, start)) is not None:
             session.load_state_dict(state)

@@ -93,13 +93,19 @@ def runs(draw: st.DrawFn) -> RunConfig:
         )
     )
     first = late.start_epoch if late is not None else 0
+    start = st.integers(first, epochs - 1)
     average = draw(
         st.none()
-        | st.builds(
-            AverageConfig,
-            st.sampled_from(["swa", "ema"]),
-            st.integers(first, epochs - 1),
-            fractions,
+        | st.builds(AverageConfig, st.just("swa"), start)
+        | st.builds(AverageConfig, st.just("ema"), start, fractions)
+    )
+    optimizer = draw(
+        st.fixed_dictionaries({"optimizer": st.just("sgd"), "momentum": fractions})
+        | st.fixed_dictionaries(
+            {
+                "optimizer": st.sampled_from(["adam", "adamw"]),
+                "betas": st.tuples(fractions, fractions),
+            }
         )
     )
     values = st.recursive(
@@ -127,7 +133,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
                 ModelConfig,
                 st.text(max_size=5),
                 st.dictionaries(names, values),
-                st.none() | st.text(max_size=5),
+                st.none() | st.sampled_from(["a.pt", "b/c d.pth"]),
                 st.none() | st.just("lstm.*"),
                 st.none() | st.integers(1, 8),
             )
@@ -138,10 +144,8 @@ def runs(draw: st.DrawFn) -> RunConfig:
                 epochs=st.just(epochs),
                 lr=schedules,
                 lr_every=st.sampled_from(["epoch", "step"]),
-                optimizer=st.sampled_from(["sgd", "adam", "adamw"]),
-                momentum=fractions,
+                **{name: st.just(value) for name, value in optimizer.items()},
                 nesterov=st.booleans(),
-                betas=st.tuples(fractions, fractions),
                 weight_decay=st.floats(0.0, 1.0),
                 no_decay=st.sampled_from(["", "norm+bias"]),
                 label_smoothing=fractions,
@@ -371,3 +375,34 @@ def test_members_are_clipped_each_by_itself(members: int, norm: float, seed: int
 
 def test_clipping_without_gradients_is_nothing() -> None:
     clip_rows([torch.nn.Parameter(torch.zeros(2))], 1.0)
+
+
+# --- settings that nothing reads -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"optimizer": "adam", "momentum": 0.5}}, "train.momentum would be ignored"),
+        ({"train": {"betas": [0.5, 0.9]}}, "train.betas would be ignored"),
+        ({"average": {"method": "swa", "decay": 0.5}}, "average.decay would be ignored"),
+        ({"late_phase": {"T0": 1}}, "late_phase.T0 is not a known key; T0 is late_phase.start"),
+        ({"late_phase": LATE | {"K": 4}}, "late_phase.K .*; K is late_phase.members"),
+        ({"T0": 3}, "^T0 is not a known key; T0 is late_phase.start_epoch"),
+        ({"data": {"mean": [float("nan")]}}, r"data.mean must lie in .*; got nan"),
+        ({"data": {"std": [0.0]}}, r"data.std must lie in \(0, inf\); got 0.0"),
+        ({"data": {"std": [float("inf")]}}, "data.std"),
+        ({"data": {"mean": []}}, "data.mean must hold a number for each channel"),
+        ({"model": {"name": "mlp", "checkpoint": ""}}, "model.checkpoint must be the path"),
+        ({"train": {"epochs": 2**40}}, "train.epochs must be at most 1000000"),
+    ],
+)
+def test_what_would_be_ignored_or_makes_no_sense_is_refused(
+    sections: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(NQMError, match=words):
+        build(mapping(**sections))
+
+
+def test_no_momentum_is_none_for_every_optimizer() -> None:
+    build(mapping(train={"optimizer": "adamw", "momentum": 0.0, "nesterov": False}))

@@ -113,7 +113,8 @@ def test_spared_weights_do_not_decay() -> None:
 
 
 def test_members_keep_the_groups_of_the_base_unless_told() -> None:
-    for own, expected in ((None, {0.0, 0.5}), (0.25, {0.25})):
+    # What `no_decay` spares has none, whatever the others have.
+    for own, expected in ((None, {0.0, 0.5}), (0.25, {0.0, 0.25})):
         late = LATE if own is None else LATE | {"weight_decay": own}
         session, _ = opened(train={"weight_decay": 0.5, "no_decay": "bias"}, late_phase=late)
         session.spawn()

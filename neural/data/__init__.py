@@ -1,7 +1,7 @@
 """Sets of data by name, and streams of batches that resume exactly."""
 
 from neural.data.augment import AUGMENTATIONS, augment_batch
-from neural.data.catalog import DATASETS, load, load_images
+from neural.data.catalog import DATASETS, Data, load, load_images
 from neural.data.folder import FolderBatches, ImageFolder, ImagePack, StreamData
 from neural.data.images import ImageBatches, ImageData, Images, evaluation_batches
 from neural.data.text import TextBatches, TextData, evaluation_windows
@@ -9,6 +9,7 @@ from neural.data.text import TextBatches, TextData, evaluation_windows
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "Data",
     "FolderBatches",
     "ImageBatches",
     "ImageData",

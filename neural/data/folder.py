@@ -280,6 +280,8 @@ class FolderBatches:
         Rank r of w gets the r-th of w parts of every global batch.
     workers : int
         Processes; 0 decodes in this one.
+    dtype : torch.dtype
+        Of the images yielded; arithmetic is in float32.
     memory_format : torch.memory_format, optional
         E.g. `torch.channels_last`.
 
@@ -305,6 +307,7 @@ class FolderBatches:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format | None = None,
     ) -> None:
         check_integer("size", size, 1)
@@ -317,7 +320,8 @@ class FolderBatches:
         self.images, self.train, self.size, self.resize = images, train, size, resize
         self.mean, self.std = (torch.tensor(list(c), device=device) for c in (mean, std))
         self.seed, self.device, self.workers = seed, torch.device(device), workers
-        self.memory_format = memory_format or torch.contiguous_format
+        normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), mean, std)  # a mistake is told now
+        self.dtype, self.memory_format = dtype, memory_format or torch.contiguous_format
 
     def __len__(self) -> int:
         """Batches of one epoch."""
@@ -336,7 +340,7 @@ class FolderBatches:
         Yields
         ------
         (Tensor, Tensor)
-            (B, 3, size, size) float32 images and (B,) int64 labels, on the device.
+            (B, 3, size, size) images and (B,) int64 labels, on the device.
         """
         check_integer("epoch", epoch, 0)
         return self._batches(epoch, self.plan.slices(start))
@@ -359,4 +363,4 @@ class FolderBatches:
                 raise NQMError(batch)
             pixels, labels = (part.to(self.device, non_blocking=True) for part in batch)
             inputs = normalise(pixels, self.mean, self.std)
-            yield inputs.contiguous(memory_format=self.memory_format), labels
+            yield inputs.to(self.dtype, memory_format=self.memory_format), labels
