@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from numbers import Integral, Real
 
 
@@ -75,3 +76,27 @@ def check_number(
         left = f"{'[' if closed_low else '('}{low:g}"
         right = f"{high:g}{']' if closed_high and math.isfinite(high) else ')'}"
         raise NQMError(f"{where} must lie in {left}, {right}; got {shown(value)}")
+
+
+def check_installed(what: str, extra: str, *modules: str) -> None:
+    """Raise NQMError, naming the extra to install, unless every module can be found.
+
+    Parameters
+    ----------
+    what : str
+        What needs them, as the user called it.
+    extra : str
+        The extra of this package that brings them.
+    *modules : str
+        Top-level names; none is imported.
+    """
+    missing = [module for module in modules if not _found(module)]
+    if missing:
+        raise NQMError(f"{what} needs {', '.join(missing)}: pip install 'late-phase-nqm[{extra}]'")
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -13,6 +13,9 @@ class _Command(click.Command):
     """Draws into files only; a user's mistake is reported by the group it is called from."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        from nqm.errors import check_installed
+
+        check_installed(f"nqm {self.name}", "figures", "jinja2", "matplotlib", "sklearn")
         import matplotlib as mpl
 
         mpl.use("Agg")  # the command line opens no window
@@ -98,7 +101,7 @@ def reproduce(name: str, out: Path, scale: str) -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command()
+@click.command(cls=_Command)
 @click.option(
     "--runs",
     type=click.Path(file_okay=False, path_type=Path),
