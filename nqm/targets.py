@@ -418,6 +418,10 @@ def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) 
     return Crossing(Status.REACHED, step, phase.examples(step), loss, floor, scanned)
 
 
+class OutOfReachError(NQMError):
+    """No rate reaches the target within the horizon."""
+
+
 def fewest_steps(
     problem: Problem | LeastSquares,
     phase: Phase,
@@ -441,8 +445,8 @@ def fewest_steps(
 
     Raises
     ------
-    NQMError
-        If no rate reaches the target within the horizon.
+    OutOfReachError
+        An NQMError: no rate reaches the target within the horizon.
     """
     phase = one_phase("fewest_steps.phase", phase)
     problem = any_problem("fewest_steps", problem)
@@ -455,7 +459,7 @@ def fewest_steps(
         best = _sooner(best, problem, phase, lr, target)
         told(1)
     if best is None:
-        raise NQMError(
+        raise OutOfReachError(
             f"target {target:g} is below what any rate reaches in {phase.steps} steps; "
             "raise the target, the steps or the batch size"
         )
@@ -512,7 +516,9 @@ class CriticalBatch:
     least_steps, least_examples : float
         Limits of large and of small batches.
     table : DataFrame
-        batch_size, lr (best), step, examples, and the fit's step.
+        A row for each batch size: batch_size, lr (best), step, examples, status (reached, or
+        not_reached within `max_steps`), and the fit's step. NaN where not reached; such a batch
+        size has no part in the fit.
     """
 
     critical: float
@@ -553,29 +559,32 @@ def critical_batch_size(
         phase = Phase(algorithm, 1.0, max_steps, batch_size)
         try:
             lr, found = fewest_steps(problem, phase, target, points=points)
-        except NQMError:
-            continue
-        rows.append((batch_size, lr, found.step, found.examples))
-    if len(rows) < 3:
+            rows.append((batch_size, lr, found.step, found.examples, str(Status.REACHED)))
+        except OutOfReachError:
+            rows.append((batch_size, np.nan, np.nan, np.nan, str(Status.NOT_REACHED)))
+    table = pd.DataFrame(rows, columns=["batch_size", "lr", "step", "examples", "status"])
+    reached = table["status"] == Status.REACHED
+    if reached.sum() < 3:
         raise NQMError(
-            f"critical_batch_size: {len(rows)} of {sizes.size} batch sizes reach the target "
+            f"critical_batch_size: {reached.sum()} of {sizes.size} batch sizes reach the target "
             f"{target:g}; three are needed: raise the target, max_steps or the batch sizes"
         )
-    table = pd.DataFrame(rows, columns=["batch_size", "lr", "step", "examples"])
-    log_steps = np.log(table["step"].to_numpy())
+    used_sizes = table.loc[reached, "batch_size"].to_numpy()
+    log_steps = np.log(table.loc[reached, "step"].to_numpy())
 
     def model(b: FloatArray, log_least: float, log_critical: float) -> FloatArray:
         return np.asarray(log_least + np.log1p(np.exp(log_critical) / b))
 
-    guess = (log_steps.min(), float(np.log(table["batch_size"]).median()))
+    guess = (log_steps.min(), float(np.median(np.log(used_sizes))))
     try:
         with np.errstate(over="ignore"), warnings.catch_warnings(action="ignore"):
-            fit, _ = curve_fit(model, table["batch_size"].to_numpy(), log_steps, p0=guess)
+            fit, _ = curve_fit(model, used_sizes, log_steps, p0=guess)
     except RuntimeError:
         raise NQMError(
             "critical_batch_size: the steps at these batch sizes do not follow "
             "least (1 + critical / B); take batch sizes from well below to well above the critical"
         ) from None
     least, critical = float(np.exp(fit[0])), float(np.exp(fit[1]))
-    table["fit"] = np.exp(model(table["batch_size"].to_numpy(), *fit))
+    fitted = np.exp(model(table["batch_size"].to_numpy(), *fit))
+    table["fit"] = np.where(reached, fitted, np.nan)
     return CriticalBatch(critical, least, least * critical, table)

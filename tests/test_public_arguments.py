@@ -64,7 +64,7 @@ def _arguments(name: str) -> dict[str, Any]:
     if name == "best_lr_and_momentum":
         given |= {"momenta": (0.0, 0.9), "points": 3}
     if name == "critical_batch_size":
-        given |= {"points": 9}
+        given |= {"points": 3, "target": 0.5, "batch_sizes": [1, 4, 16]}
     if name == "balance_point":
         given |= {"lr": 0.1, "algorithm": nqm.MultiplicativeLatePhase(2)}
         given["problem"] = ADDITIVE.replace(minimum=1.0)

@@ -184,6 +184,7 @@ def test_search_is_brute_force(problem, targets, method):
         for target in targets:
             table = search(problem, algorithms, rates, BATCHES, target, horizon=HORIZON)
             assert table["batch_size"].tolist() == BATCHES
+            assert (table["unstable"] == (~stable).sum()).all()
             for row in table.itertuples():
                 steps, _, loss = brute(bias, noise, stable, row.batch_size, target)
                 if steps > HORIZON:

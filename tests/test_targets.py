@@ -356,6 +356,15 @@ def test_critical_batch_size():
     agree_each(table["fit"], fit, 1e-9)
 
 
+def test_a_batch_size_that_does_not_reach_the_target_is_a_row():
+    """It is told, and the fit is that of the others."""
+    found = critical_batch_size(NOISY, SGD(), TARGET, [1e-6, *BATCHES], max_steps=10**5)
+    assert found.table["status"].tolist() == ["not_reached"] + ["reached"] * len(BATCHES)
+    assert found.table.iloc[0][["lr", "step", "examples", "fit"]].isna().all()
+    others = critical_batch_size(NOISY, SGD(), TARGET, BATCHES, max_steps=10**5)
+    assert (found.critical, found.least_steps) == (others.critical, others.least_steps)
+
+
 def test_critical_batch_size_is_proportional_to_the_noise():
     """Noise enters as v / B: eight times the noise at eight times the batch is the same run."""
     before = critical_batch_size(NOISY, SGD(), TARGET, BATCHES)

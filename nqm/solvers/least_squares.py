@@ -99,8 +99,12 @@ class _Walk:
             ]
         )
 
-    def walk(self, start: int, stop: int) -> None:
-        """Steps [start, stop) of the phase."""
+    def walk(self, start: int, stop: int, path: FloatArray | None = None) -> None:
+        """Steps [start, stop) of the phase; `path` takes the first mode's loss after each."""
+        here, chain = self.coupled.packed[0], self.coupled.modes[0].algorithm
+        seen = self.problem.weight
+        squares: dict[int, FloatArray] = {}
+        done = 0
         chunk = max(1, CHUNK // self.coupled.entries)
         modes, d = len(self.coupled.modes), self.problem.directions
         labels = np.zeros((modes, 2))
@@ -121,6 +125,14 @@ class _Walk:
                     moment[1] += own[k]
                 if moves:
                     self.mean = np.einsum("nkd,kd->nd", steps.matrix[k], self.mean)
+                if path is not None:
+                    age = self.age + start + done + 1
+                    if not chain.counts_steps:
+                        age %= chain.period
+                    if age not in squares:
+                        squares = {age: _square(chain, age)}
+                    path[done] = squares[age] @ (moment[0, here] + moment[1, here]) @ seen
+                    done += 1
             self.moment = moment
 
     def states(self) -> list[Moments]:
@@ -168,7 +180,13 @@ class CoupledPhaseWalk:
 
     def path(self, start: int, stop: int) -> FloatArray:
         """Expected loss at every step start, start + 1, ..., stop."""
-        return np.array([loss for _, loss in self.at(range(start, stop + 1))])
+        states = at_start(self.law.algorithm, self.problem.additive())
+        walk, out = _Walk(self.problem, self.law, states, 0), np.empty(stop - start + 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            walk.walk(0, start)
+            out[0] = walk.losses(start)[0].sum()
+            walk.walk(start, stop, out[1:])
+        return out
 
 
 def _second(state: Moments) -> FloatArray:

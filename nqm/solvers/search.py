@@ -193,8 +193,9 @@ def search(
     DataFrame
         One row per problem and batch size: ``problem`` and ``algorithm`` (places in what was
         given), ``batch_size``, ``lr``, ``step``, ``examples``, ``loss`` (there), ``loss_before``
-        (one step earlier), ``status`` (reached or not_reached within the horizon, then NaN), and
-        ``scanned``: whether every earlier step of this setting was looked at.
+        (one step earlier), ``status`` (reached or not_reached within the horizon, then NaN),
+        ``scanned``: whether every earlier step of this setting was looked at, and
+        ``unstable``: how many settings (an algorithm at a rate) were left out as unstable.
 
     Raises
     ------
@@ -217,10 +218,15 @@ def search(
                 f"{problem.initial_loss:g}; lower the target"
             )
     small = [condense(problem) for problem in spectra]
+    unstable = [
+        sum(int(np.sum(~chain.stable(lr * problem.curvature.max()))) for chain in chains)
+        for problem in spectra
+    ]
     screened = _screen(small, chains, lr, sizes, target, horizon)
     rows = [
         {"problem": i, "batch_size": size}
         | _settle(spectra[i], small[i], chains, lr, size, target, horizon, screened[i, :, :, j])
+        | {"unstable": unstable[i]}
         for i in range(len(spectra))
         for j, size in enumerate(map(float, sizes))
     ]
