@@ -34,6 +34,8 @@ SURELY = -60.0
 LOST = -36.0
 #: Most sides of a contour, and most halvings of one.
 SIDES, HALVINGS = 1000, 12
+#: Directions with |2 spread t| below this are summed by so many terms of a series, exact to 1e-16.
+SMALL, TERMS = 0.1, 15
 #: Most complex numbers held at once.
 CHUNK = 1_000_000
 
@@ -94,21 +96,36 @@ class _Sum:
 
     def generating(self, t: FloatArray, centred: bool) -> FloatArray:
         """K(t) of complex t, shape (k,), less mean t if `centred`."""
-        out = np.empty(t.size, dtype=complex)
-        rows = max(1, CHUNK // self.spread.size)
-        for first in range(0, t.size, rows):
-            part = t[first : first + rows, None]
-            u = 2.0 * self.spread * part
-            # log1p of a complex number by real functions, which are faster and as accurate
-            size = 0.5 * np.log1p(u.real * (u.real - 2.0) + u.imag * u.imag)
-            log = size + 1j * np.arctan2(-u.imag, 1.0 - u.real)
-            pushed = part / (1.0 - u)
+        far = 2.0 * np.abs(t).max() * self.spread < SMALL
+        total = np.zeros(t.size, dtype=complex)
+        if far.any():
+            # Few numbers stand for many directions: sums of powers, as log and 1 / (1 - u) in u.
+            a, b, n = self.spread[far], self.place[far], self.count[far]
+            power = n.copy()
+            series = np.zeros(TERMS + 2)
+            for k in range(TERMS + 1):
+                series[k] += 0.5 * 2.0**k * power.sum() / k if k else 0.0
+                series[k + 1] += 2.0**k * (power @ b)
+                power = power * a
             if centred:
-                terms = -0.5 * (log + u) + self.place * u * pushed
-            else:
-                terms = -0.5 * log + self.place * pushed
-            out[first : first + rows] = terms @ self.count
-        return out
+                series[1] = 0.0
+            total += np.polynomial.polynomial.polyval(t, series)
+        near = _Sum(self.count[~far], self.spread[~far], self.place[~far], 0.0)
+        rows = max(1, CHUNK // max(1, near.spread.size))
+        for first in range(0, t.size if near.spread.size else 0, rows):
+            total[first : first + rows] += near._each(t[first : first + rows, None], centred)
+        return total
+
+    def _each(self, t: FloatArray, centred: bool) -> FloatArray:
+        """`generating` of few t, shape (k, 1), summed over directions one by one."""
+        u = 2.0 * self.spread * t
+        # The logarithm of a complex number by real functions, which are faster and as accurate.
+        size = 0.5 * np.log1p(u.real * (u.real - 2.0) + u.imag * u.imag)
+        log = size + 1j * np.arctan2(-u.imag, 1.0 - u.real)
+        pushed = t / (1.0 - u)
+        if centred:
+            return np.asarray((-0.5 * (log + u) + self.place * u * pushed) @ self.count)
+        return np.asarray((-0.5 * log + self.place * pushed) @ self.count)
 
 
 class LossDistribution:
@@ -135,8 +152,7 @@ class LossDistribution:
 
     def __init__(self, problem: Problem, mean: FloatArray, variance: FloatArray):
         with np.errstate(under="ignore"):
-            place, spread = _principal(problem, np.asarray(mean), np.asarray(variance))
-        count = problem.multiplicity if spread.size == problem.directions else np.ones(spread.size)
+            count, place, spread = _principal(problem, np.asarray(mean), np.asarray(variance))
         moving = spread > 0.0
         #: Least loss: of what does not vary.
         self.offset = float(count[~moving] @ place[~moving])
@@ -214,13 +230,25 @@ def loss_quantile(problem: Problem, mean: FloatArray, variance: FloatArray, leve
 
 def _principal(
     problem: Problem, mean: FloatArray, variance: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Place and spread of independent parts of the loss: of its principal axes."""
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Counts, places and spreads of the independent parts of the loss."""
     half = 0.5 * problem.curvature
     curved = half > 0.0  # flat directions diffuse for ever, or are not known
-    mean = np.where(curved, mean, 0.0)
-    variance = np.where(curved, variance, 0.0)
-    return half * mean**2, half * variance
+    mean, half = mean[curved], half[curved]
+    if variance.ndim == 1:
+        if problem.correlated:
+            raise NQMError(
+                "LossDistribution: directions of this problem are correlated; give the covariance "
+                f"of its weights, shape ({problem.directions}, {problem.directions})"
+            )
+        return problem.multiplicity[curved], half * mean**2, half * variance[curved]
+    if np.any(problem.multiplicity != 1.0):
+        raise NQMError("LossDistribution: a covariance needs multiplicity 1; use variances")
+    root = np.sqrt(half)
+    spread, axes = np.linalg.eigh(root[:, None] * variance[np.ix_(curved, curved)] * root)
+    # Along an axis that rounding alone has given a spread the loss does not vary.
+    spread[spread < len(spread) * np.finfo(float).eps * spread.max(initial=0.0)] = 0.0
+    return np.ones(len(spread)), (axes.T @ (root * mean)) ** 2, spread
 
 
 # --- inversion --------------------------------------------------------------------------------

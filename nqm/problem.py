@@ -18,6 +18,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nqm.correlation import Correlation
 from nqm.errors import NQMError, check_integer, check_number, shown
 
 FloatArray = NDArray[np.float64]
@@ -33,6 +34,14 @@ class Quadratic:
     multiplicity: FloatArray
     initial_mean: FloatArray
     initial_variance: FloatArray
+
+    @property
+    def correlated(self) -> bool:
+        """Whether directions are correlated, by the noise or by the start.
+
+        Expected losses of linear methods do not depend on it; how the loss varies does.
+        """
+        return False
 
     @property
     def directions(self) -> int:
@@ -76,11 +85,16 @@ class Problem(Quadratic):
         (multiplicative late-phase weights) look at it.
     irreducible_loss : float
         Constant left out of every reported loss, e.g. 1/2 tr(H Sigma) of noise on the minimum.
+    noise_correlation, initial_correlation : array_like, shape (d, d), optional
+        Correlations between directions of the noise and of the start, kept as `Correlation`; none
+        by default. They need multiplicity 1. Expected losses of linear methods do not depend on
+        them, the distribution of the loss does.
 
     Raises
     ------
     NQMError
-        On a negative curvature or variance, a NaN, or lengths that do not match.
+        On a negative curvature or variance, a NaN, lengths that do not match, or a matrix that is
+        no correlation.
     """
 
     curvature: FloatArray
@@ -90,6 +104,8 @@ class Problem(Quadratic):
     initial_variance: FloatArray
     minimum: FloatArray
     irreducible_loss: float
+    noise_correlation: Correlation | None
+    initial_correlation: Correlation | None
 
     def __init__(
         self,
@@ -100,6 +116,8 @@ class Problem(Quadratic):
         initial_variance: ArrayLike = 1.0,
         minimum: ArrayLike = 0.0,
         irreducible_loss: float = 0.0,
+        noise_correlation: ArrayLike | Correlation | None = None,
+        initial_correlation: ArrayLike | Correlation | None = None,
     ):
         h = _vector("curvature", curvature, None, low=0.0)
         object.__setattr__(self, "curvature", h)
@@ -110,6 +128,24 @@ class Problem(Quadratic):
             raise NQMError(f"problem.multiplicity must be > 0; got {self.multiplicity.min():g}")
         check_number("problem.irreducible_loss", irreducible_loss, low=0.0)
         object.__setattr__(self, "irreducible_loss", float(irreducible_loss))
+        stated = {
+            "noise_correlation": noise_correlation,
+            "initial_correlation": initial_correlation,
+        }
+        for name, given in stated.items():
+            where = f"problem.{name}"
+            held = None if given is None else Correlation.of(where, given, h.size)
+            object.__setattr__(self, name, held)
+            if held is not None and np.any(self.multiplicity != 1.0):
+                raise NQMError(
+                    f"{where} needs multiplicity 1: a direction that stands for several has no one "
+                    f"correlation; got {self.multiplicity[self.multiplicity != 1.0][0]:g}"
+                )
+
+    @property
+    def correlated(self) -> bool:
+        """Whether directions are correlated, by the noise or by the start."""
+        return self.noise_correlation is not None or self.initial_correlation is not None
 
     def key(self) -> str:
         """Content key: equal problems, and only they, share it."""
@@ -117,6 +153,10 @@ class Problem(Quadratic):
         for name in ("curvature", *_LOWEST):
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         digest.update(np.float64(self.irreducible_loss).tobytes())
+        for name in ("noise_correlation", "initial_correlation"):
+            held = getattr(self, name)
+            if held is not None:
+                digest.update(name.encode() + np.ascontiguousarray(held.matrix).tobytes())
         return digest.hexdigest()[:16]
 
     def precondition(self, p: ArrayLike) -> Problem:
@@ -159,8 +199,18 @@ class Problem(Quadratic):
         Groups are geometric in curvature. Each takes the means of its members weighted by
         multiplicity, so the traces of H and C and the initial loss to first order are kept
         (rounding down to a bin edge would lose several percent of the trace).
+
+        Raises
+        ------
+        NQMError
+            Where directions are correlated: a group has no one correlation with another.
         """
         check_integer("binned: bins", bins, 1)
+        if self.correlated:
+            raise NQMError(
+                "binned: directions are correlated; where expected losses are enough, drop that by "
+                "problem.replace(noise_correlation=None, initial_correlation=None)"
+            )
         positive = self.curvature > 0
         label = np.zeros(self.directions, dtype=np.int64)
         if positive.any():
@@ -223,10 +273,9 @@ class Problem(Quadratic):
     ) -> Problem:
         """Problem of dense matrices H and C that need not commute.
 
-        The loss is a sum over H's eigendirections of h_i E x_i^2, and with gradients that are
-        linear in x the variance of x_i is driven by Var e_i alone: off-diagonal entries of C in
-        H's eigenbasis correlate directions with each other but enter no second moment along a
-        single one. So the diagonal of U' C U is all these methods can see.
+        In H's eigenbasis the variance of each direction is driven by its own noise alone, so
+        expected losses see the diagonal of U' C U. How the loss varies from run to run depends on
+        the rest as well, which is kept as `noise_correlation` and `initial_correlation`.
 
         Parameters
         ----------
@@ -251,16 +300,17 @@ class Problem(Quadratic):
         start = _semidefinite("initial_covariance", start, size)
         h, basis = np.linalg.eigh(h_matrix)
 
-        def along(matrix: FloatArray) -> FloatArray:
-            return np.asarray(np.maximum(np.einsum("ij,ik,kj->j", basis, matrix, basis), 0.0))
-
         order = slice(None, None, -1)  # largest curvature first
+        v, noise_correlation = Correlation.of_factor((basis.T @ _factor(c_matrix))[order])
+        s, initial_correlation = Correlation.of_factor((basis.T @ _factor(start))[order])
         return cls(
             np.maximum(h, 0.0)[order],
-            along(c_matrix)[order],
+            v,
             initial_mean=(basis.T @ _vector("initial_mean", initial_mean, size))[order],
-            initial_variance=along(start)[order],
+            initial_variance=s,
             minimum=(basis.T @ _vector("minimum", minimum, size))[order],
+            noise_correlation=noise_correlation,
+            initial_correlation=initial_correlation,
         )
 
     @classmethod
@@ -303,7 +353,8 @@ class Problem(Quadratic):
         projected = x @ basis  # (N, d): every example along the eigendirections
         optimum = (projected.T @ y) / examples / h
         residual = y - projected @ optimum
-        noise = np.mean((projected * residual[:, None]) ** 2, axis=0)
+        gradients = (projected * residual[:, None]).T / np.sqrt(examples)
+        noise, correlation = Correlation.of_factor(gradients)
         origin = basis.T @ _vector("start", start, width)
         return cls(
             h,
@@ -312,6 +363,7 @@ class Problem(Quadratic):
             initial_variance=0.0,
             minimum=optimum,
             irreducible_loss=float(0.5 * np.mean(residual**2)),
+            noise_correlation=correlation,
         )
 
 
@@ -361,6 +413,12 @@ def _vector(name: str, value: ArrayLike, size: int | None, *, low: float = -np.i
         raise NQMError(f"problem.{name} must be >= {low:g}; got {array[where]:g} at index {where}")
     array.flags.writeable = False
     return array
+
+
+def _factor(matrix: FloatArray) -> FloatArray:
+    """F with F F' a positive semi-definite matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 def _semidefinite(name: str, value: ArrayLike, size: int | None) -> FloatArray:

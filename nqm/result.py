@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from nqm.errors import NQMError, check_number
 from nqm.problem import FloatArray, Problem
 
 if TYPE_CHECKING:
+    from nqm.distribution import LossDistribution
     from nqm.program import Program
 
 
@@ -103,8 +105,8 @@ class Trajectory:
         at the minimum); they add up to `loss`. NaN from Monte Carlo.
     member_loss : ndarray
         Expected loss of the average member; equal to `loss` for a single chain.
-    loss_sd : ndarray
-        Standard deviation of the loss from run to run.
+    stated_sd : ndarray or None
+        `loss_sd` where it is known at once; None where it takes the covariances `pairs`.
     stderr, member_stderr : ndarray
         Monte Carlo standard errors; 0 for analytic results.
     weight_mean, weight_variance : ndarray, shape (records, d)
@@ -115,6 +117,9 @@ class Trajectory:
         Loss beyond which the run counts as diverged even where it is finite (`runaway`).
     controlled : bool
         Whether a control variate has adjusted the means (`nqm.sample`).
+    pairs : callable, optional
+        Computes what correlated directions have in common, when it is first asked for: an iterator
+        of covariances between directions (d, d), zero on the diagonal, one a record.
     """
 
     problem: Problem
@@ -125,7 +130,7 @@ class Trajectory:
     bias: FloatArray
     variance: FloatArray
     member_loss: FloatArray
-    loss_sd: FloatArray
+    stated_sd: FloatArray | None = field(repr=False)
     stderr: FloatArray
     member_stderr: FloatArray
     weight_mean: FloatArray | None = field(default=None, repr=False)
@@ -134,6 +139,7 @@ class Trajectory:
     unstable: NDArray[np.bool_] | None = field(default=None, repr=False)
     runaway: float = math.inf
     controlled: bool = False
+    pairs: Callable[[], Iterator[FloatArray]] | None = field(default=None, repr=False)
 
     @classmethod
     def of_samples(
@@ -158,7 +164,7 @@ class Trajectory:
                 bias=unknown,
                 variance=unknown,
                 member_loss=member_loss.mean(axis=1),
-                loss_sd=sd,
+                stated_sd=sd,
                 stderr=sd / root,
                 member_stderr=member_sd / root,
                 samples=loss,
@@ -216,22 +222,67 @@ class Trajectory:
     def quantiles(self, levels: tuple[float, ...] = (0.05, 0.5, 0.95)) -> FloatArray:
         """Quantiles of the loss from run to run, shape (records, levels).
 
-        Analytic results invert the characteristic function of the loss, which for Gaussian
-        weights is a weighted sum of non-central chi-squares; Monte Carlo ones sort the replicas.
-        NaN where the run has diverged.
+        Analytic results have the exact distribution of the loss for Gaussian weights, with levels
+        of 1e-12 to 1 - 1e-12 (`nqm.distribution.LossDistribution`); Monte Carlo ones sort the
+        replicas. NaN where the run has diverged.
         """
         if self.samples is not None:
             return np.quantile(self.samples, levels, axis=1).T
-        if self.weight_mean is None or self.weight_variance is None:
-            raise NQMError(f"quantiles need Gaussian weights; a {self.kind} result has none")
-        from nqm.distribution import loss_quantile
-
-        rows = zip(self.weight_mean, self.weight_variance, self.status, strict=True)
+        for level in levels:
+            check_level("quantiles: level", level)
+        rows = zip(self.distributions(), self.status, strict=True)
         return np.array(
             [
                 [np.nan] * len(levels)
-                if status is Status.DIVERGED
-                else [loss_quantile(self.problem, mean, variance, level) for level in levels]
-                for mean, variance, status in rows
+                if law is None or status is Status.DIVERGED
+                else [law.quantile(level) for level in levels]
+                for law, status in rows
             ]
         )
+
+    def distributions(self) -> Iterator[LossDistribution | None]:
+        """Distribution of the loss at each record; None where the weights are not finite.
+
+        Raises
+        ------
+        NQMError
+            For a result without Gaussian weights, and where directions are correlated and so many
+            that their covariance is too dear (`nqm.solvers.correlated`).
+        """
+        from nqm.distribution import LossDistribution
+
+        for mean, variance in self._weights():
+            finite = np.isfinite(mean).all() and np.isfinite(variance).all()
+            yield LossDistribution(self.problem, mean, variance) if finite else None
+
+    def _weights(self) -> Iterator[tuple[FloatArray, FloatArray]]:
+        """Mean (d,) and variance (d,) or covariance (d, d) of the evaluated weights by record."""
+        if self.weight_mean is None or self.weight_variance is None:
+            raise NQMError(f"quantiles need Gaussian weights; a {self.kind} result has none")
+        moments = zip(self.weight_mean, self.weight_variance, strict=True)
+        if self.pairs is None:
+            yield from moments
+            return
+        for (mean, variance), pairs in zip(moments, self.pairs(), strict=True):
+            yield mean, pairs + np.diag(variance)
+
+    @cached_property
+    def loss_sd(self) -> FloatArray:
+        """Standard deviation of the loss from run to run, shape (records,).
+
+        Where directions are correlated it is worked out when first asked for, and NaN where that
+        is too dear (`nqm.solvers.correlated`).
+        """
+        if self.stated_sd is not None:
+            return self.stated_sd
+        with np.errstate(over="ignore", invalid="ignore"):
+            try:
+                square = [self._variance(*moments) for moments in self._weights()]
+            except NQMError:
+                return np.full(len(self.steps), np.nan)
+            return np.sqrt(square)
+
+    def _variance(self, mean: FloatArray, covariance: FloatArray) -> float:
+        """Variance of the loss, for a covariance (d, d)."""
+        pushed, spread = self.problem.curvature * mean, self.problem.curvature[:, None] * covariance
+        return float(pushed @ covariance @ pushed + 0.5 * np.sum(spread * spread.T))

@@ -229,6 +229,75 @@ def power(matrix, noise, steps, out_matrix, out_noise):
                 _copy(q2, q)
 
 
+# Second moments of two directions i > j at once, S_ij = E z_i z_j' less the means' (d, d, n, n):
+# S_ij' = A_i S_ij A_j' + c_ij P_i P_j'. They drive no expected loss, only how losses vary.
+
+
+@_jit
+def _carry_pair(left, pair, right, out, half):
+    """`out` = left pair right'; `out` may be `pair`."""
+    n = left.shape[0]
+    _times(left, pair, half)
+    for r in range(n):
+        for c in range(n):
+            total = 0.0
+            for k in range(n):
+                total += half[r, k] * right[c, k]
+            out[r, c] = total
+
+
+@_jit
+def propagate_pairs(matrix, push, kind, covariance, cross):
+    """Every step of the pairs; `cross` (d, d, n, n) in place for i > j.
+
+    matrix : (s, d, n, n); push : (s, d, n, m) P of each kind; kind : (T,).
+    covariance : (d, d) of the noise in each of the m minibatches.
+    """
+    d, n, columns = push.shape[1], push.shape[2], push.shape[3]
+    half = np.empty((n, n))
+    for i in range(d):
+        for j in range(i):
+            pair, c = cross[i, j], covariance[i, j]
+            for t in range(kind.size):
+                k = kind[t]
+                _carry_pair(matrix[k, i], pair, matrix[k, j], pair, half)
+                for r in range(n):
+                    for q in range(n):
+                        total = 0.0
+                        for m in range(columns):
+                            total += push[k, i, r, m] * push[k, j, q, m]
+                        pair[r, q] += c * total
+
+
+@_jit
+def power_pairs(squares, steps, added, cross):
+    """`steps` equal steps of the pairs, which each add `added` (d, d, n, n); `cross` in place.
+
+    squares : (bits, d, n, n) powers 1, 2, 4, ... of A.
+    """
+    d, n = squares.shape[1], squares.shape[2]
+    half, sums, next_sums = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
+    for i in range(d):
+        for j in range(i):
+            pair = cross[i, j]
+            _copy(added[i, j], sums)
+            left = steps
+            for bit in range(squares.shape[0]):
+                a, b = squares[bit, i], squares[bit, j]
+                if left & 1:
+                    _carry_pair(a, pair, b, pair, half)
+                    for r in range(n):
+                        for c in range(n):
+                            pair[r, c] += sums[r, c]
+                left >>= 1
+                if left == 0:
+                    break
+                _carry_pair(a, sums, b, next_sums, half)
+                for r in range(n):
+                    for c in range(n):
+                        sums[r, c] += next_sums[r, c]
+
+
 @_jit
 def stationary(matrix, noise, out):
     """Fixed point of S = A S A' + Q for every direction by doubling; the caller checks stability.

@@ -66,7 +66,7 @@ def solve(
         kind=Kind.EXACT,
         steps=np.array(wanted, dtype=np.int64),
         examples=program.examples(wanted),
-        loss_sd=np.full(len(rows), np.nan),
+        stated_sd=np.full(len(rows), np.nan),
         stderr=zeros,
         member_stderr=zeros,
         runaway=runaway(problem.additive(), program),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
 from nqm.solvers.scalar_factor import scalar_first_order
 from nqm.transition import (
+    Transition,
     clock,
     cycle_times,
     embedding,
@@ -67,15 +69,21 @@ class Law:
     algorithm: Algorithm
     scales: tuple[FloatArray, ...] | None
 
-    def step(self, problem: Problem, mode: Mode, settings: FloatArray, t: Any) -> Any:
-        """(A, Q) for rows of settings, shapes (rows, d, n, n)."""
+    def transition(
+        self, problem: Problem, mode: Mode, settings: FloatArray, t: Any
+    ) -> tuple[Transition, FloatArray]:
+        """Transition for rows of settings, (rows, d), and the share of the noise, (rows, 1)."""
         rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
         if self.scales is not None:
             rates = tuple(rate * scale for rate, scale in zip(rates, self.scales, strict=True))
         lr = rates if self.algorithm.rate_count == 2 else rates[0]
         transition = extract(mode.algorithm, problem.curvature[None, :], lr, t)
-        variance = mode.noise_share * problem.noise_variance / settings[:, [-1]]
-        return transition.matrix, noise_moment(transition, variance)
+        return transition, mode.noise_share / settings[:, [-1]]
+
+    def step(self, problem: Problem, mode: Mode, settings: FloatArray, t: Any) -> Any:
+        """(A, Q) for rows of settings, shapes (rows, d, n, n)."""
+        transition, share = self.transition(problem, mode, settings, t)
+        return transition.matrix, noise_moment(transition, share * problem.noise_variance)
 
 
 def law_of(phase: Phase, problem: Problem) -> Law:
@@ -230,22 +238,10 @@ class _Walker:
         self, mode: Mode, settings: FloatArray, residue: Any
     ) -> tuple[FloatArray, FloatArray, Any]:
         """Distinct transitions of these steps, and which step has which."""
-        rows = np.column_stack([settings, residue])
-        if (rows == rows[0]).all():  # the common case, without the sorting
-            rows, kind = rows[:1], np.zeros(len(rows), dtype=np.int64)
-        else:
-            rows, kind = np.unique(rows, axis=0, return_inverse=True)
-        matrices, noises = [], []
-        kind = kind.reshape(-1)
-        order = np.empty(len(rows), dtype=np.int64)
-        filled = 0
-        for chosen, t in simultaneous(mode.algorithm, rows[:, -1]):
-            matrix, noise = self.law.step(self.problem, mode, rows[chosen, :-1], t)
-            matrices.append(matrix)
-            noises.append(noise)
-            order[chosen] = np.arange(filled, filled + chosen.size)
-            filled += chosen.size
-        return np.concatenate(matrices), np.concatenate(noises), order[kind]
+        (matrix, noise), kind = distinct_steps(
+            mode.algorithm, settings, residue, lambda *at: self.law.step(self.problem, mode, *at)
+        )
+        return matrix, noise, kind
 
     def jump(self, start: int, stop: int, origin: int, period: int) -> None:
         """Steps [start, stop) inside a stretch that repeats every `period` steps from `origin`."""
@@ -278,6 +274,29 @@ class _Walker:
         ]
         matrices, noises = (np.concatenate(parts) for parts in zip(*steps, strict=True))
         return compose_steps(matrices, noises, range(len(steps)))[0]
+
+
+def distinct_steps(
+    algorithm: Algorithm,
+    settings: FloatArray,
+    residue: Any,
+    step: Callable[[FloatArray, Any], tuple[FloatArray, ...]],
+) -> tuple[tuple[FloatArray, ...], Any]:
+    """What `step` gives for the distinct ones of these steps, and which step has which."""
+    rows = np.column_stack([settings, residue])
+    if (rows == rows[0]).all():  # the common case, without the sorting
+        rows, kind = rows[:1], np.zeros(len(rows), dtype=np.int64)
+    else:
+        rows, kind = np.unique(rows, axis=0, return_inverse=True)
+    found = []
+    kind = kind.reshape(-1)
+    order = np.empty(len(rows), dtype=np.int64)
+    filled = 0
+    for chosen, t in simultaneous(algorithm, rows[:, -1]):
+        found.append(step(rows[chosen, :-1], t))
+        order[chosen] = np.arange(filled, filled + chosen.size)
+        filled += chosen.size
+    return tuple(np.concatenate(part) for part in zip(*found, strict=True)), order[kind]
 
 
 def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
@@ -423,9 +442,16 @@ def solve(
     rows = list(_visit(problem, laws, wanted, jump, progress))
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     zeros = np.zeros(len(rows))
+    pairs = None
+    if problem.correlated:
+        from nqm.solvers.correlated import pair_covariances  # which is built on this module
+
+        columns["stated_sd"] = None
+        pairs = partial(pair_covariances, problem, program, wanted)
     return Trajectory(
         problem=problem,
         kind=Kind.EXACT if program.linear else Kind.FIRST_ORDER,
+        pairs=pairs,
         steps=np.array(wanted, dtype=np.int64),
         examples=program.examples(wanted),
         stderr=zeros,
@@ -510,7 +536,7 @@ def _read(problem: Problem, states: list[Moments], age: int, *, unstable: bool) 
         "bias": bias,
         "variance": added,
         "member_loss": member,
-        "loss_sd": float(np.sqrt(np.sum(squared * (0.5 * variance + mean**2)))),
+        "stated_sd": float(np.sqrt(np.sum(squared * (0.5 * variance + mean**2)))),
         "weight_mean": mean,
         "weight_variance": variance,
         "unstable": unstable,

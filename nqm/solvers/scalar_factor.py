@@ -79,7 +79,7 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
         bias=bias_,
         variance=variance_,
         member_loss=member_loss,
-        loss_sd=loss_sd,
+        stated_sd=loss_sd,
         stderr=zeros,
         member_stderr=zeros,
         runaway=runaway(problem, program),

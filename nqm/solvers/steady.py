@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -23,6 +24,7 @@ from nqm.solvers.moments import phase_cycles, whole_period
 from nqm.transition import readout, spectral_radius
 
 if TYPE_CHECKING:
+    from nqm.distribution import LossDistribution
     from nqm.solvers.least_squares import CoupledSteady
 
 #: A number of steps after which every finite window is full; a multiple of any usual period.
@@ -59,6 +61,28 @@ class Steady:
     weight_variance: FloatArray = field(repr=False)
     deviation_variance: FloatArray = field(repr=False)
     weight_mean: FloatArray = field(repr=False)
+    problem: Problem = field(repr=False)
+    phase: Phase = field(repr=False)
+
+    @cached_property
+    def distribution(self) -> LossDistribution:
+        """Of the loss of the mean model from run to run: its sd, its quantiles.
+
+        Raises
+        ------
+        NQMError
+            Where the phase is unstable, and where directions are correlated and so many that their
+            covariance is too dear (`nqm.solvers.correlated`).
+        """
+        from nqm.distribution import LossDistribution
+        from nqm.solvers.correlated import steady_pairs
+
+        if self.status is Status.DIVERGED:
+            raise NQMError("an unstable phase has no steady distribution; lower its learning rate")
+        variance = self.weight_variance
+        if self.problem.correlated:
+            variance = steady_pairs(self.problem, self.phase) + np.diag(np.nan_to_num(variance))
+        return LossDistribution(self.problem, self.weight_mean, variance)
 
     def table(self) -> pd.DataFrame:
         """One row."""
@@ -149,6 +173,8 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
         weight_variance=variances[0],
         deviation_variance=deviation,
         weight_mean=means[0],
+        problem=problem,
+        phase=phase,
     )
 
 

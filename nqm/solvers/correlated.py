@@ -1,0 +1,221 @@
+"""Covariances between directions, of noise that does not commute with the Hessian.
+
+Two directions of a linear method have S_ij' = A_i S_ij A_j' + c_ij P_i P_j' with the transitions of
+either and the covariance c_ij of their noise, whatever the others do. No expected loss depends on
+them; the variance of the loss, 1/2 tr (H S)^2 + m' H S H m, and its quantiles do. There are
+d (d - 1) / 2 pairs of n x n numbers, jumped by powers as `nqm.solvers.moments` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nqm.algorithms.base import Algorithm, Mode
+from nqm.correlation import Correlation
+from nqm.errors import NQMError
+from nqm.problem import FloatArray, Problem
+from nqm.program import Phase, Program, goes_on, resumes
+from nqm.solvers import _kernels
+from nqm.solvers.moments import Law, compose_steps, distinct_steps, law_of, whole_period
+from nqm.transition import clock, embedding, readout, resumption
+
+#: Most numbers held for pairs (320 MB), and most multiplications spent on them (about a minute).
+NUMBERS, WORK = 40_000_000, 5e10
+#: Steps whose transitions are held at once.
+CHUNK = 4096
+#: So many doublings reach the steady state of any radius below 1.
+DOUBLINGS = 62
+
+
+def pair_covariances(
+    problem: Problem, program: Program, wanted: Sequence[int]
+) -> Iterator[FloatArray]:
+    """Covariances between directions of the evaluated weights, (d, d) with a zero diagonal.
+
+    Parameters
+    ----------
+    problem : Problem
+    program : Program
+        Of methods with exact moments (or first-order ones).
+    wanted : sequence of int
+        Steps of the whole program, rising; one covariance each.
+
+    Raises
+    ------
+    NQMError
+        Where it would take too much memory or time.
+    """
+    laws = [law_of(phase, problem) for phase in program.phases]
+    for law in laws:
+        _check_cost(problem, law)
+    mode = laws[0].algorithm.modes()[0]
+    pairs = _Pairs(problem, laws[0], mode, _begin(mode, _start(problem)), 0)
+    offset, pending = 0, list(wanted)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index, law in enumerate(laws):
+            if index:
+                pairs = pairs.handed_over(law)
+            if index == 0 and pending and pending[0] == 0:
+                pending.pop(0)
+                yield pairs.weights(0)
+            for start, stop, period in law.phase.segments():
+                position = start
+                while position < stop and pending:
+                    inside = pending[0] <= offset + stop
+                    target = pending[0] - offset if inside else stop
+                    pairs.advance(position, target, start, period)
+                    position = target
+                    if inside:
+                        pending.pop(0)
+                        yield pairs.weights(position)
+            offset += law.phase.steps
+            pairs.age += law.phase.steps
+
+
+def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
+    """`pair_covariances` of the steady state of a phase that goes on for ever and is stable."""
+    law = law_of(phase, problem)
+    _check_cost(problem, law)
+    mode = law.algorithm.modes()[0]
+    pairs = _Pairs(problem, law, mode, _begin(mode, _start(problem)), 0)
+    matrix, added = pairs.cycle(0, whole_period(phase))
+    names = mode.algorithm.coordinates
+    still = np.array([name in mode.algorithm.constants for name in names])
+    curved = problem.curvature > 0
+    a = np.where(curved[:, None, None], matrix, 0.0)  # flat directions cost nothing
+    moving = np.ascontiguousarray(a[:, ~still][:, :, ~still])
+    cross = np.zeros((*added.shape[:2], *moving.shape[1:]))
+    kicks = np.ascontiguousarray(added[:, :, ~still][:, :, :, ~still])
+    _kernels.power_pairs(_squares(moving, DOUBLINGS + 1), 2**DOUBLINGS, kicks, cross)
+    c = readout(mode.algorithm, 720_720 * mode.algorithm.period)
+    found = np.einsum("i,abij,j->ab", c[~still], cross, c[~still])
+    if still.any():  # pulled to places that are themselves correlated
+        settled = np.linalg.solve(np.eye(len(moving[0])) - moving, a[:, ~still][:, :, still])
+        pull = settled.swapaxes(1, 2) @ c[~still] + c[still]
+        fixed = pairs.cross[:, :, still][:, :, :, still]
+        found += np.einsum("ak,abkl,bl->ab", pull, fixed, pull)
+    return _mirrored(np.where(np.outer(curved, curved), found, 0.0))
+
+
+def _start(problem: Problem) -> FloatArray:
+    """Covariance of the start, (d, d)."""
+    return _covariance(problem.initial_correlation, problem.initial_variance)
+
+
+def _covariance(correlation: Correlation | None, variance: FloatArray) -> FloatArray:
+    return np.diag(variance) if correlation is None else correlation.covariance(variance)
+
+
+def _begin(mode: Mode, covariance: FloatArray) -> FloatArray:
+    """Pairs of a phase that begins from weights of this covariance, (d, d, n, n)."""
+    draws, _ = embedding(mode.algorithm)  # normals of its own are drawn for each direction alone
+    return np.ascontiguousarray(covariance[:, :, None, None] * (draws @ draws.T))
+
+
+def _mirrored(lower: FloatArray) -> FloatArray:
+    """Symmetric, from what is below the diagonal."""
+    below = np.tril(lower, -1)
+    return np.asarray(below + below.T)
+
+
+def _squares(matrix: FloatArray, count: int) -> FloatArray:
+    """Powers 1, 2, 4, ... of A, (count, d, n, n)."""
+    powers = [matrix]
+    for _ in range(count - 1):
+        powers.append(powers[-1] @ powers[-1])
+    return np.stack(powers)
+
+
+def _check_cost(problem: Problem, law: Law) -> None:
+    """Raise NQMError where pairs of directions would take too much memory or time."""
+    d, n = problem.directions, len(law.algorithm.modes()[0].algorithm.coordinates)
+    steps = 0.0
+    for start, stop, period in law.phase.segments():
+        steps += stop - start if period is None else min(stop - start, 2 * period + 128)
+    numbers, work = float(d * n) ** 2, steps * d**2 * n**3
+    if numbers > NUMBERS or work > WORK:
+        said = f"{numbers:.1g} numbers" if numbers > NUMBERS else f"{work:.1g} multiplications"
+        limit = NUMBERS if numbers > NUMBERS else WORK
+        raise NQMError(
+            f"the distribution of the loss needs {said} for the covariance of {d} correlated "
+            f"directions; the limit is {limit:.0e}; use nqm.sample, or drop the correlation by "
+            "problem.replace(noise_correlation=None, initial_correlation=None)"
+        )
+
+
+@dataclass
+class _Pairs:
+    """Covariances of the states of two directions, (d, d, n, n); held for i > j."""
+
+    problem: Problem
+    law: Law
+    mode: Mode
+    cross: FloatArray
+    age: int
+
+    @property
+    def noise(self) -> FloatArray:
+        """Covariance of one example's gradient, (d, d)."""
+        return _covariance(self.problem.noise_correlation, self.problem.noise_variance)
+
+    def weights(self, position: int) -> FloatArray:
+        """Of the evaluated weights after `position` steps of the phase, (d, d)."""
+        c = readout(self.mode.algorithm, self.age + position)
+        return _mirrored(np.einsum("i,abij,j->ab", c, self.cross, c))
+
+    def handed_over(self, law: Law) -> _Pairs:
+        """At the start of the next phase, as `nqm.solvers.moments.hand_over`."""
+        mode, old, age = law.algorithm.modes()[0], self.mode.algorithm, self.age
+        phases = self.law.phase, law.phase
+        if goes_on(*phases) and self.law.algorithm.coordinates == law.algorithm.coordinates:
+            return _Pairs(self.problem, law, mode, self.cross, age)
+        if resumes(*phases):
+            lift, _ = resumption(old, mode.algorithm, age)
+            cross = np.einsum("ij,abjk,lk->abil", lift, self.cross, lift)
+            return _Pairs(self.problem, law, mode, np.ascontiguousarray(cross), 0)
+        return _Pairs(self.problem, law, mode, _begin(mode, self.weights(0)), 0)
+
+    def advance(self, start: int, stop: int, origin: int, period: int | None) -> None:
+        """Steps [start, stop) of a stretch from `origin` that repeats after `period` steps."""
+        whole = 0
+        if period is not None:
+            boundary = start + (-(start - origin)) % period
+            whole = max(0, stop - boundary) // period
+        if period is None or whole < 2:
+            self._walk(start, stop, self.cross)
+            return
+        self._walk(start, boundary, self.cross)
+        matrix, added = self.cycle(origin, period)
+        _kernels.power_pairs(_squares(matrix, whole.bit_length()), whole, added, self.cross)
+        self._walk(boundary + whole * period, stop, self.cross)
+
+    def cycle(self, origin: int, period: int) -> tuple[FloatArray, FloatArray]:
+        """Transition of one whole period, (d, n, n), and what its noise adds, (d, d, n, n)."""
+        matrix, _, kind = self._steps(origin, origin + period)
+        whole, _ = compose_steps(matrix, np.zeros_like(matrix), kind)
+        added = np.zeros_like(self.cross)
+        self._walk(origin, origin + period, added)
+        return whole, added
+
+    def _walk(self, start: int, stop: int, cross: FloatArray) -> None:
+        noise = self.noise
+        for first in range(start, stop, CHUNK):
+            matrix, push, kind = self._steps(first, min(stop, first + CHUNK))
+            _kernels.propagate_pairs(matrix, push, kind, noise, cross)
+
+    def _steps(self, start: int, stop: int) -> tuple[FloatArray, FloatArray, Any]:
+        """Distinct transitions A and P of steps [start, stop), and which step has which."""
+        algorithm: Algorithm = self.mode.algorithm
+
+        def step(settings: FloatArray, t: Any) -> tuple[FloatArray, FloatArray]:
+            found, share = self.law.transition(self.problem, self.mode, settings, t)
+            return found.matrix, found.noise * np.sqrt(share)[..., None, None]
+
+        settings = self.law.phase.settings(start, stop)
+        residue = clock(self.law.algorithm, self.age + np.arange(start, stop))
+        (matrix, push), kind = distinct_steps(algorithm, settings, residue, step)
+        return matrix, push, kind
