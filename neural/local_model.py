@@ -25,6 +25,7 @@ from neural.curvature import Landscape
 from neural.example_rows import content
 from neural.krylov import Krylov, krylov
 from neural.spectrum import Eigenpairs, Progress, eigenpairs, operator
+from nqm.correlation import Correlation
 from nqm.errors import NQMError, check_integer
 from nqm.problem import Problem
 
@@ -102,11 +103,30 @@ class LocalModel:
 
         Displacements are from the minimum of the quadratic, g / h along each node. Nodes of
         negative curvature are left out (`negative_share`): nothing settles along them.
+
+        Expected losses are right. The distribution of the loss (`loss_sd`, quantiles) is right only
+        of a `complete` model, which keeps how its directions are correlated: a node of a draw
+        stands for many directions at once.
         """
         h, v, g = self.points()
         held = h > 0
+        correlation = self._correlation(held) if self.complete else None
         h, v, g = h[held], v[held], g[held]
-        return Problem(h, v, initial_mean=np.sqrt(g) / h, initial_variance=0.0)
+        return Problem(
+            h,
+            v,
+            initial_mean=np.sqrt(g) / h,
+            initial_variance=0.0,
+            noise_correlation=correlation,
+        )
+
+    def _correlation(self, held: NDArray[np.bool_]) -> Correlation | None:
+        """Of the noise along the nodes held; the nodes beyond the eigenpairs have none."""
+        pairs = held[: len(self.noise)]
+        values, vectors = np.linalg.eigh(self.noise[np.ix_(pairs, pairs)])
+        factor = np.zeros((int(held.sum()), len(values)))
+        factor[: len(values)] = vectors * np.sqrt(np.maximum(values, 0.0))
+        return Correlation.of_factor(factor)[1]
 
     def problem_table(self) -> pd.DataFrame:
         """The same as a table, which ``[problem] file = "..."`` reads."""
@@ -114,7 +134,11 @@ class LocalModel:
 
         problem = self.problem()
         names = ("curvature", "noise_variance", "initial_mean", "initial_variance")
-        return pd.DataFrame({name: getattr(problem, name) for name in names})
+        table = {name: getattr(problem, name) for name in names}
+        if problem.noise_correlation is not None:
+            columns = enumerate(problem.noise_correlation.matrix.T)
+            table |= {f"noise_correlation.{i}": column for i, column in columns}
+        return pd.DataFrame(table)
 
     def negative_share(self) -> tuple[float, float]:
         """Shares of the noise's trace and of the squared slope along negative curvature."""

@@ -70,7 +70,7 @@ def sample(
     wanted = program.recorded(at)
     for old, new in pairwise((None, *program.phases)):
         assert new is not None
-        if isinstance(new.algorithm, Algorithm | MultiplicativeLatePhase):
+        if isinstance(new.algorithm, Algorithm | MultiplicativeLatePhase | Sampled):
             new.algorithm.check(problem)
         if old is not None and isinstance(new.algorithm, Algorithm) and not goes_on(old, new):
             check_own_starts(new.algorithm)
@@ -115,6 +115,10 @@ class _Draws:
         )
         self.start, self.spread = problem.initial_mean, np.sqrt(problem.initial_variance)
         self.sd = self.tensor(np.sqrt(problem.noise_variance))
+        self.noise_root, self.start_root = (
+            None if one is None else self.tensor(one.root)
+            for one in (problem.noise_correlation, problem.initial_correlation)
+        )
         self.weight = torch.as_tensor(problem.weight.copy(), device=device)
 
     def tensor(self, values: FloatArray) -> Tensor:
@@ -130,6 +134,10 @@ class _Draws:
         """Standard normals."""
         return torch.randn(shape, generator=self.generator, dtype=self.dtype, device=self.device)
 
+    def batch_noise(self, *shape: int) -> Tensor:
+        """Normal noise of minibatches, variance 1 and correlated as the problem's, (..., d)."""
+        return _correlated(self.normal(*shape), self.noise_root)
+
     def uniform(self) -> Tensor:
         """Numbers in [0, 1), (replicas, d)."""
         return torch.rand(
@@ -139,18 +147,24 @@ class _Draws:
     def noise(self, dof: float) -> Tensor:
         """Noise of variance 1: normal, or Student's t by the polar method of Bailey (1994)."""
         if math.isinf(dof):
-            return self.normal(*self.shape)
+            return self.batch_noise(*self.shape)
         radius = torch.expm1(torch.log1p(-self.uniform()).mul_(-2.0 / dof)).mul_(dof - 2.0).sqrt_()
         return radius.mul_(torch.cos(self.uniform().mul_(2.0 * math.pi)))
 
     def weights(self) -> Tensor:
         """A draw of the problem's start."""
-        return self.tensor(self.start) + self.tensor(self.spread) * self.normal(*self.shape)
+        normal = _correlated(self.normal(*self.shape), self.start_root)
+        return self.tensor(self.start) + self.tensor(self.spread) * normal
 
     def loss(self, x: Tensor) -> Tensor:
         """Loss of weights (replicas, d), summed in float64."""
         x = x.to(torch.float64)
         return (x * x) @ self.weight
+
+
+def _correlated(normal: Tensor, root: Tensor | None) -> Tensor:
+    """Independent normals (..., d) correlated by a root (d, r); None for independent directions."""
+    return normal if root is None else normal[..., : root.shape[1]] @ root.T
 
 
 class _Gradient:
@@ -163,7 +177,7 @@ class _Gradient:
     def __call__(self, x: Any, batch: int | None = None, size: float = 1.0) -> Tensor:
         noise = None if batch is None else self.batches.get(batch)
         if noise is None:
-            noise = self.draws.normal(*self.draws.shape).mul_(self.sd / math.sqrt(size))
+            noise = self.draws.batch_noise(*self.draws.shape).mul_(self.sd / math.sqrt(size))
         if batch is not None:
             self.batches[batch] = noise
         return torch.as_tensor(self.draws.curvature * x + noise)
@@ -247,7 +261,7 @@ class _Factors:
     def step(self, settings: FloatArray) -> None:
         lr, member_lr, size = settings.tolist()
         draws = self.draws
-        noise = draws.normal(draws.replicas, self.algorithm.members, draws.shape[1])
+        noise = draws.batch_noise(draws.replicas, self.algorithm.members, draws.shape[1])
         g = (self.theta[:, None] * self.phi).sub_(draws.minimum).mul_(draws.curvature)
         g.addcmul_(noise, draws.sd / math.sqrt(size))
         pull = torch.mul(self.phi, g, out=noise).sum(dim=1)

@@ -114,7 +114,7 @@ def minibatch_loss(output: Tensor, targets: object = None) -> Tensor:
 
 
 class NoiseStream:
-    """Minibatches of noise, N(0, v) in every example, run and direction.
+    """Minibatches of noise: N(0, v) in every example, run and direction, correlated if the problem is.
 
     Parameters
     ----------
@@ -125,6 +125,8 @@ class NoiseStream:
 
     def __init__(self, problem: Problem, runs: int, seed: int):
         self.size = torch.tensor(np.sqrt(problem.noise_variance))
+        correlation = problem.noise_correlation
+        self.root = None if correlation is None else torch.tensor(correlation.root)
         self.runs = runs
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -132,15 +134,18 @@ class NoiseStream:
         """`count` minibatches of inputs (batch_size, runs, d), without targets."""
         shape = (batch_size, self.runs, len(self.size))
         rng = self.generator
-        return [
-            (torch.randn(shape, generator=rng, dtype=torch.float64) * self.size, None)
-            for _ in range(count)
-        ]
+        drawn = [torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(count)]
+        if self.root is not None:
+            drawn = [normal[..., : self.root.shape[1]] @ self.root.T for normal in drawn]
+        return [(normal * self.size, None) for normal in drawn]
 
 
 def draw_start(problem: Problem, runs: int, seed: int) -> NDArray[np.float64]:
     """Displacements from the problem's start, shape (runs, d)."""
     normal = np.random.default_rng(seed).standard_normal((runs, problem.directions))
+    if problem.initial_correlation is not None:
+        root = problem.initial_correlation.root
+        normal = normal[:, : root.shape[1]] @ root.T
     return np.asarray(problem.initial_mean + np.sqrt(problem.initial_variance) * normal)
 
 

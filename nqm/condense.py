@@ -26,7 +26,8 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
     rates agree to about 1e-12 relative for SGD and its averages and for moderate momentum. The
     error grows where responses swing within one block, which hardly damped momentum makes them do:
     1e-7 at momentum 0.999 and 1e-4 at 0.9999 were measured (10^4 steps at lr h = 0.01). Only
-    expected losses carry over, not the distribution of the loss or the minimum.
+    expected losses carry over, not the distribution of the loss (nor what correlates directions) or
+    the minimum.
 
     Parameters
     ----------

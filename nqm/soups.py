@@ -214,10 +214,16 @@ class Soup:
         Raises
         ------
         NQMError
-            Unless every multiplicity is 1: the tilts of equal directions are independent.
+            Unless every multiplicity is 1 (the tilts of equal directions are independent) and no
+            directions are correlated.
         """
         if np.any(self.problem.multiplicity != 1.0):
             raise NQMError("sample_greedy needs multiplicity 1; use problem.expanded()")
+        if self.problem.correlated:
+            raise NQMError(
+                "sample_greedy draws directions independently, but those of this problem are "
+                "correlated; its expected losses (`loss`, `greedy`) hold"
+            )
         if validation_size != np.inf:
             check_number("validation_size", validation_size, low=0.0, closed_low=False)
         check_integer("replicas", replicas, 1)

@@ -96,13 +96,27 @@ def read_problem(path: str | Path) -> Problem:
     path : str or Path
         At least the columns ``curvature`` and ``noise_variance``; ``multiplicity``,
         ``initial_mean``, ``initial_variance`` and ``minimum`` where they differ from the default.
+        Correlated directions have d more columns ``noise_correlation.0``, ``noise_correlation.1``,
+        ... (and ``initial_correlation.0``, ...): the columns of that matrix.
     """
     from nqm.table import read_table
 
     table = read_table(Path(path))
-    known = [name for name in Problem.__dataclass_fields__ if name != "irreducible_loss"]
+    matrices = ("noise_correlation", "initial_correlation")
+    others = ("irreducible_loss", *matrices)
+    known = [name for name in Problem.__dataclass_fields__ if name not in others]
     for name in ("curvature", "noise_variance"):
         if name not in table.columns:
             raise NQMError(f"{path}: column {name!r} is missing; known columns: {', '.join(known)}")
     given: dict[str, Any] = {n: table[n].to_numpy() for n in known if n in table.columns}
+    for name in matrices:
+        columns = [f"{name}.{i}" for i in range(len(table))]
+        held = [column for column in table.columns if str(column).startswith(f"{name}.")]
+        if held:
+            if sorted(held) != sorted(columns):
+                raise NQMError(
+                    f"{path}: {name} needs the columns {columns[0]} to {columns[-1]}, one a row; "
+                    f"got {len(held)}"
+                )
+            given[name] = table[columns].to_numpy()
     return Problem(**given)

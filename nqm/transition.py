@@ -100,6 +100,11 @@ def minibatches(algorithm: Algorithm) -> float:
     return _tally(algorithm).examples
 
 
+def minibatch_count(algorithm: Algorithm) -> int:
+    """Columns of a transition's noise: minibatches of any size that one step draws."""
+    return _tally(algorithm).minibatches
+
+
 def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0) -> Transition:
     """Transition of step t.
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nqm.algorithms.base import Nonlinear, check_fraction
-from nqm.errors import check_number
+from nqm.errors import NQMError, check_number
+
+if TYPE_CHECKING:
+    from nqm.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,14 @@ class Sampled(Nonlinear, ABC):
         if self.dof is not None:
             check_number(f"{name}.dof", self.dof, low=2.0, closed_low=False)
         check_number(f"{name}.pitch", self.pitch, low=0.0)
+
+    def check(self, problem: Problem) -> None:
+        """Raise NQMError where the noise is correlated but not normal."""
+        if self.dof is not None and problem.noise_correlation is not None:
+            raise NQMError(
+                f"{type(self).__name__}.dof: heavy tails are drawn by direction, but the noise of "
+                "this problem is correlated; drop dof or problem.noise_correlation"
+            )
 
     @property
     @abstractmethod

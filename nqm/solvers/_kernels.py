@@ -325,6 +325,20 @@ def stationary(matrix, noise, out):
 
 
 @_jit
+def _correlate(root, normal, columns):
+    """Correlate independent normals (d * columns,) in place by root (d, r); r = 0 is none."""
+    rank = root.shape[1]
+    if rank == 0:
+        return
+    for i in range(root.shape[0] - 1, -1, -1):
+        for c in range(columns):
+            total = 0.0
+            for j in range(min(i + 1, rank)):
+                total += root[i, j] * normal[j * columns + c]
+            normal[i * columns + c] = total
+
+
+@_jit
 def _step_single(keep, push, normal, x):
     for i in range(keep.size):
         x[i, 0] = keep[i] * x[i, 0] + push[i] * normal[i]
@@ -360,6 +374,8 @@ def sample_linear(
     state,
     loss,
     member_loss,
+    root,
+    drawn,
 ):
     """Literal steps of R replicas; `state` (R, d, n) in place.
 
@@ -368,8 +384,11 @@ def sample_linear(
     row : (n + 1,) where each row begins; noise_columns : m.
     record : (T,) index of the output row or -1; readout : (records, n);
     members : (records, K, n); loss, member_loss : (records, R).
+    root : (d, r) of the correlation of the first `drawn` noise columns, those of minibatches; r = 0
+    for independent directions.
     """
     replicas, d, n = state.shape
+    rank, shared = root.shape[1], np.empty(d * drawn)
     z = np.empty(n + noise_columns)
     normal = np.empty(d * noise_columns)
     single = n == 1 and noise_columns == 1 and column.size == 2
@@ -379,6 +398,14 @@ def sample_linear(
         v, out = values[kind[t]], record[t]
         for r in range(replicas):
             fill_normals(generator, normal)
+            if rank > 0:
+                for i in range(d):
+                    for j in range(drawn):
+                        shared[i * drawn + j] = normal[i * noise_columns + j]
+                _correlate(root, shared, drawn)
+                for i in range(d):
+                    for j in range(drawn):
+                        normal[i * noise_columns + j] = shared[i * drawn + j]
             if single:
                 _step_single(keep[kind[t]], push[kind[t]], normal, state[r])
                 if out >= 0:
@@ -569,6 +596,7 @@ def sample_multiplicative(
     buffer,
     expected,
     twin_loss,
+    root,
 ):
     """Multiplicative late-phase steps, `generator` as above.
 
@@ -578,6 +606,7 @@ def sample_multiplicative(
     record : (T,) index of the output row or -1; loss, member_loss : (records, R).
     field (FIELDS, d), delta (R, d), buffer (R, d) : of the twin, in place; none if delta is empty.
     expected (records,), twin_loss (records, R).
+    root : (d, r) of the noise's correlation; r = 0 for independent directions.
     """
     replicas, d = theta.shape
     count = phi.shape[1]
@@ -589,6 +618,8 @@ def sample_multiplicative(
             _factors_field(field, curvature, minimum, noise_sd[t], base_lr[t], member_lr[t], count)
         for r in range(replicas):
             fill_normals(generator, normal)
+            for k in range(count):
+                _correlate(root, normal[k * d : (k + 1) * d], 1)
             if controlled:
                 common[:] = 0.0
                 for k in range(count):
@@ -809,6 +840,7 @@ def sample_optimizer(
     expected,
     twin_loss,
     peak,
+    root,
 ):
     """Steps of R replicas of one rule; x, first and second (R, d) in place, `generator` as above.
 
@@ -816,6 +848,7 @@ def sample_optimizer(
     pitch : of the grid weights are rounded to, 0 for none; age : steps done before.
     noise_sd : (T, d); lr : (T,); record : (T,) index of the output row or -1; loss : (records, R).
     field, delta, buffer, expected, twin_loss : as above; peak : twice the noise's density at 0.
+    root : (d, r) of the correlation of normal noise; r = 0 for independent directions.
     """
     replicas, d = x.shape
     gradient = np.empty(d)
@@ -840,6 +873,7 @@ def sample_optimizer(
         for r in range(replicas):
             if math.isinf(dof):
                 fill_normals(generator, gradient)
+                _correlate(root, gradient, 1)
             else:
                 for i in range(d):
                     gradient[i] = _student(generator, dof)

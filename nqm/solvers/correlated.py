@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nqm.algorithms.base import Algorithm, Mode
-from nqm.correlation import Correlation
+from nqm.correlation import covariance
 from nqm.errors import NQMError
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
@@ -103,17 +103,13 @@ def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
 
 def _start(problem: Problem) -> FloatArray:
     """Covariance of the start, (d, d)."""
-    return _covariance(problem.initial_correlation, problem.initial_variance)
+    return covariance(problem.initial_correlation, problem.initial_variance)
 
 
-def _covariance(correlation: Correlation | None, variance: FloatArray) -> FloatArray:
-    return np.diag(variance) if correlation is None else correlation.covariance(variance)
-
-
-def _begin(mode: Mode, covariance: FloatArray) -> FloatArray:
+def _begin(mode: Mode, start: FloatArray) -> FloatArray:
     """Pairs of a phase that begins from weights of this covariance, (d, d, n, n)."""
     draws, _ = embedding(mode.algorithm)  # normals of its own are drawn for each direction alone
-    return np.ascontiguousarray(covariance[:, :, None, None] * (draws @ draws.T))
+    return np.ascontiguousarray(start[:, :, None, None] * (draws @ draws.T))
 
 
 def _mirrored(lower: FloatArray) -> FloatArray:
@@ -160,7 +156,7 @@ class _Pairs:
     @property
     def noise(self) -> FloatArray:
         """Covariance of one example's gradient, (d, d)."""
-        return _covariance(self.problem.noise_correlation, self.problem.noise_variance)
+        return covariance(self.problem.noise_correlation, self.problem.noise_variance)
 
     def weights(self, position: int) -> FloatArray:
         """Of the evaluated weights after `position` steps of the phase, (d, d)."""

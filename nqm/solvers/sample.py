@@ -32,6 +32,7 @@ from nqm.transition import (
     embedding,
     extract,
     member_readout,
+    minibatch_count,
     origins,
     readout,
     resumption,
@@ -171,7 +172,12 @@ class _Plan:
         start: Start | None,
     ):
         self.problem, self.program, self.wanted, self.fast = problem, program, wanted, fast
-        self.start = start
+        self.start, self.root = start, _root(problem)
+        if fast and self.root.size:
+            raise NQMError(
+                "precision 'float32' draws each direction by itself, but those of this problem are "
+                "correlated; use 'float64'"
+            )
         self.linear: dict[int, _Linear] = {}
         for index, phase in enumerate(program.phases):
             if isinstance(phase.algorithm, Algorithm):
@@ -189,6 +195,8 @@ class _Plan:
                 phase.algorithm.check(problem)
             elif not isinstance(phase.algorithm, Sampled):
                 raise NQMError(f"no sampler for {type(phase.algorithm).__name__}")
+            else:
+                phase.algorithm.check(problem)
 
     def _check(self, index: int, algorithm: Algorithm) -> None:
         if not self._goes_on(index):
@@ -210,8 +218,10 @@ class _Plan:
         shape = (replicas, problem.directions)
 
         def draw() -> FloatArray:
-            sd = np.sqrt(problem.initial_variance)
-            return problem.initial_mean + sd * rng.standard_normal(shape)
+            normal, start = rng.standard_normal(shape), problem.initial_correlation
+            if start is not None:
+                normal = normal[:, : start.root.shape[1]] @ start.root.T
+            return problem.initial_mean + np.sqrt(problem.initial_variance) * normal
 
         offset, age = 0, 0
         state: FloatArray | None = None
@@ -362,6 +372,7 @@ class _Plan:
                 loss,
                 *twin.arrays,
                 peak(algorithm),
+                self.root,
             )
         _give_back(rng, generator)
 
@@ -410,8 +421,15 @@ class _Plan:
                 loss,
                 member_loss,
                 *twin.arrays,
+                self.root,
             )
         _give_back(rng, generator)
+
+
+def _root(problem: Problem) -> FloatArray:
+    """Root of the noise's correlation, (d, r); r = 0 where directions are independent."""
+    correlation = problem.noise_correlation
+    return np.empty((problem.directions, 0)) if correlation is None else correlation.root
 
 
 def _take(rng: np.random.Generator) -> Any:
@@ -483,7 +501,10 @@ class _Linear:
             if lanes is None:
                 part = np.empty((len(reads), replicas))
                 member_part = np.full_like(part, np.nan)
-                _kernels.sample_linear(generator, *steps, state, part, member_part)
+                drawn = minibatch_count(algorithm)
+                _kernels.sample_linear(
+                    generator, *steps, state, part, member_part, _root(problem), drawn
+                )
             else:
                 part = np.zeros((len(reads), BLOCK))
                 member_part = np.zeros_like(part)

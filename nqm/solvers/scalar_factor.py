@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
+from nqm.correlation import covariance
 from nqm.errors import NQMError
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program
@@ -43,15 +44,16 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
         )
     lr, member_lr, batch_size = phase.settings(0, 1)[0]
     k, h, theta = algorithm.members, problem.curvature, problem.minimum / algorithm.factor
-    v = problem.noise_variance / batch_size
+    v = covariance(problem.noise_correlation, problem.noise_variance) / batch_size
     pull = algorithm.base_scale * k * lr * algorithm.factor**2 * np.eye(h.size)
     pull += member_lr * np.outer(theta, theta)
-    mean_step = (np.eye(h.size) - pull * h, (pull * (v / k)) @ pull.T)
+    mean_step = (np.eye(h.size) - pull * h, pull @ (v / k) @ pull.T)
     moment = theta**2 @ h
-    noise = member_lr**2 * (theta**2 @ v) * (1.0 - 1.0 / k)
+    noise = member_lr**2 * (theta @ v @ theta) * (1.0 - 1.0 / k)
     member_step = np.array([[1.0 - member_lr * moment]]), np.array([[noise]])
     spread = algorithm.factor**2 * algorithm.spread
-    start = np.diag(problem.initial_variance) + spread / k * np.outer(theta, theta)
+    start = covariance(problem.initial_correlation, problem.initial_variance)
+    start = start + spread / k * np.outer(theta, theta)
     start_member = np.array([[spread * (1.0 - 1.0 / k)]])
 
     rows = []
@@ -59,13 +61,13 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
         many, added = _power(mean_step, step)
         mean = many @ problem.initial_mean
         started = many @ start @ many.T
-        covariance = started + added
+        whole = started + added
         decay, kick = _power(member_step, step)
         deviation = float((decay @ start_member @ decay.T + kick)[0, 0])
-        curved = h[:, None] * covariance
+        curved = h[:, None] * whole
         bias = 0.5 * float(h @ (mean**2 + np.diag(started)))
         variance = 0.5 * float(h @ np.diag(added))
-        spread_of_loss = 0.5 * np.sum(curved * curved.T) + (h * mean) @ covariance @ (h * mean)
+        spread_of_loss = 0.5 * np.sum(curved * curved.T) + (h * mean) @ whole @ (h * mean)
         member = bias + variance + 0.5 * moment * deviation
         rows.append((bias + variance, bias, variance, member, np.sqrt(spread_of_loss)))
     loss, bias_, variance_, member_loss, loss_sd = np.array(rows).T
