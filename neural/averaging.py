@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils import _pytree as pytree
 
 from neural.late_phase import Batch, LatePhase
 from neural.rows import arguments
-from nqm.errors import check_number
+from nqm.errors import NQMError, check_number
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -55,8 +57,14 @@ def ema(module: nn.Module, decay: float) -> AveragedModel:
 
 
 @torch.no_grad()
-def recompute_statistics(module: nn.Module, batches: Iterable[Batch]) -> None:
-    """Reset BatchNorm statistics and take them anew: plain means over one pass of the data.
+def recompute_statistics(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    by_size: bool = False,
+    dropout: bool = False,
+) -> None:
+    """Take BatchNorm statistics anew: means over one pass of the data.
 
     Parameters
     ----------
@@ -65,6 +73,18 @@ def recompute_statistics(module: nn.Module, batches: Iterable[Batch]) -> None:
         code. Of an `AveragedModel` it is the average that is run.
     batches : iterable of (inputs, targets)
         Training data; targets are not used.
+    by_size : bool
+        Weigh every minibatch by its examples, so that a short last one counts less, as the official
+        code does. By default every minibatch counts the same, as torch's `update_bn` has it. The
+        size is the first axis of the first tensor of the inputs.
+    dropout : bool
+        Leave dropout on, as the official code does; off by default, as the averaged model is used.
+
+    Raises
+    ------
+    NQMError
+        If there is no batch: an iterator is empty after its first use. Statistics then stay as they
+        are, as they do if a forward pass fails.
     """
     if isinstance(module, AveragedModel):
         module = module.module
@@ -73,21 +93,47 @@ def recompute_statistics(module: nn.Module, batches: Iterable[Batch]) -> None:
         return
     momenta = {layer: layer.momentum for layer in layers}
     training = {layer: layer.training for layer in module.modules()}
+    held = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    seen = 0
     try:
         module.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.train()
-            layer.momentum = None  # cumulative
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.reset_running_stats()
+                layer.train()
+                layer.momentum = None  # cumulative
+            elif dropout and isinstance(layer, _DropoutNd):
+                layer.train()
         if isinstance(module, LatePhase):
             _reset_members(module)
         for inputs, _ in batches:
+            size = _size(inputs) if by_size else 1
+            seen += size
+            for layer in layers if by_size else ():
+                layer.momentum = size / seen
             _run(module, inputs)
+        if not seen:
+            raise NQMError(
+                "recompute_statistics: there is no batch, and the statistics stay as they are; an "
+                "iterator is empty after its first use: give a list or a loader"
+            )
+    except BaseException:
+        for buffer, value in held:
+            buffer.copy_(value)
+        raise
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
         for one, mode in training.items():
             one.training = mode
+
+
+def _size(inputs: Any) -> int:
+    """Examples of a minibatch."""
+    for leaf in pytree.tree_leaves(arguments(inputs)):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return len(leaf)
+    raise NQMError("recompute_statistics: by_size needs a tensor in the inputs of every minibatch")
 
 
 def _run(module: nn.Module, inputs: Any) -> None:

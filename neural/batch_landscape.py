@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from neural.curvature import Landscape
-from neural.example_rows import input_rows, joined
+from neural.examples import input_rows, joined
 from neural.late_phase import Batch
 from nqm.errors import NQMError, check_integer
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from neural.curvature import Landscape
-from neural.example_rows import EachRow, joined
+from neural.examples import EachRow, joined
 from neural.late_phase import LatePhase
 from nqm.errors import NQMError, check_integer, check_number, check_word
 

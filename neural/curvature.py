@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
-from neural.example_rows import EachRow, MakeBatch, rows
+from neural.evaluate.metrics import IGNORED
+from neural.examples import EachRow, MakeBatch, rows
 from neural.ggn import ggn_matrix, ggn_product
 from neural.late_phase import Batch
 from neural.plain_kernels import plain_kernels, through_detach
@@ -37,8 +38,6 @@ CURVATURES = ("hessian", "ggn")
 HESSIAN_ROWS = 32
 #: Numbers of examples' own gradients that are held at once.
 GRADIENT_NUMBERS = 2**26
-#: A label that does not count, as `torch.nn.functional.cross_entropy` has it.
-IGNORED = -100
 #: What torch says where a derivative, or a loop over examples within a kernel, does not exist.
 _MISSING = re.compile(
     "forward AD|derivative for|implemented|double backward|atching rule|vmap|functorch|torch.func|"
@@ -67,7 +66,7 @@ class Landscape:
         Left as it is; evaluated in evaluation mode.
     batches : sequence of (inputs, targets)
         The data, always in this order; one batch is in work at a time. Inputs are a tensor, or a
-        tuple or mapping of what the model takes (`neural.example_rows`); targets a tensor.
+        tuple or mapping of what the model takes (`neural.examples`); targets a tensor.
     select : str or iterable of str
         Which weights (see `neural.select.select`): ``"all"``, or the late-phase coordinates alone.
     loss : callable

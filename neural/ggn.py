@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
-from neural.example_rows import EachRow, rows
+from neural.examples import EachRow, rows
 
 #: Rows of the examples' Jacobians that are computed at once: memory goes with them.
 JACOBIAN_ROWS = 160
@@ -64,7 +64,7 @@ def ggn_matrix(
         (outputs, targets) -> one loss per example, shape (B,).
     w : Tensor, shape (p,)
     inputs, targets
-        The batch, examples along the first axis of every tensor (`neural.example_rows`).
+        The batch, examples along the first axis of every tensor (`neural.examples`).
     """
     tensors, make = rows((inputs, targets))
 

@@ -589,7 +589,10 @@ class LatePhase(nn.Module):
     @torch.no_grad()
     def spread(self) -> float:
         """Distance of members from their mean relative to its size, root mean square over all."""
-        values = [w.double() for w in self._weights().values()]
+        values = [
+            (torch.view_as_real(w) if w.is_complex() else w).double()
+            for w in self._weights().values()
+        ]
         apart = sum(float((w - w.mean(0)).square().sum()) for w in values) / self.members
         size = sum(float(w.mean(0).square().sum()) for w in values)
         return float((apart / size) ** 0.5) if size else 0.0
@@ -608,7 +611,7 @@ def _spawn(
     stacked = torch.stack([value] * members)
     if sigma > 0.0:
         if rule == "rms":
-            size = float(value.square().mean().sqrt())
+            size = float(value.abs().square().mean().sqrt())
         else:
             into = value[0].numel() if value.ndim > 1 else value.numel()
             size = max(into, 1) ** -0.5

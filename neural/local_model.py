@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from neural import noise as gradient_noise
 from neural.curvature import Landscape
-from neural.example_rows import content
+from neural.examples import content
 from neural.krylov import Krylov, krylov
 from neural.spectrum import Eigenpairs, Progress, eigenpairs, operator
 from nqm.correlation import Correlation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -502,3 +502,54 @@ def test_modes_and_momenta_come_back_after_an_exception():
     plain = nn.Linear(2, 2)
     recompute_statistics(plain, iter(()))
     assert plain.training
+
+
+@pytest.mark.parametrize("kind", ["plain", "members", "average"])
+def test_no_batch_leaves_the_statistics(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    wrap: dict[str, Any] = {
+        "plain": lambda m: m, "members": lambda m: LatePhase(m, 2), "average": swa,
+    }  # fmt: skip
+    module = wrap[kind](model)
+    stream = iter([(torch.randn(8, 4) + 2.0, None)])
+    recompute_statistics(module, stream)
+    before = [buffer.clone() for buffer in module.buffers()]
+    assert any(bool((one.abs() > 0.1).any()) for one in before)
+    modes = [one.training for one in module.modules()]
+    wrong = [(torch.randn(8, 3), None)]
+    for data, error, told in ((stream, NQMError, "no batch"), (wrong, RuntimeError, "shapes")):
+        with pytest.raises(error, match=told):
+            recompute_statistics(module, data)
+        for one, buffer in zip(before, module.buffers(), strict=True):
+            assert torch.equal(one, buffer)
+        assert [one.training for one in module.modules()] == modes
+
+
+def test_minibatches_may_count_by_their_size() -> None:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(3).double()
+    parts = [torch.randn(n, 3, dtype=torch.double) for n in (8, 8, 2)]
+    for by_size, weights in ((False, [1, 1, 1]), (True, [8, 8, 2])):
+        recompute_statistics(layer, [(part, None) for part in parts], by_size=by_size)
+        share = torch.tensor(weights).double() / sum(weights)
+        for name, each in (
+            ("running_mean", [part.mean(0) for part in parts]),
+            ("running_var", [part.var(0) for part in parts]),
+        ):
+            found = getattr(layer, name)
+            agree(found, (share[:, None] * torch.stack(each)).sum(0), IDENTITY)
+    assert layer.momentum == 0.1
+
+
+def test_dropout_is_off_unless_it_is_asked_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(1))
+    data = [(torch.ones(4000, 1), None)]
+    recompute_statistics(model, data)
+    assert cast(Tensor, model[1].running_var).item() == 0.0
+    recompute_statistics(model, data, dropout=True)
+    # Ones become 0 or 2: variance 1, with a standard error of 1 / sqrt(4000) of the mean.
+    assert cast(Tensor, model[1].running_var).item() == pytest.approx(1.0, abs=0.01)
+    assert cast(Tensor, model[1].running_mean).item() == pytest.approx(1.0, abs=0.1)
+    assert model.training

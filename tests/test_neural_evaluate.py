@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import IDENTITY, SIGMAS, agree
-from torch import nn
+from torch import Tensor, nn
 
 import neural.evaluate as ev
 from neural.compat import import_torchvision
@@ -137,6 +137,72 @@ def test_bits_per_character():
     agree(ev.bits_per_character(math.log(256)), 8, IDENTITY)
 
 
+def test_labels_of_minus_100_do_not_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(4, (12,), generator=generator)
+    counted = torch.arange(12) % 3 > 0
+    masked = torch.where(counted, labels, -100)
+    found = ev.classification_metrics(logits, masked)
+    assert found == ev.classification_metrics(logits[counted], labels[counted])
+    assert found["nll"] == pytest.approx(float(nn.functional.cross_entropy(logits, masked)))
+    # The same of a model, by windows of symbols: a symbol's logits are a row of the table.
+    table = nn.Embedding.from_pretrained(logits)
+    windows = torch.arange(12).view(3, 4)
+    batches = [(windows[:2], masked.view(3, 4)[:2]), (windows[2:], masked.view(3, 4)[2:])]
+    for score in (ev.score(table, batches), ev.score_text(table, batches)):
+        assert score.loss == pytest.approx(found["nll"], rel=1e-6)  # the table is float64
+        assert score.accuracy == found["accuracy"]
+    nothing = [(windows, torch.full((3, 4), -100))]
+    with pytest.raises(NQMError, match="every label is -100"):
+        ev.score(table, nothing)
+    with pytest.raises(NQMError, match=r"labels must lie in 0..3, or be -100 .* got 4"):
+        ev.score(table, [(windows, torch.full((3, 4), 4))])
+
+
+def test_probabilities_are_not_taken_for_logits() -> None:
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]])
+    labels = torch.tensor([0, 1])
+    for p in (probs, probs.bfloat16(), probs.double()):
+        for rule in (ev.nll, ev.brier, ev.ece, ev.classification_metrics):
+            with pytest.raises(NQMError, match="are probabilities; take their logarithm"):
+                rule(p, labels)
+        with pytest.raises(NQMError, match="entropy_score: expected logits"):
+            ev.entropy_score(p)
+        with pytest.raises(NQMError, match="ensemble_log_probs: expected logits"):
+            ev.ensemble_log_probs(p[None])
+    assert ev.accuracy(probs, labels) == 1.0  # which is the same of both
+    logits = probs.clone()
+    logits[0, 0] = 0.8
+    assert ev.nll(logits, labels) > 0.0
+
+
+def test_scores_of_any_kind_and_place() -> None:
+    inside, outside = [0.0, 0.5, 1.0], [0.75, 2.0]
+    expected = ev.ood_metrics(inside, outside)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        a, b = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (inside, outside))
+        assert ev.ood_metrics(a, b) == expected
+
+
+def test_a_tensor_kept_during_evaluation_can_be_trained_with() -> None:
+    class Rotary(nn.Linear):
+        angles: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.angles is None:
+                self.angles = torch.ones(x.shape[1]).cos()
+            return super().forward(x) * self.angles[0]
+
+    model = Rotary(4, 3)
+    data = [(torch.ones(2, 4), torch.tensor([0, 1]))]
+    ev.score(model, data)
+    logits, _ = ev.predict(model, data)
+    assert not logits.requires_grad
+    nn.functional.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    assert model.weight.grad is not None
+
+
 @pytest.mark.parametrize(
     ("shape", "labels", "says"),
     [
@@ -144,7 +210,8 @@ def test_bits_per_character():
         ((2, 2, 2), [0, 1], "flatten"),
         ((0, 2), [], "N, C >= 1"),
         ((2, 2), [0, 2], r"0\.\.1 .* got 0\.\.2"),
-        ((2, 2), [0, -100], r"got -100\.\.0"),
+        ((2, 2), [0, -1], r"got -1\.\.0"),
+        ((2, 2), [-100, -100], "every label is -100"),
     ],
 )
 def test_misfits_are_one_line(shape, labels, says):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import IDENTITY, SIGMAS, agree
+from tolerances import IDENTITY, SIGMAS, agree, within_error
 from torch import nn
 
 from neural.evaluate import Score, interpolate, loss_line, loss_rise
@@ -281,3 +281,28 @@ def test_line_mistakes_are_named():
         loss_line(model, start, short, Bowl.loss)
     with pytest.raises(NQMError, match=r"the start's 'w' .* expected \(4,\), got \(3,\)"):
         loss_line(model, {**start, "w": torch.zeros(3)}, end, Bowl.loss)
+
+
+class Complex(nn.Module):
+    """Its loss is |z|^2 of one complex weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.tensor([3.0 + 4.0j], dtype=torch.complex128))
+
+
+def test_a_complex_weight_is_two_real_ones() -> None:
+    def loss(model: nn.Module) -> float:
+        return float(model.get_parameter("z").abs().square())
+
+    model = Complex()
+    (rise,) = loss_rise(model, loss, [0.1], 2000)
+    # |z + noise|^2 - |z|^2 = 0.1^2 (9 eps^2 + 16 eps'^2) on average over +eps and -eps.
+    within_error(rise.mean, 0.25, rise.standard_error)
+    assert model.z.item() == 3 + 4j
+    start, end = {"z": torch.tensor([1 + 2j])}, {"z": torch.tensor([3 - 2j])}
+    agree(torch.view_as_real(interpolate(start, end, 0.25)["z"]), [[1.5, 1.0]], 1e-6)
+    whole = nn.Module()
+    whole.register_parameter("n", nn.Parameter(torch.tensor([1]), requires_grad=False))
+    with pytest.raises(NQMError, match="no weight that noise could be added to"):
+        loss_rise(whole, lambda model: 0.0, [0.1])

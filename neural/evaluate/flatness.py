@@ -79,7 +79,8 @@ def loss_rise(
     seed : int
         Of the draws, which are made on the CPU and so do not depend on the device.
     names : iterable of str, optional
-        Parameters that get noise; by default all floating-point ones.
+        Parameters that get noise; by default all that are not whole numbers. Real and imaginary
+        part of a complex weight are two weights.
     recompute : callable, optional
         ``recompute(model)`` runs before every evaluation, the noiseless one too, e.g. to
         re-estimate BatchNorm statistics. Without it buffers stay as they are.
@@ -104,7 +105,13 @@ def loss_rise(
             f"loss_rise: names must be parameters of the model; got {min(chosen - set(parameters))}"
             "; list(dict(model.named_parameters())) has them"
         )
-    weights = [p for name, p in parameters.items() if name in chosen and p.is_floating_point()]
+    weights = [
+        torch.view_as_real(p.detach()) if p.is_complex() else p
+        for name, p in parameters.items()
+        if name in chosen and (p.is_floating_point() or p.is_complex())
+    ]
+    if not weights:
+        raise NQMError("loss_rise: names hold no weight that noise could be added to")
     run, rng = scorer(loss), torch.Generator().manual_seed(seed)
     rises: list[list[float]] = [[] for _ in sigmas]
     with borrowed(model) as restore:

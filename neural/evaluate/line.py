@@ -46,7 +46,7 @@ class Line:
 def interpolate(
     start: Mapping[str, Tensor], end: Mapping[str, Tensor], t: float
 ) -> dict[str, Tensor]:
-    """(1 - t) start + t end for every floating-point tensor; exact at t = 0 and t = 1.
+    """(1 - t) start + t end for every real or complex tensor; exact at t = 0 and t = 1.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def interpolate(
     nearer = start if t < 0.5 else end
     return {
         name: torch.lerp(tensor, end[name].to(tensor), t)
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() or tensor.is_complex()
         else nearer[name].clone()
         for name, tensor in start.items()
     }

@@ -1,7 +1,7 @@
 """How good predicted probabilities are: accuracy, likelihood, Brier score, calibration.
 
 Every function takes log-probabilities or, since ``log_softmax`` leaves those alone, plain logits.
-Sums run in float64.
+Sums run in float64. Examples whose label is -100 are left out, as torch's losses do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from nqm.errors import NQMError, check_integer
 
+#: The label of what does not count, as `torch.nn.functional.cross_entropy` has it.
+IGNORED = -100
+
 
 def accuracy(log_probs: Tensor, labels: Tensor) -> float:
     """Share of examples whose most probable class (the first of equals) is the label.
@@ -22,13 +25,14 @@ def accuracy(log_probs: Tensor, labels: Tensor) -> float:
     log_probs : Tensor, shape (N, C)
         Logits or log-probabilities. A row with a NaN counts as wrong.
     labels : Tensor of integers, shape (N,)
+        -100 where an example does not count.
 
     Raises
     ------
     NQMError
-        If the shapes do not fit, there is no example, or a label is not a class.
+        If the shapes do not fit, no example counts, or a label is not a class.
     """
-    log_probs, labels = _checked(log_probs, labels)
+    log_probs, labels = _checked(log_probs, labels, probabilities=True)
     return float(correct(log_probs, labels).double().mean())
 
 
@@ -98,8 +102,31 @@ def correct(log_probs: Tensor, labels: Tensor) -> Tensor:
     return (log_probs.argmax(1) == labels) & ~log_probs.isnan().any(1)
 
 
-def _checked(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised log-probabilities in float64 and labels as int64, once their shapes fit."""
+def refuse_probabilities(where: str, log_probs: Tensor) -> None:
+    """Raise NQMError if every row sums to 1 and has no negative entry.
+
+    Probabilities taken for logits would give a wrong number without a word.
+
+    Parameters
+    ----------
+    where : str
+    log_probs : Tensor, shape (..., C)
+    """
+    if log_probs.shape[-1] < 2 or not log_probs.numel():
+        return
+    rough = log_probs.dtype in (torch.float16, torch.bfloat16)
+    apart = (log_probs.detach().double().sum(-1) - 1.0).abs()
+    if bool((log_probs >= 0).all()) and bool((apart < (0.02 if rough else 1e-4)).all()):
+        raise NQMError(
+            f"{where}: expected logits or log-probabilities; got rows that sum to 1, which are "
+            "probabilities; take their logarithm, p.log()"
+        )
+
+
+def _checked(
+    log_probs: Tensor, labels: Tensor, *, probabilities: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Normalised log-probabilities in float64 and labels as int64, of the examples that count."""
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not log_probs.numel():
         raise NQMError(
             "metrics: expected log_probs (N, C) and labels (N,) with N, C >= 1; got shapes "
@@ -107,10 +134,19 @@ def _checked(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     if labels.is_floating_point():
         raise NQMError(f"metrics: labels must be integers; got {labels.dtype}; use labels.long()")
+    if not log_probs.is_floating_point():
+        raise NQMError(f"metrics: log_probs must be real; got {log_probs.dtype}")
+    if not probabilities:
+        refuse_probabilities("metrics", log_probs)
+    labels = labels.long()
+    counted = labels != IGNORED
+    if not bool(counted.any()):
+        raise NQMError(f"metrics: every label is {IGNORED}, so that no example counts")
+    log_probs, labels = log_probs[counted], labels[counted]
     classes, low, high = log_probs.shape[1], int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise NQMError(
-            f"metrics: labels must lie in 0..{classes - 1} (log_probs has {classes} columns); "
-            f"got {low}..{high}"
+            f"metrics: labels must lie in 0..{classes - 1} (log_probs has {classes} columns), or "
+            f"be {IGNORED} for what does not count; got {low}..{high}"
         )
-    return log_probs.double().log_softmax(1), labels.long()
+    return log_probs.double().log_softmax(1), labels

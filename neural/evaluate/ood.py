@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from neural.evaluate.metrics import refuse_probabilities
 from nqm.errors import NQMError, check_number
 
 
@@ -27,6 +28,7 @@ def entropy_score(logits: Tensor, epsilon: float = 0.0) -> Tensor:
     Tensor of float64, shape (...)
     """
     check_number("entropy_score: epsilon", epsilon, low=0)
+    refuse_probabilities("entropy_score", logits)
     log_probs = logits.double().log_softmax(-1)
     probs = log_probs.exp()
     inside = (probs + epsilon).log() if epsilon else log_probs
@@ -34,7 +36,7 @@ def entropy_score(logits: Tensor, epsilon: float = 0.0) -> Tensor:
     return -torch.where(probs == 0, 0.0, probs * inside).sum(-1)
 
 
-def ood_metrics(in_scores: ArrayLike, out_scores: ArrayLike) -> dict[str, float]:
+def ood_metrics(in_scores: ArrayLike | Tensor, out_scores: ArrayLike | Tensor) -> dict[str, float]:
     """``auroc``, ``aupr`` and ``fpr95`` with OOD as the positive class.
 
     auroc : probability that an OOD score exceeds an in-distribution one, ties counting half.
@@ -58,7 +60,7 @@ def ood_metrics(in_scores: ArrayLike, out_scores: ArrayLike) -> dict[str, float]
     NQMError
         If one of the sets is empty or not one-dimensional.
     """
-    inside, outside = (np.asarray(x, dtype=np.float64) for x in (in_scores, out_scores))
+    inside, outside = (_numbers(x) for x in (in_scores, out_scores))
     if inside.ndim != 1 or outside.ndim != 1 or not inside.size or not outside.size:
         raise NQMError(
             "ood_metrics: expected one score per example, at least one in each set; got shapes "
@@ -78,3 +80,10 @@ def ood_metrics(in_scores: ArrayLike, out_scores: ArrayLike) -> dict[str, float]
         "aupr": float(average_precision_score(positive, ranks)),
         "fpr95": float((inside >= threshold).mean()),
     }
+
+
+def _numbers(scores: ArrayLike | Tensor) -> NDArray[np.float64]:
+    """Scores of any kind and place as an array."""
+    if isinstance(scores, Tensor):
+        scores = scores.detach().to("cpu", torch.float64).numpy()
+    return np.asarray(scores, dtype=np.float64)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from neural.evaluate.metrics import correct
+from neural.evaluate.metrics import IGNORED, correct, refuse_probabilities
 from nqm.errors import NQMError, check_integer
 
 #: Pairs (inputs, labels). Logits of shape (B, ..., C) and labels (B, ...) are flattened to
@@ -29,7 +29,7 @@ class MemberForward(Protocol):
 
 
 class Score(NamedTuple):
-    """Mean cross-entropy in nats, and share of correct predictions."""
+    """Mean cross-entropy in nats, and share of correct predictions, of all labels but -100."""
 
     loss: float
     accuracy: float
@@ -38,6 +38,9 @@ class Score(NamedTuple):
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
     """Eval mode without autograd; afterwards every module has its own mode back.
+
+    Not torch's inference mode: a tensor that a model keeps from one pass to the next, like rotary
+    angles, could not be trained with afterwards.
 
     Parameters
     ----------
@@ -48,7 +51,7 @@ def evaluating(model: object) -> Iterator[None]:
     try:
         if isinstance(model, nn.Module):
             model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():
@@ -131,6 +134,7 @@ def ensemble_log_probs(member_logits: Tensor) -> Tensor:
             "ensemble_log_probs: expected logits (K, N, C) with K >= 1; got shape "
             f"{tuple(member_logits.shape)}"
         )
+    refuse_probabilities("ensemble_log_probs", member_logits)
     log_probs = member_logits.double().log_softmax(-1)
     return log_probs.logsumexp(0) - math.log(len(log_probs))
 
@@ -224,13 +228,31 @@ def score_text(model: nn.Module, batches: Batches) -> Score:
 def _scored(who: str, outputs: Iterable[tuple[Tensor, Tensor]]) -> Score:
     """Score of pairs (logits, labels), summed as they come."""
     loss, hits, count = 0.0, 0, 0
+    some = False
     for logits, labels in (_flat(*pair) for pair in outputs):
-        loss += float(nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+        _check_labels(who, labels, logits.shape[1])
+        loss += float(
+            nn.functional.cross_entropy(
+                logits.double(), labels, reduction="sum", ignore_index=IGNORED
+            )
+        )
         hits += int(correct(logits, labels).sum())
-        count += len(labels)
-    if not count:
+        count += int((labels != IGNORED).sum())
+        some = True
+    if not some:
         raise NQMError(f"{who}: there is no batch; an iterator is empty after its first use")
+    if not count:
+        raise NQMError(f"{who}: every label is {IGNORED}, so that no example counts")
     return Score(loss / count, hits / count)
+
+
+def _check_labels(who: str, labels: Tensor, classes: int) -> None:
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+    if len(wrong):
+        raise NQMError(
+            f"{who}: labels must lie in 0..{classes - 1}, or be {IGNORED} for what does not count; "
+            f"got {int(wrong[0])}"
+        )
 
 
 def _device(model: object, device: Device) -> torch.device:
@@ -261,6 +283,4 @@ def _collect(
         labels.append(outputs[0][1])
     if not labels:
         raise NQMError("predict: there is no batch; an iterator is empty after its first use")
-    # Outside inference mode, so that the caller may use the results under autograd.
-    with torch.inference_mode(False):
-        return torch.cat([x.clone() for x in logits], 1), torch.cat([y.clone() for y in labels])
+    return torch.cat(logits, 1), torch.cat(labels)
