@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 
+from neural.duplicate import duplicate
 from neural.late_phase import Batch, LatePhase
 from neural.rows import arguments
 from nqm.errors import NQMError, check_number
@@ -30,7 +31,7 @@ def swa(module: nn.Module) -> AveragedModel:
     Call ``.update_parameters(module)`` at every snapshot; ``.module`` is the average. Its running
     statistics are those of the last snapshot until `recompute_statistics` is called.
     """
-    return AveragedModel(module)
+    return AveragedModel(duplicate(module))
 
 
 def ema(module: nn.Module, decay: float) -> AveragedModel:
@@ -53,7 +54,7 @@ def ema(module: nn.Module, decay: float) -> AveragedModel:
             for one, value in zip(kept, new, strict=True):
                 one.copy_(value)
 
-    return AveragedModel(module, multi_avg_fn=average, use_buffers=True)
+    return AveragedModel(duplicate(module), multi_avg_fn=average, use_buffers=True)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ mode and without augmentation: the very loss whose curvature and noise were meas
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from neural.curvature import Landscape
+from neural.duplicate import duplicate
 from neural.examples import EachRow, joined
 from neural.late_phase import LatePhase
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -172,7 +172,7 @@ def train_late_phase(
     weights : Tensor, shape (p,)
         Of the averaged model.
     """
-    model = copy.deepcopy(landscape.model).eval()
+    model = duplicate(landscape.model).eval()
     held = [model.get_parameter(name) for name in landscape.shapes]
     # A landscape may stand elsewhere than its model.
     nn.utils.vector_to_parameters(landscape.weights.clone(), held)

@@ -27,6 +27,11 @@ class _ResultsByValue(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def results_by_value() -> TorchFunctionMode:
+    """Context in which `copy.deepcopy` takes any tensor: what was computed, by its value."""
+    return _ResultsByValue()
+
+
 def duplicate(model: _M) -> _M:
     """Deep copy of a module that may hold results of its last forward pass.
 
@@ -34,5 +39,5 @@ def duplicate(model: _M) -> _M:
     tensors with a history, which `copy.deepcopy` refuses. Their values are copied; the next
     forward pass of the copy computes them anew from its own weights.
     """
-    with _ResultsByValue():
+    with results_by_value():
         return copy.deepcopy(model)

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from neural import fused as fused_forward
 from neural import merging
+from neural.duplicate import results_by_value
 from neural.pieces import Known, LossWeight, backward_in_pieces
 from neural.rows import UnclearRowsError, arguments
 from neural.select import select as resolve
@@ -233,6 +234,12 @@ class LatePhase(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the members' forward pass; arguments are those of `torch.compile`."""
         self._run = torch.compile(self._member_forward, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatePhase:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        with results_by_value():
+            twin.__setstate__(copy.deepcopy(vars(self), memo))
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -563,8 +570,8 @@ class LatePhase(nn.Module):
             Average scale, shift and running statistics each by itself; or the layers' outputs in
             evaluation mode, as the official code does: the mean of K affine maps is one affine map.
         rank1 : {"factors", "product"}
-            Average the factors s and r, as the paper does; or the matrices s_k r_k^T, whose mean
-            has rank up to K and is folded into the weight.
+            Average the factors s and r, as the paper does, or B and A of low-rank updates; or the
+            matrices s_k r_k^T and B_k A_k, whose mean is folded into the weight.
         """
         check_word("batchnorm", batchnorm, ("weights", "outputs"))
         check_word("rank1", rank1, ("factors", "product"))

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from neural.reparametrize import RankOne, fold, parametrized
+from neural.duplicate import duplicate
+from neural.reparametrize import fold, parametrized
 
 #: Name in the model -> values of all members, (K, ...).
 Stacked = Mapping[str, Tensor]
 
 
 def means(stacked: Stacked) -> dict[str, Tensor]:
-    """Mean over members; of a counter the largest."""
-    return {
-        name: value.mean(0) if value.is_floating_point() else value.max(0).values
-        for name, value in stacked.items()
-    }
+    """Mean over members; of a counter the largest, and where one is not finite the first's."""
+    mean: dict[str, Tensor] = {}
+    for name, value in stacked.items():
+        if value.is_floating_point() or value.is_complex():
+            finite = value.isfinite().all(0)
+            mean[name] = torch.where(finite, value.mean(0), value[0])
+        else:
+            mean[name] = value.max(0).values
+    return mean
 
 
 def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Copy of a model with some weights and buffers set, and no parametrization of ours."""
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     for name, value in state.items():
         path, _, own = name.rpartition(".")
         getattr(model.get_submodule(path), own).copy_(value)
@@ -63,12 +67,8 @@ def mean_affine(model: nn.Module, weights: Stacked, statistics: Stacked) -> dict
 
 
 def mean_products(model: nn.Module, weights: Stacked) -> dict[str, Tensor]:
-    """Mean over members of every weight that has rank-1 factors."""
-    touched = {
-        f"{path}.{name}" if path else name
-        for path, _, name, one in parametrized(model)
-        if isinstance(one, RankOne)
-    }
+    """Mean over members of every weight that has rank-1 factors or a low-rank update."""
+    touched = {f"{path}.{name}" if path else name for path, _, name, _ in parametrized(model)}
     members = len(next(iter(weights.values())))
     total: dict[str, Tensor] = {}
     for k in range(members):

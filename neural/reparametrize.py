@@ -7,6 +7,7 @@ the original `Parameter` objects stay as they are; `fold` turns them back into p
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import partial
@@ -137,6 +138,7 @@ def _add(model: nn.Module, where: str, make: _Made) -> list[str]:
     for module in {module for _, module, _ in found}:
         if isinstance(module, nn.RNNBase):
             _let_copy(module)
+        _let_pickle(module)
     return [f"{path}.{name}" if path else name for path, _, name in found]
 
 
@@ -166,6 +168,39 @@ def _let_copy(layer: nn.RNNBase) -> None:
     own_class.__deepcopy__ = refreshed_deepcopy
 
 
+def _let_pickle(layer: nn.Module) -> None:
+    """Let a layer be pickled: its class is made anew where it is read."""
+    own_class = cast(Any, type(layer))
+    own_class.__reduce_ex__ = _reduced
+    own_class.__setstate__ = _restore
+
+
+def _reduced(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
+    names = list(cast(nn.ModuleDict, layer.parametrizations))
+    state = {**vars(layer)}
+    for name in ("_flat_weights", "_flat_weight_refs"):  # of recurrent layers: computed
+        state.pop(name, None)
+    return _parametrized_layer, (type(layer).__bases__[0], names), state
+
+
+def _restore(layer: nn.Module, state: dict[str, Any]) -> None:
+    nn.Module.__setstate__(layer, state)  # type: ignore[no-untyped-call]
+    if isinstance(layer, nn.RNNBase):
+        with torch.no_grad():
+            layer._init_flat_weights()
+
+
+def _parametrized_layer(plain: type[nn.Module], names: list[str]) -> nn.Module:
+    """An empty layer of a class with computed weights."""
+    layer = plain.__new__(plain)
+    nn.Module.__init__(layer)
+    parametrize._inject_new_class(layer)
+    for name in names:
+        parametrize._inject_property(layer, name)
+    _let_pickle(layer)
+    return layer
+
+
 def _weights(module: nn.Module) -> list[str]:
     if isinstance(module, nn.Linear | _ConvNd):
         return ["weight"]
@@ -187,14 +222,46 @@ def parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
 def fold(model: nn.Module) -> nn.Module:
     """Compute the weights once and for all; afterwards the layers are plain again.
 
+    A weight that was trainable by its factors alone is so itself. One that another layer holds as
+    well, as the embedding does where an output layer is tied to it, becomes a weight of its own
+    with a warning: the other layer has no factors.
+
     Parameters
     ----------
     model : Module
         Changed in place, and returned. Weights without factors of ours stay as they are.
     """
     with torch.no_grad():
-        for _, module, name, _ in list(parametrized(model)):
+        for path, module, name, _ in list(parametrized(model)):
             if parametrize.is_parametrized(module, name):
-                _own_class(module)
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                _fold_one(model, path, module, name)
     return model
+
+
+def _fold_one(model: nn.Module, path: str, module: nn.Module, name: str) -> None:
+    chain = cast(nn.ModuleDict, module.parametrizations)[name]
+    trainable = any(p.requires_grad for p in chain.parameters())
+    _own_class(module)
+    if len(_holders(model, chain)) > 1:
+        value = getattr(module, name).detach().clone()
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        setattr(module, name, nn.Parameter(value))
+        own = f"{path}.{name}" if path else name
+        warnings.warn(
+            f"fold: {own} is tied to another layer's weight; folded it is a weight of its own, and "
+            "a model that ties them must not load it",
+            stacklevel=4,
+        )
+    else:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    getattr(module, name).requires_grad_(trainable)
+
+
+def _holders(model: nn.Module, chain: nn.Module) -> list[nn.Module]:
+    """Modules that hold the weight under a parametrization; itself is one of them."""
+    original = chain._parameters.get("original")
+    return [
+        module
+        for module in model.modules()
+        if original is not None and any(p is original for p in module._parameters.values())
+    ]

@@ -17,7 +17,6 @@ official code does), ``averaged_product`` and ``swa_product`` (rank-1 factors av
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from neural import evaluate
 from neural.averaging import recompute_statistics
 from neural.config import EvaluateConfig
 from neural.data import Images, load_images
+from neural.duplicate import duplicate
 from neural.late_phase import LatePhase
 from neural.reparametrize import RankOne, fold, parametrized
 from neural.session import Session
@@ -124,7 +124,7 @@ def final(session: Session, ood: Mapping[str, Images]) -> Report:
     predictions = {name: one.log_softmax(-1).numpy() for name, (one, _) in kept.items()}
     if kept:
         predictions["labels"] = kept[primary][1].numpy()
-    plain = fold(copy.deepcopy(model)).state_dict()
+    plain = fold(duplicate(model)).state_dict()
     return Report(
         pd.DataFrame(rows), plain, None if late is None else late.state_dict(), predictions
     )
@@ -223,7 +223,7 @@ def beyond(
             yield {"data": f"noise {rise.sigma:g}", "metric": "loss_rise", "value": rise.mean}
     if settings.line and late is not None:
         ends = late.member(0).state_dict(), late.averaged().state_dict()
-        plain = fold(copy.deepcopy(late.model))
+        plain = fold(duplicate(late.model))
         line = evaluate.loss_line(plain, *ends, task.score)
         for t, loss in zip(line.position, line.loss, strict=True):
             yield {"data": f"line {t:g}", "metric": "nll", "value": float(loss)}
