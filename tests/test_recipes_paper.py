@@ -142,10 +142,16 @@ def test_imagenet_fine_tuning(net):
         assert run.data.batch_size // train.micro_batches == 128
         assert (run.data.batch_size, train.epochs) == (256, 20)
         assert (train.optimizer, train.momentum, train.nesterov) == ("sgd", 0.9, False)
-        assert (train.weight_decay, train.no_decay) == (1e-4, "")
+        assert train.no_decay == ""
         rates = [float(train.lr(epoch)) for epoch in range(20)]
         assert rates == [1e-3] * 10 + [1e-4] * 10
-    late = recipe.arms["late_phase"].late_phase
+    # The script divides its rates by what it sums over, K members and 2 pieces, and so the decay.
+    stated, pieces = 1e-4, 2
+    assert recipe.arms["base"].train.weight_decay == pytest.approx(stated / pieces, rel=1e-15)
+    run = recipe.arms["late_phase"]
+    assert run.train.weight_decay == pytest.approx(stated / (10 * pieces), rel=1e-15)
+    late = run.late_phase
+    assert late.weight_decay == pytest.approx(stated / pieces, rel=1e-15)
     assert (late.start_epoch, late.members, late.select) == (0, 10, "batchnorm")
     assert (late.gamma, late.noise) == ("mean", 0.0)
     assert {float(late.lr(epoch)) for epoch in range(20)} == {1e-3}
