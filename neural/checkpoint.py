@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nqm.errors import NQMError
@@ -35,15 +38,59 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     NQMError
         When the file is missing, cut short or holds more than tensors and plain values.
     """
+    return _read(path, device, "delete it and run again")
+
+
+def load_foreign(path: Path) -> dict[str, Any]:
+    """A checkpoint that others wrote: of torch, or safetensors; onto the CPU.
+
+    Beside tensors it may hold NumPy's numbers and the options of a command line (argparse). Nothing
+    in it is run.
+
+    Raises
+    ------
+    NQMError
+        When the file is missing, is none, or holds objects of other kinds.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors: dict[str, Any] = load_file(path)
+            return tensors
+        except FileNotFoundError:
+            raise NQMError(f"{path}: no such file") from None
+        except (SafetensorError, OSError) as error:
+            raise NQMError(f"{path} is not a complete safetensors file ({error!s:.100})") from None
+    with torch.serialization.safe_globals(_harmless()):
+        return _read(path, "cpu", "fetch or save it anew")
+
+
+def _harmless() -> list[Any]:
+    """What a foreign checkpoint often holds beside tensors: numbers and texts in other clothes."""
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdg"}
+    # NumPy 1 called the module by its other name.
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds, argparse.Namespace]
+
+
+def _read(path: Path, device: torch.device | str, advice: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise NQMError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise NQMError(f"{path} is a folder; give the file in it") from None
     except Exception as error:  # a damaged file makes torch's reader stumble in any way
+        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        if refused:
+            raise NQMError(
+                f"{path} holds a {refused[1]}, and only tensors and plain values are read; save "
+                "its state dict alone"
+            ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise NQMError(
-            f"{path} is not a complete checkpoint ({reason:.100}); delete it and run again"
-        ) from None
+        raise NQMError(f"{path} is not a complete checkpoint ({reason:.100}); {advice}") from None
     if not isinstance(content, dict):
         raise NQMError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content

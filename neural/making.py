@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from neural.models.fast_cnn import FastCNN, whiten_
 from neural.select import select
 from neural.task import Task
 from nqm.errors import NQMError
+
+#: Where writers of checkpoints put the state dict, in the order in which they are tried.
+UNDER = ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema")
 
 
 def plain_model(config: ModelConfig, task: Task) -> nn.Module:
@@ -91,14 +96,51 @@ def _found(name: str, root: Path | None) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict, strictly; that of a published checkpoint under ``state_dict``."""
+    """Load a state dict, strictly, out of whatever its writer wrapped it in.
+
+    It may lie under one of `UNDER` in the file. What compiling, data parallelism, averaging and
+    trainers put before every name is taken off, if the names are the model's without it.
+
+    Raises
+    ------
+    NQMError
+        If the file cannot be read, holds no state dict, or does not fit the model.
+    """
     try:
-        content = checkpoint.load(path)
+        content = checkpoint.load_foreign(path)
     except NQMError as error:
         raise NQMError(f"model.checkpoint {error}") from None
-    state = content.get("state_dict", content)
+    state = _state_dict(content)
+    if not state:
+        raise NQMError(
+            f"model.checkpoint {path} holds no state dict, by itself or under "
+            f"{', '.join(UNDER)}; it has {', '.join(map(str, content))!s:.100}"
+        )
     try:
-        model.load_state_dict({name.removeprefix("module."): v for name, v in state.items()})
-    except (RuntimeError, AttributeError) as error:
+        model.load_state_dict(_renamed(state, set(model.state_dict())))
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None
+
+
+def _state_dict(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors by name that a checkpoint holds; empty if there are none."""
+    for entry in (content, *(content.get(name) for name in UNDER)):
+        if not isinstance(entry, Mapping) or not entry:
+            continue
+        if all(isinstance(n, str) and isinstance(v, Tensor) for n, v in entry.items()):
+            return dict(entry)
+    return {}
+
+
+def _renamed(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """The state dict under the model's own names, if it differs from them by what others add."""
+    found = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    if "n_averaged" not in names:  # the count of torch's AveragedModel
+        found.pop("n_averaged", None)
+    while found and found.keys() != names:
+        first = {name.partition(".")[0] for name in found}
+        if len(first) > 1 or any(name in first for name in found):
+            return state
+        found = {name.partition(".")[2]: value for name, value in found.items()}
+    return found or state

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,6 +14,25 @@ from neural.compat import import_torchvision
 from nqm.errors import NQMError, suggest
 
 LIBRARIES = ("torchvision", "timm")
+#: Options that may be set: numbers and words of an architecture, and whether its library's own
+#: weights are loaded. Others name files, addresses or code, and options come with runs from
+#: elsewhere.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "torchvision": (
+        "weights", "attention_dropout", "aux_logits", "drop_rate", "dropout", "groups",
+        "growth_rate", "image_size", "memory_efficient", "replace_stride_with_dilation",
+        "representation_size", "stochastic_depth_prob", "transform_input", "width_mult",
+        "width_per_group", "zero_init_residual",
+    ),
+    "timm": (
+        "pretrained", "act_layer", "attn_drop_rate", "base_width", "bn_eps", "bn_momentum",
+        "cardinality", "channel_multiplier", "class_token", "depth", "depth_multiplier", "depths",
+        "dims", "drop_block_rate", "drop_path_rate", "drop_rate", "embed_dim", "global_pool",
+        "img_size", "init_values", "mlp_ratio", "norm_layer", "num_heads", "output_stride",
+        "patch_drop_rate", "patch_size", "pos_drop_rate", "proj_drop_rate", "qkv_bias",
+        "stem_type", "stem_width", "window_size", "zero_init_last",
+    ),
+}  # fmt: skip
 
 
 def build_from_library(
@@ -27,8 +49,8 @@ def build_from_library(
     classes, channels : int
         Outputs, and channels of the images (torchvision: 3).
     **options
-        Of the library's model. Pretrained weights, fetched where they are not in the cache:
-        ``weights="IMAGENET1K_V1"`` (torchvision), ``pretrained=True`` (timm).
+        Of the library's model, those in `OPTIONS`. Pretrained weights, fetched where they are not
+        in the cache: ``weights="IMAGENET1K_V1"`` (torchvision), ``pretrained=True`` (timm).
 
     Raises
     ------
@@ -38,6 +60,7 @@ def build_from_library(
     if library not in LIBRARIES:
         raise NQMError(f"unknown library {library!r} of models{suggest(library, LIBRARIES)}")
     where = f"{library}:{name}"
+    _check_options(where, library, options)
     torchvision = import_torchvision()  # also for timm, which imports it
     if library == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)
@@ -64,7 +87,8 @@ def build_from_library(
         near = suggest(name, known)
         raise NQMError(f"unknown model {where!r}{near if near.startswith('; did') else ''}")
     try:
-        model: nn.Module = create(name, num_classes=classes, **options)
+        with _plain_tensors():
+            model: nn.Module = create(name, num_classes=classes, **options)
     # Libraries and their download clients raise what they like; each becomes one line.
     except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -73,3 +97,37 @@ def build_from_library(
             fix = "; weights that are not in the local cache need a network"
         raise NQMError(f"{where} cannot be built: {reason}{fix}") from error
     return model
+
+
+def _check_options(where: str, library: str, options: dict[str, Any]) -> None:
+    """Raise NQMError on an option that is not one of `OPTIONS`, or no plain value."""
+    for name, value in options.items():
+        if name not in OPTIONS[library]:
+            near = suggest(name, OPTIONS[library])
+            raise NQMError(f"{where}: option {name!r} cannot be set from a configuration{near}")
+        entries = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(one, bool | int | float | str) for one in entries):
+            raise NQMError(
+                f"{where}: {name} must be a number, a word, true or false, or a list of them; "
+                f"got {value!r:.60}"
+            )
+    if not isinstance(options.get("pretrained", False), bool):
+        raise NQMError(f"{where}: pretrained must be true or false; got {options['pretrained']!r}")
+    weights = options.get("weights", "")
+    if not isinstance(weights, str):
+        raise NQMError(f"{where}: weights must be a name, as IMAGENET1K_V1; got {weights!r:.60}")
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Have torch refuse weights that hold anything but tensors, whatever a library asks it for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
