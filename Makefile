@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/paper
 SCALE ?= full
 
-.PHONY: reproduce test lint bench gallery clean setup setup-neural
+.PHONY: reproduce test lint docs bench gallery clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
@@ -16,6 +16,10 @@ lint: setup-neural
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## the site, out/site/index.html; a warning is an error
+	rm -rf docs/reference/generated  # stubs of names that are gone
+	$(BIN)/sphinx-build --quiet --jobs auto --fail-on-warning --keep-going docs out/site
 
 bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.exact_moments
@@ -42,6 +46,10 @@ $(VENV)/.installed-neural: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev,cluster,neural,vision,oracles]' --constraint constraints.txt
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) out build dist docs/reference/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

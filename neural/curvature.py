@@ -73,7 +73,7 @@ class Landscape:
         One loss per example, shape (B,). By default cross-entropy, for which every example must
         count as many labels: labels -100 are left out.
     weight_decay : float
-        Adds weight_decay / 2 |w|^2, which is part of the curvature and no noise.
+        Adds ``weight_decay / 2 |w|^2``, which is part of the curvature and no noise.
     curvature : {"hessian", "ggn"}
         What `curvature_product` and `curvature_matrix` give, and with them all that asks for
         curvature: the Hessian, or the generalised Gauss-Newton matrix (`neural.ggn`), which has no

@@ -102,7 +102,7 @@ def noise_exponent(curvature: FloatArray, noise: FloatArray) -> float:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """Gradient noise scale B_simple = tr C / |g|^2 (McCandlish et al. 2018).
+    """Gradient noise scale ``B_simple = tr C / |g|^2`` (McCandlish et al. 2018).
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]
     Parameters
     ----------
     small, large : ndarray
-        |g|^2 of minibatches of the smaller and the larger size.
+        ``|g|^2`` of minibatches of the smaller and the larger size.
     sizes : tuple of float
         The two batch sizes.
     """

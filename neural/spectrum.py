@@ -29,7 +29,7 @@ class Eigenpairs:
         Falling.
     vectors : ndarray, shape (p, k)
     residuals : ndarray, shape (k,)
-        |H v - h v|: a true eigenvalue lies within that distance.
+        ``|H v - h v|``: a true eigenvalue lies within that distance.
     """
 
     values: FloatArray

@@ -58,8 +58,8 @@ def balance_point(
 ) -> Balance:
     """Where noise drives theta and phi in the long run, and the floor it leads to.
 
-    At small rates a = b, so lambda -> (K + 1) |w*| sqrt(gamma lr member_lr): with gamma = 1 / K
-    and equal rates the mean model's floor falls like K^(-1/2), not like 1 / K.
+    At small rates a = b, so ``lambda -> (K + 1) |w*| sqrt(gamma lr member_lr)``: with
+    gamma = 1 / K and equal rates the mean model's floor falls like K^(-1/2), not like 1 / K.
 
     Raises
     ------

@@ -319,7 +319,7 @@ class Problem(Quadratic):
     ) -> Problem:
         """Measure curvature and gradient noise of least squares on real data.
 
-        For L(w) = 1/(2 N) |X w - y|^2 the Hessian is H = X'X / N, and one example drawn with
+        For ``L(w) = 1/(2 N) |X w - y|^2`` the Hessian is H = X'X / N, and one example drawn with
         replacement has gradient x (x'w - y). Its covariance at the minimum,
         C = 1/N sum_n r_n^2 x_n x_n' with residuals r, is taken as the noise everywhere: the
         additive picture, which leaves out that the noise grows with the distance from w*.

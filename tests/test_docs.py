@@ -105,3 +105,16 @@ def test_toml_blocks_are_the_examples_or_valid() -> None:
 
     for name, text in blocks("toml"):
         assert tomllib.loads(text), name
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    import neural
+    import nqm
+
+    for package in (nqm, neural):
+        page = (ROOT / "docs" / "reference" / f"{package.__name__}.rst").read_text()
+        listed = re.findall(r"^   ([A-Za-z]\w*)$", page, re.MULTILINE)
+        listed += re.findall(r"^\.\. data:: (\w+)$", page, re.MULTILINE)
+        assert len(listed) == len(set(listed))
+        packages = {name for name in listed if (ROOT / package.__name__ / name).is_dir()}
+        assert set(listed) - packages == set(package.__all__) - {"__version__"}

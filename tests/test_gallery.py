@@ -31,7 +31,7 @@ def stem(entry: Entry) -> str:
 
 def test_the_page_is_made_of_entries() -> None:
     """No heading of an entry, and no block, is missed by the pattern."""
-    assert len(ENTRIES) == len(re.findall("^## ", TEXT, re.M)) == TEXT.count("```python") > 20
+    assert len(ENTRIES) == len(re.findall("^### ", TEXT, re.M)) == TEXT.count("```python") > 20
     assert len({entry.picture for entry in ENTRIES}) == len(ENTRIES)
     drawn = {path.name for path in (PAGE.parent / "images" / "gallery").iterdir()}
     assert drawn == {Path(entry.picture).name for entry in ENTRIES}

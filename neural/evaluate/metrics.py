@@ -57,7 +57,7 @@ def ece(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error of the predicted class (Guo et al. 2017, eq. 3).
 
     The mean over equal-width bins ((m - 1) / bins, m / bins] of confidence, weighted by their
-    share of examples, of |accuracy - confidence|. Confidence 1 belongs to the last bin.
+    share of examples, of ``|accuracy - confidence|``. Confidence 1 belongs to the last bin.
 
     Parameters
     ----------

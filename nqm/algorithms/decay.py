@@ -24,7 +24,7 @@ Draw = Callable[[], Value]
 
 @dataclass(frozen=True)
 class WeightDecay(Algorithm):
-    """L2 penalty decay/2 |w - anchor|^2 on any method, or the decoupled decay of AdamW.
+    """L2 penalty ``decay/2 |w - anchor|^2`` on any method, or the decoupled decay of AdamW.
 
     Coupled: every gradient is g + decay (w - anchor), as ``weight_decay`` of ``torch.optim.SGD``.
     Decoupled (Loshchilov & Hutter 2019): an optimizer's step, then w <- w - lr decay (w_old -

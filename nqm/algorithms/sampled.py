@@ -64,7 +64,7 @@ class Sampled(Nonlinear, ABC):
 class SampledSGD(Sampled):
     """SGD or heavy ball by Monte Carlo: clipped gradients, heavy-tailed noise, true rounding.
 
-    g <- g min(1, threshold / |g|) over all directions; b' = momentum b + g; x' = x - lr b'.
+    ``g <- g min(1, threshold / |g|)`` over all directions; b' = momentum b + g; x' = x - lr b'.
 
     Parameters
     ----------
