@@ -30,8 +30,9 @@ bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.allocator
 
-gallery: setup  ## run the gallery's code, draw its pictures, note what it prints
+gallery: setup  ## run the gallery's code, draw its pictures, note what it prints; render docs/tables
 	$(BIN)/python -m figures.gallery docs/gallery.md
+	$(BIN)/python -m figures.pages docs/*.md
 
 setup: $(VENV)/.installed
 setup-neural: $(VENV)/.installed-neural  ## PyTorch as well
