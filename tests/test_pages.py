@@ -87,3 +87,18 @@ def test_render_replaces_what_is_stale(folder: Path) -> None:
     assert "| 1 | 40 % | 0.90 | 1.05 | |\n\n<!-- end of table -->\n" in fresh
     assert "old" not in fresh
     assert render(fresh, folder) == fresh
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10_q75"])
+def test_differences_are_those_of_the_means(name: str) -> None:
+    """What a row says of its difference in points is its accuracy less the base's."""
+    bases = {"base": "base (SGD)", "base (SWA)": "base (SWA, rate kept at 0.05)"}
+    table = pd.read_csv(TABLES / f"{name}.csv", index_col=0)
+    checked = 0
+    for weights, row in table.iterrows():
+        told = re.match(r"(base.*): ([-+][\d.]+) points", str(row["against"]))
+        if told:
+            gain = row["accuracy, %"] - table.loc[bases[told[1]], "accuracy, %"]
+            assert gain == pytest.approx(float(told[2]), abs=0.0151), weights  # of rounded means
+            checked += 1
+    assert checked == 3
