@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 #: The noise-free path is trained, not predicted, where descent is more than this of the excess.
 STILL = 0.01
+#: Chains and seeds at most: seeds of late-phase runs are a thousand times as large.
+MOST = 10**9
+MOST_LOOKS = 10**6
 #: Looks at the course of a training in its first half.
 EARLY = 5
 #: The weights themselves, beside averages of them over time.
@@ -88,6 +91,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_integer("looks", self.looks, 1)
+        check_number("looks", self.looks, high=MOST_LOOKS)
+        check_number("chains", self.chains, low=1, high=MOST)
+        check_integer("seed", self.seed, 0)
+        check_number("seed", self.seed, low=0, high=MOST)
         for k in self.members:
             check_integer("members", k, 1)
         check_number("ema", self.ema, low=0.0, high=1.0, closed_high=False)

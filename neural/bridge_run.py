@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from neural.batch_landscape import grouped
 from neural.best_rate import POINTS, View, best_rates
-from neural.bridge import Plan, compare, foresee
+from neural.bridge import EARLY, Plan, compare, foresee
 from neural.chains import Training
 from neural.config import RunConfig, describe
 from neural.cost import Cost
 from neural.curvature import CURVATURES, Landscape
 from neural.drift import measure_drift
+from neural.examples import rows
 from neural.kinks import find_kinks
 from neural.landscapes import landscape_of, settle
 from neural.late_phase import Batch
@@ -33,6 +34,7 @@ from neural.task import Place, Task, open_task
 from neural.verdict import verdict
 from nqm import __version__, declare
 from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.limits import check_size
 from nqm.table import finished, read_table, replacing, write_table
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Learning rates by default, times the largest curvature: eightfold.
 RATES = (0.0625, 0.125, 0.25, 0.5)
+#: No whole number of a bridge is more: counts stay exact, and indices fit.
+LARGEST = 10**12
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,10 @@ class BridgeConfig:
         check_word("curvature", self.curvature, CURVATURES)
         least = {"examples": 2, "group": 2, "settle": 0, "pairs": 1, "draws": 1, "products": 1}
         least |= {"samples": 2, "smooth": 0, "test_examples": 1}
-        for name, minimum in least.items():
+        for name, minimum in (least | {"steps": 1}).items():
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum)
+                check_number(name, getattr(self, name), high=LARGEST)
         if self.settle_lr is not None:
             check_number("settle_lr", self.settle_lr, low=0.0, closed_low=False)
         check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
@@ -163,11 +168,9 @@ def open_target(
     overrides : sequence of str
         Of a recipe, e.g. ``model.checkpoint=FILE``.
     """
-    if Path(target, "run.json").exists():
+    if Path(target).is_dir():
         opened = reopen(target, place)
         return Opened(opened.run, opened.model, opened.task)
-    if Path(target).is_dir():
-        raise NQMError(f"{target} holds no run; give the folder of one arm and seed")
     recipe = load_recipe(target, scale, overrides)
     run = next(iter(recipe.arms.values()))
     if run.model.checkpoint is None:
@@ -239,9 +242,14 @@ def run_bridge(
     kept = out / "kept"
     report = told or (lambda stage, share: None)
     table = finished(out / "bridge.parquet", key, __version__)  # refuses another's
-    landscape = _landscape(opened, config, place, kept, report)
+    landscape = landscape_of(
+        opened.run, opened.model, place, select=config.select, examples=config.examples,
+        weight_decay=config.weight_decay, curvature=config.curvature, group=config.group,
+    )  # fmt: skip
     for training in config.trainings(1.0):
         training.check(landscape.examples)
+        _check_sizes(landscape, training, config, plan)
+    landscape = _settled(landscape, config, kept, report)
     epoch = len(opened.task.stream) * opened.run.data.batch_size
     share = landscape.examples * (config.group or 1) / epoch
     cost = Cost(landscape, share, kept, key)
@@ -264,18 +272,32 @@ def run_bridge(
     return Bridge(local, table, course, best, spent, spectrum, words)
 
 
-def _landscape(
-    opened: Opened,
+def _check_sizes(
+    landscape: Landscape, training: Training, config: BridgeConfig, plan: Plan
+) -> None:
+    """Raise NQMError if something would not fit into memory, before anything is measured."""
+    weights, numbers = landscape.size, landscape.weights.element_size()
+    tensors, _ = rows(landscape.batches[0])
+    example = sum(one[0].numel() * one.element_size() for one in tensors)
+    chains = plan.chains if config.train else 0
+    batch = training.batch_size
+    kept = chains * (min(plan.looks, training.steps) + EARLY + 3)
+    check_size(f"chains = {plan.chains} of {weights} weights", kept * weights, numbers)
+    check_size(f"batch_size = {batch} of {chains} chains", chains * batch * (example + 8), 1)
+    pairs = weights if config.pairs is None else min(config.pairs, weights)
+    what = f"all {weights} pairs" if config.pairs is None else f"pairs = {pairs}"
+    check_size(f"{what} of {weights} weights", pairs * weights, 8, "ask for fewer pairs")
+    products = min(config.products, weights)
+    check_size(f"products = {products} of {weights} weights", products * weights, 8)
+
+
+def _settled(
+    landscape: Landscape,
     config: BridgeConfig,
-    place: Place,
     kept: Path,
     report: Callable[[str, float], None],
 ) -> Landscape:
-    """The network's landscape, at the minimum near by if asked for."""
-    landscape = landscape_of(
-        opened.run, opened.model, place, select=config.select, examples=config.examples,
-        weight_decay=config.weight_decay, curvature=config.curvature, group=config.group,
-    )  # fmt: skip
+    """The landscape at the minimum near by, if asked for."""
     if not config.settle:
         return landscape
     report("settle", 0.0)

@@ -50,7 +50,9 @@ class Training:
     def __post_init__(self) -> None:
         check_number("lr", self.lr, low=0.0, closed_low=False)
         check_integer("batch_size", self.batch_size, 1)
+        check_number("batch_size", self.batch_size, high=2**53)
         check_integer("steps", self.steps, 1)
+        check_number("steps", self.steps, high=2**53)
         check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
         check_word("sampling", self.sampling, SAMPLING)
 

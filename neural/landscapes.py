@@ -88,7 +88,7 @@ def training_batches(
     if isinstance(data, TextData):
         data = data.compact()
         length = run.data.length
-        symbols = None if examples is None else examples * length
+        symbols = None if examples is None else min(examples, len(data.train)) * length
         text = data.train[: run.data.train_examples][:symbols]
         windows = len(text) // length
         seen, following = next(
