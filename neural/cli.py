@@ -120,6 +120,8 @@ def train(
     from neural.recipe import load_recipe
     from nqm.names import folder_name
 
+    if workers > 1:
+        _alone("--workers")
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
     place = replace(_place(device, root, threads), tensorboard=tensorboard)
@@ -164,6 +166,7 @@ def evaluate(
     from nqm import __version__, declare
     from nqm.table import finished, write_table
 
+    _alone("nqm neural evaluate")
     place = _place(device, root, threads)
     opened = reopen(run, place)
     asked = EvaluateConfig(
@@ -190,6 +193,7 @@ def export(run: Path, out: str, member: int | None) -> None:
     """
     from neural.reopen import export as write
 
+    _alone("nqm neural export")
     click.echo(write(run, out, member))
 
 
@@ -218,6 +222,7 @@ def sweep(
     from neural.sweep import work
     from nqm.sweep import Sweep
 
+    _alone("nqm neural sweep")
     place = _place(device, root, threads)
     cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), place))
     done = 0
@@ -315,6 +320,7 @@ def bridge(
     from nqm.files import locked
     from nqm.names import folder_name
 
+    _alone("nqm neural bridge")
     place = _place(device, root, threads)
     default = Plan.members if asked["late_phase"] is None else Plan.members[1:]
     plan = Plan(
@@ -382,6 +388,21 @@ def _stages() -> Iterator[Callable[[str, float], None]]:
             bar.close()
 
 
+def _alone(what: str) -> None:
+    """Refuse to be one of several processes of ``torchrun``; the first alone says it."""
+    import os
+
+    from nqm.errors import NQMError
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("RANK", "0") != "0":
+            raise click.exceptions.Exit(2)
+        raise NQMError(
+            f"{what} is for one process, and torchrun has started {os.environ['WORLD_SIZE']}; "
+            "torchrun is for nqm neural train without --workers"
+        )
+
+
 def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
     import torch
 
@@ -398,10 +419,11 @@ def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
     name = device or (f"cuda:{distributed.local_rank()}" if cuda else "cpu")
     try:
         place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+        # What holds no numbers, as "meta" does, cannot train.
+        float(torch.ones(1, device=place).double().sum().item())
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise NQMError(f"device {name!r} cannot be used: {reason}") from None
+        raise NQMError(f"device {name!r} cannot be used: {reason:.100}; use cpu or cuda") from None
     if place.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True

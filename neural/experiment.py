@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from neural import preflight
+from neural.allocator import keep_freed_memory
 from neural.config import RunConfig, describe
 from neural.data import Data, Images, load
 from neural.evaluate import classification_metrics, ensemble_log_probs
@@ -140,6 +141,10 @@ def run_experiment(
         mean prediction of an arm's runs.
     """
     place, out = place or Place(), Path(out)
+    if workers > 1 and place.world > 1:
+        raise NQMError(
+            f"workers must be 1 where {place.world} processes share a run; got {workers}"
+        )
     for arm in arms:
         if arm not in recipe.arms:
             raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, recipe.arms)}")
@@ -251,10 +256,29 @@ def _within(progress: Progress | None, index: int, count: int) -> Progress | Non
 _SHARES: Any = None
 
 
-def _start_worker(shares: Any, threads: int) -> None:
+def _flags() -> dict[str, Any]:
+    """What torch keeps for the whole process, and numbers or speed depend on."""
+    return {
+        "matmul": torch.get_float32_matmul_precision(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.backends.cudnn.deterministic,
+        "algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _set_flags(flags: dict[str, Any]) -> None:
+    torch.set_float32_matmul_precision(flags["matmul"])
+    torch.backends.cudnn.benchmark = flags["benchmark"]
+    torch.backends.cudnn.deterministic = flags["deterministic"]
+    torch.use_deterministic_algorithms(flags["algorithms"])
+
+
+def _start_worker(shares: Any, threads: int, flags: dict[str, Any]) -> None:
     global _SHARES
     _SHARES = shares
     torch.set_num_threads(threads)
+    keep_freed_memory()
+    _set_flags(flags)
 
 
 def _work(index: int, group: list[Job], out: Path, place: Place) -> None:
@@ -269,7 +293,7 @@ def _run_parallel(
 ) -> None:
     shares = multiprocessing.get_context("spawn").Array("d", len(groups))
     threads = max(1, torch.get_num_threads() // workers)
-    with processes(workers, _start_worker, (shares, threads)) as pool:
+    with processes(workers, _start_worker, (shares, threads, _flags())) as pool:
         pending = {pool.submit(_work, i, group, out, place) for i, group in enumerate(groups)}
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")

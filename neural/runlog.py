@@ -65,8 +65,8 @@ class RunFolder:
         stated = read_json(path)
         if stated is not None and stated.get("key") != self.key:
             raise NQMError(
-                f"{path} holds another configuration (key {stated.get('key')!s:.16}); "
-                "move it away or choose another folder; nothing was overwritten"
+                f"{path} was trained with {_difference(stated['config'], mapping)}; "
+                "use --out OTHER; nothing was overwritten"
             )
         self.stated: dict[str, Any] = stated or {
             "key": self.key,
@@ -185,9 +185,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     file = path / "run.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        raise ValueError("not a table")
+        _check_stated(content)
+        return dict(content)
     except FileNotFoundError:
         # A file that is being written, or was when the process was killed, is no one's.
         if path.is_dir() and any(not (is_temporary(one) or is_lock(one)) for one in path.iterdir()):
@@ -195,9 +194,45 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except NotADirectoryError:
         raise NQMError(f"{path} is a file, not the folder of a run; choose another") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(f"{file} cannot be read ({reason:.80}); delete the folder") from None
+
+
+def _check_stated(content: Any) -> None:
+    """Raise ValueError unless a ``run.json`` says what one says."""
+    kinds = {"key": str, "config": dict, "versions": dict, "status": str | None}
+    if not isinstance(content, dict):
+        raise ValueError("not a table")
+    for name, kind in kinds.items():
+        if name not in content:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(content[name], kind):
+            raise ValueError(f"its {name} is {content[name]!r:.40}")
+    if content["status"] not in TABLES:
+        raise ValueError(f"its status is {content['status']!r:.40}")
+
+
+def _difference(stated: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The first entry in which two configurations differ, as "x = 4, you ask for 8"."""
+    one, other = dict(_entries(stated)), dict(_entries(asked))
+    differ = [name for name in {**other, **one} if one.get(name) != other.get(name)]
+    if not differ:
+        return "the same configuration under another key: its run.json was changed"
+    before, now = (
+        json.dumps(part[differ[0]]) if differ[0] in part else "none" for part in (one, other)
+    )
+    more = f" (and {len(differ) - 1} more entries differ)" if len(differ) > 1 else ""
+    return f"{differ[0]} = {before:.40}, you ask for {now:.40}{more}"
+
+
+def _entries(mapping: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and what they hold."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value
 
 
 def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -208,10 +243,24 @@ def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
     NQMError
         If there is no run.
     """
-    stated = read_json(Path(path)) if Path(path).is_dir() else None
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "run.json").exists():
+        for depth, what in (("*", "an arm"), ("*/*", "an experiment")):
+            below = sorted(one.parent for one in folder.glob(f"{depth}/run.json"))
+            if below:
+                raise NQMError(f"{path} is {what}; give one of its runs: {below[0]}")
+    stated = read_json(folder) if folder.is_dir() else None
     if stated is None:
         raise NQMError(f"{path} is not the folder of a run: it holds no run.json")
-    return build(stated["config"]), stated
+    if declare.key(stated["config"]) != stated["key"]:
+        raise NQMError(
+            f"{folder / 'run.json'} was changed after training: its configuration is not that of "
+            "its key; train it again"
+        )
+    try:
+        return build(stated["config"]), stated
+    except NQMError as error:
+        raise NQMError(f"{folder / 'run.json'} states no run: {error}") from None
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_runs import CNN, LATE, recipe, tiny, together, weights
 
 from neural import train as training
@@ -18,6 +19,8 @@ from neural.experiment import run_experiment
 from neural.session import Session
 from neural.task import Place
 from neural.train import train
+from nqm.cli import main
+from nqm.errors import NQMError
 from nqm.table import read_table
 
 #: Float64 sums in another order, after twelve steps.
@@ -168,3 +171,47 @@ def test_process_of_its_own_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert join() == (0, 1)
     assert local_rank() == 0
     assert not torch.distributed.is_initialized()
+
+
+def whitened(rank: int, world: int) -> list[Any]:
+    """First weights of a net whose first layer is made of what its process sees of the data."""
+    from neural.task import open_task
+
+    run = tiny(model={"name": "fast_cnn", "width": 8}, data={"train_examples": 64})
+    place = Place(rank=rank, world=world)
+    task = open_task(run, place)
+    images = next(iter(task.stream.epoch(0)))[0]
+    torch.manual_seed(rank)  # nothing that was drawn before is the same either
+    session = Session(run, task, place)
+    state = session.model.state_dict()
+    return [float(images.double().sum()), {n: v.double().sum().item() for n, v in state.items()}]
+
+
+def test_all_processes_start_from_the_weights_of_the_first() -> None:
+    (seen, one), (other_seen, other) = together(2, whitened)
+    assert seen != other_seen
+    assert one == other
+
+
+def test_processes_of_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NQMError, match="workers must be 1 where 2 processes share a run"):
+        run_experiment(recipe({"a": {}}), tmp_path / "out", Place(world=2), workers=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "s.toml").write_text('recipe = "digits_bn"\n[sweep]\nseed = [0, 1]\n')
+    commands = [
+        ["train", "digits_bn", "--workers", "2"],
+        ["sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s.csv")],
+        ["evaluate", str(tmp_path)],
+        ["export", str(tmp_path), "--out", "x.safetensors"],
+        ["bridge", str(tmp_path)],
+    ]
+    for rank, words in (("0", "is for one process, and torchrun has started 2"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        for command in commands:
+            answer = CliRunner().invoke(main, ["neural", *command])
+            assert answer.exit_code == 2
+            lines = answer.stderr.splitlines()
+            assert len(lines) == (rank == "0")
+            assert words in answer.stderr

@@ -17,7 +17,7 @@ import torch
 from tiny_runs import CNN, LATE, assert_same_run, mapping, recipe, tiny, value, weights
 from torch import nn
 
-from neural import LatePhase, evaluate, reparametrize
+from neural import LatePhase, evaluate, experiment, reparametrize
 from neural.config import RunConfig, build
 from neural.evaluate import classification_metrics, ensemble_log_probs
 from neural.experiment import jobs, run_experiment
@@ -203,6 +203,21 @@ def test_processes_change_no_number(tmp_path: Path) -> None:
     assert shares[-1] == 1.0
 
 
+def test_processes_compute_as_their_parent_does() -> None:
+    before = experiment._flags()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    told = experiment._flags()
+    experiment._set_flags(before)
+    try:
+        experiment._set_flags(told)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.benchmark
+    finally:
+        experiment._set_flags(before)
+    assert experiment._flags() == before
+
+
 def test_progress_rises_to_one(tmp_path: Path) -> None:
     shares: list[float] = []
     run_experiment(
@@ -261,7 +276,7 @@ def test_results_of_something_else_are_not_overwritten(tmp_path: Path) -> None:
 def test_changed_recipe_is_refused_before_anything_is_lost(tmp_path: Path) -> None:
     run_experiment(recipe({"a": {}}), tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(NQMError, match="another configuration"):
+    with pytest.raises(NQMError, match=r"train.lr.value = 0.05, you ask for 0.07"):
         run_experiment(recipe({"a": {}}, train={"lr": 0.07}), tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 

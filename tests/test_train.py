@@ -33,6 +33,7 @@ from torch import nn
 from neural import LatePhase, checkpoint, models
 from neural import train as training
 from neural.config import RunConfig
+from neural.runlog import open_run
 from neural.session import Session
 from neural.train import train
 from nqm.errors import NQMError
@@ -408,13 +409,55 @@ def refused(run: RunConfig, folder: Path, *words: str) -> None:
 
 def test_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     train(tiny(), tmp_path / "run")
-    refused(tiny(seed=1), tmp_path / "run", "another configuration", "nothing was overwritten")
-    refused(tiny(train={"lr": 0.06}), tmp_path / "run", "another configuration")
+    words = "was trained with seed = 0, you ask for 1; use --out OTHER; nothing was overwritten"
+    refused(tiny(seed=1), tmp_path / "run", words)
+    words = "was trained with train.lr.value = 0.05, you ask for 0.06 (and 1 more entries differ)"
+    refused(tiny(train={"lr": 0.06, "epochs": 4}), tmp_path / "run", "more entries differ")
+    refused(tiny(train={"lr": 0.06}), tmp_path / "run", words.partition(" (")[0])
+    late = tiny(late_phase=LATE)
+    refused(late, tmp_path / "run", "was trained with late_phase.start_epoch = none, you ask for 1")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("years of work")
     refused(tiny(), tmp_path / "foreign", "something else")
     (tmp_path / "file").write_text("a file")
     refused(tiny(), tmp_path / "file", "is a file")
+
+
+def changed(stated: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return {k: v for k, v in {**stated, key: value}.items() if v != "gone"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("status", "foo", "its status is 'foo'"), ("status", 3, "its status is 3"),
+        ("status", "gone", "it has no status"), ("config", "gone", "it has no config"),
+        ("config", 3, "its config is 3"), ("key", None, "its key is None"),
+        ("versions", [], r"its versions is \[\]"),
+    ],
+)  # fmt: skip
+def test_damaged_statement_of_a_run(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "run")
+    file = tmp_path / "run/run.json"
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), key, value)))
+    for read in (lambda: train(tiny(), tmp_path / "run"), lambda: open_run(tmp_path / "run")):
+        with pytest.raises(NQMError, match=rf"run.json cannot be read \({words}\)"):
+            read()
+
+
+def test_statement_of_a_run_changed_by_hand(tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "run")
+    file = tmp_path / "run/run.json"
+    whole = file.read_text()
+    assert '"hidden": [' in whole
+    stated = json.loads(whole)
+    stated["config"]["model"]["hidden"] = [9]
+    file.write_text(json.dumps(stated))
+    with pytest.raises(NQMError, match="was changed after training"):
+        open_run(tmp_path / "run")
+    file.write_text("[" * 100_000)
+    with pytest.raises(NQMError, match="cannot be read"):
+        open_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\xff\xfe", '{"key": 3}'])
@@ -549,8 +592,6 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_note_of_a_run_says_what_it_was(tmp_path: Path) -> None:
-    from neural.runlog import open_run
-
     run = tiny(late_phase=LATE, average={"method": "swa", "start_epoch": 1})
     train(run, tmp_path / "run")
     opened, stated = open_run(tmp_path / "run")
@@ -561,6 +602,10 @@ def test_note_of_a_run_says_what_it_was(tmp_path: Path) -> None:
         "schedule": "constant",
         "value": 0.05,
     }
+    train(run, tmp_path / "out/arm/seed0")
+    for path, what in (("out", "an experiment"), ("out/arm", "an arm")):
+        with pytest.raises(NQMError, match=rf"{path} is {what}; give one of its runs: .*/seed0$"):
+            open_run(tmp_path / path)
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "missing"):
         with pytest.raises(NQMError, match="not the folder of a run"):
