@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import socket
 import threading
 import zipfile
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from neural.data.fetch import File, Store
+from neural.data.published import FILES
 from nqm.errors import NQMError
+from nqm.files import locked
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -32,6 +35,8 @@ class Server:
     ranges: bool = True
     chunked: bool = False
     status: int = 200
+    #: where it points to instead of answering
+    moved: list[str] = field(default_factory=list)
     asked: list[str | None] = field(default_factory=list)
 
 
@@ -46,6 +51,12 @@ def server() -> Iterator[Server]:
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
             state.asked.append(wanted)
+            if state.moved:
+                self.send_response(302)
+                self.send_header("Location", state.moved.pop(0))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if state.status != 200:
                 self.send_error(state.status)
                 return
@@ -186,6 +197,65 @@ def test_without_network_one_line_says_what_to_do(store):
         store.get(File("data.bin", url, MD5))
     line = one_line(caught)
     assert all(part in line for part in ("data.bin", url, str(store.home), "refused"))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("have", [0, 1000])
+def test_a_file_that_is_too_large_is_given_up(server, store, chunked, have):
+    server.chunked = chunked
+    store.home.mkdir(parents=True)
+    if have:
+        (store.home / "data.bin.part").write_bytes(CONTENT[:have])
+    limit = len(CONTENT) - 1
+    with pytest.raises(NQMError, match=f"sends more than the {limit:,} bytes") as caught:
+        store.get(published(server, limit=limit))
+    assert server.url in one_line(caught)
+    assert listing(store) == []
+    assert store.get(published(server, limit=limit + 1)).read_bytes() == CONTENT
+
+
+def test_an_answer_without_an_end_stops_at_the_limit(server, store):
+    server.chunked, server.content = True, bytes(64 << 20)
+    with pytest.raises(NQMError, match="sends more than"):
+        store.get(published(server, limit=1 << 20))
+    assert listing(store) == []
+
+
+def test_a_server_may_point_elsewhere_on_the_web_only(server, store, tmp_path):
+    server.moved = [server.url]
+    assert store.get(published(server)).read_bytes() == CONTENT
+    secret = tmp_path / "secret"
+    secret.write_bytes(CONTENT)
+    for url in (secret.as_uri(), f"FILE://{secret}", "ftp://127.0.0.1/x", "data:,x", "x:y"):
+        server.moved = [url]
+        with pytest.raises(NQMError, match="could not be fetched") as caught:
+            Store(tmp_path / "other", "some_set").get(published(server))
+        one_line(caught)
+    assert not list((tmp_path / "other").rglob("data.bin"))
+    for url in (secret.as_uri(), "ftp://127.0.0.1/x", "data:,x"):
+        with pytest.raises(NQMError, match="could not be fetched"):
+            Store(tmp_path / "other", "some_set").get(File("data.bin", url, MD5))
+
+
+def test_every_published_file_has_a_size_of_its_own():
+    for files in FILES.values():
+        assert all(file.limit < File("x").limit for file in files if file.url)
+
+
+def test_names_are_on_the_disk_before_a_set_is_read(server, store, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    store.get(published(server))
+    assert done == ["sync", "replace", "sync"]
+
+
+def test_two_processes_do_not_fetch_one_file(server, store):
+    with locked(store.home / "data.bin"), pytest.raises(NQMError, match="being written by process"):
+        store.get(published(server))
+    assert store.get(published(server)).read_bytes() == CONTENT
+    assert listing(store) == ["data.bin"]
 
 
 def test_a_missing_page_is_named(server, store):

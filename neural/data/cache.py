@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from neural.data.formats import Bytes
+from nqm.errors import NQMError
+from nqm.files import replacing
 
 
 def cache_folder() -> Path:
@@ -36,13 +37,8 @@ def cached(key: str, make: Callable[[], Bytes]) -> Bytes:
     except (OSError, ValueError, EOFError):  # absent or damaged: made anew
         pass
     array = make()
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with suppress(OSError, NQMError):  # a full or read-only disk costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as out:
+        with replacing(path) as out:
             np.save(out, array)
-        os.replace(temporary, path)
-    except OSError:  # a full or read-only disk costs time, not the run
-        with suppress(OSError):
-            temporary.unlink()
     return array

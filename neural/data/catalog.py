@@ -51,7 +51,8 @@ def load(name: str, root: Path | str | None = None, *, download: bool = True) ->
 
     Notes
     -----
-    Where several processes start together, let one of them load first: a download is not locked.
+    Where several processes start together, let one of them load first: the others are refused while
+    it downloads.
 
     Raises
     ------

@@ -1,7 +1,8 @@
 """Finding a published file, checking it against its published sum, and fetching it where it is not.
 
 A download goes on where an earlier one stopped, and appears under its name only when it is whole
-and its checksum is right.
+and its checksum is right. It takes no more than the size stated for the file, and follows a server
+nowhere but to http and https.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from io import BufferedIOBase
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+from urllib import request
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from nqm.errors import NQMError
+from nqm.files import locked, sync_folder
 
 _CHUNK = 1 << 18
 #: Seconds a server may stay silent.
@@ -43,12 +45,15 @@ class File:
     unpacked : bool
         The checksum is that of the content of the .gz or .zip. Of such a file copies that were
         compressed anew are in circulation, and the content is what counts.
+    limit : int
+        Bytes that are downloaded at most.
     """
 
     name: str
     url: str = ""
     md5: str = ""
     unpacked: bool = False
+    limit: int = 2**30
 
 
 def checksum(path: Path, file: File) -> str:
@@ -143,7 +148,9 @@ class Store:
         if not self.download:
             raise NQMError(f"{file.name} not found in {self.root}; {by_hand}")
         try:
-            return _retrieve(file, self.home)
+            with locked(self.home / file.name):
+                # Another process may have fetched it just now.
+                return self.find(file) or _retrieve(file, self.home)
         except (OSError, HTTPException) as error:
             reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
             raise NQMError(
@@ -162,28 +169,48 @@ def _sums(file: File, found: str) -> str:
 
 
 def _retrieve(file: File, folder: Path) -> Path:
-    import pooch  # type: ignore[import-untyped]
-
-    part = folder / f"{file.name}.part"
-
-    def downloader(url: str, output: str, _: object) -> None:
-        resume(url, part)
-        found = checksum(part, file)
-        if file.md5 and found != file.md5:
-            part.unlink()
-            raise NQMError(
-                f"{url} sent another file than was published: {_sums(file, found)}; "
-                f"run again, or put the right {file.name} in {folder}"
-            )
-        os.replace(part, output)
-
-    pooch.get_logger().setLevel("WARNING")  # the progress bar says it
-    known = f"md5:{file.md5}" if file.md5 and not file.unpacked else None
-    # pooch writes to a name of its own and moves the file to its place at the end.
-    return Path(pooch.retrieve(file.url, known, file.name, folder, downloader=downloader))
+    """Fetch a file to the folder, under its name once it is whole, right and on the disk."""
+    path, part = folder / file.name, folder / f"{file.name}.part"
+    resume(file.url, part, file.limit)
+    found = checksum(part, file)
+    if file.md5 and found != file.md5:
+        part.unlink()
+        raise NQMError(
+            f"{file.url} sent another file than was published: {_sums(file, found)}; "
+            f"run again, or put the right {file.name} in {folder}"
+        )
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    sync_folder(folder)
+    return path
 
 
-def resume(url: str, part: Path) -> None:
+class _Redirects(request.HTTPRedirectHandler):
+    """Follows a server to http and https alone, and from https to https."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
+    ) -> Any:
+        kinds = ("https",) if req.full_url.startswith("https:") else ("http", "https")
+        if newurl.partition(":")[0].lower() not in kinds:
+            raise HTTPError(newurl, code, f"the server points to {newurl:.80}", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(url: str, start: int) -> HTTPResponse:
+    """Ask for a file from byte `start` on; nothing but http and https is spoken."""
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler(), request.HTTPHandler(), request.HTTPSHandler(), _Redirects(),
+        request.HTTPDefaultErrorHandler(), request.HTTPErrorProcessor(), request.UnknownHandler(),
+    ):  # fmt: skip
+        opener.add_handler(handler)
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    return cast(HTTPResponse, opener.open(request.Request(url, headers=headers), timeout=_TIMEOUT))
+
+
+def resume(url: str, part: Path, limit: int) -> None:
     """Download to `part`, going on after the bytes it already holds.
 
     A connection that breaks is opened again as long as each attempt brings something.
@@ -194,17 +221,20 @@ def resume(url: str, part: Path) -> None:
         Any server; one that cannot serve a range sends the whole file again.
     part : Path
         Holds the beginning of the file, or does not exist.
+    limit : int
+        Bytes of the file at most; of a larger one nothing is kept.
 
     Raises
     ------
+    NQMError
+        If the file is larger.
     OSError, http.client.HTTPException
         If the file is still incomplete; `part` keeps what has arrived.
     """
     best = have = part.stat().st_size if part.exists() else 0
     while True:
-        request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            response = urlopen(request, timeout=_TIMEOUT)
+            response = _open(url, have)
         except HTTPError as error:
             if error.code != 416 or not have:
                 raise
@@ -221,8 +251,12 @@ def resume(url: str, part: Path) -> None:
                 raise ConnectionError("the server sent another part than it was asked for")
             length = response.headers.get("Content-Length")
             total = have + int(length) if length else None
-            broken = _append(response, part, have, total)
+            if total is not None and total > limit:
+                raise _too_large(url, part, limit)
+            broken = _append(response, part, have, total, limit)
         have = part.stat().st_size
+        if have > limit:
+            raise _too_large(url, part, limit)
         if broken is None and total in (None, have):
             return
         if have <= best:
@@ -230,7 +264,14 @@ def resume(url: str, part: Path) -> None:
         best = have
 
 
-def _append(response: HTTPResponse, part: Path, have: int, total: int | None) -> Exception | None:
+def _too_large(url: str, part: Path, limit: int) -> NQMError:
+    part.unlink(missing_ok=True)
+    return NQMError(f"{url} sends more than the {limit:,} bytes that the file has at most")
+
+
+def _append(
+    response: HTTPResponse, part: Path, have: int, total: int | None, limit: int
+) -> Exception | None:
     """Write the response behind the first `have` bytes; what broke the connection, if anything."""
     from tqdm import tqdm
 
@@ -240,7 +281,7 @@ def _append(response: HTTPResponse, part: Path, have: int, total: int | None) ->
     )  # fmt: skip
     with part.open("ab" if have else "wb") as out, bar:
         try:
-            while chunk := response.read(_CHUNK):
+            while out.tell() <= limit and (chunk := response.read(_CHUNK)):
                 out.write(chunk)
                 bar.update(len(chunk))
         except (OSError, HTTPException) as error:
