@@ -5,12 +5,26 @@ BIN := $(VENV)/bin
 OUT ?= out/paper
 SCALE ?= full
 
-.PHONY: reproduce test lint docs bench gallery clean setup setup-neural
+# Where the tests run with the lowest versions that pyproject.toml allows.
+LOWEST := .venv-lowest
+# Tests to run, e.g. PYTEST=tests/test_table.py; all by default.
+PYTEST ?=
+
+.PHONY: reproduce test test-portable test-lowest lint docs bench gallery clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
 test: lint  ## lint, types and every test
 	$(BIN)/pytest -n auto --dist worksteal
+
+test-portable: setup-neural  ## every test as on another processor, with another BLAS, on new examples
+	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n auto --dist worksteal $(PYTEST)
+	OPENBLAS_CORETYPE=Haswell $(BIN)/pytest -n auto --dist worksteal $(PYTEST)
+	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n auto --dist worksteal $(PYTEST)
+
+# Without PyTorch, of which one version is pinned: the tests of neural are left out.
+test-lowest: $(LOWEST)/.installed  ## every test of nqm with the lowest versions allowed
+	$(LOWEST)/bin/python -m pytest -n auto --dist worksteal $(PYTEST)
 
 lint: setup-neural
 	$(BIN)/ruff check .
@@ -51,6 +65,11 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
 	touch $@
 
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[test]' --constraint constraints-lowest.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) out build dist docs/reference/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(LOWEST) out build dist docs/reference/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,9 @@ else:  # without PyTorch the theory is tested alone
 
 # Reproducible, and free of timing: the first example of a test may compile a kernel.
 settings.register_profile("nqm", deadline=None, derandomize=True, max_examples=30, database=None)
-settings.load_profile("nqm")
+#: Other examples in every run; a failure prints how to have it again.
+settings.register_profile("random", settings.get_profile("nqm"), derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "nqm"))
 
 
 @pytest.fixture
