@@ -14,7 +14,7 @@ PYTEST ?=
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
-test: lint  ## lint, types and every test
+test: lint docs  ## lint, types, the site without a warning, and every test
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-portable: setup-neural  ## every test as on another processor, with another BLAS, on new examples
