@@ -114,7 +114,7 @@ def minibatch_loss(output: Tensor, targets: object = None) -> Tensor:
 
 
 class NoiseStream:
-    """Minibatches of noise: N(0, v) in every example and run, correlated if the problem is.
+    """Minibatches of noise, N(0, v) in every example and run, correlated as the problem says.
 
     Parameters
     ----------

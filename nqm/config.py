@@ -24,6 +24,7 @@ from nqm.files import check_regular
 from nqm.least_squares import LeastSquares, power_law, random_features
 from nqm.problem import Problem
 from nqm.program import Phase, Program
+from nqm.result import check_level, check_sampled
 from nqm.solvers.fast_normals import check_precision
 
 if TYPE_CHECKING:
@@ -113,9 +114,13 @@ class Run:
         if isinstance(self.problem, LeastSquares):
             self._check_least_squares()
         for level in self.quantiles:
-            check_number(
-                "record.quantiles", level, low=0.0, high=1.0, closed_low=False, closed_high=False
-            )
+            check_level("record.quantiles", level)
+        if self.quantiles and self.method == "sample":
+            check_sampled(self.problem, self.quantiles, self.replicas)
+        elif self.quantiles and self.problem.correlated and isinstance(self.problem, Problem):
+            from nqm.solvers.correlated import check_cost  # slow to load
+
+            check_cost(self.problem, self.program)
         self.program.recorded(self.at)
 
     def _check_least_squares(self) -> None:

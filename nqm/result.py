@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.sampled import Sampled, SampledSGD
 from nqm.errors import NQMError, check_number
-from nqm.problem import FloatArray, Problem
+from nqm.problem import FloatArray, Problem, Quadratic
 
 if TYPE_CHECKING:
     from nqm.distribution import LossDistribution
@@ -88,6 +88,21 @@ def check_level(where: str, level: object) -> None:
     check_number(where, level, low=TAIL, high=1.0 - TAIL)
 
 
+def check_sampled(problem: Quadratic, levels: Sequence[float], replicas: int) -> None:
+    """Raise NQMError where so many replicas say nothing of the loss's quantiles."""
+    if np.any(problem.multiplicity != 1.0):
+        raise NQMError(
+            "quantiles by Monte Carlo need multiplicity 1: a direction that stands for several is "
+            "drawn once and counted so many times; use problem.expanded(), or exact quantiles"
+        )
+    for level in levels:
+        if min(level, 1.0 - level) * replicas < 1.0 - 1e-9:
+            raise NQMError(
+                f"quantiles: level {level:g} needs at least {1.0 / min(level, 1.0 - level):.3g} "
+                f"replicas; got {replicas}"
+            )
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """Expected loss at recorded steps. Arrays have shape (records,).
@@ -152,6 +167,7 @@ class Trajectory:
     ) -> Self:
         """Monte Carlo result from the losses of all replicas, shape (records, replicas) each."""
         unknown = np.full(len(steps), np.nan)
+        counted = bool(np.any(problem.multiplicity != 1.0))  # by draws that do not vary so much
         root = np.sqrt(loss.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             sd, member_sd = (part.std(axis=1, ddof=1) for part in (loss, member_loss))
@@ -164,7 +180,7 @@ class Trajectory:
                 bias=unknown,
                 variance=unknown,
                 member_loss=member_loss.mean(axis=1),
-                stated_sd=sd,
+                stated_sd=np.where(counted, np.nan, sd),
                 stderr=sd / root,
                 member_stderr=member_sd / root,
                 samples=loss,
@@ -217,7 +233,8 @@ class Trajectory:
         if self.samples is None:
             raise NQMError("speed_up is for Monte Carlo results; this one is analytic and exact")
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray((self.loss_sd / self.stderr) ** 2 / self.samples.shape[1])
+            sd = self.samples.std(axis=1, ddof=1)
+            return np.asarray((sd / self.stderr) ** 2 / self.samples.shape[1])
 
     def quantiles(self, levels: tuple[float, ...] = (0.05, 0.5, 0.95)) -> FloatArray:
         """Quantiles of the loss from run to run, shape (records, levels).
@@ -225,11 +242,18 @@ class Trajectory:
         Analytic results have the exact distribution of the loss for Gaussian weights, with levels
         of 1e-12 to 1 - 1e-12 (`nqm.distribution.LossDistribution`); Monte Carlo ones sort the
         replicas. NaN where the run has diverged.
+
+        Raises
+        ------
+        NQMError
+            For a level out of reach, for Monte Carlo of directions that stand for several, and for
+            the reasons of `distributions`.
         """
-        if self.samples is not None:
-            return np.quantile(self.samples, levels, axis=1).T
         for level in levels:
             check_level("quantiles: level", level)
+        if self.samples is not None:
+            check_sampled(self.problem, levels, self.samples.shape[1])
+            return np.quantile(self.samples, levels, axis=1).T
         rows = zip(self.distributions(), self.status, strict=True)
         return np.array(
             [
@@ -271,7 +295,8 @@ class Trajectory:
         """Standard deviation of the loss from run to run, shape (records,).
 
         Where directions are correlated it is worked out when first asked for, and NaN where that
-        is too dear (`nqm.solvers.correlated`).
+        is too dear (`nqm.solvers.correlated`). NaN too of Monte Carlo where a direction stands for
+        several: it is drawn once, and the losses drawn vary more than the loss does.
         """
         if self.stated_sd is not None:
             return self.stated_sd

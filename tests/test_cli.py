@@ -314,7 +314,7 @@ def test_misuse_of_the_command_line(file: str) -> None:
     fails(call("run"), "Missing argument")
     fails(call("run", file, "--outt", "t.csv"), "No such option", "nqm run --help")
     fails(call("run", file, "--workers", "0"), "--workers")
-    fails(call("run", file, "--quantiles", "2"), "record.quantiles must lie in (0, 1)")
+    fails(call("run", file, "--quantiles", "2"), "record.quantiles must lie in [1e-12, 1]")
 
 
 def test_interrupted(file: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ MISTAKES = [
     ("record.at=[301]", "record.at must lie in 0..300, the program's steps; got 301"),
     ("record.at=[-1]", "record.at must lie in 0..300, the program's steps; got -1"),
     ("record.at=[0.5]", "record.at.0 must be a whole number; got 0.5"),
-    ("record.quantiles=[1.5]", "record.quantiles must lie in (0, 1); got 1.5"),
+    ("record.quantiles=[1.5]", "record.quantiles must lie in [1e-12, 1]; got 1.5"),
     ("method=jmp", "method 'jmp' is unknown; did you mean 'jump'?"),
     ("replicas=1", "replicas must be an integer >= 2; got 1"),
     ("seed=-1", "seed must be an integer >= 0; got -1"),

@@ -288,3 +288,24 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure(landscape, 3, draws=0)
     with pytest.raises(NQMError, match="products must be an integer >= 1; got 0"):
         measure(landscape, 3, products=0)
+
+
+def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
+    """Var of the loss after a few steps of SGD on the quadratic: 1/2 tr (HS)^2 + g'Sg."""
+    from nqm.spectra import read_problem
+
+    landscape = tanh_landscape(weight_decay=0.5)
+    h, c, g = dense(landscape)
+    local = measure(landscape, None)
+    lr, steps = 0.3, 5
+    a = np.eye(len(h)) - lr * h
+    s, mean = np.zeros_like(h), np.linalg.solve(h, g)
+    for _ in range(steps):
+        s, mean = a @ s @ a.T + lr**2 * c / 8, a @ mean
+    pushed = h @ mean
+    sd = np.sqrt(0.5 * np.trace(h @ s @ h @ s) + pushed @ s @ pushed)
+    program = Program((Phase(SGD(), lr, steps, batch_size=8),))
+    path = tmp_path / "problem.parquet"
+    local.problem_table().to_parquet(path)
+    for problem in (local.problem(), read_problem(path)):
+        agree(solve(problem, program, [steps]).loss_sd, [sd], 1e-9)

@@ -262,7 +262,10 @@ def test_a_direction_counted_many_times_is_drawn_once(problem):
     drawn = nqm.sample(counted, program, [6], replicas=4000, seed=1)
     sd = np.sqrt(counted.multiplicity**2 @ one)
     within_error(drawn.loss, exact.loss, sd / np.sqrt(4000))
-    agree(drawn.loss_sd[0], sd, 0.1)  # estimated from 4000 skewed losses
+    agree(drawn.stderr[0], sd / np.sqrt(4000), 0.1)  # estimated from 4000 skewed losses
+    assert np.isnan(drawn.loss_sd).all()  # the loss itself varies less
+    with pytest.raises(NQMError, match="multiplicity 1"):
+        drawn.quantiles()
     whole = nqm.sample(counted.expanded(), program, [6], replicas=4000, seed=1)
     agree(exact.loss_sd[0], np.sqrt(counted.multiplicity @ one), IDENTITY)
     within_error(whole.loss, exact.loss, exact.loss_sd / np.sqrt(4000))

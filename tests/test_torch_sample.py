@@ -146,3 +146,18 @@ def test_misuse_is_an_error(options, words):
         monte_carlo.sample(
             PLACED.replace(minimum=0.0), constant(MultiplicativeLatePhase(2), 0.1, 5)
         )
+
+
+@pytest.mark.parametrize("algorithm", [HeavyBall(0.5), LatePhase(2), SampledSGD()], ids=repr)
+def test_correlated_directions_are_drawn_as_such(algorithm):
+    """Exact quantiles know the covariance of noise and start; SampledSGD is SGD."""
+    rng = np.random.default_rng(2)
+    h, c, start = (root @ root.T for root in (rng.standard_normal((3, k)) for k in (3, 1, 2)))
+    problem = Problem.from_matrices(h, c, initial_covariance=start)
+    linear = SGD() if algorithm == SampledSGD() else algorithm
+    lr = 0.2 / problem.curvature.max()
+    law = next(nqm.solve(problem, constant(linear, lr, 6), [6]).distributions())
+    drawn = monte_carlo.sample(problem, constant(algorithm, lr, 6), [6], replicas=REPLICAS)
+    for level in (0.1, 0.9):
+        share = np.mean(drawn.samples[0] <= law.quantile(level))
+        assert abs(share - level) < 4.5 * np.sqrt(0.09 / REPLICAS)

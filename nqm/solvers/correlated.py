@@ -49,9 +49,7 @@ def pair_covariances(
     NQMError
         Where it would take too much memory or time.
     """
-    laws = [law_of(phase, problem) for phase in program.phases]
-    for law in laws:
-        _check_cost(problem, law)
+    laws = check_cost(problem, program)
     mode = laws[0].algorithm.modes()[0]
     pairs = _Pairs(problem, laws[0], mode, _begin(mode, _start(problem)), 0)
     offset, pending = 0, list(wanted)
@@ -74,6 +72,14 @@ def pair_covariances(
                         yield pairs.weights(position)
             offset += law.phase.steps
             pairs.age += law.phase.steps
+
+
+def check_cost(problem: Problem, program: Program) -> list[Law]:
+    """What the solver sees of the phases; NQMError where pairs take too much memory or time."""
+    laws = [law_of(phase, problem) for phase in program.phases]
+    for law in laws:
+        _check_cost(problem, law)
+    return laws
 
 
 def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
