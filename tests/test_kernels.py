@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -75,3 +78,29 @@ def test_compiled_moments_equal_their_python_twin(n: int) -> None:
         results.append((mean, covariance, loss))
     for compiled, plain in zip(*results, strict=True):
         np.testing.assert_allclose(compiled, plain, rtol=IDENTITY, atol=IDENTITY)
+
+
+UNCACHED = """
+import warnings
+from numba.core import caching
+
+caching.CacheImpl._locator_classes = []  # as where no folder can be written to
+
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    from nqm.solvers import _kernels
+
+import numpy as np
+
+normal = np.empty(3)
+_kernels.fill_normals(np.arange(4, dtype=np.uint64), normal)
+print(len(told), told[0].category.__name__, "NUMBA_CACHE_DIR" in str(told[0].message), *normal)
+"""
+
+
+def test_without_a_place_for_the_cache_kernels_still_run():
+    """One warning, and the same numbers as with a cache."""
+    done = subprocess.run([sys.executable, "-c", UNCACHED], capture_output=True, text=True)
+    normal = np.empty(3)
+    _kernels.fill_normals(np.arange(4, dtype=np.uint64), normal)
+    assert done.stdout.split() == ["1", "RuntimeWarning", "True", *map(str, normal)], done.stderr

@@ -7,7 +7,10 @@ Shapes: d directions, n state coordinates, m noise columns, s kinds of step, T s
 
 from __future__ import annotations
 
+import functools
 import math
+import multiprocessing
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,26 @@ from numba.extending import intrinsic
 from nqm.solvers.fast_normals import COS, LANES, LOG, SIN
 from nqm.solvers.ziggurat import TAIL_START, tables
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+
+@functools.cache
+def _say_uncached() -> None:
+    """One line, once; a worker's parent has said so already."""
+    if multiprocessing.parent_process() is None:
+        text = (
+            "no folder for numba's cache can be written to, so every process compiles for some "
+            "seconds; set NUMBA_CACHE_DIR to one that can"
+        )
+        warnings.warn_explicit(text, RuntimeWarning, "nqm", 0)
+
+
+def _jit(function: Any) -> Any:
+    """Compiled on first use; kept on disk where numba finds a place, else in this process alone."""
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # "no locator available": no folder can be written to
+        _say_uncached()
+        return njit(nogil=True, error_model="numpy")(function)
+
 
 _ACCEPT, _WIDTH, _HEIGHT = tables()
 _ONE, _THREE, _EIGHT, _NINE, _ELEVEN, _24, _40 = (np.uint64(n) for n in (1, 3, 8, 9, 11, 24, 40))
