@@ -84,7 +84,7 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.compare` makes it.
+        As `neural.bridge_measure.compare` makes it.
     ax : Axes, optional
     """
     ax = axes_or_new(ax)
@@ -147,7 +147,7 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        As the course of `neural.bridge.compare`, of all trainings.
+        As the course of `neural.bridge_measure.compare`, of all trainings.
     ax : Axes, optional
     """
     ax = axes_or_new(ax)
@@ -184,8 +184,8 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.compare` makes it. From left to right K grows; the first batch size is
-        filled.
+        As `neural.bridge_measure.compare` makes it. From left to right K grows; the first batch
+        size is filled.
     largest : float
         Curvature h_max.
     ax : Axes, optional

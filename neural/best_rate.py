@@ -7,18 +7,17 @@ minimum the loss therefore has a least value in between, at a rate that rises wi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from neural.bridge import ITERATE
-from neural.chains import Training
-from neural.drift import Drift
-from neural.local_model import LocalModel
-from neural.prediction import Prediction, edge, looks, predict
-from neural.smoothing import Smoothing
+from neural.bridge_config import Training
+from neural.gaussian import WeightGaussian, nearest_gaussians
+from neural.prediction import Prediction, predict_loss, weighted
+from neural.scatter import largest_stable_lr
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,43 +26,26 @@ if TYPE_CHECKING:
 POINTS, BELOW = 24, 16.0
 
 
-@dataclass(frozen=True)
-class View:
-    """A network as the scatter of one training sees it.
-
-    Attributes
-    ----------
-    drift : Drift
-    smoothing : Smoothing, optional
-    """
-
-    drift: Drift
-    smoothing: Smoothing | None = None
-
-
-def best_rate(
-    local: LocalModel,
-    views: Sequence[View],
+def best_lr(
+    gaussians: Sequence[WeightGaussian],
     training: Training,
     members: Sequence[int],
     *,
-    count: int = 5,
+    records: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> list[float | None]:
     """The rate at which the predicted loss of the mean of K is least, for every K.
 
     Parameters
     ----------
-    local : LocalModel
-    views : sequence of View
-        Of one rate or more. Between two the prediction is that of both, in proportion to log lr;
-        beyond, the nearest is scaled.
+    gaussians : sequence of WeightGaussian
+        Of trainings at one rate or more (`nearest_gaussians`).
     training : Training
         The lowest rate of interest; steps, batch size and momentum.
     members : sequence of int
         K.
-    count : int
-        Looks at a training, over which its loss is averaged (`neural.prediction.looks`).
+    records : int
+        How many times the loss is recorded, over which it is averaged (`Training.record_steps`).
     progress : callable, optional
         Told that one more rate has been tried: at first `POINTS`, then some for every K.
 
@@ -73,17 +55,18 @@ def best_rate(
         Between a sixteenth of the training's rate and the edge of stability; None where the loss
         is least at an end of that.
     """
-    at = looks(training, count)
+    local, at = gaussians[0].checkpoint, training.record_steps(records)
     known: dict[float, Prediction] = {}
 
     def change(x: float, k: int) -> float:
         if x not in known:
-            known[x] = predicted(local, views, replace(training, lr=float(np.exp(x))), at)
+            known[x] = predict_between(gaussians, replace(training, lr=float(np.exp(x))), at)
             if progress is not None:
                 progress(1)
         return float(np.nan_to_num(known[x].change(k), nan=np.inf))
 
-    grid = np.linspace(np.log(training.lr / BELOW), np.log(edge(local, training)), POINTS)
+    low, high = training.lr / BELOW, largest_stable_lr(local, training)
+    grid = np.linspace(np.log(low), np.log(high), POINTS)
     found: list[float | None] = []
     for k in members:
         least = int(np.argmin([change(x, k) for x in grid]))
@@ -96,22 +79,26 @@ def best_rate(
     return found
 
 
-def predicted(
-    local: LocalModel, views: Sequence[View], training: Training, at: Sequence[int]
+def predict_between(
+    gaussians: Sequence[WeightGaussian], training: Training, at: Sequence[int]
 ) -> Prediction:
-    """The prediction by the two views next to a training."""
-    views = sorted(views, key=lambda view: view.drift.lr)
-    x = np.log([view.drift.lr for view in views])
-    place = np.interp(np.log(training.lr / (1.0 - training.momentum)), x, np.arange(len(x)))
-    lower = int(place)
-    near = views[lower : lower + 2]
-    low = predict(local, near[0].drift, training, at, near[0].smoothing)
-    part = place - lower
-    if part == 0.0:
-        return low
-    high = predict(local, near[1].drift, training, at, near[1].smoothing)
-    both = zip(astuple(low), astuple(high), strict=True)
-    return Prediction(*((1.0 - part) * one + part * other for one, other in both))
+    """Prediction for a learning rate between those of the measured trainings, or beyond them.
+
+    Parameters
+    ----------
+    gaussians : sequence of WeightGaussian
+        Of the trainings at which the drift was measured.
+    training : Training
+    at : sequence of int
+        Steps over which the loss is averaged.
+
+    Returns
+    -------
+    Prediction
+        The mean of the predictions by the two nearest, part by part.
+    """
+    near = nearest_gaussians(gaussians, training)
+    return weighted((weight, predict_loss(one, at)) for weight, one in near)
 
 
 def measured_best(table: pd.DataFrame) -> float | None:
@@ -141,27 +128,25 @@ def measured_best(table: pd.DataFrame) -> float | None:
     return float(np.exp(x[1] - slope / (2.0 * bent))) if bent > 0 else None
 
 
-def best_rates(
+def best_lrs(
     table: pd.DataFrame,
-    local: LocalModel,
-    views: Sequence[View],
+    gaussians: Sequence[WeightGaussian],
     *,
-    count: int = 5,
+    records: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """Both of them, for every K and for every batch size at which three rates were tried.
+    """Predicted and measured best rate of every K, where three rates or more share a batch size.
 
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.compare` makes it, of all trainings.
-    local : LocalModel
-    views : sequence of View
+        As `neural.bridge_measure.compare` makes it, of all trainings.
+    gaussians : sequence of WeightGaussian
         Of the trainings.
-    count : int
-        Looks at a training.
+    records : int
+        How many times the loss of a training is recorded.
     progress : callable, optional
-        As of `best_rate`.
+        As of `best_lr`.
 
     Returns
     -------
@@ -183,9 +168,9 @@ def best_rates(
             str(first["sampling"]),
         )  # fmt: skip
         sizes = [int(k) for k in one["members"].unique()]
-        own = [view for view in views if view.drift.batch_size == size]
-        best = best_rate(local, own, training, sizes, count=count, progress=progress)
-        for k, rate in zip(sizes, best, strict=True):
-            rows.append((first["way"], size, k, rate, measured_best(one[one["members"] == k])))
+        own = [one for one in gaussians if one.training.batch_size == size]
+        best = best_lr(own, training, sizes, records=records, progress=progress)
+        for k, lr in zip(sizes, best, strict=True):
+            rows.append((first["way"], size, k, lr, measured_best(one[one["members"] == k])))
     found = pd.DataFrame(rows, columns=columns)
     return found.astype({"predicted": float, "measured": float})

@@ -1,10 +1,9 @@
-"""The bridge: what theory predicts of a network, beside what training from the checkpoint does."""
+"""Prediction beside training: what theory says of every training, and what really comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.chains import Training, group_losses, noise_free, train_chains, train_late_phase
+from neural.bridge_config import Plan, Training
+from neural.cache import Cache
+from neural.chains import group_losses, noise_free, train_late_phase, train_runs
 from neural.curvature import Landscape
-from neural.drift import Drift
-from neural.local_model import Kept, LocalModel, fingerprint
-from neural.luck import Luck, measure_luck
+from neural.gaussian import WeightGaussian
+from neural.local_model import LocalModel
+from neural.luck import ControlVariate, measure_control_variate
 from neural.noise import trace
-from neural.prediction import looks, predict, predict_each
-from neural.smoothing import Smoothing
-from neural.time_averages import ExponentialMean, Running, TailMean, TimeAverage
-from nqm.errors import NQMError, check_integer, check_number
+from neural.prediction import predict_each, predict_loss
+from neural.time_averages import Running, TimeAverage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,84 +28,20 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 #: The noise-free path is trained, not predicted, where descent is more than this of the excess.
 STILL = 0.01
-#: Chains and seeds at most: seeds of late-phase runs are a thousand times as large.
-MOST = 10**9
-MOST_LOOKS = 10**6
-#: Looks at the course of a training in its first half.
-EARLY = 5
 #: The weights themselves, beside averages of them over time.
 ITERATE = "iterate"
 MEASURED = ["measured", "error", "gain", "gain_error", "plain", "plain_error", "test"]
 COLUMNS = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
     "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
-    "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess", "share",
-    "worth", "creases", "octave", "growth", "kinks", "fading", "plain", "plain_error", "test",
+    "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess",
+    "curvature_change_part", "effective_runs", "nonsmooth_excess", "log2_slope", "noise_growth",
+    "kink_fraction", "noise_change_on_path", "plain", "plain_error", "test",
 ]  # fmt: skip
 COURSE = [
     "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
     "measured", "error",
 ]  # fmt: skip
-
-
-def course_steps(training: Training, count: int) -> list[int]:
-    """`looks`, and before them steps that double, for the course alone."""
-    early = {training.steps >> halvings for halvings in range(2, 2 + EARLY)} - {0}
-    return sorted(early | set(looks(training, count)))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How trainings are looked at.
-
-    Attributes
-    ----------
-    members : tuple of int
-        Sizes K of the groups of chains whose weights are averaged.
-    chains : int
-        At least the largest K; twice that for an interval.
-    looks : int
-        Over the second half of the steps.
-    late_phase : str, optional
-        Weights to replicate on a shared base, in place of chains of their own; every group of K is
-        then a run of `neural.late_phase.LatePhase`.
-    ema : float
-        Decay of the exponential mean of a chain's weights, looked at beside the mean over the
-        second half of its steps.
-    seed : int
-    """
-
-    members: tuple[int, ...] = (1, 2, 4, 8, 16)
-    chains: int = 32
-    looks: int = 5
-    late_phase: str | None = None
-    ema: float = 0.99
-    seed: int = 0
-
-    def averages(self, training: Training) -> tuple[TimeAverage, ...]:
-        """Averages over time that are looked at; of late-phase members none."""
-        if self.late_phase is not None:
-            return ()
-        return TailMean(training.steps), ExponentialMean(training.steps, self.ema)
-
-    def __post_init__(self) -> None:
-        check_integer("looks", self.looks, 1)
-        check_number("looks", self.looks, high=MOST_LOOKS)
-        check_number("chains", self.chains, low=1, high=MOST)
-        check_integer("seed", self.seed, 0)
-        check_number("seed", self.seed, low=0, high=MOST)
-        for k in self.members:
-            check_integer("members", k, 1)
-        check_number("ema", self.ema, low=0.0, high=1.0, closed_high=False)
-        if max(self.members) > self.chains:
-            raise NQMError(
-                f"members must be at most the {self.chains} chains; got {max(self.members)}"
-            )
-        if self.late_phase is not None and min(self.members) < 2:
-            raise NQMError(
-                f"members must be at least 2 with late_phase; got {min(self.members)}; of chains a "
-                "single one may be looked at"
-            )
 
 
 @dataclass(frozen=True)
@@ -116,11 +51,11 @@ class Outcome:
     Attributes
     ----------
     table : DataFrame
-        A row for every K and kind of weights: the iterate, averaged over its looks, and averages
-        over time, looked at in the end.
+        A row for every K and kind of weights: the iterate, its loss averaged over the recorded
+        steps of the second half, and averages over time, evaluated after the last step.
     course : DataFrame
-        A row for every K and step at which the iterate is looked at; in the first half of the
-        steps for the smallest and the largest K only.
+        A row for every K and recorded step of the iterate; in the first half of the steps for the
+        smallest and the largest K only.
     """
 
     table: pd.DataFrame
@@ -132,9 +67,9 @@ def measure_training(
     training: Training,
     plan: Plan,
     *,
-    luck: Luck | None = None,
+    control: ControlVariate | None = None,
     test: Callable[[Tensor], float] | None = None,
-    folder: Path | None = None,
+    cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Really train from the checkpoint, and average.
@@ -144,12 +79,13 @@ def measure_training(
     landscape : Landscape
     training : Training
     plan : Plan
-    luck : Luck, optional
+    control : ControlVariate, optional
         Of this training, to be taken off what is measured; the table has both.
     test : callable, optional
-        Test loss of a weight vector, looked at once at the end.
-    folder : Path, optional
-        Keeps the result, and gives it when asked again.
+        Test loss of a weight vector, evaluated once, after the last step. What is kept of another
+        test loss is told by its value at the checkpoint.
+    cache : Cache, optional
+        Keeps the result.
     progress : callable, optional
         Told of minibatches done.
 
@@ -157,14 +93,13 @@ def measure_training(
     -------
     Outcome
         Columns members, weights (members, step), measured, error: change of the training loss from
-        the checkpoint's, mean over groups (and looks), its standard error over groups. In the table
-        also gain, gain_error: the mean loss of the group's own chains less that of their mean, in
-        which what they have in common cancels; plain, plain_error: measured as it is, luck and all;
-        and test, the mean test loss.
+        the checkpoint's, mean over groups (and recorded steps), its standard error over groups. In
+        the table also gain, gain_error: the mean loss of the group's own runs less that of their
+        mean, in which what they have in common cancels; plain, plain_error: measured without the
+        control variate; and test, the mean test loss.
     """
-    at, late = course_steps(training, plan.looks), looks(training, plan.looks)
+    at, late = training.course_steps(plan.records), training.record_steps(plan.records)
     ends = {min(plan.members), max(plan.members)}
-    kept = Kept(folder, f"{fingerprint(landscape)}-{plan.seed}")
     start = landscape.loss()
 
     def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
@@ -176,10 +111,10 @@ def measure_training(
                 found[f"test-{weights}{k}"] = group_losses(test, held[-1:], groups_of)
         return found
 
-    def chains() -> dict[str, Any]:
-        averages = Running(plan.averages(training), landscape.weights.repeat(plan.chains, 1))
-        held = train_chains(
-            landscape, training, plan.chains, at, seed=plan.seed, seen=averages, progress=progress
+    def independent() -> dict[str, Any]:
+        averages = Running(plan.averages(training), landscape.weights.repeat(plan.runs, 1))
+        held = train_runs(
+            landscape, training, plan.runs, at, seed=plan.seed, seen=averages, progress=progress
         )
         snapshots = {ITERATE: [w for _, w in held]}
         snapshots |= {name: [mean] for name, mean in averages.values.items()}
@@ -197,23 +132,24 @@ def measure_training(
             found |= losses(k, {ITERATE: list(torch.stack(runs, 1))}, 1)
         return found
 
-    said = "-".join(f"{value}".replace(" ", "_") for value in asdict(training).values())
-    how = "-".join(map(str, (*plan.members, plan.chains, plan.looks, f"ema{plan.ema:g}")))
-    way = "chains" if plan.late_phase is None else f"late_phase-{plan.late_phase}".replace("*", "")
-    tested = "" if test is None else "-test"
-    known = kept(f"{way}-{said}-{how}{tested}", chains if plan.late_phase is None else members)
-    return _tabulate(known, training, plan, luck)
+    known = (cache or Cache()).of(landscape)(
+        "training", independent if plan.late_phase is None else members, training=training,
+        plan=plan, test=None if test is None else f"{test(landscape.weights):.6g}",
+    )  # fmt: skip
+    return _tabulate(known, training, plan, control)
 
 
-def _tabulate(known: dict[str, Any], training: Training, plan: Plan, luck: Luck | None) -> Outcome:
-    """Means and errors of what was measured of every group of chains, or run of members."""
+def _tabulate(
+    known: dict[str, Any], training: Training, plan: Plan, control: ControlVariate | None
+) -> Outcome:
+    """Means and errors of what was measured of every group of runs, or run of members."""
     import pandas as pd
 
-    at, count = course_steps(training, plan.looks), len(looks(training, plan.looks))
+    at, count = training.course_steps(plan.records), len(training.record_steps(plan.records))
     averages = plan.averages(training)
     columns = {ITERATE: slice(0, len(at))}
     columns |= {one.name: slice(i, i + 1) for i, one in enumerate(averages, len(at))}
-    off = {} if luck is None else _draws(luck, plan, [*at, *averages])
+    off = {} if control is None else _controls(control, plan, [*at, *averages])
     rows, course = [], []
     for weights, part in columns.items():
         held = {k: known[f"{weights}{k}"] for k in plan.members}
@@ -242,28 +178,30 @@ def _tabulate(known: dict[str, Any], training: Training, plan: Plan, luck: Luck 
 
 
 def _keys(plan: Plan, members: int) -> tuple[tuple[int, int], ...]:
-    """By which chains, or members of one run after the other, draw their minibatches."""
+    """Keys by which runs, or members of one run after the other, draw their minibatches."""
     if plan.late_phase is None:
-        return tuple((plan.seed, chain) for chain in range(plan.chains))
+        return tuple((plan.seed, run) for run in range(plan.runs))
     return tuple((seed, k) for seed in _runs(plan, members) for k in range(members))
 
 
 def _runs(plan: Plan, members: int) -> list[int]:
     """Seeds of late-phase runs of K members: two at least."""
-    return [1000 * plan.seed + group for group in range(max(plan.chains // members, 2))]
+    return [1000 * plan.seed + group for group in range(max(plan.runs // members, 2))]
 
 
-def _draws(luck: Luck, plan: Plan, when: list[int | TimeAverage]) -> dict[int, FloatArray]:
-    """The luck of every K, shape (groups, times)."""
+def _controls(
+    control: ControlVariate, plan: Plan, when: list[int | TimeAverage]
+) -> dict[int, FloatArray]:
+    """The control variate of every K, shape (groups, times)."""
     keys = {k: _keys(plan, k) for k in plan.members}
-    z = {one: luck.responses(one, when) for one in set(keys.values())}
-    return {k: luck.of(z[one], when, k) for k, one in keys.items()}
+    z = {one: control.responses(one, when) for one in set(keys.values())}
+    return {k: control.of(z[one], when, k) for k, one in keys.items()}
 
 
 def _gain(
     single: FloatArray | None, mean: FloatArray, members: int, late: int
 ) -> tuple[float, float]:
-    """What averaging saves each group of chains; NaN of members, which are no chains."""
+    """What averaging saves each group of runs; NaN of members, which are no runs."""
     if single is None or members == 1:
         return np.nan, np.nan
     own = single[: len(mean) * members].reshape(len(mean), members, -1).mean(1)
@@ -276,35 +214,40 @@ def _mean(each: FloatArray) -> tuple[float, float]:
     return float(each.mean()), error
 
 
-def foresee(
-    local: LocalModel,
-    drift: Drift,
-    training: Training,
-    plan: Plan,
-    smoothing: Smoothing | None = None,
-) -> Outcome:
-    """The prediction alone, in the form of `compare`; what would be measured is NaN."""
+def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
+    """The prediction of one training, in the form of `compare_training`.
+
+    Parameters
+    ----------
+    gaussian : WeightGaussian
+        Of the training.
+    plan : Plan
+
+    Returns
+    -------
+    Outcome
+        What would be measured is NaN.
+    """
     import pandas as pd
 
-    late = looks(training, plan.looks)
-    seen = {ITERATE: predict(local, drift, training, late, smoothing)}
+    training = gaussian.training
+    seen = {ITERATE: predict_loss(gaussian, training.record_steps(plan.records))}
     for average in plan.averages(training):
-        seen[average.name] = predict(local, drift, training, [average], smoothing)
-    stated = {"way": plan.late_phase or "chains"} | asdict(training)
-    rate = training.lr / (1.0 - training.momentum)
-    growth = np.nan if smoothing is None else smoothing.growth(rate, training.batch_size)
-    kinks = np.nan if smoothing is None else smoothing.creased()
+        seen[average.name] = predict_loss(gaussian, [average])
+    stated = {"way": plan.way} | asdict(training)
+    trust = {"noise_growth": gaussian.noise_growth, "kink_fraction": gaussian.kink_fraction}
     rows = [
         stated
         | asdict(found)
         | {"members": k, "weights": weights, "noise_free": found.descent}
         | {"predicted": found.change(k), "predicted_rise": found.rise(k)}
-        | {"predicted_gain": found.rise(1) - found.rise(k), "growth": growth, "kinks": kinks}
+        | {"predicted_gain": found.rise(1) - found.rise(k)}
+        | trust
         for weights, found in seen.items()
         for k in plan.members
     ]
-    at = course_steps(training, plan.looks)
-    each = predict_each(local, drift, training, at, smoothing)
+    at = training.course_steps(plan.records)
+    each = predict_each(gaussian, at)
     course = [
         stated | {"members": k, "step": step, "predicted": found.change(k)}
         for k in plan.members
@@ -315,19 +258,29 @@ def foresee(
     )
 
 
-def compare(
+def compare_training(
     landscape: Landscape,
-    local: LocalModel,
-    drift: Drift,
-    training: Training,
+    gaussian: WeightGaussian,
     plan: Plan,
     *,
-    smoothing: Smoothing | None = None,
     test: Callable[[Tensor], float] | None = None,
-    folder: Path | None = None,
+    cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Prediction beside measurement.
+    """Prediction and measurement of one training.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    gaussian : WeightGaussian
+        Of the training.
+    plan : Plan
+    test : callable, optional
+        Test loss of a weight vector.
+    cache : Cache, optional
+        Keeps what is measured.
+    progress : callable, optional
+        Told of minibatches done.
 
     Returns
     -------
@@ -335,29 +288,31 @@ def compare(
         In the table: the training; members, weights; predicted and measured change of the loss
         from the checkpoint's, its standard error; what noise adds, predicted and measured
         (``predicted_rise``, ``measured_rise``), and their ratio; what averaging saves a single run
-        (``predicted_gain``, ``gain``); the parts of the prediction; by which part of itself the
-        noise is predicted to grow under scatter (``growth``), kinks add to the curvature
-        (``kinks``), and the noise has changed at the end of the noise-free path (``fading``, where
-        that is trained); the test loss. In the course: predicted and measured change at every look.
+        (``predicted_gain``, ``gain``); the parts of the prediction (`Prediction`); the relative
+        increase of the noise by scatter (``noise_growth``), the curvature added by kinks
+        (``kink_fraction``), and the relative change of the noise at the end of the noise-free path
+        (``noise_change_on_path``, where that is trained); the test loss. In the course: predicted
+        and measured change at every recorded step.
     """
-    both = foresee(local, drift, training, plan, smoothing)
-    luck = measure_luck(landscape, local, training, folder)
+    training, local = gaussian.training, gaussian.checkpoint
+    both = predict_training(gaussian, plan)
+    control = measure_control_variate(landscape, local, training, cache)
     real = measure_training(
-        landscape, training, plan, luck=luck, test=test, folder=folder, progress=progress
+        landscape, training, plan, control=control, test=test, cache=cache, progress=progress
     )
     table = both.table
     table[MEASURED] = real.table[MEASURED]
     parts = table.drop_duplicates("weights").set_index("weights")
-    scatter = parts["excess"].fillna(
-        np.inf
-    )  # of averages of shuffled epochs there is no prediction
+    # For averages over shuffled epochs there is no prediction.
+    scatter = parts["excess"].fillna(np.inf)
     if not (parts["descent"].abs() <= STILL * scatter / max(plan.members)).all():
-        kept = Kept(folder, fingerprint(landscape))
-        stated = (training.lr, training.momentum, training.steps, plan.looks, plan.ema)
-        name = "-".join(map(str, ("noise_free_path", *stated)))
-        calm = kept(name, lambda: _noise_free(landscape, local, training, plan))
+        calm = (cache or Cache()).of(landscape)(
+            "noise_free_path", lambda: _noise_free(landscape, local, training, plan),
+            lr=training.lr, momentum=training.momentum, steps=training.steps,
+            records=plan.records, averages=plan.averages(training),
+        )  # fmt: skip
         table["noise_free"] = [float(calm[name]) for name in table["weights"]]
-        table["fading"] = float(calm["fading"])
+        table["noise_change_on_path"] = float(calm["noise_change"])
     table["measured_rise"] = table["measured"] - table["noise_free"]
     table["ratio"] = table["measured_rise"] / table["predicted_rise"]
     table["ratio_error"] = table["error"] / table["predicted_rise"].abs()
@@ -378,10 +333,20 @@ def _noise_free(
         averages(step, weights)
         end = weights
 
-    losses = noise_free(landscape, training, looks(training, plan.looks), seen=seen)
+    losses = noise_free(landscape, training, training.record_steps(plan.records), seen=seen)
     found = {name: np.array(landscape.loss(mean)) for name, mean in averages.values.items()}
     found[ITERATE] = np.array(losses.mean())
     change = {name: loss - local.loss for name, loss in found.items()}
     population = 1.0 - 1.0 / landscape.examples  # as the local model has it
     noise = population * trace(landscape.at(end))
-    return change | {"fading": np.array(noise / local.noise_trace - 1.0)}
+    return change | {"noise_change": np.array(noise / local.noise_trace - 1.0)}
+
+
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """The tables of several trainings, one below the other."""
+    import pandas as pd
+
+    return Outcome(
+        pd.concat([one.table for one in outcomes], ignore_index=True),
+        pd.concat([one.course for one in outcomes], ignore_index=True),
+    )

@@ -1,13 +1,12 @@
-"""Real training from a checkpoint on a landscape's own data: what a prediction is held against.
+"""Real training from a checkpoint on the measured data: what a prediction is compared with.
 
-Chains train the landscape's weights by SGD with minibatches drawn from its examples, in evaluation
-mode and without augmentation: the very loss whose curvature and noise were measured.
+Independent runs of SGD train the landscape's weights with minibatches drawn from its examples, in
+evaluation mode and without augmentation: the very loss whose curvature and noise were measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,60 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad
 
+from neural.bridge_config import Training
 from neural.curvature import Landscape
 from neural.duplicate import duplicate
 from neural.examples import EachRow, joined
 from neural.late_phase import LatePhase
-from nqm.errors import NQMError, check_integer, check_number, check_word
 
 FloatArray = NDArray[np.float64]
 #: Shown every step 1, 2, ... and the weights after it (`neural.time_averages.Running`).
 Seen = Callable[[int, Tensor], None]
-SAMPLING = ("with replacement", "shuffled")
-#: Chains of a model of fewer weights than this step together; convolutions would lose by it.
+#: Runs of a model of fewer weights than this step together; convolutions would lose by it.
 TOGETHER = 5000
 
 
-@dataclass(frozen=True)
-class Training:
-    """How the chains train.
-
-    Attributes
-    ----------
-    lr, momentum : float
-        As `torch.optim.SGD` has them.
-    batch_size, steps : int
-    sampling : {"with replacement", "shuffled"}
-    """
-
-    lr: float
-    batch_size: int
-    steps: int
-    momentum: float = 0.0
-    sampling: str = "with replacement"
-
-    def __post_init__(self) -> None:
-        check_number("lr", self.lr, low=0.0, closed_low=False)
-        check_integer("batch_size", self.batch_size, 1)
-        check_number("batch_size", self.batch_size, high=2**53)
-        check_integer("steps", self.steps, 1)
-        check_number("steps", self.steps, high=2**53)
-        check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
-        check_word("sampling", self.sampling, SAMPLING)
-
-    def check(self, examples: int) -> None:
-        """Raise NQMError unless so many examples can be drawn from in this way."""
-        if self.sampling == "shuffled" and examples % self.batch_size:
-            raise NQMError(
-                f"shuffled epochs need a batch_size that divides the {examples} examples; got "
-                f"{self.batch_size}"
-            )
-
-
-def train_chains(
+def train_runs(
     landscape: Landscape,
     training: Training,
-    chains: int,
+    runs: int,
     at: Sequence[int],
     *,
     seed: int = 0,
@@ -81,26 +43,26 @@ def train_chains(
     ----------
     landscape : Landscape
     training : Training
-    chains : int
+    runs : int
     at : sequence of int
         Steps to hand out weights after, rising.
     seed : int
-        Chain c draws its minibatches from (seed, c).
+        Run c draws its minibatches from (seed, c).
     seen : callable, optional
-        Shown every step and the weights after it, shape (chains, p).
+        Shown every step and the weights after it, shape (runs, p).
     progress : callable, optional
         Told of minibatches done.
 
     Yields
     ------
     step : int
-    weights : Tensor, shape (chains, p)
+    weights : Tensor, shape (runs, p)
     """
     landscape.check()
     tensors, make = joined(landscape.batches)
-    weights = landscape.weights.repeat(chains, 1)
+    weights = landscape.weights.repeat(runs, 1)
     buffers = torch.zeros_like(weights)
-    draws = [minibatches(landscape.examples, training, (seed, c)) for c in range(chains)]
+    draws = [minibatches(landscape.examples, training, (seed, c)) for c in range(runs)]
     slope = EachRow(grad(lambda w, *batch: landscape.mean_loss(w, make(batch))))
     slope.together = sum(p.numel() for p in landscape.model.parameters()) < TOGETHER
 
@@ -122,7 +84,7 @@ def train_chains(
                         moved = buffers.mul_(training.momentum).add_(moved)
                     weights = weights - training.lr * moved
                     if progress is not None:
-                        progress(chains)
+                        progress(runs)
                 if seen is not None:
                     seen(step, weights)
         done = stop
@@ -235,16 +197,16 @@ def noise_free(
 def group_losses(
     loss: Callable[[Tensor], float], snapshots: Sequence[Tensor], members: int
 ) -> FloatArray:
-    """Loss of the mean weights of every `members` chains, shape (groups, times).
+    """Loss of the mean weights of every `members` runs, shape (groups, times).
 
     Parameters
     ----------
     loss : callable
         Of a weight vector.
-    snapshots : sequence of Tensor, shape (chains, p)
+    snapshots : sequence of Tensor, shape (runs, p)
         One for each time.
     members : int
-        Chains left over are not used. The loss of weights that diverged is infinite.
+        Runs left over are not used. The loss of weights that diverged is infinite.
     """
     groups = len(snapshots[0]) // members
     means = [[w[g * members : (g + 1) * members].mean(0) for w in snapshots] for g in range(groups)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -240,121 +241,78 @@ def sweep(
 @neural.command()
 @click.argument("target", metavar="RUN|RECIPE")
 @_scale
-@_set
-@click.option("--select", default="all", show_default=True, help="Weights, e.g. batchnorm+head.")
-@click.option("--examples", type=int, default=2000, show_default=True, help="0 for all.")
-@click.option("--weight-decay", type=float, help="That of the run by default.")
 @click.option(
-    "--curvature", type=click.Choice(["hessian", "ggn"]), default="hessian", show_default=True,
-    help="All of it, or the Gauss-Newton part.",
+    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with tables [bridge] (what is measured and trained) and [plan] (averages).",
 )  # fmt: skip
 @click.option(
-    "--group", type=int, help="BatchNorm in training mode, on groups of so many; counts as one."
-)
-@click.option(
-    "--settle", type=int, default=0, show_default=True, help="First so many iterations downhill."
-)
-@click.option("--settle-lr", type=float, help="By descent at this rate; by L-BFGS without.")
-@click.option(
-    "--pairs", type=int, default=50, show_default=True, help="Stiffest directions; 0 for all."
-)
-@click.option("--draws", type=int, default=6, show_default=True, help="Draws of the noise.")
-@click.option("--products", type=int, default=30, show_default=True, help="Hessian products each.")
-@click.option("--samples", type=int, default=32, show_default=True, help="For the drift.")
-@click.option(
-    "--smooth",
-    type=int,
-    default=2,
-    show_default=True,
-    help="For averages over the scatter; 0: none.",
-)
-@click.option(
-    "--rate",
-    "rates",
-    type=float,
-    multiple=True,
-    help="Learning rate times the largest curvature (repeatable); 1/16 to 1/2 by default.",
-)
-@click.option("--batch-size", "batch_sizes", type=int, multiple=True, help="Repeatable.")
-@click.option("--steps", type=int, default=1000, show_default=True)
-@click.option("--momentum", type=float, default=0.0, show_default=True)
-@click.option("--shuffled", is_flag=True, help="Epochs without replacement.")
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a setting, e.g. --set bridge.steps=500 or --set plan.runs=64; other keys are the "
+    "recipe's (repeatable).",
+)  # fmt: skip
+@click.option("--select", help="Weights that are measured, e.g. batchnorm+head; all by default.")
+@click.option("--examples", type=int, help="Training examples; 0: all.  [default: 2000]")
 @click.option("--members", type=int, multiple=True, help="K (repeatable); 1 to 16 by default.")
-@click.option("--chains", type=int, default=32, show_default=True)
-@click.option("--looks", type=int, default=5, show_default=True, help="At the losses of a run.")
-@click.option(
-    "--ema", type=float, default=0.99, show_default=True, help="Decay of the mean over time."
-)
-@click.option("--late-phase", metavar="WEIGHTS", help="Members of these weights on a shared base.")
-@click.option(
-    "--test-examples", type=int, default=2000, show_default=True, help="Looked at; 0 for all."
-)
 @click.option("--predict-only", is_flag=True, help="Train nothing.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder.")
+@click.option("--seed", type=int, help="Of all random draws.  [default: 0]")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.")
 @_device
 @_data
 @_threads
 def bridge(
     target: str,
     scale: str,
+    config: Path | None,
     overrides: tuple[str, ...],
+    select: str | None,
+    examples: int | None,
+    members: tuple[int, ...],
+    predict_only: bool,
+    seed: int | None,
     out: Path | None,
     device: str | None,
     root: Path | None,
     threads: int | None,
-    **asked: Any,
 ) -> None:
     """Predict from curvature and noise what K and the learning rate do to a network, and train.
 
-    TARGET is the folder of a finished run, or a recipe with model.checkpoint. Nothing is fitted to
-    the training runs that the prediction is held against. It can be killed at any moment: run
-    again, it goes on where it was.
+    RUN is the folder of a finished run, RECIPE one with model.checkpoint. Nothing is fitted to
+    the training runs that the prediction is compared with. It can be killed at any moment: run
+    again, it goes on where it was stopped. The settings of [bridge] and [plan] are listed under
+    "bridge" in the documentation.
 
     \b
     nqm neural bridge out/neural/digits_bn-full/base/seed0 --select batchnorm+head
+    nqm neural bridge RUN --set bridge.lr_times_sharpness=[0.1,0.3] --set plan.runs=64
     """
-    from neural.bridge import Plan
-    from neural.bridge_run import BridgeConfig, open_target, run_bridge
+    from neural.bridge_run import load_config, open_target, run_bridge, split_overrides
     from neural.draw import draw_bridge
     from nqm.files import locked
     from nqm.names import folder_name
 
     _alone("nqm neural bridge")
+    own, others = split_overrides(overrides)
+    asked = {
+        "bridge.select": select, "bridge.examples": examples, "plan.seed": seed,
+        "plan.members": list(members) or None, "bridge.train": False if predict_only else None,
+    }  # fmt: skip
+    own += [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    settings, plan = load_config(config, own)
     place = _place(device, root, threads)
-    default = Plan.members if asked["late_phase"] is None else Plan.members[1:]
-    plan = Plan(
-        members=asked.pop("members") or default,
-        chains=asked.pop("chains"),
-        looks=asked.pop("looks"),
-        late_phase=asked.pop("late_phase"),
-        ema=asked.pop("ema"),
-        seed=asked.pop("seed"),
-    )
-    config = BridgeConfig(
-        examples=asked.pop("examples") or None,
-        test_examples=asked.pop("test_examples") or None,
-        pairs=asked.pop("pairs") or None,
-        rates=asked.pop("rates") or BridgeConfig.rates,
-        batch_sizes=asked.pop("batch_sizes") or BridgeConfig.batch_sizes,
-        sampling="shuffled" if asked.pop("shuffled") else "with replacement",
-        train=not asked.pop("predict_only"),
-        **asked,
-    )
     # Of "..", "/" and the like nothing is left that could lead out of out/bridge.
     name = folder_name("-".join(Path(target).parts[-3:]).removesuffix(".toml"), "here")
     out = out or Path("out", "bridge", name)
-    opened = open_target(target, place, scale, overrides)
+    opened = open_target(target, place, scale, others)
     click.get_current_context().with_resource(locked(out, folder=True))
-    with _stages() as told:
-        found = run_bridge(opened, config, plan, place, out, told=told)
+    with _stages() as report:
+        found = run_bridge(opened, settings, plan, place, out, report=report)
     columns = ["lr", "batch_size", "members", "weights"]
     columns += ["predicted", "measured", "error", "ratio"]
     shown = found.table[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
     click.echo(shown)
     for line in found.words:
         click.echo(f"- {line}")
-    title = f"{name}, {config.select}"
+    title = f"{name}, {settings.select}"
     for path in draw_bridge(found.table, found.course, found.spectrum, out, title):
         click.echo(path)
 

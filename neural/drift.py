@@ -7,11 +7,11 @@ loss is least. Averaging K members divides the scatter by K and leaves this: the
     1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
 
 after t steps, 1/2 f' H^-1 f in the end; of an average over time psi is averaged with its weights. f
-is measured on the network, by mean gradients at both ends of random displacements of the scatter's
-width, and of half of it: 4/3 of their difference. Of a smooth loss that is 1/2 T:S. Weights on
-kinks are pushed by any scatter, however narrow, and training without noise meets that push as well;
-in the difference it cancels. S goes as lr / B, f with it, and the floor as its square: f is
-measured at the scatter of each training, and scaled with lr / B to others near by.
+is measured on the network, by mean gradients at both ends of random displacements of covariance S,
+and of half of each: 4/3 of their difference. For a smooth loss that is 1/2 T:S. Weights on kinks
+are pushed by any scatter, however narrow, and training without noise meets that push as well; it
+cancels in the difference. S goes as lr / B, f with it, and the floor as its square: f is measured
+at the covariance of each training, and scaled with lr / B to others near by.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from neural.bridge_config import Training
+from neural.cache import Cache
 from neural.curvature import Landscape
 from neural.krylov import Krylov, krylov
-from neural.local_model import Kept, LocalModel, fingerprint, vector
+from neural.local_model import LocalModel, vector
+from neural.scatter import displacement
 from neural.spectrum import Progress, operator
 from neural.time_averages import TimeAverage, power
 from nqm.errors import check_integer
@@ -41,96 +43,101 @@ When = float | TimeAverage
 
 @dataclass(frozen=True)
 class Slopes:
-    """How the slope turns from one end of a displacement to the other, for n random ones.
+    """Gradients at both ends of n random displacements: their odd part.
 
     Attributes
     ----------
-    moved : ndarray, shape (n, k)
-        Displacements along the local model's eigenpairs.
-    turned : ndarray, shape (n, k)
-        Half the difference of the slopes at both ends, along the same.
-    left : ndarray, shape (3,)
-        Of d, the displacement beyond the eigenpairs, sums of d'd, of d'Hd by the local model, and
-        of d' with half the difference of the slopes.
-    risen : ndarray, shape (2,)
+    displacements : ndarray, shape (n, k)
+        Along the local model's eigenpairs.
+    differences : ndarray, shape (n, k)
+        Half the difference of the gradients at both ends, along the same.
+    beyond : ndarray, shape (3,)
+        With d the displacement beyond the eigenpairs, the sums over displacements of d'd, of d'Hd
+        by the local model, and of d' times half the difference of the gradients.
+    rises : ndarray, shape (2,)
         Sums of the mean loss at both ends less that in the middle; and of half the displacement.
     """
 
-    moved: FloatArray
-    turned: FloatArray
-    left: FloatArray
-    risen: FloatArray
+    displacements: FloatArray
+    differences: FloatArray
+    beyond: FloatArray
+    rises: FloatArray
 
 
 @dataclass(frozen=True)
 class Drift:
-    """The force of the noise on the mean weights, measured twice.
+    """Force of the gradient noise on the mean of the weights, measured twice.
 
-    Two independent halves of the draws: products of the two are free of the bias that the square of
-    a noisy estimate has.
+    Two independent halves of the displacements: products of the two are free of the bias that the
+    square of a noisy estimate has.
 
     Attributes
     ----------
     local : LocalModel
-        Whose scatter it was measured at.
-    lr, batch_size, steps : float
-        Of that scatter.
-    top : tuple of ndarray, shape (k,)
-        Of both halves along the local model's eigenpairs.
-    rest : tuple of Krylov
-        Of both halves.
+        At whose covariance it was measured.
+    training : Training
+        Of that covariance.
+    force_top : tuple of ndarray, shape (k,)
+        Both halves along the local model's eigenpairs.
+    force_rest : tuple of Krylov
+        Both halves beyond them.
     slopes : Slopes
-        What was seen besides; the force is their even part.
-    climb : ndarray, shape (k, k), optional
+        The odd part of the same gradients; the force is their even part.
+    loss_curvature : ndarray, shape (k, k), optional
         Curvature along the eigenpairs by which the displacement of the mean counts in the loss,
-        where it is another than that which holds the force (`Smoothing.hold`).
+        where it is not the one that holds the force (`Smoothing.along_mean_path`).
     """
 
     local: LocalModel
-    lr: float
-    batch_size: float
-    steps: float
-    top: tuple[FloatArray, FloatArray]
-    rest: tuple[Krylov, Krylov]
+    training: Training
+    force_top: tuple[FloatArray, FloatArray]
+    force_rest: tuple[Krylov, Krylov]
     slopes: Slopes
-    climb: FloatArray | None = None
+    loss_curvature: FloatArray | None = None
 
-    def floor(self, lr: float, batch_size: float, when: When) -> float:
-        """Loss that the mean over any number of members keeps after so many steps."""
-        psi, h = response(lr, when), self.local.pairs.values
-        one, other = (psi(h) * half for half in self.top)
-        value = one @ (h * other if self.climb is None else self.climb @ other)
-        if len(self.rest[0].values):
-            moved = self.rest[0].apply(lambda h: psi(h) ** 2 * h)
-            value += moved @ self.rest[1].apply(np.ones_like)
-        return 0.5 * float(value) * self._scale(lr, batch_size) ** 2
+    def floor(self, training: Training, when: When) -> float:
+        """Loss that the mean over any number of members keeps at such a time.
 
-    def cross(self, lr: float, batch_size: float, when: When) -> float:
-        """Change of the mean's loss by the force acting along the slope of the checkpoint."""
-        psi = response(lr, when)
+        Parameters
+        ----------
+        training : Training
+            At whose learning rate and batch size; the force is scaled to it.
+        when : float or TimeAverage
+            After so many steps, or an average over time.
+        """
+        psi, h = response(training.effective_lr, when), self.local.pairs.values
+        one, other = (psi(h) * half for half in self.force_top)
+        held = h * other if self.loss_curvature is None else self.loss_curvature @ other
+        value = one @ held
+        if len(self.force_rest[0].values):
+            moved = self.force_rest[0].apply(lambda h: psi(h) ** 2 * h)
+            value += moved @ self.force_rest[1].apply(np.ones_like)
+        return 0.5 * float(value) * training.noise_ratio(self.training) ** 2
+
+    def cross(self, training: Training, when: When) -> float:
+        """Change of the mean's loss by the force acting along the gradient at the checkpoint."""
+        psi = response(training.effective_lr, when)
 
         def function(h: FloatArray) -> FloatArray:
             return psi(h) * (psi(h) * h - 1.0)
 
         local = self.local
-        force = 0.5 * (self.top[0] + self.top[1])
+        force = 0.5 * (self.force_top[0] + self.force_top[1])
         value = local.slope @ (function(local.pairs.values) * force)
-        if len(local.gradient.values) and len(self.rest[0].values):
+        if len(local.gradient.values) and len(self.force_rest[0].values):
             moved = local.gradient.apply(function)
-            value += 0.5 * sum(float(moved @ half.apply(np.ones_like)) for half in self.rest)
-        return float(value) * self._scale(lr, batch_size)
+            value += 0.5 * sum(float(moved @ half.apply(np.ones_like)) for half in self.force_rest)
+        return float(value) * training.noise_ratio(self.training)
 
-    def moved(self, lr: float, batch_size: float, when: When) -> FloatArray:
-        """Where the force has put the mean, -psi f, shape (p,)."""
-        psi = response(lr, when)
+    def displacement(self, training: Training, when: When | None = None) -> FloatArray:
+        """Where the force has put the mean, -psi f, shape (p,); in the end by default."""
+        psi = response(training.effective_lr, training.steps if when is None else when)
         local = self.local
-        found = local.pairs.vectors @ (psi(local.pairs.values) * (self.top[0] + self.top[1]))
-        if len(self.rest[0].values):
-            found = found + sum(half.apply(psi) for half in self.rest)
-        return np.asarray(-0.5 * found * self._scale(lr, batch_size))
-
-    def _scale(self, lr: float, batch_size: float) -> float:
-        return (lr / batch_size) / (self.lr / self.batch_size)
+        along = psi(local.pairs.values) * (self.force_top[0] + self.force_top[1])
+        found = local.pairs.vectors @ along
+        if len(self.force_rest[0].values):
+            found = found + sum(half.apply(psi) for half in self.force_rest)
+        return np.asarray(-0.5 * found * training.noise_ratio(self.training))
 
 
 def response(lr: float, when: When) -> Function:
@@ -139,6 +146,7 @@ def response(lr: float, when: When) -> Function:
     Parameters
     ----------
     lr : float
+        The effective learning rate.
     when : float or TimeAverage
         t; or an average of psi over t.
     """
@@ -156,20 +164,21 @@ def response(lr: float, when: When) -> Function:
     return psi
 
 
-def descent(local: LocalModel, lr: float, when: When) -> float:
+def descent(local: LocalModel, training: Training, when: When) -> float:
     """Change of the loss by noise-free gradient descent on the quadratic, <= 0 where H > 0."""
-    psi = response(lr, when)
+    psi = response(training.effective_lr, when)
     h, _, g = local.points()
     return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
 
 
-def descended(local: LocalModel, lr: float, when: When) -> FloatArray:
+def descended(local: LocalModel, training: Training) -> FloatArray:
     """Where noise-free gradient descent on the quadratic puts the weights, -psi g, shape (p,).
 
     Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below.
     Where lr h is 2 or more, which heavy ball may stand, descent is taken to have settled.
     """
-    psi = response(lr, when)
+    lr = training.effective_lr
+    psi = response(lr, training.steps)
 
     def held(h: FloatArray) -> FloatArray:
         within = psi(np.clip(h, 0.0, 2.0 / lr))
@@ -184,94 +193,97 @@ def descended(local: LocalModel, lr: float, when: When) -> FloatArray:
 def measure_drift(
     landscape: Landscape,
     local: LocalModel,
-    lr: float,
-    batch_size: float,
-    steps: float,
+    training: Training,
     *,
-    momentum: float = 0.0,
-    samples: int = 32,
-    products: int = 30,
+    displacements: int = 32,
+    lanczos_steps: int = 30,
     seed: int = 0,
-    folder: Path | None = None,
+    cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Drift:
-    """Measure the force at the scatter of so many steps of SGD from the checkpoint.
+    """Measure the force at the covariance of a training from the checkpoint.
 
     Around where descent without noise ends by the local model: a checkpoint that training without
-    noise has settled on is on more kinks than weights that scatter meet.
+    noise has settled on lies on more kinks than weights that scatter meet.
 
     Parameters
     ----------
     landscape : Landscape
     local : LocalModel
         Of this landscape.
-    lr, batch_size, steps : float
-        The scatter. With momentum b, lr is the effective rate lr / (1 - b).
-    momentum : float
-        Of the optimiser.
-    samples : int
-        Random displacements, four gradients each; an even number.
-    products : int
-        Hessian products for each half.
+    training : Training
+    displacements : int
+        Random displacements, four gradients each: at both ends of it and of half of it.
+    lanczos_steps : int
+        Hessian products for each half of the force.
     seed : int
-    folder : Path, optional
+    cache : Cache, optional
         Keeps what is found, and gives it when asked again.
     progress : callable, optional
         Told that one more gradient or product is done.
+
+    Returns
+    -------
+    Drift
+
+    Raises
+    ------
+    NQMError
+        If there are fewer than two displacements.
     """
-    check_integer("samples", samples, 2)
-    kept = Kept(folder, f"{fingerprint(landscape)}-{seed}")
-    # A smoothed local model is another one: its largest curvature and its noise say which.
-    basis = f"{len(local.pairs.values)}-{len(local.draws)}-{local.largest:.10g}"
-    basis += f"-{local.noise_trace:.10g}"
-    heavy = f"-{momentum}" if momentum else ""
-    stage = f"push-{lr:.8g}-{batch_size}-{steps}{heavy}-{samples}-{basis}"
+    check_integer("displacements", displacements, 2)
+    # A local model that a scatter sees is another one: its spectrum and its noise say which.
+    settings = {"training": training, "displacements": displacements, "local": local.key()}
+    kept = (cache or Cache()).of(landscape, seed=seed)
     known = local.pairs.vectors
-    centre = landscape.weights + vector(landscape, descended(local, lr, steps))
+    centre = landscape.weights + vector(landscape, descended(local, training))
 
     def sampled() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 3])
-        halves, risen = np.zeros((2, landscape.size)), np.zeros(2)
-        moved, turned, left = [], [], np.zeros(3)
+        halves, rises = np.zeros((2, landscape.size)), np.zeros(2)
+        moved, differences, beyond = [], [], np.zeros(3)
         middle = landscape.loss(centre)
-        for i in range(samples):
-            draw = _drawn(local, i)
-            d = local.displacement(rng, lr, batch_size, steps, draw, momentum)
+        for i in range(displacements):
+            draw = _draw_of(local, i)
+            d = displacement(local, training, rng, draw)
             odd, even, loss = _both_ends(landscape, centre, d)
             _, near_even, near_loss = _both_ends(landscape, centre, 0.5 * d)
-            risen += loss - middle, near_loss - middle
+            rises += loss - middle, near_loss - middle
             halves[i % 2] += (even - near_even) / 0.75
             moved.append(known.T @ d)
-            turned.append(known.T @ odd)
+            differences.append(known.T @ odd)
             if draw is not None:
-                beyond, rest = d - known @ moved[-1], local.draws[draw]
-                bent = rest.values @ (rest.vectors.T @ beyond) ** 2  # exact: it lies in their span
-                left += beyond @ beyond, bent, beyond @ odd
+                outside, rest = d - known @ moved[-1], local.draws[draw]
+                bent = rest.values @ (rest.vectors.T @ outside) ** 2  # exact: it lies in their span
+                beyond += outside @ outside, bent, outside @ odd
             if progress is not None:
                 progress(4)
-        forces = halves / np.array([[(samples + 1) // 2], [samples // 2]])
-        return {"forces": forces, "moved": moved, "turned": turned, "left": left, "risen": risen}
+        counts = np.array([[(displacements + 1) // 2], [displacements // 2]])
+        return {
+            "forces": halves / counts, "displacements": moved, "differences": differences,
+            "beyond": beyond, "rises": rises,
+        }  # fmt: skip
 
-    found = kept(f"{stage}-seen", sampled)
+    found = kept("slopes", sampled, **settings)
     forces = found["forces"]
     apply = operator(landscape, progress)
 
     def rest(half: int) -> Krylov:
-        found = kept(
-            f"{stage}-{products}-{half}",
-            lambda: vars(krylov(apply, forces[half], products, known)),
-        )
-        return Krylov(**found)
+        def lanczos() -> dict[str, Any]:
+            return vars(krylov(apply, forces[half], lanczos_steps, known))
+
+        return Krylov(**kept("force", lanczos, half=half, lanczos_steps=lanczos_steps, **settings))
 
     top = (known.T @ forces[0], known.T @ forces[1])
-    seen = (np.asarray(found[name]) for name in ("moved", "turned", "left", "risen"))
-    return Drift(local, lr, batch_size, steps, top, (rest(0), rest(1)), Slopes(*seen))
+    names = ("displacements", "differences", "beyond", "rises")
+    slopes = Slopes(*(np.asarray(found[name]) for name in names))
+    return Drift(local, training, top, (rest(0), rest(1)), slopes)
 
 
 def _both_ends(
     landscape: Landscape, centre: Tensor, moved: FloatArray
 ) -> tuple[FloatArray, FloatArray, float]:
-    """At both ends of a displacement: half the slopes' difference, their mean, and the losses'."""
+    """Half the difference of the gradients at both ends, their mean, and the mean loss."""
     given = vector(landscape, moved)
     ends = [landscape.loss_and_gradient(centre + sign * given) for sign in (1.0, -1.0)]
     (loss, _), (other_loss, _) = ends
@@ -279,7 +291,7 @@ def _both_ends(
     return 0.5 * (one - other), 0.5 * (one + other), 0.5 * (loss + other_loss)
 
 
-def _drawn(local: LocalModel, sample: int) -> int | None:
+def _draw_of(local: LocalModel, sample: int) -> int | None:
     """Draw of the noise for a displacement: the halves take turns, and share none if they can."""
     count = len(local.draws)
     if not count or not len(local.draws[0].values):

@@ -140,7 +140,7 @@ def settle(landscape: Landscape, iterations: int = 500, lr: float | None = None)
         return landscape.at(_descended(landscape, iterations, lr))
     start = landscape.loss()
     if not math.isfinite(start):
-        raise NQMError(f"settle: the loss at the checkpoint is {start}; start from another one")
+        raise NQMError(f"minimise: the loss at the checkpoint is {start}; start from another one")
     weights = landscape.weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],
@@ -162,14 +162,14 @@ def settle(landscape: Landscape, iterations: int = 500, lr: float | None = None)
 
 def _descended(landscape: Landscape, iterations: int, lr: float) -> Tensor:
     """Weights after gradient descent with momentum on a cosine."""
-    check_number("settle_lr", lr, low=0.0, closed_low=False)
+    check_number("minimise_lr", lr, low=0.0, closed_low=False)
     weights = landscape.weights.clone()
     velocity = torch.zeros_like(weights)
     for step in range(iterations):
         velocity = SETTLING_MOMENTUM * velocity + landscape.gradient(weights)
         weights -= 0.5 * lr * (1.0 + math.cos(math.pi * step / iterations)) * velocity
     if not math.isfinite(landscape.loss(weights)):
-        raise NQMError(f"settle_lr {lr:g} diverges; take a lower one")
+        raise NQMError(f"minimise_lr {lr:g} diverges; take a lower one")
     return weights
 
 

@@ -1,8 +1,8 @@
-"""The luck of the draw: what chains' own minibatches do on the quadratic, less what is expected.
+"""A control variate: what the runs' own minibatches do on the quadratic, less what is expected.
 
-Of the few stiffest directions that carry most of the excess a handful of chains is a small sample,
-and of the mean of K a K-th as many. But their minibatches are known. In the linear picture at the
-checkpoint a chain answers to them, along the measured directions, by
+A handful of runs is a small sample of the few stiffest directions that carry most of the excess,
+and the mean of K a K-th as many. But their minibatches are known. On the quadratic at the
+checkpoint a run answers to them, along the measured directions, by
 
     z_(t+1) = (1 - lr h) z_t - lr (slope of the minibatch - slope of all examples),
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,27 +23,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.chains import Training, minibatches
+from neural.bridge_config import Training
+from neural.cache import Cache
+from neural.chains import minibatches
 from neural.curvature import Landscape
-from neural.local_model import Kept, LocalModel, fingerprint
-from neural.prediction import edge, expected_excess
+from neural.local_model import LocalModel
+from neural.prediction import expected_excess
+from neural.scatter import largest_stable_lr
 from neural.time_averages import Running, TimeAverage, power
 from nqm.problem import Problem
 
 FloatArray = NDArray[np.float64]
-#: Directions looked at, at most: the stiffest.
+#: Largest number of directions of the control variate: the stiffest are taken.
 DIRECTIONS = 2048
 
 
 @dataclass(frozen=True)
-class Luck:
+class ControlVariate:
     """What the minibatches of a training do on the quadratic.
 
     Attributes
     ----------
     training : Training
     curvature, slope : FloatArray, shape (k,)
-        Along the directions looked at.
+        Along the directions of the control variate.
     slopes : Tensor, shape (N, k)
         Of every example, less their mean.
     """
@@ -57,18 +59,18 @@ class Luck:
     def responses(
         self, keys: Sequence[tuple[int, int]], when: Sequence[int | TimeAverage]
     ) -> list[Tensor]:
-        """How chains answer to minibatches drawn by these keys (`neural.chains.minibatches`).
+        """How runs answer to minibatches drawn by these keys (`neural.chains.minibatches`).
 
         Parameters
         ----------
         keys : sequence of (int, int)
-            One for every chain.
+            One for every run.
         when : sequence of int or TimeAverage
             Steps, and averages over all steps.
 
         Returns
         -------
-        list of Tensor, shape (chains, k)
+        list of Tensor, shape (runs, k)
         """
         training, h = self.training, torch.from_numpy(self.curvature)
         z = torch.zeros(len(keys), len(h), dtype=torch.double)
@@ -87,12 +89,12 @@ class Luck:
     def of(
         self, z: Sequence[Tensor], when: Sequence[int | TimeAverage], members: int
     ) -> FloatArray:
-        """Luck of the mean of every `members` chains, shape (groups, times).
+        """Control variate of the mean of every `members` runs, shape (groups, times).
 
         Parameters
         ----------
-        z : sequence of Tensor, shape (chains, k)
-            One for each of `when`. Chains left over are not used.
+        z : sequence of Tensor, shape (runs, k)
+            One for each of `when`. Runs left over are not used.
         when : sequence of int or TimeAverage
         members : int
             K.
@@ -102,7 +104,7 @@ class Luck:
         noise = self.slopes.square().mean(0).numpy()
         problem = Problem(h, noise, initial_mean=0.0, initial_variance=0.0)
         expected = expected_excess(problem, training, len(self.slopes), when)
-        u = training.lr / (1.0 - training.momentum) * h
+        u = training.effective_lr * h
         found = []
         for one, moment, mean_loss in zip(z, when, expected, strict=True):
             means = one[: groups * members].view(groups, members, -1).mean(1).numpy()
@@ -112,9 +114,9 @@ class Luck:
         return np.stack(found, 1)
 
 
-def measure_luck(
-    landscape: Landscape, local: LocalModel, training: Training, folder: Path | None = None
-) -> Luck | None:
+def measure_control_variate(
+    landscape: Landscape, local: LocalModel, training: Training, cache: Cache | None = None
+) -> ControlVariate | None:
     """The slopes of all examples along the eigenpairs, and along what is left of the slope.
 
     Parameters
@@ -123,20 +125,22 @@ def measure_luck(
     local : LocalModel
         Of this landscape.
     training : Training
-    folder : Path, optional
-        Keeps what is found, and gives it when asked again.
+    cache : Cache, optional
+        Keeps what is found.
 
     Returns
     -------
-    Luck or None
+    ControlVariate or None
         None where nothing is known to be taken off: of shuffled epochs, beyond the edge of
         stability, and where no curvature is positive.
     """
-    # The rest of the slope as Lanczos has it: what it carries would be luck's largest part else.
+    # The rest of the slope as Lanczos has it: else most of the scatter would be left in.
     rest = local.gradient
     curvature = np.concatenate([local.pairs.values, rest.values])
     held = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
-    if training.sampling == "shuffled" or not len(held) or training.lr >= edge(local, training):
+    if training.sampling == "shuffled" or not len(held):
+        return None
+    if training.lr >= largest_stable_lr(local, training):
         return None
     vectors = np.hstack([local.pairs.vectors, rest.vectors])[:, held]
 
@@ -144,7 +148,7 @@ def measure_luck(
         each = landscape.example_gradients()
         return {"slopes": np.concatenate([g.double().cpu().numpy() @ vectors for g in each])}
 
-    kept = Kept(folder, fingerprint(landscape))
-    found = kept(f"slopes-{len(held)}-{local.largest:.10g}", slopes)["slopes"]
+    kept = (cache or Cache()).of(landscape)
+    found = kept("example_slopes", slopes, directions=len(held), local=local.key())["slopes"]
     slope = np.concatenate([local.slope, rest.amplitudes])[held]
-    return Luck(training, curvature[held], slope, torch.from_numpy(found - found.mean(0)))
+    return ControlVariate(training, curvature[held], slope, torch.from_numpy(found - found.mean(0)))

@@ -6,70 +6,69 @@ any training run. The loss of the mean of K runs after t steps is
     L(checkpoint) + descent + cross + floor + excess / K:
 
 noise-free descent, the drift of the mean (`neural.drift`), and the excess that `nqm` gives for the
-noise of one run, with curvature and noise as the scatter sees them (`neural.smoothing`). Averages
-over time (`neural.time_averages`) have the same parts. Late-phase members on a shared base draw K
-minibatches for one base step, so that at gamma = "mean" their average is plain SGD on minibatches
-of K B: the same 1/K.
+noise of one run, with curvature and noise as the weights of the training see them
+(`neural.gaussian`). Averages over time (`neural.time_averages`) have the same parts. Late-phase
+members on a shared base draw K minibatches for one base step, so that at gamma = "mean" their
+average is plain SGD on minibatches of K B: the same 1/K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from neural.chains import Training
-from neural.drift import Drift, descent
-from neural.local_model import LocalModel
-from neural.smoothing import Smoothing
+from neural.bridge_config import Training
+from neural.drift import descent
+from neural.gaussian import WeightGaussian
 from neural.time_averages import TimeAverage
-from nqm import SGD, HeavyBall, Phase, Program, solve
+from nqm import Phase, Program, solve
 from nqm.problem import Problem
 from nqm.solvers.shuffle import shuffled_steady
-from nqm.targets import stability_edge
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss after training, taken apart; all relative to the checkpoint's loss.
+    """Change of the loss by a training, relative to the checkpoint's loss, taken apart.
 
     Attributes
     ----------
     descent : float
-        Noise-free descent on the quadratic.
+        By noise-free descent on the quadratic.
     cross : float
-        What the drift does to that.
+        By the drift acting along the slope of the checkpoint.
     floor : float
-        The loss that the drift leaves in the mean of any number of members.
+        Loss that the drift leaves in the mean of any number of members.
     excess : float
         Expected excess of a single run due to noise; that of K is its K-th part. Infinite where
         the quadratic is unstable.
-    share : float
-        Part of the excess that is due to curvature which the scatter itself has changed
-        (`neural.smoothing`): of K members it falls as 1 / K^2.
-    worth : float
-        Runs that an average over time is worth, by the excess; 1 of the iterate.
-    creases : float
+    curvature_change_part : float
+        Part of the excess that is due to the change of curvature by the run's own covariance: of K
+        members it falls as 1 / K^2.
+    effective_runs : float
+        Excess of the iterate over that of an average over time; 1 of the iterate itself.
+    nonsmooth_excess : float
         What kinks (`neural.kinks`) cost a single run beyond their part of the excess.
-    octave : float
-        What they cost more, times the members, for every halving of the scatter's width.
+    log2_slope : float
+        What they cost more, times the members, for every halving of the standard deviation.
     """
 
     descent: float
     cross: float
     floor: float
     excess: float
-    share: float = 0.0
-    worth: float = 1.0
-    creases: float = 0.0
-    octave: float = 0.0
+    curvature_change_part: float = 0.0
+    effective_runs: float = 1.0
+    nonsmooth_excess: float = 0.0
+    log2_slope: float = 0.0
 
     def rise(self, members: float = 1.0) -> float:
         """What noise adds to the loss of the mean of K members."""
-        excess = (self.excess - self.share) / members + 0.5 * self.share / (members**2 * self.worth)
-        halvings = 0.5 * np.log2(members * self.worth)
-        kinks = (self.creases + halvings * self.octave) / members
+        part, runs = self.curvature_change_part, self.effective_runs
+        excess = (self.excess - part) / members + 0.5 * part / (members**2 * runs)
+        halvings = 0.5 * np.log2(members * runs)
+        kinks = (self.nonsmooth_excess + halvings * self.log2_slope) / members
         return float(self.cross + self.floor + excess + kinks)
 
     def change(self, members: float = 1.0) -> float:
@@ -77,69 +76,89 @@ class Prediction:
         return self.descent + self.rise(members)
 
     @property
-    def enough(self) -> float:
+    def members_at_floor(self) -> float:
         """Members at which the floor is as large as what is left of the excess."""
         return self.excess / self.floor if self.floor > 0 else float("inf")
 
 
-def predict(
-    local: LocalModel,
-    drift: Drift,
-    training: Training,
-    at: Iterable[int | TimeAverage],
-    smoothing: Smoothing | None = None,
-) -> Prediction:
+def weighted(parts: Iterable[tuple[float, Prediction]]) -> Prediction:
+    """Weighted mean of predictions, part by part.
+
+    Parameters
+    ----------
+    parts : iterable of (float, Prediction)
+        Weights, which add up to 1, and predictions.
+
+    Returns
+    -------
+    Prediction
+    """
+    parts = list(parts)
+    means = {
+        part.name: sum(weight * getattr(one, part.name) for weight, one in parts)
+        for part in fields(Prediction)
+    }
+    return Prediction(**means)
+
+
+def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> Prediction:
     """What a training does to the loss, averaged over `at`.
 
     Parameters
     ----------
-    local : LocalModel
-    drift : Drift
-    training : Training
-        Shuffled epochs are taken to be at their steady state: their noise cancels over an epoch.
+    gaussian : WeightGaussian
+        Of the training. Shuffled epochs are taken to be at their steady state: their noise cancels
+        over an epoch.
     at : iterable of int or TimeAverage
-        Steps at which the iterate is looked at, or averages over time.
-    smoothing : Smoothing, optional
-        Take curvature and noise as the scatter sees them.
+        Steps after which the loss of the iterate is recorded, or averages over time.
+
+    Returns
+    -------
+    Prediction
     """
-    each = predict_each(local, drift, training, list(at), smoothing)
-    return Prediction(*map(float, np.mean([astuple(one) for one in each], axis=0)))
+    each = predict_each(gaussian, list(at))
+    return weighted((1.0 / len(each), one) for one in each)
 
 
-def predict_each(
-    local: LocalModel,
-    drift: Drift,
-    training: Training,
-    at: Sequence[int | TimeAverage],
-    smoothing: Smoothing | None = None,
-) -> list[Prediction]:
-    """`predict` of every look or average by itself."""
-    rate, size = training.lr / (1.0 - training.momentum), training.batch_size
-    if smoothing is not None:
-        local = smoothing.at(rate, size)
-    if training.lr >= edge(local, training):
+def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> list[Prediction]:
+    """`predict_loss` of every step or average by itself.
+
+    Parameters
+    ----------
+    gaussian : WeightGaussian
+    at : sequence of int or TimeAverage
+
+    Returns
+    -------
+    list of Prediction
+        Beyond the edge of stability the excess is infinite and the other parts are NaN.
+    """
+    if not gaussian.stable:
         return [Prediction(np.nan, np.nan, np.nan, np.inf)] * len(at)
+    training, local, drift = gaussian.training, gaussian.local, gaussian.drift
     problem = local.problem().replace(initial_mean=0.0)
     steps = [when if isinstance(when, int) else when.steps for when in at]
     excesses = expected_excess(problem, training, local.examples, [*at, *steps])
     found = []
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
-        worth = iterate / excess if isinstance(when, TimeAverage) else 1.0
-        share = creases = octave = 0.0
-        if smoothing is not None:
-            share = smoothing.share(rate, size, step, local) / worth
-            kinks, part = smoothing.kinks, smoothing.creases(rate, size, step, local) / worth
-            creases, octave = part * (kinks.cost - 1.0), part * kinks.octave
+        runs = iterate / excess if isinstance(when, TimeAverage) else 1.0
+        change_part = nonsmooth = slope = 0.0
+        if gaussian.smoothing is not None:
+            smoothing = gaussian.smoothing
+            change_part = smoothing.curvature_change_part(training, step, local) / runs
+            kinks, kink_part = smoothing.kinks, smoothing.kink_part(training, step, local) / runs
+            nonsmooth = kink_part * (kinks.cost_ratio - 1.0)
+            slope = kink_part * kinks.log2_slope
         found.append(
             Prediction(
-                descent(local, rate, when),
-                drift.cross(rate, size, when),
-                drift.floor(rate, size, when),
-                excess,
-                share,
-                worth,
-                creases,
-                octave,
+                descent=descent(local, training, when),
+                cross=drift.cross(training, when),
+                floor=drift.floor(training, when),
+                excess=excess,
+                curvature_change_part=change_part,
+                effective_runs=runs,
+                nonsmooth_excess=nonsmooth,
+                log2_slope=slope,
             )
         )
     return found
@@ -161,8 +180,12 @@ def expected_excess(
     at : sequence of int or TimeAverage
         Of averages over shuffled epochs it is NaN: the steady state says nothing of how the steps
         of an epoch are correlated.
+
+    Returns
+    -------
+    list of float
     """
-    method, lr, size = _method(training), training.lr, training.batch_size
+    method, lr, size = training.algorithm, training.lr, training.batch_size
     shuffled = training.sampling == "shuffled"
     steps = sorted({when for when in at if isinstance(when, int)})
     known: dict[int, float] = {}
@@ -183,18 +206,3 @@ def expected_excess(
             losses = solve(problem, when.program(method, lr, size), at=[when.steps]).loss
             found.append(float(losses[-1]))
     return found
-
-
-def edge(local: LocalModel, training: Training) -> float:
-    """Learning rate from which the quadratic is unstable."""
-    return float(stability_edge(local.problem(), _method(training)))
-
-
-def _method(training: Training) -> SGD | HeavyBall:
-    return HeavyBall(momentum=training.momentum) if training.momentum else SGD()
-
-
-def looks(training: Training, count: int) -> list[int]:
-    """Steps over the second half of a training at which it is looked at."""
-    half = training.steps / 2.0
-    return sorted({round(half + half * i / count) for i in range(1, count + 1)})

@@ -28,7 +28,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TimeAverage(ABC):
-    """An average over the steps of one run, looked at when they are done.
+    """An average over the steps of one run, evaluated after the last one.
 
     Attributes
     ----------
@@ -102,24 +102,24 @@ class ExponentialMean(TimeAverage):
 
     Attributes
     ----------
-    beta : float
-        Decay, in [0, 1).
+    decay : float
+        beta, in [0, 1).
     """
 
-    beta: float = 0.99
+    decay: float = 0.99
     name: ClassVar[str] = "ema"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("ema", self.beta, low=0.0, high=1.0, closed_high=False)
+        check_number("decay", self.decay, low=0.0, high=1.0, closed_high=False)
 
     def share(self, step: int) -> float:
         """1 - beta."""
-        return 1.0 - self.beta
+        return 1.0 - self.decay
 
     def left(self, u: FloatArray) -> FloatArray:
         """beta^T + (1 - beta) r (r^T - beta^T) / (r - beta) with r = 1 - u."""
-        r, beta, steps = 1.0 - u, self.beta, self.steps
+        r, beta, steps = 1.0 - u, self.decay, self.steps
         gap = r - beta
         same = np.abs(gap) < 1e-9
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -130,11 +130,12 @@ class ExponentialMean(TimeAverage):
     @property
     def age(self) -> float:
         """T - beta (1 - beta^T) / (1 - beta)."""
-        return self.steps - self.beta * (1.0 - self.beta**self.steps) / (1.0 - self.beta)
+        beta = self.decay
+        return self.steps - beta * (1.0 - beta**self.steps) / (1.0 - beta)
 
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
         """`nqm.EMA` from the start."""
-        return Program((Phase(EMA(method, self.beta), lr, self.steps, batch_size=batch_size),))
+        return Program((Phase(EMA(method, self.decay), lr, self.steps, batch_size=batch_size),))
 
 
 class Running:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Growth of the noise by its own scatter beyond which a correction of leading order is none.
+#: Relative change of the noise beyond which a first-order correction is not valid.
 FEEDBACK = 0.4
 
 
@@ -32,13 +32,13 @@ def verdict(
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.compare` makes it, of trainings that differ in learning rate and batch
-        size.
+        As `neural.bridge_measure.compare` makes it, of trainings that differ in learning rate
+        and batch size.
     local : LocalModel
     best : DataFrame, optional
-        As `neural.best_rate.best_rates` makes it.
+        As `neural.best_rate.best_lrs` makes it.
     cost : DataFrame, optional
-        As the table of `neural.cost.Cost` makes it.
+        As `neural.cost.cost_table` makes it.
     """
     negative = local.negative_share()
     exponent = noise_exponent(local.pairs.values, np.diag(local.noise))
@@ -60,7 +60,7 @@ def verdict(
         lines += _best(best, trained)
     if cost is not None:
         parts = [
-            f"{stage} {f'{epochs:.3g}' if epochs > 0 else 'kept'}"
+            f"{stage} {epochs:.3g}"
             for stage, epochs in zip(cost["stage"], cost["epochs"], strict=True)
         ]
         lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(parts)}.")
@@ -121,30 +121,30 @@ def _agreement(held: pd.DataFrame, local: LocalModel) -> Iterator[str]:
 
 
 def _trust(table: pd.DataFrame) -> Iterator[str]:
-    """How far the noise changes by its own scatter and on the way: what the prediction rests on."""
-    known = table[table["growth"].notna()]
+    """How much the noise changes by the scatter of the weights and on the noise-free path."""
+    known = table[table["noise_growth"].notna()]
     if len(known):
         yield (
             "The scatter of the weights is predicted to change their noise by "
-            f"{_range(known['growth'])}."
+            f"{_range(known['noise_growth'])}."
         )
-        if (kinks := known["kinks"].max()) > 0.01:
+        if (kinks := known["kink_fraction"].max()) > 0.01:
             yield f"Kinks of the loss add {kinks:.0%} to curvature along the stiffest directions."
-    far = known[known["growth"].abs() > FEEDBACK].drop_duplicates(["lr", "batch_size"])
+    far = known[known["noise_growth"].abs() > FEEDBACK].drop_duplicates(["lr", "batch_size"])
     if len(far):
         cells = ", ".join(
             f"lr = {lr:.3g} at B = {size}"
             for lr, size in zip(far["lr"], far["batch_size"], strict=True)
         )
         yield (
-            f"Beyond {FEEDBACK:.0%} a correction of leading order is none: do not believe the "
-            f"prediction for {cells}."
+            f"Unreliable (noise predicted to change by more than {FEEDBACK:.0%}, beyond the "
+            f"validity of first order): {cells}."
         )
-    calm = table.loc[table["fading"].notna(), "fading"]
+    calm = table.loc[table["noise_change_on_path"].notna(), "noise_change_on_path"]
     if len(calm):
         line = f"On the noise-free path the noise changes by {_range(calm)}"
         if calm.abs().max() > FEEDBACK:
-            line += ", too much for one straight step from the checkpoint: settle further"
+            line += ", beyond the validity of first order: minimise further before measuring"
         yield f"{line}."
 
 
@@ -159,7 +159,8 @@ def _floors(held: pd.DataFrame) -> Iterator[str]:
     """From which K on averaging gains little."""
     for (way, size, lr), rows in held.groupby(["way", "batch_size", "lr"], sort=True):
         first = rows.iloc[0]
-        enough = Prediction(*first[["descent", "cross", "floor", "excess"]]).enough
+        parts = first[["descent", "cross", "floor", "excess"]]
+        enough = Prediction(*parts).members_at_floor
         pays = (
             f"beyond K = {enough:.0f} the floor is most of the loss"
             if enough < 1e4

@@ -11,9 +11,11 @@ from torch.func import functional_call
 
 from neural import noise
 from neural.batch_landscape import BatchLandscape, grouped
-from neural.chains import Training, train_chains
+from neural.bridge_config import Training
+from neural.cache import fingerprint
+from neural.chains import train_runs
 from neural.curvature import Landscape
-from neural.local_model import fingerprint, measure
+from neural.local_model import measure_local
 from nqm.errors import NQMError
 
 DECAY, SIZE, GROUPS = 0.01, 5, 4
@@ -122,12 +124,12 @@ def test_the_model_is_left_as_it_is(landscape: BatchLandscape) -> None:
 
 
 def test_everything_else_works_on_groups(landscape: BatchLandscape) -> None:
-    local = measure(landscape, None)
+    local = measure_local(landscape, None)
     slopes = gradients(landscape, landscape.weights).numpy()
     c = np.cov(slopes, rowvar=False, ddof=0)
     agree(local.noise, local.pairs.vectors.T @ c @ local.pairs.vectors, 1e-9)
     lr = 0.05
-    ((_, found),) = train_chains(landscape, Training(lr, 1, 1), 3, [1])
+    ((_, found),) = train_runs(landscape, Training(lr, 1, 1), 3, [1])
     # One step of one group each: the gradient of some group.
     choices = landscape.weights - lr * (torch.from_numpy(slopes) + DECAY * landscape.weights)
     gaps = (found[:, None] - choices[None]).abs().amax(-1)

@@ -12,30 +12,23 @@ import torch
 from tiny_landscapes import Bowl, quadratic, scatter, slide, tanh_landscape
 from tolerances import IDENTITY, agree, within_error
 
-from neural.bridge import (
-    COLUMNS,
-    COURSE,
-    Plan,
-    compare,
-    course_steps,
-    foresee,
-    measure_training,
-)
-from neural.chains import Training, noise_free
-from neural.drift import Drift, measure_drift
-from neural.local_model import LocalModel, measure
-from neural.prediction import Prediction, edge, looks, predict
+from neural.bridge import COLUMNS, COURSE, compare_training, measure_training, predict_training
+from neural.bridge_config import Plan, Training
+from neural.cache import Cache
+from neural.chains import noise_free
+from neural.gaussian import WeightGaussian, measure_gaussian
+from neural.local_model import measure_local
+from neural.prediction import Prediction, predict_loss
+from neural.scatter import largest_stable_lr
 from neural.verdict import verdict
 from nqm.errors import NQMError
 
 CURVATURE = (2.0, 0.7, 0.2)
 
 
-def measured(bowl: Bowl, training: Training) -> tuple[LocalModel, Drift]:
-    local = measure(bowl.landscape, None)
-    rate = training.lr / (1.0 - training.momentum)
-    given = (rate, training.batch_size, training.steps)
-    return local, measure_drift(bowl.landscape, local, *given, samples=2)
+def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
+    local = measure_local(bowl.landscape, None)
+    return measure_gaussian(bowl.landscape, local, training, displacements=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +43,34 @@ def test_the_parts_add_up() -> None:
     found = Prediction(descent=-8.0, cross=-0.5, floor=2.0, excess=12.0)
     assert (found.rise(), found.rise(4)) == (13.5, 4.5)
     assert (found.change(), found.change(4)) == (5.5, -3.5)
-    assert found.enough == 6.0
-    assert replace(found, floor=0.0).enough == replace(found, floor=-1.0).enough == np.inf
+    assert found.members_at_floor == 6.0
+    for floor in (0.0, -1.0):
+        assert replace(found, floor=floor).members_at_floor == np.inf
 
 
-def test_looks_are_in_the_second_half() -> None:
-    assert looks(Training(0.1, 1, 100), 5) == [60, 70, 80, 90, 100]
-    assert looks(Training(0.1, 1, 100), 1) == [100]
-    assert looks(Training(0.1, 1, 3), 5) == [2, 3]
-    assert looks(Training(0.1, 1, 1), 5) == [1]
-    assert course_steps(Training(0.1, 1, 100), 2) == [1, 3, 6, 12, 25, 75, 100]
-    assert course_steps(Training(0.1, 1, 3), 5) == [2, 3]
+def test_losses_are_recorded_in_the_second_half() -> None:
+    assert Training(0.1, 1, 100).record_steps(5) == [60, 70, 80, 90, 100]
+    assert Training(0.1, 1, 100).record_steps(1) == [100]
+    assert Training(0.1, 1, 3).record_steps(5) == [2, 3]
+    assert Training(0.1, 1, 1).record_steps(5) == [1]
+    assert Training(0.1, 1, 100).course_steps(2) == [1, 3, 6, 12, 25, 75, 100]
+    assert Training(0.1, 1, 3).course_steps(5) == [2, 3]
+
+
+def test_the_effective_rate_and_the_ratio_of_noise() -> None:
+    """Heavy ball takes 1 / (1 - momentum) steps' worth of a gradient; covariance goes as lr / B."""
+    slow, fast = Training(0.02, 8, 10, momentum=0.9), Training(0.1, 4, 10)
+    assert slow.effective_lr == pytest.approx(0.2, rel=1e-12)
+    assert fast.effective_lr == 0.1
+    assert fast.noise_ratio(fast) == 1.0
+    assert slow.noise_ratio(fast) == pytest.approx(1.0, rel=1e-12)
+    assert replace(fast, lr=0.3).noise_ratio(slow) == pytest.approx(3.0, rel=1e-12)
 
 
 def test_a_prediction_is_the_literal_recursion(bowl: Bowl) -> None:
     training, at = Training(0.3, 4, 30), (10, 30)
-    local, drift = measured(bowl, training)
     h, g = bowl.hessian, bowl.landscape.gradient().numpy()
-    found = predict(local, drift, training, at)
+    found = predict_loss(gaussian_of(bowl, training), at)
     walked = [quadratic(g, h, slide(g, h, 0.3, t)) for t in at]
     assert found.descent == pytest.approx(np.mean(walked), rel=1e-9)
     spread = [0.5 * np.trace(h @ scatter(h, bowl.noise, 0.3, 4, t)) for t in at]
@@ -78,8 +81,9 @@ def test_a_prediction_is_the_literal_recursion(bowl: Bowl) -> None:
 @pytest.mark.parametrize(("momentum", "at"), [(0.0, 1.0), (0.5, 1.5)])
 def test_the_edge(bowl: Bowl, momentum: float, at: float) -> None:
     """2 (1 + momentum) / h."""
-    local = measure(bowl.landscape, None)
-    assert edge(local, Training(0.1, 4, 10, momentum)) == pytest.approx(at, rel=1e-6)
+    local = measure_local(bowl.landscape, None)
+    found = largest_stable_lr(local, Training(0.1, 4, 10, momentum))
+    assert found == pytest.approx(at, rel=1e-6)
 
 
 # --- and what training does ----------------------------------------------------------------------
@@ -101,45 +105,48 @@ PLAIN = Training(0.3, 4, 30)
 )
 def test_training_does_what_is_predicted(training: Training, plan: Plan, away: float) -> None:
     bowl = Bowl(CURVATURE, away=away)
-    local, drift = measured(bowl, training)
-    found = compare(bowl.landscape, local, drift, training, plan)
+    found = compare_training(bowl.landscape, gaussian_of(bowl, training), plan)
     assert list(found.table.columns) == COLUMNS
     table = found.table[found.table["weights"] == "iterate"]
     assert len(found.table) == (2 if plan.late_phase else 6)
     assert list(table["members"]) == list(plan.members)
-    assert set(table["way"]) == {plan.late_phase or "chains"}
+    assert set(table["way"]) == {plan.late_phase or "runs"}
     within_error(table["plain"], table["predicted"], table["plain_error"])
     saved = table[table["members"] > 1]
     if plan.late_phase:
-        assert saved["gain"].isna().all(), "members are no chains by themselves"
+        assert saved["gain"].isna().all(), "members are no runs by themselves"
     course = found.course
     assert list(course.columns) == COURSE
-    if training.sampling == "shuffled":  # its luck is not known, nor its way to the steady state
+    if (
+        training.sampling == "shuffled"
+    ):  # no control variate is known, nor its way to the steady state
         np.testing.assert_array_equal(table["measured"], table["plain"])
         within_error(table["ratio"], np.ones(2), table["ratio_error"])
         within_error(saved["gain"], saved["predicted_gain"], saved["gain_error"])
         assert (saved["gain_error"] < 0.2 * saved["predicted_gain"]).all()
-    else:  # less the luck of the draw every run of a quadratic does what is expected
+    else:  # less the control variate every run of a quadratic does what is expected
         agree(table["measured"], table["predicted"], 1e-9)
         agree(course["measured"], course["predicted"], 1e-9)
         assert (table["error"] < 1e-9 * table["plain_error"]).all()
         if not plan.late_phase:
             agree(saved["gain"], saved["predicted_gain"], 1e-9)
-    assert sorted(set(course["step"])) == course_steps(training, plan.looks)
+    assert sorted(set(course["step"])) == training.course_steps(plan.records)
     late = course[course["step"] > training.steps / 2].groupby("members")["measured"].mean()
     np.testing.assert_allclose(late, table["measured"], rtol=1e-9)
-    calm = noise_free(bowl.landscape, training, looks(training, plan.looks)).mean()
-    np.testing.assert_allclose(table["noise_free"], calm - local.loss, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(table["fading"], 0.0 if away else np.nan, atol=1e-9)
+    calm = noise_free(bowl.landscape, training, training.record_steps(plan.records)).mean()
+    start = bowl.landscape.loss()
+    np.testing.assert_allclose(table["noise_free"], calm - start, rtol=1e-9, atol=1e-12)
+    expected = 0.0 if away else np.nan
+    np.testing.assert_allclose(table["noise_change_on_path"], expected, atol=1e-9)
     # Else the experiment would tell little.
     assert (table["plain_error"] < 0.35 * table["predicted_rise"]).all()
 
 
 def test_noise_changes_on_the_way() -> None:
     landscape, training = tanh_landscape(), Training(0.5, 8, 12)
-    local = measure(landscape, None)
-    drift = measure_drift(landscape, local, 0.5, 8, 12, samples=2)
-    found = compare(landscape, local, drift, training, Plan((1, 2), 2, 1)).table
+    local = measure_local(landscape, None)
+    gaussian = measure_gaussian(landscape, local, training, displacements=2)
+    found = compare_training(landscape, gaussian, Plan((1, 2), 2, 1)).table
     weights, traces = landscape.weights.clone(), []
     for _ in range(training.steps + 1):
         gradients = torch.cat(list(landscape.at(weights).example_gradients())).numpy()
@@ -147,7 +154,7 @@ def test_noise_changes_on_the_way() -> None:
         weights -= training.lr * landscape.gradient(weights)
     change = traces[-1] / traces[0] - 1.0
     assert abs(change) > 0.01
-    np.testing.assert_allclose(found["fading"], change, rtol=1e-9)
+    np.testing.assert_allclose(found["noise_change_on_path"], change, rtol=1e-9)
 
 
 def test_on_a_quadratic_it_does_not_matter_which_weights_are_members(bowl: Bowl) -> None:
@@ -161,34 +168,35 @@ def test_on_a_quadratic_it_does_not_matter_which_weights_are_members(bowl: Bowl)
 
 def test_shuffled_epochs_are_not_draws_with_replacement(bowl: Bowl) -> None:
     shuffled = Training(0.2, 32, 128, sampling="shuffled")
-    local, drift = measured(bowl, shuffled)
-    drawn = replace(shuffled, sampling="with replacement")
-    found = [predict(local, drift, one, [128]).excess for one in (shuffled, drawn)]
+    gaussian = gaussian_of(bowl, shuffled)
+    drawn = gaussian.scaled_to(replace(shuffled, sampling="with replacement"))
+    found = [predict_loss(one, [128]).excess for one in (gaussian, drawn)]
     assert found[0] < 0.75 * found[1]
 
 
 def test_a_rate_beyond_the_edge_is_told(bowl: Bowl) -> None:
     wild = Training(1.01, 4, 6)
-    local, drift = measured(bowl, wild)
-    assert predict(local, drift, wild, [6]).excess == np.inf
-    table = compare(bowl.landscape, local, drift, wild, Plan((1, 2), 4)).table
+    gaussian = gaussian_of(bowl, wild)
+    assert not gaussian.stable
+    assert predict_loss(gaussian, [6]).excess == np.inf
+    table = compare_training(bowl.landscape, gaussian, Plan((1, 2), 4)).table
     assert np.isposinf(table["excess"]).all()
     assert np.isfinite(table["measured"]).all()
-    lines = verdict(table, local)
+    lines = verdict(table, gaussian.checkpoint)
     assert not any("cells within" in line for line in lines)
     assert all("\n" not in line for line in lines)
 
 
 def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
-    local, drift = measured(bowl, PLAIN)
+    gaussian = gaussian_of(bowl, PLAIN)
     told: list[int] = []
 
-    def run(training: Training, plan: Plan, tested: bool = False) -> pd.DataFrame:
+    def run(training: Training, plan: Plan, scale: float | None = None) -> pd.DataFrame:
         told.clear()
-        test = (lambda w: float(w.sum())) if tested else None
-        found = compare(
-            bowl.landscape, local, drift, training, plan,
-            test=test, folder=tmp_path, progress=told.append,
+        test = None if scale is None else (lambda w: scale * float(w.sum()))
+        found = compare_training(
+            bowl.landscape, gaussian.scaled_to(training), plan,
+            test=test, cache=Cache(tmp_path), progress=told.append,
         )  # fmt: skip
         return found.table
 
@@ -203,7 +211,7 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
         (replace(short, lr=0.2), plan),
         (replace(short, momentum=0.1), plan),
         (short, replace(plan, seed=1)),
-        (short, replace(plan, ema=0.5)),
+        (short, replace(plan, decay=0.5)),
         (short, Plan((2,), 4, late_phase="all")),
     ):
         run(other, way)
@@ -212,15 +220,18 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
         assert not told
     # Losses on test data are not among what was kept.
     assert first["test"].isna().all()
-    assert run(short, plan, tested=True)["test"].notna().all()
+    tested = run(short, plan, 1.0)["test"]
+    assert tested.notna().all()
+    # Nor are those of another test loss.
+    np.testing.assert_allclose(run(short, plan, 3.0)["test"], 3.0 * tested, rtol=1e-12)
 
 
 def test_a_prediction_alone_has_the_same_form(bowl: Bowl) -> None:
-    local, drift = measured(bowl, PLAIN)
-    plan = Plan((1, 2, 4), 4)
-    alone = foresee(local, drift, PLAIN, plan)
-    both = compare(bowl.landscape, local, drift, PLAIN, plan)
-    names = ["members", "weights", "predicted", "predicted_rise", "floor", "excess", "worth"]
+    gaussian, plan = gaussian_of(bowl, PLAIN), Plan((1, 2, 4), 4)
+    alone = predict_training(gaussian, plan)
+    both = compare_training(bowl.landscape, gaussian, plan)
+    names = ["members", "weights", "predicted", "predicted_rise", "floor", "excess"]
+    names += ["effective_runs"]
     pd.testing.assert_frame_equal(alone.table[names], both.table[names])
     assert alone.table["measured"].isna().all()
     assert list(alone.course.columns) == COURSE
@@ -248,10 +259,12 @@ def test_members_share_their_test_losses(bowl: Bowl) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"members": (1, 16), "chains": 8}, "at most the 8 chains; got 16"),
+        ({"members": (1, 16), "runs": 8}, "at most the 8 runs; got 16"),
         ({"members": (1, 4), "late_phase": "all"}, "at least 2 with late_phase; got 1"),
         ({"members": (0,)}, "members must be an integer >= 1; got 0"),
-        ({"ema": 1.0}, r"ema must lie in \[0, 1\); got 1.0"),
+        ({"members": ()}, r"members must have one entry at least, and none twice; got \(\)"),
+        ({"members": (2, 2)}, r"members must have one entry .* got \(2, 2\)"),
+        ({"decay": 1.0}, r"decay must lie in \[0, 1\); got 1.0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings: dict[str, object], message: str) -> None:

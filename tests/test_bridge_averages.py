@@ -8,11 +8,13 @@ import torch
 from tiny_landscapes import Bowl, quadratic, slide, tanh_landscape
 from tolerances import IDENTITY, agree, within_error
 
-from neural.bridge import Plan, compare
-from neural.chains import Training, noise_free, train_chains
-from neural.drift import measure_drift, response
-from neural.local_model import measure
-from neural.prediction import predict
+from neural.bridge import compare_training
+from neural.bridge_config import Plan, Training
+from neural.chains import noise_free, train_runs
+from neural.drift import response
+from neural.gaussian import WeightGaussian, measure_gaussian
+from neural.local_model import measure_local
+from neural.prediction import predict_loss
 from neural.time_averages import ExponentialMean, Running, TailMean, TimeAverage
 from nqm.errors import NQMError
 
@@ -27,6 +29,11 @@ AVERAGES = [
 ]  # fmt: skip
 
 
+def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
+    local = measure_local(bowl.landscape, None)
+    return measure_gaussian(bowl.landscape, local, training, displacements=2)
+
+
 def counts(average: TimeAverage) -> np.ndarray:
     """Weights of t = 0 ... T in the average, as its definition has them."""
     steps = average.steps
@@ -34,7 +41,7 @@ def counts(average: TimeAverage) -> np.ndarray:
         half = steps // 2
         return np.array([float(t > half) for t in range(steps + 1)]) / (steps - half)
     assert isinstance(average, ExponentialMean)
-    beta, weights = average.beta, np.eye(1, steps + 1)[0]
+    beta, weights = average.decay, np.eye(1, steps + 1)[0]
     for t in range(1, steps + 1):
         weights = beta * weights + (1.0 - beta) * np.eye(1, steps + 1, t)[0]
     return weights
@@ -64,12 +71,12 @@ def test_the_response_is_that_of_a_literal_loop(average: TimeAverage, lr: float)
     agree(response(lr, average)(h), counts(average) @ moved, 1e-6)
 
 
-def test_chains_and_the_noise_free_path_are_averaged_as_they_run() -> None:
+def test_runs_and_the_noise_free_path_are_averaged_as_they_run() -> None:
     landscape, training = tanh_landscape(), Training(0.1, 8, 9, 0.5)
     averages = TailMean(9), ExponentialMean(9, 0.7)
     start = landscape.weights.repeat(3, 1)
     running, steps = Running(averages, start), range(1, 10)
-    path = [start] + [w for _, w in train_chains(landscape, training, 3, steps, seen=running)]
+    path = [start] + [w for _, w in train_runs(landscape, training, 3, steps, seen=running)]
     calm, seen = Running(averages, landscape.weights), {0: landscape.weights}
     noise_free(landscape, training, (9,), seen=calm)
     noise_free(landscape, training, (4, 9), seen=seen.__setitem__)
@@ -81,10 +88,10 @@ def test_chains_and_the_noise_free_path_are_averaged_as_they_run() -> None:
         agree(calm.values[average.name], mean, 1e-11)
 
 
-def test_averages_of_chains_that_diverged_have_no_finite_loss() -> None:
+def test_averages_of_runs_that_diverged_have_no_finite_loss() -> None:
     landscape, averages = Bowl([2.0, 0.5]).landscape, (TailMean(400), ExponentialMean(400))
     running = Running(averages, landscape.weights.repeat(2, 1))
-    list(train_chains(landscape, Training(100.0, 4, 400), 2, (400,), seen=running))
+    list(train_runs(landscape, Training(100.0, 4, 400), 2, (400,), seen=running))
     assert not any(bool(mean.isfinite().any()) for mean in running.values.values())
 
 
@@ -93,9 +100,8 @@ def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage
     """The noise of step s is in w_t by (1 - lr H)^(t - s), and in the average by their mean."""
     bowl, lr, size = Bowl((2.0, 0.7, 0.2), away=0.5), 0.3, 4
     h, g = bowl.hessian, bowl.landscape.gradient().numpy()
-    local = measure(bowl.landscape, None)
-    drift = measure_drift(bowl.landscape, local, lr, size, 20, samples=2)
-    found = predict(local, drift, Training(lr, size, 20), [average])
+    gaussian = gaussian_of(bowl, Training(lr, size, 20))
+    found = predict_loss(gaussian, [average])
     shrink, weights, covariance = np.eye(3) - lr * h, counts(average), np.zeros((3, 3))
     for s in range(1, 21):
         answer = sum(weights[t] * np.linalg.matrix_power(shrink, t - s) for t in range(s, 21))
@@ -103,8 +109,8 @@ def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage
     assert found.excess == pytest.approx(0.5 * np.trace(h @ covariance), rel=1e-9)
     centre = sum(weights[t] * slide(g, h, lr, t) for t in range(21))
     assert found.descent == pytest.approx(quadratic(g, h, centre), rel=1e-9)
-    iterate = predict(local, drift, Training(lr, size, 20), [20])
-    assert found.worth == pytest.approx(iterate.excess / found.excess, rel=1e-12)
+    iterate = predict_loss(gaussian, [20])
+    assert found.effective_runs == pytest.approx(iterate.excess / found.excess, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -112,24 +118,21 @@ def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage
 )
 def test_training_does_what_is_predicted_of_averages(training: Training, away: float) -> None:
     bowl = Bowl((2.0, 0.7, 0.2), away=away)
-    local = measure(bowl.landscape, None)
-    rate = training.lr / (1.0 - training.momentum)
-    drift = measure_drift(bowl.landscape, local, rate, 4, training.steps, samples=2)
-    table = compare(bowl.landscape, local, drift, training, Plan((1, 4), 256, 1, ema=0.9)).table
+    plan = Plan((1, 4), 256, 1, decay=0.9)
+    table = compare_training(bowl.landscape, gaussian_of(bowl, training), plan).table
     assert list(table["weights"]) == ["iterate"] * 2 + ["swa"] * 2 + ["ema"] * 2
     within_error(table["plain"], table["predicted"], table["plain_error"])
-    agree(table["measured"], table["predicted"], 1e-9)  # less the luck of the draw
+    agree(table["measured"], table["predicted"], 1e-9)  # less the control variate
     assert (
         table["plain_error"] < 0.25 * table["predicted_rise"]
     ).all()  # else it would tell little
-    assert (table["worth"][2:] > 2.0).all()
+    assert (table["effective_runs"][2:] > 2.0).all()
 
 
 def test_of_shuffled_epochs_and_late_phase_members_no_average_is_predicted() -> None:
     bowl = Bowl((2.0, 0.7, 0.2))
-    local, training = measure(bowl.landscape, None), Training(0.2, 32, 16, sampling="shuffled")
-    drift = measure_drift(bowl.landscape, local, 0.2, 32, 16, samples=2)
-    table = compare(bowl.landscape, local, drift, training, Plan((1, 2), 4)).table
+    training = Training(0.2, 32, 16, sampling="shuffled")
+    table = compare_training(bowl.landscape, gaussian_of(bowl, training), Plan((1, 2), 4)).table
     averaged = table["weights"] != "iterate"
     assert table["predicted"].isna().tolist() == averaged.tolist()
     assert table["measured"].notna().all()
@@ -137,5 +140,5 @@ def test_of_shuffled_epochs_and_late_phase_members_no_average_is_predicted() -> 
 
 
 def test_a_decay_of_one_is_refused() -> None:
-    with pytest.raises(NQMError, match="ema must lie in"):
+    with pytest.raises(NQMError, match="decay must lie in"):
         ExponentialMean(10, 1.0)

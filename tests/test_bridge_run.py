@@ -15,9 +15,10 @@ from tiny_landscapes import tanh_landscape
 from tiny_runs import recipe
 from torch import nn
 
-from neural.bridge import COLUMNS, Plan
-from neural.bridge_run import BridgeConfig, held_out_loss, open_target, run_bridge
-from neural.cost import Cost
+from neural.bridge import COLUMNS
+from neural.bridge_config import BridgeConfig, Plan
+from neural.bridge_run import held_out_loss, load_config, open_target, run_bridge, split_overrides
+from neural.cost import STAGES, cost_table
 from neural.experiment import run_experiment
 from neural.landscapes import landscape_of
 from neural.task import Place
@@ -25,12 +26,23 @@ from nqm import SGD, Phase, Program, solve
 from nqm.cli import main
 from nqm.errors import NQMError
 from nqm.spectra import read_problem
+from nqm.table import read_metadata
 
-PLAN = Plan(members=(1, 2), chains=4, looks=2)
+PLAN = Plan(members=(1, 2), runs=4, records=2)
 SMALL = BridgeConfig(
-    select="head", examples=60, pairs=6, draws=2, products=4, samples=4, rates=(0.1, 0.3),
-    batch_sizes=(10, 20), steps=20,
+    select="head", examples=60, eigenpairs=6, noise_samples=2, lanczos_steps=4, displacements=4,
+    lr_times_sharpness=(0.1, 0.3), batch_sizes=(10, 20), steps=20,
 )  # fmt: skip
+
+
+def spent(folder: Path) -> dict[str, float]:
+    """Seconds of all results in a folder, by the name of their stage."""
+    found: dict[str, float] = {}
+    for path in folder.iterdir():
+        with np.load(path) as content:
+            stage = path.name.partition("-")[0]
+            found[stage] = found.get(stage, 0.0) + float(content["_seconds"])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +56,26 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     found = run_bridge(
         open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path,
-        told=lambda stage, share: stages.append(stage),
+        report=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert list(found.table.columns) == COLUMNS
     # Two rates at the first size, the second size at one rate; two K, and averages over time.
     assert len(found.table) == 3 * 2 * 3
     assert set(found.course["step"]) == {1, 2, 5, 15, 20}
     assert found.table[["measured", "predicted", "test"]].notna().all(axis=None)
-    assert {
-        "curvature and noise",
-        "averages over the scatter",
-        "third derivatives",
-        "train 1 of 3",
-    } <= set(stages)
+    assert {"curvature and noise", "averages", "third derivatives", "train 1 of 3"} <= set(stages)
     assert (tmp_path / "verdict.md").read_text() == "".join(f"- {w}\n" for w in found.words)
-    parts = ["curvature and noise", "averages over the scatter", "third derivatives", "training"]
+    parts = ["curvature and noise", "averages", "third derivatives", "training"]
     assert list(found.cost["stage"]) == parts
     assert (found.cost["epochs"] > 0.0).all()
+    # A stage takes as long as all of its results did, each counted once.
+    seconds = spent(tmp_path / "kept")
+    assert found.cost["seconds"].tolist() == pytest.approx(
+        [sum(seconds[one] for one in STAGES[stage] if one in seconds) for stage in parts], rel=1e-12
+    )
     # The file is the problem, as nqm reads it: the table's excess is its expected loss.
     problem = read_problem(tmp_path / "problem.parquet").replace(initial_mean=0.0)
-    config = replace(SMALL, smooth=0, train=False)
+    config = replace(SMALL, averaging_displacements=0, train=False)
     plain = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path / "plain")
     row = plain.table.iloc[0]
     phase = Phase(SGD(), float(row["lr"]), 20, batch_size=int(row["batch_size"]))
@@ -78,7 +90,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     stages.clear()
     again = run_bridge(
         open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path,
-        told=lambda stage, share: stages.append(stage),
+        report=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert not stages, "nothing is done twice"
     for name in ("table", "course", "best", "cost"):
@@ -88,21 +100,26 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     late = run_bridge(open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path)
     pd.testing.assert_frame_equal(late.table, found.table)
     pd.testing.assert_series_equal(late.cost["seconds"], found.cost["seconds"])
-    # What another configuration has done is kept; it cost this one nothing.
+    # What another configuration has done is not done again, and counts as long as it took then.
+    files = set((tmp_path / "kept").iterdir())
     less = replace(SMALL, batch_sizes=SMALL.batch_sizes[:1])
-    for name in ("bridge", "problem", "spectrum", "course", "best_rate", "cost"):
+    for name in ("bridge", "problem", "spectrum", "course", "best_lr", "cost"):
         (tmp_path / f"{name}.parquet").rename(tmp_path / f"{name}-all.parquet")
     part = run_bridge(open_target(str(run), Place()), less, PLAN, Place(), tmp_path)
-    assert (part.cost["epochs"] == 0.0).all()
-    assert any("third derivatives kept" in line for line in part.words)
+    assert set((tmp_path / "kept").iterdir()) == files
+    before, after = (one.cost.set_index("stage")["seconds"] for one in (found, part))
+    for stage in ("curvature and noise", "averages"):
+        assert after[stage] == before[stage]
+    for stage in ("third derivatives", "training"):  # of two trainings out of three
+        assert 0.0 < after[stage] < before[stage]
     with pytest.raises(NQMError, match="another configuration"):
         run_bridge(open_target(str(run), Place()), less, Plan((1,), 4), Place(), tmp_path)
 
 
 def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
     config = BridgeConfig(
-        select="head", examples=60, pairs=None, samples=4, steps=20, rates=(0.2,), settle=300,
-        weight_decay=0.02, train=False,
+        select="head", examples=60, eigenpairs=0, displacements=4, steps=20,
+        lr_times_sharpness=(0.2,), minimise=300, weight_decay=0.02, train=False,
     )  # fmt: skip
     found = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
     assert found.table["measured"].isna().all()
@@ -112,29 +129,41 @@ def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
 
 
 def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
-    config = replace(SMALL, group=6, rates=(0.1,), batch_sizes=(1,), test_examples=30)
+    config = replace(
+        SMALL, batchnorm_group=6, lr_times_sharpness=(0.1,), batch_sizes=(1,), test_examples=30
+    )
     found = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
     assert found.local.examples == 10, "sixty examples in groups of six"
     assert found.table[["predicted", "measured", "test"]].notna().all(axis=None)
     late = replace(PLAN, late_phase="head", members=(2,))
-    with pytest.raises(NQMError, match="drop group"):
+    with pytest.raises(NQMError, match="drop batchnorm_group"):
         run_bridge(open_target(str(run), Place()), config, late, Place(), tmp_path / "late")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 1}, "samples must be an integer >= 2; got 1"),
-        ({"smooth": -1}, "smooth must be an integer >= 0; got -1"),
+        ({"displacements": 1}, "displacements must be an integer >= 2; got 1"),
+        (
+            {"averaging_displacements": -1},
+            "averaging_displacements must be an integer >= 0; got -1",
+        ),
         ({"examples": 1}, "examples must be an integer >= 2; got 1"),
-        ({"pairs": -3}, "pairs must be an integer >= 1; got -3"),
-        ({"settle_lr": -1.0}, r"settle_lr must lie in \(0, inf\); got -1.0"),
+        ({"eigenpairs": -3}, "eigenpairs must be an integer >= 0; got -3"),
+        ({"noise_samples": 0}, "noise_samples must be an integer >= 1; got 0"),
+        ({"lanczos_steps": 0}, "lanczos_steps must be an integer >= 1; got 0"),
+        ({"minimise": 1.5}, "minimise must be an integer >= 0; got 1.5"),
+        ({"batchnorm_group": 1}, "batchnorm_group must be an integer >= 2; got 1"),
+        ({"minimise_lr": -1.0}, r"minimise_lr must lie in \(0, inf\); got -1.0"),
         ({"batch_sizes": (8, 0)}, "batch_size must be an integer >= 1; got 0"),
         (
-            {"rates": (0.1, 2.0)},
-            r"rates must lie in \(0, 2\), below the edge of stability; got 2.0",
+            {"lr_times_sharpness": (0.1, 2.0)},
+            r"lr_times_sharpness must lie in \(0, 2\), below the edge of stability; got 2.0",
         ),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\); got 1.0"),
+        ({"lr_times_sharpness": ("fast",)}, "lr_times_sharpness must lie in .* got 'fast'"),
+        ({"lr_times_sharpness": ()}, r"lr_times_sharpness must have one entry .* got \(\)"),
+        ({"batch_sizes": (8, 8)}, r"batch_sizes must have one entry at least, and none twice"),
         ({"curvature": "ggm"}, "did you mean 'ggn'"),
     ],
 )
@@ -145,9 +174,10 @@ def test_what_cannot_be_looked_at_is_refused(settings: dict[str, Any], message: 
 
 
 def test_heavy_ball_stands_a_higher_rate() -> None:
-    assert BridgeConfig(rates=(5.9,), momentum=0.5).rates == (5.9,)
+    found = BridgeConfig(lr_times_sharpness=(5.9,), momentum=0.5)
+    assert found.reference(2.0).lr == pytest.approx(5.9 * 0.5 / 2.0, rel=1e-12)
     with pytest.raises(NQMError, match=r"\(0, 6\)"):
-        BridgeConfig(rates=(6.0,), momentum=0.5)
+        BridgeConfig(lr_times_sharpness=(6.0,), momentum=0.5)
 
 
 def test_shuffled_epochs_are_checked_before_anything_is_measured(run: Path, tmp_path: Path) -> None:
@@ -157,21 +187,24 @@ def test_shuffled_epochs_are_checked_before_anything_is_measured(run: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_cost_is_told_in_epochs_of_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cost_is_told_in_epochs_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neural.cost._seconds", lambda landscape: 2.0)
-    cost = Cost(tanh_landscape(), 0.25, tmp_path, "key")  # an epoch takes eight seconds
-    cost.seconds = {"one": 16.0, "kept": 0.0}
-    assert cost.table()["epochs"].tolist() == [2.0, 0.0]
+    log = {
+        ("slopes", "one"): 16.0, ("slopes", "other"): 4.0, ("force", "one"): 3.0,
+        ("eigenpairs", "one"): 8.0, ("unheard_of", "one"): 100.0,
+    }  # fmt: skip
+    found = cost_table(tanh_landscape(), 0.25, log)  # an epoch takes eight seconds
+    assert found["stage"].tolist() == ["curvature and noise", "third derivatives"]
+    assert found["seconds"].tolist() == [8.0, 23.0]
+    assert found["epochs"].tolist() == [1.0, 2.875]
 
 
-@pytest.mark.parametrize("examples", [3, None])
-def test_loss_of_so_much_of_the_test_set(run: Path, examples: int | None) -> None:
+@pytest.mark.parametrize("examples", [3, 0])
+def test_loss_of_so_much_of_the_test_set(run: Path, examples: int) -> None:
     opened = open_target(str(run), Place())
     landscape = landscape_of(opened.run, opened.model, Place(), select="head", examples=60)
     x, y = map(torch.cat, zip(*opened.task.test(), strict=True))
-    x, y = x[:examples].double(), y[:examples]
+    x, y = x[: examples or None].double(), y[: examples or None]
     with torch.no_grad():
         expected = float(nn.functional.cross_entropy(opened.model(x), y))
     found = held_out_loss(landscape, opened.task, examples)(landscape.weights)
@@ -179,7 +212,9 @@ def test_loss_of_so_much_of_the_test_set(run: Path, examples: int | None) -> Non
 
 
 def test_trainings_are_a_star() -> None:
-    cells = BridgeConfig(rates=(0.1, 0.2, 0.4), batch_sizes=(8, 16, 32), momentum=0.5).trainings(4)
+    cells = BridgeConfig(
+        lr_times_sharpness=(0.1, 0.2, 0.4), batch_sizes=(8, 16, 32), momentum=0.5
+    ).trainings(4)
     assert [cell.lr * 4 / 0.5 for cell in cells] == pytest.approx([0.1, 0.2, 0.4, 0.2, 0.2])
     assert [cell.batch_size for cell in cells] == [8, 8, 8, 16, 32]
 
@@ -192,16 +227,29 @@ def test_trainings_are_a_star() -> None:
         (["."], "is not the folder of a run: it holds no run.json"),
         (["RUN", "--select", "norms"], "select: 'norms' is unknown"),
         (["RUN", "--examples", "1"], "examples must be"),
-        (["RUN", "--members", "64"], "members must be at most the 32 chains; got 64"),
-        (["RUN", "--rate", "-1"], "rates must lie in"),
-        (["RUN", "--seed", "-1"], "seed must be an integer >= 0; got -1"),
-        (["RUN", "--seed", str(2**70)], "seed must lie in [0, 1e+09]"),
-        (["RUN", "--batch-size", str(10**12)], "batch_size = 1000000000000 of 32 chains needs"),
-        (["RUN", "--chains", str(10**9)], "chains = 1000000000 of"),
-        (["RUN", "--chains", str(10**13)], "chains must lie in [1, 1e+09]"),
-        (["RUN", "--steps", str(10**30)], "steps must lie in"),
-        (["RUN", "--looks", str(10**9)], "looks must lie in"),
-        (["RUN", "--late-phase", "head", "--members", "1"], "members must be at least 2"),
+        (["RUN", "--members", "64"], "members must be at most the 32 runs; got 64"),
+        (["RUN", "--set", "bridge.lr_times_sharpness=[-1.0]"], "lr_times_sharpness must lie in"),
+        (["RUN", "--set", "bridge.lr_times_sharpness=[]"], "lr_times_sharpness must have one"),
+        (["RUN", "--set", "plan.late_phase=head", "--members", "1"], "members must be at least 2"),
+        (["RUN", "--set", "bridge.pairs=3"], "bridge.pairs is not a known key"),
+        (
+            ["RUN", "--set", "bridge.stepz=3"],
+            "bridge.stepz is not a known key; did you mean 'steps'",
+        ),
+        (["RUN", "--set", "bridge.steps=2.5"], "bridge.steps must be a whole number; got 2.5"),
+        (["RUN", "--set", "model.width=3"], "model.width cannot be changed"),
+        (["RUN", "--set", "brigde.steps=3"], "brigde.steps cannot be changed"),
+        (["RUN", "--config", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["RUN", "--seed", "-1"], "plan.seed must be an integer >= 0; got -1"),
+        (["RUN", "--seed", str(2**70)], "seed must lie in"),
+        (
+            ["RUN", "--set", f"bridge.batch_sizes=[{10**12}]"],
+            "batch_size = 1000000000000 of 32 runs needs",
+        ),
+        (["RUN", "--set", f"plan.runs={10**9}"], "runs = 1000000000 of"),
+        (["RUN", "--set", f"plan.runs={10**13}"], "runs must lie in [1, 1e+09]"),
+        (["RUN", "--set", f"bridge.steps={10**30}"], "steps must lie in"),
+        (["RUN", "--set", f"plan.records={10**9}"], "records must lie in"),
     ],
 )
 def test_a_mistake_is_one_line(run: Path, tmp_path: Path, words: list[str], told: str) -> None:
@@ -214,14 +262,75 @@ def test_a_mistake_is_one_line(run: Path, tmp_path: Path, words: list[str], told
 
 
 def test_the_command(run: Path, tmp_path: Path) -> None:
-    words = "--select head --examples 60 --pairs 6 --draws 2 --products 4 --samples 4 --smooth 0"
-    words += " --steps 5 --chains 2 --members 1 --members 2 --rate 0.1 --looks 1 --test-examples 10"
-    out = tmp_path / "out"
+    path, out = tmp_path / "bridge.toml", tmp_path / "out"
+    path.write_text(
+        "[bridge]\nexamples = 600\neigenpairs = 6\nnoise_samples = 2\nlanczos_steps = 4\n"
+        "displacements = 4\naveraging_displacements = 0\nlr_times_sharpness = [0.05, 0.1, 0.2]\n"
+        "[plan]\nruns = 2\nrecords = 5\n"
+    )
+    words = f"--config {path} --select head --examples 60 --members 1 --members 2 --seed 3"
+    words += " --set bridge.steps=5 --set plan.records=1 --set bridge.test_examples=10"
     done = CliRunner().invoke(
         main, ["neural", "bridge", str(run), *words.split(), "--out", str(out), "--threads", "1"]
     )
     assert done.exit_code == 0, done.output
     stages = [line.partition(" ")[2] for line in done.stderr.strip().splitlines()]
-    assert stages == ["curvature and noise", "third derivatives", "train 1 of 1", "best rates"]
+    trained = [f"train {i} of 3" for i in (1, 2, 3)]
+    assert stages == ["curvature and noise", "third derivatives", *trained, "best learning rates"]
+    stated = read_metadata(out / "bridge.parquet")["configuration"]
+    expected = {
+        "select": "head", "examples": 60, "steps": 5, "test_examples": 10, "eigenpairs": 6,
+        "lr_times_sharpness": [0.05, 0.1, 0.2], "train": True, "momentum": 0.0,
+    }  # fmt: skip
+    assert expected.items() <= stated["bridge"].items()
+    assert {"members": [1, 2], "records": 1, "runs": 2, "seed": 3}.items() <= stated["plan"].items()
     assert (out / "verdict.md").read_text().splitlines()[0].removeprefix("- ") in done.stdout
     assert str(out / "bridge.png") in done.stdout
+
+
+def test_the_settings_are_a_file_and_what_changes_it(tmp_path: Path) -> None:
+    assert load_config() == (BridgeConfig(), Plan())
+    path = tmp_path / "bridge.toml"
+    path.write_text("[bridge]\nsteps = 7\nmomentum = 0\n[plan]\nmembers = [1, 3]\n")
+    assert load_config(path) == (BridgeConfig(steps=7, momentum=0.0), Plan(members=(1, 3)))
+    config, plan = load_config(path, ["bridge.steps=9", "plan.late_phase=head", "plan.members=[2]"])
+    assert (config.steps, plan.members, plan.late_phase) == (9, (2,), "head")
+    # Of late-phase members a single one is no average.
+    assert load_config(overrides=["plan.late_phase=head"])[1].members == (2, 4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[bridge]\nrates = [0.1]", "bridge.rates is not a known key; "),
+        (
+            "[bridge]\neigenpair = 4",
+            "bridge.eigenpair is not a known key; did you mean 'eigenpairs'",
+        ),
+        ("[plan]\nchains = 4", "plan.chains is not a known key; "),
+        ("[plan]\nmember = [2]", "plan.member is not a known key; did you mean 'members'"),
+        ("[brigde]\nsteps = 4", "brigde is not a known key; did you mean 'bridge'"),
+        ("bridge = 4", "bridge must be a table; got 4"),
+        ("[bridge]\nsteps = 'many'", "bridge.steps must be a whole number; got 'many'"),
+        ("[bridge]\ntrain = 1", "bridge.train must be true or false; got 1"),
+        (
+            "[bridge]\nlr_times_sharpness = [0.1, 'x']",
+            "bridge.lr_times_sharpness.1 must be a number",
+        ),
+        ("[bridge]\ndisplacements = 1", "bridge: displacements must be an integer >= 2; got 1"),
+        ("[plan]\nmembers = []", "plan: members must have one entry at least"),
+        ("[bridge", "is not valid TOML"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bridge.toml"
+    path.write_text(text)
+    with pytest.raises(NQMError) as told:
+        load_config(path)
+    assert message in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_settings_of_the_bridge_are_told_from_those_of_the_recipe() -> None:
+    given = ["bridge.steps=4", "model.checkpoint=bridge.pt", " plan.runs = 8", "data.name=plan"]
+    assert split_overrides(given) == ([given[0], given[2]], [given[1], given[3]])

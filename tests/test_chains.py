@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neural import chains
+from neural.bridge_config import SAMPLING, Training
 from neural.chains import (
-    Training,
     group_losses,
     minibatches,
     noise_free,
-    train_chains,
     train_late_phase,
+    train_runs,
 )
 from neural.curvature import Landscape
 from nqm.errors import NQMError
@@ -47,39 +47,39 @@ def slope(landscape: Landscape, w: Tensor, index: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("sampling", chains.SAMPLING)
-def test_a_chain_is_torchs_sgd(momentum: float, sampling: str) -> None:
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_a_run_is_torchs_sgd(momentum: float, sampling: str) -> None:
     landscape = tanh_landscape()
     training = Training(0.1, 8, 12, momentum, sampling)
-    found = dict(train_chains(landscape, training, 3, (5, 12), seed=4))
+    found = dict(train_runs(landscape, training, 3, (5, 12), seed=4))
     assert list(found) == [5, 12]
-    for chain in range(3):
+    for run in range(3):
         w = nn.Parameter(landscape.weights.clone())
         optimizer = torch.optim.SGD([w], 0.1, momentum)
-        for step, index in enumerate(islice(minibatches(40, training, (4, chain)), 12), 1):
+        for step, index in enumerate(islice(minibatches(40, training, (4, run)), 12), 1):
             w.grad = slope(landscape, w.detach(), index)
             optimizer.step()
             if step in found:
-                agree(found[step][chain], w.detach(), 1e-11)
+                agree(found[step][run], w.detach(), 1e-11)
 
 
 def test_one_by_one_as_together(monkeypatch: pytest.MonkeyPatch) -> None:
     landscape = tanh_landscape()
     training = Training(0.1, 8, 10, 0.5)
-    together = dict(train_chains(landscape, training, 3, (10,)))[10]
+    together = dict(train_runs(landscape, training, 3, (10,)))[10]
     monkeypatch.setattr(chains, "TOGETHER", 0)
-    alone = dict(train_chains(landscape, training, 3, (10,)))[10]
+    alone = dict(train_runs(landscape, training, 3, (10,)))[10]
     agree(together, alone, IDENTITY)
 
 
-def test_chains_are_their_seeds() -> None:
+def test_runs_are_their_seeds() -> None:
     landscape, training = tanh_landscape(), Training(0.1, 8, 4)
 
     def run(count: int, seed: int) -> Tensor:
-        return next(iter(train_chains(landscape, training, count, (4,), seed=seed)))[1]
+        return next(iter(train_runs(landscape, training, count, (4,), seed=seed)))[1]
 
     assert torch.equal(run(4, 1), run(4, 1))
-    # More chains do not change the first; no two are the same.
+    # More runs do not change the first; no two are the same.
     agree(run(2, 1), run(4, 1)[:2], IDENTITY)
     assert len(torch.cat([run(4, 1), run(4, 2)]).unique(dim=0)) == 8
     before = landscape.weights.clone()
@@ -93,7 +93,7 @@ def test_the_model_trains_in_evaluation_mode_and_is_left_as_it_was() -> None:
     landscape.model.train()
     modes = []
     landscape.model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    for _ in train_chains(landscape, Training(0.1, 8, 2), 2, (2,)):
+    for _ in train_runs(landscape, Training(0.1, 8, 2), 2, (2,)):
         pass
     assert modes
     assert not any(modes)
@@ -103,7 +103,7 @@ def test_the_model_trains_in_evaluation_mode_and_is_left_as_it_was() -> None:
 def test_progress_counts_minibatches() -> None:
     told: list[int] = []
     landscape, training = tanh_landscape(), Training(0.1, 8, 4)
-    list(train_chains(landscape, training, 3, (2, 4), progress=told.append))
+    list(train_runs(landscape, training, 3, (2, 4), progress=told.append))
     assert sum(told) == 3 * 4
     told.clear()
     list(train_late_phase(landscape, training, 2, "head", (2, 4), progress=told.append))
@@ -116,7 +116,7 @@ def test_all_examples_at_once_are_noise_free(momentum: float) -> None:
     training = Training(0.2, 40, 9, momentum, "shuffled")
     at = (1, 4, 9)
     calm = noise_free(landscape, training, at)
-    found = [landscape.loss(w[0]) for _, w in train_chains(landscape, training, 1, at)]
+    found = [landscape.loss(w[0]) for _, w in train_runs(landscape, training, 1, at)]
     agree(found, calm, 1e-11)
 
 
@@ -154,13 +154,13 @@ def test_draws_with_replacement_are_uniform() -> None:
 def test_an_epoch_must_be_whole_minibatches() -> None:
     training = Training(0.1, 7, 3, sampling="shuffled")
     with pytest.raises(NQMError, match="batch_size that divides the 40 examples; got 7"):
-        list(train_chains(tanh_landscape(), training, 2, (3,)))
+        list(train_runs(tanh_landscape(), training, 2, (3,)))
 
 
 def test_divergence_is_an_infinite_loss() -> None:
     landscape, training = Bowl([2.0, 0.5]).landscape, Training(100.0, 4, 200)
     for found in (
-        [w for _, w in train_chains(landscape, training, 2, (2, 200))],
+        [w for _, w in train_runs(landscape, training, 2, (2, 200))],
         [w[None] for _, w in train_late_phase(landscape, training, 2, "all", (2, 200))],
     ):
         losses = group_losses(landscape.loss, found, 1)
@@ -263,6 +263,6 @@ def test_training_a_part_keeps_no_graph(together: int, monkeypatch: pytest.Monke
     part = Landscape(whole.model, whole.batches, "head")
     assert part.size < whole.size
     seen: list[Tensor] = []
-    found = train_chains(part, Training(0.1, 4, 2), 2, [2], seen=lambda _, w: seen.append(w))
+    found = train_runs(part, Training(0.1, 4, 2), 2, [2], seen=lambda _, w: seen.append(w))
     assert [step for step, _ in found] == [2]
     assert [w.requires_grad for w in seen] == [False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -55,10 +56,15 @@ def commands() -> list[str]:
 
 
 #: The bridge's command in seconds.
-SMALL_BRIDGE = (
-    "--threads 1 --examples 60 --pairs 4 --draws 1 --products 3 --samples 2 --smooth 1 --steps 20 "
-    "--chains 4 --members 2 --looks 1 --rate 0.2"
-)
+SMALL_BRIDGE = ["--threads", "1", "--examples", "60", "--members", "2"]
+SMALL_BRIDGE += itertools.chain.from_iterable(
+    ("--set", setting)
+    for setting in (
+        "bridge.eigenpairs=4", "bridge.noise_samples=1", "bridge.lanczos_steps=3",
+        "bridge.displacements=2", "bridge.averaging_displacements=1", "bridge.steps=20",
+        "bridge.lr_times_sharpness=[0.2]", "plan.runs=4", "plan.records=1",
+    )
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def test_commands_run(command: str, tmp_path: Path, request: pytest.FixtureReque
     if words[:2] == ["neural", "train"]:
         words += ["--scale", "smoke", "--threads", "1"]
     if words[:2] == ["neural", "bridge"]:
-        words += SMALL_BRIDGE.split()
+        words += SMALL_BRIDGE
     if words[0] in ("figure", "reproduce"):
         words += ["--scale", "smoke", "--out", str(tmp_path / "out")]
     call = "import sys; from nqm.cli import main; sys.exit(main())"
@@ -118,3 +124,41 @@ def test_the_reference_lists_every_public_name() -> None:
         assert len(listed) == len(set(listed))
         packages = {name for name in listed if (ROOT / package.__name__ / name).is_dir()}
         assert set(listed) - packages == set(package.__all__) - {"__version__"}
+
+
+def test_settings_of_the_bridge_are_all_listed() -> None:
+    """By their names and defaults; a setting without one has an empty cell."""
+    import tomllib
+
+    from neural.bridge_config import BridgeConfig, Plan
+
+    page = (ROOT / "docs" / "bridge.md").read_text()
+    rows = re.findall(
+        r"^\| `((?:bridge|plan)\.\w+)` \| (?:`(.*?)`)? ?\| (.+\.) \|$", page, re.MULTILINE
+    )
+    listed = {name: tomllib.loads(f"x = {text}")["x"] if text else None for name, text, _ in rows}
+    stated = {}
+    for table, kind in (("bridge", BridgeConfig), ("plan", Plan)):
+        for field in dataclasses.fields(kind):
+            plain = list(field.default) if isinstance(field.default, tuple) else field.default
+            stated[f"{table}.{field.name}"] = plain
+    assert list(listed) == list(stated)
+    assert listed == stated
+
+
+def test_the_bridges_that_were_measured_can_be_asked_for(tmp_path: Path) -> None:
+    import tomllib
+
+    from neural.bridge_run import load_config
+
+    texts = [text for name, text in blocks("toml") if name.startswith("bridge-")]
+    assert len(texts) == 6
+    path = tmp_path / "bridge.toml"
+    for text in texts:
+        path.write_text(text)
+        stated = tomllib.loads(text)
+        for name, found in zip(("bridge", "plan"), load_config(path), strict=True):
+            for key, value in stated.pop(name).items():
+                there = getattr(found, key)
+                assert (list(there) if isinstance(there, tuple) else there) == value
+        assert not stated

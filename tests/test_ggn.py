@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from neural import ggn
+from neural.bridge_config import Training
+from neural.cache import Cache, fingerprint
 from neural.curvature import Landscape
-from neural.local_model import fingerprint, measure
+from neural.local_model import measure_local
 from neural.models import build
 from neural.smoothing import measure_smoothing
 from neural.spectrum import eigenpairs, trace_estimate
@@ -159,23 +161,25 @@ def test_eigenpairs_and_traces_are_its_own() -> None:
     assert abs(eigenpairs(landscape, 1).values[0] - values[0]) > 0.01 * values[0]
 
 
-@pytest.mark.parametrize("pairs", [None, 4])
-def test_a_local_model_of_it(pairs: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("eigenpairs", [None, 4])
+def test_a_local_model_of_it(eigenpairs: int | None, tmp_path: Path) -> None:
     landscape = landscape_of_kind("mlp")
     dense, slope = written_out(landscape).numpy(), landscape.gradient().numpy()
     values = np.linalg.eigvalsh(dense)[::-1]
-    local = measure(landscape, pairs, products=3, tolerance=1e-8, draws=1, folder=tmp_path)
-    agree(local.pairs.values, values[:pairs], 1e-9)
+    settings = {"noise_samples": 1, "lanczos_steps": 3, "tolerance": 1e-8}
+    cache = Cache(tmp_path)
+    local = measure_local(landscape, eigenpairs, cache=cache, **settings)
+    agree(local.pairs.values, values[:eigenpairs], 1e-9)
     h, _, g = local.points()
     assert g @ h == pytest.approx(slope @ dense @ slope, rel=1e-9)
     assert local.negative_share() == (0.0, 0.0)
     landscape.curvature = "hessian"
-    other = measure(landscape, pairs, products=3, tolerance=1e-8, draws=1, folder=tmp_path)
+    other = measure_local(landscape, eigenpairs, cache=cache, **settings)
     assert other.pairs.values[0] != pytest.approx(values[0], rel=0.01)  # kept apart
     # Averages over a scatter of size 0 are those of the checkpoint, for either kind.
     for kind, found in (("ggn", local), ("hessian", other)):
         landscape.curvature = kind
-        still = measure_smoothing(landscape, found, 1e-9, 1, 1, samples=1)
+        still = measure_smoothing(landscape, found, Training(1e-9, 1, 1), displacements=1)
         assert np.abs(still.width.curvature).max() < 1e-6 * values[0]
 
 

@@ -11,18 +11,21 @@ from scipy.integrate import quad
 from tiny_landscapes import Plain, scatter, tanh_landscape
 from torch import Tensor
 
+from neural.bridge_config import Training
 from neural.curvature import Landscape
 from neural.drift import Drift, measure_drift
 from neural.kinks import find_kinks
-from neural.local_model import measure
+from neural.local_model import measure_local
 from neural.prediction import Prediction
+from neural.scatter import covariance
 from neural.smoothing import Kinks, Smoothing, measure_smoothing
 
 CURVATURE, JUMP, SPREAD = (4.0, 2.0, 1.0), (0.3, 0.5, 0.2), 3.0
-LR, SIZE, STEPS = 0.1, 4.0, 100
+LR, SIZE, STEPS = 0.1, 4, 100
+TRAINING = Training(LR, SIZE, STEPS)
 
 
-def creased(
+def kinked(
     curvature: tuple[float, ...] = CURVATURE,
     *,
     at_checkpoint: bool = False,
@@ -50,19 +53,19 @@ def creased(
     return Landscape(Plain(zero[:1].clone(), zero[1:].clone()), [(x, targets)], loss=loss)
 
 
-def smoothed(landscape: Landscape, pairs: int | None, samples: int = 1) -> Smoothing:
-    local = measure(landscape, pairs, draws=2, products=2)
-    return measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=samples)
+def smoothed(landscape: Landscape, eigenpairs: int | None) -> Smoothing:
+    local = measure_local(landscape, eigenpairs, noise_samples=2, lanczos_steps=2)
+    return measure_smoothing(landscape, local, TRAINING, displacements=1)
 
 
 def slopes(landscape: Landscape, smoothing: Smoothing) -> Drift:
-    given = smoothing.local, smoothing.lr, smoothing.batch_size, smoothing.steps
-    return measure_drift(landscape, *given, samples=60, products=2)
+    given = smoothing.local, smoothing.training
+    return measure_drift(landscape, *given, displacements=60, lanczos_steps=2)
 
 
 @pytest.mark.parametrize("pairs", [None, 2])
 def test_kinks_are_counted(pairs: int | None) -> None:
-    landscape = creased()
+    landscape = kinked()
     smoothing = smoothed(landscape, pairs)
     assert np.abs(smoothing.width.curvature).max() < 1e-9, "second derivatives do not see them"
     found = find_kinks(slopes(landscape, smoothing), smoothing)
@@ -75,124 +78,138 @@ def test_kinks_are_counted(pairs: int | None) -> None:
         assert found.rest == 0.0, "no pair is flat, and there is nothing else"
     else:
         assert found.rest == pytest.approx(added[2], rel=0.1)
-    assert (found.cost, found.octave) == pytest.approx((1.0, 0.0), abs=0.1), "the same at any width"
+    assert (found.cost_ratio, found.log2_slope) == pytest.approx((1.0, 0.0), abs=0.1), (
+        "the same at any width"
+    )
     # Seen by the scatter, the curvature has them, whatever its size; the smooth part has not.
     seen = replace(smoothing, kinks=found)
-    assert smoothing.creased() == 0.0
-    assert seen.creased() == pytest.approx(found.pairs.sum() / sum(CURVATURE[kept]), rel=1e-6)
+    assert smoothing.kink_fraction() == 0.0
+    assert seen.kink_fraction() == pytest.approx(found.pairs.sum() / sum(CURVATURE[kept]), rel=1e-6)
     for rate in (LR, 0.3 * LR):
-        local = seen.at(rate, SIZE)
+        local = seen.seen_by(replace(TRAINING, lr=rate))
         expected = np.array(CURVATURE)[kept] + found.pairs
         np.testing.assert_allclose(local.pairs.values, expected, rtol=1e-9)
         for draw, before in zip(local.draws, smoothing.local.draws, strict=True):
             np.testing.assert_allclose(draw.values, before.values + found.rest, rtol=1e-9)
-    assert seen.share(LR, SIZE, STEPS) == pytest.approx(0.0, abs=1e-12)
+    assert seen.curvature_change_part(TRAINING, STEPS, seen.seen_by(TRAINING)) == pytest.approx(
+        0.0, abs=1e-12
+    )
 
 
 def test_flat_directions_share_one_value() -> None:
-    landscape = creased((4.0, 0.02, 0.01))
+    landscape = kinked((4.0, 0.02, 0.01))
     smoothing = smoothed(landscape, None)
     found = find_kinks(slopes(landscape, smoothing), smoothing)
     added = 2.0 * np.array(JUMP) / (SPREAD * np.sqrt(2.0 * np.pi))
-    size = np.diag(smoothing.local.scatter(LR, SIZE, STEPS))
+    size = np.diag(covariance(smoothing.local, TRAINING))
     shared = (added * size)[1:].sum() / size[1:].sum()
     np.testing.assert_allclose(found.pairs, [added[0], shared, shared], rtol=0.15)
     assert found.pairs[1] == found.pairs[2] == found.rest
 
 
 def test_a_smooth_loss_has_none() -> None:
-    landscape = tanh_landscape(quick=False)
-    smoothing = measure_smoothing(landscape, measure(landscape, None), 0.02, SIZE, 30, samples=8)
+    landscape, training = tanh_landscape(quick=False), Training(0.02, SIZE, 30)
+    smoothing = measure_smoothing(
+        landscape, measure_local(landscape, None), training, displacements=8
+    )
     found = find_kinks(slopes(landscape, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
     seen = replace(smoothing, kinks=found)
-    excess = 0.5 * smoothing.local.pairs.values @ np.diag(smoothing.local.scatter(0.02, SIZE, 30))
-    cost = seen.creases(0.02, SIZE, 30) * (found.cost + found.octave)
+    excess = 0.5 * smoothing.local.pairs.values @ np.diag(covariance(smoothing.local, training))
+    cost = seen.kink_part(training, 30, seen.seen_by(training)) * (
+        found.cost_ratio + found.log2_slope
+    )
     assert cost < 0.01 * excess, "members do not make up for it"
 
 
 def test_a_scatter_that_knows_of_kinks_finds_the_same() -> None:
-    landscape = creased()
+    landscape = kinked()
     smoothing = smoothed(landscape, 2)
     found = find_kinks(slopes(landscape, smoothing), smoothing)
     seen = replace(smoothing, kinks=found)
-    local = seen.at(LR, SIZE)
-    again = find_kinks(measure_drift(landscape, local, LR, SIZE, STEPS, samples=60), seen)
+    local = seen.seen_by(TRAINING)
+    again = find_kinks(measure_drift(landscape, local, TRAINING, displacements=60), seen)
     np.testing.assert_allclose(again.pairs, found.pairs, rtol=0.05)
     assert again.rest == pytest.approx(found.rest, rel=0.05)
 
 
 def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None:
     """J |w| along a direction of scatter s: J E|d| d / s^2 = J sqrt(2 / pi) / s."""
-    landscape = creased(at_checkpoint=True)
+    landscape = kinked(at_checkpoint=True)
     for lr in (LR, 0.1 * LR):
-        local = measure(landscape, None)
-        smoothing = measure_smoothing(landscape, local, lr, SIZE, STEPS, samples=1)
-        found = find_kinks(measure_drift(landscape, local, lr, SIZE, STEPS, samples=400), smoothing)
-        size = np.sqrt(np.diag(local.scatter(lr, SIZE, STEPS)))
+        local, training = measure_local(landscape, None), replace(TRAINING, lr=lr)
+        smoothing = measure_smoothing(landscape, local, training, displacements=1)
+        found = find_kinks(measure_drift(landscape, local, training, displacements=400), smoothing)
+        size = np.sqrt(np.diag(covariance(local, training)))
         # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
         expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
         np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
         # Twice E J |d| over E J |d|; and of half the displacement, over its square, twice as much.
-        assert (found.cost, found.octave) == pytest.approx((2.0, 2.0), abs=0.01)
+        assert (found.cost_ratio, found.log2_slope) == pytest.approx((2.0, 2.0), abs=0.01)
 
 
 def test_kinks_that_descent_leads_off_are_not_met() -> None:
-    landscape = creased(at_checkpoint=True, slope=3.0)
-    local = measure(landscape, None)
-    smoothing = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=1)
-    found = find_kinks(measure_drift(landscape, local, LR, SIZE, STEPS, samples=60), smoothing)
+    landscape = kinked(at_checkpoint=True, slope=3.0)
+    local = measure_local(landscape, None)
+    smoothing = measure_smoothing(landscape, local, TRAINING, displacements=1)
+    found = find_kinks(measure_drift(landscape, local, TRAINING, displacements=60), smoothing)
     assert np.abs(found.pairs).max() < 1e-6
 
 
 @pytest.mark.parametrize("pairs", [None, 2])
 def test_what_kinks_cost_is_half_their_curvature_with_the_scatter(pairs: int | None) -> None:
-    landscape = creased()
+    landscape = kinked()
     smoothing = smoothed(landscape, pairs)
-    assert smoothing.creases(LR, SIZE, STEPS) == 0.0
+    assert smoothing.kink_part(TRAINING, STEPS, smoothing.seen_by(TRAINING)) == 0.0
     kinks = Kinks(np.array([0.1, 0.2, 0.3][:pairs]), 0.3)
     seen = replace(smoothing, kinks=kinks)
     h = np.array(CURVATURE) + np.array([0.1, 0.2, 0.3])
     c = np.cov(torch.cat(list(landscape.example_gradients())).numpy(), rowvar=False, ddof=0)
     expected = 0.5 * np.trace(np.diag([0.1, 0.2, 0.3]) @ scatter(np.diag(h), c, LR, SIZE, STEPS))
     # Examples are drawn: their noise is not quite along the axes, that of the rest not quite known.
-    assert seen.creases(LR, SIZE, STEPS) == pytest.approx(expected, rel=1e-3)
+    assert seen.kink_part(TRAINING, STEPS, seen.seen_by(TRAINING)) == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 def test_kinks_that_are_denser_the_nearer() -> None:
     """Of density log(X / |x|) / X they add J (log(X / s) + (gamma + log 2) / 2) / X at width s."""
-    landscape = creased(denser=True)
-    local = measure(landscape, None)
-    smoothing = measure_smoothing(landscape, local, LR, SIZE, STEPS, samples=1)
-    found = find_kinks(measure_drift(landscape, local, LR, SIZE, STEPS, samples=60), smoothing)
-    size = np.sqrt(np.diag(local.scatter(LR, SIZE, STEPS)))
+    landscape = kinked(denser=True)
+    local = measure_local(landscape, None)
+    smoothing = measure_smoothing(landscape, local, TRAINING, displacements=1)
+    found = find_kinks(measure_drift(landscape, local, TRAINING, displacements=60), smoothing)
+    size = np.sqrt(np.diag(covariance(local, TRAINING)))
     near = np.log(SPREAD / size) + 0.5 * (np.euler_gamma + np.log(2.0))
     added = np.array(JUMP) * near / SPREAD
     np.testing.assert_allclose(found.pairs, added, rtol=0.15)
     # dL / dS = 1/2 H(S); both relative to all that kinks add, along all directions.
-    octave = np.log(2.0) / SPREAD * (np.array(JUMP) @ size**2) / (added @ size**2)
-    assert found.octave == pytest.approx(octave, rel=0.25)
-    assert found.cost == pytest.approx(1.0 + octave / (2.0 * np.log(2.0)), abs=0.05)
+    log2_slope = np.log(2.0) / SPREAD * (np.array(JUMP) @ size**2) / (added @ size**2)
+    assert found.log2_slope == pytest.approx(log2_slope, rel=0.25)
+    assert found.cost_ratio == pytest.approx(1.0 + log2_slope / (2.0 * np.log(2.0)), abs=0.05)
 
 
 @pytest.mark.parametrize("members", [1, 4, 16])
-@pytest.mark.parametrize("worth", [1.0, 7.0])
-def test_the_cost_of_kinks_is_the_integral_of_their_curvature(members: int, worth: float) -> None:
+@pytest.mark.parametrize("effective_runs", [1.0, 7.0])
+def test_the_cost_of_kinks_is_the_integral_of_their_curvature(
+    members: int, effective_runs: float
+) -> None:
     """It is 1/2 H(S) dS, with H(S) = h + k + b log2(1 / w) at w of the width of one run."""
     h, k, b, size = 2.0, 0.3, 0.2, 0.1
 
     def curvature(s: float) -> float:
         return h + k - 0.5 * b * np.log2(s / size**2)
 
-    runs = members * worth
+    runs = members * effective_runs
     expected = 0.5 * quad(curvature, 0.0, size**2 / runs)[0]
-    creases = 0.5 * k * size**2 / worth
-    cost, octave = 1.0 + b / k / (2.0 * np.log(2.0)), b / k
-    excess = 0.5 * (h + k) * size**2 / worth
-    found = Prediction(0.0, 0.0, 0.0, excess, 0.0, worth, creases * (cost - 1.0), creases * octave)
+    part = 0.5 * k * size**2 / effective_runs
+    cost_ratio, log2_slope = 1.0 + b / k / (2.0 * np.log(2.0)), b / k
+    excess = 0.5 * (h + k) * size**2 / effective_runs
+    found = Prediction(
+        0.0, 0.0, 0.0, excess, 0.0, effective_runs, part * (cost_ratio - 1.0), part * log2_slope
+    )
     assert found.rise(members) == pytest.approx(expected, rel=1e-7)
-    spread = replace(found, creases=0.0, octave=0.0)
+    spread = replace(found, nonsmooth_excess=0.0, log2_slope=0.0)
     assert spread.rise(members) == pytest.approx(excess / members, rel=1e-12)
 
 
@@ -200,7 +217,7 @@ def test_kinks_of_nothing_change_nothing() -> None:
     smoothing = smoothed(tanh_landscape(), 4)
     none = Kinks(np.zeros(4), 0.0, 1.5, 0.5)
     assert smoothing.kinks == Kinks.none()
-    seen = replace(smoothing, kinks=none).at(LR, SIZE)
-    before = smoothing.at(LR, SIZE)
+    seen = replace(smoothing, kinks=none).seen_by(TRAINING)
+    before = smoothing.seen_by(TRAINING)
     np.testing.assert_array_equal(seen.pairs.values, before.pairs.values)
     np.testing.assert_array_equal(seen.draws[0].values, before.draws[0].values)

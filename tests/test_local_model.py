@@ -12,16 +12,19 @@ import torch
 from tiny_landscapes import Bowl, quadratic, scatter, slide, tanh_landscape
 from tolerances import IDENTITY, JUMP, agree, within_error
 
+from neural.bridge_config import Training
+from neural.cache import Cache, fingerprint
 from neural.curvature import Landscape
 from neural.drift import descent
 from neural.krylov import Krylov
-from neural.local_model import LocalModel, fingerprint, measure
+from neural.local_model import LocalModel, measure_local
+from neural.scatter import covariance, displacement
 from neural.spectrum import Eigenpairs
 from nqm import SGD, Phase, Program, solve
 from nqm.errors import NQMError
 
 #: The rest of a partial model is exact in the polynomials of SGD up to so many steps.
-PRODUCTS = 12
+LANCZOS_STEPS = 12
 
 
 def dense(landscape: Landscape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,15 +34,18 @@ def dense(landscape: Landscape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return landscape.hessian().numpy(), noise, landscape.gradient().numpy()
 
 
-def partial(landscape: Landscape, draws: int = 3, seed: int = 0) -> LocalModel:
-    return measure(landscape, 4, draws=draws, products=PRODUCTS, tolerance=1e-10, seed=seed)
+def partial(landscape: Landscape, noise_samples: int = 3, seed: int = 0) -> LocalModel:
+    return measure_local(
+        landscape, 4, noise_samples=noise_samples, lanczos_steps=LANCZOS_STEPS, tolerance=1e-10,
+        seed=seed,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_nodes_have_the_traces(complete: bool) -> None:
     landscape = tanh_landscape()
     h, c, g = dense(landscape)
-    local = measure(landscape, None) if complete else partial(landscape)
+    local = measure_local(landscape, None) if complete else partial(landscape)
     assert local.loss == landscape.loss()
     assert local.examples == 40
     assert local.largest == pytest.approx(np.linalg.eigvalsh(h)[-1], rel=1e-9)
@@ -58,7 +64,7 @@ def test_a_complete_model_gives_the_excess_of_the_whole_covariance() -> None:
     h, c, _ = dense(landscape)
     assert np.linalg.eigvalsh(h)[0] > 0
     lr, batch_size, at = 0.3, 8, (1, 5, 40)
-    problem = measure(landscape, None).problem().replace(initial_mean=0.0)
+    problem = measure_local(landscape, None).problem().replace(initial_mean=0.0)
     phase = Phase(SGD(), lr, at[-1], batch_size=batch_size)
     found = solve(problem, Program((phase,)), at=at).loss
     expected = [0.5 * np.trace(h @ scatter(h, c, lr, batch_size, t)) for t in at]
@@ -70,15 +76,18 @@ def test_the_problem_starts_where_the_checkpoint_is() -> None:
     h, _, g = dense(landscape)
     # At the minimum of the quadratic the loss is less by this much.
     expected = 0.5 * g @ np.linalg.solve(h, g)
-    for local in (measure(landscape, None), measure(landscape, 4, products=39, tolerance=1e-10)):
+    for local in (
+        measure_local(landscape, None),
+        measure_local(landscape, 4, lanczos_steps=39, tolerance=1e-10),
+    ):
         assert local.problem().initial_loss == pytest.approx(expected, rel=1e-7)
 
 
 def test_a_partial_model_gives_it_on_average() -> None:
     landscape = tanh_landscape(weight_decay=0.5)
     h, c, _ = dense(landscape)
-    lr, batch_size, steps = 0.3, 8, PRODUCTS
-    local = partial(landscape, draws=40)
+    lr, batch_size, steps = 0.3, 8, LANCZOS_STEPS
+    local = partial(landscape, noise_samples=40)
     apart = np.eye(landscape.size) - local.pairs.vectors @ local.pairs.vectors.T
     rest = apart @ c @ apart
     sizes = np.array([draw.amplitudes @ draw.amplitudes for draw in local.draws])
@@ -109,19 +118,20 @@ def test_descent_is_gradient_descent_on_the_quadratic(complete: bool, lr: float)
     h, _, g = dense(landscape)
     values = np.linalg.eigvalsh(h)
     assert values[0] < 0 < values[-1]
-    local = measure(landscape, None) if complete else partial(landscape)
-    for steps in (1, 7, PRODUCTS):
+    local = measure_local(landscape, None) if complete else partial(landscape)
+    for steps in (1, 7, LANCZOS_STEPS):
         expected = quadratic(g, h, slide(g, h, lr, steps))
-        assert descent(local, lr, steps) == pytest.approx(expected, rel=1e-8)
+        assert descent(local, Training(lr, 1, steps), steps) == pytest.approx(expected, rel=1e-8)
 
 
 def test_displacements_scatter_as_the_weights_of_sgd_do() -> None:
     landscape = tanh_landscape()
     h, c, _ = dense(landscape)
-    local = measure(landscape, None)
+    local = measure_local(landscape, None)
     lr, batch_size, steps, count = 0.4, 4, 20, 3000
     rng = np.random.default_rng(1)
-    drawn = np.array([local.displacement(rng, lr, batch_size, steps) for _ in range(count)])
+    training = Training(lr, batch_size, steps)
+    drawn = np.array([displacement(local, training, rng) for _ in range(count)])
     expected = scatter(h, c, lr, batch_size, steps)
     # The mean is known to be 0; of normal numbers Var(x y) = Var x Var y + Cov(x, y)^2.
     size = np.diag(expected)
@@ -143,19 +153,20 @@ def test_heavy_ball_scatters_as_its_own_steps_say(steps: int) -> None:
     for _ in range(steps):
         joint = step @ joint @ step.T + noise
     expected = joint[: len(h), : len(h)]
-    local = measure(landscape, None)
-    found = local.scatter(lr, batch_size, steps, beta)
+    local = measure_local(landscape, None)
+    training = Training(own, batch_size, steps, beta)
+    found = covariance(local, training)
     v = local.pairs.vectors
     agree(v @ found @ v.T, expected, 1e-9)
     cut = partial(landscape)
     rng = np.random.default_rng(0)
-    moved = [cut.displacement(rng, lr, batch_size, steps, 0, beta) for _ in range(2)]
+    moved = [displacement(cut, training, rng, 0) for _ in range(2)]
     left = [m - cut.pairs.vectors @ (cut.pairs.vectors.T @ m) for m in moved]
     agree(left[0], left[1], 1e-12)
     draw = cut.draws[0]
     along = (draw.vectors.T @ left[0]) ** 2
     only = replace(local, pairs=replace(local.pairs, values=draw.values), noise=np.eye(len(along)))
-    ages = np.diag(only.scatter(lr, batch_size, steps, beta))
+    ages = np.diag(covariance(only, training))
     agree(along, cut.draw_scale * draw.amplitudes**2 * ages, 1e-9)
 
 
@@ -165,7 +176,8 @@ def test_the_rest_of_a_displacement_has_its_trace() -> None:
     lr, batch_size, steps = 0.4, 4, 6
     v = local.pairs.vectors
     rng = np.random.default_rng(2)
-    moved = np.array([local.displacement(rng, lr, batch_size, steps) for _ in range(200)])
+    training = Training(lr, batch_size, steps)
+    moved = np.array([displacement(local, training, rng) for _ in range(200)])
     rest = moved - moved @ v @ v.T
     kinds = np.unique(np.round((rest**2).sum(1), 12))
     assert len(kinds) == len(local.draws)
@@ -211,14 +223,19 @@ def refuse(*args: Any) -> NoReturn:
     raise AssertionError("computed again")
 
 
-@pytest.mark.parametrize("pairs", [None, 3])
-def test_stages_are_kept(tmp_path: Path, pairs: int | None) -> None:
+@pytest.mark.parametrize("eigenpairs", [None, 3])
+def test_stages_are_kept(tmp_path: Path, eigenpairs: int | None) -> None:
     landscape = tanh_landscape()
-    first = measure(landscape, pairs, draws=2, products=5, folder=tmp_path)
+    first = measure_local(
+        landscape, eigenpairs, noise_samples=2, lanczos_steps=5, cache=Cache(tmp_path)
+    )
     again = tanh_landscape()
     for name in ("hessian_product", "hessian", "example_gradients", "weighted_gradient"):
         setattr(again, name, refuse)
-    same(first, measure(again, pairs, draws=2, products=5, folder=tmp_path))
+    same(
+        first,
+        measure_local(again, eigenpairs, noise_samples=2, lanczos_steps=5, cache=Cache(tmp_path)),
+    )
 
 
 def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
@@ -229,38 +246,44 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
 
     def stop(count: int) -> None:
         done.append(count)
-        if len(list(tmp_path.glob("*/*.npz"))) == 3:
+        if len(list(tmp_path.glob("*.npz"))) == 3:
             raise InterruptionError
 
     with pytest.raises(InterruptionError):
-        measure(landscape, 3, draws=4, products=5, folder=tmp_path, progress=stop)
+        measure_local(
+            landscape, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=stop
+        )
     left: list[int] = []
-    resumed = measure(landscape, 3, draws=4, products=5, folder=tmp_path, progress=left.append)
+    resumed = measure_local(
+        landscape, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=left.append
+    )
     assert sum(left) == 3 * 5  # the first of the draws was done, and the gradient
-    same(resumed, measure(landscape, 3, draws=4, products=5))
+    same(resumed, measure_local(landscape, 3, noise_samples=4, lanczos_steps=5))
 
 
 def test_another_tolerance_measures_the_rest_anew(tmp_path: Path) -> None:
     landscape = tanh_landscape()
     rough, fine = {"tolerance": 0.3}, {"tolerance": 1e-10}
-    measure(landscape, 3, draws=1, products=5, folder=tmp_path, **rough)
-    found = measure(landscape, 3, draws=1, products=5, folder=tmp_path, **fine)
-    same(found, measure(landscape, 3, draws=1, products=5, **fine))
+    measure_local(landscape, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **rough)
+    found = measure_local(
+        landscape, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **fine
+    )
+    same(found, measure_local(landscape, 3, noise_samples=1, lanczos_steps=5, **fine))
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
 def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, damage: str) -> None:
     landscape = tanh_landscape()
-    measure(landscape, None, folder=tmp_path)
-    path = next(tmp_path.glob("*/all.npz"))
+    measure_local(landscape, None, cache=Cache(tmp_path))
+    path = next(tmp_path.glob("eigenpairs-*.npz"))
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[: len(whole) // 2], "foreign": b"text", "empty": b""}[damage])
     with pytest.raises(NQMError, match="remove it, and run again") as told:
-        measure(landscape, None, folder=tmp_path)
+        measure_local(landscape, None, cache=Cache(tmp_path))
     assert "\n" not in str(told.value)
     assert str(path) in str(told.value)
     path.unlink()
-    measure(landscape, None, folder=tmp_path)
+    measure_local(landscape, None, cache=Cache(tmp_path))
 
 
 def test_the_key_is_the_content() -> None:
@@ -283,11 +306,11 @@ def test_what_cannot_be_measured_is_refused() -> None:
     landscape = tanh_landscape()
     x, y = landscape.batches[0]
     with pytest.raises(NQMError, match="two examples at least"):
-        measure(Landscape(landscape.model, [(x[:1], y[:1])]), None)
-    with pytest.raises(NQMError, match="draws must be an integer >= 1; got 0"):
-        measure(landscape, 3, draws=0)
-    with pytest.raises(NQMError, match="products must be an integer >= 1; got 0"):
-        measure(landscape, 3, products=0)
+        measure_local(Landscape(landscape.model, [(x[:1], y[:1])]), None)
+    with pytest.raises(NQMError, match="noise_samples must be an integer >= 1; got 0"):
+        measure_local(landscape, 3, noise_samples=0)
+    with pytest.raises(NQMError, match="lanczos_steps must be an integer >= 1; got 0"):
+        measure_local(landscape, 3, lanczos_steps=0)
 
 
 def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
@@ -296,7 +319,7 @@ def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
 
     landscape = tanh_landscape(weight_decay=0.5)
     h, c, g = dense(landscape)
-    local = measure(landscape, None)
+    local = measure_local(landscape, None)
     lr, steps = 0.3, 5
     a = np.eye(len(h)) - lr * h
     s, mean = np.zeros_like(h), np.linalg.solve(h, g)
