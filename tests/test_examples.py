@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from neural import noise
 from neural.batch_landscape import BatchLandscape, grouped
-from neural.chains import Training, train_chains, train_late_phase
+from neural.bridge_config import Training
+from neural.cache import fingerprint
+from neural.chains import train_late_phase, train_runs
 from neural.curvature import Landscape
-from neural.local_model import fingerprint
 from nqm.errors import NQMError
 
 
@@ -67,7 +68,7 @@ def test_any_structure_gives_the_same(shape: str) -> None:
     agree(noise.covariance(other), noise.covariance(plain), IDENTITY)
     assert noise.trace(other) == pytest.approx(noise.trace(plain), rel=IDENTITY)
     training = Training(0.1, 2, 3, 0.5)
-    trained = [next(iter(train_chains(one, training, 2, [3])))[1] for one in (plain, other)]
+    trained = [next(iter(train_runs(one, training, 2, [3])))[1] for one in (plain, other)]
     agree(trained[1], trained[0], IDENTITY)
     late = [next(iter(train_late_phase(one, training, 2, "all", [2])))[1] for one in (plain, other)]
     agree(late[1], late[0], IDENTITY)
