@@ -22,6 +22,14 @@ class _Group(click.Group):
             if error.name != "torch":
                 raise
             raise NQMError("this needs PyTorch: pip install 'late-phase-nqm[neural]'") from None
+        except RuntimeError as error:  # torch's own, also of a GPU
+            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise NQMError(
+                f"out of memory ({reason:.150}); lower data.batch_size or evaluate.batch_size, "
+                "raise train.micro_batches, or run fewer --workers"
+            ) from None
 
 
 @click.group(cls=_Group)

@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_runs import CNN, LATE, assert_same_run, mapping, recipe, tiny, value, weights
 from torch import nn
 
 from neural import LatePhase, evaluate, experiment, reparametrize
 from neural.config import RunConfig, build
+from neural.draw import draw
 from neural.evaluate import classification_metrics, ensemble_log_probs
 from neural.experiment import jobs, run_experiment
 from neural.making import make_model
@@ -26,6 +28,7 @@ from neural.recipe import Recipe, load_recipe
 from neural.session import Session
 from neural.task import Place, Task, open_task
 from neural.train import train
+from nqm.cli import main
 from nqm.errors import NQMError
 from nqm.table import read_metadata, read_table, write_table
 
@@ -524,3 +527,45 @@ def test_bundled_smoke_recipe_runs(tmp_path: Path) -> None:
     note = json.loads((tmp_path / next(iter(made.arms)) / "seed0/run.json").read_text())
     assert note["status"] == "finished"
     assert mapping()["data"]["name"] == "digits"
+
+
+# --- what a user may write -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("title", [r"$\frac{1}$", "5 $ or 6 $", "$", r"x\y", "a_b^c {", "<b>&"])
+def test_a_title_is_drawn_as_it_is_written(title: str, tmp_path: Path) -> None:
+    metrics = {"weights": "iterate", "member": -1, "data": "test", "metric": "accuracy"}
+    results = pd.DataFrame([{"arm": "a", "seed": 0, **metrics, "value": 0.5}])
+    history = pd.DataFrame([{"arm": "a", "seed": 0, "epoch": e, "accuracy": 0.5} for e in (1, 2)])
+    paths = draw(results, history, tmp_path, title)
+    assert [path.stat().st_size > 1000 for path in paths] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["--device", "meta"], "[arm.a]", "device 'meta' cannot be used"),
+        (["--device", "tpu7"], "[arm.a]", "device 'tpu7' cannot be used"),
+        ([], '[arm."../../x"]', "becomes the name of a folder and must not hold '/'"),
+        ([], '[arm."."]', "must not begin with '.'"),
+        ([], "[arm.a]\n[arm.A]", "'A' and 'a' would be one folder"),
+        (["--set", "data.mean=[nan]"], "[arm.a]", "data.mean must lie in"),
+        (["--set", "data.std=[0.0]"], "[arm.a]", "data.std must lie in"),
+        (["--set", "model.hidden=[1000000000]"], "[arm.a]", "GiB at least, and there are"),
+        (["--seed", "-1"], "[arm.a]", "seed must be"),
+        (["--seed", "1", "--seed", "1"], "[arm.a]", "different whole numbers"),
+        (["--seed", str(2**70)], "[arm.a]", "seed must be"),
+        (["--set", "seeds=1000000000000"], "[arm.a]", "seeds must be at most 10000"),
+    ],
+)
+def test_mistakes_by_the_command_line(
+    arguments: list[str], text: str, words: str, tmp_path: Path
+) -> None:
+    base = "[data]\nname='digits'\n[model]\nname='mlp'\n[train]\nepochs=1\nlr=0.1\n"
+    (tmp_path / "r.toml").write_text(base + text)
+    command = ["neural", "train", str(tmp_path / "r.toml"), "--out", str(tmp_path / "out")]
+    answer = CliRunner().invoke(main, [*command, "--threads", "1", *arguments])
+    assert answer.exit_code == 2
+    assert words in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -79,6 +79,19 @@ MODELS: Mapping[str, Family] = MappingProxyType(
 )
 
 
+#: Every layer is an object, made before anything is counted.
+DEEPEST = 10_000
+
+
+def _check_kind(where: str, value: Any, hint: Any) -> None:
+    """Raise NQMError unless a word is a word and a list a list; models check their numbers."""
+    if get_origin(hint) is Sequence and not isinstance(value, list | tuple):
+        raise NQMError(f"{where} must be a list; got {value!r:.60}")
+    if get_origin(hint) is Literal and not isinstance(value, str):
+        words = ", ".join(map(repr, get_args(hint)))
+        raise NQMError(f"{where} must be one of {words}; got {value!r:.60}")
+
+
 def build(name: str, *, classes: int, channels: int = 3, **options: Any) -> nn.Module:
     """A freshly initialised model.
 
@@ -120,6 +133,7 @@ def build(name: str, *, classes: int, channels: int = 3, **options: Any) -> nn.M
     if match is None or family is None:
         known = [*MODELS, "resnet20", "wrn-28-10"]
         raise NQMError(f"unknown model {name!r}{suggest(name, known)}")
+    family_name = match[1]
     numbers = [int(number) for number in re.findall(r"\d+", match[2])]
     if len(numbers) > len(family.sizes):
         form = "".join(f"-{size.upper()}" for size in family.sizes)
@@ -134,5 +148,11 @@ def build(name: str, *, classes: int, channels: int = 3, **options: Any) -> nn.M
                 f"{option} of {name} is already {sizes[option]} by its name; got {option}="
                 f"{options[option]!r}; leave one out"
             )
+    hints = get_type_hints(family.load().__init__)
+    for option, value in options.items():
+        _check_kind(f"{family_name}.{option}", value, hints[option])
+    for option in ("depth", "layers"):
+        if isinstance(value := (options | sizes).get(option), int) and value > DEEPEST:
+            raise NQMError(f"{family_name}.{option} must be at most {DEEPEST}; got {value!s:.40}")
     images = {"channels": channels} if family.images else {}
     return family.load()(classes=classes, **images, **sizes, **options)
