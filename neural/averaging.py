@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from neural.duplicate import duplicate
 from neural.late_phase import Batch, LatePhase
+from neural.ready import check_ready
 from neural.rows import arguments
 from nqm.errors import NQMError, check_number
 
@@ -31,11 +32,15 @@ def swa(module: nn.Module) -> AveragedModel:
     Call ``.update_parameters(module)`` at every snapshot; ``.module`` is the average. Its running
     statistics are those of the last snapshot until `recompute_statistics` is called.
     """
+    check_ready(module, "swa")
     return AveragedModel(duplicate(module))
 
 
 def ema(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of parameters and running statistics; counters are copied.
+    """Exponential moving average of parameters and buffers; whole numbers are copied.
+
+    So is what is not finite, in the average or in the module: masks of -inf, observers that have
+    seen no data.
 
     Parameters
     ----------
@@ -43,12 +48,16 @@ def ema(module: nn.Module, decay: float) -> AveragedModel:
     decay : float
         In [0, 1): ``average <- decay average + (1 - decay) module`` at every update.
     """
+    check_ready(module, "ema")
     check_number("decay", decay, low=0.0, high=1.0, closed_high=False)
     smooth = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def average(kept: _Tensors, new: _Tensors, updates: Tensor | int) -> None:
-        if kept[0].is_floating_point():
+        if kept[0].is_floating_point() or kept[0].is_complex():
+            odd = [~(one.isfinite() & v.isfinite()) for one, v in zip(kept, new, strict=True)]
             smooth(kept, new, updates)
+            for one, value, where in zip(kept, new, odd, strict=True):
+                one.copy_(torch.where(where, value, one))
         else:
             # Counters and indices are whole numbers, which a mean would round.
             for one, value in zip(kept, new, strict=True):

@@ -18,16 +18,20 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from neural import fused as fused_forward
-from neural import merging
+from neural import merging, optimizers
+from neural.distributed import average_gradients
 from neural.duplicate import results_by_value
 from neural.pieces import Known, LossWeight, backward_in_pieces
+from neural.ready import check_ready
 from neural.rows import UnclearRowsError, arguments
 from neural.select import select as resolve
 from neural.swap import places, swapped
@@ -81,7 +85,8 @@ class LatePhase(nn.Module):
     idle_steps : {"none", "first", "every"}
         When the optimizer also steps idle members, on a gradient of zero: never; on member 0's
         turn; on every turn. The last two are what the official code did for CIFAR and ImageNet
-        under torch 1.4: momentum and weight decay act on idle members.
+        under torch 1.4: momentum and weight decay act on idle members, from a member's first own
+        turn on.
     seed : int
         Of the perturbation.
 
@@ -127,12 +132,18 @@ class LatePhase(nn.Module):
             check_word("gamma", gamma, GAMMAS)
         else:
             check_number("gamma", gamma, low=0.0, closed_low=False)
+        check_ready(model, "LatePhase")
+        self._ranks_average = False
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+            self._ranks_average = True
         self.model = model
         self.members = members
         self.gamma = gamma
         self.idle_steps = idle_steps
         self.selection = resolve(model, select)
         self._carried: list[Batch] = []
+        self._had_turn = [False] * members
         self._plans: dict[Any, fused_forward.Plan | None] = {}
         self._told: set[str] = set()
         self._pieces: Known = {}
@@ -146,7 +157,10 @@ class LatePhase(nn.Module):
             )
         for name in self.selection.buffers:
             value = model.get_buffer(name)
-            self.statistics.register_buffer(_key(name), torch.stack([value] * members))
+            path, _, own = name.rpartition(".")
+            kept = own not in model.get_submodule(path)._non_persistent_buffers_set
+            stacked = torch.stack([value] * members)
+            self.statistics.register_buffer(_key(name), stacked, persistent=kept)
         # Where things are, worked out once; what is there is looked up, as `to` may change it.
         self._places = places(model, [*self.selection.parameters, *self.selection.buffers])
         self._keys = {name: _key(name) for name in self.selection.parameters}
@@ -170,11 +184,16 @@ class LatePhase(nn.Module):
         member : int or Tensor
             0 .. K-1. As a tensor it is data to `torch.compile`: one graph serves all members.
         """
-        if isinstance(member, int):
-            if not 0 <= member < self.members:
-                raise NQMError(f"member must lie in 0 .. {self.members - 1}; got {member}")
-            member = self.index[member]
+        if not isinstance(member, Tensor):
+            member = self.index[self._check_member(member)]
         return self._run(member.reshape(1), args, kwargs)
+
+    def _check_member(self, member: Any) -> int:
+        if isinstance(member, bool) or not isinstance(member, Integral):
+            raise NQMError(f"member must be an integer; got {member!r}")
+        if not 0 <= int(member) < self.members:
+            raise NQMError(f"member must lie in 0 .. {self.members - 1}; got {member}")
+        return int(member)
 
     def fused(self, inputs: Sequence[Any]) -> list[Any]:
         """Outputs of all members on their own inputs, by one forward pass over all rows.
@@ -235,6 +254,36 @@ class LatePhase(nn.Module):
         """Compile the members' forward pass; arguments are those of `torch.compile`."""
         self._run = torch.compile(self._member_forward, *args, **kwargs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatePhase:
+        """Move or convert; members' weights stay at least in float32 (`late.bfloat16()`)."""
+
+        def wide(value: Tensor) -> Tensor:
+            moved = fn(value)
+            if moved.dtype == torch.promote_types(moved.dtype, torch.float32):
+                return moved
+            return value.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        self.model._apply(fn)  # type: ignore[no-untyped-call]
+        self.statistics._apply(fn)  # type: ignore[no-untyped-call]
+        self.stacked._apply(wide)  # type: ignore[no-untyped-call]
+        return cast(LatePhase, super()._apply(fn, recurse=False))  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._carried:
+            destination[f"{prefix}carried"] = list(self._carried)
+        if self.idle_steps != "none":
+            destination[f"{prefix}had_turn"] = torch.tensor(self._had_turn)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._carried = list(state_dict.pop(f"{prefix}carried", []))
+        turns = state_dict.pop(f"{prefix}had_turn", None)
+        if turns is not None:
+            self._had_turn = turns.tolist()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LatePhase:
         memo[id(self)] = twin = type(self).__new__(type(self))
         with results_by_value():
@@ -279,7 +328,11 @@ class LatePhase(nn.Module):
     def _cast(self, name: str, value: Tensor) -> Tensor:
         # Members differ by little: they are kept in float32 whatever the model runs in.
         holder, own = self._places[name][0]
-        return value.to(cast(Tensor, holder._parameters[own]).dtype)
+        value = value.to(cast(Tensor, holder._parameters[own]).dtype)
+        if getattr(holder, "sparse", False):
+            # A row of a stack takes no sparse gradient.
+            value = cast(Tensor, _DenseGradient.apply(value))  # type: ignore[no-untyped-call]
+        return value
 
     # --- training --------------------------------------------------------------------------------
 
@@ -293,10 +346,17 @@ class LatePhase(nn.Module):
         Parameters
         ----------
         base_optimizer : Optimizer
-            Made on the model's parameters; weights it does not hold get its defaults.
+            Made on the model's parameters; weights it does not hold get its defaults. Of a wrapper
+            around an optimizer, as accelerate has one, what is inside.
         **changes
             Settings that differ, e.g. ``weight_decay=5e-3``.
         """
+        if isinstance(base_optimizer, list | tuple):
+            raise NQMError(
+                "optimizer_like takes one optimizer; make several on late.member_parameters()"
+            )
+        (base_optimizer,) = optimizers.listed(base_optimizer, "base_optimizer")
+        base_optimizer = optimizers.unwrapped(base_optimizer)
         groups: list[dict[str, Any]] = []
         left = dict(self._weights())
         for group in base_optimizer.param_groups:
@@ -312,7 +372,14 @@ class LatePhase(nn.Module):
         for group in groups:
             group.update(changes)
         make = cast(Callable[..., Optimizer], type(base_optimizer))
-        return make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
+        try:
+            return make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise NQMError(
+                f"optimizer_like cannot make another {type(base_optimizer).__name__} "
+                f"({reason:.100}); make it on late.member_parameters()"
+            ) from None
 
     def cycles(self, loader: Iterable[Batch], leftover: str = "carry") -> Iterator[list[Batch]]:
         """Minibatches of a loader, K at a time.
@@ -324,14 +391,23 @@ class LatePhase(nn.Module):
             What becomes of the last len(loader) mod K batches: they begin the next call's first
             cycle; they come as a short list, on which `step` moves the members alone, as the
             official code does (39 cycles and 1 batch in an epoch of CIFAR); or they are not used.
+            Where there are fewer than K in all, they are carried, with a warning.
         """
         check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
+        complete = False
         for batch in loader:
             waiting.append(batch)
             if len(waiting) == self.members:
                 yield waiting
-                waiting = []
+                waiting, complete = [], True
+        if waiting and not complete and leftover != "carry":
+            warnings.warn(
+                f"leftover={leftover!r}: {len(waiting)} minibatches make no cycle of "
+                f"{self.members} members, and the base would never move; they are carried over",
+                stacklevel=2,
+            )
+            leftover = "carry"
         if waiting and leftover == "members":
             yield waiting
         elif leftover == "carry":
@@ -341,7 +417,7 @@ class LatePhase(nn.Module):
         self,
         batches: Sequence[Batch],
         loss_fn: Loss,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         member_optimizer: Optimizer,
         *,
         fused: bool = False,
@@ -358,8 +434,10 @@ class LatePhase(nn.Module):
             not.
         loss_fn : callable
             ``loss_fn(output, targets)``, a mean over the minibatch.
-        base_optimizer, member_optimizer : Optimizer
-            On the model's parameters, and on `member_parameters`.
+        base_optimizer : Optimizer, or several
+            On the model's parameters.
+        member_optimizer : Optimizer
+            On `member_parameters`; one that works on every number by itself.
         fused : bool
             All minibatches in one forward pass.
         micro_batches : int
@@ -377,7 +455,8 @@ class LatePhase(nn.Module):
         Tensor, shape (len(batches),)
             Losses, detached.
         """
-        self._check_optimizers(base_optimizer, member_optimizer)
+        bases = optimizers.listed(base_optimizer, "base_optimizer")
+        self._check_optimizers(bases, member_optimizer)
         if self.idle_steps == "none":
             losses = self.accumulate(
                 batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast,
@@ -392,7 +471,8 @@ class LatePhase(nn.Module):
             settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
             losses = self._step_with_idle(batches, member_optimizer, settings)
         if len(batches) == self.members:
-            base_optimizer.step()
+            for one in bases:
+                one.step()
         return losses
 
     def accumulate(
@@ -425,8 +505,24 @@ class LatePhase(nn.Module):
             losses = torch.stack(
                 [self._backward(k, batch, settings) for k, batch in enumerate(batches)]
             )
+        self._average_over_ranks(self.parameters())
         self._scale_base()
         return losses
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Asked for by `DistributedDataParallel` around this module, whose forward is not used."""
+        self._ranks_average = True
+        return []
+
+    def _average_over_ranks(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Where torch's data parallelism was asked for: what its own backward pass does."""
+        if not self._ranks_average:
+            return
+        average_gradients(parameters)
+        with torch.no_grad():
+            for value in self.buffers():
+                distributed.broadcast(value, 0)
 
     def _backward_fused(self, batches: Sequence[Batch], settings: _Settings) -> Tensor | None:
         """Losses of all members by one pass; None where there is no plan for it."""
@@ -481,13 +577,18 @@ class LatePhase(nn.Module):
         losses = []
         for k, batch in enumerate(batches):
             losses.append(self._backward(k, batch, settings))
+            self._average_over_ranks(self.member_parameters())
+            self._had_turn[k] = True
             everyone = self.idle_steps == "every" or k == 0
-            self._step_rows(optimizer, range(self.members) if everyone else range(k, k + 1))
+            # Before its first own turn a member has no gradient, and torch leaves it alone.
+            ready = [j for j in range(self.members) if self._had_turn[j]]
+            self._step_rows(optimizer, ready if everyone else [k])
             self.stacked.zero_grad(set_to_none=True)
+        self._average_over_ranks(self.model.parameters())
         self._scale_base()
         return torch.stack(losses)
 
-    def _step_rows(self, optimizer: Optimizer, rows: range) -> None:
+    def _step_rows(self, optimizer: Optimizer, rows: Sequence[int]) -> None:
         """Step some members: the others' weights and optimizer states are put back."""
         parts = [list(rows)]
         if any(_OWN in optimizer.state.get(p, {}) for p in self.member_parameters()):
@@ -498,7 +599,7 @@ class LatePhase(nn.Module):
         for part in parts:
             self._step_part(optimizer, part)
 
-    def _alike(self, optimizer: Optimizer, rows: range) -> list[list[int]]:
+    def _alike(self, optimizer: Optimizer, rows: Sequence[int]) -> list[list[int]]:
         """Members in groups that have taken equally many steps."""
         parts: dict[tuple[float, ...], list[int]] = {}
         for k in rows:
@@ -546,15 +647,26 @@ class LatePhase(nn.Module):
                     f"fused: {name} is used outside the layer that holds it; set fused to False"
                 )
 
-    def _check_optimizers(self, base: Optimizer, member: Optimizer) -> None:
+    def _check_optimizers(self, bases: Sequence[Optimizer], member: Optimizer) -> None:
         own = {id(p) for p in self.member_parameters()}
-        held = {id(p) for group in member.param_groups for p in group["params"]}
+        optimizers.listed([member], "member_optimizer")
+        held = {id(p) for p in optimizers.parameters([member])}
         if not held or not held <= own:
             raise NQMError(
                 "member_optimizer must be made on late.member_parameters(); see optimizer_like"
             )
-        if own & {id(p) for group in base.param_groups for p in group["params"]}:
+        optimizers.check_apart(member, self.members)
+        base = {id(p) for p in optimizers.parameters(bases)}
+        if own & base:
             raise NQMError("base_optimizer must be made on the model's parameters, not on late's")
+        chosen = set(self.selection.parameters)
+        shared = [p for n, p in self.model.named_parameters() if n not in chosen]
+        shared = [p for p in shared if p.requires_grad]
+        if shared and not any(id(p) in base for p in shared):
+            raise NQMError(
+                "base_optimizer holds no shared weight of late.model, which would never move; make "
+                "it on the parameters of the very model that LatePhase was given"
+            )
 
     # --- one model -------------------------------------------------------------------------------
 
@@ -588,8 +700,7 @@ class LatePhase(nn.Module):
     @torch.no_grad()
     def member(self, k: int) -> nn.Module:
         """Member k as a plain module, like `averaged`."""
-        if not 0 <= k < self.members:
-            raise NQMError(f"member must lie in 0 .. {self.members - 1}; got {k}")
+        k = self._check_member(k)
         state = {n: value[k] for n, value in (self._weights() | self._statistics()).items()}
         return merging.with_weights(self.model, state).train(self.training)
 
@@ -645,6 +756,18 @@ def _common(state: dict[str, Any], parameter: nn.Parameter) -> list[tuple[str, T
         for name, value in state.items()
         if isinstance(value, Tensor) and value.numel() == 1 and value.shape != parameter.shape
     ]
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The same numbers; a sparse gradient is made dense on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to_dense() if grad.is_sparse else grad
 
 
 def _key(name: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from neural.ready import check_ready
 from nqm.errors import NQMError, check_integer
 
 
@@ -122,6 +123,7 @@ def add_lora(
 
 
 def _add(model: nn.Module, where: str, make: _Made) -> list[str]:
+    check_ready(model, "add_lora" if isinstance(make, partial) else "add_rank1")
     found = [
         (path, module, name)
         for path, module in model.named_modules()

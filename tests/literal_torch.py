@@ -20,7 +20,8 @@ class LiteralLatePhase:
     """K members on top of `model`, whose own optimizer is the base optimizer.
 
     ``make(copy, names)`` returns the optimizer of one member, on the parameters called `names`.
-    `idle` says on which turns idle members take a step with a gradient of zero.
+    `idle` says on which turns idle members take a step with a gradient of zero; a member does so
+    only after its first own turn.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class LiteralLatePhase:
         self.model, self.gamma, self.idle = model, gamma, idle
         self.own, self.own_buffers = set(parameters), set(buffers)
         self.copies = [copy.deepcopy(model) for _ in range(members)]
+        self.had_turn: set[int] = set()
         self.optimizers = [make(one, self.own) for one in self.copies]
 
     def step(
@@ -58,6 +60,7 @@ class LiteralLatePhase:
             for name, parameter in self._shared(member).items():
                 total[name] += parameter.grad
             self.optimizers[k].step()
+            self.had_turn.add(k)
             self._hand_over(member, self.model, weights=False)
             if self.idle == "every" or (self.idle == "first" and k == 0):
                 self._step_idle(k)
@@ -69,7 +72,8 @@ class LiteralLatePhase:
 
     def _step_idle(self, active: int) -> None:
         for k, (member, optimizer) in enumerate(zip(self.copies, self.optimizers, strict=True)):
-            if k != active:
+            # Before its first turn a member's gradients are None, and torch skips it.
+            if k != active and k in self.had_turn:
                 for name, parameter in member.named_parameters():
                     parameter.grad = torch.zeros_like(parameter) if name in self.own else None
                 optimizer.step()

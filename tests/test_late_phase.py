@@ -301,18 +301,40 @@ def test_idle_members_step_on_zero_gradients_as_under_torch_1(kind, idle, select
 
 
 def test_idle_steps_matter():
-    """On one cycle without gradient only decay moves members, by (1 - lr wd) per step taken."""
+    """Without gradient only decay moves members, by (1 - lr wd) per step taken.
+
+    In the first cycle idle members step only after their own turn; in the second all do.
+    """
     lr, decay = 0.1, 0.2
-    taken = {"none": [1, 1, 1], "first": [1, 2, 2], "every": [3, 3, 3]}
-    for idle, steps in taken.items():
+    taken = {
+        "none": ([1, 1, 1], [2, 2, 2]),
+        "first": ([1, 1, 1], [2, 3, 3]),
+        "every": ([3, 2, 1], [6, 5, 4]),
+    }
+    for idle, cycles in taken.items():
         model = nn.Linear(2, 2)
         start = model.weight.detach().clone()
         late = LatePhase(model, 3, "head", idle_steps=idle)
         base = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=decay)
         own = late.optimizer_like(base)
-        late.step([(torch.zeros(1, 2), torch.zeros(1))] * 3, lambda y, t: 0 * y.sum(), base, own)
-        for k, count in enumerate(steps):
-            agree(late._weights()["weight"][k].detach(), start * (1 - lr * decay) ** count, 1e-12)
+        batches = [(torch.zeros(1, 2), torch.zeros(1))] * 3
+        for steps in cycles:
+            late.step(batches, lambda y, t: 0 * y.sum(), base, own)
+            for k, count in enumerate(steps):
+                expected = start * (1 - lr * decay) ** count
+                agree(late._weights()["weight"][k].detach(), expected, IDENTITY)
+
+
+def test_members_that_had_their_turn_survive_a_checkpoint():
+    pair = Pair("sgd", idle="every")
+    pair.step(images(2))  # member 2 has had none
+    states = copy.deepcopy([pair.late.state_dict(), pair.own.state_dict()])
+    pair.late._had_turn = [False] * MEMBERS
+    for one, state in zip((pair.late, pair.own), states, strict=True):
+        one.load_state_dict(state)
+    for count in (1, 3, 2):
+        pair.step(images(count))
+        pair.check()
 
 
 # ------------------------------------------------------------------ how a minibatch is run
