@@ -6,12 +6,9 @@ does once, on a few examples, all that a run does until its last table is writte
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -24,6 +21,7 @@ from neural.select import select
 from neural.session import Session
 from neural.task import DTYPES, Place, Stream, Task
 from nqm.errors import NQMError
+from nqm.limits import available_memory
 
 #: Rows of a rehearsed minibatch, at most.
 ROWS = 4
@@ -104,18 +102,7 @@ def memory(device: torch.device) -> int:
     """Bytes of memory a process may use on a device: the machine's, or less where it is limited."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    if sys.platform != "win32":
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        limits += [] if soft == resource.RLIM_INFINITY else [soft]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        try:
-            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
-        except (OSError, ValueError):
-            continue
-    return min(limits)
+    return available_memory()
 
 
 def rehearse(run: RunConfig, place: Place, task: Task, ood: Mapping[str, Images]) -> None:

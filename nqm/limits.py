@@ -1,18 +1,24 @@
-"""How much memory one thing may ask for, checked before it is made."""
+"""Sizes that are refused before any work: what would not fit into memory, or would not end.
+
+Every refusal names the field, its value, what it would need and the limit.
+"""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
-from nqm.errors import NQMError
+from nqm.errors import NQMError, shown
+
+#: Steps that one call may walk one by one; a billion take minutes in one direction.
+WALKED = 10**9
+#: Members, workers and snapshots that an algorithm may state; it lists each by its name.
+MEMBERS = 10**5
 
 
-@cache
-def memory_limit() -> int:
-    """Bytes that one thing may take: half of what this process may have at most."""
+def available_memory() -> int:
+    """Bytes of memory this process may have: the machine's, or less where it is limited."""
     limits = []
     with suppress(OSError, ValueError, AttributeError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -24,7 +30,24 @@ def memory_limit() -> int:
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
         with suppress(OSError, ValueError):
             limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
-    return min(limits, default=8 * 2**30) // 2
+    return min(limits, default=8 * 2**30)
+
+
+def memory_limit() -> int:
+    """Bytes that one thing may take: half of what this process may have.
+
+    The environment variable ``NQM_MEMORY`` sets another limit, in GiB.
+    """
+    text = os.environ.get("NQM_MEMORY", "")
+    if not text:
+        return available_memory() // 2
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit > 0.0:
+        raise NQMError(f"NQM_MEMORY must be a number of GiB > 0; got {text!r}")
+    return int(min(limit, 2.0**40) * 2**30)
 
 
 def check_size(field: str, count: float, bytes_each: float = 8, fix: str = "") -> None:
@@ -44,10 +67,33 @@ def check_size(field: str, count: float, bytes_each: float = 8, fix: str = "") -
     limit = memory_limit()
     needed = min(count, 2**900) * bytes_each  # no float of any size overflows
     if needed > limit:
-        advice = f"; {fix}" if fix else ""
+        advice = f"{fix}, or set NQM_MEMORY (GiB)" if fix else "set NQM_MEMORY (GiB) for more"
         raise NQMError(
-            f"{field} needs {readable(needed)} of memory, more than {readable(limit)}, "
-            f"half of what this machine has{advice}"
+            f"{field} needs {readable(needed)} of memory; the limit is {readable(limit)}: {advice}"
+        )
+
+
+def check_memory(where: str, value: object, numbers: float) -> None:
+    """Raise NQMError if so many float64 numbers, which a field asks for, do not fit.
+
+    Parameters
+    ----------
+    where : str
+        The field to lower.
+    value : object
+        What it holds.
+    numbers : float
+        Numbers of 8 bytes held at once.
+    """
+    check_size(f"{where} = {shown(value)}", numbers, 8, f"lower {where}")
+
+
+def check_walk(where: str, steps: float, why: str) -> None:
+    """Raise NQMError if so many steps would have to be walked one by one."""
+    if steps > WALKED:
+        raise NQMError(
+            f"{where} = {shown(steps)} steps would be walked one by one, as {why}; "
+            f"the limit is {WALKED:.0e}: lower {where}"
         )
 
 

@@ -93,6 +93,13 @@ class Phase:
         segments = [s for schedule in self._schedules() for s in schedule.segments(self.steps)]
         return len(segments) <= len(self._schedules()) and all(s[2] == 1 for s in segments)
 
+    def still(self, start: int, stop: int) -> bool:
+        """Whether rates and batch size are the same at all steps [start, stop)."""
+        return all(
+            any(a <= start and stop <= b and p == 1 for a, b, p in schedule.segments(self.steps))
+            for schedule in self._schedules()
+        )
+
     def examples(self, steps: int) -> float:
         """Examples drawn in the first `steps` steps."""
         total = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,9 @@ from nqm.least_squares import LeastSquares, any_problem
 from nqm.problem import FloatArray, Problem, numbers_above_zero
 from nqm.program import Phase, Program, as_program, one_phase
 from nqm.result import Status
-from nqm.solvers.moments import PhaseWalk, compose_steps, solve
+from nqm.solvers.moments import PhaseWalk, compose_runs, solve
 from nqm.solvers.steady import check_settles, steady
-from nqm.transition import cycle_times, extract, spectral_radius
+from nqm.transition import cycle_times, extract, runs, spectral_radius
 
 if TYPE_CHECKING:
     from nqm.solvers.least_squares import CoupledPhaseWalk
@@ -101,8 +101,14 @@ def _edge(algorithm: Algorithm, highest: float, member_lr_ratio: float) -> float
             lr = u / highest
             rates = (lr, member_lr_ratio * lr) if chain.rate_count == 2 else lr
             times = cycle_times(chain)
-            matrix = np.array([extract(chain, h, rates, t).matrix for t in times])
-            whole, _ = compose_steps(matrix, np.zeros_like(matrix), range(len(times)))
+
+            def step(
+                t: int, chain: Algorithm = chain, rates: Any = rates
+            ) -> tuple[FloatArray, FloatArray]:
+                matrix = extract(chain, h, rates, t).matrix
+                return matrix, np.zeros_like(matrix)
+
+            whole, _ = compose_runs(step, runs(chain, times.start, times.stop))
             worst = np.maximum(worst, spectral_radius(whole))
         return worst
 

@@ -8,6 +8,7 @@ Q = C C' Var e + D D'.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def _tally(algorithm: Algorithm) -> _Tally:
     return tally
 
 
+@functools.lru_cache(maxsize=256)
 def minibatches(algorithm: Algorithm) -> float:
     """Minibatches one step of the literal algorithm draws; examples = this times batch size.
 
@@ -186,8 +188,42 @@ LATE = 720_720 * 10**6
 
 
 def clock(algorithm: Algorithm, t: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What `update` can tell of the times t: themselves, or what is left modulo the period."""
-    return t if algorithm.ages else t % algorithm.period
+    """Equal numbers for times t that `update` cannot tell apart; each is such a time itself.
+
+    The time of a method that ages; else what is left modulo the period, or, where only the last of
+    some steps differs from the others, one time for all these others.
+    """
+    if algorithm.ages:
+        return t
+    beats = {every for every in algorithm.beats or () if every > 1}
+    if algorithm.beats is None or len(beats) > 1:
+        return t % algorithm.period
+    every = beats.pop() if beats else 1
+    return np.where((t + 1) % every == 0, every - 1, 0)
+
+
+def runs(algorithm: Algorithm, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Steps [first, last) as (t, count): `count` steps in a row that are all like step t."""
+    beats = {every for every in algorithm.beats or () if every > 1}
+    if algorithm.beats is None or algorithm.ages:
+        yield from ((t, 1) for t in range(first, last))
+        return
+    while first < last:
+        # The next step that is the last of some beat's, and before it steps that are of none's.
+        ending = min(((first // every + 1) * every - 1 for every in beats), default=last)
+        if first < min(ending, last):
+            yield first, min(ending, last) - first
+        if ending < last:
+            yield ending, 1
+        first = ending + 1
+
+
+def run_count(algorithm: Algorithm, steps: int) -> float:
+    """About how many stretches `runs` cuts so many steps into."""
+    if algorithm.beats is None or algorithm.ages:
+        return float(steps)
+    beats = {every for every in algorithm.beats if every > 1}
+    return min(float(steps), 1.0 + sum(2.0 * steps / every for every in beats))
 
 
 def simultaneous(algorithm: Algorithm, clocks: FloatArray) -> Iterator[tuple[Any, Any]]:

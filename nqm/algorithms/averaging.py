@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nqm.algorithms.base import State, Value, check_fraction, ends
+from nqm.algorithms.base import State, Value, check_fraction, check_members, ends
 from nqm.algorithms.wrapper import Wrapper
 from nqm.errors import check_integer, check_number
 
@@ -44,6 +44,10 @@ class _Snapshots(Wrapper):
     @property
     def period(self) -> int:
         return math.lcm(self.inner.period, self.every)
+
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        return None if self.inner.beats is None else (*self.inner.beats, self.every)
 
     @property
     def counts_steps(self) -> bool:
@@ -89,7 +93,7 @@ class LAWA(_Snapshots):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("LAWA.window", self.window, 1)
+        check_members("LAWA.window", self.window)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from nqm.errors import NQMError, check_number
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.limits import MEMBERS
 
 if TYPE_CHECKING:
     from nqm.problem import FloatArray, Problem
@@ -70,6 +71,14 @@ class Algorithm(ABC):
     def period(self) -> int:
         """Steps after which `update` repeats itself; 1 when it does not look at t."""
         return 1
+
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        """Numbers n such that `update` asks of t only whether step t is the last of n steps.
+
+        None where it may ask for more of the remainder modulo `period`.
+        """
+        return () if self.period == 1 else None
 
     @property
     def counts_steps(self) -> bool:
@@ -215,6 +224,13 @@ def check_algorithm(where: str, value: object, kind: Any = Algorithm) -> None:
     """Raise NQMError unless value is an algorithm of the given kind."""
     if not isinstance(value, kind):
         raise NQMError(f"{where} must be an {kind.__name__}; got {type(value).__name__}")
+
+
+def check_members(where: str, value: int) -> None:
+    """Raise NQMError unless value is a count of members, each a coordinate with a name, from 1."""
+    check_integer(where, value, 1)
+    if value > MEMBERS:
+        raise NQMError(f"{where} must be at most {MEMBERS}, as each has a name; got {value}")
 
 
 def ends(t: int, every: int) -> bool:

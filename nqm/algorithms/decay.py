@@ -70,6 +70,10 @@ class WeightDecay(Algorithm):
         return self.inner.period
 
     @property
+    def beats(self) -> tuple[int, ...] | None:
+        return self.inner.beats
+
+    @property
     def member_count(self) -> int:
         return self.inner.member_count
 
@@ -139,6 +143,10 @@ class _DecayedDeviation(Algorithm):
     @property
     def period(self) -> int:
         return self.inner.period
+
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        return self.inner.beats
 
     @property
     def coordinates(self) -> tuple[str, ...]:

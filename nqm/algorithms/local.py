@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from nqm.algorithms.base import (
     Value,
     average,
     check_algorithm,
+    check_members,
     ends,
 )
 from nqm.algorithms.optimizers import SGD
@@ -60,7 +62,7 @@ class LocalSGD(Algorithm):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_integer(f"{name}.workers", self.workers, 1)
+        check_members(f"{name}.workers", self.workers)
         check_integer(f"{name}.local_steps", self.local_steps, 1)
         check_algorithm(f"{name}.inner", self.inner, Optimizer)
         check_algorithm(f"{name}.outer", self.outer, Optimizer)
@@ -73,6 +75,10 @@ class LocalSGD(Algorithm):
     @property
     def period(self) -> int:
         return math.lcm(self.inner.period, self.local_steps)
+
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        return None if self.inner.beats is None else (*self.inner.beats, self.local_steps)
 
     @property
     def server(self) -> tuple[str, ...]:
@@ -103,7 +109,7 @@ class LocalSGD(Algorithm):
             step, buffers = self.outer.direction(server[1:], delta)
             server = (server[0] - self.outer_lr * step, *buffers)
             workers = tuple((server[0], *worker[1:]) for worker in workers)
-        return sum(workers, start=server)
+        return (*server, *chain.from_iterable(workers))
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         return tuple(worker[0] for worker in self.split(state)[1])
@@ -139,6 +145,10 @@ class _MeanWorker(Algorithm):
     def period(self) -> int:
         return self.local.period
 
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        return self.local.beats
+
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         first = len(self.local.server)
         worker = self.local.inner.update(state[first:], gradient, lr, t)
@@ -165,6 +175,10 @@ class _WorkerDeviation(Algorithm):
     @property
     def period(self) -> int:
         return self.local.period
+
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        return self.local.beats
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         d, *buffers = self.local.inner.update(state, gradient, lr, t)

@@ -46,6 +46,10 @@ class Lookahead(Algorithm):
     def period(self) -> int:
         return math.lcm(self.inner.period, self.k)
 
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        return None if self.inner.beats is None else (*self.inner.beats, self.k)
+
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         x, *buffers = self.inner.update(state[:-1], gradient, lr, t)
         slow = state[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from nqm.algorithms.base import (
     average,
     check_algorithm,
     check_fraction,
+    check_members,
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
@@ -54,7 +56,7 @@ class Ensemble(Algorithm):
     starts: str = "common"
 
     def __post_init__(self) -> None:
-        check_integer("Ensemble.members", self.members, 1)
+        check_members("Ensemble.members", self.members)
         check_algorithm("Ensemble.inner", self.inner, Optimizer)
         if self.starts not in ("common", "own"):
             raise NQMError(f"Ensemble.starts must be 'common' or 'own'; got {self.starts!r}")
@@ -74,7 +76,7 @@ class Ensemble(Algorithm):
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         runs = (self.inner.update(run, gradient, lr, t) for run in self._split(state))
-        return sum(runs, start=())
+        return tuple(chain.from_iterable(runs))
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         return tuple(self.inner.weights(run, t) for run in self._split(state))
@@ -83,7 +85,8 @@ class Ensemble(Algorithm):
         return average(self.member_weights(state, t))
 
     def embed(self, draw: Draw, normal: Draw) -> State:
-        return sum((self.inner.embed(x, normal) for x in self._starts(draw)), start=())
+        starts = (self.inner.embed(x, normal) for x in self._starts(draw))
+        return tuple(chain.from_iterable(starts))
 
     def _starts(self, draw: Draw) -> list[Draw]:
         if self.starts == "own":
@@ -166,7 +169,7 @@ class LatePhase(Algorithm):
     directions: float | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_integer("LatePhase.members", self.members, 1)
+        check_members("LatePhase.members", self.members)
         if self.gamma is not None:
             check_number("LatePhase.gamma", self.gamma, low=0.0)
         check_number("LatePhase.spread", self.spread, low=0.0)
@@ -249,11 +252,11 @@ class LatePhase(Algorithm):
         g = tuple(self._gradient(gradient, base[0] + phi[0]) for phi in members)
         summed = self.base_scale * sum(g[1:], start=g[0])
         step, buffers = self.inner.direction(base[1:], summed)
-        new: State = (base[0] - base_lr * step, *buffers)
+        new = [base[0] - base_lr * step, *buffers]
         for phi, g_k in zip(members, g, strict=True):
             step, buffers = self.inner.direction(phi[1:], g_k)
             new += (phi[0] - member_lr * step, *buffers)
-        return new
+        return tuple(new)
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         base, members = self._split(state)
@@ -266,10 +269,10 @@ class LatePhase(Algorithm):
     def embed(self, draw: Draw, normal: Draw) -> State:
         none = self.inner.no_buffers()
         scale = math.sqrt(self.spread)
-        state: State = (draw(), *none)
+        state = [draw(), *none]
         for _ in range(self.members):
             state += (scale * normal() if self.spread else 0.0, *none)
-        return state
+        return tuple(state)
 
     def modes(self) -> tuple[Mode, ...]:
         k, q = self.members, self.shared

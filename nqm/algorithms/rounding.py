@@ -44,6 +44,10 @@ class Rounded(Algorithm):
     def period(self) -> int:
         return self.inner.period
 
+    @property
+    def beats(self) -> tuple[int, ...] | None:
+        return self.inner.beats
+
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         x, *buffers = self.inner.update(state, gradient, lr, t)
         return (x + self.pitch / math.sqrt(6.0) * gradient.normal(), *buffers)

@@ -6,6 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from nqm.algorithms.base import (
     Algorithm,
@@ -68,6 +69,10 @@ class Wrapper(Algorithm):
         return self.inner.period
 
     @property
+    def beats(self) -> tuple[int, ...] | None:
+        return self.inner.beats
+
+    @property
     def rate_count(self) -> int:
         return self.inner.rate_count
 
@@ -97,7 +102,8 @@ class Wrapper(Algorithm):
         inner, kept = self._split(state)
         inner = self.inner.update(inner, gradient, lr, t)
         chains = self._chains(inner, t + 1)
-        return sum((self.keep(a, x, t) for a, x in zip(kept, chains, strict=True)), start=inner)
+        new = (self.keep(a, x, t) for a, x in zip(kept, chains, strict=True))
+        return (*inner, *chain.from_iterable(new))
 
     def _reads(self, state: State, t: int) -> tuple[Value, ...]:
         inner, kept = self._split(state)
@@ -121,7 +127,8 @@ class Wrapper(Algorithm):
     ) -> State:
         # What is kept begins from each running member, not from their mean.
         inner = self.inner.resume(known, draw, normal)
-        fresh = sum((self.begin(x) for x in self._chains(inner, 0)), start=inner)
+        begun = (self.begin(x) for x in self._chains(inner, 0))
+        fresh = (*inner, *chain.from_iterable(begun))
         return tuple(known.get(n, x) for n, x in zip(self.coordinates, fresh, strict=True))
 
     def modes(self) -> tuple[Mode, ...]:

@@ -29,6 +29,8 @@ from nqm.transition import (
     origins,
     readout,
     resumption,
+    run_count,
+    runs,
     simultaneous,
     spectral_radius,
 )
@@ -243,6 +245,24 @@ class _Walker:
         )
         return matrix, noise, kind
 
+    def stretch(self, start: int, stop: int) -> None:
+        """Steps [start, stop); where the rates are constant, steps that are alike at once."""
+        phase, algorithm = self.law.phase, self.law.algorithm
+        if run_count(algorithm, stop - start) > (stop - start) / 8 or not phase.still(start, stop):
+            self.walk(start, stop)
+            return
+        settings = phase.settings(start, start + 1)
+        for t, count in runs(algorithm, self.age + start, self.age + stop):
+            for state in self.states:
+                matrix, noise = self.law.step(self.problem, state.mode, settings, t)
+                self.leap(state, matrix[0], noise[0], count)
+
+    def leap(self, state: Moments, matrix: FloatArray, noise: FloatArray, count: int) -> None:
+        """So many equal steps of one mode."""
+        many, added = np.empty_like(matrix), np.empty_like(noise)
+        _kernels.power(matrix, noise, count, many, added)
+        self.apply(state, many[None], added[None], np.zeros(1, dtype=np.int64))
+
     def jump(self, start: int, stop: int, origin: int, period: int) -> None:
         """Steps [start, stop) inside a stretch that repeats every `period` steps from `origin`."""
         if self.cycle_start != origin:
@@ -251,21 +271,34 @@ class _Walker:
         boundary = start + (-(start - origin)) % period
         whole = max(0, stop - boundary) // period
         if not whole:
-            self.walk(start, stop)
+            self.stretch(start, stop)
             return
-        self.walk(start, boundary)
+        self.stretch(start, boundary)
         for state, (matrix, noise) in zip(self.states, self.cycles, strict=True):
-            many, added = np.empty_like(matrix), np.empty_like(noise)
-            _kernels.power(matrix, noise, whole, many, added)
-            self.apply(state, many[None], added[None], np.zeros(1, dtype=np.int64))
-        self.walk(boundary + whole * period, stop)
+            self.leap(state, matrix, noise, whole)
+        self.stretch(boundary + whole * period, stop)
 
     def cycle(self, mode: Mode, origin: int, period: int) -> tuple[FloatArray, FloatArray]:
         """Transition of one whole period."""
-        settings = self.law.phase.settings(origin, origin + period)
-        residue = clock(self.law.algorithm, self.age + np.arange(origin, origin + period))
-        matrix, noise, kind = self.kinds(mode, settings, residue)
-        return compose_steps(matrix, noise, kind)
+        phase, algorithm, stop = self.law.phase, self.law.algorithm, origin + period
+        if phase.still(origin, stop):
+            settings = phase.settings(origin, origin + 1)
+
+            def step(t: int) -> tuple[FloatArray, FloatArray]:
+                matrix, noise = self.law.step(self.problem, mode, settings, t)
+                return matrix[0], noise[0]
+
+            return compose_runs(step, runs(algorithm, self.age + origin, self.age + stop))
+        size = self.problem.directions * len(mode.algorithm.coordinates) ** 2
+        chunk, parts = max(1, CHUNK // size), []
+        for first in range(origin, stop, chunk):
+            settings = phase.settings(first, min(first + chunk, stop))
+            times = self.age + np.arange(first, first + len(settings))
+            parts.append(compose_steps(*self.kinds(mode, settings, clock(algorithm, times))))
+            if len(parts) == 2:
+                (a, q), (a2, q2) = parts
+                parts = [compose_steps(np.stack([a, a2]), np.stack([q, q2]), range(2))]
+        return parts[0]
 
     def limit(self, mode: Mode, settings: FloatArray) -> FloatArray:
         """Transition matrix of an ageing method's late steps, at constant settings (1, :)."""
@@ -303,8 +336,8 @@ def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
     """Readout after each of t steps, (T, n)."""
     if algorithm.counts_steps:
         return np.array([readout(algorithm, int(a)) for a in t])
-    cycle = np.array([readout(algorithm, a) for a in range(algorithm.period)])
-    return np.asarray(cycle[t % algorithm.period])
+    residues, which = np.unique(t % algorithm.period, return_inverse=True)
+    return np.array([readout(algorithm, int(a)) for a in residues])[which]
 
 
 def compose_steps(
@@ -317,6 +350,30 @@ def compose_steps(
         _kernels.compose(a, q, matrix[k], noise[k], a2, q2)
         a, q = a2, q2
     return a, q
+
+
+def compose_runs(
+    step: Callable[[int], tuple[FloatArray, FloatArray]], stretches: Iterable[tuple[int, int]]
+) -> tuple[FloatArray, FloatArray]:
+    """Transition of stretches (t, count) of equal steps in turn, (d, n, n) each; at least one."""
+    known: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
+    whole: tuple[FloatArray, FloatArray] | None = None
+    for t, count in stretches:
+        key = (t, count)
+        if key not in known:
+            known = {**known, key: step(t)} if len(known) < 4 else {key: step(t)}
+            if count > 1:
+                many, added = (np.empty_like(part) for part in known[key])
+                _kernels.power(*known[key], count, many, added)
+                known[key] = many, added
+        if whole is None:
+            whole = known[key]
+        else:
+            new = np.empty_like(whole[0]), np.empty_like(whole[1])
+            _kernels.compose(*whole, *known[key], *new)
+            whole = new
+    assert whole is not None
+    return whole
 
 
 class PhaseWalk:
@@ -335,7 +392,7 @@ class PhaseWalk:
             until = min(stop, target)
             if position < until and start <= position:
                 if period is None:
-                    walker.walk(position, until)
+                    walker.stretch(position, until)
                 else:
                     walker.jump(position, until, start, period)
                 position = until
@@ -487,6 +544,8 @@ def _visit(
                     target = pending[0] - offset if inside else stop
                     if jump and period is not None:
                         walker.jump(position, target, start, period)
+                    elif jump:
+                        walker.stretch(position, target)
                     else:
                         walker.walk(position, target)
                     if progress is not None:

@@ -12,8 +12,8 @@ from nqm.errors import NQMError, check_integer, check_number
 from nqm.least_squares import additive_only
 from nqm.problem import FloatArray, Problem, numbers_above_zero
 from nqm.solvers import _kernels
-from nqm.solvers.moments import CHUNK, at_start, compose_steps
-from nqm.transition import extract, noise_moment, readout
+from nqm.solvers.moments import CHUNK, at_start, compose_runs
+from nqm.transition import extract, noise_moment, readout, runs
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def scan(
     d = problem.directions
     with np.errstate(over="ignore", invalid="ignore"):
         for i, (mode, start) in enumerate(zip(modes, starts, strict=True)):
-            size = max(1, CHUNK // (d * start.mean.shape[1] ** 2 * algorithm.period))
+            size = max(1, CHUNK // (d * start.mean.shape[1] ** 2))
             for first in range(0, rates.size, size):
                 part = slice(first, first + size)
                 two = rates[part, None], member_rates[part, None] * member_scale
@@ -126,12 +126,14 @@ def _power(
             a, q = step_at(t)
             many, added = a @ many, a @ added @ a.swapaxes(1, 2) + q
         return many, added
-    matrix, noise = (np.array(p) for p in zip(*map(step_at, range(algorithm.period)), strict=True))
-    cycles, rest = divmod(steps, algorithm.period)
-    cycle = compose_steps(matrix, noise, range(algorithm.period))
-    many, added = np.empty_like(cycle[0]), np.empty_like(cycle[1])
-    _kernels.power(*cycle, cycles, many, added)
+    period = algorithm.period
+    cycles, rest = divmod(steps, period)
+    parts = []
+    if cycles or not rest:
+        cycle = compose_runs(step_at, runs(algorithm, 0, period))
+        whole = np.empty_like(cycle[0]), np.empty_like(cycle[1])
+        _kernels.power(*cycle, cycles, *whole)
+        parts.append(whole)
     if rest:
-        stacked = np.concatenate([many[None], matrix[:rest]])
-        return compose_steps(stacked, np.concatenate([added[None], noise[:rest]]), range(rest + 1))
-    return many, added
+        parts.append(compose_runs(step_at, runs(algorithm, 0, rest)))
+    return compose_runs(parts.__getitem__, [(i, 1) for i in range(len(parts))])
