@@ -609,8 +609,12 @@ def problems(draw: Any) -> Problem:
 def test_modes_are_the_literal_algorithm_for_any_member(case, problem, steps):
     result = nqm.solve(problem, case.program(steps), [steps])
     exact = dense(case, problem, steps)
-    agree_each(result.loss, [exact.loss], 1e-11)  # heavy momentum amplifies rounding tenfold
-    agree_each(result.member_loss, [exact.member_loss], 1e-11)
+    # Heavy momentum amplifies rounding tenfold, and where the start cancels (momentum 1/2 at
+    # lr h = 1/2 after two steps) the dense form, which holds start and noise in one number, has
+    # the rounding of the start.
+    rounding = 1e-14 * problem.initial_loss
+    np.testing.assert_allclose(result.loss, [exact.loss], 1e-11, rounding)
+    np.testing.assert_allclose(result.member_loss, [exact.member_loss], 1e-11, rounding)
 
 
 @given(cases(), problems(), st.lists(st.integers(0, 90), min_size=1, max_size=4))
