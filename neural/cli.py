@@ -173,11 +173,14 @@ def evaluate(
     from neural.config import EvaluateConfig, describe
     from neural.reopen import measure, reopen
     from nqm import __version__, declare
+    from nqm.errors import NQMError
     from nqm.table import finished, write_table
 
     _alone("nqm neural evaluate")
     place = _place(device, root, threads)
     opened = reopen(run, place)
+    if line and opened.late is None:
+        raise NQMError(f"--line goes from a member to the average, and {run} has no members")
     asked = EvaluateConfig(
         ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
     )

@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from neural import preflight
 from neural.config import RunConfig, describe
+from neural.data import load
+from neural.data.catalog import data_root
 from neural.recipe import load_recipe, make_recipe, merge
-from neural.task import Place
+from neural.task import Place, open_task
 from neural.train import train
 from nqm import declare
 from nqm.errors import NQMError, suggest
@@ -35,12 +38,25 @@ _OWN = ("recipe", "scale", "arm", "seed")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep; `build` has found everything in it sound."""
+    """One run of a sweep."""
 
     run: RunConfig
+    place: Place = field(default_factory=Place)
 
     def check(self) -> None:
-        """Nothing is left to be found wrong before training."""
+        """Raise NQMError if its data, sizes, selections or cycles do not fit (see `preflight`)."""
+        run = replace(self.run, seed=0)
+        asked = declare.key({"run": describe(run), "root": str(data_root(self.place.root))})
+        if asked not in _SOUND:
+            data = _loaded(run.data.name, data_root(self.place.root))
+            preflight.check_run(run, self.place, open_task(run, self.place, data))
+            _SOUND.add(asked)
+
+
+#: Keys of runs that were found sound; cells that differ by their seed are alike.
+_SOUND: set[str] = set()
+#: The cells of a sweep have one data set, as a rule.
+_loaded = lru_cache(maxsize=1)(load)
 
 
 def work(runs: Path, place: Place) -> Work:
@@ -52,10 +68,11 @@ def work(runs: Path, place: Place) -> Work:
         Takes a folder per cell, named by its key: a killed sweep goes on inside a cell.
     place : Place
     """
-    return Work(build, key, partial(_train, runs=runs, place=place), _describe)
+    made = partial(build, place=place)
+    return Work(made, key, partial(_train, runs=runs, place=place), _describe)
 
 
-def build(mapping: Mapping[str, Any], folder: str | Path = ".") -> Cell:
+def build(mapping: Mapping[str, Any], folder: str | Path = ".", place: Place | None = None) -> Cell:
     """The run of one cell.
 
     Parameters
@@ -65,6 +82,8 @@ def build(mapping: Mapping[str, Any], folder: str | Path = ".") -> Cell:
         other entries change the recipe's.
     folder : str or Path
         Where the path of a recipe of one's own starts from.
+    place : Place, optional
+        Where it will be trained.
     """
     declare.require("", mapping, "recipe")
     name = declare.leaf("recipe", mapping["recipe"], str)
@@ -76,7 +95,8 @@ def build(mapping: Mapping[str, Any], folder: str | Path = ".") -> Cell:
     arm = declare.leaf("arm", mapping.get("arm", list(arms)[-1]), str)
     if arm not in arms:
         raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
-    return Cell(replace(arms[arm], seed=declare.leaf("seed", mapping.get("seed", 0), int)))
+    seed = declare.leaf("seed", mapping.get("seed", 0), int)
+    return Cell(replace(arms[arm], seed=seed), place or Place())
 
 
 def key(mapping: Mapping[str, Any], folder: str | Path = ".") -> str:

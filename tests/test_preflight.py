@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_runs import CNN, LATE, recipe, tiny, weights
 
 from neural import preflight
@@ -15,7 +16,9 @@ from neural.models import small_cnn
 from neural.session import Session
 from neural.task import Place
 from neural.train import train
+from nqm.cli import main
 from nqm.errors import NQMError
+from nqm.table import read_table
 
 
 @pytest.fixture
@@ -158,3 +161,48 @@ def test_weights_are_counted_without_being_made(tmp_path: Path) -> None:
     run = tiny(model={"name": "mlp", "hidden": [hidden]}, train={"precision": "float64"})
     with pytest.raises(NQMError, match=rf"7,500,000,010 weights: .* takes {gigabytes:.1f} GiB"):
         train(run, tmp_path / "run", Place())
+
+
+SWEEP = """
+recipe = "digits_bn"
+scale = "smoke"
+arm = "late_phase"
+data.train_examples = 100
+data.batch_size = 32
+train.epochs = 5
+[sweep]
+seed = [0, 1]
+"""
+
+
+@pytest.mark.usefixtures("no_steps")
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        ('"late_phase.members" = [2, 30]', "members must be at most the 12 minibatches"),
+        ('"late_phase.select" = ["head", "groupnorm"]', "'groupnorm' matches nothing"),
+        ('"data.train_examples" = [100, 1000000]', "train_examples must be at most"),
+        ('"model.width" = [4, 1000000]', "GiB at least"),
+    ],
+)
+def test_cells_of_a_sweep_are_checked_before_the_first_trains(
+    axis: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "s.toml").write_text(SWEEP + axis)
+    command = ["neural", "sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s.csv")]
+    answer = CliRunner().invoke(main, command)
+    assert answer.exit_code == 2
+    assert words in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("s.csv.runs/*"))
+
+
+def test_a_sweep_trains_its_cells(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(SWEEP + '"late_phase.members" = [2]')
+    command = ["neural", "sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s.csv")]
+    answer = CliRunner().invoke(main, command)
+    assert answer.exit_code == 0
+    table = read_table(tmp_path / "s.csv")
+    assert set(table["seed"]) == {0, 1}
+    assert (table["status"] == "finished").all()
+    assert len(list(tmp_path.glob("s.csv.runs/*/model.pt"))) == 2
