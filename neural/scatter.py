@@ -15,6 +15,8 @@ from neural.local_model import LocalModel
 from nqm import stability_edge
 
 FloatArray = NDArray[np.float64]
+#: Variances below this part of the largest are rounding, and so is what would be drawn with them.
+ROUNDING = 1e-12
 
 
 def covariance(local: LocalModel, training: Training) -> FloatArray:
@@ -51,7 +53,8 @@ def displacement(
     """A random displacement of the weights with the training's covariance, shape (p,).
 
     Exact covariance along the eigenpairs; beyond them one draw of the noise, with its diagonal
-    exact.
+    exact. The symmetric root of the covariance is taken: eigenvectors are known up to their signs,
+    which differ between processors, and the displacement does not depend on them.
 
     Parameters
     ----------
@@ -61,9 +64,11 @@ def displacement(
     draw : int, optional
         Which of the local model's draws; one at random by default.
     """
+    vectors = local.pairs.vectors
     size, turn = np.linalg.eigh(_symmetric(covariance(local, training)))
-    along = turn @ (np.sqrt(np.maximum(size, 0.0)) * rng.standard_normal(len(size)))
-    moved = local.pairs.vectors @ along
+    root = np.sqrt(np.where(size > ROUNDING * size[-1], size, 0.0))
+    normal = vectors.T @ rng.standard_normal(len(vectors))
+    moved = vectors @ (turn @ (root * (turn.T @ normal)))
     if local.draws and len(local.draws[0].values):
         drawn = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
         lr = training.effective_lr

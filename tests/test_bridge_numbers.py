@@ -1,17 +1,13 @@
 """The numbers of one small bridge, so that a change of the code alone does not change them.
 
 This is a guard of a refactoring: the tables in ``data/`` were written by the code before the bridge
-got its present form, and are no reference values of the theory (those are in the other tests of the
-bridge). A change that means to change numbers writes new tables and says so.
-
-Eigenvectors are known up to their signs, which differ between processors, and with them the random
-displacements that `neural.scatter.displacement` draws along them. The tables and this test draw
-them by a root of the covariance that does not depend on the basis.
+got its present form (but for the root of the covariance by which displacements are drawn), and are
+no reference values of the theory (those are in the other tests of the bridge). A change that means
+to change numbers writes new tables and says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +16,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from neural import drift, smoothing
 from neural.best_rate import best_lrs
-from neural.bridge_config import BridgeConfig, Plan, Training
+from neural.bridge_config import BridgeConfig, Plan
 from neural.bridge_measure import compare, measure
 from neural.curvature import Landscape
-from neural.local_model import LocalModel
 from neural.models import build
-from neural.scatter import covariance
 
 DATA = next(one for one in Path(__file__).parents if one.name == "tests") / "data"
 #: Roundings of other processors' instructions, over some hundred steps and products.
@@ -56,26 +49,8 @@ def digits() -> Landscape:
     return found.at(weights)
 
 
-def drawn(
-    local: LocalModel, training: Training, rng: np.random.Generator, draw: int | None = None
-) -> np.ndarray:
-    """A displacement of the training's covariance S, by the symmetric root of S."""
-    v = local.pairs.vectors
-    size, turn = np.linalg.eigh(v @ covariance(local, training) @ v.T)
-    # Seven directions have none but rounding, 1e-16 of the largest; all others have 1e-8 of it.
-    root = np.sqrt(np.where(size > 1e-12 * size[-1], size, 0.0))
-    return np.asarray((turn * root) @ (turn.T @ rng.standard_normal(len(v))))
-
-
 @pytest.fixture(scope="module")
-def tables() -> Iterator[dict[str, pd.DataFrame]]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (drift, smoothing):
-            patch.setattr(module, "displacement", drawn)
-        yield _tables()
-
-
-def _tables() -> dict[str, pd.DataFrame]:
+def tables() -> dict[str, pd.DataFrame]:
     config = BridgeConfig(
         eigenpairs=0, displacements=4, averaging_displacements=1,
         lr_times_sharpness=(0.125, 0.25, 0.5), batch_sizes=(8, 16), steps=24,
