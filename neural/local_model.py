@@ -109,12 +109,15 @@ class LocalModel:
         """
         h, v, g = self.points()
         held = h > 0
-        correlation = self._correlation(held) if self.complete else None
-        h, v, g = h[held], v[held], g[held]
+        mean, correlation = np.sqrt(g), None
+        if self.complete:
+            mean[: len(self.slope)] = self.slope  # signs matter where directions are correlated
+            correlation = self._correlation(held)
+        h, v, mean = h[held], v[held], mean[held] / h[held]
         return Problem(
             h,
             v,
-            initial_mean=np.sqrt(g) / h,
+            initial_mean=mean,
             initial_variance=0.0,
             noise_correlation=correlation,
         )
