@@ -68,7 +68,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from nqm.errors import NQMError
-        from nqm.interrupts import interruptible
+        from nqm.interrupts import Interrupted, end_at_once, interruptible
 
         try:
             with interruptible():
@@ -93,6 +93,8 @@ class _Commands(click.Group):
                 "ask for smaller numbers; NQM_TRACEBACK=1 shows where it happened"
             ) from None
         except KeyboardInterrupt as error:
+            if isinstance(error, Interrupted):
+                end_at_once()
             click.echo(str(error) or "interrupted", err=True)
             raise click.exceptions.Exit(getattr(error, "code", 130)) from None
 

@@ -26,6 +26,7 @@ from nqm.declare import copied
 from nqm.errors import NQMError, shown
 from nqm.journal import Columns, Journal, Known, Memory, Result
 from nqm.table import read_table, write_frames, writing
+from nqm.workers import Workers
 
 #: Up to this many cells are all built before the first is computed.
 BUILT_FIRST = 2000
@@ -334,7 +335,8 @@ def _by(
             for future in done:
                 yield from future.result()
     finally:
-        for future in pending:
+        # Python 3.11 complains if work that was cancelled here is given up by the pool as well.
+        for future in () if isinstance(executor, Workers) else pending:
             future.cancel()
 
 
@@ -380,7 +382,9 @@ def _grid(where: str, kind: str, numbers: Any) -> list[Any]:
     a, b, last = numbers
     if kind == "range":
         if last == 0 or (b - a) / last < 0:
-            raise NQMError(f"{where}.range must step from its first to its second; got {numbers}")
+            raise NQMError(
+                f"{where}.range must step from its first to its second; got {shown(numbers)}"
+            )
         steps = (b - a) / last + 1e-9  # infinite where it overflows
         _check_count(f"{where}.range", steps + 1)
         values = [a + i * last for i in range(int(steps) + 1)]
@@ -392,10 +396,10 @@ def _grid(where: str, kind: str, numbers: Any) -> list[Any]:
             raise NQMError(f"{where}.geomspace needs ends > 0; got {a!r} and {b!r}")
         with np.errstate(all="ignore"):
             space = np.linspace if kind == "linspace" else np.geomspace
-            values = [_whole(v) for v in space(float(a), float(b), last).tolist()]
+            values = space(float(a), float(b), last).tolist()
     if not all(math.isfinite(value) for value in values):
-        raise NQMError(f"{where}.{kind} leaves the numbers that there are; got {numbers}")
-    return values
+        raise NQMError(f"{where}.{kind} leaves the numbers that there are; got {shown(numbers)}")
+    return values if kind == "range" else [_whole(value) for value in values]
 
 
 def _check_count(where: str, count: float) -> None:
@@ -425,7 +429,8 @@ def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> N
 
 def _whole(value: float) -> float:
     """A whole number for what is one but for rounding, as counts must be."""
-    return round(value) if abs(value - round(value)) <= 1e-12 * abs(value) else value
+    near = round(value) if abs(value) <= declare.LARGEST else value
+    return near if abs(value - near) <= 1e-12 * abs(value) else value
 
 
 def compute(

@@ -11,15 +11,35 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from nqm.errors import NQMError
 
 
+class _Process(SpawnProcess):
+    """A process that is deaf to Ctrl-C from its first moment on: it inherits the mask."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+class Workers(ProcessPoolExecutor):
+    """What `processes` gives: on an error it gives up all its work by itself."""
+
+
 @contextmanager
 def processes(
     count: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
-) -> Iterator[ProcessPoolExecutor]:
+) -> Iterator[Workers]:
     """So many processes that end with this one, deaf to Ctrl-C.
 
     Spawned, as forked children would inherit locks of the parent's threads (numba, BLAS). Ctrl-C is
@@ -40,8 +60,7 @@ def processes(
     others = set(multiprocessing.active_children())
     if start is None:
         start, arguments = share_machine, (count,)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, _start, (start, arguments))
+    pool = Workers(count, _Context(), _start, (start, arguments))
     try:
         yield pool
     except BaseException as error:

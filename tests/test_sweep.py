@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pandas as pd
 import pytest
 
 from nqm.errors import NQMError
-from nqm.sweep import Sweep, read_axes
+from nqm.journal import Journal
+from nqm.sweep import Sweep, Work, read_axes
 from nqm.table import read_metadata, read_table
 
 BASE: dict[str, Any] = {
@@ -272,3 +274,226 @@ def test_a_sweep_file(tmp_path: Path) -> None:
     path.write_text("[problem]\ncurvature = 1.0\n")
     with pytest.raises(NQMError, match=r"no \[sweep\] table"):
         Sweep.from_file(path)
+
+
+# --- one row, one value ----------------------------------------------------------------------
+
+TWICE = BASE | {"phase": [BASE["phase"][0], BASE["phase"][0] | {"lr": 0.2}]}
+OVERLAPS = {
+    ("phase.0.lr", "phase.-2.lr"): "the same entry",
+    ("phase.0.lr", "phase.00.lr"): "the same entry",
+    ("phase.1", "phase.-1"): "the same entry",
+    ("phase.0.lr", "phase.0"): "a part of",
+    ("phase", "phase.-1.lr"): "a part of",
+    ("problem", "problem.noise_variance.0"): "a part of",
+    ("new", "new.entry"): "a part of",
+}
+
+
+@pytest.mark.parametrize("names", OVERLAPS)
+@pytest.mark.parametrize("turn", [1, -1])
+def test_axes_that_overlap_are_refused_with_both_names(names: tuple[str, str], turn: int) -> None:
+    one, other = names[::turn]
+    with pytest.raises(NQMError, match=OVERLAPS[names]) as caught:
+        Sweep(TWICE, {one: [0.1, 0.3], other: [0.1, 0.3]})
+    assert set(re.findall(r"sweep\.([^ ,;]+)", str(caught.value))) == {one, other}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sweep", "no axis"),
+        ("sweep.phase.0.lr", "no axis"),
+        ("record", "same columns"),
+        ("record.quantiles.0", "same columns"),
+        ("phase.2.lr", "index"),
+        ("phase.².lr", "index"),
+        ("phase.--1.lr", "index"),
+        ("phase." + "9" * 5000, "index"),
+        (".".join("a" * 100), "at most 64 parts"),
+    ],
+)
+def test_axes_that_are_none(name: str, words: str) -> None:
+    with pytest.raises(NQMError, match=words) as caught:
+        Sweep(TWICE | {"record": {"at": [0], "quantiles": [0.5]}}, {name: [0.1]}).run()
+    assert "\n" not in str(caught.value)
+
+
+def test_one_table_in_two_places_is_changed_in_one() -> None:
+    # A Python caller may put one dictionary in twice; each row's rates are its own all the same.
+    same = BASE["phase"][0]
+    axes = {"phase.0.lr": [0.1, 0.5], "phase.1.lr": [0.2, 0.4]}
+    for row in (
+        Sweep(BASE | {"phase": [same, same], "record": {"at": [10]}}, axes).run().itertuples()
+    ):
+        s = 3.0
+        for lr in [row[1]] * 5 + [row[2]] * 5:
+            s = (1.0 - lr) ** 2 * s + lr**2 * 2.0 / 4
+        assert row.loss == pytest.approx(s / 2.0, rel=1e-12)
+
+
+def test_two_values_of_one_run_are_refused() -> None:
+    with pytest.raises(NQMError, match=r"case 2 \(phase\.0\.lr = 1\.0\) is the same run as case 1"):
+        Sweep(BASE, {"phase.0.lr": [0.1, 1, 1.0]}).run()
+
+
+def test_columns_that_are_called_as_the_results_are() -> None:
+    class Fixed(dict[str, Any]):
+        def check(self) -> None:
+            pass
+
+    work = Work(
+        lambda mapping, folder: Fixed(mapping),
+        lambda mapping, folder: json.dumps(mapping, sort_keys=True),
+        lambda run, key: pd.DataFrame({"loss": [run["loss"] * 2], "step": [run["a"]["step"]]}),
+        lambda mapping, folder: dict(mapping),
+    )
+    table = Sweep({}, {"loss": [1, 2], "a.step": [3]}, work=work).run()
+    assert table.columns.tolist() == ["sweep.loss", "a.step", "case", "loss", "step"]
+    assert (2 * table["sweep.loss"]).tolist() == table["loss"].tolist() == [2, 4]
+
+
+def test_integers_that_a_column_does_not_hold(tmp_path: Path) -> None:
+    axes = {"problem.initial_variance": [1, 10**25]}
+    for name in ("t.csv", "t.parquet"):
+        table = Sweep(BASE, axes).run(tmp_path / name)
+        assert table["initial_variance"].unique().tolist() == [1.0, 1e25]
+
+
+# --- sizes -----------------------------------------------------------------------------------
+
+TOO_MANY = [
+    {"geomspace": [1e-3, 1.0, 10**12]},
+    {"linspace": [0, 1, 10**18]},
+    {"linspace": [-1e308, 1.7e308, 5]},
+    {"range": [0, 10**18, 1]},
+    {"range": [-1e308, 1e308, 1e-3]},
+    {"range": [0, 1.0, 5e-324]},
+    {"range": [0, 2**999, 0.5]},
+    {"geomspace": [1, 2**1000, 2**999]},
+]
+
+
+@pytest.mark.parametrize("grid", TOO_MANY)
+def test_grids_that_are_too_large(grid: dict[str, list[float]]) -> None:
+    with pytest.raises(NQMError, match=r"sweep\.phase\.0\.lr\."):
+        read_axes({"phase.0.lr": grid})
+
+
+def test_more_cells_than_there_may_be() -> None:
+    many = {f"phase.0.{name}": list(range(1, 1001)) for name in ("lr", "steps", "batch_size")}
+    with pytest.raises(NQMError, match="1000 x 1000 x 1000 = 1000000000 cells"):
+        Sweep(BASE, many)
+    with pytest.raises(NQMError, match="is there twice"):
+        read_axes({"phase.0.lr": [0.1], "phase": {"0": {"lr": [0.2]}}})
+
+
+# --- the journal -----------------------------------------------------------------------------
+
+CELL = '{"case": ["%s"], "step": [5], "loss": [1.0]}'
+DAMAGED = {
+    "1": "pair",
+    '"text"': "pair",
+    "[]": "pair",
+    "[1]": "pair",
+    "[" * 9999: "JSON",
+    "1" * 9999: "JSON",
+    "{}": "pair",
+    '["1", {"case": ["a"]}]': "index",
+    "[true, {}]": "index",
+    "[NaN, {}]": "index",
+    "[6, {}]": "index",
+    "[-1, {}]": "index",
+    "[1e0, {}]": "index",
+    "[1, []]": "column case",
+    '[1, {"loss": [1.0]}]': "column case",
+    '[1, {"case": "a"}]': "list",
+    '[1, {"case": []}]': "length",
+    '[1, {"case": ["a"], "loss": []}]': "length",
+    '[1, {"case": ["a"], "loss": [[1]]}]': "no number",
+    '[1, {"case": ["a"], "loss": [99999999999999999999]}]': "no number",
+    '[1, {"case": ["a", "b"], "loss": [1, 2]}]': "one case",
+    '[1, {"case": [1], "loss": [1]}]': "one case",
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "j"
+    with Journal(path, "key", 6) as journal:
+        journal.add(0, {"case": ["z"], "loss": [1.0]})
+    with path.open("a") as stream:
+        stream.write(f"{line}\n")
+    kept = path.read_bytes()
+    with pytest.raises(NQMError, match=DAMAGED[line]) as caught, Journal(path, "key", 6):
+        pass
+    assert f"{path}: line 3 is damaged" in str(caught.value)
+    assert path.read_bytes() == kept
+
+
+def test_lines_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    out, path = tmp_path / "t.csv", tmp_path / "t.csv.journal.jsonl"
+    kill(grid(), out, 3)
+    header, one, two, three = path.read_text().splitlines(keepends=True)
+    swapped = three.replace("[2,", "[1,") + two.replace("[1,", "[2,")
+    for content, words in (
+        (header + one + two + two, "line 4 is damaged .cell 1 is there twice"),
+        (header + one + swapped, "line 3 is damaged .cell 1 is case"),
+        (header + one + two.replace('"loss"', '"lost"'), "line 3 is damaged .*columns loss, lost"),
+    ):
+        path.write_text(content)
+        with pytest.raises(NQMError, match=words):
+            grid().run(out)
+    path.write_text(header + three + one)  # in any order
+    grid().run(out)
+    pd.testing.assert_frame_equal(read_table(out), grid().run(), check_exact=True)
+
+
+def test_a_cell_that_is_not_where_it_was(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", "key", 6) as journal:
+        journal.add(0, {"case": ["z"], "loss": [1.0]})
+        journal.add(1, {"case": ["y"], "loss": [1.0]})
+        with pytest.raises(ValueError, match="already"):
+            journal.add(1, {"case": ["y"], "loss": [1.0]})
+        with pytest.raises(NQMError, match="not every cell has the columns loss"):
+            journal.add(2, {"case": ["y"]})
+        # What no lock can keep out: another program writes to the file.
+        content = (tmp_path / "j").read_bytes()
+        (tmp_path / "j").write_bytes(content.replace(b"[1,", b"[0,"))
+        with pytest.raises(NQMError, match="should hold cell 1, not 0"):
+            journal[1]
+
+
+# --- two at once -----------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    with Journal(path, "key", 3) as journal:
+        journal.add(0, {"case": ["z"], "loss": [1.0]})
+        with pytest.raises(NQMError, match=r"j is being written by process"), Journal(path, "k", 3):
+            pass
+        journal.add(1, {"case": ["y"], "loss": [2.0]})
+        assert [journal[i]["loss"] for i in (0, 1)] == [[1.0], [2.0]]
+    out = tmp_path / "t.csv"
+
+    def second(count: int) -> None:
+        for other in (grid(), grid(seed=1)):
+            with pytest.raises(NQMError, match=r"t\.csv is being written by process"):
+                other.run(out)
+
+    table = grid().run(out, progress=second)
+    pd.testing.assert_frame_equal(table, grid().run(), check_exact=True)
+
+
+def test_two_sweeps_at_once_make_one_table(tmp_path: Path) -> None:
+    grid().run(tmp_path / "whole.csv")
+    arguments = json.dumps([grid().base, grid().axes, str(tmp_path / "t.csv"), -1])
+    command = [sys.executable, "-c", KILLED, arguments]
+    both = [subprocess.Popen(command, stderr=-1, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert 0 in [process.returncode for process in both]
+    for process, stderr in zip(both, errors, strict=True):
+        assert process.returncode == 0 or "is being written by process" in stderr
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "whole.csv"]
