@@ -90,13 +90,33 @@ def build(mapping: Mapping[str, Any], folder: str | Path = ".", place: Place | N
     path = str(Path(folder, name)) if name.endswith(".toml") else name
     made = load_recipe(path, declare.leaf("scale", mapping.get("scale", "full"), str))
     changed = copy.deepcopy(dict(made.mapping))
-    merge(changed, {name: value for name, value in mapping.items() if name not in _OWN})
+    changes = {name: value for name, value in mapping.items() if name not in _OWN}
+    merge(changed, changes)
     arms = make_recipe(made.name, changed, made.scale).arms
     arm = declare.leaf("arm", mapping.get("arm", list(arms)[-1]), str)
     if arm not in arms:
         raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
+    _check_effect(arm, changed["arm"][arm], changes)
     seed = declare.leaf("seed", mapping.get("seed", 0), int)
     return Cell(replace(arms[arm], seed=seed), place or Place())
+
+
+def _check_effect(arm: str, table: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Raise NQMError if the arm does not use what is changed, or states it itself."""
+    for name in ("late_phase", "average"):
+        if name in changes and name not in table.get("use", ()):
+            raise NQMError(f"{name} changes nothing: arm {arm!r} does not use it; choose another")
+    left = [("", table, changes)]
+    while left:
+        where, own, new = left.pop()
+        for name in own.keys() & new.keys():
+            if isinstance(own[name], Mapping) and isinstance(new[name], Mapping):
+                left.append((f"{where}{name}.", own[name], new[name]))
+            else:
+                raise NQMError(
+                    f"{where}{name} changes nothing: arm {arm!r} states its own; "
+                    f"change arm.{arm}.{where}{name}"
+                )
 
 
 def key(mapping: Mapping[str, Any], folder: str | Path = ".") -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Executor
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from nqm.errors import NQMError
@@ -12,6 +13,15 @@ from nqm.errors import NQMError
 PATIENCE = 10
 #: How often a chunk of cells is tried again after its worker was lost.
 RETRIES = 5
+
+
+async def _knock(address: str) -> None:
+    """Connect to a scheduler and go; raises whatever keeps one from it."""
+    from distributed import Security
+    from distributed.comm.core import connect
+
+    comm = await connect(address, PATIENCE, **Security().get_connection_args("client"))
+    comm.abort()
 
 
 @contextmanager
@@ -36,6 +46,10 @@ def connected(address: str) -> Iterator[Executor]:
     except ImportError:
         raise NQMError("--scheduler needs Dask: pip install 'late-phase-nqm[cluster]'") from None
     try:
+        # A client that cannot connect leaves threads behind that complain later, so look first;
+        # in a thread, as the caller may run in an event loop, as a notebook does.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, _knock(address)).result()
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except Exception as error:  # also of protocols that are not installed, as ucx
         raise NQMError(

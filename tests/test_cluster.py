@@ -116,7 +116,11 @@ def test_the_command_line(cluster: tuple[str, list[int]], tmp_path: Path) -> Non
     assert "drop --workers" in wrong.output
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense"])
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://127.0.0.1:9", "nonsense", "", "tcp://", "tcp://[::1", "ucx://127.0.0.1:9", "inproc://x",
+     "tls://127.0.0.1:9"],
+)  # fmt: skip
 def test_no_scheduler_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nqm.cluster.PATIENCE", 1)
     with pytest.raises(NQMError, match="no Dask scheduler answers"), connected(address):

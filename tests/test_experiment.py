@@ -569,3 +569,21 @@ def test_mistakes_by_the_command_line(
     assert words in answer.stderr
     assert answer.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    made = recipe({"base": {}}, train={"epochs": 1})
+    asked = 0
+
+    def second(share: float) -> None:
+        nonlocal asked
+        asked += 1
+        with pytest.raises(NQMError, match="out is being written by process"):
+            run_experiment(made, tmp_path / "out")
+        if share < 1.0:  # in the middle of a run
+            with pytest.raises(NQMError, match="seed0 is being written by process"):
+                train(made.arms["base"], tmp_path / "out/base/seed0")
+
+    run_experiment(made, tmp_path / "out", progress=second)
+    assert asked > 1
+    assert not list(tmp_path.rglob(".*"))
