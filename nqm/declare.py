@@ -21,7 +21,6 @@ import msgspec
 
 from nqm.errors import NQMError, shown, suggest
 from nqm.files import check_regular
-from nqm.limits import readable
 from nqm.schedule import SCHEDULES, Schedule, as_schedule
 
 Mapped = Mapping[str, Any]
@@ -61,7 +60,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     path = Path(path)
     if check_regular(path) > LONGEST:
-        raise NQMError(f"{path} is no file of settings: it is longer than {readable(LONGEST)}")
+        raise NQMError(f"{path} is no file of settings: it has more than {LONGEST >> 20} MiB")
     try:
         mapping = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -31,13 +31,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
-def shown(value: object, most: int = 60) -> str:
-    """A value as a message has it: its first `most` characters, whatever it is."""
+def shown(value: object, size: int = 60) -> str:
+    """What was given, on one line of at most `size` characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python prints no integer of thousands of digits
         return "an integer of thousands of digits"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= size else text[: size - 3] + "..."
 
 
 def check_word(where: str, value: object, known: Iterable[str]) -> None:

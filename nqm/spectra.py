@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.limits import check_memory
 from nqm.problem import FloatArray, Problem
 
 
@@ -24,6 +25,7 @@ def harmonic(directions: int, largest: float = 1.0) -> FloatArray:
 def power_law(directions: int, exponent: float = 1.0, largest: float = 1.0) -> FloatArray:
     """h_i = largest * i^-exponent, shape (directions,)."""
     check_integer("spectrum.directions", directions, 1)
+    check_memory("spectrum.directions", directions, 4.0 * directions)
     check_number("spectrum.exponent", exponent, low=0.0)
     check_number("spectrum.largest", largest, low=0.0, closed_low=False)
     return largest * np.arange(1.0, directions + 1) ** -exponent
@@ -32,6 +34,7 @@ def power_law(directions: int, exponent: float = 1.0, largest: float = 1.0) -> F
 def log_uniform(directions: int, smallest: float = 1e-3, largest: float = 1.0) -> FloatArray:
     """Eigenvalues evenly spaced in log h from `largest` down to `smallest`."""
     check_integer("spectrum.directions", directions, 1)
+    check_memory("spectrum.directions", directions, 4.0 * directions)
     check_number("spectrum.largest", largest, low=0.0, closed_low=False)
     check_number("spectrum.smallest", smallest, low=0.0, high=largest, closed_low=False)
     return np.geomspace(largest, smallest, directions)
@@ -51,6 +54,7 @@ def marchenko_pastur(directions: int, ratio: float = 0.5, scale: float = 1.0) ->
         Variance of the entries of X; the mean eigenvalue in the limit.
     """
     check_integer("spectrum.directions", directions, 1)
+    check_memory("spectrum.directions", directions, 4.0 * directions)
     check_number("spectrum.ratio", ratio, low=0.0, closed_low=False)
     check_number("spectrum.scale", scale, low=0.0, closed_low=False)
     low, high = (1 - np.sqrt(ratio)) ** 2, (1 + np.sqrt(ratio)) ** 2

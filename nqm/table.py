@@ -7,6 +7,7 @@ name only once it is complete.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import pandas as pd
 from nqm.errors import NQMError
 from nqm.files import check_regular, locked, tidy_lock
 from nqm.files import replacing as replacing
-from nqm.limits import check_size
+from nqm.limits import memory_limit
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
             import pyarrow.parquet as pq
 
             file = pq.ParquetFile(path)
-            check_size(f"{path}", file.metadata.num_rows * file.metadata.num_columns)
+            _check_size(path, 8 * file.metadata.num_rows * file.metadata.num_columns)
             frame: pd.DataFrame = file.read().to_pandas()
             return frame
     stamp = _csv_stamp(path)
@@ -263,7 +264,7 @@ def _format(path: Path) -> str:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn every way a file can be unreadable into one line that names it."""
-    check_size(f"{path}", check_regular(path), 1)
+    _check_size(path, check_regular(path))
     try:
         yield
     except NQMError:
@@ -273,6 +274,14 @@ def _reading(path: Path) -> Iterator[None]:
         raise NQMError(
             f"{path} is not a complete table ({reason:.120}); delete it and run again"
         ) from None
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > memory_limit():
+        raise NQMError(
+            f"{path} takes {size / 2**30:.3g} GiB in memory, more than {memory_limit() / 2**30:.3g}"
+            " GiB, the limit; read it in parts, or set NQM_MEMORY (GiB)"
+        )
 
 
 def _write_parquet(
@@ -308,6 +317,10 @@ def _write_csv(
     stream.write(f"# {json.dumps(stamp)}\n".encode())
     for index, frame in enumerate(frames):
         text = frame.to_csv(index=False, lineterminator="\n", header=index == 0)
+        if "\r" in text:  # which ends a line for readers, but is not quoted as such
+            text = frame.to_csv(
+                index=False, lineterminator="\n", header=index == 0, quoting=csv.QUOTE_NONNUMERIC
+            )
         stream.write(text.encode())
 
 

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nqm import cli
+from nqm.files import locked
 from nqm.table import read_metadata, read_table
 
 CONTRACT = """
@@ -345,3 +346,55 @@ def test_json_is_what_the_table_holds(file: str, tmp_path: Path) -> None:
     out = tmp_path / "t.csv"
     table = rows(call("run", file, "--json", "--out", str(out)))
     pd.testing.assert_frame_equal(pd.DataFrame(table), read_table(out), check_exact=True)
+
+
+# --- what nobody thought of ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("8 TiB"), RecursionError("deep"), OverflowError("x")]
+)
+def test_what_is_too_much_is_one_line(
+    file: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("nqm.config.Run.table", raises)
+    fails(call("run", file), "more than the machine can do", str(error), "NQM_TRACEBACK=1")
+    monkeypatch.setenv("NQM_TRACEBACK", "1")
+    assert call("run", file).exception is error
+
+
+def test_a_message_steers_no_terminal_and_has_an_end(file: str) -> None:
+    fails(call("run", file, "--set", "phase.0.algorithm=\x1b[31m\x07"), r"\x1b[31m\x07")
+    long = call("run", file, "--set", "phase.0." + "x" * 9000 + "=1")
+    fails(long, "is not a known key", " ... ")
+    assert len(long.stderr) < 2100
+
+
+@pytest.mark.parametrize("text", ["0.5]\nfrob=[1", "", "0.5,", "a", "[0.5]"])
+def test_quantiles_are_numbers_between_commas(file: str, text: str) -> None:
+    fails(call("run", file, "--quantiles", text), "--quantiles must be numbers between commas")
+
+
+def test_outputs_that_are_none(file: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name, words in (
+        (str(tmp_path / "folder.csv"), "is a folder"),
+        (str(tmp_path / "pipe.csv"), "is a pipe or a device"),
+        ("/", ".parquet or .csv"),
+        (str(tmp_path / ("a" * 300 + ".csv")), "cannot write"),
+    ):
+        fails(call("run", file, "--out", name), words)
+    new = tmp_path / "new" / "folder" / "t.csv"
+    assert call("run", file, "--out", str(new)).exit_code == 0
+    assert [path.name for path in new.parent.iterdir()] == ["t.csv"]
+
+
+def test_a_second_run_of_one_table_is_refused(file: str, tmp_path: Path) -> None:
+    out = tmp_path / "t.csv"
+    with locked(out):
+        fails(call("run", file, "--out", str(out)), "is being written by process", str(os.getpid()))
+    assert not out.exists()

@@ -1,5 +1,6 @@
 """Configuration: what each way of stating a thing means, and one clear line for each mistake."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,42 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     broken.write_text("[problem]\ncurvature = [1.0,\n[[phase]]\n")
     with pytest.raises(NQMError, match=r"not valid TOML: .*line 3"):
         declare.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("x = " + "[" * 9999 + "]" * 9999, "more than 64 deep"),
+        ("x" + ".x" * 99 + " = 1", "more than 64 deep"),
+        ("x = " + "1" * 5000, "not valid TOML"),
+        ("x = 0x" + "f" * 5000, "beyond all numbers"),
+        ("x = " + "9" * 400, "beyond all numbers"),
+        ("x = [" + "1," * 2**23 + "]", "more than 16 MiB"),
+    ],
+)
+def test_files_without_measure(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text(content)
+    with pytest.raises(NQMError, match=words) as caught:
+        declare.load(path)
+    assert len(str(caught.value)) < 300
+
+
+def test_files_without_an_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(NQMError, match="is a pipe or a device"):
+            declare.load(name)
+        with pytest.raises(NQMError, match=r"problem\.file: .* is a pipe or a device"):
+            config.key({"problem": {"file": str(name)}})
+
+
+def test_overrides_that_are_more_than_one_value() -> None:
+    mapping: dict[str, Any] = {"record": {}}
+    declare.override(mapping, ["record.at=[1]\nseed = 3"])
+    assert mapping == {"record": {"at": "[1]\nseed = 3"}}  # a text, which no field takes
+    for setting in ("x=" + "[" * 9999, "x." * 99 + "x=1", "x=" + "9" * 400):
+        with pytest.raises(NQMError, match=r"deep|parts|beyond"):
+            declare.override({}, [setting])
+    with pytest.raises(NQMError, match="must be a text; got an integer of thousands of digits"):
+        declare.leaf("name", -(10**5000), str)

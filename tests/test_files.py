@@ -15,7 +15,6 @@ import pytest
 from nqm import files
 from nqm.errors import NQMError
 from nqm.files import locked, replacing
-from nqm.limits import check_size, memory_limit, readable
 
 HOLDER = """
 import sys
@@ -96,12 +95,3 @@ def test_nothing_is_replaced_on_an_error(tmp_path: Path) -> None:
     assert target.read_text() == "old"
     with pytest.raises(NQMError, match="cannot write"), replacing(tmp_path / "no" / "t.csv"):
         pass
-
-
-def test_sizes() -> None:
-    check_size("bins = 3", memory_limit() // 8)
-    with pytest.raises(NQMError, match=r"bins = 9 needs 7\.28 TiB of memory.*; take fewer"):
-        check_size("bins = 9", 10**12, fix="take fewer")
-    with pytest.raises(NQMError, match="of memory"):
-        check_size("bins = 9", 10**400, 2.5)
-    assert [readable(1), readable(1536), readable(2**60 * 5)] == ["1 bytes", "1.5 KiB", "5 EiB"]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nqm.errors import NQMError
@@ -124,3 +126,71 @@ def test_labels() -> None:
     assert label("loss_q0.05") == "0.05 quantile of loss"
     assert label("exponent") == "exponent"
     assert all(column.doc and column.label for column in COLUMNS.values())
+
+
+STAMPS = [
+    "[]",
+    '{"dtypes": [], "metadata": {}, "rows": 1}',
+    '{"dtypes": {"a": 3}, "metadata": {}, "rows": 1}',
+    '{"dtypes": {"a": "object"}, "metadata": {}, "rows": 1}',
+    '{"dtypes": {"a": "float64"}, "metadata": [1], "rows": 1}',
+    '{"dtypes": {"a": "float64"}, "metadata": {}, "rows": true}',
+    '{"dtypes": {"a": "float64"}, "metadata": {}, "rows": 2}',
+    '{"dtypes": {"b": "float64"}, "metadata": {}, "rows": 1}',
+    '{"dtypes": {"a": "bool"}, "metadata": {}, "rows": 1}',
+    '{"a": ' + "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("stamp", STAMPS)
+def test_a_damaged_stamp_is_one_line(tmp_path: Path, stamp: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"# {stamp}\na\n1.5\n")
+    if stamp == "[]":  # a comment of somebody else
+        assert read_table(path)["a"].tolist() == [1.5]
+        return
+    with pytest.raises(NQMError, match=r"t\.csv is not a complete table") as caught:
+        read_table(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stamp", ["3", "[1]", "null", '"text"'])
+def test_a_damaged_stamp_of_a_parquet_file(tmp_path: Path, stamp: str) -> None:
+    table = pa.table({"a": [1.5]}).replace_schema_metadata({"nqm": stamp})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(NQMError, match="is not a complete table"):
+        read_metadata(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_is_no_file(tmp_path: Path, suffix: str) -> None:
+    folder, pipe = tmp_path / f"folder.{suffix}", tmp_path / f"pipe.{suffix}"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    for path, words in ((folder, "is a folder"), (pipe, "is a pipe or a device")):
+        for ask in (read_table, read_metadata, lambda p: finished(p, "k", "0")):
+            with pytest.raises(NQMError, match=words):
+                ask(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_that_does_not_fit(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"t.{suffix}"
+    write_table(path, pd.DataFrame({"a": [0.5] * 5000}), {"key": "k"})
+    monkeypatch.setenv("NQM_MEMORY", "1e-5")
+    with pytest.raises(NQMError, match=r"more than 1e-05 GiB, the limit"):
+        read_table(path)
+
+
+def test_texts_of_every_kind_come_back_also_to_pandas(tmp_path: Path) -> None:
+    texts = ["a,b", 'say "x"', "two\nlines", "a\rb", "é\u202e", "#1", " 1 ", "NA", "-", "1e5", "'"]
+    frame = pd.DataFrame({"text": texts, "x": np.arange(len(texts)) / 3.0})
+    for suffix in FORMATS:
+        path = tmp_path / f"t.{suffix}"
+        write_table(path, frame, {"key": "k"})
+        assert read_table(path)["text"].tolist() == texts
+    foreign = pd.read_csv(tmp_path / "t.csv", skiprows=1, keep_default_na=False)
+    assert foreign["text"].tolist() == texts
+    assert pd.read_parquet(tmp_path / "t.parquet")["text"].tolist() == texts
