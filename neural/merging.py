@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from neural.duplicate import duplicate
 from neural.reparametrize import fold, parametrized
+from nqm.errors import NQMError
 
 #: Name in the model -> values of all members, (K, ...).
 Stacked = Mapping[str, Tensor]
@@ -77,3 +80,58 @@ def mean_products(model: nn.Module, weights: Stacked) -> dict[str, Tensor]:
             value = member.get_parameter(name).detach() / members
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def check_factors(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise NQMError where the mean of factors would not be noticed to be another update.
+
+    The mean of B A is not the mean of B times the mean of A. Our own updates are documented; of
+    those of peft (``lora_A``, ``lora_B``) the caller has to say so.
+    """
+    foreign = [name for name in names if ".lora_A." in name or ".lora_B." in name]
+    if foreign:
+        raise NQMError(
+            f"averaged: {foreign[0]} is a factor of an update, and the product of mean factors is "
+            "not the mean update; say rank1='factors' if it is what you want, or merge the updates "
+            "of late.member(k) first"
+        )
+
+
+def singular_vectors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors of spectral normalisation that belong to given weights.
+
+    Training finds them by power iteration, a step in every forward pass, and keeps them in buffers;
+    those of members' weights are not those of the mean weight.
+
+    Parameters
+    ----------
+    model : Module
+    state : mapping
+        New values of parameters; vectors of other weights are left alone.
+
+    Returns
+    -------
+    dict
+        Buffer name -> value.
+    """
+    vectors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, _SpectralNorm) and hasattr(module, "_u"):
+            # Its path is LAYER.parametrizations.WEIGHT.NUMBER, beside LAYER...WEIGHT.original.
+            weight, u, v = f"{path.rpartition('.')[0]}.original", f"{prefix}_u", f"{prefix}_v"
+            if weight in state:
+                matrix = module._reshape_weight_to_matrix(state[weight])
+                vectors |= dict(zip((u, v), _leading(matrix), strict=True))
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm) and f"{prefix}{hook.name}_orig" in state:
+                matrix = hook.reshape_weight_to_matrix(state[f"{prefix}{hook.name}_orig"])
+                names = (f"{prefix}{hook.name}_u", f"{prefix}{hook.name}_v")
+                vectors |= dict(zip(names, _leading(matrix), strict=True))
+    return vectors
+
+
+def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left and right singular vector of the largest singular value."""
+    left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return left[:, 0].to(matrix), right[0].to(matrix)

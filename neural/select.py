@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from neural.reparametrize import LowRank, RankOne
 from nqm.errors import NQMError, suggest
@@ -26,20 +27,31 @@ class Selection:
     buffers: tuple[str, ...]
 
 
-def _is_rms(module: nn.Module) -> bool:
-    # Language-model libraries write their own; the name is what they share.
-    return type(module).__name__.lower().endswith("rmsnorm")
+def _is_torch_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm | _InstanceNorm | nn.LayerNorm | nn.GroupNorm)
+
+
+def _is_named(module: nn.Module, kind: str) -> bool:
+    """Whether a layer of another library is a normalisation: by its name and what it holds.
+
+    Its own weights have one number per channel, and layers inside it none: a block that begins with
+    a normalisation, or a linear layer with a normalised weight, is another thing.
+    """
+    own = list(module.parameters(recurse=False))
+    return (
+        kind in type(module).__name__.lower()
+        and bool(own)
+        and len(own) == len(list(module.parameters()))
+        and all(max(p.shape, default=1) == p.numel() for p in own)
+    )
 
 
 _KINDS: dict[str, Callable[[nn.Module], bool]] = {
-    "batchnorm": lambda module: isinstance(module, _BatchNorm),
-    "layernorm": lambda module: isinstance(module, nn.LayerNorm),
-    "groupnorm": lambda module: isinstance(module, nn.GroupNorm),
-    "rmsnorm": _is_rms,
-    "norm": lambda module: (
-        isinstance(module, _BatchNorm | _InstanceNorm | nn.LayerNorm | nn.GroupNorm)
-        or _is_rms(module)
-    ),
+    "batchnorm": lambda module: isinstance(module, _BatchNorm) or _is_named(module, "batchnorm"),
+    "layernorm": lambda module: isinstance(module, nn.LayerNorm) or _is_named(module, "layernorm"),
+    "groupnorm": lambda module: isinstance(module, nn.GroupNorm) or _is_named(module, "groupnorm"),
+    "rmsnorm": lambda module: _is_named(module, "rmsnorm"),
+    "norm": lambda module: _is_torch_norm(module) or _is_named(module, "norm"),
     "rank1": lambda module: isinstance(module, RankOne),
     "lora": lambda module: isinstance(module, LowRank),
 }
@@ -69,8 +81,10 @@ _ADVICE = {
 def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
     """Resolve a selection on a model.
 
-    Frozen parameters are never selected. A layer that keeps running statistics has them replicated
-    as soon as one of its parameters is, or, without parameters, when its kind is named.
+    Frozen parameters are never selected. Buffers that a layer holds beside a selected parameter are
+    replicated with it (running statistics, vectors of spectral normalisation, a quantiser's range);
+    so are the statistics of a layer without parameters when its kind is named. All others are
+    shared by the members.
 
     Parameters
     ----------
@@ -97,7 +111,8 @@ def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
         names, buffers = _term(model, term, trainable.keys())
         if not names and not buffers:
             raise NQMError(
-                f"select: {term!r} matches nothing in {type(model).__name__}{_ADVICE.get(term, '')}"
+                f"select: {term!r} matches nothing in {type(model).__name__}"
+                f"{_ADVICE.get(term) or _what_there_is(model, trainable)}"
             )
         chosen |= {trainable[name] for name in names}
         statistics |= buffers
@@ -105,11 +120,25 @@ def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
         raise NQMError(f"select: {what!r} holds no trainable weight of {type(model).__name__}")
     for path, module in model.named_modules():
         if any(_join(path, name) in chosen for name, _ in module.named_parameters(recurse=False)):
-            statistics |= set(_statistics(path, module))
+            inside = isinstance(module, ParametrizationList)  # of a computed weight
+            statistics |= {_join(path, n) for n, _ in module.named_buffers(recurse=inside)}
     return Selection(
         tuple(name for name in names_of.values() if name in chosen),
         tuple(name for name, _ in model.named_buffers() if name in statistics),
     )
+
+
+def _what_there_is(model: nn.Module, trainable: Iterable[str]) -> str:
+    """Terms that would match, for a message."""
+    terms = [term for term in (*_KINDS, "head", "embedding") if _matches(model, term, trainable)]
+    if len(terms) > 1 and "norm" in terms and {"batchnorm", "layernorm", "groupnorm"} & {*terms}:
+        terms.remove("norm")
+    return f"; it has {', '.join(terms)}" if terms else ""
+
+
+def _matches(model: nn.Module, term: str, trainable: Iterable[str]) -> bool:
+    names, buffers = _term(model, term, trainable)
+    return bool(names or buffers)
 
 
 def _term(model: nn.Module, term: str, trainable: Iterable[str]) -> tuple[set[str], set[str]]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from neural import LatePhase, add_lora, add_rank1
 from neural.select import TERMS, select
@@ -156,7 +157,7 @@ def test_a_pattern_is_a_glob_over_names(pattern):
     ("xyzzy", r"'xyzzy' is unknown; known: .*name:PATTERN"),
     ("", "'' is unknown"),
     ([], r"\[\] holds no trainable weight of Sequential"),
-    ("layernorm", "'layernorm' matches nothing in Sequential$"),
+    ("layernorm", "'layernorm' matches nothing in Sequential; it has batchnorm$"),
     ("head", "'head' matches nothing in Sequential; select it by name"),
     ("rank1", r"matches nothing in Sequential; call neural.add_rank1\(model\) first"),
     ("lora", r"matches nothing in Sequential; call neural.add_lora\(model, rank\) first"),
@@ -166,6 +167,72 @@ def test_mistakes_are_one_line(what, message):
     with pytest.raises(NQMError, match=message) as caught:
         LatePhase(nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)), 2, what)
     assert "\n" not in str(caught.value)
+
+
+class T5LayerNorm(MyRMSNorm):
+    """As another library calls it."""
+
+
+class FilterResponseNorm(nn.Module):
+    """A normalisation with a threshold of its own, and with scales of shape (1, C, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.tau = (nn.Parameter(torch.ones(1, 4, 1, 1)) for _ in range(2))
+        self.register_buffer("seen", torch.zeros(4))
+
+
+class PreNormBlock(nn.Module):
+    """Begins with a normalisation, and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.norm, self.linear = (
+            nn.Parameter(torch.ones(4)),
+            T5LayerNorm(),
+            nn.Linear(4, 4),
+        )
+
+
+class NormalizedLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(("what", "names"), [
+    ("norm", {"0.weight", "1.scale", "1.tau", "2.norm.weight", "4.weight"}),
+    ("layernorm", {"0.weight", "2.norm.weight"}),
+    ("rmsnorm", {"4.weight"}),
+])  # fmt: skip
+def test_normalisations_of_other_libraries(what, names):
+    """By what they are called and hold; blocks and layers with a norm in their name stay out."""
+    parts = [T5LayerNorm(), FilterResponseNorm(), PreNormBlock(), NormalizedLinear(), MyRMSNorm()]
+    chosen = select(nn.Sequential(*parts), what)
+    assert set(chosen.parameters) == names
+    assert set(chosen.buffers) == ({"1.seen"} if what == "norm" else set())
+
+
+def test_what_a_model_has_is_told():
+    convnext = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LayerNorm(4), nn.Linear(4, 3))
+    with pytest.raises(
+        NQMError, match=r"'batchnorm' matches nothing in .*; it has layernorm, head$"
+    ):
+        select(convnext, "batchnorm")
+    other = nn.Sequential(nn.Conv2d(2, 4, 3), T5LayerNorm(), FilterResponseNorm())
+    with pytest.raises(NQMError, match="'groupnorm' matches nothing in Sequential; it has"):
+        select(other, "groupnorm")
+    with pytest.raises(NQMError, match=r"'batchnorm' matches nothing in Conv2d$"):
+        select(nn.Conv2d(2, 4, 3), "batchnorm")
+
+
+def test_buffers_beside_a_selected_weight_go_with_it():
+    """Those of the layer itself, and of what computes its weight; no other layer's."""
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 4)), spectral_norm(nn.Linear(4, 4)))
+    model[1].register_buffer("mask", torch.ones(4))
+    path = "0.parametrizations.weight"
+    assert set(select(model, f"name:{path}.original").buffers) == {f"{path}.0._u", f"{path}.0._v"}
+    assert set(select(model, "name:1.bias").buffers) == {"1.mask"}
 
 
 @pytest.mark.parametrize("term", list(TERMS))
