@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from neural import rows as axes
 from neural.duplicate import duplicate
-from neural.rows import Rows, Shapes, UnclearRowsError, arguments
+from neural.rows import Rows, Shapes, UnclearRowsError
+from neural.rows import arguments as arguments
 from neural.swap import Place, places, swapped
 from nqm.errors import NQMError
 

@@ -671,7 +671,7 @@ class LatePhase(nn.Module):
     # --- one model -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def averaged(self, *, batchnorm: str = "weights", rank1: str = "factors") -> nn.Module:
+    def averaged(self, *, batchnorm: str = "weights", rank1: str | None = None) -> nn.Module:
         """The mean member: a plain module of the model's own class, with the same state-dict keys.
 
         It is in training or evaluation mode as this module is.
@@ -683,12 +683,23 @@ class LatePhase(nn.Module):
             evaluation mode, as the official code does: the mean of K affine maps is one affine map.
         rank1 : {"factors", "product"}
             Average the factors s and r, as the paper does, or B and A of low-rank updates; or the
-            matrices s_k r_k^T and B_k A_k, whose mean is folded into the weight.
+            matrices s_k r_k^T and B_k A_k, whose mean is folded into the weight. The factors by
+            default; of another library's low-rank updates it has to be said.
+
+        Raises
+        ------
+        NQMError
+            Where members hold the factors of another library's updates (peft) and `rank1` is not
+            given, or is ``"product"``, which is known of our own alone.
         """
         check_word("batchnorm", batchnorm, ("weights", "outputs"))
+        if rank1 is None:
+            merging.check_factors(self.model, self.selection.parameters)
+            rank1 = "factors"
         check_word("rank1", rank1, ("factors", "product"))
         weights, statistics = self._weights(), self._statistics()
         state = merging.means(weights | statistics)
+        state |= merging.singular_vectors(self.model, state)
         if batchnorm == "outputs":
             state |= merging.mean_affine(self.model, weights, statistics)
         model = merging.with_weights(self.model, state)
@@ -699,9 +710,14 @@ class LatePhase(nn.Module):
 
     @torch.no_grad()
     def member(self, k: int) -> nn.Module:
-        """Member k as a plain module, like `averaged`."""
+        """Member k as a plain module, like `averaged`.
+
+        It does as the member does within, but for spectral normalisation of members' weights: its
+        vectors, which training only comes close to, are computed from the weights.
+        """
         k = self._check_member(k)
         state = {n: value[k] for n, value in (self._weights() | self._statistics()).items()}
+        state |= merging.singular_vectors(self.model, state)
         return merging.with_weights(self.model, state).train(self.training)
 
     @torch.no_grad()
