@@ -21,6 +21,7 @@ from nqm.algorithms import Adam, MultiplicativeLatePhase, SampledSGD, SignSGD
 from nqm.algorithms.base import Algorithm, State
 from nqm.algorithms.sampled import Sampled
 from nqm.errors import NQMError, check_integer, check_word
+from nqm.limits import check_memory, check_walk
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Trajectory
@@ -74,6 +75,8 @@ def sample(
             new.algorithm.check(problem)
         if old is not None and isinstance(new.algorithm, Algorithm) and not goes_on(old, new):
             check_own_starts(new.algorithm)
+    check_memory("replicas", replicas, 2.0 * len(wanted) * replicas)
+    check_walk("phase.steps", program.steps, "Monte Carlo takes each of them")
     members = max(1, *(phase.algorithm.member_count for phase in program.phases))
     size = max(1, min(replicas, ENTRIES // (problem.directions * members)))
     draws = _Draws(problem, _device(device), DTYPES[precision], seed, size)

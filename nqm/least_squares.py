@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nqm.errors import NQMError, check_integer, check_number, shown
+from nqm.limits import check_memory, check_work
 from nqm.problem import FloatArray, Problem, Quadratic
 
 _VECTORS = ("curvature", "multiplicity", "initial_mean", "initial_variance", "minimum")
@@ -131,6 +132,7 @@ def power_law(
     The source and capacity conditions of kernel regression in their plainest form.
     """
     check_integer("power_law.directions", directions, 1)
+    check_memory("power_law.directions", directions, 6.0 * directions)
     curvature, target = _laws(directions, alpha, beta, "power_law")
     return LeastSquares(curvature, label_noise, -target, 0.0, minimum=target)
 
@@ -170,6 +172,11 @@ def random_features(
     check_integer("random_features.hidden", hidden, 1)
     check_integer("random_features.seed", seed, 0)
     check_number("random_features.label_noise", label_noise, low=0.0)
+    # The matrix, its copy and its two factors, then some 4 m n min(m, n) multiplications.
+    small, large = sorted((features, hidden))
+    where = "random_features.features" if features >= hidden else "random_features.hidden"
+    check_memory(where, large, 3.0 * features * hidden + 2.0 * small**2)
+    check_work(where, large, 4.0 * large * small**2, "of a singular value decomposition")
     variance, target = _laws(hidden, alpha, beta, "random_features")
     draw = np.random.default_rng(seed).standard_normal((hidden, features))
     scaled = np.sqrt(variance)[:, None] * draw / np.sqrt(features)

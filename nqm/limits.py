@@ -13,8 +13,10 @@ from nqm.errors import NQMError, shown
 
 #: Steps that one call may walk one by one; a billion take minutes in one direction.
 WALKED = 10**9
+#: Multiplications that one call may need in dense matrices; a processor does some 10^9 a second.
+WORK = 1e12
 #: Members, workers and snapshots that an algorithm may state; it lists each by its name.
-MEMBERS = 10**5
+MEMBERS = 10**6
 
 
 def available_memory() -> int:
@@ -92,8 +94,17 @@ def check_walk(where: str, steps: float, why: str) -> None:
     """Raise NQMError if so many steps would have to be walked one by one."""
     if steps > WALKED:
         raise NQMError(
-            f"{where} = {shown(steps)} steps would be walked one by one, as {why}; "
+            f"{where} = {steps:.6g} steps would be walked one by one, as {why}; "
             f"the limit is {WALKED:.0e}: lower {where}"
+        )
+
+
+def check_work(where: str, value: object, multiplications: float, what: str) -> None:
+    """Raise NQMError if so many multiplications, of which `where` is the cause, are too many."""
+    if multiplications > WORK:
+        raise NQMError(
+            f"{where} = {shown(value)} would need {multiplications:.1e} multiplications {what}; "
+            f"the limit is {WORK:.0e}: lower {where}"
         )
 
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.correlation import Correlation
 from nqm.errors import NQMError, check_integer, check_number, shown
+from nqm.limits import check_memory
 
 FloatArray = NDArray[np.float64]
 
@@ -186,6 +187,11 @@ class Problem(Quadratic):
         counts = self.multiplicity.astype(np.int64)
         if not np.array_equal(counts, self.multiplicity):
             raise NQMError("expanded: multiplicity must hold whole numbers; got fractions")
+        fields_of_a_problem = 6
+        check_memory(
+            "expanded: the sum of multiplicity", float(counts.sum()),
+            fields_of_a_problem * self.multiplicity.sum(),
+        )  # fmt: skip
         repeated = {
             name: np.repeat(getattr(self, name), counts)
             for name in ("curvature", *_LOWEST)
@@ -212,11 +218,13 @@ class Problem(Quadratic):
                 "problem.replace(noise_correlation=None, initial_correlation=None)"
             )
         positive = self.curvature > 0
-        label = np.zeros(self.directions, dtype=np.int64)
+        label = np.zeros(self.directions)
         if positive.any():
             log = np.log(self.curvature[positive])
-            edges = np.linspace(log.min(), log.max(), bins + 1)[1:-1]
-            label[positive] = 1 + np.searchsorted(edges, log, side="right")
+            # By arithmetic, for any number of bins; the largest curvature belongs to the last.
+            width = (log.max() - log.min()) / bins
+            place = np.floor((log - log.min()) / width) if width > 0.0 else np.zeros(log.size)
+            label[positive] = 1.0 + np.minimum(place, bins - 1.0)
         _, group = np.unique(label, return_inverse=True)
         count = np.bincount(group, self.multiplicity)
 

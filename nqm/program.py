@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from nqm.algorithms.base import Algorithm, Nonlinear, Optimizer
 from nqm.errors import NQMError, check_integer, check_number, shown
+from nqm.limits import check_memory
 from nqm.problem import FloatArray
 from nqm.schedule import Schedule, Segment, as_schedule
 from nqm.transition import minibatches
@@ -139,6 +140,11 @@ def _check_batch_sizes(schedule: Any, steps: int) -> None:
         )
 
 
+def _size(of: Sized) -> int:
+    """``len``, which a range of 2^63 steps or more does not have."""
+    return (of.stop - of.start) // of.step if isinstance(of, range) else len(of)
+
+
 def goes_on(old: Phase, new: Phase) -> bool:
     """Whether the state of phase `old` goes on in phase `new`, which may add to it."""
     if new.restart:
@@ -198,9 +204,16 @@ class Program:
         """Checked, sorted, distinct steps to record; by default about 100, both ends included."""
         if at is None:
             return sorted({int(step) for step in np.linspace(0, self.steps, 101).round()})
-        steps = sorted({int(step) for step in at})
+        if not isinstance(at, Iterable):
+            raise NQMError(f"record.at must be a list of steps; got {shown(at)}")
+        if isinstance(at, Sized):
+            check_memory("the number of steps in record.at", _size(at), 8.0 * _size(at))
+        try:
+            steps = sorted({int(step) for step in at})
+        except (TypeError, ValueError, OverflowError):
+            raise NQMError(f"record.at must hold whole steps; got {shown(at)}") from None
         if not steps or any(int(step) != step for step in at):
-            raise NQMError(f"record.at must hold whole steps; got {list(at)!r:.60}")
+            raise NQMError(f"record.at must hold whole steps; got {shown(list(at))}")
         if steps[0] < 0 or steps[-1] > self.steps:
             bad = steps[0] if steps[0] < 0 else steps[-1]
             raise NQMError(f"record.at must lie in 0..{self.steps}, the program's steps; got {bad}")

@@ -16,6 +16,7 @@ from scipy.optimize import nnls
 
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.least_squares import additive_only
+from nqm.limits import check_memory
 from nqm.problem import FloatArray, Problem
 from nqm.program import Program, as_program
 from nqm.solvers.moments import check_own_starts, solve
@@ -86,6 +87,7 @@ class Soup:
             One cycle, e.g. a phase of SGD under a `Cosine` schedule.
         """
         check_integer("Soup.members", members, 1)
+        check_memory("Soup.members", members, 3.0 * problem.directions * float(members) ** 2)
         run = _affine(problem, cycle)
         return cls._from(problem, [(i - 1 if i else None, run) for i in range(members)])
 
@@ -103,6 +105,7 @@ class Soup:
             The cycle of the branches; `cycle` by default.
         """
         check_integer("Soup.members", members, 1)
+        check_memory("Soup.members", members, 3.0 * problem.directions * float(members) ** 2)
         first = _affine(problem, cycle)
         other = first if branch is None else _affine(problem, branch)
         return cls._from(problem, [(None, first), *[(0, other)] * (members - 1)])
@@ -111,6 +114,7 @@ class Soup:
     def _from(cls, problem: Problem, tree: list[tuple[int | None, _Affine]]) -> Soup:
         """Ingredients that each begin at the problem's start (None) or at an earlier one."""
         d, n = problem.directions, len(tree)
+        check_memory("Soup: the ingredients", n, 3.0 * d * n * (n + 2.0))
         # Sources: the start, the number one (for pulls to a place), then each run's noise.
         response = np.zeros((d, n, n + 2))
         variance = np.zeros((d, n + 2))

@@ -24,8 +24,7 @@ def harmonic(directions: int, largest: float = 1.0) -> FloatArray:
 
 def power_law(directions: int, exponent: float = 1.0, largest: float = 1.0) -> FloatArray:
     """h_i = largest * i^-exponent, shape (directions,)."""
-    check_integer("spectrum.directions", directions, 1)
-    check_memory("spectrum.directions", directions, 4.0 * directions)
+    _check_directions(directions)
     check_number("spectrum.exponent", exponent, low=0.0)
     check_number("spectrum.largest", largest, low=0.0, closed_low=False)
     return largest * np.arange(1.0, directions + 1) ** -exponent
@@ -33,8 +32,7 @@ def power_law(directions: int, exponent: float = 1.0, largest: float = 1.0) -> F
 
 def log_uniform(directions: int, smallest: float = 1e-3, largest: float = 1.0) -> FloatArray:
     """Eigenvalues evenly spaced in log h from `largest` down to `smallest`."""
-    check_integer("spectrum.directions", directions, 1)
-    check_memory("spectrum.directions", directions, 4.0 * directions)
+    _check_directions(directions)
     check_number("spectrum.largest", largest, low=0.0, closed_low=False)
     check_number("spectrum.smallest", smallest, low=0.0, high=largest, closed_low=False)
     return np.geomspace(largest, smallest, directions)
@@ -53,8 +51,7 @@ def marchenko_pastur(directions: int, ratio: float = 0.5, scale: float = 1.0) ->
     scale : float
         Variance of the entries of X; the mean eigenvalue in the limit.
     """
-    check_integer("spectrum.directions", directions, 1)
-    check_memory("spectrum.directions", directions, 4.0 * directions)
+    _check_directions(directions)
     check_number("spectrum.ratio", ratio, low=0.0, closed_low=False)
     check_number("spectrum.scale", scale, low=0.0, closed_low=False)
     low, high = (1 - np.sqrt(ratio)) ** 2, (1 + np.sqrt(ratio)) ** 2
@@ -71,6 +68,12 @@ def marchenko_pastur(directions: int, ratio: float = 0.5, scale: float = 1.0) ->
     quantile = (np.arange(directions) + 0.5) / directions
     h = np.where(quantile < 1.0 - mass, 0.0, np.interp(quantile, cumulative, x))
     return scale * h[::-1]
+
+
+def _check_directions(directions: int) -> None:
+    """Raise NQMError unless a problem of so many directions, six numbers each, fits."""
+    check_integer("spectrum.directions", directions, 1)
+    check_memory("spectrum.directions", directions, 6.0 * directions)
 
 
 def two_cluster(

@@ -14,6 +14,7 @@ from scipy.optimize import curve_fit, minimize_scalar
 from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.least_squares import LeastSquares, any_problem
+from nqm.limits import check_memory
 from nqm.problem import FloatArray, Problem, numbers_above_zero
 from nqm.program import Phase, Program, as_program, one_phase
 from nqm.result import Status
@@ -211,6 +212,7 @@ def best_lr(
     check_number("best_lr.low", low, low=0.0, closed_low=False)
     check_number("best_lr.high", high, low=low, closed_low=False)
     check_integer("best_lr.points", points, 3)
+    check_memory("best_lr.points", points, points)
     problem = any_problem("best_lr", problem)
     _callable("best_lr.make_program", make_program)
     rows: list[tuple[float, float]] = []

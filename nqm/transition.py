@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nqm.algorithms.base import Algorithm, State, Value
+from nqm.limits import check_memory
 from nqm.problem import FloatArray
 
 
@@ -159,6 +160,8 @@ def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
         return state, used[0], used[1]
 
     _, draws, normals = run(0, 0)
+    name = f"the number of own starts of {type(algorithm).__name__}"
+    check_memory(name, draws, 2.0 * draws * max(draws, len(algorithm.coordinates)))
     state, _, _ = run(draws, normals)
     rows = np.array([np.broadcast_to(form, draws + normals) for form in state])
     return rows[:, :draws], rows[:, draws:]

@@ -21,11 +21,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.errors import NQMError, shown
 from nqm.least_squares import additive_only
+from nqm.limits import check_memory
 from nqm.problem import FloatArray, Problem, numbers_above_zero
 
 
 def equal_pieces(steps: int, pieces: int) -> NDArray[np.int64]:
     """Lengths of `pieces` pieces of `steps` steps, as equal as whole numbers can be."""
+    check_memory("pieces", pieces, 8.0 * pieces)
     edges = np.rint(np.linspace(0, steps, pieces + 1)).astype(np.int64)
     return np.diff(edges)
 
@@ -107,6 +109,7 @@ def evaluate(
 ) -> Evaluated:
     """`piecewise_loss` with all that the two sweeps computed."""
     lr, n = np.asarray(rates, dtype=np.float64), np.asarray(lengths)
+    check_memory("the number of pieces", lr.size, 10.0 * lr.size * problem.directions)
     size = np.array(np.broadcast_to(np.asarray(batch_size, dtype=np.float64), lr.shape))
     a, q, a_slope, q_slope = maps(problem, lr, n, size)
     s = np.empty((len(a) + 1, problem.directions))

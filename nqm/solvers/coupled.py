@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from nqm.algorithms.base import Algorithm, Gradient, Mode, Rate, State, Value
 from nqm.errors import NQMError
 from nqm.least_squares import LeastSquares
+from nqm.limits import check_memory
 from nqm.problem import FloatArray
 from nqm.solvers.moments import Law
 from nqm.transition import clock, extract, simultaneous, spectral_radius
@@ -168,6 +169,10 @@ class Coupled:
         self.coordinates = _blocks(sizes)
         self.packed = _blocks([n * (n + 1) // 2 for n in sizes])
         self._shares = _shares(self.modes, law.algorithm.member_count)
+        check_memory(
+            f"the coordinates of {type(law.algorithm).__name__}", self.coordinates[-1].stop,
+            2.0 * self.entries,
+        )  # fmt: skip
         self._last: tuple[bytes, Steps] | None = None
 
     @property
@@ -255,6 +260,7 @@ class Cycle:
 
 def cycle(coupled: Coupled, start: int, period: int, age: int) -> Cycle:
     """Stability of the `period` steps from `start`, repeated for ever."""
+    check_memory("the period", period, 3.0 * period * coupled.entries)
     steps, kind = coupled.steps(start, start + period, age)
     return Repeated(coupled.problem, steps, kind, moving(coupled, steps, driving=True)).judge()
 
@@ -317,6 +323,10 @@ class Repeated:
             Moments at the start of the cycle.
         """
         modes = self.gain.shape[1]
+        numbers = len(self.kind) * modes
+        check_memory(
+            "the period", len(self.kind), 3.0 * numbers * self.moment[0, 0].size + numbers**2
+        )
         state = np.zeros((len(self.kind) * modes + 1, *self.moment.shape[2:]))
         for t, k in enumerate(self.kind):
             state = np.einsum("nkd,fkd->fnd", self.moment[k], state)

@@ -12,6 +12,7 @@ import pandas as pd
 from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError, check_number
 from nqm.least_squares import LeastSquares
+from nqm.limits import check_memory, check_walk
 from nqm.problem import FloatArray
 from nqm.program import Phase, Program
 from nqm.result import Kind, Status, Trajectory, runaway
@@ -57,6 +58,8 @@ def solve(
     """
     wanted = program.recorded(at)
     laws = [_linear_law(phase, problem) for phase in program.phases]
+    check_memory("the number of steps in record.at", len(wanted), 8.0 * len(wanted))
+    check_walk("phase.steps", wanted[-1], "directions are coupled in least squares")
     with np.errstate(over="ignore", invalid="ignore"):
         rows = list(_visit(problem, laws, wanted, progress))
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
@@ -300,6 +303,7 @@ def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady:
     check_settles(phase.algorithm)
     law = _linear_law(phase, problem)
     coupled, period = Coupled(problem, law), whole_period(phase)
+    check_memory("the period", period, 3.0 * period * coupled.entries)
     steps, kind = coupled.steps(0, period, 0)
     free = moving(coupled, steps, driving=False)
     repeated = Repeated(problem, steps, kind, free)

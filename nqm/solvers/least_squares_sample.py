@@ -14,6 +14,7 @@ import numpy as np
 from nqm.algorithms.base import Algorithm, State
 from nqm.errors import NQMError, check_integer
 from nqm.least_squares import LeastSquares
+from nqm.limits import check_memory, check_walk
 from nqm.problem import FloatArray
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Trajectory
@@ -85,6 +86,18 @@ def sample(
     if np.any(problem.multiplicity != 1.0):
         raise NQMError("sampling least squares needs multiplicity 1; write equal directions out")
     wanted = program.recorded(at)
+    check_memory("replicas", replicas, 2.0 * len(wanted) * replicas)
+    check_walk("phase.steps", program.steps, "Monte Carlo takes each of them")
+    for index, phase in enumerate(program.phases):
+        sizes = phase.settings(0, min(phase.steps, 10**6))[:, -1]
+        largest = float(sizes.max(initial=0.0))
+        check_memory(
+            f"phase.{index}.batch_size", largest, largest * replicas * (problem.directions + 1.0)
+        )
+        chains = max(phase.algorithm.member_count, 1)
+        check_memory(
+            f"phase.{index}: the members", chains, 3.0 * chains * replicas * problem.directions
+        )
     rng = np.random.Generator(np.random.SFC64(seed))
     rows: list[tuple[FloatArray, FloatArray]] = []
     with np.errstate(over="ignore", invalid="ignore"):

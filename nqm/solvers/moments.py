@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from nqm.algorithms.base import Algorithm, Mode, Nonlinear
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError
 from nqm.least_squares import LeastSquares, any_problem
+from nqm.limits import check_memory, check_walk, check_work
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
@@ -35,6 +37,10 @@ from nqm.transition import (
     spectral_radius,
 )
 
+#: Steps of a phase that goes on for ever.
+FOREVER = 10**18
+#: Coordinates of a chain up to which only the number of steps is limited, not the work in a step.
+SMALL = 16
 #: Most entries of the transition matrices held at once while walking: they stay in the cache.
 CHUNK = 400_000
 
@@ -439,7 +445,7 @@ def phase_cycles(
     NQMError
         If the phase never repeats itself.
     """
-    law = law_of(phase, problem)
+    law = law_of(replace(phase, steps=FOREVER), problem)
     period = whole_period(phase)
     walker = _Walker(problem, law, [], 0)
     modes = law.algorithm.modes()
@@ -449,11 +455,16 @@ def phase_cycles(
 
 def whole_period(phase: Phase) -> int:
     """Steps after which a phase that goes on for ever repeats; NQMError if it never does."""
-    long = Phase(phase.algorithm, phase.lr, 10**9, phase.batch_size, phase.member_lr)
+    long = replace(phase, steps=FOREVER)
     segments = list(long.segments())
     if len(segments) != 1 or segments[0][2] is None:
         raise NQMError("a steady state needs constant or cyclic rates and batch size")
-    return segments[0][2]
+    period = segments[0][2]
+    walked = float(period)
+    if isinstance(phase.algorithm, Algorithm) and long.still(0, FOREVER):
+        walked = run_count(phase.algorithm, period)
+    check_walk("phase: the period", walked, "it is composed of its steps")
+    return period
 
 
 def solve(
@@ -496,6 +507,14 @@ def solve(
     if len(program.phases) == 1 and getattr(only.algorithm, "coupling", None) == "scalar":
         return scalar_first_order(problem, only, wanted)
     laws = [law_of(phase, problem) for phase in program.phases]
+    check_memory(
+        "the number of steps in record.at", len(wanted), 2.0 * len(wanted) * problem.directions
+    )
+    left = wanted[-1]
+    for index, law in enumerate(laws):
+        steps = min(left, law.phase.steps)
+        check_size(f"phase.{index}", problem, law, steps, len(wanted), jump=jump)
+        left -= steps
     rows = list(_visit(problem, laws, wanted, jump, progress))
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     zeros = np.zeros(len(rows))
@@ -516,6 +535,36 @@ def solve(
         runaway=runaway(problem, program),
         **columns,
     )
+
+
+def check_size(
+    where: str, problem: Problem, law: Law, steps: int, records: int, *, jump: bool
+) -> None:
+    """Raise NQMError if so many steps of a phase would need more memory, or time, than there is."""
+    algorithm = law.algorithm
+    n = max(len(mode.algorithm.coordinates) for mode in algorithm.modes())
+    entries = float(problem.directions) * n**2
+    name = f"{where}: the coordinates of one chain of {type(algorithm).__name__}"
+    check_memory(name, n, 8.0 * entries)
+    walked, jumps = 0.0, 0.0
+    for start, stop, period in law.phase.segments():
+        length = min(stop, steps) - start
+        if length <= 0:
+            break
+        if not jump:
+            walked += length
+        elif law.phase.still(start, stop):
+            count = run_count(algorithm, length)
+            once = run_count(algorithm, algorithm.period)
+            walked += count if period is None else min(count, once * (1.0 + records))
+            jumps += 2.0 * math.log2(length + 1.0) * (1.0 + min(records, length))
+        else:
+            walked += length if period is None else min(length, period * (1.0 + records))
+            jumps += 0.0 if period is None else 2.0 * math.log2(length / period + 1.0)
+    check_walk(f"{where}.steps", walked, "their rates do not repeat soon enough to be jumped")
+    if n > SMALL:
+        work = (min(walked, steps) + jumps) * 3.0 * entries * n
+        check_work(name, n, work, "in dense matrices")
 
 
 def _visit(

@@ -21,6 +21,7 @@ from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.algorithms.sampled import Sampled
 from nqm.errors import NQMError, check_integer
 from nqm.least_squares import LeastSquares, any_problem
+from nqm.limits import check_memory, check_walk
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Trajectory
@@ -94,6 +95,7 @@ def sample(
     if isinstance(problem, LeastSquares):
         return _least_squares(problem, program, at, replicas, seed, precision, control, progress)
     wanted = program.recorded(at)
+    _check_sizes(problem, program, len(wanted), replicas, 3 if control else 2)
     start = Start.of(problem, program, wanted) if control else None
     plan = _Plan(problem, program, wanted, fast=precision == "float32", start=start)
     sizes = [min(BLOCK, replicas - i) for i in range(0, replicas, BLOCK)]
@@ -135,6 +137,28 @@ def sample(
         member_stderr=member_error,
         controlled=True,
     )
+
+
+def _check_sizes(
+    problem: Problem, program: Program, records: int, replicas: int, copies: int
+) -> None:
+    """Raise NQMError for what would not fit, or not end."""
+    check_memory("replicas", replicas, float(copies) * records * replicas)
+    check_walk("phase.steps", program.steps, "Monte Carlo takes each of them")
+    for index, phase in enumerate(program.phases):
+        algorithm = phase.algorithm
+        chains, state = float(algorithm.member_count), 1.0
+        reads = 0.0  # every record reads every member off the state
+        if isinstance(algorithm, Algorithm):
+            state = float(len(algorithm.coordinates))
+            reads = records * chains * state
+        check_memory(
+            f"phase.{index}: the members of {type(algorithm).__name__}",
+            algorithm.member_count,
+            3.0 * BLOCK * problem.directions * (state + chains) + reads,
+        )
+        if isinstance(algorithm, Sampled | MultiplicativeLatePhase):
+            check_memory(f"phase.{index}.steps", phase.steps, phase.steps)
 
 
 def _least_squares(

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from nqm.algorithms.base import Algorithm, Mode
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.least_squares import additive_only
+from nqm.limits import check_walk
 from nqm.problem import FloatArray, Problem, numbers_above_zero
 from nqm.solvers import _kernels
 from nqm.solvers.moments import CHUNK, at_start, compose_runs
@@ -120,6 +121,7 @@ def _power(
         return step.matrix.reshape(-1, n, n), noise_moment(step, v).reshape(-1, n, n)
 
     if algorithm.ages:  # no two steps are alike
+        check_walk("scan.steps", steps, "no two of them are alike")
         many, added = (np.zeros_like(part) for part in step_at(0))
         many += np.eye(many.shape[-1])
         for t in range(steps):

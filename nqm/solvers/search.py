@@ -30,6 +30,7 @@ from nqm.algorithms.base import Algorithm
 from nqm.condense import condense
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.least_squares import additive_only
+from nqm.limits import check_memory
 from nqm.problem import FloatArray, Problem, numbers_above_zero
 from nqm.result import Status
 from nqm.solvers import _kernels
@@ -142,6 +143,7 @@ class _Run:
 
     def losses(self, first: int, last: int, batch_size: float) -> FloatArray:
         """Expected loss after each of first, ..., last steps."""
+        check_memory("search.horizon: the steps to the target", last, 4.0 * (last - first))
         bias, noise = self.at(first)
         path = np.empty(last - first + 1)
         path[0] = bias + noise / batch_size

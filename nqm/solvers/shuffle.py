@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError, check_integer
 from nqm.least_squares import additive_only
+from nqm.limits import check_memory, check_walk
 from nqm.problem import FloatArray, Problem
 from nqm.program import Phase, one_phase
 from nqm.solvers.moments import whole_period
@@ -81,6 +82,8 @@ def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSt
         raise NQMError(
             f"examples must be at least two steps of {per_step:g} examples each; got {examples}"
         )
+    check_walk("shuffled_steady.examples", steps, "an epoch is composed of its steps")
+    check_memory("shuffled_steady.examples", examples, 4.0 * steps * problem.directions)
     rates = phase.settings(0, 1)[0]
     lr = tuple(np.asarray(rate) for rate in rates[:-1])
     transition = extract(mode.algorithm, problem.curvature, lr if len(lr) > 1 else lr[0])
