@@ -7,7 +7,7 @@ SCALE ?= full
 
 # Where the tests run with the lowest versions that pyproject.toml allows.
 LOWEST := .venv-lowest
-# Tests to run, e.g. PYTEST=tests/test_table.py; all by default.
+# Tests to run, e.g. PYTEST=tests/nqm/test_table.py; all by default.
 PYTEST ?=
 
 .PHONY: reproduce test test-portable test-lowest lint docs bench gallery clean setup setup-neural

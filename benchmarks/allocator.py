@@ -15,7 +15,7 @@ import resource, sys
 from time import perf_counter
 import torch
 from torch.nn.functional import cross_entropy
-from neural.allocator import keep_freed_memory
+from neural.training._malloc import keep_freed_memory
 from neural.models import build
 
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.timing import best_of
 from nqm import SGD, HeavyBall, Problem
-from nqm.problem import FloatArray
+from nqm.problems.quadratic import FloatArray
+from nqm.problems.spectra import harmonic
 from nqm.solvers.scan import scan
-from nqm.spectra import harmonic
 
 DIRECTIONS, RATES, STEPS, TIMED = 10_000, 100, 1_000_000, 1_000
 BATCH, MOMENTUM = 64, 0.9

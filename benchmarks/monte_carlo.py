@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks.timing import best_of
 from nqm import SGD, Problem, constant, sample, solve
-from nqm.problem import FloatArray
+from nqm.problems.quadratic import FloatArray
+from nqm.problems.spectra import harmonic
 from nqm.solvers import fast_normals
 from nqm.solvers._kernels import fill_lanes, fill_normals
 from nqm.solvers.sample import BLOCK
-from nqm.spectra import harmonic
 
 DIRECTIONS, REPLICAS, STEPS, TIMED = 1_000, 1_000, 1_000, 50
 LR, BATCH = 0.5, 8

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import best_of
-from nqm.sweep import Sweep
-from nqm.workers import processes
+from nqm.runs.executors import processes
+from nqm.runs.sweep import Sweep
 
 HARMONIC = {"name": "harmonic", "directions": 2}
 
@@ -49,7 +49,7 @@ def dask(count: int) -> Iterator[Executor]:
     """A scheduler and workers of one thread each, on this machine."""
     from distributed import LocalCluster
 
-    from nqm.cluster import connected
+    from nqm.runs.cluster import connected
 
     local: dict[str, Any] = {"dashboard_address": None, "host": "127.0.0.1", "silence_logs": 50}
     with (

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from neural import monte_carlo
+from neural.quadratic import sample as monte_carlo
 from nqm import (
     SGD,
     Adam,
@@ -30,7 +30,7 @@ from nqm import (
     sample,
 )
 from nqm.algorithms.base import Algorithm, Nonlinear
-from nqm.spectra import harmonic
+from nqm.problems.spectra import harmonic
 
 DIRECTIONS, REPLICAS, STEPS = 100, 1000, 1000
 #: Of the runs with common random numbers.

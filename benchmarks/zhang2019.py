@@ -17,8 +17,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from nqm import SGD, HeavyBall, Problem
-from nqm.problem import FloatArray
-from nqm.solvers.search import search
+from nqm.problems.quadratic import FloatArray
+from nqm.tuning.grid_search import search
 from paper_repro.study import ZHANG2019, Scale, find
 from paper_repro.zhang2019.common import (
     EXPONENTS,
@@ -106,7 +106,7 @@ def main() -> None:
     # Its count is the last step above the target: one more is a crossing, if not the first.
     over = (np.array(found)[~never] + 1) / np.array(first)[~never] - 1
     print(f"fewest steps of heavy ball: {count} stable settings by batch size, one thread")
-    print(f"  nqm.solvers.search, 10^4 directions, first crossings  {ours:8.2f} s")
+    print(f"  nqm.tuning.grid_search, 10^4 directions, first crossings  {ours:8.2f} s")
     print(
         f"  eigendecomposition and bisection, 100 bins            {whole:8.0f} s "
         f"(extrapolated from {len(cases)} taking {sliced:.1f} s)"

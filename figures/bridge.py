@@ -84,7 +84,7 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge_measure.compare` makes it.
+        As `neural.bridge.api.compare` makes it.
     ax : Axes, optional
     """
     ax = axes_or_new(ax)
@@ -147,7 +147,7 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        As the course of `neural.bridge_measure.compare`, of all trainings.
+        As the course of `neural.bridge.api.compare`, of all trainings.
     ax : Axes, optional
     """
     ax = axes_or_new(ax)
@@ -184,7 +184,7 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge_measure.compare` makes it. From left to right K grows; the first batch
+        As `neural.bridge.api.compare` makes it. From left to right K grows; the first batch
         size is filled.
     largest : float
         Curvature h_max.

@@ -66,9 +66,9 @@ _threads = click.option(
 def list_() -> None:
     """Show recipes, models, data sets and selections."""
     from neural.data import DATASETS
+    from neural.late_phase.select import TERMS
     from neural.models import MODELS
-    from neural.recipe import load_recipe, recipe_names
-    from neural.select import TERMS
+    from neural.training.recipe import load_recipe, recipe_names
 
     click.echo("recipe:")
     for name in recipe_names():
@@ -125,8 +125,8 @@ def train(
     """
     from dataclasses import replace
 
-    from neural.experiment import run_experiment
-    from neural.recipe import load_recipe
+    from neural.training.experiment import run_experiment
+    from neural.training.recipe import load_recipe
     from nqm.names import folder_name
 
     if workers > 1:
@@ -170,10 +170,11 @@ def evaluate(
     \b
     nqm neural evaluate out/neural/digits_bn-full/late_phase/seed0 --flatness --line
     """
-    from neural.config import EvaluateConfig, describe
-    from neural.reopen import measure, reopen
-    from nqm import __version__, declare
+    from neural.training.config import EvaluateConfig, describe
+    from neural.training.load_run import measure, reopen
+    from nqm import __version__
     from nqm.errors import NQMError
+    from nqm.runs import toml
     from nqm.table import finished, write_table
 
     _alone("nqm neural evaluate")
@@ -184,7 +185,7 @@ def evaluate(
     asked = EvaluateConfig(
         ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
     )
-    key = declare.key({"run": describe(opened.run), "asked": repr(asked)})
+    key = toml.key({"run": describe(opened.run), "asked": repr(asked)})
     table = None if out is None else finished(out, key, __version__)
     if table is None:
         table = measure(opened, asked, root)
@@ -203,7 +204,7 @@ def export(run: Path, out: str, member: int | None) -> None:
     \b
     nqm neural export out/neural/digits_bn-full/late_phase/seed0 --out digits.safetensors
     """
-    from neural.reopen import export as write
+    from neural.training.load_run import export as write
 
     _alone("nqm neural export")
     click.echo(write(run, out, member))
@@ -231,8 +232,8 @@ def sweep(
     \b
     nqm neural sweep members.toml --out members.parquet
     """
-    from neural.sweep import work
-    from nqm.sweep import Sweep
+    from neural.training.sweep import work
+    from nqm.runs.sweep import Sweep
 
     _alone("nqm neural sweep")
     place = _place(device, root, threads)
@@ -296,8 +297,8 @@ def bridge(
     nqm neural bridge out/neural/digits_bn-full/base/seed0 --select batchnorm+head
     nqm neural bridge RUN --set bridge.lr_times_sharpness=[0.1,0.3] --set plan.runs=64
     """
-    from neural.bridge_run import load_config, open_target, run_bridge, split_overrides
-    from neural.draw import draw_bridge
+    from neural.bridge.pipeline import load_config, open_target, run_bridge, split_overrides
+    from neural.bridge.plots import draw_bridge
     from nqm.files import locked
     from nqm.names import folder_name
 
@@ -375,9 +376,9 @@ def _alone(what: str) -> None:
 def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
     import torch
 
-    from neural import distributed
-    from neural.allocator import keep_freed_memory
-    from neural.task import Place
+    from neural.training import distributed
+    from neural.training._malloc import keep_freed_memory
+    from neural.training.task import Place
     from nqm.errors import NQMError
 
     keep_freed_memory()
@@ -401,8 +402,8 @@ def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
 
 def _show(table: Any, title: str, folder: Path) -> None:
     """Summary over seeds, and where the rest is."""
-    from neural.draw import draw
-    from neural.summary import summarise
+    from neural.training.plots import draw
+    from neural.training.summary import summarise
     from nqm.table import read_table
 
     click.echo(title)

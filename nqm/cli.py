@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from nqm.config import Run
+    from nqm.runs.config import Run
 
 
 #: Most characters of a message.
@@ -68,7 +68,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from nqm.errors import NQMError
-        from nqm.interrupts import Interrupted, end_at_once, interruptible
+        from nqm.runs.interrupts import Interrupted, end_at_once, interruptible
 
         try:
             with interruptible():
@@ -149,7 +149,7 @@ def _options(*names: str) -> Callable[[Any], Any]:
 def list_() -> None:
     """Show algorithms, schedules, spectra and columns."""
     from nqm.algorithms import ROSTER
-    from nqm.config import MODELS, SPECTRA
+    from nqm.runs.config import MODELS, SPECTRA
     from nqm.schedule import SCHEDULES
     from nqm.table import COLUMNS
 
@@ -218,8 +218,10 @@ def run(
     """
     from pathlib import Path
 
-    from nqm import __version__, config, declare
+    from nqm import __version__
     from nqm.errors import NQMError
+    from nqm.runs import config
+    from nqm.runs import toml as declare
     from nqm.table import read_table, write_table, writing
 
     given = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
@@ -285,7 +287,7 @@ def sweep(
     nqm sweep grid.toml --out grid.parquet --scheduler tcp://127.0.0.1:8786
     """
     from nqm.errors import NQMError
-    from nqm.sweep import Sweep
+    from nqm.runs.sweep import Sweep
     from nqm.table import read_table
 
     if scheduler is not None and workers > 1:
@@ -303,12 +305,12 @@ def sweep(
 def _executor(scheduler: str | None, workers: int) -> Iterator[Executor | None]:
     """Where cells are computed: a cluster, processes, or here."""
     if scheduler is not None:
-        from nqm.cluster import connected
+        from nqm.runs.cluster import connected
 
         with connected(scheduler) as executor:
             yield executor
     elif workers > 1:
-        from nqm.workers import processes
+        from nqm.runs.executors import processes
 
         with processes(workers) as pool:
             yield pool
@@ -354,7 +356,7 @@ def tune(
     nqm tune sgd.toml --target 0.01
     """
     from nqm.errors import NQMError
-    from nqm.tune import best_rate, fastest_rate
+    from nqm.tuning.program import best_rate, fastest_rate
 
     job = _load(file, overrides)
     problem = job.additive("tune")
@@ -374,7 +376,8 @@ def tune(
 def _load(file: str, overrides: tuple[str, ...]) -> Run:
     from pathlib import Path
 
-    from nqm import config, declare
+    from nqm.runs import config
+    from nqm.runs import toml as declare
 
     return config.build(declare.load(file, overrides), Path(file).parent)
 

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from nqm.errors import NQMError
-from nqm.problem import FloatArray, Problem
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.result import check_level
 
 #: Relative agreement of two orders of the rule that is asked for. The higher order is far better.

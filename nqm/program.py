@@ -13,7 +13,7 @@ import numpy as np
 from nqm.algorithms.base import Algorithm, Nonlinear, Optimizer
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.limits import check_memory
-from nqm.problem import FloatArray
+from nqm.problems.quadratic import FloatArray
 from nqm.schedule import Schedule, Segment, as_schedule
 from nqm.transition import minibatches
 

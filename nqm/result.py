@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.sampled import Sampled, SampledSGD
 from nqm.errors import NQMError, check_number
-from nqm.problem import FloatArray, Problem, Quadratic
+from nqm.problems.quadratic import FloatArray, Problem, Quadratic
 
 if TYPE_CHECKING:
     from nqm.distribution import LossDistribution

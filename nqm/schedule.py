@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import FloatArray
+from nqm.problems.quadratic import FloatArray
 
 #: (start, stop, period): on [start, stop) the value repeats every `period` steps; None: never.
 Segment = tuple[int, int, int | None]

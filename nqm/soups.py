@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
 from nqm.errors import NQMError, check_integer, check_number, shown
-from nqm.least_squares import additive_only
 from nqm.limits import check_memory
-from nqm.problem import FloatArray, Problem
+from nqm.problems.least_squares import additive_only
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Program, as_program
 from nqm.solvers.moments import check_own_starts, solve
 

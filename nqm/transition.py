@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.algorithms.base import Algorithm, State, Value
 from nqm.limits import check_memory
-from nqm.problem import FloatArray
+from nqm.problems.quadratic import FloatArray
 
 
 @dataclass(frozen=True)

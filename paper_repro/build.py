@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import figures.style
 import nqm
 from nqm.errors import NQMError
+from nqm.runs.executors import processes
 from nqm.table import read_metadata, read_table, write_table
-from nqm.workers import processes
 from paper_repro.study import Claim, Scale, Study, find
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from figures import collapse as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import LatePhase
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
 from nqm.program import Phase, constant
 from nqm.solvers.sample import sample
 from nqm.solvers.steady import steady

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from figures import digits as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import LatePhase
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
 from nqm.program import constant
 from nqm.solvers.moments import solve
 from paper_repro.least_squares import Data, exact, train

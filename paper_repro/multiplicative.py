@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from figures import multiplicative as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import MultiplicativeLatePhase
-from nqm.balance import balance_point
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
 from nqm.program import Phase, constant
+from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.solvers.sample import sample
 from nqm.solvers.steady import steady
 from paper_repro.control import paired_error

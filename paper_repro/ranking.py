@@ -29,13 +29,14 @@ from nqm.algorithms import (
     PolynomialAverage,
     ScheduleFree,
 )
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
+from nqm.problems.spectra import harmonic, power_law, power_noise, two_cluster
 from nqm.program import Phase, Program, steps_for
 from nqm.schedule import Linear
 from nqm.solvers.moments import solve
 from nqm.solvers.sample import sample
-from nqm.spectra import harmonic, power_law, power_noise, two_cluster
-from nqm.targets import best_lr, stability_edge
+from nqm.tuning.constant_lr import best_lr
+from nqm.tuning.stability import stability_edge
 from paper_repro.study import Claim, Scale, agrees, between, identical
 
 TITLE = "Which averaging wins at equal data"

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from figures import rate_map as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import LatePhase
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
+from nqm.problems.spectra import harmonic
 from nqm.program import constant
 from nqm.solvers.scan import scan
-from nqm.spectra import harmonic
-from nqm.targets import best_lr, stability_edge
+from nqm.tuning.constant_lr import best_lr
+from nqm.tuning.stability import stability_edge
 from paper_repro.study import Claim, Scale, between, identical
 
 TITLE = "Loss over ensemble size and learning rate"

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from figures.scaling import decay_start, frontier
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD
-from nqm.least_squares import power_law, random_features
+from nqm.problems.least_squares import power_law, random_features
 from nqm.program import Phase, Program, constant
 from nqm.schedule import WarmupStableDecay
-from nqm.solvers.least_squares import solve, steady
-from nqm.solvers.least_squares_sample import sample
+from nqm.solvers.least_squares.moments import solve, steady
+from nqm.solvers.least_squares.sample import sample
 from paper_repro.study import Claim, Scale, agrees, between, close
 
 TITLE = "Scaling laws of one-pass least squares"

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from figures import floors as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD, Ensemble, LatePhase, MultiplicativeLatePhase
-from nqm.balance import balance_point
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
+from nqm.problems.spectra import harmonic
 from nqm.program import Phase, constant
+from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.solvers.sample import sample
 from nqm.solvers.steady import steady
-from nqm.spectra import harmonic
 from paper_repro.study import Claim, Scale, agrees, between, close, identical
 
 TITLE = "Steady-state loss against ensemble size"

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from figures import over_time as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD, LatePhase
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
+from nqm.problems.spectra import harmonic
 from nqm.program import Phase, Program
 from nqm.solvers.moments import solve
 from nqm.solvers.sample import sample
-from nqm.spectra import harmonic
 from paper_repro.study import Claim, Scale, agrees, between, identical
 
 TITLE = "Expected loss through a late-phase switch"

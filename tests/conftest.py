@@ -15,14 +15,15 @@ from nqm import Problem
 if find_spec("torch"):
     import torch
 
-    from neural.allocator import keep_freed_memory
+    from neural.training._malloc import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()
 else:  # without PyTorch the theory is tested alone
     needs = re.compile(r"^(import|from) (torch|neural)\b", re.MULTILINE)
     here = Path(__file__).parent
-    collect_ignore = [p.name for p in here.glob("test_*.py") if needs.search(p.read_text())]
+    tests = (path for path in here.rglob("test_*.py") if needs.search(path.read_text()))
+    collect_ignore = [str(path.relative_to(here)) for path in tests]
 
 # Reproducible, and free of timing: the first example of a test may compile a kernel.
 settings.register_profile("nqm", deadline=None, derandomize=True, max_examples=30, database=None)

@@ -70,8 +70,8 @@ SMALL_BRIDGE += itertools.chain.from_iterable(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, what the pages call RUN."""
-    from neural.experiment import run_experiment
-    from neural.recipe import load_recipe
+    from neural.training.experiment import run_experiment
+    from neural.training.recipe import load_recipe
 
     out = tmp_path_factory.mktemp("runs")
     run_experiment(load_recipe("digits_bn", "smoke"), out, arms=["late_phase"], seeds=[0])
@@ -130,7 +130,7 @@ def test_settings_of_the_bridge_are_all_listed() -> None:
     """By their names and defaults; a setting without one has an empty cell."""
     import tomllib
 
-    from neural.bridge_config import BridgeConfig, Plan
+    from neural.bridge.config import BridgeConfig, Plan
 
     page = (ROOT / "docs" / "bridge.md").read_text()
     rows = re.findall(
@@ -149,7 +149,7 @@ def test_settings_of_the_bridge_are_all_listed() -> None:
 def test_the_bridges_that_were_measured_can_be_asked_for(tmp_path: Path) -> None:
     import tomllib
 
-    from neural.bridge_run import load_config
+    from neural.bridge.pipeline import load_config
 
     texts = [text for name, text in blocks("toml") if name.startswith("bridge-")]
     assert len(texts) == 6

@@ -98,4 +98,5 @@ def test_extras_hold_what_their_commands_need() -> None:
     assert packages(extras["figures"]) == {"matplotlib", "jinja2", "sklearn"}
     own = f"{PROJECT['name']}[figures]"
     assert own in extras["neural"], "nqm neural train draws pictures"
-    assert own in extras["dev"], "make test, make reproduce"
+    assert own in extras["test"], "make test, make reproduce"
+    assert f"{PROJECT['name']}[test]" in extras["dev"]

@@ -13,6 +13,18 @@ import nqm
 
 ROOT = Path(nqm.__file__).parents[1]
 PACKAGES = ("nqm", "neural", "figures", "paper_repro")
+#: room of `neural` -> rooms it may import; the lower ones are libraries that know no recipe.
+ROOMS = {
+    "late_phase": (),
+    "data": (),
+    "models": (),
+    "evaluate": (),
+    "curvature": ("late_phase", "evaluate"),
+    "training": ("late_phase", "data", "models", "evaluate"),
+    "quadratic": ("late_phase", "training"),
+    "bridge": ("curvature", "late_phase", "data", "training"),
+    "cli": ("bridge", "data", "late_phase", "models", "training"),
+}
 #: package -> project modules it may import; nothing may import paper_repro.
 ALLOWED = {
     "nqm": ("nqm",),
@@ -51,6 +63,25 @@ def test_only_the_allowed_edges(package):
                 continue
             fits = [name == ok or name.startswith(ok + ".") for ok in ALLOWED[package]]
             assert any(fits), f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_neural_know_only_those_below(room):
+    inside = [path for path in files("neural") if path.relative_to(ROOT / "neural").parts[0]
+              in (room, f"{room}.py")]  # fmt: skip
+    assert inside
+    for path in inside:
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "neural" and len(parts) > 1 and parts[1] in ROOMS:
+                fits = parts[1] == room or parts[1] in ROOMS[room]
+                assert fits, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_room_is_listed():
+    rooms = {path.relative_to(ROOT / "neural").parts[0].removesuffix(".py")
+             for path in files("neural")}  # fmt: skip
+    assert rooms - {"__init__"} == set(ROOMS)
 
 
 def test_nqm_names_no_heavy_library():
@@ -110,3 +141,27 @@ def test_every_module_says_what_it_is():
     for package in PACKAGES:
         for path in files(package):
             assert ast.get_docstring(ast.parse(path.read_text())), path.relative_to(ROOT)
+
+
+def test_the_page_of_the_tree_names_what_is_there():
+    """Folders and files of `nqm` and `neural` that docs/architecture.md lists."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.partition("```text\n")[2].partition("figures/")[0]
+    package, seen = "", 0
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            package = line.strip().removesuffix("/")
+            continue
+        first, *names = line.replace("...", "").split()
+        here = ROOT / package
+        if first.endswith("/") and names and not names[0].endswith("/") and package:
+            here, listed = here / first, names
+        else:
+            listed = [first, *names]
+        if not here.is_dir() or "," in line or "the " in line or "one file" in line:
+            assert here.is_dir(), line
+            continue
+        for name in listed:
+            seen += 1
+            assert (here / name).is_dir() or (here / f"{name}.py").is_file(), f"{here.name}/{name}"
+    assert seen > 50

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neural.curvature import Landscape
+from neural.curvature.risk import Landscape
 from neural.models import build
 
 

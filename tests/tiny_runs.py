@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neural import checkpoint, data
-from neural.config import RunConfig, build
+from neural import data
 from neural.data import ImageBatches
-from neural.recipe import Recipe, make_recipe
+from neural.training import checkpoint
+from neural.training.config import RunConfig, build
+from neural.training.recipe import Recipe, make_recipe
 from nqm.errors import NQMError
 
 #: 100 examples: four batches an epoch, the last of them short.
@@ -30,7 +31,7 @@ _BASE: dict[str, Any] = {
 LATE: dict[str, Any] = {"start_epoch": 1, "members": 3, "select": "head"}
 #: Loaded once, by the server that all processes are forked from: they start in a tenth of a second.
 _PRELOADED = [
-    "neural.experiment", "neural.models.small_cnn", "pyarrow.parquet", "sklearn.datasets",
+    "neural.training.experiment", "neural.models.small_cnn", "pyarrow.parquet", "sklearn.datasets",
     "sklearn.metrics", "tiny_runs", "torch._dynamo",
 ]  # fmt: skip
 CNN: dict[str, Any] = {"name": "digits_cnn", "width": 4}
@@ -158,7 +159,7 @@ def together(world: int, target: Callable[..., Any], *args: Any) -> list[Any]:
 def _joined(
     rank: int, world: int, port: int, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
-    from neural import distributed
+    from neural.training import distributed
 
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
@@ -172,8 +173,8 @@ def train_until_killed(run: RunConfig, folder: Path, moment: int) -> str:
 
     A moment is before a step, or before or after a file takes or loses its name.
     """
-    from neural import train as module
-    from neural.session import Session
+    from neural.training import train as module
+    from neural.training.state import Session
 
     module.CHECKPOINT_EVERY = -1.0
     left = moment

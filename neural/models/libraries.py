@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from neural.compat import import_torchvision
+from neural.models._torchvision import import_torchvision
 from nqm.errors import NQMError, suggest
 
 LIBRARIES = ("torchvision", "timm")

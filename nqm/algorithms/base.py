@@ -16,7 +16,7 @@ from nqm.errors import NQMError, check_integer, check_number
 from nqm.limits import MEMBERS
 
 if TYPE_CHECKING:
-    from nqm.problem import FloatArray, Problem
+    from nqm.problems.quadratic import FloatArray, Problem
 
 #: One coordinate of the state: a number, an array over directions, or a linear form.
 Value = Any

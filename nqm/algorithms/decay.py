@@ -17,7 +17,7 @@ from nqm.algorithms.base import (
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_number
-from nqm.problem import FloatArray, Problem
+from nqm.problems.quadratic import FloatArray, Problem
 
 Draw = Callable[[], Value]
 

@@ -24,7 +24,7 @@ from nqm.algorithms.base import (
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
 
 Draw = Callable[[], Value]
 

@@ -29,7 +29,7 @@ from nqm.algorithms.base import (
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import FloatArray, Problem
+from nqm.problems.quadratic import FloatArray, Problem
 
 Draw = Callable[[], Value]
 

@@ -6,8 +6,9 @@
     phi_k <- phi_k - member_lr * theta * g_k      (summed over directions for a scalar phi_k)
     theta <- theta - lr * gamma * sum_k phi_k g_k
 
-The only analytic answers are approximations, and every result says which it is: the first order
-in noise and displacement about theta phi = w* (here), and the long-run balance of `nqm.balance`.
+The only analytic answers are approximations, and every result says which it is: the first order in
+noise and displacement about theta phi = w* (here), and the long-run balance of
+`nqm.solvers.multiplicative_long_run`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from nqm.algorithms.base import Nonlinear
 from nqm.algorithms.members import LatePhase
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problem import FloatArray, Problem
+from nqm.problems.quadratic import FloatArray, Problem
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class MultiplicativeLatePhase(Nonlinear):
         About theta0 phi0 = w* member k moves by phi0 d(theta) + theta0 d(phi_k), which is the
         additive model with rates lr * phi0^2 and member_lr * theta0^2 in each direction
         (elementwise coupling). Its relative error is proportional to the noise variance: it needs
-        noise and displacement small beside w*, and lasts until the balance drifts (`nqm.balance`).
+        noise and displacement small beside w*, and lasts until the balance drifts
+        (`nqm.solvers.multiplicative_long_run`).
 
         Returns
         -------

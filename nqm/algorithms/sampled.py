@@ -11,7 +11,7 @@ from nqm.algorithms.base import Nonlinear, check_fraction
 from nqm.errors import NQMError, check_number
 
 if TYPE_CHECKING:
-    from nqm.problem import Problem
+    from nqm.problems.quadratic import Problem
 
 
 @dataclass(frozen=True, kw_only=True)

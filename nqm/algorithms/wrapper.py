@@ -20,7 +20,7 @@ from nqm.algorithms.base import (
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError
-from nqm.problem import FloatArray, Problem
+from nqm.problems.quadratic import FloatArray, Problem
 
 
 @dataclass(frozen=True)

@@ -473,7 +473,7 @@ def evaluate(state, readout, members, weight, loss, member_loss):
 #: Rules of `sample_optimizer`, in the order of the classes of `nqm.algorithms.sampled`.
 CLIPPED, SIGN, ADAM = 0, 1, 2
 
-# --- The linear twin of a method that is not linear: see `nqm.solvers.control` -------------------
+# --- The linear twin of a method that is not linear: see `nqm.solvers.control_variates` ----------
 # `field` (FIELDS, d) holds, for each direction, what is deterministic: the mean of the weights, the
 # variance of the twin's deviation from it, its covariance with the buffer and the buffer's
 # variance, the buffer's mean, three numbers of the method's own, and the twin's coefficients.

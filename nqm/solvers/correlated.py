@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from nqm.algorithms.base import Algorithm, Mode
-from nqm.correlation import covariance
 from nqm.errors import NQMError
-from nqm.problem import FloatArray, Problem
+from nqm.problems.correlation import covariance
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.solvers import _kernels
 from nqm.solvers.moments import Law, compose_steps, distinct_steps, law_of, whole_period

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from nqm.algorithms.base import Algorithm, Mode, Nonlinear
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.errors import NQMError
-from nqm.least_squares import LeastSquares, any_problem
 from nqm.limits import check_memory, check_walk, check_work
-from nqm.problem import FloatArray, Problem
+from nqm.problems.least_squares import LeastSquares, any_problem
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
-from nqm.solvers.scalar_factor import scalar_first_order
+from nqm.solvers.multiplicative_scalar import scalar_first_order
 from nqm.transition import (
     Transition,
     clock,
@@ -499,7 +499,9 @@ def solve(
     program = as_program("solve.program", program)
     problem = any_problem("solve", problem)
     if isinstance(problem, LeastSquares):
-        from nqm.solvers import least_squares  # which builds on this module
+        from nqm.solvers.least_squares import (
+            moments as least_squares,  # which builds on this module
+        )
 
         return least_squares.solve(problem, program, at, progress=progress)
     wanted = program.recorded(at)

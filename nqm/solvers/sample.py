@@ -20,13 +20,13 @@ from nqm.algorithms.base import Algorithm
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.algorithms.sampled import Sampled
 from nqm.errors import NQMError, check_integer
-from nqm.least_squares import LeastSquares, any_problem
 from nqm.limits import check_memory, check_walk
-from nqm.problem import FloatArray, Problem
+from nqm.problems.least_squares import LeastSquares, any_problem
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Trajectory
 from nqm.solvers import _kernels, fast_normals
-from nqm.solvers.control import Start, Twin, adjust, peak
+from nqm.solvers.control_variates import Start, Twin, adjust, peak
 from nqm.solvers.moments import check_own_starts
 from nqm.transition import (
     clock,
@@ -80,9 +80,9 @@ def sample(
         normal beyond 6.66 (`nqm.solvers.fast_normals`); all else is float64 in both.
     control : bool
         Adjust the mean losses by a control variate, for methods that are not linear: a linear twin
-        in the same noise, whose expected loss is exact (`nqm.solvers.control`). The result's
-        `speed_up` says how many times as many replicas would else be needed. Linear phases can
-        come before, not after; factors must be elementwise.
+        in the same noise, whose expected loss is exact (`nqm.solvers.control_variates`). The
+        result's `speed_up` says how many times as many replicas would else be needed. Linear phases
+        can come before, not after; factors must be elementwise.
     progress : callable, optional
         Told how many replicas have finished.
     """
@@ -175,7 +175,7 @@ def _least_squares(
     if precision != "float64" or control:
         name = "control" if control else "precision"
         raise NQMError(f"sample.{name}: least squares is sampled literally, in float64; drop it")
-    from nqm.solvers import least_squares_sample
+    from nqm.solvers.least_squares import sample as least_squares_sample
 
     found = least_squares_sample.sample(problem, program, at, replicas=replicas, seed=seed)
     if progress is not None:

@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 
 from nqm.algorithms.base import Algorithm, Mode
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.least_squares import additive_only
 from nqm.limits import check_walk
-from nqm.problem import FloatArray, Problem, numbers_above_zero
+from nqm.problems.least_squares import additive_only
+from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
 from nqm.solvers import _kernels
 from nqm.solvers.moments import CHUNK, at_start, compose_runs
 from nqm.transition import extract, noise_moment, readout, runs

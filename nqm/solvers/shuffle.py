@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError, check_integer
-from nqm.least_squares import additive_only
 from nqm.limits import check_memory, check_walk
-from nqm.problem import FloatArray, Problem
+from nqm.problems.least_squares import additive_only
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, one_phase
 from nqm.solvers.moments import whole_period
 from nqm.transition import extract, readout, spectral_radius

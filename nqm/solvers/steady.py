@@ -13,19 +13,19 @@ from nqm.algorithms.averaging import SWA
 from nqm.algorithms.base import Algorithm
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.algorithms.wrapper import Wrapper
-from nqm.balance import balance_point
 from nqm.errors import NQMError
-from nqm.least_squares import LeastSquares, any_problem
-from nqm.problem import FloatArray, Problem
+from nqm.problems.least_squares import LeastSquares, any_problem
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, one_phase
 from nqm.result import Kind, Status
 from nqm.solvers import _kernels
 from nqm.solvers.moments import phase_cycles, whole_period
+from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.transition import readout, spectral_radius
 
 if TYPE_CHECKING:
     from nqm.distribution import LossDistribution
-    from nqm.solvers.least_squares import CoupledSteady
+    from nqm.solvers.least_squares.moments import CoupledSteady
 
 #: A number of steps after which every finite window is full; a multiple of any usual period.
 LONG = 720_720
@@ -115,7 +115,7 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
     Parameters
     ----------
     problem : Problem or LeastSquares
-        Least squares returns a `nqm.solvers.least_squares.CoupledSteady`.
+        Least squares returns a `nqm.solvers.least_squares.moments.CoupledSteady`.
     phase : Phase
 
     Raises
@@ -127,7 +127,9 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
     phase = one_phase("steady.phase", phase)
     problem = any_problem("steady", problem)
     if isinstance(problem, LeastSquares):
-        from nqm.solvers import least_squares  # which builds on this module
+        from nqm.solvers.least_squares import (
+            moments as least_squares,  # which builds on this module
+        )
 
         return least_squares.steady(problem, phase)
     check_settles(phase.algorithm)

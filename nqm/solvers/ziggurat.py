@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from nqm.problem import FloatArray
+from nqm.problems.quadratic import FloatArray
 
 LAYERS = 256
 #: Where the tail begins: the root of "the topmost layer closes at f = 1" for 256 layers.

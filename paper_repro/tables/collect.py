@@ -118,7 +118,7 @@ class Runs:
         table = None if table is None else table[table["arm"] == source.arm]
         if table is None or table.empty:
             return Found(None, left_out=False)
-        from neural.recipe import load_recipe  # brings torch
+        from neural.training.recipe import load_recipe  # brings torch
 
         recipe = load_recipe(source.recipe, scale)
         ran = sorted(int(seed) for seed in table["seed"].unique() if seed >= 0)
@@ -146,7 +146,7 @@ class Runs:
         return Found(measured, left_out)
 
     def _stated(self, source: Source, scale: str, seed: int) -> Mapping[str, Any]:
-        from neural.runlog import read_json
+        from neural.training.run_folder import read_json
 
         folder = self.folder(source.recipe, scale) / source.arm / f"seed{seed}"
         return (read_json(folder) if folder.is_dir() else None) or {}
@@ -193,7 +193,7 @@ def _values(table: pd.DataFrame, source: Source) -> pd.Series:
 
 
 def _same_training(stated: Mapping[str, Any], recipe: Any, arm: str, seed: int) -> bool:
-    from neural.config import build, describe
+    from neural.training.config import build, describe
 
     if arm not in recipe.arms or "config" not in stated:
         return False
@@ -206,7 +206,7 @@ def _same_training(stated: Mapping[str, Any], recipe: Any, arm: str, seed: int) 
 
 def _training(config: Mapping[str, Any]) -> str:
     """Content key of all settings that training depends on."""
-    from nqm.declare import key
+    from nqm.runs.toml import key
 
     kept = {}
     for name, part in config.items():

@@ -36,7 +36,7 @@ class Source:
     Attributes
     ----------
     recipe, arm, weights, metric : str
-        As `neural.experiment.run_experiment` names them.
+        As `neural.training.experiment.run_experiment` names them.
     data : tuple of str
         Several: the mean over them, for each seed.
     """

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import context, new_figure
 from nqm.algorithms import EMA, SGD
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
 from nqm.program import constant
 from nqm.solvers.moments import solve
 from paper_repro.study import Claim, Scale, between, identical

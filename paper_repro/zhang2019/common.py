@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from nqm.algorithms.base import Algorithm
-from nqm.problem import FloatArray, Problem
-from nqm.solvers.search import search
-from nqm.spectra import harmonic
+from nqm.problems.quadratic import FloatArray, Problem
+from nqm.problems.spectra import harmonic
+from nqm.tuning.grid_search import search
 
 #: Preconditioners are h^-exponent.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75)
@@ -87,7 +87,7 @@ def fewest(
     batch_sizes: Sequence[int],
     target: float,
 ) -> pd.DataFrame:
-    """`nqm.solvers.search` with the exponent and the winner's memory (momentum, decay) by name."""
+    """`nqm.search` with the exponent and the winner's memory (momentum, decay) by name."""
     found = search(problems, algorithms, rates, batch_sizes, target, horizon=10**9)
     found["exponent"] = np.asarray(exponents, dtype=float)[found["problem"]]
     memory = np.asarray(memories, dtype=float)[found["algorithm"]]

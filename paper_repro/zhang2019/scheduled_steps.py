@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import figures.zhang2019 as panels
 from figures.style import context, new_figure
-from nqm.optimize import BestSchedule, fewest_steps_piecewise
+from nqm.tuning import BestSchedule, fewest_steps_piecewise
 from paper_repro.study import Claim, Scale, between
 from paper_repro.zhang2019.common import (
     EXPONENTS,

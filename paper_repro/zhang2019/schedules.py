@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD
-from nqm.optimize import best_piecewise, fewest_steps_piecewise
 from nqm.program import Phase, Program
 from nqm.solvers.moments import solve
+from nqm.tuning import best_piecewise, fewest_steps_piecewise
 from paper_repro.study import Claim, Scale, between, identical
 from paper_repro.zhang2019.common import model, powers_of_two
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import context, new_figure
 from nqm.algorithms import SGD
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
 from paper_repro.study import Claim, Scale, between, close, slope
 from paper_repro.zhang2019.common import (
     NOTEBOOK_STEPS,

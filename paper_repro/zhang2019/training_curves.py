@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import context, new_figure
 from nqm.algorithms import SGD
-from nqm.problem import Problem
+from nqm.problems.quadratic import Problem
 from nqm.program import Phase, constant
 from nqm.solvers.moments import solve
 from nqm.solvers.steady import steady

@@ -1,0 +1,8 @@
+"""The bridge: measure a network, predict trainings from it, and compare with real ones.
+
+`measure`, `predict` and `compare` are the whole of it for a user; they load on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,214 @@
+"""The bridge in three calls: measure a network, predict trainings, compare with real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from neural.bridge.comparison import Outcome, compare_training, joined, predict_training
+from neural.bridge.config import BridgeConfig, Plan
+from neural.bridge.gaussian import (
+    WeightGaussian,
+    gradients_and_products,
+    measure_averages,
+    measure_gaussian,
+)
+from neural.curvature.cache import Cache
+from neural.curvature.local_quadratic import LocalModel, measure_local
+from neural.curvature.risk import Landscape
+
+#: Told a stage's name and the share of it that is done.
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network, and what was measured of it for every training.
+
+    Attributes
+    ----------
+    landscape : Landscape
+    local : LocalModel
+        Slope, curvature and noise at the checkpoint.
+    gaussians : tuple of WeightGaussian
+        One for each training.
+    cache : Cache
+        Where results are kept.
+    """
+
+    landscape: Landscape
+    local: LocalModel
+    gaussians: tuple[WeightGaussian, ...]
+    cache: Cache = field(default_factory=Cache, repr=False)
+
+
+def measure(
+    landscape: Landscape,
+    config: BridgeConfig | None = None,
+    *,
+    seed: int = 0,
+    cache: Cache | None = None,
+    report: Report | None = None,
+) -> Measured:
+    """Measure slope, curvature, noise and third derivatives for the trainings of a configuration.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    config : BridgeConfig, optional
+        Learning rates are in units of the largest curvature, which is measured first. What says
+        how a landscape is made of a run (`select` to `minimise_lr`, `test_examples`, `train`) does
+        not count here.
+    seed : int
+    cache : Cache, optional
+        Keeps every stage; nothing is kept by default.
+    report : callable, optional
+        Told a stage's name and the share of it that is done.
+
+    Returns
+    -------
+    Measured
+
+    Raises
+    ------
+    NQMError
+        If a batch size does not fit the examples, or the eigenpairs do not converge.
+    """
+    config, cache = config or BridgeConfig(), cache or Cache()
+    for training in config.trainings(1.0):
+        training.check(landscape.examples)
+    local = measure_checkpoint(landscape, config, seed=seed, cache=cache, report=report)
+    settings: dict[str, Any] = {
+        "displacements": config.displacements, "lanczos_steps": config.lanczos_steps,
+        "seed": seed, "cache": cache,
+    }  # fmt: skip
+    work = float(gradients_and_products(local, config.displacements, config.lanczos_steps))
+    averages = measure_averages(
+        landscape, local, config.reference(local.largest),
+        averaging_displacements=config.averaging_displacements,
+        progress=counted(report, "averages", 2.0 * config.averaging_displacements + work),
+        **settings,
+    )  # fmt: skip
+    trainings = config.trainings(local.largest)
+    third = counted(report, "third derivatives", work * len(trainings))
+    gaussians = tuple(
+        measure_gaussian(landscape, local, training, averages, progress=third, **settings)
+        for training in trainings
+    )
+    return Measured(landscape, local, gaussians, cache)
+
+
+def measure_checkpoint(
+    landscape: Landscape,
+    config: BridgeConfig,
+    *,
+    seed: int = 0,
+    cache: Cache | None = None,
+    report: Report | None = None,
+) -> LocalModel:
+    """The first stage of `measure`: slope, curvature and noise at the checkpoint.
+
+    Parameters
+    ----------
+    landscape, config, seed, cache, report
+        As of `measure`.
+
+    Returns
+    -------
+    LocalModel
+
+    Raises
+    ------
+    NQMError
+        If the eigenpairs do not converge.
+    """
+    # ARPACK takes two to four products for a pair.
+    work = 3.0 * config.eigenpairs + config.lanczos_steps * (config.noise_samples + 1)
+    return measure_local(
+        landscape, config.eigenpairs or None, noise_samples=config.noise_samples,
+        lanczos_steps=config.lanczos_steps, seed=seed, cache=cache,
+        progress=counted(report, "curvature and noise", work),
+    )  # fmt: skip
+
+
+def predict(measured: Measured, plan: Plan | None = None) -> Outcome:
+    """Predicted losses of every training and average.
+
+    Parameters
+    ----------
+    measured : Measured
+    plan : Plan, optional
+        Which averages of which runs.
+
+    Returns
+    -------
+    Outcome
+        In the form of `compare`; what would be measured is NaN.
+    """
+    return joined([predict_training(one, plan or Plan()) for one in measured.gaussians])
+
+
+def compare(
+    measured: Measured,
+    plan: Plan | None = None,
+    *,
+    test: Callable[[Tensor], float] | None = None,
+    report: Report | None = None,
+) -> Outcome:
+    """Predicted losses beside those of real training from the checkpoint.
+
+    Parameters
+    ----------
+    measured : Measured
+    plan : Plan, optional
+        Which averages of which runs.
+    test : callable, optional
+        Test loss of a weight vector, recorded once, after the last step.
+    report : callable, optional
+        Told a stage's name and the share of it that is done.
+
+    Returns
+    -------
+    Outcome
+        Columns: see `neural.bridge.comparison.compare_training`.
+    """
+    plan = plan or Plan()
+    count, found = len(measured.gaussians), []
+    for i, gaussian in enumerate(measured.gaussians, 1):
+        total = float(gaussian.training.steps * plan.runs)
+        found.append(
+            compare_training(
+                measured.landscape,
+                gaussian,
+                plan,
+                test=test,
+                cache=measured.cache,
+                progress=counted(report, f"train {i} of {count}", total),
+            )
+        )
+    return joined(found)
+
+
+def counted(report: Report | None, stage: str, expected: float) -> Callable[[int], None]:
+    """A function that is told how much more of a stage is done, and reports the share.
+
+    Parameters
+    ----------
+    report : callable or None
+        Nothing is reported if None.
+    stage : str
+    expected : float
+        All there is to do, in the units of what is told.
+    """
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        if report is not None:
+            report(stage, min(done / expected, 0.99))
+
+    return progress

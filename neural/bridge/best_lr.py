@@ -1,0 +1,176 @@
+"""The learning rate at which training from a checkpoint gains most, predicted and measured.
+
+A low rate gets nowhere in so many steps, a high one adds noise. From a checkpoint that is not a
+minimum the loss therefore has a least value in between, at a rate that rises with K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from neural.bridge.comparison import ITERATE
+from neural.bridge.config import Training
+from neural.bridge.gaussian import WeightGaussian, nearest_gaussians
+from neural.bridge.prediction import Prediction, predict_loss, weighted
+from neural.bridge.scatter import largest_stable_lr
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Rates of the first search, and how far below the lowest one asked for it begins.
+POINTS, BELOW = 24, 16.0
+
+
+def best_lr(
+    gaussians: Sequence[WeightGaussian],
+    training: Training,
+    members: Sequence[int],
+    *,
+    records: int = 5,
+    progress: Callable[[int], None] | None = None,
+) -> list[float | None]:
+    """The rate at which the predicted loss of the mean of K is least, for every K.
+
+    Parameters
+    ----------
+    gaussians : sequence of WeightGaussian
+        Of trainings at one rate or more (`nearest_gaussians`).
+    training : Training
+        The lowest rate of interest; steps, batch size and momentum.
+    members : sequence of int
+        K.
+    records : int
+        How many times the loss is recorded, over which it is averaged (`Training.record_steps`).
+    progress : callable, optional
+        Told that one more rate has been tried: at first `POINTS`, then some for every K.
+
+    Returns
+    -------
+    list of float or None
+        Between a sixteenth of the training's rate and the edge of stability; None where the loss
+        is least at an end of that.
+    """
+    local, at = gaussians[0].checkpoint, training.record_steps(records)
+    known: dict[float, Prediction] = {}
+
+    def change(x: float, k: int) -> float:
+        if x not in known:
+            known[x] = predict_between(gaussians, replace(training, lr=float(np.exp(x))), at)
+            if progress is not None:
+                progress(1)
+        return float(np.nan_to_num(known[x].change(k), nan=np.inf))
+
+    low, high = training.lr / BELOW, largest_stable_lr(local, training)
+    grid = np.linspace(np.log(low), np.log(high), POINTS)
+    found: list[float | None] = []
+    for k in members:
+        least = int(np.argmin([change(x, k) for x in grid]))
+        if least in (0, POINTS - 1):
+            found.append(None)
+            continue
+        within = (grid[least - 1], grid[least + 1])
+        best = minimize_scalar(change, within, within, (k,), "bounded", options={"xatol": 1e-3})
+        found.append(float(np.exp(best.x)))
+    return found
+
+
+def predict_between(
+    gaussians: Sequence[WeightGaussian], training: Training, at: Sequence[int]
+) -> Prediction:
+    """Prediction for a learning rate between those of the measured trainings, or beyond them.
+
+    Parameters
+    ----------
+    gaussians : sequence of WeightGaussian
+        Of the trainings at which the drift was measured.
+    training : Training
+    at : sequence of int
+        Steps over which the loss is averaged.
+
+    Returns
+    -------
+    Prediction
+        The mean of the predictions by the two nearest, part by part.
+    """
+    near = nearest_gaussians(gaussians, training)
+    return weighted((weight, predict_loss(one, at)) for weight, one in near)
+
+
+def measured_best(table: pd.DataFrame) -> float | None:
+    """The rate of least measured loss: a parabola in log lr through the lowest and its neighbours.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns lr, measured; one row per rate.
+
+    Returns
+    -------
+    float or None
+        None where the lowest is the first or the last, or a loss is not finite.
+    """
+    rows = table.sort_values("lr")
+    losses = rows["measured"].to_numpy()
+    if np.isnan(losses).any():
+        return None
+    least = int(np.argmin(losses))
+    near = slice(least - 1, least + 2)
+    if least in (0, len(rows) - 1) or not np.isfinite(losses[near]).all():
+        return None
+    x = np.log(rows["lr"].to_numpy()[near])
+    # From the middle one, where a parabola keeps its digits.
+    bent, slope, _ = np.polyfit(x - x[1], losses[near], 2)
+    return float(np.exp(x[1] - slope / (2.0 * bent))) if bent > 0 else None
+
+
+def best_lrs(
+    table: pd.DataFrame,
+    gaussians: Sequence[WeightGaussian],
+    *,
+    records: int = 5,
+    progress: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """Predicted and measured best rate of every K, where three rates or more share a batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.api.compare` makes it, of all trainings.
+    gaussians : sequence of WeightGaussian
+        Of the trainings.
+    records : int
+        How many times the loss of a training is recorded.
+    progress : callable, optional
+        As of `best_lr`.
+
+    Returns
+    -------
+    DataFrame
+        Columns way, batch_size, members, predicted, measured; NaN where there is none in reach.
+    """
+    import pandas as pd
+
+    columns = ["way", "batch_size", "members", "predicted", "measured"]
+    rows = []
+    held = table[table["weights"] == ITERATE]
+    for _, one in held.groupby(["way", "batch_size"], sort=False):
+        if one["lr"].nunique() < 3:
+            continue
+        first = one.iloc[0]
+        size = int(first["batch_size"])
+        training = Training(
+            float(one["lr"].min()), size, int(first["steps"]), float(first["momentum"]),
+            str(first["sampling"]),
+        )  # fmt: skip
+        sizes = [int(k) for k in one["members"].unique()]
+        own = [one for one in gaussians if one.training.batch_size == size]
+        best = best_lr(own, training, sizes, records=records, progress=progress)
+        for k, lr in zip(sizes, best, strict=True):
+            rows.append((first["way"], size, k, lr, measured_best(one[one["members"] == k])))
+    found = pd.DataFrame(rows, columns=columns)
+    return found.astype({"predicted": float, "measured": float})

@@ -1,0 +1,286 @@
+"""What a bridge measures, predicts and trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from neural.bridge.iterate_averages import ExponentialMean, TailMean, TimeAverage
+from neural.curvature.risk import CURVATURES
+from nqm import SGD, HeavyBall
+from nqm.errors import NQMError, check_integer, check_number, check_word
+
+SAMPLING = ("with replacement", "shuffled")
+#: Runs and seeds at most: seeds of late-phase runs are a thousand times as large.
+MOST = 10**9
+MOST_RECORDS = 10**6
+#: No whole number of a bridge is more: counts stay exact, and indices fit.
+LARGEST = 10**12
+#: Learning rates by default, times the largest curvature: eightfold.
+LR_TIMES_SHARPNESS = (0.0625, 0.125, 0.25, 0.5)
+#: Steps of a training's first half at which its loss is recorded: each half of the next.
+EARLY = 5
+
+
+def check_different(name: str, values: tuple[object, ...]) -> None:
+    """Raise NQMError unless there is a value, and none twice."""
+    if not values or len(set(values)) < len(values):
+        raise NQMError(f"{name} must have one entry at least, and none twice; got {values!r}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training from the checkpoint: constant rate, minibatches of one size.
+
+    Attributes
+    ----------
+    lr, momentum : float
+        As `torch.optim.SGD` has them.
+    batch_size, steps : int
+    sampling : {"with replacement", "shuffled"}
+        How minibatches are drawn from the examples.
+
+    Raises
+    ------
+    NQMError
+        If a value is out of its range.
+    """
+
+    lr: float
+    batch_size: int
+    steps: int
+    momentum: float = 0.0
+    sampling: str = "with replacement"
+
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr, low=0.0, closed_low=False)
+        check_integer("batch_size", self.batch_size, 1)
+        check_number("batch_size", self.batch_size, high=2**53)
+        check_integer("steps", self.steps, 1)
+        check_number("steps", self.steps, high=2**53)
+        check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
+        check_word("sampling", self.sampling, SAMPLING)
+
+    @property
+    def effective_lr(self) -> float:
+        """Rate of the SGD that heavy ball amounts to over long times, lr / (1 - momentum)."""
+        return self.lr / (1.0 - self.momentum)
+
+    @property
+    def algorithm(self) -> SGD | HeavyBall:
+        """The optimizer as `nqm` states it."""
+        return HeavyBall(momentum=self.momentum) if self.momentum else SGD()
+
+    def noise_ratio(self, reference: Training) -> float:
+        """Stationary covariance beside that of another training: the ratio of the two lr / B."""
+        own = self.effective_lr / self.batch_size
+        return own / (reference.effective_lr / reference.batch_size)
+
+    def record_steps(self, count: int) -> list[int]:
+        """At most `count` steps of the second half, evenly spaced, to record the loss at."""
+        half = self.steps / 2.0
+        return sorted({round(half + half * i / count) for i in range(1, count + 1)})
+
+    def course_steps(self, count: int) -> list[int]:
+        """`record_steps`, and before them steps that double."""
+        early = {self.steps >> halvings for halvings in range(2, 2 + EARLY)} - {0}
+        return sorted(early | set(self.record_steps(count)))
+
+    def check(self, examples: int) -> None:
+        """Raise NQMError if the examples are no whole number of minibatches of shuffled epochs."""
+        if self.sampling == "shuffled" and examples % self.batch_size:
+            raise NQMError(
+                f"shuffled epochs need a batch_size that divides the {examples} examples; got "
+                f"{self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many runs are trained, which of their averages are evaluated, and when.
+
+    Attributes
+    ----------
+    members : tuple of int
+        Sizes K of the groups of runs whose weights are averaged.
+    runs : int
+        Independent runs: at least the largest K; twice that for an interval.
+    records : int
+        How many times the loss is recorded, over the second half of the steps.
+    late_phase : str, optional
+        Weights to replicate on a shared base, in place of independent runs; every group of K is
+        then a run of `neural.LatePhase`.
+    decay : float
+        Of the exponential mean of a run's weights, which is evaluated beside the uniform mean over
+        the second half of its steps.
+    seed : int
+        Of all random draws, of the measurement too.
+
+    Raises
+    ------
+    NQMError
+        If a value is out of its range, or a group larger than the number of runs.
+    """
+
+    members: tuple[int, ...] = (1, 2, 4, 8, 16)
+    runs: int = 32
+    records: int = 5
+    late_phase: str | None = None
+    decay: float = 0.99
+    seed: int = 0
+
+    def averages(self, training: Training) -> tuple[TimeAverage, ...]:
+        """Averages over time that are evaluated: two of independent runs, none of members."""
+        if self.late_phase is not None:
+            return ()
+        return TailMean(training.steps), ExponentialMean(training.steps, self.decay)
+
+    @property
+    def way(self) -> str:
+        """Column `way` of the tables: independent runs, or the weights that are replicated."""
+        return self.late_phase or "runs"
+
+    def __post_init__(self) -> None:
+        check_integer("records", self.records, 1)
+        check_number("records", self.records, high=MOST_RECORDS)
+        check_number("runs", self.runs, low=1, high=MOST)
+        check_integer("seed", self.seed, 0)
+        check_number("seed", self.seed, high=MOST)
+        check_different("members", self.members)
+        for k in self.members:
+            check_integer("members", k, 1)
+        check_number("decay", self.decay, low=0.0, high=1.0, closed_high=False)
+        if max(self.members) > self.runs:
+            raise NQMError(f"members must be at most the {self.runs} runs; got {max(self.members)}")
+        if self.late_phase is not None and min(self.members) < 2:
+            raise NQMError(
+                f"members must be at least 2 with late_phase; got {min(self.members)}; K = 1 is "
+                "only available for independent runs"
+            )
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """What is measured, and which trainings are predicted and trained.
+
+    Attributes
+    ----------
+    select : str
+        Weights whose loss is measured; the others stay as they are.
+    examples : int
+        Of the training set; 0 for all.
+    weight_decay : float, optional
+        That of the run by default.
+    curvature : {"hessian", "ggn"}
+        The Hessian, or its Gauss-Newton part: never negative, and cheap for a few weights of many.
+    batchnorm_group : int, optional
+        Compute BatchNorm statistics over groups of so many examples, as in training; batch sizes
+        then count groups. The statistics of evaluation by default.
+    minimise : int
+        Minimise the training loss for so many iterations before measuring; 0 to measure at the
+        checkpoint.
+    minimise_lr : float, optional
+        By gradient descent at this rate, not by L-BFGS (`neural.curvature.risk.minimise`).
+    eigenpairs : int
+        Stiffest directions that are measured one by one; 0 for all, of few weights.
+    noise_samples, lanczos_steps : int
+        Draws of the gradient noise beyond them, and Hessian products for each.
+    displacements : int
+        Random displacements for third derivatives and kinks, at the covariance of each training.
+    averaging_displacements : int
+        Random displacements at which curvature and noise are averaged; 0 for none, and for no
+        kinks.
+    lr_times_sharpness : tuple of float
+        Learning rates lr / (1 - momentum), times the largest curvature. The first batch size goes
+        with each.
+    batch_sizes : tuple of int
+        The last but one of the learning rates goes with each.
+    steps, momentum, sampling
+        Of every training (see `Training`).
+    train : bool
+        False to predict only.
+    test_examples : int
+        Of the test set, whose loss is recorded after training; 0 for all.
+
+    Raises
+    ------
+    NQMError
+        If a value is out of its range, or a rate beyond the edge of stability.
+    """
+
+    select: str = "all"
+    examples: int = 2000
+    weight_decay: float | None = None
+    curvature: str = "hessian"
+    batchnorm_group: int | None = None
+    minimise: int = 0
+    minimise_lr: float | None = None
+    eigenpairs: int = 50
+    noise_samples: int = 6
+    lanczos_steps: int = 30
+    displacements: int = 32
+    averaging_displacements: int = 2
+    lr_times_sharpness: tuple[float, ...] = LR_TIMES_SHARPNESS
+    batch_sizes: tuple[int, ...] = (32,)
+    steps: int = 1000
+    momentum: float = 0.0
+    sampling: str = "with replacement"
+    train: bool = True
+    test_examples: int = 2000
+
+    def __post_init__(self) -> None:
+        check_word("curvature", self.curvature, CURVATURES)
+        least = {
+            "minimise": 0, "eigenpairs": 0, "noise_samples": 1, "lanczos_steps": 1,
+            "displacements": 2, "averaging_displacements": 0, "test_examples": 0,
+        }  # fmt: skip
+        for name, minimum in least.items():
+            check_integer(name, getattr(self, name), minimum)
+            check_number(name, getattr(self, name), high=LARGEST)
+        for name in ("examples", "batchnorm_group", "steps"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0)
+                check_number(name, getattr(self, name), high=LARGEST)
+        if self.examples != 0:
+            check_integer("examples", self.examples, 2)
+        if self.batchnorm_group is not None:
+            check_integer("batchnorm_group", self.batchnorm_group, 2)
+        if self.minimise_lr is not None:
+            check_number("minimise_lr", self.minimise_lr, low=0.0, closed_low=False)
+        check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
+        stable = 2.0 * (1.0 + self.momentum) / (1.0 - self.momentum)
+        check_different("lr_times_sharpness", self.lr_times_sharpness)
+        check_different("batch_sizes", self.batch_sizes)
+        for rate in self.lr_times_sharpness:
+            check_number("lr_times_sharpness", rate)
+            if not 0.0 < rate < stable:
+                raise NQMError(
+                    f"lr_times_sharpness must lie in (0, {stable:.4g}), below the edge of "
+                    f"stability; got {rate}"
+                )
+        self.trainings(1.0)  # which checks what they have
+
+    def reference(self, largest: float) -> Training:
+        """The training over whose weights curvature and noise are averaged.
+
+        Parameters
+        ----------
+        largest : float
+            Largest curvature.
+        """
+        rate = self.lr_times_sharpness[max(len(self.lr_times_sharpness) - 2, 0)]
+        lr = rate * (1.0 - self.momentum) / largest
+        return Training(float(lr), self.batch_sizes[0], self.steps, self.momentum, self.sampling)
+
+    def trainings(self, largest: float) -> list[Training]:
+        """Every learning rate at the first batch size, then every other batch size at one rate.
+
+        Parameters
+        ----------
+        largest : float
+            Largest curvature.
+        """
+        middle = self.reference(largest)
+        lrs = [rate * (1.0 - self.momentum) / largest for rate in self.lr_times_sharpness]
+        return [replace(middle, lr=float(lr)) for lr in lrs] + [
+            replace(middle, batch_size=size) for size in self.batch_sizes[1:]
+        ]

@@ -1,0 +1,154 @@
+"""A control variate: what the runs' own minibatches do on the quadratic, less what is expected.
+
+A handful of runs is a small sample of the few stiffest directions that carry most of the excess,
+and the mean of K a K-th as many. But their minibatches are known. On the quadratic at the
+checkpoint a run answers to them, along the measured directions, by
+
+    z_(t+1) = (1 - lr h) z_t - lr (slope of the minibatch - slope of all examples),
+
+and zbar, the mean of K, changes the loss by s'zbar + 1/2 zbar' H zbar, with s the slope that
+noise-free descent has left. The expectation of that is known. It is a control variate with
+coefficient 1: taken off a measurement, less its expectation, it leaves the expectation of the
+measurement as it is, and takes most of the scatter out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neural.bridge.config import Training
+from neural.bridge.iterate_averages import Running, TimeAverage, power
+from neural.bridge.prediction import expected_excess
+from neural.bridge.scatter import largest_stable_lr
+from neural.bridge.sgd_chains import minibatches
+from neural.curvature.cache import Cache
+from neural.curvature.local_quadratic import LocalModel
+from neural.curvature.risk import Landscape
+from nqm.problems.quadratic import Problem
+
+FloatArray = NDArray[np.float64]
+#: Largest number of directions of the control variate: the stiffest are taken.
+DIRECTIONS = 2048
+
+
+@dataclass(frozen=True)
+class ControlVariate:
+    """What the minibatches of a training do on the quadratic.
+
+    Attributes
+    ----------
+    training : Training
+    curvature, slope : FloatArray, shape (k,)
+        Along the directions of the control variate.
+    slopes : Tensor, shape (N, k)
+        Of every example, less their mean.
+    """
+
+    training: Training
+    curvature: FloatArray
+    slope: FloatArray
+    slopes: Tensor
+
+    def responses(
+        self, keys: Sequence[tuple[int, int]], when: Sequence[int | TimeAverage]
+    ) -> list[Tensor]:
+        """How runs answer to minibatches drawn by these keys (see `minibatches`).
+
+        Parameters
+        ----------
+        keys : sequence of (int, int)
+            One for every run.
+        when : sequence of int or TimeAverage
+            Steps, and averages over all steps.
+
+        Returns
+        -------
+        list of Tensor, shape (runs, k)
+        """
+        training, h = self.training, torch.from_numpy(self.curvature)
+        z = torch.zeros(len(keys), len(h), dtype=torch.double)
+        buffer, at = torch.zeros_like(z), {}
+        averages = Running([one for one in when if isinstance(one, TimeAverage)], z)
+        draws = [minibatches(len(self.slopes), training, key) for key in keys]
+        for step in range(1, training.steps + 1):
+            noise = torch.stack([self.slopes[next(draw)].mean(0) for draw in draws])
+            buffer = training.momentum * buffer + h * z + noise
+            z = z - training.lr * buffer
+            averages(step, z)
+            if step in when:
+                at[step] = z
+        return [at[one] if isinstance(one, int) else averages.values[one.name] for one in when]
+
+    def of(
+        self, z: Sequence[Tensor], when: Sequence[int | TimeAverage], members: int
+    ) -> FloatArray:
+        """Control variate of the mean of every `members` runs, shape (groups, times).
+
+        Parameters
+        ----------
+        z : sequence of Tensor, shape (runs, k)
+            One for each of `when`. Runs left over are not used.
+        when : sequence of int or TimeAverage
+        members : int
+            K.
+        """
+        groups = len(z[0]) // members
+        training, h = self.training, self.curvature
+        noise = self.slopes.square().mean(0).numpy()
+        problem = Problem(h, noise, initial_mean=0.0, initial_variance=0.0)
+        expected = expected_excess(problem, training, len(self.slopes), when)
+        u = training.effective_lr * h
+        found = []
+        for one, moment, mean_loss in zip(z, when, expected, strict=True):
+            means = one[: groups * members].view(groups, members, -1).mean(1).numpy()
+            left = power(u, moment) if isinstance(moment, int) else moment.left(u)
+            loss = 0.5 * means**2 @ h - mean_loss / members
+            found.append(loss + means @ (self.slope * left))
+        return np.stack(found, 1)
+
+
+def measure_control_variate(
+    landscape: Landscape, local: LocalModel, training: Training, cache: Cache | None = None
+) -> ControlVariate | None:
+    """The slopes of all examples along the eigenpairs, and along what is left of the slope.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    local : LocalModel
+        Of this landscape.
+    training : Training
+    cache : Cache, optional
+        Keeps what is found.
+
+    Returns
+    -------
+    ControlVariate or None
+        None where nothing is known to be taken off: of shuffled epochs, beyond the edge of
+        stability, and where no curvature is positive.
+    """
+    # The rest of the slope as Lanczos has it: else most of the scatter would be left in.
+    rest = local.gradient
+    curvature = np.concatenate([local.pairs.values, rest.values])
+    held = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
+    if training.sampling == "shuffled" or not len(held):
+        return None
+    if training.lr >= largest_stable_lr(local, training):
+        return None
+    vectors = np.hstack([local.pairs.vectors, rest.vectors])[:, held]
+
+    def slopes() -> dict[str, Any]:
+        each = landscape.example_gradients()
+        return {"slopes": np.concatenate([g.double().cpu().numpy() @ vectors for g in each])}
+
+    kept = (cache or Cache()).of(landscape)
+    found = kept("example_slopes", slopes, directions=len(held), local=local.key())["slopes"]
+    slope = np.concatenate([local.slope, rest.amplitudes])[held]
+    return ControlVariate(training, curvature[held], slope, torch.from_numpy(found - found.mean(0)))

@@ -1,0 +1,300 @@
+"""What the quadratic leaves out at leading order: noise pushes the mean, by third derivatives.
+
+Around weights that scatter with covariance S the mean gradient is g + 1/2 T:S, T the tensor of
+third derivatives. The force f = 1/2 T:S moves the mean of any number of runs away from where the
+loss is least. Averaging K members divides the scatter by K and leaves this: the *floor*,
+
+    1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
+
+after t steps, 1/2 f' H^-1 f in the end; of an average over time psi is averaged with its weights. f
+is measured on the network, by mean gradients at both ends of random displacements of covariance S,
+and of half of each: 4/3 of their difference. For a smooth loss that is 1/2 T:S. Weights on kinks
+are pushed by any scatter, however narrow, and training without noise meets that push as well; it
+cancels in the difference. S goes as lr / B, f with it, and the floor as its square: f is measured
+at the covariance of each training, and scaled with lr / B to others near by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neural.bridge.config import Training
+from neural.bridge.iterate_averages import TimeAverage, power
+from neural.bridge.scatter import displacement
+from neural.curvature.cache import Cache
+from neural.curvature.lanczos import Krylov, krylov
+from neural.curvature.local_quadratic import LocalModel, vector
+from neural.curvature.risk import Landscape
+from neural.curvature.spectrum import Progress, operator
+from nqm.errors import check_integer
+
+FloatArray = NDArray[np.float64]
+Function = Callable[[FloatArray], FloatArray]
+#: After so many steps, or an average over time.
+When = float | TimeAverage
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Gradients at both ends of n random displacements: their odd part.
+
+    Attributes
+    ----------
+    displacements : ndarray, shape (n, k)
+        Along the local model's eigenpairs.
+    differences : ndarray, shape (n, k)
+        Half the difference of the gradients at both ends, along the same.
+    beyond : ndarray, shape (3,)
+        With d the displacement beyond the eigenpairs, the sums over displacements of d'd, of d'Hd
+        by the local model, and of d' times half the difference of the gradients.
+    rises : ndarray, shape (2,)
+        Sums of the mean loss at both ends less that in the middle; and of half the displacement.
+    """
+
+    displacements: FloatArray
+    differences: FloatArray
+    beyond: FloatArray
+    rises: FloatArray
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Force of the gradient noise on the mean of the weights, measured twice.
+
+    Two independent halves of the displacements: products of the two are free of the bias that the
+    square of a noisy estimate has.
+
+    Attributes
+    ----------
+    local : LocalModel
+        At whose covariance it was measured.
+    training : Training
+        Of that covariance.
+    force_top : tuple of ndarray, shape (k,)
+        Both halves along the local model's eigenpairs.
+    force_rest : tuple of Krylov
+        Both halves beyond them.
+    slopes : Slopes
+        The odd part of the same gradients; the force is their even part.
+    loss_curvature : ndarray, shape (k, k), optional
+        Curvature along the eigenpairs by which the displacement of the mean counts in the loss,
+        where it is not the one that holds the force (`Smoothing.along_mean_path`).
+    """
+
+    local: LocalModel
+    training: Training
+    force_top: tuple[FloatArray, FloatArray]
+    force_rest: tuple[Krylov, Krylov]
+    slopes: Slopes
+    loss_curvature: FloatArray | None = None
+
+    def floor(self, training: Training, when: When) -> float:
+        """Loss that the mean over any number of members keeps at such a time.
+
+        Parameters
+        ----------
+        training : Training
+            At whose learning rate and batch size; the force is scaled to it.
+        when : float or TimeAverage
+            After so many steps, or an average over time.
+        """
+        psi, h = response(training.effective_lr, when), self.local.pairs.values
+        one, other = (psi(h) * half for half in self.force_top)
+        held = h * other if self.loss_curvature is None else self.loss_curvature @ other
+        value = one @ held
+        if len(self.force_rest[0].values):
+            moved = self.force_rest[0].apply(lambda h: psi(h) ** 2 * h)
+            value += moved @ self.force_rest[1].apply(np.ones_like)
+        return 0.5 * float(value) * training.noise_ratio(self.training) ** 2
+
+    def cross(self, training: Training, when: When) -> float:
+        """Change of the mean's loss by the force acting along the gradient at the checkpoint."""
+        psi = response(training.effective_lr, when)
+
+        def function(h: FloatArray) -> FloatArray:
+            return psi(h) * (psi(h) * h - 1.0)
+
+        local = self.local
+        force = 0.5 * (self.force_top[0] + self.force_top[1])
+        value = local.slope @ (function(local.pairs.values) * force)
+        if len(local.gradient.values) and len(self.force_rest[0].values):
+            moved = local.gradient.apply(function)
+            value += 0.5 * sum(float(moved @ half.apply(np.ones_like)) for half in self.force_rest)
+        return float(value) * training.noise_ratio(self.training)
+
+    def displacement(self, training: Training, when: When | None = None) -> FloatArray:
+        """Where the force has put the mean, -psi f, shape (p,); in the end by default."""
+        psi = response(training.effective_lr, training.steps if when is None else when)
+        local = self.local
+        along = psi(local.pairs.values) * (self.force_top[0] + self.force_top[1])
+        found = local.pairs.vectors @ along
+        if len(self.force_rest[0].values):
+            found = found + sum(half.apply(psi) for half in self.force_rest)
+        return np.asarray(-0.5 * found * training.noise_ratio(self.training))
+
+
+def response(lr: float, when: When) -> Function:
+    """psi: how far a constant force moves the weights along curvature h, (1 - (1 - lr h)^t) / h.
+
+    Parameters
+    ----------
+    lr : float
+        The effective learning rate.
+    when : float or TimeAverage
+        t; or an average of psi over t.
+    """
+    steps, age, left = (
+        (when.steps, when.age, when.left)
+        if isinstance(when, TimeAverage)
+        else (when, when, partial(power, steps=when))
+    )
+
+    def psi(h: FloatArray) -> FloatArray:
+        u = lr * h
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(np.abs(u) * steps < 1e-9, lr * age, (1.0 - left(u)) / h)
+
+    return psi
+
+
+def descent(local: LocalModel, training: Training, when: When) -> float:
+    """Change of the loss by noise-free gradient descent on the quadratic, <= 0 where H > 0."""
+    psi = response(training.effective_lr, when)
+    h, _, g = local.points()
+    return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
+
+
+def descended(local: LocalModel, training: Training) -> FloatArray:
+    """Where noise-free gradient descent on the quadratic puts the weights, -psi g, shape (p,).
+
+    Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below.
+    Where lr h is 2 or more, which heavy ball may stand, descent is taken to have settled.
+    """
+    lr = training.effective_lr
+    psi = response(lr, training.steps)
+
+    def held(h: FloatArray) -> FloatArray:
+        within = psi(np.clip(h, 0.0, 2.0 / lr))
+        return np.where(lr * h < 2.0, within, 1.0 / np.maximum(h, 2.0 / lr))
+
+    moved = local.pairs.vectors @ (held(local.pairs.values) * local.slope)
+    if len(local.gradient.values):
+        moved = moved + local.gradient.apply(held)
+    return np.asarray(-moved)
+
+
+def measure_drift(
+    landscape: Landscape,
+    local: LocalModel,
+    training: Training,
+    *,
+    displacements: int = 32,
+    lanczos_steps: int = 30,
+    seed: int = 0,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Drift:
+    """Measure the force at the covariance of a training from the checkpoint.
+
+    Around where descent without noise ends by the local model: a checkpoint that training without
+    noise has settled on lies on more kinks than weights that scatter meet.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    local : LocalModel
+        Of this landscape.
+    training : Training
+    displacements : int
+        Random displacements, four gradients each: at both ends of it and of half of it.
+    lanczos_steps : int
+        Hessian products for each half of the force.
+    seed : int
+    cache : Cache, optional
+        Keeps what is found, and gives it when asked again.
+    progress : callable, optional
+        Told that one more gradient or product is done.
+
+    Returns
+    -------
+    Drift
+
+    Raises
+    ------
+    NQMError
+        If there are fewer than two displacements.
+    """
+    check_integer("displacements", displacements, 2)
+    # A local model that a scatter sees is another one: its spectrum and its noise say which.
+    settings = {"training": training, "displacements": displacements, "local": local.key()}
+    kept = (cache or Cache()).of(landscape, seed=seed)
+    known = local.pairs.vectors
+    centre = landscape.weights + vector(landscape, descended(local, training))
+
+    def sampled() -> dict[str, Any]:
+        rng = np.random.default_rng([seed, 3])
+        halves, rises = np.zeros((2, landscape.size)), np.zeros(2)
+        moved, differences, beyond = [], [], np.zeros(3)
+        middle = landscape.loss(centre)
+        for i in range(displacements):
+            draw = _draw_of(local, i)
+            d = displacement(local, training, rng, draw)
+            odd, even, loss = _both_ends(landscape, centre, d)
+            _, near_even, near_loss = _both_ends(landscape, centre, 0.5 * d)
+            rises += loss - middle, near_loss - middle
+            halves[i % 2] += (even - near_even) / 0.75
+            moved.append(known.T @ d)
+            differences.append(known.T @ odd)
+            if draw is not None:
+                outside, rest = d - known @ moved[-1], local.draws[draw]
+                bent = rest.values @ (rest.vectors.T @ outside) ** 2  # exact: it lies in their span
+                beyond += outside @ outside, bent, outside @ odd
+            if progress is not None:
+                progress(4)
+        counts = np.array([[(displacements + 1) // 2], [displacements // 2]])
+        return {
+            "forces": halves / counts, "displacements": moved, "differences": differences,
+            "beyond": beyond, "rises": rises,
+        }  # fmt: skip
+
+    found = kept("slopes", sampled, **settings)
+    forces = found["forces"]
+    apply = operator(landscape, progress)
+
+    def rest(half: int) -> Krylov:
+        def lanczos() -> dict[str, Any]:
+            return vars(krylov(apply, forces[half], lanczos_steps, known))
+
+        return Krylov(**kept("force", lanczos, half=half, lanczos_steps=lanczos_steps, **settings))
+
+    top = (known.T @ forces[0], known.T @ forces[1])
+    names = ("displacements", "differences", "beyond", "rises")
+    slopes = Slopes(*(np.asarray(found[name]) for name in names))
+    return Drift(local, training, top, (rest(0), rest(1)), slopes)
+
+
+def _both_ends(
+    landscape: Landscape, centre: Tensor, moved: FloatArray
+) -> tuple[FloatArray, FloatArray, float]:
+    """Half the difference of the gradients at both ends, their mean, and the mean loss."""
+    given = vector(landscape, moved)
+    ends = [landscape.loss_and_gradient(centre + sign * given) for sign in (1.0, -1.0)]
+    (loss, _), (other_loss, _) = ends
+    one, other = (slope.double().cpu().numpy() for _, slope in ends)
+    return 0.5 * (one - other), 0.5 * (one + other), 0.5 * (loss + other_loss)
+
+
+def _draw_of(local: LocalModel, sample: int) -> int | None:
+    """Draw of the noise for a displacement: the halves take turns, and share none if they can."""
+    count = len(local.draws)
+    if not count or not len(local.draws[0].values):
+        return None
+    own = range(count)[sample % 2 :: 2] or range(count)
+    return own[sample // 2 % len(own)]

@@ -1,0 +1,244 @@
+"""The Gaussian of the weights in one training, and the network as these weights see it.
+
+To leading order in lr / B the weights of a training are Gaussian: descent without noise and the
+force of the noise (`neural.bridge.drift`) move their mean, the noise gives them a covariance
+(`neural.bridge.scatter`), and both change the curvature and the noise that they meet
+(`neural.bridge.smoothing`, `neural.bridge.kinks`). A `WeightGaussian` holds all of this for one
+training; predictions are made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neural.bridge.config import Training
+from neural.bridge.drift import Drift, descended, measure_drift
+from neural.bridge.kinks import find_kinks
+from neural.bridge.scatter import covariance, largest_stable_lr
+from neural.bridge.smoothing import Smoothing, measure_smoothing
+from neural.curvature.cache import Cache
+from neural.curvature.local_quadratic import LocalModel
+from neural.curvature.risk import Landscape
+from neural.curvature.spectrum import Progress
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class WeightGaussian:
+    """Gaussian N(mean, S) of the weights after one training.
+
+    Attributes
+    ----------
+    training : Training
+    checkpoint : LocalModel
+        Slope, curvature and noise where the training starts.
+    drift : Drift
+        Force of the noise on the mean, with the curvature along its path.
+    smoothing : Smoothing, optional
+        How curvature and noise change over the weights, with this training's kinks; by default the
+        checkpoint's count.
+    """
+
+    training: Training
+    checkpoint: LocalModel
+    drift: Drift
+    smoothing: Smoothing | None = None
+
+    @cached_property
+    def local(self) -> LocalModel:
+        """Curvature and noise averaged over the Gaussian."""
+        smoothing = self.smoothing
+        return self.checkpoint if smoothing is None else smoothing.seen_by(self.training)
+
+    @cached_property
+    def stable(self) -> bool:
+        """Whether the learning rate is below the edge of stability of the averaged curvature."""
+        return self.training.lr < largest_stable_lr(self.local, self.training)
+
+    @cached_property
+    def covariance(self) -> FloatArray:
+        """S along the eigenpairs of `local`, shape (k, k)."""
+        return covariance(self.local, self.training)
+
+    @cached_property
+    def mean(self) -> FloatArray:
+        """Displacement of the mean from the checkpoint, shape (p,)."""
+        calm = descended(self.checkpoint, self.training)
+        return np.asarray(calm + self.drift.displacement(self.training))
+
+    @property
+    def noise_growth(self) -> float:
+        """Relative increase of the gradient-noise trace over the Gaussian; NaN if not measured."""
+        return np.nan if self.smoothing is None else self.smoothing.noise_growth(self.training)
+
+    @property
+    def kink_fraction(self) -> float:
+        """Curvature added by kinks along the stiff directions, relative; NaN if not measured."""
+        return np.nan if self.smoothing is None else self.smoothing.kink_fraction()
+
+    def scaled_to(self, training: Training) -> WeightGaussian:
+        """The Gaussian of another training, scaled from what was measured for this one.
+
+        The covariance is that of the other training; the force on the mean goes with lr / B, and
+        the change of curvature and noise with covariance and displacement.
+
+        Parameters
+        ----------
+        training : Training
+        """
+        return replace(self, training=training)
+
+
+def measure_averages(
+    landscape: Landscape,
+    local: LocalModel,
+    reference: Training,
+    *,
+    displacements: int = 32,
+    averaging_displacements: int = 2,
+    lanczos_steps: int = 30,
+    seed: int = 0,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Smoothing | None:
+    """What all trainings have in common: averages of curvature and noise over one of them.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    local : LocalModel
+        Of this landscape.
+    reference : Training
+        Over whose weights is averaged.
+    displacements, lanczos_steps : int
+        As of `measure_drift`.
+    averaging_displacements : int
+        As of `measure_smoothing`; 0 for None.
+    seed : int
+    cache : Cache, optional
+        Keeps what is found, and gives it when asked again.
+    progress : callable, optional
+        Told that one more gradient, product or end of a displacement is done.
+
+    Returns
+    -------
+    Smoothing or None
+        With the kinks of the reference training.
+
+    Raises
+    ------
+    NQMError
+        If there are fewer than two displacements.
+    """
+    if not averaging_displacements:
+        return None
+    drift = measure_drift(
+        landscape, local, reference, displacements=displacements, lanczos_steps=lanczos_steps,
+        seed=seed, cache=cache, progress=progress,
+    )  # fmt: skip
+    smoothing = measure_smoothing(
+        landscape, local, reference, drift=drift, displacements=averaging_displacements, seed=seed,
+        cache=cache, progress=progress,
+    )  # fmt: skip
+    return replace(smoothing, kinks=find_kinks(drift, smoothing))
+
+
+def measure_gaussian(
+    landscape: Landscape,
+    local: LocalModel,
+    training: Training,
+    averages: Smoothing | None = None,
+    *,
+    displacements: int = 32,
+    lanczos_steps: int = 30,
+    seed: int = 0,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> WeightGaussian:
+    """The Gaussian of one training: drift and kinks are measured at its own covariance.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    local : LocalModel
+        Of this landscape.
+    training : Training
+    averages : Smoothing, optional
+        As `measure_averages` found them in a training; by default curvature and noise are the
+        checkpoint's.
+    displacements, lanczos_steps : int
+        As of `measure_drift`: one pass of gradients gives drift and kinks.
+    seed : int
+    cache : Cache, optional
+        Keeps what is found, and gives it when asked again.
+    progress : callable, optional
+        Told that one more gradient or product is done.
+
+    Returns
+    -------
+    WeightGaussian
+
+    Raises
+    ------
+    NQMError
+        If there are fewer than two displacements.
+    """
+    seen = local if averages is None else averages.seen_by(training)
+    if training.lr >= largest_stable_lr(seen, training):  # nothing will be predicted
+        seen = local
+    drift = measure_drift(
+        landscape, seen, training, displacements=displacements, lanczos_steps=lanczos_steps,
+        seed=seed, cache=cache, progress=progress,
+    )  # fmt: skip
+    if averages is None:
+        return WeightGaussian(training, local, drift)
+    smoothing = replace(averages, kinks=find_kinks(drift, averages))
+    return WeightGaussian(training, local, smoothing.along_mean_path(drift), smoothing)
+
+
+def gradients_and_products(local: LocalModel, displacements: int, lanczos_steps: int) -> int:
+    """Gradients and Hessian products of one measurement of the drift, for a progress bar.
+
+    Parameters
+    ----------
+    local : LocalModel
+    displacements, lanczos_steps : int
+        As of `measure_drift`.
+    """
+    return 4 * displacements + (0 if local.complete else 2 * lanczos_steps)
+
+
+def nearest_gaussians(
+    gaussians: Sequence[WeightGaussian], training: Training
+) -> list[tuple[float, WeightGaussian]]:
+    """The one or two Gaussians measured next to a training, scaled to it, with their weights.
+
+    Between two measured learning rates the weights are linear in log lr; beyond, the nearest
+    counts alone.
+
+    Parameters
+    ----------
+    gaussians : sequence of WeightGaussian
+        Of trainings that differ in learning rate.
+    training : Training
+
+    Returns
+    -------
+    list of (float, WeightGaussian)
+        The weights add up to 1.
+    """
+    gaussians = sorted(gaussians, key=lambda one: one.training.lr)
+    x = np.log([one.training.effective_lr for one in gaussians])
+    place = float(np.interp(np.log(training.effective_lr), x, np.arange(len(x))))
+    lower = int(place)
+    part = place - lower
+    near = [(1.0 - part, gaussians[lower])]
+    if part > 0.0:
+        near.append((part, gaussians[lower + 1]))
+    return [(weight, one.scaled_to(training)) for weight, one in near]

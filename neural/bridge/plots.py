@@ -1,0 +1,46 @@
+"""Pictures of a bridge, from its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+
+from figures import bridge, style
+from neural.curvature.gradient_noise import noise_exponent
+
+
+def draw_bridge(
+    table: pd.DataFrame, course: pd.DataFrame, spectrum: pd.DataFrame, folder: Path, title: str
+) -> list[Path]:
+    """A page of pictures of a bridge, as PNG and PDF.
+
+    Parameters
+    ----------
+    table, course, spectrum : DataFrame
+        As `neural.bridge.pipeline` makes them.
+    folder : Path
+        Takes ``bridge.png`` and ``bridge.pdf``.
+    title : str
+    """
+    mpl.use("Agg")
+    with style.context():
+        figure = style.new_figure(style.PAGE, 6.6)
+        several = table["batch_size"].nunique() > 1
+        axes = figure.subplot_mosaic("abc;def;ghh" if several else "abc;def;ggg")
+        pairs = spectrum[spectrum["kind"] == "pair"]
+        h, noise = (pairs[name].to_numpy(float) for name in ("curvature", "noise_variance"))
+        bridge.spectrum(spectrum, ax=axes["a"])
+        bridge.noise_against_curvature(spectrum, noise_exponent(h, noise), ax=axes["b"])
+        bridge.course(course, ax=axes["c"])
+        bridge.against_members(table, ax=axes["d"])
+        bridge.against_rate(table, ax=axes["e"])
+        last = "gh" if several else "fg"
+        if several:
+            bridge.against_batch_size(table, ax=axes["f"])
+        bridge.averages(table, ax=axes[last[0]])
+        bridge.residuals(table, float(h.max()), ax=axes[last[1]])
+        style.panel_letters(list(axes.values()))
+        figure.suptitle(title, fontsize=9, parse_math=False)  # a "$" of the user's is one
+    return style.save(figure, folder / "bridge", {"title": title})

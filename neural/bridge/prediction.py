@@ -1,0 +1,208 @@
+"""What theory predicts of a training from a checkpoint.
+
+Predicted from slope, curvature, noise and third derivatives at the checkpoint; nothing is fitted to
+any training run. The loss of the mean of K runs after t steps is
+
+    L(checkpoint) + descent + cross + floor + excess / K:
+
+noise-free descent, the drift of the mean (`neural.bridge.drift`), and the excess that `nqm` gives
+for the noise of one run, with curvature and noise as the weights of the training see them
+(`neural.bridge.gaussian`). Averages over time (`neural.bridge.iterate_averages`) have the same
+parts. Late-phase members on a shared base draw K minibatches for one base step, so that at gamma =
+"mean" their average is plain SGD on minibatches of K B: the same 1/K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from neural.bridge.config import Training
+from neural.bridge.drift import descent
+from neural.bridge.gaussian import WeightGaussian
+from neural.bridge.iterate_averages import TimeAverage
+from nqm import Phase, Program, solve
+from nqm.problems.quadratic import Problem
+from nqm.solvers.shuffle import shuffled_steady
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Change of the loss by a training, relative to the checkpoint's loss, taken apart.
+
+    Attributes
+    ----------
+    descent : float
+        By noise-free descent on the quadratic.
+    cross : float
+        By the drift acting along the slope of the checkpoint.
+    floor : float
+        Loss that the drift leaves in the mean of any number of members.
+    excess : float
+        Expected excess of a single run due to noise; that of K is its K-th part. Infinite where
+        the quadratic is unstable.
+    curvature_change_part : float
+        Part of the excess that is due to the change of curvature by the run's own covariance: of K
+        members it falls as 1 / K^2.
+    effective_runs : float
+        Excess of the iterate over that of an average over time; 1 of the iterate itself.
+    nonsmooth_excess : float
+        What kinks (`neural.bridge.kinks`) cost a single run beyond their part of the excess.
+    log2_slope : float
+        What they cost more, times the members, for every halving of the standard deviation.
+    """
+
+    descent: float
+    cross: float
+    floor: float
+    excess: float
+    curvature_change_part: float = 0.0
+    effective_runs: float = 1.0
+    nonsmooth_excess: float = 0.0
+    log2_slope: float = 0.0
+
+    def rise(self, members: float = 1.0) -> float:
+        """What noise adds to the loss of the mean of K members."""
+        part, runs = self.curvature_change_part, self.effective_runs
+        excess = (self.excess - part) / members + 0.5 * part / (members**2 * runs)
+        halvings = 0.5 * np.log2(members * runs)
+        kinks = (self.nonsmooth_excess + halvings * self.log2_slope) / members
+        return float(self.cross + self.floor + excess + kinks)
+
+    def change(self, members: float = 1.0) -> float:
+        """Expected change of the loss of the mean of K members."""
+        return self.descent + self.rise(members)
+
+    @property
+    def members_at_floor(self) -> float:
+        """Members at which the floor is as large as what is left of the excess."""
+        return self.excess / self.floor if self.floor > 0 else float("inf")
+
+
+def weighted(parts: Iterable[tuple[float, Prediction]]) -> Prediction:
+    """Weighted mean of predictions, part by part.
+
+    Parameters
+    ----------
+    parts : iterable of (float, Prediction)
+        Weights, which add up to 1, and predictions.
+
+    Returns
+    -------
+    Prediction
+    """
+    parts = list(parts)
+    means = {
+        part.name: sum(weight * getattr(one, part.name) for weight, one in parts)
+        for part in fields(Prediction)
+    }
+    return Prediction(**means)
+
+
+def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> Prediction:
+    """What a training does to the loss, averaged over `at`.
+
+    Parameters
+    ----------
+    gaussian : WeightGaussian
+        Of the training. Shuffled epochs are taken to be at their steady state: their noise cancels
+        over an epoch.
+    at : iterable of int or TimeAverage
+        Steps after which the loss of the iterate is recorded, or averages over time.
+
+    Returns
+    -------
+    Prediction
+    """
+    each = predict_each(gaussian, list(at))
+    return weighted((1.0 / len(each), one) for one in each)
+
+
+def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> list[Prediction]:
+    """`predict_loss` of every step or average by itself.
+
+    Parameters
+    ----------
+    gaussian : WeightGaussian
+    at : sequence of int or TimeAverage
+
+    Returns
+    -------
+    list of Prediction
+        Beyond the edge of stability the excess is infinite and the other parts are NaN.
+    """
+    if not gaussian.stable:
+        return [Prediction(np.nan, np.nan, np.nan, np.inf)] * len(at)
+    training, local, drift = gaussian.training, gaussian.local, gaussian.drift
+    problem = local.problem().replace(initial_mean=0.0)
+    steps = [when if isinstance(when, int) else when.steps for when in at]
+    excesses = expected_excess(problem, training, local.examples, [*at, *steps])
+    found = []
+    for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
+        runs = iterate / excess if isinstance(when, TimeAverage) else 1.0
+        change_part = nonsmooth = slope = 0.0
+        if gaussian.smoothing is not None:
+            smoothing = gaussian.smoothing
+            change_part = smoothing.curvature_change_part(training, step, local) / runs
+            kinks, kink_part = smoothing.kinks, smoothing.kink_part(training, step, local) / runs
+            nonsmooth = kink_part * (kinks.cost_ratio - 1.0)
+            slope = kink_part * kinks.log2_slope
+        found.append(
+            Prediction(
+                descent=descent(local, training, when),
+                cross=drift.cross(training, when),
+                floor=drift.floor(training, when),
+                excess=excess,
+                curvature_change_part=change_part,
+                effective_runs=runs,
+                nonsmooth_excess=nonsmooth,
+                log2_slope=slope,
+            )
+        )
+    return found
+
+
+def expected_excess(
+    problem: Problem, training: Training, examples: int, at: Sequence[int | TimeAverage]
+) -> list[float]:
+    """Loss that noise adds to one run, by `nqm`.
+
+    Parameters
+    ----------
+    problem : Problem
+        Started at its minimum.
+    training : Training
+        Below the edge of stability.
+    examples : int
+        N, of which shuffled epochs are made.
+    at : sequence of int or TimeAverage
+        Of averages over shuffled epochs it is NaN: the steady state says nothing of how the steps
+        of an epoch are correlated.
+
+    Returns
+    -------
+    list of float
+    """
+    method, lr, size = training.algorithm, training.lr, training.batch_size
+    shuffled = training.sampling == "shuffled"
+    steps = sorted({when for when in at if isinstance(when, int)})
+    known: dict[int, float] = {}
+    if steps:
+        phase = Phase(method, lr, steps[-1], batch_size=size)
+        if shuffled:
+            known = dict.fromkeys(steps, shuffled_steady(problem, phase, examples).loss)
+        else:
+            losses = solve(problem, Program((phase,)), at=steps).loss
+            known = dict(zip(steps, map(float, losses), strict=True))
+    found = []
+    for when in at:
+        if isinstance(when, int):
+            found.append(known[when])
+        elif shuffled:
+            found.append(np.nan)
+        else:
+            losses = solve(problem, when.program(method, lr, size), at=[when.steps]).loss
+            found.append(float(losses[-1]))
+    return found

@@ -1,0 +1,125 @@
+"""Covariance of the weights in one training, along the directions of a local quadratic.
+
+With R = 1 - lr H and C the noise of a minibatch, t steps of SGD from a fixed start scatter the
+weights with covariance S = lr^2 sum over s < t of R^s C R^s. Heavy ball has its own response in
+place of R^s.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neural.bridge.config import Training
+from neural.curvature.local_quadratic import LocalModel
+from nqm import stability_edge
+
+FloatArray = NDArray[np.float64]
+#: Variances below this part of the largest are rounding, and so is what would be drawn with them.
+ROUNDING = 1e-12
+
+
+def covariance(local: LocalModel, training: Training) -> FloatArray:
+    """Covariance along the eigenpairs after the training's steps, shape (k, k).
+
+    Parameters
+    ----------
+    local : LocalModel
+    training : Training
+    """
+    lr, steps = training.effective_lr, training.steps
+    u = lr * local.pairs.values
+    if training.momentum:
+        sums = _heavy_ball_sums(u, training, joint=True)
+    else:
+        joint = np.outer(1.0 - u, 1.0 - u)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            sums = np.where(joint == 1.0, float(steps), (1.0 - joint**steps) / (1.0 - joint))
+    return np.asarray(lr**2 / training.batch_size * local.noise * sums)
+
+
+def rest_trace(local: LocalModel, training: Training) -> float:
+    """Trace of the covariance beyond the eigenpairs."""
+    if not local.draws:
+        return 0.0
+    lr = training.effective_lr
+    squares = [draw.amplitudes**2 @ noise_sums(lr * draw.values, training) for draw in local.draws]
+    return local.draw_scale * lr**2 / training.batch_size * float(np.mean(squares))
+
+
+def displacement(
+    local: LocalModel, training: Training, rng: np.random.Generator, draw: int | None = None
+) -> FloatArray:
+    """A random displacement of the weights with the training's covariance, shape (p,).
+
+    Exact covariance along the eigenpairs; beyond them one draw of the noise, with its diagonal
+    exact. The symmetric root of the covariance is taken: eigenvectors are known up to their signs,
+    which differ between processors, and the displacement does not depend on them.
+
+    Parameters
+    ----------
+    local : LocalModel
+    training : Training
+    rng : Generator
+    draw : int, optional
+        Which of the local model's draws; one at random by default.
+    """
+    vectors = local.pairs.vectors
+    size, turn = np.linalg.eigh(_symmetric(covariance(local, training)))
+    root = np.sqrt(np.where(size > ROUNDING * size[-1], size, 0.0))
+    normal = vectors.T @ rng.standard_normal(len(vectors))
+    moved = vectors @ (turn @ (root * (turn.T @ normal)))
+    if local.draws and len(local.draws[0].values):
+        drawn = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
+        lr = training.effective_lr
+        scale = local.draw_scale * lr**2 / training.batch_size
+        moved = moved + drawn.apply(lambda h: np.sqrt(scale * noise_sums(lr * h, training)))
+    return np.asarray(moved)
+
+
+def largest_stable_lr(local: LocalModel, training: Training) -> float:
+    """Learning rate from which the training's optimizer is unstable on the quadratic."""
+    return float(stability_edge(local.problem(), training.algorithm))
+
+
+def noise_sums(u: FloatArray, training: Training) -> FloatArray:
+    """Variance that `steps` noisy steps accumulate, in units of one step's.
+
+    The sum over t < steps of (1 - lr h)^(2t).
+
+    Parameters
+    ----------
+    u : ndarray
+        lr h, with the effective rate.
+    training : Training
+    """
+    if training.momentum:
+        return _heavy_ball_sums(u, training, joint=False)
+    r, steps = (1.0 - u) ** 2, training.steps
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.where(np.abs(1.0 - r) < 1e-12, float(steps), (1.0 - r**steps) / (1.0 - r))
+
+
+def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArray:
+    """The same of heavy ball, in units of the effective rate; `joint` for every two directions.
+
+    A unit of noise has moved the weights by r_a after a steps, times the optimizer's rate, with
+    r_0 = 0, r_1 = 1 and r_(a+1) = (1 + b - (1 - b) u) r_a - b r_(a-1).
+    """
+    beta = training.momentum
+    before, now = np.zeros(len(u)), np.full(len(u), 1.0 - beta)
+    total = np.zeros((len(u), len(u)) if joint else len(u))
+    left = training.steps
+    with np.errstate(invalid="ignore", over="ignore"):
+        while left:
+            block = np.empty((min(left, 512), len(u)))
+            for row in block:
+                row[:] = now
+                before, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * before
+            total += block.T @ block if joint else (block**2).sum(0)
+            left -= len(block)
+    return total
+
+
+def _symmetric(matrix: FloatArray) -> FloatArray:
+    return np.asarray(0.5 * (matrix + matrix.T))

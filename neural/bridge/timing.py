@@ -1,0 +1,57 @@
+"""What the stages of a bridge cost, in epochs of the training of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from neural.curvature.risk import Landscape
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Stages of the cache (`neural.curvature.cache`) that are told together.
+STAGES = {
+    "curvature and noise": ("eigenpairs", "gradient", "noise_sample", "noise_trace"),
+    "averages": ("averages",),
+    "third derivatives": ("slopes", "force"),
+    "training": ("training", "noise_free_path", "example_slopes"),
+}
+
+
+def cost_table(
+    landscape: Landscape, share: float, log: Mapping[tuple[str, str], float]
+) -> pd.DataFrame:
+    """Wall time of stages over that of one gradient of all training examples.
+
+    Parameters
+    ----------
+    landscape : Landscape
+        Its gradient is timed: the quickest of three.
+    share : float
+        Of the training set's examples, that are in the landscape.
+    log : mapping of (str, str) to float
+        Seconds of every result by its stage and key, as `Cache.log` has them. A result that was
+        read from its file counts with the seconds that it took when it was computed.
+
+    Returns
+    -------
+    DataFrame
+        Columns stage, seconds, epochs (seconds over those of one gradient of the training set).
+    """
+    import pandas as pd
+
+    epoch = min(_seconds(landscape) for _ in range(3)) / share
+    rows = []
+    for name, stages in STAGES.items():
+        seconds = [spent for (stage, _), spent in log.items() if stage in stages]
+        if seconds:
+            rows.append((name, sum(seconds), sum(seconds) / epoch))
+    return pd.DataFrame(rows, columns=["stage", "seconds", "epochs"])
+
+
+def _seconds(landscape: Landscape) -> float:
+    start = perf_counter()
+    landscape.gradient()
+    return perf_counter() - start

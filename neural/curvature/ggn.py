@@ -1,0 +1,100 @@
+"""The generalised Gauss-Newton matrix of a loss, as products and as a whole.
+
+G = sum_n J_n' H_n J_n, with J_n the Jacobian of example n's output in the weights and H_n the
+Hessian of its loss in that output (Schraudolph 2002). It is the Hessian of the loss of the network
+linearised in its weights: what is missing is the output's own bending, sum_n (slope of the loss in
+the output) times (second derivative of the output). Where the loss is convex in the output, like
+cross-entropy, G has no negative eigenvalue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, jvp, vjp, vmap
+
+from neural.curvature.examples import EachRow, rows
+
+#: Rows of the examples' Jacobians that are computed at once: memory goes with them.
+JACOBIAN_ROWS = 160
+
+
+def ggn_product(
+    output: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], w: Tensor, v: Tensor
+) -> Tensor:
+    """G v, shape (p,): forward to the outputs, through the loss's Hessian, and back.
+
+    Parameters
+    ----------
+    output : callable
+        Of the weights; any shape.
+    loss : callable
+        Of the output; one number.
+    w, v : Tensor, shape (p,)
+        Where, and along what.
+    """
+    moved: Tensor = jvp(output, (w,), (v,))[1]
+    pulled: tuple[Any, ...] = vjp(output, w)
+    here, back = pulled
+    product: Tensor = back(_bent(loss, here, moved))[0]
+    return product
+
+
+def ggn_matrix(
+    output: Callable[[Tensor, Any], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    w: Tensor,
+    inputs: Any,
+    targets: Tensor,
+) -> Tensor:
+    """G summed over a batch, shape (p, p), float64, for few weights.
+
+    An example costs as many backward passes as its output has entries: 10 for an image of ten
+    classes, symbols times alphabet for a window of text. A few examples' Jacobians are held at a
+    time, beside G.
+
+    Parameters
+    ----------
+    output : callable
+        (w, inputs) -> outputs, shape (B, ...); an example's depends on that example alone.
+    loss : callable
+        (outputs, targets) -> one loss per example, shape (B,).
+    w : Tensor, shape (p,)
+    inputs, targets
+        The batch, examples along the first axis of every tensor (`neural.curvature.examples`).
+    """
+    tensors, make = rows((inputs, targets))
+
+    def jacobian_of(*row: Tensor) -> tuple[Tensor, Tensor]:
+        """J and H J of one example, shape (entries of the output, p) each."""
+        x, y = make([tensor[None] for tensor in row])
+
+        def one(w: Tensor) -> tuple[Tensor, Tensor]:
+            out = output(w, x)[0]
+            return out, out
+
+        def of_output(out: Tensor) -> Tensor:
+            return loss(out[None], y)[0]
+
+        jacobian, here = jacrev(one, has_aux=True, chunk_size=JACOBIAN_ROWS)(w)
+        bent = vmap(lambda u: _bent(of_output, here, u), in_dims=-1, out_dims=-1)(jacobian)
+        return jacobian.reshape(-1, len(w)), bent.reshape(-1, len(w))
+
+    each = EachRow(jacobian_of)
+    with torch.no_grad():
+        entries = output(w, make([tensor[:1] for tensor in tensors])[0]).numel()
+        some = max(JACOBIAN_ROWS // entries, 1)
+        total = w.new_zeros(len(w), len(w), dtype=torch.float64)
+        for part in zip(*(torch.split(tensor, some) for tensor in tensors), strict=True):
+            jacobian, bent = each(*part)
+            total += jacobian.flatten(0, 1).double().T @ bent.flatten(0, 1).double()
+    return 0.5 * (total + total.T)
+
+
+def _bent(loss: Callable[[Tensor], Tensor], at: Tensor, along: Tensor) -> Tensor:
+    """The Hessian of a loss in the output, times a change of the output."""
+    change: Tensor = jvp(grad(loss), (at,), (along,))[1]
+    return change

@@ -1,0 +1,138 @@
+"""Gradient noise of a landscape: how the slopes of single examples scatter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neural.curvature.risk import Landscape
+from nqm.errors import NQMError
+
+FloatArray = NDArray[np.float64]
+#: Share of the largest curvature below which a direction says nothing of the noise's law.
+STIFF = 0.02
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """Noise against curvature, c = scale h^exponent.
+
+    Attributes
+    ----------
+    scale, exponent : float
+    """
+
+    scale: float
+    exponent: float
+
+
+def trace(landscape: Landscape) -> float:
+    """Trace of the covariance of the examples' gradients."""
+    mean = torch.zeros(landscape.size, dtype=torch.float64)
+    squares = 0.0
+    for gradients in landscape.example_gradients():
+        g = gradients.double().cpu()
+        mean += g.sum(0)
+        squares += float(g.square().sum())
+    n = landscape.examples
+    if n < 2:
+        raise NQMError("noise needs two examples at least; got 1")
+    return (squares - float((mean / n).square().sum()) * n) / (n - 1)
+
+
+def covariance(landscape: Landscape, vectors: FloatArray | None = None) -> FloatArray:
+    """Covariance of the examples' gradients along some directions, shape (k, k).
+
+    One pass over the data, however many directions: batches' own covariances are pooled (Chan,
+    Golub & LeVeque 1983).
+
+    Parameters
+    ----------
+    landscape : Landscape
+    vectors : ndarray, shape (p, k), optional
+        The weights themselves by default, which must be few.
+    """
+    count = landscape.size if vectors is None else vectors.shape[1]
+    mean, products = np.zeros(count), np.zeros((count, count))
+    done = 0
+    for gradients in landscape.example_gradients():
+        g = gradients.double().cpu().numpy()
+        g = g if vectors is None else g @ vectors
+        centre = g.mean(0)
+        apart, off, share = g - centre, centre - mean, len(g) / (done + len(g))
+        products += apart.T @ apart + done * share * np.outer(off, off)
+        mean += share * off
+        done += len(g)
+    if done < 2:
+        raise NQMError(f"noise needs two examples at least; got {done}")
+    return products / (done - 1)
+
+
+def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
+    """Least squares in the logarithms, over the stiffest directions of positive noise.
+
+    Parameters
+    ----------
+    curvature, noise : ndarray, shape (k,)
+        Directions of less than `STIFF` of the largest curvature are left out: where weight decay is
+        most of the curvature there is no law to be found.
+
+    Raises
+    ------
+    NQMError
+        If fewer than two directions are left.
+    """
+    held = (curvature > max(STIFF * curvature.max(initial=0.0), 0.0)) & (noise > 0)
+    if held.sum() < 2:
+        raise NQMError("a power law needs two stiff directions of positive noise at least")
+    exponent, log_scale = np.polyfit(np.log(curvature[held]), np.log(noise[held]), 1)
+    return PowerLaw(float(np.exp(log_scale)), float(exponent))
+
+
+def noise_exponent(curvature: FloatArray, noise: FloatArray) -> float:
+    """Exponent of `fit_power_law`; NaN where there is no law to be fitted."""
+    try:
+        return fit_power_law(curvature, noise).exponent
+    except NQMError:
+        return float("nan")
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """Gradient noise scale ``B_simple = tr C / |g|^2`` (McCandlish et al. 2018).
+
+    Attributes
+    ----------
+    trace, squared_gradient, value : float
+        Unbiased numerator and denominator, and their ratio in examples.
+    """
+
+    trace: float
+    squared_gradient: float
+
+    @property
+    def value(self) -> float:
+        """Examples at which noise and gradient are of one size; infinite at a minimum."""
+        return self.trace / self.squared_gradient if self.squared_gradient > 0 else float("inf")
+
+
+def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]) -> NoiseScale:
+    """Noise scale from squared norms of minibatch gradients at two batch sizes.
+
+    Numerator and denominator are averaged each by itself, and divided last.
+
+    Parameters
+    ----------
+    small, large : ndarray
+        ``|g|^2`` of minibatches of the smaller and the larger size.
+    sizes : tuple of float
+        The two batch sizes.
+    """
+    b, big = sizes
+    if not 0 < b < big:
+        raise NQMError(f"sizes must rise and be positive; got {b:g} and {big:g}")
+    s, l = float(np.mean(small)), float(np.mean(large))  # noqa: E741
+    return NoiseScale((s - l) / (1.0 / b - 1.0 / big), (big * l - b * s) / (big - b))

@@ -1,0 +1,500 @@
+"""A trained network's loss as a function of some of its weights: slopes, curvature, noise.
+
+Everything is a derivative of one function, the mean loss over fixed data, in the flat vector w of
+the selected weights; the other weights, running statistics included, stay as they are. Derivatives
+are taken in evaluation mode: in training mode BatchNorm makes the loss a function of the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, grad_and_value, jvp
+
+from neural.curvature.examples import EachRow, MakeBatch, rows
+from neural.curvature.ggn import ggn_matrix, ggn_product
+from neural.curvature.plain_kernels import plain_kernels, through_detach
+from neural.evaluate.metrics import IGNORED
+from neural.late_phase.members import Batch
+from neural.late_phase.rows import arguments
+from neural.late_phase.select import select as resolve
+from neural.late_phase.swap import call, places
+from nqm.errors import NQMError, check_number, check_word
+
+#: (output, targets) -> one loss per example, shape (B,).
+ExampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+#: What may be taken as the curvature: all of it, or the generalised Gauss-Newton part.
+CURVATURES = ("hessian", "ggn")
+
+#: Rows of a dense Hessian that are computed at once: memory goes with them.
+HESSIAN_ROWS = 32
+#: Numbers of examples' own gradients that are held at once.
+GRADIENT_NUMBERS = 2**26
+#: What torch says where a derivative, or a loop over examples within a kernel, does not exist.
+_MISSING = re.compile(
+    "forward AD|derivative for|implemented|double backward|atching rule|vmap|functorch|torch.func|"
+    "modified inplace|inplace operation"
+)
+
+
+def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each example, shape (B,), nats; of a text's window the mean over symbols.
+
+    Symbols whose label is -100 do not count.
+    """
+    flat = nn.functional.cross_entropy(
+        output.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    counted = (targets != IGNORED).reshape(len(targets), -1)
+    return flat.view(len(targets), -1).sum(1) / counted.sum(1)
+
+
+class Landscape:
+    """Mean loss over fixed data as a function of a flat vector of weights.
+
+    Parameters
+    ----------
+    model : Module
+        Left as it is; evaluated in evaluation mode.
+    batches : sequence of (inputs, targets)
+        The data, always in this order; one batch is in work at a time. Inputs are a tensor, or a
+        tuple or mapping of what the model takes (`neural.curvature.examples`); targets a tensor.
+    select : str or iterable of str
+        Which weights (see `neural.late_phase.select.select`): ``"all"``, or the late-phase
+        coordinates alone.
+    loss : callable
+        One loss per example, shape (B,). By default cross-entropy, for which every example must
+        count as many labels: labels -100 are left out.
+    weight_decay : float
+        Adds ``weight_decay / 2 |w|^2``, which is part of the curvature and no noise.
+    curvature : {"hessian", "ggn"}
+        What `curvature_product` and `curvature_matrix` give, and with them all that asks for
+        curvature: the Hessian, or the generalised Gauss-Newton matrix (`neural.curvature.ggn`),
+        which has no negative eigenvalues where the loss is convex in the output.
+
+    Attributes
+    ----------
+    size : int
+        Weights p.
+    examples : int
+        N.
+
+    Raises
+    ------
+    NQMError
+        If weights are not of one precision, of at least 32 bits and real, or if targets do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        select: str | Iterable[str] = "all",
+        *,
+        loss: ExampleLoss = cross_entropy,
+        weight_decay: float = 0.0,
+        curvature: str = "hessian",
+    ):
+        check_number("weight_decay", weight_decay, low=0.0)
+        check_word("curvature", curvature, CURVATURES)
+        self.model, self.example_loss = model, loss
+        self.weight_decay, self.curvature = weight_decay, curvature
+        names = resolve(model, select).parameters
+        _check_weights({name: model.get_parameter(name) for name in names})
+        self.places = places(model, names)
+        self.shapes = {name: model.get_parameter(name).shape for name in names}
+        self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
+        self.size = self.weights.numel()
+        self._take(batches)
+
+    def _take(self, batches: Iterable[Batch]) -> None:
+        """Take the data, which is read many times."""
+        self.batches = list(batches)
+        if not self.batches:
+            raise NQMError("a landscape needs data; got no batch")
+        _check_targets([targets for _, targets in self.batches], self.example_loss)
+        self.examples = sum(len(targets) for _, targets in self.batches)
+        self._sound = False
+
+    def at(self, weights: Tensor) -> Landscape:
+        """The same function, with derivatives taken elsewhere."""
+        moved = copy.copy(self)
+        moved.weights = weights
+        return moved
+
+    def on(self, batches: Sequence[Batch]) -> Landscape:
+        """The same model on other data, without weight decay: test loss, for one."""
+        moved = copy.copy(self)
+        moved.weight_decay = 0.0
+        moved._take(batches)
+        return moved
+
+    def check(self) -> None:
+        """Find out on the first two examples whether the loss can be measured.
+
+        Raises
+        ------
+        NQMError
+            If the model is random, changes its state or mixes examples in evaluation mode; if its
+            gradient is not the derivative of its loss, as where it detaches a tensor; or if torch
+            has no second derivatives of it.
+        """
+        if self._sound:
+            return
+        name = type(self.model).__name__
+        tensors, make = rows(self.batches[0])
+        few = [one[:2] for one in tensors]
+        part = copy.copy(self)
+        part.batches, part.examples, part._sound = [make(few)], len(few[-1]), True
+        held = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
+        versions = {n: one._version for n, one in held.items()}
+        first, again = list(part._over_batches(part._own_losses, part.batches * 2))
+        changed = [n for n, one in held.items() if one._version != versions[n]]
+        if changed:
+            raise NQMError(
+                f"{name} changes its {changed[0]!r} in evaluation mode, so that its loss is no "
+                "function of the weights alone"
+            )
+        if not _close(again, first):
+            raise NQMError(
+                f"{name} is random in evaluation mode, so that its loss has no derivatives; switch "
+                "its noise or dropout off"
+            )
+        apart = [make([one[i : i + 1] for one in few]) for i in range(len(few[-1]))]
+        try:
+            each = torch.cat(list(part._over_batches(part._own_losses, apart)))
+        except ValueError as error:  # BatchNorm has no statistics of a single value
+            raise _mixes(name, error) from None
+        if not _close(each, first):
+            raise _mixes(name, None)
+        part._check_derivatives(name)
+        self._sound = True
+
+    def _check_derivatives(self, name: str) -> None:
+        """The gradient by both modes of differentiation, and of single examples."""
+        w = self.weights
+        v = torch.randn(self.size, generator=torch.Generator().manual_seed(0)).to(w)
+        slope = self._mean(lambda f: grad(f)(w))
+        along = self._mean(lambda f: _slope_through(f, w, v))
+        room = 1e-8 if w.dtype == torch.float64 else 1e-4
+        if float((slope @ v - along).abs()) > room * float(slope.norm() * v.norm()):
+            raise NQMError(
+                f"{name}: its gradient is not the derivative of its loss (detach, no_grad, or a "
+                "straight-through estimator); select weights that it does not concern, or change "
+                "the model"
+            )
+        mean = torch.cat(list(self.example_gradients())).mean(0)
+        if float((mean - slope).norm()) > 10.0 * room * float(slope.norm()):
+            raise NQMError(f"{name}: torch's gradients of single examples are wrong; report it")
+        self.curvature_product(v)
+
+    def _own_losses(self, batch: Batch) -> Tensor:
+        return self._losses(self.weights, batch)
+
+    # --- the function and its derivatives, of one batch ----------------------------------------
+
+    def _output(self, w: Tensor, inputs: Any) -> Tensor:
+        """The model's output at w, shape (B, ...)."""
+        args, kwargs = arguments(inputs)
+        output: Tensor = call(self.model, self.places, self._named(w), args, kwargs)
+        return output
+
+    def _losses(self, w: Tensor, batch: Batch) -> Tensor:
+        """Losses of a batch's examples at w, shape (B,)."""
+        inputs, targets = batch
+        output = self._output(w, inputs)
+        if self.example_loss is cross_entropy:
+            _check_output(output, type(self.model).__name__)
+        losses = self.example_loss(output, targets)
+        if not isinstance(losses, Tensor) or losses.shape != (len(targets),):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise NQMError(
+                f"loss must give one number per example, shape ({len(targets)},); got {got}; with "
+                "torch's losses take reduction='none'"
+            )
+        return losses
+
+    def _named(self, w: Tensor) -> dict[str, Tensor]:
+        parts = torch.split(w, [shape.numel() for shape in self.shapes.values()])
+        return {n: p.view(shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode and in plain kernels, and afterwards as it was.
+
+        Whatever a forward pass notes down in its modules is gone afterwards: it would be part of a
+        derivative that is over.
+        """
+        held = [(m, dict(vars(m)), dict(m._buffers)) for m in self.model.modules()]
+        try:
+            self.model.eval()
+            with plain_kernels():
+                yield
+        finally:
+            for module, attributes, buffers in held:
+                for name in vars(module).keys() - attributes.keys():
+                    del vars(module)[name]
+                vars(module).update(attributes)
+                module._buffers.update(buffers)
+
+    def _over_batches(
+        self, term: Callable[[Batch], Tensor], batches: Iterable[Batch] | None = None
+    ) -> Iterator[Tensor]:
+        """A term of every batch, in evaluation mode."""
+        for batch in self.batches if batches is None else batches:
+            with self.evaluating(), torch.no_grad():  # derivatives are those of torch.func alone
+                try:
+                    found = term(batch)
+                except RuntimeError as error:
+                    if not _MISSING.search(str(error)):
+                        raise
+                    raise _no_derivative(type(self.model).__name__, error) from error
+            yield found
+
+    def _total(self, term: Callable[[Batch], Tensor]) -> Tensor:
+        """Sum of a term over batches."""
+        return reduce(torch.add, self._over_batches(term))
+
+    def _mean(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+        """Sum over batches of a functional of the batch's share of the mean loss."""
+        return self._total(lambda batch: of(lambda w: self._losses(w, batch).sum() / self.examples))
+
+    def mean_loss(self, w: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of a minibatch at w, without weight decay; the mode is the caller's."""
+        return self._losses(w, batch).mean()
+
+    # --- mean loss -------------------------------------------------------------------------------
+
+    def loss(self, w: Tensor | None = None) -> float:
+        """Mean loss, weight decay included."""
+        at = self.weights if w is None else w
+        return float(self._mean(lambda f: f(at))) + self._decay(at)
+
+    def _decay(self, w: Tensor) -> float:
+        """Weight decay's part of the loss."""
+        return 0.5 * self.weight_decay * float(w.detach().double().square().sum())
+
+    def gradient(self, w: Tensor | None = None) -> Tensor:
+        """Slope of the mean loss, shape (p,)."""
+        return self.loss_and_gradient(w)[1]
+
+    def loss_and_gradient(self, w: Tensor | None = None) -> tuple[float, Tensor]:
+        """Both, for the price of the slope."""
+        at = self.weights if w is None else w
+
+        def both(f: Callable[[Tensor], Tensor]) -> Tensor:
+            slope, value = grad_and_value(f)(at)
+            return torch.cat((slope, value[None]))
+
+        found = self._mean(both)
+        return float(found[-1]) + self._decay(at), found[:-1] + self.weight_decay * at
+
+    def weighted_gradient(self, weights: Tensor) -> Tensor:
+        """Sum of the examples' own gradients, each times a weight; without weight decay, (p,).
+
+        With weights of mean 0 and variance 1 / (N - 1) it is a draw of one example's noise.
+        """
+        parts = iter(torch.split(weights, [len(targets) for _, targets in self.batches]))
+
+        def term(batch: Batch) -> Tensor:
+            share = next(parts)
+            slope: Tensor = grad(lambda w: share @ self._losses(w, batch))(self.weights)
+            return slope
+
+        return self._total(term)
+
+    # --- curvature -------------------------------------------------------------------------------
+
+    def curvature_product(self, v: Tensor) -> Tensor:
+        """The curvature that was chosen, times v, shape (p,)."""
+        return self.ggn_product(v) if self.curvature == "ggn" else self.hessian_product(v)
+
+    def curvature_matrix(self) -> Tensor:
+        """All of the curvature that was chosen, shape (p, p), for few weights."""
+        return self.ggn() if self.curvature == "ggn" else self.hessian()
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """H v at the weights, shape (p,): a forward derivative of the gradient."""
+        data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
+        return data + self.weight_decay * v
+
+    def hessian(self) -> Tensor:
+        """All of H, shape (p, p), for few weights."""
+        units = torch.eye(self.size).to(self.weights)
+        products = EachRow(self.hessian_product)
+        h = torch.cat([products(some) for some in torch.split(units, HESSIAN_ROWS)])
+        self._check_matrix(h, self.hessian_product)
+        return 0.5 * (h + h.T)
+
+    def _check_matrix(self, matrix: Tensor, product: Callable[[Tensor], Tensor]) -> None:
+        """Raise NQMError unless a matrix made in batches does what a single product does."""
+        v = torch.randn(self.size, generator=torch.Generator().manual_seed(0)).to(self.weights)
+        found, expected = matrix.to(v) @ v, product(v)
+        room = 1e-7 if v.dtype == torch.float64 else 1e-2
+        if float((found - expected).norm()) > room * float(matrix.norm() * v.norm()):
+            raise NQMError(
+                f"{type(self.model).__name__}: torch's derivatives in batches are wrong for one of "
+                "its layers; ask for eigenpairs instead of the whole matrix"
+            )
+
+    def ggn_product(self, v: Tensor) -> Tensor:
+        """G v at the weights, shape (p,), weight decay included; see `neural.curvature.ggn`."""
+
+        def term(batch: Batch) -> Tensor:
+            inputs, targets = batch
+            return ggn_product(
+                lambda w: _one_tensor(self._output(w, inputs)),
+                lambda output: self.example_loss(output, targets).sum() / self.examples,
+                self.weights,
+                v,
+            )
+
+        return self._total(term) + self.weight_decay * v
+
+    def ggn(self) -> Tensor:
+        """All of G, shape (p, p), float64, for few weights; weight decay included."""
+        self.check()
+        data = self._total(
+            lambda batch: ggn_matrix(
+                lambda w, inputs: _one_tensor(self._output(w, inputs)),
+                self.example_loss,
+                self.weights,
+                *batch,
+            )
+        )
+        g = data / self.examples + self.weight_decay * torch.eye(self.size).to(data)
+        self._check_matrix(g, self.ggn_product)
+        return g
+
+    def third(self, v: Tensor) -> Tensor:
+        """Slope of v' H v as w moves, shape (p,): third derivatives, twice along v."""
+
+        def bend(f: Callable[[Tensor], Tensor]) -> Tensor:
+            def slope(w: Tensor) -> Tensor:
+                return _slope(f, w, v)
+
+            bent: Tensor = grad(lambda w: _slope(slope, w, v))(self.weights)
+            return bent
+
+        return self._mean(bend)
+
+    # --- single examples -------------------------------------------------------------------------
+
+    def example_gradients(self) -> Iterator[Tensor]:
+        """Gradient of every example's own loss, some at a time, shape (b, p) each."""
+        self.check()
+        size = max(GRADIENT_NUMBERS // self.size, 1)
+        for batch in self.batches:
+            tensors, make = rows(batch)
+
+            def one(*row: Tensor, make: MakeBatch = make) -> Tensor:
+                alone = make([tensor[None] for tensor in row])
+                slope: Tensor = grad(lambda w: self._losses(w, alone)[0])(self.weights)
+                return slope
+
+            some = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
+            yield from self._over_batches(EachRow(one).of, some)
+
+
+def _check_weights(weights: dict[str, nn.Parameter]) -> None:
+    """Raise NQMError unless derivatives of a flat vector of these mean something."""
+    first = next(iter(weights))
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise NQMError(
+                f"weight {name!r} is {weight.dtype}; a landscape takes float32 or float64: convert "
+                "the model and its data, or select other weights"
+            )
+        if (weight.dtype, weight.device) != (weights[first].dtype, weights[first].device):
+            raise NQMError(
+                f"weights {first!r} and {name!r} differ in precision or device; give the model one"
+            )
+
+
+def _check_targets(targets: list[Any], loss: ExampleLoss) -> None:
+    """Raise NQMError unless examples can be counted and, for cross-entropy, labels be meant."""
+    counts = set()
+    for one in targets:
+        if not isinstance(one, Tensor) or one.ndim == 0 or not len(one):
+            raise NQMError(
+                "targets of a landscape must be a tensor with a row for each example; got "
+                f"{f'shape {tuple(one.shape)}' if isinstance(one, Tensor) else type(one).__name__}"
+            )
+        if loss is not cross_entropy:
+            continue
+        if one.is_floating_point() or one.dtype == torch.bool:
+            raise NQMError(
+                f"targets must be integer labels; got {one.dtype}; pass a loss of your own"
+            )
+        held = one != IGNORED
+        if bool((held & (one < 0)).any()):
+            raise NQMError(
+                f"labels must be 0 or more, or {IGNORED} for none; got {int(one[held].min())}"
+            )
+        counts |= set(held.reshape(len(one), -1).sum(1).tolist())
+    if len(counts) > 1 or 0 in counts:
+        raise NQMError(
+            f"examples have {min(counts)} to {max(counts)} labels that count ({IGNORED} does not): "
+            "their mean is not that of a minibatch; cut all to one number, or pass your own loss"
+        )
+
+
+def _check_output(output: Any, name: str) -> None:
+    if not isinstance(output, Tensor):
+        raise NQMError(
+            f"{name} gives a {type(output).__name__}, not logits; wrap it in a module that returns "
+            "the logits, or pass a loss(output, targets) of your own"
+        )
+
+
+def _one_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    raise NQMError(
+        f"the Gauss-Newton matrix needs one tensor as output; got a {type(output).__name__}; wrap "
+        "the model in a module that returns the logits"
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether losses are the same up to rounding."""
+    double = one.dtype == torch.float64
+    return torch.allclose(
+        one, other, rtol=1e-6 if double else 1e-3, atol=1e-10 if double else 1e-5, equal_nan=True
+    )
+
+
+def _mixes(name: str, error: Exception | None) -> NQMError:
+    said = f" ({str(error).partition(chr(10))[0]:.80})" if error is not None else ""
+    return NQMError(
+        f"{name}: an example's loss depends on the others of its batch{said}, so that single "
+        "examples have no gradients: BatchNorm needs running statistics or groups of a "
+        "BatchLandscape, and the batch must be the first axis"
+    )
+
+
+def _no_derivative(name: str, error: Exception) -> NQMError:
+    reason = " ".join(str(error).split())
+    return NQMError(
+        f"{name} has a layer whose second derivatives torch does not know: {reason:.200}"
+    )
+
+
+def _slope(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
+    """Derivative of f at w along v, by forward differentiation."""
+    slope: Tensor = jvp(f, (w,), (v,))[1]
+    return slope
+
+
+def _slope_through(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
+    """The same with derivatives of what is detached as well."""
+    with through_detach():
+        return _slope(f, w, v)

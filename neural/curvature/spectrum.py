@@ -1,0 +1,203 @@
+"""Eigenvalues of a landscape's curvature: both ends one by one, the bulk as a density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+from neural.curvature.lanczos import krylov
+from neural.curvature.risk import Landscape
+from nqm.errors import NQMError, check_integer, check_number
+
+FloatArray = NDArray[np.float64]
+#: Told that one more product with the curvature is done.
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Some eigenpairs of the curvature H, which is the Hessian or its Gauss-Newton part.
+
+    Attributes
+    ----------
+    values : ndarray, shape (k,)
+        Falling.
+    vectors : ndarray, shape (p, k)
+    residuals : ndarray, shape (k,)
+        ``|H v - h v|``: a true eigenvalue lies within that distance.
+    """
+
+    values: FloatArray
+    vectors: FloatArray
+    residuals: FloatArray
+
+
+@dataclass(frozen=True)
+class Density:
+    """A spectrum as weighted points: the bulk without the eigenpairs taken out of it.
+
+    Attributes
+    ----------
+    values : ndarray, shape (m,)
+        Rising.
+    counts : ndarray, shape (m,)
+        Eigenvalues that each point stands for; they sum to those of the bulk.
+    """
+
+    values: FloatArray
+    counts: FloatArray
+
+    @property
+    def trace(self) -> float:
+        """Sum of the eigenvalues."""
+        return float(self.values @ self.counts)
+
+
+def eigenpairs(
+    landscape: Landscape,
+    count: int,
+    end: str = "top",
+    *,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    """The `count` largest or smallest eigenvalues, by Lanczos (ARPACK).
+
+    Parameters
+    ----------
+    landscape : Landscape
+    count : int
+        Fewer than its weights.
+    end : {"top", "bottom"}
+        Algebraically largest, or smallest: the Hessian of a network in training has negative ones.
+    tolerance : float
+        Relative accuracy at which ARPACK stops.
+    seed : int
+        Of the first vector.
+    progress : callable, optional
+
+    Raises
+    ------
+    NQMError
+        If there are not that many, or they do not converge.
+    """
+    check_integer("count", count, 1)
+    if count >= landscape.size:
+        raise NQMError(f"count must be less than the {landscape.size} weights; got {count}")
+    if end not in ("top", "bottom"):
+        raise NQMError(f"end must be 'top' or 'bottom'; got {end!r}")
+    start = np.random.default_rng(seed).standard_normal(landscape.size)
+    try:
+        values, vectors = eigsh(
+            operator(landscape, progress),
+            k=count,
+            which="LA" if end == "top" else "SA",
+            tol=tolerance,
+            v0=start,
+        )
+    except ArpackNoConvergence as error:
+        raise NQMError(
+            f"only {len(error.eigenvalues)} of {count} eigenpairs converged; ask for fewer, or "
+            "raise the tolerance"
+        ) from None
+    order = np.argsort(values)[::-1]
+    values, vectors = values[order], vectors[:, order]
+    apply = operator(landscape, progress)
+    products = np.stack([apply.matvec(v) for v in vectors.T], 1)
+    return Eigenpairs(values, vectors, np.linalg.norm(products - vectors * values, axis=0))
+
+
+def operator(landscape: Landscape, progress: Progress | None = None) -> LinearOperator:
+    """The curvature as SciPy takes it; arithmetic in the landscape's own precision."""
+
+    def product(v: FloatArray) -> FloatArray:
+        direction = torch.from_numpy(np.ascontiguousarray(v).reshape(-1)).to(landscape.weights)
+        result = landscape.curvature_product(direction).double().cpu().numpy()
+        if progress is not None:
+            progress(1)
+        return np.asarray(result)
+
+    shape = (landscape.size, landscape.size)
+    return LinearOperator(shape, matvec=product, dtype=np.float64)
+
+
+def density(
+    landscape: Landscape,
+    known: Eigenpairs | None = None,
+    *,
+    probes: int = 5,
+    steps: int = 80,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Density:
+    """Density of the rest of the spectrum, by stochastic Lanczos quadrature.
+
+    Random probes orthogonal to the known eigenvectors, so many Lanczos steps each with full
+    re-orthogonalisation, and the Gauss quadrature of each probe's measure (Golub & Meurant 2010;
+    Ghorbani et al. 2019). Moments up to order 2 `steps` - 1 of each probe's measure are exact.
+
+    Parameters
+    ----------
+    landscape : Landscape
+    known : Eigenpairs, optional
+        Taken out of the spectrum.
+    probes, steps : int
+        The work is their product, in products with the curvature.
+    seed : int
+    progress : callable, optional
+    """
+    check_integer("probes", probes, 1)
+    check_integer("steps", steps, 1)
+    out = np.zeros((landscape.size, 0)) if known is None else known.vectors
+    left = landscape.size - out.shape[1]
+    apply = operator(landscape, progress)
+    rng = np.random.default_rng(seed)
+    values, weights = [], []
+    for _ in range(probes):
+        probe = krylov(apply, rng.standard_normal(landscape.size), steps, out)
+        values.append(probe.values)
+        weights.append(probe.amplitudes**2 / np.sum(probe.amplitudes**2))
+    joined = np.concatenate(values)
+    counts = np.concatenate(weights) * left / probes
+    order = np.argsort(joined)
+    return Density(joined[order], counts[order])
+
+
+def binned(spectrum: Density, bins: int) -> Density:
+    """A density on fewer points, with the same count and the same trace.
+
+    Parameters
+    ----------
+    spectrum : Density
+    bins : int
+        Groups of neighbours of about equal count in the cube root of the eigenvalue; each becomes
+        its mean.
+    """
+    check_integer("bins", bins, 1)
+    scale = np.cbrt(spectrum.values)
+    edges = np.linspace(scale[0], scale[-1], bins + 1)
+    group = np.clip(np.searchsorted(edges, scale, side="right") - 1, 0, bins - 1)
+    counts = np.zeros(bins)
+    sums = np.zeros(bins)
+    np.add.at(counts, group, spectrum.counts)
+    np.add.at(sums, group, spectrum.counts * spectrum.values)
+    held = counts > 0
+    return Density(sums[held] / counts[held], counts[held])
+
+
+def trace_estimate(landscape: Landscape, probes: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Trace of the curvature and its standard error, by random signs (Hutchinson)."""
+    check_number("probes", probes, low=2)
+    rng = np.random.default_rng(seed)
+    apply = operator(landscape)
+    values = []
+    for _ in range(probes):
+        signs = rng.choice([-1.0, 1.0], landscape.size)
+        values.append(float(signs @ apply.matvec(signs)))
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(probes))

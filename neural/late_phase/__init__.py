@@ -1,0 +1,1 @@
+"""Late-phase weights for anyone's training loop: members, selections, averages, merging."""

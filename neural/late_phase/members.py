@@ -1,0 +1,793 @@
+"""Late-phase weights: K copies of a few weights, trained on a shared rest, averaged into one model.
+
+von Oswald, Kobayashi et al., ICLR 2021, Figure 5. From the moment `LatePhase` is made, member k of
+K owns a copy phi_k of the selected weights; all other weights theta are shared. One cycle takes K
+minibatches, one per member::
+
+    phi_k <- U_phi(phi_k, grad_phi_k L(batch_k; theta, phi_k))           for k = 0 .. K-1
+    theta <- U_theta(theta, gamma sum_k grad_theta L(batch_k; theta, phi_k))
+
+theta does not move inside a cycle and member k sees only its own minibatch, so the members' steps
+may be taken together at its end: their weights are stored stacked, (K, ...), and one optimizer that
+works on every number by itself (SGD, Adam and their kin, but neither LARS nor Muon) does for all K.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from neural.late_phase import fused as fused_forward
+from neural.late_phase import merge as merging
+from neural.late_phase import optimizers
+from neural.late_phase.duplicate import results_by_value
+from neural.late_phase.pieces import Known, LossWeight, backward_in_pieces
+from neural.late_phase.ranks import average_gradients
+from neural.late_phase.ready import check_ready
+from neural.late_phase.rows import UnclearRowsError, arguments
+from neural.late_phase.select import select as resolve
+from neural.late_phase.swap import places, swapped
+from nqm.errors import NQMError, check_integer, check_number, check_word
+
+#: (inputs, targets); inputs is one tensor, a tuple of arguments or a dict of keyword arguments.
+Batch = tuple[Any, Any]
+Loss = Callable[[Any, Any], Tensor]
+
+
+class _Settings(NamedTuple):
+    """How a minibatch is run."""
+
+    loss: Loss
+    micro_batches: int
+    autocast: torch.dtype | None
+    loss_weight: LossWeight | None
+
+
+GAMMAS = ("sum", "mean")
+NOISE_RULES = ("rms", "fan_in")
+IDLE_STEPS = ("none", "first", "every")
+LEFTOVERS = ("carry", "members", "drop")
+#: In an optimizer's state: its single numbers, as Adam's step count, for every member. Only there
+#: once members have taken different numbers of steps.
+_OWN = "members"
+
+
+class LatePhase(nn.Module):
+    """K late-phase members on top of a model.
+
+    Parameters
+    ----------
+    model : Module
+        Any module. Its shared weights stay the same `Parameter` objects, so that its optimizer and
+        momentum go on; its selected weights keep the values they have now.
+    members : int
+        K >= 2.
+    select : str or iterable of str
+        What is replicated (see `neural.late_phase.select.select`). Normalisation layers bring each
+        member's own running statistics.
+    gamma : {"sum", "mean"} or float
+        Scale of the summed base gradient; ``"sum"`` is 1, ``"mean"`` is 1 / K.
+    noise : float
+        Size sigma of the Gaussian perturbation with which members start. The paper's CIFAR runs
+        use none.
+    noise_rule : {"rms", "fan_in"}
+        Standard deviation in a tensor: sigma times its root mean square (the official code), or
+        sigma / sqrt(n_in) (the paper), n_in the numbers behind one output: the fan-in of a matrix
+        or kernel, and the length of a vector.
+    idle_steps : {"none", "first", "every"}
+        When the optimizer also steps idle members, on a gradient of zero: never; on member 0's
+        turn; on every turn. The last two are what the official code did for CIFAR and ImageNet
+        under torch 1.4: momentum and weight decay act on idle members, from a member's first own
+        turn on.
+    seed : int
+        Of the perturbation.
+
+    Raises
+    ------
+    NQMError
+        On K < 2, or a selection that matches nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from neural import LatePhase
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> late = LatePhase(model, members=5, select="batchnorm+head")
+    >>> own = late.optimizer_like(base)
+    >>> data = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(10)]
+    >>> for batches in late.cycles(data):
+    ...     losses = late.step(batches, nn.functional.cross_entropy, base, own)
+    >>> single = late.averaged()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        members: int,
+        select: str | Iterable[str] = "batchnorm+head",
+        *,
+        gamma: str | float = "sum",
+        noise: float = 0.0,
+        noise_rule: str = "rms",
+        idle_steps: str = "none",
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_integer("members", members, 2)
+        check_number("noise", noise, low=0.0)
+        check_integer("seed", seed, 0)
+        check_word("noise_rule", noise_rule, NOISE_RULES)
+        check_word("idle_steps", idle_steps, IDLE_STEPS)
+        if isinstance(gamma, str):
+            check_word("gamma", gamma, GAMMAS)
+        else:
+            check_number("gamma", gamma, low=0.0, closed_low=False)
+        check_ready(model, "LatePhase")
+        self._ranks_average = False
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+            self._ranks_average = True
+        self.model = model
+        self.members = members
+        self.gamma = gamma
+        self.idle_steps = idle_steps
+        self.selection = resolve(model, select)
+        self._carried: list[Batch] = []
+        self._had_turn = [False] * members
+        self._plans: dict[Any, fused_forward.Plan | None] = {}
+        self._told: set[str] = set()
+        self._pieces: Known = {}
+        self._run: Callable[..., Any] = self._member_forward
+        self.stacked = nn.ParameterDict()
+        self.statistics = nn.Module()
+        generator = torch.Generator().manual_seed(seed)
+        for name in self.selection.parameters:
+            self.stacked[_key(name)] = nn.Parameter(
+                _spawn(model.get_parameter(name), members, noise, noise_rule, generator)
+            )
+        for name in self.selection.buffers:
+            value = model.get_buffer(name)
+            path, _, own = name.rpartition(".")
+            kept = own not in model.get_submodule(path)._non_persistent_buffers_set
+            stacked = torch.stack([value] * members)
+            self.statistics.register_buffer(_key(name), stacked, persistent=kept)
+        # Where things are, worked out once; what is there is looked up, as `to` may change it.
+        self._places = places(model, [*self.selection.parameters, *self.selection.buffers])
+        self._keys = {name: _key(name) for name in self.selection.parameters}
+        self._buffer_keys = {name: _key(name) for name in self.selection.buffers}
+        device = next(iter(self.stacked.values())).device
+        self.index: Tensor
+        self.register_buffer("index", torch.arange(members, device=device), persistent=False)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, member: int | Tensor, **kwargs: Any) -> Any:
+        """Output of one member's model; gradients reach its row of the stacked weights.
+
+        Activation checkpoints in the model need `step` or `accumulate`, which keep the member's
+        weights in place until the backward pass is done.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Of the model.
+        member : int or Tensor
+            0 .. K-1. As a tensor it is data to `torch.compile`: one graph serves all members.
+        """
+        if not isinstance(member, Tensor):
+            member = self.index[self._check_member(member)]
+        return self._run(member.reshape(1), args, kwargs)
+
+    def _check_member(self, member: Any) -> int:
+        if isinstance(member, bool) or not isinstance(member, Integral):
+            raise NQMError(f"member must be an integer; got {member!r}")
+        if not 0 <= int(member) < self.members:
+            raise NQMError(f"member must lie in 0 .. {self.members - 1}; got {member}")
+        return int(member)
+
+    def fused(self, inputs: Sequence[Any]) -> list[Any]:
+        """Outputs of all members on their own inputs, by one forward pass over all rows.
+
+        The same mathematics as K calls; faster where kernels are small and launching them is
+        what costs. On inputs of new shapes the pass is first compared with K passes, on copies of
+        the model. Where rows cannot be told apart (a layer that is used by position, a model that
+        mixes rows, an output without them) a warning says why, and members run one by one.
+
+        Parameters
+        ----------
+        inputs : sequence of K inputs
+            Of one kind, each as in a batch; minibatches lie along the first axis of their tensors.
+        """
+        if len(inputs) != self.members:
+            raise NQMError(
+                f"fused needs one minibatch per member, {self.members}; got {len(inputs)}"
+            )
+        plan = self._plan(inputs)
+        if plan is None:
+            outputs = []
+            for k, one in enumerate(inputs):
+                args, kwargs = arguments(one)
+                outputs.append(self(*args, member=k, **kwargs))
+            return outputs
+        return cast(
+            list[Any],
+            fused_forward.forward(self.model, self._places, self._member_rows(), inputs, plan),
+        )
+
+    def _plan(self, inputs: Sequence[Any]) -> fused_forward.Plan | None:
+        """How to run all rows together; None where that cannot be, which is told once."""
+        key = None
+        try:
+            key = fused_forward.key(self.model, inputs)
+            if key not in self._plans:
+                self._plans[key] = fused_forward.make_plan(self.model, self._member_rows(), inputs)
+        except UnclearRowsError as error:
+            if key is not None:
+                self._plans[key] = None
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                warnings.warn(f"fused: {error}; members run one by one", stacklevel=2)
+            return None
+        return self._plans[key]
+
+    def _member_rows(self) -> list[dict[str, Tensor]]:
+        """Weights and statistics of every member; statistics are views, which layers update."""
+        with torch.no_grad():
+            statistics = {name: value.unbind(0) for name, value in self._statistics().items()}
+        weights = {name: value.unbind(0) for name, value in self._weights().items()}
+        rows = [{n: self._cast(n, w[k]) for n, w in weights.items()} for k in range(self.members)]
+        for k, row in enumerate(rows):
+            row.update({name: value[k] for name, value in statistics.items()})
+        return rows
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the members' forward pass; arguments are those of `torch.compile`."""
+        self._run = torch.compile(self._member_forward, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatePhase:
+        """Move or convert; members' weights stay at least in float32 (`late.bfloat16()`)."""
+
+        def wide(value: Tensor) -> Tensor:
+            moved = fn(value)
+            if moved.dtype == torch.promote_types(moved.dtype, torch.float32):
+                return moved
+            return value.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        self.model._apply(fn)  # type: ignore[no-untyped-call]
+        self.statistics._apply(fn)  # type: ignore[no-untyped-call]
+        self.stacked._apply(wide)  # type: ignore[no-untyped-call]
+        return cast(LatePhase, super()._apply(fn, recurse=False))  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._carried:
+            destination[f"{prefix}carried"] = list(self._carried)
+        if self.idle_steps != "none":
+            destination[f"{prefix}had_turn"] = torch.tensor(self._had_turn)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._carried = list(state_dict.pop(f"{prefix}carried", []))
+        turns = state_dict.pop(f"{prefix}had_turn", None)
+        if turns is not None:
+            self._had_turn = turns.tolist()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatePhase:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        with results_by_value():
+            twin.__setstate__(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A compiled function would go on with the weights of the module it was copied from.
+        self._run = self._member_forward
+
+    def _member_forward(
+        self,
+        index: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        learn: Callable[[Any], Tensor] | None = None,
+    ) -> Any:
+        state = {n: self._cast(n, w.index_select(0, index)[0]) for n, w in self._weights().items()}
+        with torch.no_grad():
+            state |= {n: v.index_select(0, index)[0] for n, v in self._statistics().items()}
+        with swapped(self._places, state):
+            output = self.model(*args, **kwargs)
+            if learn is not None:
+                # Activation checkpoints run layers again in the backward pass: the member's
+                # weights must still be in place.
+                output = learn(output)
+        if self.training:
+            with torch.no_grad():
+                for name, value in self._statistics().items():
+                    value.index_copy_(0, index, state[name][None])
+        return output
+
+    def _weights(self) -> dict[str, Tensor]:
+        held = self.stacked._parameters
+        return {name: cast(Tensor, held[key]) for name, key in self._keys.items()}
+
+    def _statistics(self) -> dict[str, Tensor]:
+        held = self.statistics._buffers
+        return {name: cast(Tensor, held[key]) for name, key in self._buffer_keys.items()}
+
+    def _cast(self, name: str, value: Tensor) -> Tensor:
+        # Members differ by little: they are kept in float32 whatever the model runs in.
+        holder, own = self._places[name][0]
+        value = value.to(cast(Tensor, holder._parameters[own]).dtype)
+        if getattr(holder, "sparse", False):
+            # A row of a stack takes no sparse gradient.
+            value = cast(Tensor, _DenseGradient.apply(value))  # type: ignore[no-untyped-call]
+        return value
+
+    # --- training --------------------------------------------------------------------------------
+
+    def member_parameters(self) -> list[nn.Parameter]:
+        """The stacked weights, (K, ...) each: what the member optimizer works on."""
+        return list(self.stacked.values())
+
+    def optimizer_like(self, base_optimizer: Optimizer, **changes: Any) -> Optimizer:
+        """Fresh optimizer of the members, set up group by group like that of the base.
+
+        Parameters
+        ----------
+        base_optimizer : Optimizer
+            Made on the model's parameters; weights it does not hold get its defaults. Of a wrapper
+            around an optimizer, as accelerate has one, what is inside.
+        **changes
+            Settings that differ, e.g. ``weight_decay=5e-3``.
+        """
+        if isinstance(base_optimizer, list | tuple):
+            raise NQMError(
+                "optimizer_like takes one optimizer; make several on late.member_parameters()"
+            )
+        (base_optimizer,) = optimizers.listed(base_optimizer, "base_optimizer")
+        base_optimizer = optimizers.unwrapped(base_optimizer)
+        groups: list[dict[str, Any]] = []
+        left = dict(self._weights())
+        for group in base_optimizer.param_groups:
+            held = {id(p) for p in group["params"]}
+            names = [name for name in left if id(self.model.get_parameter(name)) in held]
+            if names:
+                # What a scheduler notes in a group belongs to its own optimizer.
+                other = ("params", "param_names", "initial_lr")
+                own = {n: copy.deepcopy(v) for n, v in group.items() if n not in other}
+                groups.append({**own, "params": [left.pop(name) for name in names]})
+        if left:
+            groups.append({**copy.deepcopy(base_optimizer.defaults), "params": list(left.values())})
+        for group in groups:
+            group.update(changes)
+        make = cast(Callable[..., Optimizer], type(base_optimizer))
+        try:
+            return make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise NQMError(
+                f"optimizer_like cannot make another {type(base_optimizer).__name__} "
+                f"({reason:.100}); make it on late.member_parameters()"
+            ) from None
+
+    def cycles(self, loader: Iterable[Batch], leftover: str = "carry") -> Iterator[list[Batch]]:
+        """Minibatches of a loader, K at a time.
+
+        Parameters
+        ----------
+        loader : iterable of batches
+        leftover : {"carry", "members", "drop"}
+            What becomes of the last len(loader) mod K batches: they begin the next call's first
+            cycle; they come as a short list, on which `step` moves the members alone, as the
+            official code does (39 cycles and 1 batch in an epoch of CIFAR); or they are not used.
+            Where there are fewer than K in all, they are carried, with a warning.
+        """
+        check_word("leftover", leftover, LEFTOVERS)
+        waiting, self._carried = self._carried, []
+        complete = False
+        for batch in loader:
+            waiting.append(batch)
+            if len(waiting) == self.members:
+                yield waiting
+                waiting, complete = [], True
+        if waiting and not complete and leftover != "carry":
+            warnings.warn(
+                f"leftover={leftover!r}: {len(waiting)} minibatches make no cycle of "
+                f"{self.members} members, and the base would never move; they are carried over",
+                stacklevel=2,
+            )
+            leftover = "carry"
+        if waiting and leftover == "members":
+            yield waiting
+        elif leftover == "carry":
+            self._carried = waiting
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        loss_fn: Loss,
+        base_optimizer: Optimizer | Sequence[Optimizer],
+        member_optimizer: Optimizer,
+        *,
+        fused: bool = False,
+        micro_batches: int = 1,
+        autocast: torch.dtype | None = None,
+        loss_weight: LossWeight | None = None,
+    ) -> Tensor:
+        """One cycle: every member steps on its own minibatch, the base on all of them.
+
+        Parameters
+        ----------
+        batches : sequence of at most K batches
+            Batch k is member k's. If there are fewer than K, their members step and the base does
+            not.
+        loss_fn : callable
+            ``loss_fn(output, targets)``, a mean over the minibatch.
+        base_optimizer : Optimizer, or several
+            On the model's parameters.
+        member_optimizer : Optimizer
+            On `member_parameters`; one that works on every number by itself.
+        fused : bool
+            All minibatches in one forward pass.
+        micro_batches : int
+            Pieces that each minibatch is run in, to save memory; gradients are the same, but for
+            BatchNorm, which sees one piece at a time. Pieces that do not make up the minibatch
+            (rows along another axis, a loss that ignores some of them) are an error.
+        autocast : dtype, optional
+            Run the model in it, e.g. ``torch.bfloat16``; by default in the caller's autocast.
+        loss_weight : callable, optional
+            ``loss_weight(inputs, targets)`` of a piece: what its loss is a mean over, e.g. the
+            labels that are not ignored. Its rows by default.
+
+        Returns
+        -------
+        Tensor, shape (len(batches),)
+            Losses, detached.
+        """
+        bases = optimizers.listed(base_optimizer, "base_optimizer")
+        self._check_optimizers(bases, member_optimizer)
+        if self.idle_steps == "none":
+            losses = self.accumulate(
+                batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast,
+                loss_weight=loss_weight,
+            )  # fmt: skip
+            self._step_rows(member_optimizer, range(len(batches)))
+        else:
+            check_integer("micro_batches", micro_batches, 1)
+            if fused:
+                # An idle member moves between its turns.
+                raise NQMError(f"fused needs idle_steps='none'; got {self.idle_steps!r}")
+            settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
+            losses = self._step_with_idle(batches, member_optimizer, settings)
+        if len(batches) == self.members:
+            for one in bases:
+                one.step()
+        return losses
+
+    def accumulate(
+        self,
+        batches: Sequence[Batch],
+        loss_fn: Loss,
+        *,
+        fused: bool = False,
+        micro_batches: int = 1,
+        autocast: torch.dtype | None = None,
+        loss_weight: LossWeight | None = None,
+    ) -> Tensor:
+        """Gradients of one cycle, and no step: for clipping, or a loop of your own.
+
+        Parameters as in `step`. Afterwards ``.grad`` of a stacked weight holds each member's own
+        gradient in its row, and of a shared weight gamma times the sum over members.
+        """
+        self._check_batches(batches)
+        check_integer("micro_batches", micro_batches, 1)
+        if fused and micro_batches > 1:
+            raise NQMError(
+                "fused runs whole minibatches; set micro_batches to 1, or fused to False"
+            )
+        self.zero_grad(set_to_none=True)
+        settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
+        losses = None
+        if fused and len(batches) == self.members:
+            losses = self._backward_fused(batches, settings)
+        if losses is None:
+            losses = torch.stack(
+                [self._backward(k, batch, settings) for k, batch in enumerate(batches)]
+            )
+        self._average_over_ranks(self.parameters())
+        self._scale_base()
+        return losses
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Asked for by `DistributedDataParallel` around this module, whose forward is not used."""
+        self._ranks_average = True
+        return []
+
+    def _average_over_ranks(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Where torch's data parallelism was asked for: what its own backward pass does."""
+        if not self._ranks_average:
+            return
+        average_gradients(parameters)
+        with torch.no_grad():
+            for value in self.buffers():
+                distributed.broadcast(value, 0)
+
+    def _backward_fused(self, batches: Sequence[Batch], settings: _Settings) -> Tensor | None:
+        """Losses of all members by one pass; None where there is no plan for it."""
+        inputs = [one for one, _ in batches]
+        with self._autocast(settings.autocast):
+            plan = self._plan(inputs)
+            if plan is None:
+                return None
+
+            def learn(outputs: list[Any]) -> Tensor:
+                pairs = zip(outputs, batches, strict=True)
+                losses = torch.stack([settings.loss(out, targets) for out, (_, targets) in pairs])
+                with torch.autocast(self.index.device.type, enabled=False):
+                    torch.autograd.backward(losses.sum())
+                return losses.detach()
+
+            rows = self._member_rows()
+            losses = fused_forward.forward(self.model, self._places, rows, inputs, plan, learn)
+        self._check_reached()
+        return cast(Tensor, losses)
+
+    def _backward(self, member: int, batch: Batch, settings: _Settings) -> Tensor:
+        def run(
+            args: tuple[Any, ...], kwargs: dict[str, Any], learn: Callable[[Any], Tensor]
+        ) -> Tensor:
+            with self._autocast(settings.autocast):
+                if self._run == self._member_forward:
+                    index = self.index[member].reshape(1)
+                    return cast(Tensor, self._member_forward(index, args, kwargs, learn))
+                return learn(self(*args, member=member, **kwargs))
+
+        return backward_in_pieces(
+            self.model, batch, settings.micro_batches, settings.loss, run, self._pieces,
+            settings.loss_weight,
+        )  # fmt: skip
+
+    def _autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+        # Without a type of its own a step runs in the caller's autocast, if there is one.
+        return nullcontext() if dtype is None else torch.autocast(self.index.device.type, dtype)
+
+    def _scale_base(self) -> None:
+        gamma = {"sum": 1.0, "mean": 1.0 / self.members}.get(str(self.gamma), self.gamma)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads and gamma != 1.0:
+            torch._foreach_mul_(grads, float(gamma))
+
+    def _step_with_idle(
+        self, batches: Sequence[Batch], optimizer: Optimizer, settings: _Settings
+    ) -> Tensor:
+        self._check_batches(batches)
+        self.zero_grad(set_to_none=True)
+        losses = []
+        for k, batch in enumerate(batches):
+            losses.append(self._backward(k, batch, settings))
+            self._average_over_ranks(self.member_parameters())
+            self._had_turn[k] = True
+            everyone = self.idle_steps == "every" or k == 0
+            # Before its first own turn a member has no gradient, and torch leaves it alone.
+            ready = [j for j in range(self.members) if self._had_turn[j]]
+            self._step_rows(optimizer, ready if everyone else [k])
+            self.stacked.zero_grad(set_to_none=True)
+        self._average_over_ranks(self.model.parameters())
+        self._scale_base()
+        return torch.stack(losses)
+
+    def _step_rows(self, optimizer: Optimizer, rows: Sequence[int]) -> None:
+        """Step some members: the others' weights and optimizer states are put back."""
+        parts = [list(rows)]
+        if any(_OWN in optimizer.state.get(p, {}) for p in self.member_parameters()):
+            parts = self._alike(optimizer, rows)
+        elif len(rows) == self.members:
+            optimizer.step()
+            return
+        for part in parts:
+            self._step_part(optimizer, part)
+
+    def _alike(self, optimizer: Optimizer, rows: Sequence[int]) -> list[list[int]]:
+        """Members in groups that have taken equally many steps."""
+        parts: dict[tuple[float, ...], list[int]] = {}
+        for k in rows:
+            states = (optimizer.state.get(p, {}).get(_OWN, {}) for p in self.member_parameters())
+            parts.setdefault(tuple(v[k] for own in states for v in own.values()), []).append(k)
+        return list(parts.values())
+
+    def _step_part(self, optimizer: Optimizer, part: list[int]) -> None:
+        """One step of members whose optimizer states agree in what is one number for all."""
+        idle = torch.tensor([k for k in range(self.members) if k not in part], dtype=torch.long)
+        idle = idle.to(self.index.device)
+        kept = []
+        for p in self.member_parameters():
+            state = optimizer.state.get(p, {})
+            own = state.get(_OWN) or {n: [float(v)] * self.members for n, v in _common(state, p)}
+            for name, value in _common(state, p):
+                value.fill_(own[name][part[0]])
+            rows = {n: v[idle] for n, v in _rows_of(optimizer, p).items()}
+            kept.append((p, p.detach()[idle], rows, own))
+        optimizer.step()
+        with torch.no_grad():
+            for p, values, states, own in kept:
+                p[idle] = values
+                for name, value in _rows_of(optimizer, p).items():
+                    value[idle] = states[name] if name in states else torch.zeros_like(value[idle])
+                state = optimizer.state.get(p, {})
+                for name, value in _common(state, p):
+                    numbers = own.setdefault(name, [0.0] * self.members)
+                    for k in part:
+                        numbers[k] = float(value)
+                if own:
+                    state[_OWN] = own
+
+    def _check_batches(self, batches: Sequence[Batch]) -> None:
+        if not 0 < len(batches) <= self.members:
+            raise NQMError(
+                f"a cycle takes 1 .. {self.members} minibatches, one per member; "
+                f"got {len(batches)}; see LatePhase.cycles"
+            )
+
+    def _check_reached(self) -> None:
+        for name in self.selection.parameters:
+            if self.model.get_parameter(name).grad is not None:
+                raise NQMError(
+                    f"fused: {name} is used outside the layer that holds it; set fused to False"
+                )
+
+    def _check_optimizers(self, bases: Sequence[Optimizer], member: Optimizer) -> None:
+        own = {id(p) for p in self.member_parameters()}
+        optimizers.listed([member], "member_optimizer")
+        held = {id(p) for p in optimizers.parameters([member])}
+        if not held or not held <= own:
+            raise NQMError(
+                "member_optimizer must be made on late.member_parameters(); see optimizer_like"
+            )
+        optimizers.check_apart(member, self.members)
+        base = {id(p) for p in optimizers.parameters(bases)}
+        if own & base:
+            raise NQMError("base_optimizer must be made on the model's parameters, not on late's")
+        chosen = set(self.selection.parameters)
+        shared = [p for n, p in self.model.named_parameters() if n not in chosen]
+        shared = [p for p in shared if p.requires_grad]
+        if shared and not any(id(p) in base for p in shared):
+            raise NQMError(
+                "base_optimizer holds no shared weight of late.model, which would never move; make "
+                "it on the parameters of the very model that LatePhase was given"
+            )
+
+    # --- one model -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def averaged(self, *, batchnorm: str = "weights", rank1: str | None = None) -> nn.Module:
+        """The mean member: a plain module of the model's own class, with the same state-dict keys.
+
+        It is in training or evaluation mode as this module is.
+
+        Parameters
+        ----------
+        batchnorm : {"weights", "outputs"}
+            Average scale, shift and running statistics each by itself; or the layers' outputs in
+            evaluation mode, as the official code does: the mean of K affine maps is one affine map.
+        rank1 : {"factors", "product"}
+            Average the factors s and r, as the paper does, or B and A of low-rank updates; or the
+            matrices s_k r_k^T and B_k A_k, whose mean is folded into the weight. The factors by
+            default; of another library's low-rank updates it has to be said.
+
+        Raises
+        ------
+        NQMError
+            Where members hold the factors of another library's updates (peft) and `rank1` is not
+            given, or is ``"product"``, which is known of our own alone.
+        """
+        check_word("batchnorm", batchnorm, ("weights", "outputs"))
+        if rank1 is None:
+            merging.check_factors(self.model, self.selection.parameters)
+            rank1 = "factors"
+        check_word("rank1", rank1, ("factors", "product"))
+        weights, statistics = self._weights(), self._statistics()
+        state = merging.means(weights | statistics)
+        state |= merging.singular_vectors(self.model, state)
+        if batchnorm == "outputs":
+            state |= merging.mean_affine(self.model, weights, statistics)
+        model = merging.with_weights(self.model, state)
+        if rank1 == "product":
+            for name, weight in merging.mean_products(self.model, weights).items():
+                model.get_parameter(name).copy_(weight)
+        return model.train(self.training)
+
+    @torch.no_grad()
+    def member(self, k: int) -> nn.Module:
+        """Member k as a plain module, like `averaged`.
+
+        It does as the member does within, but for spectral normalisation of members' weights: its
+        vectors, which training only comes close to, are computed from the weights.
+        """
+        k = self._check_member(k)
+        state = {n: value[k] for n, value in (self._weights() | self._statistics()).items()}
+        state |= merging.singular_vectors(self.model, state)
+        return merging.with_weights(self.model, state).train(self.training)
+
+    @torch.no_grad()
+    def spread(self) -> float:
+        """Distance of members from their mean relative to its size, root mean square over all."""
+        values = [
+            (torch.view_as_real(w) if w.is_complex() else w).double()
+            for w in self._weights().values()
+        ]
+        apart = sum(float((w - w.mean(0)).square().sum()) for w in values) / self.members
+        size = sum(float(w.mean(0).square().sum()) for w in values)
+        return float((apart / size) ** 0.5) if size else 0.0
+
+    def extra_repr(self) -> str:
+        """Shown with the module."""
+        numbers = sum(p[0].numel() for p in self.member_parameters())
+        return f"members={self.members}, {numbers} weights each, gamma={self.gamma!r}"
+
+
+def _spawn(
+    reference: Tensor, members: int, sigma: float, rule: str, generator: torch.Generator
+) -> Tensor:
+    """K perturbed copies of a weight, (K, ...), at least in float32."""
+    value = reference.detach().to(torch.promote_types(reference.dtype, torch.float32))
+    stacked = torch.stack([value] * members)
+    if sigma > 0.0:
+        if rule == "rms":
+            size = float(value.abs().square().mean().sqrt())
+        else:
+            into = value[0].numel() if value.ndim > 1 else value.numel()
+            size = max(into, 1) ** -0.5
+        # Drawn on the CPU: the same members on every device.
+        normal = torch.randn(stacked.shape, generator=generator, dtype=stacked.dtype)
+        stacked = stacked + sigma * size * normal.to(stacked.device)
+    return stacked
+
+
+def _rows_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Entries of an optimizer's state that have a row for every member."""
+    state = optimizer.state.get(parameter, {})
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
+
+
+def _common(state: dict[str, Any], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
+    """Entries of a weight's optimizer state that are one number for all members (Adam's step)."""
+    return [
+        (name, value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.numel() == 1 and value.shape != parameter.shape
+    ]
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The same numbers; a sparse gradient is made dense on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to_dense() if grad.is_sparse else grad
+
+
+def _key(name: str) -> str:
+    # A registered name cannot hold a dot, nor be one of a dictionary's own, as `values` is.
+    path, _, own = name.rpartition(".")
+    return f"{path.replace('.', '/')}/{own}"

@@ -1,0 +1,269 @@
+"""Weights of another form: rank-1 factors and low-rank updates on top of a layer's own weights.
+
+Both are registered with `torch.nn.utils.parametrize`, so that the model's code, its optimizers and
+the original `Parameter` objects stay as they are; `fold` turns them back into plain weights.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from neural.late_phase.ready import check_ready
+from nqm.errors import NQMError, check_integer
+
+
+class RankOne(nn.Module):
+    """W (s r^T), elementwise: factor `s` over outputs and `r` over inputs, both 1 at first.
+
+    Wen et al. 2020 (BatchEnsemble); as late-phase weights von Oswald et al. 2021. On a layer's
+    activations it is ``((x r) W) s``.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (out, in, ...)
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        out, into = weight.shape[:2]
+        self.s = nn.Parameter(torch.ones(out, dtype=weight.dtype, device=weight.device))
+        self.r = nn.Parameter(torch.ones(into, dtype=weight.dtype, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The layer's weight, shape (out, in, ...)."""
+        tail = (1,) * (weight.ndim - 2)
+        return weight * self.s.view(-1, 1, *tail) * self.r.view(1, -1, *tail)
+
+
+class LowRank(nn.Module):
+    """W + alpha / rank B A (Hu et al. 2022, LoRA): A is random, B is zero at first.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (out, in, ...)
+    rank : int
+    alpha : float
+    """
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float):
+        super().__init__()
+        flat = weight.detach().flatten(1)
+        self.scale = alpha / rank
+        self.A = nn.Parameter(flat.new_empty(rank, flat.shape[1]))
+        self.B = nn.Parameter(flat.new_zeros(flat.shape[0], rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The layer's weight, shape (out, in, ...)."""
+        return weight + self.scale * (self.B @ self.A).view_as(weight)
+
+
+class _Made(Protocol):
+    def __call__(self, weight: Tensor) -> nn.Module: ...
+
+
+def add_rank1(model: nn.Module, where: str = "*") -> list[str]:
+    """Put rank-1 factors, all 1, on the weights of Linear, convolution and recurrent layers.
+
+    Call it before the optimizer is made if the factors shall be trained with the rest from the
+    start; the model computes the same as before.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place.
+    where : str
+        Glob over weight names, e.g. ``"lstm.*"``.
+
+    Returns
+    -------
+    list of str
+        Names of the weights that got factors.
+
+    Raises
+    ------
+    NQMError
+        If there is none.
+    """
+    return _add(model, where, RankOne)
+
+
+def add_lora(
+    model: nn.Module, rank: int = 4, alpha: float | None = None, where: str = "*"
+) -> list[str]:
+    """Put low-rank updates, zero at first, on the weights of Linear, conv and recurrent layers.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place.
+    rank : int
+    alpha : float, optional
+        The update is scaled by alpha / rank; `rank` by default.
+    where : str
+        Glob over weight names.
+
+    Returns
+    -------
+    list of str
+        Names of the weights that got an update.
+    """
+    check_integer("rank", rank, 1)
+    return _add(model, where, partial(LowRank, rank=rank, alpha=float(alpha or rank)))
+
+
+def _add(model: nn.Module, where: str, make: _Made) -> list[str]:
+    check_ready(model, "add_lora" if isinstance(make, partial) else "add_rank1")
+    found = [
+        (path, module, name)
+        for path, module in model.named_modules()
+        for name in _weights(module)
+        if fnmatchcase(f"{path}.{name}" if path else name, where)
+    ]
+    if not found:
+        raise NQMError(
+            f"{where!r} matches no weight of a Linear, convolution or recurrent layer of "
+            f"{type(model).__name__}"
+        )
+    for _, module, name in found:
+        parametrize.register_parametrization(module, name, make(getattr(module, name)))
+    for module in {module for _, module, _ in found}:
+        if isinstance(module, nn.RNNBase):
+            _let_copy(module)
+        _let_pickle(module)
+    return [f"{path}.{name}" if path else name for path, _, name in found]
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    The weight is a property of its class, which a deep copy shares: removed from the copy it would
+    be gone from the original, too.
+    """
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
+def _let_copy(layer: nn.RNNBase) -> None:
+    """Let a recurrent layer be copied after a forward pass.
+
+    It holds on to the weights computed for that pass, and autograd's results cannot be copied.
+    """
+    own_class = cast(Any, type(layer))  # parametrization gave it one of its own
+    deepcopy = own_class.__deepcopy__
+
+    def refreshed_deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        with torch.no_grad():
+            self._init_flat_weights()
+        return deepcopy(self, memo)
+
+    own_class.__deepcopy__ = refreshed_deepcopy
+
+
+def _let_pickle(layer: nn.Module) -> None:
+    """Let a layer be pickled: its class is made anew where it is read."""
+    own_class = cast(Any, type(layer))
+    own_class.__reduce_ex__ = _reduced
+    own_class.__setstate__ = _restore
+
+
+def _reduced(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
+    names = list(cast(nn.ModuleDict, layer.parametrizations))
+    state = {**vars(layer)}
+    for name in ("_flat_weights", "_flat_weight_refs"):  # of recurrent layers: computed
+        state.pop(name, None)
+    return _parametrized_layer, (type(layer).__bases__[0], names), state
+
+
+def _restore(layer: nn.Module, state: dict[str, Any]) -> None:
+    nn.Module.__setstate__(layer, state)  # type: ignore[no-untyped-call]
+    if isinstance(layer, nn.RNNBase):
+        with torch.no_grad():
+            layer._init_flat_weights()
+
+
+def _parametrized_layer(plain: type[nn.Module], names: list[str]) -> nn.Module:
+    """An empty layer of a class with computed weights."""
+    layer = plain.__new__(plain)
+    nn.Module.__init__(layer)
+    parametrize._inject_new_class(layer)
+    for name in names:
+        parametrize._inject_property(layer, name)
+    _let_pickle(layer)
+    return layer
+
+
+def _weights(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.Linear | _ConvNd):
+        return ["weight"]
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name.startswith("weight")]
+    return []
+
+
+def parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Path of the layer, the layer, name of its weight, and the `RankOne` or `LowRank` on it."""
+    for path, module in list(model.named_modules()):
+        if parametrize.is_parametrized(module):
+            for name, chain in cast(nn.ModuleDict, module.parametrizations).items():
+                for one in cast(nn.ModuleList, chain):
+                    if isinstance(one, RankOne | LowRank):
+                        yield path, module, name, one
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Compute the weights once and for all; afterwards the layers are plain again.
+
+    A weight that was trainable by its factors alone is so itself. One that another layer holds as
+    well, as the embedding does where an output layer is tied to it, becomes a weight of its own
+    with a warning: the other layer has no factors.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place, and returned. Weights without factors of ours stay as they are.
+    """
+    with torch.no_grad():
+        for path, module, name, _ in list(parametrized(model)):
+            if parametrize.is_parametrized(module, name):
+                _fold_one(model, path, module, name)
+    return model
+
+
+def _fold_one(model: nn.Module, path: str, module: nn.Module, name: str) -> None:
+    chain = cast(nn.ModuleDict, module.parametrizations)[name]
+    trainable = any(p.requires_grad for p in chain.parameters())
+    _own_class(module)
+    if len(_holders(model, chain)) > 1:
+        value = getattr(module, name).detach().clone()
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        setattr(module, name, nn.Parameter(value))
+        own = f"{path}.{name}" if path else name
+        warnings.warn(
+            f"fold: {own} is tied to another layer's weight; folded it is a weight of its own, and "
+            "a model that ties them must not load it",
+            stacklevel=4,
+        )
+    else:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    getattr(module, name).requires_grad_(trainable)
+
+
+def _holders(model: nn.Module, chain: nn.Module) -> list[nn.Module]:
+    """Modules that hold the weight under a parametrization; itself is one of them."""
+    original = chain._parameters.get("original")
+    return [
+        module
+        for module in model.modules()
+        if original is not None and any(p is original for p in module._parameters.values())
+    ]

@@ -1,0 +1,1 @@
+"""The noisy quadratic itself in PyTorch: sampled, and trained through `LatePhase`."""

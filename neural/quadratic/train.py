@@ -1,0 +1,372 @@
+"""The theory's own problem, trained by torch: what `nqm` predicts must come out of `LatePhase`.
+
+`NoisyQuadratic` holds many independent runs of one `nqm.Problem` as the rows of its weights, so
+that one training run gives expected losses with a small standard error. `train_quadratic` takes an
+`nqm.Program` and runs it with `torch.optim.SGD` and `neural.LatePhase`; `measure_law` sets the
+losses beside the prediction. The two sides say the same things in these words:
+
+=============================  ====================================================================
+`nqm`                          torch
+=============================  ====================================================================
+one step of a late phase       one cycle: `LatePhase.step` on K minibatches, K B examples
+``lr``                         rate of the base optimizer
+``member_lr``                  rate of the member optimizer (``optimizer_like(base, lr=...)``)
+``gamma`` = g, None (1 / K)    ``gamma=g``; None is ``"mean"``. torch's default is ``"sum"``, g = 1
+mean model's rate, additive    member_lr + g K lr: the base moves K times as fast under ``"sum"``
+``inner=HeavyBall(m)``         ``momentum=m``, dampening 0, in both optimizers; Nesterov likewise
+``minibatch="own"``            batch k is member k's; ``"shared"``: K times the same batch
+noise                          v / B per minibatch; the mean model sees v / (K B) ("own")
+``spread`` s, additive         ``noise=sqrt(s n)``, ``noise_rule="fan_in"``, n numbers in a row
+``spread`` s, multiplicative   ``noise=sqrt(s)``, ``noise_rule="rms"``: phi_k = factor (1 + ...)
+a phase of a plain optimizer   the base optimizer alone, before T0; its momentum is kept
+``loss``, ``member_loss``      of `averaged`, and the mean over `member`
+=============================  ====================================================================
+
+``leftover="carry"`` and ``"drop"`` make whole cycles only, so they follow the same law; under
+``"members"`` the base misses a step. Idle steps change nothing where there is neither momentum nor
+weight decay. `nqm` has no algorithm for the two other cases, but they are linear: stated as an
+`nqm.Algorithm`, as the tests do, they have exact moments as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import nqm
+from neural.late_phase.members import Batch, LatePhase
+from neural.training.optim import set_lr
+from nqm import NQMError, Phase, Problem, Program
+from nqm.algorithms.base import Optimizer
+from nqm.errors import check_integer
+
+#: Optimizers of `nqm` that are `torch.optim.SGD` to the letter.
+OPTIMIZERS = (nqm.SGD, nqm.HeavyBall, nqm.Nesterov)
+LATE = (nqm.LatePhase, nqm.MultiplicativeLatePhase)
+
+
+class NoisyQuadratic(nn.Module):
+    """L = 1/2 sum_i h_i x_i^2 with x = w - w*, and w = theta + phi or theta * phi.
+
+    Parameters
+    ----------
+    problem : Problem
+        Its curvature and minimum; multiplicities only count when losses are read.
+    start : ndarray, shape (runs, d)
+        x at the start, one run per row.
+    factor : float, optional
+        w = theta * phi with phi = factor at the start; by default w = theta + phi with phi = 0.
+    """
+
+    curvature: Tensor
+    minimum: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        problem: Problem,
+        start: NDArray[np.float64],
+        factor: float | None = None,
+    ):
+        super().__init__()
+        self.combine = torch.add if factor is None else torch.mul
+        for name in ("curvature", "minimum", "weight"):
+            self.register_buffer(name, torch.tensor(getattr(problem, name)))
+        w = torch.from_numpy(start) + self.minimum
+        self.theta = nn.Parameter(w if factor is None else w / factor)
+        self.phi = nn.Parameter(torch.full_like(w, factor or 0.0))
+
+    def displacement(self) -> Tensor:
+        """Distance x = w - w* from the minimum, shape (runs, d)."""
+        return self.combine(self.theta, self.phi) - self.minimum
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Every example's loss in every run; its gradient by w is h x + noise.
+
+        Parameters
+        ----------
+        noise : Tensor, shape (B, runs, d)
+
+        Returns
+        -------
+        Tensor, shape (B, runs)
+        """
+        x = self.displacement()
+        return 0.5 * (self.curvature * x.square()).sum(-1) + (noise * x).sum(-1)
+
+    @torch.no_grad()
+    def loss(self) -> NDArray[np.float64]:
+        """Noiseless loss of every run, shape (runs,)."""
+        return np.asarray((self.displacement().square() @ self.weight).numpy())
+
+
+def minibatch_loss(output: Tensor, targets: object = None) -> Tensor:
+    """Mean over examples; summed over runs, whose gradients must not depend on their number."""
+    return output.mean(0).sum()
+
+
+class NoiseStream:
+    """Minibatches of noise, N(0, v) in every example and run, correlated as the problem says.
+
+    Parameters
+    ----------
+    problem : Problem
+    runs : int
+    seed : int
+    """
+
+    def __init__(self, problem: Problem, runs: int, seed: int):
+        self.size = torch.tensor(np.sqrt(problem.noise_variance))
+        correlation = problem.noise_correlation
+        self.root = None if correlation is None else torch.tensor(correlation.root)
+        self.runs = runs
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, count: int, batch_size: int = 1) -> list[Batch]:
+        """`count` minibatches of inputs (batch_size, runs, d), without targets."""
+        shape = (batch_size, self.runs, len(self.size))
+        rng = self.generator
+        drawn = [torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(count)]
+        if self.root is not None:
+            drawn = [normal[..., : self.root.shape[1]] @ self.root.T for normal in drawn]
+        return [(normal * self.size, None) for normal in drawn]
+
+
+def draw_start(problem: Problem, runs: int, seed: int) -> NDArray[np.float64]:
+    """Displacements from the problem's start, shape (runs, d)."""
+    normal = np.random.default_rng(seed).standard_normal((runs, problem.directions))
+    if problem.initial_correlation is not None:
+        root = problem.initial_correlation.root
+        normal = normal[:, : root.shape[1]] @ root.T
+    return np.asarray(problem.initial_mean + np.sqrt(problem.initial_variance) * normal)
+
+
+def late_settings(
+    algorithm: nqm.LatePhase | nqm.MultiplicativeLatePhase, directions: int
+) -> dict[str, Any]:
+    """Arguments of `neural.LatePhase` that mean the same as an `nqm` late phase.
+
+    Parameters
+    ----------
+    algorithm : nqm.LatePhase or nqm.MultiplicativeLatePhase
+    directions : int
+        d of the problem, the numbers in a row of the weights.
+    """
+    additive = isinstance(algorithm, nqm.LatePhase)
+    return {
+        "members": algorithm.members,
+        "select": "name:phi",
+        "gamma": "mean" if algorithm.gamma is None else algorithm.gamma,
+        "noise": math.sqrt(algorithm.spread * (directions if additive else 1.0)),
+        "noise_rule": "fan_in" if additive else "rms",
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses by recorded step and run, shape (records, runs).
+
+    Attributes
+    ----------
+    averaged : ndarray
+        Of the single model.
+    member : ndarray
+        Mean over members; before T0 the same.
+    """
+
+    steps: NDArray[np.int64]
+    averaged: NDArray[np.float64]
+    member: NDArray[np.float64]
+
+
+def train_quadratic(
+    problem: Problem,
+    program: Program,
+    at: Sequence[int] | None = None,
+    *,
+    runs: int = 4000,
+    seed: int = 0,
+    fused: bool = False,
+    idle_steps: str = "none",
+) -> Measured:
+    """Run a program of the theory by `torch.optim.SGD` and `neural.LatePhase`, in float64.
+
+    Parameters
+    ----------
+    problem : Problem
+    program : Program
+        Late-phase weights, additive or multiplicative by element, perhaps after a phase of SGD,
+        heavy ball or Nesterov; constant or scheduled rates, whole batch sizes.
+    at : sequence of int, optional
+        Steps to record; about 100 by default.
+    runs : int
+        Independent runs, all in the rows of one model.
+    seed : int
+    fused, idle_steps
+        Of `LatePhase`.
+
+    Raises
+    ------
+    NQMError
+        If torch has no counterpart of the program here.
+    """
+    check_integer("runs", runs, 2)
+    wanted = program.recorded(at)
+    _check(program)
+    last = program.phases[-1].algorithm
+    factor = last.factor if isinstance(last, nqm.MultiplicativeLatePhase) else None
+    # Streams of their own: members spawned by the noise's seed would correlate with the noise.
+    start_seed, noise_seed, member_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
+    model = NoisyQuadratic(
+        problem,
+        draw_start(problem, runs, start_seed),
+        factor,
+    )
+    # phi rests until T0: before it the weights are theta alone.
+    base = torch.optim.SGD([model.theta], lr=1.0, **_momentum(program.phases[0]))
+    stream = NoiseStream(problem, runs, noise_seed)
+    late: LatePhase | None = None
+    records: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+    step = 0
+    for phase in program.phases:
+        algorithm = phase.algorithm
+        if isinstance(algorithm, LATE):
+            settings = late_settings(algorithm, problem.directions)
+            late = LatePhase(model, idle_steps=idle_steps, seed=member_seed, **settings)
+            own = late.optimizer_like(base)
+        shared = getattr(algorithm, "shared", 0.0) == 1.0
+        # What a phase change makes of the weights shows after the next step, but at the very start.
+        if step == 0 and not records and 0 in wanted:
+            records.append(_losses(model, late))
+        for lr, *member_lr, size in phase.settings(0, phase.steps):
+            set_lr(base, lr)
+            if late is None:
+                base.zero_grad()
+                noise = stream.draw(1, int(size))[0][0]
+                torch.autograd.backward(minibatch_loss(model(noise)))
+                base.step()
+            else:
+                set_lr(own, member_lr[0])
+                draws, times = (1, late.members) if shared else (late.members, 1)
+                batches = stream.draw(draws, int(size)) * times
+                late.step(batches, minibatch_loss, base, own, fused=fused)
+            step += 1
+            if step in wanted:
+                records.append(_losses(model, late))
+    averaged, member = (np.stack(column) for column in zip(*records, strict=True))
+    return Measured(np.array(wanted), averaged, member)
+
+
+def _check(program: Program) -> None:
+    *before, last = (phase.algorithm for phase in program.phases)
+    plain = [*before, last.inner] if isinstance(last, nqm.LatePhase) else before
+    if (
+        not isinstance(last, LATE)
+        or len(before) > 1
+        or any(type(a) not in OPTIMIZERS for a in plain)
+    ):
+        raise NQMError(
+            "train_quadratic needs late-phase weights, on their own or after one phase of SGD, "
+            f"HeavyBall or Nesterov; got {[type(a).__name__ for a in (*before, last)]}"
+        )
+    if isinstance(last, nqm.LatePhase):
+        fits = last.directions is None and last.shared in (0.0, 1.0)
+        # torch's members have the base optimizer's settings.
+        fits = fits and all(one == last.inner for one in before)
+    else:
+        fits = last.coupling == "elementwise" and all(type(one) is nqm.SGD for one in before)
+        fits = fits and (not before or last.factor == 1.0)
+    if not fits:
+        raise NQMError(
+            "train_quadratic needs members of every direction, on minibatches of their own or one "
+            "for all, a factor by element (1 after another phase), and the optimizer of the phase "
+            f"before; got {last} after {before}"
+        )
+    for phase in program.phases:
+        sizes = phase.settings(0, phase.steps)[:, -1]
+        if phase.restart or np.any(sizes != np.round(sizes)):
+            raise NQMError(f"train_quadratic needs whole batch sizes and no restart; got {phase}")
+
+
+def _momentum(phase: Phase) -> dict[str, Any]:
+    inner = getattr(phase.algorithm, "inner", phase.algorithm)
+    momentum = getattr(inner, "momentum", 0.0) if isinstance(inner, Optimizer) else 0.0
+    return {"momentum": momentum, "nesterov": isinstance(inner, nqm.Nesterov)}
+
+
+def _losses(
+    model: NoisyQuadratic, late: LatePhase | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of the single model and, on average, of a member; by run."""
+    if late is None:
+        return model.loss(), model.loss()
+    averaged, *members = (late.averaged(), *(late.member(k) for k in range(late.members)))
+    losses = [one.loss() for one in members]  # type: ignore[operator]
+    return averaged.loss(), np.mean(losses, axis=0)  # type: ignore[operator]
+
+
+def measure_law(
+    problem: Problem,
+    program: Program,
+    at: Sequence[int] | None = None,
+    *,
+    runs: int = 4000,
+    seed: int = 0,
+    fused: bool = False,
+    idle_steps: str = "none",
+) -> pd.DataFrame:
+    """Predicted and measured losses, side by side.
+
+    The prediction is exact (`nqm.solve`) but for multiplicative members, whose moments do not
+    close: there it is a Monte Carlo of `nqm.sample` with four times as many runs.
+
+    Parameters
+    ----------
+    problem, program, at, runs, seed, fused, idle_steps
+        As in `train_quadratic`.
+
+    Returns
+    -------
+    DataFrame
+        A row per step and model: method, members, lr, member_lr, gamma, momentum, nesterov (of
+        the last phase, rates at its start), weights (``averaged`` or ``member``), step, kind,
+        predicted, measured, stderr (of the difference), z.
+    """
+    measured = train_quadratic(
+        problem, program, at, runs=runs, seed=seed, fused=fused, idle_steps=idle_steps
+    )
+    if program.linear:
+        law = nqm.solve(problem, program, at)
+    else:
+        law = nqm.sample(problem, program, at, replicas=4 * runs, seed=seed + 1)
+    phase = program.phases[-1]
+    late = phase.algorithm
+    assert isinstance(late, LATE)
+    lr, member_lr, _ = phase.settings(0, 1)[0]
+    lead = {
+        "method": "additive" if isinstance(late, nqm.LatePhase) else "multiplicative",
+        "members": late.members,
+        "lr": lr,
+        "member_lr": member_lr,
+        "gamma": late.base_scale,
+        **_momentum(phase),
+    }
+    parts = []
+    for name, losses, predicted, error in (
+        ("averaged", measured.averaged, law.loss, law.stderr),
+        ("member", measured.member, law.member_loss, law.member_stderr),
+    ):
+        mean, own = losses.mean(axis=1), losses.std(axis=1, ddof=1) / math.sqrt(runs)
+        stderr = np.hypot(own, error)
+        columns = {"step": law.steps, "kind": str(law.kind), "predicted": predicted}
+        found = {"measured": mean, "stderr": stderr, "z": (mean - predicted) / stderr}
+        parts.append(pd.DataFrame({**lead, "weights": name, **columns, **found}))
+    return pd.concat(parts, ignore_index=True)

@@ -1,0 +1,147 @@
+"""A run's model, its weights to start from, and its late-phase members."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neural.late_phase import reparametrize
+from neural.late_phase.members import LatePhase
+from neural.late_phase.select import select
+from neural.models import build as build_model
+from neural.models.fast_cnn import FastCNN, whiten_
+from neural.training import checkpoint
+from neural.training.config import ModelConfig, RunConfig
+from neural.training.task import Task
+from nqm.errors import NQMError
+
+#: Where writers of checkpoints put the state dict, in the order in which they are tried.
+UNDER = ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema")
+
+
+def plain_model(config: ModelConfig, task: Task) -> nn.Module:
+    """The architecture of a run, freshly initialised."""
+    return build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
+
+
+def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
+    """Late-phase members of a run on its model."""
+    settings = run.late_phase
+    assert settings is not None
+    return LatePhase(
+        model,
+        settings.members,
+        settings.select,
+        gamma=settings.gamma,
+        noise=settings.noise,
+        noise_rule=settings.noise_rule,
+        idle_steps=settings.idle_steps,
+        seed=run.seed,
+    )
+
+
+def make_model(
+    config: ModelConfig, task: Task, *, root: Path | None = None, start: bool = True
+) -> nn.Module:
+    """The model of a run, and what is put on it.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    task : Task
+    root : Path, optional
+        Folder of data files, where a checkpoint is looked for as well.
+    start : bool
+        False if the weights are to be loaded anyway: they do not become those of the start.
+    """
+    model = plain_model(config, task)
+    if start and isinstance(model, FastCNN):
+        whiten_(model, _some_images(task))
+    if start and config.checkpoint is not None:
+        load_weights(model, _found(config.checkpoint, root))
+    if config.rank1 is not None:
+        reparametrize.add_rank1(model, config.rank1)
+    if config.lora is not None:
+        head = select(model, "head").parameters
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in head)
+        reparametrize.add_lora(model, config.lora)
+    return model
+
+
+def _some_images(task: Task) -> Tensor:
+    """Some two thousand training images, as a model sees them."""
+    images: list[Tensor] = []
+    for x, _ in task.stream.epoch(0):
+        images.append(x.cpu())
+        if sum(len(one) for one in images) >= 2000:
+            break
+    return torch.cat(images)
+
+
+def _found(name: str, root: Path | None) -> Path:
+    """A checkpoint by its path, or below the folder of data files."""
+    from neural.data.catalog import data_root
+
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute():
+        return path
+    # A name is a name, and no pattern.
+    below = sorted(data_root(root).rglob(escape(path.name))) if data_root(root).is_dir() else []
+    return next((one for one in below if one.match(escape(name))), path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict, strictly, out of whatever its writer wrapped it in.
+
+    It may lie under one of `UNDER` in the file. What compiling, data parallelism, averaging and
+    trainers put before every name is taken off, if the names are the model's without it.
+
+    Raises
+    ------
+    NQMError
+        If the file cannot be read, holds no state dict, or does not fit the model.
+    """
+    try:
+        content = checkpoint.load_foreign(path)
+    except NQMError as error:
+        raise NQMError(f"model.checkpoint {error}") from None
+    state = _state_dict(content)
+    if not state:
+        raise NQMError(
+            f"model.checkpoint {path} holds no state dict, by itself or under "
+            f"{', '.join(UNDER)}; it has {', '.join(map(str, content))!s:.100}"
+        )
+    try:
+        model.load_state_dict(_renamed(state, set(model.state_dict())))
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None
+
+
+def _state_dict(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors by name that a checkpoint holds; empty if there are none."""
+    for entry in (content, *(content.get(name) for name in UNDER)):
+        if not isinstance(entry, Mapping) or not entry:
+            continue
+        if all(isinstance(n, str) and isinstance(v, Tensor) for n, v in entry.items()):
+            return dict(entry)
+    return {}
+
+
+def _renamed(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """The state dict under the model's own names, if it differs from them by what others add."""
+    found = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    if "n_averaged" not in names:  # the count of torch's AveragedModel
+        found.pop("n_averaged", None)
+    while found and found.keys() != names:
+        first = {name.partition(".")[0] for name in found}
+        if len(first) > 1 or any(name in first for name in found):
+            return state
+        found = {name.partition(".")[2]: value for name, value in found.items()}
+    return found or state

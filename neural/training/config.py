@@ -1,0 +1,416 @@
+"""What a training run is: data, model, optimisation, late-phase weights, averaging, evaluation.
+
+Each section of a recipe is one frozen dataclass here; `build` makes them from a mapping, so that
+every mistake is reported under its dotted key. All times are in epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from neural.data.augment import AUGMENTATIONS
+from neural.late_phase.members import GAMMAS, IDLE_STEPS, LEFTOVERS, NOISE_RULES
+from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.runs import toml
+from nqm.schedule import SCHEDULES, Schedule
+
+PRECISIONS = ("float32", "bfloat16", "float64")
+LR_EVERY = ("epoch", "step")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+AVERAGES = ("swa", "ema")
+SAMPLINGS = ("shuffle", "replacement", "stream")
+#: More than anyone trains for; schedules are looked at epoch by epoch.
+MOST_EPOCHS = 1_000_000
+#: The paper's letters -> where they are set.
+LETTERS = {"t0": "start_epoch", "k": "members", "sigma": "noise"}
+
+
+def refuse_unused(part: Any, where: str, names: Iterable[str], reason: str) -> None:
+    """Raise NQMError if an entry that nothing reads was set to something of its own."""
+    stated = {one.name: one for one in fields(part)}
+    for name in names:
+        if (value := getattr(part, name)) != stated[name].default:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise NQMError(
+                f"{where}.{name} would be ignored ({reason}); leave it out; got {shown!r:.60}"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data set and its batches.
+
+    Attributes
+    ----------
+    name : str
+        As `neural.data.load` knows it.
+    batch_size : int
+        Examples (or windows of text) of one minibatch.
+    augment : tuple of str
+        ``crop``, ``flip``.
+    cutout : int
+        Side of the hole, pixels; 0: none.
+    sampling : {"shuffle", "replacement", "stream"}
+        "stream" is for texts.
+    train_examples, test_examples : int, optional
+        Take a class-balanced part, or this many bytes of a text.
+    length : int
+        Symbols of a window of text.
+    mean, std : tuple of float, optional
+        Normalisation of each channel instead of the set's own, as a published checkpoint needs.
+    """
+
+    name: str
+    batch_size: int = 128
+    augment: tuple[str, ...] = ()
+    cutout: int = 0
+    sampling: str = "shuffle"
+    train_examples: int | None = None
+    test_examples: int | None = None
+    length: int = 100
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("DataConfig.batch_size", self.batch_size, 1)
+        check_integer("DataConfig.length", self.length, 1)
+        check_integer("DataConfig.cutout", self.cutout, 0)
+        check_word("DataConfig.sampling", self.sampling, SAMPLINGS)
+        for name in self.augment:
+            check_word("DataConfig.augment", name, AUGMENTATIONS)
+        for name in ("train_examples", "test_examples"):
+            if getattr(self, name) is not None:
+                check_integer(f"DataConfig.{name}", getattr(self, name), 1)
+        for value in self.mean or ():
+            check_number("DataConfig.mean", value)
+        for value in self.std or ():
+            check_number("DataConfig.std", value, low=0.0, closed_low=False)
+        for name in ("mean", "std"):
+            if getattr(self, name) == ():
+                raise NQMError(f"DataConfig.{name} must hold a number for each channel; got []")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model, and what is put on it.
+
+    Attributes
+    ----------
+    name : str
+        As `neural.models.build` knows it.
+    options : mapping
+        Of the model.
+    checkpoint : str, optional
+        State dict to start from.
+    rank1 : str, optional
+        Glob over weight names that get rank-1 factors, trained from the start.
+    lora : int, optional
+        Rank of low-rank updates; all other weights but the head's are frozen.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    rank1: str | None = None
+    lora: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None:
+            check_integer("ModelConfig.lora", self.lora, 1)
+        if self.checkpoint is not None and not Path(self.checkpoint).name:
+            raise NQMError(
+                f"ModelConfig.checkpoint must be the path of a file; got {self.checkpoint!r}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation of the base weights.
+
+    Attributes
+    ----------
+    epochs : int
+    lr : Schedule
+        Over epochs.
+    lr_every : {"epoch", "step"}
+        Whether the rate moves once an epoch, or with every minibatch.
+    optimizer : {"sgd", "adam", "adamw"}
+    momentum : float
+    nesterov : bool
+    betas : tuple of float
+        Of Adam.
+    weight_decay : float
+        On every weight, as in the paper, but those that `no_decay` selects.
+    no_decay : str
+        Selection, e.g. ``"norm+bias"``.
+    label_smoothing : float
+    clip_norm : float, optional
+        Largest norm of the base gradient, and of each member's.
+    precision : {"float32", "bfloat16", "float64"}
+        bfloat16: autocast of the forward pass; weights stay in float32.
+    channels_last, compile : bool
+    micro_batches : int
+        Pieces a minibatch is run in.
+    """
+
+    epochs: int
+    lr: Schedule
+    lr_every: str = "epoch"
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = True
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 5e-4
+    no_decay: str = ""
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("TrainConfig.epochs", self.epochs, 1)
+        if self.epochs > MOST_EPOCHS:
+            raise NQMError(f"TrainConfig.epochs must be at most {MOST_EPOCHS}; got {self.epochs}")
+        check_integer("TrainConfig.micro_batches", self.micro_batches, 1)
+        check_number("TrainConfig.momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
+        check_number("TrainConfig.weight_decay", self.weight_decay, low=0.0)
+        check_number("TrainConfig.label_smoothing", self.label_smoothing, low=0.0, high=1.0)
+        if len(self.betas) != 2:
+            raise NQMError(f"TrainConfig.betas must be two numbers; got {list(self.betas)}")
+        for beta in self.betas:
+            check_number("TrainConfig.betas", beta, low=0.0, high=1.0, closed_high=False)
+        if self.clip_norm is not None:
+            check_number("TrainConfig.clip_norm", self.clip_norm, low=0.0, closed_low=False)
+        for name, known in _WORDS.items():
+            check_word(f"TrainConfig.{name}", getattr(self, name), known)
+        unused = "betas" if self.optimizer == "sgd" else "momentum"
+        if getattr(self, unused) != 0.0:  # which says that there is none
+            refuse_unused(self, "TrainConfig", (unused,), f"optimizer = {self.optimizer!r}")
+
+
+_WORDS = {"lr_every": LR_EVERY, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
+
+
+@dataclass(frozen=True)
+class LatePhaseConfig:
+    """Late-phase members; see `neural.LatePhase` for what is not told here.
+
+    Attributes
+    ----------
+    start_epoch : int
+        T0: members are spawned when so many epochs are done.
+    lr : Schedule, optional
+        Of the members, over the epochs of the whole run; that of the base by default.
+    weight_decay : float, optional
+        Of the members; that of the base by default. Members that `TrainConfig.no_decay` selects
+        have none.
+    leftover : {"carry", "members", "drop"}
+        What becomes of the last batches of an epoch (see `neural.LatePhase.cycles`).
+    """
+
+    start_epoch: int
+    members: int = 10
+    select: str = "batchnorm+head"
+    gamma: str | float = "sum"
+    noise: float = 0.0
+    noise_rule: str = "rms"
+    idle_steps: str = "none"
+    leftover: str = "carry"
+    fused: bool = False
+    lr: Schedule | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("LatePhaseConfig.start_epoch", self.start_epoch, 0)
+        check_integer("LatePhaseConfig.members", self.members, 2)
+        check_number("LatePhaseConfig.noise", self.noise, low=0.0)
+        if isinstance(self.gamma, str):
+            check_word("LatePhaseConfig.gamma", self.gamma, GAMMAS)
+        else:
+            check_number("LatePhaseConfig.gamma", self.gamma, low=0.0, closed_low=False)
+        if self.weight_decay is not None:
+            check_number("LatePhaseConfig.weight_decay", self.weight_decay, low=0.0)
+        check_word("LatePhaseConfig.leftover", self.leftover, LEFTOVERS)
+        check_word("LatePhaseConfig.noise_rule", self.noise_rule, NOISE_RULES)
+        check_word("LatePhaseConfig.idle_steps", self.idle_steps, IDLE_STEPS)
+        if self.fused and self.idle_steps != "none":
+            raise NQMError(
+                f"LatePhaseConfig.fused needs idle_steps = 'none'; got {self.idle_steps!r}"
+            )
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """An average over time, of the base and all members.
+
+    Attributes
+    ----------
+    method : {"swa", "ema"}
+        Equal weights, one snapshot at each epoch's end; or exponential, at every base step.
+    start_epoch : int
+        SWA: epochs done before the first one that is averaged.
+    decay : float
+        Of EMA.
+    """
+
+    method: str
+    start_epoch: int = 0
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        check_word("AverageConfig.method", self.method, AVERAGES)
+        check_integer("AverageConfig.start_epoch", self.start_epoch, 0)
+        check_number("AverageConfig.decay", self.decay, low=0.0, high=1.0, closed_high=False)
+        if self.method == "swa":
+            refuse_unused(self, "AverageConfig", ("decay",), "method = 'swa'")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured beside the test metrics at the end.
+
+    Attributes
+    ----------
+    every : int
+        Epochs between two evaluations during training.
+    batch_size : int
+    ood : tuple of str
+        Data sets that are out of distribution.
+    corruptions, flatness, line : bool
+        Robustness, loss rise under weight noise, and the line between a member and the average.
+    mc_dropout : int
+        Samples of MC-dropout; 0: none.
+    """
+
+    every: int = 1
+    batch_size: int = 500
+    ood: tuple[str, ...] = ()
+    corruptions: bool = False
+    flatness: bool = False
+    line: bool = False
+    mc_dropout: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("EvaluateConfig.every", self.every, 1)
+        check_integer("EvaluateConfig.batch_size", self.batch_size, 1)
+        check_integer("EvaluateConfig.mc_dropout", self.mc_dropout, 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Attributes
+    ----------
+    seed : int
+        Of the initial weights, the order of the data, and the members' noise.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    late_phase: LatePhaseConfig | None = None
+    average: AverageConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("seed", self.seed, 0)
+        if self.seed > toml.LARGEST:
+            raise NQMError(f"seed must be at most 2^53; got {self.seed}")
+        epochs = self.train.epochs
+        for name, part in (("late_phase", self.late_phase), ("average", self.average)):
+            if part is not None and part.start_epoch >= epochs:
+                raise NQMError(
+                    f"{name}.start_epoch must lie before the end of training, epoch {epochs}; "
+                    f"got {part.start_epoch}"
+                )
+        late, average = self.late_phase, self.average
+        if late is not None and late.fused and self.train.micro_batches > 1:
+            raise NQMError(
+                "late_phase.fused runs whole minibatches and needs train.micro_batches = 1; "
+                f"got {self.train.micro_batches}"
+            )
+        if late is not None and average is not None and average.start_epoch < late.start_epoch:
+            raise NQMError(
+                "average.start_epoch must not lie before late_phase.start_epoch, "
+                f"{late.start_epoch}, as the average is over the members too; "
+                f"got {average.start_epoch}"
+            )
+
+
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "train": TrainConfig,
+    "late_phase": LatePhaseConfig,
+    "average": AverageConfig,
+    "evaluate": EvaluateConfig,
+}
+_TOP = ("data", "model", "train", "late_phase", "average", "evaluate", "seed")
+
+
+def build(mapping: Mapping[str, Any]) -> RunConfig:
+    """The run a mapping describes.
+
+    Raises
+    ------
+    NQMError
+        Naming the dotted key at fault.
+    """
+    late = mapping.get("late_phase")
+    for where, table in (("", mapping), ("late_phase.", late if isinstance(late, Mapping) else {})):
+        for name in table:
+            if str(name).lower() in LETTERS:
+                field = f"late_phase.{LETTERS[str(name).lower()]}"
+                raise NQMError(f"{where}{name} is not a known key; {name} is {field}")
+    toml.known_keys("", mapping, _TOP)
+    for name in ("data", "model", "train"):
+        if name not in mapping:
+            raise NQMError(f"{name} is missing; add a [{name}] table")
+    parts: dict[str, Any] = {
+        name: toml.call(SECTIONS[name], toml.table_at(name, mapping[name]), name)
+        for name in mapping
+        if name in SECTIONS
+    }
+    seed = toml.leaf("seed", mapping.get("seed", 0), int)
+    return RunConfig(model=_model(mapping["model"]), seed=seed, **parts)
+
+
+def _model(value: Any) -> ModelConfig:
+    """Entries that are none of ours are the model's own options."""
+    table = dict(toml.table_at("model", value))
+    toml.require("model", table, "name")
+    for name in ("classes", "channels"):
+        if name in table:
+            raise NQMError(f"model.{name} is what the data have; leave it out")
+    names = ("name", "checkpoint", "rank1", "lora")
+    own: dict[str, Any] = {name: table.pop(name) for name in names if name in table}
+    made: ModelConfig = toml.call(ModelConfig, own, "model", {"options": table})
+    return made
+
+
+def describe(run: RunConfig) -> dict[str, Any]:
+    """The mapping that `build` makes this run from, every default written out."""
+    mapping = {name: _plain(getattr(run, name)) for name in _TOP if getattr(run, name) is not None}
+    return mapping | {"model": mapping["model"].pop("options") | mapping["model"]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        names = {kind: name for name, kind in SCHEDULES.items()}
+        return {"schedule": names[type(value)]} | _fields(value)
+    if is_dataclass(value):
+        return _fields(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    stated = {one.name: getattr(value, one.name) for one in fields(value)}
+    return {name: _plain(entry) for name, entry in stated.items() if entry is not None}

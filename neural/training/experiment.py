@@ -1,0 +1,350 @@
+"""All runs of a recipe, and the table of what came out.
+
+Runs of one seed that begin alike, until one of them spawns members, begins to average or lowers
+its rate, are trained once up to there; the others start from its checkpoint. They are bit for bit
+the runs they would have been by themselves (on a CPU).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from neural.data import Data, Images, load
+from neural.evaluate import classification_metrics, ensemble_log_probs
+from neural.training import preflight
+from neural.training._malloc import keep_freed_memory
+from neural.training.config import RunConfig, describe
+from neural.training.recipe import Recipe, check_seeds
+from neural.training.report import ood_images
+from neural.training.run_folder import RunFolder
+from neural.training.task import Place, open_task
+from neural.training.train import train
+from nqm import __version__
+from nqm.errors import NQMError, suggest
+from nqm.files import locked
+from nqm.runs import toml
+from nqm.runs.executors import processes
+from nqm.table import read_metadata, write_table
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an experiment.
+
+    Attributes
+    ----------
+    start : tuple, optional
+        Arm and epoch whose checkpoint it starts from.
+    keep : tuple of int
+        Epochs whose checkpoints others start from.
+    """
+
+    arm: str
+    seed: int
+    run: RunConfig
+    start: tuple[str, int] | None = None
+    keep: tuple[int, ...] = ()
+
+    def folder(self, out: Path) -> Path:
+        """Where it is kept."""
+        return out / self.arm / f"seed{self.seed}"
+
+
+def jobs(recipe: Recipe, seeds: Sequence[int] | None = None) -> list[list[Job]]:
+    """Runs of a recipe: a list for each seed, each run after the one it starts from."""
+    return [_seed_jobs(recipe, seed) for seed in (recipe.seeds if seeds is None else seeds)]
+
+
+def _seed_jobs(recipe: Recipe, seed: int) -> list[Job]:
+    made: list[Job] = []
+    for arm, config in recipe.arms.items():
+        run = replace(config, seed=seed)
+        shared = {job.arm: _shared(job.run, run) for job in made}
+        donor = max(shared, key=lambda name: shared[name], default=None)
+        start = (donor, shared[donor]) if donor is not None and shared[donor] else None
+        made.append(Job(arm, seed, run, start))
+    wanted: dict[str, set[int]] = {}
+    for job in made:
+        if job.start is not None:
+            wanted.setdefault(job.start[0], set()).add(job.start[1])
+    return [replace(job, keep=tuple(sorted(wanted.get(job.arm, ())))) for job in made]
+
+
+def _shared(one: RunConfig, other: RunConfig) -> int:
+    """Epochs that two runs have in common."""
+    rest = {"late_phase": None, "average": None}
+    lr = one.train.lr
+    if describe(replace(one, **rest)) != describe(  # type: ignore[arg-type]
+        replace(other, **rest, train=replace(other.train, lr=lr))  # type: ignore[arg-type]
+    ):
+        return 0
+    epochs = min(_plain_epochs(one), _plain_epochs(other))
+    if other.train.lr == lr:
+        return epochs
+    if one.train.lr_every != "epoch":
+        return 0
+    times = np.arange(epochs)
+    differ = lr(times) != other.train.lr(times)
+    return int(differ.argmax()) if differ.any() else epochs
+
+
+def _plain_epochs(run: RunConfig) -> int:
+    """Epochs until a run does anything but plain training."""
+    parts = (run.late_phase, run.average)
+    return min((part.start_epoch for part in parts if part is not None), default=run.train.epochs)
+
+
+def run_experiment(
+    recipe: Recipe,
+    out: str | Path,
+    place: Place | None = None,
+    *,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Train every arm with every seed, as far as it is not done yet.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    out : str or Path
+        A folder per run below it, ``results.parquet`` and ``history.parquet``.
+    place : Place, optional
+    arms : sequence of str
+        Some of the recipe's; all by default.
+    seeds : sequence of int, optional
+        Instead of the recipe's.
+    workers : int
+        Processes; a seed's runs stay in one. They do not change any number.
+    progress : callable, optional
+        Told the share of all runs that is done.
+
+    Returns
+    -------
+    DataFrame
+        All runs of the recipe that are done, those of earlier calls included. Columns arm, seed,
+        status, weights, member, data, metric, value (see `neural.training.report`); a diverged run
+        is one row without a value. ``deep_ensemble_...`` (seed -1) is the mean prediction of an
+        arm's runs.
+    """
+    place, out = place or Place(), Path(out)
+    if workers > 1 and place.world > 1:
+        raise NQMError(
+            f"workers must be 1 where {place.world} processes share a run; got {workers}"
+        )
+    for arm in arms:
+        if arm not in recipe.arms:
+            raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, recipe.arms)}")
+    target = out / "results.parquet"
+    if target.exists() and read_metadata(target).get("recipe") != recipe.name:
+        raise NQMError(
+            f"{target} does not hold results of recipe {recipe.name}; choose another folder; "
+            "nothing was overwritten"
+        )
+    with locked(out, folder=True) if place.rank == 0 else nullcontext():
+        return _run_all(recipe, out, place, arms, seeds, workers, progress)
+
+
+def _run_all(
+    recipe: Recipe,
+    out: Path,
+    place: Place,
+    arms: Sequence[str],
+    seeds: Sequence[int] | None,
+    workers: int,
+    progress: Progress | None,
+) -> pd.DataFrame:
+    """`run_experiment` by the only process that writes to the folder."""
+    target = out / "results.parquet"
+    chosen = {a: run for a, run in recipe.arms.items() if not arms or a in arms}
+    if seeds is not None:
+        check_seeds("seed", seeds)
+    groups = jobs(replace(recipe, arms=chosen), seeds)
+    _rehearse(groups, out, place)
+    if workers == 1:
+        for index, group in enumerate(groups):
+            _run_group(group, out, place, _within(progress, index, len(groups)))
+    else:
+        _run_parallel(groups, out, place, min(workers, len(groups)), progress)
+    if place.rank > 0:
+        return pd.DataFrame()
+    runs = _done(recipe, [*recipe.seeds, *(seeds or ())], out)
+    table = collect(runs, out)
+    key = toml.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
+    metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
+    write_table(target, table, metadata)
+    write_table(out / "history.parquet", histories(runs, out), metadata)
+    return table
+
+
+def _rehearse(groups: list[list[Job]], out: Path, place: Place) -> None:
+    """Find every arm with a run left to do sound, before the first of them is trained."""
+    left = {
+        job.arm: job.run
+        for group in groups
+        for job in group
+        if RunFolder(job.folder(out), job.run, writes=False).status is None
+    }
+    data: dict[str, Data] = {}
+    ood: dict[str, Images] = {}
+    for arm, run in left.items():
+        try:
+            if run.data.name not in data:
+                data = {run.data.name: load(run.data.name, place.root)}
+            task = open_task(run, place, data[run.data.name])
+            new = [name for name in run.evaluate.ood if name not in ood]
+            ood |= ood_images(task, new, place.root)
+            preflight.check_run(run, place, task)
+            few = {name: ood[name] for name in run.evaluate.ood}
+            preflight.rehearse(run, place, task, few)
+        except NQMError as error:
+            raise NQMError(f"arm {arm}: {error}") from error
+
+
+def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Job]:
+    """Runs of a recipe, of any arm and these seeds, that are at their end."""
+    done = []
+    for group in jobs(recipe, sorted(set(seeds))):
+        for job in group:
+            try:
+                status = RunFolder(job.folder(out), job.run, writes=False).status
+            except NQMError:  # another configuration's
+                continue
+            if status is not None:
+                done.append(job)
+    return sorted(done, key=lambda job: list(recipe.arms).index(job.arm))
+
+
+def _run_group(group: Sequence[Job], out: Path, place: Place, progress: Progress | None) -> None:
+    """All runs of one seed, in order."""
+    folders = {job.arm: job.folder(out) for job in group}
+    for index, job in enumerate(group):
+        start = None
+        if job.start is not None:
+            kept = folders[job.start[0]] / f"epoch{job.start[1]}.pt"
+            start = kept if kept.exists() else None
+        inner = _within(progress, index, len(group))
+        told = None if inner is None else (lambda done, of, inner=inner: inner(done / of))
+        train(
+            job.run, folders[job.arm], place, start=start, keep=job.keep, rehearsed=True,
+            progress=told,
+        )  # fmt: skip
+    for job in group:
+        for epoch in job.keep:
+            (folders[job.arm] / f"epoch{epoch}.pt").unlink(missing_ok=True)
+    if progress is not None:
+        progress(1.0)
+
+
+def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
+    return None if progress is None else lambda share: progress((index + share) / count)
+
+
+_SHARES: Any = None
+
+
+def _flags() -> dict[str, Any]:
+    """What torch keeps for the whole process, and numbers or speed depend on."""
+    return {
+        "matmul": torch.get_float32_matmul_precision(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.backends.cudnn.deterministic,
+        "algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _set_flags(flags: dict[str, Any]) -> None:
+    torch.set_float32_matmul_precision(flags["matmul"])
+    torch.backends.cudnn.benchmark = flags["benchmark"]
+    torch.backends.cudnn.deterministic = flags["deterministic"]
+    torch.use_deterministic_algorithms(flags["algorithms"])
+
+
+def _start_worker(shares: Any, threads: int, flags: dict[str, Any]) -> None:
+    global _SHARES
+    _SHARES = shares
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    _set_flags(flags)
+
+
+def _work(index: int, group: list[Job], out: Path, place: Place) -> None:
+    def told(share: float) -> None:
+        _SHARES[index] = share
+
+    _run_group(group, out, place, told)
+
+
+def _run_parallel(
+    groups: list[list[Job]], out: Path, place: Place, workers: int, progress: Progress | None
+) -> None:
+    shares = multiprocessing.get_context("spawn").Array("d", len(groups))
+    threads = max(1, torch.get_num_threads() // workers)
+    with processes(workers, _start_worker, (shares, threads, _flags())) as pool:
+        pending = {pool.submit(_work, i, group, out, place) for i, group in enumerate(groups)}
+        while pending:
+            done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
+            if progress is not None:
+                progress(sum(shares[:]) / len(groups))
+            for future in done:
+                future.result()
+
+
+def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
+    """One table of all results on disk, deep ensembles included."""
+    parts: list[pd.DataFrame] = []
+    for job in runs:
+        log = RunFolder(job.folder(out), job.run, writes=False)
+        result = log.result()
+        if result.empty:
+            blank = {"weights": "", "member": -1, "data": "", "metric": "", "value": np.nan}
+            result = pd.DataFrame([blank])
+        lead = {"arm": job.arm, "seed": job.seed, "status": log.status}
+        parts.append(pd.DataFrame({**lead, **{n: result[n] for n in result.columns}}))
+    table: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    ensembles = pd.DataFrame(list(_deep_ensembles(runs, out)))
+    return pd.concat([table, ensembles], ignore_index=True)
+
+
+def histories(runs: Sequence[Job], out: Path) -> pd.DataFrame:
+    """One table of all evaluations during training; columns arm, seed and those of a run's own."""
+    parts = []
+    for job in runs:
+        history = RunFolder(job.folder(out), job.run, writes=False).history()
+        history.insert(0, "arm", job.arm)
+        history.insert(1, "seed", job.seed)
+        parts.append(history)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
+    """Mean prediction over an arm's seeds, of every single model."""
+    for arm in dict.fromkeys(job.arm for job in runs):
+        paths = [job.folder(out) / "predictions.npz" for job in runs if job.arm == arm]
+        kept = [np.load(path) for path in paths if path.exists()]
+        if len(kept) < 2:
+            continue
+        labels = torch.from_numpy(kept[0]["labels"])
+        for weights in ("iterate", "averaged", "swa", "ema"):
+            if weights not in kept[0]:
+                continue
+            stacked = torch.stack([torch.from_numpy(one[weights]) for one in kept])
+            metrics = classification_metrics(ensemble_log_probs(stacked), labels)
+            lead = {"arm": arm, "seed": -1, "status": "finished", "member": -1, "data": "test"}
+            for metric, value in metrics.items():
+                name = f"deep_ensemble_{weights}"
+                yield {**lead, "weights": name, "metric": metric, "value": value}

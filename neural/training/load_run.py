@@ -1,0 +1,205 @@
+"""Finished runs: their models again, measured anew or handed on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+from neural.late_phase.members import LatePhase
+from neural.training import checkpoint, report
+from neural.training.build import make_late, make_model, plain_model
+from neural.training.config import EvaluateConfig, RunConfig, build, describe
+from neural.training.run_folder import TABLES, read_json
+from neural.training.task import Place, Task, open_task
+from nqm.errors import NQMError
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run.
+
+    Attributes
+    ----------
+    model : Module
+        Its single model, with plain weights.
+    late : LatePhase or None
+        Base and members, if it has any.
+    """
+
+    run: RunConfig
+    task: Task
+    model: nn.Module
+    late: LatePhase | None
+
+
+def open_finished(folder: str | Path) -> RunConfig:
+    """Configuration of a finished run: the one place where the folder of a run is looked into.
+
+    Raises
+    ------
+    NQMError
+        If there is no run, it is not finished, or its ``run.json`` is damaged.
+    """
+    folder = Path(folder)
+    file = folder / "run.json"
+    if not file.exists():
+        raise NQMError(_no_run(folder))
+    stated = read_json(folder) or {}
+    for name, kind in (("config", dict), ("status", str | None)):
+        if not isinstance(stated.get(name, ...), kind):
+            held = f"holds {stated[name]!r:.40}" if name in stated else "is missing"
+            raise NQMError(f"{file} is damaged: {name!r} {held}; train the run again")
+    try:
+        run = build(stated["config"])
+    except (NQMError, TypeError, RecursionError) as error:
+        raise NQMError(f"{file} is damaged: {error!s:.150}; train the run again") from None
+    status = stated["status"]
+    if status not in TABLES:
+        raise NQMError(f"{file} is damaged: 'status' holds {status!r:.40}; train the run again")
+    if status != "finished":
+        raise NQMError(f"the run in {folder} is {status or 'not finished; train it on first'}")
+    return run
+
+
+def _no_run(folder: Path) -> str:
+    """Why a folder is not that of a run, and which to give instead."""
+    for depth, kind in (("*", "an arm"), ("*/*", "the folder of several arms")):
+        runs = sorted(path.parent for path in folder.glob(f"{depth}/run.json"))
+        if runs:
+            return f"{folder} is {kind}; give one of its runs: {runs[0]}"
+    if not folder.exists():
+        return f"{folder}: no such folder; give that of a finished run"
+    return f"{folder} is not the folder of a run: it holds no run.json"
+
+
+def load_state(module: nn.Module, path: Path) -> None:
+    """Load what a run has written of a module.
+
+    Raises
+    ------
+    NQMError
+        If it is not a state dict of this module: other names, shapes or kinds of numbers.
+    """
+    content, expected = checkpoint.load(path), module.state_dict()
+    wrong = [_misfit(name, content, expected) for name in {**expected, **content}]
+    for told in filter(None, wrong):
+        raise NQMError(f"{path} does not fit the model of its run.json: {told}; train it again")
+    module.load_state_dict(content)
+
+
+def _misfit(name: object, content: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
+    if not isinstance(name, str) or name not in expected:
+        return f"it holds {name!r}, which the model has not"
+    if name not in content:
+        return f"{name!r} is missing"
+    one, other = content[name], expected[name]
+    if not isinstance(one, Tensor):
+        return f"{name!r} holds a {type(one).__name__}, no tensor"
+    if one.shape != other.shape:
+        return f"{name!r} has shape {tuple(one.shape)}, not {tuple(other.shape)}"
+    kinds = one.is_complex(), other.is_complex(), one.is_floating_point(), other.is_floating_point()
+    if kinds[0] != kinds[1] or kinds[2] != kinds[3]:
+        return f"{name!r} is {one.dtype}, not {other.dtype}"
+    return None
+
+
+def reopen(folder: str | Path, place: Place | None = None) -> Opened:
+    """Models of a finished run.
+
+    Raises
+    ------
+    NQMError
+        If there is no run in the folder, it is not finished, or its files do not fit together.
+    """
+    folder, place = Path(folder), place or Place()
+    run = open_finished(folder)
+    task = open_task(run, place)
+    model = plain_model(run.model, task)
+    load_state(model, folder / "model.pt")
+    late = None
+    if run.late_phase is not None:
+        late = make_late(make_model(run.model, task, start=False), run)
+        load_state(late, folder / "late.pt")
+        late = late.to(place.device)
+    return Opened(run, task, model.to(place.device), late)
+
+
+def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) -> pd.DataFrame:
+    """Test metrics of the single model, and whatever else `settings` asks for.
+
+    Returns
+    -------
+    DataFrame
+        Columns data, metric, value.
+    """
+    ood = report.ood_images(opened.task, settings.ood, root)
+    rows: list[dict[str, Any]] = [
+        {"data": "test", "metric": name, "value": value}
+        for name, value in report.test_metrics(opened.model, opened.task).items()
+    ]
+    rows += report.beyond(opened.model, opened.late, opened.task, settings, ood)
+    return pd.DataFrame(rows, columns=["data", "metric", "value"])
+
+
+def export(folder: str | Path, out: str | Path, member: int | None = None) -> Path:
+    """Write a run's single model, or one member, as safetensors.
+
+    Other tools read it as a plain state dict of the architecture; the run's configuration is in its
+    metadata.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Of a finished run.
+    out : str or Path
+        Ends in .safetensors; an existing file is not overwritten.
+    member : int, optional
+    """
+    from safetensors.torch import save
+
+    from nqm.table import replacing
+
+    out, folder = Path(out), Path(folder)
+    if out.suffix != ".safetensors":
+        raise NQMError(f"{out}: the name must end in .safetensors; got {out.suffix!r}")
+    if out.exists():
+        raise NQMError(f"{out} exists; move it away or choose another name")
+    run = open_finished(folder)
+    if member is None:
+        state = _single(folder, run)
+    else:
+        opened = reopen(folder)
+        if opened.late is None:
+            raise NQMError(f"the run in {folder} has no members; leave --member out")
+        state = opened.late.member(member).state_dict()
+    content = save(_independent(state), metadata={"run": json.dumps(describe(run))})
+    with replacing(out) as stream:
+        stream.write(content)
+    return out
+
+
+def _single(folder: Path, run: RunConfig) -> Mapping[str, Tensor]:
+    """State dict of a run's single model; held against the model where the data set is there."""
+    path = folder / "model.pt"
+    content = checkpoint.load(path)
+    others = {name: one for name, one in content.items() if not isinstance(one, Tensor)}
+    odd = [f"{name!r} holds a {type(one).__name__}" for name, one in others.items()]
+    if odd or not content:
+        raise NQMError(f"{path} is no model: {[*odd, 'it is empty'][0]}; train the run again")
+    try:
+        task = open_task(run, Place())
+    except NQMError:  # no data, no number of classes: the names and shapes are taken as they are
+        return content
+    load_state(plain_model(run.model, task), path)
+    return content
+
+
+def _independent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory, as tied weights do.
+    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}

@@ -1,0 +1,203 @@
+"""What would go wrong in a run, found before its first step of training.
+
+`check_size` counts weights without making any, `check_cycles` counts minibatches, and `rehearse`
+does once, on a few examples, all that a run does until its last table is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from neural.data import Images
+from neural.late_phase.members import Batch
+from neural.late_phase.select import select
+from neural.training import report
+from neural.training.build import make_model
+from neural.training.config import RunConfig
+from neural.training.state import Session
+from neural.training.task import DTYPES, Place, Stream, Task
+from nqm.errors import NQMError
+from nqm.limits import available_memory
+
+#: Rows of a rehearsed minibatch, at most.
+ROWS = 4
+#: Tensors as large as the weights that training holds at least: weights, gradients, momentum.
+HELD = 3
+
+
+def check_run(run: RunConfig, place: Place, task: Task) -> None:
+    """Raise NQMError if the run cannot be trained; nothing large is made and nothing is run."""
+    check_cycles(run, len(task.stream))
+    check_size(run, place, task)
+
+
+def check_cycles(run: RunConfig, batches: int) -> None:
+    """Raise NQMError unless some cycle of all members is completed, and averaged where asked for.
+
+    Parameters
+    ----------
+    run : RunConfig
+    batches : int
+        Minibatches of an epoch.
+    """
+    late, average = run.late_phase, run.average
+    if late is None:
+        return
+    carries = late.leftover == "carry"
+    left = (run.train.epochs - late.start_epoch) * batches if carries else batches
+    if late.members > left:
+        span = f"from epoch {late.start_epoch} on" if carries else "of an epoch"
+        raise NQMError(
+            f"late_phase.members must be at most the {left} minibatches {span}, or no cycle is "
+            f"ever complete and the base stops; got {late.members}; lower it, or data.batch_size"
+        )
+    if average is not None and average.method == "ema":
+        start = late.start_epoch * batches
+        end = run.train.epochs * batches
+        last = start + (end - start) // late.members * late.members if carries else end
+        if last <= average.start_epoch * batches:
+            raise NQMError(
+                "average.start_epoch must lie before the last complete cycle of all members, at "
+                f"minibatch {last} of {end}; got {average.start_epoch}, minibatch "
+                f"{average.start_epoch * batches}"
+            )
+
+
+def check_size(run: RunConfig, place: Place, task: Task) -> None:
+    """Raise NQMError if what is trained does not fit the memory, or a selection the model."""
+    late = run.late_phase
+    with _named(run, "built"), torch.device("meta"):
+        model = make_model(_without_weights(run).model, task, start=False)
+    item = torch.empty((), dtype=DTYPES[run.train.precision]).element_size()
+    count = sum(p.numel() for p in model.parameters())
+    if run.train.no_decay:
+        select(model, run.train.no_decay)
+    members = 0
+    if late is not None:
+        chosen = select(model, late.select).parameters
+        members = late.members * sum(model.get_parameter(name).numel() for name in chosen)
+    limit = memory(place.device)
+    needed = HELD * item * (count + members)
+    if needed > limit:
+        raise NQMError(
+            f"{run.model.name} has {count:,} weights"
+            + (f", its {late.members:,} members {members:,} more" if late is not None else "")
+            + f": training them takes {needed / 2**30:,.1f} GiB at least, and there are "
+            f"{limit / 2**30:,.1f} GiB; ask for less"
+        )
+    draws = max(run.evaluate.mc_dropout, late.members if late is not None else 0)
+    if task.images is not None and (logits := 8 * draws * len(task.images) * task.classes) > limit:
+        raise NQMError(
+            f"the predictions of {draws:,} models for {len(task.images):,} test images take "
+            f"{logits / 2**30:,.1f} GiB, and there are {limit / 2**30:,.1f} GiB; lower "
+            "evaluate.mc_dropout, late_phase.members or data.test_examples"
+        )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory a process may use on a device: the machine's, or less where it is limited."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return available_memory()
+
+
+def rehearse(run: RunConfig, place: Place, task: Task, ood: Mapping[str, Images]) -> None:
+    """Do once, on a few examples and at a rate of 0, all that the run will do.
+
+    Parameters
+    ----------
+    run : RunConfig
+    place : Place
+    task : Task
+    ood : mapping
+        As `neural.training.report.ood_images` returns it.
+
+    Raises
+    ------
+    NQMError
+        If anything in it fails, and be it after the last epoch.
+    """
+    session = rehearsed_session(run, place, task)
+    report.check(session)
+    few = _few(task.stream, run.train.micro_batches)
+    with _named(run, "trained as asked"):
+        session.try_out(few)
+        if not all(bool(p.isfinite().all()) for p in session.trained.parameters()):
+            return  # it will diverge, which is a result
+        test = _rows(next(iter(task.test())), ROWS)
+        session.task = replace(
+            task,
+            stream=_Again(few),
+            test=lambda: iter([test]),
+            images=None if task.images is None else _first(task.images),
+        )
+        model = session.model if session.late is None else session.late.averaged()
+        if not bool(torch.isfinite(torch.tensor(session.task.score(model).loss))):
+            return
+        report.during(session, 0)
+        report.final(session, {name: _first(images) for name, images in ood.items()})
+
+
+def rehearsed_session(run: RunConfig, place: Place, task: Task) -> Session:
+    """The session of a rehearsal: of the run, but for what only costs time."""
+    train = replace(run.train, compile=False, micro_batches=1)
+    samples = min(run.evaluate.mc_dropout, 2)
+    short = replace(run, train=train, evaluate=replace(run.evaluate, mc_dropout=samples))
+    with _named(run, "built"):
+        return Session(short, task, place)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A stream of one minibatch."""
+
+    batch: Batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, epoch: int, start: int = 0, /) -> Iterator[Batch]:
+        yield self.batch
+
+
+def _few(stream: Stream, pieces: int) -> Batch:
+    """Rows of a minibatch, as many as the smallest piece of an epoch has, if those are few."""
+    plan = getattr(stream, "plan", None)
+    parts = plan.slices(max(0, len(stream) - 2)) if plan is not None else []
+    sizes = [ROWS]
+    for rows in (part.stop - part.start for part in parts):
+        whole = -(-rows // pieces)
+        sizes.append(rows % whole or whole)
+    return _rows(next(iter(stream.epoch(0))), min(sizes))
+
+
+def _rows(batch: Batch, count: int) -> Batch:
+    return batch[0][:count], batch[1][:count]
+
+
+def _first(images: Images) -> Images:
+    return Images(images.pixels[:ROWS], images.labels[:ROWS])
+
+
+def _without_weights(run: RunConfig) -> RunConfig:
+    """The run with a library's model freshly initialised, which needs no download."""
+    options = {n: v for n, v in run.model.options.items() if n not in ("weights", "pretrained")}
+    return replace(run, model=replace(run.model, options=options))
+
+
+@contextmanager
+def _named(run: RunConfig, what: str) -> Iterator[None]:
+    """Whatever a model or a library raises in here becomes one line."""
+    try:
+        yield
+    except NQMError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise NQMError(
+            f"model {run.model.name} cannot be {what}: {type(error).__name__}: {reason:.200}"
+        ) from error

@@ -1,0 +1,184 @@
+"""Recipes: an experiment as a TOML file, a few arms over a few seeds.
+
+The sections of a run (`neural.training.config`) stand at the top. ``[late_phase]`` and
+``[average]`` take part only in the arms that ``use`` them; an arm's other entries change what the
+top says::
+
+    title = "..."
+    seeds = 5
+    [data] ...
+    [late_phase] ...
+    [arm.base]
+    [arm.late_phase]
+    use = ["late_phase"]
+    train.weight_decay = 1e-3
+    [scale.smoke]
+    train.epochs = 2
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from neural.training.config import RunConfig, build
+from nqm.errors import NQMError, check_integer, check_word, suggest
+from nqm.names import check_folder_names
+from nqm.runs import toml
+
+SCALES = ("full", "cpu", "smoke")
+#: Each has a run of every arm.
+MOST_SEEDS = 10_000
+_OPTIONAL = ("late_phase", "average")
+_OWN = ("title", "about", "seeds", "arm", "scale")
+#: What an experiment writes beside the folders of its arms.
+OUTPUTS = ("results.parquet", "history.parquet", "comparison.png", "comparison.pdf")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment.
+
+    Attributes
+    ----------
+    name, title, about : str
+    scale : str
+    seeds : tuple of int
+    arms : mapping of str to RunConfig
+        With seed 0. The first is what the others are compared with.
+    mapping : mapping
+        What the recipe says at this scale.
+    """
+
+    name: str
+    title: str
+    about: str
+    scale: str
+    seeds: tuple[int, ...]
+    arms: Mapping[str, RunConfig]
+    mapping: Mapping[str, Any]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = files("neural") / "recipes"
+    return sorted(one.name.removesuffix(".toml") for one in folder.iterdir() if _is_toml(one.name))
+
+
+def _is_toml(name: str) -> bool:
+    return name.endswith(".toml")
+
+
+def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -> Recipe:
+    """Recipe by name, or from a file.
+
+    Parameters
+    ----------
+    name : str
+        One of `recipe_names`, or the path of a TOML file.
+    scale : {"full", "cpu", "smoke"}
+        ``full`` is the recipe itself; the others are its ``[scale.NAME]`` changes.
+    overrides : sequence of str
+        As ``train.epochs=3``; applied last.
+
+    Raises
+    ------
+    NQMError
+        Naming the recipe and the dotted key at fault.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        if name not in recipe_names():
+            raise NQMError(f"no recipe is called {name!r}{suggest(name, recipe_names())}")
+        path = Path(str(files("neural") / "recipes" / f"{name}.toml"))
+    mapping = toml.load(path)
+    check_word("scale", scale, SCALES)
+    changes = toml.table_at("scale", mapping.pop("scale", {}))
+    toml.known_keys("scale", changes, SCALES[1:])
+    if scale != "full":
+        if scale not in changes:
+            has = ", ".join(("full", *changes))
+            raise NQMError(f"recipe {path.stem} has no scale {scale!r}; it has {has}")
+        merge(mapping, toml.table_at(f"scale.{scale}", changes[scale]))
+    toml.override(mapping, overrides)
+    return make_recipe(path.stem, mapping, scale)
+
+
+def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> Recipe:
+    """The recipe a mapping describes."""
+    top = copy.deepcopy(dict(mapping))
+    own = {key: top.pop(key) for key in _OWN if key in top}
+    arms = toml.table_at("arm", own.get("arm", {}))
+    if not arms:
+        raise NQMError(f"recipe {name} has no arm; add an [arm.NAME] table")
+    check_folder_names("arm", arms, OUTPUTS)
+    return Recipe(
+        name,
+        toml.leaf("title", own.get("title", name), str),
+        toml.leaf("about", own.get("about", ""), str),
+        scale,
+        _seeds(own.get("seeds", 1)),
+        {arm: _run(arm, top, table) for arm, table in arms.items()},
+        mapping,
+    )
+
+
+def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
+    changes = dict(toml.table_at(f"arm.{arm}", table))
+    used = toml.leaf(f"arm.{arm}.use", changes.pop("use", []), tuple[str, ...])
+    for section in used:
+        if section not in _OPTIONAL or section not in top:
+            raise NQMError(
+                f"arm.{arm}.use: there is no section {section!r} to use"
+                f"{suggest(section, [name for name in _OPTIONAL if name in top])}"
+            )
+    unused = [name for name in _OPTIONAL if name not in used]
+    mapping = {name: copy.deepcopy(part) for name, part in top.items() if name not in unused}
+    merge(mapping, changes)
+    try:
+        return build(mapping)
+    except NQMError as error:
+        # The key at fault may stand in the arm or at the top: it keeps its whole name.
+        raise NQMError(f"arm.{arm}: {error}") from None
+
+
+def merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put `changes` into `mapping`, table by table.
+
+    A schedule is replaced whole, and so is a model that is named anew: the options of one are not
+    those of another.
+    """
+    for name, value in changes.items():
+        inner = mapping.get(name)
+        anew = isinstance(value, Mapping) and (
+            "schedule" in value or (name == "model" and "name" in value)
+        )
+        if isinstance(value, Mapping) and isinstance(inner, dict) and not anew:
+            merge(inner, value)
+        else:
+            mapping[name] = copy.deepcopy(value)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    if isinstance(value, list):
+        seeds = tuple(toml.leaf("seeds", value, list[int]))
+        check_seeds("seeds", seeds)
+        return seeds
+    check_integer("seeds", value, 1)
+    if value > MOST_SEEDS:
+        raise NQMError(f"seeds must be at most {MOST_SEEDS}; got {value}")
+    return tuple(range(value))
+
+
+def check_seeds(where: str, seeds: Sequence[int]) -> None:
+    """Raise NQMError unless these are different seeds, and some."""
+    wrong = len(set(seeds)) < len(seeds) or any(not 0 <= s <= toml.LARGEST for s in seeds)
+    if wrong or not 0 < len(seeds) <= MOST_SEEDS:
+        raise NQMError(
+            f"{where} must be 1 to {MOST_SEEDS} different whole numbers from 0 to 2^53; "
+            f"got {list(seeds)!r:.60}"
+        )

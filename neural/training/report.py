@@ -1,0 +1,262 @@
+"""What a run is worth: test metrics of every model that comes out of it.
+
+The table is tidy: one row per (weights, member, data, metric). `weights` names the model:
+
+============  ====================================================================================
+iterate       the model as trained, without late-phase weights
+averaged      the mean of the late-phase members: the paper's single model
+swa, ema      the average over time; with members, of their mean, BatchNorm statistics taken anew
+member        one member, `member` says which
+ensemble      mean prediction of the members
+mc_dropout    mean prediction over dropout masks
+============  ====================================================================================
+
+and, where they may differ, ``averaged_outputs`` and ``swa_outputs`` (BatchNorm averaged as the
+official code does), ``averaged_product`` and ``swa_product`` (rank-1 factors averaged as matrices).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from neural import evaluate
+from neural.data import Images, load_images
+from neural.late_phase.averaging import recompute_statistics
+from neural.late_phase.duplicate import duplicate
+from neural.late_phase.members import LatePhase
+from neural.late_phase.reparametrize import RankOne, fold, parametrized
+from neural.training.config import EvaluateConfig
+from neural.training.state import Session
+from neural.training.task import Task
+from nqm.errors import NQMError
+
+#: Relative size of the weight noise under which the rise of the loss is told.
+NOISES = (0.01, 0.02, 0.05, 0.1, 0.2)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of a run.
+
+    Attributes
+    ----------
+    table : DataFrame
+        Columns weights, member (-1: none), data, metric, value.
+    model : dict
+        State dict of the single model, its weights plain.
+    late : dict, optional
+        State dict of base and members.
+    predictions : dict
+        ``labels`` (N,) of the test set, and log-probabilities (N, C) by `weights`; empty for text.
+    """
+
+    table: pd.DataFrame
+    model: dict[str, Tensor]
+    late: dict[str, Tensor] | None
+    predictions: dict[str, NDArray[Any]]
+
+
+def during(session: Session, epoch: int) -> Row:
+    """One row of the history; starts the mean of the training loss anew."""
+    late = session.late
+    model = session.model if late is None else late.averaged()
+    score = session.task.score(model)
+    return {
+        "epoch": epoch,
+        "step": session.done,
+        "examples": session.done * session.run.data.batch_size,
+        "lr": float(session.optimizer.param_groups[0]["lr"]),
+        "train_loss": session.take_mean_loss(),
+        "weights": "iterate" if late is None else "averaged",
+        "spread": 0.0 if late is None else late.spread(),
+        "loss": score.loss,
+        "accuracy": score.accuracy,
+    }
+
+
+def check(session: Session) -> None:
+    """Find out before training whether `final` can measure what is asked for.
+
+    Raises
+    ------
+    NQMError
+        If it cannot.
+    """
+    task, settings = session.task, session.run.evaluate
+    if settings.corruptions and task.images is None:
+        raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
+    dropout = any(isinstance(one, _DropoutNd) for one in session.model.modules())
+    if settings.mc_dropout and not dropout:
+        raise NQMError(
+            "evaluate.mc_dropout needs a model with dropout; set model.dropout or leave it out"
+        )
+
+
+def final(session: Session, ood: Mapping[str, Images]) -> Report:
+    """All metrics of a finished session; `ood` is what `ood_images` returned."""
+    task, late = session.task, session.late
+    if session.average is not None:
+        recompute_statistics(session.average.module, task.stream.epoch(session.run.train.epochs))
+    models = dict(_models(session))
+    rows: list[Row] = []
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, model in models.items():
+        measured, predicted = _metrics(model, task)
+        rows += _named(name, measured)
+        if predicted is not None:
+            kept[name] = predicted
+    if late is not None:
+        rows += _members(late, task)
+    settings = session.run.average
+    primary = settings.method if settings is not None else next(iter(models))
+    model = models[primary]
+    extra = beyond(model, late, task, session.run.evaluate, ood)
+    rows += [{"weights": primary, "member": -1} | row for row in extra]
+    predictions = {name: one.log_softmax(-1).numpy() for name, (one, _) in kept.items()}
+    if kept:
+        predictions["labels"] = kept[primary][1].numpy()
+    plain = fold(duplicate(model)).state_dict()
+    return Report(
+        pd.DataFrame(rows), plain, None if late is None else late.state_dict(), predictions
+    )
+
+
+def _models(session: Session) -> Iterator[tuple[str, nn.Module]]:
+    """Single models of a session."""
+    if session.late is None:
+        yield "iterate", session.model
+    else:
+        yield from _means(session.late, "averaged")
+    settings = session.run.average
+    if session.average is not None and settings is not None:
+        module = session.average.module
+        if isinstance(module, LatePhase):
+            yield from _means(module, settings.method)
+        else:
+            yield settings.method, module
+
+
+def _means(late: LatePhase, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The mean member, and those means that may differ from it."""
+    yield name, late.averaged()
+    if any("running_var" in name for name in late.selection.buffers):
+        yield f"{name}_outputs", late.averaged(batchnorm="outputs")
+    if any(isinstance(one, RankOne) for *_, one in parametrized(late.model)):
+        yield f"{name}_product", late.averaged(rank1="product")
+
+
+def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
+    """Test metrics and, of images, logits and labels."""
+    if task.channels == 0:
+        score = task.score(model)
+        bits = evaluate.bits_per_character(score.loss)
+        return {"accuracy": score.accuracy, "nll": score.loss, "bpc": bits}, None
+    logits, labels = evaluate.predict(model, task.test())
+    return evaluate.classification_metrics(logits, labels), (logits, labels)
+
+
+def test_metrics(model: nn.Module, task: Task) -> dict[str, float]:
+    """Test metrics of one model."""
+    return _metrics(model, task)[0]
+
+
+def _members(late: LatePhase, task: Task) -> list[Row]:
+    """Every member by itself, and the ensemble of their predictions."""
+    if task.channels == 0:
+        rows = []
+        for k in range(late.members):
+            rows += _named("member", _metrics(late.member(k), task)[0], member=k)
+        return rows
+    logits, labels = evaluate.predict_members(late, late.members, task.test())
+    rows = []
+    for k, one in enumerate(logits):
+        rows += _named("member", evaluate.classification_metrics(one, labels), member=k)
+    mean = evaluate.ensemble_log_probs(logits)
+    return rows + _named("ensemble", evaluate.classification_metrics(mean, labels))
+
+
+def _named(weights: str, metrics: dict[str, float], member: int = -1) -> list[Row]:
+    return [
+        {"weights": weights, "member": member, "data": "test", "metric": name, "value": value}
+        for name, value in metrics.items()
+    ]
+
+
+def beyond(
+    model: nn.Module,
+    late: LatePhase | None,
+    task: Task,
+    settings: EvaluateConfig,
+    ood: Mapping[str, Images],
+) -> Iterator[Row]:
+    """What a run is asked for beside test metrics: one row per data and metric, for `model`.
+
+    MC-dropout, detection of the sets `ood` (from `ood_images`), robustness, flatness, and the line
+    from a member to the average.
+    """
+    if settings.mc_dropout:
+        logits, labels = evaluate.mc_dropout(model, task.test(), settings.mc_dropout)
+        mean = evaluate.ensemble_log_probs(logits)
+        yield from _named("mc_dropout", evaluate.classification_metrics(mean, labels))
+    if ood:
+        inside = evaluate.entropy_score(evaluate.predict(model, task.test())[0])
+    for name, images in ood.items():
+        assert task.normalised is not None  # or `ood_images` had said so
+        logits, _ = evaluate.predict(model, task.normalised(images))
+        outside = evaluate.entropy_score(logits)
+        for metric, value in evaluate.ood_metrics(inside, outside).items():
+            yield {"data": name, "metric": metric, "value": value}
+    if settings.corruptions:
+        yield from _corrupted(model, task)
+    if settings.flatness:
+        rises = evaluate.loss_rise(model, lambda m: task.score(m).loss, NOISES)
+        for rise in rises:
+            yield {"data": f"noise {rise.sigma:g}", "metric": "loss_rise", "value": rise.mean}
+    if settings.line and late is not None:
+        ends = late.member(0).state_dict(), late.averaged().state_dict()
+        plain = fold(duplicate(late.model))
+        line = evaluate.loss_line(plain, *ends, task.score)
+        for t, loss in zip(line.position, line.loss, strict=True):
+            yield {"data": f"line {t:g}", "metric": "nll", "value": float(loss)}
+
+
+def ood_images(task: Task, names: Iterable[str], root: Path | None) -> dict[str, Images]:
+    """Test images of other data sets, of the task's own shape.
+
+    Raises
+    ------
+    NQMError
+        If the task's images are not in memory, or a set's have another shape.
+    """
+    sets = {}
+    for name in names:
+        if task.images is None or task.normalised is None:
+            raise NQMError(f"evaluate.ood needs images in memory; {task.label} has none")
+        images = sets[name] = load_images(name, root).test
+        if images.pixels.shape[1:] != task.images.pixels.shape[1:]:
+            raise NQMError(
+                f"evaluate.ood {name!r} holds images of {tuple(images.pixels.shape[1:])}, the task "
+                f"of {tuple(task.images.pixels.shape[1:])} (channels, height, width)"
+            )
+    return sets
+
+
+def _corrupted(model: nn.Module, task: Task) -> Iterator[Row]:
+    """Accuracy under every corruption and severity."""
+    if task.images is None or task.normalised is None:
+        raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
+    for name in evaluate.CORRUPTIONS:
+        for severity in range(1, 6):
+            pixels = evaluate.corrupt(task.images.pixels, name, severity)
+            images = Images(pixels, task.images.labels)
+            score = task.score(model, task.normalised(images))
+            yield {"data": f"{name} {severity}", "metric": "accuracy", "value": score.accuracy}

@@ -1,0 +1,276 @@
+"""The folder of one run: what it was, where it stands, what came out.
+
+::
+
+    run.json           configuration, its key, versions, hardware
+    checkpoint.pt      where training goes on; gone when it is finished
+    epoch120.pt        kept for runs with the same beginning
+    history.parquet    one row per evaluation during training
+    result.parquet     one row per metric at the end
+    model.pt           the single model, a plain state dict
+    late.pt            base and all members, if there are any
+    predictions.npz    log-probabilities on the test set, and its labels
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from neural.training import checkpoint
+from neural.training.config import RunConfig, build, describe
+from neural.training.report import Report
+from nqm import __version__
+from nqm.errors import NQMError
+from nqm.files import is_lock, is_temporary, locked, replacing, tidy_lock
+from nqm.runs import toml
+from nqm.table import read_table, write_table
+
+#: Status -> the tables there are.
+TABLES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "finished": ("history", "result"),
+    "diverged": ("history",),
+}
+
+
+class RunFolder:
+    """One run on disk.
+
+    Parameters
+    ----------
+    path : Path
+        Looked at, and made by `begun` where it is missing.
+    run : RunConfig
+    writes : bool
+        False for all but the first of several processes.
+
+    Raises
+    ------
+    NQMError
+        If the folder holds another configuration, or anything else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, run: RunConfig, *, writes: bool = True):
+        self.path, self.run, self.writes = path, run, writes
+        mapping = describe(run)
+        self.key = toml.key(mapping)
+        stated = read_json(path)
+        if stated is not None and stated.get("key") != self.key:
+            raise NQMError(
+                f"{path} was trained with {_difference(stated['config'], mapping)}; "
+                "use --out OTHER; nothing was overwritten"
+            )
+        self.stated: dict[str, Any] = stated or {
+            "key": self.key,
+            "status": None,
+            "config": mapping,
+            "versions": versions(),
+        }
+        if any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
+            self.stated["status"] = None  # deleted, to be computed again
+        if self.status is not None and writes:
+            self._tidy()
+            tidy_lock(path, folder=True)
+
+    @property
+    def status(self) -> str | None:
+        """``finished``, ``diverged``, or None while there is something left to do."""
+        value: str | None = self.stated["status"]
+        return value
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Note down what is about to be trained; only this process writes to the folder.
+
+        Raises
+        ------
+        NQMError
+            If another process trains this run, or has done so just now.
+        """
+        if not self.writes:
+            yield
+            return
+        with locked(self.path, folder=True):
+            if RunFolder(self.path, self.run).status is not None:
+                raise NQMError(f"{self.path} was finished just now by another process; run again")
+            self._write_json()
+            self._tidy()
+            yield
+
+    def _tidy(self) -> None:
+        """Remove what a process left that was killed while it wrote, or at the very end."""
+        for left in self.path.iterdir() if self.writes else ():
+            if is_temporary(left) or (left.name == "checkpoint.pt" and self.status is not None):
+                left.unlink(missing_ok=True)
+
+    def checkpoint(self, device: torch.device, start: Path | None) -> dict[str, Any] | None:
+        """Where to go on: this run's own checkpoint, else the one given, else nowhere."""
+        own = self.path / "checkpoint.pt"
+        if own.exists():
+            return checkpoint.load(own, device)
+        return None if start is None else checkpoint.load(start, device)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        if self.writes:
+            checkpoint.save(self.path / "checkpoint.pt", state)
+
+    def keep(self, epoch: int, state: Mapping[str, Any]) -> None:
+        """Keep a checkpoint for other runs, and go on from it after a kill."""
+        if self.writes:
+            checkpoint.save(self.path / f"epoch{epoch}.pt", state)
+            self.save(state)
+
+    def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the table of evaluations."""
+        if self.writes:
+            self._write_table("history", pd.DataFrame(rows))
+
+    def history(self) -> pd.DataFrame:
+        """Evaluations during training."""
+        return self._read_table("history")
+
+    def result(self) -> pd.DataFrame:
+        """Metrics at the end; empty if the run diverged."""
+        return self._read_table("result")
+
+    def finish(self, status: str, report: Report | None) -> None:
+        """Write the result, and note that nothing is left to do."""
+        if not self.writes:
+            return
+        if report is not None:
+            self._write_table("result", report.table)
+            checkpoint.save(self.path / "model.pt", report.model)
+            if report.late is not None:
+                checkpoint.save(self.path / "late.pt", report.late)
+            if report.predictions:
+                with replacing(self.path / "predictions.npz") as stream:
+                    arrays: dict[str, Any] = dict(report.predictions)
+                    np.savez_compressed(stream, **arrays)
+        self.stated["status"] = status
+        self._write_json()
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    def _write_table(self, name: str, table: pd.DataFrame) -> None:
+        metadata = {"key": self.key, "version": __version__}
+        write_table(self.path / f"{name}.parquet", table, metadata)
+
+    def _read_table(self, name: str) -> pd.DataFrame:
+        path = self.path / f"{name}.parquet"
+        return read_table(path) if path.exists() else pd.DataFrame()
+
+    def _write_json(self) -> None:
+        if not self.writes:
+            return
+        with replacing(self.path / "run.json") as stream:
+            stream.write(json.dumps(self.stated, indent=1).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What ``run.json`` of a run's folder says; None if there is none.
+
+    Raises
+    ------
+    NQMError
+        If the folder holds something else.
+    """
+    file = path / "run.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        _check_stated(content)
+        return dict(content)
+    except FileNotFoundError:
+        # A file that is being written, or was when the process was killed, is no one's.
+        if path.is_dir() and any(not (is_temporary(one) or is_lock(one)) for one in path.iterdir()):
+            raise NQMError(f"{path} holds something else than a run; choose another") from None
+        return None
+    except NotADirectoryError:
+        raise NQMError(f"{path} is a file, not the folder of a run; choose another") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise NQMError(f"{file} cannot be read ({reason:.80}); delete the folder") from None
+
+
+def _check_stated(content: Any) -> None:
+    """Raise ValueError unless a ``run.json`` says what one says."""
+    kinds = {"key": str, "config": dict, "versions": dict, "status": str | None}
+    if not isinstance(content, dict):
+        raise ValueError("not a table")
+    for name, kind in kinds.items():
+        if name not in content:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(content[name], kind):
+            raise ValueError(f"its {name} is {content[name]!r:.40}")
+    if content["status"] not in TABLES:
+        raise ValueError(f"its status is {content['status']!r:.40}")
+
+
+def _difference(stated: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The first entry in which two configurations differ, as "x = 4, you ask for 8"."""
+    one, other = dict(_entries(stated)), dict(_entries(asked))
+    differ = [name for name in {**other, **one} if one.get(name) != other.get(name)]
+    if not differ:
+        return "the same configuration under another key: its run.json was changed"
+    before, now = (
+        json.dumps(part[differ[0]]) if differ[0] in part else "none" for part in (one, other)
+    )
+    more = f" (and {len(differ) - 1} more entries differ)" if len(differ) > 1 else ""
+    return f"{differ[0]} = {before:.40}, you ask for {now:.40}{more}"
+
+
+def _entries(mapping: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and what they hold."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value
+
+
+def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Configuration of a run on disk, and all that its ``run.json`` says.
+
+    Raises
+    ------
+    NQMError
+        If there is no run.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "run.json").exists():
+        for depth, what in (("*", "an arm"), ("*/*", "an experiment")):
+            below = sorted(one.parent for one in folder.glob(f"{depth}/run.json"))
+            if below:
+                raise NQMError(f"{path} is {what}; give one of its runs: {below[0]}")
+    stated = read_json(folder) if folder.is_dir() else None
+    if stated is None:
+        raise NQMError(f"{path} is not the folder of a run: it holds no run.json")
+    if toml.key(stated["config"]) != stated["key"]:
+        raise NQMError(
+            f"{folder / 'run.json'} was changed after training: its configuration is not that of "
+            "its key; train it again"
+        )
+    try:
+        return build(stated["config"]), stated
+    except NQMError as error:
+        raise NQMError(f"{folder / 'run.json'} states no run: {error}") from None
+
+
+def versions() -> dict[str, str]:
+    """What the run is computed with."""
+    cuda = torch.cuda.is_available()
+    return {
+        "late-phase-nqm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "threads": str(torch.get_num_threads()),
+    }

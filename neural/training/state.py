@@ -1,0 +1,277 @@
+"""All that a training run changes: model, members, optimizers, average, position, random state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from neural.late_phase import averaging
+from neural.late_phase.members import Batch, LatePhase
+from neural.late_phase.pieces import Known, backward_in_pieces
+from neural.late_phase.ranks import average_gradients
+from neural.late_phase.select import select
+from neural.training.build import make_late, make_model
+from neural.training.config import RunConfig
+from neural.training.distributed import share_weights, summed
+from neural.training.optim import clip_rows, make_optimizer, set_lr
+from neural.training.task import DTYPES, Place, Task
+from nqm.errors import NQMError
+
+
+class Session:
+    """A run's state, and the three things done to it: `step`, `spawn`, `end_epoch`.
+
+    Parameters
+    ----------
+    run : RunConfig
+    task : Task
+    place : Place
+
+    Attributes
+    ----------
+    done : int
+        Minibatches used so far.
+    late : LatePhase or None
+        None before T0.
+    average : AveragedModel or None
+        Over the model, or over `late` with all its members.
+    """
+
+    def __init__(self, run: RunConfig, task: Task, place: Place):
+        self.run, self.task, self.place = run, task, place
+        torch.manual_seed(run.seed)
+        self.model = make_model(run.model, task, root=place.root).to(
+            place.device, DTYPES[run.train.precision]
+        )
+        if place.world > 1:
+            # Each process starts from what it sees of the data, as whitening does, or from a seed
+            # of its own: one model is trained only if all begin with the same weights.
+            share_weights(self.model)
+        if run.train.channels_last:
+            _channels_last(self.model)
+        self.optimizer = self._hooked(make_optimizer(self.model, run.train))
+        if run.late_phase is not None:
+            select(self.model, run.late_phase.select)  # a mistake is told now, not at T0
+        self.forward = torch.compile(self.model) if run.train.compile else self.model
+        self.late: LatePhase | None = None
+        self.member_optimizer: Optimizer | None = None
+        self.average: AveragedModel | None = None
+        self.known_pieces: Known = {}
+        self.done = 0
+        self.rows: list[dict[str, Any]] = []
+        #: Sum and count of the losses since the history's last row.
+        self.losses = torch.zeros(2, dtype=torch.float64, device=place.device)
+        self.autocast = torch.bfloat16 if run.train.precision == "bfloat16" else None
+
+    @property
+    def trained(self) -> nn.Module:
+        """What is being trained now: the model, or model and members."""
+        return self.model if self.late is None else self.late
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the part of the running one."""
+        return self.done / len(self.task.stream)
+
+    def spawn(self) -> None:
+        """T0: make the members, and their optimizer with empty momentum."""
+        settings = self.run.late_phase
+        assert settings is not None
+        self.late = make_late(self.model, self.run)
+        own = self.late.optimizer_like(self.optimizer)
+        for group in own.param_groups if settings.weight_decay is not None else ():
+            if group.get("decays", True):  # those of `no_decay` have none
+                group["weight_decay"] = settings.weight_decay
+        self.member_optimizer = self._hooked(own, stacked=True)
+        if self.run.train.compile:
+            self.late.compile()
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """One base step, on a minibatch, or on one for each member.
+
+        Returns
+        -------
+        Tensor, shape (len(batches),)
+            Losses, detached; on the device.
+        """
+        self._set_rates()
+        self.trained.train()
+        if self.late is None:
+            losses = self._base_step(batches[0])
+        else:
+            assert self.member_optimizer is not None
+            assert self.run.late_phase is not None
+            losses = self.late.step(
+                batches,
+                self.task.loss,
+                self.optimizer,
+                self.member_optimizer,
+                fused=self.run.late_phase.fused,
+                micro_batches=self.run.train.micro_batches,
+                autocast=self.autocast,
+            )
+        self.losses[0] += losses.sum()
+        self.losses[1] += len(losses)
+        self.done += len(batches)
+        settings = self.run.average
+        moved = self.late is None or len(batches) == self.late.members  # the base
+        if settings is None or settings.method != "ema" or not moved:
+            return losses
+        if self.epoch > settings.start_epoch:
+            self._update_average()
+        return losses
+
+    def try_out(self, batch: Batch) -> None:
+        """One step of the model, of its members and of the average, at a rate of 0.
+
+        Raises
+        ------
+        NQMError
+            If the model gives something else than logits.
+        """
+        inputs, _ = batch
+        with torch.no_grad():
+            logits = copy.deepcopy(self.model).train()(inputs)  # its running statistics move
+        if not isinstance(logits, Tensor):
+            raise NQMError(
+                f"model {self.run.model.name} gives a {type(logits).__name__} in training, not "
+                "logits; set model.aux_logits = false if it has auxiliary outputs"
+            )
+        set_lr(self.optimizer, 0.0)
+        self.model.train()
+        self._base_step(batch)
+        settings = self.run.late_phase
+        if settings is not None:
+            self.spawn()
+            assert self.late is not None
+            assert self.member_optimizer is not None
+            set_lr(self.member_optimizer, 0.0)
+            self.late.train()
+            count = settings.members if settings.fused else 2
+            self.late.step(
+                [batch] * count,
+                self.task.loss,
+                self.optimizer,
+                self.member_optimizer,
+                fused=settings.fused,
+                autocast=self.autocast,
+            )
+        if self.run.average is not None:
+            self._update_average()
+
+    def _base_step(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        enabled = self.autocast is not None
+
+        def run(args: Any, kwargs: Any, learn: Callable[[Any], Tensor]) -> Tensor:
+            with torch.autocast(self.place.device.type, self.autocast, enabled=enabled):
+                return learn(self.forward(*args, **kwargs))
+
+        count = self.run.train.micro_batches
+        loss = backward_in_pieces(self.model, batch, count, self.task.loss, run, self.known_pieces)
+        self.optimizer.step()
+        return loss.reshape(1)
+
+    def _set_rates(self) -> None:
+        train, late = self.run.train, self.run.late_phase
+        now = self.epoch if train.lr_every == "step" else self.done // len(self.task.stream)
+        set_lr(self.optimizer, float(train.lr(now)))
+        if self.member_optimizer is not None and late is not None:
+            set_lr(self.member_optimizer, float((late.lr or train.lr)(now)))
+
+    def finite(self) -> bool:
+        """Whether every loss was, in all processes, since the history's last row."""
+        total = self.losses[0]
+        return bool((total if self.place.world == 1 else summed(total)).isfinite())
+
+    def take_mean_loss(self) -> float:
+        """Mean training loss since it was taken last."""
+        total, count = self.losses.tolist()
+        self.losses.zero_()
+        return total / count if count else float("nan")
+
+    def end_epoch(self, epoch: int) -> None:
+        """Take the snapshot of SWA; `epoch` epochs are done."""
+        settings = self.run.average
+        if settings is not None and settings.method == "swa" and epoch > settings.start_epoch:
+            self._update_average()
+
+    def _update_average(self) -> None:
+        if self.average is None:
+            self.average = self._new_average()
+        self.average.update_parameters(self.trained)
+
+    def _new_average(self) -> AveragedModel:
+        settings = self.run.average
+        assert settings is not None
+        if settings.method == "swa":
+            return averaging.swa(self.trained)
+        return averaging.ema(self.trained, settings.decay)
+
+    def _hooked(self, optimizer: Optimizer, *, stacked: bool = False) -> Optimizer:
+        """Have gradients averaged over ranks, and clipped, before every step."""
+        world, norm = self.place.world, self.run.train.clip_norm
+
+        def before(optimizer: Optimizer, *_: Any) -> None:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            if world > 1:
+                average_gradients(held)
+            if norm is not None and stacked:
+                clip_rows(held, norm)
+            elif norm is not None:
+                nn.utils.clip_grad_norm_(held, norm)
+
+        if world > 1 or norm is not None:
+            optimizer.register_step_pre_hook(before)
+        return optimizer
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit; tensors and plain values."""
+        state: dict[str, Any] = {
+            "done": self.done,
+            "rows": self.rows,
+            "losses": self.losses,
+            "weights": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.place.device.type == "cuda":
+            state["cuda_random"] = torch.cuda.get_rng_state(self.place.device)
+        if self.member_optimizer is not None:
+            state["member_optimizer"] = self.member_optimizer.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, of this run or of one with the same beginning."""
+        if "member_optimizer" in state:
+            self.spawn()
+        self.trained.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.member_optimizer is not None:
+            self.member_optimizer.load_state_dict(state["member_optimizer"])
+        if "average" in state:
+            self.average = self._new_average()
+            self.average.load_state_dict(state["average"])
+        self.done = state["done"]
+        self.rows = list(state["rows"])
+        self.losses.copy_(state["losses"])
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.place.device)
+
+
+def _channels_last(model: nn.Module) -> None:
+    """Lay kernels out for channels-last images; banks of kernels have an axis too many for it."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)

@@ -1,0 +1,136 @@
+"""Sweeps of training runs, by the machinery of the theory's sweeps.
+
+A file names a recipe and the axes::
+
+    recipe = "digits_bn"
+    arm = "late_phase"
+    [sweep]
+    seed = [0, 1, 2]
+    "late_phase.members" = [2, 5, 10]
+
+Every cell is one run of one arm; what is no key of the file's own is an entry of the recipe.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from neural.data import load
+from neural.data.catalog import data_root
+from neural.training import preflight
+from neural.training.config import RunConfig, describe
+from neural.training.recipe import load_recipe, make_recipe, merge
+from neural.training.task import Place, open_task
+from neural.training.train import train
+from nqm.errors import NQMError, suggest
+from nqm.runs import toml
+from nqm.runs.sweep import Work
+
+_OWN = ("recipe", "scale", "arm", "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    run: RunConfig
+    place: Place = field(default_factory=Place)
+
+    def check(self) -> None:
+        """Raise NQMError if its data, sizes, selections or cycles do not fit (see `preflight`)."""
+        run = replace(self.run, seed=0)
+        asked = toml.key({"run": describe(run), "root": str(data_root(self.place.root))})
+        if asked not in _SOUND:
+            data = _loaded(run.data.name, data_root(self.place.root))
+            preflight.check_run(run, self.place, open_task(run, self.place, data))
+            _SOUND.add(asked)
+
+
+#: Keys of runs that were found sound; cells that differ by their seed are alike.
+_SOUND: set[str] = set()
+#: The cells of a sweep have one data set, as a rule.
+_loaded = lru_cache(maxsize=1)(load)
+
+
+def work(runs: Path, place: Place) -> Work:
+    """What the cells of a sweep of training runs are.
+
+    Parameters
+    ----------
+    runs : Path
+        Takes a folder per cell, named by its key: a killed sweep goes on inside a cell.
+    place : Place
+    """
+    made = partial(build, place=place)
+    return Work(made, key, partial(_train, runs=runs, place=place), _describe)
+
+
+def build(mapping: Mapping[str, Any], folder: str | Path = ".", place: Place | None = None) -> Cell:
+    """The run of one cell.
+
+    Parameters
+    ----------
+    mapping : mapping
+        ``recipe``, and optionally ``scale``, ``arm`` (the recipe's last by default) and ``seed``;
+        other entries change the recipe's.
+    folder : str or Path
+        Where the path of a recipe of one's own starts from.
+    place : Place, optional
+        Where it will be trained.
+    """
+    toml.require("", mapping, "recipe")
+    name = toml.leaf("recipe", mapping["recipe"], str)
+    path = str(Path(folder, name)) if name.endswith(".toml") else name
+    made = load_recipe(path, toml.leaf("scale", mapping.get("scale", "full"), str))
+    changed = copy.deepcopy(dict(made.mapping))
+    changes = {name: value for name, value in mapping.items() if name not in _OWN}
+    merge(changed, changes)
+    arms = make_recipe(made.name, changed, made.scale).arms
+    arm = toml.leaf("arm", mapping.get("arm", list(arms)[-1]), str)
+    if arm not in arms:
+        raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
+    _check_effect(arm, changed["arm"][arm], changes)
+    seed = toml.leaf("seed", mapping.get("seed", 0), int)
+    return Cell(replace(arms[arm], seed=seed), place or Place())
+
+
+def _check_effect(arm: str, table: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Raise NQMError if the arm does not use what is changed, or states it itself."""
+    for name in ("late_phase", "average"):
+        if name in changes and name not in table.get("use", ()):
+            raise NQMError(f"{name} changes nothing: arm {arm!r} does not use it; choose another")
+    left = [("", table, changes)]
+    while left:
+        where, own, new = left.pop()
+        for name in own.keys() & new.keys():
+            if isinstance(own[name], Mapping) and isinstance(new[name], Mapping):
+                left.append((f"{where}{name}.", own[name], new[name]))
+            else:
+                raise NQMError(
+                    f"{where}{name} changes nothing: arm {arm!r} states its own; "
+                    f"change arm.{arm}.{where}{name}"
+                )
+
+
+def key(mapping: Mapping[str, Any], folder: str | Path = ".") -> str:
+    """Content key: of the resolved run, or, of a part of a mapping, of the part."""
+    return toml.key(_describe(mapping, folder))
+
+
+def _describe(mapping: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    return describe(build(mapping, folder).run) if "recipe" in mapping else dict(mapping)
+
+
+def _train(cell: Cell, key: str, *, runs: Path, place: Place) -> pd.DataFrame:
+    outcome = train(cell.run, runs / key[:16], place)
+    if outcome.result.empty:
+        nothing = {"weights": "", "member": -1, "data": "", "metric": "", "value": float("nan")}
+        return pd.DataFrame([{"status": outcome.status, **nothing}])
+    return outcome.result.assign(status=outcome.status)

@@ -1,0 +1,265 @@
+"""What a run is trained and judged on: a stream of batches, a loss, a test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neural.data import (
+    Data,
+    FolderBatches,
+    ImageBatches,
+    ImageData,
+    Images,
+    StreamData,
+    TextBatches,
+    TextData,
+    evaluation_batches,
+    evaluation_windows,
+    load,
+)
+from neural.evaluate import Score, score, score_text
+from neural.late_phase.members import Batch
+from neural.training.config import RunConfig, refuse_unused
+from nqm.errors import NQMError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+
+
+class Stream(Protocol):
+    """Training batches that depend on (seed, epoch, index) alone."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0, /) -> Iterator[Batch]:
+        """Batches of an epoch from batch `start` on."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes.
+
+    Attributes
+    ----------
+    device : torch.device
+        Small sets of images live there whole, as bytes.
+    root : Path, optional
+        Folder of data files.
+    rank, world : int
+        This process takes its share of every minibatch.
+    workers : int
+        Processes that decode images.
+    tensorboard : bool
+        Whether to note the history for TensorBoard as well.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    root: Path | None = None
+    rank: int = 0
+    world: int = 1
+    workers: int = 0
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set as a run sees it.
+
+    Attributes
+    ----------
+    label : str
+        For tables and figures.
+    classes, channels : int
+        Of the model; classes are symbols for text, whose channels are 0.
+    stream : Stream
+        Training batches.
+    test : callable
+        Makes the test batches, in order.
+    smoothing : float
+        Of labels.
+    normalised : callable, optional
+        Batches of other `Images` under this set's normalisation; None for text.
+    images : Images, optional
+        The test images, where they are in memory.
+    """
+
+    label: str
+    classes: int
+    channels: int
+    stream: Stream
+    test: Callable[[], Iterator[Batch]]
+    smoothing: float
+    normalised: Callable[[Images], Iterator[Batch]] | None = None
+    images: Images | None = None
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of logits (B, C) or (B, L, C), nats."""
+        # In float32 at least, whatever the model ran in.
+        logits = output.to(torch.promote_types(output.dtype, torch.float32)).flatten(0, -2)
+        return nn.functional.cross_entropy(
+            logits, targets.flatten(), label_smoothing=self.smoothing
+        )
+
+    def score(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> Score:
+        """Mean loss, nats, and accuracy; a language model's state goes on over the windows.
+
+        Parameters
+        ----------
+        model : Module
+        batches : iterable, optional
+            The test set by default.
+        """
+        kind = score_text if self.channels == 0 else score
+        return kind(model, self.test() if batches is None else batches)
+
+
+def open_task(run: RunConfig, place: Place, data: Data | None = None) -> Task:
+    """What a run is trained and judged on.
+
+    Parameters
+    ----------
+    run : RunConfig
+    place : Place
+    data : ImageData, StreamData or TextData, optional
+        The run's data set, if it is in memory already.
+
+    Raises
+    ------
+    NQMError
+        If the set is missing, cannot be trained on as the run asks, or would ignore a setting.
+    """
+    data = load(run.data.name, place.root) if data is None else data
+    if isinstance(data, TextData):
+        return _text(run, data, place)
+    if isinstance(data, StreamData):
+        return _folder(run, data, place)
+    return _images(run, data, place)
+
+
+def _images(run: RunConfig, data: ImageData, place: Place) -> Task:
+    settings = run.data
+    refuse_unused(settings, "data", ("length",), "images have none")
+    if data.train is None:
+        raise NQMError(f"data.name {settings.name!r} has no training part; it serves as OOD data")
+    # The same part for every seed: seeds differ by training alone.
+    train = _part("train_examples", data.train, settings.train_examples)
+    test = _part("test_examples", data.test, settings.test_examples).to(place.device)
+    layout = torch.channels_last if run.train.channels_last else None
+    mean, std = settings.mean or data.mean, settings.std or data.std
+    stream = ImageBatches(
+        train,
+        settings.batch_size,
+        mean=mean,
+        std=std,
+        augment=settings.augment,
+        cutout=settings.cutout,
+        sampling=settings.sampling,
+        seed=run.seed,
+        device=place.device,
+        rank=place.rank,
+        world=place.world,
+        dtype=DTYPES[run.train.precision],
+        memory_format=layout,
+    )
+
+    def normalised(images: Images) -> Iterator[Batch]:
+        size = run.evaluate.batch_size
+        for x, y in evaluation_batches(images, size, mean, std, place.device):
+            form = layout or torch.contiguous_format
+            yield x.to(DTYPES[run.train.precision], memory_format=form), y
+
+    return Task(
+        data.label,
+        data.classes,
+        data.shape[0],
+        stream,
+        lambda: normalised(test),
+        run.train.label_smoothing,
+        normalised,
+        test,
+    )
+
+
+def _part(name: str, images: Images, count: int | None) -> Images:
+    if count is None:
+        return images
+    if count > len(images):
+        raise NQMError(f"data.{name} must be at most {len(images)}; got {count}")
+    return images.subset(count)
+
+
+def _start(name: str, text: Tensor, count: int | None) -> Tensor:
+    if count is not None and count > len(text):
+        raise NQMError(f"data.{name} must be at most the {len(text)} bytes there are; got {count}")
+    return text[:count]
+
+
+def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
+    settings = run.data
+    refuse_unused(settings, "data", ("length",), "images have none")
+    refuse_unused(
+        settings,
+        "data",
+        ("augment", "cutout"),
+        "streamed images are cropped at random and mirrored",
+    )
+    refuse_unused(settings, "data", ("sampling",), "streamed images are always shuffled")
+    refuse_unused(
+        settings, "data", ("train_examples", "test_examples"), "all streamed images are used"
+    )
+    layout = torch.channels_last if run.train.channels_last else None
+    shared: dict[str, Any] = {
+        "mean": settings.mean or data.mean,
+        "std": settings.std or data.std,
+        "device": place.device,
+        "workers": place.workers,
+        "memory_format": layout,
+        "dtype": DTYPES[run.train.precision],
+    }
+    stream = FolderBatches(
+        data.train,
+        run.data.batch_size,
+        seed=run.seed,
+        rank=place.rank,
+        world=place.world,
+        **shared,
+    )
+    test = FolderBatches(
+        data.test, run.evaluate.batch_size, train=False, resize=data.resize, **shared
+    )
+    smoothing = run.train.label_smoothing
+    return Task(data.label, data.classes, 3, stream, test.epoch, smoothing)
+
+
+def _text(run: RunConfig, data: TextData, place: Place) -> Task:
+    settings = run.data
+    refuse_unused(settings, "data", ("augment", "cutout", "mean", "std"), "a text has none")
+    refuse_unused(run.train, "train", ("channels_last",), "a text has no channels")
+    data = data.compact()
+    train = _start("train_examples", data.train, settings.train_examples)
+    test = _start("test_examples", data.test, settings.test_examples)
+    stream = TextBatches(
+        train,
+        settings.batch_size,
+        settings.length,
+        seed=run.seed,
+        sampling=settings.sampling,
+        device=place.device,
+        rank=place.rank,
+        world=place.world,
+    )
+    rows = max(1, run.evaluate.batch_size // settings.length)
+    return Task(
+        data.label,
+        data.symbols,
+        0,
+        stream,
+        lambda: evaluation_windows(test, rows, settings.length, place.device),
+        run.train.label_smoothing,
+    )

@@ -1,0 +1,1 @@
+"""Problems: quadratics, least squares, curvature spectra."""

@@ -1,0 +1,202 @@
+"""One-pass least squares with Gaussian inputs: gradient noise that depends on the weights.
+
+Inputs x ~ N(0, H), labels y = x'w* + e with Var e = s2, every example used once. A minibatch of B
+examples has the gradient 1/B sum x (x'u - e) at the displacement u = w - w*, whose mean is H u and
+whose noise has, by Wick's theorem, the covariance
+
+    1/B (H u u' H + (u'Hu + s2) H).
+
+So along an eigendirection the noise variance is (h_i^2 u_i^2 + h_i (2 L + s2)) / B: the loss L
+itself drives every direction, and the noise of the labels is the h_i s2 that stays at the minimum.
+Second moments still close, though directions no longer evolve on their own (`nqm.solvers.
+least_squares`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nqm.errors import NQMError, check_integer, check_number, shown
+from nqm.limits import check_memory, check_work
+from nqm.problems.quadratic import FloatArray, Problem, Quadratic
+
+_VECTORS = ("curvature", "multiplicity", "initial_mean", "initial_variance", "minimum")
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class LeastSquares(Quadratic):
+    """Linear regression on a stream of Gaussian inputs, in the eigenbasis of their covariance.
+
+    Every vector but the first broadcasts from a scalar and ends as a read-only float64 array.
+
+    Parameters
+    ----------
+    curvature : array_like, shape (d,)
+        Eigenvalues h of the inputs' covariance, >= 0.
+    label_noise : float
+        Variance s2 of the labels about the best linear prediction, >= 0.
+    initial_mean, initial_variance : array_like, shape (d,)
+        Start of the displacement from w* (N(0, 1) by default).
+    multiplicity : array_like, shape (d,)
+        How many equal directions each entry stands for, > 0 (1 by default).
+    minimum : array_like, shape (d,)
+        Position w*; only weight decay towards the origin looks at it.
+
+    Raises
+    ------
+    NQMError
+        On a negative curvature or variance, a NaN, or lengths that do not match.
+    """
+
+    curvature: FloatArray
+    label_noise: float
+    initial_mean: FloatArray
+    initial_variance: FloatArray
+    multiplicity: FloatArray
+    minimum: FloatArray
+
+    def __init__(
+        self,
+        curvature: ArrayLike,
+        label_noise: float = 0.0,
+        initial_mean: ArrayLike = 0.0,
+        initial_variance: ArrayLike = 1.0,
+        multiplicity: ArrayLike = 1.0,
+        minimum: ArrayLike = 0.0,
+    ):
+        check_number("problem.label_noise", label_noise, low=0.0)
+        checked = Problem(
+            curvature, 0.0, multiplicity, initial_mean, initial_variance, minimum
+        )  # one place knows what a vector of the problem may hold
+        for name in _VECTORS:
+            object.__setattr__(self, name, getattr(checked, name))
+        object.__setattr__(self, "label_noise", float(label_noise))
+
+    @property
+    def irreducible_loss(self) -> float:
+        """Loss s2 / 2 of the best weights, left out of every reported loss."""
+        return 0.5 * self.label_noise
+
+    def additive(self) -> Problem:
+        """The same quadratic with the noise of the minimum everywhere, v_i = h_i s2."""
+        return Problem(
+            self.curvature,
+            self.label_noise * self.curvature,
+            self.multiplicity,
+            self.initial_mean,
+            self.initial_variance,
+            self.minimum,
+            self.irreducible_loss,
+        )
+
+    def key(self) -> str:
+        """Content key: equal problems, and only they, share it."""
+        digest = hashlib.sha256(b"least squares")
+        for name in _VECTORS:
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        digest.update(np.float64(self.label_noise).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def any_problem(where: str, problem: object) -> Problem | LeastSquares:
+    """The problem of a function that takes both kinds; NQMError for anything else."""
+    if not isinstance(problem, Problem | LeastSquares):
+        raise NQMError(
+            f"{where}: problem must be a Problem or a LeastSquares; got {shown(problem)}"
+        )
+    return problem
+
+
+def additive_only(where: str, problem: object) -> Problem:
+    """The problem of a function that needs noise independent of the weights; else NQMError."""
+    if isinstance(problem, LeastSquares):
+        raise NQMError(
+            f"{where} needs a Problem, whose noise does not depend on the weights; a LeastSquares "
+            "has solve, sample, steady, stability_edge, best_lr and steps_to_target, and its "
+            "additive() is a Problem with the noise of the minimum"
+        )
+    if not isinstance(problem, Problem):
+        raise NQMError(f"{where}: problem must be a Problem; got {shown(problem)}")
+    return problem
+
+
+def power_law(
+    directions: int, alpha: float = 1.0, beta: float = 1.0, label_noise: float = 0.0
+) -> LeastSquares:
+    """Curvature h_j = j^(-2 alpha), target coefficients w*_j = j^(-beta), start at w = 0.
+
+    The source and capacity conditions of kernel regression in their plainest form.
+    """
+    check_integer("power_law.directions", directions, 1)
+    check_memory("power_law.directions", directions, 6.0 * directions)
+    curvature, target = _laws(directions, alpha, beta, "power_law")
+    return LeastSquares(curvature, label_noise, -target, 0.0, minimum=target)
+
+
+def random_features(
+    features: int,
+    hidden: int,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    label_noise: float = 0.0,
+    seed: int = 0,
+) -> LeastSquares:
+    """Power-law random features: linear regression on ``W'x``, start at zero weights.
+
+    Data x in R^hidden with Var x_j = j^(-2 alpha), target y = sum_j j^(-beta) x_j + e, and a fixed
+    W of independent N(0, 1 / features) (Maloney, Roberts & Sully 2022; Paquette et al. 2024,
+    "4+3 phases of compute-optimal neural scaling laws", section 1.1).
+
+    What of the target the features cannot express is a Gaussian independent of all features, so
+    it acts exactly as label noise: `label_noise` of the result is that misfit plus the labels'
+    own, and `irreducible_loss` is what no training removes.
+
+    Parameters
+    ----------
+    features : int
+        Trained weights.
+    hidden : int
+        Dimension of the data.
+    alpha, beta : float
+        Decay of the data's spectrum and of the target, >= 0.
+    label_noise : float
+        Variance of e.
+    seed : int
+        Of W.
+    """
+    check_integer("random_features.features", features, 1)
+    check_integer("random_features.hidden", hidden, 1)
+    check_integer("random_features.seed", seed, 0)
+    check_number("random_features.label_noise", label_noise, low=0.0)
+    # The matrix, its copy and its two factors, then some 4 m n min(m, n) multiplications.
+    small, large = sorted((features, hidden))
+    where = "random_features.features" if features >= hidden else "random_features.hidden"
+    check_memory(where, large, 3.0 * features * hidden + 2.0 * small**2)
+    check_work(where, large, 4.0 * large * small**2, "of a singular value decomposition")
+    variance, target = _laws(hidden, alpha, beta, "random_features")
+    draw = np.random.default_rng(seed).standard_normal((hidden, features))
+    scaled = np.sqrt(variance)[:, None] * draw / np.sqrt(features)
+    # Lambda^1/2 W = U S V': the features' covariance is V S^2 V', and w* = V S^-1 U' Lambda^1/2 b.
+    basis, singular, _ = np.linalg.svd(scaled, full_matrices=False)
+    kept = singular > np.finfo(np.float64).eps * max(scaled.shape) * singular[0]
+    basis, singular = basis[:, kept], singular[kept]
+    signal = np.sqrt(variance) * target
+    seen = basis.T @ signal
+    misfit = signal - basis @ seen
+    optimum = seen / singular
+    total = label_noise + float(misfit @ misfit)
+    return LeastSquares(singular**2, total, -optimum, 0.0, minimum=optimum)
+
+
+def _laws(size: int, alpha: float, beta: float, where: str) -> tuple[FloatArray, FloatArray]:
+    """(j^(-2 alpha), j^(-beta)) for j = 1..size."""
+    check_number(f"{where}.alpha", alpha, low=0.0)
+    check_number(f"{where}.beta", beta, low=0.0)
+    j = np.arange(1.0, size + 1)
+    if not j[-1] ** (-2.0 * alpha) > 0.0:
+        raise NQMError(f"{where}.alpha must leave curvatures above 0; got {alpha!r}")
+    return j ** (-2.0 * alpha), j**-beta

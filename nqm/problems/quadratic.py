@@ -1,0 +1,448 @@
+"""The noisy quadratic problem: a loss that is quadratic and a gradient that is noisy.
+
+In the eigenbasis of the Hessian every direction evolves on its own,
+
+    L(x) = 1/2 sum_i m_i h_i x_i^2,      g_i(x) = h_i x_i + e_i,      Var e_i = v_i / B,
+
+with curvature h, noise variance v of one example's gradient, batch size B and the displacement
+x = w - w* from the minimum (Zhang et al. 2019, "Which algorithmic choices matter at which batch
+sizes?", section 3). A direction may stand for m_i equal ones (its multiplicity).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any, Self, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nqm.errors import NQMError, check_integer, check_number, shown
+from nqm.limits import check_memory
+from nqm.problems.correlation import Correlation
+
+FloatArray = NDArray[np.float64]
+
+#: Relative size below which an eigenvalue of a measured Hessian counts as zero.
+FLAT = 1e-12
+
+
+class Quadratic:
+    """What every problem with a quadratic loss shares; `Problem` is the one with additive noise."""
+
+    curvature: FloatArray
+    multiplicity: FloatArray
+    initial_mean: FloatArray
+    initial_variance: FloatArray
+
+    @property
+    def correlated(self) -> bool:
+        """Whether directions are correlated, by the noise or by the start.
+
+        Expected losses of linear methods do not depend on it; how the loss varies does.
+        """
+        return False
+
+    @property
+    def directions(self) -> int:
+        """Number of entries d (equal directions count once)."""
+        return self.curvature.size
+
+    @property
+    def weight(self) -> FloatArray:
+        """Loss per unit of second moment, m h / 2, shape (d,)."""
+        return 0.5 * self.multiplicity * self.curvature
+
+    @property
+    def initial_loss(self) -> float:
+        """Expected loss of the start."""
+        return float(self.weight @ (self.initial_mean**2 + self.initial_variance))
+
+    def replace(self, **changes: Any) -> Self:
+        """Copy with some fields changed."""
+        held = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        return type(self)(**(held | changes))
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Problem(Quadratic):
+    """A noisy quadratic problem in the eigenbasis of its Hessian.
+
+    Every field but the first broadcasts from a scalar and ends as a read-only float64 array.
+
+    Parameters
+    ----------
+    curvature : array_like, shape (d,)
+        Eigenvalues h of the Hessian, >= 0.
+    noise_variance : array_like, shape (d,)
+        Variance v of one example's gradient along each direction, >= 0; a batch of B has v / B.
+    multiplicity : array_like, shape (d,)
+        How many equal directions each entry stands for, > 0 (1 by default).
+    initial_mean, initial_variance : array_like, shape (d,)
+        Gaussian start of the displacement from the minimum (N(0, 1) by default).
+    minimum : array_like, shape (d,)
+        Position w* of the minimum. Only methods that are not translation invariant
+        (multiplicative late-phase weights) look at it.
+    irreducible_loss : float
+        Constant left out of every reported loss, e.g. 1/2 tr(H Sigma) of noise on the minimum.
+    noise_correlation, initial_correlation : array_like, shape (d, d), optional
+        Correlations between directions of the noise and of the start, kept as `Correlation`; none
+        by default. They need multiplicity 1. Expected losses of linear methods do not depend on
+        them, the distribution of the loss does.
+
+    Raises
+    ------
+    NQMError
+        On a negative curvature or variance, a NaN, lengths that do not match, or a matrix that is
+        no correlation.
+    """
+
+    curvature: FloatArray
+    noise_variance: FloatArray
+    multiplicity: FloatArray
+    initial_mean: FloatArray
+    initial_variance: FloatArray
+    minimum: FloatArray
+    irreducible_loss: float
+    noise_correlation: Correlation | None
+    initial_correlation: Correlation | None
+
+    def __init__(
+        self,
+        curvature: ArrayLike,
+        noise_variance: ArrayLike,
+        multiplicity: ArrayLike = 1.0,
+        initial_mean: ArrayLike = 0.0,
+        initial_variance: ArrayLike = 1.0,
+        minimum: ArrayLike = 0.0,
+        irreducible_loss: float = 0.0,
+        noise_correlation: ArrayLike | Correlation | None = None,
+        initial_correlation: ArrayLike | Correlation | None = None,
+    ):
+        h = _vector("curvature", curvature, None, low=0.0)
+        object.__setattr__(self, "curvature", h)
+        values = (noise_variance, multiplicity, initial_mean, initial_variance, minimum)
+        for (name, low), value in zip(_LOWEST.items(), values, strict=True):
+            object.__setattr__(self, name, _vector(name, value, h.size, low=low))
+        if not np.all(self.multiplicity > 0):
+            raise NQMError(f"problem.multiplicity must be > 0; got {self.multiplicity.min():g}")
+        check_number("problem.irreducible_loss", irreducible_loss, low=0.0)
+        object.__setattr__(self, "irreducible_loss", float(irreducible_loss))
+        stated = {
+            "noise_correlation": noise_correlation,
+            "initial_correlation": initial_correlation,
+        }
+        for name, given in stated.items():
+            where = f"problem.{name}"
+            held = None if given is None else Correlation.of(where, given, h.size)
+            object.__setattr__(self, name, held)
+            if held is not None and np.any(self.multiplicity != 1.0):
+                raise NQMError(
+                    f"{where} needs multiplicity 1: a direction that stands for several has no one "
+                    f"correlation; got {self.multiplicity[self.multiplicity != 1.0][0]:g}"
+                )
+
+    @property
+    def correlated(self) -> bool:
+        """Whether directions are correlated, by the noise or by the start."""
+        return self.noise_correlation is not None or self.initial_correlation is not None
+
+    def key(self) -> str:
+        """Content key: equal problems, and only they, share it."""
+        digest = hashlib.sha256()
+        for name in ("curvature", *_LOWEST):
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        digest.update(np.float64(self.irreducible_loss).tobytes())
+        for name in ("noise_correlation", "initial_correlation"):
+            held = getattr(self, name)
+            if held is not None:
+                digest.update(name.encode() + np.ascontiguousarray(held.matrix).tobytes())
+        return digest.hexdigest()[:16]
+
+    def precondition(self, p: ArrayLike) -> Problem:
+        """The same training seen with preconditioned gradients ``p * g``, p > 0, shape (d,).
+
+        Preconditioning is a change of variables y = x / sqrt(p) and so a change of problem,
+        (h, v) -> (p h, p v) with the start scaled by 1 / sqrt(p); every loss is unchanged.
+        """
+        p = _vector("p", p, self.directions, low=0.0)
+        if not np.all(p > 0):
+            raise NQMError(f"precondition: p must be > 0; got {p.min():g}")
+        root = np.sqrt(p)
+        return self.replace(
+            curvature=p * self.curvature,
+            noise_variance=p * self.noise_variance,
+            initial_mean=self.initial_mean / root,
+            initial_variance=self.initial_variance / p,
+            minimum=self.minimum / root,
+        )
+
+    def expanded(self) -> Problem:
+        """Every direction written out, multiplicity 1 (integer multiplicities only).
+
+        Expected losses are the same; the *distribution* of the loss over runs needs this form
+        for Monte Carlo, where one entry is otherwise simulated once and counted m times.
+        """
+        counts = self.multiplicity.astype(np.int64)
+        if not np.array_equal(counts, self.multiplicity):
+            raise NQMError("expanded: multiplicity must hold whole numbers; got fractions")
+        fields_of_a_problem = 6
+        check_memory(
+            "expanded: the sum of multiplicity", float(counts.sum()),
+            fields_of_a_problem * self.multiplicity.sum(),
+        )  # fmt: skip
+        repeated = {
+            name: np.repeat(getattr(self, name), counts)
+            for name in ("curvature", *_LOWEST)
+            if name != "multiplicity"
+        }
+        return self.replace(multiplicity=1.0, **repeated)
+
+    def binned(self, bins: int) -> Problem:
+        """Directions merged into at most `bins` groups of nearly equal curvature.
+
+        Groups are geometric in curvature. Each takes the means of its members weighted by
+        multiplicity, so the traces of H and C and the initial loss to first order are kept
+        (rounding down to a bin edge would lose several percent of the trace).
+
+        Raises
+        ------
+        NQMError
+            Where directions are correlated: a group has no one correlation with another.
+        """
+        check_integer("binned: bins", bins, 1)
+        if self.correlated:
+            raise NQMError(
+                "binned: directions are correlated; where expected losses are enough, drop that by "
+                "problem.replace(noise_correlation=None, initial_correlation=None)"
+            )
+        positive = self.curvature > 0
+        label = np.zeros(self.directions)
+        if positive.any():
+            log = np.log(self.curvature[positive])
+            # By arithmetic, for any number of bins; the largest curvature belongs to the last.
+            width = (log.max() - log.min()) / bins
+            place = np.floor((log - log.min()) / width) if width > 0.0 else np.zeros(log.size)
+            label[positive] = 1.0 + np.minimum(place, bins - 1.0)
+        _, group = np.unique(label, return_inverse=True)
+        count = np.bincount(group, self.multiplicity)
+
+        def mean(values: FloatArray, by: FloatArray) -> FloatArray:
+            total = np.bincount(group, by)
+            plain = np.bincount(group, self.multiplicity * values) / count
+            kept = np.divide(np.bincount(group, by * values), total, where=total > 0, out=plain)
+            return np.asarray(kept)
+
+        weight = self.weight
+        return Problem(
+            curvature=mean(self.curvature, self.multiplicity),
+            noise_variance=mean(self.noise_variance, self.multiplicity),
+            multiplicity=count,
+            # Weighted by curvature so that the initial loss survives the merging exactly.
+            initial_mean=np.zeros_like(count),
+            initial_variance=mean(self.initial_mean**2 + self.initial_variance, weight),
+            minimum=mean(self.minimum, self.multiplicity),
+            irreducible_loss=self.irreducible_loss,
+        )
+
+    @classmethod
+    def from_minimum_noise(
+        cls, curvature: ArrayLike, minimum_variance: ArrayLike, **fields: Any
+    ) -> Problem:
+        """Noise stated on the minimum: L = 1/2 (x + e)' H (x + e), e ~ N(0, Sigma).
+
+        Then the gradient noise is C = H Sigma H (here v = h^2 s2) and every loss carries the
+        constant 1/2 tr(H Sigma), kept as `irreducible_loss` (the convention of von Oswald et
+        al. 2021, section 3.1).
+
+        Parameters
+        ----------
+        curvature, minimum_variance : array_like, shape (d,)
+            h and the variance s2 of one example's minimum along each direction.
+        **fields
+            Any further field of `Problem`.
+        """
+        h = _vector("curvature", curvature, None, low=0.0)
+        s2 = _vector("minimum_variance", minimum_variance, h.size, low=0.0)
+        count = np.broadcast_to(np.asarray(fields.get("multiplicity", 1.0), dtype=float), h.shape)
+        constant = float(0.5 * np.sum(count * h * s2))
+        return cls(h, h**2 * s2, irreducible_loss=constant, **fields)
+
+    @classmethod
+    def from_matrices(
+        cls,
+        hessian: ArrayLike,
+        noise_covariance: ArrayLike,
+        *,
+        initial_mean: ArrayLike = 0.0,
+        initial_covariance: ArrayLike | None = None,
+        minimum: ArrayLike = 0.0,
+    ) -> Problem:
+        """Problem of dense matrices H and C that need not commute.
+
+        In H's eigenbasis the variance of each direction is driven by its own noise alone, so
+        expected losses see the diagonal of U' C U. How the loss varies from run to run depends on
+        the rest as well, which is kept as `noise_correlation` and `initial_correlation`.
+
+        Parameters
+        ----------
+        hessian, noise_covariance : array_like, shape (d, d)
+            Symmetric, positive semi-definite.
+        initial_mean : array_like, shape (d,) or scalar
+            In the coordinates of `hessian`, as are the two below.
+        initial_covariance : array_like, shape (d, d), optional
+            Identity by default.
+        minimum : array_like, shape (d,) or scalar
+            Position w*.
+
+        Raises
+        ------
+        NQMError
+            If a matrix is not square, symmetric or positive semi-definite.
+        """
+        h_matrix = _semidefinite("hessian", hessian, None)
+        size = h_matrix.shape[0]
+        c_matrix = _semidefinite("noise_covariance", noise_covariance, size)
+        start = np.eye(size) if initial_covariance is None else initial_covariance
+        start = _semidefinite("initial_covariance", start, size)
+        h, basis = np.linalg.eigh(h_matrix)
+
+        order = slice(None, None, -1)  # largest curvature first
+        v, noise_correlation = Correlation.of_factor((basis.T @ _factor(c_matrix))[order])
+        s, initial_correlation = Correlation.of_factor((basis.T @ _factor(start))[order])
+        return cls(
+            np.maximum(h, 0.0)[order],
+            v,
+            initial_mean=(basis.T @ _vector("initial_mean", initial_mean, size))[order],
+            initial_variance=s,
+            minimum=(basis.T @ _vector("minimum", minimum, size))[order],
+            noise_correlation=noise_correlation,
+            initial_correlation=initial_correlation,
+        )
+
+    @classmethod
+    def from_linear_regression(
+        cls, features: ArrayLike, target: ArrayLike, *, start: ArrayLike = 0.0
+    ) -> Problem:
+        """Measure curvature and gradient noise of least squares on real data.
+
+        For ``L(w) = 1/(2 N) |X w - y|^2`` the Hessian is H = X'X / N, and one example drawn with
+        replacement has gradient x (x'w - y). Its covariance at the minimum,
+        C = 1/N sum_n r_n^2 x_n x_n' with residuals r, is taken as the noise everywhere: the
+        additive picture, which leaves out that the noise grows with the distance from w*.
+        Directions in which the data do not vary at all are dropped; they cannot change the loss.
+
+        Parameters
+        ----------
+        features : array_like, shape (N, p)
+        target : array_like, shape (N,)
+        start : array_like, shape (p,) or scalar
+            Weights at the start of training; the displacement from w* becomes `initial_mean`
+            (with no variance).
+        """
+        x = np.asarray(features, dtype=np.float64)
+        y = np.asarray(target, dtype=np.float64)
+        if x.ndim != 2 or y.shape != (x.shape[0],):
+            raise NQMError(
+                f"from_linear_regression expects features (N, p) and target (N,); "
+                f"got {x.shape} and {y.shape}"
+            )
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise NQMError("from_linear_regression: features and target must be finite; got NaN")
+        if not np.any(x):
+            got = "none" if x.size == 0 else "zeros only"
+            raise NQMError(f"from_linear_regression: features must vary; got {got}")
+        examples, width = x.shape
+        _, singular, basis = np.linalg.svd(x, full_matrices=False)
+        h = singular**2 / examples
+        kept = h > FLAT * h[0]
+        h, basis = h[kept], basis[kept].T
+        projected = x @ basis  # (N, d): every example along the eigendirections
+        optimum = (projected.T @ y) / examples / h
+        residual = y - projected @ optimum
+        gradients = (projected * residual[:, None]).T / np.sqrt(examples)
+        noise, correlation = Correlation.of_factor(gradients)
+        origin = basis.T @ _vector("start", start, width)
+        return cls(
+            h,
+            noise,
+            initial_mean=origin - optimum,
+            initial_variance=0.0,
+            minimum=optimum,
+            irreducible_loss=float(0.5 * np.mean(residual**2)),
+            noise_correlation=correlation,
+        )
+
+
+_LOWEST: dict[str, float] = {
+    "noise_variance": 0.0,
+    "multiplicity": 0.0,
+    "initial_mean": -np.inf,
+    "initial_variance": 0.0,
+    "minimum": -np.inf,
+}
+
+
+def numbers_above_zero(where: str, values: ArrayLike) -> FloatArray:
+    """One number or a list of them as a vector (n,); NQMError unless all are finite and > 0."""
+    try:
+        vector = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError):
+        vector = np.empty(0)
+    if vector.ndim != 1 or not vector.size or not np.all(np.isfinite(vector) & (vector > 0)):
+        raise NQMError(f"{where} must hold numbers > 0; got {shown(values)}")
+    return vector
+
+
+def _vector(name: str, value: ArrayLike, size: int | None, *, low: float = -np.inf) -> FloatArray:
+    """Read-only float64 copy of shape (size,), broadcast from a scalar."""
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise NQMError(f"problem.{name} must hold numbers; got {value!r:.80}") from None
+    if array.ndim > 1 or (size is None and array.ndim == 0):
+        array = array.reshape(-1) if array.ndim == 0 else array
+        if array.ndim > 1:
+            raise NQMError(f"problem.{name} must be one-dimensional; got shape {array.shape}")
+    if size is not None and array.ndim == 0:
+        array = np.full(size, float(array))
+    if array.size == 0:
+        raise NQMError(f"problem.{name} must have at least one entry; got none")
+    if size is not None and array.size != size:
+        raise NQMError(
+            f"problem.{name} has {array.size} entries but curvature has {size}; "
+            "give one number or one per direction"
+        )
+    if not np.isfinite(array).all():
+        raise NQMError(f"problem.{name} must be finite; got {array[~np.isfinite(array)][0]}")
+    if array.min() < low:
+        where = int(array.argmin())
+        raise NQMError(f"problem.{name} must be >= {low:g}; got {array[where]:g} at index {where}")
+    array.flags.writeable = False
+    return array
+
+
+def _factor(matrix: FloatArray) -> FloatArray:
+    """F with F F' a positive semi-definite matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+
+
+def _semidefinite(name: str, value: ArrayLike, size: int | None) -> FloatArray:
+    """Checked symmetric, positive semi-definite matrix of the given size."""
+    matrix = np.asarray(value, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise NQMError(f"{name} must be a square matrix; got shape {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise NQMError(f"{name} must be finite; got NaN or infinity")
+    if not np.allclose(matrix, matrix.T, rtol=1e-10, atol=1e-12 * np.abs(matrix).max()):
+        raise NQMError(f"{name} must be symmetric; it differs from its transpose")
+    if size is not None and matrix.shape[0] != size:
+        raise NQMError(f"{name} must have the hessian's size {size}; got shape {matrix.shape}")
+    values = np.linalg.eigvalsh(matrix)
+    if values[0] < -FLAT * np.abs(values).max():
+        raise NQMError(
+            f"{name} must be positive semi-definite; its least eigenvalue: {values[0]:g}"
+        )
+    return matrix

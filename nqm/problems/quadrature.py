@@ -1,0 +1,103 @@
+"""A few hundred directions that stand for thousands: quadrature of a spectrum in log curvature.
+
+Every expected loss is a sum over directions of a function that is smooth in log h. So is a Gauss
+rule: a block of directions, narrow in log h, is replaced by the few nodes of the Gauss rule of its
+own counting measure (Golub & Welsch 1969; Gautschi 2004, "Orthogonal polynomials", section 2.2),
+which sums polynomials of degree 2 points - 1 in log h over the block exactly. The other two
+measures that a loss needs, that of the start and that of the noise, are carried over by
+interpolation on the same nodes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg import eigh_tridiagonal
+
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problems.least_squares import additive_only
+from nqm.problems.quadratic import FloatArray, Problem
+
+
+def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Problem:
+    """Problem of far fewer directions with the same expected losses, to quadrature error.
+
+    Unlike `Problem.binned` it keeps not two moments of a bin but sixteen: with the defaults 10^4
+    directions of the harmonic spectrum become 268, and expected losses at constant or scheduled
+    rates agree to about 1e-12 relative for SGD and its averages and for moderate momentum. The
+    error grows where responses swing within one block, which hardly damped momentum makes them do:
+    1e-7 at momentum 0.999 and 1e-4 at 0.9999 were measured (10^4 steps at lr h = 0.01). Only
+    expected losses carry over, not the distribution of the loss (nor what correlates directions) or
+    the minimum.
+
+    Parameters
+    ----------
+    problem : Problem
+        Directions of zero curvature, which have no loss, are dropped.
+    points : int
+        Nodes of a block; a block of no more directions than that is left alone.
+    width : float
+        Width of a block in log curvature.
+
+    Returns
+    -------
+    Problem
+        Largest curvature first; fractional multiplicities.
+    """
+    problem = additive_only("condense", problem)
+    check_integer("condense: points", points, 1)
+    check_number("condense: width", width, low=0.0, closed_low=False)
+    kept = np.flatnonzero(problem.curvature > 0)
+    if not kept.size:
+        raise NQMError("condense: every direction is flat; give a curvature above 0")
+    order = kept[np.argsort(-problem.curvature[kept], kind="stable")]
+    log_h = np.log(problem.curvature[order])
+    count = problem.multiplicity[order]
+    start = problem.initial_mean[order] ** 2 + problem.initial_variance[order]
+    noise = problem.noise_variance[order]
+    label = ((log_h[0] - log_h) / width).astype(np.int64)
+    blocks: list[tuple[FloatArray, ...]] = []
+    for block in np.split(np.arange(order.size), np.flatnonzero(np.diff(label)) + 1):
+        entry = log_h[block], count[block], start[block], noise[block]
+        blocks.append(_gauss(*entry, points) if block.size > points else entry)
+    x, m, s, v = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    return Problem(
+        np.exp(x),
+        v,
+        multiplicity=m,
+        initial_variance=s,
+        irreducible_loss=problem.irreducible_loss,
+    )
+
+
+def _gauss(
+    x: FloatArray, count: FloatArray, start: FloatArray, noise: FloatArray, points: int
+) -> tuple[FloatArray, ...]:
+    """Nodes of one block with their counts, starts and noise; the block itself where none fit."""
+    middle, half = (x[0] + x[-1]) / 2, (x[0] - x[-1]) / 2
+    if np.unique(x).size <= points or half <= 0:
+        return x, count, start, noise
+    t = (x - middle) / half
+    # Stieltjes' procedure on the atoms of the block.
+    diagonal, off = np.empty(points), np.empty(points - 1)
+    before, now, norm = np.zeros_like(t), np.ones_like(t), float(count.sum())
+    for k in range(points):
+        diagonal[k] = np.sum(count * t * now**2) / norm
+        after = (t - diagonal[k]) * now - (off[k - 1] ** 2 if k else 0.0) * before
+        if k < points - 1:
+            grown = float(np.sum(count * after**2))
+            off[k], norm = np.sqrt(grown / norm), grown
+            before, now = now, after
+    nodes, vectors = eigh_tridiagonal(diagonal, off)
+    weight = count.sum() * vectors[0] ** 2
+    # Lagrange's basis at the atoms: sum of c_i F(x_i) = sum over nodes of F times sum c_i l(x_i).
+    basis = np.ones((points, t.size))
+    for j in range(points):
+        others = np.delete(nodes, j)
+        basis[j] = np.prod((t[:, None] - others) / (nodes[j] - others), axis=1)
+    h, node_h = np.exp(x), np.exp(middle + half * nodes)
+    begun, noisy = basis @ (count * h * start), basis @ (count * h * noise)
+    if (begun < 0).any() or (noisy < 0).any():
+        return x, count, start, noise
+    place = np.argsort(-nodes)
+    fields = middle + half * nodes, weight, begun / (weight * node_h), noisy / (weight * node_h)
+    return tuple(field[place] for field in fields)

@@ -1,0 +1,1 @@
+"""Configurations, sweeps over them, and what runs them."""

@@ -1,0 +1,415 @@
+"""TOML files and what they describe: a problem, a program, and how to solve it.
+
+The mapping a file holds (`nqm.runs.toml.load`) is kept as it is and identified by its content
+(`key`); `build` turns it into objects.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nqm.algorithms import ROSTER
+from nqm.algorithms.base import Algorithm, Nonlinear
+from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.files import check_regular
+from nqm.problems import spectra
+from nqm.problems.least_squares import LeastSquares, power_law, random_features
+from nqm.problems.quadratic import Problem
+from nqm.program import Phase, Program
+from nqm.result import check_level, check_sampled
+from nqm.runs import toml
+from nqm.runs.toml import Mapped, call, known_keys, leaf, located, lookup, named, require, table_at
+from nqm.solvers.fast_normals import check_precision
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nqm.result import Trajectory
+
+SPECTRA: dict[str, Callable[..., Any]] = {
+    "harmonic": spectra.harmonic,
+    "power_law": spectra.power_law,
+    "log_uniform": spectra.log_uniform,
+    "marchenko_pastur": spectra.marchenko_pastur,
+    "two_cluster": spectra.two_cluster,
+}
+
+#: Least-squares problems that come with their target and start.
+MODELS: dict[str, Callable[..., LeastSquares]] = {
+    "power_law": power_law,
+    "random_features": random_features,
+}
+
+METHODS = ("jump", "moments", "sample")
+#: Whether each cell of a sweep draws its own random numbers, or all the same ones.
+STREAMS = ("own", "common")
+
+_TOP = (
+    "problem",
+    "phase",
+    "record",
+    "method",
+    "replicas",
+    "seed",
+    "precision",
+    "control",
+    "streams",
+    "sweep",
+)
+_START = ("initial_mean", "initial_variance", "minimum")
+_CURVATURE = ("curvature", "spectrum", "file")
+_NOISE = ("noise_variance", "minimum_variance", "noise")
+#: Of least squares, whose noise follows from its inputs and labels.
+_INPUTS = ("inputs", "label_noise", "model")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A problem, a program, and how to solve it.
+
+    Attributes
+    ----------
+    at : list of int, optional
+        Steps to record; about 100 by default.
+    quantiles : list of float
+        Levels of the loss's distribution over runs that the table should have.
+    method : {"jump", "moments", "sample"}
+        Exact by powers, exact step by step, or Monte Carlo.
+    replicas, seed : int
+        Of Monte Carlo.
+    precision : {"float64", "float32"}
+        Of Monte Carlo's normals.
+    control : bool
+        Whether a control variate adjusts Monte Carlo's means (`nqm.sample`).
+    streams : {"own", "common"}
+        Of a sweep's Monte Carlo cells: each a stream of its own, or all that of `seed`, so that
+        differences between cells that draw alike scatter less.
+    """
+
+    problem: Problem | LeastSquares
+    program: Program
+    at: list[int] | None = None
+    quantiles: tuple[float, ...] = ()
+    method: str = "jump"
+    replicas: int = 1000
+    seed: int = 0
+    precision: str = "float64"
+    control: bool = False
+    streams: str = "own"
+
+    def __post_init__(self) -> None:
+        check_word("method", self.method, METHODS)
+        check_integer("replicas", self.replicas, 2)
+        check_integer("seed", self.seed, 0)
+        check_precision(self.precision)
+        check_word("streams", self.streams, STREAMS)
+        if self.control and self.method != "sample":
+            raise NQMError(f"control is for method 'sample'; got method {self.method!r}")
+        if isinstance(self.problem, LeastSquares):
+            self._check_least_squares()
+        for level in self.quantiles:
+            check_level("record.quantiles", level)
+        if self.quantiles and self.method == "sample":
+            check_sampled(self.problem, self.quantiles, self.replicas)
+        elif self.quantiles and self.problem.correlated and isinstance(self.problem, Problem):
+            from nqm.solvers.correlated import check_cost  # slow to load
+
+            check_cost(self.problem, self.program)
+        self.program.recorded(self.at)
+
+    def _check_least_squares(self) -> None:
+        """Raise for what its solvers do not have."""
+        if self.quantiles and self.method != "sample":
+            raise NQMError(
+                "record.quantiles: least squares has no exact ones, as its weights are not "
+                'Gaussian; use method = "sample"'
+            )
+        if self.precision != "float64" or self.control:
+            name = "control" if self.control else "precision"
+            raise NQMError(f"{name}: least squares is sampled literally, in float64; drop {name}")
+
+    @property
+    def work(self) -> int:
+        """What `solve` counts its progress in: replicas of Monte Carlo, or steps."""
+        return self.replicas if self.method == "sample" else self.program.steps
+
+    def check(self) -> None:
+        """Raise what only the solver knows to be impossible, by a run of no steps."""
+        # Least squares sees how a method draws its minibatches only once it takes a step.
+        least = 1 if isinstance(self.problem, LeastSquares) else 0
+        phases = (replace(phase, steps=min(phase.steps, least)) for phase in self.program.phases)
+        program = Program(tuple(phases))
+        replace(self, program=program, at=[program.steps], replicas=3).solve()
+
+    def solve(
+        self, workers: int | None = 1, progress: Callable[[int], None] | None = None
+    ) -> Trajectory:
+        """Expected loss at the recorded steps.
+
+        Parameters
+        ----------
+        workers : int, optional
+            Threads of Monte Carlo, which do not change its numbers; None for all processors.
+        progress : callable, optional
+            Told how much of `work` was done since it was told last.
+        """
+        # The compiled kernels are loaded only here: a mistake in a file is reported at once.
+        if isinstance(self.problem, LeastSquares):
+            return self._solve_least_squares(self.problem, progress)
+        if self.method == "sample":
+            from nqm.solvers.sample import sample
+
+            return sample(
+                self.problem,
+                self.program,
+                self.at,
+                replicas=self.replicas,
+                seed=self.seed,
+                workers=workers,
+                precision=self.precision,
+                control=self.control,
+                progress=progress,
+            )
+        from nqm.solvers.moments import solve
+
+        jump = self.method == "jump"
+        return solve(self.problem, self.program, self.at, jump=jump, progress=progress)
+
+    def _solve_least_squares(
+        self, problem: LeastSquares, progress: Callable[[int], None] | None
+    ) -> Trajectory:
+        """Every step walked, whichever exact method is asked for, or one literal sampler."""
+        if self.method != "sample":
+            from nqm.solvers.least_squares.moments import solve
+
+            return solve(problem, self.program, self.at, progress=progress)
+        from nqm.solvers.least_squares.sample import sample
+
+        found = sample(problem, self.program, self.at, replicas=self.replicas, seed=self.seed)
+        if progress is not None:
+            progress(self.work)
+        return found
+
+    def steady(self) -> pd.DataFrame:
+        """Where the loss settles in the last phase, as a table."""
+        last = self.program.phases[-1]
+        if isinstance(self.problem, LeastSquares):
+            from nqm.solvers.least_squares.moments import steady
+
+            return steady(self.problem, last).table()
+        from nqm.solvers.steady import settle
+
+        return settle(self.problem, last)
+
+    def additive(self, asked: str) -> Problem:
+        """The problem, for what needs noise that does not depend on the weights; else NQMError."""
+        if isinstance(self.problem, LeastSquares):
+            raise NQMError(
+                f"{asked} does not know least squares (problem.inputs); sweep phase.0.lr instead"
+            )
+        return self.problem
+
+    def table(
+        self, workers: int | None = 1, progress: Callable[[int], None] | None = None
+    ) -> pd.DataFrame:
+        """`solve`, as a table with a column for each quantile asked for."""
+        from nqm.table import quantile_name
+
+        result = self.solve(workers, progress)
+        frame = result.table()
+        if self.quantiles:
+            values = result.quantiles(self.quantiles)
+            for level, column in zip(self.quantiles, values.T, strict=True):
+                frame[quantile_name(level)] = column
+        return frame
+
+
+def key(mapping: Mapped, folder: str | Path = ".") -> str:
+    """Content key of a configuration: a file that holds the problem counts by its content."""
+    return toml.key(resolve_files(mapping, folder))
+
+
+def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
+    """Copy in which the problem's file is named by the digest of its content."""
+    resolved = copy.deepcopy(dict(mapping))
+    problem = resolved.get("problem")
+    if isinstance(problem, dict) and isinstance(problem.get("file"), str):
+        path = Path(folder, problem["file"])
+        try:
+            check_regular(path)
+            with open(path, "rb") as stream:
+                problem["file"] = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        except NQMError as error:
+            raise NQMError(f"problem.file: {error}") from None
+        except OSError as error:
+            raise NQMError(f"problem.file: cannot read {path}: {error.strerror}") from None
+    return resolved
+
+
+# --- building --------------------------------------------------------------------------------
+
+
+def build(mapping: Mapped, folder: str | Path = ".") -> Run:
+    """The objects a configuration describes.
+
+    Parameters
+    ----------
+    mapping : mapping
+        As from `load`; a ``sweep`` table is left alone.
+    folder : str or Path
+        Where the names of files in it start from.
+
+    Raises
+    ------
+    NQMError
+        Naming the dotted key at fault.
+    """
+    known_keys("", mapping, _TOP)
+    for name in ("problem", "phase"):
+        if name not in mapping:
+            header = "[problem]" if name == "problem" else "[[phase]]"
+            raise NQMError(f"{name} is missing; add a {header} table")
+    phases = mapping["phase"]
+    if not isinstance(phases, list):
+        raise NQMError(f"phase must be a list of tables, [[phase]] in TOML; got {phases!r:.40}")
+    record = table_at("record", mapping.get("record", {}))
+    known_keys("record", record, ("at", "quantiles"))
+    options: dict[str, Any] = {}
+    if "at" in record:
+        options["at"] = leaf("record.at", record["at"], list[int])
+    if "quantiles" in record:
+        options["quantiles"] = leaf("record.quantiles", record["quantiles"], tuple[float, ...])
+    hints: dict[str, Any] = {"method": str, "replicas": int, "seed": int, "precision": str}
+    hints |= {"control": bool, "streams": str}
+    for name, hint in hints.items():
+        if name in mapping:
+            options[name] = leaf(name, mapping[name], hint)
+    problem = build_problem(table_at("problem", mapping["problem"]), folder)
+    program = Program(tuple(_phase(f"phase.{i}", phase) for i, phase in enumerate(phases)))
+    return Run(problem, program, **options)
+
+
+def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSquares:
+    """What a ``[problem]`` table describes."""
+    known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, *_INPUTS, "multiplicity", "bins"))
+    if "inputs" in table:
+        return _least_squares(table)
+    for name in _INPUTS:
+        if name in table:
+            raise NQMError(
+                f'problem.{name} is for least squares; add inputs = "gaussian" or drop {name}'
+            )
+    source = _one_of(table, _CURVATURE, "curvature")
+    fields = _vectors(table)
+    if source == "file":
+        stated = [name for name in (*_NOISE, "multiplicity") if name in table]
+        if stated:
+            raise NQMError(f"problem.{stated[0]} and problem.file exclude each other; drop one")
+        path = Path(folder, leaf("problem.file", table["file"], str))
+        problem = spectra.read_problem(path).replace(**fields)
+    else:
+        noise = _one_of(table, _NOISE, "noise")
+        curvature = _curvature(table, source, fields)
+        if noise == "noise":
+            # A negative or NaN curvature is the problem's error to report, before its power.
+            curvature = Problem(curvature, 0.0 * np.asarray(curvature)).curvature
+            settings = table_at("problem.noise", table["noise"])
+            variance = call(
+                spectra.power_noise, settings, "problem.noise", {"curvature": curvature}
+            )
+            problem = Problem(curvature, variance, **fields)
+        else:
+            stated_noise = leaf(f"problem.{noise}", table[noise], float | list[float])
+            make = Problem if noise == "noise_variance" else Problem.from_minimum_noise
+            problem = located("problem", lambda: make(curvature, stated_noise, **fields))
+    if "bins" in table:
+        bins = leaf("problem.bins", table["bins"], int)
+        check_integer("problem.bins", bins, 1)
+        problem = problem.binned(bins)
+    return problem
+
+
+def _least_squares(table: Mapped) -> LeastSquares:
+    """One-pass least squares: Gaussian inputs, noisy labels."""
+    check_word("problem.inputs", leaf("problem.inputs", table["inputs"], str), ("gaussian",))
+    for name in (*_NOISE, "file", "bins"):
+        if name in table:
+            raise NQMError(f"problem.{name} and problem.inputs exclude each other; drop one")
+    source = _one_of(table, ("curvature", "spectrum", "model"), "the inputs")
+    fields = _vectors(table)
+    label_noise = leaf("problem.label_noise", table.get("label_noise", 0.0), float)
+    if source == "model":
+        if fields:
+            name = next(iter(fields))
+            raise NQMError(f"problem.{name} follows from problem.model; drop {name}")
+        settings = dict(table_at("problem.model", table["model"]))
+        require("problem.model", settings, "name")
+        make = lookup("problem.model.name", settings.pop("name"), MODELS)
+        check_number("problem.label_noise", label_noise, low=0.0)
+        model: LeastSquares = call(
+            make, settings, "problem.model", {"label_noise": label_noise}, tag="name"
+        )
+        return model
+    curvature = _curvature(table, source, fields)
+    made: LeastSquares = located("problem", lambda: LeastSquares(curvature, label_noise, **fields))
+    return made
+
+
+def _vectors(table: Mapped) -> dict[str, Any]:
+    """Start, minimum and multiplicity, where stated."""
+    return {
+        name: leaf(f"problem.{name}", table[name], float | list[float])
+        for name in (*_START, "multiplicity")
+        if name in table
+    }
+
+
+def _curvature(table: Mapped, source: str, fields: dict[str, Any]) -> Any:
+    """Curvature by its list or the name of its spectrum, which may set the multiplicity."""
+    if source == "curvature":
+        return leaf("problem.curvature", table["curvature"], float | list[float])
+    curvature = named("problem.spectrum", table["spectrum"], "name", SPECTRA)
+    if isinstance(curvature, tuple):
+        if "multiplicity" in fields:
+            raise NQMError(
+                "problem.multiplicity follows from this spectrum; drop problem.multiplicity"
+            )
+        curvature, fields["multiplicity"] = curvature
+    return curvature
+
+
+def _one_of(table: Mapped, names: tuple[str, ...], what: str) -> str:
+    stated = [name for name in names if name in table]
+    if len(stated) != 1:
+        got = " and ".join(stated) or "none"
+        raise NQMError(f"problem: state {what} by exactly one of {', '.join(names)}; got {got}")
+    return stated[0]
+
+
+def _phase(where: str, table: Any) -> Phase:
+    table = table_at(where, table)
+    own = [name for name in toml.signature(Phase)[0] if name != "algorithm"]
+    require(where, table, "algorithm")
+    cls = lookup(f"{where}.algorithm", table["algorithm"], ROSTER)
+    theirs = list(toml.signature(cls)[0])
+    known_keys(where, table, ("algorithm", *own, *theirs))
+    algorithm = call(cls, {n: v for n, v in table.items() if n in theirs}, where)
+    rest = {name: value for name, value in table.items() if name in own}
+    phase: Phase = call(Phase, rest, where, {"algorithm": algorithm})
+    return phase
+
+
+def _algorithm(where: str, value: Any) -> Algorithm | Nonlinear:
+    """An inner algorithm: its name, or a table with its name and parameters."""
+    made: Algorithm | Nonlinear = named(where, value, "algorithm", ROSTER)
+    return made
+
+
+toml.builds(Algorithm, _algorithm)

@@ -1,0 +1,480 @@
+"""Sweeps: one configuration over a grid of values, safe to kill at any moment.
+
+Finished cells go to a journal beside the output, one line each. A sweep that is run again takes
+them from there, and when the last one is done the table is written in the order of the cells: the
+bytes do not depend on who computed what, when, or after how many interruptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from nqm import __version__
+from nqm.errors import NQMError, shown
+from nqm.runs import config
+from nqm.runs import toml as declare
+from nqm.runs.executors import Workers
+from nqm.runs.journal import Columns, Journal, Known, Memory, Result
+from nqm.runs.toml import copied
+from nqm.table import read_table, write_frames, writing
+
+#: Up to this many cells are all built before the first is computed.
+BUILT_FIRST = 2000
+#: Most cells sent to a worker at once.
+CHUNK = 32
+#: Most chunks handed to an executor and not yet done.
+WAITING = 256
+#: Cells whose rows are held at once while the table is written.
+CELLS = 20_000
+#: Most cells of a sweep, and most values of an axis.
+MOST = 10_000_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the cells of a sweep are: functions of a configuration, importable by a worker.
+
+    Attributes
+    ----------
+    build : callable
+        ``build(mapping, folder)`` gives a run with a method ``check()``; raises what is wrong.
+    key : callable
+        ``key(mapping, folder)``, its content key.
+    solve : callable
+        ``solve(run, key)`` gives the table of one cell.
+    describe : callable
+        ``describe(mapping, folder)``, what is noted in the table's metadata.
+    """
+
+    build: Callable[[Mapping[str, Any], str | Path], Any]
+    key: Callable[[Mapping[str, Any], str | Path], str]
+    solve: Callable[[Any, str], pd.DataFrame]
+    describe: Callable[[Mapping[str, Any], str | Path], dict[str, Any]]
+
+
+def _solve(run: config.Run, key: str) -> pd.DataFrame:
+    """Table of a run of the theory, with a stream of its own unless all cells have one."""
+    if run.streams == "common":
+        return run.table()
+    stream = hashlib.sha256(f"{run.seed}:{key}".encode()).digest()
+    return replace(run, seed=int.from_bytes(stream[:7], "big")).table()
+
+
+THEORY = Work(config.build, config.key, _solve, config.resolve_files)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell: its place, its value on every axis, its configuration."""
+
+    index: int
+    values: dict[str, Any]
+    mapping: dict[str, Any]
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name} = {value!r:.40}" for name, value in self.values.items())
+        return f"case {self.index} ({settings})"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A configuration and axes: dotted keys, each with the values it takes.
+
+    Parameters
+    ----------
+    base : mapping
+        A configuration as from `nqm.runs.toml.load`.
+    axes : mapping of str to sequence
+        ``{"phase.0.lr": [0.1, 0.2], "phase.0.members": [1, 10]}``; the last axis varies fastest.
+    folder : str or Path
+        Where the names of files in `base` start from.
+    work : Work
+        What a cell is; a run of the theory by default.
+    """
+
+    base: Mapping[str, Any]
+    axes: Mapping[str, Sequence[Any]]
+    folder: str | Path = "."
+    work: Work = THEORY
+
+    def __post_init__(self) -> None:
+        base = {name: value for name, value in self.base.items() if name != "sweep"}
+        object.__setattr__(self, "base", copied(base))
+        axes = {name: [_plain(v) for v in values] for name, values in self.axes.items()}
+        for name, values in axes.items():
+            if not values:
+                raise NQMError(f"sweep.{name} must hold at least one value; got none")
+        _check_axes(self.base, axes)
+        object.__setattr__(self, "axes", axes)
+        if len(self) > MOST:
+            sizes = " x ".join(str(len(values)) for values in axes.values())
+            raise NQMError(
+                f"sweep has {sizes} = {len(self)} cells, more than {MOST}; take fewer values"
+            )
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, overrides: Sequence[str] = (), work: Work = THEORY
+    ) -> Self:
+        """Sweep of a TOML file with a ``[sweep]`` table (see `read_axes`)."""
+        mapping = declare.load(path, overrides)
+        if "sweep" not in mapping:
+            raise NQMError(
+                f'{path} has no [sweep] table; add e.g. "phase.0.lr" = [0.1, 0.2] in one'
+            )
+        return cls(mapping, read_axes(mapping["sweep"]), Path(path).parent, work)
+
+    def __len__(self) -> int:
+        return math.prod(len(values) for values in self.axes.values())
+
+    def cases(self) -> Iterator[Case]:
+        """Every cell, in order."""
+        for index, values in enumerate(itertools.product(*self.axes.values())):
+            yield self._case(index, dict(zip(self.axes, values, strict=True)))
+
+    def _case(self, index: int, values: dict[str, Any]) -> Case:
+        mapping = copied(self.base)
+        for name, value in values.items():
+            declare.assign(mapping, name, copied(value))
+        return Case(index, values, mapping)
+
+    @property
+    def key(self) -> str:
+        """Content key of the whole sweep."""
+        axes = []
+        for name, values in self.axes.items():
+            alone: list[dict[str, Any]] = [{} for _ in values]
+            for mapping, value in zip(alone, values, strict=True):
+                declare.assign(mapping, name, value)
+            axes.append([name, [self.work.key(mapping, self.folder) for mapping in alone]])
+        return declare.key({"base": self.work.key(self.base, self.folder), "axes": axes})
+
+    def run(
+        self,
+        out: str | Path | None = None,
+        executor: Executor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> pd.DataFrame:
+        """Compute every cell that is not yet known.
+
+        Parameters
+        ----------
+        out : str or Path, optional
+            Table to write (.parquet or .csv). If it already holds this very sweep it is returned
+            at once; if it holds anything else nothing is done.
+        executor : Executor, optional
+            Any of `concurrent.futures`; this process by default. It does not change the result.
+        progress : callable, optional
+            Told how many more cells are known.
+
+        Returns
+        -------
+        DataFrame
+            One row per cell and recorded step: the axes, ``case`` (the cell's content key), and
+            the columns of `Trajectory.table`. A diverged cell is a row like any other. Monte
+            Carlo cells draw from a stream of their own, seeded by (seed, case); with
+            ``streams = "common"`` from that of the seed alone.
+
+        Raises
+        ------
+        NQMError
+            Naming the cell that cannot be built, before anything is computed.
+        """
+        if out is None:
+            self._check()
+            known = Memory()
+            self._fill(known, executor, progress)
+            return pd.concat(self._frames(known), ignore_index=True)
+        self.write(out, executor, progress)
+        return read_table(out)
+
+    def write(
+        self,
+        out: str | Path,
+        executor: Executor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """`run` for tables that need not fit into memory; parameters as there."""
+        key, told = self.key, progress if progress is not None else _silent
+        with writing(out, key, __version__) as open_:
+            if open_:
+                self._write(out, key, executor, told)
+            else:
+                told(len(self))
+
+    def _write(
+        self, out: str | Path, key: str, executor: Executor | None, told: Callable[[int], None]
+    ) -> None:
+        """Compute what the journal lacks, write the table and remove the journal."""
+        self._check()
+        metadata = {
+            "key": key,
+            "version": __version__,
+            "config": self.work.describe(self.base, self.folder),
+            "axes": dict(self.axes),
+        }
+        with Journal(Path(f"{out}.journal.jsonl"), key, len(self)) as journal:
+            self._check_known(journal)
+            told(len(journal))
+            self._fill(journal, executor, told)
+            frames, columns = self._frames(journal), journal.columns
+            write_frames(out, frames, self._dtypes(columns), columns.rows, metadata)
+            journal.delete()
+
+    def _check(self) -> None:
+        """Build the cells, or, of a great many, every value of every axis once.
+
+        No two may be the same run: a value would be written beside a result that it did not make.
+        """
+        groups: Iterable[Iterable[Case]] = [self.cases()]
+        if len(self) > BUILT_FIRST:
+            first = {name: values[0] for name, values in self.axes.items()}
+            groups = (
+                (self._case(-1, first | {name: value}) for value in values)
+                for name, values in self.axes.items()
+            )
+        for group in groups:
+            seen: dict[str, Case] = {}
+            for case in group:
+                _build(case, self.folder, self.work, checked=True)
+                twin = seen.setdefault(self.work.key(case.mapping, self.folder), case)
+                if twin is not case:
+                    raise NQMError(
+                        f"{case} is the same run as {twin}; drop the values that change nothing"
+                    )
+
+    def _check_known(self, journal: Journal) -> None:
+        """Raise unless every cell that is known is what its line says."""
+        for case in self.cases() if len(journal) else ():
+            if case.index in journal:
+                journal.check(case.index, self.work.key(case.mapping, self.folder)[:16])
+
+    def _fill(
+        self, known: Known, executor: Executor | None, progress: Callable[[int], None] | None
+    ) -> None:
+        """Compute the cells that are not known."""
+        left = (case for case in self.cases() if case.index not in known)
+        size = max(1, min(CHUNK, (len(self) - len(known)) // 64))
+        done = _here if executor is None else partial(_by, executor, size)
+        for index, result in done(left, self.folder, self.work):
+            known.add(index, result)
+            if progress is not None:
+                progress(1)
+
+    def _dtypes(self, columns: Columns) -> dict[str, str]:
+        """Types of all columns, axes first."""
+        own = columns.dtypes()
+        axes = _Axes(self.axes, own)
+        return axes.dtypes | own
+
+    def _frames(self, known: Known) -> Iterator[pd.DataFrame]:
+        """All results in the order of the cells, so many cells at a time."""
+        own = known.columns.dtypes()
+        axes = _Axes(self.axes, own)
+        numbered = enumerate(itertools.product(*axes.columns.values()))
+        while part := list(itertools.islice(numbered, CELLS)):
+            columns: dict[str, list[Any]] = {name: [] for name in (*axes.columns, *own)}
+            for index, front in part:
+                result = known[index]
+                for name, value in zip(axes.columns, front, strict=True):
+                    columns[name].extend([value] * len(result["case"]))
+                for name in own:
+                    columns[name].extend(result[name])
+            yield pd.DataFrame(columns).astype(axes.dtypes | own)
+
+
+class _Axes:
+    """Axes as columns of the table.
+
+    A column is called by the last part of its key where that says it all; it holds numbers, texts,
+    or everything as JSON text.
+    """
+
+    def __init__(self, axes: Mapping[str, Sequence[Any]], taken: Collection[str]):
+        short = {axis: axis.rpartition(".")[2] for axis in axes}
+        count = list(short.values()).count
+        self.columns: dict[str, Sequence[Any]] = {}
+        for axis, name in short.items():
+            full = count(name) > 1 or name.isdigit() or name in taken
+            column = axis if full else name
+            self.columns[f"sweep.{axis}" if column in taken else column] = _column(axes[axis])
+        self.dtypes = {
+            name: str(pd.Series(list(values)).dtype) for name, values in self.columns.items()
+        }
+
+
+def _here(cases: Iterator[Case], folder: str | Path, work: Work) -> Iterator[tuple[int, Result]]:
+    for case in cases:
+        yield compute([case], folder, work)[0]
+
+
+def _by(
+    executor: Executor, size: int, cases: Iterator[Case], folder: str | Path, work: Work
+) -> Iterator[tuple[int, Result]]:
+    """Results in the order in which they are done; so many are asked for at a time."""
+    pending: set[Future[list[tuple[int, Result]]]] = set()
+    try:
+        while True:
+            for _ in range(WAITING - len(pending)):
+                if not (chunk := list(itertools.islice(cases, size))):
+                    break
+                pending.add(executor.submit(compute, chunk, folder, work))
+            if not pending:
+                return
+            done, pending = wait(pending, return_when="FIRST_COMPLETED")
+            for future in done:
+                yield from future.result()
+    finally:
+        # Python 3.11 complains if work that was cancelled here is given up by the pool as well.
+        for future in () if isinstance(executor, Workers) else pending:
+            future.cancel()
+
+
+def read_axes(table: Any) -> dict[str, list[Any]]:
+    """Axes of a ``[sweep]`` table.
+
+    A dotted key holds a list of values, or ``{geomspace = [a, b, count]}``,
+    ``{linspace = [a, b, count]}``, ``{range = [a, b, step]}``, all with both ends.
+    """
+    if not isinstance(table, Mapping) or not table:
+        raise NQMError("sweep must be a table of dotted keys and lists; got something else")
+    axes: dict[str, list[Any]] = {}
+    for name, value in table.items():
+        if name in axes:
+            raise NQMError(f"sweep.{name} is there twice; drop one")
+        if isinstance(value, list):
+            axes[name] = value
+        elif isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in _GRIDS:
+            axes[name] = _grid(f"sweep.{name}", *next(iter(value.items())))
+        elif isinstance(value, Mapping) and value:
+            # An unquoted dotted key is a nested table in TOML.
+            for inner, values in read_axes(value).items():
+                if f"{name}.{inner}" in axes:
+                    raise NQMError(f"sweep.{name}.{inner} is there twice; drop one")
+                axes[f"{name}.{inner}"] = values
+        else:
+            raise NQMError(
+                f"sweep.{name} must be a list or one of {', '.join(_GRIDS)}; got {shown(value, 40)}"
+            )
+    return axes
+
+
+_GRIDS = ("geomspace", "linspace", "range")
+
+
+def _grid(where: str, kind: str, numbers: Any) -> list[Any]:
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) != 3
+        or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    ):
+        raise NQMError(f"{where}.{kind} must hold three numbers; got {shown(numbers)}")
+    a, b, last = numbers
+    if kind == "range":
+        if last == 0 or (b - a) / last < 0:
+            raise NQMError(
+                f"{where}.range must step from its first to its second; got {shown(numbers)}"
+            )
+        steps = (b - a) / last + 1e-9  # infinite where it overflows
+        _check_count(f"{where}.range", steps + 1)
+        values = [a + i * last for i in range(int(steps) + 1)]
+    else:
+        if type(last) is not int or last < 1:
+            raise NQMError(f"{where}.{kind} needs a whole count >= 1; got {shown(last)}")
+        _check_count(f"{where}.{kind}", last)
+        if kind == "geomspace" and (a <= 0 or b <= 0):
+            raise NQMError(f"{where}.geomspace needs ends > 0; got {a!r} and {b!r}")
+        with np.errstate(all="ignore"):
+            space = np.linspace if kind == "linspace" else np.geomspace
+            values = space(float(a), float(b), last).tolist()
+    if not all(math.isfinite(value) for value in values):
+        raise NQMError(f"{where}.{kind} leaves the numbers that there are; got {shown(numbers)}")
+    return values if kind == "range" else [_whole(value) for value in values]
+
+
+def _check_count(where: str, count: float) -> None:
+    if count > MOST:
+        raise NQMError(f"{where} makes {count:.4g} values, more than {MOST}; take fewer")
+
+
+def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> None:
+    """Raise NQMError unless every axis sets an entry of its own, of the configuration alone."""
+    paths = {name: declare.path_of(base, name) for name in axes}
+    owners: dict[tuple[str | int, ...], str] = {}
+    for name, path in paths.items():
+        if path[0] == "sweep":
+            raise NQMError(f"sweep.{name}: the axes of a sweep are no axis; drop it")
+        if path == ("record",) or path[:2] == ("record", "quantiles"):
+            raise NQMError(f"sweep.{name}: all cells have the same columns; set it in [record]")
+        if path in owners:
+            raise NQMError(f"sweep.{owners[path]} and sweep.{name} are the same entry; drop one")
+        owners[path] = name
+    for name, path in paths.items():
+        for length in range(1, len(path)):
+            if outer := owners.get(path[:length]):
+                raise NQMError(
+                    f"sweep.{name} is a part of sweep.{outer}, which is an axis too; drop one"
+                )
+
+
+def _whole(value: float) -> float:
+    """A whole number for what is one but for rounding, as counts must be."""
+    near = round(value) if abs(value) <= declare.LARGEST else value
+    return near if abs(value - near) <= 1e-12 * abs(value) else value
+
+
+def compute(
+    cases: Sequence[Case], folder: str | Path, work: Work = THEORY
+) -> list[tuple[int, Result]]:
+    """Results of some cells; what a worker runs."""
+    results = []
+    for case in cases:
+        run = _build(case, folder, work)
+        key = work.key(case.mapping, folder)
+        try:
+            table = work.solve(run, key)
+        except NQMError as error:
+            raise NQMError(f"{case}: {error}") from None
+        result = {str(name): table[name].tolist() for name in table.columns}
+        results.append((case.index, {"case": [key[:16]] * len(table)} | result))
+    return results
+
+
+def _build(case: Case, folder: str | Path, work: Work, *, checked: bool = False) -> Any:
+    try:
+        run = work.build(case.mapping, folder)
+        if checked:
+            run.check()
+        return run
+    except NQMError as error:
+        raise NQMError(f"{case}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """NumPy numbers and arrays as Python's own."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _column(values: Sequence[Any]) -> Sequence[Any]:
+    """Values of an axis as one column: all numbers, all texts, or everything as JSON text."""
+    for kinds in ((int, float), (str,), (bool,)):
+        if all(type(value) in kinds for value in values):
+            wide = kinds == (int, float) and any(abs(value) > declare.LARGEST for value in values)
+            return [float(value) for value in values] if wide else values
+    return [json.dumps(value) for value in values]
+
+
+def _silent(count: int) -> None:
+    pass

@@ -1,0 +1,347 @@
+"""One-pass least squares, exactly: expected loss, steady state, stability edge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nqm.algorithms.base import Algorithm
+from nqm.errors import NQMError
+from nqm.limits import check_memory, check_walk
+from nqm.problems.least_squares import LeastSquares
+from nqm.problems.quadratic import FloatArray
+from nqm.program import Phase, Program
+from nqm.result import Kind, Status, Trajectory, runaway
+from nqm.solvers.least_squares.packed import (
+    Coupled,
+    Cycle,
+    Repeated,
+    cycle,
+    moving,
+    pack,
+    pair,
+    unpack,
+)
+from nqm.solvers.moments import Law, Moments, at_start, hand_over, law_of, whole_period
+from nqm.solvers.steady import LONG, check_settles
+from nqm.transition import readout
+
+#: Most entries of the maps of distinct steps held at once.
+CHUNK = 300_000
+#: Longest cycle whose stability is worked out while solving; a longer one shows in the loss alone.
+LONGEST_CYCLE = 64
+
+
+def solve(
+    problem: LeastSquares,
+    program: Program,
+    at: Sequence[int] | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """Exact expected loss at the recorded steps, every step walked.
+
+    `bias` is what the start leaves with noiseless labels, the noise of drawing inputs included;
+    `variance` what noisy labels make of a start at the minimum. Both follow the same linear map.
+    The weights are not Gaussian here, so `loss_sd` is NaN and there are no quantiles.
+
+    Parameters
+    ----------
+    problem : LeastSquares
+    program : Program
+        Of linear methods that draw one minibatch per member and step.
+    at : sequence of int, optional
+        Steps of the whole program to record; about 100 by default.
+    progress : callable, optional
+        Told the number of steps done after each advance.
+
+    Raises
+    ------
+    NQMError
+        For a method whose moments do not close.
+    """
+    wanted = program.recorded(at)
+    laws = [_linear_law(phase, problem) for phase in program.phases]
+    check_memory("the number of steps in record.at", len(wanted), 8.0 * len(wanted))
+    check_walk("phase.steps", wanted[-1], "directions are coupled in least squares")
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = list(_visit(problem, laws, wanted, progress))
+    columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    zeros = np.zeros(len(rows))
+    return Trajectory(
+        problem=problem.additive(),
+        kind=Kind.EXACT,
+        steps=np.array(wanted, dtype=np.int64),
+        examples=program.examples(wanted),
+        stated_sd=np.full(len(rows), np.nan),
+        stderr=zeros,
+        member_stderr=zeros,
+        runaway=runaway(problem.additive(), program),
+        **columns,
+    )
+
+
+def _linear_law(phase: Phase, problem: LeastSquares) -> Law:
+    if not isinstance(phase.algorithm, Algorithm):
+        name = type(phase.algorithm).__name__
+        raise NQMError(f"least squares needs a linear method; {name} has no exact moments")
+    return law_of(phase, problem.additive())
+
+
+class _Walk:
+    """All modes of one phase on their way: means (n, d) and second moments (2, N, d).
+
+    Of the two parts of the moments, the first is what the start leaves, the second what noisy
+    labels (and a method's own noise) make.
+    """
+
+    def __init__(self, problem: LeastSquares, law: Law, states: list[Moments], age: int):
+        self.problem, self.age = problem, age
+        self.coupled = Coupled(problem, law)
+        self.mean = np.concatenate([state.mean.T for state in states])
+        self.moment = np.stack(
+            [
+                np.concatenate([pack(_second(state)) for state in states]),
+                np.concatenate([pack(state.noisy) for state in states]),
+            ]
+        )
+
+    def walk(self, start: int, stop: int, path: FloatArray | None = None) -> None:
+        """Steps [start, stop) of the phase; `path` takes the first mode's loss after each."""
+        here, chain = self.coupled.packed[0], self.coupled.modes[0].algorithm
+        seen = self.problem.weight
+        squares: dict[int, FloatArray] = {}
+        done = 0
+        chunk = max(1, CHUNK // self.coupled.entries)
+        modes, d = len(self.coupled.modes), self.problem.directions
+        labels = np.zeros((modes, 2))
+        labels[0, 1] = self.problem.label_noise
+        moves = bool(self.mean.any())
+        for first in range(start, stop, chunk):
+            steps, kind = self.coupled.steps(first, min(first + chunk, stop), self.age)
+            many, size = len(steps.moment), steps.moment.shape[1]
+            sight = steps.sight.reshape(many, modes, size * d)
+            gain = steps.gain.reshape(many, modes, size * d)
+            own = steps.own if steps.own.any() else None
+            moment = self.moment
+            for k in kind:
+                numbers = sight[k] @ moment.reshape(2, size * d).T + labels
+                moment = np.einsum("nkd,pkd->pnd", steps.moment[k], moment)
+                moment += (numbers.T @ gain[k]).reshape(2, size, d)
+                if own is not None:
+                    moment[1] += own[k]
+                if moves:
+                    self.mean = np.einsum("nkd,kd->nd", steps.matrix[k], self.mean)
+                if path is not None:
+                    age = self.age + start + done + 1
+                    if not chain.counts_steps:
+                        age %= chain.period
+                    if age not in squares:
+                        squares = {age: _square(chain, age)}
+                    path[done] = squares[age] @ (moment[0, here] + moment[1, here]) @ seen
+                    done += 1
+            self.moment = moment
+
+    def states(self) -> list[Moments]:
+        """The modes as the ordinary solver holds them, for handing over to a next phase."""
+        out = []
+        blocks = zip(self.coupled.modes, self.coupled.coordinates, self.coupled.packed, strict=True)
+        for mode, where, here in blocks:
+            mean = np.ascontiguousarray(self.mean[where].T)
+            first, second = (unpack(part[here], mean.shape[1]) for part in self.moment)
+            out.append(Moments(mode, mean, first - mean[:, :, None] * mean[:, None, :], second))
+        return out
+
+    def losses(self, age: int) -> FloatArray:
+        """Expected loss of each mode by part, shape (M, 2)."""
+        weight = self.problem.weight
+        return np.array(
+            [
+                self.moment[:, here].transpose(0, 2, 1) @ _square(mode.algorithm, age) @ weight
+                for mode, here in zip(self.coupled.modes, self.coupled.packed, strict=True)
+            ]
+        )
+
+
+class CoupledPhaseWalk:
+    """Losses of one phase run from the problem's start; every step is walked."""
+
+    def __init__(self, problem: LeastSquares, phase: Phase):
+        self.problem, self.law = problem, _linear_law(phase, problem)
+
+    def cost(self, steps: int) -> float:
+        """Multiplications of so many steps, to order of magnitude; a step costs 20 000 besides."""
+        size = sum(len(mode.algorithm.coordinates) ** 2 for mode in self.law.algorithm.modes())
+        return float(steps) * (20_000 + self.problem.directions * size**2)
+
+    def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
+        """(step, expected loss) at increasing steps, computed as they are asked for."""
+        states = at_start(self.law.algorithm, self.problem.additive())
+        walk, position = _Walk(self.problem, self.law, states, 0), 0
+        for step in steps:
+            with np.errstate(over="ignore", invalid="ignore"):
+                walk.walk(position, step)
+                loss = float(walk.losses(step)[0].sum())
+            position = step
+            yield step, loss
+
+    def path(self, start: int, stop: int) -> FloatArray:
+        """Expected loss at every step start, start + 1, ..., stop."""
+        states = at_start(self.law.algorithm, self.problem.additive())
+        walk, out = _Walk(self.problem, self.law, states, 0), np.empty(stop - start + 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            walk.walk(0, start)
+            out[0] = walk.losses(start)[0].sum()
+            walk.walk(start, stop, out[1:])
+        return out
+
+
+def _second(state: Moments) -> FloatArray:
+    """Second moment of what the start leaves, (d, n, n)."""
+    return state.started + state.mean[:, :, None] * state.mean[:, None, :]
+
+
+def _square(algorithm: Algorithm, age: int) -> FloatArray:
+    """Coefficients of the evaluated weights' square on the packed moments."""
+    c = readout(algorithm, age)[:, None]
+    return pair(c, c)[:, 0]
+
+
+def _visit(
+    problem: LeastSquares,
+    laws: list[Law],
+    wanted: list[int],
+    progress: Callable[[int], None] | None,
+) -> Iterator[dict[str, Any]]:
+    """One row per wanted step, in order; the end of a phase belongs to that phase."""
+    additive = problem.additive()
+    states, age, offset, pending = at_start(laws[0].algorithm, additive), 0, 0, list(wanted)
+    if not any(law.algorithm.at_origin for law in laws):
+        # Only a coordinate that begins at the origin asks how the rest is correlated with it.
+        for state in states:
+            state.started = _second(state)
+            state.mean = np.zeros_like(state.mean)
+    for index, law in enumerate(laws):
+        if index:
+            states, age = hand_over(additive, states, laws[index - 1], law, age)
+        walk = _Walk(problem, law, states, age)
+        if index == 0 and pending and pending[0] == 0:
+            pending.pop(0)
+            yield _row(walk.losses(age), unstable=False)
+        for start, stop, period in law.phase.segments():
+            position, before = start, walk.losses(age + start)[0].sum()
+            judged: Cycle | None = None
+            while position < stop and pending:
+                inside = pending[0] <= offset + stop
+                target = pending[0] - offset if inside else stop
+                walk.walk(position, target)
+                if progress is not None:
+                    progress(target - position)
+                position = target
+                if inside:
+                    pending.pop(0)
+                    if judged is None and period is not None and period <= LONGEST_CYCLE:
+                        judged = cycle(walk.coupled, start, period, age)
+                    losses = walk.losses(age + position)
+                    grown = not losses[0].sum() <= before
+                    yield _row(losses, unstable=grown and judged is not None and not judged.stable)
+        states = walk.states()
+        offset, age = offset + law.phase.steps, age + law.phase.steps
+
+
+def _row(losses: FloatArray, *, unstable: bool) -> dict[str, Any]:
+    bias, variance = losses[0]
+    return {
+        "loss": bias + variance,
+        "bias": bias,
+        "variance": variance,
+        "member_loss": losses.sum(),
+        "unstable": unstable,
+    }
+
+
+@dataclass(frozen=True)
+class CoupledSteady:
+    """Steady state at the end of a cycle of the rates (after any step when they are constant).
+
+    Attributes
+    ----------
+    loss, member_loss : float
+        Expected loss of the mean model and of the average member; NaN where unstable.
+    status : Status
+        FINISHED, or DIVERGED.
+    radius, kappa : float
+        Stable if both are below 1, see `nqm.solvers.least_squares.packed.Cycle`.
+    second_moment, deviation : ndarray, shape (d,)
+        Of the evaluated weights' distance from the minimum, and of a member from the mean model.
+        NaN along flat directions.
+    """
+
+    loss: float
+    member_loss: float
+    status: Status
+    radius: float
+    kappa: float
+    second_moment: FloatArray = field(repr=False)
+    deviation: FloatArray = field(repr=False)
+
+    def table(self) -> pd.DataFrame:
+        """One row."""
+        names = ("loss", "member_loss", "radius", "kappa")
+        row: dict[str, Any] = {name: [getattr(self, name)] for name in names}
+        return pd.DataFrame(row | {"status": [str(self.status)], "kind": [str(Kind.EXACT)]})
+
+
+def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady:
+    """Steady state of a phase that goes on for ever; its `steps` are not looked at.
+
+    Every direction is solved for a unit of each number 2 L of the cycle, which leaves one small
+    linear system for these numbers. SGD: E u_i^2 = w_i s2 / (1 - kappa) and
+    2 L = kappa s2 / (1 - kappa).
+
+    Raises
+    ------
+    NQMError
+        For rates that never repeat, and for averages over all the past.
+    """
+    check_settles(phase.algorithm)
+    law = _linear_law(phase, problem)
+    coupled, period = Coupled(problem, law), whole_period(phase)
+    check_memory("the period", period, 3.0 * period * coupled.entries)
+    steps, kind = coupled.steps(0, period, 0)
+    free = moving(coupled, steps, driving=False)
+    repeated = Repeated(problem, steps, kind, free)
+    judged, modes = repeated.judge(), len(coupled.modes)
+    start = _Walk(problem, law, at_start(law.algorithm, problem.additive()), 0).moment.sum(axis=0)
+    moments = np.full_like(start, np.nan)
+    curved = problem.curvature > 0
+    if judged.stable:
+        fixed = np.setdiff1d(np.arange(len(start)), free)
+        pulled = np.einsum("rnkd,kd->rnd", steps.moment[:, free[:, None], fixed], start[fixed])
+        numbers, response = repeated.respond((pulled + steps.own[:, free])[kind][..., curved])
+        bred, seen = numbers[:, :-1], numbers[:, -1]
+        labels = np.zeros(bred.shape[0])
+        labels[::modes] = problem.label_noise
+        driving = labels + np.linalg.solve(np.eye(labels.size) - bred, bred @ labels + seen)
+        moments[fixed] = start[fixed]
+        moments[np.ix_(free, curved)] = np.tensordot(driving, response[:-1], 1) + response[-1]
+    squares = [
+        moments[here].T @ _square(mode.algorithm, LONG * mode.algorithm.period)
+        for mode, here in zip(coupled.modes, coupled.packed, strict=True)
+    ]
+    squares += [np.where(curved, 0.0, np.nan)] if modes == 1 else []
+    weight = problem.weight[curved]
+    losses = [float(weight @ square[curved]) for square in squares]
+    return CoupledSteady(
+        loss=losses[0],
+        member_loss=sum(losses) if judged.stable else np.nan,
+        status=Status.FINISHED if judged.stable else Status.DIVERGED,
+        radius=judged.radius,
+        kappa=judged.kappa,
+        second_moment=squares[0],
+        deviation=squares[1],
+    )

@@ -1,0 +1,27 @@
+"""What is best on a noisy quadratic, and how flat the optimum is.
+
+Rates by exact gradients (`rates`, `fewest`), batch sizes at equal data (`batches`), start and size
+of late-phase weights at equal data (`late`). `nqm.tuning.constant_lr` has the best constant rate
+and momentum.
+"""
+
+from nqm.tuning.batch_sizes import BestBatches, best_batches
+from nqm.tuning.late_phase import BestLatePhase, best_late_phase
+from nqm.tuning.piecewise_loss import equal_pieces, piecewise_loss
+from nqm.tuning.schedule import BestSchedule, best_piecewise
+from nqm.tuning.schedule_to_target import fewest_steps_piecewise
+from nqm.tuning.sensitivity import Flatness, flatness
+
+__all__ = [
+    "BestBatches",
+    "BestLatePhase",
+    "BestSchedule",
+    "Flatness",
+    "best_batches",
+    "best_late_phase",
+    "best_piecewise",
+    "equal_pieces",
+    "fewest_steps_piecewise",
+    "flatness",
+    "piecewise_loss",
+]

@@ -1,0 +1,172 @@
+"""Optimised learning-rate schedules: piecewise constant, up to one rate for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.problems.least_squares import additive_only
+from nqm.problems.quadratic import FloatArray, Problem
+from nqm.problems.quadrature import condense
+from nqm.schedule import Piecewise
+from nqm.tuning.lbfgs import SLOWEST, Objective, descend, fastest, from_coarse, usual_starts
+from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
+from nqm.tuning.sensitivity import WITHIN, Flatness, flatness
+
+#: Blocks of the condensed spectrum: SGD's responses are smooth, and 1e-13 is reached by wide ones.
+WIDTH = 0.5
+
+
+@dataclass(frozen=True)
+class BestSchedule:
+    """A schedule and the loss it ends with.
+
+    Attributes
+    ----------
+    rates, lengths : ndarray, shape (pieces,)
+        Learning rate and number of steps of each piece; with fewer steps than pieces some
+        lengths are 0.
+    steps : int
+    loss : float
+        Exact expected loss at the end, over every direction.
+    at_bound : bool
+        Whether some rate lies at the highest allowed.
+    flat : mapping
+        "rates": how far each may move, alone; "scale": by which factor all may be multiplied, none
+        going beyond the highest allowed.
+    """
+
+    rates: FloatArray
+    lengths: NDArray[np.int64]
+    steps: int
+    loss: float
+    at_bound: bool
+    flat: Mapping[str, Flatness] = field(default_factory=dict, repr=False)
+
+    @property
+    def schedule(self) -> Piecewise:
+        """For a `Phase`."""
+        return as_piecewise(self.rates, self.lengths)
+
+
+def as_piecewise(values: ArrayLike, lengths: NDArray[np.int64]) -> Piecewise:
+    """Schedule with one of `values` for each stretch of `lengths` steps; empty ones left out."""
+    used = lengths > 0
+    edges = np.cumsum(lengths[used])[:-1]
+    return Piecewise(tuple(map(float, np.asarray(values)[used])), tuple(map(int, edges)))
+
+
+def best_piecewise(
+    problem: Problem,
+    pieces: int,
+    steps: int,
+    batch_size: float = 1.0,
+    *,
+    highest_lr: float | None = None,
+    start: ArrayLike | None = None,
+    within: float = WITHIN,
+) -> BestSchedule:
+    """Rates of `pieces` equal pieces with the least expected loss of SGD after `steps` steps.
+
+    Bounded quasi-Newton (L-BFGS-B) in the logarithms of the rates, on the condensed spectrum
+    (`nqm.condense`), from the best constant rate and from rates that decay; many pieces start from
+    the optimum of a quarter as many. The optimum is a local one: the loss is not convex in the
+    rates. With ``pieces = steps`` every step has a rate of its own, and at the optimum
+
+        lr_t = sum p h s / sum p (h^2 s + v / B)
+
+    or the bound, where s is the second moment before the step and p the adjoint after it
+    (`nqm.tuning.piecewise_loss`). In one direction p cancels: the greedy rate is the best one.
+
+    Parameters
+    ----------
+    problem : Problem
+        Preconditioned, if so wanted (`Problem.precondition`).
+    pieces, steps : int
+    batch_size : float
+    highest_lr : float, optional
+        2 / h of the largest curvature by default, beyond which that direction is amplified.
+    start : array_like, shape (pieces,), optional
+        Rates to begin with, in place of the starts above.
+    within : float
+        Rise of the loss that `flat` allows.
+
+    Returns
+    -------
+    BestSchedule
+        Its loss is exact, over every direction of `problem`.
+    """
+    problem = additive_only("best_piecewise", problem)
+    check_integer("best_piecewise.pieces", pieces, 1)
+    check_integer("best_piecewise.steps", steps, 1)
+    check_number("best_piecewise.batch_size", batch_size, low=0.0, closed_low=False)
+    small = condense(problem, width=WIDTH)
+    found = optimised(small, pieces, steps, batch_size, highest_lr, start)
+    return with_flatness(on_all(found, problem, batch_size), small, batch_size, highest_lr, within)
+
+
+def optimised(
+    problem: Problem,
+    pieces: int,
+    steps: int,
+    batch_size: float,
+    highest_lr: float | None,
+    start: ArrayLike | None,
+) -> BestSchedule:
+    """`best_piecewise` of a condensed problem, without flatness."""
+    high = fastest(problem, highest_lr)
+
+    def objective(lengths: NDArray[np.int64]) -> Objective:
+        def at(rates: FloatArray) -> tuple[float, FloatArray]:
+            run = evaluate(problem, rates, lengths, batch_size)
+            return run.loss, run.by_rate
+
+        return at
+
+    lengths = equal_pieces(steps, pieces)
+    if start is None:
+        starts = usual_starts(problem, steps, batch_size, high)
+        rates = from_coarse(objective, steps, pieces, high, starts)
+    else:
+        begin = np.asarray(start, dtype=np.float64)
+        if begin.shape != (pieces,) or not np.all(begin > 0):
+            raise NQMError(f"best_piecewise.start must hold {pieces} rates > 0; got {start!r:.60}")
+        ends = np.full(pieces, SLOWEST * high), np.full(pieces, high)
+        rates = descend(objective(lengths), [begin], *ends)
+    at_bound = bool(np.any(rates[lengths > 0] >= high * (1 - 1e-9)))
+    loss = evaluate(problem, rates, lengths, batch_size).loss
+    return BestSchedule(rates, lengths, steps, loss, at_bound)
+
+
+def on_all(found: BestSchedule, problem: Problem, batch_size: float) -> BestSchedule:
+    """With the loss over every direction."""
+    return replace(found, loss=final_loss(problem, found.rates, found.lengths, batch_size))
+
+
+def with_flatness(
+    found: BestSchedule,
+    problem: Problem,
+    batch_size: float,
+    highest_lr: float | None,
+    within: float,
+) -> BestSchedule:
+    """With how far the rates may move, on a condensed problem."""
+    run = evaluate(problem, found.rates, found.lengths, batch_size)
+    return replace(found, flat=flat_rates(run, fastest(problem, highest_lr), within))
+
+
+def flat_rates(run: Evaluated, high: float, within: float) -> dict[str, Flatness]:
+    """How far each rate may move alone ("rates"), and by which factor all together ("scale")."""
+
+    def scaled(factor: FloatArray) -> FloatArray:
+        rates = np.minimum(factor * run.rates, high)
+        return np.asarray(evaluate(run.problem, rates, run.lengths, run.batch_size).loss)
+
+    return {
+        "rates": flatness(run.moved, run.rates, SLOWEST * high, high, within=within),
+        "scale": flatness(scaled, 1.0, SLOWEST, high / run.rates.min(), within=within),
+    }

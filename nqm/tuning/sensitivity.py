@@ -1,0 +1,108 @@
+"""How flat an optimum is, in one form for every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nqm.errors import check_number
+from nqm.problems.quadratic import FloatArray
+
+#: Relative rise of the loss that still counts as flat.
+WITHIN = 0.01
+#: Share of the way to the bound at which the walk outwards looks, on the scale of logarithms.
+_LOOKS = np.geomspace(1e-4, 1.0, 40)
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """How far each parameter may move, alone, while the loss stays close to the optimum.
+
+    Attributes
+    ----------
+    low, high : ndarray, shape of the parameter
+        Ends of the interval around the optimum in which the loss stays below (1 + `within`) times
+        the optimum; the bound of the search where it does so all the way there.
+    within : float
+    """
+
+    low: FloatArray
+    high: FloatArray
+    within: float
+
+
+def flatness(
+    loss: Callable[[FloatArray], FloatArray],
+    at: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    *,
+    within: float = WITHIN,
+) -> Flatness:
+    """Interval of each positive parameter in which the loss stays within a factor of the optimum.
+
+    Walks outwards in 40 steps, ever larger ones, and bisects the first that leaves.
+
+    Parameters
+    ----------
+    loss : callable
+        From an array x of the shape of `at` to losses of that shape: entry k is the loss with
+        parameter k at x[k] and all others at the optimum. `nqm.scan` over rates has this form.
+    at : array_like, > 0
+        The optimum.
+    low, high : array_like, > 0
+        Bounds of the search, broadcast to `at`.
+    within : float
+        Relative rise allowed, > 0.
+
+    Raises
+    ------
+    NQMError
+        If `within` is not > 0.
+    """
+    check_number("flatness.within", within, low=0.0, closed_low=False)
+    best = np.asarray(at, dtype=np.float64)
+    limit = (1.0 + within) * np.asarray(loss(best))
+
+    def end(bound: ArrayLike) -> FloatArray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            way = np.log(np.asarray(bound) / best)
+
+            def inside(share: FloatArray) -> NDArray[np.bool_]:
+                return np.asarray(loss(best * np.exp(share * way)) <= limit)
+
+            good, bad = np.zeros(best.shape), np.full(best.shape, np.inf)
+            for look in _LOOKS:
+                still = np.isinf(bad)
+                if not still.any():
+                    break
+                stays = inside(np.full(best.shape, look))
+                good = np.where(still & stays, look, good)
+                bad = np.where(still & ~stays, look, bad)
+            left = np.isfinite(bad)
+            bad = np.where(left, bad, 1.0)
+            for _ in range(35):
+                middle = 0.5 * (good + bad)
+                stays = inside(middle)
+                good, bad = np.where(stays, middle, good), np.where(stays, bad, middle)
+            return np.asarray(np.where(left, best * np.exp(good * way), bound))
+
+    return Flatness(end(low), end(high), within)
+
+
+def flat_numbers(losses: Mapping[int, float], *, within: float = WITHIN) -> Flatness:
+    """The same for a whole number whose losses are known at some values.
+
+    The interval is the run of known values around the best that all stay below the limit.
+    """
+    check_number("flatness.within", within, low=0.0, closed_low=False)
+    values = np.array(sorted(losses))
+    loss = np.array([losses[value] for value in values.tolist()])
+    best = int(np.argmin(loss))
+    out = np.flatnonzero(~(loss <= (1.0 + within) * loss[best]))
+    first = out[out < best].max(initial=-1) + 1
+    last = out[out > best].min(initial=values.size) - 1
+    return Flatness(np.asarray(values[first], float), np.asarray(values[last], float), within)

@@ -1,0 +1,228 @@
+"""How many steps a target loss takes, at given rates and at the best ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nqm.errors import NQMError, check_number
+from nqm.problems.least_squares import LeastSquares, any_problem
+from nqm.problems.quadratic import Problem
+from nqm.program import Phase, one_phase
+from nqm.result import Status
+from nqm.solvers.moments import PhaseWalk
+from nqm.solvers.steady import check_settles, steady
+
+if TYPE_CHECKING:
+    from nqm.solvers.least_squares.moments import CoupledPhaseWalk
+from nqm.tuning.constant_lr import SCAN_BUDGET
+from nqm.tuning.stability import searched_edge
+
+#: Relative distance from the floor at which a loss has settled.
+SETTLED = 1e-9
+
+
+# --- time to a target ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """When the expected loss meets a target.
+
+    Attributes
+    ----------
+    status : Status
+        REACHED, NOT_REACHED (within the phase's steps) or DIVERGED.
+    step, examples : float
+        Of the crossing; NaN unless reached.
+    loss : float
+        Expected loss at that step.
+    floor : float
+        Steady-state loss, NaN where there is none: a target below it is out of reach but for a
+        dip on the way.
+    scanned : bool
+        Whether every step before the crossing was looked at (for a last crossing, every step to
+        the horizon). Otherwise only a grid of steps 5 % apart and the bracket were, and a shorter
+        swing across the target could have been missed.
+    """
+
+    status: Status
+    step: float
+    examples: float
+    loss: float
+    floor: float
+    scanned: bool
+
+
+def steps_to_target(
+    problem: Problem | LeastSquares, phase: Phase, target: float, *, crossing: str = "first"
+) -> Crossing:
+    """First (or last) step at which the expected loss is at or below `target`.
+
+    The loss need not fall monotonically (momentum, starts below the floor), so nothing is
+    bisected: jumps on a geometric grid of steps bracket the crossing, then steps are scanned.
+
+    Parameters
+    ----------
+    problem : Problem or LeastSquares
+    phase : Phase
+        Its `steps` are the horizon; 10**9 is fine at constant rates, but least squares is walked
+        step by step.
+    target : float
+        Expected loss, > 0.
+    crossing : {"first", "last"}
+        "last" asks from which step on the loss stays at or below the target until the horizon.
+    """
+    check_number("target", target, low=0.0, closed_low=False)
+    if crossing not in ("first", "last"):
+        raise NQMError(f"crossing must be 'first' or 'last'; got {crossing!r}")
+    phase = one_phase("steps_to_target.phase", phase)
+    problem = any_problem("steps_to_target", problem)
+    floor = _floor(problem, phase)
+    walk = _walk(problem, phase)
+    if crossing == "last":
+        return _last(walk, phase, target, floor)
+    before, lost = 0, Status.NOT_REACHED
+    for step, loss in walk.at(_grid(phase.steps)):
+        if loss <= target:
+            scanned = walk.cost(step) <= SCAN_BUDGET
+            start = 0 if scanned else before
+            path = walk.path(start, step)
+            hit = int(np.flatnonzero(path <= target)[0])
+            return _crossed(phase, start + hit, float(path[hit]), floor, scanned)
+        before = step
+        if not np.isfinite(loss):
+            lost = Status.DIVERGED
+            break
+        if target < floor and abs(loss - floor) <= SETTLED * floor:
+            break
+    # Dips between grid points count as crossings too, where looking is affordable.
+    scanned = walk.cost(before) <= SCAN_BUDGET
+    if scanned:
+        path = walk.path(0, before)
+        dips = np.flatnonzero(path <= target)
+        if dips.size:
+            return _crossed(phase, int(dips[0]), float(path[dips[0]]), floor, True)
+    return Crossing(lost, np.nan, np.nan, np.nan, floor, scanned)
+
+
+def _walk(problem: Problem | LeastSquares, phase: Phase) -> PhaseWalk | CoupledPhaseWalk:
+    """Losses of a phase at any steps."""
+    if isinstance(problem, LeastSquares):
+        from nqm.solvers.least_squares.moments import (
+            CoupledPhaseWalk,  # which builds on this module
+        )
+
+        return CoupledPhaseWalk(problem, phase)
+    return PhaseWalk(problem, phase)
+
+
+def _last(
+    walk: PhaseWalk | CoupledPhaseWalk, phase: Phase, target: float, floor: float
+) -> Crossing:
+    """Step from which on the loss stays at or below the target until the horizon."""
+    grid = _grid(phase.steps)
+    losses = np.array([loss for _, loss in walk.at(grid)])
+    if not losses[-1] <= target:
+        lost = Status.NOT_REACHED if np.isfinite(losses[-1]) else Status.DIVERGED
+        return Crossing(lost, np.nan, np.nan, np.nan, floor, False)
+    above = np.flatnonzero(~(losses <= target))
+    bracket = (0, 0) if above.size == 0 else (int(grid[above[-1]]), int(grid[above[-1] + 1]))
+    # A swing above the target between grid points counts too, where looking is affordable.
+    scanned = walk.cost(phase.steps) <= SCAN_BUDGET
+    start, stop = (0, phase.steps) if scanned else bracket
+    path = walk.path(start, stop)
+    high = np.flatnonzero(~(path <= target))
+    index = 0 if high.size == 0 else int(high[-1]) + 1
+    return _crossed(phase, start + index, float(path[index]), floor, scanned)
+
+
+def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) -> Crossing:
+    return Crossing(Status.REACHED, step, phase.examples(step), loss, floor, scanned)
+
+
+class OutOfReachError(NQMError):
+    """No rate reaches the target within the horizon."""
+
+
+def fewest_steps(
+    problem: Problem | LeastSquares,
+    phase: Phase,
+    target: float,
+    *,
+    points: int = 41,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[float, Crossing]:
+    """Constant learning rate at which a phase first meets `target` soonest, and that crossing.
+
+    A geometric grid below the stability edge, then 17 rates between the best one's neighbours.
+
+    Parameters
+    ----------
+    phase : Phase
+        Its `lr` is replaced by each rate tried; its `steps` are the horizon.
+    points : int
+        Size of the grid.
+    progress : callable, optional
+        Told of each rate tried.
+
+    Raises
+    ------
+    OutOfReachError
+        An NQMError: no rate reaches the target within the horizon.
+    """
+    phase = one_phase("fewest_steps.phase", phase)
+    problem = any_problem("fewest_steps", problem)
+    edge = searched_edge(problem, phase)
+    best: tuple[float, Crossing] | None = None
+    # From fast to slow; nothing later than the best so far is of interest.
+    grid = np.geomspace(0.999 * edge, 1e-5 * edge, points)
+    told = progress or (lambda count: None)
+    for lr in map(float, grid):
+        best = _sooner(best, problem, phase, lr, target)
+        told(1)
+    if best is None:
+        raise OutOfReachError(
+            f"target {target:g} is below what any rate reaches in {phase.steps} steps; "
+            "raise the target, the steps or the batch size"
+        )
+    at = int(np.argmin(np.abs(grid - best[0])))
+    ends = grid[max(at - 1, 0)], grid[min(at + 1, points - 1)]
+    for lr in map(float, np.geomspace(*ends, 17)):
+        best = _sooner(best, problem, phase, lr, target)
+        told(1)
+    assert best is not None
+    return best
+
+
+def _sooner(
+    best: tuple[float, Crossing] | None,
+    problem: Problem | LeastSquares,
+    phase: Phase,
+    lr: float,
+    target: float,
+) -> tuple[float, Crossing] | None:
+    steps = phase.steps if best is None else int(best[1].step)
+    found = steps_to_target(problem, replace(phase, lr=lr, steps=steps), target)
+    if found.status is Status.REACHED and (best is None or found.step < best[1].step):
+        return lr, found
+    return best
+
+
+def _floor(problem: Problem | LeastSquares, phase: Phase) -> float:
+    try:
+        check_settles(phase.algorithm)
+        return steady(problem, phase).loss
+    except NQMError:
+        return float("nan")
+
+
+def _grid(steps: int) -> list[int]:
+    """0, 1, 2, ... then growing by 5 % to `steps`."""
+    points = [0]
+    while points[-1] < steps:
+        points.append(min(steps, max(points[-1] + 1, int(points[-1] * 1.05))))
+    return points

@@ -1,0 +1,108 @@
+"""The bridge's panels show the numbers of its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from figures import bridge
+from neural.bridge.comparison import COURSE
+from neural.bridge.plots import draw_bridge
+from tests.neural.bridge.test_verdict import cells
+from tests.tolerances import IDENTITY, agree
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    parts = [
+        cells(lr, (1.0, 1.1, 0.8), batch_size=size, weights=weights)
+        for lr, size in ((0.1, 8), (0.2, 8), (0.4, 8), (0.2, 16))
+        for weights in ("iterate", "swa", "ema")
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture
+def course() -> pd.DataFrame:
+    rows = [
+        {"lr": lr, "batch_size": size, "members": k, "step": step, "predicted": lr * step / k,
+         "measured": 1.1 * lr * step / k, "error": 0.01}
+        for lr, size in ((0.4, 8), (0.1, 8), (0.2, 8), (0.2, 16))
+        for k in (1, 2, 4)
+        for step in (2, 4, 8)
+    ]  # fmt: skip
+    return pd.DataFrame(rows).reindex(columns=COURSE)
+
+
+def line(ax: Axes, gid: str) -> Line2D:
+    found = [one for one in ax.lines if one.get_gid() == gid]
+    assert len(found) == 1, [one.get_gid() for one in ax.lines]
+    return found[0]
+
+
+def test_the_course_is_that_of_the_middle_rate(course: pd.DataFrame) -> None:
+    ax = bridge.course(course)
+    for k in (1, 4):
+        x, y = line(ax, f"K = {k}/predicted").get_data()
+        agree(x, [2, 4, 8], IDENTITY)
+        agree(y, 0.2 * np.array([2, 4, 8]) / k, IDENTITY)
+    assert len(ax.containers) == 2
+    drawn = [np.asarray(c.lines[0].get_ydata(), dtype=float) for c in ax.containers]
+    agree(drawn, [1.1 * 0.2 * np.array([2, 4, 8]) / k for k in (1, 4)], IDENTITY)
+
+
+def test_every_cell_has_its_residual(table: pd.DataFrame) -> None:
+    ax = bridge.residuals(table, 2.0)
+    drawn = [np.asarray(c.lines[0].get_data(), dtype=float) for c in ax.containers]
+    assert sum(points.shape[1] for points in drawn) == len(table)
+    agree(np.sort(np.concatenate(drawn, 1)[1]), np.sort(table["ratio"]), IDENTITY)
+    # Every one nearest to its own lr h_max.
+    for x, ratio in np.concatenate(drawn, 1).T:
+        rate = min((0.2, 0.4, 0.8), key=lambda r, x=x: abs(np.log(r / x)))
+        assert abs(np.log(x / rate)) < 0.5 * np.log(2.0)
+        assert ratio in (1.0, 1.1, 0.8)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0.2", "0.4", "0.8"]
+
+
+def test_averages_are_lines_of_their_own(table: pd.DataFrame) -> None:
+    ax = bridge.averages(table)
+    for weights in ("iterate", "swa", "ema"):
+        x, y = line(ax, f"{weights}/predicted").get_data()
+        agree(x, [0.1, 0.2, 0.4], IDENTITY)
+        agree(y, [10.0, 5.0, 2.5], IDENTITY)
+    # Other panels are of the weights themselves.
+    assert len(line(bridge.against_rate(table), "K = 1/predicted").get_xdata()) == 3
+    assert len(line(bridge.against_batch_size(table), "K = 1/predicted").get_xdata()) == 2
+
+
+def test_the_page_is_drawn_without_measurements_too(
+    table: pd.DataFrame, course: pd.DataFrame, tmp_path: Path
+) -> None:
+    spectrum = pd.DataFrame(
+        {"curvature": [2.0, 1.0], "count": 1.0, "noise_variance": [0.3, 0.1], "kind": "pair"}
+    )
+    names = ["measured", "error", "measured_rise", "ratio", "ratio_error"]
+    bare = table.assign(**dict.fromkeys(names, np.nan))
+    alone = course.assign(measured=np.nan, error=np.nan)
+    below = table.assign(predicted_rise=-table["predicted_rise"], ratio=-table["ratio"])
+    assert draw_bridge(below, course, spectrum, tmp_path, "rises below zero have no logarithm")
+    paths = draw_bridge(bare, alone, spectrum, tmp_path, "title")
+    assert [path.name for path in paths] == ["bridge.png", "bridge.pdf"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
+    one_size = bare[bare["batch_size"] == bare["batch_size"].iloc[0]]
+    assert all(path.exists() for path in draw_bridge(one_size, alone, spectrum, tmp_path, "one"))
+
+
+def test_the_law_goes_through_the_stiffest() -> None:
+    h = np.array([4.0, 2.0, 1.0, 0.01])
+    noise = 3.0 * h**1.5
+    table = pd.DataFrame({"curvature": h, "noise_variance": noise, "kind": "pair"})
+    x, y = np.asarray(line(bridge.noise_against_curvature(table, 1.5), "law").get_data())
+    agree(x, [1.0, 4.0], IDENTITY)
+    agree(y, 3.0 * x**1.5, 1e-12)
+    assert not [n for n in bridge.noise_against_curvature(table).lines if n.get_gid() == "law"]

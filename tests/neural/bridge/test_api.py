@@ -1,0 +1,203 @@
+"""The bridge in three calls: what they do is what their parts do, and nothing is done twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pandas as pd
+import pytest
+from torch import Tensor
+
+from neural.bridge.api import compare, measure, predict
+from neural.bridge.best_lr import best_lrs
+from neural.bridge.comparison import compare_training
+from neural.bridge.config import BridgeConfig, Plan
+from neural.bridge.gaussian import measure_averages, measure_gaussian
+from neural.bridge.prediction import predict_each
+from neural.bridge.timing import STAGES, cost_table
+from neural.curvature.cache import Cache
+from neural.curvature.local_quadratic import measure_local
+from nqm.errors import NQMError
+from tests.tiny_landscapes import Bowl, tanh_landscape
+from tests.tolerances import agree, within_error
+
+CONFIG = BridgeConfig(
+    eigenpairs=6, noise_samples=2, lanczos_steps=4, displacements=4, averaging_displacements=1,
+    lr_times_sharpness=(0.1, 0.2, 0.4), batch_sizes=(4, 8), steps=12,
+)  # fmt: skip
+PLAN = Plan(members=(1, 2), runs=4, records=2)
+
+
+def test_the_three_calls_are_their_parts() -> None:
+    landscape = tanh_landscape()
+    measured = measure(landscape, CONFIG, seed=3)
+    local = measure_local(landscape, 6, noise_samples=2, lanczos_steps=4, seed=3)
+    agree(measured.local.points()[1], local.points()[1], 1e-9)
+    trainings = CONFIG.trainings(local.largest)
+    assert [one.training for one in measured.gaussians] == trainings
+    settings = {"displacements": 4, "lanczos_steps": 4, "seed": 3}
+    reference = CONFIG.reference(local.largest)
+    averages = measure_averages(
+        landscape, local, reference, averaging_displacements=1, **settings
+    )  # fmt: skip
+    predicted, found = predict(measured, PLAN), compare(measured, PLAN)
+    for i, (training, gaussian) in enumerate(zip(trainings, measured.gaussians, strict=True)):
+        expected = measure_gaussian(landscape, local, training, averages, **settings)
+        agree(gaussian.mean, expected.mean, 1e-9)
+        alone = compare_training(landscape, expected, PLAN)
+        rows = slice(6 * i, 6 * (i + 1))
+        for table in (found.table, predicted.table):
+            part = table.iloc[rows]["predicted"]
+            np.testing.assert_allclose(part, alone.table["predicted"], rtol=1e-7)
+        measured_losses = found.table.iloc[rows]["measured"]
+        np.testing.assert_allclose(measured_losses, alone.table["measured"], rtol=1e-7)
+        # The course is the prediction at each of its steps.
+        at = training.course_steps(PLAN.records)
+        losses = [one.change(2) for one in predict_each(expected, at)]
+        course = predicted.course
+        held = course[(course["lr"] == training.lr) & (course["members"] == 2)]
+        held = held[held["batch_size"] == training.batch_size]
+        assert held["step"].tolist() == at
+        np.testing.assert_allclose(held["predicted"], losses, rtol=1e-7)
+    assert predicted.table["measured"].isna().all()
+    assert len(found.table) == len(predicted.table) == 4 * 2 * 3
+    assert list(found.table.index) == list(range(24)), "rows are numbered through"
+
+
+def test_a_quadratic_does_what_is_predicted_of_it() -> None:
+    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
+    config = replace(CONFIG, eigenpairs=0)
+    table = compare(measure(landscape, config), replace(PLAN, runs=64)).table
+    agree(table["measured"], table["predicted"], 1e-8)  # less the control variate
+    within_error(table["plain"], table["predicted"], table["plain_error"])
+    iterate = table[table["weights"] == "iterate"]  # or it would tell little
+    assert (iterate["plain_error"] < 0.4 * iterate["predicted_rise"]).all()
+
+
+def test_defaults_are_those_of_the_command() -> None:
+    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
+    measured = measure(landscape, BridgeConfig(eigenpairs=0))
+    assert [one.training.lr * 2.0 for one in measured.gaussians] == pytest.approx(
+        [0.0625, 0.125, 0.25, 0.5], rel=1e-6
+    )
+    assert {one.training.steps for one in measured.gaussians} == {1000}
+    assert set(predict(measured).table["members"]) == {1, 2, 4, 8, 16}
+
+
+def refuse(*args: object, **kwargs: object) -> NoReturn:
+    raise AssertionError("computed again")
+
+
+def test_a_second_call_computes_nothing(tmp_path: Path) -> None:
+    landscape, cache = tanh_landscape(), Cache(tmp_path)
+    measured = measure(landscape, CONFIG, cache=cache)
+    found = compare(measured, PLAN)
+    log, files = dict(cache.log), set(tmp_path.iterdir())
+    stages = {stage for stage, _ in log}
+    assert {"eigenpairs", "noise_sample", "averages", "slopes", "force", "training"} <= stages
+    assert len(files) == len(log)
+
+    again = tanh_landscape()
+    for name in ("hessian_product", "hessian", "example_gradients", "weighted_gradient"):
+        setattr(again, name, refuse)
+    whole, gradients = again.loss_and_gradient, []
+
+    def counted(w: Tensor) -> tuple[float, Tensor]:
+        gradients.append(w)
+        return whole(w)
+
+    again.loss_and_gradient = counted  # type: ignore[method-assign]
+    for other in (cache, Cache(tmp_path)):
+        gradients.clear()
+        repeated = compare(measure(again, CONFIG, cache=other), PLAN)
+        pd.testing.assert_frame_equal(repeated.table, found.table)
+        pd.testing.assert_frame_equal(repeated.course, found.course)
+        assert other.log == log
+        assert len(gradients) <= 1  # that of the checkpoint, which is no stage
+    assert set(tmp_path.iterdir()) == files
+
+
+def test_what_a_stage_takes_is_that_of_when_it_was_computed(tmp_path: Path) -> None:
+    """A configuration that finds its results there reports the seconds of the one before it."""
+    landscape, first, second = tanh_landscape(), Cache(tmp_path), Cache(tmp_path)
+    compare(measure(landscape, CONFIG, cache=first), PLAN)
+    less = replace(CONFIG, lr_times_sharpness=CONFIG.lr_times_sharpness[1:], batch_sizes=(4,))
+    # The reference training is the one before the last rate: still the same.
+    assert less.reference(1.0) == CONFIG.reference(1.0)
+    compare(measure(landscape, less, cache=second), PLAN)
+    assert second.log.items() < first.log.items()
+    before, after = (
+        cost_table(landscape, 1.0, cache.log).set_index("stage")["seconds"]
+        for cache in (first, second)
+    )
+    assert list(before.index) == list(after.index) == list(STAGES)
+    for stage in ("curvature and noise", "averages"):
+        assert after[stage] == before[stage] > 0.0
+    for stage in ("third derivatives", "training"):
+        assert 0.0 < after[stage] < before[stage]
+
+
+def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> None:
+    landscape, config = tanh_landscape(), replace(CONFIG, lr_times_sharpness=(0.1,))
+    config = replace(config, batch_sizes=(4,))
+
+    def stages(config: BridgeConfig, seed: int = 0) -> set[str]:
+        cache, before = Cache(tmp_path), set(tmp_path.iterdir())
+        measure(landscape, config, seed=seed, cache=cache)
+        return {path.name.partition("-")[0] for path in set(tmp_path.iterdir()) - before}
+
+    whole = {"eigenpairs", "gradient", "noise_sample", "noise_trace", "slopes", "force", "averages"}
+    assert stages(config) == whole
+    assert stages(config) == set()
+    assert stages(config, seed=1) == whole
+    assert stages(replace(config, averaging_displacements=2)) >= {"averages"}
+    assert stages(replace(config, displacements=6)) >= {"slopes", "force"}
+    assert stages(replace(config, steps=13)) >= {"slopes", "force", "averages"}
+    assert stages(replace(config, eigenpairs=5)) >= {"eigenpairs", "slopes", "force", "averages"}
+
+
+def test_stages_are_reported_with_their_share() -> None:
+    told: list[tuple[str, float]] = []
+    landscape = tanh_landscape()
+    measured = measure(landscape, CONFIG, report=lambda *one: told.append(one))
+    compare(measured, PLAN, report=lambda *one: told.append(one))
+    stages = list(dict.fromkeys(stage for stage, _ in told))
+    trained = [f"train {i} of 4" for i in (1, 2, 3, 4)]
+    assert stages == ["curvature and noise", "averages", "third derivatives", *trained]
+    for stage in stages:
+        shares = [share for name, share in told if name == stage]
+        assert shares == sorted(shares)
+        assert 0.0 < shares[0] <= shares[-1] <= 0.99
+        if stage != "curvature and noise":  # of which it is a guess
+            assert shares[-1] == 0.99
+
+
+def test_the_test_loss_is_that_of_the_last_weights() -> None:
+    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
+    config = replace(CONFIG, eigenpairs=0, lr_times_sharpness=(0.2,), batch_sizes=(4,))
+    measured = measure(landscape, config)
+    found = compare(measured, PLAN, test=landscape.loss).table
+    last = compare(measured, replace(PLAN, records=1)).table
+    iterate = found["weights"] == "iterate"
+    expected = last.loc[iterate, "plain"] + landscape.loss()
+    np.testing.assert_allclose(found.loc[iterate, "test"], expected, rtol=1e-9)
+
+
+def test_best_rates_are_found_among_the_gaussians() -> None:
+    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
+    measured = measure(landscape, replace(CONFIG, eigenpairs=0))
+    found = best_lrs(predict(measured, PLAN).table, measured.gaussians, records=PLAN.records)
+    assert list(found["members"]) == [1, 2]
+    assert found["measured"].isna().all(), "nothing was trained"
+    assert (found["predicted"].diff()[1:] > 0.0).all(), "more members stand a higher rate"
+
+
+def test_what_does_not_fit_is_told_before_anything_is_measured() -> None:
+    landscape = tanh_landscape()
+    landscape.hessian_product = refuse  # type: ignore[method-assign]
+    config = replace(CONFIG, sampling="shuffled", batch_sizes=(7,))
+    with pytest.raises(NQMError, match="divides the 40 examples; got 7"):
+        measure(landscape, config)

@@ -1,0 +1,197 @@
+"""The push of the noise on the mean weights, where third derivatives are known exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from neural.bridge.config import Training
+from neural.bridge.drift import Drift, descended, descent, measure_drift
+from neural.curvature.cache import Cache
+from neural.curvature.lanczos import Krylov
+from neural.curvature.local_quadratic import LocalModel, measure_local
+from neural.curvature.risk import Landscape
+from neural.curvature.spectrum import Eigenpairs
+from nqm.errors import NQMError
+from tests.tiny_landscapes import Bowl, Plain, quadratic, scatter, slide
+from tests.tolerances import IDENTITY, JUMP, agree, within_error
+
+CURVATURE = (3.0, 1.0, 0.4, 0.2, 0.05)
+LR, SIZE, STEPS = 0.2, 8, 12
+TRAINING = Training(LR, SIZE, STEPS)
+
+
+@pytest.fixture(scope="module")
+def bowl() -> Bowl:
+    return Bowl(CURVATURE, away=0.1, examples=60, cubic=1.0)
+
+
+def noise(bowl: Bowl) -> np.ndarray:
+    return np.cov(torch.cat(list(bowl.landscape.example_gradients())).numpy(), rowvar=False, ddof=0)
+
+
+def force(drift: Drift, half: int) -> np.ndarray:
+    """One of the two measured forces, put together again."""
+    along = drift.local.pairs.vectors @ drift.force_top[half]
+    return np.asarray(along + drift.force_rest[half].apply(np.ones_like))
+
+
+def test_the_bowl_is_what_it_says(bowl: Bowl) -> None:
+    w = bowl.landscape.weights.numpy()
+    agree(bowl.landscape.gradient(), bowl.gradient(), IDENTITY)
+    curvature = bowl.hessian + np.einsum("ijk,k->ij", bowl.third, w)
+    agree(bowl.landscape.hessian(), curvature, IDENTITY)
+    agree(noise(bowl), bowl.noise, JUMP)
+
+
+def test_the_force_is_half_the_third_derivatives_with_the_scatter(
+    bowl: Bowl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h, count = bowl.landscape.hessian().numpy(), 1000
+    local = measure_local(bowl.landscape, None)
+
+    def quicker(w: Tensor) -> tuple[float, Tensor]:  # the same slope; losses are not looked at
+        return 0.0, bowl.gradient(w)
+
+    monkeypatch.setattr(bowl.landscape, "loss_and_gradient", quicker)
+    drift = measure_drift(bowl.landscape, local, TRAINING, displacements=count)
+    covariance = scatter(h, noise(bowl), LR, SIZE, STEPS)
+    expected = 0.5 * np.einsum("ijk,jk->i", bowl.third, covariance)
+    # Of a normal d, Var(d' A d) = 2 tr(A S A S); here A is half of a slice of T.
+    turned = 0.5 * bowl.third @ covariance
+    error = np.sqrt(2.0 * np.einsum("ijk,ikj->i", turned, turned) / (count / 2))
+    for half in (0, 1):
+        within_error(force(drift, half), expected, error)
+    assert (np.abs(expected) > 5.0 * error).any()
+    assert not np.array_equal(drift.force_top[0], drift.force_top[1])
+
+
+@pytest.mark.parametrize("eigenpairs", [None, 2])
+@pytest.mark.parametrize(("lr", "size", "steps"), [(LR, SIZE, STEPS), (0.5, 2, 3), (0.05, 8, 40)])
+def test_the_mean_moves_as_gradient_descent_with_the_force(
+    bowl: Bowl, eigenpairs: int | None, lr: float, size: int, steps: int
+) -> None:
+    g, h = bowl.landscape.gradient().numpy(), bowl.landscape.hessian().numpy()
+    local = measure_local(bowl.landscape, eigenpairs, noise_samples=4, tolerance=1e-12)
+    drift = measure_drift(bowl.landscape, local, TRAINING, displacements=6)
+    training, scale = Training(lr, size, steps), (lr / size) / (LR / SIZE)
+    pushed = [slide(scale * force(drift, half), h, lr, steps) for half in (0, 1)]
+    assert drift.floor(training, steps) == pytest.approx(0.5 * pushed[0] @ h @ pushed[1], rel=1e-8)
+    # m is linear in slope and force: what both together do, less what each does.
+    still, mean = slide(g, h, lr, steps), 0.5 * (pushed[0] + pushed[1])
+    together = quadratic(g, h, still + mean) - quadratic(g, h, still)
+    expected = together - 0.5 * mean @ h @ mean
+    assert drift.cross(training, steps) == pytest.approx(expected, rel=1e-8)
+    agree(drift.displacement(training), mean, 1e-7)
+
+
+def test_the_halves_share_no_draw(bowl: Bowl) -> None:
+    """Else the product of the two would keep the bias of a square."""
+    local = measure_local(bowl.landscape, 2, noise_samples=2, tolerance=1e-12)
+    whole = measure_drift(bowl.landscape, local, TRAINING, displacements=8)
+    top = float(np.trace(local.noise))
+    sizes = [float(draw.amplitudes @ draw.amplitudes) for draw in local.draws]
+    empty = replace(local.draws[0], amplitudes=0.0 * local.draws[0].amplitudes)
+    for half in (0, 1):
+        # Without the other half's draw, and with as much less of noise, nothing changes for it.
+        draws = (local.draws[0], empty) if half == 0 else (empty, local.draws[1])
+        left = (local.noise_trace - top) * sizes[half] / sum(sizes)
+        cut = replace(local, draws=draws, noise_trace=top + left)
+        found = measure_drift(bowl.landscape, cut, TRAINING, displacements=8)
+        agree(force(found, half), force(whole, half), 1e-9)
+        assert not np.allclose(force(found, 1 - half), force(whole, 1 - half), rtol=1e-3)
+
+
+def test_a_kink_at_the_checkpoint_pushes_nothing() -> None:
+    """Of |w + 1e-9| the slope is 1 at the checkpoint, and on the average over any scatter 0."""
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        off, w = output.unbind(1)
+        return (0.5 * w**2 + 0.3 * (off - 1e-9).abs()).sum(1)
+
+    x = torch.zeros(8, 3, dtype=torch.double)
+    model = Plain(x[0, :1].clone(), x[0, 1:].clone())
+    landscape = Landscape(model, [(x, torch.zeros(8, dtype=torch.long))], loss=loss)
+    assert landscape.gradient().abs().min() == pytest.approx(0.3)
+    pairs = Eigenpairs(np.ones(3), np.eye(3), np.zeros(3))
+    rest = Krylov(np.zeros(0), np.zeros(0), np.zeros((3, 0)))
+    local = LocalModel(0.0, pairs, np.eye(3), np.zeros(3), rest, (), 3.0, 8)
+    drift = measure_drift(landscape, local, TRAINING, displacements=4)
+    assert max(np.abs(force(drift, half)).max() for half in (0, 1)) < 1e-12
+
+
+def test_a_quadratic_has_no_drift() -> None:
+    landscape = Bowl(CURVATURE, away=0.3).landscape
+    training = replace(TRAINING, steps=500)
+    drift = measure_drift(landscape, measure_local(landscape, 2, tolerance=1e-10), training)
+    assert abs(drift.floor(training, 500)) < 1e-25
+    assert abs(drift.cross(training, 500)) < 1e-12
+
+
+@pytest.mark.parametrize("eigenpairs", [None, 2])
+def test_where_descent_ends(bowl: Bowl, eigenpairs: int | None) -> None:
+    g, h = bowl.landscape.gradient().numpy(), bowl.landscape.hessian().numpy()
+    local = measure_local(bowl.landscape, eigenpairs, tolerance=1e-12)
+    agree(descended(local, TRAINING), slide(g, h, LR, STEPS), 1e-7)
+    # A quadratic that is bent downwards falls for ever, a loss does not.
+    downwards = replace(local, pairs=replace(local.pairs, values=-local.pairs.values))
+    along = local.pairs.vectors.T @ descended(downwards, TRAINING)
+    agree(along, -LR * STEPS * local.slope, 1e-9)
+    # Far beyond what plain descent stands, as for heavy ball's effective rates, it has settled.
+    steep = 3.0 / local.pairs.values.min()
+    along = local.pairs.vectors.T @ descended(local, Training(steep, SIZE, 5000))
+    agree(along, -local.slope / local.pairs.values, 1e-9)
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.5])
+def test_descent_at_every_curvature(lr: float) -> None:
+    """Flat, nearly flat, bent down, reached in one step, jumped over, and unstable."""
+    u = np.array([2.2, 1.7, 1.0, 0.3, 1e-6, 1e-12, 1e-15, 0.0, -1e-13, -0.1])
+    pairs = Eigenpairs(u / lr, np.eye(len(u)), np.zeros(len(u)))
+    empty = Krylov(np.zeros(0), np.zeros(0), np.zeros((len(u), 0)))
+    for one, h in enumerate(pairs.values):
+        g = 2.0 * np.eye(len(u))[one]
+        local = LocalModel(0.0, pairs, np.eye(len(u)), g, empty, (), float(len(u)), 9)
+        for steps in (1, 2, 5, 30):
+            expected = quadratic(
+                g, np.diag(pairs.values), slide(g, np.diag(pairs.values), lr, steps)
+            )
+            # 1 - (1 - u)^t loses digits at small u.
+            assert descent(local, Training(lr, SIZE, steps), steps) == pytest.approx(
+                expected, rel=1e-7
+            ), (h, steps)
+
+
+def test_the_measurement_is_kept(bowl: Bowl, tmp_path: Path) -> None:
+    local = measure_local(bowl.landscape, 2, tolerance=1e-10)
+    told: list[int] = []
+
+    def drift(**changes: Any) -> Drift:
+        return measure_drift(
+            bowl.landscape, local, replace(TRAINING, **changes), displacements=4,
+            cache=Cache(tmp_path), progress=told.append,
+        )  # fmt: skip
+
+    first = drift()
+    assert sum(told) == 4 * 4 + 2 * 3
+    told.clear()
+    again = drift()
+    assert not told
+    for half in (0, 1):
+        agree(force(again, half), force(first, half), IDENTITY)
+    for changes in ({"lr": 0.1}, {"batch_size": 4}, {"steps": 13}, {"momentum": 0.1}):
+        drift(**changes)
+        assert sum(told) == 4 * 4 + 2 * 3
+        told.clear()
+
+
+def test_two_displacements_are_needed(bowl: Bowl) -> None:
+    local = measure_local(bowl.landscape, None)
+    with pytest.raises(NQMError, match="displacements must be an integer >= 2; got 1"):
+        measure_drift(bowl.landscape, local, TRAINING, displacements=1)

@@ -1,0 +1,200 @@
+"""The Gaussian of the weights in one training, against recursions with whole matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from neural.bridge.config import Training
+from neural.bridge.drift import descended, measure_drift
+from neural.bridge.gaussian import (
+    WeightGaussian,
+    gradients_and_products,
+    measure_averages,
+    measure_gaussian,
+    nearest_gaussians,
+)
+from neural.bridge.kinks import find_kinks
+from neural.bridge.scatter import covariance, displacement, largest_stable_lr, rest_trace
+from neural.bridge.smoothing import measure_smoothing
+from neural.curvature.local_quadratic import measure_local
+from tests.tiny_landscapes import Bowl, scatter, slide, tanh_landscape
+from tests.tolerances import agree
+
+TRAINING = Training(0.2, 4, 12)
+
+
+@pytest.fixture(scope="module")
+def bowl() -> Bowl:
+    return Bowl((2.0, 0.7, 0.2), away=0.1, examples=60, cubic=0.3)
+
+
+@pytest.fixture(scope="module")
+def plain(bowl: Bowl) -> WeightGaussian:
+    """With curvature and noise of the checkpoint."""
+    local = measure_local(bowl.landscape, None)
+    return measure_gaussian(bowl.landscape, local, TRAINING, displacements=6)
+
+
+def dense(bowl: Bowl) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """H, C and the slope."""
+    gradients = torch.cat(list(bowl.landscape.example_gradients())).numpy()
+    h, g = bowl.landscape.hessian().numpy(), bowl.landscape.gradient().numpy()
+    return h, np.cov(gradients, rowvar=False, ddof=0), g
+
+
+def along(gaussian: WeightGaussian) -> np.ndarray:
+    """The covariance in the coordinates of the weights."""
+    v = gaussian.local.pairs.vectors
+    return np.asarray(v @ gaussian.covariance @ v.T)
+
+
+OTHERS = [
+    TRAINING, replace(TRAINING, lr=0.5), replace(TRAINING, batch_size=32),
+    replace(TRAINING, steps=3), Training(0.01, 2, 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", OTHERS, ids=str)
+def test_mean_and_covariance_are_those_of_the_recursions(
+    bowl: Bowl, plain: WeightGaussian, training: Training
+) -> None:
+    """The mean slides down slope and force, which goes as lr / B; noise adds up step by step."""
+    h, c, g = dense(bowl)
+    found = plain.scaled_to(training)
+    assert found.training == training
+    given = training.lr, training.batch_size, training.steps
+    agree(along(found), scatter(h, c, *given), 1e-9)
+    v, drift = plain.local.pairs.vectors, plain.drift
+    force = 0.5 * v @ (drift.force_top[0] + drift.force_top[1])
+    scale = (training.lr / training.batch_size) / (TRAINING.lr / TRAINING.batch_size)
+    agree(found.mean, slide(g + scale * force, h, training.lr, training.steps), 1e-8)
+
+
+def test_the_force_is_that_of_the_own_covariance(bowl: Bowl) -> None:
+    """Of a cubic loss, 1/2 T:S of the covariance of the displacements that were drawn."""
+    local = measure_local(bowl.landscape, None)
+    found = measure_gaussian(bowl.landscape, local, TRAINING, displacements=4)
+    rng = np.random.default_rng([0, 3])
+    drawn = [displacement(local, TRAINING, rng) for _ in range(4)]
+    for half in (0, 1):
+        mean = np.mean([np.outer(d, d) for d in drawn[half::2]], axis=0)
+        expected = 0.5 * np.einsum("ijk,jk->i", bowl.third, mean)
+        at_descent = local.pairs.vectors @ found.drift.force_top[half]
+        agree(at_descent, expected, 1e-8)
+
+
+def test_heavy_ball_has_a_mean_at_its_effective_rate(bowl: Bowl, plain: WeightGaussian) -> None:
+    """Over long times: where slope and force are balanced."""
+    h, _, g = dense(bowl)
+    settled = plain.scaled_to(Training(0.02, 4, 4000, momentum=0.9))
+    v, drift = plain.local.pairs.vectors, plain.drift
+    force = 0.5 * v @ (drift.force_top[0] + drift.force_top[1])  # lr / B is the same
+    agree(settled.mean, np.linalg.solve(h, -(g + force)), 1e-8)
+
+
+def test_what_is_not_measured_is_nan(plain: WeightGaussian) -> None:
+    assert np.isnan([plain.noise_growth, plain.kink_fraction]).all()
+    assert plain.smoothing is None
+    assert plain.local is plain.checkpoint
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_it_is_stable_below_the_edge(plain: WeightGaussian, momentum: float) -> None:
+    """That is lr h < 2 (1 + momentum) of the stiffest direction."""
+    edge = 2.0 * (1.0 + momentum) / plain.checkpoint.largest
+    for part, stable in ((0.999, True), (1.001, False)):
+        training = replace(TRAINING, lr=part * edge, momentum=momentum)
+        assert plain.scaled_to(training).stable is stable
+        assert largest_stable_lr(plain.checkpoint, training) == pytest.approx(edge, rel=1e-6)
+
+
+@pytest.mark.parametrize("eigenpairs", [None, 4])
+def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | None) -> None:
+    landscape, lanczos = tanh_landscape(), {"lanczos_steps": 6}
+    settings = lanczos | {"displacements": 4}
+    local = measure_local(landscape, eigenpairs, noise_samples=2, **lanczos)
+    reference, training = Training(0.1, 4, 20), Training(0.2, 8, 20)
+    averages = measure_averages(
+        landscape, local, reference, averaging_displacements=1, **settings
+    )  # fmt: skip
+    assert averages is not None
+    drift = measure_drift(landscape, local, reference, **settings)
+    expected = measure_smoothing(landscape, local, reference, drift=drift, displacements=1)
+    agree(averages.width.curvature, expected.width.curvature, 1e-9)
+    agree(averages.mean.noise, expected.mean.noise, 1e-9)
+    agree(averages.kinks.pairs, find_kinks(drift, expected).pairs, 1e-9)
+
+    found = measure_gaussian(landscape, local, training, averages, **settings)
+    own = measure_drift(landscape, averages.seen_by(training), training, **settings)
+    smoothing = replace(averages, kinks=find_kinks(own, averages))
+    assert found.checkpoint is local
+    assert found.smoothing is not None
+    agree(found.smoothing.kinks.pairs, smoothing.kinks.pairs, 1e-9)
+    assert found.noise_growth == pytest.approx(averages.noise_growth(training), rel=1e-12)
+    assert found.kink_fraction == pytest.approx(smoothing.kink_fraction(), rel=1e-9)
+    seen = smoothing.seen_by(training)
+    agree(found.local.pairs.values, seen.pairs.values, 1e-9)
+    agree(
+        along(found), seen.pairs.vectors @ covariance(seen, training) @ seen.pairs.vectors.T, 1e-9
+    )
+    assert rest_trace(found.local, training) == pytest.approx(rest_trace(seen, training), rel=1e-9)
+    moved = smoothing.along_mean_path(own).displacement(training)
+    agree(found.mean, descended(local, training) + moved, 1e-9)
+    # Scaled, it keeps what was measured, and takes the scales of the other training.
+    other = replace(training, batch_size=16)
+    half = found.scaled_to(other)
+    assert half.drift is found.drift
+    assert half.noise_growth == pytest.approx(averages.noise_growth(other), rel=1e-12)
+    back = half.scaled_to(training)
+    agree(back.mean, found.mean, 1e-12)
+    agree(along(back), along(found), 1e-12)
+
+
+def test_no_averages_if_there_is_no_displacement() -> None:
+    landscape = tanh_landscape()
+    local = measure_local(landscape, None)
+    assert measure_averages(landscape, local, TRAINING, averaging_displacements=0) is None
+
+
+@pytest.mark.parametrize("eigenpairs", [None, 4])
+def test_progress_is_told_of_all_there_is_to_do(eigenpairs: int | None) -> None:
+    landscape, told = tanh_landscape(), list[int]()
+    local = measure_local(landscape, eigenpairs, noise_samples=1, lanczos_steps=3)
+    settings = {"displacements": 5, "lanczos_steps": 3}
+    measure_gaussian(landscape, local, TRAINING, progress=told.append, **settings)
+    assert sum(told) == gradients_and_products(local, *settings.values())
+
+
+def test_between_two_trainings_both_count_by_the_logarithm_of_the_rate(
+    plain: WeightGaussian,
+) -> None:
+    given = [
+        replace(plain, training=replace(TRAINING, lr=lr), smoothing=None) for lr in (0.8, 0.1, 0.2)
+    ]
+    for lr, expected in (
+        (0.02, {0.1: 1.0}),
+        (0.1, {0.1: 1.0}),
+        (0.1 * 2**0.25, {0.1: 0.75, 0.2: 0.25}),
+        (0.2, {0.2: 1.0}),
+        (0.4, {0.2: 0.5, 0.8: 0.5}),
+        (0.8, {0.8: 1.0}),
+        (0.9, {0.8: 1.0}),
+    ):
+        wanted = replace(TRAINING, lr=lr, steps=7)
+        # Whose measurement it is can be told by the drift.
+        marked = [
+            replace(one, drift=replace(one.drift, training=one.training)) for one in given
+        ]  # fmt: skip
+        found = nearest_gaussians(marked, wanted)
+        assert {one.drift.training.lr: weight for weight, one in found} == pytest.approx(expected)
+        assert all(one.training == wanted for _, one in found)
+        assert sum(weight for weight, _ in found) == pytest.approx(1.0, rel=1e-12)
+    # Rates of heavy ball count by what they amount to.
+    slow = replace(TRAINING, lr=0.04, momentum=0.9)
+    assert {one.drift.training.lr: weight for weight, one in nearest_gaussians(marked, slow)} == (
+        pytest.approx({0.2: 0.5, 0.8: 0.5})
+    )

@@ -1,0 +1,144 @@
+"""Averages over time: literal loops, and training on an exact quadratic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from neural.bridge.comparison import compare_training
+from neural.bridge.config import Plan, Training
+from neural.bridge.drift import response
+from neural.bridge.gaussian import WeightGaussian, measure_gaussian
+from neural.bridge.iterate_averages import ExponentialMean, Running, TailMean, TimeAverage
+from neural.bridge.prediction import predict_loss
+from neural.bridge.sgd_chains import noise_free, train_runs
+from neural.curvature.local_quadratic import measure_local
+from nqm.errors import NQMError
+from tests.tiny_landscapes import Bowl, quadratic, slide, tanh_landscape
+from tests.tolerances import IDENTITY, agree, within_error
+
+#: One step, an odd number, and many.
+AVERAGES = [
+    average
+    for steps in (1, 7, 60)
+    for average in (
+        TailMean(steps), ExponentialMean(steps, 0.9), ExponentialMean(steps, 0.5),
+        ExponentialMean(steps, 0.0),
+    )
+]  # fmt: skip
+
+
+def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
+    local = measure_local(bowl.landscape, None)
+    return measure_gaussian(bowl.landscape, local, training, displacements=2)
+
+
+def counts(average: TimeAverage) -> np.ndarray:
+    """Weights of t = 0 ... T in the average, as its definition has them."""
+    steps = average.steps
+    if isinstance(average, TailMean):
+        half = steps // 2
+        return np.array([float(t > half) for t in range(steps + 1)]) / (steps - half)
+    assert isinstance(average, ExponentialMean)
+    beta, weights = average.decay, np.eye(1, steps + 1)[0]
+    for t in range(1, steps + 1):
+        weights = beta * weights + (1.0 - beta) * np.eye(1, steps + 1, t)[0]
+    return weights
+
+
+@pytest.mark.parametrize("average", AVERAGES, ids=str)
+def test_an_average_is_its_weights(average: TimeAverage) -> None:
+    weights, t = counts(average), np.arange(average.steps + 1)
+    assert weights.sum() == pytest.approx(1.0, rel=IDENTITY)
+    assert average.age == pytest.approx(weights @ t, rel=IDENTITY)
+    # Flat, bent down, at the decay of the EMA, in one step, jumped over, and unstable.
+    u = np.array([0.0, 1e-3, 0.1, 0.1 + 1e-12, 0.5, 1.0, 1.7, 2.1, -0.1])
+    agree(average.left(u), [weights @ (1.0 - one) ** t for one in u], 1e-9)
+    path = torch.randn(average.steps + 1, 3, dtype=torch.double)
+    running = Running([average], path[0])
+    for step, w in enumerate(path[1:], 1):
+        running(step, w)
+    agree(running.values[average.name], weights @ path.numpy(), IDENTITY)
+
+
+@pytest.mark.parametrize("average", AVERAGES, ids=str)
+@pytest.mark.parametrize("lr", [0.02, 0.9])
+def test_the_response_is_that_of_a_literal_loop(average: TimeAverage, lr: float) -> None:
+    h, t = np.array([2.2, 1.0, 0.1, 1e-3, 1e-9, 0.0, -0.1]), np.arange(average.steps + 1)
+    moved = np.array([slide(-np.ones(7), np.diag(h), lr, step) for step in t])
+    # Off 1 / (u T) roundings at small u.
+    agree(response(lr, average)(h), counts(average) @ moved, 1e-6)
+
+
+def test_runs_and_the_noise_free_path_are_averaged_as_they_run() -> None:
+    landscape, training = tanh_landscape(), Training(0.1, 8, 9, 0.5)
+    averages = TailMean(9), ExponentialMean(9, 0.7)
+    start = landscape.weights.repeat(3, 1)
+    running, steps = Running(averages, start), range(1, 10)
+    path = [start] + [w for _, w in train_runs(landscape, training, 3, steps, seen=running)]
+    calm, seen = Running(averages, landscape.weights), {0: landscape.weights}
+    noise_free(landscape, training, (9,), seen=calm)
+    noise_free(landscape, training, (4, 9), seen=seen.__setitem__)
+    assert list(seen) == list(range(10))
+    for average in averages:
+        mean = np.tensordot(counts(average), torch.stack(path).numpy(), 1)
+        agree(running.values[average.name], mean, 1e-11)
+        mean = counts(average) @ torch.stack(list(seen.values())).numpy()
+        agree(calm.values[average.name], mean, 1e-11)
+
+
+def test_averages_of_runs_that_diverged_have_no_finite_loss() -> None:
+    landscape, averages = Bowl([2.0, 0.5]).landscape, (TailMean(400), ExponentialMean(400))
+    running = Running(averages, landscape.weights.repeat(2, 1))
+    list(train_runs(landscape, Training(100.0, 4, 400), 2, (400,), seen=running))
+    assert not any(bool(mean.isfinite().any()) for mean in running.values.values())
+
+
+@pytest.mark.parametrize("average", [TailMean(20), ExponentialMean(20, 0.8)], ids=str)
+def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage) -> None:
+    """The noise of step s is in w_t by (1 - lr H)^(t - s), and in the average by their mean."""
+    bowl, lr, size = Bowl((2.0, 0.7, 0.2), away=0.5), 0.3, 4
+    h, g = bowl.hessian, bowl.landscape.gradient().numpy()
+    gaussian = gaussian_of(bowl, Training(lr, size, 20))
+    found = predict_loss(gaussian, [average])
+    shrink, weights, covariance = np.eye(3) - lr * h, counts(average), np.zeros((3, 3))
+    for s in range(1, 21):
+        answer = sum(weights[t] * np.linalg.matrix_power(shrink, t - s) for t in range(s, 21))
+        covariance += lr**2 / size * answer @ bowl.noise @ answer.T
+    assert found.excess == pytest.approx(0.5 * np.trace(h @ covariance), rel=1e-9)
+    centre = sum(weights[t] * slide(g, h, lr, t) for t in range(21))
+    assert found.descent == pytest.approx(quadratic(g, h, centre), rel=1e-9)
+    iterate = predict_loss(gaussian, [20])
+    assert found.effective_runs == pytest.approx(iterate.excess / found.excess, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("training", "away"), [(Training(0.3, 4, 40), 0.5), (Training(0.06, 4, 80, momentum=0.8), 0.0)]
+)
+def test_training_does_what_is_predicted_of_averages(training: Training, away: float) -> None:
+    bowl = Bowl((2.0, 0.7, 0.2), away=away)
+    plan = Plan((1, 4), 256, 1, decay=0.9)
+    table = compare_training(bowl.landscape, gaussian_of(bowl, training), plan).table
+    assert list(table["weights"]) == ["iterate"] * 2 + ["swa"] * 2 + ["ema"] * 2
+    within_error(table["plain"], table["predicted"], table["plain_error"])
+    agree(table["measured"], table["predicted"], 1e-9)  # less the control variate
+    assert (
+        table["plain_error"] < 0.25 * table["predicted_rise"]
+    ).all()  # else it would tell little
+    assert (table["effective_runs"][2:] > 2.0).all()
+
+
+def test_of_shuffled_epochs_and_late_phase_members_no_average_is_predicted() -> None:
+    bowl = Bowl((2.0, 0.7, 0.2))
+    training = Training(0.2, 32, 16, sampling="shuffled")
+    table = compare_training(bowl.landscape, gaussian_of(bowl, training), Plan((1, 2), 4)).table
+    averaged = table["weights"] != "iterate"
+    assert table["predicted"].isna().tolist() == averaged.tolist()
+    assert table["measured"].notna().all()
+    assert Plan((2,), 4, late_phase="all").averages(training) == ()
+
+
+def test_a_decay_of_one_is_refused() -> None:
+    with pytest.raises(NQMError, match="decay must lie in"):
+        ExponentialMean(10, 1.0)

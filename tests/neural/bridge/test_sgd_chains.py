@@ -1,0 +1,268 @@
+"""Training from a checkpoint, against `torch.optim.SGD` and literal loops."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from neural.bridge import sgd_chains as chains
+from neural.bridge.config import SAMPLING, Training
+from neural.bridge.sgd_chains import (
+    group_losses,
+    minibatches,
+    noise_free,
+    train_late_phase,
+    train_runs,
+)
+from neural.curvature.risk import Landscape
+from nqm.errors import NQMError
+from tests.tiny_landscapes import Bowl, quadratic, slide, tanh_landscape
+from tests.tolerances import IDENTITY, JUMP, agree
+
+
+def data(landscape: Landscape) -> tuple[Tensor, Tensor]:
+    x, y = (torch.cat(parts) for parts in zip(*landscape.batches, strict=True))
+    return x, y
+
+
+def named(landscape: Landscape, w: Tensor) -> dict[str, Tensor]:
+    parts = w.split([shape.numel() for shape in landscape.shapes.values()])
+    shapes = landscape.shapes.items()
+    return {name: p.view(shape) for (name, shape), p in zip(shapes, parts, strict=True)}
+
+
+def slope(landscape: Landscape, w: Tensor, index: Tensor) -> Tensor:
+    """Of cross-entropy and weight decay on a minibatch, by plain autograd."""
+    x, y = data(landscape)
+    w = w.clone().requires_grad_()
+    output = functional_call(landscape.model, named(landscape, w), (x[index],))
+    loss = nn.functional.cross_entropy(output, y[index])
+    loss = loss + 0.5 * landscape.weight_decay * w.square().sum()
+    return torch.autograd.grad(loss, w)[0]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_a_run_is_torchs_sgd(momentum: float, sampling: str) -> None:
+    landscape = tanh_landscape()
+    training = Training(0.1, 8, 12, momentum, sampling)
+    found = dict(train_runs(landscape, training, 3, (5, 12), seed=4))
+    assert list(found) == [5, 12]
+    for run in range(3):
+        w = nn.Parameter(landscape.weights.clone())
+        optimizer = torch.optim.SGD([w], 0.1, momentum)
+        for step, index in enumerate(islice(minibatches(40, training, (4, run)), 12), 1):
+            w.grad = slope(landscape, w.detach(), index)
+            optimizer.step()
+            if step in found:
+                agree(found[step][run], w.detach(), 1e-11)
+
+
+def test_one_by_one_as_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    landscape = tanh_landscape()
+    training = Training(0.1, 8, 10, 0.5)
+    together = dict(train_runs(landscape, training, 3, (10,)))[10]
+    monkeypatch.setattr(chains, "TOGETHER", 0)
+    alone = dict(train_runs(landscape, training, 3, (10,)))[10]
+    agree(together, alone, IDENTITY)
+
+
+def test_runs_are_their_seeds() -> None:
+    landscape, training = tanh_landscape(), Training(0.1, 8, 4)
+
+    def run(count: int, seed: int) -> Tensor:
+        return next(iter(train_runs(landscape, training, count, (4,), seed=seed)))[1]
+
+    assert torch.equal(run(4, 1), run(4, 1))
+    # More runs do not change the first; no two are the same.
+    agree(run(2, 1), run(4, 1)[:2], IDENTITY)
+    assert len(torch.cat([run(4, 1), run(4, 2)]).unique(dim=0)) == 8
+    before = landscape.weights.clone()
+    run(2, 0)
+    assert torch.equal(landscape.weights, before)
+
+
+def test_the_model_trains_in_evaluation_mode_and_is_left_as_it_was() -> None:
+    landscape = tanh_landscape()
+    landscape.model.append_dropout = nn.Dropout(0.9)  # type: ignore[assignment]
+    landscape.model.train()
+    modes = []
+    landscape.model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    for _ in train_runs(landscape, Training(0.1, 8, 2), 2, (2,)):
+        pass
+    assert modes
+    assert not any(modes)
+    assert landscape.model.training
+
+
+def test_progress_counts_minibatches() -> None:
+    told: list[int] = []
+    landscape, training = tanh_landscape(), Training(0.1, 8, 4)
+    list(train_runs(landscape, training, 3, (2, 4), progress=told.append))
+    assert sum(told) == 3 * 4
+    told.clear()
+    list(train_late_phase(landscape, training, 2, "head", (2, 4), progress=told.append))
+    assert sum(told) == 2 * 4
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_all_examples_at_once_are_noise_free(momentum: float) -> None:
+    landscape = tanh_landscape()
+    training = Training(0.2, 40, 9, momentum, "shuffled")
+    at = (1, 4, 9)
+    calm = noise_free(landscape, training, at)
+    found = [landscape.loss(w[0]) for _, w in train_runs(landscape, training, 1, at)]
+    agree(found, calm, 1e-11)
+
+
+def test_the_noise_free_path_of_a_quadratic_is_known() -> None:
+    bowl = Bowl([2.0, 0.5, 0.1], away=1.0)
+    landscape, at = bowl.landscape, (1, 3, 20)
+    g = landscape.gradient().numpy()
+    start = landscape.loss()
+    expected = [start + quadratic(g, bowl.hessian, slide(g, bowl.hessian, 0.3, t)) for t in at]
+    agree(noise_free(landscape, Training(0.3, 1, 20), at), expected, 1e-11)
+    # Two steps of heavy ball, written out.
+    first = -0.3 * g
+    second = first - 0.3 * (0.5 * g + g + bowl.hessian @ first)
+    found = noise_free(landscape, Training(0.3, 1, 2, 0.5), (2,))
+    agree(found, [start + quadratic(g, bowl.hessian, second)], 1e-11)
+
+
+def test_shuffled_epochs_hold_every_example_once() -> None:
+    training = Training(0.1, 6, 1, sampling="shuffled")
+    batches = minibatches(24, training, (0, 0))
+    epochs = [torch.cat(list(islice(batches, 4))) for _ in range(3)]
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(24))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_draws_with_replacement_are_uniform() -> None:
+    batches = minibatches(10, Training(0.1, 50, 1), (0, 3))
+    counts = torch.bincount(torch.cat(list(islice(batches, 200))), minlength=10).numpy()
+    # Chi-squared with 9 degrees of freedom: mean 9, variance 18.
+    assert ((counts - 1000.0) ** 2 / 1000.0).sum() < 9.0 + 4.5 * np.sqrt(18.0)
+    assert len(next(batches).unique()) <= 10
+
+
+def test_an_epoch_must_be_whole_minibatches() -> None:
+    training = Training(0.1, 7, 3, sampling="shuffled")
+    with pytest.raises(NQMError, match="batch_size that divides the 40 examples; got 7"):
+        list(train_runs(tanh_landscape(), training, 2, (3,)))
+
+
+def test_divergence_is_an_infinite_loss() -> None:
+    landscape, training = Bowl([2.0, 0.5]).landscape, Training(100.0, 4, 200)
+    for found in (
+        [w for _, w in train_runs(landscape, training, 2, (2, 200))],
+        [w[None] for _, w in train_late_phase(landscape, training, 2, "all", (2, 200))],
+    ):
+        losses = group_losses(landscape.loss, found, 1)
+        assert np.isfinite(losses[:, 0]).all()
+        assert np.isposinf(losses[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer >= 1; got 0"),
+        ({"steps": 2.5}, "steps must be an integer >= 1; got 2.5"),
+        ({"lr": 0.0}, r"lr must lie in \(0, inf\); got 0.0"),
+        ({"momentum": 1.5}, r"momentum must lie in \[0, 1\); got 1.5"),
+        ({"sampling": "shufled"}, "did you mean 'shuffled'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(NQMError, match=message):
+        Training(**({"lr": 0.1, "batch_size": 4, "steps": 3} | changes))  # type: ignore[arg-type]
+
+
+def test_losses_of_groups() -> None:
+    rng = np.random.default_rng(0)
+    snapshots = [torch.from_numpy(rng.standard_normal((7, 3))) for _ in range(2)]
+    found = group_losses(lambda w: float(w.square().sum()), snapshots, 3)
+    expected = [
+        [float((s[a : a + 3].sum(0) / 3.0).square().sum()) for s in snapshots] for a in (0, 3)
+    ]
+    agree(found, expected, IDENTITY)
+    assert group_losses(lambda w: float(w[0]), snapshots, 1).shape == (7, 2)
+    for bad in (np.inf, np.nan):
+        assert np.isposinf(group_losses(lambda w, bad=bad: bad, snapshots, 3)).all()
+
+
+# --- late-phase members --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("select", ["all", "head"])
+def test_members_are_trained_literally(select: str, momentum: float) -> None:
+    landscape = tanh_landscape()
+    training, members = Training(0.1, 8, 6, momentum), 3
+    found = dict(train_late_phase(landscape, training, members, select, (2, 6), seed=5))
+    names = list(landscape.shapes)
+    replicated = torch.cat(
+        [
+            torch.full((shape.numel(),), select == "all" or name.startswith(_head(landscape)))
+            for name, shape in landscape.shapes.items()
+        ]
+    )
+    assert names
+    assert bool(replicated.any())
+    assert bool(replicated.all()) == (select == "all")
+    w = landscape.weights.repeat(members, 1)
+    v = torch.zeros_like(w)
+    draws = [minibatches(40, training, (5, k)) for k in range(members)]
+    for step in range(1, 7):
+        g = torch.stack([slope(landscape, w[k], next(draws[k])) for k in range(members)])
+        # The base takes the mean of the members' slopes, a member its own.
+        g = torch.where(replicated, g, g.mean(0))
+        v = momentum * v + g
+        w = w - training.lr * v
+        if step in found:
+            agree(found[step], w.mean(0), JUMP)
+
+
+def _head(landscape: Landscape) -> str:
+    return [n for n, m in landscape.model.named_modules() if isinstance(m, nn.Linear)][-1] + "."
+
+
+def test_members_start_where_the_landscape_is() -> None:
+    landscape = tanh_landscape()
+    moved = landscape.at(landscape.weights + 0.5)
+    kept = moved.weights.clone()
+    training = Training(0.1, 8, 1)
+    _, found = next(iter(train_late_phase(moved, training, 2, "all", (1,))))
+    draws = [minibatches(40, training, (0, k)) for k in range(2)]
+    g = torch.stack([slope(landscape, kept, next(draw)) for draw in draws]).mean(0)
+    agree(found, kept - 0.1 * g, 1e-11)
+    assert torch.equal(moved.weights, kept)
+
+
+def test_only_the_landscapes_weights_move() -> None:
+    whole = tanh_landscape()
+    head = Landscape(whole.model, whole.batches, "head")
+    before = {n: p.detach().clone() for n, p in whole.model.named_parameters()}
+    _, w = next(iter(train_late_phase(head, Training(0.1, 8, 3), 2, "head", (3,))))
+    assert len(w) == head.size
+    assert not torch.equal(w, head.weights)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("together", [0, 5000])
+def test_training_a_part_keeps_no_graph(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "TOGETHER", together)
+    whole = tanh_landscape()
+    part = Landscape(whole.model, whole.batches, "head")
+    assert part.size < whole.size
+    seen: list[Tensor] = []
+    found = train_runs(part, Training(0.1, 4, 2), 2, [2], seen=lambda _, w: seen.append(w))
+    assert [step for step, _ in found] == [2]
+    assert [w.requires_grad for w in seen] == [False, False]

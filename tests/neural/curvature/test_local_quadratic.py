@@ -1,0 +1,334 @@
+"""Slope, curvature and noise at a checkpoint, against dense matrices and literal recursions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import torch
+
+from neural.bridge.config import Training
+from neural.bridge.drift import descent
+from neural.bridge.scatter import covariance, displacement
+from neural.curvature.cache import Cache, fingerprint
+from neural.curvature.lanczos import Krylov
+from neural.curvature.local_quadratic import LocalModel, measure_local
+from neural.curvature.risk import Landscape
+from neural.curvature.spectrum import Eigenpairs
+from nqm import SGD, Phase, Program, solve
+from nqm.errors import NQMError
+from tests.tiny_landscapes import Bowl, quadratic, scatter, slide, tanh_landscape
+from tests.tolerances import IDENTITY, JUMP, agree, within_error
+
+#: The rest of a partial model is exact in the polynomials of SGD up to so many steps.
+LANCZOS_STEPS = 12
+
+
+def dense(landscape: Landscape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """H, C and the slope."""
+    gradients = torch.cat(list(landscape.example_gradients())).numpy()
+    noise = np.cov(gradients, rowvar=False, ddof=0)
+    return landscape.hessian().numpy(), noise, landscape.gradient().numpy()
+
+
+def partial(landscape: Landscape, noise_samples: int = 3, seed: int = 0) -> LocalModel:
+    return measure_local(
+        landscape, 4, noise_samples=noise_samples, lanczos_steps=LANCZOS_STEPS, tolerance=1e-10,
+        seed=seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_nodes_have_the_traces(complete: bool) -> None:
+    landscape = tanh_landscape()
+    h, c, g = dense(landscape)
+    local = measure_local(landscape, None) if complete else partial(landscape)
+    assert local.loss == landscape.loss()
+    assert local.examples == 40
+    assert local.largest == pytest.approx(np.linalg.eigvalsh(h)[-1], rel=1e-9)
+    v = local.pairs.vectors
+    agree(local.noise, v.T @ c @ v, 1e-9)
+    agree(local.slope, v.T @ g, 1e-9)
+    assert len(local.draws) == (0 if complete else 3)
+    values, variance, squared = local.points()
+    assert variance.sum() == pytest.approx(np.trace(c), rel=1e-10)
+    assert squared.sum() == pytest.approx(g @ g, rel=1e-10)
+    assert squared @ values == pytest.approx(g @ h @ g, rel=1e-9)
+
+
+def test_a_complete_model_gives_the_excess_of_the_whole_covariance() -> None:
+    landscape = tanh_landscape(weight_decay=0.5)
+    h, c, _ = dense(landscape)
+    assert np.linalg.eigvalsh(h)[0] > 0
+    lr, batch_size, at = 0.3, 8, (1, 5, 40)
+    problem = measure_local(landscape, None).problem().replace(initial_mean=0.0)
+    phase = Phase(SGD(), lr, at[-1], batch_size=batch_size)
+    found = solve(problem, Program((phase,)), at=at).loss
+    expected = [0.5 * np.trace(h @ scatter(h, c, lr, batch_size, t)) for t in at]
+    agree(found, expected, JUMP)
+
+
+def test_the_problem_starts_where_the_checkpoint_is() -> None:
+    landscape = tanh_landscape(weight_decay=0.5)
+    h, _, g = dense(landscape)
+    # At the minimum of the quadratic the loss is less by this much.
+    expected = 0.5 * g @ np.linalg.solve(h, g)
+    for local in (
+        measure_local(landscape, None),
+        measure_local(landscape, 4, lanczos_steps=39, tolerance=1e-10),
+    ):
+        assert local.problem().initial_loss == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_partial_model_gives_it_on_average() -> None:
+    landscape = tanh_landscape(weight_decay=0.5)
+    h, c, _ = dense(landscape)
+    lr, batch_size, steps = 0.3, 8, LANCZOS_STEPS
+    local = partial(landscape, noise_samples=40)
+    apart = np.eye(landscape.size) - local.pairs.vectors @ local.pairs.vectors.T
+    rest = apart @ c @ apart
+    sizes = np.array([draw.amplitudes @ draw.amplitudes for draw in local.draws])
+    spread = np.sqrt(len(sizes))
+    within_error(sizes.mean(), np.trace(rest), sizes.std(ddof=1) / spread)
+    # Draw by draw, before they are scaled to the trace that is known.
+    values = np.array([draw.values for draw in local.draws])
+    squares = np.array([draw.amplitudes**2 for draw in local.draws])
+    ages = sum((1.0 - lr * values) ** (2 * t) for t in range(steps))
+    each = 0.5 * lr**2 / batch_size * (values * ages * squares).sum(1)
+    expected = 0.5 * np.trace(h @ scatter(h, rest, lr, batch_size, steps))
+    within_error(each.mean(), expected, each.std(ddof=1) / spread)
+    # And together, with the stiffest directions, which are exact.
+    phase = Phase(SGD(), lr, steps, batch_size=batch_size)
+    problem = local.problem().replace(initial_mean=0.0)
+    found = float(solve(problem, Program((phase,)), at=(steps,)).loss[0])
+    whole = 0.5 * np.trace(h @ scatter(h, c, lr, batch_size, steps))
+    top = whole - expected
+    # What scaling to the trace leaves is the scatter of the ratio.
+    error = (each / expected - sizes / np.trace(rest)).std(ddof=1) / spread
+    within_error(found, top + expected, error * expected)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("lr", [0.2, 1.1])
+def test_descent_is_gradient_descent_on_the_quadratic(complete: bool, lr: float) -> None:
+    landscape = tanh_landscape()
+    h, _, g = dense(landscape)
+    values = np.linalg.eigvalsh(h)
+    assert values[0] < 0 < values[-1]
+    local = measure_local(landscape, None) if complete else partial(landscape)
+    for steps in (1, 7, LANCZOS_STEPS):
+        expected = quadratic(g, h, slide(g, h, lr, steps))
+        assert descent(local, Training(lr, 1, steps), steps) == pytest.approx(expected, rel=1e-8)
+
+
+def test_displacements_scatter_as_the_weights_of_sgd_do() -> None:
+    landscape = tanh_landscape()
+    h, c, _ = dense(landscape)
+    local = measure_local(landscape, None)
+    lr, batch_size, steps, count = 0.4, 4, 20, 3000
+    rng = np.random.default_rng(1)
+    training = Training(lr, batch_size, steps)
+    drawn = np.array([displacement(local, training, rng) for _ in range(count)])
+    expected = scatter(h, c, lr, batch_size, steps)
+    # The mean is known to be 0; of normal numbers Var(x y) = Var x Var y + Cov(x, y)^2.
+    size = np.diag(expected)
+    error = np.sqrt((np.outer(size, size) + expected**2) / count)
+    within_error(drawn.T @ drawn / count, expected, error)
+    within_error(drawn.mean(0), np.zeros(landscape.size), np.sqrt(size / count))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30, 1200])
+def test_heavy_ball_scatters_as_its_own_steps_say(steps: int) -> None:
+    """Weights and buffer of every direction, their joint covariance step by step."""
+    landscape = tanh_landscape()
+    h, c, _ = dense(landscape)
+    lr, beta, batch_size = 0.3, 0.9, 4
+    own, one, none = (1.0 - beta) * lr, np.eye(len(h)), np.zeros_like(h)
+    step = np.block([[one - own * h, -own * beta * one], [h, beta * one]])
+    noise = np.block([[own**2 * c, -own * c], [-own * c, c]]) / batch_size
+    joint = np.block([[none, none], [none, none]])
+    for _ in range(steps):
+        joint = step @ joint @ step.T + noise
+    expected = joint[: len(h), : len(h)]
+    local = measure_local(landscape, None)
+    training = Training(own, batch_size, steps, beta)
+    found = covariance(local, training)
+    v = local.pairs.vectors
+    agree(v @ found @ v.T, expected, 1e-9)
+    cut = partial(landscape)
+    rng = np.random.default_rng(0)
+    moved = [displacement(cut, training, rng, 0) for _ in range(2)]
+    left = [m - cut.pairs.vectors @ (cut.pairs.vectors.T @ m) for m in moved]
+    agree(left[0], left[1], 1e-12)
+    draw = cut.draws[0]
+    along = (draw.vectors.T @ left[0]) ** 2
+    only = replace(local, pairs=replace(local.pairs, values=draw.values), noise=np.eye(len(along)))
+    ages = np.diag(covariance(only, training))
+    agree(along, cut.draw_scale * draw.amplitudes**2 * ages, 1e-9)
+
+
+def test_the_rest_of_a_displacement_has_its_trace() -> None:
+    landscape = tanh_landscape()
+    local = partial(landscape)
+    lr, batch_size, steps = 0.4, 4, 6
+    v = local.pairs.vectors
+    rng = np.random.default_rng(2)
+    training = Training(lr, batch_size, steps)
+    moved = np.array([displacement(local, training, rng) for _ in range(200)])
+    rest = moved - moved @ v @ v.T
+    kinds = np.unique(np.round((rest**2).sum(1), 12))
+    assert len(kinds) == len(local.draws)
+    h, c, _ = dense(landscape)
+    left = np.trace(c) - np.trace(v.T @ c @ v)
+    found = sum(d.amplitudes @ d.amplitudes for d in local.draws) / len(local.draws)
+    expected = []
+    for draw in local.draws:
+        u = draw.vectors @ draw.amplitudes
+        expected.append(left / found * np.trace(scatter(h, np.outer(u, u), lr, batch_size, steps)))
+    agree(kinds, np.sort(expected), 1e-8)
+
+
+def test_negative_curvature_is_told_and_left_out() -> None:
+    pairs = Eigenpairs(np.array([2.0, 1.0]), np.eye(4)[:, :2], np.zeros(2))
+    vectors = np.eye(4)[:, 2:]
+    draw = Krylov(np.array([-1.0, 0.5]), np.array([3.0, 1.0]), vectors)
+    slope = Krylov(np.array([-2.0, 0.5]), np.array([1.0, 2.0]), vectors)
+    # Noise 1 + 3 and squared slope 4 + 1 along the pairs; the draw stands for 10 more.
+    noise = np.array([[1.0, 0.7], [0.7, 3.0]])
+    local = LocalModel(1.0, pairs, noise, np.array([2.0, 1.0]), slope, (draw,), 14.0, 100)
+    assert local.draw_scale == pytest.approx(1.0, rel=IDENTITY)
+    agree(local.negative_share(), [9.0 / 14.0, 1.0 / 10.0], IDENTITY)
+    problem = local.problem()
+    agree(problem.curvature, [2.0, 1.0, 0.5, 0.5], IDENTITY)
+    agree(problem.noise_variance, [1.0, 3.0, 1.0, 0.0], IDENTITY)
+    agree(problem.initial_mean, [1.0, 1.0, 0.0, 4.0], IDENTITY)
+    twice = replace(local, noise_trace=24.0)
+    assert twice.draw_scale == pytest.approx(2.0, rel=IDENTITY)
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+def same(one: LocalModel, other: LocalModel) -> None:
+    for a, b in zip(one.points(), other.points(), strict=True):
+        agree(a, b, JUMP)
+    agree(one.noise, other.noise, JUMP)
+    agree(one.pairs.vectors, other.pairs.vectors, JUMP)
+
+
+def refuse(*args: Any) -> NoReturn:
+    raise AssertionError("computed again")
+
+
+@pytest.mark.parametrize("eigenpairs", [None, 3])
+def test_stages_are_kept(tmp_path: Path, eigenpairs: int | None) -> None:
+    landscape = tanh_landscape()
+    first = measure_local(
+        landscape, eigenpairs, noise_samples=2, lanczos_steps=5, cache=Cache(tmp_path)
+    )
+    again = tanh_landscape()
+    for name in ("hessian_product", "hessian", "example_gradients", "weighted_gradient"):
+        setattr(again, name, refuse)
+    same(
+        first,
+        measure_local(again, eigenpairs, noise_samples=2, lanczos_steps=5, cache=Cache(tmp_path)),
+    )
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
+    class InterruptionError(Exception):
+        pass
+
+    landscape, done = tanh_landscape(), []
+
+    def stop(count: int) -> None:
+        done.append(count)
+        if len(list(tmp_path.glob("*.npz"))) == 3:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        measure_local(
+            landscape, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=stop
+        )
+    left: list[int] = []
+    resumed = measure_local(
+        landscape, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=left.append
+    )
+    assert sum(left) == 3 * 5  # the first of the draws was done, and the gradient
+    same(resumed, measure_local(landscape, 3, noise_samples=4, lanczos_steps=5))
+
+
+def test_another_tolerance_measures_the_rest_anew(tmp_path: Path) -> None:
+    landscape = tanh_landscape()
+    rough, fine = {"tolerance": 0.3}, {"tolerance": 1e-10}
+    measure_local(landscape, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **rough)
+    found = measure_local(
+        landscape, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **fine
+    )
+    same(found, measure_local(landscape, 3, noise_samples=1, lanczos_steps=5, **fine))
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
+def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, damage: str) -> None:
+    landscape = tanh_landscape()
+    measure_local(landscape, None, cache=Cache(tmp_path))
+    path = next(tmp_path.glob("eigenpairs-*.npz"))
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "foreign": b"text", "empty": b""}[damage])
+    with pytest.raises(NQMError, match="remove it, and run again") as told:
+        measure_local(landscape, None, cache=Cache(tmp_path))
+    assert "\n" not in str(told.value)
+    assert str(path) in str(told.value)
+    path.unlink()
+    measure_local(landscape, None, cache=Cache(tmp_path))
+
+
+def test_the_key_is_the_content() -> None:
+    key = fingerprint(tanh_landscape())
+    assert fingerprint(tanh_landscape()) == key
+    landscape = tanh_landscape()
+    moved = landscape.weights.clone()
+    moved[0] += 1e-9
+    others = [fingerprint(landscape.at(moved)), fingerprint(tanh_landscape(weight_decay=0.02))]
+    x, y = landscape.batches[1]
+    for changed in ((x + 1e-9, y), (x, (y + 1) % 3)):
+        batches = [landscape.batches[0], changed]
+        others.append(fingerprint(Landscape(landscape.model, batches, weight_decay=0.01)))
+    others.append(fingerprint(Landscape(landscape.model, landscape.batches, "head")))
+    others.append(fingerprint(Bowl([1.0, 2.0]).landscape))
+    assert len({key, *others}) == 1 + len(others)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    landscape = tanh_landscape()
+    x, y = landscape.batches[0]
+    with pytest.raises(NQMError, match="two examples at least"):
+        measure_local(Landscape(landscape.model, [(x[:1], y[:1])]), None)
+    with pytest.raises(NQMError, match="noise_samples must be an integer >= 1; got 0"):
+        measure_local(landscape, 3, noise_samples=0)
+    with pytest.raises(NQMError, match="lanczos_steps must be an integer >= 1; got 0"):
+        measure_local(landscape, 3, lanczos_steps=0)
+
+
+def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
+    """Var of the loss after a few steps of SGD on the quadratic: 1/2 tr (HS)^2 + g'Sg."""
+    from nqm.problems.spectra import read_problem
+
+    landscape = tanh_landscape(weight_decay=0.5)
+    h, c, g = dense(landscape)
+    local = measure_local(landscape, None)
+    lr, steps = 0.3, 5
+    a = np.eye(len(h)) - lr * h
+    s, mean = np.zeros_like(h), np.linalg.solve(h, g)
+    for _ in range(steps):
+        s, mean = a @ s @ a.T + lr**2 * c / 8, a @ mean
+    pushed = h @ mean
+    sd = np.sqrt(0.5 * np.trace(h @ s @ h @ s) + pushed @ s @ pushed)
+    program = Program((Phase(SGD(), lr, steps, batch_size=8),))
+    path = tmp_path / "problem.parquet"
+    local.problem_table().to_parquet(path)
+    for problem in (local.problem(), read_problem(path)):
+        agree(solve(problem, program, [steps]).loss_sd, [sd], 1e-9)

@@ -1,0 +1,218 @@
+"""Two processes with half of every minibatch each, against one process with all of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from neural.late_phase.ranks import average_gradients
+from neural.training import train as training
+from neural.training.config import RunConfig
+from neural.training.distributed import join, local_rank, summed
+from neural.training.experiment import run_experiment
+from neural.training.state import Session
+from neural.training.task import Place
+from neural.training.train import train
+from nqm.cli import main
+from nqm.errors import NQMError
+from nqm.table import read_table
+from tests.tiny_runs import CNN, LATE, recipe, tiny, together, weights
+
+#: Float64 sums in another order, after twelve steps.
+SAME = 1e-10
+#: Without BatchNorm, whose statistics are each process's own.
+BASE: dict[str, Any] = {"train": {"precision": "float64"}, "data": {"test_examples": 20}}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain, clipped": {"train": {"precision": "float64", "clip_norm": 0.3}},
+    "late-phase": {"late_phase": LATE | {"noise": 0.2}},
+    "late-phase, clipped, mean, SWA": {
+        "late_phase": LATE | {"gamma": "mean"},
+        "train": {"precision": "float64", "clip_norm": 0.3},
+        "average": {"method": "swa", "start_epoch": 1},
+    },
+    "late-phase, fused, short": {"late_phase": LATE | {"fused": True, "leftover": "members"}},
+    "late-phase, GroupNorm": {
+        "model": CNN | {"norm": "group"}, "late_phase": LATE | {"select": "groupnorm+head"},
+    },
+}  # fmt: skip
+
+
+def cases() -> dict[str, RunConfig]:
+    return {name: tiny(**BASE | extra) for name, extra in KINDS.items()}
+
+
+def train_all(rank: int, world: int, folder: Path) -> tuple[int, int, list[str], list[str]]:
+    written: list[str] = []
+    replace = os.replace
+
+    def noted(source: Any, target: Any) -> None:
+        written.append(str(target))
+        replace(source, target)
+
+    os.replace = noted  # type: ignore[assignment]
+    statuses = []
+    for name, run in cases().items():
+        statuses.append(train(run, folder / name, Place(rank=rank, world=world)).status)
+    return rank, world, written, statuses
+
+
+def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
+    answers = together(2, train_all, tmp_path / "two")
+    assert [answer[:2] for answer in answers] == [(0, 2), (1, 2)]
+    assert answers[0][2]
+    assert answers[1][2] == []  # the first alone writes
+    for name, run in cases().items():
+        train(run, tmp_path / "one" / name)
+        for file in ("model", "late"):
+            if not (tmp_path / "one" / name / f"{file}.pt").exists():
+                continue
+            expected = weights(tmp_path / "one" / name, file)
+            found = weights(tmp_path / "two" / name, file)
+            assert expected.keys() == found.keys()
+            for key, tensor in expected.items():
+                torch.testing.assert_close(found[key], tensor, rtol=SAME, atol=SAME)
+    assert answers[0][3] == ["finished"] * len(KINDS)
+
+
+def train_arms(rank: int, world: int, folder: Path) -> list[float]:
+    arms = {
+        "base": {},
+        "late": {"use": ["late_phase"]},
+        "hot": {"train": {"lr": 1e30}},
+        "swa": {"average": {"method": "swa", "start_epoch": 2}},
+    }
+    made = recipe(arms, **BASE, late_phase=LATE, seeds=2)
+    table = run_experiment(made, folder, Place(rank=rank, world=world))
+    return [] if table.empty else table["value"].dropna().tolist()
+
+
+def test_experiment_of_two_processes(tmp_path: Path) -> None:
+    first, second = together(2, train_arms, tmp_path / "two")
+    assert second == []
+    alone = train_arms(0, 1, tmp_path / "one")
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(alone), rtol=1e-5, atol=1e-5)
+    assert set(read_table(tmp_path / "two/results.parquet")["status"]) == {"finished", "diverged"}
+
+
+def step_with_a_bad_example(rank: int, world: int) -> tuple[bool, bool]:
+    from neural.training.task import open_task
+
+    run = tiny(**BASE)
+    place = Place(rank=rank, world=world)
+    task = open_task(run, place)
+    session = Session(run, task, place)
+    x, y = next(task.stream.epoch(0))
+    session.step([(x, y)])
+    before = session.finite()
+    session.step([(x * (torch.inf if rank == 1 else 1.0), y)])
+    return before, session.finite()
+
+
+def test_all_processes_stop_when_one_diverges() -> None:
+    assert together(2, step_with_a_bad_example) == [(True, False)] * 2
+
+
+def train_and_be_killed(rank: int, world: int, folder: Path, after: int) -> str:
+    training.CHECKPOINT_EVERY = -1.0
+    original, left = Session.step, after
+
+    def step(self: Session, batches: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, batches)
+
+    Session.step = step  # type: ignore[method-assign]
+    return train(cases()["late-phase"], folder, Place(rank=rank, world=world)).status
+
+
+def test_two_processes_go_on_after_a_kill(tmp_path: Path) -> None:
+    with pytest.raises(EOFError):
+        together(2, train_and_be_killed, tmp_path / "killed", 5)
+    assert (tmp_path / "killed/checkpoint.pt").exists()
+    assert together(2, train_and_be_killed, tmp_path / "killed", 99) == ["finished"] * 2
+    train(cases()["late-phase"], tmp_path / "one")
+    for key, tensor in weights(tmp_path / "one", "late").items():
+        found = weights(tmp_path / "killed", "late")[key]
+        torch.testing.assert_close(found, tensor, rtol=SAME, atol=SAME)
+
+
+def reduce(rank: int, world: int) -> list[Any]:
+    held = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(())),
+            torch.nn.Parameter(torch.zeros(4))]  # fmt: skip
+    held[0].grad = torch.arange(6.0).view(2, 3) * (rank + 1)
+    held[1].grad = torch.tensor(10.0 * rank)
+    average_gradients(held)
+    average_gradients([held[2]])
+    value = torch.tensor([1.0 + rank])
+    total = summed(value)
+    grads = [p.grad.tolist() for p in held if p.grad is not None]
+    return [grads, held[2].grad is None, value.tolist(), total.tolist(), local_rank()]
+
+
+def test_means_and_sums_over_processes() -> None:
+    grads = [[[0.0, 1.5, 3.0], [4.5, 6.0, 7.5]], 5.0]
+    assert together(2, reduce) == [
+        [grads, True, [1.0], [3.0], 0],
+        [grads, True, [2.0], [3.0], 1],
+    ]
+
+
+def test_process_of_its_own_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert join() == (0, 1)
+    assert local_rank() == 0
+    assert not torch.distributed.is_initialized()
+
+
+def whitened(rank: int, world: int) -> list[Any]:
+    """First weights of a net whose first layer is made of what its process sees of the data."""
+    from neural.training.task import open_task
+
+    run = tiny(model={"name": "fast_cnn", "width": 8}, data={"train_examples": 64})
+    place = Place(rank=rank, world=world)
+    task = open_task(run, place)
+    images = next(iter(task.stream.epoch(0)))[0]
+    torch.manual_seed(rank)  # nothing that was drawn before is the same either
+    session = Session(run, task, place)
+    state = session.model.state_dict()
+    return [float(images.double().sum()), {n: v.double().sum().item() for n, v in state.items()}]
+
+
+def test_all_processes_start_from_the_weights_of_the_first() -> None:
+    (seen, one), (other_seen, other) = together(2, whitened)
+    assert seen != other_seen
+    assert one == other
+
+
+def test_processes_of_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NQMError, match="workers must be 1 where 2 processes share a run"):
+        run_experiment(recipe({"a": {}}), tmp_path / "out", Place(world=2), workers=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "s.toml").write_text('recipe = "digits_bn"\n[sweep]\nseed = [0, 1]\n')
+    commands = [
+        ["train", "digits_bn", "--workers", "2"],
+        ["sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "s.csv")],
+        ["evaluate", str(tmp_path)],
+        ["export", str(tmp_path), "--out", "x.safetensors"],
+        ["bridge", str(tmp_path)],
+    ]
+    for rank, words in (("0", "is for one process, and torchrun has started 2"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        for command in commands:
+            answer = CliRunner().invoke(main, ["neural", *command])
+            assert answer.exit_code == 2
+            lines = answer.stderr.splitlines()
+            assert len(lines) == (rank == "0")
+            assert words in answer.stderr

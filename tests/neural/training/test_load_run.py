@@ -1,0 +1,126 @@
+"""Folders of runs as they are found: damaged, unfinished, or not of a run at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from neural.training import checkpoint
+from neural.training.experiment import run_experiment
+from neural.training.load_run import export, open_finished, reopen
+from nqm.cli import main
+from nqm.errors import NQMError
+from tests.tiny_runs import LATE, recipe
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    run_experiment(recipe({"base": {}, "late": {"late_phase": LATE}}), out, seeds=[0])
+    return out
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> Path:
+    shutil.copytree(runs / "late" / "seed0", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    """Change entries of run.json; None removes one."""
+
+    def edit(run: Path) -> None:
+        stated = json.loads((run / "run.json").read_text())
+        for name, value in changes.items():
+            if value is ...:
+                del stated[name]
+            else:
+                stated[name] = value
+        (run / "run.json").write_text(json.dumps(stated))
+
+    return edit
+
+
+def other_model(run: Path) -> None:
+    stated = json.loads((run / "run.json").read_text())
+    stated["config"]["model"]["hidden"] = [9]
+    (run / "run.json").write_text(json.dumps(stated))
+
+
+def held(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Change entries of a file of tensors; without any it is emptied."""
+
+    def edit(run: Path) -> None:
+        state = checkpoint.load(run / name) if changes else {}
+        first = next(iter(state), "")
+        for what, value in changes.items():
+            state[first if what == "first" else what] = value
+        checkpoint.save(run / name, state)
+
+    return edit
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "config is a number": (edited(config=3), "run.json is damaged: 'config' holds 3"),
+    "config is missing": (edited(config=...), "run.json is damaged: 'config' is missing"),
+    "config is of something else": (edited(config={"a": 1}), "run.json is damaged: .*a"),
+    "status is missing": (edited(status=...), "run.json is damaged: 'status' is missing"),
+    "status is a number": (edited(status=1), "run.json is damaged: 'status' holds 1"),
+    "status is unknown": (edited(status="done"), "run.json is damaged: 'status' holds 'done'"),
+    "unfinished": (edited(status=None), "is not finished; train it on first"),
+    "diverged": (edited(status="diverged"), "is diverged"),
+    "another model": (other_model, r"does not fit .* has shape \(8, 64\), not \(9, 64\)"),
+    "empty": (held("model.pt"), "model.pt (does not fit|is no model)"),
+    "a number": (held("model.pt", first=1), "model.pt (does not fit|is no model).* holds a int"),
+    "a shape": (held("model.pt", first=torch.zeros(3)), r"does not fit .* has shape \(3,\)"),
+    "whole numbers": (
+        held("model.pt", first=torch.zeros(8, 64, dtype=torch.long)), "is torch.int64, not"
+    ),
+    "one too many": (held("model.pt", more=torch.zeros(3)), "'more', which the model has not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_run_is_told_in_one_line(name: str, run: Path, tmp_path: Path) -> None:
+    damage, told = DAMAGES[name]
+    damage(run)
+    out = tmp_path / "x.safetensors"
+    for action in (lambda: reopen(run), lambda: export(run, out)):
+        with pytest.raises(NQMError, match=told) as error:
+            action()
+        assert "\n" not in str(error.value)
+    assert not out.exists()
+
+
+def test_members_are_looked_at_as_well(run: Path) -> None:
+    held("late.pt", first=torch.zeros(2))(run)
+    with pytest.raises(NQMError, match=r"late\.pt does not fit the model of its run\.json"):
+        reopen(run)
+
+
+@pytest.mark.parametrize("command", ["bridge", "evaluate", "export"])
+def test_commands_name_the_run_to_give(command: str, runs: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "x.safetensors")] if command != "evaluate" else []
+    for folder, told in (
+        (runs / "late", f"is an arm; give one of its runs: {runs / 'late' / 'seed0'}"),
+        (runs, f"is the folder of several arms; give one of its runs: {runs / 'base' / 'seed0'}"),
+        (tmp_path, "is not the folder of a run: it holds no run.json"),
+    ):
+        done = CliRunner().invoke(main, ["neural", command, str(folder), *out])
+        assert done.exit_code == 2, done.output
+        assert done.stderr.strip().splitlines() == [f"error: {folder} {told}"]
+
+
+def test_a_finished_run_is_opened(runs: Path, tmp_path: Path) -> None:
+    assert open_finished(runs / "late" / "seed0").late_phase is not None
+    opened = reopen(runs / "late" / "seed0")
+    assert opened.late is not None
+    written = export(runs / "base" / "seed0", tmp_path / "x.safetensors")
+    assert written.stat().st_size > 0

@@ -1,0 +1,499 @@
+"""Sweeps: the grid, any executor, and being killed at any moment."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from nqm.errors import NQMError
+from nqm.runs.journal import Journal
+from nqm.runs.sweep import Sweep, Work, read_axes
+from nqm.table import read_metadata, read_table
+
+BASE: dict[str, Any] = {
+    "problem": {"curvature": [1.0], "noise_variance": [2.0], "initial_variance": 3.0},
+    "phase": [{"algorithm": "sgd", "lr": 0.1, "batch_size": 4, "steps": 5}],
+    "record": {"at": [0, 5]},
+}
+RATES = [0.1, 0.5, 3.0]
+BATCHES = [1, 4]
+
+
+def grid(**changes: Any) -> Sweep:
+    return Sweep(BASE | changes, {"phase.0.lr": RATES, "phase.0.batch_size": BATCHES})
+
+
+def monte_carlo() -> Sweep:
+    return grid(method="sample", replicas=40, seed=3)
+
+
+def textbook(lr: float, batch_size: int, steps: int) -> float:
+    """E x^2 / 2 of scalar SGD: s' = (1 - lr h)^2 s + lr^2 v / B."""
+    s = 3.0
+    for _ in range(steps):
+        s = (1.0 - lr) ** 2 * s + lr**2 * 2.0 / batch_size
+    return s / 2.0
+
+
+def test_rows_are_cases_and_steps_in_order() -> None:
+    table = grid().run()
+    assert list(table.columns[:4]) == ["lr", "batch_size", "case", "step"]
+    assert table["lr"].tolist() == [lr for lr in RATES for _ in range(4)]
+    assert table["batch_size"].tolist() == [1, 1, 4, 4] * 3
+    assert table["step"].tolist() == [0, 5] * 6
+    assert table["case"].nunique() == 6
+    for row in table.to_dict("records"):
+        expected = textbook(row["lr"], row["batch_size"], row["step"])
+        assert row["loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_diverged_cell_is_a_row() -> None:
+    long = BASE["phase"][0] | {"steps": 10_000}
+    table = grid(phase=[long], record={"at": [10_000]}).run()
+    diverged = table[table["lr"] == 3.0]
+    assert set(diverged["status"]) == {"diverged"}
+    assert set(table.loc[table["lr"] < 2.0, "status"]) == {"finished"}
+
+
+def test_columns_of_axes() -> None:
+    two = {"phase": [BASE["phase"][0], BASE["phase"][0]]}
+    schedule = {"schedule": "linear", "start": 0.1, "end": 0.01, "over": 5}
+    axes = {"phase.0.lr": [0.1], "phase.1.lr": [0.2, schedule], "problem.curvature.0": [1.0]}
+    table = Sweep(BASE | two, axes).run()
+    assert list(table.columns[:4]) == ["phase.0.lr", "phase.1.lr", "problem.curvature.0", "case"]
+    assert [json.loads(text) for text in table["phase.1.lr"].unique()] == [0.2, schedule]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_any_executor_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    sweep = monte_carlo()
+    names = [tmp_path / f"{kind}.{suffix}" for kind in ("serial", "threads", "processes")]
+    plain = sweep.run(names[0])
+    with ThreadPoolExecutor(2) as threads:
+        sweep.run(names[1], threads)
+    with ProcessPoolExecutor(2, get_context("spawn")) as processes:
+        sweep.run(names[2], processes)
+    assert names[0].read_bytes() == names[1].read_bytes() == names[2].read_bytes()
+    pd.testing.assert_frame_equal(plain, sweep.run(), check_exact=True)
+
+
+def test_every_monte_carlo_cell_has_its_own_stream() -> None:
+    table = monte_carlo().run()
+    starts = table.loc[table["step"] == 0, "loss"]  # all cells start from the same law
+    assert starts.nunique() == len(starts)
+    other = grid(method="sample", replicas=40, seed=4).run()
+    assert (other["loss"] != table["loss"]).all()
+
+
+KILLED = """
+import json, os, signal, sys
+from nqm.runs.sweep import Sweep
+base, axes, out, after = json.loads(sys.argv[1])
+done = 0
+def told(count):
+    global done
+    done += count
+    if done == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+Sweep(base, axes).run(out, progress=told)
+"""
+
+
+def kill(sweep: Sweep, out: Path, after: int) -> None:
+    """Run in another process that is killed once `after` cells are done."""
+    arguments = json.dumps([sweep.base, sweep.axes, str(out), after])
+    process = subprocess.run([sys.executable, "-c", KILLED, arguments], check=False)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    sweep = monte_carlo()
+    whole, out = tmp_path / f"whole.{suffix}", tmp_path / f"out.{suffix}"
+    sweep.run(whole)
+    kill(sweep, out, 3)
+    journal = Path(f"{out}.journal.jsonl")
+    assert not out.exists()
+    assert len(journal.read_text().splitlines()) == 4  # the header and three cells
+    journal.write_text(journal.read_text() + '[3, {"case": ["0')  # a torn line
+    told: list[int] = []
+    sweep.run(out, progress=told.append)
+    assert told == [3, 1, 1, 1]  # finished cells were not computed again
+    assert out.read_bytes() == whole.read_bytes()
+    assert not journal.exists()
+
+
+def test_floats_that_are_not_numbers_survive_the_journal(tmp_path: Path) -> None:
+    rates = {"phase.0.lr": [0.1, 1e60]}
+    sweep = Sweep(BASE | {"method": "sample", "replicas": 4}, rates)
+    plain = sweep.run()
+    assert not all(math.isfinite(value) for value in plain["loss"])
+    kill(sweep, tmp_path / "t.parquet", 2)
+    pd.testing.assert_frame_equal(sweep.run(tmp_path / "t.parquet"), plain, check_exact=True)
+
+
+def test_a_finished_sweep_returns_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    first = grid().run(out)
+    stamp = out.stat().st_mtime_ns
+    told: list[int] = []
+    again = grid().run(out, progress=told.append)
+    assert told == [6]
+    assert out.stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    metadata = read_metadata(out)
+    assert metadata["config"] == BASE
+    assert metadata["axes"] == {"phase.0.lr": RATES, "phase.0.batch_size": BATCHES}
+
+
+def test_another_sweep_never_overwrites(tmp_path: Path) -> None:
+    out = tmp_path / "t.csv"
+    journal = Path(f"{out}.journal.jsonl")
+    kill(grid(), out, 2)
+    kept = journal.read_bytes()
+    with pytest.raises(NQMError, match="another configuration"):
+        grid(seed=1).run(out)
+    assert journal.read_bytes() == kept
+    grid().run(out)
+    kept = out.read_bytes()
+    with pytest.raises(NQMError, match="another configuration"):
+        grid(seed=1).run(out)
+    assert out.read_bytes() == kept
+    out.write_text("mine")
+    with pytest.raises(NQMError, match=r"t\.csv"):
+        grid().run(out)
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["notes\nof mine\n", "notes", '[1, 2]\n"x"\n'])
+def test_a_foreign_journal_is_left_alone(tmp_path: Path, content: str) -> None:
+    journal = tmp_path / "t.csv.journal.jsonl"
+    journal.write_text(content)
+    with pytest.raises(NQMError, match="journal"):
+        grid().run(tmp_path / "t.csv")
+    assert journal.read_text() == content
+
+
+def test_a_bad_value_fails_before_anything_is_computed(tmp_path: Path) -> None:
+    out = tmp_path / "t.csv"
+    with pytest.raises(
+        NQMError, match=r"case 1 \(phase\.0\.lr = -1\): phase\.0\.lr must lie"
+    ) as caught:
+        Sweep(BASE, {"phase.0.lr": [0.1, -1]}).run(out)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(NQMError, match=r"phase\.0\.momentm is not a known key"):
+        Sweep(BASE, {"phase.0.momentm": [0.1]}).run(out)
+    # Known to the solver only: the multiplicative model about a minimum at zero.
+    with pytest.raises(NQMError, match=r"case 1 .*minimum != 0"):
+        Sweep(BASE, {"phase.0.algorithm": ["sgd", "late_phase_multiplicative"]}).run(out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_key_sees_the_content_of_files(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("curvature,noise_variance\n1.0,0.5\n")
+    base = {"phase": BASE["phase"], "problem": {}}
+    sweep = Sweep(base, {"problem.file": ["p.csv"]}, tmp_path)
+    before = sweep.key
+    assert len(sweep.run()) > 0
+    (tmp_path / "p.csv").write_text("curvature,noise_variance\n1.0,0.25\n")
+    assert sweep.key != before
+
+
+def test_axes_of_a_sweep_table() -> None:
+    axes = read_axes(
+        {
+            "phase.0.lr": {"geomspace": [1e-3, 1.0, 4]},
+            "problem": {"initial_mean": {"linspace": [0, 1, 5]}},
+            "phase.0.members": {"range": [1, 10, 3]},
+            "phase.0.gamma": [0.1, 0.2],
+        }
+    )
+    assert axes["phase.0.lr"] == pytest.approx([1e-3, 1e-2, 1e-1, 1.0])
+    assert axes["problem.initial_mean"] == [0, 0.25, 0.5, 0.75, 1]
+    assert axes["phase.0.members"] == [1, 4, 7, 10]
+    assert axes["phase.0.gamma"] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        3,
+        {"phase.0.lr": 0.1},
+        {"phase.0.lr": {"geomspace": [0, 1, 3]}},
+        {"phase.0.lr": {"geomspace": [1, 2]}},
+        {"phase.0.lr": {"linspace": [0, 1, 2.5]}},
+        {"phase.0.lr": {"range": [0, 1, 0]}},
+        {"phase.0.lr": {"range": [0, 1, -1]}},
+    ],
+)
+def test_bad_axes(table: Any) -> None:
+    with pytest.raises(NQMError, match="sweep"):
+        read_axes(table)
+
+
+def test_empty_axes_and_axes_that_change_columns() -> None:
+    with pytest.raises(NQMError, match="at least one value"):
+        Sweep(BASE, {"phase.0.lr": []})
+    with pytest.raises(NQMError, match="same columns"):
+        Sweep(BASE, {"record.quantiles": [[0.5], [0.1]]})
+
+
+def test_a_sweep_file(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        """
+        [problem]
+        curvature = 1.0
+        noise_variance = 2.0
+        initial_variance = 3.0
+        [[phase]]
+        algorithm = "sgd"
+        lr = 0.1
+        steps = 5
+        [sweep]
+        phase.0.lr = [0.1, 0.5]
+        "phase.0.batch_size" = {geomspace = [1, 4, 3]}
+        """
+    )
+    table = Sweep.from_file(path, ["record.at=[5]"]).run(tmp_path / "t.csv")
+    assert len(table) == 6
+    for row in read_table(tmp_path / "t.csv").to_dict("records"):
+        expected = textbook(row["lr"], row["batch_size"], 5)
+        assert row["loss"] == pytest.approx(expected, rel=1e-12)
+    path.write_text("[problem]\ncurvature = 1.0\n")
+    with pytest.raises(NQMError, match=r"no \[sweep\] table"):
+        Sweep.from_file(path)
+
+
+# --- one row, one value ----------------------------------------------------------------------
+
+TWICE = BASE | {"phase": [BASE["phase"][0], BASE["phase"][0] | {"lr": 0.2}]}
+OVERLAPS = {
+    ("phase.0.lr", "phase.-2.lr"): "the same entry",
+    ("phase.0.lr", "phase.00.lr"): "the same entry",
+    ("phase.1", "phase.-1"): "the same entry",
+    ("phase.0.lr", "phase.0"): "a part of",
+    ("phase", "phase.-1.lr"): "a part of",
+    ("problem", "problem.noise_variance.0"): "a part of",
+    ("new", "new.entry"): "a part of",
+}
+
+
+@pytest.mark.parametrize("names", OVERLAPS)
+@pytest.mark.parametrize("turn", [1, -1])
+def test_axes_that_overlap_are_refused_with_both_names(names: tuple[str, str], turn: int) -> None:
+    one, other = names[::turn]
+    with pytest.raises(NQMError, match=OVERLAPS[names]) as caught:
+        Sweep(TWICE, {one: [0.1, 0.3], other: [0.1, 0.3]})
+    assert set(re.findall(r"sweep\.([^ ,;]+)", str(caught.value))) == {one, other}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sweep", "no axis"),
+        ("sweep.phase.0.lr", "no axis"),
+        ("record", "same columns"),
+        ("record.quantiles.0", "same columns"),
+        ("phase.2.lr", "index"),
+        ("phase.².lr", "index"),
+        ("phase.--1.lr", "index"),
+        ("phase." + "9" * 5000, "index"),
+        (".".join("a" * 100), "at most 64 parts"),
+    ],
+)
+def test_axes_that_are_none(name: str, words: str) -> None:
+    with pytest.raises(NQMError, match=words) as caught:
+        Sweep(TWICE | {"record": {"at": [0], "quantiles": [0.5]}}, {name: [0.1]}).run()
+    assert "\n" not in str(caught.value)
+
+
+def test_one_table_in_two_places_is_changed_in_one() -> None:
+    # A Python caller may put one dictionary in twice; each row's rates are its own all the same.
+    same = BASE["phase"][0]
+    axes = {"phase.0.lr": [0.1, 0.5], "phase.1.lr": [0.2, 0.4]}
+    for row in (
+        Sweep(BASE | {"phase": [same, same], "record": {"at": [10]}}, axes).run().itertuples()
+    ):
+        s = 3.0
+        for lr in [row[1]] * 5 + [row[2]] * 5:
+            s = (1.0 - lr) ** 2 * s + lr**2 * 2.0 / 4
+        assert row.loss == pytest.approx(s / 2.0, rel=1e-12)
+
+
+def test_two_values_of_one_run_are_refused() -> None:
+    with pytest.raises(NQMError, match=r"case 2 \(phase\.0\.lr = 1\.0\) is the same run as case 1"):
+        Sweep(BASE, {"phase.0.lr": [0.1, 1, 1.0]}).run()
+
+
+def test_columns_that_are_called_as_the_results_are() -> None:
+    class Fixed(dict[str, Any]):
+        def check(self) -> None:
+            pass
+
+    work = Work(
+        lambda mapping, folder: Fixed(mapping),
+        lambda mapping, folder: json.dumps(mapping, sort_keys=True),
+        lambda run, key: pd.DataFrame({"loss": [run["loss"] * 2], "step": [run["a"]["step"]]}),
+        lambda mapping, folder: dict(mapping),
+    )
+    table = Sweep({}, {"loss": [1, 2], "a.step": [3]}, work=work).run()
+    assert table.columns.tolist() == ["sweep.loss", "a.step", "case", "loss", "step"]
+    assert (2 * table["sweep.loss"]).tolist() == table["loss"].tolist() == [2, 4]
+
+
+def test_integers_that_a_column_does_not_hold(tmp_path: Path) -> None:
+    axes = {"problem.initial_variance": [1, 10**25]}
+    for name in ("t.csv", "t.parquet"):
+        table = Sweep(BASE, axes).run(tmp_path / name)
+        assert table["initial_variance"].unique().tolist() == [1.0, 1e25]
+
+
+# --- sizes -----------------------------------------------------------------------------------
+
+TOO_MANY = [
+    {"geomspace": [1e-3, 1.0, 10**12]},
+    {"linspace": [0, 1, 10**18]},
+    {"linspace": [-1e308, 1.7e308, 5]},
+    {"range": [0, 10**18, 1]},
+    {"range": [-1e308, 1e308, 1e-3]},
+    {"range": [0, 1.0, 5e-324]},
+    {"range": [0, 2**999, 0.5]},
+    {"geomspace": [1, 2**1000, 2**999]},
+]
+
+
+@pytest.mark.parametrize("grid", TOO_MANY)
+def test_grids_that_are_too_large(grid: dict[str, list[float]]) -> None:
+    with pytest.raises(NQMError, match=r"sweep\.phase\.0\.lr\."):
+        read_axes({"phase.0.lr": grid})
+
+
+def test_more_cells_than_there_may_be() -> None:
+    many = {f"phase.0.{name}": list(range(1, 1001)) for name in ("lr", "steps", "batch_size")}
+    with pytest.raises(NQMError, match="1000 x 1000 x 1000 = 1000000000 cells"):
+        Sweep(BASE, many)
+    with pytest.raises(NQMError, match="is there twice"):
+        read_axes({"phase.0.lr": [0.1], "phase": {"0": {"lr": [0.2]}}})
+
+
+# --- the journal -----------------------------------------------------------------------------
+
+CELL = '{"case": ["%s"], "step": [5], "loss": [1.0]}'
+DAMAGED = {
+    "1": "pair",
+    '"text"': "pair",
+    "[]": "pair",
+    "[1]": "pair",
+    "[" * 9999: "JSON",
+    "1" * 9999: "JSON",
+    "{}": "pair",
+    '["1", {"case": ["a"]}]': "index",
+    "[true, {}]": "index",
+    "[NaN, {}]": "index",
+    "[6, {}]": "index",
+    "[-1, {}]": "index",
+    "[1e0, {}]": "index",
+    "[1, []]": "column case",
+    '[1, {"loss": [1.0]}]': "column case",
+    '[1, {"case": "a"}]': "list",
+    '[1, {"case": []}]': "length",
+    '[1, {"case": ["a"], "loss": []}]': "length",
+    '[1, {"case": ["a"], "loss": [[1]]}]': "no number",
+    '[1, {"case": ["a"], "loss": [99999999999999999999]}]': "no number",
+    '[1, {"case": ["a", "b"], "loss": [1, 2]}]': "one case",
+    '[1, {"case": [1], "loss": [1]}]': "one case",
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "j"
+    with Journal(path, "key", 6) as journal:
+        journal.add(0, {"case": ["z"], "loss": [1.0]})
+    with path.open("a") as stream:
+        stream.write(f"{line}\n")
+    kept = path.read_bytes()
+    with pytest.raises(NQMError, match=DAMAGED[line]) as caught, Journal(path, "key", 6):
+        pass
+    assert f"{path}: line 3 is damaged" in str(caught.value)
+    assert path.read_bytes() == kept
+
+
+def test_lines_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    out, path = tmp_path / "t.csv", tmp_path / "t.csv.journal.jsonl"
+    kill(grid(), out, 3)
+    header, one, two, three = path.read_text().splitlines(keepends=True)
+    swapped = three.replace("[2,", "[1,") + two.replace("[1,", "[2,")
+    for content, words in (
+        (header + one + two + two, "line 4 is damaged .cell 1 is there twice"),
+        (header + one + swapped, "line 3 is damaged .cell 1 is case"),
+        (header + one + two.replace('"loss"', '"lost"'), "line 3 is damaged .*columns loss, lost"),
+    ):
+        path.write_text(content)
+        with pytest.raises(NQMError, match=words):
+            grid().run(out)
+    path.write_text(header + three + one)  # in any order
+    grid().run(out)
+    pd.testing.assert_frame_equal(read_table(out), grid().run(), check_exact=True)
+
+
+def test_a_cell_that_is_not_where_it_was(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", "key", 6) as journal:
+        journal.add(0, {"case": ["z"], "loss": [1.0]})
+        journal.add(1, {"case": ["y"], "loss": [1.0]})
+        with pytest.raises(ValueError, match="already"):
+            journal.add(1, {"case": ["y"], "loss": [1.0]})
+        with pytest.raises(NQMError, match="not every cell has the columns loss"):
+            journal.add(2, {"case": ["y"]})
+        # What no lock can keep out: another program writes to the file.
+        content = (tmp_path / "j").read_bytes()
+        (tmp_path / "j").write_bytes(content.replace(b"[1,", b"[0,"))
+        with pytest.raises(NQMError, match="should hold cell 1, not 0"):
+            journal[1]
+
+
+# --- two at once -----------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    with Journal(path, "key", 3) as journal:
+        journal.add(0, {"case": ["z"], "loss": [1.0]})
+        with pytest.raises(NQMError, match=r"j is being written by process"), Journal(path, "k", 3):
+            pass
+        journal.add(1, {"case": ["y"], "loss": [2.0]})
+        assert [journal[i]["loss"] for i in (0, 1)] == [[1.0], [2.0]]
+    out = tmp_path / "t.csv"
+
+    def second(count: int) -> None:
+        for other in (grid(), grid(seed=1)):
+            with pytest.raises(NQMError, match=r"t\.csv is being written by process"):
+                other.run(out)
+
+    table = grid().run(out, progress=second)
+    pd.testing.assert_frame_equal(table, grid().run(), check_exact=True)
+
+
+def test_two_sweeps_at_once_make_one_table(tmp_path: Path) -> None:
+    grid().run(tmp_path / "whole.csv")
+    arguments = json.dumps([grid().base, grid().axes, str(tmp_path / "t.csv"), -1])
+    command = [sys.executable, "-c", KILLED, arguments]
+    both = [subprocess.Popen(command, stderr=-1, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert 0 in [process.returncode for process in both]
+    for process, stderr in zip(both, errors, strict=True):
+        assert process.returncode == 0 or "is being written by process" in stderr
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "whole.csv"]

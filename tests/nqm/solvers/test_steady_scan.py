@@ -1,0 +1,205 @@
+"""Steady states beyond constant rates, and scans over many rates."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+import nqm
+from nqm import (
+    EMA,
+    LAWA,
+    SGD,
+    SWA,
+    Cosine,
+    Cyclic,
+    Ensemble,
+    HeavyBall,
+    LatePhase,
+    Lookahead,
+    MultiplicativeLatePhase,
+    NQMError,
+    Phase,
+    Problem,
+    Status,
+)
+from tests import literal
+from tests.tolerances import IDENTITY, JUMP, agree_each
+
+# ------------------------------------------------------------------ steady states
+
+
+def cyclic_floor(h, v, lrs, sizes):
+    """End of a cycle of SGD: q / (1 - rho^2), with rho the product and q the noise of a cycle."""
+    q = literal.sgd_moment_sequence(h, v, lrs, sizes, 0.0)
+    return q / (1 - np.prod((1 - np.multiply.outer(lrs, h)) ** 2, axis=0))
+
+
+def test_cyclic_rates_and_batches(problem):
+    phase = Phase(SGD(), Cyclic(0.5, 0.1, 3, "linear"), 1, Cyclic(8, 2, 4, "linear"))
+    lrs, sizes = np.tile([0.5, 0.3, 0.1], 4), np.tile([8, 6, 4, 2], 3)
+    h, v = problem.curvature, problem.noise_variance
+    found = nqm.steady(problem, phase)
+    agree_each(found.weight_variance, cyclic_floor(h, v, lrs, sizes), JUMP)
+    assert found.radius == pytest.approx(np.prod(1 - lrs * h.min()), rel=1e-12)
+
+
+def test_lawa_over_a_cycle_of_rates(problem):
+    """One snapshot at the end of every cycle of 5, two of them averaged."""
+    lrs = np.linspace(0.4, 0.2, 5)
+    phase = Phase(LAWA(SGD(), 5, 2), Cyclic(0.4, 0.2, 5, "linear"), 1)
+    h, v = problem.curvature, problem.noise_variance
+    floor = cyclic_floor(h, v, lrs, np.ones(5))
+    rho = np.prod(1 - np.multiply.outer(lrs, h), axis=0)
+    expected = (floor + floor + 2 * rho * floor) / 4  # two snapshots of covariance rho floor
+    agree_each(nqm.steady(problem, phase).weight_variance, expected, JUMP)
+
+
+def test_multiplicities_and_member_loss(problem):
+    counted = problem.replace(multiplicity=[1.0, 10.0, 2.5])
+    phase = Phase(LatePhase(4), 0.2, 1, 2)
+    h, v = problem.curvature, problem.noise_variance
+    mean, deviation = literal.late_phase_steady(h, v, 0.2, 2, 4, 0.2, 0.25)
+    found = nqm.steady(counted, phase)
+    half = 0.5 * h * [1.0, 10.0, 2.5]
+    agree_each(found.loss, half @ mean, IDENTITY)
+    agree_each(found.member_loss, half @ (mean + deviation), IDENTITY)
+    row = found.table().iloc[0]
+    assert (row["loss"], row["status"], row["kind"]) == (found.loss, "finished", "exact")
+
+
+def test_flat_directions_cost_nothing():
+    problem = Problem([1.0, 0.0], [1.0, 1.0])
+    found = nqm.steady(problem, Phase(LatePhase(2), 0.3, 1))
+    assert found.status is Status.FINISHED
+    assert np.isnan(found.weight_variance).tolist() == [False, True]
+    mean, _ = literal.late_phase_steady(np.array([1.0]), np.array([1.0]), 0.3, 1, 2, 0.3, 0.5)
+    agree_each(found.loss, 0.5 * mean[0], IDENTITY)
+
+
+def test_a_wholly_flat_problem_has_no_loss():
+    found = nqm.steady(Problem([0.0], 1.0), Phase(SGD(), 0.3, 1))
+    assert (found.loss, found.status) == (0.0, Status.FINISHED)
+
+
+def test_multiplicative_is_said_to_be_first_order(problem):
+    lr, member_lr, gamma, factor, k = 0.1, 0.05, 0.5, 1.25, 3
+    moved = problem.replace(minimum=[1.0, -2.0, 0.5])
+    phase = Phase(MultiplicativeLatePhase(k, gamma, factor), lr, 1, 2, member_lr=member_lr)
+    a, b = literal.multiplicative_rates(moved.minimum, factor, lr, member_lr, gamma)
+    h, v = moved.curvature, moved.noise_variance
+    mean = literal.sgd_steady(h, v / k, a + k * b, 2)
+    deviation = literal.sgd_steady(h, v * (1 - 1 / k), a, 2)
+    found = nqm.steady(moved, phase)
+    assert found.kind == "first_order"
+    agree_each(found.weight_variance, mean, IDENTITY)
+    agree_each(found.deviation_variance, deviation, IDENTITY)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-9])
+def test_tiny_rates_keep_their_digits(lr, problem):
+    """1 - r^2 is near lr h: doubling loses about eps / (lr h) of the floor, not more."""
+    found = nqm.steady(problem, Phase(SGD(), lr, 1))
+    expected = literal.sgd_steady(problem.curvature, problem.noise_variance, lr, 1)
+    agree_each(found.weight_variance, expected, 1e-15 / (lr * 0.02))
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        (Phase(SGD(), Cosine(0.3, 0.1, 10), 100), "constant or cyclic"),
+        (Phase(SGD(), 0.1, 100, Cosine(8, 2, 10)), "constant or cyclic"),
+        (Phase(SWA(), 0.1, 1), "swa has no steady state"),
+        (Phase(SWA(LatePhase(2), 3), 0.1, 1), "swa has no steady state"),
+    ],
+)
+def test_what_never_settles_is_an_error(phase, words, problem):
+    with pytest.raises(NQMError, match=words):
+        nqm.steady(problem, phase)
+
+
+# ------------------------------------------------------------------ scans
+
+RATES = np.array([1e-4, 0.03, 0.3, 0.9])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 20, 10**6])
+def test_scan_of_sgd_is_the_closed_form(steps, problem):
+    h, v = problem.curvature, problem.noise_variance
+    s0 = problem.initial_mean**2 + problem.initial_variance
+    found = nqm.scan(problem, SGD(), RATES, steps, batch_size=2)
+    expected = [0.5 * h @ literal.sgd_moment(h, v, lr, 2, s0, steps) for lr in RATES]
+    agree_each(found.loss, expected, JUMP if steps > 100 else IDENTITY)
+    bias = [0.5 * h @ ((1 - lr * h) ** (2 * steps) * s0) for lr in RATES]
+    np.testing.assert_allclose(found.bias, bias, rtol=JUMP, atol=1e-300)
+    agree_each(found.bias + found.variance, found.loss, IDENTITY)
+    np.testing.assert_array_equal(found.member_loss, found.loss)
+
+
+@pytest.mark.parametrize("steps", [1, 20, 1001])
+def test_scan_of_late_phase_is_the_closed_form(steps, problem):
+    h, v = problem.curvature, problem.noise_variance
+    s0 = problem.initial_mean**2 + problem.initial_variance
+    member = np.array([0.5, 0.01, 0.1, 0.2])
+    found = nqm.scan(problem, LatePhase(3, 0.2, spread=0.3), RATES, steps, member_lr=member)
+    for i, (lr, member_lr) in enumerate(zip(RATES, member, strict=True)):
+        mean, deviation = literal.late_phase_moment(
+            h, v, lr, 1, 3, member_lr, 0.2, s0, steps, spread=0.3
+        )
+        agree_each(found.loss[i], 0.5 * h @ mean, 1e-11)
+        agree_each(found.member_loss[i], 0.5 * h @ (mean + deviation), 1e-11)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [HeavyBall(0.7), EMA(SGD(), 0.9), SWA(SGD(), 3), LAWA(SGD(), 2, 3), Ensemble(2, starts="own"),
+     Lookahead(HeavyBall(0.5), 4, 0.5), SWA(LatePhase(2), 2)],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("steps", [1, 11, 240])
+def test_scan_is_one_program_per_rate(algorithm, steps, problem):
+    """Steps that are and are not a multiple of the period; the solver has its own oracle."""
+    found = nqm.scan(problem, algorithm, RATES, steps, batch_size=3)
+    for i, lr in enumerate(RATES):
+        result = nqm.solve(
+            problem, nqm.constant(algorithm, float(lr), steps, batch_size=3), [steps], jump=False
+        )
+        for name in ("loss", "bias", "variance", "member_loss"):
+            np.testing.assert_allclose(
+                getattr(found, name)[i], getattr(result, name)[0], rtol=JUMP, atol=1e-300
+            )
+
+
+def test_scan_in_pieces_is_the_scan(monkeypatch, problem):
+    whole = nqm.scan(problem, Lookahead(SGD(), 3, 0.5), np.linspace(0.01, 1, 50), 100)
+    monkeypatch.setattr("nqm.solvers.scan.CHUNK", 100)
+    parts = nqm.scan(problem, Lookahead(SGD(), 3, 0.5), np.linspace(0.01, 1, 50), 100)
+    np.testing.assert_array_equal(parts.loss, whole.loss)
+
+
+def test_diverged_rates_are_not_finite_and_warn_of_nothing(problem):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = nqm.scan(problem, HeavyBall(0.5), [0.1, 30.0], 10**6)
+    assert np.isfinite(found.loss).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: nqm.scan(p, SGD(), [0.1, 0.0], 5), "lr must hold"),
+        (lambda p: nqm.scan(p, SGD(), [np.nan], 5), "lr must hold"),
+        (
+            lambda p: nqm.scan(p, LatePhase(2), [0.1], 5, member_lr=-1.0),
+            "member_lr must hold",
+        ),
+        (lambda p: nqm.scan(p, SGD(), [0.1], -5), r"scan\.steps"),
+        (lambda p: nqm.scan(p, SGD(), [0.1], 5, batch_size=0), r"scan\.batch_size"),
+        (lambda p: nqm.scan(p, MultiplicativeLatePhase(2), [0.1], 5), "MultiplicativeLatePhase"),
+    ],
+)
+def test_bad_scans_are_errors(call, words, problem):
+    with pytest.raises(NQMError, match=words):
+        call(problem)

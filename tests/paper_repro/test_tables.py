@@ -1,0 +1,270 @@
+"""The paper's tables: every number once, ours only from full runs as stated, gaps said as gaps."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from nqm.errors import NQMError
+from nqm.table import read_metadata, read_table, write_table
+from paper_repro import cli
+from paper_repro.tables import NAMES, load_tables
+from paper_repro.tables.collect import collect
+from paper_repro.tables.page import as_text, write_tables
+from paper_repro.tables.rows import UNKNOWN, Published, Row, Source, Table
+from tests.tolerances import IDENTITY
+
+#: Every number of the paper that could be established, by table, as printed: mean and sd.
+PRINTED = {
+    "cifar10": [
+        "96.16 ± 0.12", "96.02 ± 0.06", "96.19 ± 0.18", "96.46 ± 0.15", "96.48 ± 0.04",
+        "96.81 ± 0.07", "96.91",
+    ],
+    "cifar100": [
+        "81.35 ± 0.16", "82.46 ± 0.09", "81.55", "82.01", "82.87 ± 0.22", "83.06 ± 0.08", "84.09",
+    ],
+    "other_networks": ["97.45 ± 0.10", "85.00 ± 0.25"],
+    "imagenet": [
+        "76.62", "76.87 ± 0.03", "78.37", "78.77 ± 0.01", "78.17", "78.31 ± 0.01",
+    ],
+    "enwik8": ["1.695", "1.626", "1.663", "1.616", "1.633", "1.615"],
+    "ood": [],
+    "ablations": [],
+}  # fmt: skip
+
+
+def test_every_number_of_the_paper_appears_once():
+    tables = {table.name: table for table in load_tables()}
+    assert list(tables) == list(NAMES) == list(PRINTED)
+    for name, table in tables.items():
+        shown = []
+        for row in table.rows:
+            if row.paper.mean is not None:
+                text = f"{row.paper.mean:.{table.digits}f}"
+                text += "" if row.paper.sd is None else f" ± {row.paper.sd:.{table.digits}f}"
+                shown.append(text)
+        assert sorted(shown) == sorted(PRINTED[name])
+        assert len({row.method for row in table.rows}) == len(table.rows)
+
+
+def test_every_source_can_be_produced():
+    """Recipe and arm exist, and the arm yields these weights and this metric."""
+    pytest.importorskip("torch")
+    from neural.training.recipe import load_recipe
+
+    for table in load_tables():
+        for row in table.rows:
+            for source in (row.source, *row.related):
+                run = load_recipe(source.recipe).arms[source.arm]
+                weights = source.weights.removeprefix("deep_ensemble_")
+                late, settings = run.late_phase is not None, run.evaluate
+                possible = {
+                    "iterate": not late,
+                    "averaged": late,
+                    "ensemble": late,
+                    "swa": run.average is not None and run.average.method == "swa",
+                    "mc_dropout": settings.mc_dropout > 0 and run.model.options["dropout"] > 0,
+                }
+                assert possible[weights], source
+                if source.metric == "auroc":
+                    assert set(source.data) <= set(settings.ood), source
+                else:
+                    text = run.model.name == "lstm_lm"
+                    assert source.metric == ("bpc" if text else "accuracy"), source
+                    assert source.data == ("test",)
+
+
+BASE = Source("cifar10_q75_resnet8", "base", "iterate")
+OOD = Source("cifar10_bn", "base", "iterate", "auroc", ("svhn", "cifar100"))
+
+
+def table_of(*rows, **changes):
+    return Table("made", "Made up", "test accuracy, %", tuple(rows), **changes)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Writes an experiment as `nqm neural train` leaves it, without training."""
+    pytest.importorskip("torch")
+    from neural.training.config import describe
+    from neural.training.recipe import load_recipe
+
+    def write(name, scale, arm, values, weights="iterate", metric="accuracy", data="test", to=()):
+        """`values` by seed; seed -1 is the deep ensemble, NaN a diverged run."""
+        recipe = load_recipe(name, scale)
+        folder = tmp_path / f"{name}-{scale}"
+        for seed in values:
+            if seed < 0:
+                continue
+            run = replace(recipe.arms[arm], seed=seed)
+            run = replace(run, **{k: replace(getattr(run, k), **v) for k, v in dict(to).items()})
+            home = folder / arm / f"seed{seed}"
+            home.mkdir(parents=True, exist_ok=True)
+            stated = {"config": describe(run), "versions": {"hardware": "H9", "torch": "2.99"}}
+            (home / "run.json").write_text(json.dumps(stated))
+        rows = [
+            {"arm": arm, "seed": seed, "status": "finished", "weights": weights, "member": -1,
+             "data": data, "metric": metric, "value": value}
+            for seed, value in values.items()
+        ]  # fmt: skip
+        for row in rows:
+            if math.isnan(row["value"]):
+                row |= {"status": "diverged", "weights": "", "data": "", "metric": ""}
+        path = folder / "results.parquet"
+        old = [read_table(path)] if path.exists() else []
+        table = pd.concat([*old, pd.DataFrame(rows)], ignore_index=True)
+        write_table(path, table, {"recipe": name, "scale": scale})
+        return recipe
+
+    return write
+
+
+def line_of(root, *rows, **changes):
+    ((_, (line, *_)),) = collect(root, [table_of(*rows, **changes)])
+    return line
+
+
+def test_full_runs_as_stated_are_ours(experiment, tmp_path):
+    values = [0.91, 0.93, 0.92]
+    recipe = experiment("cifar10_q75_resnet8", "full", "base", dict(enumerate(values)))
+    line = line_of(tmp_path, Row("m", UNKNOWN, BASE))
+    assert line.smaller == ()
+    assert not line.left_out
+    ours = line.ours
+    assert (ours.title, ours.scale, ours.n, ours.diverged) == (recipe.title, "full", 3, 0)
+    assert ours.mean == pytest.approx(100 * np.mean(values), rel=IDENTITY)
+    assert ours.sd == pytest.approx(100 * np.std(values, ddof=1), rel=IDENTITY)
+    assert ours.hardware == "H9, torch 2.99"
+
+
+def test_one_seed_has_no_spread_and_divergence_is_counted(experiment, tmp_path):
+    experiment("cifar10_q75_resnet8", "full", "base", {0: 0.9, 1: math.nan})
+    ours = line_of(tmp_path, Row("m", UNKNOWN, BASE)).ours
+    assert (ours.n, ours.diverged) == (1, 1)
+    assert math.isnan(ours.sd)
+    text = as_text(collect(tmp_path, [table_of(Row("m", UNKNOWN, BASE))]))
+    assert "90.00 (n = 1), 1 diverged" in text
+
+
+def test_smaller_scales_have_their_own_column_and_smoke_none(experiment, tmp_path):
+    row = Row("m", Published(95.0), Source("cifar10_bn", "base", "iterate"), (BASE,))
+    experiment("cifar10_bn", "smoke", "base", {0: 0.99})
+    experiment("cifar10_q75_resnet8", "smoke", "base", {0: 0.99})
+    line = line_of(tmp_path, row)
+    assert (line.ours, line.smaller) == (None, ())
+    small = experiment("cifar10_bn", "cpu", "base", {0: 0.8})
+    related = experiment("cifar10_q75_resnet8", "cpu", "base", {0: 0.7})
+    line = line_of(tmp_path, row)
+    assert line.ours is None
+    assert [(one.title, one.mean) for one in line.smaller] == [
+        (small.title, pytest.approx(80.0)), (related.title, pytest.approx(70.0)),
+    ]  # fmt: skip
+    assert small.title != related.title
+    # The larger scale of a related recipe takes the place of its smaller one.
+    larger = experiment("cifar10_q75_resnet8", "full", "base", {0: 0.75})
+    assert [one.title for one in line_of(tmp_path, row).smaller] == [small.title, larger.title]
+    # Where the small version measures nothing but the pipeline, it is not shown.
+    assert len(line_of(tmp_path, row, reduced=False).smaller) == 1
+    experiment("cifar10_bn", "full", "base", {0: 0.96})
+    line = line_of(tmp_path, row)
+    assert line.ours.mean == pytest.approx(96.0)
+    assert [one.title for one in line.smaller] == [larger.title]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": {"epochs": 3}}, {"data": {"train_examples": 100}}, {"train": {"momentum": 0.8}}],
+)
+def test_runs_with_other_settings_are_never_ours(experiment, tmp_path, changes):
+    experiment("cifar10_q75_resnet8", "full", "base", {0: 0.99}, to=changes)
+    experiment("cifar10_q75_resnet8", "full", "base", {-1: 0.99}, "deep_ensemble_iterate")
+    ensemble = replace(BASE, weights="deep_ensemble_iterate")
+    for source in (BASE, ensemble):
+        line = line_of(tmp_path, Row("m", UNKNOWN, source))
+        assert line.ours is None
+        assert line.left_out
+    text = as_text(collect(tmp_path, [table_of(Row("m", UNKNOWN, BASE))]))
+    assert "not run (runs with other settings are left out)" in text
+    assert "99" not in text
+
+
+def test_what_does_not_touch_training_may_differ(experiment, tmp_path):
+    changes = {"evaluate": {"ood": (), "every": 50}, "train": {"channels_last": False}}
+    experiment("cifar10_q75_resnet8", "full", "base", {0: 0.9}, to=changes)
+    line = line_of(tmp_path, Row("m", UNKNOWN, BASE))
+    assert line.ours.mean == pytest.approx(90.0)
+    assert not line.left_out
+
+
+def test_deep_ensemble_is_one_value(experiment, tmp_path):
+    experiment("cifar10_q75_resnet8", "full", "base", {0: 0.9, 1: 0.92})
+    experiment("cifar10_q75_resnet8", "full", "base", {-1: 0.94}, "deep_ensemble_iterate")
+    source = replace(BASE, weights="deep_ensemble_iterate")
+    ours = line_of(tmp_path, Row("m", UNKNOWN, source)).ours
+    assert (ours.mean, ours.n) == (pytest.approx(94.0), 1)
+
+
+def test_mean_over_sets_needs_all_of_them(experiment, tmp_path):
+    write = [("svhn", {0: 0.9, 1: 0.8}), ("cifar100", {0: 0.7})]
+    row = Row("m", UNKNOWN, OOD)
+    experiment("cifar10_bn", "full", "base", write[0][1], metric="auroc", data="svhn")
+    assert line_of(tmp_path, row, factor=1.0).ours is None
+    experiment("cifar10_bn", "full", "base", write[1][1], metric="auroc", data="cifar100")
+    ours = line_of(tmp_path, row, factor=1.0).ours
+    assert (ours.mean, ours.n) == (pytest.approx(0.8), 1)
+    assert ours.title.endswith(", against svhn and cifar100")
+
+
+def test_a_folder_of_something_else_is_named(experiment, tmp_path):
+    experiment("cifar10_q75_resnet8", "cpu", "base", {0: 0.9})
+    (tmp_path / "cifar10_q75_resnet8-cpu").rename(tmp_path / "cifar10_q75_resnet8-full")
+    with pytest.raises(NQMError, match="must hold recipe cifar10_q75_resnet8 at scale full"):
+        line_of(tmp_path, Row("m", UNKNOWN, BASE))
+
+
+def test_command_without_any_run(tmp_path):
+    out = tmp_path / "out"
+    done = CliRunner().invoke(cli.tables, ["--runs", str(tmp_path / "none"), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    rows = [row for table in load_tables() for row in table.rows]
+    assert done.output.count("not run") == len(rows)
+    unknown = sum(row.paper.mean is None for row in rows)
+    assert done.output.count("not established") == unknown
+    page = (out / "tables.html").read_text()
+    assert f"0 of {len(rows)} rows" in page
+    shown = re.findall(r'<td class="number">(\d[^<]*)</td>', page)
+    assert [text.partition(" (")[0] for text in shown] == [
+        f"{row.paper.mean:.{table.digits}f}"
+        + ("" if row.paper.sd is None else f" ± {row.paper.sd:.{table.digits}f}")
+        for table in load_tables()
+        for row in table.rows
+        if row.paper.mean is not None
+    ]
+    for name in NAMES:
+        frame = read_table(out / f"table_{name}.csv")
+        assert frame["mean"].isna().all()
+        assert (frame["status"] == "not run").all()
+        assert "unit" in read_metadata(out / f"table_{name}.csv")
+        with (out / f"table_{name}.csv").open() as stream:
+            assert len(list(csv.reader(stream))) == len(frame) + 2  # stamp and header
+
+
+def test_csv_and_page_carry_our_numbers(experiment, tmp_path):
+    experiment("cifar10_q75_resnet8", "full", "base", {0: 0.9, 1: 0.92})
+    filled = collect(tmp_path, [table_of(Row("a < b", Published(95.0, 0.1, 5), BASE))])
+    write_tables(filled, tmp_path / "out")
+    (row,) = read_table(tmp_path / "out" / "table_made.csv").to_dict("records")
+    assert (row["method"], row["paper_mean"], row["n"]) == ("a < b", 95.0, 2)
+    assert row["mean"] == pytest.approx(91.0)
+    page = (tmp_path / "out" / "tables.html").read_text()
+    assert "a &lt; b" in page
+    assert "95.00 ± 0.10 (n = 5)" in page
+    assert "91.00 ± 1.41 (n = 2)" in page  # sqrt(2)
+    assert "H9, torch 2.99" in page
+    assert "1 of 1 rows" in page
