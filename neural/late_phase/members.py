@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from neural.late_phase import fused as fused_forward
 from neural.late_phase import merge as merging
@@ -397,7 +398,7 @@ class LatePhase(nn.Module):
         check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
         complete = False
-        for batch in loader:
+        for batch in _kept(loader, self.members):
             waiting.append(batch)
             if len(waiting) == self.members:
                 yield waiting
@@ -773,6 +774,38 @@ def _common(state: dict[str, Any], parameter: nn.Parameter) -> list[tuple[str, T
         for name, value in state.items()
         if isinstance(value, Tensor) and value.numel() == 1 and value.shape != parameter.shape
     ]
+
+
+def _kept(loader: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Minibatches that stay what they are while `count` of them wait.
+
+    Some loaders fill one buffer again and again. The first `count` are copied; where the memory of
+    two is one, all are.
+    """
+    first: list[Batch] = []
+    copies = True
+    for batch in loader:
+        if copies and len(first) < count:
+            first.append(batch)  # kept alive, so that its memory is not another's by chance
+            if len(first) == count:
+                memory = [{x.data_ptr() for x in _tensors(one)} for one in first]
+                copies = sum(map(len, memory)) > len(set().union(*memory))
+            yield _copied(batch)
+            if len(first) == count and not copies:
+                first.clear()
+        else:
+            yield _copied(batch) if copies else batch
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [
+        x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.layout == torch.strided
+    ]
+
+
+def _copied(batch: Batch) -> Batch:
+    copied = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
+    return cast(Batch, copied)
 
 
 class _DenseGradient(torch.autograd.Function):

@@ -312,3 +312,17 @@ def test_more_members_than_minibatches_are_told_and_carried(leftover):
             assert list(late.cycles(loader, leftover)) == []
         cycles = [[k for k, _ in one] for one in late.cycles(loader, leftover)]
         assert cycles == [full, *rest]
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 7])
+def test_a_loader_that_fills_its_buffers_again(buffers):
+    """Members wait for each other, and each keeps its own minibatch."""
+    held = [torch.zeros(2) for _ in range(buffers)]
+
+    def loader() -> Iterator[tuple[Tensor, int]]:
+        for k in range(12):
+            yield held[k % buffers].fill_(k), k
+
+    late = LatePhase(net(), 3, "norm")
+    seen = [[float(x[0]) for x, _ in cycle] for cycle in late.cycles(loader())]
+    assert seen == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
