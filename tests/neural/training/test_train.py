@@ -140,7 +140,8 @@ def test_late_phase_run_is_the_loop_of_the_library(
             used += len(cycle)
         if leftover == "drop":
             used = (epoch + 1) * BATCHES
-    assert_equal(weights(tmp_path / "run", "late"), dict(late.state_dict()))
+    state = {name: value for name, value in late.state_dict().items() if name != "carried"}
+    assert_equal(weights(tmp_path / "run", "late"), state)
     assert_equal(weights(tmp_path / "run"), dict(late.averaged().state_dict()))
 
 
