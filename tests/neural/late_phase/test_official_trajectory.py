@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from tolerances import IDENTITY, agree
 from torch import Tensor, nn
 from torch.nn import functional
 
 from neural import LatePhase
+from tests.tolerances import IDENTITY, agree
 
 Weights = dict[str, Tensor]
 Batches = list[tuple[Tensor, Tensor]]
