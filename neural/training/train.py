@@ -93,8 +93,8 @@ def train(
     with log.begun():
         if (state := log.checkpoint(place.device, start)) is not None:
             session.load_state_dict(state)
-        _go_on(session, ood, log, keep, progress)
-    return Outcome(log.status or "", log.history(), log.result())
+        status = _go_on(session, ood, log, keep, progress)
+    return Outcome(status, log.history(), log.result())
 
 
 def _go_on(
@@ -103,8 +103,8 @@ def _go_on(
     log: RunFolder,
     keep: Collection[int],
     progress: Callable[[int, int], None] | None,
-) -> None:
-    """Train to the end, and write what came out."""
+) -> str:
+    """Train to the end, and write what came out; returns the status."""
     run, task, place = session.run, session.task, session.place
     board = Board(log.path, session.done) if place.tensorboard and place.rank == 0 else None
     batches = len(task.stream)
@@ -138,6 +138,7 @@ def _go_on(
         status = "diverged"  # with the very last step
     log.write_history(session.rows)
     log.finish(status, report.final(session, ood) if status == "finished" else None)
+    return status
 
 
 def _groups(session: Session, total: int) -> Iterator[tuple[list[Batch], int]]:
