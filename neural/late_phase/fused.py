@@ -228,10 +228,13 @@ class _Recorder:
     """A layer's forward pass, with the shapes of what goes in and out."""
 
     own_forward: Callable[..., Any]
+    mode: axes.WithoutChance
     calls: list[tuple[Shapes, Shapes]] = field(default_factory=list)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reads = self.mode.reads
         output = self.own_forward(*args, **kwargs)
+        self.mode.reads = reads  # it will run on one minibatch at a time
         given, _ = axes.flatten((args, kwargs))
         made, _ = axes.flatten(output)
         self.calls.append((axes.shapes(given), axes.shapes(made)))
@@ -259,8 +262,13 @@ def make_plan(
         Where rows cannot be told apart, or do not stay apart.
     """
     device = next(iter(rows[0].values())).device
-    with axes.without_chance(device):
-        known = _find_rows(model, list(rows[0]), inputs)
+    with axes.without_chance(device) as mode:
+        known = _find_rows(model, list(rows[0]), inputs, mode)
+    if mode.reads:
+        raise UnclearRowsError(
+            f"{type(model).__name__} decides by numbers in its tensors, which another minibatch "
+            "may change"
+        )
     for size in axes.DISPLACEMENTS:
         if _same(model, rows, inputs, known, size, device):
             return known
@@ -299,7 +307,9 @@ def input_rows(inputs: Sequence[Any]) -> tuple[Rows, ...]:
     return tuple(where)
 
 
-def _find_rows(model: nn.Module, names: Sequence[str], inputs: Sequence[Any]) -> Plan:
+def _find_rows(
+    model: nn.Module, names: Sequence[str], inputs: Sequence[Any], mode: axes.WithoutChance
+) -> Plan:
     """Where the rows are, by running a copy on one minibatch and on all of them."""
     known = input_rows(inputs)
     n, m = axes.count(inputs[0]), sum(axes.count(one) for one in inputs)
@@ -312,7 +322,7 @@ def _find_rows(model: nn.Module, names: Sequence[str], inputs: Sequence[Any]) ->
         recorders: dict[str, _Recorder] = {}
 
         def record(path: str, module: nn.Module, into: dict[str, _Recorder] = recorders) -> Any:
-            into[path] = _Recorder(module.forward)
+            into[path] = _Recorder(module.forward, mode)
             return into[path]
 
         with _replaced(owners(model, names), record):

@@ -547,6 +547,17 @@ class Counting(nn.Module):
         return self.head(x)
 
 
+class Deciding(nn.Module):
+    """Takes one way or the other by the sign of a sum; at first the sums of all agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x if x.sum() > -100.0 else -x)
+
+
 UNCLEAR: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Any], str]] = {
     "positions": (Positions, "all", lambda n: torch.randint(5, (n, 12)), "used by position"),
     "positions alone": (
@@ -561,6 +572,7 @@ UNCLEAR: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Any], str
     "class token": (Transformer, "name:cls_token", sequence, "itself uses members' weights"),
     "no rows": (Scalar, "head", vector, "output holds a tensor without rows"),
     "a counter": (Counting, "head", vector, "buffer passes would take other values"),
+    "a decision": (Deciding, "head", vector, "decides by numbers in its tensors"),
     "one common number": (
         lambda: Named(), "head", lambda n: (vector(n), torch.randn(n)), "does not run on all"),
 }  # fmt: skip
