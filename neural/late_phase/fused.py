@@ -58,7 +58,7 @@ def key(model: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
     UnclearRowsError
         Where inputs have no rows and yet differ between minibatches.
     """
-    leaves, form = axes.flatten(list(inputs))
+    leaves, form = axes.flatten([arguments(one) for one in inputs])
     kinds = tuple(
         (tuple(x.shape), x.dtype) if isinstance(x, Tensor)
         else (type(x), x if isinstance(x, axes.PLAIN) else None)
@@ -96,7 +96,7 @@ def forward(
     -------
     list of K outputs, or what `learn` returns
     """
-    sizes = [axes.count(one) for one in inputs]
+    sizes = [axes.count(arguments(one)) for one in inputs]
     args, kwargs = _together(inputs, plan.inputs)
     with _slice_by_slice(model, where, rows, sizes, plan):
         leaves, form = axes.flatten(model(*args, **kwargs))
@@ -290,7 +290,7 @@ def input_rows(inputs: Sequence[Any]) -> tuple[Rows, ...]:
     flat = [axes.flatten(arguments(one)) for one in inputs]
     if any(form != flat[0][1] for _, form in flat):
         raise UnclearRowsError("inputs differ in their form")
-    sizes = [axes.count(one) for one in inputs]
+    sizes = [axes.count(arguments(one)) for one in inputs]
     where: list[Rows] = []
     for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -312,7 +312,7 @@ def _find_rows(
 ) -> Plan:
     """Where the rows are, by running a copy on one minibatch and on all of them."""
     known = input_rows(inputs)
-    n, m = axes.count(inputs[0]), sum(axes.count(one) for one in inputs)
+    n, m = axes.count(arguments(inputs[0])), sum(axes.count(arguments(one)) for one in inputs)
     model = duplicate(model)
     if "" in owners(model, names):
         raise UnclearRowsError(f"{type(model).__name__} itself uses members' weights")

@@ -123,12 +123,16 @@ def _cut(batch: tuple[Any, Any], count: int) -> Iterator[tuple[int, tuple[Any, A
     Of targets also those with several entries per row, as of a text's symbols in one row.
     """
     inputs, targets = batch
-    total = axes.count((inputs, targets))
+    args, kwargs = arguments(inputs)
+    given = kwargs or args
+    total = axes.count((given, targets))
     sizes = [len(part) for part in torch.arange(total).chunk(count)]
     trees = []
-    for tree, several in ((inputs, False), (targets, True)):
+    for tree, several in ((given, False), (targets, True)):
         leaves, form = axes.flatten(tree)
         where = [_rows_of(leaf, total, several) for leaf in leaves]
+        if tree is given and not any(where):
+            raise UnclearRowsError("the inputs hold no tensor with rows")
         trees.append([pytree.tree_unflatten(p, form) for p in axes.split(leaves, where, sizes)])
     yield from zip(sizes, zip(*trees, strict=True), strict=True)
 
@@ -141,7 +145,7 @@ def _rows_of(leaf: Any, total: int, several: bool) -> Rows:
 
 
 def _key(model: nn.Module, batch: tuple[Any, Any], count: int) -> Any:
-    leaves, form = axes.flatten(batch[0])
+    leaves, form = axes.flatten(arguments(batch[0]))
     kinds = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
     return kinds, str(form), count, tuple(module.training for module in model.modules())
 

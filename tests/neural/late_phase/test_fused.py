@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -363,13 +364,14 @@ def test_fused_is_vmap_over_stacked_members(case):
         agree(late._statistics()[name], value, FUSED)
 
 
-@pytest.mark.parametrize("form", ["tuple", "list", "dict"])
+@pytest.mark.parametrize("form", ["tuple", "list", "dict", "UserDict"])
 def test_several_arguments_and_results(form):
     late = LatePhase(Named(), MEMBERS, noise=0.3)
     apart = copy.deepcopy(late)
     given = [(vector(rows), vector(rows)) for rows in (3, 4, 5)]
-    if form == "dict":
-        inputs: list[Any] = [{"x": x, "shift": shift} for x, shift in given]
+    if form in ("dict", "UserDict"):
+        kind = {"dict": dict, "UserDict": UserDict}[form]
+        inputs: list[Any] = [kind(x=x, shift=shift) for x, shift in given]
     else:
         inputs = [{"tuple": tuple, "list": list}[form](one) for one in given]
     batches = [
@@ -634,6 +636,21 @@ def test_an_input_common_to_all_rows(length):
     expected = apart.accumulate(other, functional.cross_entropy)
     with pytest.warns(UserWarning, match="differs between minibatches"):
         assert torch.equal(late.accumulate(other, functional.cross_entropy, fused=True), expected)
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_inputs_in_a_mapping_of_another_library(rows):
+    """Their shapes are seen, and new ones are tried anew."""
+    late = LatePhase(Positions(), 2, "norm+head", noise=0.3)
+    apart = copy.deepcopy(late)
+    for count in (rows, rows + 1):
+        batches = [
+            (UserDict(x=torch.randint(5, (count, 3))), torch.randint(3, (count,))) for _ in range(2)
+        ]
+        expected = apart.accumulate(batches, functional.cross_entropy)
+        agree(quietly(late, batches), expected, FUSED)
+        pieces = late.accumulate(batches, functional.cross_entropy, micro_batches=2)
+        agree(pieces, expected, FUSED)
 
 
 def test_settings_that_differ_between_minibatches_reach_their_member():
