@@ -87,8 +87,8 @@ class Soup:
             One cycle, e.g. a phase of SGD under a `Cosine` schedule.
         """
         check_integer("Soup.members", members, 1)
-        check_memory("Soup.members", members, 3.0 * problem.directions * float(members) ** 2)
         run = _affine(problem, cycle)
+        check_memory("Soup.members", members, 3.0 * problem.directions * float(members) ** 2)
         return cls._from(problem, [(i - 1 if i else None, run) for i in range(members)])
 
     @classmethod
@@ -105,8 +105,8 @@ class Soup:
             The cycle of the branches; `cycle` by default.
         """
         check_integer("Soup.members", members, 1)
-        check_memory("Soup.members", members, 3.0 * problem.directions * float(members) ** 2)
         first = _affine(problem, cycle)
+        check_memory("Soup.members", members, 3.0 * problem.directions * float(members) ** 2)
         other = first if branch is None else _affine(problem, branch)
         return cls._from(problem, [(None, first), *[(0, other)] * (members - 1)])
 

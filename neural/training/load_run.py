@@ -15,7 +15,7 @@ from neural.late_phase.members import LatePhase
 from neural.training import checkpoint, report
 from neural.training.build import make_late, make_model, plain_model
 from neural.training.config import EvaluateConfig, RunConfig, build, describe
-from neural.training.run_folder import TABLES, read_json
+from neural.training.run_folder import read_json
 from neural.training.task import Place, Task, open_task
 from nqm.errors import NQMError
 
@@ -51,18 +51,11 @@ def open_finished(folder: str | Path) -> RunConfig:
     if not file.exists():
         raise NQMError(_no_run(folder))
     stated = read_json(folder) or {}
-    for name, kind in (("config", dict), ("status", str | None)):
-        if not isinstance(stated.get(name, ...), kind):
-            held = f"holds {stated[name]!r:.40}" if name in stated else "is missing"
-            raise NQMError(f"{file} is damaged: {name!r} {held}; train the run again")
     try:
         run = build(stated["config"])
     except (NQMError, TypeError, RecursionError) as error:
         raise NQMError(f"{file} is damaged: {error!s:.150}; train the run again") from None
-    status = stated["status"]
-    if status not in TABLES:
-        raise NQMError(f"{file} is damaged: 'status' holds {status!r:.40}; train the run again")
-    if status != "finished":
+    if (status := stated["status"]) != "finished":
         raise NQMError(f"the run in {folder} is {status or 'not finished; train it on first'}")
     return run
 

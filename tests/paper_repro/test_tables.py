@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from nqm.errors import NQMError
+from nqm.runs import toml
 from nqm.table import read_metadata, read_table, write_table
 from paper_repro import cli
 from paper_repro.tables import NAMES, load_tables
@@ -106,7 +107,11 @@ def experiment(tmp_path):
             run = replace(run, **{k: replace(getattr(run, k), **v) for k, v in dict(to).items()})
             home = folder / arm / f"seed{seed}"
             home.mkdir(parents=True, exist_ok=True)
-            stated = {"config": describe(run), "versions": {"hardware": "H9", "torch": "2.99"}}
+            config = describe(run)
+            stated = {
+                "key": toml.key(config), "config": config, "status": "finished",
+                "versions": {"hardware": "H9", "torch": "2.99"},
+            }  # fmt: skip
             (home / "run.json").write_text(json.dumps(stated))
         rows = [
             {"arm": arm, "seed": seed, "status": "finished", "weights": weights, "member": -1,

@@ -246,15 +246,15 @@ def test_trainings_are_a_star() -> None:
         (["RUN", "--set", "model.width=3"], "model.width cannot be changed"),
         (["RUN", "--set", "brigde.steps=3"], "brigde.steps cannot be changed"),
         (["RUN", "--config", "nowhere.toml"], "nowhere.toml: no such file"),
-        (["RUN", "--seed", "-1"], "plan.seed must be an integer >= 0; got -1"),
-        (["RUN", "--seed", str(2**70)], "seed must lie in"),
+        (["RUN", "--seed", "-1"], "plan: seed must be an integer >= 0; got -1"),
+        (["RUN", "--seed", str(2**70)], "plan.seed must lie within"),
         (
             ["RUN", "--set", f"bridge.batch_sizes=[{10**12}]"],
             "batch_size = 1000000000000 of 32 runs needs",
         ),
         (["RUN", "--set", f"plan.runs={10**9}"], "runs = 1000000000 of"),
         (["RUN", "--set", f"plan.runs={10**13}"], "runs must lie in [1, 1e+09]"),
-        (["RUN", "--set", f"bridge.steps={10**30}"], "steps must lie in"),
+        (["RUN", "--set", f"bridge.steps={10**30}"], "bridge.steps must lie within"),
         (["RUN", "--set", f"plan.records={10**9}"], "records must lie in"),
     ],
 )

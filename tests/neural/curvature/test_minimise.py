@@ -200,7 +200,7 @@ def test_settling_does_not_climb_to_a_saddle() -> None:
 
 def test_settling_from_a_loss_that_is_not_finite() -> None:
     landscape = Bowl((3.0, 1.0), away=1.0).landscape
-    with pytest.raises(NQMError, match="settle: the loss at the checkpoint is nan"):
+    with pytest.raises(NQMError, match="minimise: the loss at the checkpoint is nan"):
         settle(landscape.at(torch.full((2,), torch.nan).double()))
 
 

@@ -87,7 +87,9 @@ print(torch.ops.torchvision.nms.default._schema)
 
 def test_nothing_happens_beside_a_healthy_torchvision(tmp_path: Path) -> None:
     fake_torchvision(tmp_path, "import torchvision.submodule\n")
-    code = "from neural import compat; compat.import_torchvision(); print(compat._KEPT)"
+    code = (
+        "from neural.models import _torchvision as own; own.import_torchvision(); print(own._KEPT)"
+    )
     assert python(code, tmp_path).split() == ["loaded", "[]"]
 
 

@@ -68,12 +68,12 @@ def held(name: str, **changes: Any) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "config is a number": (edited(config=3), "run.json is damaged: 'config' holds 3"),
-    "config is missing": (edited(config=...), "run.json is damaged: 'config' is missing"),
+    "config is a number": (edited(config=3), r"run.json cannot be read \(its config is 3\)"),
+    "config is missing": (edited(config=...), r"run.json cannot be read \(it has no config\)"),
     "config is of something else": (edited(config={"a": 1}), "run.json is damaged: .*a"),
-    "status is missing": (edited(status=...), "run.json is damaged: 'status' is missing"),
-    "status is a number": (edited(status=1), "run.json is damaged: 'status' holds 1"),
-    "status is unknown": (edited(status="done"), "run.json is damaged: 'status' holds 'done'"),
+    "status is missing": (edited(status=...), r"run.json cannot be read \(it has no status\)"),
+    "status is a number": (edited(status=1), r"run.json cannot be read \(its status is 1\)"),
+    "status is unknown": (edited(status="done"), r"cannot be read \(its status is 'done'\)"),
     "unfinished": (edited(status=None), "is not finished; train it on first"),
     "diverged": (edited(status="diverged"), "is diverged"),
     "another model": (other_model, r"does not fit .* has shape \(8, 64\), not \(9, 64\)"),
