@@ -28,6 +28,12 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
+def needs_torch(text: str) -> None:
+    """Skip what is about `neural` where PyTorch is not installed."""
+    if re.search(r"\b(neural|torch)\b", text):
+        pytest.importorskip("torch")
+
+
 def ids(block: tuple[str, str]) -> str:
     return block[0]
 
@@ -45,6 +51,7 @@ def printed() -> dict[str, str]:
 
 @pytest.mark.parametrize("block", blocks("python"), ids=ids)
 def test_python_blocks_run(block: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    needs_torch(block[1])
     exec(compile(block[1], block[0], "exec"), {"__name__": "__main__"})
     out = capsys.readouterr().out
     assert out == printed().get(block[0], out), "make gallery puts what is printed into the page"
@@ -80,6 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_run(command: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    needs_torch(command)
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
     words = shlex.split(command)[1:]
     if "RUN" in words:
