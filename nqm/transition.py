@@ -205,28 +205,25 @@ def clock(algorithm: Algorithm, t: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where((t + 1) % every == 0, every - 1, 0)
 
 
-def runs(algorithm: Algorithm, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Steps [first, last) as (t, count): `count` steps in a row that are all like step t."""
-    beats = {every for every in algorithm.beats or () if every > 1}
+def beats_of(algorithm: Algorithm) -> tuple[int, ...] | None:
+    """`Algorithm.beats` above 1, smallest first; None where every step may be another."""
     if algorithm.beats is None or algorithm.ages:
-        yield from ((t, 1) for t in range(first, last))
-        return
-    while first < last:
-        # The next step that is the last of some beat's, and before it steps that are of none's.
-        ending = min(((first // every + 1) * every - 1 for every in beats), default=last)
-        if first < min(ending, last):
-            yield first, min(ending, last) - first
-        if ending < last:
-            yield ending, 1
-        first = ending + 1
+        return None
+    return tuple(sorted({every for every in algorithm.beats if every > 1}))
 
 
-def run_count(algorithm: Algorithm, steps: int) -> float:
-    """About how many stretches `runs` cuts so many steps into."""
-    if algorithm.beats is None or algorithm.ages:
+def span_cost(beats: tuple[int, ...] | None, steps: int) -> float:
+    """About how many products `nqm.solvers.moments.compose_span` takes over so many steps."""
+    if beats is None or steps <= 1:
         return float(steps)
-    beats = {every for every in algorithm.beats if every > 1}
-    return min(float(steps), 1.0 + sum(2.0 * steps / every for every in beats))
+    if not beats:
+        return 1.0
+    period = math.lcm(*beats)
+    if steps > 2 * period:
+        return 3.0 * span_cost(beats, period) + 1.0
+    every = beats[-1]
+    inside = span_cost(beats[:-1], min(every - 1, steps))
+    return min(float(steps), (inside + 1.0) * (1.0 + steps / every))
 
 
 def simultaneous(algorithm: Algorithm, clocks: FloatArray) -> Iterator[tuple[Any, Any]]:

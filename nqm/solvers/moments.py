@@ -23,6 +23,7 @@ from nqm.solvers import _kernels
 from nqm.solvers.multiplicative_scalar import scalar_first_order
 from nqm.transition import (
     Transition,
+    beats_of,
     clock,
     cycle_times,
     embedding,
@@ -31,9 +32,8 @@ from nqm.transition import (
     origins,
     readout,
     resumption,
-    run_count,
-    runs,
     simultaneous,
+    span_cost,
     spectral_radius,
 )
 
@@ -45,6 +45,9 @@ SMALL = 16
 CHUNK = 400_000
 
 Progress = Callable[[int], None]
+#: A transition (A, Q), (d, n, n) each, and from a time t to the transition of step t.
+Pair = tuple[FloatArray, FloatArray]
+Step = Callable[[int], Pair]
 
 
 @dataclass
@@ -254,19 +257,29 @@ class _Walker:
     def stretch(self, start: int, stop: int) -> None:
         """Steps [start, stop); where the rates are constant, steps that are alike at once."""
         phase, algorithm = self.law.phase, self.law.algorithm
-        if run_count(algorithm, stop - start) > (stop - start) / 8 or not phase.still(start, stop):
+        length = stop - start
+        if length <= 0:
+            return
+        if span_cost(beats_of(algorithm), length) > length / 8 or not phase.still(start, stop):
             self.walk(start, stop)
             return
-        settings = phase.settings(start, start + 1)
-        for t, count in runs(algorithm, self.age + start, self.age + stop):
-            for state in self.states:
-                matrix, noise = self.law.step(self.problem, state.mode, settings, t)
-                self.leap(state, matrix[0], noise[0], count)
+        for state in self.states:
+            step = self.step_at(state.mode, start)
+            self.leap(state, *compose_span(step, algorithm, self.age + start, self.age + stop), 1)
+
+    def step_at(self, mode: Mode, start: int) -> Step:
+        """Transition of the step at any age, at the settings of step `start`."""
+        settings = self.law.phase.settings(start, start + 1)
+
+        def step(t: int) -> Pair:
+            matrix, noise = self.law.step(self.problem, mode, settings, t)
+            return matrix[0], noise[0]
+
+        return step
 
     def leap(self, state: Moments, matrix: FloatArray, noise: FloatArray, count: int) -> None:
         """So many equal steps of one mode."""
-        many, added = np.empty_like(matrix), np.empty_like(noise)
-        _kernels.power(matrix, noise, count, many, added)
+        many, added = power((matrix, noise), count)
         self.apply(state, many[None], added[None], np.zeros(1, dtype=np.int64))
 
     def jump(self, start: int, stop: int, origin: int, period: int) -> None:
@@ -288,13 +301,8 @@ class _Walker:
         """Transition of one whole period."""
         phase, algorithm, stop = self.law.phase, self.law.algorithm, origin + period
         if phase.still(origin, stop):
-            settings = phase.settings(origin, origin + 1)
-
-            def step(t: int) -> tuple[FloatArray, FloatArray]:
-                matrix, noise = self.law.step(self.problem, mode, settings, t)
-                return matrix[0], noise[0]
-
-            return compose_runs(step, runs(algorithm, self.age + origin, self.age + stop))
+            step = self.step_at(mode, origin)
+            return compose_span(step, algorithm, self.age + origin, self.age + stop)
         size = self.problem.directions * len(mode.algorithm.coordinates) ** 2
         chunk, parts = max(1, CHUNK // size), []
         for first in range(origin, stop, chunk):
@@ -358,28 +366,86 @@ def compose_steps(
     return a, q
 
 
-def compose_runs(
-    step: Callable[[int], tuple[FloatArray, FloatArray]], stretches: Iterable[tuple[int, int]]
-) -> tuple[FloatArray, FloatArray]:
-    """Transition of stretches (t, count) of equal steps in turn, (d, n, n) each; at least one."""
-    known: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
-    whole: tuple[FloatArray, FloatArray] | None = None
-    for t, count in stretches:
-        key = (t, count)
-        if key not in known:
-            known = {**known, key: step(t)} if len(known) < 4 else {key: step(t)}
-            if count > 1:
-                many, added = (np.empty_like(part) for part in known[key])
-                _kernels.power(*known[key], count, many, added)
-                known[key] = many, added
-        if whole is None:
-            whole = known[key]
-        else:
-            new = np.empty_like(whole[0]), np.empty_like(whole[1])
-            _kernels.compose(*whole, *known[key], *new)
-            whole = new
+class _Spans:
+    """Transitions of many steps of a method whose steps differ only where a beat ends.
+
+    A stretch between two ends of the longest beat knows the shorter beats alone and so repeats
+    sooner: it is cut, composed and raised to a power by itself.
+    """
+
+    def __init__(self, step: Step, beats: tuple[int, ...]):
+        self.step, self.beats = step, beats
+        self.steps: dict[tuple[bool, ...], Pair] = {}
+        self.cycles: dict[tuple[int, ...], Pair] = {}
+
+    def span(self, beats: tuple[int, ...], first: int, last: int) -> Pair | None:
+        """Steps [first, last), none of which ends a beat that is not among `beats`."""
+        if first >= last:
+            return None
+        if not beats:
+            return power(self.one(first), last - first)
+        period = math.lcm(*beats)
+        if last - first <= 2 * period:
+            return self.cut(beats, first, last)
+        start = -(-first // period) * period
+        count = (last - start) // period
+        if beats not in self.cycles:
+            cycle = self.cut(beats, start, start + period)
+            assert cycle is not None
+            self.cycles[beats] = cycle
+        whole = power(self.cycles[beats], count)
+        head = then(self.cut(beats, first, start), whole)
+        return then(head, self.cut(beats, start + count * period, last))
+
+    def cut(self, beats: tuple[int, ...], first: int, last: int) -> Pair | None:
+        """The same, at the ends of the longest of `beats`."""
+        whole: Pair | None = None
+        every = beats[-1]
+        while first < last:
+            end = (first // every + 1) * every - 1
+            whole = then(whole, self.span(beats[:-1], first, min(end, last)))
+            if end < last:
+                whole = then(whole, self.one(end))
+            first = end + 1
+        return whole
+
+    def one(self, t: int) -> Pair:
+        """Step t."""
+        ends = tuple((t + 1) % every == 0 for every in self.beats)
+        if ends not in self.steps:
+            self.steps[ends] = self.step(t)
+        return self.steps[ends]
+
+
+def compose_span(step: Step, algorithm: Algorithm, first: int, last: int) -> Pair:
+    """Transition of the steps [first, last) at equal settings, (d, n, n) each; at least one."""
+    beats = beats_of(algorithm)
+    whole: Pair | None = None
+    if beats is None:
+        for t in range(first, last):
+            whole = then(whole, step(t))
+    else:
+        whole = _Spans(step, beats).span(beats, first, last)
     assert whole is not None
     return whole
+
+
+def then(first: Pair | None, second: Pair | None) -> Pair | None:
+    """The first transition, then the second; None for no step at all."""
+    if first is None or second is None:
+        return second if first is None else first
+    out = np.empty_like(first[0]), np.empty_like(first[1])
+    _kernels.compose(*first, *second, *out)
+    return out
+
+
+def power(step: Pair, count: int) -> Pair:
+    """So many equal steps."""
+    if count == 1:
+        return step
+    out = np.empty_like(step[0]), np.empty_like(step[1])
+    _kernels.power(*step, count, *out)
+    return out
 
 
 class PhaseWalk:
@@ -388,6 +454,7 @@ class PhaseWalk:
     def __init__(self, problem: Problem, phase: Phase):
         self.problem, self.law = problem, law_of(phase, problem)
         self.segments = list(phase.segments())
+        check_size("phase", problem, self.law, phase.steps, 1, jump=True)
 
     def _start(self) -> _Walker:
         states = at_start(self.law.algorithm, self.problem)
@@ -462,7 +529,7 @@ def whole_period(phase: Phase) -> int:
     period = segments[0][2]
     walked = float(period)
     if isinstance(phase.algorithm, Algorithm) and long.still(0, FOREVER):
-        walked = run_count(phase.algorithm, period)
+        walked = span_cost(beats_of(phase.algorithm), period)
     check_walk("phase: the period", walked, "it is composed of its steps")
     return period
 
@@ -545,6 +612,7 @@ def check_size(
     """Raise NQMError if so many steps of a phase would need more memory, or time, than there is."""
     algorithm = law.algorithm
     n = max(len(mode.algorithm.coordinates) for mode in algorithm.modes())
+    beats = beats_of(algorithm)
     entries = float(problem.directions) * n**2
     name = f"{where}: the coordinates of one chain of {type(algorithm).__name__}"
     check_memory(name, n, 8.0 * entries)
@@ -556,8 +624,8 @@ def check_size(
         if not jump:
             walked += length
         elif law.phase.still(start, stop):
-            count = run_count(algorithm, length)
-            once = run_count(algorithm, algorithm.period)
+            count = span_cost(beats, length)
+            once = span_cost(beats, algorithm.period)
             walked += count if period is None else min(count, once * (1.0 + records))
             jumps += 2.0 * math.log2(length + 1.0) * (1.0 + min(records, length))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,8 @@ from nqm.errors import NQMError, check_integer, check_number
 from nqm.limits import check_walk
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
-from nqm.solvers import _kernels
-from nqm.solvers.moments import CHUNK, at_start, compose_runs
-from nqm.transition import extract, noise_moment, readout, runs
+from nqm.solvers.moments import CHUNK, Pair, at_start, compose_span, power, then
+from nqm.transition import extract, noise_moment, readout
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ def _power(
         return many, added
     period = algorithm.period
     cycles, rest = divmod(steps, period)
-    parts = []
+    parts: list[Pair | None] = []
     if cycles or not rest:
-        cycle = compose_runs(step_at, runs(algorithm, 0, period))
-        whole = np.empty_like(cycle[0]), np.empty_like(cycle[1])
-        _kernels.power(*cycle, cycles, *whole)
-        parts.append(whole)
+        cycle = compose_span(step_at, algorithm, 0, period)
+        parts.append(power(cycle, cycles))
     if rest:
-        parts.append(compose_runs(step_at, runs(algorithm, 0, rest)))
-    return compose_runs(parts.__getitem__, [(i, 1) for i in range(len(parts))])
+        parts.append(compose_span(step_at, algorithm, 0, rest))
+    whole = functools.reduce(then, parts, None)
+    assert whole is not None
+    return whole

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.limits import check_memory
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
@@ -116,6 +117,7 @@ def best_batches(
     """
     problem = additive_only("best_batches", problem)
     check_integer("best_batches.pieces", pieces, 1)
+    check_memory("best_batches.pieces", pieces, 10.0 * pieces)
     check_integer("best_batches.smallest", smallest, 1)
     check_integer("best_batches.examples", examples, smallest)
     if lr is not None:

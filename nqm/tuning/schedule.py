@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.limits import check_memory
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
@@ -102,6 +103,7 @@ def best_piecewise(
     """
     problem = additive_only("best_piecewise", problem)
     check_integer("best_piecewise.pieces", pieces, 1)
+    check_memory("best_piecewise.pieces", pieces, 10.0 * pieces)
     check_integer("best_piecewise.steps", steps, 1)
     check_number("best_piecewise.batch_size", batch_size, low=0.0, closed_low=False)
     small = condense(problem, width=WIDTH)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.limits import check_memory
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import Problem
 from nqm.problems.quadrature import condense
@@ -35,6 +36,7 @@ def fewest_steps_piecewise(
     """
     problem = additive_only("fewest_steps_piecewise", problem)
     check_integer("fewest_steps_piecewise.pieces", pieces, 1)
+    check_memory("fewest_steps_piecewise.pieces", pieces, 10.0 * pieces)
     check_number("fewest_steps_piecewise.batch_size", batch_size, low=0.0, closed_low=False)
     check_number(
         "fewest_steps_piecewise.target", target, low=0.0, high=problem.initial_loss,

@@ -11,8 +11,8 @@ from nqm.errors import NQMError, check_number
 from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase
-from nqm.solvers.moments import compose_runs
-from nqm.transition import cycle_times, extract, runs, spectral_radius
+from nqm.solvers.moments import compose_span
+from nqm.transition import cycle_times, extract, spectral_radius
 
 if TYPE_CHECKING:
     pass
@@ -96,7 +96,7 @@ def _edge(algorithm: Algorithm, highest: float, member_lr_ratio: float) -> float
                 matrix = extract(chain, h, rates, t).matrix
                 return matrix, np.zeros_like(matrix)
 
-            whole, _ = compose_runs(step, runs(chain, times.start, times.stop))
+            whole, _ = compose_span(step, chain, times.start, times.stop)
             worst = np.maximum(worst, spectral_radius(whole))
         return worst
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 from nqm.tuning.constant_lr import SCAN_BUDGET
 from nqm.tuning.stability import searched_edge
 
+#: Most steps scanned one by one; a longer bracket is cut by a finer grid first.
+LONGEST_SCAN = 10**6
 #: Relative distance from the floor at which a loss has settled.
 SETTLED = 1e-9
 
@@ -45,8 +47,8 @@ class Crossing:
         dip on the way.
     scanned : bool
         Whether every step before the crossing was looked at (for a last crossing, every step to
-        the horizon). Otherwise only a grid of steps 5 % apart and the bracket were, and a shorter
-        swing across the target could have been missed.
+        the horizon). Otherwise only a grid of steps 5 % apart and the bracket (by a finer grid
+        where it is long) were, and a shorter swing across the target could have been missed.
     """
 
     status: Status
@@ -90,6 +92,11 @@ def steps_to_target(
         if loss <= target:
             scanned = walk.cost(step) <= SCAN_BUDGET
             start = 0 if scanned else before
+            while step - start > LONGEST_SCAN:
+                finer = [start + (step - start) * i // 100 for i in range(101)]
+                losses = [loss for _, loss in walk.at(finer)]
+                first = next(i for i, loss in enumerate(losses) if i and loss <= target)
+                start, step = finer[first - 1], finer[first]
             path = walk.path(start, step)
             hit = int(np.flatnonzero(path <= target)[0])
             return _crossed(phase, start + hit, float(path[hit]), floor, scanned)
@@ -134,6 +141,11 @@ def _last(
     # A swing above the target between grid points counts too, where looking is affordable.
     scanned = walk.cost(phase.steps) <= SCAN_BUDGET
     start, stop = (0, phase.steps) if scanned else bracket
+    while stop - start > LONGEST_SCAN:
+        finer = [start + (stop - start) * i // 100 for i in range(101)]
+        losses = np.array([loss for _, loss in walk.at(finer)])
+        last = int(np.flatnonzero(~(losses[:-1] <= target))[-1])
+        start, stop = finer[last], finer[last + 1]
     path = walk.path(start, stop)
     high = np.flatnonzero(~(path <= target))
     index = 0 if high.size == 0 else int(high[-1]) + 1
