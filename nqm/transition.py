@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nqm.algorithms.base import Algorithm, State, Value
+from nqm.double_double import DoubleDouble
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
 
@@ -34,11 +35,14 @@ class Transition:
         C, one column per minibatch drawn.
     own : ndarray, shape (..., n, r)
         D, one column per normal of the method's own (rounding), whose size no batch changes.
+    low : ndarray, shape (..., n, n)
+        What A has beyond its double, where it was extracted as exact; else 0.
     """
 
     matrix: FloatArray
     noise: FloatArray
     own: FloatArray
+    low: FloatArray
 
 
 class _Tally:
@@ -63,8 +67,10 @@ class _Tally:
 class _UnitGradient:
     """Gradient of linear forms: multiplies by h and adds a fresh unit vector per minibatch."""
 
-    def __init__(self, curvature: Any, size: int, first: int, first_normal: int, axes: int):
-        self.curvature, self.size, self.axes = curvature, size, axes
+    def __init__(
+        self, curvature: Any, size: int, first: int, first_normal: int, axes: int, held: Any
+    ):
+        self.curvature, self.size, self.axes, self.held = curvature, size, axes, held
         self.next, self.next_normal = first, first_normal
         self.shared: dict[int, int] = {}
 
@@ -75,16 +81,16 @@ class _UnitGradient:
             column, self.next = self.next, self.next + 1
             if batch is not None:
                 self.shared[batch] = column
-        return self.curvature * x + self._unit(column) / math.sqrt(size)
+        return self.curvature * x + self._unit(column, 1.0 / math.sqrt(size))
 
     def normal(self) -> Value:
         column, self.next_normal = self.next_normal, self.next_normal + 1
         return self._unit(column)
 
-    def _unit(self, column: int) -> FloatArray:
+    def _unit(self, column: int, size: float = 1.0) -> Value:
         unit = np.zeros((self.size, *(1 for _ in range(self.axes))))
-        unit[column] = 1.0
-        return unit
+        unit[column] = size
+        return self.held(unit)
 
 
 def _tally(algorithm: Algorithm) -> _Tally:
@@ -108,7 +114,9 @@ def minibatch_count(algorithm: Algorithm) -> int:
     return _tally(algorithm).minibatches
 
 
-def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0) -> Transition:
+def extract(
+    algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0, *, exact: bool = False
+) -> Transition:
     """Transition of step t.
 
     Parameters
@@ -121,6 +129,8 @@ def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0) -> 
     t : int, or array_like where ``algorithm.ages`` and has period 1
         Step within the phase; only its remainder modulo ``algorithm.period`` matters, unless the
         algorithm ages. An array broadcasts with `curvature` and `lr`.
+    exact : bool
+        In twice double precision (`nqm.double_double`), for what is to be raised to a power.
     """
     tally = _tally(algorithm)
     n, m, r = len(algorithm.coordinates), tally.minibatches, tally.normals
@@ -129,13 +139,20 @@ def extract(algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0) -> 
     shape = np.broadcast_shapes(h.shape, *(rate.shape for rate in rates), np.shape(t))
     # The axis of coefficients goes first, so that arithmetic runs along the long axes.
     unit = np.eye(n, n + m + r).reshape(n, n + m + r, *(1 for _ in shape))
-    gradient = _UnitGradient(h, n + m + r, n, n + m, len(shape))
-    new = algorithm.update(tuple(unit), gradient, rates if len(rates) > 1 else rates[0], t)
-    rows = np.zeros((*shape, n, n + m + r))
+    held = DoubleDouble if exact else np.asarray
+    gradient = _UnitGradient(h, n + m + r, n, n + m, len(shape), held)
+    forms = tuple(held(form) for form in unit)
+    new = algorithm.update(forms, gradient, rates if len(rates) > 1 else rates[0], t)
+    rows, low = np.zeros((2, *shape, n, n + m + r))
     for i, form in enumerate(new):
-        if not np.isscalar(form):  # a plain 0.0 is the zero form
+        if isinstance(form, DoubleDouble):
+            rows[..., i, :], low[..., i, :] = (
+                np.moveaxis(np.broadcast_to(part, (n + m + r, *shape)), 0, -1)
+                for part in (form.high, form.low)
+            )
+        elif not np.isscalar(form):  # a plain 0.0 is the zero form
             rows[..., i, :] = np.moveaxis(np.broadcast_to(form, (n + m + r, *shape)), 0, -1)
-    parts = np.split(rows, [n, n + m], axis=-1)
+    parts = (*np.split(rows, [n, n + m], axis=-1), low[..., :n])
     return Transition(*(np.ascontiguousarray(part) for part in parts))
 
 

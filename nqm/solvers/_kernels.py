@@ -45,6 +45,11 @@ _ACCEPT, _WIDTH, _HEIGHT = tables()
 _ONE, _THREE, _EIGHT, _NINE, _ELEVEN, _24, _40 = (np.uint64(n) for n in (1, 3, 8, 9, 11, 24, 40))
 _LAYER, _PLACE = np.uint64(0xFF), np.uint64(0x000FFFFFFFFFFFFF)
 _UNIT = 2.0**-53
+_SPLITTER = 2.0**27 + 1.0
+#: Steps that one double carries: their rounding is 7e-12, well below the 1e-9 that is promised.
+ONE_DOUBLE = 2**16
+#: Largest entry of a power of A that adds nothing to a steady state any more, in any units.
+_GONE = 1e-40
 
 
 @_jit
@@ -321,10 +326,155 @@ def power_pairs(squares, steps, added, cross):
 
 
 @_jit
+def _add_product(high, low, ah, al, bh, bl):
+    """High + low + (ah + al)(bh + bl), all in two doubles: see `nqm.double_double`."""
+    product = ah * bh
+    scaled = _SPLITTER * ah
+    a1 = scaled - (scaled - ah)
+    a2 = ah - a1
+    scaled = _SPLITTER * bh
+    b1 = scaled - (scaled - bh)
+    b2 = bh - b1
+    rest = ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2 + (ah * bl + al * bh)
+    total = high + product
+    second = total - high
+    rest += low + ((high - (total - second)) + (product - second))
+    rounded = total + rest
+    return rounded, rest - (rounded - total)
+
+
+@_jit
+def _times_exact(a, a_low, b, b_low, out, out_low):
+    n = a.shape[0]
+    for r in range(n):
+        for c in range(n):
+            high, low = 0.0, 0.0
+            for k in range(n):
+                high, low = _add_product(high, low, a[r, k], a_low[r, k], b[k, c], b_low[k, c])
+            out[r, c], out_low[r, c] = high, low
+
+
+@_jit
+def compose_exact(matrix1, noise1, low1, matrix2, noise2, low2, matrix, noise, low):
+    """`compose` with matrices of two doubles, matrix + low."""
+    half, plain = np.empty(matrix1.shape[1:]), np.empty(matrix1.shape[1:])
+    for i in range(matrix1.shape[0]):
+        _then(matrix1[i], noise1[i], matrix2[i], noise2[i], plain, noise[i], half)
+        _times_exact(matrix2[i], low2[i], matrix1[i], low1[i], matrix[i], low[i])
+        _keep_finite(plain, matrix[i], low[i])
+
+
+@_jit
+def _keep_finite(plain, matrix, low):
+    """Where two doubles overflow on the way, what one double says."""
+    n = plain.shape[0]
+    for r in range(n):
+        for c in range(n):
+            if not (math.isfinite(matrix[r, c]) and math.isfinite(low[r, c])):
+                matrix[r, c], low[r, c] = plain[r, c], 0.0
+
+
+@_jit
+def power_exact(matrix, noise, low, steps, always, out_matrix, out_noise, out_low):
+    """`power` with a matrix of two doubles, where one would lose digits; else with one.
+
+    One double loses `steps` units in the last place, or fewer where the power is faint before.
+    That is left as it is up to `ONE_DOUBLE` steps unless `always`.
+    """
+    d, n = matrix.shape[0], matrix.shape[1]
+    a, a_low, q = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
+    a2, a2_low, q2 = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
+    half, plain = np.empty((n, n)), np.empty((n, n))
+    power(matrix, noise, steps, out_matrix, out_noise)
+    out_low[:] = 0.0
+    if steps <= (1 if always else ONE_DOUBLE):
+        if steps == 1:
+            out_low[:] = low
+        return
+    for i in range(d):
+        if not always and _faint_soon(matrix[i], a, a2):
+            continue
+        _copy(matrix[i], a)
+        _copy(low[i], a_low)
+        _copy(noise[i], q)
+        whole, whole_low, summed = out_matrix[i], out_low[i], out_noise[i]
+        _copy(whole, plain)
+        for r in range(n):
+            for c in range(n):
+                whole[r, c] = 1.0 if r == c else 0.0
+                whole_low[r, c] = 0.0
+                summed[r, c] = 0.0
+        left = steps
+        while left > 0:
+            if left & 1:
+                _then(whole, summed, a, q, a2, q2, half)
+                _copy(q2, summed)
+                _times_exact(a, a_low, whole, whole_low, a2, a2_low)
+                _copy(a2, whole)
+                _copy(a2_low, whole_low)
+            left >>= 1
+            if left:
+                _then(a, q, a, q, a2, q2, half)
+                _copy(q2, q)
+                _times_exact(a, a_low, a, a_low, a2, a2_low)
+                _copy(a2, a)
+                _copy(a2_low, a_low)
+        _keep_finite(plain, whole, whole_low)
+
+
+@_jit
+def _size(a):
+    """Largest entry, without its sign."""
+    size = 0.0
+    for r in range(a.shape[0]):
+        for c in range(a.shape[1]):
+            size = max(size, abs(a[r, c]))
+    return size
+
+
+@_jit
+def _faint_soon(matrix, a, a2):
+    """Whether `ONE_DOUBLE` steps leave nothing of a start."""
+    _copy(matrix, a)
+    steps = 1
+    while steps < ONE_DOUBLE:
+        _times(a, a, a2)
+        _copy(a2, a)
+        steps *= 2
+    return _size(a) < 1e-20
+
+
+@_jit
+def stationary_exact(matrix, noise, low, out):
+    """`stationary` with a matrix of two doubles, where one would lose digits."""
+    d, n = matrix.shape[0], matrix.shape[1]
+    a, a_low, q = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
+    a2, a2_low, q2, half = np.empty((n, n)), np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
+    stationary(matrix, noise, out)
+    for i in range(d):
+        if _faint_soon(matrix[i], a, a2):
+            continue
+        _copy(matrix[i], a)
+        _copy(low[i], a_low)
+        _copy(noise[i], q)
+        for _ in range(64):
+            _then(a, q, a, q, a2, q2, half)
+            _copy(q2, q)
+            _times_exact(a, a_low, a, a_low, a2, a2_low)
+            _copy(a2, a)
+            _copy(a2_low, a_low)
+            if _size(a) < _GONE:
+                break
+        _copy(q, out[i])
+
+
+@_jit
 def stationary(matrix, noise, out):
     """Fixed point of S = A S A' + Q for every direction by doubling; the caller checks stability.
 
     Each round squares A, so the error falls as radius^(2^round): 64 rounds reach any radius < 1.
+    It ends when the power itself is gone: how little S still changes tells nothing, as what a slow
+    mode adds to it is tiny at first.
     """
     d, n = matrix.shape[0], matrix.shape[1]
     a, q = np.empty((n, n)), np.empty((n, n))
@@ -334,14 +484,9 @@ def stationary(matrix, noise, out):
         _copy(noise[i], q)
         for _ in range(64):
             _then(a, q, a, q, a2, q2, half)
-            change, size = 0.0, 0.0
-            for r in range(n):
-                for c in range(n):
-                    change = max(change, abs(q2[r, c] - q[r, c]))
-                    size = max(size, abs(q2[r, c]))
             _copy(a2, a)
             _copy(q2, q)
-            if change <= 1e-17 * size:
+            if _size(a) < _GONE:
                 break
         _copy(q, out[i])
 

@@ -20,7 +20,7 @@ from nqm.problems.correlation import covariance
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.solvers import _kernels
-from nqm.solvers.moments import Law, compose_steps, distinct_steps, law_of, whole_period
+from nqm.solvers.moments import Law, Map, compose_steps, distinct_steps, law_of, power, whole_period
 from nqm.transition import clock, embedding, readout, resumption
 
 #: Most numbers held for pairs (320 MB), and most multiplications spent on them (about a minute).
@@ -88,19 +88,24 @@ def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
     _check_cost(problem, law)
     mode = law.algorithm.modes()[0]
     pairs = _Pairs(problem, law, mode, _begin(mode, _start(problem)), 0)
-    matrix, added = pairs.cycle(0, whole_period(phase))
+    matrix, low, added = pairs.cycle(0, whole_period(phase))
     names = mode.algorithm.coordinates
     still = np.array([name in mode.algorithm.constants for name in names])
     curved = problem.curvature > 0
     a = np.where(curved[:, None, None], matrix, 0.0)  # flat directions cost nothing
-    moving = np.ascontiguousarray(a[:, ~still][:, :, ~still])
+    moving, moving_low = (
+        np.ascontiguousarray(part[:, ~still][:, :, ~still])
+        for part in (a, np.where(curved[:, None, None], low, 0.0))
+    )
     cross = np.zeros((*added.shape[:2], *moving.shape[1:]))
     kicks = np.ascontiguousarray(added[:, :, ~still][:, :, :, ~still])
-    _kernels.power_pairs(_squares(moving, DOUBLINGS + 1), 2**DOUBLINGS, kicks, cross)
+    _kernels.power_pairs(_squares(moving, moving_low, DOUBLINGS + 1), 2**DOUBLINGS, kicks, cross)
     c = readout(mode.algorithm, 720_720 * mode.algorithm.period)
     found = np.einsum("i,abij,j->ab", c[~still], cross, c[~still])
     if still.any():  # pulled to places that are themselves correlated
-        settled = np.linalg.solve(np.eye(len(moving[0])) - moving, a[:, ~still][:, :, still])
+        settled = np.linalg.solve(
+            (np.eye(len(moving[0])) - moving) - moving_low, a[:, ~still][:, :, still]
+        )
         pull = settled.swapaxes(1, 2) @ c[~still] + c[still]
         fixed = pairs.cross[:, :, still][:, :, :, still]
         found += np.einsum("ak,abkl,bl->ab", pull, fixed, pull)
@@ -124,12 +129,12 @@ def _mirrored(lower: FloatArray) -> FloatArray:
     return np.asarray(below + below.T)
 
 
-def _squares(matrix: FloatArray, count: int) -> FloatArray:
-    """Powers 1, 2, 4, ... of A, (count, d, n, n)."""
-    powers = [matrix]
+def _squares(matrix: FloatArray, low: FloatArray, count: int) -> FloatArray:
+    """Powers 1, 2, 4, ... of A = matrix + low, (count, d, n, n), each good to a double."""
+    powers = [Map(matrix, np.zeros_like(matrix), low)]
     for _ in range(count - 1):
-        powers.append(powers[-1] @ powers[-1])
-    return np.stack(powers)
+        powers.append(power(powers[-1], 2, exact=True))
+    return np.stack([found.matrix for found in powers])
 
 
 def _check_cost(problem: Problem, law: Law) -> None:
@@ -191,33 +196,33 @@ class _Pairs:
             self._walk(start, stop, self.cross)
             return
         self._walk(start, boundary, self.cross)
-        matrix, added = self.cycle(origin, period)
-        _kernels.power_pairs(_squares(matrix, whole.bit_length()), whole, added, self.cross)
+        matrix, low, added = self.cycle(origin, period)
+        _kernels.power_pairs(_squares(matrix, low, whole.bit_length()), whole, added, self.cross)
         self._walk(boundary + whole * period, stop, self.cross)
 
-    def cycle(self, origin: int, period: int) -> tuple[FloatArray, FloatArray]:
-        """Transition of one whole period, (d, n, n), and what its noise adds, (d, d, n, n)."""
-        matrix, _, kind = self._steps(origin, origin + period)
-        whole, _ = compose_steps(matrix, np.zeros_like(matrix), kind)
+    def cycle(self, origin: int, period: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Transition of one whole period in two parts, (d, n, n), and what its noise adds."""
+        matrix, low, _, kind = self._steps(origin, origin + period)
+        whole, _, whole_low = compose_steps(Map(matrix, np.zeros_like(matrix), low), kind)
         added = np.zeros_like(self.cross)
         self._walk(origin, origin + period, added)
-        return whole, added
+        return whole, whole_low, added
 
     def _walk(self, start: int, stop: int, cross: FloatArray) -> None:
         noise = self.noise
         for first in range(start, stop, CHUNK):
-            matrix, push, kind = self._steps(first, min(stop, first + CHUNK))
+            matrix, _, push, kind = self._steps(first, min(stop, first + CHUNK))
             _kernels.propagate_pairs(matrix, push, kind, noise, cross)
 
-    def _steps(self, start: int, stop: int) -> tuple[FloatArray, FloatArray, Any]:
-        """Distinct transitions A and P of steps [start, stop), and which step has which."""
+    def _steps(self, start: int, stop: int) -> tuple[FloatArray, FloatArray, FloatArray, Any]:
+        """Distinct transitions A (in two parts) and P of steps [start, stop), and whose."""
         algorithm: Algorithm = self.mode.algorithm
 
-        def step(settings: FloatArray, t: Any) -> tuple[FloatArray, FloatArray]:
-            found, share = self.law.transition(self.problem, self.mode, settings, t)
-            return found.matrix, found.noise * np.sqrt(share)[..., None, None]
+        def step(settings: FloatArray, t: Any) -> tuple[FloatArray, ...]:
+            found, share = self.law.transition(self.problem, self.mode, settings, t, exact=True)
+            return found.matrix, found.low, found.noise * np.sqrt(share)[..., None, None]
 
         settings = self.law.phase.settings(start, stop)
         residue = clock(self.law.algorithm, self.age + np.arange(start, stop))
-        (matrix, push), kind = distinct_steps(algorithm, settings, residue, step)
-        return matrix, push, kind
+        (matrix, low, push), kind = distinct_steps(algorithm, settings, residue, step)
+        return matrix, low, push, kind

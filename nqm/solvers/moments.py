@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +45,18 @@ SMALL = 16
 CHUNK = 400_000
 
 Progress = Callable[[int], None]
-#: A transition (A, Q), (d, n, n) each, and from a time t to the transition of step t.
-Pair = tuple[FloatArray, FloatArray]
-Step = Callable[[int], Pair]
+
+
+class Map(NamedTuple):
+    """A transition of many steps: A, Q and what A has beyond its double, (d, n, n) each."""
+
+    matrix: FloatArray
+    noise: FloatArray
+    low: FloatArray
+
+
+#: From a time t to the transition of step t.
+Step = Callable[[int], Map]
 
 
 @dataclass
@@ -81,20 +90,26 @@ class Law:
     scales: tuple[FloatArray, ...] | None
 
     def transition(
-        self, problem: Problem, mode: Mode, settings: FloatArray, t: Any
+        self, problem: Problem, mode: Mode, settings: FloatArray, t: Any, *, exact: bool = False
     ) -> tuple[Transition, FloatArray]:
-        """Transition for rows of settings, (rows, d), and the share of the noise, (rows, 1)."""
+        """Transition for rows of settings, (rows, d), and the share of the noise, (rows, 1).
+
+        `exact` where it is to be raised to a power.
+        """
         rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
         if self.scales is not None:
             rates = tuple(rate * scale for rate, scale in zip(rates, self.scales, strict=True))
         lr = rates if self.algorithm.rate_count == 2 else rates[0]
-        transition = extract(mode.algorithm, problem.curvature[None, :], lr, t)
+        transition = extract(mode.algorithm, problem.curvature[None, :], lr, t, exact=exact)
         return transition, mode.noise_share / settings[:, [-1]]
 
-    def step(self, problem: Problem, mode: Mode, settings: FloatArray, t: Any) -> Any:
+    def step(
+        self, problem: Problem, mode: Mode, settings: FloatArray, t: Any, *, exact: bool = False
+    ) -> Map:
         """(A, Q) for rows of settings, shapes (rows, d, n, n)."""
-        transition, share = self.transition(problem, mode, settings, t)
-        return transition.matrix, noise_moment(transition, share * problem.noise_variance)
+        transition, share = self.transition(problem, mode, settings, t, exact=exact)
+        variance = share * problem.noise_variance
+        return Map(transition.matrix, noise_moment(transition, variance), transition.low)
 
 
 def law_of(phase: Phase, problem: Problem) -> Law:
@@ -203,7 +218,8 @@ class _Walker:
     def __init__(self, problem: Problem, law: Law, states: list[Moments], age: int):
         self.problem, self.law, self.states, self.age = problem, law, states, age
         self.cycle_start = -1
-        self.cycles: list[tuple[FloatArray, FloatArray]] = []
+        self.cycles: list[Map] = []
+        self.many, self.powers = 0, self.cycles
 
     def walk(self, start: int, stop: int, losses: FloatArray | None = None) -> None:
         """Steps [start, stop) of the phase, one by one; `losses` takes the first mode's."""
@@ -215,13 +231,13 @@ class _Walker:
             settings = self.law.phase.settings(start, until)
             residue = clock(self.law.algorithm, self.age + np.arange(start, until))
             for i, state in enumerate(self.states):
-                step = self.kinds(state.mode, settings, residue)
+                (matrix, noise, _), kind = self.kinds(state.mode, settings, residue)
                 read, out = None, None
                 if losses is not None and i == 0:
                     t = self.age + np.arange(start, until) + 1
                     read = _readouts(state.mode.algorithm, t)
                     out = losses[start - begun : until - begun]
-                self.apply(state, *step, read, out)
+                self.apply(state, matrix, noise, kind, read, out)
             start = until
 
     def apply(
@@ -246,13 +262,15 @@ class _Walker:
             )
 
     def kinds(
-        self, mode: Mode, settings: FloatArray, residue: Any
-    ) -> tuple[FloatArray, FloatArray, Any]:
+        self, mode: Mode, settings: FloatArray, residue: Any, *, exact: bool = False
+    ) -> tuple[Map, Any]:
         """Distinct transitions of these steps, and which step has which."""
-        (matrix, noise), kind = distinct_steps(
-            mode.algorithm, settings, residue, lambda *at: self.law.step(self.problem, mode, *at)
-        )
-        return matrix, noise, kind
+
+        def step(rows: FloatArray, t: Any) -> Map:
+            return self.law.step(self.problem, mode, rows, t, exact=exact)
+
+        found, kind = distinct_steps(mode.algorithm, settings, residue, step)
+        return Map(*found), kind
 
     def stretch(self, start: int, stop: int) -> None:
         """Steps [start, stop); where the rates are constant, steps that are alike at once."""
@@ -265,62 +283,63 @@ class _Walker:
             return
         for state in self.states:
             step = self.step_at(state.mode, start)
-            self.leap(state, *compose_span(step, algorithm, self.age + start, self.age + stop), 1)
+            self.leap(state, compose_span(step, algorithm, self.age + start, self.age + stop))
 
     def step_at(self, mode: Mode, start: int) -> Step:
         """Transition of the step at any age, at the settings of step `start`."""
         settings = self.law.phase.settings(start, start + 1)
 
-        def step(t: int) -> Pair:
-            matrix, noise = self.law.step(self.problem, mode, settings, t)
-            return matrix[0], noise[0]
+        def step(t: int) -> Map:
+            found = self.law.step(self.problem, mode, settings, t, exact=True)
+            return Map(*(part[0] for part in found))
 
         return step
 
-    def leap(self, state: Moments, matrix: FloatArray, noise: FloatArray, count: int) -> None:
-        """So many equal steps of one mode."""
-        many, added = power((matrix, noise), count)
-        self.apply(state, many[None], added[None], np.zeros(1, dtype=np.int64))
+    def leap(self, state: Moments, many: Map) -> None:
+        """Many steps of one mode at once."""
+        self.apply(state, many.matrix[None], many.noise[None], np.zeros(1, dtype=np.int64))
 
     def jump(self, start: int, stop: int, origin: int, period: int) -> None:
         """Steps [start, stop) inside a stretch that repeats every `period` steps from `origin`."""
         if self.cycle_start != origin:
             self.cycle_start = origin
             self.cycles = [self.cycle(state.mode, origin, period) for state in self.states]
+            self.many, self.powers = 0, []
         boundary = start + (-(start - origin)) % period
         whole = max(0, stop - boundary) // period
         if not whole:
             self.stretch(start, stop)
             return
         self.stretch(start, boundary)
-        for state, (matrix, noise) in zip(self.states, self.cycles, strict=True):
-            self.leap(state, matrix, noise, whole)
+        if self.many != whole:  # records are often equally far apart
+            self.many, self.powers = whole, [power(step, whole) for step in self.cycles]
+        for state, many in zip(self.states, self.powers, strict=True):
+            self.leap(state, many)
         self.stretch(boundary + whole * period, stop)
 
-    def cycle(self, mode: Mode, origin: int, period: int) -> tuple[FloatArray, FloatArray]:
+    def cycle(self, mode: Mode, origin: int, period: int) -> Map:
         """Transition of one whole period."""
         phase, algorithm, stop = self.law.phase, self.law.algorithm, origin + period
         if phase.still(origin, stop):
             step = self.step_at(mode, origin)
             return compose_span(step, algorithm, self.age + origin, self.age + stop)
         size = self.problem.directions * len(mode.algorithm.coordinates) ** 2
-        chunk, parts = max(1, CHUNK // size), []
+        chunk, whole = max(1, CHUNK // size), None
         for first in range(origin, stop, chunk):
             settings = phase.settings(first, min(first + chunk, stop))
             times = self.age + np.arange(first, first + len(settings))
-            parts.append(compose_steps(*self.kinds(mode, settings, clock(algorithm, times))))
-            if len(parts) == 2:
-                (a, q), (a2, q2) = parts
-                parts = [compose_steps(np.stack([a, a2]), np.stack([q, q2]), range(2))]
-        return parts[0]
+            steps, kind = self.kinds(mode, settings, clock(algorithm, times), exact=True)
+            whole = then(whole, compose_steps(steps, kind))
+        assert whole is not None
+        return whole
 
     def limit(self, mode: Mode, settings: FloatArray) -> FloatArray:
         """Transition matrix of an ageing method's late steps, at constant settings (1, :)."""
         steps = [
             self.law.step(self.problem, mode, settings, t) for t in cycle_times(mode.algorithm)
         ]
-        matrices, noises = (np.concatenate(parts) for parts in zip(*steps, strict=True))
-        return compose_steps(matrices, noises, range(len(steps)))[0]
+        together = Map(*map(np.concatenate, zip(*steps, strict=True)))
+        return compose_steps(together, range(len(steps))).matrix
 
 
 def distinct_steps(
@@ -354,16 +373,13 @@ def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
     return np.array([readout(algorithm, int(a)) for a in residues])[which]
 
 
-def compose_steps(
-    matrix: FloatArray, noise: FloatArray, kind: Any
-) -> tuple[FloatArray, FloatArray]:
-    """Transition of the steps `kind` in turn, (d, n, n) each."""
-    a, q = matrix[kind[0]].copy(), noise[kind[0]].copy()
-    for k in kind[1:]:
-        a2, q2 = np.empty_like(a), np.empty_like(q)
-        _kernels.compose(a, q, matrix[k], noise[k], a2, q2)
-        a, q = a2, q2
-    return a, q
+def compose_steps(steps: Map, kind: Iterable[int]) -> Map:
+    """Transition of the steps `kind` in turn, (d, n, n) each; at least one."""
+    whole: Map | None = None
+    for k in kind:
+        whole = then(whole, Map(*(part[k] for part in steps)))
+    assert whole is not None
+    return whole
 
 
 class _Spans:
@@ -375,15 +391,15 @@ class _Spans:
 
     def __init__(self, step: Step, beats: tuple[int, ...]):
         self.step, self.beats = step, beats
-        self.steps: dict[tuple[bool, ...], Pair] = {}
-        self.cycles: dict[tuple[int, ...], Pair] = {}
+        self.steps: dict[tuple[bool, ...], Map] = {}
+        self.cycles: dict[tuple[int, ...], Map] = {}
 
-    def span(self, beats: tuple[int, ...], first: int, last: int) -> Pair | None:
+    def span(self, beats: tuple[int, ...], first: int, last: int) -> Map | None:
         """Steps [first, last), none of which ends a beat that is not among `beats`."""
         if first >= last:
             return None
         if not beats:
-            return power(self.one(first), last - first)
+            return power(self.one(first), last - first, exact=True)
         period = math.lcm(*beats)
         if last - first <= 2 * period:
             return self.cut(beats, first, last)
@@ -393,13 +409,13 @@ class _Spans:
             cycle = self.cut(beats, start, start + period)
             assert cycle is not None
             self.cycles[beats] = cycle
-        whole = power(self.cycles[beats], count)
+        whole = power(self.cycles[beats], count, exact=True)
         head = then(self.cut(beats, first, start), whole)
         return then(head, self.cut(beats, start + count * period, last))
 
-    def cut(self, beats: tuple[int, ...], first: int, last: int) -> Pair | None:
+    def cut(self, beats: tuple[int, ...], first: int, last: int) -> Map | None:
         """The same, at the ends of the longest of `beats`."""
-        whole: Pair | None = None
+        whole: Map | None = None
         every = beats[-1]
         while first < last:
             end = (first // every + 1) * every - 1
@@ -409,7 +425,7 @@ class _Spans:
             first = end + 1
         return whole
 
-    def one(self, t: int) -> Pair:
+    def one(self, t: int) -> Map:
         """Step t."""
         ends = tuple((t + 1) % every == 0 for every in self.beats)
         if ends not in self.steps:
@@ -417,10 +433,10 @@ class _Spans:
         return self.steps[ends]
 
 
-def compose_span(step: Step, algorithm: Algorithm, first: int, last: int) -> Pair:
+def compose_span(step: Step, algorithm: Algorithm, first: int, last: int) -> Map:
     """Transition of the steps [first, last) at equal settings, (d, n, n) each; at least one."""
     beats = beats_of(algorithm)
-    whole: Pair | None = None
+    whole: Map | None = None
     if beats is None:
         for t in range(first, last):
             whole = then(whole, step(t))
@@ -430,21 +446,21 @@ def compose_span(step: Step, algorithm: Algorithm, first: int, last: int) -> Pai
     return whole
 
 
-def then(first: Pair | None, second: Pair | None) -> Pair | None:
+def then(first: Map | None, second: Map | None) -> Map | None:
     """The first transition, then the second; None for no step at all."""
     if first is None or second is None:
         return second if first is None else first
-    out = np.empty_like(first[0]), np.empty_like(first[1])
-    _kernels.compose(*first, *second, *out)
+    out = Map(*(np.empty_like(part) for part in first))
+    _kernels.compose_exact(*first, *second, *out)
     return out
 
 
-def power(step: Pair, count: int) -> Pair:
-    """So many equal steps."""
+def power(step: Map, count: int, *, exact: bool = False) -> Map:
+    """So many equal steps; `exact` where they are part of a cycle that is raised to a power."""
     if count == 1:
         return step
-    out = np.empty_like(step[0]), np.empty_like(step[1])
-    _kernels.power(*step, count, *out)
+    out = Map(*(np.empty_like(part) for part in step))
+    _kernels.power_exact(*step, count, exact, *out)
     return out
 
 
@@ -504,7 +520,7 @@ class PhaseWalk:
 
 def phase_cycles(
     problem: Problem, phase: Phase
-) -> tuple[tuple[Mode, ...], list[Moments], list[tuple[FloatArray, FloatArray]]]:
+) -> tuple[tuple[Mode, ...], list[Moments], list[Map]]:
     """Modes of a phase, their start and the transition of one period of each.
 
     Raises
@@ -689,7 +705,7 @@ def _unstable(problem: Problem, walker: _Walker, law: Law, start: int, period: i
         if period is None:
             matrix = walker.limit(state.mode, law.phase.settings(start, start + 1))
         else:
-            matrix, _ = walker.cycle(state.mode, start, period)
+            matrix = walker.cycle(state.mode, start, period).matrix
         if np.any(spectral_radius(matrix[curved]) > 1.0 + 1e-12):
             return True
     return False

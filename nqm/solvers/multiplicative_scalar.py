@@ -22,6 +22,8 @@ from nqm.program import Phase, Program
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
 
+#: Dense powers lose one unit in the last place a step: 1e-9 after so many.
+MOST_STEPS = 10**7
 #: Dense matrices beyond this many directions would take gigabytes and minutes.
 LARGEST = 1_000
 
@@ -41,6 +43,11 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
         raise NQMError(
             f"the first order of scalar factors needs multiplicity 1 and at most {LARGEST} "
             f"directions; got {problem.directions}; use method 'sample'"
+        )
+    if max(at) > MOST_STEPS:
+        raise NQMError(
+            f"the first order of scalar factors loses digits beyond {MOST_STEPS:.0e} steps; "
+            f"got {max(at)}; record earlier ones"
         )
     lr, member_lr, batch_size = phase.settings(0, 1)[0]
     k, h, theta = algorithm.members, problem.curvature, problem.minimum / algorithm.factor

@@ -13,7 +13,8 @@ from nqm.errors import NQMError, check_integer, check_number
 from nqm.limits import check_walk
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
-from nqm.solvers.moments import CHUNK, Pair, at_start, compose_span, power, then
+from nqm.solvers import _kernels
+from nqm.solvers.moments import CHUNK, Map, at_start, compose_span, power, then
 from nqm.transition import extract, noise_moment, readout
 
 
@@ -115,22 +116,25 @@ def _power(
     v = mode.noise_share * problem.noise_variance / batch_size
     rates = two if algorithm.rate_count == 2 else two[0]
 
-    def step_at(t: int) -> tuple[FloatArray, FloatArray]:
-        step = extract(algorithm, problem.curvature, rates, t)
+    exact = steps > _kernels.ONE_DOUBLE and not algorithm.ages
+
+    def step_at(t: int) -> Map:
+        step = extract(algorithm, problem.curvature, rates, t, exact=exact)
         n = step.matrix.shape[-1]
-        return step.matrix.reshape(-1, n, n), noise_moment(step, v).reshape(-1, n, n)
+        parts = step.matrix, noise_moment(step, v), step.low
+        return Map(*(part.reshape(-1, n, n) for part in parts))
 
     if algorithm.ages:  # no two steps are alike
         check_walk("scan.steps", steps, "no two of them are alike")
-        many, added = (np.zeros_like(part) for part in step_at(0))
+        many, added = (np.zeros_like(part) for part in step_at(0)[:2])
         many += np.eye(many.shape[-1])
         for t in range(steps):
-            a, q = step_at(t)
+            a, q, _ = step_at(t)
             many, added = a @ many, a @ added @ a.swapaxes(1, 2) + q
         return many, added
     period = algorithm.period
     cycles, rest = divmod(steps, period)
-    parts: list[Pair | None] = []
+    parts: list[Map | None] = []
     if cycles or not rest:
         cycle = compose_span(step_at, algorithm, 0, period)
         parts.append(power(cycle, cycles))
@@ -138,4 +142,4 @@ def _power(
         parts.append(compose_span(step_at, algorithm, 0, rest))
     whole = functools.reduce(then, parts, None)
     assert whole is not None
-    return whole
+    return whole.matrix, whole.noise

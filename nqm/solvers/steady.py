@@ -137,20 +137,26 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
     curved = problem.curvature > 0
     mask = phase.algorithm.replicated(problem) if isinstance(phase.algorithm, Algorithm) else None
     variances, means, radius = [], [], 0.0
-    for mode, start, (matrix, noise) in zip(modes, starts, cycles, strict=True):
+    for mode, start, (matrix, noise, low) in zip(modes, starts, cycles, strict=True):
         here = curved if mode.name == "mean" or mask is None else curved & (mask > 0)
         mean, variance = np.full((2, problem.directions), np.nan)
         mean[curved], variance[curved] = 0.0, 0.0
         names = mode.algorithm.coordinates
         still = np.array([name in mode.algorithm.constants for name in names])
         moving = matrix[np.ix_(here, ~still, ~still)]
+        moving_low = low[np.ix_(here, ~still, ~still)]
         radius = max(radius, float(spectral_radius(moving).max(initial=0.0)))
         if radius < 1.0:
             c = readout(mode.algorithm, LONG * mode.algorithm.period)
             solved = np.empty_like(moving)
             kicks = np.ascontiguousarray(noise[np.ix_(here, ~still, ~still)])
-            _kernels.stationary(np.ascontiguousarray(moving), kicks, solved)
-            pull = _response(moving, matrix[np.ix_(here, ~still, still)]).swapaxes(1, 2) @ c[~still]
+            _kernels.stationary_exact(
+                np.ascontiguousarray(moving), kicks, np.ascontiguousarray(moving_low), solved
+            )
+            pull = (
+                _response(moving, moving_low, matrix[np.ix_(here, ~still, still)]).swapaxes(1, 2)
+                @ c[~still]
+            )
             pull += c[still]
             mean[here] = np.einsum("dk,dk->d", pull, start.mean[here][:, still])
             fixed = start.started[np.ix_(here, still, still)]
@@ -180,10 +186,10 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
     )
 
 
-def _response(moving: FloatArray, pulled: FloatArray) -> FloatArray:
+def _response(moving: FloatArray, low: FloatArray, pulled: FloatArray) -> FloatArray:
     """Where the moving coordinates settle per unit of each constant one, (d, n, constants)."""
     identity = np.eye(moving.shape[-1])
-    return np.asarray(np.linalg.solve(identity - moving, pulled))
+    return np.asarray(np.linalg.solve((identity - moving) - low, pulled))
 
 
 def settle(problem: Problem, phase: Phase) -> pd.DataFrame:

@@ -36,6 +36,8 @@ from nqm.result import Status
 from nqm.solvers import _kernels
 from nqm.transition import embedding, extract, minibatches, readout, spectral_radius
 
+#: Longest horizon: losses are good to 1e-7 there, and to 1e-9 up to 10^7 steps.
+MOST_STEPS = 10**9
 #: Largest spacing of the table in log u, and nodes of its local interpolation.
 SPACING, STENCIL = 0.02, 6
 #: Rates that share one block of the matrix product.
@@ -188,7 +190,7 @@ def search(
     target : float
         Expected loss, below that of the start.
     horizon : int
-        Most steps looked at.
+        Most steps looked at, up to 10^9, where losses are good to 1e-7 (1e-9 up to 10^7).
 
     Returns
     -------
@@ -212,6 +214,11 @@ def search(
     lr = _geometric(rates)
     check_number("search.target", target, low=0.0, closed_low=False)
     check_integer("search.horizon", horizon, 1)
+    if horizon > MOST_STEPS:
+        raise NQMError(
+            f"search.horizon must be at most {MOST_STEPS:.0e}, as its powers lose one unit in the "
+            f"last place a step; got {horizon}: use fewest_steps"
+        )
     sizes = numbers_above_zero("search.batch_sizes", batch_sizes)
     for problem in spectra:
         if target >= problem.initial_loss:

@@ -11,7 +11,7 @@ from nqm.errors import NQMError, check_number
 from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase
-from nqm.solvers.moments import compose_span
+from nqm.solvers.moments import Map, compose_span
 from nqm.transition import cycle_times, extract, spectral_radius
 
 if TYPE_CHECKING:
@@ -90,14 +90,12 @@ def _edge(algorithm: Algorithm, highest: float, member_lr_ratio: float) -> float
             rates = (lr, member_lr_ratio * lr) if chain.rate_count == 2 else lr
             times = cycle_times(chain)
 
-            def step(
-                t: int, chain: Algorithm = chain, rates: Any = rates
-            ) -> tuple[FloatArray, FloatArray]:
-                matrix = extract(chain, h, rates, t).matrix
-                return matrix, np.zeros_like(matrix)
+            def step(t: int, chain: Algorithm = chain, rates: Any = rates) -> Map:
+                found = extract(chain, h, rates, t)
+                return Map(found.matrix, np.zeros_like(found.matrix), found.low)
 
-            whole, _ = compose_span(step, chain, times.start, times.stop)
-            worst = np.maximum(worst, spectral_radius(whole))
+            whole = compose_span(step, chain, times.start, times.stop)
+            worst = np.maximum(worst, spectral_radius(whole.matrix))
         return worst
 
     def unstable(u: FloatArray) -> FloatArray:
