@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import Batch, LatePhase
-from neural.late_phase.ready import check_ready
+from neural.late_phase.ready import check_ready, checked_statistics
 from neural.late_phase.rows import arguments
 from nqm.errors import NQMError, check_number
 
@@ -149,7 +149,8 @@ def _size(inputs: Any) -> int:
 def _run(module: nn.Module, inputs: Any) -> None:
     args, kwargs = arguments(inputs)
     if not isinstance(module, LatePhase):
-        module(*args, **kwargs)
+        with checked_statistics():
+            module(*args, **kwargs)
         return
     module.training = True  # its own switch: keep the statistics a member has updated
     for k in range(module.members):

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from neural.late_phase import rows as axes
 from neural.late_phase.duplicate import duplicate
+from neural.late_phase.ready import checked_statistics
 from neural.late_phase.rows import Rows, Shapes, UnclearRowsError
 from neural.late_phase.rows import arguments as arguments
 from neural.late_phase.swap import Place, places, swapped
@@ -98,7 +99,7 @@ def forward(
     """
     sizes = [axes.count(arguments(one)) for one in inputs]
     args, kwargs = _together(inputs, plan.inputs)
-    with _slice_by_slice(model, where, rows, sizes, plan):
+    with checked_statistics(), _slice_by_slice(model, where, rows, sizes, plan):
         leaves, form = axes.flatten(model(*args, **kwargs))
         parts = axes.split(leaves, plan.output, sizes)
         outputs = [pytree.tree_unflatten(part, form) for part in parts]
@@ -241,6 +242,7 @@ class _Recorder:
         return output
 
 
+@checked_statistics()
 def make_plan(
     model: nn.Module, rows: Sequence[Mapping[str, Tensor]], inputs: Sequence[Any]
 ) -> Plan:

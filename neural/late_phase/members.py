@@ -33,7 +33,7 @@ from neural.late_phase import optimizers
 from neural.late_phase.duplicate import results_by_value
 from neural.late_phase.pieces import Known, LossWeight, backward_in_pieces
 from neural.late_phase.ranks import average_gradients
-from neural.late_phase.ready import check_ready
+from neural.late_phase.ready import check_ready, checked_statistics
 from neural.late_phase.rows import UnclearRowsError, arguments
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import places, swapped
@@ -188,7 +188,8 @@ class LatePhase(nn.Module):
         """
         if not isinstance(member, Tensor):
             member = self.index[self._check_member(member)]
-        return self._run(member.reshape(1), args, kwargs)
+        with checked_statistics():
+            return self._run(member.reshape(1), args, kwargs)
 
     def _check_member(self, member: Any) -> int:
         if isinstance(member, bool) or not isinstance(member, Integral):
@@ -556,10 +557,11 @@ class LatePhase(nn.Module):
                     return cast(Tensor, self._member_forward(index, args, kwargs, learn))
                 return learn(self(*args, member=member, **kwargs))
 
-        return backward_in_pieces(
-            self.model, batch, settings.micro_batches, settings.loss, run, self._pieces,
-            settings.loss_weight,
-        )  # fmt: skip
+        with checked_statistics():
+            return backward_in_pieces(
+                self.model, batch, settings.micro_batches, settings.loss, run, self._pieces,
+                settings.loss_weight,
+            )  # fmt: skip
 
     def _autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
         # Without a type of its own a step runs in the caller's autocast, if there is one.

@@ -1,6 +1,9 @@
-"""Models that can be trained with weights put in their places; others are told so in one line."""
+"""Models and minibatches that cannot be trained are refused in one line."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,3 +38,22 @@ def check_ready(model: nn.Module, what: str) -> None:
             )
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise NQMError(f"{what} takes a model whose weights are whole; {name} is sharded")
+
+
+@contextmanager
+def checked_statistics() -> Iterator[None]:
+    """Raise NQMError where a layer in training mode is given one value per channel.
+
+    BatchNorm takes no variance of one value. Whether a minibatch of one example is one value
+    depends on the layers before, so that only the model can tell.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise NQMError(
+            "BatchNorm got one value per channel, which has no variance: a minibatch, or a piece "
+            "of one, holds too few examples; use drop_last=True in the loader, another batch size, "
+            "or fewer micro_batches"
+        ) from None
