@@ -51,7 +51,6 @@ def evaluating(model: object) -> Iterator[None]:
     try:
         if isinstance(model, nn.Module):
             model.eval()
-        # Not inference mode: what a model keeps of a pass, as tables of positions, is trained with.
         with torch.no_grad():
             yield
     finally:

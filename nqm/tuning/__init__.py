@@ -1,8 +1,8 @@
 """What is best on a noisy quadratic, and how flat the optimum is.
 
-Rates by exact gradients (`rates`, `fewest`), batch sizes at equal data (`batches`), start and size
-of late-phase weights at equal data (`late`). `nqm.tuning.constant_lr` has the best constant rate
-and momentum.
+Schedules by exact gradients (`schedule`, `schedule_to_target`), batch sizes at equal data
+(`batch_sizes`), start and size of late-phase weights at equal data (`late_phase`), and the best
+constant rate and momentum (`constant_lr`).
 """
 
 from nqm.tuning.batch_sizes import BestBatches, best_batches

@@ -1,10 +1,9 @@
-"""Questions one asks of a problem: how long, at which rate, up to which batch size."""
+"""The best constant learning rate, and the best one together with a momentum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,15 +15,6 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import Problem
 from nqm.program import Program, as_program
 from nqm.solvers.moments import solve
-
-if TYPE_CHECKING:
-    pass
-
-#: Multiplications that a full scan for the first crossing may cost (about a second).
-SCAN_BUDGET = 2e8
-
-
-# --- best hyper-parameters -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,12 +16,7 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
 from nqm.program import Phase
 from nqm.result import Status
-
-if TYPE_CHECKING:
-    pass
 from nqm.tuning.steps_to_target import OutOfReachError, fewest_steps
-
-# --- critical batch size ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,6 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase
 from nqm.solvers.moments import Map, compose_span
 from nqm.transition import cycle_times, extract, spectral_radius
-
-if TYPE_CHECKING:
-    pass
-
-
-# --- stability -------------------------------------------------------------------------------
 
 
 def stability_edge(

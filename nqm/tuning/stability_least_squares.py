@@ -8,11 +8,8 @@ from nqm.algorithms.base import Algorithm
 from nqm.errors import NQMError, check_number
 from nqm.problems.least_squares import LeastSquares
 from nqm.program import Phase
-from nqm.solvers.least_squares.moments import _linear_law
-from nqm.solvers.least_squares.packed import (
-    Coupled,
-    cycle,
-)
+from nqm.solvers.least_squares.moments import linear_law
+from nqm.solvers.least_squares.packed import Coupled, cycle
 from nqm.tuning.stability import stability_edge as additive_edge
 
 
@@ -50,7 +47,7 @@ def stability_edge(
     def stable(lr: float) -> bool:
         member = member_lr_ratio * lr if algorithm.rate_count == 2 else None
         phase = Phase(algorithm, lr, algorithm.period, batch_size, member_lr=member)
-        coupled = Coupled(problem, _linear_law(phase, problem))
+        coupled = Coupled(problem, linear_law(phase, problem))
         return cycle(coupled, 0, algorithm.period, 0).stable
 
     low = 0.0

@@ -18,7 +18,6 @@ from nqm.solvers.steady import check_settles, steady
 
 if TYPE_CHECKING:
     from nqm.solvers.least_squares.moments import CoupledPhaseWalk
-from nqm.tuning.constant_lr import SCAN_BUDGET
 from nqm.tuning.stability import searched_edge
 
 #: Most steps scanned one by one; a longer bracket is cut by a finer grid first.
@@ -26,8 +25,8 @@ LONGEST_SCAN = 10**6
 #: Relative distance from the floor at which a loss has settled.
 SETTLED = 1e-9
 
-
-# --- time to a target ------------------------------------------------------------------------
+#: Multiplications that a full scan for the first crossing may cost (about a second).
+SCAN_BUDGET = 2e8
 
 
 @dataclass(frozen=True)

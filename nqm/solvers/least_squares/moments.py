@@ -65,7 +65,7 @@ def solve(
         For a method whose moments do not close.
     """
     wanted = program.recorded(at)
-    laws = [_linear_law(phase, problem) for phase in program.phases]
+    laws = [linear_law(phase, problem) for phase in program.phases]
     check_memory("the number of steps in record.at", len(wanted), 8.0 * len(wanted))
     check_walk("phase.steps", wanted[-1], "directions are coupled in least squares")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -85,7 +85,8 @@ def solve(
     )
 
 
-def _linear_law(phase: Phase, problem: LeastSquares) -> Law:
+def linear_law(phase: Phase, problem: LeastSquares) -> Law:
+    """Law of a phase's steps on the problem's additive part; NQMError for a non-linear method."""
     if not isinstance(phase.algorithm, Algorithm):
         name = type(phase.algorithm).__name__
         raise NQMError(f"least squares needs a linear method; {name} has no exact moments")
@@ -171,7 +172,7 @@ class CoupledPhaseWalk:
     """Losses of one phase run from the problem's start; every step is walked."""
 
     def __init__(self, problem: LeastSquares, phase: Phase):
-        self.problem, self.law = problem, _linear_law(phase, problem)
+        self.problem, self.law = problem, linear_law(phase, problem)
 
     def cost(self, steps: int) -> float:
         """Multiplications of so many steps, to order of magnitude; a step costs 20 000 besides."""
@@ -309,7 +310,7 @@ def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady:
         For rates that never repeat, and for averages over all the past.
     """
     check_settles(phase.algorithm)
-    law = _linear_law(phase, problem)
+    law = linear_law(phase, problem)
     coupled, period = Coupled(problem, law), whole_period(phase)
     check_memory("the period", period, 3.0 * period * coupled.entries)
     steps, kind = coupled.steps(0, period, 0)

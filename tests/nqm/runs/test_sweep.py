@@ -390,7 +390,6 @@ def test_more_cells_than_there_may_be() -> None:
 
 # --- the journal -----------------------------------------------------------------------------
 
-CELL = '{"case": ["%s"], "step": [5], "loss": [1.0]}'
 DAMAGED = {
     "1": "pair",
     '"text"': "pair",
