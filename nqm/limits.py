@@ -75,7 +75,7 @@ def check_size(field: str, count: float, bytes_each: float = 8, fix: str = "") -
         )
 
 
-def check_memory(where: str, value: object, numbers: float) -> None:
+def check_memory(where: str, value: object, numbers: float, fix: str = "") -> None:
     """Raise NQMError if so many float64 numbers, which a field asks for, do not fit.
 
     Parameters
@@ -86,8 +86,10 @@ def check_memory(where: str, value: object, numbers: float) -> None:
         What it holds.
     numbers : float
         Numbers of 8 bytes held at once.
+    fix : str
+        What to do about it; by default to lower the field.
     """
-    check_size(f"{where} = {shown(value)}", numbers, 8, f"lower {where}")
+    check_size(f"{where} = {shown(value)}", numbers, 8, fix or f"lower {where}")
 
 
 def check_walk(where: str, steps: float, why: str) -> None:
@@ -99,12 +101,12 @@ def check_walk(where: str, steps: float, why: str) -> None:
         )
 
 
-def check_work(where: str, value: object, multiplications: float, what: str) -> None:
+def check_work(where: str, value: object, multiplications: float, what: str, fix: str = "") -> None:
     """Raise NQMError if so many multiplications, of which `where` is the cause, are too many."""
     if multiplications > WORK:
         raise NQMError(
             f"{where} = {shown(value)} would need {multiplications:.1e} multiplications {what}; "
-            f"the limit is {WORK:.0e}: lower {where}"
+            f"the limit is {WORK:.0e}: {fix or f'lower {where}'}"
         )
 
 

@@ -630,8 +630,9 @@ def check_size(
     n = max(len(mode.algorithm.coordinates) for mode in algorithm.modes())
     beats = beats_of(algorithm)
     entries = float(problem.directions) * n**2
-    name = f"{where}: the coordinates of one chain of {type(algorithm).__name__}"
-    check_memory(name, n, 8.0 * entries)
+    name = f"{where}.algorithm: numbers per direction in the state of {type(algorithm).__name__}"
+    fix = "take fewer members, workers or snapshots (window)"
+    check_memory(name, n, 8.0 * entries, fix)
     walked, jumps = 0.0, 0.0
     for start, stop, period in law.phase.segments():
         length = min(stop, steps) - start
@@ -650,7 +651,7 @@ def check_size(
     check_walk(f"{where}.steps", walked, "their rates do not repeat soon enough to be jumped")
     if n > SMALL:
         work = (min(walked, steps) + jumps) * 3.0 * entries * n
-        check_work(name, n, work, "in dense matrices")
+        check_work(name, n, work, "in dense matrices", fix)
 
 
 def _visit(
