@@ -18,9 +18,8 @@ test: lint docs  ## lint, types, the site without a warning, and every test
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-portable: setup-neural  ## every test as on another processor, with another BLAS, on new examples
-	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n auto --dist worksteal $(PYTEST)
-	OPENBLAS_CORETYPE=Haswell $(BIN)/pytest -n auto --dist worksteal $(PYTEST)
-	HYPOTHESIS_PROFILE=random $(BIN)/pytest -n auto --dist worksteal $(PYTEST)
+	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Haswell HYPOTHESIS_PROFILE=random \
+	  $(BIN)/pytest -n auto --dist worksteal $(PYTEST)
 
 # Without PyTorch, of which one version is pinned: the tests of neural are left out.
 test-lowest: $(LOWEST)/.installed  ## every test of nqm with the lowest versions allowed

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,15 @@ import pytest
 from nqm.runs.interrupts import Interrupted, interruptible
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Let commands hear SIGINT, which a shell's background job ignores, and they with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 #: A sweep of some dozen seconds, of small cells.
 GRID = """
