@@ -1,6 +1,6 @@
 """Page faults and time of gradients on a CPU, with and without `keep_freed_memory`.
 
-Work: training steps (128 images, float32) and gradients of a landscape (500 images at once,
+Work: training steps (128 images, float32) and gradients of an empirical risk (500 images at once,
 float64) of ResNet-8, one thread. Peer: the same with the defaults of glibc. Each runs in a process
 of its own, three times in turn; the best of each is printed.
 """
@@ -48,7 +48,7 @@ def measured(kept: str, work: str) -> tuple[float, float]:
 
 def main() -> None:
     """Print both."""
-    for work in ("steps", "landscape"):
+    for work in ("steps", "risk"):
         each = [(measured("default", work), measured("kept", work)) for _ in range(3)]
         default, kept = (min(rows) for rows in zip(*each, strict=True))
         for name, (seconds, faults) in (("default", default), ("kept", kept)):

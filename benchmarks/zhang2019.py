@@ -31,7 +31,7 @@ from paper_repro.zhang2019.common import (
 TARGET, LIMIT = 0.01, 10**7
 RATES = np.geomspace(1e-8, 10.0, 100)
 BATCHES = [4**k for k in range(1, 11)]
-#: Momenta, rates and batch sizes of the slice, by place.
+#: Momenta, rates and batch sizes of the slice, by runtime.
 SLICE = (range(0, 20, 4), range(30, 100, 10), range(1, 10, 4))
 
 

@@ -133,12 +133,12 @@ def train(
         _alone("--workers")
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
-    place = replace(_place(device, root, threads), tensorboard=tensorboard)
-    with _progress(hidden=place.rank > 0) as told:
+    runtime = replace(_runtime(device, root, threads), tensorboard=tensorboard)
+    with _progress(hidden=runtime.rank > 0) as told:
         table = run_experiment(
-            made, folder, place, arms=arms, seeds=seeds or None, workers=workers, progress=told
+            made, folder, runtime, arms=arms, seeds=seeds or None, workers=workers, progress=told
         )
-    if place.rank == 0:
+    if runtime.rank == 0:
         _show(table, made.title, folder)
 
 
@@ -178,8 +178,8 @@ def evaluate(
     from nqm.table import finished, write_table
 
     _alone("nqm neural evaluate")
-    place = _place(device, root, threads)
-    opened = reopen(run, place)
+    runtime = _runtime(device, root, threads)
+    opened = reopen(run, runtime)
     if line and opened.late is None:
         raise NQMError(f"--line goes from a member to the average, and {run} has no members")
     asked = EvaluateConfig(
@@ -236,8 +236,8 @@ def sweep(
     from nqm.runs.sweep import Sweep
 
     _alone("nqm neural sweep")
-    place = _place(device, root, threads)
-    cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), place))
+    runtime = _runtime(device, root, threads)
+    cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
     done = 0
     with _progress(hidden=False) as told:
 
@@ -310,14 +310,14 @@ def bridge(
     }  # fmt: skip
     own += [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
     settings, plan = load_config(config, own)
-    place = _place(device, root, threads)
+    runtime = _runtime(device, root, threads)
     # Of "..", "/" and the like nothing is left that could lead out of out/bridge.
     name = folder_name("-".join(Path(target).parts[-3:]).removesuffix(".toml"), "here")
     out = out or Path("out", "bridge", name)
-    opened = open_target(target, place, scale, others)
+    opened = open_target(target, runtime, scale, others)
     click.get_current_context().with_resource(locked(out, folder=True))
     with _stages() as report:
-        found = run_bridge(opened, settings, plan, place, out, report=report)
+        found = run_bridge(opened, settings, plan, runtime, out, report=report)
     columns = ["lr", "batch_size", "members", "weights"]
     columns += ["predicted", "measured", "error", "ratio"]
     shown = found.table[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
@@ -373,12 +373,12 @@ def _alone(what: str) -> None:
         )
 
 
-def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
+def _runtime(device: str | None, root: Path | None, threads: int | None) -> Any:
     import torch
 
     from neural.training import distributed
     from neural.training._malloc import keep_freed_memory
-    from neural.training.task import Place
+    from neural.training.task import Runtime
     from nqm.errors import NQMError
 
     keep_freed_memory()
@@ -388,16 +388,16 @@ def _place(device: str | None, root: Path | None, threads: int | None) -> Any:
     cuda = torch.cuda.is_available()
     name = device or (f"cuda:{distributed.local_rank()}" if cuda else "cpu")
     try:
-        place = torch.device(name)
+        chosen = torch.device(name)
         # What holds no numbers, as "meta" does, cannot train.
-        float(torch.ones(1, device=place).double().sum().item())
+        float(torch.ones(1, device=chosen).double().sum().item())
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise NQMError(f"device {name!r} cannot be used: {reason:.100}; use cpu or cuda") from None
-    if place.type == "cuda":
+    if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    return Place(place, root, rank, world)
+    return Runtime(chosen, root, rank, world)
 
 
 def _show(table: Any, title: str, folder: Path) -> None:

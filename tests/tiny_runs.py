@@ -174,7 +174,7 @@ def train_until_killed(run: RunConfig, folder: Path, moment: int) -> str:
     A moment is before a step, or before or after a file takes or loses its name.
     """
     from neural.training import train as module
-    from neural.training.state import Session
+    from neural.training.state import TrainState
 
     module.CHECKPOINT_EVERY = -1.0
     left = moment
@@ -195,5 +195,5 @@ def train_until_killed(run: RunConfig, folder: Path, moment: int) -> str:
         return around
 
     os.replace, os.unlink = watched(os.replace), watched(os.unlink)
-    Session.step = watched(Session.step)  # type: ignore[method-assign]
+    TrainState.step = watched(TrainState.step)  # type: ignore[method-assign]
     return module.train(run, folder).status

@@ -17,8 +17,8 @@ from neural.bridge.gaussian import (
     measure_gaussian,
 )
 from neural.curvature.cache import Cache
-from neural.curvature.local_quadratic import LocalModel, measure_local
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic, measure_local
+from neural.curvature.risk import EmpiricalRisk
 
 #: Told a stage's name and the share of it that is done.
 Report = Callable[[str, float], None]
@@ -30,8 +30,8 @@ class Measured:
 
     Attributes
     ----------
-    landscape : Landscape
-    local : LocalModel
+    risk : EmpiricalRisk
+    local : LocalQuadratic
         Slope, curvature and noise at the checkpoint.
     gaussians : tuple of WeightGaussian
         One for each training.
@@ -39,14 +39,14 @@ class Measured:
         Where results are kept.
     """
 
-    landscape: Landscape
-    local: LocalModel
+    risk: EmpiricalRisk
+    local: LocalQuadratic
     gaussians: tuple[WeightGaussian, ...]
     cache: Cache = field(default_factory=Cache, repr=False)
 
 
 def measure(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     config: BridgeConfig | None = None,
     *,
     seed: int = 0,
@@ -57,10 +57,10 @@ def measure(
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     config : BridgeConfig, optional
         Learning rates are in units of the largest curvature, which is measured first. What says
-        how a landscape is made of a run (`select` to `minimise_lr`, `test_examples`, `train`) does
+        how a risk is made of a run (`select` to `minimise_lr`, `test_examples`, `train`) does
         not count here.
     seed : int
     cache : Cache, optional
@@ -79,15 +79,15 @@ def measure(
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
-        training.check(landscape.examples)
-    local = measure_checkpoint(landscape, config, seed=seed, cache=cache, report=report)
+        training.check(risk.examples)
+    local = measure_checkpoint(risk, config, seed=seed, cache=cache, report=report)
     settings: dict[str, Any] = {
         "displacements": config.displacements, "lanczos_steps": config.lanczos_steps,
         "seed": seed, "cache": cache,
     }  # fmt: skip
     work = float(gradients_and_products(local, config.displacements, config.lanczos_steps))
     averages = measure_averages(
-        landscape, local, config.reference(local.largest),
+        risk, local, config.reference(local.largest),
         averaging_displacements=config.averaging_displacements,
         progress=counted(report, "averages", 2.0 * config.averaging_displacements + work),
         **settings,
@@ -95,30 +95,30 @@ def measure(
     trainings = config.trainings(local.largest)
     third = counted(report, "third derivatives", work * len(trainings))
     gaussians = tuple(
-        measure_gaussian(landscape, local, training, averages, progress=third, **settings)
+        measure_gaussian(risk, local, training, averages, progress=third, **settings)
         for training in trainings
     )
-    return Measured(landscape, local, gaussians, cache)
+    return Measured(risk, local, gaussians, cache)
 
 
 def measure_checkpoint(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     config: BridgeConfig,
     *,
     seed: int = 0,
     cache: Cache | None = None,
     report: Report | None = None,
-) -> LocalModel:
+) -> LocalQuadratic:
     """The first stage of `measure`: slope, curvature and noise at the checkpoint.
 
     Parameters
     ----------
-    landscape, config, seed, cache, report
+    risk, config, seed, cache, report
         As of `measure`.
 
     Returns
     -------
-    LocalModel
+    LocalQuadratic
 
     Raises
     ------
@@ -128,7 +128,7 @@ def measure_checkpoint(
     # ARPACK takes two to four products for a pair.
     work = 3.0 * config.eigenpairs + config.lanczos_steps * (config.noise_samples + 1)
     return measure_local(
-        landscape, config.eigenpairs or None, noise_samples=config.noise_samples,
+        risk, config.eigenpairs or None, noise_samples=config.noise_samples,
         lanczos_steps=config.lanczos_steps, seed=seed, cache=cache,
         progress=counted(report, "curvature and noise", work),
     )  # fmt: skip
@@ -181,7 +181,7 @@ def compare(
         total = float(gaussian.training.steps * plan.runs)
         found.append(
             compare_training(
-                measured.landscape,
+                measured.risk,
                 gaussian,
                 plan,
                 test=test,

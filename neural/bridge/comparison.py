@@ -19,8 +19,8 @@ from neural.bridge.prediction import predict_each, predict_loss
 from neural.bridge.sgd_chains import group_losses, noise_free, train_late_phase, train_runs
 from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import trace
-from neural.curvature.local_quadratic import LocalModel
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic
+from neural.curvature.risk import EmpiricalRisk
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def measure_training(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     training: Training,
     plan: Plan,
     *,
@@ -76,7 +76,7 @@ def measure_training(
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     training : Training
     plan : Plan
     control : ControlVariate, optional
@@ -100,21 +100,21 @@ def measure_training(
     """
     at, late = training.course_steps(plan.records), training.record_steps(plan.records)
     ends = {min(plan.members), max(plan.members)}
-    start = landscape.loss()
+    start = risk.loss()
 
     def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
         found = {}
         for weights, held in snapshots.items():
             part = held if weights != ITERATE or k in ends else held[-len(late) :]
-            found[f"{weights}{k}"] = group_losses(landscape.loss, part, groups_of) - start
+            found[f"{weights}{k}"] = group_losses(risk.loss, part, groups_of) - start
             if test is not None:
                 found[f"test-{weights}{k}"] = group_losses(test, held[-1:], groups_of)
         return found
 
     def independent() -> dict[str, Any]:
-        averages = Running(plan.averages(training), landscape.weights.repeat(plan.runs, 1))
+        averages = Running(plan.averages(training), risk.weights.repeat(plan.runs, 1))
         held = train_runs(
-            landscape, training, plan.runs, at, seed=plan.seed, seen=averages, progress=progress
+            risk, training, plan.runs, at, seed=plan.seed, seen=averages, progress=progress
         )
         snapshots = {ITERATE: [w for _, w in held]}
         snapshots |= {name: [mean] for name, mean in averages.values.items()}
@@ -123,7 +123,7 @@ def measure_training(
 
     def run(k: int, seed: int) -> Iterator[tuple[int, Tensor]]:
         select = plan.late_phase or "all"
-        return train_late_phase(landscape, training, k, select, at, seed=seed, progress=progress)
+        return train_late_phase(risk, training, k, select, at, seed=seed, progress=progress)
 
     def members() -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -132,9 +132,9 @@ def measure_training(
             found |= losses(k, {ITERATE: list(torch.stack(runs, 1))}, 1)
         return found
 
-    known = (cache or Cache()).of(landscape)(
+    known = (cache or Cache()).of(risk)(
         "training", independent if plan.late_phase is None else members, training=training,
-        plan=plan, test=None if test is None else f"{test(landscape.weights):.6g}",
+        plan=plan, test=None if test is None else f"{test(risk.weights):.6g}",
     )  # fmt: skip
     return _tabulate(known, training, plan, control)
 
@@ -259,7 +259,7 @@ def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
 
 
 def compare_training(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     gaussian: WeightGaussian,
     plan: Plan,
     *,
@@ -271,7 +271,7 @@ def compare_training(
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     gaussian : WeightGaussian
         Of the training.
     plan : Plan
@@ -296,9 +296,9 @@ def compare_training(
     """
     training, local = gaussian.training, gaussian.checkpoint
     both = predict_training(gaussian, plan)
-    control = measure_control_variate(landscape, local, training, cache)
+    control = measure_control_variate(risk, local, training, cache)
     real = measure_training(
-        landscape, training, plan, control=control, test=test, cache=cache, progress=progress
+        risk, training, plan, control=control, test=test, cache=cache, progress=progress
     )
     table = both.table
     table[MEASURED] = real.table[MEASURED]
@@ -306,8 +306,8 @@ def compare_training(
     # For averages over shuffled epochs there is no prediction.
     scatter = parts["excess"].fillna(np.inf)
     if not (parts["descent"].abs() <= STILL * scatter / max(plan.members)).all():
-        calm = (cache or Cache()).of(landscape)(
-            "noise_free_path", lambda: _noise_free(landscape, local, training, plan),
+        calm = (cache or Cache()).of(risk)(
+            "noise_free_path", lambda: _noise_free(risk, local, training, plan),
             lr=training.lr, momentum=training.momentum, steps=training.steps,
             records=plan.records, averages=plan.averages(training),
         )  # fmt: skip
@@ -322,23 +322,23 @@ def compare_training(
 
 
 def _noise_free(
-    landscape: Landscape, local: LocalModel, training: Training, plan: Plan
+    risk: EmpiricalRisk, local: LocalQuadratic, training: Training, plan: Plan
 ) -> dict[str, Any]:
     """Change of the loss without noise, for every kind of weights; and that of the noise itself."""
-    averages = Running(plan.averages(training), landscape.weights)
-    end = landscape.weights
+    averages = Running(plan.averages(training), risk.weights)
+    end = risk.weights
 
     def seen(step: int, weights: Tensor) -> None:
         nonlocal end
         averages(step, weights)
         end = weights
 
-    losses = noise_free(landscape, training, training.record_steps(plan.records), seen=seen)
-    found = {name: np.array(landscape.loss(mean)) for name, mean in averages.values.items()}
+    losses = noise_free(risk, training, training.record_steps(plan.records), seen=seen)
+    found = {name: np.array(risk.loss(mean)) for name, mean in averages.values.items()}
     found[ITERATE] = np.array(losses.mean())
     change = {name: loss - local.loss for name, loss in found.items()}
-    population = 1.0 - 1.0 / landscape.examples  # as the local model has it
-    noise = population * trace(landscape.at(end))
+    population = 1.0 - 1.0 / risk.examples  # as the local model has it
+    noise = population * trace(risk.at(end))
     return change | {"noise_change": np.array(noise / local.noise_trace - 1.0)}
 
 

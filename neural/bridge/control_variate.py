@@ -29,8 +29,8 @@ from neural.bridge.prediction import expected_excess
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.sgd_chains import minibatches
 from neural.curvature.cache import Cache
-from neural.curvature.local_quadratic import LocalModel
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic
+from neural.curvature.risk import EmpiricalRisk
 from nqm.problems.quadratic import Problem
 
 FloatArray = NDArray[np.float64]
@@ -115,15 +115,15 @@ class ControlVariate:
 
 
 def measure_control_variate(
-    landscape: Landscape, local: LocalModel, training: Training, cache: Cache | None = None
+    risk: EmpiricalRisk, local: LocalQuadratic, training: Training, cache: Cache | None = None
 ) -> ControlVariate | None:
     """The slopes of all examples along the eigenpairs, and along what is left of the slope.
 
     Parameters
     ----------
-    landscape : Landscape
-    local : LocalModel
-        Of this landscape.
+    risk : EmpiricalRisk
+    local : LocalQuadratic
+        Of this risk.
     training : Training
     cache : Cache, optional
         Keeps what is found.
@@ -145,10 +145,10 @@ def measure_control_variate(
     vectors = np.hstack([local.pairs.vectors, rest.vectors])[:, held]
 
     def slopes() -> dict[str, Any]:
-        each = landscape.example_gradients()
+        each = risk.example_gradients()
         return {"slopes": np.concatenate([g.double().cpu().numpy() @ vectors for g in each])}
 
-    kept = (cache or Cache()).of(landscape)
+    kept = (cache or Cache()).of(risk)
     found = kept("example_slopes", slopes, directions=len(held), local=local.key())["slopes"]
     slope = np.concatenate([local.slope, rest.amplitudes])[held]
     return ControlVariate(training, curvature[held], slope, torch.from_numpy(found - found.mean(0)))

@@ -30,8 +30,8 @@ from neural.bridge.iterate_averages import TimeAverage, power
 from neural.bridge.scatter import displacement
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import Krylov, krylov
-from neural.curvature.local_quadratic import LocalModel, vector
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic, vector
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Progress, operator
 from nqm.errors import check_integer
 
@@ -73,7 +73,7 @@ class Drift:
 
     Attributes
     ----------
-    local : LocalModel
+    local : LocalQuadratic
         At whose covariance it was measured.
     training : Training
         Of that covariance.
@@ -88,7 +88,7 @@ class Drift:
         where it is not the one that holds the force (`Smoothing.along_mean_path`).
     """
 
-    local: LocalModel
+    local: LocalQuadratic
     training: Training
     force_top: tuple[FloatArray, FloatArray]
     force_rest: tuple[Krylov, Krylov]
@@ -164,14 +164,14 @@ def response(lr: float, when: When) -> Function:
     return psi
 
 
-def descent(local: LocalModel, training: Training, when: When) -> float:
+def descent(local: LocalQuadratic, training: Training, when: When) -> float:
     """Change of the loss by noise-free gradient descent on the quadratic, <= 0 where H > 0."""
     psi = response(training.effective_lr, when)
     h, _, g = local.points()
     return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
 
 
-def descended(local: LocalModel, training: Training) -> FloatArray:
+def descended(local: LocalQuadratic, training: Training) -> FloatArray:
     """Where noise-free gradient descent on the quadratic puts the weights, -psi g, shape (p,).
 
     Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below.
@@ -191,8 +191,8 @@ def descended(local: LocalModel, training: Training) -> FloatArray:
 
 
 def measure_drift(
-    landscape: Landscape,
-    local: LocalModel,
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
     training: Training,
     *,
     displacements: int = 32,
@@ -208,9 +208,9 @@ def measure_drift(
 
     Parameters
     ----------
-    landscape : Landscape
-    local : LocalModel
-        Of this landscape.
+    risk : EmpiricalRisk
+    local : LocalQuadratic
+        Of this risk.
     training : Training
     displacements : int
         Random displacements, four gradients each: at both ends of it and of half of it.
@@ -234,20 +234,20 @@ def measure_drift(
     check_integer("displacements", displacements, 2)
     # A local model that a scatter sees is another one: its spectrum and its noise say which.
     settings = {"training": training, "displacements": displacements, "local": local.key()}
-    kept = (cache or Cache()).of(landscape, seed=seed)
+    kept = (cache or Cache()).of(risk, seed=seed)
     known = local.pairs.vectors
-    centre = landscape.weights + vector(landscape, descended(local, training))
+    centre = risk.weights + vector(risk, descended(local, training))
 
     def sampled() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 3])
-        halves, rises = np.zeros((2, landscape.size)), np.zeros(2)
+        halves, rises = np.zeros((2, risk.size)), np.zeros(2)
         moved, differences, beyond = [], [], np.zeros(3)
-        middle = landscape.loss(centre)
+        middle = risk.loss(centre)
         for i in range(displacements):
             draw = _draw_of(local, i)
             d = displacement(local, training, rng, draw)
-            odd, even, loss = _both_ends(landscape, centre, d)
-            _, near_even, near_loss = _both_ends(landscape, centre, 0.5 * d)
+            odd, even, loss = _both_ends(risk, centre, d)
+            _, near_even, near_loss = _both_ends(risk, centre, 0.5 * d)
             rises += loss - middle, near_loss - middle
             halves[i % 2] += (even - near_even) / 0.75
             moved.append(known.T @ d)
@@ -266,7 +266,7 @@ def measure_drift(
 
     found = kept("slopes", sampled, **settings)
     forces = found["forces"]
-    apply = operator(landscape, progress)
+    apply = operator(risk, progress)
 
     def rest(half: int) -> Krylov:
         def lanczos() -> dict[str, Any]:
@@ -281,17 +281,17 @@ def measure_drift(
 
 
 def _both_ends(
-    landscape: Landscape, centre: Tensor, moved: FloatArray
+    risk: EmpiricalRisk, centre: Tensor, moved: FloatArray
 ) -> tuple[FloatArray, FloatArray, float]:
     """Half the difference of the gradients at both ends, their mean, and the mean loss."""
-    given = vector(landscape, moved)
-    ends = [landscape.loss_and_gradient(centre + sign * given) for sign in (1.0, -1.0)]
+    given = vector(risk, moved)
+    ends = [risk.loss_and_gradient(centre + sign * given) for sign in (1.0, -1.0)]
     (loss, _), (other_loss, _) = ends
     one, other = (slope.double().cpu().numpy() for _, slope in ends)
     return 0.5 * (one - other), 0.5 * (one + other), 0.5 * (loss + other_loss)
 
 
-def _draw_of(local: LocalModel, sample: int) -> int | None:
+def _draw_of(local: LocalQuadratic, sample: int) -> int | None:
     """Draw of the noise for a displacement: the halves take turns, and share none if they can."""
     count = len(local.draws)
     if not count or not len(local.draws[0].values):

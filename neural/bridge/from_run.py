@@ -1,4 +1,4 @@
-"""The landscape of a run: its loss on a fixed part of its training data, augmentation off."""
+"""The empirical risk of a run: its loss on a fixed part of its training data, augmentation off."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from neural.curvature.risk import Landscape
-from neural.curvature.risk_batchnorm import BatchLandscape, grouped
+from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
 from neural.data import TextData, evaluation_batches, evaluation_windows, load
 from neural.data.images import ImageData
 from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.members import Batch
 from neural.training.config import RunConfig
-from neural.training.task import Place
+from neural.training.task import Runtime
 from nqm.errors import NQMError, check_integer
 
 #: Weights up to which derivatives are taken in double precision.
 DOUBLE = 5000
 
 
-def landscape_of(
+def risk_of_run(
     run: RunConfig,
     model: nn.Module,
-    place: Place,
+    runtime: Runtime,
     *,
     select: str | Iterable[str] = "all",
     examples: int | None = None,
@@ -32,10 +32,10 @@ def landscape_of(
     curvature: str = "hessian",
     group: int | None = None,
     batch_size: int = 512,
-) -> Landscape:
+) -> EmpiricalRisk:
     """Training loss of a run's model.
 
-    BatchNorm statistics are taken anew on the landscape's own data; derivatives are those of
+    BatchNorm statistics are taken anew on the risk's own data; derivatives are those of
     evaluation mode, unless groups of examples have their own statistics.
 
     Parameters
@@ -43,7 +43,7 @@ def landscape_of(
     run : RunConfig
     model : Module
         Changed in place: statistics, precision.
-    place : Place
+    runtime : Runtime
     select : str or iterable of str
         Which weights; see `neural.late_phase.select.select`.
     examples : int, optional
@@ -52,9 +52,9 @@ def landscape_of(
     weight_decay : float, optional
         That of the run by default.
     curvature : {"hessian", "ggn"}
-        See `Landscape`.
+        See `EmpiricalRisk`.
     group : int, optional
-        Examples that BatchNorm sees together, as in training: a `BatchLandscape`, whose examples
+        Examples that BatchNorm sees together, as in training: a `BatchNormRisk`, whose examples
         are such groups.
     batch_size : int
         Examples in work at once.
@@ -62,25 +62,25 @@ def landscape_of(
     dtype = torch.float64 if sum(p.numel() for p in model.parameters()) <= DOUBLE else torch.float32
     batches = [
         (x.to(dtype) if x.is_floating_point() else x, y)
-        for x, y in training_batches(run, place, examples, batch_size)
+        for x, y in training_batches(run, runtime, examples, batch_size)
     ]
-    model.to(place.device, dtype)
+    model.to(runtime.device, dtype)
     recompute_statistics(model, batches)
     decay = run.train.weight_decay if weight_decay is None else weight_decay
-    kind = Landscape if group is None else BatchLandscape
+    kind = EmpiricalRisk if group is None else BatchNormRisk
     data = batches if group is None else grouped(batches, group)
-    landscape = kind(model.eval(), data, select, weight_decay=decay, curvature=curvature)
-    landscape.check()
-    return landscape
+    risk = kind(model.eval(), data, select, weight_decay=decay, curvature=curvature)
+    risk.check()
+    return risk
 
 
 def training_batches(
-    run: RunConfig, place: Place, examples: int | None, batch_size: int
+    run: RunConfig, runtime: Runtime, examples: int | None, batch_size: int
 ) -> list[Batch]:
     """The first so many training examples, in a fixed order."""
     if examples is not None:
         check_integer("examples", examples, 2)
-    data = load(run.data.name, place.root)
+    data = load(run.data.name, runtime.root)
     if isinstance(data, TextData):
         data = data.compact()
         length = run.data.length
@@ -88,13 +88,13 @@ def training_batches(
         text = data.train[: run.data.train_examples][:symbols]
         windows = len(text) // length
         seen, following = next(
-            evaluation_windows(text[: windows * length], windows, length, place.device)
+            evaluation_windows(text[: windows * length], windows, length, runtime.device)
         )
         parts = (torch.split(both, batch_size) for both in (seen, following))
         return list(zip(*parts, strict=True))
     if not isinstance(data, ImageData) or data.train is None:
         raise NQMError(
-            f"data.name {run.data.name!r} does not fit into memory as a landscape's data; choose a "
+            f"data.name {run.data.name!r} does not fit into memory as a risk's data; choose a "
             "set of small images or a text"
         )
     train = data.train
@@ -103,4 +103,4 @@ def training_batches(
     if examples is not None and examples < len(train):
         train = train.subset(examples)
     mean, std = run.data.mean or data.mean, run.data.std or data.std
-    return list(evaluation_batches(train, batch_size, mean, std, place.device))
+    return list(evaluation_batches(train, batch_size, mean, std, runtime.device))

@@ -22,8 +22,8 @@ from neural.bridge.kinks import find_kinks
 from neural.bridge.scatter import covariance, largest_stable_lr
 from neural.bridge.smoothing import Smoothing, measure_smoothing
 from neural.curvature.cache import Cache
-from neural.curvature.local_quadratic import LocalModel
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
@@ -36,7 +36,7 @@ class WeightGaussian:
     Attributes
     ----------
     training : Training
-    checkpoint : LocalModel
+    checkpoint : LocalQuadratic
         Slope, curvature and noise where the training starts.
     drift : Drift
         Force of the noise on the mean, with the curvature along its path.
@@ -46,12 +46,12 @@ class WeightGaussian:
     """
 
     training: Training
-    checkpoint: LocalModel
+    checkpoint: LocalQuadratic
     drift: Drift
     smoothing: Smoothing | None = None
 
     @cached_property
-    def local(self) -> LocalModel:
+    def local(self) -> LocalQuadratic:
         """Curvature and noise averaged over the Gaussian."""
         smoothing = self.smoothing
         return self.checkpoint if smoothing is None else smoothing.seen_by(self.training)
@@ -96,8 +96,8 @@ class WeightGaussian:
 
 
 def measure_averages(
-    landscape: Landscape,
-    local: LocalModel,
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
     reference: Training,
     *,
     displacements: int = 32,
@@ -111,9 +111,9 @@ def measure_averages(
 
     Parameters
     ----------
-    landscape : Landscape
-    local : LocalModel
-        Of this landscape.
+    risk : EmpiricalRisk
+    local : LocalQuadratic
+        Of this risk.
     reference : Training
         Over whose weights is averaged.
     displacements, lanczos_steps : int
@@ -139,19 +139,19 @@ def measure_averages(
     if not averaging_displacements:
         return None
     drift = measure_drift(
-        landscape, local, reference, displacements=displacements, lanczos_steps=lanczos_steps,
+        risk, local, reference, displacements=displacements, lanczos_steps=lanczos_steps,
         seed=seed, cache=cache, progress=progress,
     )  # fmt: skip
     smoothing = measure_smoothing(
-        landscape, local, reference, drift=drift, displacements=averaging_displacements, seed=seed,
+        risk, local, reference, drift=drift, displacements=averaging_displacements, seed=seed,
         cache=cache, progress=progress,
     )  # fmt: skip
     return replace(smoothing, kinks=find_kinks(drift, smoothing))
 
 
 def measure_gaussian(
-    landscape: Landscape,
-    local: LocalModel,
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
     training: Training,
     averages: Smoothing | None = None,
     *,
@@ -165,9 +165,9 @@ def measure_gaussian(
 
     Parameters
     ----------
-    landscape : Landscape
-    local : LocalModel
-        Of this landscape.
+    risk : EmpiricalRisk
+    local : LocalQuadratic
+        Of this risk.
     training : Training
     averages : Smoothing, optional
         As `measure_averages` found them in a training; by default curvature and noise are the
@@ -193,7 +193,7 @@ def measure_gaussian(
     if training.lr >= largest_stable_lr(seen, training):  # nothing will be predicted
         seen = local
     drift = measure_drift(
-        landscape, seen, training, displacements=displacements, lanczos_steps=lanczos_steps,
+        risk, seen, training, displacements=displacements, lanczos_steps=lanczos_steps,
         seed=seed, cache=cache, progress=progress,
     )  # fmt: skip
     if averages is None:
@@ -202,12 +202,12 @@ def measure_gaussian(
     return WeightGaussian(training, local, smoothing.along_mean_path(drift), smoothing)
 
 
-def gradients_and_products(local: LocalModel, displacements: int, lanczos_steps: int) -> int:
+def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:
     """Gradients and Hessian products of one measurement of the drift, for a progress bar.
 
     Parameters
     ----------
-    local : LocalModel
+    local : LocalQuadratic
     displacements, lanczos_steps : int
         As of `measure_drift`.
     """

@@ -22,14 +22,14 @@ from neural.bridge.api import (
 )
 from neural.bridge.best_lr import POINTS, best_lrs
 from neural.bridge.config import EARLY, BridgeConfig, Plan, Training
-from neural.bridge.from_run import landscape_of
+from neural.bridge.from_run import risk_of_run
 from neural.bridge.timing import cost_table
 from neural.bridge.verdict import verdict
 from neural.curvature.cache import Cache
 from neural.curvature.examples import rows
-from neural.curvature.local_quadratic import LocalModel
+from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.minimise import settle
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import grouped
 from neural.curvature.spectrum import density
 from neural.late_phase.members import Batch
@@ -37,7 +37,7 @@ from neural.training.build import make_model
 from neural.training.config import RunConfig, describe
 from neural.training.load_run import reopen
 from neural.training.recipe import load_recipe
-from neural.training.task import Place, Task, open_task
+from neural.training.task import Runtime, Task, open_task
 from nqm import __version__
 from nqm.errors import NQMError
 from nqm.limits import check_size
@@ -112,7 +112,7 @@ class Opened:
 
 
 def open_target(
-    target: str, place: Place, scale: str = "full", overrides: Sequence[str] = ()
+    target: str, runtime: Runtime, scale: str = "full", overrides: Sequence[str] = ()
 ) -> Opened:
     """The single model of a finished run, or of a recipe's first arm with its checkpoint.
 
@@ -120,7 +120,7 @@ def open_target(
     ----------
     target : str
         Folder of a finished run, or a recipe's name or file.
-    place : Place
+    runtime : Runtime
     scale : str
     overrides : sequence of str
         Of a recipe, e.g. ``model.checkpoint=FILE``.
@@ -142,7 +142,7 @@ def open_target(
                 f"{name} cannot be changed, {target} is a finished run; settings that can be are "
                 f"those of {' and '.join(SECTIONS)}, such as bridge.steps"
             )
-        opened = reopen(target, place)
+        opened = reopen(target, runtime)
         return Opened(opened.run, opened.model, opened.task)
     recipe = load_recipe(target, scale, overrides)
     run = next(iter(recipe.arms.values()))
@@ -151,8 +151,8 @@ def open_target(
             f"recipe {target} starts from random weights; give the folder of a finished run, or "
             "--set model.checkpoint=FILE"
         )
-    task = open_task(run, place)
-    return Opened(run, make_model(run.model, task, root=place.root), task)
+    task = open_task(run, runtime)
+    return Opened(run, make_model(run.model, task, root=runtime.root), task)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Bridge:
 
     Attributes
     ----------
-    local : LocalModel
+    local : LocalQuadratic
     table, course : DataFrame
         As `neural.bridge.api.compare` makes them; measured columns are NaN if nothing was
         trained.
@@ -175,7 +175,7 @@ class Bridge:
         The verdict.
     """
 
-    local: LocalModel
+    local: LocalQuadratic
     table: pd.DataFrame
     course: pd.DataFrame
     best: pd.DataFrame
@@ -188,7 +188,7 @@ def run_bridge(
     opened: Opened,
     config: BridgeConfig,
     plan: Plan,
-    place: Place,
+    runtime: Runtime,
     out: Path,
     *,
     report: Report | None = None,
@@ -200,7 +200,7 @@ def run_bridge(
     opened : Opened
     config : BridgeConfig
     plan : Plan
-    place : Place
+    runtime : Runtime
     out : Path
         Takes ``bridge.parquet``, ``course.parquet``, ``best_lr.parquet``, ``cost.parquet``,
         ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads), ``verdict.md`` and, in
@@ -224,12 +224,12 @@ def run_bridge(
     stamp = {"key": key, "version": __version__, "configuration": stated}
     known = finished(out / "bridge.parquet", key, __version__)  # refuses another's
     cache = Cache(out / "kept")
-    landscape = _landscape(opened, config, plan, place, cache, report)
-    local = measure_checkpoint(landscape, config, seed=plan.seed, cache=cache, report=report)
+    risk = _risk(opened, config, plan, runtime, cache, report)
+    local = measure_checkpoint(risk, config, seed=plan.seed, cache=cache, report=report)
     if known is None:
         write_table(out / "problem.parquet", local.problem_table(), stamp)
         # Which reads the first stage from its file.
-        measured = measure(landscape, config, seed=plan.seed, cache=cache, report=report)
+        measured = measure(risk, config, seed=plan.seed, cache=cache, report=report)
         for name, table in _tables(measured, opened, config, plan, report).items():
             write_table(out / f"{name}.parquet", table, stamp)
     found = {name: read_table(out / f"{name}.parquet") for name in TABLES}
@@ -246,33 +246,31 @@ def _tables(
     measured: Measured, opened: Opened, config: BridgeConfig, plan: Plan, report: Report | None
 ) -> dict[str, pd.DataFrame]:
     """All tables by name, in the order in which they are written."""
-    landscape, gaussians = measured.landscape, measured.gaussians
+    risk, gaussians = measured.risk, measured.gaussians
     task = opened.task
     if config.train:
-        test = held_out_loss(landscape, task, config.test_examples, config.batchnorm_group)
+        test = held_out_loss(risk, task, config.test_examples, config.batchnorm_group)
         outcome = compare(measured, plan, test=test, report=report)
     else:
         outcome = predict(measured, plan)
     progress = counted(report, "best learning rates", POINTS + 8.0 * len(plan.members))
     best = best_lrs(outcome.table, gaussians, records=plan.records, progress=progress)
     epoch = len(task.stream) * opened.run.data.batch_size
-    share = landscape.examples * (config.batchnorm_group or 1) / epoch
+    share = risk.examples * (config.batchnorm_group or 1) / epoch
     found = {
         "spectrum": _spectrum(measured, config, plan.seed),
         "course": outcome.course,
         "best_lr": best,
-        "cost": cost_table(landscape, share, measured.cache.log),
+        "cost": cost_table(risk, share, measured.cache.log),
         "bridge": outcome.table,
     }
     return {name: found[name] for name in TABLES}
 
 
-def _check_sizes(
-    landscape: Landscape, training: Training, config: BridgeConfig, plan: Plan
-) -> None:
+def _check_sizes(risk: EmpiricalRisk, training: Training, config: BridgeConfig, plan: Plan) -> None:
     """Raise NQMError if something would not fit into memory, before anything is measured."""
-    weights, numbers = landscape.size, landscape.weights.element_size()
-    tensors, _ = rows(landscape.batches[0])
+    weights, numbers = risk.size, risk.weights.element_size()
+    tensors, _ = rows(risk.batches[0])
     example = sum(one[0].numel() * one.element_size() for one in tensors)
     runs = plan.runs if config.train else 0
     batch = training.batch_size
@@ -286,40 +284,40 @@ def _check_sizes(
     check_size(f"lanczos_steps = {products} of {weights} weights", products * weights, 8)
 
 
-def _landscape(
+def _risk(
     opened: Opened,
     config: BridgeConfig,
     plan: Plan,
-    place: Place,
+    runtime: Runtime,
     cache: Cache,
     report: Report | None,
-) -> Landscape:
+) -> EmpiricalRisk:
     """The network's loss on its training data, at the minimum near by if asked for."""
-    landscape = landscape_of(
-        opened.run, opened.model, place, select=config.select, examples=config.examples or None,
+    risk = risk_of_run(
+        opened.run, opened.model, runtime, select=config.select, examples=config.examples or None,
         weight_decay=config.weight_decay, curvature=config.curvature,
         group=config.batchnorm_group,
     )  # fmt: skip
     for training in config.trainings(1.0):
-        training.check(landscape.examples)
-        _check_sizes(landscape, training, config, plan)
+        training.check(risk.examples)
+        _check_sizes(risk, training, config, plan)
     if not config.minimise:
-        return landscape
+        return risk
     if report is not None:
         report("minimise", 0.0)
 
     def minimised() -> dict[str, Any]:
-        there = settle(landscape, config.minimise, config.minimise_lr)
+        there = settle(risk, config.minimise, config.minimise_lr)
         return {"weights": there.weights.cpu().numpy()}
 
-    found = cache.of(landscape)(
+    found = cache.of(risk)(
         "minimised", minimised, iterations=config.minimise, lr=config.minimise_lr
     )
-    return landscape.at(torch.from_numpy(found["weights"]).to(landscape.weights))
+    return risk.at(torch.from_numpy(found["weights"]).to(risk.weights))
 
 
 def held_out_loss(
-    landscape: Landscape, task: Task, examples: int = 0, group: int | None = None
+    risk: EmpiricalRisk, task: Task, examples: int = 0, group: int | None = None
 ) -> Callable[[Tensor], float]:
     """Mean cross-entropy on so many test examples (0: all), as a function of the weights.
 
@@ -331,18 +329,18 @@ def held_out_loss(
         if batches and y.shape[1:] != batches[0][1].shape[1:]:
             continue
         x, y = x[:left], y[:left]
-        batches.append((x.to(landscape.weights.dtype) if x.is_floating_point() else x, y))
+        batches.append((x.to(risk.weights.dtype) if x.is_floating_point() else x, y))
         left = None if left is None else left - len(x)
         if left == 0:
             break
-    return landscape.on(batches if group is None else grouped(batches, group)).loss
+    return risk.on(batches if group is None else grouped(batches, group)).loss
 
 
 def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFrame:
     """Every node of curvature with its count and noise, for the picture."""
     import pandas as pd
 
-    landscape, local = measured.landscape, measured.local
+    risk, local = measured.risk, measured.local
     pairs = local.pairs
     columns = {
         "curvature": pairs.values,
@@ -352,8 +350,8 @@ def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFra
     parts = [pd.DataFrame(columns).assign(kind="pair")]
     if not local.complete:
         steps = config.lanczos_steps
-        found = measured.cache.of(landscape, seed=seed)(
-            "density", lambda: vars(density(landscape, pairs, probes=2, steps=steps, seed=seed)),
+        found = measured.cache.of(risk, seed=seed)(
+            "density", lambda: vars(density(risk, pairs, probes=2, steps=steps, seed=seed)),
             local=local.key(), lanczos_steps=steps,
         )  # fmt: skip
         bulk = pd.DataFrame({"curvature": found["values"], "count": found["counts"]})

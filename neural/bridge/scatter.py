@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
-from neural.curvature.local_quadratic import LocalModel
+from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
 FloatArray = NDArray[np.float64]
@@ -19,12 +19,12 @@ FloatArray = NDArray[np.float64]
 ROUNDING = 1e-12
 
 
-def covariance(local: LocalModel, training: Training) -> FloatArray:
+def covariance(local: LocalQuadratic, training: Training) -> FloatArray:
     """Covariance along the eigenpairs after the training's steps, shape (k, k).
 
     Parameters
     ----------
-    local : LocalModel
+    local : LocalQuadratic
     training : Training
     """
     lr, steps = training.effective_lr, training.steps
@@ -38,7 +38,7 @@ def covariance(local: LocalModel, training: Training) -> FloatArray:
     return np.asarray(lr**2 / training.batch_size * local.noise * sums)
 
 
-def rest_trace(local: LocalModel, training: Training) -> float:
+def rest_trace(local: LocalQuadratic, training: Training) -> float:
     """Trace of the covariance beyond the eigenpairs."""
     if not local.draws:
         return 0.0
@@ -48,7 +48,7 @@ def rest_trace(local: LocalModel, training: Training) -> float:
 
 
 def displacement(
-    local: LocalModel, training: Training, rng: np.random.Generator, draw: int | None = None
+    local: LocalQuadratic, training: Training, rng: np.random.Generator, draw: int | None = None
 ) -> FloatArray:
     """A random displacement of the weights with the training's covariance, shape (p,).
 
@@ -58,7 +58,7 @@ def displacement(
 
     Parameters
     ----------
-    local : LocalModel
+    local : LocalQuadratic
     training : Training
     rng : Generator
     draw : int, optional
@@ -77,7 +77,7 @@ def displacement(
     return np.asarray(moved)
 
 
-def largest_stable_lr(local: LocalModel, training: Training) -> float:
+def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
     """Learning rate from which the training's optimizer is unstable on the quadratic."""
     return float(stability_edge(local.problem(), training.algorithm))
 

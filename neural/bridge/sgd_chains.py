@@ -1,6 +1,6 @@
 """Real training from a checkpoint on the measured data: what a prediction is compared with.
 
-Independent runs of SGD train the landscape's weights with minibatches drawn from its examples, in
+Independent runs of SGD train the risk's weights with minibatches drawn from its examples, in
 evaluation mode and without augmentation: the very loss whose curvature and noise were measured.
 """
 
@@ -16,7 +16,7 @@ from torch.func import grad
 
 from neural.bridge.config import Training
 from neural.curvature.examples import EachRow, joined
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import LatePhase
 
@@ -28,7 +28,7 @@ TOGETHER = 5000
 
 
 def train_runs(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     training: Training,
     runs: int,
     at: Sequence[int],
@@ -41,7 +41,7 @@ def train_runs(
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     training : Training
     runs : int
     at : sequence of int
@@ -58,24 +58,24 @@ def train_runs(
     step : int
     weights : Tensor, shape (runs, p)
     """
-    landscape.check()
-    tensors, make = joined(landscape.batches)
-    weights = landscape.weights.repeat(runs, 1)
+    risk.check()
+    tensors, make = joined(risk.batches)
+    weights = risk.weights.repeat(runs, 1)
     buffers = torch.zeros_like(weights)
-    draws = [minibatches(landscape.examples, training, (seed, c)) for c in range(runs)]
-    slope = EachRow(grad(lambda w, *batch: landscape.mean_loss(w, make(batch))))
-    slope.together = sum(p.numel() for p in landscape.model.parameters()) < TOGETHER
+    draws = [minibatches(risk.examples, training, (seed, c)) for c in range(runs)]
+    slope = EachRow(grad(lambda w, *batch: risk.mean_loss(w, make(batch))))
+    slope.together = sum(p.numel() for p in risk.model.parameters()) < TOGETHER
 
     def slopes(weights: Tensor) -> Tensor:
         index = torch.stack([next(draw) for draw in draws]).to(tensors[-1].device)
         found: Tensor
         with torch.no_grad():  # or the model's other weights would keep every step's graph
             found = slope(weights, *(tensor[index] for tensor in tensors))
-        return found.add_(weights, alpha=landscape.weight_decay)
+        return found.add_(weights, alpha=risk.weight_decay)
 
     done = 0
     for stop in at:
-        with landscape.evaluating():
+        with risk.evaluating():
             for step in range(done + 1, stop + 1):
                 # Once all have diverged they stay; the loss of such weights is told as infinite.
                 if bool(weights.isfinite().all(1).any()):
@@ -104,7 +104,7 @@ def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iter
 
 
 def train_late_phase(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     training: Training,
     members: int,
     select: str,
@@ -117,7 +117,7 @@ def train_late_phase(
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
         Of all the model's weights that are to be trained.
     training : Training
     members : int
@@ -136,22 +136,20 @@ def train_late_phase(
     weights : Tensor, shape (p,)
         Of the averaged model.
     """
-    model = duplicate(landscape.model).eval()
-    held = [model.get_parameter(name) for name in landscape.shapes]
-    # A landscape may stand elsewhere than its model.
-    nn.utils.vector_to_parameters(landscape.weights.clone(), held)
+    model = duplicate(risk.model).eval()
+    held = [model.get_parameter(name) for name in risk.shapes]
+    # A risk may stand elsewhere than its model.
+    nn.utils.vector_to_parameters(risk.weights.clone(), held)
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is one for one in held))
-    base = torch.optim.SGD(
-        held, training.lr, training.momentum, weight_decay=landscape.weight_decay
-    )
+    base = torch.optim.SGD(held, training.lr, training.momentum, weight_decay=risk.weight_decay)
     late = LatePhase(model, members, select, gamma="mean", seed=seed).eval()
     own = late.optimizer_like(base)
-    tensors, make = joined(landscape.batches)
-    draws = [minibatches(landscape.examples, training, (seed, k)) for k in range(members)]
+    tensors, make = joined(risk.batches)
+    draws = [minibatches(risk.examples, training, (seed, k)) for k in range(members)]
 
     def loss(output: Tensor, targets: Tensor) -> Tensor:
-        return landscape.example_loss(output, targets).mean()
+        return risk.example_loss(output, targets).mean()
 
     done = 0
     for stop in at:
@@ -162,35 +160,35 @@ def train_late_phase(
                 progress(members)
         done = stop
         state = late.averaged().state_dict()
-        yield stop, torch.cat([state[name].flatten() for name in landscape.shapes]).detach()
+        yield stop, torch.cat([state[name].flatten() for name in risk.shapes]).detach()
 
 
 def noise_free(
-    landscape: Landscape, training: Training, at: Sequence[int], *, seen: Seen | None = None
+    risk: EmpiricalRisk, training: Training, at: Sequence[int], *, seen: Seen | None = None
 ) -> FloatArray:
     """Loss of full-batch gradient descent from the checkpoint, shape (times,).
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     training : Training
     at : sequence of int
         Steps, rising.
     seen : callable, optional
         Shown every step and the weights after it, shape (p,).
     """
-    weights = landscape.weights
+    weights = risk.weights
     buffer = torch.zeros_like(weights)
     losses = []
     done = 0
     for stop in at:
         for step in range(done + 1, stop + 1):
-            buffer = training.momentum * buffer + landscape.gradient(weights)
+            buffer = training.momentum * buffer + risk.gradient(weights)
             weights = weights - training.lr * buffer
             if seen is not None:
                 seen(step, weights)
         done = stop
-        losses.append(landscape.loss(weights))
+        losses.append(risk.loss(weights))
     return np.array(losses)
 
 

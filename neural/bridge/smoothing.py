@@ -23,8 +23,8 @@ from neural.bridge.scatter import covariance, displacement, rest_trace
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
-from neural.curvature.local_quadratic import LocalModel, vector
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic, vector
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs, Progress
 from nqm.errors import check_integer
 
@@ -83,7 +83,7 @@ class Smoothing:
 
     Attributes
     ----------
-    local : LocalModel
+    local : LocalQuadratic
         At the checkpoint.
     training : Training
         In which it was measured.
@@ -96,7 +96,7 @@ class Smoothing:
         Of the loss; none by default.
     """
 
-    local: LocalModel
+    local: LocalQuadratic
     training: Training
     width: Change
     mean: Change
@@ -156,7 +156,7 @@ class Smoothing:
         change = change + self.descent_scale(training) * self.descent.curvature
         return np.asarray(np.diag(self.local.pairs.values) + change)
 
-    def seen_by(self, training: Training, mean_part: float = 1.0) -> LocalModel:
+    def seen_by(self, training: Training, mean_part: float = 1.0) -> LocalQuadratic:
         """The local model with curvature and noise averaged over the weights of a training.
 
         A direction whose curvature the change, scaled to a far larger covariance, would make
@@ -219,7 +219,7 @@ class Smoothing:
             loss_curvature=across.T @ curvature @ across,
         )
 
-    def curvature_change_part(self, training: Training, steps: int, seen: LocalModel) -> float:
+    def curvature_change_part(self, training: Training, steps: int, seen: LocalQuadratic) -> float:
         """Part of a run's excess loss that is due to the change of curvature with the covariance.
 
         The covariance S settles by the mean curvature, H + D, while the loss of Gaussian weights is
@@ -231,14 +231,14 @@ class Smoothing:
         training : Training
         steps : int
             After which the covariance is taken.
-        seen : LocalModel
+        seen : LocalQuadratic
             `seen_by` of the training.
         """
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         change = turn.T @ (self.width_scale(training) * self.width.curvature) @ turn
         return 0.5 * float(np.sum(change * covariance(seen, replace(training, steps=steps))))
 
-    def kink_part(self, training: Training, steps: int, seen: LocalModel) -> float:
+    def kink_part(self, training: Training, steps: int, seen: LocalQuadratic) -> float:
         """Part of a run's excess loss due to kinks: half their curvature times the covariance.
 
         Parameters
@@ -246,7 +246,7 @@ class Smoothing:
         training : Training
         steps : int
             After which the covariance is taken.
-        seen : LocalModel
+        seen : LocalQuadratic
             `seen_by` of the training.
         """
         now = replace(training, steps=steps)
@@ -279,8 +279,8 @@ def _projection(there: FloatArray, here: FloatArray) -> float:
 
 
 def measure_smoothing(
-    landscape: Landscape,
-    local: LocalModel,
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
     training: Training,
     *,
     drift: Drift | None = None,
@@ -293,9 +293,9 @@ def measure_smoothing(
 
     Parameters
     ----------
-    landscape : Landscape
-    local : LocalModel
-        Of this landscape.
+    risk : EmpiricalRisk
+    local : LocalQuadratic
+        Of this risk.
     training : Training
     drift : Drift, optional
         Tells the mean of the weights; where descent ends by default.
@@ -319,25 +319,25 @@ def measure_smoothing(
     """
     check_integer("averaging_displacements", displacements, 1)
     vectors = local.pairs.vectors
-    calm = landscape.weights + vector(landscape, descended(local, training))
+    calm = risk.weights + vector(risk, descended(local, training))
     centre, pushed = calm, 0.0
     if drift is not None:
         mean = drift.displacement(training)
-        centre, pushed = calm + vector(landscape, mean), float(np.linalg.norm(mean))
+        centre, pushed = calm + vector(risk, mean), float(np.linalg.norm(mean))
 
     def averages() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 4])
         found = []
         for _ in range(displacements):
-            moved = vector(landscape, displacement(local, training, rng))
+            moved = vector(risk, displacement(local, training, rng))
             for sign in (1.0, -1.0):
-                found.append(_along(landscape.at(centre + sign * moved), vectors))
+                found.append(_along(risk.at(centre + sign * moved), vectors))
                 if progress is not None:
                     progress(1)
         there = tuple(np.mean(part, axis=0) for part in zip(*found, strict=True))
         here = np.diag(local.pairs.values), local.noise, local.noise_trace
-        end = _along(landscape.at(calm), vectors)
-        middle = end if drift is None else _along(landscape.at(centre), vectors)
+        end = _along(risk.at(calm), vectors)
+        middle = end if drift is None else _along(risk.at(centre), vectors)
         parts = {"width": (there, middle), "mean": (middle, end), "descent": (end, here)}
         return {
             f"{part}-{name}": one - other
@@ -345,7 +345,7 @@ def measure_smoothing(
             for name, one, other in zip(NAMES, after, before, strict=True)
         }
 
-    found = (cache or Cache()).of(landscape, seed=seed)(
+    found = (cache or Cache()).of(risk, seed=seed)(
         "averages", averages, training=training, displacements=displacements, local=local.key(),
         pushed=f"{pushed:.8g}",
     )  # fmt: skip
@@ -356,14 +356,14 @@ def measure_smoothing(
     return Smoothing(local, training, width, mean_change, descent, drift)
 
 
-def _along(landscape: Landscape, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:
+def _along(risk: EmpiricalRisk, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:
     """Curvature and noise along some directions, (k, k) each, and the noise's whole trace."""
-    population = 1.0 - 1.0 / landscape.examples
-    noise = population * gradient_noise.covariance(landscape, vectors)
-    if vectors.shape[1] == landscape.size:
-        h = landscape.curvature_matrix().double().cpu().numpy()
+    population = 1.0 - 1.0 / risk.examples
+    noise = population * gradient_noise.covariance(risk, vectors)
+    if vectors.shape[1] == risk.size:
+        h = risk.curvature_matrix().double().cpu().numpy()
         return vectors.T @ h @ vectors, noise, float(np.trace(noise))
-    products = [landscape.curvature_product(vector(landscape, v)) for v in vectors.T]
+    products = [risk.curvature_product(vector(risk, v)) for v in vectors.T]
     curvature = vectors.T @ torch.stack(products, 1).double().cpu().numpy()
-    trace = population * gradient_noise.trace(landscape)
+    trace = population * gradient_noise.trace(risk)
     return 0.5 * (curvature + curvature.T), noise, trace

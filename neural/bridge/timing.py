@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,16 +21,16 @@ STAGES = {
 
 
 def cost_table(
-    landscape: Landscape, share: float, log: Mapping[tuple[str, str], float]
+    risk: EmpiricalRisk, share: float, log: Mapping[tuple[str, str], float]
 ) -> pd.DataFrame:
     """Wall time of stages over that of one gradient of all training examples.
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
         Its gradient is timed: the quickest of three.
     share : float
-        Of the training set's examples, that are in the landscape.
+        Of the training set's examples, that are in the risk.
     log : mapping of (str, str) to float
         Seconds of every result by its stage and key, as `Cache.log` has them. A result that was
         read from its file counts with the seconds that it took when it was computed.
@@ -42,7 +42,7 @@ def cost_table(
     """
     import pandas as pd
 
-    epoch = min(_seconds(landscape) for _ in range(3)) / share
+    epoch = min(_seconds(risk) for _ in range(3)) / share
     rows = []
     for name, stages in STAGES.items():
         seconds = [spent for (stage, _), spent in log.items() if stage in stages]
@@ -51,7 +51,7 @@ def cost_table(
     return pd.DataFrame(rows, columns=["stage", "seconds", "epochs"])
 
 
-def _seconds(landscape: Landscape) -> float:
+def _seconds(risk: EmpiricalRisk) -> float:
     start = perf_counter()
-    landscape.gradient()
+    risk.gradient()
     return perf_counter() - start

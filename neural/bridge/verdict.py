@@ -11,7 +11,7 @@ import numpy as np
 from neural.bridge.comparison import ITERATE
 from neural.bridge.prediction import Prediction
 from neural.curvature.gradient_noise import noise_exponent
-from neural.curvature.local_quadratic import LocalModel
+from neural.curvature.local_quadratic import LocalQuadratic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ FEEDBACK = 0.4
 
 def verdict(
     table: pd.DataFrame,
-    local: LocalModel,
+    local: LocalQuadratic,
     best: pd.DataFrame | None = None,
     cost: pd.DataFrame | None = None,
 ) -> list[str]:
@@ -34,7 +34,7 @@ def verdict(
     table : DataFrame
         As `neural.bridge.api.compare` makes it, of trainings that differ in learning rate
         and batch size.
-    local : LocalModel
+    local : LocalQuadratic
     best : DataFrame, optional
         As `neural.bridge.best_lr.best_lrs` makes it.
     cost : DataFrame, optional
@@ -92,7 +92,7 @@ def rank_order(table: pd.DataFrame) -> tuple[int, int]:
     return int(sum(signs)), len(signs)
 
 
-def _agreement(held: pd.DataFrame, local: LocalModel) -> Iterator[str]:
+def _agreement(held: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
     """How near measurement is to the prediction, where there is one."""
     iterate = held[held["weights"] == ITERATE]
     for bound in (1.05, 1.2, 1.5):
@@ -184,7 +184,7 @@ def _best(best: pd.DataFrame, trained: bool) -> Iterator[str]:
             yield f"{way}, B = {size}, K = {row['members']}: best lr {words}."
 
 
-def _noise_scale(local: LocalModel) -> float:
+def _noise_scale(local: LocalQuadratic) -> float:
     """Examples at which a minibatch's noise and the gradient are of one size."""
     squared = float(local.points()[2].sum())
     return local.noise_trace / squared if squared > 0 else np.inf

@@ -15,25 +15,25 @@ import numpy as np
 import torch
 
 from neural.curvature.examples import content
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from nqm import __version__
 from nqm.errors import NQMError
 from nqm.table import replacing
 
 
-def fingerprint(landscape: Landscape) -> str:
+def fingerprint(risk: EmpiricalRisk) -> str:
     """Content of a loss: weights, data, loss function, what an example is, which curvature."""
     digest = hashlib.sha256()
-    state = landscape.model.state_dict()
-    held = [landscape.weights, *(state[name] for name in sorted(state))]
-    for one in [*held, *content(landscape.batches)]:
+    state = risk.model.state_dict()
+    held = [risk.weights, *(state[name] for name in sorted(state))]
+    for one in [*held, *content(risk.batches)]:
         if torch.is_tensor(one):
             digest.update(one.detach().cpu().contiguous().numpy().tobytes())
         else:
             digest.update(repr(one).encode())
-    said = (sorted(landscape.shapes.items()), landscape.weight_decay, landscape.example_loss)
+    said = (sorted(risk.shapes.items()), risk.weight_decay, risk.example_loss)
     digest.update(repr((said[0], said[1], getattr(said[2], "__qualname__", ""))).encode())
-    digest.update(repr((landscape.curvature, landscape.examples)).encode())
+    digest.update(repr((risk.curvature, risk.examples)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -60,12 +60,12 @@ class Cache:
     values: dict[str, Any] = field(default_factory=dict)
     log: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def of(self, landscape: Landscape, **values: Any) -> Cache:
+    def of(self, risk: EmpiricalRisk, **values: Any) -> Cache:
         """The same cache for measurements of one loss.
 
         Parameters
         ----------
-        landscape : Landscape
+        risk : EmpiricalRisk
         **values
             Further values that all stages depend on, such as a seed.
 
@@ -76,7 +76,7 @@ class Cache:
         """
         if self.folder is None:
             return self
-        return replace(self, values={"content": fingerprint(landscape)} | values)
+        return replace(self, values={"content": fingerprint(risk)} | values)
 
     def __call__(
         self, stage: str, compute: Callable[[], dict[str, Any]], **values: Any

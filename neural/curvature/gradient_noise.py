@@ -1,4 +1,4 @@
-"""Gradient noise of a landscape: how the slopes of single examples scatter."""
+"""Gradient noise of an empirical risk: how the slopes of single examples scatter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
 
 FloatArray = NDArray[np.float64]
@@ -29,21 +29,21 @@ class PowerLaw:
     exponent: float
 
 
-def trace(landscape: Landscape) -> float:
+def trace(risk: EmpiricalRisk) -> float:
     """Trace of the covariance of the examples' gradients."""
-    mean = torch.zeros(landscape.size, dtype=torch.float64)
+    mean = torch.zeros(risk.size, dtype=torch.float64)
     squares = 0.0
-    for gradients in landscape.example_gradients():
+    for gradients in risk.example_gradients():
         g = gradients.double().cpu()
         mean += g.sum(0)
         squares += float(g.square().sum())
-    n = landscape.examples
+    n = risk.examples
     if n < 2:
         raise NQMError("noise needs two examples at least; got 1")
     return (squares - float((mean / n).square().sum()) * n) / (n - 1)
 
 
-def covariance(landscape: Landscape, vectors: FloatArray | None = None) -> FloatArray:
+def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatArray:
     """Covariance of the examples' gradients along some directions, shape (k, k).
 
     One pass over the data, however many directions: batches' own covariances are pooled (Chan,
@@ -51,14 +51,14 @@ def covariance(landscape: Landscape, vectors: FloatArray | None = None) -> Float
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     vectors : ndarray, shape (p, k), optional
         The weights themselves by default, which must be few.
     """
-    count = landscape.size if vectors is None else vectors.shape[1]
+    count = risk.size if vectors is None else vectors.shape[1]
     mean, products = np.zeros(count), np.zeros((count, count))
     done = 0
-    for gradients in landscape.example_gradients():
+    for gradients in risk.example_gradients():
         g = gradients.double().cpu().numpy()
         g = g if vectors is None else g @ vectors
         centre = g.mean(0)

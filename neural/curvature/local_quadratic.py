@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import Krylov, krylov
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs, Progress, operator
 from neural.curvature.spectrum import eigenpairs as stiffest_pairs
 from nqm.errors import NQMError, check_integer
@@ -35,7 +35,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class LocalModel:
+class LocalQuadratic:
     """Slope, curvature and gradient noise at a checkpoint.
 
     Attributes
@@ -162,7 +162,7 @@ class LocalModel:
 
 
 def measure_local(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     eigenpairs: int | None = 50,
     *,
     noise_samples: int = 6,
@@ -171,12 +171,12 @@ def measure_local(
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
-) -> LocalModel:
-    """Measure slope, curvature and noise of a landscape.
+) -> LocalQuadratic:
+    """Measure slope, curvature and noise of an empirical risk.
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
         Its curvature is the one that it was made with: the Hessian, or its Gauss-Newton part.
     eigenpairs : int, optional
         Stiffest directions one by one; None for all, of few weights: from the dense matrix.
@@ -186,7 +186,7 @@ def measure_local(
         Of the eigenpairs.
     seed : int
     cache : Cache, optional
-        Keeps every stage as it is done, under the content of the landscape.
+        Keeps every stage as it is done, under the content of the risk.
     progress : callable, optional
         Told that one more product with the curvature is done.
 
@@ -197,29 +197,29 @@ def measure_local(
     """
     check_integer("noise_samples", noise_samples, 1)
     check_integer("lanczos_steps", lanczos_steps, 1)
-    if landscape.examples < 2:
+    if risk.examples < 2:
         raise NQMError("gradient noise needs two examples at least; got 1")
-    kept = (cache or Cache()).of(landscape, seed=seed)
-    complete = eigenpairs is None or eigenpairs >= landscape.size
-    population = 1.0 - 1.0 / landscape.examples  # minibatches are drawn from these very examples
+    kept = (cache or Cache()).of(risk, seed=seed)
+    complete = eigenpairs is None or eigenpairs >= risk.size
+    population = 1.0 - 1.0 / risk.examples  # minibatches are drawn from these very examples
 
     def stiffest() -> dict[str, Any]:
         if complete:
-            values, vectors = np.linalg.eigh(landscape.curvature_matrix().double().cpu().numpy())
+            values, vectors = np.linalg.eigh(risk.curvature_matrix().double().cpu().numpy())
             found = Eigenpairs(values[::-1], vectors[:, ::-1], np.zeros(len(values)))
         else:
             assert eigenpairs is not None
             found = stiffest_pairs(
-                landscape, eigenpairs, tolerance=tolerance, seed=seed, progress=progress
+                risk, eigenpairs, tolerance=tolerance, seed=seed, progress=progress
             )
-        noise = population * gradient_noise.covariance(landscape, found.vectors)
+        noise = population * gradient_noise.covariance(risk, found.vectors)
         return vars(found) | {"noise": noise}
 
     settings = {} if complete else {"eigenpairs": eigenpairs, "tolerance": tolerance}
     top = kept("eigenpairs", stiffest, complete=complete, **settings)
     known = Eigenpairs(top["values"], top["vectors"], top["residuals"])
-    gradient = landscape.gradient().double().cpu().numpy()
-    apply = operator(landscape, progress)
+    gradient = risk.gradient().double().cpu().numpy()
+    apply = operator(risk, progress)
 
     def lanczos(stage: str, start: Callable[[], FloatArray], **values: int) -> Krylov:
         def run() -> dict[str, Any]:
@@ -229,10 +229,10 @@ def measure_local(
 
     def draw(index: int) -> FloatArray:
         rng = np.random.default_rng([seed, 2, index])
-        weights = rng.standard_normal(landscape.examples)
-        weights = (weights - weights.mean()) / np.sqrt(landscape.examples)
-        given = torch.from_numpy(weights).to(landscape.weights)
-        return np.asarray(landscape.weighted_gradient(given).double().cpu().numpy())
+        weights = rng.standard_normal(risk.examples)
+        weights = (weights - weights.mean()) / np.sqrt(risk.examples)
+        given = torch.from_numpy(weights).to(risk.weights)
+        return np.asarray(risk.weighted_gradient(given).double().cpu().numpy())
 
     rest = lanczos("gradient", lambda: gradient)
     others = tuple(
@@ -242,20 +242,20 @@ def measure_local(
     if complete:
         trace = np.trace(top["noise"])
     else:
-        found = kept("noise_trace", lambda: {"trace": np.array(gradient_noise.trace(landscape))})
+        found = kept("noise_trace", lambda: {"trace": np.array(gradient_noise.trace(risk))})
         trace = population * found["trace"]
-    return LocalModel(
-        landscape.loss(),
+    return LocalQuadratic(
+        risk.loss(),
         known,
         top["noise"],
         known.vectors.T @ gradient,
         rest,
         others,
         float(trace),
-        landscape.examples,
+        risk.examples,
     )
 
 
-def vector(landscape: Landscape, values: FloatArray) -> torch.Tensor:
-    """An array in the landscape's own precision and place."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(landscape.weights)
+def vector(risk: EmpiricalRisk, values: FloatArray) -> torch.Tensor:
+    """An array in the risk's own precision and place."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(risk.weights)

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError, check_number
 
 #: Heavy ball is stable while lr h < 2 (1 + momentum): hence the 3.8 / lr of `settle`.
 SETTLING_MOMENTUM = 0.9
 
 
-def settle(landscape: Landscape, iterations: int = 500, lr: float | None = None) -> Landscape:
-    """The same landscape at a minimum near by, found from the checkpoint with all examples.
+def settle(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None) -> EmpiricalRisk:
+    """The same risk at a minimum near by, found from the checkpoint with all examples.
 
     L-BFGS compares losses, so it cannot tell weights apart once their losses differ by rounding
     alone: that is at about the square root of the precision. Newton steps, by conjugate gradients
@@ -25,7 +25,7 @@ def settle(landscape: Landscape, iterations: int = 500, lr: float | None = None)
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     iterations : int
         Of L-BFGS at most, and Hessian products of the Newton steps at most. If they do not suffice,
         or if there is no minimum near by (a loss that falls without end), the gradient of what is
@@ -43,11 +43,11 @@ def settle(landscape: Landscape, iterations: int = 500, lr: float | None = None)
         If `lr` is not positive, or so high that the loss diverges; if the loss is not finite.
     """
     if lr is not None:
-        return landscape.at(_descended(landscape, iterations, lr))
-    start = landscape.loss()
+        return risk.at(_descended(risk, iterations, lr))
+    start = risk.loss()
     if not math.isfinite(start):
         raise NQMError(f"minimise: the loss at the checkpoint is {start}; start from another one")
-    weights = landscape.weights.clone().requires_grad_()
+    weights = risk.weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=iterations,
@@ -58,39 +58,39 @@ def settle(landscape: Landscape, iterations: int = 500, lr: float | None = None)
     )
 
     def closure() -> float:
-        loss, weights.grad = landscape.loss_and_gradient(weights.detach())
+        loss, weights.grad = risk.loss_and_gradient(weights.detach())
         return loss
 
     find: Callable[[Callable[[], float]], Any] = optimizer.step
     find(closure)
-    return landscape.at(_newton(landscape, weights.detach(), iterations))
+    return risk.at(_newton(risk, weights.detach(), iterations))
 
 
-def _descended(landscape: Landscape, iterations: int, lr: float) -> Tensor:
+def _descended(risk: EmpiricalRisk, iterations: int, lr: float) -> Tensor:
     """Weights after gradient descent with momentum on a cosine."""
     check_number("minimise_lr", lr, low=0.0, closed_low=False)
-    weights = landscape.weights.clone()
+    weights = risk.weights.clone()
     velocity = torch.zeros_like(weights)
     for step in range(iterations):
-        velocity = SETTLING_MOMENTUM * velocity + landscape.gradient(weights)
+        velocity = SETTLING_MOMENTUM * velocity + risk.gradient(weights)
         weights -= 0.5 * lr * (1.0 + math.cos(math.pi * step / iterations)) * velocity
-    if not math.isfinite(landscape.loss(weights)):
+    if not math.isfinite(risk.loss(weights)):
         raise NQMError(f"minimise_lr {lr:g} diverges; take a lower one")
     return weights
 
 
-def _newton(landscape: Landscape, weights: Tensor, products: int) -> Tensor:
+def _newton(risk: EmpiricalRisk, weights: Tensor, products: int) -> Tensor:
     """Weights after Newton steps, as long as each at least halves the gradient.
 
     A step that raises the loss by more than rounding is not taken: the gradient also vanishes at
     saddles.
     """
-    loss, slope = landscape.loss_and_gradient(weights)
+    loss, slope = risk.loss_and_gradient(weights)
     rounding = 100.0 * torch.finfo(weights.dtype).eps
     while products > 0 and float(slope.norm()) > 0.0:
-        step, used = _newton_step(landscape.at(weights), slope, products)
+        step, used = _newton_step(risk.at(weights), slope, products)
         products -= used
-        next_loss, next_slope = landscape.loss_and_gradient(weights + step)
+        next_loss, next_slope = risk.loss_and_gradient(weights + step)
         halved = float(next_slope.norm()) <= 0.5 * float(slope.norm())
         if not halved or next_loss > loss + rounding * abs(loss):
             break
@@ -98,7 +98,7 @@ def _newton(landscape: Landscape, weights: Tensor, products: int) -> Tensor:
     return weights
 
 
-def _newton_step(landscape: Landscape, slope: Tensor, products: int) -> tuple[Tensor, int]:
+def _newton_step(risk: EmpiricalRisk, slope: Tensor, products: int) -> tuple[Tensor, int]:
     """Solve H d = -slope by conjugate gradients (Nocedal & Wright 2006, algorithm 7.1).
 
     Ends at a residual of a thousandth of the slope, after so many products, or before a direction
@@ -115,7 +115,7 @@ def _newton_step(landscape: Landscape, slope: Tensor, products: int) -> tuple[Te
     size = float(residual @ residual)
     goal = 1e-6 * size
     for used in range(1, products + 1):
-        product = landscape.hessian_product(direction)
+        product = risk.hessian_product(direction)
         bend = float(direction @ product)
         if bend <= 0.0:
             return step, used

@@ -57,7 +57,7 @@ def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
     return flat.view(len(targets), -1).sum(1) / counted.sum(1)
 
 
-class Landscape:
+class EmpiricalRisk:
     """Mean loss over fixed data as a function of a flat vector of weights.
 
     Parameters
@@ -119,18 +119,18 @@ class Landscape:
         """Take the data, which is read many times."""
         self.batches = list(batches)
         if not self.batches:
-            raise NQMError("a landscape needs data; got no batch")
+            raise NQMError("an empirical risk needs data; got no batch")
         _check_targets([targets for _, targets in self.batches], self.example_loss)
         self.examples = sum(len(targets) for _, targets in self.batches)
         self._sound = False
 
-    def at(self, weights: Tensor) -> Landscape:
+    def at(self, weights: Tensor) -> EmpiricalRisk:
         """The same function, with derivatives taken elsewhere."""
         moved = copy.copy(self)
         moved.weights = weights
         return moved
 
-    def on(self, batches: Sequence[Batch]) -> Landscape:
+    def on(self, batches: Sequence[Batch]) -> EmpiricalRisk:
         """The same model on other data, without weight decay: test loss, for one."""
         moved = copy.copy(self)
         moved.weight_decay = 0.0
@@ -410,7 +410,7 @@ def _check_weights(weights: dict[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
         if weight.dtype not in (torch.float32, torch.float64):
             raise NQMError(
-                f"weight {name!r} is {weight.dtype}; a landscape takes float32 or float64: convert "
+                f"weight {name!r} is {weight.dtype}; a risk takes float32 or float64: convert "
                 "the model and its data, or select other weights"
             )
         if (weight.dtype, weight.device) != (weights[first].dtype, weights[first].device):
@@ -425,7 +425,7 @@ def _check_targets(targets: list[Any], loss: ExampleLoss) -> None:
     for one in targets:
         if not isinstance(one, Tensor) or one.ndim == 0 or not len(one):
             raise NQMError(
-                "targets of a landscape must be a tensor with a row for each example; got "
+                "targets of an empirical risk must be a tensor with a row for each example; got "
                 f"{f'shape {tuple(one.shape)}' if isinstance(one, Tensor) else type(one).__name__}"
             )
         if loss is not cross_entropy:
@@ -477,7 +477,7 @@ def _mixes(name: str, error: Exception | None) -> NQMError:
     return NQMError(
         f"{name}: an example's loss depends on the others of its batch{said}, so that single "
         "examples have no gradients: BatchNorm needs running statistics or groups of a "
-        "BatchLandscape, and the batch must be the first axis"
+        "BatchNormRisk, and the batch must be the first axis"
     )
 
 

@@ -2,7 +2,7 @@
 
 In training mode an example's loss depends on the minibatch it is in. So the minibatch is the
 example: fixed groups of so many examples, each with the mean loss of its group. Slope, curvature
-and noise (between groups) are then those of any landscape, and a training on it draws groups.
+and noise (between groups) are then those of any risk, and a training on it draws groups.
 Left out is that training forms new groups in every epoch.
 """
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from neural.curvature.examples import input_rows, joined
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.late_phase.members import Batch
 from nqm.errors import NQMError, check_integer
 
 
-class BatchLandscape(Landscape):
+class BatchNormRisk(EmpiricalRisk):
     """Mean over fixed groups of examples of a group's mean loss, with the group's statistics.
 
     Everything but BatchNorm is in evaluation mode; running statistics are neither used nor
-    touched. Parameters and methods are those of `Landscape`, where an example is now a group:
+    touched. Parameters and methods are those of `EmpiricalRisk`, where an example is now a group:
     inputs and targets have shape (groups, size, ...), as `grouped` makes them, `examples` counts
     groups, and `loss` gives one number per group.
     """

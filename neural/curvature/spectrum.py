@@ -1,4 +1,4 @@
-"""Eigenvalues of a landscape's curvature: both ends one by one, the bulk as a density."""
+"""Eigenvalues of an empirical risk's curvature: both ends one by one, the bulk as a density."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from neural.curvature.lanczos import krylov
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError, check_integer, check_number
 
 FloatArray = NDArray[np.float64]
@@ -59,7 +59,7 @@ class Density:
 
 
 def eigenpairs(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     count: int,
     end: str = "top",
     *,
@@ -71,7 +71,7 @@ def eigenpairs(
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     count : int
         Fewer than its weights.
     end : {"top", "bottom"}
@@ -88,14 +88,14 @@ def eigenpairs(
         If there are not that many, or they do not converge.
     """
     check_integer("count", count, 1)
-    if count >= landscape.size:
-        raise NQMError(f"count must be less than the {landscape.size} weights; got {count}")
+    if count >= risk.size:
+        raise NQMError(f"count must be less than the {risk.size} weights; got {count}")
     if end not in ("top", "bottom"):
         raise NQMError(f"end must be 'top' or 'bottom'; got {end!r}")
-    start = np.random.default_rng(seed).standard_normal(landscape.size)
+    start = np.random.default_rng(seed).standard_normal(risk.size)
     try:
         values, vectors = eigsh(
-            operator(landscape, progress),
+            operator(risk, progress),
             k=count,
             which="LA" if end == "top" else "SA",
             tol=tolerance,
@@ -108,27 +108,27 @@ def eigenpairs(
         ) from None
     order = np.argsort(values)[::-1]
     values, vectors = values[order], vectors[:, order]
-    apply = operator(landscape, progress)
+    apply = operator(risk, progress)
     products = np.stack([apply.matvec(v) for v in vectors.T], 1)
     return Eigenpairs(values, vectors, np.linalg.norm(products - vectors * values, axis=0))
 
 
-def operator(landscape: Landscape, progress: Progress | None = None) -> LinearOperator:
-    """The curvature as SciPy takes it; arithmetic in the landscape's own precision."""
+def operator(risk: EmpiricalRisk, progress: Progress | None = None) -> LinearOperator:
+    """The curvature as SciPy takes it; arithmetic in the risk's own precision."""
 
     def product(v: FloatArray) -> FloatArray:
-        direction = torch.from_numpy(np.ascontiguousarray(v).reshape(-1)).to(landscape.weights)
-        result = landscape.curvature_product(direction).double().cpu().numpy()
+        direction = torch.from_numpy(np.ascontiguousarray(v).reshape(-1)).to(risk.weights)
+        result = risk.curvature_product(direction).double().cpu().numpy()
         if progress is not None:
             progress(1)
         return np.asarray(result)
 
-    shape = (landscape.size, landscape.size)
+    shape = (risk.size, risk.size)
     return LinearOperator(shape, matvec=product, dtype=np.float64)
 
 
 def density(
-    landscape: Landscape,
+    risk: EmpiricalRisk,
     known: Eigenpairs | None = None,
     *,
     probes: int = 5,
@@ -144,7 +144,7 @@ def density(
 
     Parameters
     ----------
-    landscape : Landscape
+    risk : EmpiricalRisk
     known : Eigenpairs, optional
         Taken out of the spectrum.
     probes, steps : int
@@ -154,13 +154,13 @@ def density(
     """
     check_integer("probes", probes, 1)
     check_integer("steps", steps, 1)
-    out = np.zeros((landscape.size, 0)) if known is None else known.vectors
-    left = landscape.size - out.shape[1]
-    apply = operator(landscape, progress)
+    out = np.zeros((risk.size, 0)) if known is None else known.vectors
+    left = risk.size - out.shape[1]
+    apply = operator(risk, progress)
     rng = np.random.default_rng(seed)
     values, weights = [], []
     for _ in range(probes):
-        probe = krylov(apply, rng.standard_normal(landscape.size), steps, out)
+        probe = krylov(apply, rng.standard_normal(risk.size), steps, out)
         values.append(probe.values)
         weights.append(probe.amplitudes**2 / np.sum(probe.amplitudes**2))
     joined = np.concatenate(values)
@@ -191,13 +191,13 @@ def binned(spectrum: Density, bins: int) -> Density:
     return Density(sums[held] / counts[held], counts[held])
 
 
-def trace_estimate(landscape: Landscape, probes: int = 10, seed: int = 0) -> tuple[float, float]:
+def trace_estimate(risk: EmpiricalRisk, probes: int = 10, seed: int = 0) -> tuple[float, float]:
     """Trace of the curvature and its standard error, by random signs (Hutchinson)."""
     check_number("probes", probes, low=2)
     rng = np.random.default_rng(seed)
-    apply = operator(landscape)
+    apply = operator(risk)
     values = []
     for _ in range(probes):
-        signs = rng.choice([-1.0, 1.0], landscape.size)
+        signs = rng.choice([-1.0, 1.0], risk.size)
         values.append(float(signs @ apply.matvec(signs)))
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(probes))

@@ -27,7 +27,7 @@ from neural.training.config import RunConfig, describe
 from neural.training.recipe import Recipe, check_seeds
 from neural.training.report import ood_images
 from neural.training.run_folder import RunFolder
-from neural.training.task import Place, open_task
+from neural.training.task import Runtime, open_task
 from neural.training.train import train
 from nqm import __version__
 from nqm.errors import NQMError, suggest
@@ -109,7 +109,7 @@ def _plain_epochs(run: RunConfig) -> int:
 def run_experiment(
     recipe: Recipe,
     out: str | Path,
-    place: Place | None = None,
+    runtime: Runtime | None = None,
     *,
     arms: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
@@ -123,7 +123,7 @@ def run_experiment(
     recipe : Recipe
     out : str or Path
         A folder per run below it, ``results.parquet`` and ``history.parquet``.
-    place : Place, optional
+    runtime : Runtime, optional
     arms : sequence of str
         Some of the recipe's; all by default.
     seeds : sequence of int, optional
@@ -141,10 +141,10 @@ def run_experiment(
         is one row without a value. ``deep_ensemble_...`` (seed -1) is the mean prediction of an
         arm's runs.
     """
-    place, out = place or Place(), Path(out)
-    if workers > 1 and place.world > 1:
+    runtime, out = runtime or Runtime(), Path(out)
+    if workers > 1 and runtime.world > 1:
         raise NQMError(
-            f"workers must be 1 where {place.world} processes share a run; got {workers}"
+            f"workers must be 1 where {runtime.world} processes share a run; got {workers}"
         )
     for arm in arms:
         if arm not in recipe.arms:
@@ -155,14 +155,14 @@ def run_experiment(
             f"{target} does not hold results of recipe {recipe.name}; choose another folder; "
             "nothing was overwritten"
         )
-    with locked(out, folder=True) if place.rank == 0 else nullcontext():
-        return _run_all(recipe, out, place, arms, seeds, workers, progress)
+    with locked(out, folder=True) if runtime.rank == 0 else nullcontext():
+        return _run_all(recipe, out, runtime, arms, seeds, workers, progress)
 
 
 def _run_all(
     recipe: Recipe,
     out: Path,
-    place: Place,
+    runtime: Runtime,
     arms: Sequence[str],
     seeds: Sequence[int] | None,
     workers: int,
@@ -174,13 +174,13 @@ def _run_all(
     if seeds is not None:
         check_seeds("seed", seeds)
     groups = jobs(replace(recipe, arms=chosen), seeds)
-    _rehearse(groups, out, place)
+    _rehearse(groups, out, runtime)
     if workers == 1:
         for index, group in enumerate(groups):
-            _run_group(group, out, place, _within(progress, index, len(groups)))
+            _run_group(group, out, runtime, _within(progress, index, len(groups)))
     else:
-        _run_parallel(groups, out, place, min(workers, len(groups)), progress)
-    if place.rank > 0:
+        _run_parallel(groups, out, runtime, min(workers, len(groups)), progress)
+    if runtime.rank > 0:
         return pd.DataFrame()
     runs = _done(recipe, [*recipe.seeds, *(seeds or ())], out)
     table = collect(runs, out)
@@ -191,7 +191,7 @@ def _run_all(
     return table
 
 
-def _rehearse(groups: list[list[Job]], out: Path, place: Place) -> None:
+def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
     """Find every arm with a run left to do sound, before the first of them is trained."""
     left = {
         job.arm: job.run
@@ -204,13 +204,13 @@ def _rehearse(groups: list[list[Job]], out: Path, place: Place) -> None:
     for arm, run in left.items():
         try:
             if run.data.name not in data:
-                data = {run.data.name: load(run.data.name, place.root)}
-            task = open_task(run, place, data[run.data.name])
+                data = {run.data.name: load(run.data.name, runtime.root)}
+            task = open_task(run, runtime, data[run.data.name])
             new = [name for name in run.evaluate.ood if name not in ood]
-            ood |= ood_images(task, new, place.root)
-            preflight.check_run(run, place, task)
+            ood |= ood_images(task, new, runtime.root)
+            preflight.check_run(run, runtime, task)
             few = {name: ood[name] for name in run.evaluate.ood}
-            preflight.rehearse(run, place, task, few)
+            preflight.rehearse(run, runtime, task, few)
         except NQMError as error:
             raise NQMError(f"arm {arm}: {error}") from error
 
@@ -229,7 +229,9 @@ def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Job]:
     return sorted(done, key=lambda job: list(recipe.arms).index(job.arm))
 
 
-def _run_group(group: Sequence[Job], out: Path, place: Place, progress: Progress | None) -> None:
+def _run_group(
+    group: Sequence[Job], out: Path, runtime: Runtime, progress: Progress | None
+) -> None:
     """All runs of one seed, in order."""
     folders = {job.arm: job.folder(out) for job in group}
     for index, job in enumerate(group):
@@ -240,7 +242,7 @@ def _run_group(group: Sequence[Job], out: Path, place: Place, progress: Progress
         inner = _within(progress, index, len(group))
         told = None if inner is None else (lambda done, of, inner=inner: inner(done / of))
         train(
-            job.run, folders[job.arm], place, start=start, keep=job.keep, rehearsed=True,
+            job.run, folders[job.arm], runtime, start=start, keep=job.keep, rehearsed=True,
             progress=told,
         )  # fmt: skip
     for job in group:
@@ -282,20 +284,20 @@ def _start_worker(shares: Any, threads: int, flags: dict[str, Any]) -> None:
     _set_flags(flags)
 
 
-def _work(index: int, group: list[Job], out: Path, place: Place) -> None:
+def _work(index: int, group: list[Job], out: Path, runtime: Runtime) -> None:
     def told(share: float) -> None:
         _SHARES[index] = share
 
-    _run_group(group, out, place, told)
+    _run_group(group, out, runtime, told)
 
 
 def _run_parallel(
-    groups: list[list[Job]], out: Path, place: Place, workers: int, progress: Progress | None
+    groups: list[list[Job]], out: Path, runtime: Runtime, workers: int, progress: Progress | None
 ) -> None:
     shares = multiprocessing.get_context("spawn").Array("d", len(groups))
     threads = max(1, torch.get_num_threads() // workers)
     with processes(workers, _start_worker, (shares, threads, _flags())) as pool:
-        pending = {pool.submit(_work, i, group, out, place) for i, group in enumerate(groups)}
+        pending = {pool.submit(_work, i, group, out, runtime) for i, group in enumerate(groups)}
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
             if progress is not None:

@@ -16,7 +16,7 @@ from neural.training import checkpoint, report
 from neural.training.build import make_late, make_model, plain_model
 from neural.training.config import EvaluateConfig, RunConfig, build, describe
 from neural.training.run_folder import read_json
-from neural.training.task import Place, Task, open_task
+from neural.training.task import Runtime, Task, open_task
 from nqm.errors import NQMError
 
 
@@ -102,7 +102,7 @@ def _misfit(name: object, content: Mapping[str, Any], expected: Mapping[str, Ten
     return None
 
 
-def reopen(folder: str | Path, place: Place | None = None) -> Opened:
+def reopen(folder: str | Path, runtime: Runtime | None = None) -> Opened:
     """Models of a finished run.
 
     Raises
@@ -110,17 +110,17 @@ def reopen(folder: str | Path, place: Place | None = None) -> Opened:
     NQMError
         If there is no run in the folder, it is not finished, or its files do not fit together.
     """
-    folder, place = Path(folder), place or Place()
+    folder, runtime = Path(folder), runtime or Runtime()
     run = open_finished(folder)
-    task = open_task(run, place)
+    task = open_task(run, runtime)
     model = plain_model(run.model, task)
     load_state(model, folder / "model.pt")
     late = None
     if run.late_phase is not None:
         late = make_late(make_model(run.model, task, start=False), run)
         load_state(late, folder / "late.pt")
-        late = late.to(place.device)
-    return Opened(run, task, model.to(place.device), late)
+        late = late.to(runtime.device)
+    return Opened(run, task, model.to(runtime.device), late)
 
 
 def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) -> pd.DataFrame:
@@ -186,7 +186,7 @@ def _single(folder: Path, run: RunConfig) -> Mapping[str, Tensor]:
     if odd or not content:
         raise NQMError(f"{path} is no model: {[*odd, 'it is empty'][0]}; train the run again")
     try:
-        task = open_task(run, Place())
+        task = open_task(run, Runtime())
     except NQMError:  # no data, no number of classes: the names and shapes are taken as they are
         return content
     load_state(plain_model(run.model, task), path)

@@ -18,8 +18,8 @@ from neural.late_phase.select import select
 from neural.training import report
 from neural.training.build import make_model
 from neural.training.config import RunConfig
-from neural.training.state import Session
-from neural.training.task import DTYPES, Place, Stream, Task
+from neural.training.state import TrainState
+from neural.training.task import DTYPES, Runtime, Stream, Task
 from nqm.errors import NQMError
 from nqm.limits import available_memory
 
@@ -29,10 +29,10 @@ ROWS = 4
 HELD = 3
 
 
-def check_run(run: RunConfig, place: Place, task: Task) -> None:
+def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
     """Raise NQMError if the run cannot be trained; nothing large is made and nothing is run."""
     check_cycles(run, len(task.stream))
-    check_size(run, place, task)
+    check_size(run, runtime, task)
 
 
 def check_cycles(run: RunConfig, batches: int) -> None:
@@ -67,7 +67,7 @@ def check_cycles(run: RunConfig, batches: int) -> None:
             )
 
 
-def check_size(run: RunConfig, place: Place, task: Task) -> None:
+def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
     """Raise NQMError if what is trained does not fit the memory, or a selection the model."""
     late = run.late_phase
     with _named(run, "built"), torch.device("meta"):
@@ -80,7 +80,7 @@ def check_size(run: RunConfig, place: Place, task: Task) -> None:
     if late is not None:
         chosen = select(model, late.select).parameters
         members = late.members * sum(model.get_parameter(name).numel() for name in chosen)
-    limit = memory(place.device)
+    limit = memory(runtime.device)
     needed = HELD * item * (count + members)
     if needed > limit:
         raise NQMError(
@@ -105,13 +105,13 @@ def memory(device: torch.device) -> int:
     return available_memory()
 
 
-def rehearse(run: RunConfig, place: Place, task: Task, ood: Mapping[str, Images]) -> None:
+def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Images]) -> None:
     """Do once, on a few examples and at a rate of 0, all that the run will do.
 
     Parameters
     ----------
     run : RunConfig
-    place : Place
+    runtime : Runtime
     task : Task
     ood : mapping
         As `neural.training.report.ood_images` returns it.
@@ -121,34 +121,34 @@ def rehearse(run: RunConfig, place: Place, task: Task, ood: Mapping[str, Images]
     NQMError
         If anything in it fails, and be it after the last epoch.
     """
-    session = rehearsed_session(run, place, task)
-    report.check(session)
+    train_state = rehearsed_state(run, runtime, task)
+    report.check(train_state)
     few = _few(task.stream, run.train.micro_batches)
     with _named(run, "trained as asked"):
-        session.try_out(few)
-        if not all(bool(p.isfinite().all()) for p in session.trained.parameters()):
+        train_state.try_out(few)
+        if not all(bool(p.isfinite().all()) for p in train_state.trained.parameters()):
             return  # it will diverge, which is a result
         test = _rows(next(iter(task.test())), ROWS)
-        session.task = replace(
+        train_state.task = replace(
             task,
             stream=_Again(few),
             test=lambda: iter([test]),
             images=None if task.images is None else _first(task.images),
         )
-        model = session.model if session.late is None else session.late.averaged()
-        if not bool(torch.isfinite(torch.tensor(session.task.score(model).loss))):
+        model = train_state.model if train_state.late is None else train_state.late.averaged()
+        if not bool(torch.isfinite(torch.tensor(train_state.task.score(model).loss))):
             return
-        report.during(session, 0)
-        report.final(session, {name: _first(images) for name, images in ood.items()})
+        report.during(train_state, 0)
+        report.final(train_state, {name: _first(images) for name, images in ood.items()})
 
 
-def rehearsed_session(run: RunConfig, place: Place, task: Task) -> Session:
-    """The session of a rehearsal: of the run, but for what only costs time."""
+def rehearsed_state(run: RunConfig, runtime: Runtime, task: Task) -> TrainState:
+    """The train_state of a rehearsal: of the run, but for what only costs time."""
     train = replace(run.train, compile=False, micro_batches=1)
     samples = min(run.evaluate.mc_dropout, 2)
     short = replace(run, train=train, evaluate=replace(run.evaluate, mc_dropout=samples))
     with _named(run, "built"):
-        return Session(short, task, place)
+        return TrainState(short, task, runtime)
 
 
 @dataclass(frozen=True)

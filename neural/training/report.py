@@ -34,7 +34,7 @@ from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import LatePhase
 from neural.late_phase.reparametrize import RankOne, fold, parametrized
 from neural.training.config import EvaluateConfig
-from neural.training.state import Session
+from neural.training.state import TrainState
 from neural.training.task import Task
 from nqm.errors import NQMError
 
@@ -65,17 +65,17 @@ class Report:
     predictions: dict[str, NDArray[Any]]
 
 
-def during(session: Session, epoch: int) -> Row:
+def during(train_state: TrainState, epoch: int) -> Row:
     """One row of the history; starts the mean of the training loss anew."""
-    late = session.late
-    model = session.model if late is None else late.averaged()
-    score = session.task.score(model)
+    late = train_state.late
+    model = train_state.model if late is None else late.averaged()
+    score = train_state.task.score(model)
     return {
         "epoch": epoch,
-        "step": session.done,
-        "examples": session.done * session.run.data.batch_size,
-        "lr": float(session.optimizer.param_groups[0]["lr"]),
-        "train_loss": session.take_mean_loss(),
+        "step": train_state.done,
+        "examples": train_state.done * train_state.run.data.batch_size,
+        "lr": float(train_state.optimizer.param_groups[0]["lr"]),
+        "train_loss": train_state.take_mean_loss(),
         "weights": "iterate" if late is None else "averaged",
         "spread": 0.0 if late is None else late.spread(),
         "loss": score.loss,
@@ -83,7 +83,7 @@ def during(session: Session, epoch: int) -> Row:
     }
 
 
-def check(session: Session) -> None:
+def check(train_state: TrainState) -> None:
     """Find out before training whether `final` can measure what is asked for.
 
     Raises
@@ -91,22 +91,24 @@ def check(session: Session) -> None:
     NQMError
         If it cannot.
     """
-    task, settings = session.task, session.run.evaluate
+    task, settings = train_state.task, train_state.run.evaluate
     if settings.corruptions and task.images is None:
         raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
-    dropout = any(isinstance(one, _DropoutNd) for one in session.model.modules())
+    dropout = any(isinstance(one, _DropoutNd) for one in train_state.model.modules())
     if settings.mc_dropout and not dropout:
         raise NQMError(
             "evaluate.mc_dropout needs a model with dropout; set model.dropout or leave it out"
         )
 
 
-def final(session: Session, ood: Mapping[str, Images]) -> Report:
-    """All metrics of a finished session; `ood` is what `ood_images` returned."""
-    task, late = session.task, session.late
-    if session.average is not None:
-        recompute_statistics(session.average.module, task.stream.epoch(session.run.train.epochs))
-    models = dict(_models(session))
+def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
+    """All metrics of a finished train_state; `ood` is what `ood_images` returned."""
+    task, late = train_state.task, train_state.late
+    if train_state.average is not None:
+        recompute_statistics(
+            train_state.average.module, task.stream.epoch(train_state.run.train.epochs)
+        )
+    models = dict(_models(train_state))
     rows: list[Row] = []
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     for name, model in models.items():
@@ -116,10 +118,10 @@ def final(session: Session, ood: Mapping[str, Images]) -> Report:
             kept[name] = predicted
     if late is not None:
         rows += _members(late, task)
-    settings = session.run.average
+    settings = train_state.run.average
     primary = settings.method if settings is not None else next(iter(models))
     model = models[primary]
-    extra = beyond(model, late, task, session.run.evaluate, ood)
+    extra = beyond(model, late, task, train_state.run.evaluate, ood)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
     predictions = {name: one.log_softmax(-1).numpy() for name, (one, _) in kept.items()}
     if kept:
@@ -130,15 +132,15 @@ def final(session: Session, ood: Mapping[str, Images]) -> Report:
     )
 
 
-def _models(session: Session) -> Iterator[tuple[str, nn.Module]]:
-    """Single models of a session."""
-    if session.late is None:
-        yield "iterate", session.model
+def _models(train_state: TrainState) -> Iterator[tuple[str, nn.Module]]:
+    """Single models of a train_state."""
+    if train_state.late is None:
+        yield "iterate", train_state.model
     else:
-        yield from _means(session.late, "averaged")
-    settings = session.run.average
-    if session.average is not None and settings is not None:
-        module = session.average.module
+        yield from _means(train_state.late, "averaged")
+    settings = train_state.run.average
+    if train_state.average is not None and settings is not None:
+        module = train_state.average.module
         if isinstance(module, LatePhase):
             yield from _means(module, settings.method)
         else:

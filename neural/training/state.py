@@ -20,18 +20,18 @@ from neural.training.build import make_late, make_model
 from neural.training.config import RunConfig
 from neural.training.distributed import share_weights, summed
 from neural.training.optim import clip_rows, make_optimizer, set_lr
-from neural.training.task import DTYPES, Place, Task
+from neural.training.task import DTYPES, Runtime, Task
 from nqm.errors import NQMError
 
 
-class Session:
+class TrainState:
     """A run's state, and the three things done to it: `step`, `spawn`, `end_epoch`.
 
     Parameters
     ----------
     run : RunConfig
     task : Task
-    place : Place
+    runtime : Runtime
 
     Attributes
     ----------
@@ -43,13 +43,13 @@ class Session:
         Over the model, or over `late` with all its members.
     """
 
-    def __init__(self, run: RunConfig, task: Task, place: Place):
-        self.run, self.task, self.place = run, task, place
+    def __init__(self, run: RunConfig, task: Task, runtime: Runtime):
+        self.run, self.task, self.runtime = run, task, runtime
         torch.manual_seed(run.seed)
-        self.model = make_model(run.model, task, root=place.root).to(
-            place.device, DTYPES[run.train.precision]
+        self.model = make_model(run.model, task, root=runtime.root).to(
+            runtime.device, DTYPES[run.train.precision]
         )
-        if place.world > 1:
+        if runtime.world > 1:
             # Each process starts from what it sees of the data, as whitening does, or from a seed
             # of its own: one model is trained only if all begin with the same weights.
             share_weights(self.model)
@@ -66,7 +66,7 @@ class Session:
         self.done = 0
         self.rows: list[dict[str, Any]] = []
         #: Sum and count of the losses since the history's last row.
-        self.losses = torch.zeros(2, dtype=torch.float64, device=place.device)
+        self.losses = torch.zeros(2, dtype=torch.float64, device=runtime.device)
         self.autocast = torch.bfloat16 if run.train.precision == "bfloat16" else None
 
     @property
@@ -170,7 +170,7 @@ class Session:
         enabled = self.autocast is not None
 
         def run(args: Any, kwargs: Any, learn: Callable[[Any], Tensor]) -> Tensor:
-            with torch.autocast(self.place.device.type, self.autocast, enabled=enabled):
+            with torch.autocast(self.runtime.device.type, self.autocast, enabled=enabled):
                 return learn(self.forward(*args, **kwargs))
 
         count = self.run.train.micro_batches
@@ -188,7 +188,7 @@ class Session:
     def finite(self) -> bool:
         """Whether every loss was, in all processes, since the history's last row."""
         total = self.losses[0]
-        return bool((total if self.place.world == 1 else summed(total)).isfinite())
+        return bool((total if self.runtime.world == 1 else summed(total)).isfinite())
 
     def take_mean_loss(self) -> float:
         """Mean training loss since it was taken last."""
@@ -216,7 +216,7 @@ class Session:
 
     def _hooked(self, optimizer: Optimizer, *, stacked: bool = False) -> Optimizer:
         """Have gradients averaged over ranks, and clipped, before every step."""
-        world, norm = self.place.world, self.run.train.clip_norm
+        world, norm = self.runtime.world, self.run.train.clip_norm
 
         def before(optimizer: Optimizer, *_: Any) -> None:
             held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -243,8 +243,8 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
-        if self.place.device.type == "cuda":
-            state["cuda_random"] = torch.cuda.get_rng_state(self.place.device)
+        if self.runtime.device.type == "cuda":
+            state["cuda_random"] = torch.cuda.get_rng_state(self.runtime.device)
         if self.member_optimizer is not None:
             state["member_optimizer"] = self.member_optimizer.state_dict()
         if self.average is not None:
@@ -267,7 +267,7 @@ class Session:
         self.losses.copy_(state["losses"])
         torch.set_rng_state(state["random"].cpu())
         if "cuda_random" in state:
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.place.device)
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.runtime.device)
 
 
 def _channels_last(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from neural.data.catalog import data_root
 from neural.training import preflight
 from neural.training.config import RunConfig, describe
 from neural.training.recipe import load_recipe, make_recipe, merge
-from neural.training.task import Place, open_task
+from neural.training.task import Runtime, open_task
 from neural.training.train import train
 from nqm.errors import NQMError, suggest
 from nqm.runs import toml
@@ -41,15 +41,15 @@ class Cell:
     """One run of a sweep."""
 
     run: RunConfig
-    place: Place = field(default_factory=Place)
+    runtime: Runtime = field(default_factory=Runtime)
 
     def check(self) -> None:
         """Raise NQMError if its data, sizes, selections or cycles do not fit (see `preflight`)."""
         run = replace(self.run, seed=0)
-        asked = toml.key({"run": describe(run), "root": str(data_root(self.place.root))})
+        asked = toml.key({"run": describe(run), "root": str(data_root(self.runtime.root))})
         if asked not in _SOUND:
-            data = _loaded(run.data.name, data_root(self.place.root))
-            preflight.check_run(run, self.place, open_task(run, self.place, data))
+            data = _loaded(run.data.name, data_root(self.runtime.root))
+            preflight.check_run(run, self.runtime, open_task(run, self.runtime, data))
             _SOUND.add(asked)
 
 
@@ -59,20 +59,22 @@ _SOUND: set[str] = set()
 _loaded = lru_cache(maxsize=1)(load)
 
 
-def work(runs: Path, place: Place) -> Work:
+def work(runs: Path, runtime: Runtime) -> Work:
     """What the cells of a sweep of training runs are.
 
     Parameters
     ----------
     runs : Path
         Takes a folder per cell, named by its key: a killed sweep goes on inside a cell.
-    place : Place
+    runtime : Runtime
     """
-    made = partial(build, place=place)
-    return Work(made, key, partial(_train, runs=runs, place=place), _describe)
+    made = partial(build, runtime=runtime)
+    return Work(made, key, partial(_train, runs=runs, runtime=runtime), _describe)
 
 
-def build(mapping: Mapping[str, Any], folder: str | Path = ".", place: Place | None = None) -> Cell:
+def build(
+    mapping: Mapping[str, Any], folder: str | Path = ".", runtime: Runtime | None = None
+) -> Cell:
     """The run of one cell.
 
     Parameters
@@ -82,7 +84,7 @@ def build(mapping: Mapping[str, Any], folder: str | Path = ".", place: Place | N
         other entries change the recipe's.
     folder : str or Path
         Where the path of a recipe of one's own starts from.
-    place : Place, optional
+    runtime : Runtime, optional
         Where it will be trained.
     """
     toml.require("", mapping, "recipe")
@@ -98,7 +100,7 @@ def build(mapping: Mapping[str, Any], folder: str | Path = ".", place: Place | N
         raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
     _check_effect(arm, changed["arm"][arm], changes)
     seed = toml.leaf("seed", mapping.get("seed", 0), int)
-    return Cell(replace(arms[arm], seed=seed), place or Place())
+    return Cell(replace(arms[arm], seed=seed), runtime or Runtime())
 
 
 def _check_effect(arm: str, table: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
@@ -128,8 +130,8 @@ def _describe(mapping: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     return describe(build(mapping, folder).run) if "recipe" in mapping else dict(mapping)
 
 
-def _train(cell: Cell, key: str, *, runs: Path, place: Place) -> pd.DataFrame:
-    outcome = train(cell.run, runs / key[:16], place)
+def _train(cell: Cell, key: str, *, runs: Path, runtime: Runtime) -> pd.DataFrame:
+    outcome = train(cell.run, runs / key[:16], runtime)
     if outcome.result.empty:
         nothing = {"weights": "", "member": -1, "data": "", "metric": "", "value": float("nan")}
         return pd.DataFrame([{"status": outcome.status, **nothing}])

@@ -42,7 +42,7 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class Runtime:
     """Where a run computes.
 
     Attributes
@@ -119,13 +119,13 @@ class Task:
         return kind(model, self.test() if batches is None else batches)
 
 
-def open_task(run: RunConfig, place: Place, data: Data | None = None) -> Task:
+def open_task(run: RunConfig, runtime: Runtime, data: Data | None = None) -> Task:
     """What a run is trained and judged on.
 
     Parameters
     ----------
     run : RunConfig
-    place : Place
+    runtime : Runtime
     data : ImageData, StreamData or TextData, optional
         The run's data set, if it is in memory already.
 
@@ -134,22 +134,22 @@ def open_task(run: RunConfig, place: Place, data: Data | None = None) -> Task:
     NQMError
         If the set is missing, cannot be trained on as the run asks, or would ignore a setting.
     """
-    data = load(run.data.name, place.root) if data is None else data
+    data = load(run.data.name, runtime.root) if data is None else data
     if isinstance(data, TextData):
-        return _text(run, data, place)
+        return _text(run, data, runtime)
     if isinstance(data, StreamData):
-        return _folder(run, data, place)
-    return _images(run, data, place)
+        return _folder(run, data, runtime)
+    return _images(run, data, runtime)
 
 
-def _images(run: RunConfig, data: ImageData, place: Place) -> Task:
+def _images(run: RunConfig, data: ImageData, runtime: Runtime) -> Task:
     settings = run.data
     refuse_unused(settings, "data", ("length",), "images have none")
     if data.train is None:
         raise NQMError(f"data.name {settings.name!r} has no training part; it serves as OOD data")
     # The same part for every seed: seeds differ by training alone.
     train = _part("train_examples", data.train, settings.train_examples)
-    test = _part("test_examples", data.test, settings.test_examples).to(place.device)
+    test = _part("test_examples", data.test, settings.test_examples).to(runtime.device)
     layout = torch.channels_last if run.train.channels_last else None
     mean, std = settings.mean or data.mean, settings.std or data.std
     stream = ImageBatches(
@@ -161,16 +161,16 @@ def _images(run: RunConfig, data: ImageData, place: Place) -> Task:
         cutout=settings.cutout,
         sampling=settings.sampling,
         seed=run.seed,
-        device=place.device,
-        rank=place.rank,
-        world=place.world,
+        device=runtime.device,
+        rank=runtime.rank,
+        world=runtime.world,
         dtype=DTYPES[run.train.precision],
         memory_format=layout,
     )
 
     def normalised(images: Images) -> Iterator[Batch]:
         size = run.evaluate.batch_size
-        for x, y in evaluation_batches(images, size, mean, std, place.device):
+        for x, y in evaluation_batches(images, size, mean, std, runtime.device):
             form = layout or torch.contiguous_format
             yield x.to(DTYPES[run.train.precision], memory_format=form), y
 
@@ -200,7 +200,7 @@ def _start(name: str, text: Tensor, count: int | None) -> Tensor:
     return text[:count]
 
 
-def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
+def _folder(run: RunConfig, data: StreamData, runtime: Runtime) -> Task:
     settings = run.data
     refuse_unused(settings, "data", ("length",), "images have none")
     refuse_unused(
@@ -217,8 +217,8 @@ def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
     shared: dict[str, Any] = {
         "mean": settings.mean or data.mean,
         "std": settings.std or data.std,
-        "device": place.device,
-        "workers": place.workers,
+        "device": runtime.device,
+        "workers": runtime.workers,
         "memory_format": layout,
         "dtype": DTYPES[run.train.precision],
     }
@@ -226,8 +226,8 @@ def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
         data.train,
         run.data.batch_size,
         seed=run.seed,
-        rank=place.rank,
-        world=place.world,
+        rank=runtime.rank,
+        world=runtime.world,
         **shared,
     )
     test = FolderBatches(
@@ -237,7 +237,7 @@ def _folder(run: RunConfig, data: StreamData, place: Place) -> Task:
     return Task(data.label, data.classes, 3, stream, test.epoch, smoothing)
 
 
-def _text(run: RunConfig, data: TextData, place: Place) -> Task:
+def _text(run: RunConfig, data: TextData, runtime: Runtime) -> Task:
     settings = run.data
     refuse_unused(settings, "data", ("augment", "cutout", "mean", "std"), "a text has none")
     refuse_unused(run.train, "train", ("channels_last",), "a text has no channels")
@@ -250,9 +250,9 @@ def _text(run: RunConfig, data: TextData, place: Place) -> Task:
         settings.length,
         seed=run.seed,
         sampling=settings.sampling,
-        device=place.device,
-        rank=place.rank,
-        world=place.world,
+        device=runtime.device,
+        rank=runtime.rank,
+        world=runtime.world,
     )
     rows = max(1, run.evaluate.batch_size // settings.length)
     return Task(
@@ -260,6 +260,6 @@ def _text(run: RunConfig, data: TextData, place: Place) -> Task:
         data.symbols,
         0,
         stream,
-        lambda: evaluation_windows(test, rows, settings.length, place.device),
+        lambda: evaluation_windows(test, rows, settings.length, runtime.device),
         run.train.label_smoothing,
     )

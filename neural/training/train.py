@@ -16,8 +16,8 @@ from neural.late_phase.members import Batch
 from neural.training import preflight, report
 from neural.training.config import RunConfig
 from neural.training.run_folder import RunFolder
-from neural.training.state import Session
-from neural.training.task import Place, Stream, open_task
+from neural.training.state import TrainState
+from neural.training.task import Runtime, Stream, open_task
 from neural.training.tensorboard import Board
 
 #: Seconds between two checkpoints.
@@ -48,7 +48,7 @@ class Outcome:
 def train(
     run: RunConfig,
     folder: str | Path,
-    place: Place | None = None,
+    runtime: Runtime | None = None,
     *,
     start: Path | None = None,
     keep: Collection[int] = (),
@@ -63,7 +63,7 @@ def train(
     folder : str or Path
         Takes checkpoints, the history and the result. A finished run is only read; a folder of
         another configuration is never touched.
-    place : Place, optional
+    runtime : Runtime, optional
         Device, data folder, ranks; one CPU by default.
     start : Path, optional
         Checkpoint of a run with the same beginning, to start from.
@@ -80,84 +80,84 @@ def train(
         On anything the user can mend. A loss that is not finite is no error: the run stops, says
         ``diverged``, and keeps what it has.
     """
-    place = place or Place()
-    log = RunFolder(Path(folder), run, writes=place.rank == 0)
+    runtime = runtime or Runtime()
+    log = RunFolder(Path(folder), run, writes=runtime.rank == 0)
     if log.status is not None:
         return Outcome(log.status, log.history(), log.result())
-    task = open_task(run, place)
-    ood = report.ood_images(task, run.evaluate.ood, place.root)
+    task = open_task(run, runtime)
+    ood = report.ood_images(task, run.evaluate.ood, runtime.root)
     if not rehearsed:
-        preflight.check_run(run, place, task)
-        preflight.rehearse(run, place, task, ood)
-    session = Session(run, task, place)
+        preflight.check_run(run, runtime, task)
+        preflight.rehearse(run, runtime, task, ood)
+    train_state = TrainState(run, task, runtime)
     with log.begun():
-        if (state := log.checkpoint(place.device, start)) is not None:
-            session.load_state_dict(state)
-        status = _go_on(session, ood, log, keep, progress)
+        if (state := log.checkpoint(runtime.device, start)) is not None:
+            train_state.load_state_dict(state)
+        status = _go_on(train_state, ood, log, keep, progress)
     return Outcome(status, log.history(), log.result())
 
 
 def _go_on(
-    session: Session,
+    train_state: TrainState,
     ood: Mapping[str, Images],
     log: RunFolder,
     keep: Collection[int],
     progress: Callable[[int, int], None] | None,
 ) -> str:
     """Train to the end, and write what came out; returns the status."""
-    run, task, place = session.run, session.task, session.place
-    board = Board(log.path, session.done) if place.tensorboard and place.rank == 0 else None
+    run, task, runtime = train_state.run, train_state.task, train_state.runtime
+    board = Board(log.path, train_state.done) if runtime.tensorboard and runtime.rank == 0 else None
     batches = len(task.stream)
     total = run.train.epochs * batches
     saved, status = time.monotonic(), "finished"
-    for count, (group, after) in enumerate(_groups(session, total)):
-        epochs_before = session.done // batches
+    for count, (group, after) in enumerate(_groups(train_state, total)):
+        epochs_before = train_state.done // batches
         if group:
-            session.step(group)
-        session.done = after
+            train_state.step(group)
+        train_state.done = after
         ended = range(epochs_before + 1, after // batches + 1)
         if ended or count % LOOK_EVERY == 0:
-            if not session.finite():
+            if not train_state.finite():
                 status = "diverged"
                 break
             if progress is not None:
                 progress(after, total)
         for epoch in ended:
-            session.end_epoch(epoch)
+            train_state.end_epoch(epoch)
             if epoch % run.evaluate.every == 0 or epoch == run.train.epochs:
-                session.rows.append(report.during(session, epoch))
-                log.write_history(session.rows)
+                train_state.rows.append(report.during(train_state, epoch))
+                log.write_history(train_state.rows)
                 if board is not None:
-                    board.add(session.rows[-1])
+                    board.add(train_state.rows[-1])
             if epoch in keep:
-                log.keep(epoch, session.state_dict())
+                log.keep(epoch, train_state.state_dict())
         if time.monotonic() - saved > CHECKPOINT_EVERY:
-            log.save(session.state_dict())
+            log.save(train_state.state_dict())
             saved = time.monotonic()
-    if status == "finished" and not math.isfinite(session.rows[-1]["loss"]):
+    if status == "finished" and not math.isfinite(train_state.rows[-1]["loss"]):
         status = "diverged"  # with the very last step
-    log.write_history(session.rows)
-    log.finish(status, report.final(session, ood) if status == "finished" else None)
+    log.write_history(train_state.rows)
+    log.finish(status, report.final(train_state, ood) if status == "finished" else None)
     return status
 
 
-def _groups(session: Session, total: int) -> Iterator[tuple[list[Batch], int]]:
+def _groups(train_state: TrainState, total: int) -> Iterator[tuple[list[Batch], int]]:
     """Minibatches of each base step, and how many are used after it; spawns the members at T0.
 
     An empty group passes over minibatches that are dropped.
     """
-    settings, batches = session.run.late_phase, len(session.task.stream)
-    stream = _endless(session.task.stream, session.done)
-    while session.done < total:
-        if settings is None or session.done < settings.start_epoch * batches:
-            yield [next(stream)], session.done + 1
+    settings, batches = train_state.run.late_phase, len(train_state.task.stream)
+    stream = _endless(train_state.task.stream, train_state.done)
+    while train_state.done < total:
+        if settings is None or train_state.done < settings.start_epoch * batches:
+            yield [next(stream)], train_state.done + 1
             continue
-        if session.late is None:
-            session.spawn()
+        if train_state.late is None:
+            train_state.spawn()
         carries = settings.leftover == "carry"
-        left = total - session.done if carries else batches - session.done % batches
+        left = total - train_state.done if carries else batches - train_state.done % batches
         group = list(itertools.islice(stream, min(settings.members, left)))
-        after = session.done + len(group)
+        after = train_state.done + len(group)
         # What is carried at the very end has no next epoch to go to.
         short = len(group) < settings.members
         yield [] if short and settings.leftover != "members" else group, after

@@ -21,7 +21,7 @@ from neural.bridge.timing import STAGES, cost_table
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, tanh_landscape
+from tests.tiny_risks import Bowl, tanh_risk
 from tests.tolerances import agree, within_error
 
 CONFIG = BridgeConfig(
@@ -32,22 +32,22 @@ PLAN = Plan(members=(1, 2), runs=4, records=2)
 
 
 def test_the_three_calls_are_their_parts() -> None:
-    landscape = tanh_landscape()
-    measured = measure(landscape, CONFIG, seed=3)
-    local = measure_local(landscape, 6, noise_samples=2, lanczos_steps=4, seed=3)
+    risk = tanh_risk()
+    measured = measure(risk, CONFIG, seed=3)
+    local = measure_local(risk, 6, noise_samples=2, lanczos_steps=4, seed=3)
     agree(measured.local.points()[1], local.points()[1], 1e-9)
     trainings = CONFIG.trainings(local.largest)
     assert [one.training for one in measured.gaussians] == trainings
     settings = {"displacements": 4, "lanczos_steps": 4, "seed": 3}
     reference = CONFIG.reference(local.largest)
     averages = measure_averages(
-        landscape, local, reference, averaging_displacements=1, **settings
+        risk, local, reference, averaging_displacements=1, **settings
     )  # fmt: skip
     predicted, found = predict(measured, PLAN), compare(measured, PLAN)
     for i, (training, gaussian) in enumerate(zip(trainings, measured.gaussians, strict=True)):
-        expected = measure_gaussian(landscape, local, training, averages, **settings)
+        expected = measure_gaussian(risk, local, training, averages, **settings)
         agree(gaussian.mean, expected.mean, 1e-9)
-        alone = compare_training(landscape, expected, PLAN)
+        alone = compare_training(risk, expected, PLAN)
         rows = slice(6 * i, 6 * (i + 1))
         for table in (found.table, predicted.table):
             part = table.iloc[rows]["predicted"]
@@ -68,9 +68,9 @@ def test_the_three_calls_are_their_parts() -> None:
 
 
 def test_a_quadratic_does_what_is_predicted_of_it() -> None:
-    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
+    risk = Bowl((2.0, 0.7, 0.2), away=0.3).risk
     config = replace(CONFIG, eigenpairs=0)
-    table = compare(measure(landscape, config), replace(PLAN, runs=64)).table
+    table = compare(measure(risk, config), replace(PLAN, runs=64)).table
     agree(table["measured"], table["predicted"], 1e-8)  # less the control variate
     within_error(table["plain"], table["predicted"], table["plain_error"])
     iterate = table[table["weights"] == "iterate"]  # or it would tell little
@@ -78,8 +78,8 @@ def test_a_quadratic_does_what_is_predicted_of_it() -> None:
 
 
 def test_defaults_are_those_of_the_command() -> None:
-    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
-    measured = measure(landscape, BridgeConfig(eigenpairs=0))
+    risk = Bowl((2.0, 0.7, 0.2), away=0.3).risk
+    measured = measure(risk, BridgeConfig(eigenpairs=0))
     assert [one.training.lr * 2.0 for one in measured.gaussians] == pytest.approx(
         [0.0625, 0.125, 0.25, 0.5], rel=1e-6
     )
@@ -92,15 +92,15 @@ def refuse(*args: object, **kwargs: object) -> NoReturn:
 
 
 def test_a_second_call_computes_nothing(tmp_path: Path) -> None:
-    landscape, cache = tanh_landscape(), Cache(tmp_path)
-    measured = measure(landscape, CONFIG, cache=cache)
+    risk, cache = tanh_risk(), Cache(tmp_path)
+    measured = measure(risk, CONFIG, cache=cache)
     found = compare(measured, PLAN)
     log, files = dict(cache.log), set(tmp_path.iterdir())
     stages = {stage for stage, _ in log}
     assert {"eigenpairs", "noise_sample", "averages", "slopes", "force", "training"} <= stages
     assert len(files) == len(log)
 
-    again = tanh_landscape()
+    again = tanh_risk()
     for name in ("hessian_product", "hessian", "example_gradients", "weighted_gradient"):
         setattr(again, name, refuse)
     whole, gradients = again.loss_and_gradient, []
@@ -122,16 +122,15 @@ def test_a_second_call_computes_nothing(tmp_path: Path) -> None:
 
 def test_what_a_stage_takes_is_that_of_when_it_was_computed(tmp_path: Path) -> None:
     """A configuration that finds its results there reports the seconds of the one before it."""
-    landscape, first, second = tanh_landscape(), Cache(tmp_path), Cache(tmp_path)
-    compare(measure(landscape, CONFIG, cache=first), PLAN)
+    risk, first, second = tanh_risk(), Cache(tmp_path), Cache(tmp_path)
+    compare(measure(risk, CONFIG, cache=first), PLAN)
     less = replace(CONFIG, lr_times_sharpness=CONFIG.lr_times_sharpness[1:], batch_sizes=(4,))
     # The reference training is the one before the last rate: still the same.
     assert less.reference(1.0) == CONFIG.reference(1.0)
-    compare(measure(landscape, less, cache=second), PLAN)
+    compare(measure(risk, less, cache=second), PLAN)
     assert second.log.items() < first.log.items()
     before, after = (
-        cost_table(landscape, 1.0, cache.log).set_index("stage")["seconds"]
-        for cache in (first, second)
+        cost_table(risk, 1.0, cache.log).set_index("stage")["seconds"] for cache in (first, second)
     )
     assert list(before.index) == list(after.index) == list(STAGES)
     for stage in ("curvature and noise", "averages"):
@@ -141,12 +140,12 @@ def test_what_a_stage_takes_is_that_of_when_it_was_computed(tmp_path: Path) -> N
 
 
 def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> None:
-    landscape, config = tanh_landscape(), replace(CONFIG, lr_times_sharpness=(0.1,))
+    risk, config = tanh_risk(), replace(CONFIG, lr_times_sharpness=(0.1,))
     config = replace(config, batch_sizes=(4,))
 
     def stages(config: BridgeConfig, seed: int = 0) -> set[str]:
         cache, before = Cache(tmp_path), set(tmp_path.iterdir())
-        measure(landscape, config, seed=seed, cache=cache)
+        measure(risk, config, seed=seed, cache=cache)
         return {path.name.partition("-")[0] for path in set(tmp_path.iterdir()) - before}
 
     whole = {"eigenpairs", "gradient", "noise_sample", "noise_trace", "slopes", "force", "averages"}
@@ -161,8 +160,8 @@ def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> No
 
 def test_stages_are_reported_with_their_share() -> None:
     told: list[tuple[str, float]] = []
-    landscape = tanh_landscape()
-    measured = measure(landscape, CONFIG, report=lambda *one: told.append(one))
+    risk = tanh_risk()
+    measured = measure(risk, CONFIG, report=lambda *one: told.append(one))
     compare(measured, PLAN, report=lambda *one: told.append(one))
     stages = list(dict.fromkeys(stage for stage, _ in told))
     trained = [f"train {i} of 4" for i in (1, 2, 3, 4)]
@@ -176,19 +175,19 @@ def test_stages_are_reported_with_their_share() -> None:
 
 
 def test_the_test_loss_is_that_of_the_last_weights() -> None:
-    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
+    risk = Bowl((2.0, 0.7, 0.2), away=0.3).risk
     config = replace(CONFIG, eigenpairs=0, lr_times_sharpness=(0.2,), batch_sizes=(4,))
-    measured = measure(landscape, config)
-    found = compare(measured, PLAN, test=landscape.loss).table
+    measured = measure(risk, config)
+    found = compare(measured, PLAN, test=risk.loss).table
     last = compare(measured, replace(PLAN, records=1)).table
     iterate = found["weights"] == "iterate"
-    expected = last.loc[iterate, "plain"] + landscape.loss()
+    expected = last.loc[iterate, "plain"] + risk.loss()
     np.testing.assert_allclose(found.loc[iterate, "test"], expected, rtol=1e-9)
 
 
 def test_best_rates_are_found_among_the_gaussians() -> None:
-    landscape = Bowl((2.0, 0.7, 0.2), away=0.3).landscape
-    measured = measure(landscape, replace(CONFIG, eigenpairs=0))
+    risk = Bowl((2.0, 0.7, 0.2), away=0.3).risk
+    measured = measure(risk, replace(CONFIG, eigenpairs=0))
     found = best_lrs(predict(measured, PLAN).table, measured.gaussians, records=PLAN.records)
     assert list(found["members"]) == [1, 2]
     assert found["measured"].isna().all(), "nothing was trained"
@@ -196,8 +195,8 @@ def test_best_rates_are_found_among_the_gaussians() -> None:
 
 
 def test_what_does_not_fit_is_told_before_anything_is_measured() -> None:
-    landscape = tanh_landscape()
-    landscape.hessian_product = refuse  # type: ignore[method-assign]
+    risk = tanh_risk()
+    risk.hessian_product = refuse  # type: ignore[method-assign]
     config = replace(CONFIG, sampling="shuffled", batch_sizes=(7,))
     with pytest.raises(NQMError, match="divides the 40 examples; got 7"):
-        measure(landscape, config)
+        measure(risk, config)

@@ -16,7 +16,7 @@ from neural.bridge.prediction import predict_loss
 from neural.curvature.local_quadratic import measure_local
 from nqm import SGD, Phase, Program, solve
 from tests.neural.bridge.test_verdict import cells
-from tests.tiny_landscapes import Bowl
+from tests.tiny_risks import Bowl
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def bowl() -> Bowl:
 
 @pytest.fixture(scope="module")
 def gaussian(bowl: Bowl) -> WeightGaussian:
-    local = measure_local(bowl.landscape, None)
-    return measure_gaussian(bowl.landscape, local, Training(0.3, 4, 30), displacements=2)
+    local = measure_local(bowl.risk, None)
+    return measure_gaussian(bowl.risk, local, Training(0.3, 4, 30), displacements=2)
 
 
 def test_one_step_has_its_best_rate_in_closed_form(bowl: Bowl, gaussian: WeightGaussian) -> None:
     """|g|^2 / (g' H g + tr(H C) / (B K)) (McCandlish et al. 2018, eq. 2.6)."""
-    g, h = bowl.landscape.gradient().numpy(), bowl.hessian
+    g, h = bowl.risk.gradient().numpy(), bowl.hessian
     sizes = (1, 3, 10)
     noise = np.trace(h @ bowl.noise) / 4.0
     expected = [g @ g / (g @ h @ g + noise / k) for k in sizes]
@@ -78,7 +78,7 @@ def test_between_two_trainings_it_is_what_both_say(gaussian: WeightGaussian) -> 
 
 
 def test_at_a_minimum_the_lowest_is_best() -> None:
-    still, training = Bowl((2.0, 0.7, 0.2)).landscape, Training(0.3, 4, 30)
+    still, training = Bowl((2.0, 0.7, 0.2)).risk, Training(0.3, 4, 30)
     gaussian = measure_gaussian(still, measure_local(still, None), training, displacements=2)
     assert best_lr([gaussian], replace(training, lr=0.05), (1, 4)) == [None, None]
 

@@ -26,15 +26,15 @@ from neural.bridge.verdict import verdict
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, quadratic, scatter, slide, tanh_landscape
+from tests.tiny_risks import Bowl, quadratic, scatter, slide, tanh_risk
 from tests.tolerances import IDENTITY, agree, within_error
 
 CURVATURE = (2.0, 0.7, 0.2)
 
 
 def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
-    local = measure_local(bowl.landscape, None)
-    return measure_gaussian(bowl.landscape, local, training, displacements=2)
+    local = measure_local(bowl.risk, None)
+    return measure_gaussian(bowl.risk, local, training, displacements=2)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_effective_rate_and_the_ratio_of_noise() -> None:
 
 def test_a_prediction_is_the_literal_recursion(bowl: Bowl) -> None:
     training, at = Training(0.3, 4, 30), (10, 30)
-    h, g = bowl.hessian, bowl.landscape.gradient().numpy()
+    h, g = bowl.hessian, bowl.risk.gradient().numpy()
     found = predict_loss(gaussian_of(bowl, training), at)
     walked = [quadratic(g, h, slide(g, h, 0.3, t)) for t in at]
     assert found.descent == pytest.approx(np.mean(walked), rel=1e-9)
@@ -87,7 +87,7 @@ def test_a_prediction_is_the_literal_recursion(bowl: Bowl) -> None:
 @pytest.mark.parametrize(("momentum", "at"), [(0.0, 1.0), (0.5, 1.5)])
 def test_the_edge(bowl: Bowl, momentum: float, at: float) -> None:
     """2 (1 + momentum) / h."""
-    local = measure_local(bowl.landscape, None)
+    local = measure_local(bowl.risk, None)
     found = largest_stable_lr(local, Training(0.1, 4, 10, momentum))
     assert found == pytest.approx(at, rel=1e-6)
 
@@ -111,7 +111,7 @@ PLAIN = Training(0.3, 4, 30)
 )
 def test_training_does_what_is_predicted(training: Training, plan: Plan, away: float) -> None:
     bowl = Bowl(CURVATURE, away=away)
-    found = compare_training(bowl.landscape, gaussian_of(bowl, training), plan)
+    found = compare_training(bowl.risk, gaussian_of(bowl, training), plan)
     assert list(found.table.columns) == COLUMNS
     table = found.table[found.table["weights"] == "iterate"]
     assert len(found.table) == (2 if plan.late_phase else 6)
@@ -139,8 +139,8 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
     assert sorted(set(course["step"])) == training.course_steps(plan.records)
     late = course[course["step"] > training.steps / 2].groupby("members")["measured"].mean()
     np.testing.assert_allclose(late, table["measured"], rtol=1e-9)
-    calm = noise_free(bowl.landscape, training, training.record_steps(plan.records)).mean()
-    start = bowl.landscape.loss()
+    calm = noise_free(bowl.risk, training, training.record_steps(plan.records)).mean()
+    start = bowl.risk.loss()
     np.testing.assert_allclose(table["noise_free"], calm - start, rtol=1e-9, atol=1e-12)
     expected = 0.0 if away else np.nan
     np.testing.assert_allclose(table["noise_change_on_path"], expected, atol=1e-9)
@@ -149,15 +149,15 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
 
 
 def test_noise_changes_on_the_way() -> None:
-    landscape, training = tanh_landscape(), Training(0.5, 8, 12)
-    local = measure_local(landscape, None)
-    gaussian = measure_gaussian(landscape, local, training, displacements=2)
-    found = compare_training(landscape, gaussian, Plan((1, 2), 2, 1)).table
-    weights, traces = landscape.weights.clone(), []
+    risk, training = tanh_risk(), Training(0.5, 8, 12)
+    local = measure_local(risk, None)
+    gaussian = measure_gaussian(risk, local, training, displacements=2)
+    found = compare_training(risk, gaussian, Plan((1, 2), 2, 1)).table
+    weights, traces = risk.weights.clone(), []
     for _ in range(training.steps + 1):
-        gradients = torch.cat(list(landscape.at(weights).example_gradients())).numpy()
+        gradients = torch.cat(list(risk.at(weights).example_gradients())).numpy()
         traces.append(np.trace(np.cov(gradients, rowvar=False)))
-        weights -= training.lr * landscape.gradient(weights)
+        weights -= training.lr * risk.gradient(weights)
     change = traces[-1] / traces[0] - 1.0
     assert abs(change) > 0.01
     np.testing.assert_allclose(found["noise_change_on_path"], change, rtol=1e-9)
@@ -166,7 +166,7 @@ def test_noise_changes_on_the_way() -> None:
 def test_on_a_quadratic_it_does_not_matter_which_weights_are_members(bowl: Bowl) -> None:
     training = replace(PLAIN, steps=6)
     found = [
-        measure_training(bowl.landscape, training, Plan((2,), 4, late_phase=select)).table
+        measure_training(bowl.risk, training, Plan((2,), 4, late_phase=select)).table
         for select in ("all", "name:first")
     ]
     agree(found[0]["measured"], found[1]["measured"], 1e-9)
@@ -185,7 +185,7 @@ def test_a_rate_beyond_the_edge_is_told(bowl: Bowl) -> None:
     gaussian = gaussian_of(bowl, wild)
     assert not gaussian.stable
     assert predict_loss(gaussian, [6]).excess == np.inf
-    table = compare_training(bowl.landscape, gaussian, Plan((1, 2), 4)).table
+    table = compare_training(bowl.risk, gaussian, Plan((1, 2), 4)).table
     assert np.isposinf(table["excess"]).all()
     assert np.isfinite(table["measured"]).all()
     lines = verdict(table, gaussian.checkpoint)
@@ -201,7 +201,7 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
         told.clear()
         test = None if scale is None else (lambda w: scale * float(w.sum()))
         found = compare_training(
-            bowl.landscape, gaussian.scaled_to(training), plan,
+            bowl.risk, gaussian.scaled_to(training), plan,
             test=test, cache=Cache(tmp_path), progress=told.append,
         )  # fmt: skip
         return found.table
@@ -235,7 +235,7 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
 def test_a_prediction_alone_has_the_same_form(bowl: Bowl) -> None:
     gaussian, plan = gaussian_of(bowl, PLAIN), Plan((1, 2, 4), 4)
     alone = predict_training(gaussian, plan)
-    both = compare_training(bowl.landscape, gaussian, plan)
+    both = compare_training(bowl.risk, gaussian, plan)
     names = ["members", "weights", "predicted", "predicted_rise", "floor", "excess"]
     names += ["effective_runs"]
     pd.testing.assert_frame_equal(alone.table[names], both.table[names])
@@ -252,7 +252,7 @@ def test_a_prediction_alone_has_the_same_form(bowl: Bowl) -> None:
 
 def test_members_share_their_test_losses(bowl: Bowl) -> None:
     table = measure_training(
-        bowl.landscape, replace(PLAIN, steps=3), Plan((1, 4), 4), test=lambda w: float(w.sum())
+        bowl.risk, replace(PLAIN, steps=3), Plan((1, 4), 4), test=lambda w: float(w.sum())
     ).table
     # A linear loss: the mean over groups is the same for every K.
     for weights, rows in table.groupby("weights"):

@@ -14,16 +14,16 @@ from neural.bridge.control_variate import ControlVariate, measure_control_variat
 from neural.bridge.iterate_averages import ExponentialMean, TailMean
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import measure_local
-from tests.tiny_landscapes import Bowl, tanh_landscape
+from tests.tiny_risks import Bowl, tanh_risk
 from tests.tolerances import within_error
 
 TRAINING = Training(0.2, 8, 30)
 
 
 def control_of(training: Training) -> ControlVariate:
-    landscape = tanh_landscape()
+    risk = tanh_risk()
     found = measure_control_variate(
-        landscape, measure_local(landscape, 8, noise_samples=2, lanczos_steps=4), training
+        risk, measure_local(risk, 8, noise_samples=2, lanczos_steps=4), training
     )
     assert found is not None
     return found
@@ -44,37 +44,37 @@ def test_it_is_nothing_on_average(training: Training, members: int) -> None:
 
 
 def test_with_it_taken_off_the_losses_of_a_network_scatter_less() -> None:
-    landscape, training = tanh_landscape(), replace(TRAINING, lr=0.05)
+    risk, training = tanh_risk(), replace(TRAINING, lr=0.05)
     control = measure_control_variate(
-        landscape, measure_local(landscape, 30, noise_samples=1, lanczos_steps=1), training
+        risk, measure_local(risk, 30, noise_samples=1, lanczos_steps=1), training
     )
-    table = measure_training(landscape, training, Plan((1, 4), 256, 2), control=control).table
+    table = measure_training(risk, training, Plan((1, 4), 256, 2), control=control).table
     assert (table["error"] < 0.5 * table["plain_error"]).all()
     apart = table["plain_error"] + table["error"]
     within_error(table["measured"], table["plain"], apart)
-    alone = measure_training(landscape, training, Plan((1, 4), 256, 2)).table
+    alone = measure_training(risk, training, Plan((1, 4), 256, 2)).table
     for name, same in (("measured", "plain"), ("error", "plain_error")):
         np.testing.assert_array_equal(alone[name], table[same])
 
 
 def test_what_is_left_of_the_slope_is_looked_at_too() -> None:
-    landscape = Bowl((2.0, 0.7, 0.2), away=0.5).landscape
+    risk = Bowl((2.0, 0.7, 0.2), away=0.5).risk
     # One eigenpair; of two directions more Lanczos finds all that there is.
     control = measure_control_variate(
-        landscape, measure_local(landscape, 1, noise_samples=1, lanczos_steps=2), TRAINING
+        risk, measure_local(risk, 1, noise_samples=1, lanczos_steps=2), TRAINING
     )
-    table = measure_training(landscape, TRAINING, Plan((1, 4), 16, 2), control=control).table
+    table = measure_training(risk, TRAINING, Plan((1, 4), 16, 2), control=control).table
     assert (table["error"] < 1e-9 * table["plain_error"]).all()
 
 
 def test_where_nothing_is_known_of_it(tmp_path: Path) -> None:
-    landscape = Bowl((2.0, 0.7, 0.2)).landscape
-    local = measure_local(landscape, None)
-    assert measure_control_variate(landscape, local, replace(TRAINING, sampling="shuffled")) is None
-    assert measure_control_variate(landscape, local, replace(TRAINING, lr=1.01)) is None
+    risk = Bowl((2.0, 0.7, 0.2)).risk
+    local = measure_local(risk, None)
+    assert measure_control_variate(risk, local, replace(TRAINING, sampling="shuffled")) is None
+    assert measure_control_variate(risk, local, replace(TRAINING, lr=1.01)) is None
     hill = replace(local, pairs=replace(local.pairs, values=-local.pairs.values))
-    assert measure_control_variate(landscape, hill, TRAINING) is None
+    assert measure_control_variate(risk, hill, TRAINING) is None
     cache = Cache(tmp_path)
     for _ in range(2):
-        assert measure_control_variate(landscape, local, TRAINING, cache) is not None
+        assert measure_control_variate(risk, local, TRAINING, cache) is not None
         assert len(list(tmp_path.rglob("example_slopes-*.npz"))) == 1

@@ -15,11 +15,11 @@ from neural.bridge.config import Training
 from neural.bridge.drift import Drift, descended, descent, measure_drift
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import Krylov
-from neural.curvature.local_quadratic import LocalModel, measure_local
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic, measure_local
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, Plain, quadratic, scatter, slide
+from tests.tiny_risks import Bowl, Plain, quadratic, scatter, slide
 from tests.tolerances import IDENTITY, JUMP, agree, within_error
 
 CURVATURE = (3.0, 1.0, 0.4, 0.2, 0.05)
@@ -33,7 +33,7 @@ def bowl() -> Bowl:
 
 
 def noise(bowl: Bowl) -> np.ndarray:
-    return np.cov(torch.cat(list(bowl.landscape.example_gradients())).numpy(), rowvar=False, ddof=0)
+    return np.cov(torch.cat(list(bowl.risk.example_gradients())).numpy(), rowvar=False, ddof=0)
 
 
 def force(drift: Drift, half: int) -> np.ndarray:
@@ -43,24 +43,24 @@ def force(drift: Drift, half: int) -> np.ndarray:
 
 
 def test_the_bowl_is_what_it_says(bowl: Bowl) -> None:
-    w = bowl.landscape.weights.numpy()
-    agree(bowl.landscape.gradient(), bowl.gradient(), IDENTITY)
+    w = bowl.risk.weights.numpy()
+    agree(bowl.risk.gradient(), bowl.gradient(), IDENTITY)
     curvature = bowl.hessian + np.einsum("ijk,k->ij", bowl.third, w)
-    agree(bowl.landscape.hessian(), curvature, IDENTITY)
+    agree(bowl.risk.hessian(), curvature, IDENTITY)
     agree(noise(bowl), bowl.noise, JUMP)
 
 
 def test_the_force_is_half_the_third_derivatives_with_the_scatter(
     bowl: Bowl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h, count = bowl.landscape.hessian().numpy(), 1000
-    local = measure_local(bowl.landscape, None)
+    h, count = bowl.risk.hessian().numpy(), 1000
+    local = measure_local(bowl.risk, None)
 
     def quicker(w: Tensor) -> tuple[float, Tensor]:  # the same slope; losses are not looked at
         return 0.0, bowl.gradient(w)
 
-    monkeypatch.setattr(bowl.landscape, "loss_and_gradient", quicker)
-    drift = measure_drift(bowl.landscape, local, TRAINING, displacements=count)
+    monkeypatch.setattr(bowl.risk, "loss_and_gradient", quicker)
+    drift = measure_drift(bowl.risk, local, TRAINING, displacements=count)
     covariance = scatter(h, noise(bowl), LR, SIZE, STEPS)
     expected = 0.5 * np.einsum("ijk,jk->i", bowl.third, covariance)
     # Of a normal d, Var(d' A d) = 2 tr(A S A S); here A is half of a slice of T.
@@ -77,9 +77,9 @@ def test_the_force_is_half_the_third_derivatives_with_the_scatter(
 def test_the_mean_moves_as_gradient_descent_with_the_force(
     bowl: Bowl, eigenpairs: int | None, lr: float, size: int, steps: int
 ) -> None:
-    g, h = bowl.landscape.gradient().numpy(), bowl.landscape.hessian().numpy()
-    local = measure_local(bowl.landscape, eigenpairs, noise_samples=4, tolerance=1e-12)
-    drift = measure_drift(bowl.landscape, local, TRAINING, displacements=6)
+    g, h = bowl.risk.gradient().numpy(), bowl.risk.hessian().numpy()
+    local = measure_local(bowl.risk, eigenpairs, noise_samples=4, tolerance=1e-12)
+    drift = measure_drift(bowl.risk, local, TRAINING, displacements=6)
     training, scale = Training(lr, size, steps), (lr / size) / (LR / SIZE)
     pushed = [slide(scale * force(drift, half), h, lr, steps) for half in (0, 1)]
     assert drift.floor(training, steps) == pytest.approx(0.5 * pushed[0] @ h @ pushed[1], rel=1e-8)
@@ -93,8 +93,8 @@ def test_the_mean_moves_as_gradient_descent_with_the_force(
 
 def test_the_halves_share_no_draw(bowl: Bowl) -> None:
     """Else the product of the two would keep the bias of a square."""
-    local = measure_local(bowl.landscape, 2, noise_samples=2, tolerance=1e-12)
-    whole = measure_drift(bowl.landscape, local, TRAINING, displacements=8)
+    local = measure_local(bowl.risk, 2, noise_samples=2, tolerance=1e-12)
+    whole = measure_drift(bowl.risk, local, TRAINING, displacements=8)
     top = float(np.trace(local.noise))
     sizes = [float(draw.amplitudes @ draw.amplitudes) for draw in local.draws]
     empty = replace(local.draws[0], amplitudes=0.0 * local.draws[0].amplitudes)
@@ -103,7 +103,7 @@ def test_the_halves_share_no_draw(bowl: Bowl) -> None:
         draws = (local.draws[0], empty) if half == 0 else (empty, local.draws[1])
         left = (local.noise_trace - top) * sizes[half] / sum(sizes)
         cut = replace(local, draws=draws, noise_trace=top + left)
-        found = measure_drift(bowl.landscape, cut, TRAINING, displacements=8)
+        found = measure_drift(bowl.risk, cut, TRAINING, displacements=8)
         agree(force(found, half), force(whole, half), 1e-9)
         assert not np.allclose(force(found, 1 - half), force(whole, 1 - half), rtol=1e-3)
 
@@ -117,27 +117,27 @@ def test_a_kink_at_the_checkpoint_pushes_nothing() -> None:
 
     x = torch.zeros(8, 3, dtype=torch.double)
     model = Plain(x[0, :1].clone(), x[0, 1:].clone())
-    landscape = Landscape(model, [(x, torch.zeros(8, dtype=torch.long))], loss=loss)
-    assert landscape.gradient().abs().min() == pytest.approx(0.3)
+    risk = EmpiricalRisk(model, [(x, torch.zeros(8, dtype=torch.long))], loss=loss)
+    assert risk.gradient().abs().min() == pytest.approx(0.3)
     pairs = Eigenpairs(np.ones(3), np.eye(3), np.zeros(3))
     rest = Krylov(np.zeros(0), np.zeros(0), np.zeros((3, 0)))
-    local = LocalModel(0.0, pairs, np.eye(3), np.zeros(3), rest, (), 3.0, 8)
-    drift = measure_drift(landscape, local, TRAINING, displacements=4)
+    local = LocalQuadratic(0.0, pairs, np.eye(3), np.zeros(3), rest, (), 3.0, 8)
+    drift = measure_drift(risk, local, TRAINING, displacements=4)
     assert max(np.abs(force(drift, half)).max() for half in (0, 1)) < 1e-12
 
 
 def test_a_quadratic_has_no_drift() -> None:
-    landscape = Bowl(CURVATURE, away=0.3).landscape
+    risk = Bowl(CURVATURE, away=0.3).risk
     training = replace(TRAINING, steps=500)
-    drift = measure_drift(landscape, measure_local(landscape, 2, tolerance=1e-10), training)
+    drift = measure_drift(risk, measure_local(risk, 2, tolerance=1e-10), training)
     assert abs(drift.floor(training, 500)) < 1e-25
     assert abs(drift.cross(training, 500)) < 1e-12
 
 
 @pytest.mark.parametrize("eigenpairs", [None, 2])
 def test_where_descent_ends(bowl: Bowl, eigenpairs: int | None) -> None:
-    g, h = bowl.landscape.gradient().numpy(), bowl.landscape.hessian().numpy()
-    local = measure_local(bowl.landscape, eigenpairs, tolerance=1e-12)
+    g, h = bowl.risk.gradient().numpy(), bowl.risk.hessian().numpy()
+    local = measure_local(bowl.risk, eigenpairs, tolerance=1e-12)
     agree(descended(local, TRAINING), slide(g, h, LR, STEPS), 1e-7)
     # A quadratic that is bent downwards falls for ever, a loss does not.
     downwards = replace(local, pairs=replace(local.pairs, values=-local.pairs.values))
@@ -157,7 +157,7 @@ def test_descent_at_every_curvature(lr: float) -> None:
     empty = Krylov(np.zeros(0), np.zeros(0), np.zeros((len(u), 0)))
     for one, h in enumerate(pairs.values):
         g = 2.0 * np.eye(len(u))[one]
-        local = LocalModel(0.0, pairs, np.eye(len(u)), g, empty, (), float(len(u)), 9)
+        local = LocalQuadratic(0.0, pairs, np.eye(len(u)), g, empty, (), float(len(u)), 9)
         for steps in (1, 2, 5, 30):
             expected = quadratic(
                 g, np.diag(pairs.values), slide(g, np.diag(pairs.values), lr, steps)
@@ -169,12 +169,12 @@ def test_descent_at_every_curvature(lr: float) -> None:
 
 
 def test_the_measurement_is_kept(bowl: Bowl, tmp_path: Path) -> None:
-    local = measure_local(bowl.landscape, 2, tolerance=1e-10)
+    local = measure_local(bowl.risk, 2, tolerance=1e-10)
     told: list[int] = []
 
     def drift(**changes: Any) -> Drift:
         return measure_drift(
-            bowl.landscape, local, replace(TRAINING, **changes), displacements=4,
+            bowl.risk, local, replace(TRAINING, **changes), displacements=4,
             cache=Cache(tmp_path), progress=told.append,
         )  # fmt: skip
 
@@ -192,6 +192,6 @@ def test_the_measurement_is_kept(bowl: Bowl, tmp_path: Path) -> None:
 
 
 def test_two_displacements_are_needed(bowl: Bowl) -> None:
-    local = measure_local(bowl.landscape, None)
+    local = measure_local(bowl.risk, None)
     with pytest.raises(NQMError, match="displacements must be an integer >= 2; got 1"):
-        measure_drift(bowl.landscape, local, TRAINING, displacements=1)
+        measure_drift(bowl.risk, local, TRAINING, displacements=1)

@@ -21,7 +21,7 @@ from neural.bridge.kinks import find_kinks
 from neural.bridge.scatter import covariance, displacement, largest_stable_lr, rest_trace
 from neural.bridge.smoothing import measure_smoothing
 from neural.curvature.local_quadratic import measure_local
-from tests.tiny_landscapes import Bowl, scatter, slide, tanh_landscape
+from tests.tiny_risks import Bowl, scatter, slide, tanh_risk
 from tests.tolerances import agree
 
 TRAINING = Training(0.2, 4, 12)
@@ -35,14 +35,14 @@ def bowl() -> Bowl:
 @pytest.fixture(scope="module")
 def plain(bowl: Bowl) -> WeightGaussian:
     """With curvature and noise of the checkpoint."""
-    local = measure_local(bowl.landscape, None)
-    return measure_gaussian(bowl.landscape, local, TRAINING, displacements=6)
+    local = measure_local(bowl.risk, None)
+    return measure_gaussian(bowl.risk, local, TRAINING, displacements=6)
 
 
 def dense(bowl: Bowl) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """H, C and the slope."""
-    gradients = torch.cat(list(bowl.landscape.example_gradients())).numpy()
-    h, g = bowl.landscape.hessian().numpy(), bowl.landscape.gradient().numpy()
+    gradients = torch.cat(list(bowl.risk.example_gradients())).numpy()
+    h, g = bowl.risk.hessian().numpy(), bowl.risk.gradient().numpy()
     return h, np.cov(gradients, rowvar=False, ddof=0), g
 
 
@@ -76,8 +76,8 @@ def test_mean_and_covariance_are_those_of_the_recursions(
 
 def test_the_force_is_that_of_the_own_covariance(bowl: Bowl) -> None:
     """Of a cubic loss, 1/2 T:S of the covariance of the displacements that were drawn."""
-    local = measure_local(bowl.landscape, None)
-    found = measure_gaussian(bowl.landscape, local, TRAINING, displacements=4)
+    local = measure_local(bowl.risk, None)
+    found = measure_gaussian(bowl.risk, local, TRAINING, displacements=4)
     rng = np.random.default_rng([0, 3])
     drawn = [displacement(local, TRAINING, rng) for _ in range(4)]
     for half in (0, 1):
@@ -114,22 +114,22 @@ def test_it_is_stable_below_the_edge(plain: WeightGaussian, momentum: float) -> 
 
 @pytest.mark.parametrize("eigenpairs", [None, 4])
 def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | None) -> None:
-    landscape, lanczos = tanh_landscape(), {"lanczos_steps": 6}
+    risk, lanczos = tanh_risk(), {"lanczos_steps": 6}
     settings = lanczos | {"displacements": 4}
-    local = measure_local(landscape, eigenpairs, noise_samples=2, **lanczos)
+    local = measure_local(risk, eigenpairs, noise_samples=2, **lanczos)
     reference, training = Training(0.1, 4, 20), Training(0.2, 8, 20)
     averages = measure_averages(
-        landscape, local, reference, averaging_displacements=1, **settings
+        risk, local, reference, averaging_displacements=1, **settings
     )  # fmt: skip
     assert averages is not None
-    drift = measure_drift(landscape, local, reference, **settings)
-    expected = measure_smoothing(landscape, local, reference, drift=drift, displacements=1)
+    drift = measure_drift(risk, local, reference, **settings)
+    expected = measure_smoothing(risk, local, reference, drift=drift, displacements=1)
     agree(averages.width.curvature, expected.width.curvature, 1e-9)
     agree(averages.mean.noise, expected.mean.noise, 1e-9)
     agree(averages.kinks.pairs, find_kinks(drift, expected).pairs, 1e-9)
 
-    found = measure_gaussian(landscape, local, training, averages, **settings)
-    own = measure_drift(landscape, averages.seen_by(training), training, **settings)
+    found = measure_gaussian(risk, local, training, averages, **settings)
+    own = measure_drift(risk, averages.seen_by(training), training, **settings)
     smoothing = replace(averages, kinks=find_kinks(own, averages))
     assert found.checkpoint is local
     assert found.smoothing is not None
@@ -155,17 +155,17 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
 
 
 def test_no_averages_if_there_is_no_displacement() -> None:
-    landscape = tanh_landscape()
-    local = measure_local(landscape, None)
-    assert measure_averages(landscape, local, TRAINING, averaging_displacements=0) is None
+    risk = tanh_risk()
+    local = measure_local(risk, None)
+    assert measure_averages(risk, local, TRAINING, averaging_displacements=0) is None
 
 
 @pytest.mark.parametrize("eigenpairs", [None, 4])
 def test_progress_is_told_of_all_there_is_to_do(eigenpairs: int | None) -> None:
-    landscape, told = tanh_landscape(), list[int]()
-    local = measure_local(landscape, eigenpairs, noise_samples=1, lanczos_steps=3)
+    risk, told = tanh_risk(), list[int]()
+    local = measure_local(risk, eigenpairs, noise_samples=1, lanczos_steps=3)
     settings = {"displacements": 5, "lanczos_steps": 3}
-    measure_gaussian(landscape, local, TRAINING, progress=told.append, **settings)
+    measure_gaussian(risk, local, TRAINING, progress=told.append, **settings)
     assert sum(told) == gradients_and_products(local, *settings.values())
 
 

@@ -15,7 +15,7 @@ from neural.bridge.prediction import predict_loss
 from neural.bridge.sgd_chains import noise_free, train_runs
 from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, quadratic, slide, tanh_landscape
+from tests.tiny_risks import Bowl, quadratic, slide, tanh_risk
 from tests.tolerances import IDENTITY, agree, within_error
 
 #: One step, an odd number, and many.
@@ -30,8 +30,8 @@ AVERAGES = [
 
 
 def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
-    local = measure_local(bowl.landscape, None)
-    return measure_gaussian(bowl.landscape, local, training, displacements=2)
+    local = measure_local(bowl.risk, None)
+    return measure_gaussian(bowl.risk, local, training, displacements=2)
 
 
 def counts(average: TimeAverage) -> np.ndarray:
@@ -72,14 +72,14 @@ def test_the_response_is_that_of_a_literal_loop(average: TimeAverage, lr: float)
 
 
 def test_runs_and_the_noise_free_path_are_averaged_as_they_run() -> None:
-    landscape, training = tanh_landscape(), Training(0.1, 8, 9, 0.5)
+    risk, training = tanh_risk(), Training(0.1, 8, 9, 0.5)
     averages = TailMean(9), ExponentialMean(9, 0.7)
-    start = landscape.weights.repeat(3, 1)
+    start = risk.weights.repeat(3, 1)
     running, steps = Running(averages, start), range(1, 10)
-    path = [start] + [w for _, w in train_runs(landscape, training, 3, steps, seen=running)]
-    calm, seen = Running(averages, landscape.weights), {0: landscape.weights}
-    noise_free(landscape, training, (9,), seen=calm)
-    noise_free(landscape, training, (4, 9), seen=seen.__setitem__)
+    path = [start] + [w for _, w in train_runs(risk, training, 3, steps, seen=running)]
+    calm, seen = Running(averages, risk.weights), {0: risk.weights}
+    noise_free(risk, training, (9,), seen=calm)
+    noise_free(risk, training, (4, 9), seen=seen.__setitem__)
     assert list(seen) == list(range(10))
     for average in averages:
         mean = np.tensordot(counts(average), torch.stack(path).numpy(), 1)
@@ -89,9 +89,9 @@ def test_runs_and_the_noise_free_path_are_averaged_as_they_run() -> None:
 
 
 def test_averages_of_runs_that_diverged_have_no_finite_loss() -> None:
-    landscape, averages = Bowl([2.0, 0.5]).landscape, (TailMean(400), ExponentialMean(400))
-    running = Running(averages, landscape.weights.repeat(2, 1))
-    list(train_runs(landscape, Training(100.0, 4, 400), 2, (400,), seen=running))
+    risk, averages = Bowl([2.0, 0.5]).risk, (TailMean(400), ExponentialMean(400))
+    running = Running(averages, risk.weights.repeat(2, 1))
+    list(train_runs(risk, Training(100.0, 4, 400), 2, (400,), seen=running))
     assert not any(bool(mean.isfinite().any()) for mean in running.values.values())
 
 
@@ -99,7 +99,7 @@ def test_averages_of_runs_that_diverged_have_no_finite_loss() -> None:
 def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage) -> None:
     """The noise of step s is in w_t by (1 - lr H)^(t - s), and in the average by their mean."""
     bowl, lr, size = Bowl((2.0, 0.7, 0.2), away=0.5), 0.3, 4
-    h, g = bowl.hessian, bowl.landscape.gradient().numpy()
+    h, g = bowl.hessian, bowl.risk.gradient().numpy()
     gaussian = gaussian_of(bowl, Training(lr, size, 20))
     found = predict_loss(gaussian, [average])
     shrink, weights, covariance = np.eye(3) - lr * h, counts(average), np.zeros((3, 3))
@@ -119,7 +119,7 @@ def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage
 def test_training_does_what_is_predicted_of_averages(training: Training, away: float) -> None:
     bowl = Bowl((2.0, 0.7, 0.2), away=away)
     plan = Plan((1, 4), 256, 1, decay=0.9)
-    table = compare_training(bowl.landscape, gaussian_of(bowl, training), plan).table
+    table = compare_training(bowl.risk, gaussian_of(bowl, training), plan).table
     assert list(table["weights"]) == ["iterate"] * 2 + ["swa"] * 2 + ["ema"] * 2
     within_error(table["plain"], table["predicted"], table["plain_error"])
     agree(table["measured"], table["predicted"], 1e-9)  # less the control variate
@@ -132,7 +132,7 @@ def test_training_does_what_is_predicted_of_averages(training: Training, away: f
 def test_of_shuffled_epochs_and_late_phase_members_no_average_is_predicted() -> None:
     bowl = Bowl((2.0, 0.7, 0.2))
     training = Training(0.2, 32, 16, sampling="shuffled")
-    table = compare_training(bowl.landscape, gaussian_of(bowl, training), Plan((1, 2), 4)).table
+    table = compare_training(bowl.risk, gaussian_of(bowl, training), Plan((1, 2), 4)).table
     averaged = table["weights"] != "iterate"
     assert table["predicted"].isna().tolist() == averaged.tolist()
     assert table["measured"].notna().all()

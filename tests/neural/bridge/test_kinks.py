@@ -17,8 +17,8 @@ from neural.bridge.prediction import Prediction
 from neural.bridge.scatter import covariance
 from neural.bridge.smoothing import Kinks, Smoothing, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
-from neural.curvature.risk import Landscape
-from tests.tiny_landscapes import Plain, scatter, tanh_landscape
+from neural.curvature.risk import EmpiricalRisk
+from tests.tiny_risks import Plain, scatter, tanh_risk
 
 CURVATURE, JUMP, SPREAD = (4.0, 2.0, 1.0), (0.3, 0.5, 0.2), 3.0
 LR, SIZE, STEPS = 0.1, 4, 100
@@ -31,7 +31,7 @@ def kinked(
     at_checkpoint: bool = False,
     denser: bool = False,
     slope: float = 0.0,
-) -> Landscape:
+) -> EmpiricalRisk:
     """Example n has the loss 1/2 w' H w + sum_i J_i |w_i - x_ni|, x normal around the checkpoint.
 
     Scatter meets 2 J_i p(0) of kinks for a length, p the density of x_i, wherever it is narrow
@@ -50,25 +50,25 @@ def kinked(
 
     zero = torch.zeros(3, dtype=torch.double)
     targets = torch.zeros(len(x), dtype=torch.long)
-    return Landscape(Plain(zero[:1].clone(), zero[1:].clone()), [(x, targets)], loss=loss)
+    return EmpiricalRisk(Plain(zero[:1].clone(), zero[1:].clone()), [(x, targets)], loss=loss)
 
 
-def smoothed(landscape: Landscape, eigenpairs: int | None) -> Smoothing:
-    local = measure_local(landscape, eigenpairs, noise_samples=2, lanczos_steps=2)
-    return measure_smoothing(landscape, local, TRAINING, displacements=1)
+def smoothed(risk: EmpiricalRisk, eigenpairs: int | None) -> Smoothing:
+    local = measure_local(risk, eigenpairs, noise_samples=2, lanczos_steps=2)
+    return measure_smoothing(risk, local, TRAINING, displacements=1)
 
 
-def slopes(landscape: Landscape, smoothing: Smoothing) -> Drift:
+def slopes(risk: EmpiricalRisk, smoothing: Smoothing) -> Drift:
     given = smoothing.local, smoothing.training
-    return measure_drift(landscape, *given, displacements=60, lanczos_steps=2)
+    return measure_drift(risk, *given, displacements=60, lanczos_steps=2)
 
 
 @pytest.mark.parametrize("pairs", [None, 2])
 def test_kinks_are_counted(pairs: int | None) -> None:
-    landscape = kinked()
-    smoothing = smoothed(landscape, pairs)
+    risk = kinked()
+    smoothing = smoothed(risk, pairs)
     assert np.abs(smoothing.width.curvature).max() < 1e-9, "second derivatives do not see them"
-    found = find_kinks(slopes(landscape, smoothing), smoothing)
+    found = find_kinks(slopes(risk, smoothing), smoothing)
     density = 1.0 / (SPREAD * np.sqrt(2.0 * np.pi))
     added = 2.0 * np.array(JUMP) * density
     # 20,000 of them: 2,660 p(0) d in a width d of 0.05, some four percent at one end alone.
@@ -97,9 +97,9 @@ def test_kinks_are_counted(pairs: int | None) -> None:
 
 
 def test_flat_directions_share_one_value() -> None:
-    landscape = kinked((4.0, 0.02, 0.01))
-    smoothing = smoothed(landscape, None)
-    found = find_kinks(slopes(landscape, smoothing), smoothing)
+    risk = kinked((4.0, 0.02, 0.01))
+    smoothing = smoothed(risk, None)
+    found = find_kinks(slopes(risk, smoothing), smoothing)
     added = 2.0 * np.array(JUMP) / (SPREAD * np.sqrt(2.0 * np.pi))
     size = np.diag(covariance(smoothing.local, TRAINING))
     shared = (added * size)[1:].sum() / size[1:].sum()
@@ -108,11 +108,9 @@ def test_flat_directions_share_one_value() -> None:
 
 
 def test_a_smooth_loss_has_none() -> None:
-    landscape, training = tanh_landscape(quick=False), Training(0.02, SIZE, 30)
-    smoothing = measure_smoothing(
-        landscape, measure_local(landscape, None), training, displacements=8
-    )
-    found = find_kinks(slopes(landscape, smoothing), smoothing)
+    risk, training = tanh_risk(quick=False), Training(0.02, SIZE, 30)
+    smoothing = measure_smoothing(risk, measure_local(risk, None), training, displacements=8)
+    found = find_kinks(slopes(risk, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
     seen = replace(smoothing, kinks=found)
@@ -124,23 +122,23 @@ def test_a_smooth_loss_has_none() -> None:
 
 
 def test_a_scatter_that_knows_of_kinks_finds_the_same() -> None:
-    landscape = kinked()
-    smoothing = smoothed(landscape, 2)
-    found = find_kinks(slopes(landscape, smoothing), smoothing)
+    risk = kinked()
+    smoothing = smoothed(risk, 2)
+    found = find_kinks(slopes(risk, smoothing), smoothing)
     seen = replace(smoothing, kinks=found)
     local = seen.seen_by(TRAINING)
-    again = find_kinks(measure_drift(landscape, local, TRAINING, displacements=60), seen)
+    again = find_kinks(measure_drift(risk, local, TRAINING, displacements=60), seen)
     np.testing.assert_allclose(again.pairs, found.pairs, rtol=0.05)
     assert again.rest == pytest.approx(found.rest, rel=0.05)
 
 
 def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None:
     """J |w| along a direction of scatter s: J E|d| d / s^2 = J sqrt(2 / pi) / s."""
-    landscape = kinked(at_checkpoint=True)
+    risk = kinked(at_checkpoint=True)
     for lr in (LR, 0.1 * LR):
-        local, training = measure_local(landscape, None), replace(TRAINING, lr=lr)
-        smoothing = measure_smoothing(landscape, local, training, displacements=1)
-        found = find_kinks(measure_drift(landscape, local, training, displacements=400), smoothing)
+        local, training = measure_local(risk, None), replace(TRAINING, lr=lr)
+        smoothing = measure_smoothing(risk, local, training, displacements=1)
+        found = find_kinks(measure_drift(risk, local, training, displacements=400), smoothing)
         size = np.sqrt(np.diag(covariance(local, training)))
         # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
         expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
@@ -150,22 +148,22 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None
 
 
 def test_kinks_that_descent_leads_off_are_not_met() -> None:
-    landscape = kinked(at_checkpoint=True, slope=3.0)
-    local = measure_local(landscape, None)
-    smoothing = measure_smoothing(landscape, local, TRAINING, displacements=1)
-    found = find_kinks(measure_drift(landscape, local, TRAINING, displacements=60), smoothing)
+    risk = kinked(at_checkpoint=True, slope=3.0)
+    local = measure_local(risk, None)
+    smoothing = measure_smoothing(risk, local, TRAINING, displacements=1)
+    found = find_kinks(measure_drift(risk, local, TRAINING, displacements=60), smoothing)
     assert np.abs(found.pairs).max() < 1e-6
 
 
 @pytest.mark.parametrize("pairs", [None, 2])
 def test_what_kinks_cost_is_half_their_curvature_with_the_scatter(pairs: int | None) -> None:
-    landscape = kinked()
-    smoothing = smoothed(landscape, pairs)
+    risk = kinked()
+    smoothing = smoothed(risk, pairs)
     assert smoothing.kink_part(TRAINING, STEPS, smoothing.seen_by(TRAINING)) == 0.0
     kinks = Kinks(np.array([0.1, 0.2, 0.3][:pairs]), 0.3)
     seen = replace(smoothing, kinks=kinks)
     h = np.array(CURVATURE) + np.array([0.1, 0.2, 0.3])
-    c = np.cov(torch.cat(list(landscape.example_gradients())).numpy(), rowvar=False, ddof=0)
+    c = np.cov(torch.cat(list(risk.example_gradients())).numpy(), rowvar=False, ddof=0)
     expected = 0.5 * np.trace(np.diag([0.1, 0.2, 0.3]) @ scatter(np.diag(h), c, LR, SIZE, STEPS))
     # Examples are drawn: their noise is not quite along the axes, that of the rest not quite known.
     assert seen.kink_part(TRAINING, STEPS, seen.seen_by(TRAINING)) == pytest.approx(
@@ -175,10 +173,10 @@ def test_what_kinks_cost_is_half_their_curvature_with_the_scatter(pairs: int | N
 
 def test_kinks_that_are_denser_the_nearer() -> None:
     """Of density log(X / |x|) / X they add J (log(X / s) + (gamma + log 2) / 2) / X at width s."""
-    landscape = kinked(denser=True)
-    local = measure_local(landscape, None)
-    smoothing = measure_smoothing(landscape, local, TRAINING, displacements=1)
-    found = find_kinks(measure_drift(landscape, local, TRAINING, displacements=60), smoothing)
+    risk = kinked(denser=True)
+    local = measure_local(risk, None)
+    smoothing = measure_smoothing(risk, local, TRAINING, displacements=1)
+    found = find_kinks(measure_drift(risk, local, TRAINING, displacements=60), smoothing)
     size = np.sqrt(np.diag(covariance(local, TRAINING)))
     near = np.log(SPREAD / size) + 0.5 * (np.euler_gamma + np.log(2.0))
     added = np.array(JUMP) * near / SPREAD
@@ -214,7 +212,7 @@ def test_the_cost_of_kinks_is_the_integral_of_their_curvature(
 
 
 def test_kinks_of_nothing_change_nothing() -> None:
-    smoothing = smoothed(tanh_landscape(), 4)
+    smoothing = smoothed(tanh_risk(), 4)
     none = Kinks(np.zeros(4), 0.0, 1.5, 0.5)
     assert smoothing.kinks == Kinks.none()
     seen = replace(smoothing, kinks=none).seen_by(TRAINING)

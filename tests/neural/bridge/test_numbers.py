@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from neural.bridge.api import compare, measure
 from neural.bridge.best_lr import best_lrs
 from neural.bridge.config import BridgeConfig, Plan
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.models import build
 
 DATA = next(one for one in Path(__file__).parents if one.name == "tests") / "data"
@@ -30,7 +30,7 @@ CANCELLING = dict.fromkeys(("cross", "predicted_rise", "ratio"), 1e-8)
 CANCELLING |= dict.fromkeys(("error", "ratio_error", "gain_error", "plain_error"), 1e-6)
 
 
-def digits() -> Landscape:
+def digits() -> EmpiricalRisk:
     """172 weights of a tanh network on 120 digits of 4 x 4 pixels, near a minimum."""
     data = load_digits()
     x = torch.from_numpy(data.images[:120] / 16.0)[:, None]
@@ -42,7 +42,7 @@ def digits() -> Landscape:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.from_numpy(rng.normal(0, 0.3, parameter.shape)))
-    found = Landscape(model, [(x, y)], weight_decay=0.01)
+    found = EmpiricalRisk(model, [(x, y)], weight_decay=0.01)
     weights = found.weights.clone()
     for _ in range(150):
         weights -= 0.3 * found.gradient(weights)

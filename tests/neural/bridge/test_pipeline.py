@@ -15,7 +15,7 @@ from torch import nn
 
 from neural.bridge.comparison import COLUMNS
 from neural.bridge.config import BridgeConfig, Plan
-from neural.bridge.from_run import landscape_of
+from neural.bridge.from_run import risk_of_run
 from neural.bridge.pipeline import (
     held_out_loss,
     load_config,
@@ -25,13 +25,13 @@ from neural.bridge.pipeline import (
 )
 from neural.bridge.timing import STAGES, cost_table
 from neural.training.experiment import run_experiment
-from neural.training.task import Place
+from neural.training.task import Runtime
 from nqm import SGD, Phase, Program, solve
 from nqm.cli import main
 from nqm.errors import NQMError
 from nqm.problems.spectra import read_problem
 from nqm.table import read_metadata
-from tests.tiny_landscapes import tanh_landscape
+from tests.tiny_risks import tanh_risk
 from tests.tiny_runs import recipe
 
 PLAN = Plan(members=(1, 2), runs=4, records=2)
@@ -61,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     found = run_bridge(
-        open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path,
+        open_target(str(run), Runtime()), SMALL, PLAN, Runtime(), tmp_path,
         report=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert list(found.table.columns) == COLUMNS
@@ -82,7 +82,9 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     # The file is the problem, as nqm reads it: the table's excess is its expected loss.
     problem = read_problem(tmp_path / "problem.parquet").replace(initial_mean=0.0)
     config = replace(SMALL, averaging_displacements=0, train=False)
-    plain = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path / "plain")
+    plain = run_bridge(
+        open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path / "plain"
+    )
     row = plain.table.iloc[0]
     phase = Phase(SGD(), float(row["lr"]), 20, batch_size=int(row["batch_size"]))
     losses = solve(problem, Program((phase,)), at=[15, 20]).loss
@@ -95,7 +97,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
 
     stages.clear()
     again = run_bridge(
-        open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path,
+        open_target(str(run), Runtime()), SMALL, PLAN, Runtime(), tmp_path,
         report=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert not stages, "nothing is done twice"
@@ -103,7 +105,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name))
     assert again.words == found.words
     (tmp_path / "bridge.parquet").unlink()  # as if stopped before the last table
-    late = run_bridge(open_target(str(run), Place()), SMALL, PLAN, Place(), tmp_path)
+    late = run_bridge(open_target(str(run), Runtime()), SMALL, PLAN, Runtime(), tmp_path)
     pd.testing.assert_frame_equal(late.table, found.table)
     pd.testing.assert_series_equal(late.cost["seconds"], found.cost["seconds"])
     # What another configuration has done is not done again, and counts as long as it took then.
@@ -111,7 +113,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     less = replace(SMALL, batch_sizes=SMALL.batch_sizes[:1])
     for name in ("bridge", "problem", "spectrum", "course", "best_lr", "cost"):
         (tmp_path / f"{name}.parquet").rename(tmp_path / f"{name}-all.parquet")
-    part = run_bridge(open_target(str(run), Place()), less, PLAN, Place(), tmp_path)
+    part = run_bridge(open_target(str(run), Runtime()), less, PLAN, Runtime(), tmp_path)
     assert set((tmp_path / "kept").iterdir()) == files
     before, after = (one.cost.set_index("stage")["seconds"] for one in (found, part))
     for stage in ("curvature and noise", "averages"):
@@ -119,7 +121,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     for stage in ("third derivatives", "training"):  # of two trainings out of three
         assert 0.0 < after[stage] < before[stage]
     with pytest.raises(NQMError, match="another configuration"):
-        run_bridge(open_target(str(run), Place()), less, Plan((1,), 4), Place(), tmp_path)
+        run_bridge(open_target(str(run), Runtime()), less, Plan((1,), 4), Runtime(), tmp_path)
 
 
 def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
         select="head", examples=60, eigenpairs=0, displacements=4, steps=20,
         lr_times_sharpness=(0.2,), minimise=300, weight_decay=0.02, train=False,
     )  # fmt: skip
-    found = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
+    found = run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert found.table["measured"].isna().all()
     assert (found.table["predicted_rise"] > 0).all()
     assert np.abs(found.table["descent"]).max() < 1e-9, "at a minimum there is no descent"
@@ -138,12 +140,12 @@ def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
     config = replace(
         SMALL, batchnorm_group=6, lr_times_sharpness=(0.1,), batch_sizes=(1,), test_examples=30
     )
-    found = run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
+    found = run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert found.local.examples == 10, "sixty examples in groups of six"
     assert found.table[["predicted", "measured", "test"]].notna().all(axis=None)
     late = replace(PLAN, late_phase="head", members=(2,))
     with pytest.raises(NQMError, match="drop batchnorm_group"):
-        run_bridge(open_target(str(run), Place()), config, late, Place(), tmp_path / "late")
+        run_bridge(open_target(str(run), Runtime()), config, late, Runtime(), tmp_path / "late")
 
 
 @pytest.mark.parametrize(
@@ -189,17 +191,17 @@ def test_heavy_ball_stands_a_higher_rate() -> None:
 def test_shuffled_epochs_are_checked_before_anything_is_measured(run: Path, tmp_path: Path) -> None:
     config = replace(SMALL, sampling="shuffled", batch_sizes=(7,))
     with pytest.raises(NQMError, match="divides the 60 examples; got 7"):
-        run_bridge(open_target(str(run), Place()), config, PLAN, Place(), tmp_path)
+        run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_cost_is_told_in_epochs_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neural.bridge.timing._seconds", lambda landscape: 2.0)
+    monkeypatch.setattr("neural.bridge.timing._seconds", lambda risk: 2.0)
     log = {
         ("slopes", "one"): 16.0, ("slopes", "other"): 4.0, ("force", "one"): 3.0,
         ("eigenpairs", "one"): 8.0, ("unheard_of", "one"): 100.0,
     }  # fmt: skip
-    found = cost_table(tanh_landscape(), 0.25, log)  # an epoch takes eight seconds
+    found = cost_table(tanh_risk(), 0.25, log)  # an epoch takes eight seconds
     assert found["stage"].tolist() == ["curvature and noise", "third derivatives"]
     assert found["seconds"].tolist() == [8.0, 23.0]
     assert found["epochs"].tolist() == [1.0, 2.875]
@@ -207,13 +209,13 @@ def test_cost_is_told_in_epochs_of_training(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("examples", [3, 0])
 def test_loss_of_so_much_of_the_test_set(run: Path, examples: int) -> None:
-    opened = open_target(str(run), Place())
-    landscape = landscape_of(opened.run, opened.model, Place(), select="head", examples=60)
+    opened = open_target(str(run), Runtime())
+    risk = risk_of_run(opened.run, opened.model, Runtime(), select="head", examples=60)
     x, y = map(torch.cat, zip(*opened.task.test(), strict=True))
     x, y = x[: examples or None].double(), y[: examples or None]
     with torch.no_grad():
         expected = float(nn.functional.cross_entropy(opened.model(x), y))
-    found = held_out_loss(landscape, opened.task, examples)(landscape.weights)
+    found = held_out_loss(risk, opened.task, examples)(risk.weights)
     assert found == pytest.approx(expected, rel=1e-12)
 
 

@@ -19,118 +19,118 @@ from neural.bridge.sgd_chains import (
     train_late_phase,
     train_runs,
 )
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, quadratic, slide, tanh_landscape
+from tests.tiny_risks import Bowl, quadratic, slide, tanh_risk
 from tests.tolerances import IDENTITY, JUMP, agree
 
 
-def data(landscape: Landscape) -> tuple[Tensor, Tensor]:
-    x, y = (torch.cat(parts) for parts in zip(*landscape.batches, strict=True))
+def data(risk: EmpiricalRisk) -> tuple[Tensor, Tensor]:
+    x, y = (torch.cat(parts) for parts in zip(*risk.batches, strict=True))
     return x, y
 
 
-def named(landscape: Landscape, w: Tensor) -> dict[str, Tensor]:
-    parts = w.split([shape.numel() for shape in landscape.shapes.values()])
-    shapes = landscape.shapes.items()
+def named(risk: EmpiricalRisk, w: Tensor) -> dict[str, Tensor]:
+    parts = w.split([shape.numel() for shape in risk.shapes.values()])
+    shapes = risk.shapes.items()
     return {name: p.view(shape) for (name, shape), p in zip(shapes, parts, strict=True)}
 
 
-def slope(landscape: Landscape, w: Tensor, index: Tensor) -> Tensor:
+def slope(risk: EmpiricalRisk, w: Tensor, index: Tensor) -> Tensor:
     """Of cross-entropy and weight decay on a minibatch, by plain autograd."""
-    x, y = data(landscape)
+    x, y = data(risk)
     w = w.clone().requires_grad_()
-    output = functional_call(landscape.model, named(landscape, w), (x[index],))
+    output = functional_call(risk.model, named(risk, w), (x[index],))
     loss = nn.functional.cross_entropy(output, y[index])
-    loss = loss + 0.5 * landscape.weight_decay * w.square().sum()
+    loss = loss + 0.5 * risk.weight_decay * w.square().sum()
     return torch.autograd.grad(loss, w)[0]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_a_run_is_torchs_sgd(momentum: float, sampling: str) -> None:
-    landscape = tanh_landscape()
+    risk = tanh_risk()
     training = Training(0.1, 8, 12, momentum, sampling)
-    found = dict(train_runs(landscape, training, 3, (5, 12), seed=4))
+    found = dict(train_runs(risk, training, 3, (5, 12), seed=4))
     assert list(found) == [5, 12]
     for run in range(3):
-        w = nn.Parameter(landscape.weights.clone())
+        w = nn.Parameter(risk.weights.clone())
         optimizer = torch.optim.SGD([w], 0.1, momentum)
         for step, index in enumerate(islice(minibatches(40, training, (4, run)), 12), 1):
-            w.grad = slope(landscape, w.detach(), index)
+            w.grad = slope(risk, w.detach(), index)
             optimizer.step()
             if step in found:
                 agree(found[step][run], w.detach(), 1e-11)
 
 
 def test_one_by_one_as_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    landscape = tanh_landscape()
+    risk = tanh_risk()
     training = Training(0.1, 8, 10, 0.5)
-    together = dict(train_runs(landscape, training, 3, (10,)))[10]
+    together = dict(train_runs(risk, training, 3, (10,)))[10]
     monkeypatch.setattr(chains, "TOGETHER", 0)
-    alone = dict(train_runs(landscape, training, 3, (10,)))[10]
+    alone = dict(train_runs(risk, training, 3, (10,)))[10]
     agree(together, alone, IDENTITY)
 
 
 def test_runs_are_their_seeds() -> None:
-    landscape, training = tanh_landscape(), Training(0.1, 8, 4)
+    risk, training = tanh_risk(), Training(0.1, 8, 4)
 
     def run(count: int, seed: int) -> Tensor:
-        return next(iter(train_runs(landscape, training, count, (4,), seed=seed)))[1]
+        return next(iter(train_runs(risk, training, count, (4,), seed=seed)))[1]
 
     assert torch.equal(run(4, 1), run(4, 1))
     # More runs do not change the first; no two are the same.
     agree(run(2, 1), run(4, 1)[:2], IDENTITY)
     assert len(torch.cat([run(4, 1), run(4, 2)]).unique(dim=0)) == 8
-    before = landscape.weights.clone()
+    before = risk.weights.clone()
     run(2, 0)
-    assert torch.equal(landscape.weights, before)
+    assert torch.equal(risk.weights, before)
 
 
 def test_the_model_trains_in_evaluation_mode_and_is_left_as_it_was() -> None:
-    landscape = tanh_landscape()
-    landscape.model.append_dropout = nn.Dropout(0.9)  # type: ignore[assignment]
-    landscape.model.train()
+    risk = tanh_risk()
+    risk.model.append_dropout = nn.Dropout(0.9)  # type: ignore[assignment]
+    risk.model.train()
     modes = []
-    landscape.model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    for _ in train_runs(landscape, Training(0.1, 8, 2), 2, (2,)):
+    risk.model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    for _ in train_runs(risk, Training(0.1, 8, 2), 2, (2,)):
         pass
     assert modes
     assert not any(modes)
-    assert landscape.model.training
+    assert risk.model.training
 
 
 def test_progress_counts_minibatches() -> None:
     told: list[int] = []
-    landscape, training = tanh_landscape(), Training(0.1, 8, 4)
-    list(train_runs(landscape, training, 3, (2, 4), progress=told.append))
+    risk, training = tanh_risk(), Training(0.1, 8, 4)
+    list(train_runs(risk, training, 3, (2, 4), progress=told.append))
     assert sum(told) == 3 * 4
     told.clear()
-    list(train_late_phase(landscape, training, 2, "head", (2, 4), progress=told.append))
+    list(train_late_phase(risk, training, 2, "head", (2, 4), progress=told.append))
     assert sum(told) == 2 * 4
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_all_examples_at_once_are_noise_free(momentum: float) -> None:
-    landscape = tanh_landscape()
+    risk = tanh_risk()
     training = Training(0.2, 40, 9, momentum, "shuffled")
     at = (1, 4, 9)
-    calm = noise_free(landscape, training, at)
-    found = [landscape.loss(w[0]) for _, w in train_runs(landscape, training, 1, at)]
+    calm = noise_free(risk, training, at)
+    found = [risk.loss(w[0]) for _, w in train_runs(risk, training, 1, at)]
     agree(found, calm, 1e-11)
 
 
 def test_the_noise_free_path_of_a_quadratic_is_known() -> None:
     bowl = Bowl([2.0, 0.5, 0.1], away=1.0)
-    landscape, at = bowl.landscape, (1, 3, 20)
-    g = landscape.gradient().numpy()
-    start = landscape.loss()
+    risk, at = bowl.risk, (1, 3, 20)
+    g = risk.gradient().numpy()
+    start = risk.loss()
     expected = [start + quadratic(g, bowl.hessian, slide(g, bowl.hessian, 0.3, t)) for t in at]
-    agree(noise_free(landscape, Training(0.3, 1, 20), at), expected, 1e-11)
+    agree(noise_free(risk, Training(0.3, 1, 20), at), expected, 1e-11)
     # Two steps of heavy ball, written out.
     first = -0.3 * g
     second = first - 0.3 * (0.5 * g + g + bowl.hessian @ first)
-    found = noise_free(landscape, Training(0.3, 1, 2, 0.5), (2,))
+    found = noise_free(risk, Training(0.3, 1, 2, 0.5), (2,))
     agree(found, [start + quadratic(g, bowl.hessian, second)], 1e-11)
 
 
@@ -154,16 +154,16 @@ def test_draws_with_replacement_are_uniform() -> None:
 def test_an_epoch_must_be_whole_minibatches() -> None:
     training = Training(0.1, 7, 3, sampling="shuffled")
     with pytest.raises(NQMError, match="batch_size that divides the 40 examples; got 7"):
-        list(train_runs(tanh_landscape(), training, 2, (3,)))
+        list(train_runs(tanh_risk(), training, 2, (3,)))
 
 
 def test_divergence_is_an_infinite_loss() -> None:
-    landscape, training = Bowl([2.0, 0.5]).landscape, Training(100.0, 4, 200)
+    risk, training = Bowl([2.0, 0.5]).risk, Training(100.0, 4, 200)
     for found in (
-        [w for _, w in train_runs(landscape, training, 2, (2, 200))],
-        [w[None] for _, w in train_late_phase(landscape, training, 2, "all", (2, 200))],
+        [w for _, w in train_runs(risk, training, 2, (2, 200))],
+        [w[None] for _, w in train_late_phase(risk, training, 2, "all", (2, 200))],
     ):
-        losses = group_losses(landscape.loss, found, 1)
+        losses = group_losses(risk.loss, found, 1)
         assert np.isfinite(losses[:, 0]).all()
         assert np.isposinf(losses[:, 1]).all()
 
@@ -202,24 +202,24 @@ def test_losses_of_groups() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("select", ["all", "head"])
 def test_members_are_trained_literally(select: str, momentum: float) -> None:
-    landscape = tanh_landscape()
+    risk = tanh_risk()
     training, members = Training(0.1, 8, 6, momentum), 3
-    found = dict(train_late_phase(landscape, training, members, select, (2, 6), seed=5))
-    names = list(landscape.shapes)
+    found = dict(train_late_phase(risk, training, members, select, (2, 6), seed=5))
+    names = list(risk.shapes)
     replicated = torch.cat(
         [
-            torch.full((shape.numel(),), select == "all" or name.startswith(_head(landscape)))
-            for name, shape in landscape.shapes.items()
+            torch.full((shape.numel(),), select == "all" or name.startswith(_head(risk)))
+            for name, shape in risk.shapes.items()
         ]
     )
     assert names
     assert bool(replicated.any())
     assert bool(replicated.all()) == (select == "all")
-    w = landscape.weights.repeat(members, 1)
+    w = risk.weights.repeat(members, 1)
     v = torch.zeros_like(w)
     draws = [minibatches(40, training, (5, k)) for k in range(members)]
     for step in range(1, 7):
-        g = torch.stack([slope(landscape, w[k], next(draws[k])) for k in range(members)])
+        g = torch.stack([slope(risk, w[k], next(draws[k])) for k in range(members)])
         # The base takes the mean of the members' slopes, a member its own.
         g = torch.where(replicated, g, g.mean(0))
         v = momentum * v + g
@@ -228,25 +228,25 @@ def test_members_are_trained_literally(select: str, momentum: float) -> None:
             agree(found[step], w.mean(0), JUMP)
 
 
-def _head(landscape: Landscape) -> str:
-    return [n for n, m in landscape.model.named_modules() if isinstance(m, nn.Linear)][-1] + "."
+def _head(risk: EmpiricalRisk) -> str:
+    return [n for n, m in risk.model.named_modules() if isinstance(m, nn.Linear)][-1] + "."
 
 
 def test_members_start_where_the_landscape_is() -> None:
-    landscape = tanh_landscape()
-    moved = landscape.at(landscape.weights + 0.5)
+    risk = tanh_risk()
+    moved = risk.at(risk.weights + 0.5)
     kept = moved.weights.clone()
     training = Training(0.1, 8, 1)
     _, found = next(iter(train_late_phase(moved, training, 2, "all", (1,))))
     draws = [minibatches(40, training, (0, k)) for k in range(2)]
-    g = torch.stack([slope(landscape, kept, next(draw)) for draw in draws]).mean(0)
+    g = torch.stack([slope(risk, kept, next(draw)) for draw in draws]).mean(0)
     agree(found, kept - 0.1 * g, 1e-11)
     assert torch.equal(moved.weights, kept)
 
 
 def test_only_the_landscapes_weights_move() -> None:
-    whole = tanh_landscape()
-    head = Landscape(whole.model, whole.batches, "head")
+    whole = tanh_risk()
+    head = EmpiricalRisk(whole.model, whole.batches, "head")
     before = {n: p.detach().clone() for n, p in whole.model.named_parameters()}
     _, w = next(iter(train_late_phase(head, Training(0.1, 8, 3), 2, "head", (3,))))
     assert len(w) == head.size
@@ -259,8 +259,8 @@ def test_only_the_landscapes_weights_move() -> None:
 @pytest.mark.parametrize("together", [0, 5000])
 def test_training_a_part_keeps_no_graph(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chains, "TOGETHER", together)
-    whole = tanh_landscape()
-    part = Landscape(whole.model, whole.batches, "head")
+    whole = tanh_risk()
+    part = EmpiricalRisk(whole.model, whole.batches, "head")
     assert part.size < whole.size
     seen: list[Tensor] = []
     found = train_runs(part, Training(0.1, 4, 2), 2, [2], seen=lambda _, w: seen.append(w))

@@ -14,7 +14,7 @@ from neural.bridge.scatter import covariance, displacement
 from neural.bridge.smoothing import Change, Kinks, Smoothing, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, tanh_landscape
+from tests.tiny_risks import Bowl, tanh_risk
 from tests.tolerances import agree
 
 LR, SIZE, STEPS = 0.2, 4, 50
@@ -24,15 +24,15 @@ SLOW = replace(TRAINING, lr=0.02)
 
 @pytest.mark.parametrize("eigenpairs", [None, 5])
 def test_averages_are_those_of_the_ends(eigenpairs: int | None) -> None:
-    landscape, training = tanh_landscape(quick=False), SLOW
-    local = measure_local(landscape, eigenpairs, noise_samples=2, lanczos_steps=10)
-    found = measure_smoothing(landscape, local, training, displacements=3)
+    risk, training = tanh_risk(quick=False), SLOW
+    local = measure_local(risk, eigenpairs, noise_samples=2, lanczos_steps=10)
+    found = measure_smoothing(risk, local, training, displacements=3)
     rng = np.random.default_rng([0, 4])  # the same displacements
-    calm = landscape.weights + torch.from_numpy(descended(local, training))
+    calm = risk.weights + torch.from_numpy(descended(local, training))
     v, curvature, noise, traces = local.pairs.vectors, [], [], []
     drawn = [torch.from_numpy(displacement(local, training, rng)) for _ in range(3)]
     for moved in (0.0 * drawn[0], *drawn, *(-one for one in drawn)):
-        there = landscape.at(calm + moved)
+        there = risk.at(calm + moved)
         gradients = torch.cat(list(there.example_gradients())).numpy()
         c = np.cov(gradients, rowvar=False, ddof=0)
         curvature.append(v.T @ there.hessian().numpy() @ v)
@@ -66,9 +66,9 @@ def test_averages_are_those_of_the_ends(eigenpairs: int | None) -> None:
 def test_where_descent_ends_counts_as_well() -> None:
     """With third derivatives and no fourth curvature is linear in the weights."""
     bowl = Bowl((2.0, 0.7, 0.2), cubic=0.03, away=0.5)
-    local = measure_local(bowl.landscape, None)
-    found = measure_smoothing(bowl.landscape, local, TRAINING, displacements=1)
-    end, h = descended(local, TRAINING), bowl.landscape.hessian().numpy()
+    local = measure_local(bowl.risk, None)
+    found = measure_smoothing(bowl.risk, local, TRAINING, displacements=1)
+    end, h = descended(local, TRAINING), bowl.risk.hessian().numpy()
     seen = found.seen_by(TRAINING).pairs.values
     agree(np.sort(seen), np.linalg.eigvalsh(h + bowl.third @ end), 1e-9)
     # At a lower rate descent has not come as far, whatever the batch size.
@@ -80,9 +80,9 @@ def test_where_descent_ends_counts_as_well() -> None:
 
 
 def test_the_curvature_change_part_is_half_the_change_with_the_covariance() -> None:
-    landscape = tanh_landscape()
-    local = measure_local(landscape, None)
-    found = measure_smoothing(landscape, local, TRAINING, displacements=2)
+    risk = tanh_risk()
+    local = measure_local(risk, None)
+    found = measure_smoothing(risk, local, TRAINING, displacements=2)
     seen = found.seen_by(TRAINING)
     whole = seen.pairs.vectors @ covariance(seen, TRAINING) @ seen.pairs.vectors.T
     change = local.pairs.vectors @ found.width.curvature @ local.pairs.vectors.T
@@ -93,9 +93,9 @@ def test_the_curvature_change_part_is_half_the_change_with_the_covariance() -> N
 def test_the_mean_of_the_scatter_counts_as_well() -> None:
     """With third derivatives and no fourth the mean curvature is that at the mean."""
     bowl = Bowl((2.0, 0.7, 0.2), cubic=0.3)
-    local = measure_local(bowl.landscape, None)
-    drift = measure_drift(bowl.landscape, local, TRAINING, displacements=40)
-    found = measure_smoothing(bowl.landscape, local, TRAINING, drift=drift, displacements=2)
+    local = measure_local(bowl.risk, None)
+    drift = measure_drift(bowl.risk, local, TRAINING, displacements=40)
+    found = measure_smoothing(bowl.risk, local, TRAINING, drift=drift, displacements=2)
     v, mean = local.pairs.vectors, drift.displacement(TRAINING)
     agree(found.mean.curvature, v.T @ (bowl.third @ mean) @ v, 1e-9)
     assert np.abs(found.width.curvature).max() < 1e-9
@@ -114,13 +114,13 @@ def test_what_holds_the_mean_and_what_it_costs_are_exact_of_a_cubic(rest: float)
     """Where the force f has put the mean m, slope(m) = -f, and the floor is the loss there."""
     bowl, steps = Bowl((2.0, 0.7, 0.2), cubic=0.3), 4000
     training = replace(TRAINING, steps=steps)
-    local = measure_local(bowl.landscape, None)
+    local = measure_local(bowl.risk, None)
     v, mean = local.pairs.vectors, np.array([0.1, -0.2, 0.3])
-    start = bowl.landscape.weights
+    start = bowl.risk.weights
     there = start + torch.from_numpy(mean)
     kinked = rest * np.eye(3)  # a curvature that no second derivative sees
-    force = -v.T @ (bowl.landscape.gradient(there).numpy() + kinked @ mean)
-    drift = measure_drift(bowl.landscape, local, training, displacements=2)
+    force = -v.T @ (bowl.risk.gradient(there).numpy() + kinked @ mean)
+    drift = measure_drift(bowl.risk, local, training, displacements=2)
     drift = replace(drift, force_top=(force, force))
     still = Change(np.zeros((3, 3)), np.zeros((3, 3)), 0.0)
     moved = replace(still, curvature=v.T @ (bowl.third @ mean) @ v)
@@ -128,7 +128,7 @@ def test_what_holds_the_mean_and_what_it_costs_are_exact_of_a_cubic(rest: float)
     smoothing = Smoothing(local, training, still, moved, still, drift, kinks)
     held = smoothing.along_mean_path(drift)
     agree(held.displacement(training), mean, 1e-9)
-    rise = bowl.landscape.loss(there) - bowl.landscape.loss() + 0.5 * mean @ kinked @ mean
+    rise = bowl.risk.loss(there) - bowl.risk.loss() + 0.5 * mean @ kinked @ mean
     assert held.floor(training, steps) == pytest.approx(rise, rel=1e-9)
     assert drift.floor(training, steps) != pytest.approx(rise, rel=0.02)
     # Elsewhere the force is scaled, and the curvature that it was measured with stays.
@@ -137,9 +137,9 @@ def test_what_holds_the_mean_and_what_it_costs_are_exact_of_a_cubic(rest: float)
 
 
 def test_the_rest_of_the_force_is_held_by_kinks_as_well() -> None:
-    landscape = tanh_landscape()
-    local = measure_local(landscape, 2, noise_samples=2, lanczos_steps=3)
-    drift = measure_drift(landscape, local, SLOW, displacements=2, lanczos_steps=3)
+    risk = tanh_risk()
+    local = measure_local(risk, 2, noise_samples=2, lanczos_steps=3)
+    drift = measure_drift(risk, local, SLOW, displacements=2, lanczos_steps=3)
     still = Change(np.zeros((2, 2)), np.zeros((2, 2)), 0.0)
     kinks = Kinks(np.array([0.1, 0.2]), 0.3)
     smoothing = Smoothing(local, SLOW, still, still, still, drift, kinks)
@@ -151,13 +151,13 @@ def test_the_rest_of_the_force_is_held_by_kinks_as_well() -> None:
 
 
 def test_noise_at_the_mean_of_the_scatter() -> None:
-    landscape = tanh_landscape()
-    local = measure_local(landscape, None)
-    drift = measure_drift(landscape, local, SLOW, displacements=4)
-    found = measure_smoothing(landscape, local, SLOW, drift=drift, displacements=1)
+    risk = tanh_risk()
+    local = measure_local(risk, None)
+    drift = measure_drift(risk, local, SLOW, displacements=4)
+    found = measure_smoothing(risk, local, SLOW, drift=drift, displacements=1)
     v, mean = local.pairs.vectors, torch.from_numpy(drift.displacement(SLOW))
-    end = landscape.weights + torch.from_numpy(descended(local, SLOW))
-    there = landscape.at(end + mean)
+    end = risk.weights + torch.from_numpy(descended(local, SLOW))
+    there = risk.at(end + mean)
     c = np.cov(torch.cat(list(there.example_gradients())).numpy(), rowvar=False, ddof=0)
     agree(found.mean.noise + found.descent.noise + local.noise, v.T @ c @ v, 1e-9)
     calm = found.descent.trace + local.noise_trace
@@ -168,9 +168,9 @@ def test_noise_at_the_mean_of_the_scatter() -> None:
 
 def test_a_scatter_that_has_not_settled_is_scaled_by_its_size() -> None:
     bowl = Bowl((2.0, 0.7, 0.2), cubic=0.3)
-    local = measure_local(bowl.landscape, None)
-    drift = measure_drift(bowl.landscape, local, TRAINING, displacements=6)
-    found = measure_smoothing(bowl.landscape, local, TRAINING, drift=drift, displacements=1)
+    local = measure_local(bowl.risk, None)
+    drift = measure_drift(bowl.risk, local, TRAINING, displacements=6)
+    found = measure_smoothing(bowl.risk, local, TRAINING, drift=drift, displacements=1)
 
     def scales(lr: float, size: int = SIZE) -> tuple[float, float]:
         training = Training(lr, size, STEPS)
@@ -189,16 +189,16 @@ def test_a_scatter_that_has_not_settled_is_scaled_by_its_size() -> None:
 
 
 def test_nothing_to_average_over_is_refused() -> None:
-    landscape = tanh_landscape()
+    risk = tanh_risk()
     with pytest.raises(NQMError, match="averaging_displacements must be"):
-        measure_smoothing(landscape, measure_local(landscape, None), TRAINING, displacements=0)
+        measure_smoothing(risk, measure_local(risk, None), TRAINING, displacements=0)
 
 
 def test_a_change_that_is_too_large_turns_nothing_downwards() -> None:
-    landscape = tanh_landscape()
-    local = measure_local(landscape, 5)
+    risk = tanh_risk()
+    local = measure_local(risk, 5)
     assert local.pairs.values.min() > 0.0
-    found = measure_smoothing(landscape, local, TRAINING, displacements=1)
+    found = measure_smoothing(risk, local, TRAINING, displacements=1)
     downwards = replace(found, width=replace(found.width, curvature=-np.diag(local.pairs.values)))
     assert (downwards.seen_by(replace(TRAINING, batch_size=1)).pairs.values == 0.0).all()
     agree(

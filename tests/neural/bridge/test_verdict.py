@@ -8,13 +8,13 @@ import pytest
 
 from neural.bridge.comparison import COLUMNS
 from neural.bridge.verdict import rank_order, verdict
-from neural.curvature.local_quadratic import LocalModel, measure_local
-from tests.tiny_landscapes import Bowl
+from neural.curvature.local_quadratic import LocalQuadratic, measure_local
+from tests.tiny_risks import Bowl
 
 
 @pytest.fixture(scope="module")
-def local() -> LocalModel:
-    return measure_local(Bowl((2.0, 0.7, 0.2), away=0.5).landscape, None)
+def local() -> LocalQuadratic:
+    return measure_local(Bowl((2.0, 0.7, 0.2), away=0.5).risk, None)
 
 
 def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFrame:
@@ -34,7 +34,7 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
     return pd.DataFrame(rows).assign(**changes)[COLUMNS]
 
 
-def test_the_verdict_counts(local: LocalModel) -> None:
+def test_the_verdict_counts(local: LocalQuadratic) -> None:
     # Every table has its rows numbered from 0, as they are put together.
     table = pd.concat(
         [
@@ -77,7 +77,7 @@ def test_rank_order_counts_what_is_sure() -> None:
     assert rank_order(table.assign(error=10.0)) == (0, 0)
 
 
-def test_best_rates_and_cost_are_stated(local: LocalModel) -> None:
+def test_best_rates_and_cost_are_stated(local: LocalQuadratic) -> None:
     best = pd.DataFrame(
         {
             "way": "runs", "batch_size": 8, "members": [1, 4, 16, 64],
@@ -97,7 +97,7 @@ def test_best_rates_and_cost_are_stated(local: LocalModel) -> None:
     assert "runs, B = 8, K = 1: best lr 0.1 predicted." in untrained
 
 
-def test_noise_that_feeds_itself_is_told(local: LocalModel) -> None:
+def test_noise_that_feeds_itself_is_told(local: LocalQuadratic) -> None:
     calm = pd.concat(
         [cells(0.1, (1.0, 1.1), noise_growth=-0.1), cells(0.2, (1.0,), noise_growth=0.4)]
     )
@@ -123,7 +123,7 @@ def test_noise_that_feeds_itself_is_told(local: LocalModel) -> None:
     assert verdict(wild, local).count(told) == 1
 
 
-def test_noise_that_fades_on_the_way_is_told(local: LocalModel) -> None:
+def test_noise_that_fades_on_the_way_is_told(local: LocalQuadratic) -> None:
     table = pd.concat(
         [
             cells(0.1, (1.0, 1.1), noise_change_on_path=-0.2),

@@ -16,7 +16,7 @@ from neural.bridge.iterate_averages import ExponentialMean, TailMean
 from neural.curvature import cache as module
 from neural.curvature.cache import Cache, fingerprint
 from nqm.errors import NQMError
-from tests.tiny_landscapes import tanh_landscape
+from tests.tiny_risks import tanh_risk
 
 TRAINING = Training(0.1, 4, 10)
 
@@ -48,8 +48,8 @@ def test_a_result_is_computed_once(tmp_path: Path) -> None:
 
 
 def test_the_file_states_what_it_is_of(tmp_path: Path) -> None:
-    landscape = tanh_landscape()
-    cache = Cache(tmp_path).of(landscape, seed=7)
+    risk = tanh_risk()
+    cache = Cache(tmp_path).of(risk, seed=7)
     cache("stage", Counted(), training=TRAINING, rate=np.float64(0.5), name=None)
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("stage-")
@@ -58,7 +58,7 @@ def test_the_file_states_what_it_is_of(tmp_path: Path) -> None:
         assert content["_seconds"] == next(iter(cache.log.values())) > 0.0
     training = {"lr": 0.1, "batch_size": 4, "steps": 10, "momentum": 0.0}
     assert stated == {
-        "stage": "stage", "version": nqm.__version__, "content": fingerprint(landscape), "seed": 7,
+        "stage": "stage", "version": nqm.__version__, "content": fingerprint(risk), "seed": 7,
         "training": training | {"sampling": "with replacement"}, "rate": 0.5, "name": None,
     }  # fmt: skip
 
@@ -90,11 +90,11 @@ def test_another_value_is_another_result(tmp_path: Path, changes: dict[str, Any]
 def test_another_stage_content_seed_or_version_is_another_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, landscape = Counted(), tanh_landscape()
-    other = landscape.at(landscape.weights + 1e-9)
+    compute, risk = Counted(), tanh_risk()
+    other = risk.at(risk.weights + 1e-9)
     caches = [
-        Cache(tmp_path), Cache(tmp_path).of(landscape), Cache(tmp_path).of(landscape, seed=0),
-        Cache(tmp_path).of(landscape, seed=1), Cache(tmp_path).of(other, seed=1),
+        Cache(tmp_path), Cache(tmp_path).of(risk), Cache(tmp_path).of(risk, seed=0),
+        Cache(tmp_path).of(risk, seed=1), Cache(tmp_path).of(other, seed=1),
     ]  # fmt: skip
     for cache in caches:
         cache("stage", compute, **BASE)
@@ -106,7 +106,7 @@ def test_another_stage_content_seed_or_version_is_another_result(
 
 def test_a_log_is_that_of_all_landscapes(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    cache.of(tanh_landscape())("stage", Counted())
+    cache.of(tanh_risk())("stage", Counted())
     assert [stage for stage, _ in cache.log] == ["stage"]
 
 
@@ -126,7 +126,7 @@ def test_a_value_that_no_key_can_state_is_refused(tmp_path: Path, keeps: bool) -
 
 def test_without_a_folder_nothing_is_kept() -> None:
     compute, cache = Counted(), Cache()
-    cache.of(tanh_landscape())("stage", compute)
+    cache.of(tanh_risk())("stage", compute)
     once = cache.log["stage", next(iter(cache.log))[1]]
     cache("stage", compute)
     assert compute.calls == 2

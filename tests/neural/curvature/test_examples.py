@@ -14,8 +14,8 @@ from neural.bridge.config import Training
 from neural.bridge.sgd_chains import train_late_phase, train_runs
 from neural.curvature import gradient_noise
 from neural.curvature.cache import fingerprint
-from neural.curvature.risk import Landscape
-from neural.curvature.risk_batchnorm import BatchLandscape, grouped
+from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
 from nqm.errors import NQMError
 from tests.tolerances import IDENTITY, agree
 
@@ -50,13 +50,13 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(7, 5, dtype=torch.double), torch.randint(3, (7,))
 
 
-def of(shape: str | None, kind: type[Landscape] = Landscape) -> Landscape:
+def of(shape: str | None, kind: type[EmpiricalRisk] = EmpiricalRisk) -> EmpiricalRisk:
     x, y = data()
     made = (lambda x: x) if shape is None else lambda x: SHAPES[shape](x[:, :4], x[:, 4])
     torch.manual_seed(1)
     model = (One() if shape is None else Two()).double()
     batches = [(made(x[:3]), y[:3]), (made(x[3:]), y[3:])]
-    return kind(model, batches if kind is Landscape else grouped(batches, 2), weight_decay=0.1)
+    return kind(model, batches if kind is EmpiricalRisk else grouped(batches, 2), weight_decay=0.1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,7 +72,7 @@ def test_any_structure_gives_the_same(shape: str) -> None:
     agree(trained[1], trained[0], IDENTITY)
     late = [next(iter(train_late_phase(one, training, 2, "all", [2])))[1] for one in (plain, other)]
     agree(late[1], late[0], IDENTITY)
-    groups = [of(one, BatchLandscape) for one in (None, shape)]
+    groups = [of(one, BatchNormRisk) for one in (None, shape)]
     assert groups[1].examples == 3
     agree(groups[1].gradient(), groups[0].gradient(), IDENTITY)
 
@@ -80,9 +80,9 @@ def test_any_structure_gives_the_same(shape: str) -> None:
 def test_the_key_holds_all_of_the_data() -> None:
     keys = {fingerprint(of("dict"))}
     for name, value in (("a", torch.zeros(3, 4).double()), ("shift", 0.5)):
-        landscape = of("dict")
-        landscape.batches[0][0][name] = value
-        keys.add(fingerprint(landscape))
+        risk = of("dict")
+        risk.batches[0][0][name] = value
+        keys.add(fingerprint(risk))
     assert len(keys) == 3
 
 
@@ -96,7 +96,7 @@ def test_rows_that_cannot_be_told_are_refused() -> None:
         (nested, "hold a object, in which examples cannot be told apart"),
     ):
         with pytest.raises(NQMError, match=told):
-            gradient_noise.trace(Landscape(Two().double(), [(inputs, y)]))
+            gradient_noise.trace(EmpiricalRisk(Two().double(), [(inputs, y)]))
     batches = [((a, b), y), ((a[:, :2], b), y)]
     with pytest.raises(NQMError, match="batches differ in the structure"):
         grouped(batches, 2)
@@ -110,7 +110,7 @@ def test_losses_and_targets_that_would_be_miscounted_are_refused() -> None:
         return nn.functional.cross_entropy(output, targets)
 
     with pytest.raises(NQMError, match=r"per example, shape \(7,\); got \(\); .*'none'"):
-        Landscape(model, [(x, y)], loss=mean).loss()
+        EmpiricalRisk(model, [(x, y)], loss=mean).loss()
     for targets, told in (
         (torch.where(y == y[0], -100, y), "examples have 0 to 1 labels that count"),
         (torch.where(y == y[0], -1, y), "labels must be 0 or more, or -100 for none; got -1"),
@@ -118,17 +118,19 @@ def test_losses_and_targets_that_would_be_miscounted_are_refused() -> None:
         (y.tolist(), "must be a tensor with a row for each example; got list"),
     ):
         with pytest.raises(NQMError, match=told):
-            Landscape(model, [(x, targets)])
+            EmpiricalRisk(model, [(x, targets)])
     # As many labels in every example: the mean is torch's own.
     text, labels = torch.stack([x, x.flip(0), -x], 1), torch.stack([y, y, y], 1)
     labels[:, 0] = -100
     with torch.no_grad():
         expected = nn.functional.cross_entropy(model(text).flatten(0, 1), labels.flatten())
-    assert Landscape(model, [(text, labels)]).loss() == pytest.approx(float(expected), rel=IDENTITY)
+    assert EmpiricalRisk(model, [(text, labels)]).loss() == pytest.approx(
+        float(expected), rel=IDENTITY
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
 def test_weights_without_usable_derivatives_are_refused(dtype: torch.dtype) -> None:
     model = nn.Linear(4, 3).to(dtype)
-    with pytest.raises(NQMError, match=f"weight 'weight' is {dtype}; a landscape takes float32"):
-        Landscape(model, [(torch.ones(2, 4), torch.tensor([0, 1]))])
+    with pytest.raises(NQMError, match=f"weight 'weight' is {dtype}; a risk takes float32"):
+        EmpiricalRisk(model, [(torch.ones(2, 4), torch.tensor([0, 1]))])

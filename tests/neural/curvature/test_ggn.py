@@ -17,11 +17,11 @@ from neural.bridge.smoothing import measure_smoothing
 from neural.curvature import ggn
 from neural.curvature.cache import Cache, fingerprint
 from neural.curvature.local_quadratic import measure_local
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import eigenpairs, trace_estimate
 from neural.models import build
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, tanh_landscape
+from tests.tiny_risks import Bowl, tanh_risk
 from tests.tolerances import IDENTITY, agree
 
 DECAY = 0.01
@@ -52,145 +52,145 @@ KINDS = {
 }
 
 
-def landscape_of_kind(kind: str) -> Landscape:
+def landscape_of_kind(kind: str) -> EmpiricalRisk:
     torch.manual_seed(0)
     make, select = KINDS[kind]
     model, x, y = make()
     x = x.double() if x.is_floating_point() else x
     batches = [(x[:5], y[:5]), (x[5:], y[5:])]
-    return Landscape(model.double(), batches, select, weight_decay=DECAY, curvature="ggn")
+    return EmpiricalRisk(model.double(), batches, select, weight_decay=DECAY, curvature="ggn")
 
 
 @pytest.fixture(params=KINDS)
-def landscape(request: pytest.FixtureRequest) -> Landscape:
+def risk(request: pytest.FixtureRequest) -> EmpiricalRisk:
     return landscape_of_kind(request.param)
 
 
-def written_out(landscape: Landscape) -> Tensor:
+def written_out(risk: EmpiricalRisk) -> Tensor:
     """J' H J of all outputs at once, H = diag(q) - q q' of every softmax q, and the decay."""
-    x = torch.cat([x for x, _ in landscape.batches])
-    names, shapes = zip(*landscape.shapes.items(), strict=True)
+    x = torch.cat([x for x, _ in risk.batches])
+    names, shapes = zip(*risk.shapes.items(), strict=True)
 
     def outputs(w: Tensor) -> Tensor:
         parts = torch.split(w, [shape.numel() for shape in shapes])
         named = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
-        found: Tensor = functional_call(landscape.model.eval(), named, (x,))
+        found: Tensor = functional_call(risk.model.eval(), named, (x,))
         return found.flatten(0, -2)
 
-    q = outputs(landscape.weights).softmax(-1).detach()
+    q = outputs(risk.weights).softmax(-1).detach()
     h = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
-    j = jacrev(outputs)(landscape.weights).detach()
+    j = jacrev(outputs)(risk.weights).detach()
     return (
         torch.einsum("ncp,ncd,ndq->pq", j, h, j) / len(q) + DECAY * torch.eye(j.shape[2]).double()
     )
 
 
-def test_it_is_the_product_of_jacobians(landscape: Landscape) -> None:
-    expected = written_out(landscape)
-    found = landscape.ggn()
+def test_it_is_the_product_of_jacobians(risk: EmpiricalRisk) -> None:
+    expected = written_out(risk)
+    found = risk.ggn()
     assert found.dtype == torch.float64
     agree(found, expected, 1e-11)
-    v = torch.randn_like(landscape.weights)
-    agree(landscape.ggn_product(v), expected @ v, 1e-11)
-    agree(landscape.curvature_matrix(), expected, 1e-11)
-    agree(landscape.curvature_product(v), expected @ v, 1e-11)
+    v = torch.randn_like(risk.weights)
+    agree(risk.ggn_product(v), expected @ v, 1e-11)
+    agree(risk.curvature_matrix(), expected, 1e-11)
+    agree(risk.curvature_product(v), expected @ v, 1e-11)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_any_number_of_rows_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    landscape = landscape_of_kind("late-phase coordinates")
+    risk = landscape_of_kind("late-phase coordinates")
     monkeypatch.setattr(ggn, "JACOBIAN_ROWS", rows)
-    agree(landscape.ggn(), written_out(landscape), 1e-11)
+    agree(risk.ggn(), written_out(risk), 1e-11)
 
 
 def test_of_a_linear_model_it_is_the_hessian() -> None:
     torch.manual_seed(1)
     x, y = torch.randn(20, 4, dtype=torch.double), torch.randint(3, (20,))
     model = nn.Sequential(nn.Linear(4, 3)).double()
-    landscape = Landscape(model, [(x, y)], curvature="ggn")
-    agree(landscape.ggn(), landscape.hessian(), IDENTITY)
+    risk = EmpiricalRisk(model, [(x, y)], curvature="ggn")
+    agree(risk.ggn(), risk.hessian(), IDENTITY)
     q = model(x).softmax(1).detach()
     h = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
     closed = torch.einsum("ncd,ni,nj->cidj", h, x, x).reshape(12, 12) / 20
-    agree(landscape.ggn()[:12, :12], closed, IDENTITY)
+    agree(risk.ggn()[:12, :12], closed, IDENTITY)
 
 
 def test_of_another_loss() -> None:
     """Outputs that are linear in the weights, a quadratic loss: Jacobians and H are constants."""
     bowl = Bowl((3.0, 1.0, -0.4), away=0.7)
-    agree(bowl.landscape.ggn(), bowl.hessian, IDENTITY)
+    agree(bowl.risk.ggn(), bowl.hessian, IDENTITY)
 
 
 def test_away_from_a_linear_model_it_is_not_the_hessian() -> None:
-    landscape = landscape_of_kind("mlp")
-    away = (landscape.ggn() - landscape.hessian()).norm()
-    assert away > 0.1 * landscape.hessian().norm()
+    risk = landscape_of_kind("mlp")
+    away = (risk.ggn() - risk.hessian()).norm()
+    assert away > 0.1 * risk.hessian().norm()
 
 
 @given(seed=st.integers(0, 10**6), size=st.floats(0.01, 30.0))
 def test_it_has_no_negative_eigenvalue(seed: int, size: float) -> None:
-    landscape = landscape_of_kind("mlp")
+    risk = landscape_of_kind("mlp")
     generator = torch.Generator().manual_seed(seed)
-    w = size * torch.randn(landscape.size, generator=generator, dtype=torch.double)
-    values = torch.linalg.eigvalsh(landscape.at(w).ggn())
+    w = size * torch.randn(risk.size, generator=generator, dtype=torch.double)
+    values = torch.linalg.eigvalsh(risk.at(w).ggn())
     assert values[0] > DECAY - 1e-12 * values[-1]
 
 
 def test_the_model_is_left_as_it_is() -> None:
-    landscape = landscape_of_kind("late-phase coordinates")
-    landscape.model.train()
-    before = {name: value.clone() for name, value in landscape.model.state_dict().items()}
-    found = [landscape.ggn(), landscape.ggn_product(torch.ones_like(landscape.weights))]
+    risk = landscape_of_kind("late-phase coordinates")
+    risk.model.train()
+    before = {name: value.clone() for name, value in risk.model.state_dict().items()}
+    found = [risk.ggn(), risk.ggn_product(torch.ones_like(risk.weights))]
     assert not any(one.requires_grad for one in found)
-    assert landscape.model.training
-    for name, value in landscape.model.state_dict().items():
+    assert risk.model.training
+    for name, value in risk.model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert all(p.grad is None for p in landscape.model.parameters())
+    assert all(p.grad is None for p in risk.model.parameters())
 
 
 # --- everything that asks for curvature ----------------------------------------------------------
 
 
 def test_eigenpairs_and_traces_are_its_own() -> None:
-    landscape = landscape_of_kind("mlp")
-    values = torch.linalg.eigvalsh(written_out(landscape)).flip(0).numpy()
-    agree(eigenpairs(landscape, 3, tolerance=1e-9).values, values[:3], 1e-7)
-    estimate, error = trace_estimate(landscape, probes=20)
+    risk = landscape_of_kind("mlp")
+    values = torch.linalg.eigvalsh(written_out(risk)).flip(0).numpy()
+    agree(eigenpairs(risk, 3, tolerance=1e-9).values, values[:3], 1e-7)
+    estimate, error = trace_estimate(risk, probes=20)
     assert abs(estimate - values.sum()) < 4.5 * error
-    landscape.curvature = "hessian"
-    assert abs(eigenpairs(landscape, 1).values[0] - values[0]) > 0.01 * values[0]
+    risk.curvature = "hessian"
+    assert abs(eigenpairs(risk, 1).values[0] - values[0]) > 0.01 * values[0]
 
 
 @pytest.mark.parametrize("eigenpairs", [None, 4])
 def test_a_local_model_of_it(eigenpairs: int | None, tmp_path: Path) -> None:
-    landscape = landscape_of_kind("mlp")
-    dense, slope = written_out(landscape).numpy(), landscape.gradient().numpy()
+    risk = landscape_of_kind("mlp")
+    dense, slope = written_out(risk).numpy(), risk.gradient().numpy()
     values = np.linalg.eigvalsh(dense)[::-1]
     settings = {"noise_samples": 1, "lanczos_steps": 3, "tolerance": 1e-8}
     cache = Cache(tmp_path)
-    local = measure_local(landscape, eigenpairs, cache=cache, **settings)
+    local = measure_local(risk, eigenpairs, cache=cache, **settings)
     agree(local.pairs.values, values[:eigenpairs], 1e-9)
     h, _, g = local.points()
     assert g @ h == pytest.approx(slope @ dense @ slope, rel=1e-9)
     assert local.negative_share() == (0.0, 0.0)
-    landscape.curvature = "hessian"
-    other = measure_local(landscape, eigenpairs, cache=cache, **settings)
+    risk.curvature = "hessian"
+    other = measure_local(risk, eigenpairs, cache=cache, **settings)
     assert other.pairs.values[0] != pytest.approx(values[0], rel=0.01)  # kept apart
     # Averages over a scatter of size 0 are those of the checkpoint, for either kind.
     for kind, found in (("ggn", local), ("hessian", other)):
-        landscape.curvature = kind
-        still = measure_smoothing(landscape, found, Training(1e-9, 1, 1), displacements=1)
+        risk.curvature = kind
+        still = measure_smoothing(risk, found, Training(1e-9, 1, 1), displacements=1)
         assert np.abs(still.width.curvature).max() < 1e-6 * values[0]
 
 
 def test_the_key_tells_the_kinds_apart() -> None:
-    landscape = tanh_landscape(quick=False)
-    key = fingerprint(landscape)
-    landscape.curvature = "ggn"
-    assert fingerprint(landscape) != key
+    risk = tanh_risk(quick=False)
+    key = fingerprint(risk)
+    risk.curvature = "ggn"
+    assert fingerprint(risk) != key
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    landscape = tanh_landscape(quick=False)
+    risk = tanh_risk(quick=False)
     with pytest.raises(NQMError, match="curvature 'ggm' is unknown; did you mean 'ggn'"):
-        Landscape(landscape.model, landscape.batches, curvature="ggm")
+        EmpiricalRisk(risk.model, risk.batches, curvature="ggm")

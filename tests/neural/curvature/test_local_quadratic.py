@@ -15,38 +15,38 @@ from neural.bridge.drift import descent
 from neural.bridge.scatter import covariance, displacement
 from neural.curvature.cache import Cache, fingerprint
 from neural.curvature.lanczos import Krylov
-from neural.curvature.local_quadratic import LocalModel, measure_local
-from neural.curvature.risk import Landscape
+from neural.curvature.local_quadratic import LocalQuadratic, measure_local
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs
 from nqm import SGD, Phase, Program, solve
 from nqm.errors import NQMError
-from tests.tiny_landscapes import Bowl, quadratic, scatter, slide, tanh_landscape
+from tests.tiny_risks import Bowl, quadratic, scatter, slide, tanh_risk
 from tests.tolerances import IDENTITY, JUMP, agree, within_error
 
 #: The rest of a partial model is exact in the polynomials of SGD up to so many steps.
 LANCZOS_STEPS = 12
 
 
-def dense(landscape: Landscape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dense(risk: EmpiricalRisk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """H, C and the slope."""
-    gradients = torch.cat(list(landscape.example_gradients())).numpy()
+    gradients = torch.cat(list(risk.example_gradients())).numpy()
     noise = np.cov(gradients, rowvar=False, ddof=0)
-    return landscape.hessian().numpy(), noise, landscape.gradient().numpy()
+    return risk.hessian().numpy(), noise, risk.gradient().numpy()
 
 
-def partial(landscape: Landscape, noise_samples: int = 3, seed: int = 0) -> LocalModel:
+def partial(risk: EmpiricalRisk, noise_samples: int = 3, seed: int = 0) -> LocalQuadratic:
     return measure_local(
-        landscape, 4, noise_samples=noise_samples, lanczos_steps=LANCZOS_STEPS, tolerance=1e-10,
+        risk, 4, noise_samples=noise_samples, lanczos_steps=LANCZOS_STEPS, tolerance=1e-10,
         seed=seed,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_nodes_have_the_traces(complete: bool) -> None:
-    landscape = tanh_landscape()
-    h, c, g = dense(landscape)
-    local = measure_local(landscape, None) if complete else partial(landscape)
-    assert local.loss == landscape.loss()
+    risk = tanh_risk()
+    h, c, g = dense(risk)
+    local = measure_local(risk, None) if complete else partial(risk)
+    assert local.loss == risk.loss()
     assert local.examples == 40
     assert local.largest == pytest.approx(np.linalg.eigvalsh(h)[-1], rel=1e-9)
     v = local.pairs.vectors
@@ -60,11 +60,11 @@ def test_nodes_have_the_traces(complete: bool) -> None:
 
 
 def test_a_complete_model_gives_the_excess_of_the_whole_covariance() -> None:
-    landscape = tanh_landscape(weight_decay=0.5)
-    h, c, _ = dense(landscape)
+    risk = tanh_risk(weight_decay=0.5)
+    h, c, _ = dense(risk)
     assert np.linalg.eigvalsh(h)[0] > 0
     lr, batch_size, at = 0.3, 8, (1, 5, 40)
-    problem = measure_local(landscape, None).problem().replace(initial_mean=0.0)
+    problem = measure_local(risk, None).problem().replace(initial_mean=0.0)
     phase = Phase(SGD(), lr, at[-1], batch_size=batch_size)
     found = solve(problem, Program((phase,)), at=at).loss
     expected = [0.5 * np.trace(h @ scatter(h, c, lr, batch_size, t)) for t in at]
@@ -72,23 +72,23 @@ def test_a_complete_model_gives_the_excess_of_the_whole_covariance() -> None:
 
 
 def test_the_problem_starts_where_the_checkpoint_is() -> None:
-    landscape = tanh_landscape(weight_decay=0.5)
-    h, _, g = dense(landscape)
+    risk = tanh_risk(weight_decay=0.5)
+    h, _, g = dense(risk)
     # At the minimum of the quadratic the loss is less by this much.
     expected = 0.5 * g @ np.linalg.solve(h, g)
     for local in (
-        measure_local(landscape, None),
-        measure_local(landscape, 4, lanczos_steps=39, tolerance=1e-10),
+        measure_local(risk, None),
+        measure_local(risk, 4, lanczos_steps=39, tolerance=1e-10),
     ):
         assert local.problem().initial_loss == pytest.approx(expected, rel=1e-7)
 
 
 def test_a_partial_model_gives_it_on_average() -> None:
-    landscape = tanh_landscape(weight_decay=0.5)
-    h, c, _ = dense(landscape)
+    risk = tanh_risk(weight_decay=0.5)
+    h, c, _ = dense(risk)
     lr, batch_size, steps = 0.3, 8, LANCZOS_STEPS
-    local = partial(landscape, noise_samples=40)
-    apart = np.eye(landscape.size) - local.pairs.vectors @ local.pairs.vectors.T
+    local = partial(risk, noise_samples=40)
+    apart = np.eye(risk.size) - local.pairs.vectors @ local.pairs.vectors.T
     rest = apart @ c @ apart
     sizes = np.array([draw.amplitudes @ draw.amplitudes for draw in local.draws])
     spread = np.sqrt(len(sizes))
@@ -114,20 +114,20 @@ def test_a_partial_model_gives_it_on_average() -> None:
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("lr", [0.2, 1.1])
 def test_descent_is_gradient_descent_on_the_quadratic(complete: bool, lr: float) -> None:
-    landscape = tanh_landscape()
-    h, _, g = dense(landscape)
+    risk = tanh_risk()
+    h, _, g = dense(risk)
     values = np.linalg.eigvalsh(h)
     assert values[0] < 0 < values[-1]
-    local = measure_local(landscape, None) if complete else partial(landscape)
+    local = measure_local(risk, None) if complete else partial(risk)
     for steps in (1, 7, LANCZOS_STEPS):
         expected = quadratic(g, h, slide(g, h, lr, steps))
         assert descent(local, Training(lr, 1, steps), steps) == pytest.approx(expected, rel=1e-8)
 
 
 def test_displacements_scatter_as_the_weights_of_sgd_do() -> None:
-    landscape = tanh_landscape()
-    h, c, _ = dense(landscape)
-    local = measure_local(landscape, None)
+    risk = tanh_risk()
+    h, c, _ = dense(risk)
+    local = measure_local(risk, None)
     lr, batch_size, steps, count = 0.4, 4, 20, 3000
     rng = np.random.default_rng(1)
     training = Training(lr, batch_size, steps)
@@ -137,14 +137,14 @@ def test_displacements_scatter_as_the_weights_of_sgd_do() -> None:
     size = np.diag(expected)
     error = np.sqrt((np.outer(size, size) + expected**2) / count)
     within_error(drawn.T @ drawn / count, expected, error)
-    within_error(drawn.mean(0), np.zeros(landscape.size), np.sqrt(size / count))
+    within_error(drawn.mean(0), np.zeros(risk.size), np.sqrt(size / count))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 30, 1200])
 def test_heavy_ball_scatters_as_its_own_steps_say(steps: int) -> None:
     """Weights and buffer of every direction, their joint covariance step by step."""
-    landscape = tanh_landscape()
-    h, c, _ = dense(landscape)
+    risk = tanh_risk()
+    h, c, _ = dense(risk)
     lr, beta, batch_size = 0.3, 0.9, 4
     own, one, none = (1.0 - beta) * lr, np.eye(len(h)), np.zeros_like(h)
     step = np.block([[one - own * h, -own * beta * one], [h, beta * one]])
@@ -153,12 +153,12 @@ def test_heavy_ball_scatters_as_its_own_steps_say(steps: int) -> None:
     for _ in range(steps):
         joint = step @ joint @ step.T + noise
     expected = joint[: len(h), : len(h)]
-    local = measure_local(landscape, None)
+    local = measure_local(risk, None)
     training = Training(own, batch_size, steps, beta)
     found = covariance(local, training)
     v = local.pairs.vectors
     agree(v @ found @ v.T, expected, 1e-9)
-    cut = partial(landscape)
+    cut = partial(risk)
     rng = np.random.default_rng(0)
     moved = [displacement(cut, training, rng, 0) for _ in range(2)]
     left = [m - cut.pairs.vectors @ (cut.pairs.vectors.T @ m) for m in moved]
@@ -171,8 +171,8 @@ def test_heavy_ball_scatters_as_its_own_steps_say(steps: int) -> None:
 
 
 def test_the_rest_of_a_displacement_has_its_trace() -> None:
-    landscape = tanh_landscape()
-    local = partial(landscape)
+    risk = tanh_risk()
+    local = partial(risk)
     lr, batch_size, steps = 0.4, 4, 6
     v = local.pairs.vectors
     rng = np.random.default_rng(2)
@@ -181,7 +181,7 @@ def test_the_rest_of_a_displacement_has_its_trace() -> None:
     rest = moved - moved @ v @ v.T
     kinds = np.unique(np.round((rest**2).sum(1), 12))
     assert len(kinds) == len(local.draws)
-    h, c, _ = dense(landscape)
+    h, c, _ = dense(risk)
     left = np.trace(c) - np.trace(v.T @ c @ v)
     found = sum(d.amplitudes @ d.amplitudes for d in local.draws) / len(local.draws)
     expected = []
@@ -198,7 +198,7 @@ def test_negative_curvature_is_told_and_left_out() -> None:
     slope = Krylov(np.array([-2.0, 0.5]), np.array([1.0, 2.0]), vectors)
     # Noise 1 + 3 and squared slope 4 + 1 along the pairs; the draw stands for 10 more.
     noise = np.array([[1.0, 0.7], [0.7, 3.0]])
-    local = LocalModel(1.0, pairs, noise, np.array([2.0, 1.0]), slope, (draw,), 14.0, 100)
+    local = LocalQuadratic(1.0, pairs, noise, np.array([2.0, 1.0]), slope, (draw,), 14.0, 100)
     assert local.draw_scale == pytest.approx(1.0, rel=IDENTITY)
     agree(local.negative_share(), [9.0 / 14.0, 1.0 / 10.0], IDENTITY)
     problem = local.problem()
@@ -212,7 +212,7 @@ def test_negative_curvature_is_told_and_left_out() -> None:
 # --- what is kept --------------------------------------------------------------------------------
 
 
-def same(one: LocalModel, other: LocalModel) -> None:
+def same(one: LocalQuadratic, other: LocalQuadratic) -> None:
     for a, b in zip(one.points(), other.points(), strict=True):
         agree(a, b, JUMP)
     agree(one.noise, other.noise, JUMP)
@@ -225,11 +225,9 @@ def refuse(*args: Any) -> NoReturn:
 
 @pytest.mark.parametrize("eigenpairs", [None, 3])
 def test_stages_are_kept(tmp_path: Path, eigenpairs: int | None) -> None:
-    landscape = tanh_landscape()
-    first = measure_local(
-        landscape, eigenpairs, noise_samples=2, lanczos_steps=5, cache=Cache(tmp_path)
-    )
-    again = tanh_landscape()
+    risk = tanh_risk()
+    first = measure_local(risk, eigenpairs, noise_samples=2, lanczos_steps=5, cache=Cache(tmp_path))
+    again = tanh_risk()
     for name in ("hessian_product", "hessian", "example_gradients", "weighted_gradient"):
         setattr(again, name, refuse)
     same(
@@ -242,7 +240,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
     class InterruptionError(Exception):
         pass
 
-    landscape, done = tanh_landscape(), []
+    risk, done = tanh_risk(), []
 
     def stop(count: int) -> None:
         done.append(count)
@@ -251,75 +249,73 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(InterruptionError):
         measure_local(
-            landscape, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=stop
+            risk, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=stop
         )
     left: list[int] = []
     resumed = measure_local(
-        landscape, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=left.append
+        risk, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=left.append
     )
     assert sum(left) == 3 * 5  # the first of the draws was done, and the gradient
-    same(resumed, measure_local(landscape, 3, noise_samples=4, lanczos_steps=5))
+    same(resumed, measure_local(risk, 3, noise_samples=4, lanczos_steps=5))
 
 
 def test_another_tolerance_measures_the_rest_anew(tmp_path: Path) -> None:
-    landscape = tanh_landscape()
+    risk = tanh_risk()
     rough, fine = {"tolerance": 0.3}, {"tolerance": 1e-10}
-    measure_local(landscape, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **rough)
-    found = measure_local(
-        landscape, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **fine
-    )
-    same(found, measure_local(landscape, 3, noise_samples=1, lanczos_steps=5, **fine))
+    measure_local(risk, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **rough)
+    found = measure_local(risk, 3, noise_samples=1, lanczos_steps=5, cache=Cache(tmp_path), **fine)
+    same(found, measure_local(risk, 3, noise_samples=1, lanczos_steps=5, **fine))
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
 def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, damage: str) -> None:
-    landscape = tanh_landscape()
-    measure_local(landscape, None, cache=Cache(tmp_path))
+    risk = tanh_risk()
+    measure_local(risk, None, cache=Cache(tmp_path))
     path = next(tmp_path.glob("eigenpairs-*.npz"))
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[: len(whole) // 2], "foreign": b"text", "empty": b""}[damage])
     with pytest.raises(NQMError, match="remove it, and run again") as told:
-        measure_local(landscape, None, cache=Cache(tmp_path))
+        measure_local(risk, None, cache=Cache(tmp_path))
     assert "\n" not in str(told.value)
     assert str(path) in str(told.value)
     path.unlink()
-    measure_local(landscape, None, cache=Cache(tmp_path))
+    measure_local(risk, None, cache=Cache(tmp_path))
 
 
 def test_the_key_is_the_content() -> None:
-    key = fingerprint(tanh_landscape())
-    assert fingerprint(tanh_landscape()) == key
-    landscape = tanh_landscape()
-    moved = landscape.weights.clone()
+    key = fingerprint(tanh_risk())
+    assert fingerprint(tanh_risk()) == key
+    risk = tanh_risk()
+    moved = risk.weights.clone()
     moved[0] += 1e-9
-    others = [fingerprint(landscape.at(moved)), fingerprint(tanh_landscape(weight_decay=0.02))]
-    x, y = landscape.batches[1]
+    others = [fingerprint(risk.at(moved)), fingerprint(tanh_risk(weight_decay=0.02))]
+    x, y = risk.batches[1]
     for changed in ((x + 1e-9, y), (x, (y + 1) % 3)):
-        batches = [landscape.batches[0], changed]
-        others.append(fingerprint(Landscape(landscape.model, batches, weight_decay=0.01)))
-    others.append(fingerprint(Landscape(landscape.model, landscape.batches, "head")))
-    others.append(fingerprint(Bowl([1.0, 2.0]).landscape))
+        batches = [risk.batches[0], changed]
+        others.append(fingerprint(EmpiricalRisk(risk.model, batches, weight_decay=0.01)))
+    others.append(fingerprint(EmpiricalRisk(risk.model, risk.batches, "head")))
+    others.append(fingerprint(Bowl([1.0, 2.0]).risk))
     assert len({key, *others}) == 1 + len(others)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    landscape = tanh_landscape()
-    x, y = landscape.batches[0]
+    risk = tanh_risk()
+    x, y = risk.batches[0]
     with pytest.raises(NQMError, match="two examples at least"):
-        measure_local(Landscape(landscape.model, [(x[:1], y[:1])]), None)
+        measure_local(EmpiricalRisk(risk.model, [(x[:1], y[:1])]), None)
     with pytest.raises(NQMError, match="noise_samples must be an integer >= 1; got 0"):
-        measure_local(landscape, 3, noise_samples=0)
+        measure_local(risk, 3, noise_samples=0)
     with pytest.raises(NQMError, match="lanczos_steps must be an integer >= 1; got 0"):
-        measure_local(landscape, 3, lanczos_steps=0)
+        measure_local(risk, 3, lanczos_steps=0)
 
 
 def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
     """Var of the loss after a few steps of SGD on the quadratic: 1/2 tr (HS)^2 + g'Sg."""
     from nqm.problems.spectra import read_problem
 
-    landscape = tanh_landscape(weight_decay=0.5)
-    h, c, g = dense(landscape)
-    local = measure_local(landscape, None)
+    risk = tanh_risk(weight_decay=0.5)
+    h, c, g = dense(risk)
+    local = measure_local(risk, None)
     lr, steps = 0.3, 5
     a = np.eye(len(h)) - lr * h
     s, mean = np.zeros_like(h), np.linalg.solve(h, g)

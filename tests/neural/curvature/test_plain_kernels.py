@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from neural.curvature import gradient_noise
 from neural.curvature.plain_kernels import plain_kernels
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.models import build
 from nqm.errors import NQMError
 from tests.tolerances import IDENTITY, agree
@@ -166,15 +166,15 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def of_net(name: str) -> Landscape:
+def of_net(name: str) -> EmpiricalRisk:
     torch.manual_seed(0)
     x, y = torch.randn(5, 5, 6, dtype=torch.double), torch.randint(3, (5,))
-    return Landscape(NETS[name]().double(), [(x[:2], y[:2]), (x[2:], y[2:])])
+    return EmpiricalRisk(NETS[name]().double(), [(x[:2], y[:2]), (x[2:], y[2:])])
 
 
-def direction(landscape: Landscape) -> Tensor:
-    v = torch.randn_like(landscape.weights)
-    if "layer.rows.weight" in landscape.shapes:  # the row that pads is a constant
+def direction(risk: EmpiricalRisk) -> Tensor:
+    v = torch.randn_like(risk.weights)
+    if "layer.rows.weight" in risk.shapes:  # the row that pads is a constant
         v[:6] = 0.0
     return v / v.norm()
 
@@ -186,46 +186,46 @@ def central(of: Callable[[Tensor], Any], w: Tensor, v: Tensor) -> Any:
 
 @pytest.mark.parametrize("name", NETS)
 def test_derivatives_are_differences(name: str) -> None:
-    landscape = of_net(name)
-    w, v, u = landscape.weights, direction(landscape), direction(landscape)
-    slope = landscape.gradient()
-    assert float(slope @ v) == pytest.approx(central(landscape.loss, w, v), abs=DIFFERENCES)
-    product = landscape.hessian_product(v)
-    expected = central(landscape.gradient, w, v)
+    risk = of_net(name)
+    w, v, u = risk.weights, direction(risk), direction(risk)
+    slope = risk.gradient()
+    assert float(slope @ v) == pytest.approx(central(risk.loss, w, v), abs=DIFFERENCES)
+    product = risk.hessian_product(v)
+    expected = central(risk.gradient, w, v)
     assert float((product - expected).norm()) <= DIFFERENCES * float(expected.norm())
-    bent = float(landscape.third(v) @ u)
-    expected = central(lambda w: float(v @ landscape.at(w).hessian_product(v)), w, u)
-    assert bent == pytest.approx(expected, abs=DIFFERENCES * float(landscape.third(v).norm()))
-    # Examples by themselves: each a landscape of its own.
-    each = torch.cat(list(landscape.example_gradients()))
+    bent = float(risk.third(v) @ u)
+    expected = central(lambda w: float(v @ risk.at(w).hessian_product(v)), w, u)
+    assert bent == pytest.approx(expected, abs=DIFFERENCES * float(risk.third(v).norm()))
+    # Examples by themselves: each an empirical risk of its own.
+    each = torch.cat(list(risk.example_gradients()))
     alone = [
-        landscape.on([(x[i : i + 1], y[i : i + 1])]).gradient()
-        for x, y in landscape.batches
+        risk.on([(x[i : i + 1], y[i : i + 1])]).gradient()
+        for x, y in risk.batches
         for i in range(len(y))
     ]
     agree(each, torch.stack(alone), 1e-11)
     c = torch.stack(alone)
-    assert gradient_noise.trace(landscape) == pytest.approx(float(c.var(0).sum()), rel=1e-10)
+    assert gradient_noise.trace(risk) == pytest.approx(float(c.var(0).sum()), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", ["attention", "lstm", "gru", "prelu", "weight norm"])
 def test_gauss_newton_is_the_product_of_differences(name: str) -> None:
-    landscape = of_net(name)
-    w, v = landscape.weights, direction(landscape)
-    x = torch.cat([x for x, _ in landscape.batches])
+    risk = of_net(name)
+    w, v = risk.weights, direction(risk)
+    x = torch.cat([x for x, _ in risk.batches])
 
     def output(w: Tensor) -> Tensor:
-        nn.utils.vector_to_parameters(w, list(landscape.model.parameters()))
+        nn.utils.vector_to_parameters(w, list(risk.model.parameters()))
         with torch.no_grad():
-            found: Tensor = landscape.model.eval()(x)
+            found: Tensor = risk.model.eval()(x)
         return found
 
     along = central(output, w.clone(), v)
     q = output(w.clone()).softmax(1)
     bent = q * along - q * (q * along).sum(1, keepdim=True)  # H of a softmax, times the change
     expected = float((along * bent).sum()) / len(x)
-    assert float(v @ landscape.ggn_product(v)) == pytest.approx(expected, rel=1e-5)
-    assert float(v @ landscape.ggn() @ v) == pytest.approx(expected, rel=1e-5)
+    assert float(v @ risk.ggn_product(v)) == pytest.approx(expected, rel=1e-5)
+    assert float(v @ risk.ggn() @ v) == pytest.approx(expected, rel=1e-5)
 
 
 SMALL = {"context": 6, "width": 4, "heads": 2, "layers": 1}
@@ -243,10 +243,10 @@ def test_language_models(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = build(name, classes=5, **options).double()
     x = torch.randint(5, (4, 6))
-    landscape = Landscape(model, [(x, x.roll(-1, 1))])
-    v = direction(landscape)
-    expected = central(landscape.gradient, landscape.weights, v)
-    error = (landscape.hessian_product(v) - expected).norm() / expected.norm()
+    risk = EmpiricalRisk(model, [(x, x.roll(-1, 1))])
+    v = direction(risk)
+    expected = central(risk.gradient, risk.weights, v)
+    error = (risk.hessian_product(v) - expected).norm() / expected.norm()
     assert float(error) <= DIFFERENCES
 
 
@@ -321,12 +321,12 @@ class Sampled(nn.Module):
 def test_what_has_no_derivatives_is_refused(layer: Callable[[], nn.Module], told: str) -> None:
     torch.manual_seed(0)
     model = Net(nn.Sequential(nn.Linear(6, 6), layer())).double()
-    landscape = Landscape(model, [(torch.randn(4, 5, 6).double(), torch.randint(3, (4,)))])
+    risk = EmpiricalRisk(model, [(torch.randn(4, 5, 6).double(), torch.randint(3, (4,)))])
     with pytest.raises(NQMError, match=told) as said:
-        landscape.check()
+        risk.check()
     assert "\n" not in str(said.value)
     with pytest.raises(NQMError, match=told):
-        gradient_noise.trace(landscape)
+        gradient_noise.trace(risk)
 
 
 def test_a_branch_on_values_goes_one_example_after_the_other() -> None:
@@ -336,12 +336,12 @@ def test_a_branch_on_values_goes_one_example_after_the_other() -> None:
 
     torch.manual_seed(0)
     model = Net(nn.Sequential(Branch(), nn.Linear(6, 6))).double()
-    landscape = Landscape(model, [(torch.randn(4, 5, 6).double(), torch.randint(3, (4,)))])
-    v = direction(landscape)
-    expected = central(landscape.gradient, landscape.weights, v)
-    assert float((landscape.hessian() @ v - expected).norm()) <= DIFFERENCES
-    each = torch.cat(list(landscape.example_gradients()))
-    agree(each.mean(0), landscape.gradient(), 1e-11)
+    risk = EmpiricalRisk(model, [(torch.randn(4, 5, 6).double(), torch.randint(3, (4,)))])
+    v = direction(risk)
+    expected = central(risk.gradient, risk.weights, v)
+    assert float((risk.hessian() @ v - expected).norm()) <= DIFFERENCES
+    each = torch.cat(list(risk.example_gradients()))
+    agree(each.mean(0), risk.gradient(), 1e-11)
 
 
 def test_nothing_that_a_forward_pass_notes_down_is_left() -> None:
@@ -360,9 +360,9 @@ def test_nothing_that_a_forward_pass_notes_down_is_left() -> None:
     torch.manual_seed(0)
     noting = Noting()
     model = Net(nn.Sequential(nn.Linear(6, 6), noting)).double()
-    landscape = Landscape(model, [(torch.randn(4, 5, 6).double(), torch.randint(3, (4,)))])
+    risk = EmpiricalRisk(model, [(torch.randn(4, 5, 6).double(), torch.randint(3, (4,)))])
     last = noting.last
-    list(landscape.example_gradients())
-    landscape.hessian_product(landscape.weights)
+    list(risk.example_gradients())
+    risk.hessian_product(risk.weights)
     assert noting.scale is None
     assert noting.last is last

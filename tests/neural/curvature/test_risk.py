@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 from neural.curvature import gradient_noise
-from neural.curvature.risk import Landscape, cross_entropy
+from neural.curvature.risk import EmpiricalRisk, cross_entropy
 from neural.curvature.spectrum import Density, binned, density, eigenpairs, trace_estimate
 from neural.models import build
 from nqm.errors import NQMError
@@ -31,7 +31,7 @@ def batchnorm_net() -> nn.Module:
 
 
 @pytest.fixture(params=["tanh, all", "batchnorm, late-phase coordinates"])
-def landscape(request: pytest.FixtureRequest) -> Landscape:
+def risk(request: pytest.FixtureRequest) -> EmpiricalRisk:
     torch.manual_seed(0)
     whole = request.param.startswith("tanh")
     model, side = (tanh_net(), 4) if whole else (batchnorm_net(), 8)
@@ -39,113 +39,113 @@ def landscape(request: pytest.FixtureRequest) -> Landscape:
     y = torch.randint(3, (30,))
     batches = [(x[:11], y[:11]), (x[11:], y[11:])]
     select = "all" if whole else "batchnorm+head"
-    return Landscape(model, batches, select, weight_decay=DECAY)
+    return EmpiricalRisk(model, batches, select, weight_decay=DECAY)
 
 
-def whole_loss(landscape: Landscape, w: torch.Tensor) -> torch.Tensor:
+def whole_loss(risk: EmpiricalRisk, w: torch.Tensor) -> torch.Tensor:
     """The mean loss written out, all data in one batch."""
-    x = torch.cat([x for x, _ in landscape.batches])
-    y = torch.cat([y for _, y in landscape.batches])
+    x = torch.cat([x for x, _ in risk.batches])
+    y = torch.cat([y for _, y in risk.batches])
     named, place = {}, 0
-    for name, shape in landscape.shapes.items():
+    for name, shape in risk.shapes.items():
         named[name] = w[place : place + shape.numel()].view(shape)
         place += shape.numel()
-    landscape.model.eval()
-    output = functional_call(landscape.model, named, (x,))
+    risk.model.eval()
+    output = functional_call(risk.model, named, (x,))
     return nn.functional.cross_entropy(output, y) + 0.5 * DECAY * w.square().sum()
 
 
-def test_loss_slope_and_curvature_are_those_of_the_whole(landscape: Landscape) -> None:
-    w = landscape.weights
-    assert landscape.loss() == pytest.approx(float(whole_loss(landscape, w).detach()), rel=IDENTITY)
-    slope = torch.func.grad(lambda w: whole_loss(landscape, w))(w).detach()
-    agree(landscape.gradient(), slope, IDENTITY)
-    assert landscape.loss_and_gradient()[0] == pytest.approx(landscape.loss(), rel=IDENTITY)
-    dense = hessian(lambda w: whole_loss(landscape, w))(w).detach()
-    agree(landscape.hessian(), dense, 1e-11)
+def test_loss_slope_and_curvature_are_those_of_the_whole(risk: EmpiricalRisk) -> None:
+    w = risk.weights
+    assert risk.loss() == pytest.approx(float(whole_loss(risk, w).detach()), rel=IDENTITY)
+    slope = torch.func.grad(lambda w: whole_loss(risk, w))(w).detach()
+    agree(risk.gradient(), slope, IDENTITY)
+    assert risk.loss_and_gradient()[0] == pytest.approx(risk.loss(), rel=IDENTITY)
+    dense = hessian(lambda w: whole_loss(risk, w))(w).detach()
+    agree(risk.hessian(), dense, 1e-11)
     v = torch.randn_like(w)
-    agree(landscape.hessian_product(v), dense @ v, 1e-11)
+    agree(risk.hessian_product(v), dense @ v, 1e-11)
     elsewhere = w + 0.1 * torch.ones_like(w)
-    agree(landscape.loss(elsewhere), float(whole_loss(landscape, elsewhere).detach()), IDENTITY)
+    agree(risk.loss(elsewhere), float(whole_loss(risk, elsewhere).detach()), IDENTITY)
 
 
-def test_third_derivatives_are_the_change_of_the_curvature(landscape: Landscape) -> None:
-    v, u = (torch.randn_like(landscape.weights) for _ in range(2))
+def test_third_derivatives_are_the_change_of_the_curvature(risk: EmpiricalRisk) -> None:
+    v, u = (torch.randn_like(risk.weights) for _ in range(2))
     step = 1e-6  # a ReLU's kinks lie further away
     bent = []
     for sign in (1.0, -1.0):
-        w = landscape.weights + sign * step * u
-        h = hessian(lambda w: whole_loss(landscape, w))(w)
+        w = risk.weights + sign * step * u
+        h = hessian(lambda w: whole_loss(risk, w))(w)
         bent.append((v @ h @ v).detach())
-    assert float(landscape.third(v) @ u) == pytest.approx(
+    assert float(risk.third(v) @ u) == pytest.approx(
         float(bent[0] - bent[1]) / (2 * step), rel=1e-5
     )
 
 
-def test_the_model_is_left_as_it_is(landscape: Landscape) -> None:
-    landscape.model.train()
-    before = {name: value.clone() for name, value in landscape.model.state_dict().items()}
-    landscape.hessian_product(torch.ones_like(landscape.weights))
-    list(landscape.example_gradients())
-    assert landscape.model.training
-    for name, value in landscape.model.state_dict().items():
+def test_the_model_is_left_as_it_is(risk: EmpiricalRisk) -> None:
+    risk.model.train()
+    before = {name: value.clone() for name, value in risk.model.state_dict().items()}
+    risk.hessian_product(torch.ones_like(risk.weights))
+    list(risk.example_gradients())
+    assert risk.model.training
+    for name, value in risk.model.state_dict().items():
         assert torch.equal(value, before[name])
-    assert all(p.grad is None for p in landscape.model.parameters())
+    assert all(p.grad is None for p in risk.model.parameters())
 
 
-def test_noise_is_the_covariance_of_the_examples_gradients(landscape: Landscape) -> None:
-    gradients = torch.cat(list(landscape.example_gradients()))
-    mean = gradients.mean(0) + DECAY * landscape.weights
-    agree(mean, landscape.gradient(), IDENTITY)
+def test_noise_is_the_covariance_of_the_examples_gradients(risk: EmpiricalRisk) -> None:
+    gradients = torch.cat(list(risk.example_gradients()))
+    mean = gradients.mean(0) + DECAY * risk.weights
+    agree(mean, risk.gradient(), IDENTITY)
     c = np.cov(gradients.numpy(), rowvar=False)
-    agree(gradient_noise.covariance(landscape), c, IDENTITY)
-    assert gradient_noise.trace(landscape) == pytest.approx(np.trace(c), rel=1e-11)
+    agree(gradient_noise.covariance(risk), c, IDENTITY)
+    assert gradient_noise.trace(risk) == pytest.approx(np.trace(c), rel=1e-11)
     rng = np.random.default_rng(0)
-    vectors = np.linalg.qr(rng.standard_normal((landscape.size, 4)))[0]
-    agree(gradient_noise.covariance(landscape, vectors), vectors.T @ c @ vectors, 1e-11)
+    vectors = np.linalg.qr(rng.standard_normal((risk.size, 4)))[0]
+    agree(gradient_noise.covariance(risk, vectors), vectors.T @ c @ vectors, 1e-11)
 
 
-def test_weighted_slopes_are_draws_of_the_noise(landscape: Landscape) -> None:
-    gradients = torch.cat(list(landscape.example_gradients()))
+def test_weighted_slopes_are_draws_of_the_noise(risk: EmpiricalRisk) -> None:
+    gradients = torch.cat(list(risk.example_gradients()))
     some = torch.randn(30, dtype=torch.double)
-    agree(landscape.weighted_gradient(some), some @ gradients, 1e-11)
+    agree(risk.weighted_gradient(some), some @ gradients, 1e-11)
     # Orthonormal weights of mean 0: the covariance that random ones of variance 1 / (N - 1) have.
     frame = np.linalg.qr(np.column_stack([np.ones(30), np.eye(30)[:, 1:]]))[0][:, 1:] / np.sqrt(29)
-    slopes = [landscape.weighted_gradient(torch.from_numpy(w.copy())).numpy() for w in frame.T]
+    slopes = [risk.weighted_gradient(torch.from_numpy(w.copy())).numpy() for w in frame.T]
     together = sum(np.outer(s, s) for s in slopes)
     agree(together, np.cov(gradients.numpy(), rowvar=False), 1e-10)
 
 
-def test_derivatives_are_taken_elsewhere(landscape: Landscape) -> None:
-    before = landscape.weights.clone()
+def test_derivatives_are_taken_elsewhere(risk: EmpiricalRisk) -> None:
+    before = risk.weights.clone()
     w = before + 0.1 * torch.randn_like(before)
-    moved = landscape.at(w)
-    assert moved.loss() == pytest.approx(float(whole_loss(landscape, w).detach()), rel=IDENTITY)
-    dense = hessian(lambda w: whole_loss(landscape, w))(w).detach()
+    moved = risk.at(w)
+    assert moved.loss() == pytest.approx(float(whole_loss(risk, w).detach()), rel=IDENTITY)
+    dense = hessian(lambda w: whole_loss(risk, w))(w).detach()
     agree(moved.hessian(), dense, 1e-11)
     agree(moved.third(before), torch.func.grad(
-        lambda w: before @ hessian(lambda w: whole_loss(landscape, w))(w) @ before
+        lambda w: before @ hessian(lambda w: whole_loss(risk, w))(w) @ before
     )(w).detach(), 1e-9)  # fmt: skip
     slopes = torch.cat(list(moved.example_gradients()))
     agree(slopes.mean(0) + DECAY * w, moved.gradient(), IDENTITY)
-    assert torch.equal(landscape.weights, before)
+    assert torch.equal(risk.weights, before)
 
 
-def test_the_mean_loss_of_a_minibatch(landscape: Landscape) -> None:
-    (x, y), w = landscape.batches[0], landscape.weights
-    with landscape.evaluating():
-        small = landscape.mean_loss(w, (x, y))
-    alone = Landscape(landscape.model, [(x, y)], list(_names(landscape)))
+def test_the_mean_loss_of_a_minibatch(risk: EmpiricalRisk) -> None:
+    (x, y), w = risk.batches[0], risk.weights
+    with risk.evaluating():
+        small = risk.mean_loss(w, (x, y))
+    alone = EmpiricalRisk(risk.model, [(x, y)], list(_names(risk)))
     assert float(small.detach()) == pytest.approx(alone.loss(), rel=IDENTITY)
     assert alone.weight_decay == 0.0
 
 
-def _names(landscape: Landscape) -> list[str]:
-    return [f"name:{name}" for name in landscape.shapes]
+def _names(risk: EmpiricalRisk) -> list[str]:
+    return [f"name:{name}" for name in risk.shapes]
 
 
-def test_evaluation_mode_ends_as_it_began(landscape: Landscape) -> None:
-    model = landscape.model.train()
+def test_evaluation_mode_ends_as_it_began(risk: EmpiricalRisk) -> None:
+    model = risk.model.train()
     first = next(iter(model.children()))
     first.eval()
     modes = [module.training for module in model.modules()]
@@ -156,7 +156,7 @@ def test_evaluation_mode_ends_as_it_began(landscape: Landscape) -> None:
         inside.extend(module.training for module in model.modules())
         raise RuntimeError("inside")
 
-    with pytest.raises(RuntimeError, match="inside"), landscape.evaluating():
+    with pytest.raises(RuntimeError, match="inside"), risk.evaluating():
         fail()
     assert inside
     assert not any(inside)
@@ -164,35 +164,35 @@ def test_evaluation_mode_ends_as_it_began(landscape: Landscape) -> None:
 
 
 @pytest.mark.parametrize("end", ["top", "bottom"])
-def test_eigenpairs_of_either_end(landscape: Landscape, end: str) -> None:
-    values, _ = np.linalg.eigh(landscape.hessian().numpy())
-    found = eigenpairs(landscape, 4, end, tolerance=1e-7)
+def test_eigenpairs_of_either_end(risk: EmpiricalRisk, end: str) -> None:
+    values, _ = np.linalg.eigh(risk.hessian().numpy())
+    found = eigenpairs(risk, 4, end, tolerance=1e-7)
     expected = values[::-1][:4] if end == "top" else values[:4][::-1]
     np.testing.assert_allclose(found.values, expected, atol=1e-7 * np.abs(values).max())
     assert (found.residuals < 1e-5 * np.abs(values).max()).all()
     agree(found.vectors.T @ found.vectors, np.eye(4), 1e-8)
 
 
-def test_too_many_eigenpairs_are_refused(landscape: Landscape) -> None:
+def test_too_many_eigenpairs_are_refused(risk: EmpiricalRisk) -> None:
     with pytest.raises(NQMError, match="count must be less than"):
-        eigenpairs(landscape, landscape.size)
+        eigenpairs(risk, risk.size)
     with pytest.raises(NQMError, match="'top' or 'bottom'"):
-        eigenpairs(landscape, 1, "middle")
+        eigenpairs(risk, 1, "middle")
 
 
-def test_the_density_has_the_moments_of_the_rest(landscape: Landscape) -> None:
-    values = np.linalg.eigvalsh(landscape.hessian().numpy())
-    known = eigenpairs(landscape, 3, tolerance=1e-9)
+def test_the_density_has_the_moments_of_the_rest(risk: EmpiricalRisk) -> None:
+    values = np.linalg.eigvalsh(risk.hessian().numpy())
+    known = eigenpairs(risk, 3, tolerance=1e-9)
     rest = values[:-3]
     each = []
     for seed in range(25):
-        one = density(landscape, known, probes=1, steps=3, seed=seed)
+        one = density(risk, known, probes=1, steps=3, seed=seed)
         assert one.counts.sum() == pytest.approx(len(rest), rel=1e-9)
         each.append([one.counts @ one.values, one.counts @ one.values**2])
     error = np.std(each, axis=0, ddof=1) / np.sqrt(len(each))
     gap = np.mean(each, axis=0) - [rest.sum(), (rest**2).sum()]
     assert (np.abs(gap) < SIGMAS * error).all()
-    whole = density(landscape, known, probes=1, steps=40)
+    whole = density(risk, known, probes=1, steps=40)
     assert whole.values.max() <= rest.max() + 1e-6
     assert whole.values.min() >= rest.min() - 1e-6
 
@@ -207,9 +207,9 @@ def test_binning_keeps_count_and_trace() -> None:
         assert few.trace == pytest.approx(spectrum.trace, rel=1e-9, abs=1e-9)
 
 
-def test_the_trace_by_random_signs(landscape: Landscape) -> None:
-    estimate, error = trace_estimate(landscape, probes=40)
-    assert abs(estimate - float(landscape.hessian().trace())) < SIGMAS * error
+def test_the_trace_by_random_signs(risk: EmpiricalRisk) -> None:
+    estimate, error = trace_estimate(risk, probes=40)
+    assert abs(estimate - float(risk.hessian().trace())) < SIGMAS * error
 
 
 def test_power_laws() -> None:
@@ -250,4 +250,4 @@ def test_text_losses_are_means_over_the_window() -> None:
 
 def test_a_landscape_needs_data() -> None:
     with pytest.raises(NQMError, match="needs data"):
-        Landscape(tanh_net(), [])
+        EmpiricalRisk(tanh_net(), [])

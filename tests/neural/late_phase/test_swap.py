@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from neural import LatePhase, ema, recompute_statistics, swa
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.late_phase.swap import call, places, swapped
 from tests.tolerances import IDENTITY, agree
 
@@ -114,13 +114,13 @@ def test_a_landscape_of_a_model_with_modules_under_two_names():
     """Against torch's own backward pass of the model itself."""
     _, model = pair()
     batches, before = data(2), held(model)
-    landscape = Landscape(model, batches, "batchnorm+head")
-    slope = landscape.gradient()
+    risk = EmpiricalRisk(model, batches, "batchnorm+head")
+    slope = risk.gradient()
     assert held(model) == before
     model.eval()
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     functional.cross_entropy(model(x), y).backward()
-    expected = [model.get_parameter(name).grad.flatten() for name in landscape.shapes]
+    expected = [model.get_parameter(name).grad.flatten() for name in risk.shapes]
     agree(slope, torch.cat(expected), IDENTITY)
 
 

@@ -16,8 +16,8 @@ from neural.training import train as training
 from neural.training.config import RunConfig
 from neural.training.distributed import join, local_rank, summed
 from neural.training.experiment import run_experiment
-from neural.training.state import Session
-from neural.training.task import Place
+from neural.training.state import TrainState
+from neural.training.task import Runtime
 from neural.training.train import train
 from nqm.cli import main
 from nqm.errors import NQMError
@@ -59,7 +59,7 @@ def train_all(rank: int, world: int, folder: Path) -> tuple[int, int, list[str],
     os.replace = noted  # type: ignore[assignment]
     statuses = []
     for name, run in cases().items():
-        statuses.append(train(run, folder / name, Place(rank=rank, world=world)).status)
+        statuses.append(train(run, folder / name, Runtime(rank=rank, world=world)).status)
     return rank, world, written, statuses
 
 
@@ -89,7 +89,7 @@ def train_arms(rank: int, world: int, folder: Path) -> list[float]:
         "swa": {"average": {"method": "swa", "start_epoch": 2}},
     }
     made = recipe(arms, **BASE, late_phase=LATE, seeds=2)
-    table = run_experiment(made, folder, Place(rank=rank, world=world))
+    table = run_experiment(made, folder, Runtime(rank=rank, world=world))
     return [] if table.empty else table["value"].dropna().tolist()
 
 
@@ -105,14 +105,14 @@ def step_with_a_bad_example(rank: int, world: int) -> tuple[bool, bool]:
     from neural.training.task import open_task
 
     run = tiny(**BASE)
-    place = Place(rank=rank, world=world)
-    task = open_task(run, place)
-    session = Session(run, task, place)
+    runtime = Runtime(rank=rank, world=world)
+    task = open_task(run, runtime)
+    train_state = TrainState(run, task, runtime)
     x, y = next(task.stream.epoch(0))
-    session.step([(x, y)])
-    before = session.finite()
-    session.step([(x * (torch.inf if rank == 1 else 1.0), y)])
-    return before, session.finite()
+    train_state.step([(x, y)])
+    before = train_state.finite()
+    train_state.step([(x * (torch.inf if rank == 1 else 1.0), y)])
+    return before, train_state.finite()
 
 
 def test_all_processes_stop_when_one_diverges() -> None:
@@ -121,17 +121,17 @@ def test_all_processes_stop_when_one_diverges() -> None:
 
 def train_and_be_killed(rank: int, world: int, folder: Path, after: int) -> str:
     training.CHECKPOINT_EVERY = -1.0
-    original, left = Session.step, after
+    original, left = TrainState.step, after
 
-    def step(self: Session, batches: Any) -> Any:
+    def step(self: TrainState, batches: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, batches)
 
-    Session.step = step  # type: ignore[method-assign]
-    return train(cases()["late-phase"], folder, Place(rank=rank, world=world)).status
+    TrainState.step = step  # type: ignore[method-assign]
+    return train(cases()["late-phase"], folder, Runtime(rank=rank, world=world)).status
 
 
 def test_two_processes_go_on_after_a_kill(tmp_path: Path) -> None:
@@ -179,12 +179,12 @@ def whitened(rank: int, world: int) -> list[Any]:
     from neural.training.task import open_task
 
     run = tiny(model={"name": "fast_cnn", "width": 8}, data={"train_examples": 64})
-    place = Place(rank=rank, world=world)
-    task = open_task(run, place)
+    runtime = Runtime(rank=rank, world=world)
+    task = open_task(run, runtime)
     images = next(iter(task.stream.epoch(0)))[0]
     torch.manual_seed(rank)  # nothing that was drawn before is the same either
-    session = Session(run, task, place)
-    state = session.model.state_dict()
+    train_state = TrainState(run, task, runtime)
+    state = train_state.model.state_dict()
     return [float(images.double().sum()), {n: v.double().sum().item() for n, v in state.items()}]
 
 
@@ -198,7 +198,7 @@ def test_processes_of_processes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(NQMError, match="workers must be 1 where 2 processes share a run"):
-        run_experiment(recipe({"a": {}}), tmp_path / "out", Place(world=2), workers=2)
+        run_experiment(recipe({"a": {}}), tmp_path / "out", Runtime(world=2), workers=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "s.toml").write_text('recipe = "digits_bn"\n[sweep]\nseed = [0, 1]\n')
     commands = [

@@ -26,8 +26,8 @@ from neural.training.config import RunConfig, build
 from neural.training.experiment import jobs, run_experiment
 from neural.training.plots import draw
 from neural.training.recipe import Recipe, load_recipe
-from neural.training.state import Session
-from neural.training.task import Place, Task, open_task
+from neural.training.state import TrainState
+from neural.training.task import Runtime, Task, open_task
 from neural.training.train import train
 from nqm.cli import main
 from nqm.errors import NQMError
@@ -108,15 +108,15 @@ def test_forked_runs_are_the_runs_trained_alone(
 ) -> None:
     made = forked()
     steps = 0
-    original = Session.step
+    original = TrainState.step
 
-    def counted(self: Session, batches: Any) -> Any:
+    def counted(self: TrainState, batches: Any) -> Any:
         nonlocal steps
         steps += len(batches)
         return original(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "step", counted)
+        patch.setattr(TrainState, "step", counted)
         run_experiment(made, tmp_path / "all")
     # Two batches an epoch: 3 arms of 4 epochs, and the others' ends.
     assert steps == 2 * (3 * 4 + 4 * 1 + 3 + 2)
@@ -319,7 +319,7 @@ ALL: dict[str, Any] = {
 
 def reopened(run: RunConfig, folder: Path) -> tuple[nn.Module, LatePhase | None, Task]:
     """Model of ``model.pt`` and, from ``late.pt``, base and members; read by hand."""
-    task = open_task(run, Place())
+    task = open_task(run, Runtime())
     model = reparametrize.fold(make_model(run.model, task))
     model.load_state_dict(weights(folder))
     if run.late_phase is None:

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from neural.models import small_cnn
 from neural.training import preflight
 from neural.training.experiment import run_experiment
-from neural.training.state import Session
-from neural.training.task import Place
+from neural.training.state import TrainState
+from neural.training.task import Runtime
 from neural.training.train import train
 from nqm.cli import main
 from nqm.errors import NQMError
@@ -25,10 +25,10 @@ from tests.tiny_runs import CNN, LATE, recipe, tiny, weights
 def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training would fail the test."""
 
-    def step(self: Session, batches: Any) -> Any:
+    def step(self: TrainState, batches: Any) -> Any:
         raise AssertionError("training has begun")
 
-    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr(TrainState, "step", step)
 
 
 #: What is wrong with the second arm, and what is said of it; 4 minibatches an epoch.
@@ -160,7 +160,7 @@ def test_weights_are_counted_without_being_made(tmp_path: Path) -> None:
     gigabytes = 3 * 8 * (75 * hidden + 10) / 2**30
     run = tiny(model={"name": "mlp", "hidden": [hidden]}, train={"precision": "float64"})
     with pytest.raises(NQMError, match=rf"7,500,000,010 weights: .* takes {gigabytes:.1f} GiB"):
-        train(run, tmp_path / "run", Place())
+        train(run, tmp_path / "run", Runtime())
 
 
 SWEEP = """

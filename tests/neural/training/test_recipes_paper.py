@@ -114,14 +114,14 @@ def test_39_cycles_and_one_batch_of_an_epoch(name):
             yield from range(epoch * batches + start, (epoch + 1) * batches)
 
     released = run.late_phase.start_epoch * batches
-    session = SimpleNamespace(
+    train_state = SimpleNamespace(
         run=run, task=SimpleNamespace(stream=Stream()), done=released, late=object()
     )
     sizes, first = [], []
-    for group, after in _groups(session, released + 2 * batches):
+    for group, after in _groups(train_state, released + 2 * batches):
         sizes.append(len(group))
         first.append(group[0])
-        session.done = after
+        train_state.done = after
     assert sizes == [*[10] * 39, 1] * 2
     assert first[40] == released + batches
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from neural.training import report
 from neural.training.build import make_model
 from neural.training.config import RunConfig
-from neural.training.state import Session
-from neural.training.task import Place, Task, open_task
+from neural.training.state import TrainState
+from neural.training.task import Runtime, Task, open_task
 from neural.training.train import train
 from nqm.errors import NQMError
 from tests.tiny_runs import CNN, LATE, assert_equal, tiny, weights
@@ -24,11 +24,11 @@ from tests.tiny_runs import CNN, LATE, assert_equal, tiny, weights
 BARE = {"momentum": 0.0, "weight_decay": 0.0, "precision": "float64"}
 
 
-def opened(**sections: Any) -> tuple[Session, list[tuple[Tensor, Tensor]]]:
-    """A session and the batches of its first epoch."""
+def opened(**sections: Any) -> tuple[TrainState, list[tuple[Tensor, Tensor]]]:
+    """A train_state and the batches of its first epoch."""
     run = tiny(**sections)
-    task = open_task(run, Place())
-    return Session(run, task, Place()), list(task.stream.epoch(0))
+    task = open_task(run, Runtime())
+    return TrainState(run, task, Runtime()), list(task.stream.epoch(0))
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """By autograd, outside of the session."""
+    """By autograd, outside of the train_state."""
     named = dict(model.named_parameters())
     loss = nn.functional.cross_entropy(model(x), y)
     found = torch.autograd.grad(loss, list(named.values()))
@@ -49,22 +49,22 @@ def norm(gradient: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("clip", [0.05, 1e6])
 def test_base_gradient_is_clipped_as_a_whole(clip: float) -> None:
-    session, [(x, y), *_] = opened(train=BARE | {"clip_norm": clip})
-    before = state_of(session.model)
-    gradient = gradients(session.model, x, y)
+    train_state, [(x, y), *_] = opened(train=BARE | {"clip_norm": clip})
+    before = state_of(train_state.model)
+    gradient = gradients(train_state.model, x, y)
     assert 0.1 < norm(gradient) < 1e5
-    session.step([(x, y)])
+    train_state.step([(x, y)])
     factor = min(1.0, clip / norm(gradient))
-    for name, value in session.model.state_dict().items():
+    for name, value in train_state.model.state_dict().items():
         expected = before[name] - 0.05 * factor * gradient[name]
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_members_are_clipped_each_and_the_base_on_its_sum() -> None:
     clip = 0.2
-    session, batches = opened(train=BARE | {"clip_norm": clip}, late_phase=LATE)
-    session.spawn()
-    late = session.late
+    train_state, batches = opened(train=BARE | {"clip_norm": clip}, late_phase=LATE)
+    train_state.spawn()
+    late = train_state.late
     assert late is not None
     # One member sees a batch it is sure of: its gradient is the only one below the norm.
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_members_are_clipped_each_and_the_base_on_its_sum() -> None:
     assert [norm(g) > clip for g in own] == [True, False, True]
     shared = {n: sum(g[n] for g in each) for n in each[0] if n not in head}
     before_members = [state_of(late.member(k)) for k in range(3)]
-    session.step(batches[:3])
+    train_state.step(batches[:3])
     for k in range(3):
         after = late.member(k).state_dict()
         for name, value in after.items():
@@ -91,22 +91,22 @@ def test_members_are_clipped_each_and_the_base_on_its_sum() -> None:
 
 
 def test_smoothed_loss_is_the_mean_with_the_uniform_distribution() -> None:
-    session, [(x, y), *_] = opened(train=BARE | {"label_smoothing": 0.3})
-    log_probs = session.model(x).log_softmax(-1)
+    train_state, [(x, y), *_] = opened(train=BARE | {"label_smoothing": 0.3})
+    log_probs = train_state.model(x).log_softmax(-1)
     right = log_probs[torch.arange(len(y)), y]
     expected = -(0.7 * right + 0.3 * log_probs.mean(-1)).mean()
-    torch.testing.assert_close(session.step([(x, y)])[0], expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(train_state.step([(x, y)])[0], expected.detach(), rtol=1e-12, atol=0)
 
 
 def test_spared_weights_do_not_decay() -> None:
     settings = BARE | {"weight_decay": 0.5, "no_decay": "bias"}
-    session, [(x, y), *_] = opened(train=settings)
+    train_state, [(x, y), *_] = opened(train=settings)
     with torch.no_grad():
-        for p in session.model.parameters():
+        for p in train_state.model.parameters():
             p.add_(0.1)
-    before, gradient = state_of(session.model), gradients(session.model, x, y)
-    session.step([(x, y)])
-    for name, value in session.model.state_dict().items():
+    before, gradient = state_of(train_state.model), gradients(train_state.model, x, y)
+    train_state.step([(x, y)])
+    for name, value in train_state.model.state_dict().items():
         decay = 0.0 if "bias" in name else 0.5
         expected = before[name] - 0.05 * (gradient[name] + decay * before[name])
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
@@ -116,36 +116,36 @@ def test_members_keep_the_groups_of_the_base_unless_told() -> None:
     # What `no_decay` spares has none, whatever the others have.
     for own, expected in ((None, {0.0, 0.5}), (0.25, {0.0, 0.25})):
         late = LATE if own is None else LATE | {"weight_decay": own}
-        session, _ = opened(train={"weight_decay": 0.5, "no_decay": "bias"}, late_phase=late)
-        session.spawn()
-        assert session.member_optimizer is not None
-        assert {g["weight_decay"] for g in session.member_optimizer.param_groups} == expected
+        train_state, _ = opened(train={"weight_decay": 0.5, "no_decay": "bias"}, late_phase=late)
+        train_state.spawn()
+        assert train_state.member_optimizer is not None
+        assert {g["weight_decay"] for g in train_state.member_optimizer.param_groups} == expected
 
 
 def test_base_keeps_its_momentum_when_members_are_made() -> None:
-    session, batches = opened(late_phase=LATE)
+    train_state, batches = opened(late_phase=LATE)
     for batch in batches:
-        session.step([batch])
-    weight = session.model.get_parameter("features.1.weight")
-    before = session.optimizer.state[weight]["momentum_buffer"].clone()
+        train_state.step([batch])
+    weight = train_state.model.get_parameter("features.1.weight")
+    before = train_state.optimizer.state[weight]["momentum_buffer"].clone()
     assert before.abs().sum() > 0
-    session.spawn()
-    assert torch.equal(session.optimizer.state[weight]["momentum_buffer"], before)
-    assert session.member_optimizer is not None
-    assert not session.member_optimizer.state
+    train_state.spawn()
+    assert torch.equal(train_state.optimizer.state[weight]["momentum_buffer"], before)
+    assert train_state.member_optimizer is not None
+    assert not train_state.member_optimizer.state
 
 
 def test_loss_of_the_history_is_a_mean_over_minibatches() -> None:
-    session, batches = opened(late_phase=LATE)
-    plain = [float(session.step([batch])[0]) for batch in batches]
-    assert session.take_mean_loss() == pytest.approx(sum(plain) / 4, rel=1e-12)
-    session.spawn()
-    members = session.step(batches[:3]).double()
-    assert session.finite()
-    assert session.take_mean_loss() == pytest.approx(float(members.mean()), rel=1e-6)
-    assert session.take_mean_loss() != session.take_mean_loss()  # there is none: NaN
-    assert session.done == 7
-    assert session.epoch == 7 / 4
+    train_state, batches = opened(late_phase=LATE)
+    plain = [float(train_state.step([batch])[0]) for batch in batches]
+    assert train_state.take_mean_loss() == pytest.approx(sum(plain) / 4, rel=1e-12)
+    train_state.spawn()
+    members = train_state.step(batches[:3]).double()
+    assert train_state.finite()
+    assert train_state.take_mean_loss() == pytest.approx(float(members.mean()), rel=1e-6)
+    assert train_state.take_mean_loss() != train_state.take_mean_loss()  # there is none: NaN
+    assert train_state.done == 7
+    assert train_state.epoch == 7 / 4
 
 
 # --- state ---------------------------------------------------------------------------------------
@@ -162,14 +162,14 @@ def test_state_goes_on_in_another_session(method: str, steps: int) -> None:
     one, batches = opened(**sections)
     other, _ = opened(**sections)
 
-    def go(session: Session, done: range) -> None:
+    def go(train_state: TrainState, done: range) -> None:
         for step in done:
             if step == 4:
-                session.spawn()
-            late = session.late is not None
-            session.step(batches[:3] if late else [batches[step % 4]])
+                train_state.spawn()
+            late = train_state.late is not None
+            train_state.step(batches[:3] if late else [batches[step % 4]])
             if late:
-                session.end_epoch(step)
+                train_state.end_epoch(step)
 
     go(one, range(steps))
     state = copy.deepcopy(one.state_dict())
@@ -187,7 +187,7 @@ def test_state_goes_on_in_another_session(method: str, steps: int) -> None:
 
 
 def task_of(run: RunConfig) -> Task:
-    return open_task(run, Place())
+    return open_task(run, Runtime())
 
 
 def test_lora_trains_factors_and_head_alone(tmp_path: Path) -> None:
@@ -195,19 +195,19 @@ def test_lora_trains_factors_and_head_alone(tmp_path: Path) -> None:
     task = task_of(run)
     torch.manual_seed(run.seed)
     before = state_of(make_model(run.model, task))
-    session = Session(run, task, Place())
-    assert_equal(state_of(session.model), before)
+    train_state = TrainState(run, task, Runtime())
+    assert_equal(state_of(train_state.model), before)
     for epoch in range(2):
         for batch in task.stream.epoch(epoch):
-            session.step([batch])
-    moved = {n for n, v in session.model.state_dict().items() if not torch.equal(v, before[n])}
+            train_state.step([batch])
+    moved = {n for n, v in train_state.model.state_dict().items() if not torch.equal(v, before[n])}
     factors = {n for n in before if n.endswith((".A", ".B"))}
     assert len(factors) == 6
     assert moved == factors | {
         "linear.bias", "linear.parametrizations.weight.original"
     }  # fmt: skip
-    held = {id(p) for group in session.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in session.model.parameters() if p.requires_grad}
+    held = {id(p) for group in train_state.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in train_state.model.parameters() if p.requires_grad}
 
 
 def test_members_may_be_low_rank_updates(tmp_path: Path) -> None:
@@ -222,13 +222,13 @@ def test_rank1_factors_are_trained_from_the_start(tmp_path: Path) -> None:
     model = {"name": "mlp", "hidden": [8], "rank1": "features.*"}
     run = tiny(model=model, late_phase=LATE | {"select": "rank1"})
     task = task_of(run)
-    session = Session(run, task, Place())
-    factors = {n for n, _ in session.model.named_parameters() if n.endswith((".s", ".r"))}
+    train_state = TrainState(run, task, Runtime())
+    factors = {n for n, _ in train_state.model.named_parameters() if n.endswith((".s", ".r"))}
     assert len(factors) == 2
-    before = state_of(session.model)
+    before = state_of(train_state.model)
     assert all(bool((before[n] == 1).all()) for n in factors)
-    session.step([next(task.stream.epoch(0))])
-    after = session.model.state_dict()
+    train_state.step([next(task.stream.epoch(0))])
+    after = train_state.model.state_dict()
     assert all(not torch.equal(after[n], before[n]) for n in before)
     result = train(run, tmp_path / "run").result
     assert {"averaged", "averaged_product"} <= set(result["weights"])
@@ -304,7 +304,7 @@ def test_mistakes_are_told_before_training(
     def step(*_: object) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr(TrainState, "step", step)
     with pytest.raises(NQMError) as caught:
         train(tiny(**sections), tmp_path / "run")
     message = str(caught.value)

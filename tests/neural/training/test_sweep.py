@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from neural.training.sweep import build, work
-from neural.training.task import Place
+from neural.training.task import Runtime
 from nqm.errors import NQMError
 from nqm.runs.sweep import Sweep
 
@@ -45,7 +45,7 @@ def test_what_an_arm_states_itself_is_changed_there(tmp_path: Path) -> None:
 
 
 def test_values_that_make_the_same_run_are_refused(tmp_path: Path) -> None:
-    cells = Sweep(BASE, {"title": ["one", "two"]}, work=work(tmp_path / "runs", Place()))
+    cells = Sweep(BASE, {"title": ["one", "two"]}, work=work(tmp_path / "runs", Runtime()))
     with pytest.raises(NQMError, match=r"case 1 .* is the same run as case 0"):
         cells.write(tmp_path / "t.csv")
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from neural.training import checkpoint
 from neural.training import train as training
 from neural.training.config import RunConfig
 from neural.training.run_folder import open_run
-from neural.training.state import Session
+from neural.training.state import TrainState
 from neural.training.train import train
 from nqm.errors import NQMError
 from tests.tiny_runs import (
@@ -177,9 +177,9 @@ def test_micro_batches_change_nothing_without_batchnorm(
 
 
 def snapshots(run: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> list[Any]:
-    """State dicts of what is trained, copied when `Session.<at>` is done."""
+    """State dicts of what is trained, copied when `TrainState.<at>` is done."""
     taken = []
-    original = getattr(Session, at)
+    original = getattr(TrainState, at)
 
     def watched(self: Any, argument: Any) -> Any:
         result = original(self, argument)
@@ -188,7 +188,7 @@ def snapshots(run: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, at:
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, at, watched)
+        patch.setattr(TrainState, at, watched)
         train(run, folder)
     return taken
 

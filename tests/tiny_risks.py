@@ -1,4 +1,4 @@
-"""Landscapes on which everything can be written out, and the textbook recursions for them."""
+"""Risks on which everything can be written out, and the textbook recursions for them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neural.curvature.risk import Landscape
+from neural.curvature.risk import EmpiricalRisk
 from neural.models import build
 
 
-def tanh_landscape(weight_decay: float = 0.01, *, quick: bool = True) -> Landscape:
+def tanh_risk(weight_decay: float = 0.01, *, quick: bool = True) -> EmpiricalRisk:
     """43 weights in double precision, 40 examples in two batches of different sizes.
 
     If `quick`, products with H are those of the dense matrix; `test_curvature` shows that they are
@@ -24,11 +24,11 @@ def tanh_landscape(weight_decay: float = 0.01, *, quick: bool = True) -> Landsca
     model = build("mlp", classes=3, **options).double()
     x = torch.randn(40, 1, 2, 2, dtype=torch.double)
     y = torch.randint(3, (40,))
-    landscape = Landscape(model, [(x[:13], y[:13]), (x[13:], y[13:])], weight_decay=weight_decay)
+    risk = EmpiricalRisk(model, [(x[:13], y[:13]), (x[13:], y[13:])], weight_decay=weight_decay)
     if quick:
-        h = landscape.hessian()
-        landscape.hessian_product = lambda v: h @ v  # type: ignore[method-assign]
-    return landscape
+        h = risk.hessian()
+        risk.hessian_product = lambda v: h @ v  # type: ignore[method-assign]
+    return risk
 
 
 class Plain(nn.Module):
@@ -86,11 +86,11 @@ class Bowl:
 
         start = torch.full((p,), away, dtype=torch.double)
         x, y = torch.from_numpy(centres), torch.zeros(examples, dtype=torch.long)
-        self.landscape = Landscape(Plain(start[:1].clone(), start[1:].clone()), [(x, y)], loss=loss)
+        self.risk = EmpiricalRisk(Plain(start[:1].clone(), start[1:].clone()), [(x, y)], loss=loss)
 
     def gradient(self, weights: Tensor | None = None) -> Tensor:
         """H w + 1/2 T[w, w], at the checkpoint by default; the centres' mean is 0."""
-        w = (self.landscape.weights if weights is None else weights).numpy()
+        w = (self.risk.weights if weights is None else weights).numpy()
         return torch.from_numpy(self.hessian @ w + 0.5 * self.third @ w @ w)
 
 
