@@ -170,27 +170,15 @@ def evaluate(
     \b
     nqm neural evaluate out/neural/digits_bn-full/late_phase/seed0 --flatness --line
     """
-    from neural.training.config import EvaluateConfig, describe
-    from neural.training.load_run import measure, reopen
-    from nqm import __version__
-    from nqm.errors import NQMError
-    from nqm.runs import toml
-    from nqm.table import finished, write_table
+    from neural.training.config import EvaluateConfig
+    from neural.training.load_run import evaluate_run, reopen
 
     _alone("nqm neural evaluate")
     runtime = _runtime(device, root, threads)
-    opened = reopen(run, runtime)
-    if line and opened.late is None:
-        raise NQMError(f"--line goes from a member to the average, and {run} has no members")
     asked = EvaluateConfig(
         ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
     )
-    key = toml.key({"run": describe(opened.run), "asked": repr(asked)})
-    table = None if out is None else finished(out, key, __version__)
-    if table is None:
-        table = measure(opened, asked, root)
-        if out is not None:
-            write_table(out, table, {"key": key, "version": __version__})
+    table = evaluate_run(reopen(run, runtime), asked, out, root)
     click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
 
 

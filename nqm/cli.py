@@ -218,7 +218,6 @@ def run(
     """
     from pathlib import Path
 
-    from nqm import __version__
     from nqm.errors import NQMError
     from nqm.runs import config
     from nqm.runs import toml as declare
@@ -233,7 +232,6 @@ def run(
         raise NQMError(f"{file} has a [sweep] table; use nqm sweep")
     folder = Path(file).parent
     job = config.build(mapping, folder)
-    key = config.key(mapping, folder)
 
     def compute() -> pd.DataFrame:
         unit = "replicas" if job.method == "sample" else "steps"
@@ -243,10 +241,10 @@ def run(
     if out is None:
         _show(compute(), as_json)
         return
-    with writing(out, key, __version__) as missing:
+    stamp = config.stamp(mapping, folder)
+    with writing(out, stamp) as missing:
         if missing:
-            settings = config.resolve_files(mapping, folder)
-            write_table(out, compute(), {"key": key, "version": __version__, "config": settings})
+            write_table(out, compute(), stamp.metadata())
         table = read_table(out)
     _show(table, as_json, out)
 

@@ -11,9 +11,9 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ import pandas as pd
 from nqm.errors import NQMError
 from nqm.files import check_regular, locked, tidy_lock
 from nqm.files import replacing as replacing
+from nqm.keys import difference
 from nqm.limits import memory_limit
 
 
@@ -193,28 +194,118 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         return dict(json.loads(stored[b"nqm"])) if b"nqm" in stored else {}
 
 
-def finished(path: str | Path, key: str, version: str) -> pd.DataFrame | None:
+@dataclass(frozen=True)
+class Stamp:
+    """What a file is computed from.
+
+    Attributes
+    ----------
+    key : str
+        Content key of the configuration.
+    version : str
+        Of this package.
+    config : mapping
+        The configuration, with the keys a user knows, to say what differs from another one.
+    plain : callable
+        Brings a configuration, also one that was read from a file, into the form in which two of
+        them are compared.
+    absent : str
+        Said of an entry that a configuration lacks.
+    axes : mapping, optional
+        Of a sweep: values by dotted key.
+    """
+
+    key: str
+    version: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    plain: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    absent: str = "none"
+    axes: Mapping[str, Any] | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """What a file carries: the entries key, version, config and, of a sweep, axes."""
+        held = {"key": self.key, "version": self.version, "config": dict(self.config)}
+        return held if self.axes is None else held | {"axes": dict(self.axes)}
+
+    def check(self, path: Path, found: Mapping[str, Any]) -> None:
+        """Raise NQMError unless a file carries this key and version.
+
+        Parameters
+        ----------
+        path : Path
+            The file, for the message.
+        found : mapping
+            Its metadata.
+        """
+        advice = "move it away or use --out OTHER; nothing was overwritten"
+        if "key" not in found:
+            raise NQMError(f"{path} exists and was not written by nqm; {advice}")
+        if found["key"] != self.key:
+            differ = None
+            if isinstance(found.get("config"), Mapping):
+                stated, asked = self._comparable(found), self._comparable(self.metadata())
+                differ = difference(stated, asked, self.absent)
+            what = f"was computed with {differ}" if differ else "holds another configuration"
+            raise NQMError(f"{path} {what}; {advice}")
+        if found.get("version") != self.version:
+            raise NQMError(
+                f"{path} was written by nqm {found.get('version')}, this is {self.version}; "
+                f"{advice}"
+            )
+
+    def _comparable(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Configuration and axes that a file carries, as they are compared."""
+        config, axes = metadata.get("config"), metadata.get("axes")
+        return {
+            **(self.plain(config) if isinstance(config, Mapping) else {}),
+            **({"sweep": axes} if isinstance(axes, Mapping) else {}),
+        }
+
+
+def finished(path: str | Path, stamp: Stamp) -> pd.DataFrame | None:
     """The table at `path` if this very content was computed before, None if nothing is there.
 
-    Raises as `is_finished`.
+    Parameters
+    ----------
+    path : str or Path
+    stamp : Stamp
+
+    Returns
+    -------
+    DataFrame or None
+
+    Raises
+    ------
+    NQMError
+        As `is_finished`.
     """
-    return read_table(path) if is_finished(path, key, version) else None
+    return read_table(path) if is_finished(path, stamp) else None
 
 
-def is_finished(path: str | Path, key: str, version: str) -> bool:
+def is_finished(path: str | Path, stamp: Stamp) -> bool:
     """Whether the table at `path` holds this very content already.
+
+    Parameters
+    ----------
+    path : str or Path
+        Its folder is made where it is missing.
+    stamp : Stamp
+
+    Returns
+    -------
+    bool
 
     Raises
     ------
     NQMError
         If the file holds anything else, which is never overwritten; and before any computing, if
-        the folder, made where it is missing, could not take the file.
+        the folder could not take the file.
     """
     path = Path(path)
     _format(path)
     try:
         if path.exists():
-            check_stamp(path, read_metadata(path), key, version)
+            stamp.check(path, read_metadata(path))
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -228,30 +319,30 @@ def is_finished(path: str | Path, key: str, version: str) -> bool:
 
 
 @contextmanager
-def writing(path: str | Path, key: str, version: str) -> Iterator[bool]:
-    """Whether this content is still to be computed; if so nobody else writes the table meanwhile.
+def writing(path: str | Path, stamp: Stamp) -> Iterator[bool]:
+    """Keep other writers out while a table is computed, if it is not there yet.
 
-    Raises as `is_finished`, and if another process is writing it.
+    Parameters
+    ----------
+    path : str or Path
+    stamp : Stamp
+
+    Yields
+    ------
+    bool
+        Whether the content is still to be computed.
+
+    Raises
+    ------
+    NQMError
+        As `is_finished`, and if another process is writing the table.
     """
-    if is_finished(path, key, version):  # which needs no leave to write
+    if is_finished(path, stamp):  # which needs no leave to write
         tidy_lock(path)
         yield False
         return
     with locked(path):
-        yield not is_finished(path, key, version)
-
-
-def check_stamp(path: Path, stamp: Mapping[str, Any], key: str, version: str) -> None:
-    """Raise NQMError unless the stamp found in `path` is of this key and version."""
-    advice = "move it away or choose another output; nothing was overwritten"
-    if "key" not in stamp:
-        raise NQMError(f"{path} exists and was not written by nqm; {advice}")
-    if stamp["key"] != key:
-        raise NQMError(f"{path} holds another configuration (key {stamp['key']!s:.16}); {advice}")
-    if stamp.get("version") != version:
-        raise NQMError(
-            f"{path} was written by nqm {stamp.get('version')}, this is {version}; {advice}"
-        )
+        yield not is_finished(path, stamp)
 
 
 def _format(path: Path) -> str:

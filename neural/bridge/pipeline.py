@@ -34,15 +34,16 @@ from neural.curvature.risk_batchnorm import grouped
 from neural.curvature.spectrum import density
 from neural.late_phase.members import Batch
 from neural.training.build import make_model
-from neural.training.config import RunConfig, describe
+from neural.training.config import RunConfig, describe, run_key
 from neural.training.load_run import reopen
 from neural.training.recipe import load_recipe
 from neural.training.task import Runtime, Task, open_task
 from nqm import __version__
 from nqm.errors import NQMError
+from nqm.keys import differing
 from nqm.limits import check_size
 from nqm.runs import toml
-from nqm.table import finished, read_table, replacing, write_table
+from nqm.table import Stamp, finished, read_table, replacing, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,21 +218,19 @@ def run_bridge(
     NQMError
         If the settings do not fit the network or its data, or `out` holds another bridge.
     """
-    stated = {"run": describe(opened.run), "bridge": asdict(config), "plan": asdict(plan)}
     if config.batchnorm_group is not None and plan.late_phase is not None:
         raise NQMError("late_phase trains in evaluation mode; drop batchnorm_group")
-    key = toml.key(stated)
-    stamp = {"key": key, "version": __version__, "configuration": stated}
-    known = finished(out / "bridge.parquet", key, __version__)  # refuses another's
+    stamp = _stamp(opened.run, config, plan)
+    known = finished(out / "bridge.parquet", stamp)  # refuses another's
     cache = Cache(out / "kept")
     risk = _risk(opened, config, plan, runtime, cache, report)
     local = measure_checkpoint(risk, config, seed=plan.seed, cache=cache, report=report)
     if known is None:
-        write_table(out / "problem.parquet", local.problem_table(), stamp)
+        write_table(out / "problem.parquet", local.problem_table(), stamp.metadata())
         # Which reads the first stage from its file.
         measured = measure(risk, config, seed=plan.seed, cache=cache, report=report)
         for name, table in _tables(measured, opened, config, plan, report).items():
-            write_table(out / f"{name}.parquet", table, stamp)
+            write_table(out / f"{name}.parquet", table, stamp.metadata())
     found = {name: read_table(out / f"{name}.parquet") for name in TABLES}
     words = verdict(found["bridge"], local, found["best_lr"], found["cost"])
     with replacing(out / "verdict.md") as stream:
@@ -240,6 +239,13 @@ def run_bridge(
         local, found["bridge"], found["course"], found["best_lr"], found["cost"],
         found["spectrum"], words,
     )  # fmt: skip
+
+
+def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
+    """What the tables of a bridge carry; its key is made of what differs from the defaults."""
+    key = toml.key({"run": run_key(run), "bridge": differing(config), "plan": differing(plan)})
+    stated = {"run": describe(run), "bridge": asdict(config), "plan": asdict(plan)}
+    return Stamp(key, __version__, stated)
 
 
 def _tables(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +18,8 @@ from neural.curvature.examples import content
 from neural.curvature.risk import EmpiricalRisk
 from nqm import __version__
 from nqm.errors import NQMError
+from nqm.keys import differing
+from nqm.keys import key as content_key
 from nqm.table import replacing
 
 
@@ -104,9 +106,8 @@ class Cache:
         TypeError
             If a value is none that a key can state.
         """
-        stated = {"stage": stage, "version": __version__} | self.values | values
-        text = json.dumps(stated, sort_keys=True, default=_plain)
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        stated = _plain({"stage": stage, "version": __version__} | self.values | values)
+        text, key = json.dumps(stated, sort_keys=True), content_key(stated)[:16]
         path = None if self.folder is None else self.folder / f"{stage}-{key}.npz"
         if path is not None and path.exists():
             known = _read(path)
@@ -138,9 +139,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A dataclass as a mapping, a number of NumPy as Python's."""
+    """A value as a key states it.
+
+    Of a dataclass it is the name of its class, and what differs from the defaults; a value of None
+    is left out. So a setting that is added later changes no key.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return {"class": type(value).__name__} | differing(value, _plain)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
     if isinstance(value, np.generic):
         return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     raise TypeError(f"{value!r} cannot stand in a key")

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from torch import nn
 
 from nqm.errors import NQMError, suggest
+from nqm.keys import REQUIRED, omitted
 
 __all__ = ["MODELS", "Family", "build"]
 
@@ -79,6 +80,30 @@ MODELS: Mapping[str, Family] = MappingProxyType(
 )
 
 
+def option_defaults(name: str) -> dict[str, Any]:
+    """Defaults of a model's options, as keys of runs leave them out.
+
+    Parameters
+    ----------
+    name : str
+        As `build` takes it.
+
+    Returns
+    -------
+    dict of str to Any
+        Empty for a model of another library, and for an unknown name.
+    """
+    match = re.fullmatch(_NAME, name)
+    family = MODELS.get(match[1]) if match else None
+    if family is None:
+        return {}
+    made: Any = family.load()
+    found = {option: omitted(made, option) for option in family.options()}
+    return {option: value for option, value in found.items() if value is not REQUIRED}
+
+
+#: A family and sizes: ``wrn-28-10``.
+_NAME = r"([a-z_]+)((?:-?\d+)*)"
 #: Every layer is an object, made before anything is counted.
 DEEPEST = 10_000
 
@@ -128,7 +153,7 @@ def build(name: str, *, classes: int, channels: int = 3, **options: Any) -> nn.M
         from neural.models.libraries import build_from_library
 
         return build_from_library(library, rest, classes=classes, channels=channels, **options)
-    match = re.fullmatch(r"([a-z_]+)((?:-?\d+)*)", name)
+    match = re.fullmatch(_NAME, name)
     family = MODELS.get(match[1]) if match else None
     if match is None or family is None:
         known = [*MODELS, "resnet20", "wrn-28-10"]

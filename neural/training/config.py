@@ -6,14 +6,17 @@ every mistake is reported under its dotted key. All times are in epochs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from neural.data.augment import AUGMENTATIONS
 from neural.late_phase.members import GAMMAS, IDLE_STEPS, LEFTOVERS, NOISE_RULES
+from neural.models import option_defaults
+from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.keys import same
 from nqm.runs import toml
 from nqm.schedule import SCHEDULES, Schedule
 
@@ -394,23 +397,84 @@ def _model(value: Any) -> ModelConfig:
     return made
 
 
+def restore(mapping: Mapping[str, Any]) -> RunConfig:
+    """The run that `describe` described, by this version or an older one.
+
+    Parameters
+    ----------
+    mapping : mapping
+        An entry that it lacks was added since; it has the value that keys leave out.
+
+    Returns
+    -------
+    RunConfig
+
+    Raises
+    ------
+    NQMError
+        Naming the dotted key at fault.
+    """
+    known = SECTIONS | {"model": ModelConfig}
+    filled = {
+        name: {**getattr(known.get(name), "__omitted__", {}), **part}
+        if isinstance(part, Mapping)
+        else part
+        for name, part in mapping.items()
+    }
+    return build({**getattr(RunConfig, "__omitted__", {}), **filled})
+
+
 def describe(run: RunConfig) -> dict[str, Any]:
     """The mapping that `build` makes this run from, every default written out."""
     mapping = {name: _plain(getattr(run, name)) for name in _TOP if getattr(run, name) is not None}
     return mapping | {"model": mapping["model"].pop("options") | mapping["model"]}
 
 
-def _plain(value: Any) -> Any:
+def differing(run: RunConfig) -> dict[str, Any]:
+    """What of a run differs from the defaults, in the form of `describe`.
+
+    Options of a model count as its class states them; those of other libraries always count.
+    """
+    mapping = _differing(run)
+    defaults = option_defaults(run.model.name)
+    options = {
+        name: value
+        for name, value in mapping["model"].pop("options", {}).items()
+        if name not in defaults or not same(value, _plain(defaults[name]))
+    }
+    return mapping | {"model": options | mapping["model"]}
+
+
+def run_key(run: RunConfig) -> str:
+    """Content key of a run: of what differs from the defaults (see `nqm.keys`)."""
+    return toml.key(differing(run))
+
+
+def _plain(value: Any, entries: Callable[[Any], dict[str, Any]] | None = None) -> Any:
+    """A value as `build` reads it; `entries` gives those of a dataclass, all by default."""
+    entries = entries or _fields
     if isinstance(value, Schedule):
         names = {kind: name for name, kind in SCHEDULES.items()}
-        return {"schedule": names[type(value)]} | _fields(value)
+        return {"schedule": names[type(value)]} | entries(value)
     if is_dataclass(value):
-        return _fields(value)
+        return entries(value)
     if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {name: _plain(entry, entries) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, entries) for entry in value]
+    return value
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    stated = {one.name: getattr(value, one.name) for one in fields(value)}
-    return {name: _plain(entry) for name, entry in stated.items() if entry is not None}
+    """Entries of a dataclass, but for those that are None by default."""
+    stated = {one.name: (getattr(value, one.name), one.default) for one in fields(value)}
+    return {
+        name: _plain(entry)
+        for name, (entry, default) in stated.items()
+        if entry is not None or default not in (None, MISSING)
+    }
+
+
+def _differing(value: Any) -> dict[str, Any]:
+    """Entries of a dataclass that differ from its defaults."""
+    return keys.differing(value, lambda entry: _plain(entry, _differing))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from neural.late_phase.members import LatePhase
 from neural.training import checkpoint, report
 from neural.training.build import make_late, make_model, plain_model
-from neural.training.config import EvaluateConfig, RunConfig, build, describe
-from neural.training.run_folder import read_json
+from neural.training.config import EvaluateConfig, RunConfig, describe, run_key
+from neural.training.run_folder import open_run
 from neural.training.task import Runtime, Task, open_task
+from nqm import __version__
 from nqm.errors import NQMError
+from nqm.keys import differing
+from nqm.runs import toml
+from nqm.table import Stamp, read_table, replacing, write_table, writing
 
 
 @dataclass(frozen=True)
@@ -39,36 +43,26 @@ class Opened:
 
 
 def open_finished(folder: str | Path) -> RunConfig:
-    """Configuration of a finished run: the one place where the folder of a run is looked into.
+    """Configuration of a finished run.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's folder.
+
+    Returns
+    -------
+    RunConfig
 
     Raises
     ------
     NQMError
         If there is no run, it is not finished, or its ``run.json`` is damaged.
     """
-    folder = Path(folder)
-    file = folder / "run.json"
-    if not file.exists():
-        raise NQMError(_no_run(folder))
-    stated = read_json(folder) or {}
-    try:
-        run = build(stated["config"])
-    except (NQMError, TypeError, RecursionError) as error:
-        raise NQMError(f"{file} is damaged: {error!s:.150}; train the run again") from None
+    run, stated = open_run(folder)
     if (status := stated["status"]) != "finished":
         raise NQMError(f"the run in {folder} is {status or 'not finished; train it on first'}")
     return run
-
-
-def _no_run(folder: Path) -> str:
-    """Why a folder is not that of a run, and which to give instead."""
-    for depth, kind in (("*", "an arm"), ("*/*", "the folder of several arms")):
-        runs = sorted(path.parent for path in folder.glob(f"{depth}/run.json"))
-        if runs:
-            return f"{folder} is {kind}; give one of its runs: {runs[0]}"
-    if not folder.exists():
-        return f"{folder}: no such folder; give that of a finished run"
-    return f"{folder} is not the folder of a run: it holds no run.json"
 
 
 def load_state(module: nn.Module, path: Path) -> None:
@@ -140,6 +134,49 @@ def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) 
     return pd.DataFrame(rows, columns=["data", "metric", "value"])
 
 
+def evaluate_run(
+    opened: Opened,
+    settings: EvaluateConfig,
+    out: str | Path | None = None,
+    root: Path | None = None,
+) -> pd.DataFrame:
+    """`measure`, written to a table that is not computed again.
+
+    Parameters
+    ----------
+    opened : Opened
+    settings : EvaluateConfig
+        What to measure beside test metrics.
+    out : str or Path, optional
+        The .parquet or .csv table to write; it is locked meanwhile, and written whole or not at
+        all. If it holds this very measurement already it is only read.
+    root : Path, optional
+        Folder of the data files.
+
+    Returns
+    -------
+    DataFrame
+        Columns data, metric, value.
+
+    Raises
+    ------
+    NQMError
+        If what is asked for does not fit the run; if `out` holds anything else, is being written
+        by another process, or cannot be written.
+    """
+    if settings.line and opened.late is None:
+        raise NQMError("--line goes from a member to the average, and this run has no members")
+    if out is None:
+        return measure(opened, settings, root)
+    key = toml.key({"run": run_key(opened.run), "asked": differing(settings)})
+    stated = {"run": describe(opened.run), "evaluate": asdict(settings)}
+    stamp = Stamp(key, __version__, stated)
+    with writing(out, stamp) as missing:
+        if missing:
+            write_table(out, measure(opened, settings, root), stamp.metadata())
+        return read_table(out)
+
+
 def export(folder: str | Path, out: str | Path, member: int | None = None) -> Path:
     """Write a run's single model, or one member, as safetensors.
 
@@ -155,8 +192,6 @@ def export(folder: str | Path, out: str | Path, member: int | None = None) -> Pa
     member : int, optional
     """
     from safetensors.torch import save
-
-    from nqm.table import replacing
 
     out, folder = Path(out), Path(folder)
     if out.suffix != ".safetensors":

@@ -26,11 +26,12 @@ import pandas as pd
 import torch
 
 from neural.training import checkpoint
-from neural.training.config import RunConfig, build, describe
+from neural.training.config import RunConfig, describe, restore, run_key
 from neural.training.report import Report
 from nqm import __version__
 from nqm.errors import NQMError
 from nqm.files import is_lock, is_temporary, locked, replacing, tidy_lock
+from nqm.keys import difference
 from nqm.runs import toml
 from nqm.table import read_table, write_table
 
@@ -62,17 +63,15 @@ class RunFolder:
     def __init__(self, path: Path, run: RunConfig, *, writes: bool = True):
         self.path, self.run, self.writes = path, run, writes
         mapping = describe(run)
-        self.key = toml.key(mapping)
+        self.key = run_key(run)
         stated = read_json(path)
-        if stated is not None and stated.get("key") != self.key:
-            raise NQMError(
-                f"{path} was trained with {_difference(stated['config'], mapping)}; "
-                "use --out OTHER; nothing was overwritten"
-            )
+        if stated is not None:
+            _check_same(path, stated, run)
         self.stated: dict[str, Any] = stated or {
             "key": self.key,
             "status": None,
             "config": mapping,
+            "digest": toml.key(mapping),
             "versions": versions(),
         }
         if any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
@@ -191,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         # A file that is being written, or was when the process was killed, is no one's.
         if path.is_dir() and any(not (is_temporary(one) or is_lock(one)) for one in path.iterdir()):
-            raise NQMError(f"{path} holds something else than a run; choose another") from None
+            raise NQMError(f"{_no_run(path)}; nothing was overwritten") from None
         return None
     except NotADirectoryError:
         raise NQMError(f"{path} is a file, not the folder of a run; choose another") from None
@@ -214,54 +213,77 @@ def _check_stated(content: Any) -> None:
         raise ValueError(f"its status is {content['status']!r:.40}")
 
 
-def _difference(stated: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The first entry in which two configurations differ, as "x = 4, you ask for 8"."""
-    one, other = dict(_entries(stated)), dict(_entries(asked))
-    differ = [name for name in {**other, **one} if one.get(name) != other.get(name)]
-    if not differ:
-        return "the same configuration under another key: its run.json was changed"
-    before, now = (
-        json.dumps(part[differ[0]]) if differ[0] in part else "none" for part in (one, other)
-    )
-    more = f" (and {len(differ) - 1} more entries differ)" if len(differ) > 1 else ""
-    return f"{differ[0]} = {before:.40}, you ask for {now:.40}{more}"
+def _check_same(path: Path, stated: Mapping[str, Any], run: RunConfig) -> None:
+    """Raise NQMError if a folder holds another run than the one asked for.
+
+    The configurations are compared, not their keys: ``run.json`` states all that there was to
+    state, so that it can be held against this version's own defaults.
+    """
+    before: Mapping[str, Any] = stated["config"]
+    try:
+        held = restore(before)
+    except NQMError:  # settings that no longer exist
+        same = False
+    else:
+        before, same = describe(held), run_key(held) == run_key(run)
+    if not same:
+        differ = difference(before, describe(run)) or "another configuration"
+        raise NQMError(
+            f"{path} was trained with {differ}; use --out OTHER; nothing was overwritten"
+        )
+    _check_untouched(path, stated)
 
 
-def _entries(mapping: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what they hold."""
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _entries(value, f"{where}{name}.")
-        else:
-            yield f"{where}{name}", value
+def _check_untouched(path: Path, stated: Mapping[str, Any]) -> None:
+    """Raise NQMError unless the configuration is the one that the run was trained with."""
+    # Before there was a digest, the key was that of the whole configuration.
+    if toml.key(stated["config"]) != stated.get("digest", stated["key"]):
+        raise NQMError(
+            f"{path / 'run.json'} was changed after training: its configuration is not the one it "
+            "was written with; train it again"
+        )
 
 
 def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Configuration of a run on disk, and all that its ``run.json`` says.
+    """Configuration of a run on disk, whether it is finished or not.
+
+    Parameters
+    ----------
+    path : str or Path
+        The run's folder.
+
+    Returns
+    -------
+    run : RunConfig
+    stated : dict
+        All that its ``run.json`` says.
 
     Raises
     ------
     NQMError
-        If there is no run.
+        If there is no run, or its ``run.json`` is damaged or was changed.
     """
     folder = Path(path)
-    if folder.is_dir() and not (folder / "run.json").exists():
-        for depth, what in (("*", "an arm"), ("*/*", "an experiment")):
-            below = sorted(one.parent for one in folder.glob(f"{depth}/run.json"))
-            if below:
-                raise NQMError(f"{path} is {what}; give one of its runs: {below[0]}")
-    stated = read_json(folder) if folder.is_dir() else None
+    stated = read_json(folder) if (folder / "run.json").exists() else None
     if stated is None:
-        raise NQMError(f"{path} is not the folder of a run: it holds no run.json")
-    if toml.key(stated["config"]) != stated["key"]:
-        raise NQMError(
-            f"{folder / 'run.json'} was changed after training: its configuration is not that of "
-            "its key; train it again"
-        )
+        raise NQMError(_no_run(folder))
     try:
-        return build(stated["config"]), stated
-    except NQMError as error:
-        raise NQMError(f"{folder / 'run.json'} states no run: {error}") from None
+        run = restore(stated["config"])
+    except (NQMError, TypeError, RecursionError) as error:
+        file = folder / "run.json"
+        raise NQMError(f"{file} is damaged: {error!s:.150}; train the run again") from None
+    _check_untouched(folder, stated)
+    return run, stated
+
+
+def _no_run(folder: Path) -> str:
+    """Why a folder is not that of a run, and which to give instead."""
+    for depth, kind in (("*", "an arm"), ("*/*", "an experiment")):
+        runs = sorted(path.parent for path in folder.glob(f"{depth}/run.json"))
+        if runs:
+            return f"{folder} is {kind}; give one of its runs: {runs[0]}"
+    why = "it holds no run.json" if folder.exists() else "there is no such folder"
+    return f"{folder} is not the folder of a run: {why}"
 
 
 def versions() -> dict[str, str]:

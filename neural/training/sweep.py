@@ -25,7 +25,7 @@ import pandas as pd
 from neural.data import load
 from neural.data.catalog import data_root
 from neural.training import preflight
-from neural.training.config import RunConfig, describe
+from neural.training.config import RunConfig, describe, restore, run_key
 from neural.training.recipe import load_recipe, make_recipe, merge
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
@@ -46,7 +46,7 @@ class Cell:
     def check(self) -> None:
         """Raise NQMError if its data, sizes, selections or cycles do not fit (see `preflight`)."""
         run = replace(self.run, seed=0)
-        asked = toml.key({"run": describe(run), "root": str(data_root(self.runtime.root))})
+        asked = toml.key({"run": run_key(run), "root": str(data_root(self.runtime.root))})
         if asked not in _SOUND:
             data = _loaded(run.data.name, data_root(self.runtime.root))
             preflight.check_run(run, self.runtime, open_task(run, self.runtime, data))
@@ -69,7 +69,7 @@ def work(runs: Path, runtime: Runtime) -> Work:
     runtime : Runtime
     """
     made = partial(build, runtime=runtime)
-    return Work(made, key, partial(_train, runs=runs, runtime=runtime), _describe)
+    return Work(made, key, partial(_train, runs=runs, runtime=runtime), _describe, _comparable)
 
 
 def build(
@@ -122,12 +122,32 @@ def _check_effect(arm: str, table: Mapping[str, Any], changes: Mapping[str, Any]
 
 
 def key(mapping: Mapping[str, Any], folder: str | Path = ".") -> str:
-    """Content key: of the resolved run, or, of a part of a mapping, of the part."""
-    return toml.key(_describe(mapping, folder))
+    """Content key of a cell: of what its run has that differs from the defaults.
+
+    Parameters
+    ----------
+    mapping : mapping
+        With ``recipe``, as `build` takes it; of a part without it the part itself counts.
+    folder : str or Path
+        As of `build`.
+
+    Returns
+    -------
+    str
+    """
+    return run_key(build(mapping, folder).run) if "recipe" in mapping else toml.key(mapping)
 
 
 def _describe(mapping: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     return describe(build(mapping, folder).run) if "recipe" in mapping else dict(mapping)
+
+
+def _comparable(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a table says of its run, with what was added to the settings since."""
+    try:
+        return describe(restore(described))
+    except NQMError:  # settings that no longer exist
+        return described
 
 
 def _train(cell: Cell, key: str, *, runs: Path, runtime: Runtime) -> pd.DataFrame:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nqm import __version__
 from nqm.algorithms import ROSTER
 from nqm.algorithms.base import Algorithm, Nonlinear
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nqm.result import Trajectory
+    from nqm.table import Stamp
 
+#: Said of an entry that a configuration does not state.
+ABSENT = "its default"
 SPECTRA: dict[str, Callable[..., Any]] = {
     "harmonic": spectra.harmonic,
     "power_law": spectra.power_law,
@@ -63,6 +67,7 @@ _TOP = (
     "streams",
     "sweep",
 )
+_TABLES = ("problem", "phase", "record", "sweep")
 _START = ("initial_mean", "initial_variance", "minimum")
 _CURVATURE = ("curvature", "spectrum", "file")
 _NOISE = ("noise_variance", "minimum_variance", "noise")
@@ -232,8 +237,82 @@ class Run:
 
 
 def key(mapping: Mapped, folder: str | Path = ".") -> str:
-    """Content key of a configuration: a file that holds the problem counts by its content."""
-    return toml.key(resolve_files(mapping, folder))
+    """Content key of a configuration, made of what differs from the defaults.
+
+    Parameters
+    ----------
+    mapping : mapping
+        As from `nqm.runs.toml.load`, or a part of one.
+    folder : str or Path
+        Where the name of the problem's file starts from; the file counts by its content.
+
+    Returns
+    -------
+    str
+        The same for a default that is stated and one that is left out, and for any spelling of a
+        number, schedule or algorithm.
+
+    Raises
+    ------
+    NQMError
+        If the problem's file cannot be read.
+    """
+    return toml.key(without_defaults(resolve_files(mapping, folder)))
+
+
+def stamp(mapping: Mapped, folder: str | Path = ".") -> Stamp:
+    """What a table of this configuration carries (see `key` for the parameters)."""
+    from nqm.table import Stamp  # slow to load
+
+    stated = resolve_files(mapping, folder)
+    made = toml.key(without_defaults(stated))
+    return Stamp(made, __version__, stated, without_defaults, absent=ABSENT)
+
+
+def without_defaults(mapping: Mapped) -> dict[str, Any]:
+    """What of a configuration differs from the defaults; it is not checked otherwise."""
+    kept = toml.without_defaults(Run, {n: v for n, v in mapping.items() if n not in _TABLES})
+    record = mapping.get("record")
+    if isinstance(record, Mapping):
+        record = toml.without_defaults(Run, record)
+        kept |= {"record": record} if record else {}
+    elif "record" in mapping:
+        kept["record"] = record
+    if "problem" in mapping:
+        problem = mapping["problem"]
+        kept["problem"] = _plain_problem(problem) if isinstance(problem, Mapping) else problem
+    if "phase" in mapping:
+        phases = mapping["phase"]
+        listed = isinstance(phases, list)
+        kept["phase"] = [_plain_phase(one) for one in phases] if listed else phases
+    return kept
+
+
+def _plain_problem(table: Mapped) -> dict[str, Any]:
+    """What of a ``[problem]`` table differs from the defaults."""
+    kept = dict(table)
+    if "file" not in table:  # which may state these itself
+        own = {name: kept.pop(name) for name in (*_START, "multiplicity") if name in kept}
+        kept |= toml.without_defaults(Problem, own)
+    if "inputs" in table and "label_noise" in kept:
+        kept |= toml.without_defaults(LeastSquares, {"label_noise": kept.pop("label_noise")})
+    for name, known in (("spectrum", SPECTRA), ("model", MODELS)):
+        if name in kept:
+            kept[name] = toml.tagged(kept[name], "name", known)
+    if isinstance(kept.get("noise"), Mapping):
+        kept["noise"] = toml.without_defaults(spectra.power_noise, kept["noise"])
+    return kept
+
+
+def _plain_phase(table: Any) -> Any:
+    """What of a phase's table differs from the defaults."""
+    name = table.get("algorithm") if isinstance(table, Mapping) else None
+    if not isinstance(name, str) or name not in ROSTER:
+        return table
+    kept = {n: value for n, value in table.items() if n != "algorithm"}
+    return {"algorithm": name} | toml.without_defaults(
+        Phase, toml.without_defaults(ROSTER[name], kept)
+    )
 
 
 def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
@@ -412,4 +491,4 @@ def _algorithm(where: str, value: Any) -> Algorithm | Nonlinear:
     return made
 
 
-toml.builds(Algorithm, _algorithm)
+toml.builds(Algorithm, _algorithm, "algorithm", ROSTER)

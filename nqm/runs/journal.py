@@ -16,10 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from nqm import __version__
 from nqm.errors import NQMError, shown
 from nqm.files import check_regular, locked, sync_folder
-from nqm.table import check_stamp
+from nqm.table import Stamp
 
 #: A result of one cell: its table's columns as lists.
 Result = dict[str, list[Any]]
@@ -73,15 +72,20 @@ class Journal:
     ----------
     path : Path
         After the first line, which says of which sweep, one line of JSON per cell.
-    key : str
-        Content key of the sweep.
+    stamp : Stamp
+        What the sweep is computed from.
     cells : int
-        Of the whole sweep.
+        Number of cells of the whole sweep.
+
+    Raises
+    ------
+    NQMError
+        On entering, if the file holds another sweep or is damaged, if another process holds it,
+        or if it cannot be written.
     """
 
-    def __init__(self, path: Path, key: str, cells: int):
-        self.path = path
-        self.header = {"key": key, "version": __version__}
+    def __init__(self, path: Path, stamp: Stamp, cells: int):
+        self.path, self.stamp = path, stamp
         self.columns = Columns()
         self._begins = np.full(cells, -1, dtype=np.int64)
         self._known = 0
@@ -102,7 +106,7 @@ class Journal:
         return result
 
     def __enter__(self) -> Self:
-        first = (json.dumps(self.header) + "\n").encode()
+        first = (json.dumps(self.stamp.metadata()) + "\n").encode()
         with ExitStack() as stack:
             stack.enter_context(locked(self.path))
             try:
@@ -126,14 +130,13 @@ class Journal:
         header = self._stream.readline()
         if not header.endswith(b"\n"):
             if header and not first.startswith(header):
-                check_stamp(self.path, {}, self.header["key"], __version__)
+                self.stamp.check(self.path, {})
             return 0
         try:
             stated = json.loads(header)
         except (ValueError, RecursionError):
             stated = None
-        stamp = stated if isinstance(stated, dict) else {}
-        check_stamp(self.path, stamp, self.header["key"], __version__)
+        self.stamp.check(self.path, stated if isinstance(stated, dict) else {})
         place = len(header)
         while (line := self._stream.readline()).endswith(b"\n"):
             index, result = self._cell(line, place)

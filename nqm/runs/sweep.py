@@ -28,7 +28,7 @@ from nqm.runs import toml as declare
 from nqm.runs.executors import Workers
 from nqm.runs.journal import Columns, Journal, Known, Memory, Result
 from nqm.runs.toml import copied
-from nqm.table import read_table, write_frames, writing
+from nqm.table import Stamp, read_table, write_frames, writing
 
 #: Up to this many cells are all built before the first is computed.
 BUILT_FIRST = 2000
@@ -56,12 +56,18 @@ class Work:
         ``solve(run, key)`` gives the table of one cell.
     describe : callable
         ``describe(mapping, folder)``, what is noted in the table's metadata.
+    plain : callable
+        Brings what `describe` gives, or gave once, into the form in which two are compared.
+    absent : str
+        Said of an entry that such a form lacks.
     """
 
     build: Callable[[Mapping[str, Any], str | Path], Any]
     key: Callable[[Mapping[str, Any], str | Path], str]
     solve: Callable[[Any, str], pd.DataFrame]
     describe: Callable[[Mapping[str, Any], str | Path], dict[str, Any]]
+    plain: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    absent: str = "none"
 
 
 def _solve(run: config.Run, key: str) -> pd.DataFrame:
@@ -72,7 +78,9 @@ def _solve(run: config.Run, key: str) -> pd.DataFrame:
     return replace(run, seed=int.from_bytes(stream[:7], "big")).table()
 
 
-THEORY = Work(config.build, config.key, _solve, config.resolve_files)
+THEORY = Work(
+    config.build, config.key, _solve, config.resolve_files, config.without_defaults, config.ABSENT
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,12 @@ class Sweep:
             axes.append([name, [self.work.key(mapping, self.folder) for mapping in alone]])
         return declare.key({"base": self.work.key(self.base, self.folder), "axes": axes})
 
+    @property
+    def stamp(self) -> Stamp:
+        """What the sweep's table and journal carry."""
+        config, work = self.work.describe(self.base, self.folder), self.work
+        return Stamp(self.key, __version__, config, work.plain, work.absent, self.axes)
+
     def run(
         self,
         out: str | Path | None = None,
@@ -207,30 +221,24 @@ class Sweep:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """`run` for tables that need not fit into memory; parameters as there."""
-        key, told = self.key, progress if progress is not None else _silent
-        with writing(out, key, __version__) as open_:
-            if open_:
-                self._write(out, key, executor, told)
+        stamp, told = self.stamp, progress if progress is not None else _silent
+        with writing(out, stamp) as missing:
+            if missing:
+                self._write(out, stamp, executor, told)
             else:
                 told(len(self))
 
     def _write(
-        self, out: str | Path, key: str, executor: Executor | None, told: Callable[[int], None]
+        self, out: str | Path, stamp: Stamp, executor: Executor | None, told: Callable[[int], None]
     ) -> None:
         """Compute what the journal lacks, write the table and remove the journal."""
         self._check()
-        metadata = {
-            "key": key,
-            "version": __version__,
-            "config": self.work.describe(self.base, self.folder),
-            "axes": dict(self.axes),
-        }
-        with Journal(Path(f"{out}.journal.jsonl"), key, len(self)) as journal:
+        with Journal(Path(f"{out}.journal.jsonl"), stamp, len(self)) as journal:
             self._check_known(journal)
             told(len(journal))
             self._fill(journal, executor, told)
             frames, columns = self._frames(journal), journal.columns
-            write_frames(out, frames, self._dtypes(columns), columns.rows, metadata)
+            write_frames(out, frames, self._dtypes(columns), columns.rows, stamp.metadata())
             journal.delete()
 
     def _check(self) -> None:

@@ -1,18 +1,17 @@
 """TOML tables as the calls they stand for, field by field.
 
 A table's entries are converted to the annotations of what the table names, and every mistake is
-reported under its dotted key. `load` reads a file as a plain mapping, `key` identifies a mapping by
-its content, `call` builds what it describes.
+reported under its dotted key. `load` reads a file as a plain mapping, `call` builds what it
+describes, and `without_defaults` leaves out what says nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,7 +20,9 @@ import msgspec
 
 from nqm.errors import NQMError, shown, suggest
 from nqm.files import check_regular
-from nqm.schedule import SCHEDULES, Schedule, as_schedule
+from nqm.keys import REQUIRED, changed_defaults, omitted, same
+from nqm.keys import key as key
+from nqm.schedule import SCHEDULES, Constant, Schedule, as_schedule
 
 Mapped = Mapping[str, Any]
 
@@ -160,28 +161,33 @@ def _toml_value(text: str) -> Any:
     return mapping["value"] if len(mapping) == 1 else text
 
 
-def key(mapping: Mapped) -> str:
-    """Content key of a mapping; a number is the same however it was written, 1 or 1.0."""
-    content = json.dumps(_canonical(mapping), sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _canonical(value: Any) -> Any:
-    """A number is the same however it was written: 1 and 1.0."""
-    if isinstance(value, Mapping):
-        return {str(name): _canonical(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(entry) for entry in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 #: Annotated class -> how an entry of that kind is built; schedules are built in.
 _BUILDERS: dict[type, Callable[[str, Any], Any]] = {}
+#: Annotated class -> the entry of its table that names the class, and the classes by name.
+_TAGS: dict[type, tuple[str, Mapping[str, Any]]] = {Schedule: ("schedule", SCHEDULES)}
 
 
-def builds(kind: type, build: Callable[[str, Any], Any]) -> None:
-    """Have entries annotated with `kind` built by ``build(where, value)``."""
+def builds(
+    kind: type,
+    build: Callable[[str, Any], Any],
+    tag: str | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> None:
+    """Have entries annotated with a class built by a function.
+
+    Parameters
+    ----------
+    kind : type
+    build : callable
+        ``build(where, value)`` makes the object from an entry.
+    tag : str, optional
+        The entry of the table that names the object's class, as `named` reads it.
+    known : mapping, optional
+        The classes by name.
+    """
     _BUILDERS[kind] = build
+    if tag is not None and known is not None:
+        _TAGS[kind] = tag, known
 
 
 def schedule(where: str, value: Any) -> Schedule:
@@ -249,6 +255,79 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, list):
         raise NQMError(f"{where} must be a list of schedules; got {shown(value, 60)}")
     return tuple(schedule(f"{where}.{i}", entry) for i, entry in enumerate(value))
+
+
+def without_defaults(target: Callable[..., Any], table: Mapped) -> dict[str, Any]:
+    """Entries of a table that differ from the defaults of what it calls, each in one spelling.
+
+    Parameters
+    ----------
+    target : callable
+        What `call` would call with the table.
+    table : mapping
+        Not checked: an entry that `target` does not know stays as it is.
+
+    Returns
+    -------
+    dict of str to Any
+        Without the entries whose value keys leave out (`nqm.keys.omitted`).
+    """
+    stated, hints = signature(target)
+    kept = {}
+    # What a changed default now means is stated, though the table leaves it out.
+    for name, value in (changed_defaults(target) | dict(table)).items():
+        if name in stated:
+            value = _spelled(value, hints.get(name))
+            default = omitted(target, name)
+            if default is not REQUIRED and same(value, _spelled(default, hints.get(name))):
+                continue
+        kept[name] = value
+    return kept
+
+
+def _spelled(value: Any, hint: Any) -> Any:
+    """One spelling of an entry, given as in a file or as an object."""
+    if isinstance(value, list | tuple):
+        inner = get_args(hint)[0] if get_origin(hint) in (tuple, list) else None
+        return [_spelled(one, inner) for one in value]
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+    for kind, (tag, known) in _TAGS.items():
+        if any(issubclass(one, kind) for one in kinds):
+            return tagged(value, tag, known)
+    return value
+
+
+def tagged(value: Any, tag: str, known: Mapping[str, Any]) -> Any:
+    """One spelling of an entry that names its class: by the name alone where that says it all.
+
+    Parameters
+    ----------
+    value : Any
+        A name, a table with the entry `tag`, or an object of one of the classes.
+    tag : str
+    known : mapping
+        Classes or functions by name.
+
+    Returns
+    -------
+    str, dict or Any
+        The name; or a table of what differs from the defaults; or, of a constant schedule, its
+        number. What is none of these stays as it is.
+    """
+    names = [name for name, made in known.items() if type(value) is made]
+    if names:
+        value = {tag: names[0]} | {one.name: getattr(value, one.name) for one in fields(value)}
+    if isinstance(value, str) and value in known:
+        value = {tag: value}
+    if not isinstance(value, Mapping) or not isinstance(value.get(tag), str):
+        return value
+    name = value[tag]
+    if name not in known:
+        return value
+    rest = without_defaults(known[name], {n: one for n, one in value.items() if n != tag})
+    if known[name] is Constant and rest.keys() == {"value"}:
+        return rest["value"]
+    return {tag: name} | rest if rest else name
 
 
 def leaf(where: str, value: Any, hint: Any) -> Any:

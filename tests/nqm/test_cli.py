@@ -168,7 +168,7 @@ def test_run_never_overwrites_another_table(file: str, tmp_path: Path) -> None:
     kept = out.read_bytes()
     assert call("run", file, "--out", str(out), "--json").stdout == first.stdout
     changed = call("run", file, "--out", str(out), "--set", "phase.0.lr=0.2")
-    fails(changed, str(out), "another configuration", "move it away")
+    fails(changed, str(out), "was computed with", "use --out OTHER")
     out.write_bytes(kept[:-20])
     fails(call("run", file, "--out", str(out)), str(out), "not a complete table")
     assert out.read_bytes() == kept[:-20]
@@ -187,7 +187,10 @@ def test_sweep(grid: str, tmp_path: Path) -> None:
     assert [table[i]["members"] for i in (0, 4, 8)] == [1, 4, 1]
     assert call("sweep", grid, "--out", str(parallel), "--workers", "2").exit_code == 0
     assert serial.read_bytes() == parallel.read_bytes()
-    fails(call("sweep", grid, "--out", str(serial), "--set", "seed=5"), "another configuration")
+    fails(
+        call("sweep", grid, "--out", str(serial), "--set", "seed=5"),
+        "was computed with seed = its default, you ask for 5; move it away or use --out OTHER",
+    )
     fails(call("run", grid), "use nqm sweep")
 
 

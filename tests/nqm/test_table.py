@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nqm.errors import NQMError
-from nqm.table import COLUMNS, finished, label, read_metadata, read_table, write_table
+from nqm.table import COLUMNS, Stamp, finished, label, read_metadata, read_table, write_table
 
 FRAME = pd.DataFrame(
     {
@@ -101,23 +101,23 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path) -> None:
 
 def test_only_the_same_content_counts_as_finished(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    assert finished(path, "abc", "1") is None
+    assert finished(path, Stamp("abc", "1")) is None
     write_table(path, FRAME, {"key": "abc", "version": "1"})
-    again = finished(path, "abc", "1")
+    again = finished(path, Stamp("abc", "1"))
     assert again is not None
     assert len(again) == len(FRAME)
     with pytest.raises(NQMError, match="another configuration"):
-        finished(path, "abd", "1")
+        finished(path, Stamp("abd", "1"))
     with pytest.raises(NQMError, match="written by nqm 1, this is 2"):
-        finished(path, "abc", "2")
+        finished(path, Stamp("abc", "2"))
     path.write_text("a,b\n1,2\n")
     with pytest.raises(NQMError, match="not written by nqm"):
-        finished(path, "abc", "1")
+        finished(path, Stamp("abc", "1"))
     assert path.read_text() == "a,b\n1,2\n"
-    assert finished(tmp_path / "new" / "folder" / "t.csv", "abc", "1") is None
+    assert finished(tmp_path / "new" / "folder" / "t.csv", Stamp("abc", "1")) is None
     write_table(tmp_path / "new" / "folder" / "t.csv", FRAME, {})
     with pytest.raises(NQMError, match="cannot write"):
-        finished(path / "t.csv", "abc", "1")  # below a file
+        finished(path / "t.csv", Stamp("abc", "1"))  # below a file
 
 
 def test_labels() -> None:
@@ -168,7 +168,7 @@ def test_what_is_no_file(tmp_path: Path, suffix: str) -> None:
     folder.mkdir()
     os.mkfifo(pipe)
     for path, words in ((folder, "is a folder"), (pipe, "is a pipe or a device")):
-        for ask in (read_table, read_metadata, lambda p: finished(p, "k", "0")):
+        for ask in (read_table, read_metadata, lambda p: finished(p, Stamp("k", "0"))):
             with pytest.raises(NQMError, match=words):
                 ask(path)
 

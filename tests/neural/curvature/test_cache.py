@@ -56,10 +56,9 @@ def test_the_file_states_what_it_is_of(tmp_path: Path) -> None:
     with np.load(path) as content:
         stated = json.loads(str(content["_key"]))
         assert content["_seconds"] == next(iter(cache.log.values())) > 0.0
-    training = {"lr": 0.1, "batch_size": 4, "steps": 10, "momentum": 0.0}
     assert stated == {
         "stage": "stage", "version": nqm.__version__, "content": fingerprint(risk), "seed": 7,
-        "training": training | {"sampling": "with replacement"}, "rate": 0.5, "name": None,
+        "training": {"class": "Training", "lr": 0.1, "batch_size": 4, "steps": 10}, "rate": 0.5,
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from neural.training.experiment import run_experiment
 from neural.training.load_run import export, open_finished, reopen
 from nqm.cli import main
 from nqm.errors import NQMError
+from nqm.runs import toml
 from tests.tiny_runs import LATE, recipe
 
 
@@ -51,6 +52,7 @@ def edited(**changes: Any) -> Callable[[Path], None]:
 def other_model(run: Path) -> None:
     stated = json.loads((run / "run.json").read_text())
     stated["config"]["model"]["hidden"] = [9]
+    stated["digest"] = toml.key(stated["config"])  # as if the files of two runs were mixed up
     (run / "run.json").write_text(json.dumps(stated))
 
 
@@ -110,7 +112,7 @@ def test_commands_name_the_run_to_give(command: str, runs: Path, tmp_path: Path)
     out = ["--out", str(tmp_path / "x.safetensors")] if command != "evaluate" else []
     for folder, told in (
         (runs / "late", f"is an arm; give one of its runs: {runs / 'late' / 'seed0'}"),
-        (runs, f"is the folder of several arms; give one of its runs: {runs / 'base' / 'seed0'}"),
+        (runs, f"is an experiment; give one of its runs: {runs / 'base' / 'seed0'}"),
         (tmp_path, "is not the folder of a run: it holds no run.json"),
     ):
         done = CliRunner().invoke(main, ["neural", command, str(folder), *out])

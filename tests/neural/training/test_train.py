@@ -420,7 +420,7 @@ def test_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     refused(late, tmp_path / "run", "was trained with late_phase.start_epoch = none, you ask for 1")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("years of work")
-    refused(tiny(), tmp_path / "foreign", "something else")
+    refused(tiny(), tmp_path / "foreign", "is not the folder of a run: it holds no run.json")
     (tmp_path / "file").write_text("a file")
     refused(tiny(), tmp_path / "file", "is a file")
 

@@ -17,13 +17,14 @@ import pytest
 from nqm.errors import NQMError
 from nqm.runs.journal import Journal
 from nqm.runs.sweep import Sweep, Work, read_axes
-from nqm.table import read_metadata, read_table
+from nqm.table import Stamp, read_metadata, read_table
 
 BASE: dict[str, Any] = {
     "problem": {"curvature": [1.0], "noise_variance": [2.0], "initial_variance": 3.0},
     "phase": [{"algorithm": "sgd", "lr": 0.1, "batch_size": 4, "steps": 5}],
     "record": {"at": [0, 5]},
 }
+STAMP = Stamp("key", "1")
 RATES = [0.1, 0.5, 3.0]
 BATCHES = [1, 4]
 
@@ -160,12 +161,16 @@ def test_another_sweep_never_overwrites(tmp_path: Path) -> None:
     journal = Path(f"{out}.journal.jsonl")
     kill(grid(), out, 2)
     kept = journal.read_bytes()
-    with pytest.raises(NQMError, match="another configuration"):
+    with pytest.raises(
+        NQMError, match="was computed with seed = its default, you ask for 1; move it away or use"
+    ):
         grid(seed=1).run(out)
     assert journal.read_bytes() == kept
     grid().run(out)
     kept = out.read_bytes()
-    with pytest.raises(NQMError, match="another configuration"):
+    with pytest.raises(
+        NQMError, match="was computed with seed = its default, you ask for 1; move it away or use"
+    ):
         grid(seed=1).run(out)
     assert out.read_bytes() == kept
     out.write_text("mine")
@@ -419,12 +424,12 @@ DAMAGED = {
 @pytest.mark.parametrize("line", DAMAGED)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "j"
-    with Journal(path, "key", 6) as journal:
+    with Journal(path, STAMP, 6) as journal:
         journal.add(0, {"case": ["z"], "loss": [1.0]})
     with path.open("a") as stream:
         stream.write(f"{line}\n")
     kept = path.read_bytes()
-    with pytest.raises(NQMError, match=DAMAGED[line]) as caught, Journal(path, "key", 6):
+    with pytest.raises(NQMError, match=DAMAGED[line]) as caught, Journal(path, STAMP, 6):
         pass
     assert f"{path}: line 3 is damaged" in str(caught.value)
     assert path.read_bytes() == kept
@@ -449,7 +454,7 @@ def test_lines_that_do_not_fit_each_other(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_is_not_where_it_was(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j", "key", 6) as journal:
+    with Journal(tmp_path / "j", STAMP, 6) as journal:
         journal.add(0, {"case": ["z"], "loss": [1.0]})
         journal.add(1, {"case": ["y"], "loss": [1.0]})
         with pytest.raises(ValueError, match="already"):
@@ -468,9 +473,12 @@ def test_a_cell_that_is_not_where_it_was(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "j"
-    with Journal(path, "key", 3) as journal:
+    with Journal(path, STAMP, 3) as journal:
         journal.add(0, {"case": ["z"], "loss": [1.0]})
-        with pytest.raises(NQMError, match=r"j is being written by process"), Journal(path, "k", 3):
+        with (
+            pytest.raises(NQMError, match=r"j is being written by process"),
+            Journal(path, Stamp("k", "1"), 3),
+        ):
             pass
         journal.add(1, {"case": ["y"], "loss": [2.0]})
         assert [journal[i]["loss"] for i in (0, 1)] == [[1.0], [2.0]]
