@@ -23,7 +23,7 @@ ROOMS = {
     "training": ("late_phase", "data", "models", "evaluate"),
     "quadratic": ("late_phase", "training"),
     "bridge": ("curvature", "late_phase", "data", "training"),
-    "cli": ("bridge", "data", "late_phase", "models", "training"),
+    "cli": ("data", "late_phase", "models", "training"),
 }
 #: package -> project modules it may import; nothing may import paper_repro.
 ALLOWED = {
@@ -119,6 +119,27 @@ def test_import_is_light():
     everything = "import nqm; [getattr(nqm, name) for name in dir(nqm)]"
     assert fresh(f"{everything}; {loaded}") == "[]"
     assert fresh("import nqm, sys; print('numba' in sys.modules)") == "False"
+
+
+def test_commands_are_where_what_they_run_is():
+    """The group loads them when they are asked for, and their files load nothing but click."""
+    from neural.cli import COMMANDS
+
+    assert set(COMMANDS.values()) == {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in files("neural") if path.name == "cli.py" and path.parent != ROOT / "neural"
+    }  # fmt: skip
+    show = "from neural.cli import neural; neural(['--help'], standalone_mode=False)"
+    heavy = "('torch', 'numpy', 'pandas', 'scipy', 'tqdm')"
+    shown = fresh(f"{show}; import sys; print([m for m in {heavy} if m in sys.modules])")
+    assert shown.endswith("[]")
+    for name, module in COMMANDS.items():
+        assert f"\n  {name} " in shown
+        one = f"from neural.cli import neural; neural(['{name}', '--help'], standalone_mode=False)"
+        ours = "sorted(m for m in sys.modules if m.startswith('neural.') and m.endswith('.cli'))"
+        assert fresh(f"{one}; import sys; print({ours})").endswith(
+            f"{sorted(['neural.cli', module])}"
+        )
 
 
 def test_every_public_name_resolves_and_is_explained():

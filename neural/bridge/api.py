@@ -19,9 +19,7 @@ from neural.bridge.gaussian import (
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
-
-#: Told a stage's name and the share of it that is done.
-Report = Callable[[str, float], None]
+from nqm.progress import Progress, counted
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def measure(
     *,
     seed: int = 0,
     cache: Cache | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Measured:
     """Measure slope, curvature, noise and third derivatives for the trainings of a configuration.
 
@@ -65,7 +63,7 @@ def measure(
     seed : int
     cache : Cache, optional
         Keeps every stage; nothing is kept by default.
-    report : callable, optional
+    progress : callable, optional
         Told a stage's name and the share of it that is done.
 
     Returns
@@ -80,7 +78,7 @@ def measure(
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
         training.check(risk.examples)
-    local = measure_checkpoint(risk, config, seed=seed, cache=cache, report=report)
+    local = measure_checkpoint(risk, config, seed=seed, cache=cache, progress=progress)
     settings: dict[str, Any] = {
         "displacements": config.displacements, "lanczos_steps": config.lanczos_steps,
         "seed": seed, "cache": cache,
@@ -89,11 +87,11 @@ def measure(
     averages = measure_averages(
         risk, local, config.reference(local.largest),
         averaging_displacements=config.averaging_displacements,
-        progress=counted(report, "averages", 2.0 * config.averaging_displacements + work),
+        progress=counted(progress, "averages", 2.0 * config.averaging_displacements + work),
         **settings,
     )  # fmt: skip
     trainings = config.trainings(local.largest)
-    third = counted(report, "third derivatives", work * len(trainings))
+    third = counted(progress, "third derivatives", work * len(trainings))
     gaussians = tuple(
         measure_gaussian(risk, local, training, averages, progress=third, **settings)
         for training in trainings
@@ -107,13 +105,13 @@ def measure_checkpoint(
     *,
     seed: int = 0,
     cache: Cache | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> LocalQuadratic:
     """The first stage of `measure`: slope, curvature and noise at the checkpoint.
 
     Parameters
     ----------
-    risk, config, seed, cache, report
+    risk, config, seed, cache, progress
         As of `measure`.
 
     Returns
@@ -130,7 +128,7 @@ def measure_checkpoint(
     return measure_local(
         risk, config.eigenpairs or None, noise_samples=config.noise_samples,
         lanczos_steps=config.lanczos_steps, seed=seed, cache=cache,
-        progress=counted(report, "curvature and noise", work),
+        progress=counted(progress, "curvature and noise", work),
     )  # fmt: skip
 
 
@@ -156,7 +154,7 @@ def compare(
     plan: Plan | None = None,
     *,
     test: Callable[[Tensor], float] | None = None,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Predicted losses beside those of real training from the checkpoint.
 
@@ -167,7 +165,7 @@ def compare(
         Which averages of which runs.
     test : callable, optional
         Test loss of a weight vector, recorded once, after the last step.
-    report : callable, optional
+    progress : callable, optional
         Told a stage's name and the share of it that is done.
 
     Returns
@@ -186,29 +184,7 @@ def compare(
                 plan,
                 test=test,
                 cache=measured.cache,
-                progress=counted(report, f"train {i} of {count}", total),
+                progress=counted(progress, f"train {i} of {count}", total),
             )
         )
     return joined(found)
-
-
-def counted(report: Report | None, stage: str, expected: float) -> Callable[[int], None]:
-    """A function that is told how much more of a stage is done, and reports the share.
-
-    Parameters
-    ----------
-    report : callable or None
-        Nothing is reported if None.
-    stage : str
-    expected : float
-        All there is to do, in the units of what is told.
-    """
-    done = 0
-
-    def progress(more: int) -> None:
-        nonlocal done
-        done += more
-        if report is not None:
-            report(stage, min(done / expected, 0.99))
-
-    return progress

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from neural.bridge.api import (
     Measured,
-    Report,
     compare,
-    counted,
     measure,
     measure_checkpoint,
     predict,
@@ -42,6 +40,7 @@ from nqm import __version__
 from nqm.errors import NQMError
 from nqm.keys import differing
 from nqm.limits import check_size
+from nqm.progress import Progress, counted
 from nqm.runs import toml
 from nqm.table import Stamp, finished, read_table, replacing, write_table
 
@@ -192,7 +191,7 @@ def run_bridge(
     runtime: Runtime,
     out: Path,
     *,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Bridge:
     """Measure, predict, train, compare; every stage is kept in `out` and not done again.
 
@@ -206,7 +205,7 @@ def run_bridge(
         Takes ``bridge.parquet``, ``course.parquet``, ``best_lr.parquet``, ``cost.parquet``,
         ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads), ``verdict.md`` and, in
         ``kept/``, what each stage found.
-    report : callable, optional
+    progress : callable, optional
         Told a stage's name and the share of it that is done.
 
     Returns
@@ -223,13 +222,13 @@ def run_bridge(
     stamp = _stamp(opened.run, config, plan)
     known = finished(out / "bridge.parquet", stamp)  # refuses another's
     cache = Cache(out / "kept")
-    risk = _risk(opened, config, plan, runtime, cache, report)
-    local = measure_checkpoint(risk, config, seed=plan.seed, cache=cache, report=report)
+    risk = _risk(opened, config, plan, runtime, cache, progress)
+    local = measure_checkpoint(risk, config, seed=plan.seed, cache=cache, progress=progress)
     if known is None:
         write_table(out / "problem.parquet", local.problem_table(), stamp.metadata())
         # Which reads the first stage from its file.
-        measured = measure(risk, config, seed=plan.seed, cache=cache, report=report)
-        for name, table in _tables(measured, opened, config, plan, report).items():
+        measured = measure(risk, config, seed=plan.seed, cache=cache, progress=progress)
+        for name, table in _tables(measured, opened, config, plan, progress).items():
             write_table(out / f"{name}.parquet", table, stamp.metadata())
     found = {name: read_table(out / f"{name}.parquet") for name in TABLES}
     words = verdict(found["bridge"], local, found["best_lr"], found["cost"])
@@ -249,18 +248,18 @@ def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
 
 
 def _tables(
-    measured: Measured, opened: Opened, config: BridgeConfig, plan: Plan, report: Report | None
+    measured: Measured, opened: Opened, config: BridgeConfig, plan: Plan, progress: Progress | None
 ) -> dict[str, pd.DataFrame]:
     """All tables by name, in the order in which they are written."""
     risk, gaussians = measured.risk, measured.gaussians
     task = opened.task
     if config.train:
         test = held_out_loss(risk, task, config.test_examples, config.batchnorm_group)
-        outcome = compare(measured, plan, test=test, report=report)
+        outcome = compare(measured, plan, test=test, progress=progress)
     else:
         outcome = predict(measured, plan)
-    progress = counted(report, "best learning rates", POINTS + 8.0 * len(plan.members))
-    best = best_lrs(outcome.table, gaussians, records=plan.records, progress=progress)
+    tried = counted(progress, "best learning rates", POINTS + 8.0 * len(plan.members))
+    best = best_lrs(outcome.table, gaussians, records=plan.records, progress=tried)
     epoch = len(task.stream) * opened.run.data.batch_size
     share = risk.examples * (config.batchnorm_group or 1) / epoch
     found = {
@@ -296,7 +295,7 @@ def _risk(
     plan: Plan,
     runtime: Runtime,
     cache: Cache,
-    report: Report | None,
+    progress: Progress | None,
 ) -> EmpiricalRisk:
     """The network's loss on its training data, at the minimum near by if asked for."""
     risk = risk_of_run(
@@ -309,8 +308,8 @@ def _risk(
         _check_sizes(risk, training, config, plan)
     if not config.minimise:
         return risk
-    if report is not None:
-        report("minimise", 0.0)
+    if progress is not None:
+        progress("minimise", 0.0)
 
     def minimised() -> dict[str, Any]:
         there = settle(risk, config.minimise, config.minimise_lr)

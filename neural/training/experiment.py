@@ -8,7 +8,7 @@ the runs they would have been by themselves (on a CPU).
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -32,11 +32,10 @@ from neural.training.train import train
 from nqm import __version__
 from nqm.errors import NQMError, suggest
 from nqm.files import locked
+from nqm.progress import Progress, within
 from nqm.runs import toml
 from nqm.runs.executors import processes
 from nqm.table import read_metadata, write_table
-
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def run_experiment(
     workers : int
         Processes; a seed's runs stay in one. They do not change any number.
     progress : callable, optional
-        Told the share of all runs that is done.
+        Told the stage, "training", and the share of all runs that is done.
 
     Returns
     -------
@@ -177,7 +176,7 @@ def _run_all(
     _rehearse(groups, out, runtime)
     if workers == 1:
         for index, group in enumerate(groups):
-            _run_group(group, out, runtime, _within(progress, index, len(groups)))
+            _run_group(group, out, runtime, within(progress, index, len(groups)))
     else:
         _run_parallel(groups, out, runtime, min(workers, len(groups)), progress)
     if runtime.rank > 0:
@@ -239,21 +238,15 @@ def _run_group(
         if job.start is not None:
             kept = folders[job.start[0]] / f"epoch{job.start[1]}.pt"
             start = kept if kept.exists() else None
-        inner = _within(progress, index, len(group))
-        told = None if inner is None else (lambda done, of, inner=inner: inner(done / of))
         train(
             job.run, folders[job.arm], runtime, start=start, keep=job.keep, rehearsed=True,
-            progress=told,
+            progress=within(progress, index, len(group)),
         )  # fmt: skip
     for job in group:
         for epoch in job.keep:
             (folders[job.arm] / f"epoch{epoch}.pt").unlink(missing_ok=True)
     if progress is not None:
-        progress(1.0)
-
-
-def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
-    return None if progress is None else lambda share: progress((index + share) / count)
+        progress("training", 1.0)
 
 
 _SHARES: Any = None
@@ -285,7 +278,7 @@ def _start_worker(shares: Any, threads: int, flags: dict[str, Any]) -> None:
 
 
 def _work(index: int, group: list[Job], out: Path, runtime: Runtime) -> None:
-    def told(share: float) -> None:
+    def told(stage: str, share: float) -> None:
         _SHARES[index] = share
 
     _run_group(group, out, runtime, told)
@@ -301,7 +294,7 @@ def _run_parallel(
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
             if progress is not None:
-                progress(sum(shares[:]) / len(groups))
+                progress("training", sum(shares[:]) / len(groups))
             for future in done:
                 future.result()
 

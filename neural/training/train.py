@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from neural.training.run_folder import RunFolder
 from neural.training.state import TrainState
 from neural.training.task import Runtime, Stream, open_task
 from neural.training.tensorboard import Board
+from nqm.progress import Progress
 
 #: Seconds between two checkpoints.
 CHECKPOINT_EVERY = 60.0
@@ -53,7 +54,7 @@ def train(
     start: Path | None = None,
     keep: Collection[int] = (),
     rehearsed: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Train one run; killed at any moment and called again, it goes on where it was.
 
@@ -72,7 +73,7 @@ def train(
     rehearsed : bool
         Whether `neural.training.preflight` has found this run sound already.
     progress : callable, optional
-        Told (minibatches done, of all) now and then.
+        Told now and then the stage, "training", and the share of the minibatches that is done.
 
     Raises
     ------
@@ -102,7 +103,7 @@ def _go_on(
     ood: Mapping[str, Images],
     log: RunFolder,
     keep: Collection[int],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> str:
     """Train to the end, and write what came out; returns the status."""
     run, task, runtime = train_state.run, train_state.task, train_state.runtime
@@ -121,7 +122,7 @@ def _go_on(
                 status = "diverged"
                 break
             if progress is not None:
-                progress(after, total)
+                progress("training", after / total)
         for epoch in ended:
             train_state.end_epoch(epoch)
             if epoch % run.evaluate.every == 0 or epoch == run.train.epochs:

@@ -161,8 +161,8 @@ def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> No
 def test_stages_are_reported_with_their_share() -> None:
     told: list[tuple[str, float]] = []
     risk = tanh_risk()
-    measured = measure(risk, CONFIG, report=lambda *one: told.append(one))
-    compare(measured, PLAN, report=lambda *one: told.append(one))
+    measured = measure(risk, CONFIG, progress=lambda *one: told.append(one))
+    compare(measured, PLAN, progress=lambda *one: told.append(one))
     stages = list(dict.fromkeys(stage for stage, _ in told))
     trained = [f"train {i} of 4" for i in (1, 2, 3, 4)]
     assert stages == ["curvature and noise", "averages", "third derivatives", *trained]

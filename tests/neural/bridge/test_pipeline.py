@@ -62,7 +62,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     found = run_bridge(
         open_target(str(run), Runtime()), SMALL, PLAN, Runtime(), tmp_path,
-        report=lambda stage, share: stages.append(stage),
+        progress=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert list(found.table.columns) == COLUMNS
     # Two rates at the first size, the second size at one rate; two K, and averages over time.
@@ -98,7 +98,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     stages.clear()
     again = run_bridge(
         open_target(str(run), Runtime()), SMALL, PLAN, Runtime(), tmp_path,
-        report=lambda stage, share: stages.append(stage),
+        progress=lambda stage, share: stages.append(stage),
     )  # fmt: skip
     assert not stages, "nothing is done twice"
     for name in ("table", "course", "best", "cost"):

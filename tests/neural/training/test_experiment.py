@@ -198,7 +198,9 @@ def test_processes_change_no_number(tmp_path: Path) -> None:
     made = recipe(arms, model=CNN, late_phase=LATE, seeds=2)
     shares: list[float] = []
     run_experiment(made, tmp_path / "one")
-    run_experiment(made, tmp_path / "two", workers=2, progress=shares.append)
+    run_experiment(
+        made, tmp_path / "two", workers=2, progress=lambda _, share: shares.append(share)
+    )
     for name in ("results.parquet", "history.parquet"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     for arm in arms:
@@ -226,7 +228,9 @@ def test_processes_compute_as_their_parent_does() -> None:
 def test_progress_rises_to_one(tmp_path: Path) -> None:
     shares: list[float] = []
     run_experiment(
-        recipe({"a": {}, "b": {"average": SWA}}, seeds=2), tmp_path, progress=shares.append
+        recipe({"a": {}, "b": {"average": SWA}}, seeds=2),
+        tmp_path,
+        progress=lambda stage, share: shares.append(share),
     )
     assert shares == sorted(shares)
     assert shares[0] < 0.3
@@ -577,8 +581,9 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     made = recipe({"base": {}}, train={"epochs": 1})
     asked = 0
 
-    def second(share: float) -> None:
+    def second(stage: str, share: float) -> None:
         nonlocal asked
+        assert stage == "training"
         asked += 1
         with pytest.raises(NQMError, match="out is being written by process"):
             run_experiment(made, tmp_path / "out")

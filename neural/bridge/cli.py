@@ -1,0 +1,97 @@
+"""``nqm neural bridge``; only click loads at the top."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from neural.training.cli_options import (
+    check_alone,
+    data_option,
+    device_option,
+    make_place,
+    progress_bar,
+    scale_option,
+    threads_option,
+)
+
+
+@click.command()
+@click.argument("target", metavar="RUN|RECIPE")
+@scale_option
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with tables [bridge] (what is measured and trained) and [plan] (averages).",
+)  # fmt: skip
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a setting, e.g. --set bridge.steps=500 or --set plan.runs=64; other keys are the "
+    "recipe's (repeatable).",
+)  # fmt: skip
+@click.option("--select", help="Weights that are measured, e.g. batchnorm+head; all by default.")
+@click.option("--examples", type=int, help="Training examples; 0: all.  [default: 2000]")
+@click.option("--members", type=int, multiple=True, help="K (repeatable); 1 to 16 by default.")
+@click.option("--predict-only", is_flag=True, help="Train nothing.")
+@click.option("--seed", type=int, help="Of all random draws.  [default: 0]")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.")
+@device_option
+@data_option
+@threads_option
+def bridge(
+    target: str,
+    scale: str,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    select: str | None,
+    examples: int | None,
+    members: tuple[int, ...],
+    predict_only: bool,
+    seed: int | None,
+    out: Path | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Predict from curvature and noise what K and the learning rate do to a network, and train.
+
+    RUN is the folder of a finished run, RECIPE one with model.checkpoint. Nothing is fitted to
+    the training runs that the prediction is compared with. It can be killed at any moment: run
+    again, it goes on where it was stopped. The settings of [bridge] and [plan] are listed under
+    "bridge" in the documentation.
+
+    \b
+    nqm neural bridge out/neural/digits_bn-full/base/seed0 --select batchnorm+head
+    nqm neural bridge RUN --set bridge.lr_times_sharpness=[0.1,0.3] --set plan.runs=64
+    """
+    from neural.bridge.pipeline import load_config, open_target, run_bridge, split_overrides
+    from neural.bridge.plots import draw_bridge
+    from nqm.files import locked
+    from nqm.names import folder_name
+
+    check_alone("nqm neural bridge")
+    own, others = split_overrides(overrides)
+    asked = {
+        "bridge.select": select, "bridge.examples": examples, "plan.seed": seed,
+        "plan.members": list(members) or None, "bridge.train": False if predict_only else None,
+    }  # fmt: skip
+    own += [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    settings, plan = load_config(config, own)
+    runtime = make_place(device, root, threads)
+    # Of "..", "/" and the like nothing is left that could lead out of out/bridge.
+    name = folder_name("-".join(Path(target).parts[-3:]).removesuffix(".toml"), "here")
+    out = out or Path("out", "bridge", name)
+    opened = open_target(target, runtime, scale, others)
+    click.get_current_context().with_resource(locked(out, folder=True))
+    with progress_bar(lines=True) as told:
+        found = run_bridge(opened, settings, plan, runtime, out, progress=told)
+    columns = ["lr", "batch_size", "members", "weights"]
+    columns += ["predicted", "measured", "error", "ratio"]
+    shown = found.table[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    click.echo(shown)
+    for line in found.words:
+        click.echo(f"- {line}")
+    title = f"{name}, {settings.select}"
+    for path in draw_bridge(found.table, found.course, found.spectrum, out, title):
+        click.echo(path)

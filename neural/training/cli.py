@@ -1,0 +1,197 @@
+"""``nqm neural train | evaluate | export | sweep``; only click loads at the top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from neural.training.cli_options import (
+    check_alone,
+    data_option,
+    device_option,
+    make_place,
+    progress_bar,
+    scale_option,
+    set_option,
+    threads_option,
+)
+
+
+@click.command()
+@click.argument("recipe")
+@scale_option
+@set_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs.")
+@click.option("--arm", "arms", multiple=True, help="Only this arm (repeatable).")
+@click.option("--seed", "seeds", type=int, multiple=True, help="Only this seed (repeatable).")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Seeds at once, each in a process of its own.",
+)
+@click.option(
+    "--tensorboard", is_flag=True, help="Note curves for TensorBoard in each run's folder."
+)
+@device_option
+@data_option
+@threads_option
+def train(
+    recipe: str,
+    scale: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    arms: tuple[str, ...],
+    seeds: tuple[int, ...],
+    workers: int,
+    tensorboard: bool,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Train every arm of RECIPE with every seed, and compare them.
+
+    It can be killed at any moment: run again, it goes on where it was stopped.
+
+    \b
+    nqm neural train digits_bn
+    nqm neural train fashion_mnist_bn --workers 2 --threads 2
+    torchrun --nproc-per-node 8 $(which nqm) neural train cifar10_bn
+    """
+    from dataclasses import replace
+
+    from neural.training.experiment import run_experiment
+    from neural.training.recipe import load_recipe
+    from nqm.names import folder_name
+
+    if workers > 1:
+        check_alone("--workers")
+    made = load_recipe(recipe, scale, overrides)
+    folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
+    runtime = replace(make_place(device, root, threads), tensorboard=tensorboard)
+    with progress_bar(hidden=runtime.rank > 0) as told:
+        table = run_experiment(
+            made, folder, runtime, arms=arms, seeds=seeds or None, workers=workers, progress=told
+        )
+    if runtime.rank == 0:
+        _show(table, made.title, folder)
+
+
+def _show(table: Any, title: str, folder: Path) -> None:
+    """Summary over seeds, and where the rest is."""
+    from neural.training.plots import draw
+    from neural.training.summary import summarise
+    from nqm.table import read_table
+
+    click.echo(title)
+    metrics = [
+        name for name in ("accuracy", "nll", "ece", "bpc") if (table["metric"] == name).any()
+    ]
+    for metric in metrics:
+        click.echo(f"\n{metric}")
+        summary = summarise(table, metric)
+        shown = summary.to_string(index=False, float_format=lambda value: f"{value:.4f}", na_rep="")
+        click.echo(shown)
+    for arm, seed in table.loc[table["status"] == "diverged", ["arm", "seed"]].to_numpy():
+        click.echo(f"diverged: {arm}, seed {seed}")
+    for path in draw(table, read_table(folder / "history.parquet"), folder, title):
+        click.echo(path)
+
+
+@click.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--ood", multiple=True, metavar="DATA", help="Set of images to detect (repeatable).")
+@click.option("--corruptions", is_flag=True, help="Accuracy under 14 corruptions, 5 severities.")
+@click.option("--flatness", is_flag=True, help="Rise of the loss under weight noise.")
+@click.option("--line", is_flag=True, help="Loss on the line from member 0 to the average.")
+@click.option("--mc-dropout", type=click.IntRange(min=0), default=0, help="Samples.")
+@click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
+@device_option
+@data_option
+@threads_option
+def evaluate(
+    run: Path,
+    ood: tuple[str, ...],
+    corruptions: bool,
+    flatness: bool,
+    line: bool,
+    mc_dropout: int,
+    out: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Measure the single model of a finished RUN, the folder of one arm and seed.
+
+    \b
+    nqm neural evaluate out/neural/digits_bn-full/late_phase/seed0 --flatness --line
+    """
+    from neural.training.config import EvaluateConfig
+    from neural.training.load_run import evaluate_run, reopen
+
+    check_alone("nqm neural evaluate")
+    runtime = make_place(device, root, threads)
+    asked = EvaluateConfig(
+        ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
+    )
+    table = evaluate_run(reopen(run, runtime), asked, out, root)
+    click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+
+
+@click.command()
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--out", required=True, metavar="FILE.safetensors")
+@click.option("--member", type=int, help="One member instead of the single model.")
+def export(run: Path, out: str, member: int | None) -> None:
+    """Write the single model of a finished RUN as safetensors, under its architecture's names.
+
+    \b
+    nqm neural export out/neural/digits_bn-full/late_phase/seed0 --out digits.safetensors
+    """
+    from neural.training.load_run import export as write
+
+    check_alone("nqm neural export")
+    click.echo(write(run, out, member))
+
+
+@click.command()
+@click.argument("file", metavar="FILE.toml")
+@set_option
+@click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
+@device_option
+@data_option
+@threads_option
+def sweep(
+    file: str,
+    overrides: tuple[str, ...],
+    out: str,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Train one arm of a recipe over the grid of FILE's [sweep] table: seeds, K, T0, anything.
+
+    It can be killed at any moment: run again, it goes on where it was stopped.
+
+    \b
+    nqm neural sweep members.toml --out members.parquet
+    """
+    from neural.training.sweep import work
+    from nqm.runs.sweep import Sweep
+
+    check_alone("nqm neural sweep")
+    runtime = make_place(device, root, threads)
+    cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
+    done = 0
+    with progress_bar() as told:
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            told("cells", done / len(cells))
+
+        cells.write(out, progress=count)
+    click.echo(f"{out}: {len(cells)} cells", err=True)
