@@ -25,22 +25,23 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from neural.late_phase import fused as fused_forward
 from neural.late_phase import merge as merging
 from neural.late_phase import optimizers
+from neural.late_phase.cycles import Batch as Batch
+from neural.late_phase.cycles import safe_to_keep
 from neural.late_phase.duplicate import results_by_value
+from neural.late_phase.member_steps import step_members
+from neural.late_phase.options import MemberOptions
 from neural.late_phase.pieces import Known, LossWeight, backward_in_pieces
 from neural.late_phase.ranks import average_gradients
 from neural.late_phase.ready import check_ready, checked_statistics
 from neural.late_phase.rows import UnclearRowsError, arguments
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import places, swapped
-from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.errors import NQMError, check_integer, check_word
 
-#: (inputs, targets); inputs is one tensor, a tuple of arguments or a dict of keyword arguments.
-Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -51,15 +52,6 @@ class _Settings(NamedTuple):
     micro_batches: int
     autocast: torch.dtype | None
     loss_weight: LossWeight | None
-
-
-GAMMAS = ("sum", "mean")
-NOISE_RULES = ("rms", "fan_in")
-IDLE_STEPS = ("none", "first", "every")
-LEFTOVERS = ("carry", "members", "drop")
-#: In an optimizer's state: its single numbers, as Adam's step count, for every member. Only there
-#: once members have taken different numbers of steps.
-_OWN = "members"
 
 
 class LatePhase(nn.Module):
@@ -89,13 +81,18 @@ class LatePhase(nn.Module):
         turn; on every turn. The last two are what the official code did for CIFAR and ImageNet
         under torch 1.4: momentum and weight decay act on idle members, from a member's first own
         turn on.
+    leftover : {"carry", "members", "drop"}
+        What `cycles` does with the last minibatches of a loader, fewer than K: keep them for the
+        next call's first cycle; give them out as a short list, on which `step` moves their members
+        alone, as the official code does (39 cycles and 1 minibatch in an epoch of CIFAR); or not
+        use them.
     seed : int
         Of the perturbation.
 
     Raises
     ------
     NQMError
-        On K < 2, or a selection that matches nothing.
+        If K < 2, another option is outside its range, or the selection matches nothing.
 
     Examples
     --------
@@ -122,18 +119,19 @@ class LatePhase(nn.Module):
         noise: float = 0.0,
         noise_rule: str = "rms",
         idle_steps: str = "none",
+        leftover: str = "carry",
         seed: int = 0,
     ):
         super().__init__()
-        check_integer("members", members, 2)
-        check_number("noise", noise, low=0.0)
-        check_integer("seed", seed, 0)
-        check_word("noise_rule", noise_rule, NOISE_RULES)
-        check_word("idle_steps", idle_steps, IDLE_STEPS)
-        if isinstance(gamma, str):
-            check_word("gamma", gamma, GAMMAS)
-        else:
-            check_number("gamma", gamma, low=0.0, closed_low=False)
+        MemberOptions(
+            members=members,
+            gamma=gamma,
+            noise=noise,
+            noise_rule=noise_rule,
+            idle_steps=idle_steps,
+            leftover=leftover,
+        )
+        check_integer("LatePhase.seed", seed, 0)
         check_ready(model, "LatePhase")
         self._ranks_average = False
         if isinstance(model, DistributedDataParallel):
@@ -143,13 +141,15 @@ class LatePhase(nn.Module):
         self.members = members
         self.gamma = gamma
         self.idle_steps = idle_steps
+        self.leftover = leftover
         self.selection = resolve(model, select)
         self._carried: list[Batch] = []
         self._had_turn = [False] * members
         self._plans: dict[Any, fused_forward.Plan | None] = {}
         self._told: set[str] = set()
         self._pieces: Known = {}
-        self._run: Callable[..., Any] = self._member_forward
+        #: The compiled `_member_forward`; None until `compile` is called.
+        self._compiled: Callable[..., Any] | None = None
         self.stacked = nn.ParameterDict()
         self.statistics = nn.Module()
         generator = torch.Generator().manual_seed(seed)
@@ -188,8 +188,9 @@ class LatePhase(nn.Module):
         """
         if not isinstance(member, Tensor):
             member = self.index[self._check_member(member)]
+        run = self._member_forward if self._compiled is None else self._compiled
         with checked_statistics():
-            return self._run(member.reshape(1), args, kwargs)
+            return run(member.reshape(1), args, kwargs)
 
     def _check_member(self, member: Any) -> int:
         if isinstance(member, bool) or not isinstance(member, Integral):
@@ -255,7 +256,7 @@ class LatePhase(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the members' forward pass; arguments are those of `torch.compile`."""
-        self._run = torch.compile(self._member_forward, *args, **kwargs)
+        self._compiled = torch.compile(self._member_forward, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatePhase:
         """Move or convert; members' weights stay at least in float32 (`late.bfloat16()`)."""
@@ -296,7 +297,7 @@ class LatePhase(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A compiled function would go on with the weights of the module it was copied from.
-        self._run = self._member_forward
+        self._compiled = None
 
     def _member_forward(
         self,
@@ -384,27 +385,32 @@ class LatePhase(nn.Module):
                 f"({reason:.100}); make it on late.member_parameters()"
             ) from None
 
-    def cycles(self, loader: Iterable[Batch], leftover: str = "carry") -> Iterator[list[Batch]]:
-        """Minibatches of a loader, K at a time.
+    def cycles(self, loader: Iterable[Batch], *, last: bool = False) -> Iterator[list[Batch]]:
+        """Minibatches of a loader, K at a time; `leftover` says what becomes of the rest.
+
+        If there are fewer than K minibatches in all, the base would never move. They are then
+        carried over to the next call whatever `leftover` says, with a warning.
 
         Parameters
         ----------
         loader : iterable of batches
-        leftover : {"carry", "members", "drop"}
-            What becomes of the last len(loader) mod K batches: they begin the next call's first
-            cycle; they come as a short list, on which `step` moves the members alone, as the
-            official code does (39 cycles and 1 batch in an epoch of CIFAR); or they are not used.
-            Where there are fewer than K in all, they are carried, with a warning.
+        last : bool
+            True if no other call follows: nothing is carried over.
+
+        Yields
+        ------
+        list of batches
+            K of them; fewer only at the end, and only with ``leftover="members"``.
         """
-        check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
         complete = False
-        for batch in _kept(loader, self.members):
+        for batch in safe_to_keep(loader, self.members):
             waiting.append(batch)
             if len(waiting) == self.members:
                 yield waiting
                 waiting, complete = [], True
-        if waiting and not complete and leftover != "carry":
+        leftover = self.leftover
+        if waiting and not complete and leftover != "carry" and not last:
             warnings.warn(
                 f"leftover={leftover!r}: {len(waiting)} minibatches make no cycle of "
                 f"{self.members} members, and the base would never move; they are carried over",
@@ -413,7 +419,7 @@ class LatePhase(nn.Module):
             leftover = "carry"
         if waiting and leftover == "members":
             yield waiting
-        elif leftover == "carry":
+        elif leftover == "carry" and not last:
             self._carried = waiting
 
     def step(
@@ -465,7 +471,7 @@ class LatePhase(nn.Module):
                 batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast,
                 loss_weight=loss_weight,
             )  # fmt: skip
-            self._step_rows(member_optimizer, range(len(batches)))
+            step_members(member_optimizer, self.member_parameters(), range(len(batches)))
         else:
             check_integer("micro_batches", micro_batches, 1)
             if fused:
@@ -552,7 +558,7 @@ class LatePhase(nn.Module):
             args: tuple[Any, ...], kwargs: dict[str, Any], learn: Callable[[Any], Tensor]
         ) -> Tensor:
             with self._autocast(settings.autocast):
-                if self._run == self._member_forward:
+                if self._compiled is None:
                     index = self.index[member].reshape(1)
                     return cast(Tensor, self._member_forward(index, args, kwargs, learn))
                 return learn(self(*args, member=member, **kwargs))
@@ -586,56 +592,11 @@ class LatePhase(nn.Module):
             everyone = self.idle_steps == "every" or k == 0
             # Before its first own turn a member has no gradient, and torch leaves it alone.
             ready = [j for j in range(self.members) if self._had_turn[j]]
-            self._step_rows(optimizer, ready if everyone else [k])
+            step_members(optimizer, self.member_parameters(), ready if everyone else [k])
             self.stacked.zero_grad(set_to_none=True)
         self._average_over_ranks(self.model.parameters())
         self._scale_base()
         return torch.stack(losses)
-
-    def _step_rows(self, optimizer: Optimizer, rows: Sequence[int]) -> None:
-        """Step some members: the others' weights and optimizer states are put back."""
-        parts = [list(rows)]
-        if any(_OWN in optimizer.state.get(p, {}) for p in self.member_parameters()):
-            parts = self._alike(optimizer, rows)
-        elif len(rows) == self.members:
-            optimizer.step()
-            return
-        for part in parts:
-            self._step_part(optimizer, part)
-
-    def _alike(self, optimizer: Optimizer, rows: Sequence[int]) -> list[list[int]]:
-        """Members in groups that have taken equally many steps."""
-        parts: dict[tuple[float, ...], list[int]] = {}
-        for k in rows:
-            states = (optimizer.state.get(p, {}).get(_OWN, {}) for p in self.member_parameters())
-            parts.setdefault(tuple(v[k] for own in states for v in own.values()), []).append(k)
-        return list(parts.values())
-
-    def _step_part(self, optimizer: Optimizer, part: list[int]) -> None:
-        """One step of members whose optimizer states agree in what is one number for all."""
-        idle = torch.tensor([k for k in range(self.members) if k not in part], dtype=torch.long)
-        idle = idle.to(self.index.device)
-        kept = []
-        for p in self.member_parameters():
-            state = optimizer.state.get(p, {})
-            own = state.get(_OWN) or {n: [float(v)] * self.members for n, v in _common(state, p)}
-            for name, value in _common(state, p):
-                value.fill_(own[name][part[0]])
-            rows = {n: v[idle] for n, v in _rows_of(optimizer, p).items()}
-            kept.append((p, p.detach()[idle], rows, own))
-        optimizer.step()
-        with torch.no_grad():
-            for p, values, states, own in kept:
-                p[idle] = values
-                for name, value in _rows_of(optimizer, p).items():
-                    value[idle] = states[name] if name in states else torch.zeros_like(value[idle])
-                state = optimizer.state.get(p, {})
-                for name, value in _common(state, p):
-                    numbers = own.setdefault(name, [0.0] * self.members)
-                    for k in part:
-                        numbers[k] = float(value)
-                if own:
-                    state[_OWN] = own
 
     def _check_batches(self, batches: Sequence[Batch]) -> None:
         if not 0 < len(batches) <= self.members:
@@ -757,57 +718,6 @@ def _spawn(
         normal = torch.randn(stacked.shape, generator=generator, dtype=stacked.dtype)
         stacked = stacked + sigma * size * normal.to(stacked.device)
     return stacked
-
-
-def _rows_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Entries of an optimizer's state that have a row for every member."""
-    state = optimizer.state.get(parameter, {})
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    }
-
-
-def _common(state: dict[str, Any], parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
-    """Entries of a weight's optimizer state that are one number for all members (Adam's step)."""
-    return [
-        (name, value)
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.numel() == 1 and value.shape != parameter.shape
-    ]
-
-
-def _kept(loader: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """Minibatches that stay what they are while `count` of them wait.
-
-    Some loaders fill one buffer again and again. The first `count` are copied; where the memory of
-    two is one, all are.
-    """
-    first: list[Batch] = []
-    copies = True
-    for batch in loader:
-        if copies and len(first) < count:
-            first.append(batch)  # kept alive, so that its memory is not another's by chance
-            if len(first) == count:
-                memory = [{x.data_ptr() for x in _tensors(one)} for one in first]
-                copies = sum(map(len, memory)) > len(set().union(*memory))
-            yield _copied(batch)
-            if len(first) == count and not copies:
-                first.clear()
-        else:
-            yield _copied(batch) if copies else batch
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [
-        x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.layout == torch.strided
-    ]
-
-
-def _copied(batch: Batch) -> Batch:
-    copied = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
-    return cast(Batch, copied)
 
 
 class _DenseGradient(torch.autograd.Function):

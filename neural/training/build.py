@@ -31,18 +31,9 @@ def plain_model(config: ModelConfig, task: Task) -> nn.Module:
 
 def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
     """Late-phase members of a run on its model."""
-    settings = run.late_phase
-    assert settings is not None
-    return LatePhase(
-        model,
-        settings.members,
-        settings.select,
-        gamma=settings.gamma,
-        noise=settings.noise,
-        noise_rule=settings.noise_rule,
-        idle_steps=settings.idle_steps,
-        seed=run.seed,
-    )
+    late = run.late_phase
+    assert late is not None
+    return LatePhase(model, select=late.select, seed=run.seed, **late.arguments())
 
 
 def make_model(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neural.data.augment import AUGMENTATIONS
-from neural.late_phase.members import GAMMAS, IDLE_STEPS, LEFTOVERS, NOISE_RULES
+from neural.late_phase.options import MemberOptions
 from neural.models import option_defaults
 from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -199,48 +199,39 @@ class TrainConfig:
 _WORDS = {"lr_every": LR_EVERY, "optimizer": OPTIMIZERS, "precision": PRECISIONS}
 
 
-@dataclass(frozen=True)
-class LatePhaseConfig:
-    """Late-phase members; see `neural.LatePhase` for what is not told here.
+@dataclass(frozen=True, kw_only=True)
+class LatePhaseConfig(MemberOptions):
+    """Late-phase members: the options of `neural.LatePhase`, and those of a run.
 
     Attributes
     ----------
     start_epoch : int
         T0: members are spawned when so many epochs are done.
+    members : int
+        K.
+    select : str
+        What is replicated.
+    fused : bool
+        Run all members' minibatches in one forward pass.
     lr : Schedule, optional
         Of the members, over the epochs of the whole run; that of the base by default.
     weight_decay : float, optional
         Of the members; that of the base by default. Members that `TrainConfig.no_decay` selects
         have none.
-    leftover : {"carry", "members", "drop"}
-        What becomes of the last batches of an epoch (see `neural.LatePhase.cycles`).
     """
 
     start_epoch: int
     members: int = 10
     select: str = "batchnorm+head"
-    gamma: str | float = "sum"
-    noise: float = 0.0
-    noise_rule: str = "rms"
-    idle_steps: str = "none"
-    leftover: str = "carry"
     fused: bool = False
     lr: Schedule | None = None
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_integer("LatePhaseConfig.start_epoch", self.start_epoch, 0)
-        check_integer("LatePhaseConfig.members", self.members, 2)
-        check_number("LatePhaseConfig.noise", self.noise, low=0.0)
-        if isinstance(self.gamma, str):
-            check_word("LatePhaseConfig.gamma", self.gamma, GAMMAS)
-        else:
-            check_number("LatePhaseConfig.gamma", self.gamma, low=0.0, closed_low=False)
         if self.weight_decay is not None:
             check_number("LatePhaseConfig.weight_decay", self.weight_decay, low=0.0)
-        check_word("LatePhaseConfig.leftover", self.leftover, LEFTOVERS)
-        check_word("LatePhaseConfig.noise_rule", self.noise_rule, NOISE_RULES)
-        check_word("LatePhaseConfig.idle_steps", self.idle_steps, IDLE_STEPS)
         if self.fused and self.idle_steps != "none":
             raise NQMError(
                 f"LatePhaseConfig.fused needs idle_steps = 'none'; got {self.idle_steps!r}"

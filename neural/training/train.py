@@ -145,27 +145,31 @@ def _go_on(
 def _groups(train_state: TrainState, total: int) -> Iterator[tuple[list[Batch], int]]:
     """Minibatches of each base step, and how many are used after it; spawns the members at T0.
 
-    An empty group passes over minibatches that are dropped.
+    An empty group passes over minibatches that are dropped. The caller sets `train_state.done` to the
+    second number before it asks for the next group.
     """
-    settings, batches = train_state.run.late_phase, len(train_state.task.stream)
-    stream = _endless(train_state.task.stream, train_state.done)
+    late, stream = train_state.run.late_phase, train_state.task.stream
+    start = total if late is None else late.start_epoch * len(stream)
+    for batch in _batches(stream, train_state.done, start):
+        yield [batch], train_state.done + 1
     while train_state.done < total:
-        if settings is None or train_state.done < settings.start_epoch * batches:
-            yield [next(stream)], train_state.done + 1
-            continue
         if train_state.late is None:
             train_state.spawn()
-        carries = settings.leftover == "carry"
-        left = total - train_state.done if carries else batches - train_state.done % batches
-        group = list(itertools.islice(stream, min(settings.members, left)))
-        after = train_state.done + len(group)
-        # What is carried at the very end has no next epoch to go to.
-        short = len(group) < settings.members
-        yield [] if short and settings.leftover != "members" else group, after
+        assert train_state.late is not None
+        # Carrying over is to read on into the next epoch; what is left at the very end is dropped.
+        this_epoch = train_state.done // len(stream) + 1
+        end = total if train_state.late.leftover == "carry" else this_epoch * len(stream)
+        for group in train_state.late.cycles(_batches(stream, train_state.done, end), last=True):
+            yield group, train_state.done + len(group)
+        if train_state.done < end:
+            yield [], end
 
 
-def _endless(stream: Stream, done: int) -> Iterator[Batch]:
-    """Batches of epoch after epoch, from one in the middle on."""
-    first, start = divmod(done, len(stream))
-    for epoch in itertools.count(first):
-        yield from stream.epoch(epoch, start if epoch == first else 0)
+def _batches(stream: Stream, start: int, end: int) -> Iterator[Batch]:
+    """Minibatches number `start` to `end` - 1 of a run, over epochs."""
+    size = len(stream)
+    while start < end:
+        epoch, skip = divmod(start, size)
+        count = min(size - skip, end - start)
+        yield from itertools.islice(stream.epoch(epoch, skip), count)
+        start += count

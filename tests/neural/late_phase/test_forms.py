@@ -304,13 +304,13 @@ def test_carried_minibatches_are_resumed():
 @pytest.mark.parametrize("leftover", ["members", "drop"])
 def test_more_members_than_minibatches_are_told_and_carried(leftover):
     """Else nothing, or the members alone, would ever train."""
-    late = LatePhase(net(), 5, "norm")
+    late = LatePhase(net(), 5, "norm", leftover=leftover)
     loader = [(k, None) for k in range(3)]
     full, rest = [0, 1, 2, 0, 1], [[2]] if leftover == "members" else []
     for _ in range(2):
         with pytest.warns(UserWarning, match="3 minibatches make no cycle of 5 members"):
-            assert list(late.cycles(loader, leftover)) == []
-        cycles = [[k for k, _ in one] for one in late.cycles(loader, leftover)]
+            assert list(late.cycles(loader)) == []
+        cycles = [[k for k, _ in one] for one in late.cycles(loader)]
         assert cycles == [full, *rest]
 
 

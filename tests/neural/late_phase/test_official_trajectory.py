@@ -170,7 +170,7 @@ def test_cifar(member_decay):
         data = draw(PER_EPOCH)
         official.epoch(epoch, data)
         if epoch == RELEASE:
-            late = LatePhase(model, K, "batchnorm+head", idle_steps="first")
+            late = LatePhase(model, K, "batchnorm+head", idle_steps="first", leftover="members")
             own = late.optimizer_like(base, weight_decay=member_decay)
         for optimizer in (base, own):
             for group in optimizer.param_groups if optimizer else ():
@@ -181,7 +181,7 @@ def test_cifar(member_decay):
                 functional.cross_entropy(model(x), y).backward()
                 base.step()
             continue
-        for cycle in late.cycles(data, leftover="members"):
+        for cycle in late.cycles(data):
             late.step(cycle, functional.cross_entropy, base, own)
         check(late, official.base, official.members, official.shared)
     x = draw(1)[0][0]

@@ -127,11 +127,13 @@ def test_late_phase_run_is_the_loop_of_the_library(
         base.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         base.step()
-    late = LatePhase(net, members, "batchnorm+head", gamma=0.7, noise=0.3, seed=3)
+    late = LatePhase(
+        net, members, "batchnorm+head", gamma=0.7, noise=0.3, leftover=leftover, seed=3
+    )
     own = late.optimizer_like(base, weight_decay=1e-2)
     used = BATCHES
     for epoch in (1, 2, 3):
-        for cycle in late.cycles(batches(run).epoch(epoch), leftover):
+        for cycle in late.cycles(batches(run).epoch(epoch)):
             # Rates are those of the moment when the cycle's first minibatch is drawn.
             now = used / BATCHES if lr_every == "step" else used // BATCHES
             base.param_groups[0]["lr"] = [0.1, 0.03, 0.01, 0.01][int(now)]

@@ -1,0 +1,56 @@
+"""Minibatches that wait until there is one for every member."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+#: (inputs, targets); inputs is one tensor, a tuple of arguments or a dict of keyword arguments.
+Batch = tuple[Any, Any]
+
+
+def safe_to_keep(loader: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Minibatches of a loader that do not change while `count` of them are kept.
+
+    Some loaders write every minibatch into the same memory. The first `count` are copied; if two of
+    them share memory, all later ones are copied too.
+
+    Parameters
+    ----------
+    loader : iterable of batches
+    count : int
+        How many minibatches the caller keeps at a time.
+
+    Yields
+    ------
+    Batch
+        As in the loader, with the same values.
+    """
+    first: list[Batch] = []
+    copies = True
+    for batch in loader:
+        if copies and len(first) < count:
+            first.append(batch)  # kept alive, so that its memory is not another's by chance
+            if len(first) == count:
+                memory = [{x.data_ptr() for x in _tensors(one)} for one in first]
+                copies = sum(map(len, memory)) > len(set().union(*memory))
+            yield _copied(batch)
+            if len(first) == count and not copies:
+                first.clear()
+        else:
+            yield _copied(batch) if copies else batch
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [
+        x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.layout == torch.strided
+    ]
+
+
+def _copied(batch: Batch) -> Batch:
+    copied = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
+    return cast(Batch, copied)

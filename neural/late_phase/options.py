@@ -1,0 +1,64 @@
+"""The options of late-phase members, checked in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nqm.errors import check_integer, check_number, check_word
+
+GAMMAS = ("sum", "mean")
+NOISE_RULES = ("rms", "fan_in")
+IDLE_STEPS = ("none", "first", "every")
+LEFTOVERS = ("carry", "members", "drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberOptions:
+    """Options of `neural.LatePhase`, which explains them.
+
+    Attributes
+    ----------
+    members : int
+        K >= 2.
+    gamma : {"sum", "mean"} or float
+        Scale of the summed base gradient, > 0.
+    noise : float
+        Relative size of the members' initial perturbation, >= 0.
+    noise_rule : {"rms", "fan_in"}
+    idle_steps : {"none", "first", "every"}
+    leftover : {"carry", "members", "drop"}
+
+    Raises
+    ------
+    NQMError
+        Where an option is outside its range.
+    """
+
+    members: int
+    gamma: str | float = "sum"
+    noise: float = 0.0
+    noise_rule: str = "rms"
+    idle_steps: str = "none"
+    leftover: str = "carry"
+
+    def __post_init__(self) -> None:
+        check_integer("LatePhase.members", self.members, 2)
+        check_number("LatePhase.noise", self.noise, low=0.0)
+        check_word("LatePhase.noise_rule", self.noise_rule, NOISE_RULES)
+        check_word("LatePhase.idle_steps", self.idle_steps, IDLE_STEPS)
+        check_word("LatePhase.leftover", self.leftover, LEFTOVERS)
+        if isinstance(self.gamma, str):
+            check_word("LatePhase.gamma", self.gamma, GAMMAS)
+        else:
+            check_number("LatePhase.gamma", self.gamma, low=0.0, closed_low=False)
+
+    def arguments(self) -> dict[str, Any]:
+        """The options as keyword arguments of `neural.LatePhase`.
+
+        Returns
+        -------
+        dict
+            Name -> value; of a subclass, the options stated here alone.
+        """
+        return {one.name: getattr(self, one.name) for one in fields(MemberOptions)}
