@@ -14,6 +14,7 @@ from typing import Any
 from neural.data.augment import AUGMENTATIONS
 from neural.late_phase.options import MemberOptions
 from neural.models import option_defaults
+from neural.training.averages import AVERAGES, Average
 from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.keys import same
@@ -23,7 +24,6 @@ from nqm.schedule import SCHEDULES, Schedule
 PRECISIONS = ("float32", "bfloat16", "float64")
 LR_EVERY = ("epoch", "step")
 OPTIMIZERS = ("sgd", "adam", "adamw")
-AVERAGES = ("swa", "ema")
 SAMPLINGS = ("shuffle", "replacement", "stream")
 #: More than anyone trains for; schedules are looked at epoch by epoch.
 MOST_EPOCHS = 1_000_000
@@ -239,32 +239,6 @@ class LatePhaseConfig(MemberOptions):
 
 
 @dataclass(frozen=True)
-class AverageConfig:
-    """An average over time, of the base and all members.
-
-    Attributes
-    ----------
-    method : {"swa", "ema"}
-        Equal weights, one snapshot at each epoch's end; or exponential, at every base step.
-    start_epoch : int
-        SWA: epochs done before the first one that is averaged.
-    decay : float
-        Of EMA.
-    """
-
-    method: str
-    start_epoch: int = 0
-    decay: float = 0.999
-
-    def __post_init__(self) -> None:
-        check_word("AverageConfig.method", self.method, AVERAGES)
-        check_integer("AverageConfig.start_epoch", self.start_epoch, 0)
-        check_number("AverageConfig.decay", self.decay, low=0.0, high=1.0, closed_high=False)
-        if self.method == "swa":
-            refuse_unused(self, "AverageConfig", ("decay",), "method = 'swa'")
-
-
-@dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured beside the test metrics at the end.
 
@@ -309,7 +283,7 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     late_phase: LatePhaseConfig | None = None
-    average: AverageConfig | None = None
+    average: Average[Any] | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = 0
 
@@ -342,7 +316,6 @@ SECTIONS: dict[str, Any] = {
     "data": DataConfig,
     "train": TrainConfig,
     "late_phase": LatePhaseConfig,
-    "average": AverageConfig,
     "evaluate": EvaluateConfig,
 }
 _TOP = ("data", "model", "train", "late_phase", "average", "evaluate", "seed")
@@ -371,6 +344,8 @@ def build(mapping: Mapping[str, Any]) -> RunConfig:
         for name in mapping
         if name in SECTIONS
     }
+    if "average" in mapping:
+        parts["average"] = _average(mapping["average"])
     seed = toml.leaf("seed", mapping.get("seed", 0), int)
     return RunConfig(model=_model(mapping["model"]), seed=seed, **parts)
 
@@ -385,6 +360,23 @@ def _model(value: Any) -> ModelConfig:
     names = ("name", "checkpoint", "rank1", "lora")
     own: dict[str, Any] = {name: table.pop(name) for name in names if name in table}
     made: ModelConfig = toml.call(ModelConfig, own, "model", {"options": table})
+    return made
+
+
+def _average(value: Any) -> Average[Any]:
+    """Entries beside `method` are the options of that method alone."""
+    table = dict(toml.table_at("average", value))
+    toml.require("average", table, "method")
+    method = table.pop("method")
+    kind = toml.lookup("average.method", method, AVERAGES)
+    options = [one.name for one in fields(kind)]
+    for name in table:
+        if name not in options:
+            raise NQMError(
+                f"average.{name} is no option of average.method = {method!r}, which has "
+                f"{', '.join(options)}; leave it out"
+            )
+    made: Average[Any] = toml.call(kind, table, "average")
     return made
 
 
@@ -406,6 +398,8 @@ def restore(mapping: Mapping[str, Any]) -> RunConfig:
         Naming the dotted key at fault.
     """
     known = SECTIONS | {"model": ModelConfig}
+    if isinstance(average := mapping.get("average"), Mapping):
+        known["average"] = AVERAGES.get(str(average.get("method")))
     filled = {
         name: {**getattr(known.get(name), "__omitted__", {}), **part}
         if isinstance(part, Mapping)
@@ -447,6 +441,8 @@ def _plain(value: Any, entries: Callable[[Any], dict[str, Any]] | None = None) -
     if isinstance(value, Schedule):
         names = {kind: name for name, kind in SCHEDULES.items()}
         return {"schedule": names[type(value)]} | entries(value)
+    if isinstance(value, Average):
+        return {"method": value.method} | entries(value)
     if is_dataclass(value):
         return entries(value)
     if isinstance(value, Mapping):

@@ -23,6 +23,7 @@ from neural.data import Data, Images, load
 from neural.evaluate import classification_metrics, ensemble_log_probs
 from neural.training import preflight
 from neural.training._malloc import keep_freed_memory
+from neural.training.averages import AVERAGES
 from neural.training.config import RunConfig, describe
 from neural.training.recipe import Recipe, check_seeds
 from neural.training.report import ood_images
@@ -334,7 +335,7 @@ def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
         if len(kept) < 2:
             continue
         labels = torch.from_numpy(kept[0]["labels"])
-        for weights in ("iterate", "averaged", "swa", "ema"):
+        for weights in ("iterate", "averaged", *AVERAGES):
             if weights not in kept[0]:
                 continue
             stacked = torch.stack([torch.from_numpy(one[weights]) for one in kept])

@@ -55,7 +55,7 @@ def check_cycles(run: RunConfig, batches: int) -> None:
             f"late_phase.members must be at most the {left} minibatches {span}, or no cycle is "
             f"ever complete and the base stops; got {late.members}; lower it, or data.batch_size"
         )
-    if average is not None and average.method == "ema":
+    if average is not None and average.every_step:
         start = late.start_epoch * batches
         end = run.train.epochs * batches
         last = start + (end - start) // late.members * late.members if carries else end
@@ -143,7 +143,7 @@ def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Ima
 
 
 def rehearsed_state(run: RunConfig, runtime: Runtime, task: Task) -> TrainState:
-    """The train_state of a rehearsal: of the run, but for what only costs time."""
+    """The state of a rehearsal: of the run, but for what only costs time."""
     train = replace(run.train, compile=False, micro_batches=1)
     samples = min(run.evaluate.mc_dropout, 2)
     short = replace(run, train=train, evaluate=replace(run.evaluate, mc_dropout=samples))

@@ -6,6 +6,7 @@ The table is tidy: one row per (weights, member, data, metric). `weights` names 
 iterate       the model as trained, without late-phase weights
 averaged      the mean of the late-phase members: the paper's single model
 swa, ema      the average over time; with members, of their mean, BatchNorm statistics taken anew
+              (the names of `neural.training.averages.AVERAGES`)
 member        one member, `member` says which
 ensemble      mean prediction of the members
 mc_dropout    mean prediction over dropout masks
@@ -29,10 +30,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from neural import evaluate
 from neural.data import Images, load_images
-from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import LatePhase
-from neural.late_phase.reparametrize import RankOne, fold, parametrized
+from neural.late_phase.reparametrize import fold
+from neural.training.averages import single_models
 from neural.training.config import EvaluateConfig
 from neural.training.state import TrainState
 from neural.training.task import Task
@@ -102,13 +103,9 @@ def check(train_state: TrainState) -> None:
 
 
 def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
-    """All metrics of a finished train_state; `ood` is what `ood_images` returned."""
+    """All metrics of a finished run; `ood` is what `ood_images` returned."""
     task, late = train_state.task, train_state.late
-    if train_state.average is not None:
-        recompute_statistics(
-            train_state.average.module, task.stream.epoch(train_state.run.train.epochs)
-        )
-    models = dict(_models(train_state))
+    models = _models(train_state)
     rows: list[Row] = []
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     for name, model in models.items():
@@ -118,8 +115,8 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
             kept[name] = predicted
     if late is not None:
         rows += _members(late, task)
-    settings = train_state.run.average
-    primary = settings.method if settings is not None else next(iter(models))
+    average = train_state.run.average
+    primary = average.method if average is not None else next(iter(models))
     model = models[primary]
     extra = beyond(model, late, task, train_state.run.evaluate, ood)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
@@ -132,28 +129,16 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
     )
 
 
-def _models(train_state: TrainState) -> Iterator[tuple[str, nn.Module]]:
-    """Single models of a train_state."""
-    if train_state.late is None:
-        yield "iterate", train_state.model
-    else:
-        yield from _means(train_state.late, "averaged")
-    settings = train_state.run.average
-    if train_state.average is not None and settings is not None:
-        module = train_state.average.module
-        if isinstance(module, LatePhase):
-            yield from _means(module, settings.method)
-        else:
-            yield settings.method, module
-
-
-def _means(late: LatePhase, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The mean member, and those means that may differ from it."""
-    yield name, late.averaged()
-    if any("running_var" in name for name in late.selection.buffers):
-        yield f"{name}_outputs", late.averaged(batchnorm="outputs")
-    if any(isinstance(one, RankOne) for *_, one in parametrized(late.model)):
-        yield f"{name}_product", late.averaged(rank1="product")
+def _models(train_state: TrainState) -> dict[str, nn.Module]:
+    """Models of a run by their name in the results: the iterate's, and those of its average."""
+    name = "iterate" if train_state.late is None else "averaged"
+    models = single_models(train_state.trained, name)
+    average, stream = train_state.run.average, train_state.task.stream
+    if average is not None and train_state.average is not None:
+        models |= average.models(
+            train_state.average, lambda: stream.epoch(train_state.run.train.epochs)
+        )
+    return models
 
 
 def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
-from neural.late_phase import averaging
 from neural.late_phase.members import Batch, LatePhase
 from neural.late_phase.pieces import Known, backward_in_pieces
 from neural.late_phase.ranks import average_gradients
@@ -39,8 +37,9 @@ class TrainState:
         Minibatches used so far.
     late : LatePhase or None
         None before T0.
-    average : AveragedModel or None
-        Over the model, or over `late` with all its members.
+    average : Module or None
+        State of the run's average over time, over the model or over `late` with all its members.
+        None until it takes weights.
     """
 
     def __init__(self, run: RunConfig, task: Task, runtime: Runtime):
@@ -61,7 +60,7 @@ class TrainState:
         self.forward = torch.compile(self.model) if run.train.compile else self.model
         self.late: LatePhase | None = None
         self.member_optimizer: Optimizer | None = None
-        self.average: AveragedModel | None = None
+        self.average: nn.Module | None = None
         self.known_pieces: Known = {}
         self.done = 0
         self.rows: list[dict[str, Any]] = []
@@ -119,12 +118,12 @@ class TrainState:
         self.losses[0] += losses.sum()
         self.losses[1] += len(losses)
         self.done += len(batches)
-        settings = self.run.average
+        average = self.run.average
         moved = self.late is None or len(batches) == self.late.members  # the base
-        if settings is None or settings.method != "ema" or not moved:
+        if average is None or not average.every_step or not moved:
             return losses
-        if self.epoch > settings.start_epoch:
-            self._update_average()
+        if self.epoch > average.start_epoch:
+            average.step(self._begun_average(), self.trained)
         return losses
 
     def try_out(self, batch: Batch) -> None:
@@ -162,8 +161,10 @@ class TrainState:
                 fused=settings.fused,
                 autocast=self.autocast,
             )
-        if self.run.average is not None:
-            self._update_average()
+        average = self.run.average
+        if average is not None:
+            average.step(self._begun_average(), self.trained)
+            average.end_epoch(self._begun_average(), self.trained, self.run.train.epochs)
 
     def _base_step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,22 +198,20 @@ class TrainState:
         return total / count if count else float("nan")
 
     def end_epoch(self, epoch: int) -> None:
-        """Take the snapshot of SWA; `epoch` epochs are done."""
-        settings = self.run.average
-        if settings is not None and settings.method == "swa" and epoch > settings.start_epoch:
-            self._update_average()
+        """Tell the average over time that `epoch` epochs are done."""
+        average = self.run.average
+        if average is None or epoch <= average.start_epoch:
+            return
+        if self.average is None and average.every_step:
+            return  # no base step since its start: there is nothing to take yet
+        average.end_epoch(self._begun_average(), self.trained, epoch)
 
-    def _update_average(self) -> None:
+    def _begun_average(self) -> nn.Module:
+        """State of the average; begun if this is the first time that it takes weights."""
+        assert self.run.average is not None
         if self.average is None:
-            self.average = self._new_average()
-        self.average.update_parameters(self.trained)
-
-    def _new_average(self) -> AveragedModel:
-        settings = self.run.average
-        assert settings is not None
-        if settings.method == "swa":
-            return averaging.swa(self.trained)
-        return averaging.ema(self.trained, settings.decay)
+            self.average = self.run.average.begin(self.trained)
+        return self.average
 
     def _hooked(self, optimizer: Optimizer, *, stacked: bool = False) -> Optimizer:
         """Have gradients averaged over ranks, and clipped, before every step."""
@@ -260,8 +259,7 @@ class TrainState:
         if self.member_optimizer is not None:
             self.member_optimizer.load_state_dict(state["member_optimizer"])
         if "average" in state:
-            self.average = self._new_average()
-            self.average.load_state_dict(state["average"])
+            self._begun_average().load_state_dict(state["average"])
         self.done = state["done"]
         self.rows = list(state["rows"])
         self.losses.copy_(state["losses"])

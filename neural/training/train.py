@@ -145,8 +145,8 @@ def _go_on(
 def _groups(train_state: TrainState, total: int) -> Iterator[tuple[list[Batch], int]]:
     """Minibatches of each base step, and how many are used after it; spawns the members at T0.
 
-    An empty group passes over minibatches that are dropped. The caller sets `train_state.done` to the
-    second number before it asks for the next group.
+    An empty group passes over minibatches that are dropped. The caller sets `train_state.done` to
+    the second number before it asks for the next group.
     """
     late, stream = train_state.run.late_phase, train_state.task.stream
     start = total if late is None else late.start_epoch * len(stream)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neural.training.averages import EMA, SWA
 from neural.training.config import (
-    AverageConfig,
     DataConfig,
     EvaluateConfig,
     LatePhaseConfig,
@@ -94,11 +94,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
     )
     first = late.start_epoch if late is not None else 0
     start = st.integers(first, epochs - 1)
-    average = draw(
-        st.none()
-        | st.builds(AverageConfig, st.just("swa"), start)
-        | st.builds(AverageConfig, st.just("ema"), start, fractions)
-    )
+    average = draw(st.none() | st.builds(SWA, start) | st.builds(EMA, start, fractions))
     optimizer = draw(
         st.fixed_dictionaries({"optimizer": st.just("sgd"), "momentum": fractions})
         | st.fixed_dictionaries(
@@ -385,7 +381,6 @@ def test_clipping_without_gradients_is_nothing() -> None:
     [
         ({"train": {"optimizer": "adam", "momentum": 0.5}}, "train.momentum would be ignored"),
         ({"train": {"betas": [0.5, 0.9]}}, "train.betas would be ignored"),
-        ({"average": {"method": "swa", "decay": 0.5}}, "average.decay would be ignored"),
         ({"late_phase": {"T0": 1}}, "late_phase.T0 is not a known key; T0 is late_phase.start"),
         ({"late_phase": LATE | {"K": 4}}, "late_phase.K .*; K is late_phase.members"),
         ({"T0": 3}, "^T0 is not a known key; T0 is late_phase.start_epoch"),

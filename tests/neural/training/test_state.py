@@ -25,7 +25,7 @@ BARE = {"momentum": 0.0, "weight_decay": 0.0, "precision": "float64"}
 
 
 def opened(**sections: Any) -> tuple[TrainState, list[tuple[Tensor, Tensor]]]:
-    """A train_state and the batches of its first epoch."""
+    """A state and the batches of its first epoch."""
     run = tiny(**sections)
     task = open_task(run, Runtime())
     return TrainState(run, task, Runtime()), list(task.stream.epoch(0))

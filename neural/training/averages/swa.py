@@ -1,0 +1,33 @@
+"""Stochastic weight averaging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from neural.late_phase import averaging
+from neural.training.averages.base import MeanWeights
+
+
+@dataclass(frozen=True)
+class SWA(MeanWeights):
+    """Mean of the weights at the end of each epoch, all counted alike (Izmailov et al. 2018).
+
+    Attributes
+    ----------
+    start_epoch : int
+        Epochs done before the first one that is averaged.
+    """
+
+    method: ClassVar[str] = "swa"
+
+    def begin(self, module: nn.Module) -> AveragedModel:
+        """A mean of no weights yet."""
+        return averaging.swa(module)
+
+    def end_epoch(self, state: AveragedModel, module: nn.Module, epoch: int) -> None:
+        """Take the weights into the mean."""
+        state.update_parameters(module)
