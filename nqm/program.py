@@ -117,7 +117,8 @@ class Phase:
         """Stretches on which rates, batch size and algorithm repeat together."""
         own: int | None = 1
         if isinstance(self.algorithm, Algorithm):
-            own = None if self.algorithm.ages else self.algorithm.period
+            time = self.algorithm.time
+            own = None if time.update_never_repeats else time.period
         lists = [list(schedule.segments(self.steps)) for schedule in self._schedules()]
         edges = sorted({edge for segments in lists for s in segments for edge in s[:2]})
         for start, stop in itertools.pairwise(edges):

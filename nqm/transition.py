@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from nqm.algorithms.base import Algorithm, State, Value
 from nqm.double_double import DoubleDouble
@@ -203,67 +203,13 @@ def resumption(old: Algorithm, new: Algorithm, age: int) -> tuple[FloatArray, Fl
     return rows[:, :n], rows[:, n:]
 
 
-#: A time at which a method that ages has all but stopped changing; a multiple of usual periods.
-LATE = 720_720 * 10**6
-
-
-def clock(algorithm: Algorithm, t: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Equal numbers for times t that `update` cannot tell apart; each is such a time itself.
-
-    The time of a method that ages; else what is left modulo the period, or, where only the last of
-    some steps differs from the others, one time for all these others.
-    """
-    if algorithm.ages:
-        return t
-    beats = {every for every in algorithm.beats or () if every > 1}
-    if algorithm.beats is None or len(beats) > 1:
-        return t % algorithm.period
-    every = beats.pop() if beats else 1
-    return np.where((t + 1) % every == 0, every - 1, 0)
-
-
-def beats_of(algorithm: Algorithm) -> tuple[int, ...] | None:
-    """`Algorithm.beats` above 1, smallest first; None where every step may be another."""
-    if algorithm.beats is None or algorithm.ages:
-        return None
-    return tuple(sorted({every for every in algorithm.beats if every > 1}))
-
-
-def span_cost(beats: tuple[int, ...] | None, steps: int) -> float:
-    """About how many products `nqm.solvers.moments.compose_span` takes over so many steps."""
-    if beats is None or steps <= 1:
-        return float(steps)
-    if not beats:
-        return 1.0
-    period = math.lcm(*beats)
-    if steps > 2 * period:
-        return 3.0 * span_cost(beats, period) + 1.0
-    every = beats[-1]
-    inside = span_cost(beats[:-1], min(every - 1, steps))
-    return min(float(steps), (inside + 1.0) * (1.0 + steps / every))
-
-
-def simultaneous(algorithm: Algorithm, clocks: FloatArray) -> Iterator[tuple[Any, Any]]:
-    """(rows, t) by which the steps at these `clocks` are to be extracted together."""
-    if algorithm.ages and algorithm.period == 1:
-        yield np.arange(clocks.size), clocks[:, None]
-        return
-    for r in np.unique(clocks):
-        yield np.flatnonzero(clocks == r), int(r)
-
-
-def cycle_times(algorithm: Algorithm) -> range:
-    """Times of one whole cycle; of a late one for a method that ages."""
-    first = LATE if algorithm.ages else 0
-    return range(first, first + algorithm.period)
-
-
 def origins(algorithm: Algorithm, known: Container[str] = ()) -> FloatArray:
     """Share of the origin's position -w* in each coordinate that begins, shape (n,).
 
     `known` coordinates go on from an earlier phase and do not begin.
     """
-    begun = [n in algorithm.at_origin and n not in known for n in algorithm.coordinates]
+    at = algorithm.constants
+    begun = [at.get(n) == "origin" and n not in known for n in algorithm.coordinates]
     return np.array(begun, dtype=np.float64)
 
 

@@ -26,6 +26,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Trajectory
 from nqm.solvers.moments import check_own_starts
+from nqm.transition import origins
 
 #: Most numbers of one coordinate of the state (replicas x members x directions) in a block.
 ENTRIES = 2**23
@@ -204,14 +205,14 @@ class _Chain:
         """The state a phase starts in, from what ran before it (None for nothing)."""
         new = phases[-1].algorithm
         assert isinstance(new, Algorithm)
-        replicated = new.replicated(problem)
-        mask = 1.0 if replicated is None else draws.tensor(replicated)
+        mask = new.member_mask(problem)
+        scale = 1.0 if mask is None else draws.tensor(mask)
         linear = isinstance(old, _Chain)
         if linear and goes_on(*phases) and old.algorithm.coordinates == new.coordinates:
-            return cls(new, draws, mask, old.state, old.age)
+            return cls(new, draws, scale, old.state, old.age)
 
         def normal() -> Tensor:
-            return mask * draws.normal(*draws.shape)
+            return scale * draws.normal(*draws.shape)
 
         handed = None if old is None else old.weights()
         known: dict[str, Any] = {}
@@ -220,12 +221,11 @@ class _Chain:
             state = new.resume(known, lambda: handed, normal)
         else:
             state = new.embed(draws.weights if handed is None else lambda: handed, normal)
-        begun = {name for name in new.at_origin if name not in known}
         state = tuple(
-            -draws.minimum + x if name in begun else x
-            for name, x in zip(new.coordinates, state, strict=True)
+            -draws.minimum + x if at_origin else x
+            for x, at_origin in zip(state, origins(new, known), strict=True)
         )
-        return cls(new, draws, mask, state)
+        return cls(new, draws, scale, state)
 
     def step(self, settings: FloatArray) -> None:
         *rates, size = settings.tolist()
@@ -254,7 +254,7 @@ class _Factors:
 
     @classmethod
     def enter(cls, draws: _Draws, algorithm: MultiplicativeLatePhase, start: Tensor) -> Any:
-        wide = 1 if algorithm.coupling == "scalar" else draws.shape[1]
+        wide = 1 if algorithm.scalar else draws.shape[1]
         shape = (draws.replicas, algorithm.members, wide)
         phi = torch.full(shape, algorithm.factor, dtype=draws.dtype, device=draws.device)
         if algorithm.spread:
@@ -269,7 +269,7 @@ class _Factors:
         g.addcmul_(noise, draws.sd / math.sqrt(size))
         pull = torch.mul(self.phi, g, out=noise).sum(dim=1)
         g *= self.theta[:, None]
-        moved = g.sum(dim=2, keepdim=True) if self.algorithm.coupling == "scalar" else g
+        moved = g.sum(dim=2, keepdim=True) if self.algorithm.scalar else g
         self.phi.sub_(moved, alpha=member_lr)
         self.theta.sub_(pull, alpha=self.algorithm.base_scale * lr)
 

@@ -242,7 +242,7 @@ def train_quadratic(
             settings = late_settings(algorithm, problem.directions)
             late = LatePhase(model, idle_steps=idle_steps, seed=member_seed, **settings)
             own = late.optimizer_like(base)
-        shared = getattr(algorithm, "shared", 0.0) == 1.0
+        shared = isinstance(algorithm, nqm.LatePhase) and algorithm.shared == 1.0
         # What a phase change makes of the weights shows after the next step, but at the very start.
         if step == 0 and not records and 0 in wanted:
             records.append(_losses(model, late))
@@ -282,7 +282,7 @@ def _check(program: Program) -> None:
         # torch's members have the base optimizer's settings.
         fits = fits and all(one == last.inner for one in before)
     else:
-        fits = last.coupling == "elementwise" and all(type(one) is nqm.SGD for one in before)
+        fits = not last.scalar and all(type(one) is nqm.SGD for one in before)
         fits = fits and (not before or last.factor == 1.0)
     if not fits:
         raise NQMError(

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from nqm.algorithms.averaging import EMA, LAWA, SWA, PolynomialAverage
-from nqm.algorithms.base import Algorithm, Mode, Nonlinear, Optimizer
-from nqm.algorithms.decay import WeightDecay
-from nqm.algorithms.local import Federated, LocalSGD
-from nqm.algorithms.lookahead import Lookahead
-from nqm.algorithms.members import Ensemble, LatePhase
-from nqm.algorithms.multiplicative import MultiplicativeLatePhase
-from nqm.algorithms.optimizers import SGD, HeavyBall, Nesterov
-from nqm.algorithms.rounding import Rounded
-from nqm.algorithms.sampled import Adam, Sampled, SampledSGD, SignSGD
-from nqm.algorithms.schedule_free import ScheduleFree
-from nqm.algorithms.wrapper import Wrapper
+from nqm.algorithms.averaging import EMA as EMA
+from nqm.algorithms.averaging import LAWA as LAWA
+from nqm.algorithms.averaging import SWA as SWA
+from nqm.algorithms.averaging import PolynomialAverage as PolynomialAverage
+from nqm.algorithms.base import Algorithm as Algorithm
+from nqm.algorithms.base import LimitingCase as LimitingCase
+from nqm.algorithms.base import Mode as Mode
+from nqm.algorithms.base import Nonlinear as Nonlinear
+from nqm.algorithms.base import Optimizer as Optimizer
+from nqm.algorithms.decay import WeightDecay as WeightDecay
+from nqm.algorithms.local import Federated as Federated
+from nqm.algorithms.local import LocalSGD as LocalSGD
+from nqm.algorithms.lookahead import Lookahead as Lookahead
+from nqm.algorithms.members import Ensemble as Ensemble
+from nqm.algorithms.members import LatePhase as LatePhase
+from nqm.algorithms.multiplicative import MultiplicativeLatePhase as MultiplicativeLatePhase
+from nqm.algorithms.optimizers import SGD as SGD
+from nqm.algorithms.optimizers import HeavyBall as HeavyBall
+from nqm.algorithms.optimizers import Nesterov as Nesterov
+from nqm.algorithms.rounding import Rounded as Rounded
+from nqm.algorithms.sampled import Adam as Adam
+from nqm.algorithms.sampled import Sampled as Sampled
+from nqm.algorithms.sampled import SampledSGD as SampledSGD
+from nqm.algorithms.sampled import SignSGD as SignSGD
+from nqm.algorithms.schedule_free import ScheduleFree as ScheduleFree
+from nqm.algorithms.wrapper import Wrapper as Wrapper
 
 ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "sgd": SGD,
@@ -36,32 +50,3 @@ ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "sign_sgd": SignSGD,
     "adam": Adam,
 }
-
-__all__ = [
-    "EMA",
-    "LAWA",
-    "ROSTER",
-    "SGD",
-    "SWA",
-    "Adam",
-    "Algorithm",
-    "Ensemble",
-    "Federated",
-    "HeavyBall",
-    "LatePhase",
-    "LocalSGD",
-    "Lookahead",
-    "Mode",
-    "MultiplicativeLatePhase",
-    "Nesterov",
-    "Nonlinear",
-    "Optimizer",
-    "PolynomialAverage",
-    "Rounded",
-    "Sampled",
-    "SampledSGD",
-    "ScheduleFree",
-    "SignSGD",
-    "WeightDecay",
-    "Wrapper",
-]

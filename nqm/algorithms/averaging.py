@@ -1,18 +1,29 @@
-"""Averages of the iterates of one run: EMA, SWA (Polyak-Ruppert), LAWA, polynomial decay."""
+"""Averages of the iterates of one run: EMA, SWA (Polyak-Ruppert), LAWA, polynomial decay.
+
+An average is stable where its inner method is.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nqm.algorithms.base import State, Value, check_fraction, check_members, ends
+from nqm.algorithms.base import LimitingCase, State, Value, check_fraction, check_members
+from nqm.algorithms.time_dependence import TimeDependence, is_last_of_period
 from nqm.algorithms.wrapper import Wrapper
 from nqm.errors import check_integer, check_number
 
 
 @dataclass(frozen=True)
 class EMA(Wrapper):
-    """a' = beta a + (1 - beta) x', a starting at x; a is evaluated (Polyak averaging, EMA)."""
+    """a' = beta a + (1 - beta) x', a starting at x; a is evaluated (Polyak averaging, EMA).
+
+    Parameters
+    ----------
+    inner : Algorithm
+        What makes the iterates x; of members, each has an average.
+    beta : float
+        In [0, 1).
+    """
 
     beta: float = 0.99
     kept = ("ema",)
@@ -30,6 +41,9 @@ class EMA(Wrapper):
     def read(self, kept: State, x: Value, t: int) -> Value:
         return kept[0]
 
+    def limits(self) -> tuple[LimitingCase, ...]:
+        return (LimitingCase("beta = 0", replace(self, beta=0.0), self.inner),)
+
 
 @dataclass(frozen=True)
 class _Snapshots(Wrapper):
@@ -42,20 +56,12 @@ class _Snapshots(Wrapper):
         check_integer(f"{type(self).__name__}.every", self.every, 1)
 
     @property
-    def period(self) -> int:
-        return math.lcm(self.inner.period, self.every)
+    def time(self) -> TimeDependence:
+        return replace(self.inner.time.with_period(self.every), weights_never_repeat=True)
 
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return None if self.inner.beats is None else (*self.inner.beats, self.every)
-
-    @property
-    def counts_steps(self) -> bool:
-        return True
-
-    def due(self, t: int) -> bool:
-        """Whether step t ends with a snapshot."""
-        return ends(t, self.every)
+    def takes_snapshot(self, t: int) -> bool:
+        """Whether a snapshot is taken after step t."""
+        return is_last_of_period(t, self.every)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,13 @@ class SWA(_Snapshots):
     A running sum is kept and divided only when read: the transition stays constant and the
     textbook formula's cancellation at small lr h N never arises. Before the first snapshot the
     current weights are evaluated.
+
+    Parameters
+    ----------
+    inner : Algorithm
+        What makes the iterates; of members, each has an average.
+    every : int
+        Steps between snapshots, >= 1.
     """
 
     @property
@@ -75,11 +88,15 @@ class SWA(_Snapshots):
         return (0.0,)
 
     def keep(self, kept: State, x: Value, t: int) -> State:
-        return (kept[0] + x,) if self.due(t) else kept
+        return (kept[0] + x,) if self.takes_snapshot(t) else kept
 
     def read(self, kept: State, x: Value, t: int) -> Value:
-        taken = t // self.every
-        return kept[0] * (1.0 / taken) if taken else x
+        snapshots = t // self.every
+        return kept[0] * (1.0 / snapshots) if snapshots else x
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        late = replace(self, every=1000)
+        return (LimitingCase("before the first snapshot", late, self.inner, until=999),)
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,15 @@ class LAWA(_Snapshots):
     """Mean of the latest `window` snapshots, one every `every` steps (Kaddour 2022).
 
     Until the window is full the snapshots taken so far are averaged.
+
+    Parameters
+    ----------
+    inner : Algorithm
+        What makes the iterates; of members, each has an average.
+    every : int
+        Steps between snapshots, >= 1.
+    window : int
+        Snapshots that are averaged, >= 1.
     """
 
     window: int = 5
@@ -104,11 +130,20 @@ class LAWA(_Snapshots):
         return (0.0,) * self.window
 
     def keep(self, kept: State, x: Value, t: int) -> State:
-        return (x, *kept[:-1]) if self.due(t) else kept
+        return (x, *kept[:-1]) if self.takes_snapshot(t) else kept
 
     def read(self, kept: State, x: Value, t: int) -> Value:
-        taken = min(t // self.every, self.window)
-        return sum(kept[1:taken], start=kept[0]) * (1.0 / taken) if taken else x
+        snapshots = min(t // self.every, self.window)
+        return sum(kept[1:snapshots], start=kept[0]) * (1.0 / snapshots) if snapshots else x
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        full = (self.window + 1) * self.every
+        return (
+            LimitingCase("window = 1, every = 1", replace(self, every=1, window=1), self.inner),
+            LimitingCase(
+                "until the window is full", self, SWA(self.inner, self.every), until=full - 1
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +152,13 @@ class PolynomialAverage(Wrapper):
 
     Shamir & Zhang 2013, "Polynomial-decay averaging". eta 0 is the uniform (Polyak-Ruppert) mean
     of all iterates, and eta -> infinity the last one. Stepped one by one: no two steps are alike.
+
+    Parameters
+    ----------
+    inner : Algorithm
+        What makes the iterates x; of members, each has an average.
+    eta : float
+        >= 0.
     """
 
     eta: float = 3.0
@@ -127,8 +169,8 @@ class PolynomialAverage(Wrapper):
         check_number("PolynomialAverage.eta", self.eta, low=0.0)
 
     @property
-    def ages(self) -> bool:
-        return True
+    def time(self) -> TimeDependence:
+        return replace(self.inner.time, update_never_repeats=True)
 
     def begin(self, x: Value) -> State:
         return (x,)
@@ -139,3 +181,6 @@ class PolynomialAverage(Wrapper):
 
     def read(self, kept: State, x: Value, t: int) -> Value:
         return kept[0]
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        return (LimitingCase("eta = 0", replace(self, eta=0.0), SWA(self.inner)),)

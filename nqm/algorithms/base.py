@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from nqm.algorithms.time_dependence import TimeDependence
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.limits import MEMBERS
 
@@ -20,20 +21,33 @@ if TYPE_CHECKING:
 
 #: One coordinate of the state: a number, an array over directions, or a linear form.
 Value = Any
+#: The state of a method in one direction: its coordinates, in the order of their names.
 State = tuple[Value, ...]
 #: One learning rate, or the pair (lr, member_lr) for methods that take two.
 Rate = Any
+#: ``draw()`` returns the weights a phase starts from; ``normal()`` a fresh standard normal.
+Draw = Callable[[], Value]
 
 
 class Gradient(Protocol):
-    """Minibatch gradient: ``gradient(x)`` draws a new minibatch, a named `batch` is drawn once."""
+    """Minibatch gradient of the loss at some weights."""
 
     def __call__(self, x: Value, batch: int | None = None, size: float = 1.0) -> Value:
-        """Noisy gradient at x of a minibatch of `size` times the phase's batch size."""
+        """Noisy gradient at x.
+
+        Parameters
+        ----------
+        x : Value
+            Displacement of the weights from the minimum.
+        batch : int, optional
+            Name of the minibatch within this step, which is drawn once; a new minibatch by default.
+        size : float
+            Examples of the minibatch, in units of the phase's batch size.
+        """
         ...
 
     def normal(self) -> Value:
-        """A fresh standard normal of the method's own, untouched by the batch size."""
+        """A fresh standard normal of the method's own, which no batch size scales."""
         ...
 
 
@@ -56,85 +70,81 @@ class Mode:
     noise_share: float
 
 
-class Algorithm(ABC):
-    """A training or averaging method, linear in its state and in the noise."""
+def same_rates(rates: Rate) -> Rate:
+    """The rates unchanged."""
+    return rates
 
-    #: How many learning rates `update` takes: 1, or 2 for (lr, member_lr).
-    rates: ClassVar[int] = 1
+
+@dataclass(frozen=True)
+class LimitingCase:
+    """A setting at which one method has the expected loss of another, at every step.
+
+    Attributes
+    ----------
+    setting : str
+        In words, e.g. "momentum = 0".
+    algorithm : Algorithm or Nonlinear
+        The method at this setting.
+    equals : Algorithm or Nonlinear
+        The method it then equals.
+    rates, equal_rates : callable
+        From rates ``lr``, or ``(lr, member_lr)`` where `algorithm` takes two, to those at which
+        `algorithm` and `equals` are run; the rates themselves by default.
+    batch_size : float
+        Batch size of `equals`, in units of that of `algorithm`.
+    every : int
+        They agree after every so many steps.
+    until : int, optional
+        They agree up to this step; for ever by default.
+    members : bool
+        Whether the average member's loss agrees too.
+    """
+
+    setting: str
+    algorithm: Algorithm | Nonlinear
+    equals: Algorithm | Nonlinear
+    rates: Callable[[Rate], Rate] = same_rates
+    equal_rates: Callable[[Rate], Rate] = same_rates
+    batch_size: float = 1.0
+    every: int = 1
+    until: int | None = None
+    members: bool = True
+
+
+class Algorithm(ABC):
+    """A training or averaging method, linear in its state and in the noise.
+
+    A method states `coordinates`, `update`, `weights` and `embed` (an `Optimizer` its `direction`),
+    and its `limits` and `stability_edge`. The other members have defaults that fit a single chain
+    whose steps are all alike.
+    """
 
     @property
     @abstractmethod
     def coordinates(self) -> tuple[str, ...]:
         """Names of the state; equal names are carried over from one phase to the next."""
 
-    @property
-    def period(self) -> int:
-        """Steps after which `update` repeats itself; 1 when it does not look at t."""
-        return 1
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        """Numbers n such that `update` asks of t only whether step t is the last of n steps.
-
-        None where it may ask for more of the remainder modulo `period`.
-        """
-        return () if self.period == 1 else None
-
-    @property
-    def counts_steps(self) -> bool:
-        """Whether `weights` looks at t beyond its remainder modulo `period` (snapshots do)."""
-        return False
-
-    @property
-    def ages(self) -> bool:
-        """Whether `update` looks at t beyond its remainder modulo `period`.
-
-        No two steps are alike then: jumps walk, and there is no steady state. With period 1
-        `update` must take an array of times t.
-        """
-        return False
-
-    @property
-    def constants(self) -> tuple[str, ...]:
-        """Coordinates that `update` never moves (what weights are pulled to)."""
-        return ()
-
-    @property
-    def at_origin(self) -> tuple[str, ...]:
-        """Those `constants` that stand at the origin of weight space, -w* in our coordinates.
-
-        `embed` returns 0 for them; the solvers, who know the problem, put them there.
-        """
-        return ()
-
-    def check(self, problem: Problem) -> None:
-        """Raise NQMError where the method makes no sense on this problem."""
-        return
-
-    def replicated(self, problem: Problem) -> FloatArray | None:
-        """1 in directions that have members of their own and 0 elsewhere, (d,); None if all do."""
-        return None
-
-    @property
-    def rate_count(self) -> int:
-        """Learning rates this method takes (a wrapper takes its inner method's)."""
-        return self.rates
-
-    @property
-    def member_count(self) -> int:
-        """Members K behind the evaluated weights; 0 for a single chain."""
-        return 0
-
     @abstractmethod
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
-        """State after step t (0-based), as the paper prints it."""
+        """State after one step, as the paper prints it.
+
+        Parameters
+        ----------
+        state : tuple
+            As many entries as `coordinates`.
+        gradient : Gradient
+        lr : float, or pair of floats
+            As many learning rates as `rate_count`.
+        t : int
+            Step number within the phase, 0-based.
+        """
 
     @abstractmethod
     def weights(self, state: State, t: int) -> Value:
         """The weights that are evaluated once t steps are done."""
 
     @abstractmethod
-    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
+    def embed(self, draw: Draw, normal: Draw) -> State:
         """Start of a phase from plain weights.
 
         Parameters
@@ -146,15 +156,59 @@ class Algorithm(ABC):
             ``normal()`` returns a fresh standard normal.
         """
 
-    def resume(
-        self,
-        known: Mapping[str, Value],
-        draw: Callable[[], Value],
-        normal: Callable[[], Value],
-    ) -> State:
-        """Start of a phase that goes on: `known` coordinates are kept, the others begin."""
-        fresh = self.embed(draw, normal)
-        return tuple(known.get(n, x) for n, x in zip(self.coordinates, fresh, strict=True))
+    def limits(self) -> tuple[LimitingCase, ...]:
+        """Settings of this method at which it equals another; all else as it is here."""
+        return ()
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        """Smallest constant learning rate that is not stable, in closed form.
+
+        Parameters
+        ----------
+        curvature : ndarray, shape (d,)
+            h > 0.
+        member_lr_ratio : float or ndarray, shape (d,)
+            member_lr / lr, for methods that take two rates.
+
+        Returns
+        -------
+        ndarray, shape (d,), or None
+            Edge of each direction, infinity where every rate is stable; None where no closed form
+            is known. `nqm.stability_edge` finds it from the spectral radius in any case.
+        """
+        return None
+
+    @property
+    def time(self) -> TimeDependence:
+        """How `update` and `weights` depend on the step number; not at all by default."""
+        return TimeDependence()
+
+    @property
+    def rate_count(self) -> int:
+        """Learning rates that `update` takes: 1, or 2 for (lr, member_lr)."""
+        return 1
+
+    @property
+    def constants(self) -> Mapping[str, str]:
+        """Coordinates that `update` never moves, and where they are: "start" or "origin".
+
+        `embed` gives those at the "start". It returns 0 for those at the origin of weight space,
+        -w* in our coordinates: the solvers, who know the problem, put them there.
+        """
+        return {}
+
+    def check(self, problem: Problem) -> None:
+        """Raise NQMError where the method makes no sense on this problem."""
+        return
+
+    @property
+    def member_count(self) -> int:
+        """Members K behind the evaluated weights; 0 for a single chain."""
+        return 0
+
+    def member_mask(self, problem: Problem) -> FloatArray | None:
+        """1 in directions that have members of their own and 0 elsewhere, (d,); None if all do."""
+        return None
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         """Weights of the members behind the evaluated ones; empty for a single chain."""
@@ -163,6 +217,19 @@ class Algorithm(ABC):
     def modes(self) -> tuple[Mode, ...]:
         """Independent chains that carry all second moments; a single chain is its own."""
         return (Mode("mean", self, 1.0),)
+
+    def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
+        """Start of a phase that goes on: `known` coordinates are kept, the others begin.
+
+        Parameters
+        ----------
+        known : mapping of str to Value
+            Coordinates of the phase before, by name.
+        draw, normal : callable
+            As for `embed`.
+        """
+        fresh = self.embed(draw, normal)
+        return tuple(known.get(n, x) for n, x in zip(self.coordinates, fresh, strict=True))
 
 
 class Nonlinear:
@@ -180,6 +247,10 @@ class Nonlinear:
         """Members behind the evaluated weights; 0 for a single chain."""
         return 0
 
+    def limits(self) -> tuple[LimitingCase, ...]:
+        """Settings of this method at which it equals another; all else as it is here."""
+        return ()
+
     def continues(self, old: object) -> bool:
         """Whether a phase of this method goes on from the state of a phase of `old`."""
         return False
@@ -193,7 +264,15 @@ class Optimizer(Algorithm):
 
     @abstractmethod
     def direction(self, buffers: State, g: Value) -> tuple[Value, State]:
-        """Direction to go against, and the new buffers, given the gradient g."""
+        """Direction to go against, and the new buffers.
+
+        Parameters
+        ----------
+        buffers : tuple
+            As many entries as `buffers`.
+        g : Value
+            Minibatch gradient at the current weights.
+        """
 
     @property
     def coordinates(self) -> tuple[str, ...]:
@@ -207,12 +286,59 @@ class Optimizer(Algorithm):
     def weights(self, state: State, t: int) -> Value:
         return state[0]
 
-    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
+    def embed(self, draw: Draw, normal: Draw) -> State:
         return (draw(), *self.no_buffers())
 
     def no_buffers(self) -> State:
         """Buffers at the start."""
         return (0.0,) * len(self.buffers)
+
+
+class Around(Algorithm):
+    """A method around an inner one: what it does not state itself is the inner method's."""
+
+    inner: Algorithm
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        return self.inner.coordinates
+
+    @property
+    def time(self) -> TimeDependence:
+        return self.inner.time
+
+    @property
+    def rate_count(self) -> int:
+        return self.inner.rate_count
+
+    @property
+    def constants(self) -> Mapping[str, str]:
+        return self.inner.constants
+
+    @property
+    def member_count(self) -> int:
+        return self.inner.member_count
+
+    def check(self, problem: Problem) -> None:
+        self.inner.check(problem)
+
+    def member_mask(self, problem: Problem) -> FloatArray | None:
+        return self.inner.member_mask(problem)
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        return self.inner.stability_edge(curvature, member_lr_ratio)
+
+    def weights(self, state: State, t: int) -> Value:
+        return self.inner.weights(state, t)
+
+    def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
+        return self.inner.member_weights(state, t)
+
+    def embed(self, draw: Draw, normal: Draw) -> State:
+        return self.resume({}, draw, normal)
+
+    def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
+        return self.inner.resume(known, draw, normal)
 
 
 def check_fraction(where: str, value: float, *, closed_high: bool = False) -> None:
@@ -231,11 +357,6 @@ def check_members(where: str, value: int) -> None:
     check_integer(where, value, 1)
     if value > MEMBERS:
         raise NQMError(f"{where} must be at most {MEMBERS}, as each has a name; got {value}")
-
-
-def ends(t: int, every: int) -> bool:
-    """Whether step t is the last of `every` steps (of 1, whatever the array of times t)."""
-    return every == 1 or (t + 1) % every == 0
 
 
 def average(values: tuple[Value, ...]) -> Value:

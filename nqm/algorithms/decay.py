@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nqm.algorithms.base import (
     Algorithm,
+    Around,
+    Draw,
     Gradient,
+    LimitingCase,
     Mode,
     Optimizer,
     Rate,
@@ -17,13 +21,11 @@ from nqm.algorithms.base import (
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_number
-from nqm.problems.quadratic import FloatArray, Problem
-
-Draw = Callable[[], Value]
+from nqm.problems.quadratic import FloatArray
 
 
 @dataclass(frozen=True)
-class WeightDecay(Algorithm):
+class WeightDecay(Around):
     """L2 penalty ``decay/2 |w - anchor|^2`` on any method, or the decoupled decay of AdamW.
 
     Coupled: every gradient is g + decay (w - anchor), as ``weight_decay`` of ``torch.optim.SGD``.
@@ -50,7 +52,7 @@ class WeightDecay(Algorithm):
 
     def __post_init__(self) -> None:
         check_algorithm("WeightDecay.inner", self.inner)
-        if self.inner.counts_steps or self.inner.ages:
+        if self.inner.time.weights_never_repeat or self.inner.time.update_never_repeats:
             name = type(self.inner).__name__
             raise NQMError(
                 f"WeightDecay.inner must not be an average; put it inside {name} instead"
@@ -62,39 +64,12 @@ class WeightDecay(Algorithm):
             check_algorithm("WeightDecay.inner of a decoupled decay", self.inner, Optimizer)
 
     @property
-    def rate_count(self) -> int:
-        return self.inner.rate_count
-
-    @property
-    def period(self) -> int:
-        return self.inner.period
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return self.inner.beats
-
-    @property
-    def member_count(self) -> int:
-        return self.inner.member_count
-
-    @property
     def coordinates(self) -> tuple[str, ...]:
         return (*self.inner.coordinates, f"anchor at {self.toward}")
 
     @property
-    def constants(self) -> tuple[str, ...]:
-        return (*self.inner.constants, f"anchor at {self.toward}")
-
-    @property
-    def at_origin(self) -> tuple[str, ...]:
-        here = (f"anchor at {self.toward}",) if self.toward == "origin" else ()
-        return (*self.inner.at_origin, *here)
-
-    def check(self, problem: Problem) -> None:
-        self.inner.check(problem)
-
-    def replicated(self, problem: Problem) -> FloatArray | None:
-        return self.inner.replicated(problem)
+    def constants(self) -> Mapping[str, str]:
+        return {**self.inner.constants, f"anchor at {self.toward}": self.toward}
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         *moving, anchor = state
@@ -109,9 +84,6 @@ class WeightDecay(Algorithm):
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         return self.inner.member_weights(state[:-1], t)
-
-    def embed(self, draw: Draw, normal: Draw) -> State:
-        return self.resume({}, draw, normal)
 
     def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
         inner = self.inner.resume(known, draw, normal)
@@ -128,41 +100,35 @@ class WeightDecay(Algorithm):
             ),
         )
 
+    def limits(self) -> tuple[LimitingCase, ...]:
+        decoupled = WeightDecay(SGD(), self.decay, self.toward, True)
+        return (
+            LimitingCase("decay = 0", replace(self, decay=0.0), self.inner),
+            LimitingCase(
+                "decoupled, inner = SGD()", decoupled, replace(decoupled, decoupled=False)
+            ),
+        )
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        if not self.decoupled:  # the penalty's curvature is decay
+            return self.inner.stability_edge(curvature + self.decay, member_lr_ratio)
+        edge = self.inner.stability_edge(curvature)
+        # At the eigenvalue -1 of an optimizer 2 = lr (2 / edge + decay).
+        return None if edge is None else 1.0 / (1.0 / edge + self.decay / 2.0)
+
 
 @dataclass(frozen=True)
-class _DecayedDeviation(Algorithm):
+class _DecayedDeviation(Around):
     """A member's deviation from the mean is pulled to 0: all members share the anchor."""
 
     inner: Algorithm
     decay: float
 
-    @property
-    def rate_count(self) -> int:
-        return self.inner.rate_count
-
-    @property
-    def period(self) -> int:
-        return self.inner.period
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return self.inner.beats
-
-    @property
-    def coordinates(self) -> tuple[str, ...]:
-        return self.inner.coordinates
-
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         return self.inner.update(state, _Penalised(gradient, self.decay, 0.0), lr, t)
 
-    def weights(self, state: State, t: int) -> Value:
-        return self.inner.weights(state, t)
-
-    def embed(self, draw: Draw, normal: Draw) -> State:
-        return self.inner.embed(draw, normal)
-
-    def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
-        return self.inner.resume(known, draw, normal)
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        return self.inner.stability_edge(curvature + self.decay, member_lr_ratio)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from nqm.algorithms.base import (
     Algorithm,
+    Draw,
     Gradient,
+    LimitingCase,
     Mode,
     Optimizer,
     Rate,
@@ -20,13 +23,12 @@ from nqm.algorithms.base import (
     average,
     check_algorithm,
     check_members,
-    ends,
 )
+from nqm.algorithms.lookahead import Lookahead, edge_with_rounds
 from nqm.algorithms.optimizers import SGD
+from nqm.algorithms.time_dependence import TimeDependence, is_last_of_period
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problems.quadratic import Problem
-
-Draw = Callable[[], Value]
+from nqm.problems.quadratic import FloatArray, Problem
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,8 @@ class LocalSGD(Algorithm):
         return self.workers
 
     @property
-    def period(self) -> int:
-        return math.lcm(self.inner.period, self.local_steps)
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return None if self.inner.beats is None else (*self.inner.beats, self.local_steps)
+    def time(self) -> TimeDependence:
+        return self.inner.time.with_period(self.local_steps)
 
     @property
     def server(self) -> tuple[str, ...]:
@@ -104,7 +102,7 @@ class LocalSGD(Algorithm):
 
     def shared(self, server: State, workers: tuple[State, ...], t: int) -> State:
         """The state once the server has met the workers, where step t ends a round."""
-        if ends(t, self.local_steps):
+        if is_last_of_period(t, self.local_steps):
             delta = server[0] - average(tuple(worker[0] for worker in workers))
             step, buffers = self.outer.direction(server[1:], delta)
             server = (server[0] - self.outer_lr * step, *buffers)
@@ -129,6 +127,34 @@ class LocalSGD(Algorithm):
             Mode("deviation", _WorkerDeviation(self), 1.0 - 1.0 / m),
         )
 
+    def limits(self) -> tuple[LimitingCase, ...]:
+        alone = replace(self, workers=1, outer=SGD(), outer_lr=1.0)
+        every_step = replace(self, local_steps=1, outer=SGD(), outer_lr=1.0)
+        slow = min(self.outer_lr, 1.0)
+        return (
+            LimitingCase("workers = 1, outer step 1", alone, self.inner),
+            LimitingCase(
+                "local_steps = 1, outer step 1", every_step, self.inner, batch_size=self.workers
+            ),
+            LimitingCase(
+                "workers = 1, outer = SGD()",
+                replace(alone, outer_lr=slow),
+                Lookahead(self.inner, self.local_steps, slow),
+                every=self.local_steps,
+            ),
+        )
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        outer_edge = self._outer_edge()
+        if outer_edge is None:
+            return None
+        return edge_with_rounds(self.inner, self.local_steps, outer_edge, curvature)
+
+    def _outer_edge(self) -> float | None:
+        """Largest curvature at which the server's step is stable."""
+        edge = self.outer.stability_edge(np.ones(1))
+        return None if edge is None else float(edge[0]) / self.outer_lr
+
 
 @dataclass(frozen=True)
 class _MeanWorker(Algorithm):
@@ -142,12 +168,8 @@ class _MeanWorker(Algorithm):
         return (*self.local.server, *(f"{n} workers/{m}" for n in names))
 
     @property
-    def period(self) -> int:
-        return self.local.period
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return self.local.beats
+    def time(self) -> TimeDependence:
+        return self.local.time
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         first = len(self.local.server)
@@ -173,16 +195,12 @@ class _WorkerDeviation(Algorithm):
         return tuple(f"{n} deviation/{self.local.workers}" for n in self.local.inner.coordinates)
 
     @property
-    def period(self) -> int:
-        return self.local.period
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return self.local.beats
+    def time(self) -> TimeDependence:
+        return self.local.time
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         d, *buffers = self.local.inner.update(state, gradient, lr, t)
-        return (0.0 if ends(t, self.local.local_steps) else d, *buffers)
+        return (0.0 if is_last_of_period(t, self.local.local_steps) else d, *buffers)
 
     def weights(self, state: State, t: int) -> Value:
         return state[0]
@@ -254,12 +272,8 @@ class Federated(LocalSGD):
         return 0  # clients that differ have no common mean and deviation
 
     @property
-    def constants(self) -> tuple[str, ...]:
-        return ("origin",)
-
-    @property
-    def at_origin(self) -> tuple[str, ...]:
-        return ("origin",)
+    def constants(self) -> Mapping[str, str]:
+        return {"origin": "origin"}
 
     @property
     def coordinates(self) -> tuple[str, ...]:
@@ -284,6 +298,26 @@ class Federated(LocalSGD):
 
     def modes(self) -> tuple[Mode, ...]:
         return (Mode("mean", self, 1.0),)
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        equal = replace(self, curvatures=(), shifts=())
+        local = LocalSGD(self.workers, self.local_steps, self.inner, self.outer, self.outer_lr)
+        return (LimitingCase("clients that do not differ", equal, local, members=False),)
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        if len(set(self.client_curvatures)) == 1:
+            return super().stability_edge(curvature)
+        outer_edge = self._outer_edge()
+        if outer_edge is None or self.local_steps > 2 or not isinstance(self.inner, SGD):
+            return None
+        if self.local_steps == 1:  # clients differ in the place of their minimum only
+            return outer_edge / curvature
+        # A round sees the curvature 2 u - m u^2, u = lr h, with m the mean of c_k^2: it is 0 again
+        # at u = 2 / m, and before that it may rise to outer_edge.
+        mean_square = float(np.mean(np.square(self.client_curvatures)))
+        below = 1.0 - mean_square * outer_edge
+        edge = 2.0 if below <= 0.0 else 1.0 - math.sqrt(below)
+        return edge / mean_square / curvature
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,18 @@ q + (1 - q) / K and is independent of a member's deviation, which sees (1 - q)(1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from nqm.algorithms.base import (
     Algorithm,
+    Draw,
     Gradient,
+    LimitingCase,
     Mode,
     Optimizer,
     Rate,
@@ -30,8 +33,6 @@ from nqm.algorithms.base import (
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.problems.quadratic import FloatArray, Problem
-
-Draw = Callable[[], Value]
 
 _SHARED = {"own": 0.0, "shared": 1.0}
 
@@ -101,6 +102,18 @@ class Ensemble(Algorithm):
             Mode("deviation", _RunsMode(self, "deviation"), 1.0 - 1.0 / k),
         )
 
+    def limits(self) -> tuple[LimitingCase, ...]:
+        common = replace(self, starts="common")
+        return (
+            LimitingCase("members = 1", replace(self, members=1), self.inner),
+            LimitingCase(
+                "starts = 'common'", common, self.inner, batch_size=self.members, members=False
+            ),
+        )
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        return self.inner.stability_edge(curvature)
+
 
 @dataclass(frozen=True)
 class _RunsMode(Algorithm):
@@ -159,7 +172,7 @@ class LatePhase(Algorithm):
         all, or by index. Elsewhere theta alone is trained, by the same summed gradient.
     """
 
-    rates = 2
+    rate_count = 2
 
     members: int = 10
     gamma: float | None = None
@@ -194,7 +207,7 @@ class LatePhase(Algorithm):
             return _SHARED[self.minibatch]
         return self.minibatch
 
-    def replicated(self, problem: Problem) -> FloatArray | None:
+    def member_mask(self, problem: Problem) -> FloatArray | None:
         if self.directions is None:
             return None
         mask = np.zeros(problem.directions)
@@ -281,6 +294,43 @@ class LatePhase(Algorithm):
             Mode("deviation", _Deviation(self), (1.0 - q) * (1.0 - 1.0 / k)),
         )
 
+    def mean_rate(self, rates: Rate) -> Rate:
+        """Lambda = member_lr + gamma K lr, at which the mean model is trained.
+
+        Parameters
+        ----------
+        rates : pair of floats
+            (lr, member_lr).
+        """
+        lr, member_lr = rates
+        return member_lr + self.base_scale * self.members * lr
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        plain = replace(self, minibatch="own", spread=0.0, directions=None)
+        one, shared = replace(plain, members=1), replace(plain, minibatch="shared")
+        return (
+            LimitingCase("members = 1", one, self.inner, equal_rates=one.mean_rate),
+            LimitingCase(
+                "minibatch = 'own'", plain, self.inner, equal_rates=self.mean_rate,
+                batch_size=self.members, members=False,
+            ),
+            LimitingCase("minibatch = 'shared'", shared, self.inner, equal_rates=self.mean_rate),
+            LimitingCase("minibatch = 0", replace(self, minibatch=0.0),
+                         replace(self, minibatch="own")),
+            LimitingCase("minibatch = 1", replace(self, minibatch=1.0),
+                         replace(self, minibatch="shared")),
+            LimitingCase("directions = 1", replace(self, directions=1.0),
+                         replace(self, directions=None)),
+        )  # fmt: skip
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        # The mean model moves at lambda; the members' deviations at member_lr, which is smaller.
+        inner = self.inner.stability_edge(curvature)
+        if inner is None:
+            return None
+        with np.errstate(divide="ignore"):  # what does not move at all is stable at every rate
+            return inner / self.mean_rate((1.0, np.asarray(member_lr_ratio)))
+
 
 @dataclass(frozen=True)
 class _MeanModel(Algorithm):
@@ -291,7 +341,7 @@ class _MeanModel(Algorithm):
     """
 
     late: LatePhase
-    rates = 2
+    rate_count = 2
 
     @property
     def coordinates(self) -> tuple[str, ...]:
@@ -322,7 +372,7 @@ class _Deviation(Algorithm):
     """d = phi_k - mean phi: the inner optimizer at the member rate, from the initial spread."""
 
     late: LatePhase
-    rates = 2
+    rate_count = 2
 
     @property
     def coordinates(self) -> tuple[str, ...]:

@@ -13,13 +13,14 @@ noise and displacement about theta phi = w* (here), and the long-run balance of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from nqm.algorithms.base import Nonlinear
+from nqm.algorithms.base import LimitingCase, Nonlinear, Rate
 from nqm.algorithms.members import LatePhase
+from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.problems.quadratic import FloatArray, Problem
 
@@ -70,6 +71,11 @@ class MultiplicativeLatePhase(Nonlinear):
         return 1.0 / self.members if self.gamma is None else self.gamma
 
     @property
+    def scalar(self) -> bool:
+        """Whether a member has one number phi_k for all directions, which couples them."""
+        return self.coupling == "scalar"
+
+    @property
     def minibatches(self) -> int:
         return self.members
 
@@ -117,3 +123,42 @@ class MultiplicativeLatePhase(Nonlinear):
             )
         late = LatePhase(self.members, self.gamma, spread=float(spread.flat[0]))
         return late, np.full_like(theta, self.factor**2), theta**2
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        def members_still(rates: Rate) -> Rate:
+            return rates[0], 1e-300  # rates are above 0; this one moves no number
+
+        def base_rate(rates: Rate) -> Rate:
+            return rates[0] * self.base_scale * self.members * self.factor**2
+
+        return (
+            LimitingCase(
+                "member_lr -> 0",
+                replace(self, spread=0.0),
+                SGD(),
+                rates=members_still,
+                equal_rates=base_rate,
+                batch_size=self.members,
+            ),
+        )
+
+    def stability_edge(self, problem: Problem, member_lr_ratio: float = 1.0) -> FloatArray:
+        """Smallest learning rate unstable to first order about theta phi = w* (elementwise phi).
+
+        Parameters
+        ----------
+        problem : Problem
+            With a minimum w* away from 0; its curvature must be > 0.
+        member_lr_ratio : float
+            member_lr / lr.
+
+        Returns
+        -------
+        ndarray, shape (d,)
+            ``2 / (h (gamma K phi^2 + ratio theta^2))``.
+        """
+        late, lr_scale, member_lr_scale = self.first_order(problem)
+        edge = late.stability_edge(
+            problem.curvature * lr_scale, member_lr_ratio * member_lr_scale / lr_scale
+        )
+        return np.asarray(edge)

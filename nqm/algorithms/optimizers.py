@@ -1,10 +1,15 @@
-"""SGD, heavy ball and Nesterov momentum, with PyTorch's conventions."""
+"""SGD, heavy ball and Nesterov momentum, with PyTorch's conventions.
+
+Each edge is where the eigenvalue -1 appears: weights that swing from x to -x in every step.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from nqm.algorithms.base import Optimizer, State, Value, check_fraction
+from nqm.algorithms.base import LimitingCase, Optimizer, State, Value, check_fraction
+from nqm.problems.quadratic import FloatArray
 
 
 @dataclass(frozen=True)
@@ -14,10 +19,19 @@ class SGD(Optimizer):
     def direction(self, buffers: State, g: Value) -> tuple[Value, State]:
         return g, ()
 
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        return 2.0 / curvature
+
 
 @dataclass(frozen=True)
 class HeavyBall(Optimizer):
-    """b' = momentum b + g;  x' = x - lr b' (Polyak 1964, as in ``torch.optim.SGD``)."""
+    """b' = momentum b + g;  x' = x - lr b' (Polyak 1964, as in ``torch.optim.SGD``).
+
+    Parameters
+    ----------
+    momentum : float
+        In [0, 1).
+    """
 
     momentum: float = 0.9
     buffers = ("b",)
@@ -29,12 +43,23 @@ class HeavyBall(Optimizer):
         b = self.momentum * buffers[0] + g
         return b, (b,)
 
+    def limits(self) -> tuple[LimitingCase, ...]:
+        return (LimitingCase("momentum = 0", replace(self, momentum=0.0), SGD()),)
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        return 2.0 * (1.0 + self.momentum) / curvature
+
 
 @dataclass(frozen=True)
 class Nesterov(Optimizer):
     """b' = momentum b + g;  x' = x - lr (g + momentum b') (``torch.optim.SGD(nesterov=True)``).
 
     The stored x is the shifted point at which the gradient is taken, as in PyTorch.
+
+    Parameters
+    ----------
+    momentum : float
+        In [0, 1).
     """
 
     momentum: float = 0.9
@@ -46,3 +71,9 @@ class Nesterov(Optimizer):
     def direction(self, buffers: State, g: Value) -> tuple[Value, State]:
         b = self.momentum * buffers[0] + g
         return g + self.momentum * b, (b,)
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        return (LimitingCase("momentum = 0", replace(self, momentum=0.0), SGD()),)
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        return 2.0 * (1.0 + self.momentum) / ((1.0 + 2.0 * self.momentum) * curvature)

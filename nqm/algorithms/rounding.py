@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from nqm.algorithms.base import Algorithm, Gradient, Optimizer, Rate, State, Value, check_algorithm
+from nqm.algorithms.base import (
+    Around,
+    Gradient,
+    LimitingCase,
+    Optimizer,
+    Rate,
+    State,
+    check_algorithm,
+)
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import check_number
 
 
 @dataclass(frozen=True)
-class Rounded(Algorithm):
+class Rounded(Around):
     """Weights stochastically rounded to a grid of spacing `pitch` after every step, as added noise.
 
     Rounding up with probability equal to the fraction f is unbiased with variance
@@ -36,24 +43,9 @@ class Rounded(Algorithm):
         check_algorithm("Rounded.inner", self.inner, Optimizer)
         check_number("Rounded.pitch", self.pitch, low=0.0)
 
-    @property
-    def coordinates(self) -> tuple[str, ...]:
-        return self.inner.coordinates
-
-    @property
-    def period(self) -> int:
-        return self.inner.period
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return self.inner.beats
-
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         x, *buffers = self.inner.update(state, gradient, lr, t)
         return (x + self.pitch / math.sqrt(6.0) * gradient.normal(), *buffers)
 
-    def weights(self, state: State, t: int) -> Value:
-        return self.inner.weights(state, t)
-
-    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
-        return self.inner.embed(draw, normal)
+    def limits(self) -> tuple[LimitingCase, ...]:
+        return (LimitingCase("pitch = 0", replace(self, pitch=0.0), self.inner),)

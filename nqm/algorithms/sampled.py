@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nqm.algorithms.base import Nonlinear, check_fraction
+import numpy as np
+
+from nqm.algorithms.base import LimitingCase, Nonlinear, Rate, check_fraction
+from nqm.algorithms.optimizers import HeavyBall
 from nqm.errors import NQMError, check_number
 
 if TYPE_CHECKING:
-    from nqm.problems.quadratic import Problem
+    from nqm.problems.quadratic import FloatArray, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,22 @@ class Sampled(Nonlinear, ABC):
     def rule(self) -> tuple[int, float, float, float]:
         """Number of the compiled rule; momentum; threshold or beta2; epsilon."""
 
+    @abstractmethod
+    def stability_edge(self, curvature: FloatArray) -> FloatArray | None:
+        """Smallest learning rate at which weights grow without bound from step to step.
+
+        Parameters
+        ----------
+        curvature : ndarray, shape (d,)
+            h > 0.
+
+        Returns
+        -------
+        ndarray, shape (d,), or None
+            Infinity where every step is bounded, whatever the gradient; None where nothing is
+            known.
+        """
+
     @property
     def tail(self) -> float:
         """Degrees of freedom; infinity for normal noise."""
@@ -86,6 +105,16 @@ class SampledSGD(Sampled):
     def rule(self) -> tuple[int, float, float, float]:
         return 0, self.momentum, math.inf if self.threshold is None else self.threshold, 0.0
 
+    def limits(self) -> tuple[LimitingCase, ...]:
+        # Linear, so that the expected loss sees the noise's variance and nothing of its tail.
+        plain = replace(self, threshold=None, pitch=0.0)
+        return (LimitingCase("no threshold, pitch = 0", plain, HeavyBall(self.momentum)),)
+
+    def stability_edge(self, curvature: FloatArray) -> FloatArray | None:
+        if self.threshold is not None:
+            return np.full_like(curvature, np.inf)
+        return np.asarray(HeavyBall(self.momentum).stability_edge(curvature))
+
 
 @dataclass(frozen=True)
 class SignSGD(Sampled):
@@ -104,6 +133,13 @@ class SignSGD(Sampled):
     @property
     def rule(self) -> tuple[int, float, float, float]:
         return 1, self.momentum, 0.0, 0.0
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        adam = Adam(0.0, 0.0, 1e-150, dof=self.dof, pitch=self.pitch)
+        return (LimitingCase("momentum = 0", replace(self, momentum=0.0), adam),)
+
+    def stability_edge(self, curvature: FloatArray) -> FloatArray | None:
+        return np.full_like(curvature, np.inf)
 
 
 @dataclass(frozen=True)
@@ -126,3 +162,28 @@ class Adam(Sampled):
     @property
     def rule(self) -> tuple[int, float, float, float]:
         return 2, self.beta1, self.beta2, self.epsilon
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        large = 1e12
+
+        def times_epsilon(rates: Rate) -> Rate:
+            return rates * large
+
+        gradient = replace(self, beta1=0.0, epsilon=large)
+        sign = replace(self, beta1=0.0, beta2=0.0, epsilon=1e-150)
+        return (
+            LimitingCase(
+                "beta1 = 0, epsilon large",
+                gradient,
+                SampledSGD(dof=self.dof, pitch=self.pitch),
+                rates=times_epsilon,
+            ),
+            LimitingCase(
+                "beta1 = beta2 = 0, epsilon small", sign, SignSGD(dof=self.dof, pitch=self.pitch)
+            ),
+        )
+
+    def stability_edge(self, curvature: FloatArray) -> FloatArray | None:
+        # |m| <= (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)) sqrt(s), by Cauchy-Schwarz.
+        bounded = self.beta1 == 0.0 or self.beta1**2 < self.beta2
+        return np.full_like(curvature, np.inf) if bounded else None

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from nqm.algorithms.base import Algorithm, Gradient, Rate, State, Value, check_fraction
+import numpy as np
+
+from nqm.algorithms.averaging import SWA
+from nqm.algorithms.base import (
+    Algorithm,
+    Draw,
+    Gradient,
+    LimitingCase,
+    Rate,
+    State,
+    Value,
+    check_fraction,
+)
+from nqm.algorithms.time_dependence import TimeDependence
+from nqm.problems.quadratic import FloatArray
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,11 @@ class ScheduleFree(Algorithm):
     lr h (1 - beta) < 2, step t only once t > (1 + a + beta lr h) / (2 (1 + a)) with
     a = 1 - lr h (1 - beta): near that edge the first steps amplify. Stepped one by one: no two
     steps are alike.
+
+    Parameters
+    ----------
+    beta : float
+        In [0, 1].
     """
 
     beta: float = 0.9
@@ -26,8 +45,8 @@ class ScheduleFree(Algorithm):
         check_fraction("ScheduleFree.beta", self.beta, closed_high=True)
 
     @property
-    def ages(self) -> bool:
-        return True
+    def time(self) -> TimeDependence:
+        return TimeDependence(update_never_repeats=True)
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         z, x = state
@@ -38,6 +57,14 @@ class ScheduleFree(Algorithm):
     def weights(self, state: State, t: int) -> Value:
         return state[1]
 
-    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
+    def embed(self, draw: Draw, normal: Draw) -> State:
         x = draw()
         return x, x
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        return (LimitingCase("beta = 0", replace(self, beta=0.0), SWA()),)
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        if self.beta == 1.0:  # a late step moves x by a vanishing share of it
+            return np.full_like(curvature, np.inf)
+        return 2.0 / ((1.0 - self.beta) * curvature)

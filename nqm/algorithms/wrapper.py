@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
 from nqm.algorithms.base import (
     Algorithm,
+    Around,
+    Draw,
     Gradient,
     Mode,
     Rate,
@@ -20,18 +22,23 @@ from nqm.algorithms.base import (
 )
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError
-from nqm.problems.quadratic import FloatArray, Problem
 
 
 @dataclass(frozen=True)
-class Wrapper(Algorithm):
-    """State = inner state, then what is kept; members of the inner algorithm are wrapped each."""
+class Wrapper(Around):
+    """State = inner state, then what is kept; members of the inner algorithm are wrapped each.
+
+    Parameters
+    ----------
+    inner : Algorithm
+        Not itself an average over all its past.
+    """
 
     inner: Algorithm = dataclasses.field(default_factory=SGD)
 
     def __post_init__(self) -> None:
         check_algorithm(f"{type(self).__name__}.inner", self.inner)
-        if self.inner.counts_steps or self.inner.ages:
+        if self.inner.time.weights_never_repeat or self.inner.time.update_never_repeats:
             raise NQMError(
                 f"{type(self).__name__}.inner must not average snapshots itself, as "
                 f"{type(self.inner).__name__} does: its mean would change with every snapshot taken"
@@ -55,45 +62,17 @@ class Wrapper(Algorithm):
         """Evaluated weights once t steps are done, x being the chain's own."""
 
     @property
-    def member_count(self) -> int:
-        return self.inner.member_count
-
-    @property
     def coordinates(self) -> tuple[str, ...]:
         k = self.member_count
         labels = [f"{i + 1}/{k}" for i in range(k)] or [""]
         return (*self.inner.coordinates, *(name + label for label in labels for name in self.kept))
 
-    @property
-    def period(self) -> int:
-        return self.inner.period
-
-    @property
-    def beats(self) -> tuple[int, ...] | None:
-        return self.inner.beats
-
-    @property
-    def rate_count(self) -> int:
-        return self.inner.rate_count
-
-    @property
-    def constants(self) -> tuple[str, ...]:
-        return self.inner.constants
-
-    @property
-    def at_origin(self) -> tuple[str, ...]:
-        return self.inner.at_origin
-
-    def check(self, problem: Problem) -> None:
-        self.inner.check(problem)
-
-    def replicated(self, problem: Problem) -> FloatArray | None:
-        return self.inner.replicated(problem)
-
     def _chains(self, inner: State, t: int) -> tuple[Value, ...]:
+        """Weights of each chain: the members, or the single one."""
         return self.inner.member_weights(inner, t) or (self.inner.weights(inner, t),)
 
     def _split(self, state: State) -> tuple[State, list[State]]:
+        """The inner method's coordinates, and what is kept for each chain."""
         first, size = len(self.inner.coordinates), len(self.kept)
         starts = range(first, len(state), size)
         return state[:first], [state[i : i + size] for i in starts]
@@ -105,26 +84,19 @@ class Wrapper(Algorithm):
         new = (self.keep(a, x, t) for a, x in zip(kept, chains, strict=True))
         return (*inner, *chain.from_iterable(new))
 
-    def _reads(self, state: State, t: int) -> tuple[Value, ...]:
+    def _averages(self, state: State, t: int) -> tuple[Value, ...]:
+        """Evaluated weights of each chain."""
         inner, kept = self._split(state)
         chains = self._chains(inner, t)
         return tuple(self.read(a, x, t) for a, x in zip(kept, chains, strict=True))
 
     def weights(self, state: State, t: int) -> Value:
-        return average(self._reads(state, t))
+        return average(self._averages(state, t))
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
-        return self._reads(state, t) if self.member_count else ()
+        return self._averages(state, t) if self.member_count else ()
 
-    def embed(self, draw: Callable[[], Value], normal: Callable[[], Value]) -> State:
-        return self.resume({}, draw, normal)
-
-    def resume(
-        self,
-        known: Mapping[str, Value],
-        draw: Callable[[], Value],
-        normal: Callable[[], Value],
-    ) -> State:
+    def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
         # What is kept begins from each running member, not from their mean.
         inner = self.inner.resume(known, draw, normal)
         begun = (self.begin(x) for x in self._chains(inner, 0))

@@ -84,7 +84,7 @@ class Start:
                 raise NQMError(
                     f"control: phase.{i} is linear after one that is not; put linear phases first"
                 )
-            if getattr(phase.algorithm, "coupling", "elementwise") != "elementwise":
+            if isinstance(phase.algorithm, MultiplicativeLatePhase) and phase.algorithm.scalar:
                 raise NQMError(f"control: phase.{i}.coupling must be 'elementwise'; got 'scalar'")
         if not index:
             return cls(0, problem.initial_mean, problem.initial_variance, np.empty(0))

@@ -21,7 +21,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.solvers import _kernels
 from nqm.solvers.moments import Law, Map, compose_steps, distinct_steps, law_of, power, whole_period
-from nqm.transition import clock, embedding, readout, resumption
+from nqm.transition import embedding, readout, resumption
 
 #: Most numbers held for pairs (320 MB), and most multiplications spent on them (about a minute).
 NUMBERS, WORK = 40_000_000, 5e10
@@ -100,7 +100,7 @@ def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
     cross = np.zeros((*added.shape[:2], *moving.shape[1:]))
     kicks = np.ascontiguousarray(added[:, :, ~still][:, :, :, ~still])
     _kernels.power_pairs(_squares(moving, moving_low, DOUBLINGS + 1), 2**DOUBLINGS, kicks, cross)
-    c = readout(mode.algorithm, 720_720 * mode.algorithm.period)
+    c = readout(mode.algorithm, 720_720 * mode.algorithm.time.period)
     found = np.einsum("i,abij,j->ab", c[~still], cross, c[~still])
     if still.any():  # pulled to places that are themselves correlated
         settled = np.linalg.solve(
@@ -223,6 +223,6 @@ class _Pairs:
             return found.matrix, found.low, found.noise * np.sqrt(share)[..., None, None]
 
         settings = self.law.phase.settings(start, stop)
-        residue = clock(self.law.algorithm, self.age + np.arange(start, stop))
+        residue = self.law.algorithm.time.reduced(self.age + np.arange(start, stop))
         (matrix, low, push), kind = distinct_steps(algorithm, settings, residue, step)
         return matrix, low, push, kind

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.base import Algorithm, Mode, Nonlinear
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
+from nqm.algorithms.time_dependence import TimeDependence, is_last_of_period
 from nqm.errors import NQMError
 from nqm.limits import check_memory, check_walk, check_work
 from nqm.problems.least_squares import LeastSquares, any_problem
@@ -23,17 +24,12 @@ from nqm.solvers import _kernels
 from nqm.solvers.multiplicative_scalar import scalar_first_order
 from nqm.transition import (
     Transition,
-    beats_of,
-    clock,
-    cycle_times,
     embedding,
     extract,
     noise_moment,
     origins,
     readout,
     resumption,
-    simultaneous,
-    span_cost,
     spectral_radius,
 )
 
@@ -116,7 +112,7 @@ def law_of(phase: Phase, problem: Problem) -> Law:
     """A phase as the solver sees it; NQMError if it has no exact moments."""
     algorithm = phase.algorithm
     if isinstance(algorithm, MultiplicativeLatePhase):
-        if algorithm.coupling == "scalar":
+        if algorithm.scalar:
             raise NQMError(
                 "late_phase_multiplicative with coupling = 'scalar' couples all directions: "
                 "its first order is known for a program of this one phase; use method 'sample'"
@@ -127,7 +123,7 @@ def law_of(phase: Phase, problem: Problem) -> Law:
         name = type(algorithm).__name__
         raise NQMError(f"{name} has no exact moments; use method 'sample'")
     algorithm.check(problem)
-    mask = algorithm.replicated(problem)
+    mask = algorithm.member_mask(problem)
     return Law(phase, algorithm, None if mask is None else (np.ones_like(mask), mask))
 
 
@@ -157,9 +153,9 @@ def begin(
 
 def _fresh(algorithm: Algorithm, problem: Problem, normals: FloatArray) -> FloatArray:
     """Covariance that fresh normals bring, (d, n, n); none where members are not replicated."""
-    mask = algorithm.replicated(problem)
-    replicated = np.ones(problem.directions) if mask is None else mask
-    return np.asarray(replicated[:, None, None] * (normals @ normals.T))
+    mask = algorithm.member_mask(problem)
+    scale = np.ones(problem.directions) if mask is None else mask
+    return np.asarray(scale[:, None, None] * (normals @ normals.T))
 
 
 def at_start(algorithm: Algorithm, problem: Problem) -> list[Moments]:
@@ -229,7 +225,7 @@ class _Walker:
         while start < stop:
             until = min(stop, start + chunk)
             settings = self.law.phase.settings(start, until)
-            residue = clock(self.law.algorithm, self.age + np.arange(start, until))
+            residue = self.law.algorithm.time.reduced(self.age + np.arange(start, until))
             for i, state in enumerate(self.states):
                 (matrix, noise, _), kind = self.kinds(state.mode, settings, residue)
                 read, out = None, None
@@ -278,12 +274,12 @@ class _Walker:
         length = stop - start
         if length <= 0:
             return
-        if span_cost(beats_of(algorithm), length) > length / 8 or not phase.still(start, stop):
+        if algorithm.time.products(length) > length / 8 or not phase.still(start, stop):
             self.walk(start, stop)
             return
         for state in self.states:
             step = self.step_at(state.mode, start)
-            self.leap(state, compose_span(step, algorithm, self.age + start, self.age + stop))
+            self.leap(state, compose_span(step, algorithm.time, self.age + start, self.age + stop))
 
     def step_at(self, mode: Mode, start: int) -> Step:
         """Transition of the step at any age, at the settings of step `start`."""
@@ -322,21 +318,21 @@ class _Walker:
         phase, algorithm, stop = self.law.phase, self.law.algorithm, origin + period
         if phase.still(origin, stop):
             step = self.step_at(mode, origin)
-            return compose_span(step, algorithm, self.age + origin, self.age + stop)
+            return compose_span(step, algorithm.time, self.age + origin, self.age + stop)
         size = self.problem.directions * len(mode.algorithm.coordinates) ** 2
         chunk, whole = max(1, CHUNK // size), None
         for first in range(origin, stop, chunk):
             settings = phase.settings(first, min(first + chunk, stop))
             times = self.age + np.arange(first, first + len(settings))
-            steps, kind = self.kinds(mode, settings, clock(algorithm, times), exact=True)
+            steps, kind = self.kinds(mode, settings, algorithm.time.reduced(times), exact=True)
             whole = then(whole, compose_steps(steps, kind))
         assert whole is not None
         return whole
 
     def limit(self, mode: Mode, settings: FloatArray) -> FloatArray:
-        """Transition matrix of an ageing method's late steps, at constant settings (1, :)."""
+        """Transition matrix of late steps where no two are alike; constant settings (1, :)."""
         steps = [
-            self.law.step(self.problem, mode, settings, t) for t in cycle_times(mode.algorithm)
+            self.law.step(self.problem, mode, settings, t) for t in mode.algorithm.time.one_cycle()
         ]
         together = Map(*map(np.concatenate, zip(*steps, strict=True)))
         return compose_steps(together, range(len(steps))).matrix
@@ -358,7 +354,7 @@ def distinct_steps(
     kind = kind.reshape(-1)
     order = np.empty(len(rows), dtype=np.int64)
     filled = 0
-    for chosen, t in simultaneous(algorithm, rows[:, -1]):
+    for chosen, t in algorithm.time.groups(rows[:, -1]):
         found.append(step(rows[chosen, :-1], t))
         order[chosen] = np.arange(filled, filled + chosen.size)
         filled += chosen.size
@@ -367,9 +363,9 @@ def distinct_steps(
 
 def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
     """Readout after each of t steps, (T, n)."""
-    if algorithm.counts_steps:
+    if algorithm.time.weights_never_repeat:
         return np.array([readout(algorithm, int(a)) for a in t])
-    residues, which = np.unique(t % algorithm.period, return_inverse=True)
+    residues, which = np.unique(t % algorithm.time.period, return_inverse=True)
     return np.array([readout(algorithm, int(a)) for a in residues])[which]
 
 
@@ -383,67 +379,67 @@ def compose_steps(steps: Map, kind: Iterable[int]) -> Map:
 
 
 class _Spans:
-    """Transitions of many steps of a method whose steps differ only where a beat ends.
+    """Transitions of many steps of a method whose steps differ only at the ends of its periods.
 
-    A stretch between two ends of the longest beat knows the shorter beats alone and so repeats
+    A stretch between two ends of the longest period knows the shorter periods alone and so repeats
     sooner: it is cut, composed and raised to a power by itself.
     """
 
-    def __init__(self, step: Step, beats: tuple[int, ...]):
-        self.step, self.beats = step, beats
+    def __init__(self, step: Step, periods: tuple[int, ...]):
+        self.step, self.periods = step, periods
         self.steps: dict[tuple[bool, ...], Map] = {}
         self.cycles: dict[tuple[int, ...], Map] = {}
 
-    def span(self, beats: tuple[int, ...], first: int, last: int) -> Map | None:
-        """Steps [first, last), none of which ends a beat that is not among `beats`."""
+    def span(self, periods: tuple[int, ...], first: int, last: int) -> Map | None:
+        """Steps [first, last), none of which ends a period that is not among `periods`."""
         if first >= last:
             return None
-        if not beats:
+        if not periods:
             return power(self.one(first), last - first, exact=True)
-        period = math.lcm(*beats)
-        if last - first <= 2 * period:
-            return self.cut(beats, first, last)
-        start = -(-first // period) * period
-        count = (last - start) // period
-        if beats not in self.cycles:
-            cycle = self.cut(beats, start, start + period)
+        whole = math.lcm(*periods)
+        if last - first <= 2 * whole:
+            return self.cut(periods, first, last)
+        start = -(-first // whole) * whole
+        count = (last - start) // whole
+        if periods not in self.cycles:
+            cycle = self.cut(periods, start, start + whole)
             assert cycle is not None
-            self.cycles[beats] = cycle
-        whole = power(self.cycles[beats], count, exact=True)
-        head = then(self.cut(beats, first, start), whole)
-        return then(head, self.cut(beats, start + count * period, last))
+            self.cycles[periods] = cycle
+        many = power(self.cycles[periods], count, exact=True)
+        head = then(self.cut(periods, first, start), many)
+        return then(head, self.cut(periods, start + count * whole, last))
 
-    def cut(self, beats: tuple[int, ...], first: int, last: int) -> Map | None:
-        """The same, at the ends of the longest of `beats`."""
-        whole: Map | None = None
-        every = beats[-1]
+    def cut(self, periods: tuple[int, ...], first: int, last: int) -> Map | None:
+        """The same, at the ends of the longest of `periods`."""
+        composed: Map | None = None
+        longest = periods[-1]
         while first < last:
-            end = (first // every + 1) * every - 1
-            whole = then(whole, self.span(beats[:-1], first, min(end, last)))
+            end = (first // longest + 1) * longest - 1
+            composed = then(composed, self.span(periods[:-1], first, min(end, last)))
             if end < last:
-                whole = then(whole, self.one(end))
+                composed = then(composed, self.one(end))
             first = end + 1
-        return whole
+        return composed
 
     def one(self, t: int) -> Map:
         """Step t."""
-        ends = tuple((t + 1) % every == 0 for every in self.beats)
+        ends = tuple(is_last_of_period(t, period) for period in self.periods)
         if ends not in self.steps:
             self.steps[ends] = self.step(t)
         return self.steps[ends]
 
 
-def compose_span(step: Step, algorithm: Algorithm, first: int, last: int) -> Map:
+def compose_span(step: Step, time: TimeDependence, first: int, last: int) -> Map:
     """Transition of the steps [first, last) at equal settings, (d, n, n) each; at least one."""
-    beats = beats_of(algorithm)
-    whole: Map | None = None
-    if beats is None:
+    periods = time.distinct_periods
+    composed: Map | None = None
+    if periods is None:
         for t in range(first, last):
-            whole = then(whole, step(t))
+            composed = then(composed, step(t))
     else:
-        whole = _Spans(step, beats).span(beats, first, last)
-    assert whole is not None
-    return whole
+        composed = _Spans(step, periods).span(periods, first, last)
+    assert composed is not None
+    return composed
 
 
 def then(first: Map | None, second: Map | None) -> Map | None:
@@ -492,8 +488,9 @@ class PhaseWalk:
         Each step costs some hundred besides, or some thousand where it differs from all others.
         """
         algorithm = self.law.algorithm.modes()[0].algorithm
-        besides = 5_000 if algorithm.counts_steps or algorithm.ages else 200
-        if algorithm.ages and algorithm.period > 1:
+        time = algorithm.time
+        besides = 5_000 if time.weights_never_repeat or time.update_never_repeats else 200
+        if time.update_never_repeats and time.period > 1:
             besides = 40_000  # extracted one by one
         return float(steps) * (besides + self.problem.directions * len(algorithm.coordinates) ** 2)
 
@@ -545,7 +542,7 @@ def whole_period(phase: Phase) -> int:
     period = segments[0][2]
     walked = float(period)
     if isinstance(phase.algorithm, Algorithm) and long.still(0, FOREVER):
-        walked = span_cost(beats_of(phase.algorithm), period)
+        walked = phase.algorithm.time.products(period)
     check_walk("phase: the period", walked, "it is composed of its steps")
     return period
 
@@ -589,7 +586,11 @@ def solve(
         return least_squares.solve(problem, program, at, progress=progress)
     wanted = program.recorded(at)
     only = program.phases[0]
-    if len(program.phases) == 1 and getattr(only.algorithm, "coupling", None) == "scalar":
+    if (
+        len(program.phases) == 1
+        and isinstance(only.algorithm, MultiplicativeLatePhase)
+        and only.algorithm.scalar
+    ):
         return scalar_first_order(problem, only, wanted)
     laws = [law_of(phase, problem) for phase in program.phases]
     check_memory(
@@ -628,7 +629,6 @@ def check_size(
     """Raise NQMError if so many steps of a phase would need more memory, or time, than there is."""
     algorithm = law.algorithm
     n = max(len(mode.algorithm.coordinates) for mode in algorithm.modes())
-    beats = beats_of(algorithm)
     entries = float(problem.directions) * n**2
     name = f"{where}.algorithm: numbers per direction in the state of {type(algorithm).__name__}"
     fix = "take fewer members, workers or snapshots (window)"
@@ -641,8 +641,8 @@ def check_size(
         if not jump:
             walked += length
         elif law.phase.still(start, stop):
-            count = span_cost(beats, length)
-            once = span_cost(beats, algorithm.period)
+            count = algorithm.time.products(length)
+            once = algorithm.time.products(algorithm.time.period)
             walked += count if period is None else min(count, once * (1.0 + records))
             jumps += 2.0 * math.log2(length + 1.0) * (1.0 + min(records, length))
         else:
@@ -698,8 +698,8 @@ def _visit(
 
 def _unstable(problem: Problem, walker: _Walker, law: Law, start: int, period: int | None) -> bool:
     """Whether a stretch at repeating rates amplifies some direction that has curvature."""
-    ageing = law.algorithm.ages and law.phase.constant
-    if period is None and not ageing:
+    never_repeats = law.algorithm.time.update_never_repeats
+    if period is None and not (never_repeats and law.phase.constant):
         return False
     curved = problem.curvature > 0
     for state in walker.states:

@@ -72,7 +72,7 @@ def balance_point(
             "balance_point.algorithm must be a MultiplicativeLatePhase; "
             f"got {type(algorithm).__name__}"
         )
-    if algorithm.coupling != "elementwise":
+    if algorithm.scalar:
         raise NQMError("the balance point is derived for coupling = 'elementwise' only")
     algorithm.check(problem)
     member_lr = lr if member_lr is None else member_lr

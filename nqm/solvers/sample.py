@@ -29,7 +29,6 @@ from nqm.solvers import _kernels, fast_normals
 from nqm.solvers.control_variates import Start, Twin, adjust, peak
 from nqm.solvers.moments import check_own_starts
 from nqm.transition import (
-    clock,
     embedding,
     extract,
     member_readout,
@@ -37,7 +36,6 @@ from nqm.transition import (
     origins,
     readout,
     resumption,
-    simultaneous,
 )
 
 #: Replicas of one block: its state stays in the cache for some thousand directions.
@@ -347,7 +345,7 @@ class _Plan:
     ) -> tuple[FloatArray, FloatArray]:
         """Base weights (replicas, d) and members' factors (replicas, K, d or 1) at the start."""
         theta = np.ascontiguousarray((self.problem.minimum + start) / algorithm.factor)
-        wide = 1 if algorithm.coupling == "scalar" else self.problem.directions
+        wide = 1 if algorithm.scalar else self.problem.directions
         phi = np.full((len(start), algorithm.members, wide), algorithm.factor)
         if algorithm.spread:
             phi *= 1.0 + np.sqrt(algorithm.spread) * rng.standard_normal(phi.shape)
@@ -414,7 +412,7 @@ class _Plan:
         """Run the compiled multiplicative step; theta and phi in place."""
         algorithm, problem = phase.algorithm, self.problem
         assert isinstance(algorithm, MultiplicativeLatePhase)
-        scalar = algorithm.coupling == "scalar"
+        scalar = algorithm.scalar
         minimum = problem.minimum
         record = np.full(phase.steps, -1, dtype=np.int64)
         for row, step in rows:
@@ -472,7 +470,7 @@ class _Linear:
 
     def __init__(self, algorithm: Algorithm, problem: Problem, fast: bool):
         self.algorithm, self.fast = algorithm, fast
-        self.mask = algorithm.replicated(problem)
+        self.mask = algorithm.member_mask(problem)
         self.cache: dict[bytes, Any] = {}
 
     def advance(
@@ -545,12 +543,12 @@ class _Linear:
         self, problem: Problem, phase: Phase, first: int, until: int, age: int
     ) -> tuple[Any, ...]:
         settings = phase.settings(first, until)
-        residue = clock(self.algorithm, age + np.arange(first, until))
+        residue = self.algorithm.time.reduced(age + np.arange(first, until))
         kinds, kind = np.unique(np.column_stack([settings, residue]), axis=0, return_inverse=True)
         key = kinds.tobytes()
         if key not in self.cache:
             blocks: list[Any] = [None] * len(kinds)
-            for chosen, t in simultaneous(self.algorithm, kinds[:, -1]):
+            for chosen, t in self.algorithm.time.groups(kinds[:, -1]):
                 rows = kinds[chosen]
                 lr: Any = rows[:, [0]]
                 if self.algorithm.rate_count == 2:

@@ -45,7 +45,7 @@ def scan(
 ) -> Scan:
     """Exact expected loss after `steps` steps from the problem's start, at constant rates.
 
-    Costs O(log steps) per direction and rate (O(steps) for a method that ages).
+    Costs O(log steps) per direction and rate (O(steps) for a method whose steps never repeat).
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def scan(
             )
         member_rates = np.broadcast_to(member_rates, rates.shape)
     algorithm.check(problem)
-    mask = algorithm.replicated(problem)
+    mask = algorithm.member_mask(problem)
     member_scale = np.ones(problem.directions) if mask is None else mask
     modes = algorithm.modes()
     starts = at_start(algorithm, problem)
@@ -116,7 +116,7 @@ def _power(
     v = mode.noise_share * problem.noise_variance / batch_size
     rates = two if algorithm.rate_count == 2 else two[0]
 
-    exact = steps > _kernels.ONE_DOUBLE and not algorithm.ages
+    exact = steps > _kernels.ONE_DOUBLE and not algorithm.time.update_never_repeats
 
     def step_at(t: int) -> Map:
         step = extract(algorithm, problem.curvature, rates, t, exact=exact)
@@ -124,7 +124,7 @@ def _power(
         parts = step.matrix, noise_moment(step, v), step.low
         return Map(*(part.reshape(-1, n, n) for part in parts))
 
-    if algorithm.ages:  # no two steps are alike
+    if algorithm.time.update_never_repeats:  # no two steps are alike
         check_walk("scan.steps", steps, "no two of them are alike")
         many, added = (np.zeros_like(part) for part in step_at(0)[:2])
         many += np.eye(many.shape[-1])
@@ -132,14 +132,14 @@ def _power(
             a, q, _ = step_at(t)
             many, added = a @ many, a @ added @ a.swapaxes(1, 2) + q
         return many, added
-    period = algorithm.period
+    period = algorithm.time.period
     cycles, rest = divmod(steps, period)
     parts: list[Map | None] = []
     if cycles or not rest:
-        cycle = compose_span(step_at, algorithm, 0, period)
+        cycle = compose_span(step_at, algorithm.time, 0, period)
         parts.append(power(cycle, cycles))
     if rest:
-        parts.append(compose_span(step_at, algorithm, 0, rest))
+        parts.append(compose_span(step_at, algorithm.time, 0, rest))
     whole = functools.reduce(then, parts, None)
     assert whole is not None
     return whole.matrix, whole.noise

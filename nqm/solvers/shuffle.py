@@ -71,7 +71,11 @@ def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSt
     phase = one_phase("shuffled_steady.phase", phase)
     check_integer("examples", examples, 2)
     algorithm = phase.algorithm
-    if not isinstance(algorithm, Algorithm) or whole_period(phase) != 1 or algorithm.counts_steps:
+    if (
+        not isinstance(algorithm, Algorithm)
+        or whole_period(phase) != 1
+        or algorithm.time.weights_never_repeat
+    ):
         raise NQMError(
             "shuffled epochs need a linear method at constant rates that is the same every step"
         )

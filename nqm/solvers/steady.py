@@ -135,7 +135,7 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
     check_settles(phase.algorithm)
     modes, starts, cycles = phase_cycles(problem, phase)
     curved = problem.curvature > 0
-    mask = phase.algorithm.replicated(problem) if isinstance(phase.algorithm, Algorithm) else None
+    mask = phase.algorithm.member_mask(problem) if isinstance(phase.algorithm, Algorithm) else None
     variances, means, radius = [], [], 0.0
     for mode, start, (matrix, noise, low) in zip(modes, starts, cycles, strict=True):
         here = curved if mode.name == "mean" or mask is None else curved & (mask > 0)
@@ -147,7 +147,7 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
         moving_low = low[np.ix_(here, ~still, ~still)]
         radius = max(radius, float(spectral_radius(moving).max(initial=0.0)))
         if radius < 1.0:
-            c = readout(mode.algorithm, LONG * mode.algorithm.period)
+            c = readout(mode.algorithm, LONG * mode.algorithm.time.period)
             solved = np.empty_like(moving)
             kicks = np.ascontiguousarray(noise[np.ix_(here, ~still, ~still)])
             _kernels.stationary_exact(
@@ -224,7 +224,7 @@ def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
 
 def check_settles(algorithm: object) -> None:
     """Raise NQMError for what averages over all its past and so has no steady state."""
-    if isinstance(algorithm, Algorithm) and algorithm.ages:
+    if isinstance(algorithm, Algorithm) and algorithm.time.update_never_repeats:
         raise NQMError(
             f"{type(algorithm).__name__} has no steady state: each of its steps differs from the "
             "last; run it for a number of steps"

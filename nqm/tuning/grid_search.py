@@ -27,6 +27,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from nqm.algorithms.base import Algorithm
+from nqm.algorithms.time_dependence import TimeDependence
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.limits import check_memory
 from nqm.problems.least_squares import additive_only
@@ -68,8 +69,9 @@ class _Chain:
         if not (
             isinstance(algorithm, Algorithm)
             and len(algorithm.coordinates) <= 2
-            and algorithm.rate_count == algorithm.period == minibatches(algorithm) == 1
-            and not (algorithm.member_count or algorithm.counts_steps or algorithm.ages)
+            and algorithm.rate_count == minibatches(algorithm) == 1
+            and algorithm.time == TimeDependence()
+            and not algorithm.member_count
             and not (algorithm.constants or extract(algorithm, 1.0, 1.0).own.size)
         ):
             raise NQMError(

@@ -12,7 +12,7 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase
 from nqm.solvers.moments import Map, compose_span
-from nqm.transition import cycle_times, extract, spectral_radius
+from nqm.transition import extract, spectral_radius
 
 
 def stability_edge(
@@ -58,7 +58,7 @@ def stability_edge(
             problem, algorithm, batch_size, member_lr_ratio=member_lr_ratio
         )
     algorithm.check(problem)
-    mask = algorithm.replicated(problem)
+    mask = algorithm.member_mask(problem)
     if mask is None:
         return _edge(algorithm, float(problem.curvature.max()), member_lr_ratio)
     # Members of their own in some directions only: elsewhere the member rate is none.
@@ -82,13 +82,13 @@ def _edge(algorithm: Algorithm, highest: float, member_lr_ratio: float) -> float
             chain = mode.algorithm
             lr = u / highest
             rates = (lr, member_lr_ratio * lr) if chain.rate_count == 2 else lr
-            times = cycle_times(chain)
+            times = chain.time.one_cycle()
 
             def step(t: int, chain: Algorithm = chain, rates: Any = rates) -> Map:
                 found = extract(chain, h, rates, t)
                 return Map(found.matrix, np.zeros_like(found.matrix), found.low)
 
-            whole = compose_span(step, chain, times.start, times.stop)
+            whole = compose_span(step, chain.time, times.start, times.stop)
             worst = np.maximum(worst, spectral_radius(whole.matrix))
         return worst
 

@@ -36,7 +36,7 @@ def stability_edge(
         member_lr / lr, for late-phase weights.
     """
     check_number("stability_edge.batch_size", batch_size, low=0.0, closed_low=False)
-    if isinstance(algorithm, Algorithm) and algorithm.ages:
+    if isinstance(algorithm, Algorithm) and algorithm.time.update_never_repeats:
         raise NQMError(
             f"stability_edge needs a method whose steps repeat; {type(algorithm).__name__}'s do not"
         )
@@ -46,9 +46,9 @@ def stability_edge(
 
     def stable(lr: float) -> bool:
         member = member_lr_ratio * lr if algorithm.rate_count == 2 else None
-        phase = Phase(algorithm, lr, algorithm.period, batch_size, member_lr=member)
+        phase = Phase(algorithm, lr, algorithm.time.period, batch_size, member_lr=member)
         coupled = Coupled(problem, linear_law(phase, problem))
-        return cycle(coupled, 0, algorithm.period, 0).stable
+        return cycle(coupled, 0, algorithm.time.period, 0).stable
 
     low = 0.0
     for high in highest * np.geomspace(1e-6, 1.0, 61):

@@ -235,7 +235,7 @@ def _cases() -> list[Case]:
 
 def settles(algorithm: Algorithm) -> bool:
     """Whether there is a steady state: not for means over all the past."""
-    return not algorithm.ages and not isinstance(algorithm, SWA)
+    return not algorithm.time.update_never_repeats and not isinstance(algorithm, SWA)
 
 
 CASES = _cases()
@@ -296,14 +296,15 @@ class NumericGradient:
 
 
 def step_of(algorithm: Algorithm, h: Array, rates: Any, t: int) -> Transition:
-    return extract(algorithm, h, rates, t if algorithm.ages else t % algorithm.period)
+    time = algorithm.time
+    return extract(algorithm, h, rates, t if time.update_never_repeats else t % time.period)
 
 
 def check_extraction(algorithm: Algorithm, lr: Any, h: Array, seed: int) -> None:
     """Literal `update` on random numbers = A z + C e, at every residue of t and beyond."""
     rng = np.random.default_rng(seed)
     n = len(algorithm.coordinates)
-    for t in range(2 * algorithm.period + 1):
+    for t in range(2 * algorithm.time.period + 1):
         z = rng.standard_normal((n, h.size))
         gradient = NumericGradient(h, rng)
         new = np.array([np.broadcast_to(x, h.shape) for x in
@@ -487,9 +488,9 @@ def test_lookahead_closed_form(k, alpha, syncs, problem):
 # ------------------------------------------------------------------ literal form = the two modes
 
 
-def replicated(algorithm: Algorithm, problem: Problem) -> Array:
-    """1 where members are replicated, else 0."""
-    mask = algorithm.replicated(problem)
+def member_mask(algorithm: Algorithm, problem: Problem) -> Array:
+    """1 where a direction has members of its own, else 0."""
+    mask = algorithm.member_mask(problem)
     return np.ones(problem.directions) if mask is None else mask
 
 
@@ -498,7 +499,7 @@ def rates_by_direction(case: Case, problem: Problem) -> Any:
     if case.algorithm.rate_count == 1:
         return case.lr
     lr, member_lr = case.rates
-    return lr, member_lr * replicated(case.algorithm, problem)
+    return lr, member_lr * member_mask(case.algorithm, problem)
 
 
 @dataclass(frozen=True)
@@ -515,7 +516,7 @@ def dense(case: Case, problem: Problem, steps: int, batch_size: float = 2) -> De
     draws, normals = embedding(algorithm)
     mean = np.outer(problem.initial_mean, draws.sum(axis=1))
     cov = problem.initial_variance[:, None, None] * (draws @ draws.T)
-    cov = cov + replicated(algorithm, problem)[:, None, None] * (normals @ normals.T)
+    cov = cov + member_mask(algorithm, problem)[:, None, None] * (normals @ normals.T)
     v = problem.noise_variance[:, None, None] / batch_size
     rates = rates_by_direction(case, problem)
     for t in range(steps):
@@ -718,7 +719,7 @@ def test_heavy_ball_near_critical_damping(off):
 def cycle(algorithm: Algorithm, rates: Any, h: float, v: float) -> tuple[Array, Array]:
     """(A, Q) of one period of the algorithm in one direction, composed in NumPy."""
     a, q = np.eye(len(algorithm.coordinates)), 0.0
-    for t in range(algorithm.period):
+    for t in range(algorithm.time.period):
         step = extract(algorithm, np.array([h]), rates, t)
         a_t, c_t, own = step.matrix[0], step.noise[0], step.own[0]
         a, q = a_t @ a, a_t @ (q * np.ones_like(a)) @ a_t.T + v * c_t @ c_t.T + own @ own.T
@@ -728,7 +729,7 @@ def cycle(algorithm: Algorithm, rates: Any, h: float, v: float) -> tuple[Array, 
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if settles(c.algorithm) and not c.algorithm.constants
-     and c.algorithm.replicated(Problem([1.0] * 3, 1.0)) is None],
+     and c.algorithm.member_mask(Problem([1.0] * 3, 1.0)) is None],
     ids=lambda c: c.name,
 )  # fmt: skip
 def test_steady_state_solves_the_lyapunov_equation(case, problem):
@@ -739,7 +740,7 @@ def test_steady_state_solves_the_lyapunov_equation(case, problem):
         row = []
         for h, v in zip(problem.curvature, problem.noise_variance, strict=True):
             a, q = cycle(mode.algorithm, case.rates, h, mode.noise_share * v / 2)
-            c = readout(mode.algorithm, 1000 * mode.algorithm.period)
+            c = readout(mode.algorithm, 1000 * mode.algorithm.time.period)
             row.append(c @ solve_discrete_lyapunov(a, q) @ c)
         variances.append(np.array(row))
     agree_each(found.weight_variance, variances[0], JUMP)

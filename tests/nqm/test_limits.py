@@ -35,7 +35,7 @@ from nqm import (
 from nqm.problems.least_squares import power_law, random_features
 from nqm.problems.spectra import harmonic, log_uniform, marchenko_pastur
 from nqm.solvers.moments import Map, compose_span
-from nqm.transition import clock, extract, noise_moment
+from nqm.transition import extract, noise_moment
 from tests.tolerances import IDENTITY, JUMP, agree, agree_each
 
 P = Problem(harmonic(20), 0.1, minimum=1.0)
@@ -153,10 +153,10 @@ def test_spans_are_their_steps_one_by_one(algorithm: Any, first: int, last: int)
         one = extract(algorithm, np.array([0.5, 1.0]), 0.1, t)
         return Map(one.matrix, noise_moment(one, 1.0), one.low)
 
-    moved, noisy, _ = compose_span(step, algorithm, first, last)
-    assert len(made) <= 4  # as many as two beats can tell apart
+    moved, noisy, _ = compose_span(step, algorithm.time, first, last)
+    assert len(made) <= 4  # as many as two periods can tell apart
     a, q = np.broadcast_to(np.eye(moved.shape[-1]), moved.shape), np.zeros_like(moved)
-    alike = clock(algorithm, np.arange(first, last))
+    alike = algorithm.time.reduced(np.arange(first, last))
     for t, same in zip(range(first, last), alike, strict=True):
         one, added, _ = step(t)
         np.testing.assert_array_equal(step(int(same))[0], one)

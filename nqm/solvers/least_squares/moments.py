@@ -28,7 +28,7 @@ from nqm.solvers.least_squares.packed import (
 )
 from nqm.solvers.moments import Law, Moments, at_start, hand_over, law_of, whole_period
 from nqm.solvers.steady import LONG, check_settles
-from nqm.transition import readout
+from nqm.transition import origins, readout
 
 #: Most entries of the maps of distinct steps held at once.
 CHUNK = 300_000
@@ -139,8 +139,8 @@ class _Walk:
                     self.mean = np.einsum("nkd,kd->nd", steps.matrix[k], self.mean)
                 if path is not None:
                     age = self.age + start + done + 1
-                    if not chain.counts_steps:
-                        age %= chain.period
+                    if not chain.time.weights_never_repeat:
+                        age %= chain.time.period
                     if age not in squares:
                         squares = {age: _square(chain, age)}
                     path[done] = squares[age] @ (moment[0, here] + moment[1, here]) @ seen
@@ -221,7 +221,7 @@ def _visit(
     """One row per wanted step, in order; the end of a phase belongs to that phase."""
     additive = problem.additive()
     states, age, offset, pending = at_start(laws[0].algorithm, additive), 0, 0, list(wanted)
-    if not any(law.algorithm.at_origin for law in laws):
+    if not any(origins(law.algorithm).any() for law in laws):
         # Only a coordinate that begins at the origin asks how the rest is correlated with it.
         for state in states:
             state.started = _second(state)
@@ -331,7 +331,7 @@ def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady:
         moments[fixed] = start[fixed]
         moments[np.ix_(free, curved)] = np.tensordot(driving, response[:-1], 1) + response[-1]
     squares = [
-        moments[here].T @ _square(mode.algorithm, LONG * mode.algorithm.period)
+        moments[here].T @ _square(mode.algorithm, LONG * mode.algorithm.time.period)
         for mode, here in zip(coupled.modes, coupled.packed, strict=True)
     ]
     squares += [np.where(curved, 0.0, np.nan)] if modes == 1 else []

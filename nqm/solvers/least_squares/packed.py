@@ -36,7 +36,7 @@ from nqm.limits import check_memory
 from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray
 from nqm.solvers.moments import Law
-from nqm.transition import clock, extract, simultaneous, spectral_radius
+from nqm.transition import extract, spectral_radius
 
 Indices = NDArray[np.int64]
 
@@ -182,7 +182,7 @@ class Coupled:
 
     def steps(self, start: int, stop: int, age: int) -> tuple[Steps, Indices]:
         """Distinct steps among [start, stop) of the phase, and which step has which."""
-        times = clock(self.law.algorithm, age + np.arange(start, stop))
+        times = self.law.algorithm.time.reduced(age + np.arange(start, stop))
         rows = np.column_stack([self.law.phase.settings(start, stop), times])
         rows, kind = np.unique(rows, axis=0, return_inverse=True)
         key = rows.tobytes()
@@ -196,7 +196,7 @@ class Coupled:
         matrix, moment = np.zeros((many, n, n, d)), np.zeros((many, size, size, d))
         gain, sight = np.zeros((2, many, modes, size, d))
         own = np.zeros((many, size, d))
-        for chosen, t in simultaneous(self.law.algorithm, rows[:, -1]):
+        for chosen, t in self.law.algorithm.time.groups(rows[:, -1]):
             parts = [self._mode(mode.algorithm, rows[chosen, :-1], t) for mode in self.modes]
             for m, (a, kick, seen, noise) in enumerate(parts):
                 here, where = self.packed[m], self.coordinates[m]

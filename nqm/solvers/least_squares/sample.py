@@ -19,6 +19,7 @@ from nqm.problems.quadratic import FloatArray
 from nqm.program import Phase, Program, goes_on, resumes
 from nqm.result import Trajectory
 from nqm.solvers.moments import check_own_starts
+from nqm.transition import origins
 
 
 class _Examples:
@@ -139,7 +140,7 @@ def _run(
         state, age = _enter(problem, phase, old, state, age, draw, rng, shape)
         if old is None and wanted[0] == 0:
             record(algorithm, state, age)
-        mask = algorithm.replicated(problem.additive())
+        mask = algorithm.member_mask(problem.additive())
         for step, (*rates, batch_size) in enumerate(phase.settings(0, phase.steps)):
             lr: Any = rates[0]
             if len(rates) == 2:
@@ -164,7 +165,7 @@ def _enter(
     """State at the start of a phase, and its age (see `Phase`)."""
     algorithm = phase.algorithm
     assert isinstance(algorithm, Algorithm)
-    mask = algorithm.replicated(problem.additive())
+    mask = algorithm.member_mask(problem.additive())
 
     def normal() -> FloatArray:
         return rng.standard_normal(shape) * (1.0 if mask is None else mask)
@@ -185,9 +186,7 @@ def _enter(
         source = lambda: weights  # noqa: E731
     begun = algorithm.resume(known, source, normal) if known else algorithm.embed(source, normal)
     placed = [
-        np.broadcast_to(-problem.minimum, shape)
-        if name in algorithm.at_origin and name not in known
-        else value
-        for name, value in zip(algorithm.coordinates, begun, strict=True)
+        np.broadcast_to(-problem.minimum, shape) if at_origin else value
+        for value, at_origin in zip(begun, origins(algorithm, known), strict=True)
     ]
     return tuple(placed), 0

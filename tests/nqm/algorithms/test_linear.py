@@ -392,7 +392,7 @@ def test_partial_replication_in_a_later_phase(wrap, problem):
 def test_which_directions_have_members(directions, expected, problem):
     """A fraction counts multiplicity, sharpest first."""
     counted = nqm.Problem([0.1, 1.0, 0.2, 0.3], 1.0, multiplicity=[2, 4, 3, 1])
-    mask = LatePhase(2, directions=directions).replicated(counted)
+    mask = LatePhase(2, directions=directions).member_mask(counted)
     assert mask.tolist() == expected
 
 
