@@ -107,8 +107,12 @@ class SampledSGD(Sampled):
 
     def limits(self) -> tuple[LimitingCase, ...]:
         # Linear, so that the expected loss sees the noise's variance and nothing of its tail.
-        plain = replace(self, threshold=None, pitch=0.0)
-        return (LimitingCase("no threshold, pitch = 0", plain, HeavyBall(self.momentum)),)
+        plain, linear = replace(self, threshold=None, pitch=0.0), HeavyBall(self.momentum)
+        return (
+            LimitingCase("no threshold, pitch = 0", plain, linear),
+            LimitingCase("threshold large", replace(plain, threshold=1e12), linear),
+            LimitingCase("pitch small", replace(plain, pitch=1e-12), linear),
+        )
 
     def stability_edge(self, curvature: FloatArray) -> FloatArray | None:
         if self.threshold is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_lyapunov
 
 import nqm
+import nqm.algorithms
 from nqm import (
     EMA,
     LAWA,
     ROSTER,
     SGD,
     SWA,
+    Adam,
     Algorithm,
     Ensemble,
     Federated,
@@ -26,16 +28,20 @@ from nqm import (
     LatePhase,
     LocalSGD,
     Lookahead,
+    MultiplicativeLatePhase,
     Nesterov,
     Phase,
     PolynomialAverage,
     Problem,
     Program,
     Rounded,
+    SampledSGD,
     ScheduleFree,
+    SignSGD,
     Status,
     WeightDecay,
 )
+from nqm.algorithms import LimitingCase, Nonlinear, Sampled
 from nqm.transition import Transition, embedding, extract, member_readout, minibatches, readout
 from tests import literal
 from tests.tolerances import IDENTITY, JUMP, agree, agree_each, within_error
@@ -248,8 +254,7 @@ settling = pytest.mark.parametrize(
 def test_roster_is_covered():
     """Each linear algorithm by name occurs above (what is not linear has files of its own)."""
     covered = {type(c.algorithm) for c in CASES}
-    left = {nqm.MultiplicativeLatePhase, nqm.SampledSGD, nqm.SignSGD, nqm.Adam}
-    assert set(ROSTER.values()) - covered == left
+    assert covered == {cls for cls in ROSTER.values() if issubclass(cls, Algorithm)}
 
 
 def starts_own(algorithm: Algorithm) -> bool:
@@ -824,140 +829,262 @@ def test_recording_does_not_change_a_sample(case, problem):
     np.testing.assert_array_equal(few.samples[0], all_steps.samples[-1])
 
 
-# ------------------------------------------------------------------ declared limits
+# ------------------------------------------------------------------ limits, from the roster itself
 
+
+class _Bare(nqm.algorithms.Optimizer):
+    """A method with a parameter that states neither limits nor an edge."""
+
+    buffers = ("b",)
+
+    def direction(self, buffers: Any, g: Any) -> Any:
+        return g, buffers
+
+
+def edges(method: Any, problem: Problem, member_lr_ratio: float = 1.0) -> Any:
+    """Closed-form edge of each direction, (d,); None where a method has none."""
+    if isinstance(method, MultiplicativeLatePhase):
+        return method.stability_edge(problem, member_lr_ratio)
+    if isinstance(method, Algorithm):
+        ratio = member_lr_ratio * member_mask(method, problem)
+        return method.stability_edge(problem.curvature, ratio)
+    return method.stability_edge(problem.curvature)
+
+
+def unstated(method: Any, problem: Problem) -> list[str]:
+    """What a member of the roster leaves out; without parameters there is nothing at a limit."""
+    left = []
+    if not method.limits() and (not is_dataclass(method) or fields(method)):
+        left.append("limits")
+    if edges(method, problem) is None:
+        left.append("stability_edge")
+    return left
+
+
+@pytest.fixture
+def placed(problem):
+    """The same problem with its minimum away from the origin."""
+    return problem.replace(minimum=[1.0, -2.0, 0.5])
+
+
+@pytest.mark.parametrize("name", ROSTER)
+def test_every_member_states_its_limits_and_its_edge(name, placed):
+    method = ROSTER[name]()
+    assert unstated(method, placed) == []
+    for limit in method.limits():
+        assert type(limit.algorithm) is ROSTER[name]
+        assert limit.equals != limit.algorithm
+
+
+def test_a_member_that_states_neither_is_seen(placed):
+    assert unstated(_Bare(), placed) == ["limits", "stability_edge"]
+    assert unstated(SGD(), placed) == []
+
+
+SAMPLED = [cls() for cls in ROSTER.values() if issubclass(cls, Nonlinear)] + [
+    MultiplicativeLatePhase(2, 0.7, factor=1.5, coupling="scalar"),
+    SampledSGD(momentum=0.6, threshold=2.0), SampledSGD(dof=8.0, momentum=0.6),
+    SignSGD(dof=8.0, pitch=0.1), Adam(beta1=0.5, pitch=0.1),
+]  # fmt: skip
 LIMITS = {
-    "heavy_ball momentum 0": (HeavyBall(0.0), None, SGD(), 0.3),
-    "nesterov momentum 0": (Nesterov(0.0), None, SGD(), 0.3),
-    "late_phase K 1": (LatePhase(1, 0.5), 0.1, SGD(), 0.1 + 0.5 * 0.3),
-    "late_phase gamma 0, K 1": (LatePhase(1, 0.0), 0.1, SGD(), 0.1),
-    "ensemble K 1": (Ensemble(1, HeavyBall(0.6)), None, HeavyBall(0.6), 0.3),
-    "lookahead k 1 alpha 1": (Lookahead(HeavyBall(0.6), 1, 1.0), None, HeavyBall(0.6), 0.3),
-    "ema beta 0": (EMA(Nesterov(0.6), 0.0), None, Nesterov(0.6), 0.3),
-    "lawa window 1": (LAWA(HeavyBall(0.6), 1, 1), None, HeavyBall(0.6), 0.3),
-    "lawa window as long as the run": (LAWA(SGD(), 2, 99), None, SWA(SGD(), 2), 0.3),
-    "swa before its first snapshot": (SWA(HeavyBall(0.6), 99), None, HeavyBall(0.6), 0.3),
-    "schedule_free beta 0": (ScheduleFree(0.0), None, SWA(), 0.3),
-    "polynomial_average eta 0": (
-        PolynomialAverage(HeavyBall(0.6), 0.0),
-        None,
-        SWA(HeavyBall(0.6)),
-        0.3,
-    ),
-    "local_sgd 1 worker": (LocalSGD(1, 3, Nesterov(0.6)), None, Nesterov(0.6), 0.3),
-    "federated 1 client": (Federated(1, 3, Nesterov(0.6)), None, Nesterov(0.6), 0.3),
-    "weight_decay 0": (WeightDecay(HeavyBall(0.6), 0.0), None, HeavyBall(0.6), 0.3),
-    "weight_decay decoupled without momentum": (
-        WeightDecay(SGD(), 0.2, "start", True),
-        None,
-        WeightDecay(SGD(), 0.2, "start"),
-        0.3,
-    ),
-    "rounded pitch 0": (Rounded(HeavyBall(0.6), 0.0), None, HeavyBall(0.6), 0.3),
-    "late_phase minibatch 0": (LatePhase(3, minibatch=0.0), None, LatePhase(3), 0.3),
-    "late_phase minibatch 1": (
-        LatePhase(3, minibatch=1.0),
-        None,
-        LatePhase(3, minibatch="shared"),
-        0.3,
-    ),
-    "late_phase directions all": (
-        LatePhase(3, spread=0.4, directions=1.0),
-        None,
-        LatePhase(3, spread=0.4),
-        0.3,
-    ),
-    "late_phase inner momentum 0": (LatePhase(2, inner=HeavyBall(0.0)), None, LatePhase(2), 0.3),
+    f"{name}: {limit.setting}": limit
+    for name, method in [(c.name, c.algorithm) for c in CASES] + [(repr(m), m) for m in SAMPLED]
+    for limit in method.limits()
 }
+LINEAR_LIMITS = [name for name, limit in LIMITS.items() if isinstance(limit.algorithm, Algorithm)]
+
+
+def both_sides(limit: LimitingCase, problem: Problem) -> tuple[Program, Program, list[int]]:
+    """A limit as two programs, and the steps at which they must agree."""
+    steps = STEPS if limit.until is None else min(STEPS, limit.until)
+    rates = (0.3, 0.1) if limit.algorithm.rate_count == 2 else 0.3
+
+    def program(method: Any, rates: Any, batch_size: float) -> Program:
+        lr, member_lr = rates if isinstance(rates, tuple) else (rates, None)
+        return Program((Phase(method, lr, steps, batch_size, member_lr=member_lr),))
+
+    return (
+        program(limit.algorithm, limit.rates(rates), 2),
+        program(limit.equals, limit.equal_rates(rates), 2 * limit.batch_size),
+        list(range(0, steps + 1, limit.every)),
+    )
+
+
+@pytest.mark.parametrize("name", LINEAR_LIMITS)
+def test_limits_exactly(name, placed):
+    limit = LIMITS[name]
+    at_limit, equal, at = both_sides(limit, placed)
+    special, general = nqm.solve(placed, at_limit, at), nqm.solve(placed, equal, at)
+    for column in ("loss", "bias", "variance", *(["member_loss"] if limit.members else [])):
+        agree_each(getattr(special, column), getattr(general, column), IDENTITY)
+    np.testing.assert_allclose(special.examples, general.examples, rtol=IDENTITY)
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_declared_limits(name, problem):
-    algorithm, member_lr, limit, limit_lr = LIMITS[name]
-    at = range(STEPS + 1)
-    phase = Phase(algorithm, 0.3, STEPS, 2, member_lr=member_lr)
-    special = nqm.solve(problem, Program((phase,)), at)
-    general = nqm.solve(problem, nqm.constant(limit, limit_lr, STEPS, batch_size=2), at)
-    for column in ("loss", "bias", "variance", "member_loss"):
-        agree_each(getattr(special, column), getattr(general, column), IDENTITY)
-    np.testing.assert_array_equal(special.examples, general.examples)
+def test_limits_by_monte_carlo(name, placed):
+    """The literal algorithm at its limit against the other method's exact moments."""
+    limit, replicas = LIMITS[name], 400
+    at_limit, equal, at = both_sides(limit, placed)
+    at = at[:: max(1, len(at) // 3)]
+    drawn = nqm.sample(placed, at_limit, at, replicas=replicas, seed=9, workers=1)
+    if isinstance(limit.equals, Nonlinear):  # then the same random numbers take the same steps
+        other = nqm.sample(placed, equal, at, replicas=replicas, seed=9, workers=1)
+        agree_each(drawn.loss, other.loss, JUMP)
+        return
+    exact = nqm.solve(placed, equal, at)
+    error = exact.loss_sd / np.sqrt(replicas)
+    if getattr(limit.algorithm, "dof", None) is not None:  # the loss of heavy tails scatters more
+        error = drawn.stderr
+    within_error(drawn.loss, exact.loss, error)
+    np.testing.assert_allclose(drawn.examples, exact.examples, rtol=IDENTITY)
+    if not limit.algorithm.member_count:
+        np.testing.assert_array_equal(drawn.member_loss, drawn.loss)
 
 
-@pytest.mark.parametrize("k", [2, 5])
-def test_lookahead_alpha_1_is_its_inner_method_at_the_syncs(k, problem):
-    at = range(0, 6 * k + 1, k)
-    for inner in (SGD(), HeavyBall(0.6)):
-        special = nqm.solve(problem, nqm.constant(Lookahead(inner, k, 1.0), 0.3, 6 * k), at)
-        general = nqm.solve(problem, nqm.constant(inner, 0.3, 6 * k), at)
-        agree_each(special.loss, general.loss, IDENTITY)
+# ------------------------------------------------------------------ edges, from the roster itself
 
-
-def test_late_phase_in_law_is_sgd_at_lambda_with_k_batches(problem):
-    """The mean model: rate lambda = member_lr + gamma K lr, batch K B (THEORY 1.1)."""
-    phase = Phase(LatePhase(4, 0.2), 0.3, STEPS, 2, member_lr=0.1)
-    mean = nqm.solve(problem, Program((phase,)), range(STEPS + 1))
-    rate = literal.late_phase_rate(0.3, 0.1, 0.2, 4)
-    sgd = nqm.solve(problem, nqm.constant(SGD(), rate, STEPS, batch_size=8), range(STEPS + 1))
-    agree_each(mean.loss, sgd.loss, IDENTITY)
-    np.testing.assert_array_equal(mean.examples, sgd.examples)
-
-
-# ------------------------------------------------------------------ instability
-
-EDGES = {
-    "sgd": (SGD(), 1.0, literal.sgd_limit),
-    "heavy_ball": (HeavyBall(0.8), 1.0, lambda h: literal.heavy_ball_limit(h, 0.8)),
-    "nesterov": (Nesterov(0.8), 1.0, lambda h: literal.nesterov_limit(h, 0.8)),
-    "ema": (EMA(SGD(), 0.9), 1.0, literal.sgd_limit),
-    "swa": (SWA(HeavyBall(0.8), 3), 1.0, lambda h: literal.heavy_ball_limit(h, 0.8)),
-    "lawa": (LAWA(SGD(), 2, 3), 1.0, literal.sgd_limit),
-    "ensemble": (Ensemble(3, Nesterov(0.5)), 1.0, lambda h: literal.nesterov_limit(h, 0.5)),
-    # alpha (1 - r^4) = 2 has no root with |r| <= 1 beyond r = -1: the limit is r = -1 itself.
-    "lookahead even": (Lookahead(SGD(), 4, 0.5), 1.0, literal.sgd_limit),
-    # 1 - r^3 = 2 / alpha: r = (1 - 2 / 0.5)^(1/3) = -3^(1/3), beyond SGD's own limit.
-    "lookahead odd": (Lookahead(SGD(), 3, 0.5), 1.0, lambda h: (1 + 3 ** (1 / 3)) / h),
-    "fedavg": (LocalSGD(3, 4), 1.0, literal.sgd_limit),
-    # Heavy ball on the transformed problem: 1 - r^3 = 2 (1 + 0.5) at outer rate 1.
-    "diloco odd": (LocalSGD(3, 3, outer=HeavyBall(0.5)), 1.0, lambda h: (1 + 2 ** (1 / 3)) / h),
-    # mean_k (1 - c_k u)^2 = 1 - 2 u + 1.25 u^2 is 1 again at u = 1.6.
-    "federated": (Federated(2, 2, curvatures=(1.5, 0.5)), 1.0, lambda h: 1.6 / h),
-    "weight_decay": (WeightDecay(SGD(), 0.2), 1.0, lambda h: 2 / (h + 0.2)),
-    "rounded": (Rounded(Nesterov(0.8), 0.1), 1.0, lambda h: literal.nesterov_limit(h, 0.8)),
-    # theta alone at rate gamma K lr = lr in direction 0; lambda = 2 lr in the others.
-    "late_phase partial": (LatePhase(3, directions=(1, 2)), 1.0, lambda h: np.array([2, 1, 1]) / h),
-    "late_phase": (LatePhase(3), 1.0, lambda h: 1 / h),
-    "late_phase gamma 1": (LatePhase(3, 1.0), 1.0, lambda h: 0.5 / h),
-    "late_phase member_lr": (LatePhase(3, 0.1), 2.0, lambda h: 2 / (2.3 * h)),
-    # (lr + member) (h) with momentum on both sets: heavy ball at rate lambda = 2 lr.
-    "late_phase heavy_ball": (LatePhase(3, inner=HeavyBall(0.8)), 1.0,
-                              lambda h: literal.heavy_ball_limit(h, 0.8) / 2),
+EDGED = {c.name: (c.algorithm, 1.0) for c in CASES} | {
+    "swa-heavy_ball-fast": (SWA(HeavyBall(0.8), 3), 1.0),
+    "lookahead-k-1": (Lookahead(SGD(), 1, 0.4), 1.0),
+    "lookahead-still": (Lookahead(SGD(), 3, 0.0), 1.0),
+    "lookahead-alpha-1": (Lookahead(SGD(), 5, 1.0), 1.0),
+    "primal averaging": (ScheduleFree(1.0), 1.0),
+    "local_sgd-odd": (LocalSGD(3, 3, outer=HeavyBall(0.5)), 1.0),
+    # The server's step is too long once 1 - r^H passes 0.8: before r = 0.
+    "local_sgd-long-step": (LocalSGD(3, 4, outer_lr=2.5), 1.0),
+    "local_sgd-long-step-odd": (LocalSGD(3, 3, outer=Nesterov(0.5), outer_lr=2.0), 1.0),
+    "federated-again-flat": (Federated(2, 2, curvatures=(1.5, 0.5)), 1.0),
+    "federated-long-step": (Federated(2, 2, curvatures=(1.5, 0.5), outer_lr=3.0), 1.0),
+    "federated-one-step": (Federated(2, 1, outer=HeavyBall(0.3), curvatures=(1.5, 0.5)), 1.0),
+    "decay-decoupled-nesterov": (WeightDecay(Nesterov(0.7), 0.3, decoupled=True), 1.0),
+    "late-fast-members": (LatePhase(3, 0.1), 2.0),
+    "late-gamma-0-heavy_ball": (LatePhase(3, 0.0, inner=HeavyBall(0.8)), 0.5),
+    "late-still-elsewhere": (LatePhase(3, 0.0, directions=(1,)), 1.0),
 }  # fmt: skip
+EDGED = {
+    name: (method, ratio)
+    for name, (method, ratio) in EDGED.items()
+    if method.stability_edge(np.ones(3)) is not None
+}
 
 
-@pytest.mark.parametrize("name", EDGES)
+def radius(algorithm: Algorithm, h: Array, rates: Any) -> Array:
+    """Largest eigenvalue in size of one period of any mode, (d,), composed in NumPy."""
+    worst = np.zeros(h.size)
+    for mode in algorithm.modes():
+        chain = mode.algorithm
+        composed = np.eye(len(chain.coordinates))
+        for t in chain.time.one_cycle():
+            composed = extract(chain, h, rates, t).matrix @ composed
+        worst = np.maximum(worst, np.abs(np.linalg.eigvals(composed)).max(axis=-1))
+    return worst
+
+
+@pytest.mark.parametrize("name", EDGED)
+def test_closed_edges_are_where_the_spectral_radius_passes_1(name, placed):
+    """In each direction, and nowhere below; and where the numerical search finds them."""
+    method, ratio = EDGED[name]
+    edge = edges(method, placed, ratio)
+    own_ratio = ratio * member_mask(method, placed)
+
+    def at(lr: Array) -> Array:
+        rates = (lr, own_ratio * lr) if method.rate_count == 2 else lr
+        return radius(method, placed.curvature, rates)
+
+    finite = np.isfinite(edge)
+    reach = np.where(finite, edge, 50.0 / placed.curvature)
+    for share in np.linspace(0.04, 0.96, 24):
+        assert np.all(at(share * reach) < 1 + 1e-9)  # which a running sum or an anchor has of 1
+    assert np.all(at((1 - 1e-6) * reach) < 1 + 1e-9)
+    assert np.all(at((1 + 1e-6) * reach)[finite] > 1 + 1e-8)
+    # A bisection of |eigenvalue| = 1 + 1e-9.
+    assert nqm.stability_edge(placed, method, member_lr_ratio=ratio) == pytest.approx(
+        float(np.min(edge)), rel=1e-8
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "known"),
+    [
+        (SGD(), literal.sgd_limit),
+        (HeavyBall(0.8), lambda h: literal.heavy_ball_limit(h, 0.8)),
+        (Nesterov(0.8), lambda h: literal.nesterov_limit(h, 0.8)),
+        # 1 - r^3 = 2 / alpha at r = -3^(1/3), beyond SGD's own limit.
+        (Lookahead(SGD(), 3, 0.5), lambda h: (1 + 3 ** (1 / 3)) / h),
+        # mean_k (1 - c_k u)^2 = 1 - 2 u + 1.25 u^2 is 1 again at u = 1.6.
+        (Federated(2, 2, curvatures=(1.5, 0.5)), lambda h: 1.6 / h),
+        (LatePhase(3), lambda h: 1 / h),
+    ],
+    ids=repr,
+)
+def test_edges_of_the_literature(method, known, placed):
+    agree_each(edges(method, placed), known(placed.curvature), IDENTITY)
+
+
+def test_edge_of_factors_is_that_of_their_first_order(placed):
+    """Lr h (gamma K phi^2 + ratio theta^2) = 2 in the steepest of the scaled directions."""
+    method, ratio = MultiplicativeLatePhase(3, 0.7, factor=1.5), 0.4
+    edge = np.min(edges(method, placed, ratio))
+    for share, status in ((1 - 1e-6, Status.FINISHED), (1 + 1e-6, Status.DIVERGED)):
+        lr = share * edge
+        found = nqm.steady(placed, Phase(method, lr, 1, member_lr=ratio * lr))
+        assert found.status is status
+
+
+BOUNDED = [
+    method
+    for method in SAMPLED
+    if isinstance(method, Sampled) and np.isinf(method.stability_edge(np.ones(1))).all()
+]
+
+
+@pytest.mark.parametrize("method", BOUNDED, ids=repr)
+def test_bounded_steps_have_no_edge(method, problem):
+    """At a huge rate the distance grows no faster than the number of steps.
+
+    No step is longer than 20 lr: 1 for signs, threshold / (1 - momentum) <= 5 for clipping, and
+    (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)) <= 19 for Adam. Twice SGD's own edge would
+    multiply the weights by 3 in every step.
+    """
+    lr, steps = 1e6, 400
+    drawn = nqm.sample(problem, nqm.constant(method, lr, steps), [steps], replicas=20, workers=1)
+    assert drawn.loss[0] < 0.5 * problem.curvature.sum() * (10 + 20 * lr * steps) ** 2
+    assert {type(method) for method in BOUNDED} == {SampledSGD, SignSGD, Adam}
+
+
+def one_of_each() -> list[str]:
+    """Names of one case of each class whose edge is finite."""
+    chosen: dict[Any, str] = {}
+    for name, (method, _) in EDGED.items():
+        if np.isfinite(method.stability_edge(np.ones(1))).all():
+            chosen.setdefault((type(method), type(getattr(method, "inner", None))), name)
+    return list(chosen.values())
+
+
+@pytest.mark.parametrize("name", one_of_each())
 def test_instability_is_reported_at_the_edge(name, problem):
-    algorithm, ratio, limit = EDGES[name]
-    edge = nqm.stability_edge(problem, algorithm, member_lr_ratio=ratio)
-    expected = float(np.min(limit(problem.curvature)))
-    assert edge == pytest.approx(expected, rel=1e-8)  # a bisection of |eigenvalue| = 1 + 1e-9
+    method, ratio = EDGED[name]
+    expected = float(np.min(edges(method, problem, ratio)))
 
-    def phase(lr: float, steps: int = 200_000) -> Phase:
-        member = ratio * lr if algorithm.rate_count == 2 else None
-        return Phase(algorithm, lr, steps, member_lr=member)
+    def phase(lr: float, steps: int) -> Phase:
+        return Phase(method, lr, steps, member_lr=ratio * lr if method.rate_count == 2 else None)
 
-    above, below = phase(expected * (1 + 1e-3)), phase(expected * (1 - 1e-3))
-    assert nqm.solve(problem, Program((above,)), [200_000]).status == [Status.DIVERGED]
-    assert nqm.solve(problem, Program((below,)), [200, 200_000]).status == [Status.FINISHED] * 2
+    def status(problem: Problem, share: float, at: list[int], steps: int) -> list[Status]:
+        return nqm.solve(problem, Program((phase(share * expected, steps),)), at).status
+
+    far = 5000 if method.time.update_never_repeats else 200_000
+    assert status(problem, 1 + 1e-2, [far], far) == [Status.DIVERGED]
+    assert status(problem, 1 - 1e-2, [far // 100, far], far) == [Status.FINISHED] * 2
     # From the optimum the loss is still small after 20 steps: only the radius can tell.
     rest = problem.replace(initial_mean=0.0, initial_variance=0.0)
-    assert nqm.solve(rest, Program((above,)), [20]).status == [Status.DIVERGED]
-    assert nqm.solve(rest, Program((below,)), [20]).status == [Status.FINISHED]
-    if "swa" not in name:
-        found = nqm.steady(problem, above)
+    assert status(rest, 1 + 1e-3, [20], 200_000) == [Status.DIVERGED]
+    assert status(rest, 1 - 1e-3, [20], 200_000) == [Status.FINISHED]
+    if settles(method):
+        found = nqm.steady(problem, phase((1 + 1e-3) * expected, 1))
         assert found.status is Status.DIVERGED
         assert np.isnan(found.loss)
         assert found.radius > 1
-        stable = nqm.steady(problem, below)
+        stable = nqm.steady(problem, phase((1 - 1e-3) * expected, 1))
         assert stable.status is Status.FINISHED
         assert np.isfinite(stable.loss)
         assert stable.radius < 1

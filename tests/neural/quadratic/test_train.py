@@ -22,6 +22,7 @@ from neural.quadratic.train import (
 )
 from nqm import NQMError, Phase, Problem, Program
 from nqm.algorithms.base import Gradient, Mode, Rate, State, Value
+from nqm.algorithms.time_dependence import TimeDependence
 from tests.tolerances import IDENTITY, SIGMAS, agree, within_error
 
 RUNS = 800
@@ -161,8 +162,8 @@ class Short(Literal):
     """Every other cycle is one minibatch: member 0 moves alone (leftover="members")."""
 
     @property
-    def period(self) -> int:
-        return 2
+    def time(self) -> TimeDependence:
+        return TimeDependence(modulus=2)
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         if t % 2 == 0:

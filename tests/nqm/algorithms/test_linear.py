@@ -23,7 +23,6 @@ from nqm import (
     Program,
     Rounded,
     ScheduleFree,
-    Status,
     WeightDecay,
 )
 from nqm.runs import config
@@ -88,21 +87,6 @@ def test_workers_drift_apart_within_a_round(problem):
         agree(result.member_loss[t] - result.loss[t], 0.5 * h @ apart, 1e-11)
 
 
-@pytest.mark.parametrize("inner", [SGD(), HeavyBall(0.6)])
-def test_one_worker_is_lookahead_at_the_syncs(inner, problem):
-    at = range(0, 41, 4)
-    local = nqm.solve(problem, nqm.constant(LocalSGD(1, 4, inner, SGD(), 0.4), LR, 40), at)
-    slow = nqm.solve(problem, nqm.constant(Lookahead(inner, 4, 0.4), LR, 40), at)
-    agree_each(local.loss, slow.loss, IDENTITY)
-
-
-def test_one_local_step_is_a_large_batch(problem):
-    local = nqm.solve(problem, nqm.constant(LocalSGD(4, 1), LR, 30, batch_size=BATCH), range(31))
-    large = nqm.solve(problem, nqm.constant(SGD(), LR, 30, batch_size=4 * BATCH), range(31))
-    agree_each(local.loss, large.loss, IDENTITY)
-    agree_each(local.examples, large.examples, IDENTITY)
-
-
 # ------------------------------------------------------------------ clients that differ
 
 CURVATURES, SHIFTS = (0.5, 1.0, 1.5), (-0.9, 0.15, 0.2)
@@ -152,14 +136,6 @@ def test_clients_against_the_literal_simulation(placed):
     agree(exact.weight_mean, path[:, 0], IDENTITY)
     drawn = nqm.sample(placed, program, [3, 17], replicas=2000, seed=4)
     within_error(drawn.loss, exact.loss[[3, 17]], exact.loss_sd[[3, 17]] / np.sqrt(2000))
-
-
-def test_equal_clients_are_local_sgd(placed):
-    made = [
-        nqm.solve(placed, nqm.constant(a, LR, 20), range(21))
-        for a in (Federated(3, 4, outer=HeavyBall(0.3)), LocalSGD(3, 4, outer=HeavyBall(0.3)))
-    ]
-    agree_each(made[0].loss, made[1].loss, IDENTITY)
 
 
 # ------------------------------------------------------------------ weight decay
@@ -271,15 +247,6 @@ def test_swalp_averages_rounding_away(problem):
 # ------------------------------------------------------------------ averages over all the past
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.6, 0.9])
-def test_schedule_free_stability(beta, problem):
-    edge = nqm.stability_edge(problem, ScheduleFree(beta))
-    assert edge == pytest.approx(2 / (1 - beta) / problem.curvature.max(), rel=1e-8)
-    for scale, status in ((1.05, Status.DIVERGED), (0.5, Status.FINISHED)):
-        result = nqm.solve(problem, nqm.constant(ScheduleFree(beta), scale * edge, 3000), [3000])
-        assert result.status == [status]
-
-
 @pytest.mark.parametrize("beta", [0.3, 0.9])
 def test_schedule_free_settles_only_late_near_its_edge(beta):
     """Step t alone is stable iff 2 (1 + a) > (1 + a + u beta) / t, a = 1 - u (1 - beta) (Jury)."""
@@ -293,11 +260,6 @@ def test_schedule_free_settles_only_late_near_its_edge(beta):
             assert (spectral_radius(step.matrix)[0] < 1) == stable
             seen.add(stable)
     assert seen == {True, False}
-
-
-def test_primal_averaging_has_no_edge(problem):
-    """At beta 1 a late step moves x by a vanishing share of it."""
-    assert nqm.stability_edge(problem, ScheduleFree(1.0)) == np.inf
 
 
 def test_polynomial_weights_in_closed_form(problem):

@@ -38,32 +38,7 @@ def quiet(problem):
     return problem.replace(noise_variance=0.0, initial_variance=0.0)
 
 
-# ------------------------------------------------------------------ limits that are linear
-
-LINEAR = {
-    "no threshold": (SampledSGD(), 0.3, SGD(), 0.3),
-    "momentum": (SampledSGD(momentum=0.6), 0.3, HeavyBall(0.6), 0.3),
-    "high threshold": (SampledSGD(threshold=1e9), 0.3, SGD(), 0.3),
-    "fine grid": (SampledSGD(pitch=1e-9), 0.3, SGD(), 0.3),
-    # Linear, so the expected loss sees the variance of the noise and nothing of its tail.
-    "heavy tails": (SampledSGD(dof=5.0), 0.3, SGD(), 0.3),
-    "heavy tails and momentum": (SampledSGD(dof=8.0, momentum=0.6), 0.3, HeavyBall(0.6), 0.3),
-    # epsilon far above sqrt(s): m / epsilon, without momentum exactly the gradient.
-    "adam, large epsilon": (Adam(beta1=0.0, beta2=0.9, epsilon=1e12), 0.3e12, SGD(), 0.3),
-}
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_limits(name, problem):
-    algorithm, lr, limit, limit_lr = LINEAR[name]
-    drawn = sampled(problem, algorithm, lr)
-    exact = nqm.solve(problem, constant(limit, limit_lr, AT[-1], batch_size=2), AT)
-    if algorithm.dof is None:
-        within_error(drawn.loss, exact.loss, exact.loss_sd / np.sqrt(3000))
-    else:
-        within_error(drawn.loss, exact.loss, np.hypot(drawn.stderr, 1e-9))
-    np.testing.assert_array_equal(drawn.member_loss, drawn.loss)
-    np.testing.assert_array_equal(drawn.examples, exact.examples)
+# ------------------------------------------------------------------ bias correction
 
 
 def test_adam_with_large_epsilon_is_heavy_ball_under_bias_correction(problem):
