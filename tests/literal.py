@@ -109,6 +109,32 @@ def nesterov(
     return np.stack(path)
 
 
+def quasi_hyperbolic_momentum(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    beta: float,
+    nu: float,
+) -> Array:
+    """QHM (Ma & Yarats 2019, eqs. 3-4), beta and nu as printed there.
+
+    ``g <- beta g + (1 - beta) grad;  theta <- theta - alpha ((1 - nu) grad + nu g)``.
+    """
+    theta, g = start, np.zeros_like(start)
+    path = [theta]
+    for alpha, size in _plan(steps, lr, batch_size):
+        grad = _gradient(theta, h, v, size, rng)
+        g = beta * g + (1 - beta) * grad
+        theta = theta - alpha * ((1 - nu) * grad + nu * g)
+        path.append(theta)
+    return np.stack(path)
+
+
 def _run(inner: Inner, momentum: float, *problem: Any) -> Array:
     if inner == "sgd":
         return sgd(*problem)
@@ -529,6 +555,20 @@ def nesterov_steady(
     g0 = lr * v / batch_size * (1 + mu * r) / (h * (1 - mu * r) * (1 + r * (1 + 2 * mu)))
     g1 = (1 + mu) * r * g0 / (1 + mu * r)
     return ((1 + mu) ** 2 + mu**2) * g0 - 2 * mu * (1 + mu) * g1 if shifted else g0
+
+
+def quasi_hyperbolic_steady(
+    h: Array, v: Array, lr: float, batch_size: float, beta: float, nu: float
+) -> Array:
+    """QHM: the ARMA(2, 1) process ``x' = p x + q x_(t-1) - lr (a e_t - b e_(t-1))``.
+
+    Without g, which is ``(1 - beta) grad / (1 - beta L)`` with L the lag: a = 1 - nu beta,
+    b = (1 - nu) beta, p = 1 + beta - lr h a, q = -beta + lr h b.
+    """
+    a, b = 1 - nu * beta, (1 - nu) * beta
+    p, q = 1 + beta - lr * h * a, -beta + lr * h * b
+    driven = (1 - q) * (a**2 + b**2) - 2 * p * a * b
+    return lr**2 * v / batch_size * driven / ((1 + q) * ((1 - q) ** 2 - p**2))
 
 
 def ema_steady(h: Array, v: Array, lr: float, batch_size: float, beta: float) -> Array:

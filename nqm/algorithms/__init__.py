@@ -21,6 +21,7 @@ from nqm.algorithms.multiplicative import MultiplicativeLatePhase as Multiplicat
 from nqm.algorithms.optimizers import SGD as SGD
 from nqm.algorithms.optimizers import HeavyBall as HeavyBall
 from nqm.algorithms.optimizers import Nesterov as Nesterov
+from nqm.algorithms.optimizers import QuasiHyperbolicMomentum as QuasiHyperbolicMomentum
 from nqm.algorithms.rounding import Rounded as Rounded
 from nqm.algorithms.sampled import Adam as Adam
 from nqm.algorithms.sampled import Sampled as Sampled
@@ -33,6 +34,7 @@ ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "sgd": SGD,
     "heavy_ball": HeavyBall,
     "nesterov": Nesterov,
+    "quasi_hyperbolic_momentum": QuasiHyperbolicMomentum,
     "ema": EMA,
     "swa": SWA,
     "lawa": LAWA,

@@ -1,4 +1,4 @@
-"""SGD, heavy ball and Nesterov momentum, with PyTorch's conventions.
+"""SGD, heavy ball, Nesterov and quasi-hyperbolic momentum, with PyTorch's conventions.
 
 Each edge is where the eigenvalue -1 appears: weights that swing from x to -x in every step.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nqm.algorithms.base import LimitingCase, Optimizer, State, Value, check_fraction
+from nqm.algorithms.base import LimitingCase, Optimizer, Rate, State, Value, check_fraction
 from nqm.problems.quadratic import FloatArray
 
 
@@ -77,3 +77,58 @@ class Nesterov(Optimizer):
 
     def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
         return 2.0 * (1.0 + self.momentum) / ((1.0 + 2.0 * self.momentum) * curvature)
+
+
+@dataclass(frozen=True)
+class QuasiHyperbolicMomentum(Optimizer):
+    """m' = momentum m + (1 - momentum) g;  x' = x - lr ((1 - nu) g + nu m') (Ma & Yarats 2019).
+
+    "Quasi-hyperbolic momentum and Adam for deep learning": SGD for the share 1 - nu of a step, and
+    momentum whose buffer is a mean of gradients (PyTorch's dampening) for the share nu.
+
+    Parameters
+    ----------
+    momentum : float
+        In [0, 1); the paper's beta.
+    nu : float
+        Weight of the mean gradient, in [0, 1].
+    """
+
+    momentum: float = 0.999
+    nu: float = 0.7
+    buffers = ("mean gradient",)
+
+    def __post_init__(self) -> None:
+        check_fraction("QuasiHyperbolicMomentum.momentum", self.momentum)
+        check_fraction("QuasiHyperbolicMomentum.nu", self.nu, closed_high=True)
+
+    def direction(self, buffers: State, g: Value) -> tuple[Value, State]:
+        m = self.momentum * buffers[0] + (1.0 - self.momentum) * g
+        return (1.0 - self.nu) * g + self.nu * m, (m,)
+
+    def limits(self) -> tuple[LimitingCase, ...]:
+        def undamped(rates: Rate) -> Rate:
+            return rates * (1.0 - self.momentum)
+
+        momentum = self.momentum
+        return (
+            LimitingCase("nu = 0", replace(self, nu=0.0), SGD()),
+            LimitingCase("momentum = 0", replace(self, momentum=0.0), SGD()),
+            LimitingCase(
+                "nu = 1", replace(self, nu=1.0), HeavyBall(momentum), equal_rates=undamped
+            ),
+            LimitingCase(
+                "nu = momentum",
+                replace(self, nu=momentum),
+                Nesterov(momentum),
+                equal_rates=undamped,
+            ),
+        )
+
+    def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
+        # Gitman et al. 2019, "Understanding the role of momentum in stochastic gradient methods".
+        return (
+            2.0
+            * (1.0 + self.momentum)
+            / ((1.0 + self.momentum * (1.0 - 2.0 * self.nu)) * curvature)
+        )

@@ -34,6 +34,7 @@ from nqm import (
     PolynomialAverage,
     Problem,
     Program,
+    QuasiHyperbolicMomentum,
     Rounded,
     SampledSGD,
     ScheduleFree,
@@ -144,7 +145,9 @@ def _cases() -> list[Case]:
         Case("sgd", SGD(), single(literal.sgd)),
         Case("heavy_ball", HeavyBall(0.8), single(literal.heavy_ball, momentum=0.8)),
         Case("nesterov", Nesterov(0.8), single(literal.nesterov, momentum=0.8)),
-    ]
+        Case("quasi_hyperbolic", QuasiHyperbolicMomentum(0.8, 0.6),
+             single(literal.quasi_hyperbolic_momentum, beta=0.8, nu=0.6)),
+    ]  # fmt: skip
     for inner, said in _inners():
         tag = said.get("inner", "sgd")
         cases += [
@@ -254,6 +257,7 @@ settling = pytest.mark.parametrize(
 def test_roster_is_covered():
     """Each linear algorithm by name occurs above (what is not linear has files of its own)."""
     covered = {type(c.algorithm) for c in CASES}
+    assert all(getattr(nqm, cls.__name__) is cls for cls in ROSTER.values())
     assert covered == {cls for cls in ROSTER.values() if issubclass(cls, Algorithm)}
 
 
@@ -564,7 +568,9 @@ _fraction = st.floats(0.0, 0.95)
 
 @st.composite
 def optimizers(draw: Any) -> Any:
-    kind = draw(st.sampled_from([SGD, HeavyBall, Nesterov]))
+    kind = draw(st.sampled_from([SGD, HeavyBall, Nesterov, QuasiHyperbolicMomentum]))
+    if kind is QuasiHyperbolicMomentum:
+        return kind(draw(_fraction), draw(st.floats(0.0, 1.0)))
     return kind() if kind is SGD else kind(draw(_fraction))
 
 
@@ -770,6 +776,7 @@ def test_steady_state_is_where_a_long_run_ends(case, problem):
         closed("sgd", literal.sgd_steady),
         closed("heavy_ball", literal.heavy_ball_steady, momentum=0.8),
         closed("nesterov", literal.nesterov_steady, momentum=0.8),
+        closed("quasi_hyperbolic", literal.quasi_hyperbolic_steady, beta=0.8, nu=0.6),
         closed("ema-sgd", literal.ema_steady, beta=0.7),
         closed("lookahead-sgd", literal.lookahead_steady, k=3, alpha=0.4),
         closed("lookahead-even", literal.lookahead_steady, k=4, alpha=0.5),
@@ -956,6 +963,13 @@ EDGED = {c.name: (c.algorithm, 1.0) for c in CASES} | {
     "federated-again-flat": (Federated(2, 2, curvatures=(1.5, 0.5)), 1.0),
     "federated-long-step": (Federated(2, 2, curvatures=(1.5, 0.5), outer_lr=3.0), 1.0),
     "federated-one-step": (Federated(2, 1, outer=HeavyBall(0.3), curvatures=(1.5, 0.5)), 1.0),
+    "quasi_hyperbolic-sgd": (QuasiHyperbolicMomentum(0.7, 0.0), 1.0),
+    "quasi_hyperbolic-default": (QuasiHyperbolicMomentum(), 1.0),
+    "quasi_hyperbolic-nu-1": (QuasiHyperbolicMomentum(0.9, 1.0), 1.0),
+    "local_sgd-quasi_hyperbolic": (LocalSGD(2, 3, outer=QuasiHyperbolicMomentum(0.6, 0.8)), 1.0),
+    "late-quasi_hyperbolic": (LatePhase(2, inner=QuasiHyperbolicMomentum(0.6, 0.3)), 0.5),
+    "decay-decoupled-quasi_hyperbolic":
+        (WeightDecay(QuasiHyperbolicMomentum(0.7, 0.8), 0.3, decoupled=True), 1.0),
     "decay-decoupled-nesterov": (WeightDecay(Nesterov(0.7), 0.3, decoupled=True), 1.0),
     "late-fast-members": (LatePhase(3, 0.1), 2.0),
     "late-gamma-0-heavy_ball": (LatePhase(3, 0.0, inner=HeavyBall(0.8)), 0.5),
@@ -1009,6 +1023,8 @@ def test_closed_edges_are_where_the_spectral_radius_passes_1(name, placed):
         (SGD(), literal.sgd_limit),
         (HeavyBall(0.8), lambda h: literal.heavy_ball_limit(h, 0.8)),
         (Nesterov(0.8), lambda h: literal.nesterov_limit(h, 0.8)),
+        # Gitman et al. 2019: alpha < 2 (1 + beta) / (L (1 + beta (1 - 2 nu))).
+        (QuasiHyperbolicMomentum(0.75, 0.5), lambda h: 3.5 / h),
         # 1 - r^3 = 2 / alpha at r = -3^(1/3), beyond SGD's own limit.
         (Lookahead(SGD(), 3, 0.5), lambda h: (1 + 3 ** (1 / 3)) / h),
         # mean_k (1 - c_k u)^2 = 1 - 2 u + 1.25 u^2 is 1 again at u = 1.6.

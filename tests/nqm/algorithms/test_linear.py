@@ -9,8 +9,10 @@ import nqm
 from nqm import (
     EMA,
     LAWA,
+    ROSTER,
     SGD,
     SWA,
+    Algorithm,
     Federated,
     HeavyBall,
     LatePhase,
@@ -21,6 +23,7 @@ from nqm import (
     Phase,
     PolynomialAverage,
     Program,
+    QuasiHyperbolicMomentum,
     Rounded,
     ScheduleFree,
     WeightDecay,
@@ -396,7 +399,9 @@ def test_scan_is_solve(algorithm, placed):
             agree_each(getattr(found, name)[i], getattr(one, name)[0], 1e-11)
 
 
+#: Parameters that a file gives; the defaults where a method is not named here.
 TABLES = {
+    "quasi_hyperbolic_momentum": {"momentum": 0.8, "nu": 0.5},
     "local_sgd": {"workers": 2, "local_steps": 3, "outer_lr": 0.7,
                   "outer": {"algorithm": "nesterov", "momentum": 0.5}},
     "federated": {"workers": 2, "local_steps": 3, "curvatures": [1.5, 0.5], "shifts": [1, -3]},
@@ -411,11 +416,13 @@ TABLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name", [name for name, cls in ROSTER.items() if issubclass(cls, Algorithm)]
+)
 def test_a_file_reaches_every_method(name):
     mapping = {
         "problem": {"curvature": [1.0, 0.1], "noise_variance": 1.0, "minimum": 1.0},
-        "phase": [{"algorithm": name, "lr": 0.1, "steps": 12, **TABLES[name]}],
+        "phase": [{"algorithm": name, "lr": 0.1, "steps": 12, **TABLES.get(name, {})}],
         "replicas": 300,
     }
     run = config.build(mapping)
@@ -427,6 +434,8 @@ def test_a_file_reaches_every_method(name):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
+        (lambda: QuasiHyperbolicMomentum(1.0), r"QuasiHyperbolicMomentum\.momentum must lie in"),
+        (lambda: QuasiHyperbolicMomentum(0.9, 1.1), r"QuasiHyperbolicMomentum\.nu must lie in"),
         (lambda: LocalSGD(0), r"LocalSGD\.workers"),
         (lambda: LocalSGD(2, 0), r"LocalSGD\.local_steps"),
         (lambda: LocalSGD(2, outer=SWA()), r"LocalSGD\.outer"),
