@@ -1,4 +1,4 @@
-"""Phases in sequence: what is trained, at which rates, on how many examples, for how long."""
+"""Phases in sequence: the method, its rates, its batch size and the number of steps of each."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nqm.transition import minibatches
 class Phase:
     """One algorithm, run for `steps` steps.
 
-    How a phase starts: coordinates that the phase before it also has (by name) go on, so late
-    phase after late phase, or SWA on top of a running method, continues. Anything else begins
-    from the weights the earlier phase evaluates: late-phase members are spawned from them, and an
-    average becomes the iterate. A plain optimizer's momentum is kept as the momentum of the
-    late-phase base weights, and members' momentum starts at zero, as in the paper.
+    A phase keeps the coordinates that the phase before it also has, by name: a late phase after a
+    late phase goes on, and so does SWA on top of a running method. All other coordinates begin from
+    the weights that the earlier phase evaluates: late-phase members are spawned from them, and an
+    average becomes the iterate. A plain optimizer's momentum becomes that of the late-phase base
+    weights, and the members' momentum starts at zero, as in the paper.
 
     Parameters
     ----------
@@ -79,30 +79,60 @@ class Phase:
 
     @property
     def least_batch_size(self) -> float:
-        """A lower bound of the batch size; its first value for a schedule that tells none."""
+        """A lower bound of the batch size; its first value where the schedule knows no bound."""
         schedule: Any = self.batch_size
         return schedule.least or float(schedule(0))
 
     def settings(self, start: int, stop: int) -> FloatArray:
-        """Learning rate(s) and batch size of steps [start, stop), one row per step."""
+        """Learning rate(s) and batch size of the steps [start, stop).
+
+        Parameters
+        ----------
+        start, stop : int
+            Steps of this phase.
+
+        Returns
+        -------
+        ndarray, shape (stop - start, 2 or 3)
+            Columns lr, member_lr where the algorithm takes two rates, and batch size (examples).
+        """
         t = np.arange(start, stop)
         return np.stack([schedule(t) for schedule in self._schedules()], axis=1)
 
     @property
     def constant(self) -> bool:
-        """Whether rates and batch size never change."""
+        """Whether rates and batch size are the same at every step."""
         segments = [s for schedule in self._schedules() for s in schedule.segments(self.steps)]
         return len(segments) <= len(self._schedules()) and all(s[2] == 1 for s in segments)
 
     def still(self, start: int, stop: int) -> bool:
-        """Whether rates and batch size are the same at all steps [start, stop)."""
+        """Whether rates and batch size are the same at all steps [start, stop).
+
+        Parameters
+        ----------
+        start, stop : int
+            Steps of this phase.
+
+        Returns
+        -------
+        bool
+        """
         return all(
             any(a <= start and stop <= b and p == 1 for a, b, p in schedule.segments(self.steps))
             for schedule in self._schedules()
         )
 
     def examples(self, steps: int) -> float:
-        """Examples drawn in the first `steps` steps."""
+        """Examples drawn in the first `steps` steps.
+
+        Parameters
+        ----------
+        steps : int
+
+        Returns
+        -------
+        float
+        """
         total = 0.0
         schedule: Any = self.batch_size
         for start, stop, period in schedule.segments(steps):
@@ -114,15 +144,23 @@ class Phase:
         return self.minibatches * total
 
     def segments(self) -> Iterator[Segment]:
-        """Stretches on which rates, batch size and algorithm repeat together."""
-        own: int | None = 1
+        """Stretches on which rates, batch size and algorithm repeat together.
+
+        Yields
+        ------
+        start, stop : int
+            Steps of this phase.
+        period : int or None
+            Steps after which all repeat; None where they do not within the stretch.
+        """
+        method_period: int | None = 1
         if isinstance(self.algorithm, Algorithm):
             time = self.algorithm.time
-            own = None if time.update_never_repeats else time.period
+            method_period = None if time.update_never_repeats else time.period
         lists = [list(schedule.segments(self.steps)) for schedule in self._schedules()]
         edges = sorted({edge for segments in lists for s in segments for edge in s[:2]})
         for start, stop in itertools.pairwise(edges):
-            period: int | None = own
+            period: int | None = method_period
             for segments in lists:
                 repeats = next(p for a, b, p in segments if a <= start < b)
                 period = None if period is None or repeats is None else math.lcm(period, repeats)
@@ -147,7 +185,16 @@ def _size(of: Sized) -> int:
 
 
 def goes_on(old: Phase, new: Phase) -> bool:
-    """Whether the state of phase `old` goes on in phase `new`, which may add to it."""
+    """Whether the state of phase `old` goes on in phase `new`, which may add to it.
+
+    Parameters
+    ----------
+    old, new : Phase
+
+    Returns
+    -------
+    bool
+    """
     if new.restart:
         return False
     if isinstance(new.algorithm, Nonlinear) or isinstance(old.algorithm, Nonlinear):
@@ -159,6 +206,14 @@ def resumes(old: Phase, new: Phase) -> bool:
     """Whether coordinates of equal name are carried over into phase `new`.
 
     Beside a state that goes on, a plain optimizer's momentum becomes that of the base weights.
+
+    Parameters
+    ----------
+    old, new : Phase
+
+    Returns
+    -------
+    bool
     """
     plain = isinstance(old.algorithm, Optimizer) and isinstance(new.algorithm, Algorithm)
     return goes_on(old, new) or (plain and not new.restart)
@@ -166,7 +221,13 @@ def resumes(old: Phase, new: Phase) -> bool:
 
 @dataclass(frozen=True)
 class Program:
-    """Phases run one after another."""
+    """Phases run one after another.
+
+    Parameters
+    ----------
+    phases : sequence of Phase
+        At least one.
+    """
 
     phases: tuple[Phase, ...]
 
@@ -191,7 +252,17 @@ class Program:
         return all(isinstance(phase.algorithm, Algorithm) for phase in self.phases)
 
     def examples(self, steps: Sequence[int]) -> FloatArray:
-        """Examples drawn up to each step of the whole program."""
+        """Examples drawn up to each step of the whole program.
+
+        Parameters
+        ----------
+        steps : sequence of int
+            Steps of the whole program.
+
+        Returns
+        -------
+        ndarray, shape (len(steps),)
+        """
         counts = []
         for step in steps:
             total, left = 0.0, int(step)
@@ -202,7 +273,23 @@ class Program:
         return np.array(counts)
 
     def recorded(self, at: Sequence[int] | None) -> list[int]:
-        """Checked, sorted, distinct steps to record; by default about 100, both ends included."""
+        """Steps to record, checked.
+
+        Parameters
+        ----------
+        at : sequence of int, optional
+            Steps of the whole program; about 100, both ends included, by default.
+
+        Returns
+        -------
+        list of int
+            Sorted and distinct.
+
+        Raises
+        ------
+        NQMError
+            For what is not a whole number, or lies outside of the program.
+        """
         if at is None:
             return sorted({int(step) for step in np.linspace(0, self.steps, 101).round()})
         if not isinstance(at, Iterable):
@@ -222,14 +309,44 @@ class Program:
 
 
 def one_phase(where: str, value: object) -> Phase:
-    """The phase that a function was given; NQMError for anything else."""
+    """The phase that a function was given.
+
+    Parameters
+    ----------
+    where : str
+        Name of the argument, for the message.
+    value : object
+
+    Returns
+    -------
+    Phase
+
+    Raises
+    ------
+    NQMError
+    """
     if not isinstance(value, Phase):
         raise NQMError(f"{where} must be a Phase{_instead(value)}")
     return value
 
 
 def as_program(where: str, value: Program | Phase | Sequence[Phase]) -> Program:
-    """A program, from one phase or a list of them; NQMError for anything else."""
+    """The program that a function was given, also as one phase or a list of phases.
+
+    Parameters
+    ----------
+    where : str
+        Name of the argument, for the message.
+    value : object
+
+    Returns
+    -------
+    Program
+
+    Raises
+    ------
+    NQMError
+    """
     if isinstance(value, Program):
         return value
     if isinstance(value, Phase):
@@ -252,12 +369,40 @@ def _instead(value: object) -> str:
 def constant(
     algorithm: Algorithm | Nonlinear, lr: float, steps: int, *, batch_size: float = 1, **more: Any
 ) -> Program:
-    """One phase at constant rates, the commonest program."""
+    """A program of one phase at constant rates.
+
+    Parameters
+    ----------
+    algorithm : Algorithm or Nonlinear
+    lr : float
+    steps : int
+    batch_size : float
+        Examples in one minibatch.
+    **more
+        Other fields of `Phase`.
+
+    Returns
+    -------
+    Program
+    """
     return Program((Phase(algorithm, lr, steps, batch_size, **more),))
 
 
 def steps_for(algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: float = 1) -> int:
-    """Whole steps that `examples` examples pay for, for comparisons at equal data."""
+    """Number of whole steps that use at most `examples` examples, to compare at equal data.
+
+    Parameters
+    ----------
+    algorithm : Algorithm or Nonlinear
+    examples : float
+        >= 0.
+    batch_size : float
+        Examples in one minibatch.
+
+    Returns
+    -------
+    int
+    """
     check_number("steps_for.examples", examples, low=0.0)
     phase = Phase(algorithm, 1.0, 1, batch_size)
     return int(examples // phase.examples(1))

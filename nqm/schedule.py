@@ -1,8 +1,8 @@
 """Schedules: a value for every step, used for learning rates and for batch sizes.
 
-A schedule is called with a step, or an array of steps, counted from the start of its phase. It
-also says where it repeats: `segments` cuts the first `steps` steps into stretches on which the
-value is periodic, so that a solver can jump over them by powers instead of walking.
+A schedule is called with a step, or an array of steps, counted from the start of its phase. Its
+`segments` cut the first `steps` steps into stretches on which the value is periodic: there a solver
+takes powers of one period's transition instead of every step.
 """
 
 from __future__ import annotations
@@ -36,13 +36,30 @@ class Schedule(ABC):
         return 0.0
 
     def segments(self, steps: int) -> Iterator[Segment]:
-        """Stretches of [0, steps) on which the schedule is periodic; by default never."""
+        """Stretches of [0, steps) on which the schedule is periodic; by default never.
+
+        Parameters
+        ----------
+        steps : int
+
+        Yields
+        ------
+        start, stop : int
+        period : int or None
+            Steps after which the value repeats; None for never.
+        """
         yield 0, steps, None
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same value at every step."""
+    """The same value at every step.
+
+    Parameters
+    ----------
+    value : float
+        > 0.
+    """
 
     value: float
 
@@ -106,7 +123,15 @@ class Piecewise(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From `start` to `end` in a straight line over `over` steps, then flat at `end`."""
+    """From `start` to `end` in a straight line over `over` steps, then flat at `end`.
+
+    Parameters
+    ----------
+    start, end : float
+        >= 0, not both 0.
+    over : int
+        Steps, >= 1.
+    """
 
     start: float
     end: float
@@ -132,7 +157,15 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine from `start` down to `end` over `over` steps, then flat (SGDR, 2017)."""
+    """Half a cosine from `start` down to `end` over `over` steps, then flat (SGDR, 2017).
+
+    Parameters
+    ----------
+    start, end : float
+        >= 0, not both 0.
+    over : int
+        Steps, >= 1.
+    """
 
     start: float
     end: float
@@ -161,6 +194,15 @@ class WarmupStableDecay(Schedule):
     """Linear warm-up to `peak`, a plateau, a linear decay to `end`, then flat.
 
     Step t of the warm-up has peak * (t + 1) / warmup, so the first rate is not zero.
+
+    Parameters
+    ----------
+    peak : float
+        > 0.
+    end : float
+        >= 0.
+    warmup, stable, decay : int
+        Steps of each part; `decay` >= 1.
     """
 
     peak: float
@@ -200,6 +242,10 @@ class Cyclic(Schedule):
 
     Parameters
     ----------
+    high, low : float
+        First and last value of a cycle; high > 0, low >= 0.
+    period : int
+        Steps of a cycle, >= 1.
     shape : {"cosine", "linear", "triangle"}
         Fall by half a cosine, in a straight line, or down and up again (FGE).
     """
@@ -243,6 +289,12 @@ class Warmup(Schedule):
     """Linear warm-up over `steps` steps into any schedule, which is itself not delayed.
 
     The factor at step t is (t + 1) / steps, as in the common training recipes.
+
+    Parameters
+    ----------
+    steps : int
+        >= 1.
+    then : Schedule
     """
 
     steps: int
@@ -318,7 +370,22 @@ class Joined(Schedule):
 
 
 def as_schedule(value: float | Schedule | Any, where: str) -> Schedule:
-    """A number becomes a `Constant`; a schedule stays; anything else is an error naming `where`."""
+    """A number as a `Constant`; a schedule as it is.
+
+    Parameters
+    ----------
+    value : float or Schedule
+    where : str
+        Name of the field, for the message.
+
+    Returns
+    -------
+    Schedule
+
+    Raises
+    ------
+    NQMError
+    """
     if isinstance(value, Schedule):
         return value
     _positive(where, value)

@@ -46,7 +46,7 @@ class Transition:
 
 
 class _Tally:
-    """Gradient that only counts what it is asked for."""
+    """Gradient that counts the minibatches and normals it is asked for, and returns 0."""
 
     def __init__(self) -> None:
         self.minibatches, self.examples, self.normals = 0, 0.0, 0
@@ -65,12 +65,12 @@ class _Tally:
 
 
 class _UnitGradient:
-    """Gradient of linear forms: multiplies by h and adds a fresh unit vector per minibatch."""
+    """Gradient of linear forms: h times the form, plus a new unit vector for each minibatch."""
 
     def __init__(
-        self, curvature: Any, size: int, first: int, first_normal: int, axes: int, held: Any
+        self, curvature: Any, size: int, first: int, first_normal: int, axes: int, as_form: Any
     ):
-        self.curvature, self.size, self.axes, self.held = curvature, size, axes, held
+        self.curvature, self.size, self.axes, self.as_form = curvature, size, axes, as_form
         self.next, self.next_normal = first, first_normal
         self.shared: dict[int, int] = {}
 
@@ -90,7 +90,7 @@ class _UnitGradient:
     def _unit(self, column: int, size: float = 1.0) -> Value:
         unit = np.zeros((self.size, *(1 for _ in range(self.axes))))
         unit[column] = size
-        return self.held(unit)
+        return self.as_form(unit)
 
 
 def _tally(algorithm: Algorithm) -> _Tally:
@@ -102,22 +102,38 @@ def _tally(algorithm: Algorithm) -> _Tally:
 
 @functools.lru_cache(maxsize=256)
 def minibatches(algorithm: Algorithm) -> float:
-    """Minibatches one step of the literal algorithm draws; examples = this times batch size.
+    """Minibatches one step of the literal algorithm draws; examples = this times the batch size.
 
-    A whole number but where members share a part of their examples.
+    Parameters
+    ----------
+    algorithm : Algorithm
+
+    Returns
+    -------
+    float
+        A whole number but where members share a part of their examples.
     """
     return _tally(algorithm).examples
 
 
 def minibatch_count(algorithm: Algorithm) -> int:
-    """Columns of a transition's noise: minibatches of any size that one step draws."""
+    """Columns of a transition's noise: minibatches of any size that one step draws.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+
+    Returns
+    -------
+    int
+    """
     return _tally(algorithm).minibatches
 
 
 def extract(
     algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0, *, exact: bool = False
 ) -> Transition:
-    """Transition of step t.
+    """Transition of step t, by running `update` on unit vectors.
 
     Parameters
     ----------
@@ -126,11 +142,16 @@ def extract(
         h, any shape that broadcasts with `lr`.
     lr : array_like, or a pair of them
         Learning rate(s), as many as ``algorithm.rate_count``.
-    t : int, or array_like where ``algorithm.ages`` and has period 1
-        Step within the phase; only its remainder modulo ``algorithm.period`` matters, unless the
-        algorithm ages. An array broadcasts with `curvature` and `lr`.
+    t : int or array_like
+        Step within the phase; only its remainder modulo ``algorithm.time.period`` matters, unless
+        `update` never repeats. An array, which broadcasts with `curvature` and `lr`, is for methods
+        whose `update` never repeats and has period 1.
     exact : bool
         In twice double precision (`nqm.double_double`), for what is to be raised to a power.
+
+    Returns
+    -------
+    Transition
     """
     tally = _tally(algorithm)
     n, m, r = len(algorithm.coordinates), tally.minibatches, tally.normals
@@ -139,9 +160,9 @@ def extract(
     shape = np.broadcast_shapes(h.shape, *(rate.shape for rate in rates), np.shape(t))
     # The axis of coefficients goes first, so that arithmetic runs along the long axes.
     unit = np.eye(n, n + m + r).reshape(n, n + m + r, *(1 for _ in shape))
-    held = DoubleDouble if exact else np.asarray
-    gradient = _UnitGradient(h, n + m + r, n, n + m, len(shape), held)
-    forms = tuple(held(form) for form in unit)
+    as_form = DoubleDouble if exact else np.asarray
+    gradient = _UnitGradient(h, n + m + r, n, n + m, len(shape), as_form)
+    forms = tuple(as_form(form) for form in unit)
     new = algorithm.update(forms, gradient, rates if len(rates) > 1 else rates[0], t)
     rows, low = np.zeros((2, *shape, n, n + m + r))
     for i, form in enumerate(new):
@@ -157,7 +178,24 @@ def extract(
 
 
 def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
-    """How a phase starts: matrices (draws, normals) of shapes (n, number of draws / normals)."""
+    """How a phase starts from plain weights: start = draws @ starts + normals @ noise.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+
+    Returns
+    -------
+    draws : ndarray, shape (n, number of draws)
+        Share of each independent draw of the start in each coordinate.
+    normals : ndarray, shape (n, number of normals)
+        Share of each fresh standard normal.
+
+    Raises
+    ------
+    NQMError
+        If the method draws more starts than fit into memory.
+    """
 
     def run(draws: int, normals: int) -> tuple[State, int, int]:
         used = [0, 0]
@@ -185,7 +223,14 @@ def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
 
 
 def resumption(old: Algorithm, new: Algorithm, age: int) -> tuple[FloatArray, FloatArray]:
-    """How `new` goes on from `old` after `age` steps: start = lift @ state + normals @ noise.
+    """How a phase goes on from the state of another: start = lift @ state + normals @ noise.
+
+    Parameters
+    ----------
+    old, new : Algorithm
+        Of the phase before, and of the phase that goes on.
+    age : int
+        Steps that `old` has done.
 
     Returns
     -------
@@ -204,9 +249,18 @@ def resumption(old: Algorithm, new: Algorithm, age: int) -> tuple[FloatArray, Fl
 
 
 def origins(algorithm: Algorithm, known: Container[str] = ()) -> FloatArray:
-    """Share of the origin's position -w* in each coordinate that begins, shape (n,).
+    """Which coordinates begin at the origin of weight space, -w* in our coordinates.
 
-    `known` coordinates go on from an earlier phase and do not begin.
+    Parameters
+    ----------
+    algorithm : Algorithm
+    known : container of str
+        Coordinates that go on from an earlier phase and do not begin.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        1 or 0.
     """
     at = algorithm.constants
     begun = [at.get(n) == "origin" and n not in known for n in algorithm.coordinates]
@@ -214,20 +268,54 @@ def origins(algorithm: Algorithm, known: Container[str] = ()) -> FloatArray:
 
 
 def readout(algorithm: Algorithm, t: int) -> FloatArray:
-    """Coefficients of the evaluated weights on the state after t steps, shape (n,)."""
+    """Coefficients of the evaluated weights on the state after t steps.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+    t : int
+        Steps done.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+    """
     n = len(algorithm.coordinates)
     return np.asarray(algorithm.weights(tuple(np.eye(n)), t), dtype=np.float64)
 
 
 def member_readout(algorithm: Algorithm, t: int) -> FloatArray:
-    """Coefficients of every member's weights after t steps, shape (K, n); K = 0 without members."""
+    """Coefficients of each member's weights on the state after t steps.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+    t : int
+        Steps done.
+
+    Returns
+    -------
+    ndarray, shape (K, n)
+        K = 0 without members.
+    """
     n = len(algorithm.coordinates)
     rows = algorithm.member_weights(tuple(np.eye(n)), t)
     return np.array(rows, dtype=np.float64).reshape(len(rows), n)
 
 
 def noise_moment(transition: Transition, noise_variance: ArrayLike) -> FloatArray:
-    """Q = C C' Var e + D D', shape (..., n, n)."""
+    """Second moment of the noise of one step: Q = C C' Var e + D D'.
+
+    Parameters
+    ----------
+    transition : Transition
+    noise_variance : array_like, shape (...)
+        Var e of one minibatch's gradient, by direction.
+
+    Returns
+    -------
+    ndarray, shape (..., n, n)
+    """
     c, d = transition.noise, transition.own
     covariance = np.einsum("...ij,...kj->...ik", c, c)
     moment = np.asarray(covariance * np.asarray(noise_variance)[..., None, None])
@@ -235,7 +323,17 @@ def noise_moment(transition: Transition, noise_variance: ArrayLike) -> FloatArra
 
 
 def spectral_radius(matrix: FloatArray) -> FloatArray:
-    """Largest modulus of an eigenvalue, for matrices of shape (..., n, n)."""
+    """Largest modulus of an eigenvalue.
+
+    Parameters
+    ----------
+    matrix : ndarray, shape (..., n, n)
+
+    Returns
+    -------
+    ndarray, shape (...)
+        Infinity for a matrix that is not finite.
+    """
     if matrix.shape[-1] == 1:
         return np.asarray(np.abs(matrix[..., 0, 0]))
     finite = np.asarray(np.isfinite(matrix).all(axis=(-2, -1)))

@@ -47,7 +47,12 @@ class Gradient(Protocol):
         ...
 
     def normal(self) -> Value:
-        """A fresh standard normal of the method's own, which no batch size scales."""
+        """A fresh standard normal of the method's own, which no batch size scales.
+
+        Returns
+        -------
+        Value
+        """
         ...
 
 
@@ -71,7 +76,16 @@ class Mode:
 
 
 def same_rates(rates: Rate) -> Rate:
-    """The rates unchanged."""
+    """The rates unchanged.
+
+    Parameters
+    ----------
+    rates : float, or pair of floats
+
+    Returns
+    -------
+    float, or pair of floats
+    """
     return rates
 
 
@@ -137,11 +151,29 @@ class Algorithm(ABC):
             As many learning rates as `rate_count`.
         t : int
             Step number within the phase, 0-based.
+
+        Returns
+        -------
+        tuple
+            As many entries as `coordinates`.
         """
 
     @abstractmethod
     def weights(self, state: State, t: int) -> Value:
-        """The weights that are evaluated once t steps are done."""
+        """The weights that are evaluated once t steps are done.
+
+        Parameters
+        ----------
+        state : tuple
+            As many entries as `coordinates`.
+        t : int
+            Steps done.
+
+        Returns
+        -------
+        Value
+            Displacement from the minimum.
+        """
 
     @abstractmethod
     def embed(self, draw: Draw, normal: Draw) -> State:
@@ -154,10 +186,21 @@ class Algorithm(ABC):
             draw of the start.
         normal : callable
             ``normal()`` returns a fresh standard normal.
+
+        Returns
+        -------
+        tuple
+            As many entries as `coordinates`.
         """
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        """Settings of this method at which it equals another; all else as it is here."""
+        """Settings at which this method equals another one; all else as it is here.
+
+        Returns
+        -------
+        tuple of LimitingCase
+            Empty only for a method without parameters.
+        """
         return ()
 
     def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
@@ -198,7 +241,16 @@ class Algorithm(ABC):
         return {}
 
     def check(self, problem: Problem) -> None:
-        """Raise NQMError where the method makes no sense on this problem."""
+        """Refuse a problem on which the method makes no sense; by default none.
+
+        Parameters
+        ----------
+        problem : Problem
+
+        Raises
+        ------
+        NQMError
+        """
         return
 
     @property
@@ -207,15 +259,44 @@ class Algorithm(ABC):
         return 0
 
     def member_mask(self, problem: Problem) -> FloatArray | None:
-        """1 in directions that have members of their own and 0 elsewhere, (d,); None if all do."""
+        """Which directions have members of their own.
+
+        Parameters
+        ----------
+        problem : Problem
+
+        Returns
+        -------
+        ndarray, shape (d,), or None
+            1 or 0; None if all directions have members of their own.
+        """
         return None
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
-        """Weights of the members behind the evaluated ones; empty for a single chain."""
+        """Weights of the members behind the evaluated ones; empty for a single chain.
+
+        Parameters
+        ----------
+        state : tuple
+            As many entries as `coordinates`.
+        t : int
+            Steps done.
+
+        Returns
+        -------
+        tuple of Value
+            K displacements from the minimum.
+        """
         return ()
 
     def modes(self) -> tuple[Mode, ...]:
-        """Independent chains that carry all second moments; a single chain is its own."""
+        """Independent chains that carry all second moments; a single chain is its own.
+
+        Returns
+        -------
+        tuple of Mode
+            The mean model first.
+        """
         return (Mode("mean", self, 1.0),)
 
     def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
@@ -227,13 +308,24 @@ class Algorithm(ABC):
             Coordinates of the phase before, by name.
         draw, normal : callable
             As for `embed`.
+
+        Returns
+        -------
+        tuple
+            As many entries as `coordinates`.
         """
         fresh = self.embed(draw, normal)
         return tuple(known.get(n, x) for n, x in zip(self.coordinates, fresh, strict=True))
 
 
 class Nonlinear:
-    """A method that is not linear in state and noise: Monte Carlo, and stated approximations."""
+    """A method that is not linear in state and noise: Monte Carlo, and stated approximations.
+
+    Attributes
+    ----------
+    rate_count : int
+        Learning rates that a step takes: 1, or 2 for (lr, member_lr).
+    """
 
     rate_count: ClassVar[int] = 1
 
@@ -248,16 +340,37 @@ class Nonlinear:
         return 0
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        """Settings of this method at which it equals another; all else as it is here."""
+        """Settings at which this method equals another one; all else as it is here.
+
+        Returns
+        -------
+        tuple of LimitingCase
+        """
         return ()
 
     def continues(self, old: object) -> bool:
-        """Whether a phase of this method goes on from the state of a phase of `old`."""
+        """Whether a phase of this method goes on from the state of a phase of `old`.
+
+        Parameters
+        ----------
+        old : Algorithm or Nonlinear
+            The method of the phase before.
+
+        Returns
+        -------
+        bool
+        """
         return False
 
 
 class Optimizer(Algorithm):
-    """A first-order optimizer in PyTorch's form: buffers, a direction, ``x - lr * direction``."""
+    """A first-order optimizer in PyTorch's form: buffers, a direction, ``x - lr * direction``.
+
+    Attributes
+    ----------
+    buffers : tuple of str
+        Names of the buffers, zero at the start.
+    """
 
     #: Names of the buffers, zero at the start.
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -272,6 +385,13 @@ class Optimizer(Algorithm):
             As many entries as `buffers`.
         g : Value
             Minibatch gradient at the current weights.
+
+        Returns
+        -------
+        direction : Value
+            What is multiplied by the learning rate and subtracted from the weights.
+        buffers : tuple
+            After the step.
         """
 
     @property
@@ -290,12 +410,22 @@ class Optimizer(Algorithm):
         return (draw(), *self.no_buffers())
 
     def no_buffers(self) -> State:
-        """Buffers at the start."""
+        """Buffers at the start: zeros.
+
+        Returns
+        -------
+        tuple of float
+        """
         return (0.0,) * len(self.buffers)
 
 
 class Around(Algorithm):
-    """A method around an inner one: what it does not state itself is the inner method's."""
+    """A method around an inner one: what it does not state itself is the inner method's.
+
+    Attributes
+    ----------
+    inner : Algorithm
+    """
 
     inner: Algorithm
 
@@ -342,23 +472,70 @@ class Around(Algorithm):
 
 
 def check_fraction(where: str, value: float, *, closed_high: bool = False) -> None:
-    """Raise NQMError unless value lies in [0, 1), or in [0, 1] if `closed_high`."""
+    """Raise NQMError unless value lies in [0, 1), or in [0, 1] if `closed_high`.
+
+    Parameters
+    ----------
+    where : str
+        Name of the field, for the message.
+    value : float
+    closed_high : bool
+
+    Raises
+    ------
+    NQMError
+    """
     check_number(where, value, low=0.0, high=1.0, closed_high=closed_high)
 
 
 def check_algorithm(where: str, value: object, kind: Any = Algorithm) -> None:
-    """Raise NQMError unless value is an algorithm of the given kind."""
+    """Raise NQMError unless value is an algorithm of the given kind.
+
+    Parameters
+    ----------
+    where : str
+        Name of the field, for the message.
+    value : object
+    kind : type
+        `Algorithm`, or a subclass.
+
+    Raises
+    ------
+    NQMError
+    """
     if not isinstance(value, kind):
         raise NQMError(f"{where} must be an {kind.__name__}; got {type(value).__name__}")
 
 
 def check_members(where: str, value: int) -> None:
-    """Raise NQMError unless value is a count of members, each a coordinate with a name, from 1."""
+    """Raise NQMError unless value is a number of members; each is a coordinate with a name.
+
+    Parameters
+    ----------
+    where : str
+        Name of the field, for the message.
+    value : int
+
+    Raises
+    ------
+    NQMError
+        Also above `nqm.limits.MEMBERS`.
+    """
     check_integer(where, value, 1)
     if value > MEMBERS:
         raise NQMError(f"{where} must be at most {MEMBERS}, as each has a name; got {value}")
 
 
 def average(values: tuple[Value, ...]) -> Value:
-    """Plain mean of the members."""
+    """Plain mean of the members.
+
+    Parameters
+    ----------
+    values : tuple of Value
+        At least one.
+
+    Returns
+    -------
+    Value
+    """
     return sum(values[1:], start=values[0]) * (1.0 / len(values))

@@ -89,7 +89,19 @@ class LocalSGD(Algorithm):
         return (*self.server, *(f"{n} worker {k + 1}/{m}" for k in range(m) for n in names))
 
     def split(self, state: State) -> tuple[State, tuple[State, ...]]:
-        """The server's coordinates, and each worker's."""
+        """The coordinates of the server, and those of each worker.
+
+        Parameters
+        ----------
+        state : tuple
+            As many entries as `coordinates`.
+
+        Returns
+        -------
+        server : tuple
+        workers : tuple of tuple
+            One for each worker.
+        """
         first, size = len(self.server), len(self.inner.coordinates)
         return state[:first], tuple(
             state[first + k * size : first + (k + 1) * size] for k in range(self.workers)
@@ -101,7 +113,21 @@ class LocalSGD(Algorithm):
         return self.shared(server, workers, t)
 
     def shared(self, server: State, workers: tuple[State, ...], t: int) -> State:
-        """The state once the server has met the workers, where step t ends a round."""
+        """The state once the server has averaged the workers, if step t is the last of a round.
+
+        Parameters
+        ----------
+        server : tuple
+        workers : tuple of tuple
+            After their own step t.
+        t : int
+            Step number, 0-based.
+
+        Returns
+        -------
+        tuple
+            As many entries as `coordinates`.
+        """
         if is_last_of_period(t, self.local_steps):
             delta = server[0] - average(tuple(worker[0] for worker in workers))
             step, buffers = self.outer.direction(server[1:], delta)

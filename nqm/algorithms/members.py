@@ -301,6 +301,10 @@ class LatePhase(Algorithm):
         ----------
         rates : pair of floats
             (lr, member_lr).
+
+        Returns
+        -------
+        float
         """
         lr, member_lr = rates
         return member_lr + self.base_scale * self.members * lr

@@ -84,13 +84,32 @@ class MultiplicativeLatePhase(Nonlinear):
         return self.members
 
     def continues(self, old: object) -> bool:
-        """Members go on where there are as many, of the same kind, from the same factor."""
+        """Whether members go on: as many, of the same kind, from the same factor.
+
+        Parameters
+        ----------
+        old : Algorithm or Nonlinear
+            The method of the phase before.
+
+        Returns
+        -------
+        bool
+        """
         return isinstance(old, MultiplicativeLatePhase) and (
             (self.members, self.factor, self.coupling) == (old.members, old.factor, old.coupling)
         )
 
     def check(self, problem: Problem) -> None:
-        """Raise NQMError where w* = 0, at which the factors' gradients vanish with each other."""
+        """Refuse a problem with w* = 0 in some direction, where both factors' gradients vanish.
+
+        Parameters
+        ----------
+        problem : Problem
+
+        Raises
+        ------
+        NQMError
+        """
         if np.any((problem.minimum == 0.0) & (problem.curvature > 0)):
             raise NQMError(
                 "late_phase_multiplicative needs problem.minimum != 0 in every direction; "
@@ -106,11 +125,20 @@ class MultiplicativeLatePhase(Nonlinear):
         noise and displacement small beside w*, and lasts until the balance drifts
         (`nqm.solvers.multiplicative_long_run`).
 
+        Parameters
+        ----------
+        problem : Problem
+
         Returns
         -------
         algorithm : LatePhase
         lr_scale, member_lr_scale : ndarray, shape (d,)
             What the phase's two rates are multiplied by.
+
+        Raises
+        ------
+        NQMError
+            For a spread of members where the minimum differs between directions.
         """
         self.check(problem)
         theta = problem.minimum / self.factor

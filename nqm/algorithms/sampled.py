@@ -41,7 +41,16 @@ class Sampled(Nonlinear, ABC):
         check_number(f"{name}.pitch", self.pitch, low=0.0)
 
     def check(self, problem: Problem) -> None:
-        """Raise NQMError where the noise is correlated but not normal."""
+        """Refuse a problem whose noise is correlated if the noise is to have heavy tails.
+
+        Parameters
+        ----------
+        problem : Problem
+
+        Raises
+        ------
+        NQMError
+        """
         if self.dof is not None and problem.noise_correlation is not None:
             raise NQMError(
                 f"{type(self).__name__}.dof: heavy tails are drawn by direction, but the noise of "
@@ -75,7 +84,17 @@ class Sampled(Nonlinear, ABC):
         return math.inf if self.dof is None else self.dof
 
     def continues(self, old: object) -> bool:
-        """Buffers go on where the rule is the same."""
+        """Whether buffers go on: where the rule is the same.
+
+        Parameters
+        ----------
+        old : Algorithm or Nonlinear
+            The method of the phase before.
+
+        Returns
+        -------
+        bool
+        """
         return type(old) is type(self)
 
 
@@ -126,6 +145,11 @@ class SignSGD(Sampled):
 
     The mean step is lr erf(h x / (sd(e) sqrt 2)) for normal noise without momentum: near the
     minimum SGD at the rate lr sqrt(2 / pi) / sd(e), with noise of variance lr^2 whatever the batch.
+
+    Parameters
+    ----------
+    momentum : float
+        In [0, 1).
     """
 
     momentum: float = 0.0
@@ -151,6 +175,13 @@ class Adam(Sampled):
     """x' = x - lr m / (sqrt(s) + epsilon) with bias-corrected means m of g and s of g^2.
 
     Kingma & Ba 2015, direction by direction: the basis is that of the curvature.
+
+    Parameters
+    ----------
+    beta1, beta2 : float
+        Decay of the means of g and of g^2, in [0, 1).
+    epsilon : float
+        > 0.
     """
 
     beta1: float = 0.9

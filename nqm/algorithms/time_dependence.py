@@ -55,7 +55,17 @@ class TimeDependence:
         return tuple(sorted({period for period in self.periods if period > 1}))
 
     def with_period(self, period: int) -> TimeDependence:
-        """The same, for a method that also acts at the last of every `period` steps."""
+        """The same, for a method that also acts at the last of every `period` steps.
+
+        Parameters
+        ----------
+        period : int
+            Steps, >= 1.
+
+        Returns
+        -------
+        TimeDependence
+        """
         return self if period == 1 else replace(self, periods=(*self.periods, period))
 
     def reduced(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -103,7 +113,13 @@ class TimeDependence:
             yield np.flatnonzero(times == t), int(t)
 
     def one_cycle(self) -> range:
-        """Times of one whole period; of a late one where no two steps are alike."""
+        """Times of one whole period; of a late one where no two steps are alike.
+
+        Returns
+        -------
+        range
+            `period` step numbers.
+        """
         first = LATE if self.update_never_repeats else 0
         return range(first, first + self.period)
 
@@ -111,6 +127,14 @@ class TimeDependence:
         """About how many matrix products compose the transition of `steps` steps.
 
         The rule of `nqm.solvers.moments.compose_span`: powers between the ends of periods.
+
+        Parameters
+        ----------
+        steps : int
+
+        Returns
+        -------
+        float
         """
         return _products(self.distinct_periods, steps)
 
@@ -137,5 +161,9 @@ def is_last_of_period(t: int, period: int) -> bool:
         Step number, 0-based; an array is taken where `period` is 1.
     period : int
         >= 1.
+
+    Returns
+    -------
+    bool
     """
     return period == 1 or (t + 1) % period == 0

@@ -51,15 +51,54 @@ class Wrapper(Around):
 
     @abstractmethod
     def begin(self, x: Value) -> State:
-        """What is kept at the start, from a chain's weights x."""
+        """What is kept at the start.
+
+        Parameters
+        ----------
+        x : Value
+            The chain's weights.
+
+        Returns
+        -------
+        tuple
+            As many entries as `kept`.
+        """
 
     @abstractmethod
     def keep(self, kept: State, x: Value, t: int) -> State:
-        """What is kept after step t, which led the chain to weights x."""
+        """What is kept after step t.
+
+        Parameters
+        ----------
+        kept : tuple
+            What was kept before.
+        x : Value
+            The chain's weights after step t.
+        t : int
+            Step number, 0-based.
+
+        Returns
+        -------
+        tuple
+            As many entries as before.
+        """
 
     @abstractmethod
     def read(self, kept: State, x: Value, t: int) -> Value:
-        """Evaluated weights once t steps are done, x being the chain's own."""
+        """The weights that are evaluated once t steps are done.
+
+        Parameters
+        ----------
+        kept : tuple
+        x : Value
+            The chain's own weights.
+        t : int
+            Steps done.
+
+        Returns
+        -------
+        Value
+        """
 
     @property
     def coordinates(self) -> tuple[str, ...]:
