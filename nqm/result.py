@@ -13,6 +13,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from nqm.algorithms.base import Around
+from nqm.algorithms.members import LatePhase
+from nqm.algorithms.multiplicative import MultiplicativeLatePhase
+from nqm.algorithms.rounding import Rounded
 from nqm.algorithms.sampled import Sampled, SampledSGD
 from nqm.errors import NQMError, check_number
 from nqm.problems.quadratic import FloatArray, Problem, Quadratic
@@ -74,9 +78,11 @@ def _bounded(algorithm: object) -> bool:
 
 def _own_noise(algorithm: object) -> float:
     """Variance of what a method adds by itself: rounding, and the members' first spread."""
-    inner = getattr(algorithm, "inner", None)
-    own = getattr(algorithm, "pitch", 0.0) ** 2 + getattr(algorithm, "spread", 0.0)
-    return float(own) + (0.0 if inner is None else _own_noise(inner))
+    if isinstance(algorithm, Rounded | Sampled):
+        return algorithm.pitch**2
+    if isinstance(algorithm, LatePhase | MultiplicativeLatePhase):
+        return algorithm.spread
+    return _own_noise(algorithm.inner) if isinstance(algorithm, Around) else 0.0
 
 
 #: Least distance of a quantile's level from 0 and from 1.
