@@ -35,7 +35,14 @@ def tiny(cells: int) -> Sweep:
 def realistic(cells: int) -> Sweep:
     """Heavy-ball late-phase weights, 300 cosine steps, 1000 directions, walked step by step."""
     rate = {"schedule": "cosine", "start": 0.5, "end": 0.05, "over": 300}
-    late = {"algorithm": "late_phase", "members": 10, "lr": rate, "steps": 300, "batch_size": 8}
+    late = {
+        "algorithm": "late_phase",
+        "members": 10,
+        "gamma": "mean",
+        "lr": rate,
+        "steps": 300,
+        "batch_size": 8,
+    }
     late |= {"inner": {"algorithm": "heavy_ball", "momentum": 0.9}, "member_lr": 0.01}
     base = {
         "problem": {"spectrum": HARMONIC | {"directions": 1000}, "noise": {}},

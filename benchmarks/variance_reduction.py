@@ -47,7 +47,7 @@ def cases() -> Iterator[tuple[str, Problem, Program]]:
     """Multiplicative late-phase weights at several rates and noises, then the other rules."""
     for noise in (0.01, 0.1, 1.0):
         for lr in (0.02, 0.1, 0.5):
-            late = MultiplicativeLatePhase(4)
+            late = MultiplicativeLatePhase(4, gamma="mean")
             yield (
                 f"multiplicative K = 4, noise {noise}, lr {lr}",
                 problem(noise, 0.0),
@@ -57,9 +57,11 @@ def cases() -> Iterator[tuple[str, Problem, Program]]:
         yield (
             f"multiplicative K = 4, noise 0.1, lr 0.1, start {start}",
             problem(0.1, start),
-            constant(MultiplicativeLatePhase(4), 0.1, STEPS),
+            constant(MultiplicativeLatePhase(4, gamma="mean"), 0.1, STEPS),
         )
-    after = Program((Phase(SGD(), 0.5, STEPS), Phase(MultiplicativeLatePhase(4), 0.1, STEPS)))
+    after = Program(
+        (Phase(SGD(), 0.5, STEPS), Phase(MultiplicativeLatePhase(4, gamma="mean"), 0.1, STEPS))
+    )
     yield "SGD at 0.5, then multiplicative at 0.1, noise 0.1", problem(0.1, 0.0), after
     rules: dict[str, tuple[Nonlinear, tuple[float, float]]] = {
         "clipped at 0.5": (SampledSGD(threshold=0.5), (0.02, 0.2)),
@@ -159,7 +161,7 @@ def torch_rate(device: str, precision: str) -> None:
     drawn = steps * buffer.numel() / best(draw)
     print(f"  {device}, {precision}: torch.randn {drawn / 1e6:.0f} M/s")
     rules: list[tuple[Nonlinear, int]] = [
-        (MultiplicativeLatePhase(4), 4), (SampledSGD(threshold=1.0), 1), (SignSGD(), 1),
+        (MultiplicativeLatePhase(4, "mean"), 4), (SampledSGD(threshold=1.0), 1), (SignSGD(), 1),
         (Adam(), 1),
     ]  # fmt: skip
     for rule, normals in rules:

@@ -48,10 +48,10 @@ def scattered(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Loss times K B against lambda, on plain SGD's closed form."""
     ax = axes_or_new(ax)
-    _points(table, ax, "rate", scaled=True, legend=False)
+    _points(table, ax, "effective_lr", scaled=True, legend=False)
     s = table.iloc[0]
     edge = 2.0 / s["curvature"]
-    rate = np.geomspace(0.8 * table["rate"].min(), 0.97 * edge, 300)
+    rate = np.geomspace(0.8 * table["effective_lr"].min(), 0.97 * edge, 300)
     curve = s["directions"] * rate * s["noise_variance"] / (2 * (2 - rate * s["curvature"]))
     ax.plot(rate, curve, color=REFERENCE, zorder=1, label="plain SGD", gid="sgd")
     for i, gamma in enumerate(table["gamma_rule"].unique()):
@@ -69,7 +69,7 @@ def remainder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     run = table[table["kind"] == "sample"]
     ratio = run.assign(loss=run["loss"] / run["curve"], stderr=run["stderr"] / run["curve"])
-    _points(ratio, ax, "rate", scaled=False, legend=False)
+    _points(ratio, ax, "effective_lr", scaled=False, legend=False)
     ax.axhline(1.0, color=REFERENCE, zorder=1, linewidth=1.0)
     reach = 1.25 * float((np.abs(ratio["loss"] - 1.0) + 1.96 * ratio["stderr"]).max())
     ax.set(xscale="log", ylim=(1 - reach, 1 + reach), title="what is left over")

@@ -354,7 +354,7 @@ def tune(
     nqm tune sgd.toml --target 0.01
     """
     from nqm.errors import NQMError
-    from nqm.tuning.program import best_rate, fastest_rate
+    from nqm.tuning.program import best_phase_lr, fastest_phase_lr
 
     job = _load(file, overrides)
     problem = job.additive("tune")
@@ -364,10 +364,10 @@ def tune(
         )
     with _progress(None, "settings") as told:
         if target is None:
-            best = best_rate(problem, job.program, index, momentum=momentum, progress=told)
+            best = best_phase_lr(problem, job.program, index, momentum=momentum, progress=told)
             table = best.table()
         else:
-            table = fastest_rate(problem, job.program, target, progress=told)
+            table = fastest_phase_lr(problem, job.program, target, progress=told)
     _show(table, as_json)
 
 

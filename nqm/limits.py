@@ -15,7 +15,7 @@ from nqm.errors import NQMError, shown
 WALKED = 10**9
 #: Multiplications that one call may need in dense matrices; a processor does some 10^9 a second.
 WORK = 1e12
-#: Members, workers and snapshots that an algorithm may state; it lists each by its name.
+#: Members, clients and snapshots that an algorithm may state; it lists each by its name.
 MEMBERS = 10**6
 
 

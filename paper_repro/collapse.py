@@ -74,7 +74,13 @@ def compute(scale: Scale) -> pd.DataFrame:
         # |1 - lambda h|^2T and the members' |1 - eta_phi h|^2T fall below e^-2settle.
         slow = min(-np.log(max(abs(1 - u * s.curvature), 0.1)) for u in (rate, member_lr))
         steps = int(np.ceil(s.settle / slow))
-        row = {"members": k, "gamma_rule": name, "lr": lr, "member_lr": member_lr, "rate": rate}
+        row = {
+            "members": k,
+            "gamma_rule": name,
+            "lr": lr,
+            "member_lr": member_lr,
+            "effective_lr": rate,
+        }
         row |= {"batch_size": s.batch_size, "curve": sgd_floor(rate, k * s.batch_size, s)}
         row |= {"curvature": s.curvature, "noise_variance": s.noise_variance}
         phase = Phase(late, lr, steps, s.batch_size, member_lr)

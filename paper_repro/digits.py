@@ -109,7 +109,9 @@ def _case(
     """All three kinds of rows for one (lr, K)."""
     start, replicas = np.zeros(data.features.shape[1]), s.chains // k
     how: dict[str, Any] = {"members": k, "lr": lr, "batch_size": s.batch_size}
-    additive = solve(problem, constant(LatePhase(k), lr, s.cycles, batch_size=s.batch_size), steps)
+    additive = solve(
+        problem, constant(LatePhase(k, gamma="mean"), lr, s.cycles, batch_size=s.batch_size), steps
+    )
     known, member_known = exact(data, start, at=steps, **how)
     run, member_run = train(data, start, at=marks, replicas=replicas, rng=rng, **how)
     parts = [

@@ -68,7 +68,7 @@ def compute(scale: Scale) -> pd.DataFrame:
     problem = Problem([1.0], s.noise_variance, minimum=1.0, initial_variance=0.0)
     rows: list[dict[str, Any]] = []
     for k in s.members:
-        algorithm = MultiplicativeLatePhase(k)
+        algorithm = MultiplicativeLatePhase(k, gamma="mean")
         quasi = steady(problem, Phase(algorithm, s.lr, 1)).loss
         floor = balance_point(problem, algorithm, s.lr).loss
         row = {"panel": "floors", "members": k, "lr": s.lr, "variance": s.noise_variance}
@@ -100,7 +100,7 @@ def _course(problem: Problem, k: int, s: Settings) -> list[dict[str, Any]]:
     edges = np.unique(np.geomspace(50, cycles, s.bins + 1).round().astype(int))
     edges = np.unique(np.r_[edges, s.cycles])
     windows = [np.unique(np.linspace(a, b, 60).round().astype(int)) for a, b in pairwise(edges)]
-    program = constant(MultiplicativeLatePhase(k), s.lr, cycles)
+    program = constant(MultiplicativeLatePhase(k, gamma="mean"), s.lr, cycles)
     wanted = np.unique(np.concatenate(windows))
     run = sample(problem, program, wanted.tolist(), replicas=s.replicas, seed=s.seed * 100 + k)
     assert run.samples is not None

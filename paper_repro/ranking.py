@@ -65,9 +65,9 @@ class Settings:
     examples: int = 2000
     batch_size: int = 4
     momentum: float = 0.9
-    beta: float = 0.99
+    decay: float = 0.99
     members: int = 5
-    workers: int = 4
+    clients: int = 4
     late_share: float = 0.4
     window: int = 5
     points: int = 11
@@ -151,18 +151,25 @@ def methods(s: Settings) -> dict[str, Method]:
         "sgd_linear": Method("last iterate", "SGD, linear decay", SGD(), decayed),
         "heavy_ball": whole("last iterate", f"heavy ball {s.momentum:g}", HeavyBall(s.momentum)),
         "nesterov": whole("last iterate", f"Nesterov {s.momentum:g}", Nesterov(s.momentum)),
-        "ema": whole(time, f"EMA {s.beta:g}", EMA(SGD(), s.beta)),
+        "ema": whole(time, f"EMA {s.decay:g}", EMA(SGD(), s.decay)),
         "polyak": whole(time, "mean of all iterates", SWA(SGD())),
         "swa": ending("SWA, last half", time, SWA(SGD()), 0.5),
         "lawa": whole(time, f"LAWA, {s.window} snapshots", LAWA(SGD(), every, s.window)),
         "polynomial": whole(time, "polynomial average 3", PolynomialAverage(SGD(), 3.0)),
         "schedule_free": whole(time, "schedule-free 0.9", ScheduleFree(0.9)),
         "lookahead": whole(time, "Lookahead 5, 0.5", Lookahead(SGD(), 5, 0.5)),
-        "local_sgd": whole(runs, f"local SGD, {s.workers} x 10", LocalSGD(s.workers, 10)),
+        "local_sgd": whole(runs, f"local SGD, {s.clients} x 10", LocalSGD(s.clients, 10)),
         "ensemble": twin(whole(runs, f"mean of {k} runs", Ensemble(k)), 1.0),
-        "late_phase": twin(whole(runs, f"late-phase {k}, all along", LatePhase(k)), 1.0),
+        "late_phase": twin(
+            whole(runs, f"late-phase {k}, all along", LatePhase(k, gamma="mean")), 1.0
+        ),
         "late_phase_end": twin(
-            ending(f"late-phase {k}, last {s.late_share:.0%}", runs, LatePhase(k), s.late_share),
+            ending(
+                f"late-phase {k}, last {s.late_share:.0%}",
+                runs,
+                LatePhase(k, gamma="mean"),
+                s.late_share,
+            ),
             s.late_share,
         ),
     }

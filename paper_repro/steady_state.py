@@ -61,8 +61,8 @@ def steps_for(lr: float, s: Settings) -> int:
 
 def _cases(lr: float, k: int) -> Iterator[tuple[str, str, Any, float, int]]:
     """(model, series, algorithm, rate, batch size) of everything compared at one (lr, K)."""
-    yield "additive", "mean model", LatePhase(k), lr, 1
-    yield "multiplicative", "mean model", MultiplicativeLatePhase(k), lr, 1
+    yield "additive", "mean model", LatePhase(k, gamma="mean"), lr, 1
+    yield "multiplicative", "mean model", MultiplicativeLatePhase(k, gamma="mean"), lr, 1
     yield "both", "K runs", Ensemble(k), lr, 1
     yield "both", "SGD, lr, K B", SGD(), lr, k
     yield "both", "SGD, lambda, K B", SGD(), 2.0 * lr, k
@@ -83,7 +83,13 @@ def compute(scale: Scale) -> pd.DataFrame:
                 if not members and series != "SGD, lambda, K B" and lr != s.compared_lr:
                     continue
                 seed += 1
-                row = {"model": model, "series": series, "members": k, "lr": lr, "rate": rate}
+                row = {
+                    "model": model,
+                    "series": series,
+                    "members": k,
+                    "lr": lr,
+                    "effective_lr": rate,
+                }
                 row |= {"batch_size": batch, "steps": 0}
                 exact = steady(problem, Phase(algorithm, rate, 1, batch))
                 found = {"mean model": exact.loss, "average member": exact.member_loss}

@@ -53,7 +53,7 @@ def settings(scale: Scale) -> Settings:
 def programs(s: Settings) -> dict[str, Program]:
     """The three ways to spend the examples after T0."""
     first = Phase(SGD(), s.lr, s.switch_step, s.batch_size)
-    late = Phase(LatePhase(s.members), s.lr, s.cycles, s.batch_size)
+    late = Phase(LatePhase(s.members, gamma="mean"), s.lr, s.cycles, s.batch_size)
     goes_on = Phase(SGD(), s.lr, s.cycles * s.members, s.batch_size)
     same = Phase(SGD(), 2.0 * s.lr, s.cycles, s.batch_size * s.members)
     return {

@@ -329,7 +329,7 @@ def local_sgd(
     steps: int,
     rng: Rng,
     *,
-    workers: int,
+    clients: int,
     local_steps: int,
     inner: Inner = "sgd",
     momentum: float = 0.0,
@@ -341,13 +341,13 @@ def local_sgd(
 ) -> tuple[Array, Array]:
     """Local SGD, FedAvg and DiLoCo (Douillard et al. 2023), round by round.
 
-    The outer gradient is ``server - mean of workers``. Clients may have their own `curvatures`
-    (workers,), in units of h, and `minima` (workers, d).
+    The outer gradient is ``server - mean of clients``. Clients may have their own `curvatures`
+    (clients,), in units of h, and `minima` (clients, d).
     """
-    c = np.broadcast_to(curvatures, (workers,))[:, None, None]
-    m = np.broadcast_to(minima, (workers, h.size))[:, None, :]
+    c = np.broadcast_to(curvatures, (clients,))[:, None, None]
+    m = np.broadcast_to(minima, (clients, h.size))[:, None, :]
     server, b_server = start, np.zeros_like(start)
-    x = np.stack([start] * workers)
+    x = np.stack([start] * clients)
     b = np.zeros_like(x)
     path = [x]
     for t, (eta, size) in enumerate(_plan(steps, lr, batch_size), 1):
@@ -357,7 +357,7 @@ def local_sgd(
             delta = server - x.mean(axis=0)
             b_server, direction = _step(outer, outer_momentum, b_server, delta)
             server = server - outer_lr * direction
-            x = np.stack([server] * workers)
+            x = np.stack([server] * clients)
         path.append(x)
     w = np.stack(path)
     return w.mean(axis=1), w

@@ -29,7 +29,7 @@ from neural.bridge.config import Training
 from neural.bridge.iterate_averages import TimeAverage, power
 from neural.bridge.scatter import displacement
 from neural.curvature.cache import Cache
-from neural.curvature.lanczos import Krylov, krylov
+from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Progress, operator
@@ -79,7 +79,7 @@ class Drift:
         Of that covariance.
     force_top : tuple of ndarray, shape (k,)
         Both halves along the local model's eigenpairs.
-    force_rest : tuple of Krylov
+    force_rest : tuple of LanczosNodes
         Both halves beyond them.
     slopes : Slopes
         The odd part of the same gradients; the force is their even part.
@@ -91,7 +91,7 @@ class Drift:
     local: LocalQuadratic
     training: Training
     force_top: tuple[FloatArray, FloatArray]
-    force_rest: tuple[Krylov, Krylov]
+    force_rest: tuple[LanczosNodes, LanczosNodes]
     slopes: Slopes
     loss_curvature: FloatArray | None = None
 
@@ -268,11 +268,13 @@ def measure_drift(
     forces = found["forces"]
     apply = operator(risk, progress)
 
-    def rest(half: int) -> Krylov:
+    def rest(half: int) -> LanczosNodes:
         def lanczos() -> dict[str, Any]:
-            return vars(krylov(apply, forces[half], lanczos_steps, known))
+            return vars(lanczos_nodes(apply, forces[half], lanczos_steps, known))
 
-        return Krylov(**kept("force", lanczos, half=half, lanczos_steps=lanczos_steps, **settings))
+        return LanczosNodes(
+            **kept("force", lanczos, half=half, lanczos_steps=lanczos_steps, **settings)
+        )
 
     top = (known.T @ forces[0], known.T @ forces[1])
     names = ("displacements", "differences", "beyond", "rises")

@@ -98,7 +98,7 @@ class TailMean(TimeAverage):
 
 @dataclass(frozen=True)
 class ExponentialMean(TimeAverage):
-    """EMA: every step moves it by 1 - beta towards the weights.
+    """EMA: every step moves it by 1 - decay towards the weights.
 
     Attributes
     ----------

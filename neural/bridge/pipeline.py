@@ -26,7 +26,7 @@ from neural.bridge.verdict import verdict
 from neural.curvature.cache import Cache
 from neural.curvature.examples import rows
 from neural.curvature.local_quadratic import LocalQuadratic
-from neural.curvature.minimise import settle
+from neural.curvature.minimise import minimise
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import grouped
 from neural.curvature.spectrum import density
@@ -312,7 +312,7 @@ def _risk(
         progress("minimise", 0.0)
 
     def minimised() -> dict[str, Any]:
-        there = settle(risk, config.minimise, config.minimise_lr)
+        there = minimise(risk, config.minimise, config.minimise_lr)
         return {"weights": there.weights.cpu().numpy()}
 
     found = cache.of(risk)(

@@ -20,7 +20,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Krylov:
+class LanczosNodes:
     """A vector as H sees it.
 
     Attributes
@@ -43,7 +43,9 @@ class Krylov:
         return np.asarray(self.vectors @ (function(self.values) * self.amplitudes))
 
 
-def krylov(apply: LinearOperator, start: FloatArray, steps: int, out: FloatArray) -> Krylov:
+def lanczos_nodes(
+    apply: LinearOperator, start: FloatArray, steps: int, out: FloatArray
+) -> LanczosNodes:
     """Lanczos from a vector, in the complement of some directions.
 
     Full re-orthogonalisation, twice: rounding would bring copies of converged values back.
@@ -64,7 +66,7 @@ def krylov(apply: LinearOperator, start: FloatArray, steps: int, out: FloatArray
     length = float(np.linalg.norm(start))
     room = len(start) - out.shape[1]
     if length == 0.0 or room == 0:
-        return Krylov(np.zeros(0), np.zeros(0), np.zeros((len(start), 0)))
+        return LanczosNodes(np.zeros(0), np.zeros(0), np.zeros((len(start), 0)))
     basis = [start / length]
     alpha: list[float] = []
     beta: list[float] = []
@@ -81,4 +83,4 @@ def krylov(apply: LinearOperator, start: FloatArray, steps: int, out: FloatArray
         beta.append(size)
         basis.append(w / size)
     nodes, turn = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
-    return Krylov(nodes, length * turn[0], held @ turn)
+    return LanczosNodes(nodes, length * turn[0], held @ turn)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
-from neural.curvature.lanczos import Krylov, krylov
+from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs, Progress, operator
 from neural.curvature.spectrum import eigenpairs as stiffest_pairs
@@ -48,9 +48,9 @@ class LocalQuadratic:
         Covariance along them of the gradient of one of the N examples, drawn at random.
     slope : ndarray, shape (k,)
         Of the loss along them.
-    gradient : Krylov
+    gradient : LanczosNodes
         The rest of the gradient.
-    draws : tuple of Krylov
+    draws : tuple of LanczosNodes
         Draws of the rest of one example's gradient noise.
     noise_trace : float
         Of the whole covariance of one example's gradient.
@@ -62,8 +62,8 @@ class LocalQuadratic:
     pairs: Eigenpairs
     noise: FloatArray
     slope: FloatArray
-    gradient: Krylov
-    draws: tuple[Krylov, ...]
+    gradient: LanczosNodes
+    draws: tuple[LanczosNodes, ...]
     noise_trace: float
     examples: int
 
@@ -221,11 +221,11 @@ def measure_local(
     gradient = risk.gradient().double().cpu().numpy()
     apply = operator(risk, progress)
 
-    def lanczos(stage: str, start: Callable[[], FloatArray], **values: int) -> Krylov:
+    def lanczos(stage: str, start: Callable[[], FloatArray], **values: int) -> LanczosNodes:
         def run() -> dict[str, Any]:
-            return vars(krylov(apply, start(), lanczos_steps, known.vectors))
+            return vars(lanczos_nodes(apply, start(), lanczos_steps, known.vectors))
 
-        return Krylov(**kept(stage, run, lanczos_steps=lanczos_steps, **settings, **values))
+        return LanczosNodes(**kept(stage, run, lanczos_steps=lanczos_steps, **settings, **values))
 
     def draw(index: int) -> FloatArray:
         rng = np.random.default_rng([seed, 2, index])

@@ -12,11 +12,11 @@ from torch import Tensor
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError, check_number
 
-#: Heavy ball is stable while lr h < 2 (1 + momentum): hence the 3.8 / lr of `settle`.
+#: Heavy ball is stable while lr h < 2 (1 + momentum): hence the 3.8 / lr of `minimise`.
 SETTLING_MOMENTUM = 0.9
 
 
-def settle(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None) -> EmpiricalRisk:
+def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None) -> EmpiricalRisk:
     """The same risk at a minimum near by, found from the checkpoint with all examples.
 
     L-BFGS compares losses, so it cannot tell weights apart once their losses differ by rounding

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from neural.curvature.lanczos import krylov
+from neural.curvature.lanczos import lanczos_nodes
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError, check_integer, check_number
 
@@ -160,7 +160,7 @@ def density(
     rng = np.random.default_rng(seed)
     values, weights = [], []
     for _ in range(probes):
-        probe = krylov(apply, rng.standard_normal(risk.size), steps, out)
+        probe = lanczos_nodes(apply, rng.standard_normal(risk.size), steps, out)
         values.append(probe.values)
         weights.append(probe.amplitudes**2 / np.sum(probe.amplitudes**2))
     joined = np.concatenate(values)

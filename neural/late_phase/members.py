@@ -40,6 +40,7 @@ from neural.late_phase.ready import check_ready, checked_statistics
 from neural.late_phase.rows import UnclearRowsError, arguments
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import places, swapped
+from nqm.algorithms.gamma import base_scale
 from nqm.errors import NQMError, check_integer, check_word
 
 Loss = Callable[[Any, Any], Tensor]
@@ -68,7 +69,8 @@ class LatePhase(nn.Module):
         What is replicated (see `neural.late_phase.select.select`). Normalisation layers bring each
         member's own running statistics.
     gamma : {"sum", "mean"} or float
-        Scale of the summed base gradient; ``"sum"`` is 1, ``"mean"`` is 1 / K.
+        Scale of the summed base gradient: 1 (the official code for CIFAR), 1 / K (that for
+        ImageNet), or a number >= 0.
     noise : float
         Size sigma of the Gaussian perturbation with which members start. The paper's CIFAR runs
         use none.
@@ -574,10 +576,10 @@ class LatePhase(nn.Module):
         return nullcontext() if dtype is None else torch.autocast(self.index.device.type, dtype)
 
     def _scale_base(self) -> None:
-        gamma = {"sum": 1.0, "mean": 1.0 / self.members}.get(str(self.gamma), self.gamma)
+        gamma = base_scale(self.gamma, self.members)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if grads and gamma != 1.0:
-            torch._foreach_mul_(grads, float(gamma))
+            torch._foreach_mul_(grads, gamma)
 
     def _step_with_idle(
         self, batches: Sequence[Batch], optimizer: Optimizer, settings: _Settings

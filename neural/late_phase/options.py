@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nqm.algorithms.gamma import check_gamma
 from nqm.errors import check_integer, check_number, check_word
 
-GAMMAS = ("sum", "mean")
 NOISE_RULES = ("rms", "fan_in")
 IDLE_STEPS = ("none", "first", "every")
 LEFTOVERS = ("carry", "members", "drop")
@@ -22,7 +22,7 @@ class MemberOptions:
     members : int
         K >= 2.
     gamma : {"sum", "mean"} or float
-        Scale of the summed base gradient, > 0.
+        Scale of the summed base gradient: 1, 1 / K, or a number >= 0.
     noise : float
         Relative size of the members' initial perturbation, >= 0.
     noise_rule : {"rms", "fan_in"}
@@ -48,10 +48,7 @@ class MemberOptions:
         check_word("LatePhase.noise_rule", self.noise_rule, NOISE_RULES)
         check_word("LatePhase.idle_steps", self.idle_steps, IDLE_STEPS)
         check_word("LatePhase.leftover", self.leftover, LEFTOVERS)
-        if isinstance(self.gamma, str):
-            check_word("LatePhase.gamma", self.gamma, GAMMAS)
-        else:
-            check_number("LatePhase.gamma", self.gamma, low=0.0, closed_low=False)
+        check_gamma("LatePhase.gamma", self.gamma)
 
     def arguments(self) -> dict[str, Any]:
         """The options as keyword arguments of `neural.LatePhase`.

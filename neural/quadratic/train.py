@@ -164,7 +164,7 @@ def late_settings(
     return {
         "members": algorithm.members,
         "select": "name:phi",
-        "gamma": "mean" if algorithm.gamma is None else algorithm.gamma,
+        "gamma": algorithm.gamma,
         "noise": math.sqrt(algorithm.spread * (directions if additive else 1.0)),
         "noise_rule": "fan_in" if additive else "rms",
     }

@@ -213,7 +213,7 @@ class LatePhaseConfig(MemberOptions):
         What is replicated.
     fused : bool
         Run all members' minibatches in one forward pass.
-    lr : Schedule, optional
+    member_lr : Schedule, optional
         Of the members, over the epochs of the whole run; that of the base by default.
     weight_decay : float, optional
         Of the members; that of the base by default. Members that `TrainConfig.no_decay` selects
@@ -224,7 +224,7 @@ class LatePhaseConfig(MemberOptions):
     members: int = 10
     select: str = "batchnorm+head"
     fused: bool = False
-    lr: Schedule | None = None
+    member_lr: Schedule | None = None
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:

@@ -184,7 +184,7 @@ class TrainState:
         now = self.epoch if train.lr_every == "step" else self.done // len(self.task.stream)
         set_lr(self.optimizer, float(train.lr(now)))
         if self.member_optimizer is not None and late is not None:
-            set_lr(self.member_optimizer, float((late.lr or train.lr)(now)))
+            set_lr(self.member_optimizer, float((late.member_lr or train.lr)(now)))
 
     def finite(self) -> bool:
         """Whether every loss was, in all processes, since the history's last row."""

@@ -15,34 +15,34 @@ from nqm.errors import check_integer, check_number
 
 @dataclass(frozen=True)
 class EMA(Wrapper):
-    """a' = beta a + (1 - beta) x', a starting at x; a is evaluated (Polyak averaging, EMA).
+    """a' = decay a + (1 - decay) x', a starting at x; a is evaluated (Polyak averaging, EMA).
 
     Parameters
     ----------
     inner : Algorithm
         What makes the iterates x; of members, each has an average.
-    beta : float
+    decay : float
         In [0, 1).
     """
 
-    beta: float = 0.99
+    decay: float = 0.99
     kept = ("ema",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction("EMA.beta", self.beta)
+        check_fraction("EMA.decay", self.decay)
 
     def begin(self, x: Value) -> State:
         return (x,)
 
     def keep(self, kept: State, x: Value, t: int) -> State:
-        return (self.beta * kept[0] + (1.0 - self.beta) * x,)
+        return (self.decay * kept[0] + (1.0 - self.decay) * x,)
 
     def read(self, kept: State, x: Value, t: int) -> Value:
         return kept[0]
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        return (LimitingCase("beta = 0", replace(self, beta=0.0), self.inner),)
+        return (LimitingCase("decay = 0", replace(self, decay=0.0), self.inner),)
 
 
 @dataclass(frozen=True)

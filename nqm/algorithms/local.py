@@ -37,17 +37,17 @@ class LocalSGD(Algorithm):
 
     ::
 
-        x_k <- inner step on worker k's minibatch       every step
+        x_k <- inner step on client k's minibatch       every step
         delta = server - mean_k x_k                     after every local_steps-th step
         server <- outer step at rate outer_lr with delta as its gradient;  x_k <- server
 
     Stich 2019 (local SGD); McMahan et al. 2017 (FedAvg: outer_lr 1, outer SGD); Douillard et al.
-    2023 (DiLoCo: outer Nesterov momentum). One worker and outer SGD is Lookahead. The workers' mean
+    2023 (DiLoCo: outer Nesterov momentum). One client and outer SGD is Lookahead. The clients' mean
     is evaluated, which after a round is the server's model; their inner momentum is kept.
 
     Parameters
     ----------
-    workers : int
+    clients : int
         M >= 1.
     local_steps : int
         H >= 1.
@@ -56,7 +56,7 @@ class LocalSGD(Algorithm):
         > 0.
     """
 
-    workers: int = 8
+    clients: int = 8
     local_steps: int = 10
     inner: Optimizer = field(default_factory=SGD)
     outer: Optimizer = field(default_factory=SGD)
@@ -64,7 +64,7 @@ class LocalSGD(Algorithm):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_members(f"{name}.workers", self.workers)
+        check_members(f"{name}.clients", self.clients)
         check_integer(f"{name}.local_steps", self.local_steps, 1)
         check_algorithm(f"{name}.inner", self.inner, Optimizer)
         check_algorithm(f"{name}.outer", self.outer, Optimizer)
@@ -72,7 +72,7 @@ class LocalSGD(Algorithm):
 
     @property
     def member_count(self) -> int:
-        return self.workers
+        return self.clients
 
     @property
     def time(self) -> TimeDependence:
@@ -85,11 +85,11 @@ class LocalSGD(Algorithm):
 
     @property
     def coordinates(self) -> tuple[str, ...]:
-        m, names = self.workers, self.inner.coordinates
-        return (*self.server, *(f"{n} worker {k + 1}/{m}" for k in range(m) for n in names))
+        m, names = self.clients, self.inner.coordinates
+        return (*self.server, *(f"{n} client {k + 1}/{m}" for k in range(m) for n in names))
 
     def split(self, state: State) -> tuple[State, tuple[State, ...]]:
-        """The coordinates of the server, and those of each worker.
+        """The coordinates of the server, and those of each client.
 
         Parameters
         ----------
@@ -99,26 +99,26 @@ class LocalSGD(Algorithm):
         Returns
         -------
         server : tuple
-        workers : tuple of tuple
-            One for each worker.
+        clients : tuple of tuple
+            One for each client.
         """
         first, size = len(self.server), len(self.inner.coordinates)
         return state[:first], tuple(
-            state[first + k * size : first + (k + 1) * size] for k in range(self.workers)
+            state[first + k * size : first + (k + 1) * size] for k in range(self.clients)
         )
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
-        server, workers = self.split(state)
-        workers = tuple(self.inner.update(worker, gradient, lr, t) for worker in workers)
-        return self.shared(server, workers, t)
+        server, clients = self.split(state)
+        clients = tuple(self.inner.update(client, gradient, lr, t) for client in clients)
+        return self.shared(server, clients, t)
 
-    def shared(self, server: State, workers: tuple[State, ...], t: int) -> State:
-        """The state once the server has averaged the workers, if step t is the last of a round.
+    def shared(self, server: State, clients: tuple[State, ...], t: int) -> State:
+        """The state once the server has averaged the clients, if step t is the last of a round.
 
         Parameters
         ----------
         server : tuple
-        workers : tuple of tuple
+        clients : tuple of tuple
             After their own step t.
         t : int
             Step number, 0-based.
@@ -129,41 +129,41 @@ class LocalSGD(Algorithm):
             As many entries as `coordinates`.
         """
         if is_last_of_period(t, self.local_steps):
-            delta = server[0] - average(tuple(worker[0] for worker in workers))
+            delta = server[0] - average(tuple(client[0] for client in clients))
             step, buffers = self.outer.direction(server[1:], delta)
             server = (server[0] - self.outer_lr * step, *buffers)
-            workers = tuple((server[0], *worker[1:]) for worker in workers)
-        return (*server, *chain.from_iterable(workers))
+            clients = tuple((server[0], *client[1:]) for client in clients)
+        return (*server, *chain.from_iterable(clients))
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
-        return tuple(worker[0] for worker in self.split(state)[1])
+        return tuple(client[0] for client in self.split(state)[1])
 
     def weights(self, state: State, t: int) -> Value:
-        return average(tuple(worker[0] for worker in self.split(state)[1]))
+        return average(tuple(client[0] for client in self.split(state)[1]))
 
     def embed(self, draw: Draw, normal: Draw) -> State:
         x = draw()
-        worker = self.inner.embed(lambda: x, normal)
-        return (x, *self.outer.no_buffers(), *(worker * self.workers))
+        client = self.inner.embed(lambda: x, normal)
+        return (x, *self.outer.no_buffers(), *(client * self.clients))
 
     def modes(self) -> tuple[Mode, ...]:
-        m = self.workers
+        m = self.clients
         return (
             Mode("mean", _MeanWorker(self), 1.0 / m),
             Mode("deviation", _WorkerDeviation(self), 1.0 - 1.0 / m),
         )
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        alone = replace(self, workers=1, outer=SGD(), outer_lr=1.0)
+        alone = replace(self, clients=1, outer=SGD(), outer_lr=1.0)
         every_step = replace(self, local_steps=1, outer=SGD(), outer_lr=1.0)
         slow = min(self.outer_lr, 1.0)
         return (
-            LimitingCase("workers = 1, outer step 1", alone, self.inner),
+            LimitingCase("clients = 1, outer step 1", alone, self.inner),
             LimitingCase(
-                "local_steps = 1, outer step 1", every_step, self.inner, batch_size=self.workers
+                "local_steps = 1, outer step 1", every_step, self.inner, batch_size=self.clients
             ),
             LimitingCase(
-                "workers = 1, outer = SGD()",
+                "clients = 1, outer = SGD()",
                 replace(alone, outer_lr=slow),
                 Lookahead(self.inner, self.local_steps, slow),
                 every=self.local_steps,
@@ -184,14 +184,14 @@ class LocalSGD(Algorithm):
 
 @dataclass(frozen=True)
 class _MeanWorker(Algorithm):
-    """The workers' mean and the server: the same method with one worker."""
+    """The clients' mean and the server: the same method with one client."""
 
     local: LocalSGD
 
     @property
     def coordinates(self) -> tuple[str, ...]:
-        m, names = self.local.workers, self.local.inner.coordinates
-        return (*self.local.server, *(f"{n} workers/{m}" for n in names))
+        m, names = self.local.clients, self.local.inner.coordinates
+        return (*self.local.server, *(f"{n} clients/{m}" for n in names))
 
     @property
     def time(self) -> TimeDependence:
@@ -199,8 +199,8 @@ class _MeanWorker(Algorithm):
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         first = len(self.local.server)
-        worker = self.local.inner.update(state[first:], gradient, lr, t)
-        return self.local.shared(state[:first], (worker,), t)
+        client = self.local.inner.update(state[first:], gradient, lr, t)
+        return self.local.shared(state[:first], (client,), t)
 
     def weights(self, state: State, t: int) -> Value:
         return state[len(self.local.server)]
@@ -212,13 +212,13 @@ class _MeanWorker(Algorithm):
 
 @dataclass(frozen=True)
 class _WorkerDeviation(Algorithm):
-    """A worker's distance from the mean: the inner optimizer, put back to 0 after every round."""
+    """A client's distance from the mean: the inner optimizer, put back to 0 after every round."""
 
     local: LocalSGD
 
     @property
     def coordinates(self) -> tuple[str, ...]:
-        return tuple(f"{n} deviation/{self.local.workers}" for n in self.local.inner.coordinates)
+        return tuple(f"{n} deviation/{self.local.clients}" for n in self.local.inner.coordinates)
 
     @property
     def time(self) -> TimeDependence:
@@ -247,7 +247,7 @@ class Federated(LocalSGD):
     Parameters
     ----------
     curvatures : tuple of float
-        Client k's curvature in units of the problem's, one for each worker, >= 0.
+        Client k's curvature in units of the problem's, one for each client, >= 0.
     shifts : tuple of float
         Distance of client k's minimum from w*, in units of w* (``problem.minimum``).
     """
@@ -259,15 +259,15 @@ class Federated(LocalSGD):
         super().__post_init__()
         for name, values in (("curvatures", self.curvatures), ("shifts", self.shifts)):
             object.__setattr__(self, name, tuple(values))
-            if len(values) not in (0, self.workers):
+            if len(values) not in (0, self.clients):
                 raise NQMError(
-                    f"Federated.{name} must hold one number for each of the {self.workers} "
-                    f"workers; got {len(values)}"
+                    f"Federated.{name} must hold one number for each of the {self.clients} "
+                    f"clients; got {len(values)}"
                 )
             low = 0.0 if name == "curvatures" else -math.inf
             for value in values:
                 check_number(f"Federated.{name}", value, low=low)
-        mean = sum(self.client_curvatures) / self.workers
+        mean = sum(self.client_curvatures) / self.clients
         pull = sum(c * s for c, s in zip(self.client_curvatures, self.client_shifts, strict=True))
         if abs(mean - 1.0) > 1e-9:
             raise NQMError(f"Federated.curvatures must average to 1; got {mean:g}")
@@ -286,12 +286,12 @@ class Federated(LocalSGD):
     @property
     def client_curvatures(self) -> tuple[float, ...]:
         """c_k; 1 by default."""
-        return self.curvatures or (1.0,) * self.workers
+        return self.curvatures or (1.0,) * self.clients
 
     @property
     def client_shifts(self) -> tuple[float, ...]:
         """shift_k; 0 by default."""
-        return self.shifts or (0.0,) * self.workers
+        return self.shifts or (0.0,) * self.clients
 
     @property
     def member_count(self) -> int:
@@ -307,14 +307,14 @@ class Federated(LocalSGD):
 
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         *moving, origin = state
-        server, workers = self.split(tuple(moving))
-        clients = zip(workers, self.client_curvatures, self.client_shifts, strict=True)
+        server, clients = self.split(tuple(moving))
+        each = zip(clients, self.client_curvatures, self.client_shifts, strict=True)
         # The origin is at -w*, and so client k's minimum at -shift_k times that.
-        workers = tuple(
-            self.inner.update(worker, _Client(gradient, c, -s * origin), lr, t)
-            for worker, c, s in clients
+        clients = tuple(
+            self.inner.update(state, _Client(gradient, c, -s * origin), lr, t)
+            for state, c, s in each
         )
-        return (*self.shared(server, workers, t), origin)
+        return (*self.shared(server, clients, t), origin)
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         return ()
@@ -327,7 +327,7 @@ class Federated(LocalSGD):
 
     def limits(self) -> tuple[LimitingCase, ...]:
         equal = replace(self, curvatures=(), shifts=())
-        local = LocalSGD(self.workers, self.local_steps, self.inner, self.outer, self.outer_lr)
+        local = LocalSGD(self.clients, self.local_steps, self.inner, self.outer, self.outer_lr)
         return (LimitingCase("clients that do not differ", equal, local, members=False),)
 
     def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:

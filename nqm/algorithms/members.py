@@ -30,6 +30,7 @@ from nqm.algorithms.base import (
     check_fraction,
     check_members,
 )
+from nqm.algorithms.gamma import base_scale, check_gamma
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.problems.quadratic import FloatArray, Problem
@@ -158,8 +159,8 @@ class LatePhase(Algorithm):
     ----------
     members : int
         K >= 1.
-    gamma : float, optional
-        Scale of the summed base gradient; 1 / K (the mean) by default.
+    gamma : {"sum", "mean"} or float
+        Scale of the summed base gradient: 1, 1 / K, or a number >= 0.
     minibatch : {"own", "shared"} or float
         Whether each member draws its own minibatch or all share one; or the share q in [0, 1] of
         a minibatch's examples that all members have in common (the correlation of their noise).
@@ -175,7 +176,7 @@ class LatePhase(Algorithm):
     rate_count = 2
 
     members: int = 10
-    gamma: float | None = None
+    gamma: str | float = "sum"
     minibatch: str | float = "own"
     spread: float = 0.0
     inner: Optimizer = field(default_factory=SGD)
@@ -183,8 +184,7 @@ class LatePhase(Algorithm):
 
     def __post_init__(self) -> None:
         check_members("LatePhase.members", self.members)
-        if self.gamma is not None:
-            check_number("LatePhase.gamma", self.gamma, low=0.0)
+        check_gamma("LatePhase.gamma", self.gamma)
         check_number("LatePhase.spread", self.spread, low=0.0)
         check_algorithm("LatePhase.inner", self.inner, Optimizer)
         if isinstance(self.minibatch, str) and self.minibatch not in _SHARED:
@@ -228,7 +228,7 @@ class LatePhase(Algorithm):
     @property
     def base_scale(self) -> float:
         """gamma_theta: what multiplies the summed gradient of the base weights."""
-        return 1.0 / self.members if self.gamma is None else self.gamma
+        return base_scale(self.gamma, self.members)
 
     @property
     def member_count(self) -> int:

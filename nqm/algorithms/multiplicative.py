@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from nqm.algorithms.base import LimitingCase, Nonlinear, Rate
+from nqm.algorithms.gamma import base_scale, check_gamma
 from nqm.algorithms.members import LatePhase
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
@@ -35,8 +36,8 @@ class MultiplicativeLatePhase(Nonlinear):
     ----------
     members : int
         K >= 1.
-    gamma : float, optional
-        Scale of the summed base gradient; 1 / K (the mean) by default.
+    gamma : {"sum", "mean"} or float
+        Scale of the summed base gradient: 1, 1 / K, or a number >= 0.
     factor : float
         Value phi starts at, > 0.
     spread : float
@@ -48,7 +49,7 @@ class MultiplicativeLatePhase(Nonlinear):
     rate_count: ClassVar[int] = 2
 
     members: int = 10
-    gamma: float | None = None
+    gamma: str | float = "sum"
     factor: float = 1.0
     spread: float = 0.0
     coupling: str = "elementwise"
@@ -56,8 +57,7 @@ class MultiplicativeLatePhase(Nonlinear):
     def __post_init__(self) -> None:
         name = "MultiplicativeLatePhase"
         check_integer(f"{name}.members", self.members, 1)
-        if self.gamma is not None:
-            check_number(f"{name}.gamma", self.gamma, low=0.0)
+        check_gamma(f"{name}.gamma", self.gamma)
         check_number(f"{name}.factor", self.factor, low=0.0, closed_low=False)
         check_number(f"{name}.spread", self.spread, low=0.0)
         if self.coupling not in ("elementwise", "scalar"):
@@ -68,7 +68,7 @@ class MultiplicativeLatePhase(Nonlinear):
     @property
     def base_scale(self) -> float:
         """gamma_theta: what multiplies the summed gradient of the base weights."""
-        return 1.0 / self.members if self.gamma is None else self.gamma
+        return base_scale(self.gamma, self.members)
 
     @property
     def scalar(self) -> bool:

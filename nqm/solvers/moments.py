@@ -631,7 +631,7 @@ def check_size(
     n = max(len(mode.algorithm.coordinates) for mode in algorithm.modes())
     entries = float(problem.directions) * n**2
     name = f"{where}.algorithm: numbers per direction in the state of {type(algorithm).__name__}"
-    fix = "take fewer members, workers or snapshots (window)"
+    fix = "take fewer members, clients or snapshots (window)"
     check_memory(name, n, 8.0 * entries, fix)
     walked, jumps = 0.0, 0.0
     for start, stop, period in law.phase.segments():

@@ -34,15 +34,15 @@ class Balance:
     ----------
     ratio : ndarray, shape (d,)
         theta^2 / phi^2 at the balance point.
-    effective_rate, member_rate : ndarray, shape (d,)
+    effective_lr, effective_member_lr : ndarray, shape (d,)
         lambda = a + K b of the mean model, and a of a member, at that point.
     loss, member_loss : float
         Steady loss of the mean model and of the average member there, to first order in v.
     """
 
     ratio: FloatArray
-    effective_rate: FloatArray
-    member_rate: FloatArray
+    effective_lr: FloatArray
+    effective_member_lr: FloatArray
     loss: float
     member_loss: float
     kind: Kind = field(default=Kind.LONG_RUN)
@@ -99,8 +99,8 @@ def balance_point(
     curved = h > 0
     return Balance(
         ratio=ratio,
-        effective_rate=rate,
-        member_rate=a,
+        effective_lr=rate,
+        effective_member_lr=a,
         loss=float(loss[curved].sum()),
         member_loss=float((loss + deviation)[curved].sum()),
     )

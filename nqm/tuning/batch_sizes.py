@@ -45,7 +45,7 @@ class BestBatches:
         Continuous; sum of `lengths` times `batch_sizes` is `examples`.
     whole : ndarray of int, shape (pieces,)
         Whole examples, within the budget.
-    rates : ndarray, shape (pieces,)
+    lr : ndarray, shape (pieces,)
     lengths : ndarray of int, shape (pieces,)
         Steps of each piece.
     steps : int
@@ -55,13 +55,13 @@ class BestBatches:
         Exact expected loss at the end with `batch_sizes` and with `whole`, over every direction.
     flat : mapping
         "batch_sizes": how far each may move while all others are scaled to keep the data;
-        "rates" and "scale" as in `BestSchedule`, where rates are optimised; "steps", where
+        "lr" and "scale" as in `BestSchedule`, where rates are optimised; "steps", where
         searched: the rest optimised anew, among the numbers of steps looked at.
     """
 
     batch_sizes: FloatArray
     whole: NDArray[np.int64]
-    rates: FloatArray
+    lr: FloatArray
     lengths: NDArray[np.int64]
     steps: int
     examples: int
@@ -72,7 +72,7 @@ class BestBatches:
     @property
     def program(self) -> Program:
         """SGD with batches of whole examples."""
-        lr, size = as_piecewise(self.rates, self.lengths), as_piecewise(self.whole, self.lengths)
+        lr, size = as_piecewise(self.lr, self.lengths), as_piecewise(self.whole, self.lengths)
         return Program((Phase(SGD(), lr, self.steps, size),))
 
 
@@ -155,9 +155,9 @@ def best_batches(
         flat |= flat_rates(run, high, within)
     if tried:
         flat["steps"] = flat_numbers(tried, within=within)
-    losses = [final_loss(problem, run.rates, run.lengths, b) for b in (run.batch_size, whole)]
+    losses = [final_loss(problem, run.lr, run.lengths, b) for b in (run.batch_size, whole)]
     return BestBatches(
-        run.batch_size, whole, run.rates, run.lengths, steps, examples, losses[0], losses[1], flat
+        run.batch_size, whole, run.lr, run.lengths, steps, examples, losses[0], losses[1], flat
     )
 
 
@@ -226,7 +226,7 @@ def _rates(
     def objective(lengths: NDArray[np.int64]) -> Objective:
         def at(rates: FloatArray) -> tuple[float, FloatArray]:
             run = _balanced(problem, rates, lengths, examples, smallest)
-            return run.loss, run.by_rate
+            return run.loss, run.by_lr
 
         return at
 

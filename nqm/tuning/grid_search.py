@@ -169,7 +169,7 @@ def doubling_grid(horizon: int) -> NDArray[np.int64]:
 def search(
     problems: Problem | Sequence[Problem],
     algorithms: Algorithm | Sequence[Algorithm],
-    rates: ArrayLike,
+    lr: ArrayLike,
     batch_sizes: Sequence[float],
     target: float,
     *,
@@ -186,7 +186,7 @@ def search(
         For instance one problem under several preconditioners.
     algorithms : Algorithm or sequence of Algorithm
         Settings of one or two coordinates: SGD, HeavyBall, Nesterov, EMA of SGD.
-    rates : array_like, shape (L,)
+    lr : array_like, shape (L,)
         A geometric grid.
     batch_sizes : sequence of float
     target : float
@@ -213,7 +213,7 @@ def search(
     ]
     methods = _several("search.algorithms", algorithms)
     chains = [_Chain.of(method) for method in methods]
-    lr = _geometric(rates)
+    rates = _geometric(lr)
     check_number("search.target", target, low=0.0, closed_low=False)
     check_integer("search.horizon", horizon, 1)
     if horizon > MOST_STEPS:
@@ -230,13 +230,13 @@ def search(
             )
     small = [condense(problem) for problem in spectra]
     unstable = [
-        sum(int(np.sum(~chain.stable(lr * problem.curvature.max()))) for chain in chains)
+        sum(int(np.sum(~chain.stable(rates * problem.curvature.max()))) for chain in chains)
         for problem in spectra
     ]
-    screened = _screen(small, chains, lr, sizes, target, horizon)
+    screened = _screen(small, chains, rates, sizes, target, horizon)
     rows = [
         {"problem": i, "batch_size": size}
-        | _settle(spectra[i], small[i], chains, lr, size, target, horizon, screened[i, :, :, j])
+        | _settle(spectra[i], small[i], chains, rates, size, target, horizon, screened[i, :, :, j])
         | {"unstable": unstable[i]}
         for i in range(len(spectra))
         for j, size in enumerate(map(float, sizes))
@@ -419,11 +419,11 @@ def _several(where: str, given: Any) -> list[Any]:
 
 
 def _geometric(rates: ArrayLike) -> FloatArray:
-    lr = numbers_above_zero("search.rates", rates)
+    lr = numbers_above_zero("search.lr", rates)
     even = np.geomspace(lr[0], lr[-1], lr.size)
     if lr.size > 1 and not (lr[-1] > lr[0] and np.allclose(lr, even, rtol=1e-9, atol=0.0)):
         raise NQMError(
-            "search.rates must be a geometric grid, smallest first, as of numpy.geomspace; "
+            "search.lr must be a geometric grid, smallest first, as of numpy.geomspace; "
             f"got {shown(rates)}"
         )
     return lr

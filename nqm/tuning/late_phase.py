@@ -90,7 +90,7 @@ def late_program(
     late = (
         Phase(SGD(), late_lr, late_steps, batch_size)
         if members == 1
-        else Phase(LatePhase(members), half, late_steps, batch_size, member_lr=half)
+        else Phase(LatePhase(members, gamma="mean"), half, late_steps, batch_size, member_lr=half)
     )
     before = (Phase(SGD(), lr, start, batch_size),) if start else ()
     return Program((*before, late))
@@ -175,7 +175,7 @@ def best_late_phase(
         "members": flat_numbers(least, within=within),
     }
     table = _table(rows, budget * batch_size)
-    rate, late_rate = map(float, run.rates)
+    rate, late_rate = map(float, run.lr)
     program = late_program(best, start, late_steps, rate, late_rate, batch_size)
     exact = solve(problem, program, [program.steps])
     return BestLatePhase(
@@ -190,7 +190,7 @@ def _table(rows: Mapping[tuple[int, int], Evaluated], examples: float) -> pd.Dat
     names = ["members", "start", "late_steps", "lr", "late_lr", "examples", "loss"]
     return pd.DataFrame(
         [
-            (members, run.lengths[0], late_steps, *run.rates, examples, run.loss)
+            (members, run.lengths[0], late_steps, *run.lr, examples, run.loss)
             for (members, late_steps), run in sorted(rows.items(), key=lambda row: row[0])
         ],
         columns=names,
@@ -199,8 +199,8 @@ def _table(rows: Mapping[tuple[int, int], Evaluated], examples: float) -> pd.Dat
 
 def _flat_rates(run: Evaluated, high: float, within: float) -> dict[str, Flatness]:
     """Stated rates may lie beyond the bounds of the search."""
-    bounds = np.minimum(SLOWEST * high, run.rates), np.maximum(high, run.rates)
-    flat = flatness(run.moved, run.rates, *bounds, within=within)
+    bounds = np.minimum(SLOWEST * high, run.lr), np.maximum(high, run.lr)
+    flat = flatness(run.moved, run.lr, *bounds, within=within)
     ends = zip(flat.low, flat.high, strict=True)
     return {
         name: Flatness(np.asarray(low), np.asarray(high), within)
@@ -224,7 +224,7 @@ def _two_rates(
 
         def objective(rates: FloatArray) -> tuple[float, FloatArray]:
             run = evaluate(problem, rates, lengths, sizes)
-            return run.loss, run.by_rate
+            return run.loss, run.by_lr
 
         # One start at the best constant rate of SGD, one that anneals.
         starts = [constant * np.array(shape) for shape in ((1.0, 1.0), (2.0, 0.25))]

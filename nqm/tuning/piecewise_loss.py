@@ -33,14 +33,14 @@ def equal_pieces(steps: int, pieces: int) -> NDArray[np.int64]:
 
 
 def piecewise_loss(
-    problem: Problem, rates: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
+    problem: Problem, lr: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
 ) -> tuple[float, FloatArray, FloatArray]:
     """Expected loss of SGD at the end of piecewise-constant rates, and its gradients.
 
     Parameters
     ----------
     problem : Problem
-    rates : array_like, shape (pieces,)
+    lr : array_like, shape (pieces,)
         Any positive rates; beyond 2 / h a piece amplifies.
     lengths : array_like, shape (pieces,)
         Steps of each piece, >= 0.
@@ -50,25 +50,25 @@ def piecewise_loss(
     Returns
     -------
     loss : float
-    by_rate, by_batch : ndarray, shape (pieces,)
+    by_lr, by_batch : ndarray, shape (pieces,)
         d loss / d rate and d loss / d batch size, exact: one sweep forwards, one backwards.
     """
     problem = additive_only("piecewise_loss", problem)
-    lr = numbers_above_zero("piecewise_loss.rates", rates)
+    rates = numbers_above_zero("piecewise_loss.lr", lr)
     size = numbers_above_zero("piecewise_loss.batch_size", batch_size)
     n = np.asarray(lengths)
-    if n.shape != lr.shape or n.dtype.kind not in "iuf" or not np.all((n >= 0) & (n % 1 == 0)):
+    if n.shape != rates.shape or n.dtype.kind not in "iuf" or not np.all((n >= 0) & (n % 1 == 0)):
         raise NQMError(
-            f"piecewise_loss.lengths must hold {lr.size} whole numbers >= 0, one for each rate; "
+            f"piecewise_loss.lengths must hold {rates.size} whole numbers >= 0, one for each rate; "
             f"got {shown(lengths)}"
         )
-    if size.size not in (1, lr.size):
+    if size.size not in (1, rates.size):
         raise NQMError(
-            f"piecewise_loss.batch_size must have one entry or one for each of {lr.size} rates; "
+            f"piecewise_loss.batch_size must have one entry or one for each of {rates.size} rates; "
             f"got {size.size}"
         )
-    run = evaluate(problem, lr, n, size)
-    return run.loss, run.by_rate, -run.noise / run.batch_size
+    run = evaluate(problem, rates, n, size)
+    return run.loss, run.by_lr, -run.noise / run.batch_size
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Evaluated:
 
     Attributes
     ----------
-    rates, lengths, batch_size, by_rate : ndarray, shape (pieces,)
+    lr, lengths, batch_size, by_lr : ndarray, shape (pieces,)
     loss : float
     noise : ndarray, shape (pieces,)
         What the gradient noise of each piece adds to the loss at the end; it falls as 1 / B.
@@ -88,30 +88,30 @@ class Evaluated:
     """
 
     problem: Problem
-    rates: FloatArray
+    lr: FloatArray
     lengths: NDArray[Any]
     batch_size: FloatArray
     loss: float
-    by_rate: FloatArray
+    by_lr: FloatArray
     noise: FloatArray
     moments: FloatArray
     adjoint: FloatArray
 
-    def moved(self, rates: FloatArray) -> FloatArray:
-        """Loss at the end with piece k alone at rates[k], for every k at once."""
-        a, q, _, _ = maps(self.problem, rates, self.lengths, self.batch_size)
+    def moved(self, lr: FloatArray) -> FloatArray:
+        """Loss at the end with piece k alone at lr[k], for every k at once."""
+        a, q, _, _ = maps(self.problem, lr, self.lengths, self.batch_size)
         change = a * self.moments[:-1] + q - self.moments[1:]
         return np.asarray(self.loss + np.einsum("kd,kd->k", self.adjoint, change))
 
 
 def evaluate(
-    problem: Problem, rates: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
+    problem: Problem, lr: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
 ) -> Evaluated:
     """`piecewise_loss` with all that the two sweeps computed."""
-    lr, n = np.asarray(rates, dtype=np.float64), np.asarray(lengths)
-    check_memory("the number of pieces", lr.size, 10.0 * lr.size * problem.directions)
-    size = np.array(np.broadcast_to(np.asarray(batch_size, dtype=np.float64), lr.shape))
-    a, q, a_slope, q_slope = maps(problem, lr, n, size)
+    rates, n = np.asarray(lr, dtype=np.float64), np.asarray(lengths)
+    check_memory("the number of pieces", rates.size, 10.0 * rates.size * problem.directions)
+    size = np.array(np.broadcast_to(np.asarray(batch_size, dtype=np.float64), rates.shape))
+    a, q, a_slope, q_slope = maps(problem, rates, n, size)
     s = np.empty((len(a) + 1, problem.directions))
     s[0] = problem.initial_mean**2 + problem.initial_variance
     adjoint = np.ones_like(a)
@@ -120,35 +120,35 @@ def evaluate(
             s[k + 1] = a[k] * s[k] + q[k]
         np.cumprod(a[:0:-1], axis=0, out=adjoint[-2::-1])
         adjoint *= problem.weight
-        by_rate = np.einsum("kd,kd->k", adjoint, a_slope * s[:-1] + q_slope)
+        by_lr = np.einsum("kd,kd->k", adjoint, a_slope * s[:-1] + q_slope)
         noise = np.einsum("kd,kd->k", adjoint, q)
         loss = float(problem.weight @ s[-1])
-    return Evaluated(problem, lr, n, size, loss, by_rate, noise, s, adjoint)
+    return Evaluated(problem, rates, n, size, loss, by_lr, noise, s, adjoint)
 
 
 def final_loss(
-    problem: Problem, rates: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
+    problem: Problem, lr: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
 ) -> float:
     """The loss of `piecewise_loss` alone, with memory for one piece: for all directions."""
-    lr, n = np.asarray(rates, dtype=np.float64), np.asarray(lengths)
-    size = np.broadcast_to(np.asarray(batch_size, dtype=np.float64), lr.shape)
+    rates, n = np.asarray(lr, dtype=np.float64), np.asarray(lengths)
+    size = np.broadcast_to(np.asarray(batch_size, dtype=np.float64), rates.shape)
     s = problem.initial_mean**2 + problem.initial_variance
-    for k in range(lr.size):
-        a, q, _, _ = maps(problem, lr[k : k + 1], n[k : k + 1], size[k : k + 1])
+    for k in range(rates.size):
+        a, q, _, _ = maps(problem, rates[k : k + 1], n[k : k + 1], size[k : k + 1])
         s = a[0] * s + q[0]
     return float(problem.weight @ s)
 
 
 def maps(
-    problem: Problem, rates: FloatArray, lengths: NDArray[Any], batch_size: FloatArray
+    problem: Problem, lr: FloatArray, lengths: NDArray[Any], batch_size: FloatArray
 ) -> tuple[FloatArray, ...]:
     """Both a and q of every piece, and their derivatives by its rate, (pieces, d) each."""
-    lr, n = rates[:, None], lengths[:, None]
+    rates, n = lr[:, None], lengths[:, None]
     h, v = problem.curvature, problem.noise_variance / batch_size[:, None]
-    u = lr * h
+    u = rates * h
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
         if np.all(n == 1):  # a free rate for every step
-            return (1.0 - u) ** 2, lr**2 * v, -2.0 * (1.0 - u) * h, 2.0 * lr * v
+            return (1.0 - u) ** 2, rates**2 * v, -2.0 * (1.0 - u) * h, 2.0 * rates * v
         # log |1 - u|, accurate near u = 0 and near u = 2.
         log_r = np.where(u < 1.0, np.log1p(-u), np.log1p(u - 2.0))
         power = np.where(n > 0, 2.0 * n * log_r, 0.0)
@@ -162,5 +162,5 @@ def maps(
         slope = np.where(
             inside, (-a_slope - total * 2.0 * (1.0 - u)) / width, n * (n - 1) * np.sign(u - 1.0)
         )
-        q = lr**2 * v * total
-        return a, q, a_slope * h, 2.0 * lr * v * total + lr**2 * v * h * slope
+        q = rates**2 * v * total
+        return a, q, a_slope * h, 2.0 * rates * v * total + rates**2 * v * h * slope

@@ -23,7 +23,7 @@ SLOWEST = 1e-5
 HEAVIEST = 0.999
 
 
-def best_rate(
+def best_phase_lr(
     problem: Problem | LeastSquares,
     program: Program,
     index: int,
@@ -44,7 +44,7 @@ def best_rate(
     progress : callable
         Told of each setting tried.
     """
-    program = as_program("best_rate.program", program)
+    program = as_program("best_phase_lr.program", program)
     phase = _phase(program, index)
 
     def changed(lr: float, algorithm: Any) -> Program:
@@ -68,7 +68,7 @@ def best_rate(
     )
 
 
-def fastest_rate(
+def fastest_phase_lr(
     problem: Problem | LeastSquares,
     program: Program,
     target: float,
@@ -82,7 +82,7 @@ def fastest_rate(
     NQMError
         If no rate reaches it within the program's steps.
     """
-    program = as_program("fastest_rate.program", program)
+    program = as_program("fastest_phase_lr.program", program)
     if len(program.phases) != 1:
         raise NQMError(f"a target needs a program of one phase; got {len(program.phases)}")
     lr, found = fewest_steps(problem, _phase(program, 0), target, progress=progress)

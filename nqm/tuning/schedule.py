@@ -28,7 +28,7 @@ class BestSchedule:
 
     Attributes
     ----------
-    rates, lengths : ndarray, shape (pieces,)
+    lr, lengths : ndarray, shape (pieces,)
         Learning rate and number of steps of each piece; with fewer steps than pieces some
         lengths are 0.
     steps : int
@@ -37,11 +37,11 @@ class BestSchedule:
     at_bound : bool
         Whether some rate lies at the highest allowed.
     flat : mapping
-        "rates": how far each may move, alone; "scale": by which factor all may be multiplied, none
+        "lr": how far each may move, alone; "scale": by which factor all may be multiplied, none
         going beyond the highest allowed.
     """
 
-    rates: FloatArray
+    lr: FloatArray
     lengths: NDArray[np.int64]
     steps: int
     loss: float
@@ -51,7 +51,7 @@ class BestSchedule:
     @property
     def schedule(self) -> Piecewise:
         """For a `Phase`."""
-        return as_piecewise(self.rates, self.lengths)
+        return as_piecewise(self.lr, self.lengths)
 
 
 def as_piecewise(values: ArrayLike, lengths: NDArray[np.int64]) -> Piecewise:
@@ -125,7 +125,7 @@ def optimised(
     def objective(lengths: NDArray[np.int64]) -> Objective:
         def at(rates: FloatArray) -> tuple[float, FloatArray]:
             run = evaluate(problem, rates, lengths, batch_size)
-            return run.loss, run.by_rate
+            return run.loss, run.by_lr
 
         return at
 
@@ -146,7 +146,7 @@ def optimised(
 
 def on_all(found: BestSchedule, problem: Problem, batch_size: float) -> BestSchedule:
     """With the loss over every direction."""
-    return replace(found, loss=final_loss(problem, found.rates, found.lengths, batch_size))
+    return replace(found, loss=final_loss(problem, found.lr, found.lengths, batch_size))
 
 
 def with_flatness(
@@ -157,7 +157,7 @@ def with_flatness(
     within: float,
 ) -> BestSchedule:
     """With how far the rates may move, on a condensed problem."""
-    run = evaluate(problem, found.rates, found.lengths, batch_size)
+    run = evaluate(problem, found.lr, found.lengths, batch_size)
     return replace(found, flat=flat_rates(run, fastest(problem, highest_lr), within))
 
 
@@ -165,10 +165,10 @@ def flat_rates(run: Evaluated, high: float, within: float) -> dict[str, Flatness
     """How far each rate may move alone ("rates"), and by which factor all together ("scale")."""
 
     def scaled(factor: FloatArray) -> FloatArray:
-        rates = np.minimum(factor * run.rates, high)
+        rates = np.minimum(factor * run.lr, high)
         return np.asarray(evaluate(run.problem, rates, run.lengths, run.batch_size).loss)
 
     return {
-        "rates": flatness(run.moved, run.rates, SLOWEST * high, high, within=within),
-        "scale": flatness(scaled, 1.0, SLOWEST, high / run.rates.min(), within=within),
+        "lr": flatness(run.moved, run.lr, SLOWEST * high, high, within=within),
+        "scale": flatness(scaled, 1.0, SLOWEST, high / run.lr.min(), within=within),
     }

@@ -46,7 +46,7 @@ def fewest_steps_piecewise(
 
     def at(count: int) -> Callable[[int, BestSchedule | None], BestSchedule]:
         def best(steps: int, near: BestSchedule | None) -> BestSchedule:
-            start = None if near is None else near.rates
+            start = None if near is None else near.lr
             return optimised(small, count, steps, batch_size, highest_lr, start)
 
         return best

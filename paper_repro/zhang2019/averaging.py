@@ -35,7 +35,7 @@ SUMMARY = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The published grids: 100 rates, 20 decays with 1 - beta from 1 to 1e-5."""
+    """The published grids: 100 rates, 20 decays with 1 - decay from 1 to 1e-5."""
 
     directions: int = 10_000
     target: float = 0.01
@@ -56,7 +56,7 @@ def compute(scale: Scale) -> pd.DataFrame:
     s = settings(scale)
     rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
     decays, problem = slow_momenta(s.decays), model(s.directions)
-    with_ema = fewest([problem], [0.0], [EMA(beta=float(b)) for b in decays], list(decays),
+    with_ema = fewest([problem], [0.0], [EMA(decay=float(b)) for b in decays], list(decays),
                       rates, s.batch_sizes, s.target)  # fmt: skip
     plain = fewest([problem], [0.0], [SGD()], [0.0], rates, s.batch_sizes, s.target)
     frames = [
@@ -72,7 +72,7 @@ def _solved(problem: Problem, rows: pd.DataFrame) -> pd.DataFrame:
     """The crossing of one winner by the library's general solver."""
     (row,) = rows.to_dict("records")
     step = int(row["step"])
-    program = constant(EMA(beta=row["momentum"]), row["lr"], step, batch_size=row["batch_size"])
+    program = constant(EMA(decay=row["momentum"]), row["lr"], step, batch_size=row["batch_size"])
     before, at = solve(problem, program, [step - 1, step]).loss
     return rows.assign(loss=at, loss_before=before, kind="solved", series="EMA")
 

@@ -65,7 +65,7 @@ def compute(scale: Scale) -> pd.DataFrame:
 def _row(best: BestSchedule, series: str, exponent: float, size: int) -> dict[str, object]:
     row = {"series": series, "exponent": exponent, "batch_size": float(size)}
     measured = {"step": float(best.steps), "examples": float(best.steps * size), "loss": best.loss}
-    return row | measured | {"first_lr": best.rates[0], "last_lr": best.rates[-1]}
+    return row | measured | {"first_lr": best.lr[0], "last_lr": best.lr[-1]}
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -50,12 +50,12 @@ def compute(scale: Scale) -> pd.DataFrame:
     frames = []
     for size in s.batch_sizes:
         best = fewest_steps_piecewise(problem, s.pieces, size, s.target)
-        shorter = best_piecewise(problem, s.pieces, best.steps - 1, size, start=best.rates)
+        shorter = best_piecewise(problem, s.pieces, best.steps - 1, size, start=best.lr)
         constant = fewest_steps_piecewise(problem, 1, size, s.target)
         program = Program((Phase(SGD(), best.schedule, best.steps, size),))
         direct = solve(problem, program, [best.steps]).loss[0]
         begins = np.cumsum(best.lengths) - best.lengths
-        frame = pd.DataFrame({"begin": begins, "length": best.lengths, "lr": best.rates})
+        frame = pd.DataFrame({"begin": begins, "length": best.lengths, "lr": best.lr})
         frames.append(frame.assign(
             batch_size=size, step=best.steps, loss=best.loss, direct=direct,
             loss_before=shorter.loss, constant_step=constant.steps,

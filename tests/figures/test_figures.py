@@ -126,7 +126,7 @@ def test_rate_map_shows_losses_edge_and_best():
 @pytest.fixture
 def collapse_table():
     rows = [
-        {"members": k, "gamma_rule": gamma, "lr": 0.1, "rate": rate, "batch_size": 2,
+        {"members": k, "gamma_rule": gamma, "lr": 0.1, "effective_lr": rate, "batch_size": 2,
          "loss": curve, "curve": curve, "stderr": 0.1 * curve, "kind": "sample",
          "curvature": 1.0, "noise_variance": 1.0, "directions": 1}
         for k, gamma, rate in ((1, "1/K", 0.2), (4, "1/K", 0.2), (4, "1", 0.5))

@@ -191,7 +191,7 @@ def test_extreme_weights():
         assert found == pytest.approx(reference.ppf(level), rel=1e-6, abs=1e-8)
 
 
-@pytest.mark.parametrize("algorithm", [SGD(), LatePhase(3, spread=0.5)])
+@pytest.mark.parametrize("algorithm", [SGD(), LatePhase(3, spread=0.5, gamma="mean")])
 def test_loss_sd_and_quantiles_of_a_trajectory(algorithm, problem):
     result = nqm.solve(problem, nqm.constant(algorithm, 0.3, 12), [0, 5, 12])
     mean, var = result.weight_mean, result.weight_variance
@@ -214,6 +214,6 @@ def test_levels_out_of_reach_are_errors(level):
 
 def test_quantiles_need_weights_by_direction():
     problem = Problem([1.0, 0.5], 1e-4, minimum=1.0)
-    scalar = nqm.constant(MultiplicativeLatePhase(2, coupling="scalar"), 0.1, 3)
+    scalar = nqm.constant(MultiplicativeLatePhase(2, coupling="scalar", gamma="mean"), 0.1, 3)
     with pytest.raises(NQMError, match="Gaussian weights"):
         nqm.solve(problem, scalar).quantiles()

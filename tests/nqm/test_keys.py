@@ -48,7 +48,7 @@ def changed(**entries: Any) -> dict[str, Any]:
 
 SPELLINGS: dict[str, dict[str, Any]] = {
     "a number": changed(lr=1e-1, batch_size=1e0),
-    "a default": changed(beta=0.99, batch_size=1, restart=False),
+    "a default": changed(decay=0.99, batch_size=1, restart=False),
     "a default of another type": changed(batch_size=1.0),
     "a constant schedule": changed(lr={"schedule": "constant", "value": 0.1}),
     "a constant default": changed(batch_size={"schedule": "constant", "value": 1}),
@@ -61,7 +61,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "a rate": changed(lr=0.1000001),
-    "an entry": changed(beta=0.9),
+    "an entry": changed(decay=0.9),
     "another inner algorithm": changed(inner="nesterov"),
     "none": changed(inner="sgd"),
     "momentum": changed(inner={"algorithm": "heavy_ball", "momentum": 0.8}),
@@ -124,7 +124,7 @@ def test_true_is_not_one() -> None:
         {"phase": 3}, {"phase": [3]}, {"phase": [{"algorithm": "none"}]}, {"problem": 3},
         {"phase": [{"algorithm": ["sgd"], "lr": {}}]}, {"phase": {"0": {"lr": 0.1}}},
         {"problem": {"spectrum": 3, "noise": 1}}, {"record": 3}, {"nonsense": {"a": 1}},
-        {"phase": [{"algorithm": "ema", "inner": 3, "lr": {"schedule": 3}, "beta": "a"}]},
+        {"phase": [{"algorithm": "ema", "inner": 3, "lr": {"schedule": 3}, "decay": "a"}]},
     ],
 )  # fmt: skip
 def test_what_is_no_configuration_has_a_key_of_its_own(mapping: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def test_a_refused_table_says_what_differs(tmp_path: Path) -> None:
     kept = out.read_bytes()
     end = "; move it away or use --out OTHER; nothing was overwritten"
     for other, told in (
-        (Sweep(changed(beta=0.9), axes), "phase.0.beta = its default, you ask for 0.9"),
+        (Sweep(changed(decay=0.9), axes), "phase.0.decay = its default, you ask for 0.9"),
         (Sweep(BASE, {"phase.1.members": [2, 8]}), "sweep.phase.1.members = [2, 4], you ask for "),
         # A default that is stated is not what differs.
         (Sweep(changed(restart=False, lr=0.2), axes), "phase.0.lr = 0.1, you ask for 0.2"),

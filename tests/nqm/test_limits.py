@@ -43,9 +43,9 @@ LS = LeastSquares(harmonic(20), 0.1)
 BILLION, HUGE = 10**9, 2**53
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "members": (lambda: LatePhase(BILLION), "LatePhase.members must be at most 1000000"),
+    "members": (lambda: LatePhase(BILLION, "mean"), "LatePhase.members must be at most 1000000"),
     "ensemble": (lambda: Ensemble(BILLION), "Ensemble.members must be at most"),
-    "workers": (lambda: LocalSGD(BILLION), "LocalSGD.workers must be at most"),
+    "clients": (lambda: LocalSGD(BILLION), "LocalSGD.clients must be at most"),
     "window": (lambda: LAWA(window=BILLION), "LAWA.window must be at most"),
     "dense": (lambda: nqm.solve(P, Phase(LAWA(window=10**5), 0.1, 10)), "LAWA = 100001 needs"),
     "factors": (
@@ -110,7 +110,9 @@ def test_the_limit_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch)
         nqm.sample(P, PHASE)
 
 
-@pytest.mark.parametrize("make", [Ensemble, LatePhase, LocalSGD, lambda k: EMA(LatePhase(k))])
+@pytest.mark.parametrize(
+    "make", [Ensemble, LatePhase, LocalSGD, lambda k: EMA(LatePhase(k, gamma="mean"))]
+)
 def test_a_hundred_thousand_members_are_the_law_of_few(make: Callable[[int], Any]) -> None:
     """Loss = bias + variance / K and a minibatch each: linear in 1 / K, linear in K."""
     of = {k: nqm.solve(P, Phase(make(k), 0.05, 40), [40]) for k in (1, 2, 10**5)}

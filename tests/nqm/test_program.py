@@ -295,8 +295,8 @@ def test_own_starts_may_go_on_under_an_average(problem):
 def test_multiplicative_phases_are_handed_over_alike(second):
     """First-order moments and sampling agree on what goes on (small noise, 1 % of the loss)."""
     problem = Problem([1.0, 0.3], 1e-4, initial_variance=0.0, minimum=1.0)
-    first = MultiplicativeLatePhase(3)
-    later = {"same": first, "restarted": first, "additive": LatePhase(3)}[second]
+    first = MultiplicativeLatePhase(3, gamma="mean")
+    later = {"same": first, "restarted": first, "additive": LatePhase(3, gamma="mean")}[second]
     program = Program((
         Phase(first, 0.2, 60), Phase(later, 0.01, 3, restart=second == "restarted"),
     ))  # fmt: skip
@@ -315,7 +315,7 @@ PROGRAMS = {
     )),
     "swa at the end of each cycle": Program((Phase(SWA(SGD(), 5), Cyclic(0.4, 0.1, 5), 203, 3),)),
     "piecewise batch": Program((
-        Phase(LatePhase(3), Piecewise((0.3, 0.1), (70,)), 190, Piecewise((1, 8), (101,)),
+        Phase(LatePhase(3, "mean"), Piecewise((0.3, 0.1), (70,)), 190, Piecewise((1, 8), (101,)),
               member_lr=Cyclic(0.2, 0.1, 3, "triangle")),
     )),
     "warm-up, then cycles": Program((
@@ -359,22 +359,25 @@ def test_examples_count_every_minibatch():
     """Sum of batch sizes, times the members that draw their own minibatch."""
     cases = [
         (SGD(), 1), (HeavyBall(0.9), 1), (SWA(SGD(), 3), 1), (Lookahead(SGD(), 3), 1),
-        (LatePhase(4), 4), (LatePhase(4, minibatch="shared"), 1), (Ensemble(3), 3),
-        (EMA(LatePhase(4)), 4), (MultiplicativeLatePhase(5), 5),
+        (LatePhase(4, "mean"), 4), (LatePhase(4, "mean", minibatch="shared"), 1), (Ensemble(3), 3),
+        (EMA(LatePhase(4, gamma="mean")), 4), (MultiplicativeLatePhase(5, gamma="mean"), 5),
     ]  # fmt: skip
     for algorithm, draws in cases:
         phase = Phase(algorithm, 0.1, 50, Piecewise((2, 16), (20,)))
         for steps in (0, 1, 20, 21, 50):
             expected = draws * sum(2 if t < 20 else 16 for t in range(steps))
             assert phase.examples(steps) == expected
-    phases = (Phase(SGD(), 0.1, 10, 4), Phase(LatePhase(3), 0.1, 10, Cyclic(6, 2, 3, "linear")))
+    phases = (
+        Phase(SGD(), 0.1, 10, 4),
+        Phase(LatePhase(3, gamma="mean"), 0.1, 10, Cyclic(6, 2, 3, "linear")),
+    )
     counts = Program(phases).examples([0, 10, 11, 12, 13, 14, 20])
     np.testing.assert_allclose(counts, [0, 40, 58, 70, 76, 94, 40 + 3 * (3 * 12 + 6)])
 
 
 def test_steps_for_pays_with_examples():
     assert steps_for(SGD(), 100, batch_size=8) == 12
-    assert steps_for(LatePhase(3), 100, batch_size=8) == 4
+    assert steps_for(LatePhase(3, gamma="mean"), 100, batch_size=8) == 4
 
 
 # ------------------------------------------------------------------ misuse
@@ -391,10 +394,10 @@ def test_steps_for_pays_with_examples():
         (lambda: Phase(SGD(), 0.1, 1.5), "phase.steps"),
         (lambda: Phase(SGD(), 0.1, 1, 0), "phase.batch_size"),
         (lambda: Phase(SGD(), 0.1, 1, member_lr=0.1), "phase.member_lr.*SGD"),
-        (lambda: Phase(LatePhase(2), 0.1, 1, member_lr=-0.1), "phase.member_lr"),
+        (lambda: Phase(LatePhase(2, gamma="mean"), 0.1, 1, member_lr=-0.1), "phase.member_lr"),
         (lambda: HeavyBall(1.0), "HeavyBall.momentum"),
         (lambda: Nesterov(-0.1), "Nesterov.momentum"),
-        (lambda: EMA(SGD(), 1.0), "EMA.beta"),
+        (lambda: EMA(SGD(), 1.0), "EMA.decay"),
         (lambda: EMA("sgd"), "EMA.inner"),
         (lambda: SWA(SGD(), 0), "SWA.every"),
         (lambda: EMA(SWA()), "EMA.inner must not average snapshots"),
@@ -405,14 +408,14 @@ def test_steps_for_pays_with_examples():
         (lambda: Lookahead(SWA()), "Lookahead.inner"),
         (lambda: Ensemble(0), "Ensemble.members"),
         (lambda: Ensemble(2, starts="mine"), "Ensemble.starts"),
-        (lambda: LatePhase(0), "LatePhase.members"),
-        (lambda: LatePhase(True), "LatePhase.members"),
+        (lambda: LatePhase(0, gamma="mean"), "LatePhase.members"),
+        (lambda: LatePhase(True, gamma="mean"), "LatePhase.members"),
         (lambda: LatePhase(2, -1.0), "LatePhase.gamma"),
-        (lambda: LatePhase(2, spread=-1.0), "LatePhase.spread"),
-        (lambda: LatePhase(2, minibatch="both"), "LatePhase.minibatch"),
-        (lambda: LatePhase(2, inner=SWA()), "LatePhase.inner"),
-        (lambda: MultiplicativeLatePhase(2, factor=0.0), "factor"),
-        (lambda: MultiplicativeLatePhase(2, coupling="rowwise"), "coupling"),
+        (lambda: LatePhase(2, spread=-1.0, gamma="mean"), "LatePhase.spread"),
+        (lambda: LatePhase(2, minibatch="both", gamma="mean"), "LatePhase.minibatch"),
+        (lambda: LatePhase(2, inner=SWA(), gamma="mean"), "LatePhase.inner"),
+        (lambda: MultiplicativeLatePhase(2, factor=0.0, gamma="mean"), "factor"),
+        (lambda: MultiplicativeLatePhase(2, coupling="rowwise", gamma="mean"), "coupling"),
     ],
 )
 def test_misuse_names_the_field(build, words):
@@ -430,7 +433,7 @@ def test_numpy_numbers_are_numbers(problem):
     assert (a.loss[0], a.examples[0]) == (b.loss[0], b.examples[0])
     for value in (np.bool_(True), np.int64(0), np.float64(2.0)):
         with pytest.raises(NQMError, match=r"LatePhase\.members"):
-            LatePhase(value)
+            LatePhase(value, gamma="mean")
 
 
 @pytest.mark.parametrize("at", [[-1], [11], [], [0.5]])
@@ -449,8 +452,8 @@ def test_recorded_steps_are_sorted_and_distinct(problem):
 def test_ema_on_running_members_begins_at_each_member():
     """One step by hand: a member's EMA is beta d + (1 - beta) d' of its own deviation d."""
     h, v, lr, members, beta, batch = 0.7, 2.0, 0.2, 3, 0.9, 4
-    late = LatePhase(members)
-    phases = (Phase(late, lr, 40, batch), Phase(EMA(late, beta=beta), lr, 5, batch))
+    late = LatePhase(members, gamma="mean")
+    phases = (Phase(late, lr, 40, batch), Phase(EMA(late, decay=beta), lr, 5, batch))
     result = nqm.solve(Problem([h], [v]), Program(phases), [40, 41])
 
     def averaged(variance, rate, noise):

@@ -24,7 +24,7 @@ GIVEN: dict[str, Any] = {
     "problem": ADDITIVE, "problems": ADDITIVE, "program": Program((PHASE,)), "phase": PHASE,
     "algorithm": SGD(), "algorithms": SGD(), "target": 0.9, "lr": [0.1, 0.2], "steps": 8,
     "make_program": lambda lr, *momentum: nqm.constant(SGD(), lr, 8), "low": 0.01, "high": 0.3,
-    "batch_sizes": [1, 2, 4, 8], "rates": np.geomspace(0.01, 0.3, 3), "pieces": 2, "examples": 16,
+    "batch_sizes": [1, 2, 4, 8], "pieces": 2, "examples": 16,
     "programs": [Program((PHASE,))], "cycle": Program((PHASE,)), "batch_size": 1.0,
     "lengths": [2, 3, 3], "index": 0, "members": 2,
 }  # fmt: skip
@@ -42,13 +42,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "of_star": nqm.Soup.of_star,
     "fewest_steps_piecewise": nqm.tuning.fewest_steps_piecewise,
     "piecewise_loss": nqm.tuning.piecewise_loss,
-    "best_rate": nqm.tuning.program.best_rate,
-    "fastest_rate": nqm.tuning.program.fastest_rate,
+    "best_phase_lr": nqm.tuning.program.best_phase_lr,
+    "fastest_phase_lr": nqm.tuning.program.fastest_phase_lr,
 }  # fmt: skip
 #: Functions that know least squares; all others must say that they do not.
 KNOW_COUPLED = {
     "solve", "sample", "steady", "stability_edge", "best_lr", "best_lr_and_momentum",
-    "critical_batch_size", "fewest_steps", "steps_to_target", "best_rate", "fastest_rate",
+    "critical_batch_size", "fewest_steps", "steps_to_target", "best_phase_lr", "fastest_phase_lr",
 }  # fmt: skip
 NONSENSE = (None, "x", 3, np.nan, [], [SGD()], {}, Adam(), SGD(), PHASE, ADDITIVE, lambda lr: lr)
 
@@ -65,7 +65,7 @@ def _arguments(name: str) -> dict[str, Any]:
     if name == "critical_batch_size":
         given |= {"points": 3, "target": 0.5, "batch_sizes": [1, 4, 16]}
     if name == "balance_point":
-        given |= {"lr": 0.1, "algorithm": nqm.MultiplicativeLatePhase(2)}
+        given |= {"lr": 0.1, "algorithm": nqm.MultiplicativeLatePhase(2, gamma="mean")}
         given["problem"] = ADDITIVE.replace(minimum=1.0)
     return given
 
@@ -74,7 +74,7 @@ def _arguments(name: str) -> dict[str, Any]:
 def test_nonsense_is_one_line_that_is_no_traceback(name: str) -> None:
     given = _arguments(name)
     for parameter in set(given) & {"problem", "problems", "program", "phase", "algorithm", "lr",
-                                   "rates", "target", "batch_sizes", "programs"}:  # fmt: skip
+                                   "target", "batch_sizes", "programs"}:  # fmt: skip
         for value in NONSENSE:
             said = ""
             try:

@@ -103,7 +103,7 @@ def test_runs_that_are_pulled_to_a_place(problem):
     placed = problem.replace(minimum=[1.0, -2.0, 0.5])
     programs = [
         constant(WeightDecay(SGD(), 0.2), 0.3, 8), constant(HeavyBall(0.5), 0.1, 12),
-        constant(LatePhase(2, spread=0.3), 0.2, 5),
+        constant(LatePhase(2, spread=0.3, gamma="mean"), 0.2, 5),
     ]  # fmt: skip
     soup = Soup.of_runs(placed, programs)
     weights = np.array([0.5, 0.2, 0.3])

@@ -32,7 +32,7 @@ STABLE = {
     "a schedule": Phase(SGD(), Linear(0.3, 0.01, 300), 300),
     "a small batch": Phase(SGD(), 0.1, 300, batch_size=1e-3),
     "ensemble": Phase(Ensemble(4), 0.1, 300),
-    "spread of members": Phase(LatePhase(3, spread=1e8), 1e-6, 5),
+    "spread of members": Phase(LatePhase(3, spread=1e8, gamma="mean"), 1e-6, 5),
     "decay to the origin": Phase(WeightDecay(SGD(), 0.5), 0.1, 300),
     "rounding": Phase(Rounded(SGD(), pitch=1e6), 0.1, 300),
 }

@@ -81,15 +81,15 @@ def test_lookahead_between_syncs_leaves_the_slow_weights():
 
 def test_minibatches_are_counted_by_running_the_update():
     counts = {
-        SGD(): 1, Nesterov(0.5): 1, Ensemble(5): 5, LatePhase(4): 4,
-        LatePhase(4, minibatch="shared"): 1, EMA(Ensemble(3)): 3, Lookahead(SGD(), 7): 1,
+        SGD(): 1, Nesterov(0.5): 1, Ensemble(5): 5, LatePhase(4, gamma="mean"): 4,
+        LatePhase(4, "mean", minibatch="shared"): 1, EMA(Ensemble(3)): 3, Lookahead(SGD(), 7): 1,
     }  # fmt: skip
     for algorithm, count in counts.items():
         assert minibatches(algorithm) == count
 
 
 def test_embedding_says_how_a_phase_starts():
-    draws, normals = embedding(LatePhase(2, spread=0.25))
+    draws, normals = embedding(LatePhase(2, spread=0.25, gamma="mean"))
     assert draws.tolist() == [[1.0], [0.0], [0.0]]
     assert normals.tolist() == [[0.0, 0.0], [0.5, 0.0], [0.0, 0.5]]
     draws, normals = embedding(Ensemble(2, HeavyBall(0.5), "own"))
@@ -100,8 +100,11 @@ def test_embedding_says_how_a_phase_starts():
 
 
 def test_readouts():
-    assert readout(LatePhase(2), 5).tolist() == [1.0, 0.5, 0.5]
-    assert member_readout(LatePhase(2), 5).tolist() == [[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
+    assert readout(LatePhase(2, gamma="mean"), 5).tolist() == [1.0, 0.5, 0.5]
+    assert member_readout(LatePhase(2, gamma="mean"), 5).tolist() == [
+        [1.0, 1.0, 0.0],
+        [1.0, 0.0, 1.0],
+    ]
     assert member_readout(SGD(), 5).shape == (0, 1)
     swa = SWA(SGD(), 3)
     assert [readout(swa, t).tolist() for t in (0, 2, 3, 8, 9)] == [

@@ -14,7 +14,7 @@ from torch import Tensor
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, descended, descent, measure_drift
 from neural.curvature.cache import Cache
-from neural.curvature.lanczos import Krylov
+from neural.curvature.lanczos import LanczosNodes
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs
@@ -120,7 +120,7 @@ def test_a_kink_at_the_checkpoint_pushes_nothing() -> None:
     risk = EmpiricalRisk(model, [(x, torch.zeros(8, dtype=torch.long))], loss=loss)
     assert risk.gradient().abs().min() == pytest.approx(0.3)
     pairs = Eigenpairs(np.ones(3), np.eye(3), np.zeros(3))
-    rest = Krylov(np.zeros(0), np.zeros(0), np.zeros((3, 0)))
+    rest = LanczosNodes(np.zeros(0), np.zeros(0), np.zeros((3, 0)))
     local = LocalQuadratic(0.0, pairs, np.eye(3), np.zeros(3), rest, (), 3.0, 8)
     drift = measure_drift(risk, local, TRAINING, displacements=4)
     assert max(np.abs(force(drift, half)).max() for half in (0, 1)) < 1e-12
@@ -154,7 +154,7 @@ def test_descent_at_every_curvature(lr: float) -> None:
     """Flat, nearly flat, bent down, reached in one step, jumped over, and unstable."""
     u = np.array([2.2, 1.7, 1.0, 0.3, 1e-6, 1e-12, 1e-15, 0.0, -1e-13, -0.1])
     pairs = Eigenpairs(u / lr, np.eye(len(u)), np.zeros(len(u)))
-    empty = Krylov(np.zeros(0), np.zeros(0), np.zeros((len(u), 0)))
+    empty = LanczosNodes(np.zeros(0), np.zeros(0), np.zeros((len(u), 0)))
     for one, h in enumerate(pairs.values):
         g = 2.0 * np.eye(len(u))[one]
         local = LocalQuadratic(0.0, pairs, np.eye(len(u)), g, empty, (), float(len(u)), 9)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import expm, funm
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from neural.curvature.lanczos import krylov
+from neural.curvature.lanczos import lanczos_nodes
 from nqm.errors import NQMError
 from tests.tolerances import agree
 
@@ -35,7 +35,7 @@ def test_gauss_weights_are_exact_to_their_degree(
 ) -> None:
     rng = np.random.default_rng(seed)
     h, u = symmetric(values, rng), rng.standard_normal(len(values))
-    found = krylov(aslinearoperator(h), u, steps, none(len(u)))
+    found = lanczos_nodes(aslinearoperator(h), u, steps, none(len(u)))
     m = len(found.values)
     assert 1 <= m <= min(steps, len(u))
     agree(found.vectors.T @ found.vectors, np.eye(m), 1e-10)
@@ -53,7 +53,7 @@ def test_gauss_weights_are_exact_to_their_degree(
 def test_all_steps_give_the_dense_function() -> None:
     rng = np.random.default_rng(0)
     h, u = symmetric(np.geomspace(0.01, 3.0, 9), rng), rng.standard_normal(9)
-    found = krylov(aslinearoperator(h), u, 9, none(9))
+    found = lanczos_nodes(aslinearoperator(h), u, 9, none(9))
     agree(found.values, np.linalg.eigvalsh(h), 1e-10)
     agree(found.apply(lambda c: np.exp(-c)), expm(-h) @ u, 1e-10)
     agree(found.apply(np.sqrt), funm(h, np.sqrt) @ u, 1e-8)
@@ -64,7 +64,7 @@ def test_known_directions_are_left_out() -> None:
     h, u = symmetric([5.0, 4.0, 0.5, 0.1, -0.2, -3.0], rng), rng.standard_normal(6)
     known = np.linalg.eigh(h)[1][:, [0, 5]]
     apart = np.eye(6) - known @ known.T
-    found = krylov(aslinearoperator(h), u, 50, known)
+    found = lanczos_nodes(aslinearoperator(h), u, 50, known)
     agree(found.values, [-0.2, 0.1, 0.5, 4.0], 1e-10)
     agree(found.apply(np.ones_like), apart @ u, 1e-10)
     agree(found.apply(np.exp), apart @ expm(h) @ u, 1e-10)
@@ -74,7 +74,9 @@ def test_no_value_comes_back_as_a_copy() -> None:
     # Without re-orthogonalisation the far value is found several times within these steps.
     rng = np.random.default_rng(2)
     values = np.append(np.linspace(0.0, 1.0, 59), 1e4)
-    found = krylov(aslinearoperator(symmetric(values, rng)), rng.standard_normal(60), 60, none(60))
+    found = lanczos_nodes(
+        aslinearoperator(symmetric(values, rng)), rng.standard_normal(60), 60, none(60)
+    )
     agree(found.values, values, 1e-9)
 
 
@@ -86,17 +88,17 @@ def test_an_exhausted_space_takes_no_further_products() -> None:
         return np.array([1.0, 1.0, 2.0, 2.0]) * v
 
     apply = LinearOperator((4, 4), matvec=product, dtype=np.float64)
-    found = krylov(apply, np.array([1.0, 2.0, 2.0, 4.0]), 30, none(4))
+    found = lanczos_nodes(apply, np.array([1.0, 2.0, 2.0, 4.0]), 30, none(4))
     assert len(taken) == 2
     agree(found.values, [1.0, 2.0], 1e-12)
     agree(found.amplitudes**2, [5.0, 20.0], 1e-12)
     taken.clear()
-    krylov(apply, np.array([1.0, 2.0, 2.0, 4.0]), 1, none(4))
+    lanczos_nodes(apply, np.array([1.0, 2.0, 2.0, 4.0]), 1, none(4))
     assert len(taken) == 1
 
 
 def test_a_matrix_of_zeros_has_one_node_at_zero() -> None:
-    found = krylov(aslinearoperator(np.zeros((3, 3))), np.array([3.0, 0.0, 4.0]), 3, none(3))
+    found = lanczos_nodes(aslinearoperator(np.zeros((3, 3))), np.array([3.0, 0.0, 4.0]), 3, none(3))
     agree(found.values, [0.0], 0.0)
     agree(found.amplitudes**2, [25.0], 1e-12)
 
@@ -104,11 +106,11 @@ def test_a_matrix_of_zeros_has_one_node_at_zero() -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_nothing_is_left_to_look_at(full: bool) -> None:
     start, out = (np.ones(4), np.eye(4)) if full else (np.zeros(4), none(4))
-    found = krylov(aslinearoperator(np.eye(4)), start, 3, out)
+    found = lanczos_nodes(aslinearoperator(np.eye(4)), start, 3, out)
     assert found.values.shape == found.amplitudes.shape == (0,)
     agree(found.apply(np.exp), np.zeros(4), 0.0)
 
 
 def test_steps_are_positive() -> None:
     with pytest.raises(NQMError, match="steps must be an integer >= 1; got 0"):
-        krylov(aslinearoperator(np.eye(2)), np.ones(2), 0, none(2))
+        lanczos_nodes(aslinearoperator(np.eye(2)), np.ones(2), 0, none(2))

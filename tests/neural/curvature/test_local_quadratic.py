@@ -14,7 +14,7 @@ from neural.bridge.config import Training
 from neural.bridge.drift import descent
 from neural.bridge.scatter import covariance, displacement
 from neural.curvature.cache import Cache, fingerprint
-from neural.curvature.lanczos import Krylov
+from neural.curvature.lanczos import LanczosNodes
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs
@@ -194,8 +194,8 @@ def test_the_rest_of_a_displacement_has_its_trace() -> None:
 def test_negative_curvature_is_told_and_left_out() -> None:
     pairs = Eigenpairs(np.array([2.0, 1.0]), np.eye(4)[:, :2], np.zeros(2))
     vectors = np.eye(4)[:, 2:]
-    draw = Krylov(np.array([-1.0, 0.5]), np.array([3.0, 1.0]), vectors)
-    slope = Krylov(np.array([-2.0, 0.5]), np.array([1.0, 2.0]), vectors)
+    draw = LanczosNodes(np.array([-1.0, 0.5]), np.array([3.0, 1.0]), vectors)
+    slope = LanczosNodes(np.array([-2.0, 0.5]), np.array([1.0, 2.0]), vectors)
     # Noise 1 + 3 and squared slope 4 + 1 along the pairs; the draw stands for 10 more.
     noise = np.array([[1.0, 0.7], [0.7, 3.0]])
     local = LocalQuadratic(1.0, pairs, noise, np.array([2.0, 1.0]), slope, (draw,), 14.0, 100)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neural.bridge import from_run as risks
 from neural.bridge.from_run import risk_of_run, training_batches
-from neural.curvature.minimise import settle
+from neural.curvature.minimise import minimise
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import BatchNormRisk
 from neural.data import ImageData, StreamData, TextData, load_images
@@ -153,7 +153,7 @@ def test_a_folder_of_images_is_refused(run: RunConfig, monkeypatch: pytest.Monke
 
 def test_settling_finds_the_minimum_of_a_quadratic() -> None:
     risk = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).risk
-    found = settle(risk)
+    found = minimise(risk)
     np.testing.assert_allclose(found.weights, np.zeros(4), atol=1e-13)
     assert not found.weights.requires_grad
 
@@ -163,14 +163,14 @@ def test_settling_does_not_depend_on_the_unit_of_the_loss(size: float) -> None:
     bowl = Bowl(np.geomspace(1.0, 1e-3, 10).tolist(), away=1.0)
     plain = bowl.risk.example_loss
     bowl.risk.example_loss = lambda output, targets: size * plain(output, targets)
-    found = settle(bowl.risk)
+    found = minimise(bowl.risk)
     # Rounding of the gradient, of examples' gradients of size 1, over the least curvature.
     np.testing.assert_allclose(found.weights, 0.0, atol=1e-14 / 1e-3)
 
 
 def test_settling_finds_the_minimum_of_a_curved_loss() -> None:
     bowl = Bowl((3.0, 1.0, 0.4, 0.1), away=0.05, cubic=0.1)
-    found = settle(bowl.risk)
+    found = minimise(bowl.risk)
     # The gradient by the closed form; at the minimum the Hessian H + T[w] is positive.
     np.testing.assert_allclose(bowl.gradient(found.weights), 0.0, atol=1e-14)
     bent = bowl.hessian + np.tensordot(bowl.third, found.weights.numpy(), 1)
@@ -179,19 +179,19 @@ def test_settling_finds_the_minimum_of_a_curved_loss() -> None:
 
 def test_settling_in_single_precision_goes_as_far_as_it_reaches() -> None:
     risk = tanh_risk(0.1, quick=False)
-    exact = settle(risk).weights
+    exact = minimise(risk).weights
     single = EmpiricalRisk(
         risk.model.float(),
         [(x.float(), y) for x, y in risk.batches],
         weight_decay=0.1,
     )
     # The least curvature is at least the decay, and the gradient's rounding that of float32.
-    agree(settle(single).weights, exact, 1e-4)  # float32
+    agree(minimise(single).weights, exact, 1e-4)  # float32
 
 
 def test_settling_does_not_climb_to_a_saddle() -> None:
     risk = Bowl((2.0, 1.0, -0.5), away=1e-3).risk
-    found = settle(risk, iterations=5)
+    found = minimise(risk, iterations=5)
     assert found.loss() <= risk.loss()
     w, v = found.weights.numpy(), np.linalg.eigh(Bowl((2.0, 1.0, -0.5)).hessian)[1][:, 0]
     start = risk.weights.numpy()
@@ -201,31 +201,31 @@ def test_settling_does_not_climb_to_a_saddle() -> None:
 def test_settling_from_a_loss_that_is_not_finite() -> None:
     risk = Bowl((3.0, 1.0), away=1.0).risk
     with pytest.raises(NQMError, match="minimise: the loss at the checkpoint is nan"):
-        settle(risk.at(torch.full((2,), torch.nan).double()))
+        minimise(risk.at(torch.full((2,), torch.nan).double()))
 
 
 def test_settling_stays_near_and_leaves_the_rest_alone() -> None:
     risk = tanh_risk()
     before = risk.weights.clone()
-    found = settle(risk)
+    found = minimise(risk)
     assert float(found.gradient(found.weights).abs().max()) < 1e-8
     assert found.loss() < risk.loss()
     assert torch.equal(risk.weights, before)
     # Weight decay: sum of the two slopes is zero, not the slope of the data alone.
     assert float(found.weighted_gradient(torch.full((40,), 1 / 40.0).double()).norm()) > 1e-4
-    less = settle(risk, iterations=3)
+    less = minimise(risk, iterations=3)
     assert found.loss() < less.loss() < risk.loss()
 
 
 def test_settling_at_a_rate_goes_to_the_same_minimum() -> None:
     risk = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).risk
-    found = settle(risk, 2000, lr=0.3)
+    found = minimise(risk, 2000, lr=0.3)
     np.testing.assert_allclose(found.weights, np.zeros(4), atol=1e-8)
 
 
 def test_settling_at_a_rate_that_is_too_high() -> None:
     risk = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).risk
     with pytest.raises(NQMError, match="minimise_lr 40 diverges; take a lower one"):
-        settle(risk, 500, lr=40.0)  # 3.8 / 3 is the edge of stability; a cosine goes below it
+        minimise(risk, 500, lr=40.0)  # 3.8 / 3 is the edge of stability; a cosine goes below it
     with pytest.raises(NQMError, match="minimise_lr"):
-        settle(risk, 500, lr=0.0)
+        minimise(risk, 500, lr=0.0)

@@ -831,6 +831,8 @@ def test_multiplicative_members_follow_the_recursion_and_its_samples():
         Drawn(noise / np.sqrt(problem.noise_variance), [zeros]), minimum=minimum, members=K,
         member_lr=0.05, gamma=1 / K,
     )[1]  # fmt: skip
-    program = Program((Phase(nqm.MultiplicativeLatePhase(K), 0.1, STEPS, member_lr=0.05),))
+    program = Program(
+        (Phase(nqm.MultiplicativeLatePhase(K, gamma="mean"), 0.1, STEPS, member_lr=0.05),)
+    )
     drawn = nqm.sample(problem, program, [1, 5, STEPS], replicas=4000, seed=2)
     check_law(path, expected, drawn, problem)

@@ -38,9 +38,12 @@ PLACED = Problem(
     initial_variance=[0.02, 0.0, 0.01], minimum=[1.0, -2.0, 0.7], multiplicity=[1.0, 2.0, 5.0],
 )  # fmt: skip
 NONLINEAR = {
-    "members": (MultiplicativeLatePhase(3), 0.2),
+    "members": (MultiplicativeLatePhase(3, gamma="mean"), 0.2),
     "spread": (MultiplicativeLatePhase(2, 0.7, factor=1.3, spread=0.02), 0.1),
-    "scalar": (MultiplicativeLatePhase(2, factor=0.8, spread=0.02, coupling="scalar"), 0.05),
+    "scalar": (
+        MultiplicativeLatePhase(2, factor=0.8, spread=0.02, coupling="scalar", gamma="mean"),
+        0.05,
+    ),
     "clipped": (SampledSGD(threshold=0.3, momentum=0.5), 0.1),
     "heavy tails": (SampledSGD(threshold=0.5, dof=4.0), 0.1),
     "rounded": (SampledSGD(pitch=0.05), 0.2),
@@ -48,8 +51,10 @@ NONLINEAR = {
     "adam": (Adam(beta2=0.95), 0.01),
 }
 LINEAR = {
-    "late-phase": Phase(LatePhase(2, spread=0.1, directions=(0, 2)), 0.2, 20, 2, member_lr=0.1),
-    "shared": Phase(LatePhase(3, minibatch=0.4, inner=HeavyBall(0.5)), 0.1, 20, 2),
+    "late-phase": Phase(
+        LatePhase(2, spread=0.1, directions=(0, 2), gamma="mean"), 0.2, 20, 2, member_lr=0.1
+    ),
+    "shared": Phase(LatePhase(3, minibatch=0.4, inner=HeavyBall(0.5), gamma="mean"), 0.1, 20, 2),
     "ensemble": Phase(Ensemble(2, starts="own"), Cosine(0.3, 0.1, 20), 20, 2),
     "lookahead": Phase(Lookahead(k=3), 0.3, 20, 2),
     "decay": Phase(WeightDecay(SGD(), 0.2), 0.3, 20, 2),
@@ -97,10 +102,10 @@ def test_linear_methods_have_their_exact_loss(name):
 
 def test_phases_hand_over_as_they_do_in_the_compiled_sampler(monkeypatch):
     monkeypatch.setattr(monte_carlo, "ENTRIES", 9 * 1000)  # blocks of 1000 replicas
-    late = MultiplicativeLatePhase(3, spread=0.01)
+    late = MultiplicativeLatePhase(3, spread=0.01, gamma="mean")
     program = Program((
-        Phase(HeavyBall(0.5), 0.2, 4), Phase(EMA(inner=HeavyBall(0.5), beta=0.8), 0.2, 4),
-        Phase(LatePhase(2, inner=HeavyBall(0.5)), 0.1, 4), Phase(late, 0.1, 4),
+        Phase(HeavyBall(0.5), 0.2, 4), Phase(EMA(inner=HeavyBall(0.5), decay=0.8), 0.2, 4),
+        Phase(LatePhase(2, inner=HeavyBall(0.5), gamma="mean"), 0.1, 4), Phase(late, 0.1, 4),
         Phase(late, 0.05, 3, restart=True), Phase(Adam(), 0.01, 4), Phase(Adam(), 0.02, 4),
         Phase(SGD(), 0.1, 3),
     ))  # fmt: skip
@@ -113,7 +118,7 @@ def test_phases_hand_over_as_they_do_in_the_compiled_sampler(monkeypatch):
 
 
 def test_a_seed_is_a_stream():
-    program = constant(MultiplicativeLatePhase(2), 0.1, 3)
+    program = constant(MultiplicativeLatePhase(2, gamma="mean"), 0.1, 3)
     runs = [monte_carlo.sample(PLACED, program, [3], replicas=9, seed=s) for s in (4, 4, 5)]
     np.testing.assert_array_equal(runs[0].samples, runs[1].samples)
     assert np.all(runs[0].samples != runs[2].samples)
@@ -144,11 +149,13 @@ def test_misuse_is_an_error(options, words):
         monte_carlo.sample(PLACED, constant(SignSGD(), 0.1, 5), **options)
     with pytest.raises(NQMError, match=r"problem\.minimum != 0"):
         monte_carlo.sample(
-            PLACED.replace(minimum=0.0), constant(MultiplicativeLatePhase(2), 0.1, 5)
+            PLACED.replace(minimum=0.0), constant(MultiplicativeLatePhase(2, gamma="mean"), 0.1, 5)
         )
 
 
-@pytest.mark.parametrize("algorithm", [HeavyBall(0.5), LatePhase(2), SampledSGD()], ids=repr)
+@pytest.mark.parametrize(
+    "algorithm", [HeavyBall(0.5), LatePhase(2, gamma="mean"), SampledSGD()], ids=repr
+)
 def test_correlated_directions_are_drawn_as_such(algorithm):
     """Exact quantiles know the covariance of noise and start; SampledSGD is SGD."""
     rng = np.random.default_rng(2)

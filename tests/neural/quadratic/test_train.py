@@ -93,7 +93,7 @@ def test_the_law_is_the_same(problem, settings, options):
 @pytest.mark.parametrize("inner", [nqm.SGD(), nqm.HeavyBall(0.5)])
 def test_steady_state(problem, inner):
     problem = problem.replace(curvature=[1.0, 0.5, 0.3])
-    phase = Phase(nqm.LatePhase(5, inner=inner), 0.1, 120, member_lr=0.1)
+    phase = Phase(nqm.LatePhase(5, inner=inner, gamma="mean"), 0.1, 120, member_lr=0.1)
     steady = nqm.steady(problem, phase)
     found = train_quadratic(problem, Program((phase,)), [100, 110, 120], runs=RUNS)
     for losses, expected in ((found.averaged, steady.loss), (found.member, steady.member_loss)):
@@ -119,7 +119,7 @@ def test_multiplicative_members_with_momentum_in_the_limit_of_little_noise(away)
     small = away.replace(
         noise_variance=[1e-6, 2e-6], initial_mean=0.0, initial_variance=1e-6, minimum=[2.0, -2.0]
     )
-    late, lr_scale, member_scale = nqm.MultiplicativeLatePhase(4).first_order(small)
+    late, lr_scale, member_scale = nqm.MultiplicativeLatePhase(4, gamma="mean").first_order(small)
     inner = nqm.HeavyBall(0.8)
     phase = Phase(
         replace(late, inner=inner), 0.05 * lr_scale[0], 40, member_lr=0.02 * member_scale[0]
@@ -193,7 +193,11 @@ class Idle(Literal):
 @pytest.mark.parametrize("kind", [Short, Idle])
 def test_short_cycles_and_idle_steps_with_momentum(problem, kind):
     """Stated literally they are linear: the engine of the theory takes them as they are."""
-    cycles, at, usual = 12, [1, 2, 7, 12], nqm.LatePhase(3, inner=nqm.HeavyBall(0.8), spread=0.1)
+    cycles, at, usual = (
+        12,
+        [1, 2, 7, 12],
+        nqm.LatePhase(3, inner=nqm.HeavyBall(0.8), spread=0.1, gamma="mean"),
+    )
     phase = Phase(usual, 0.05, cycles, member_lr=0.05)
 
     def law(which: type[Literal], reads: int) -> np.ndarray:
@@ -224,13 +228,13 @@ def test_short_cycles_and_idle_steps_with_momentum(problem, kind):
 
 
 def test_the_same_seed_is_the_same_run(problem):
-    program = Program((Phase(nqm.LatePhase(2, spread=0.1), 0.1, 3),))
+    program = Program((Phase(nqm.LatePhase(2, spread=0.1, gamma="mean"), 0.1, 3),))
     one, same, other = (train_quadratic(problem, program, runs=8, seed=s) for s in (1, 1, 2))
     assert np.array_equal(one.member, same.member)
     assert not np.array_equal(one.member[1:], other.member[1:])
 
 
-LATE = Phase(nqm.LatePhase(2), 0.1, 3)
+LATE = Phase(nqm.LatePhase(2, gamma="mean"), 0.1, 3)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ LATE = Phase(nqm.LatePhase(2), 0.1, 3)
         ((Phase(nqm.SGD(), 0.1, 3),), r"needs late-phase weights.*got \['SGD'\]"),
         ((LATE, LATE), "needs late-phase weights"),
         ((Phase(nqm.HeavyBall(), 0.1, 3), LATE), "the optimizer of the phase before"),
-        ((Phase(nqm.LatePhase(2, minibatch=0.5), 0.1, 3),), "or one for all"),
+        ((Phase(nqm.LatePhase(2, minibatch=0.5, gamma="mean"), 0.1, 3),), "or one for all"),
         ((replace(LATE, batch_size=1.5),), "needs whole batch sizes"),
     ],
 )

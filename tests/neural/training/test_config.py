@@ -192,7 +192,7 @@ def test_late_phase_has_schedules_of_its_own(schedule: Any) -> None:
     late = LatePhaseConfig(start_epoch=0, lr=schedule)
     run = RunConfig(DataConfig("digits"), ModelConfig("mlp"), TrainConfig(3, schedule), late)
     stated = describe(run)
-    assert stated["late_phase"]["lr"] == stated["train"]["lr"]
+    assert stated["late_phase"]["member_lr"] == stated["train"]["lr"]
     assert build(stated) == run
 
 
@@ -202,7 +202,7 @@ def test_defaults_are_the_papers() -> None:
     assert late is not None
     assert (train.optimizer, train.momentum, train.nesterov) == ("sgd", 0.9, True)
     assert train.weight_decay == 5e-4
-    assert late.lr is None
+    assert late.member_lr is None
     assert late.weight_decay is None
     assert (late.gamma, late.noise, late.select) == ("sum", 0.0, "batchnorm+head")
 
@@ -253,13 +253,13 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"late_phase": {"start_epoch": -1}}, ("late_phase.start_epoch", ">= 0", "-1")),
     ({"late_phase": LATE | {"members": 1}}, ("late_phase.members", ">= 2", "1")),
     ({"late_phase": LATE | {"gamma": "summ"}}, ("late_phase.gamma", "did you mean 'sum'")),
-    ({"late_phase": LATE | {"gamma": 0.0}}, ("late_phase.gamma", "0.0")),
+    ({"late_phase": LATE | {"gamma": -1.0}}, ("late_phase.gamma", "-1.0")),
     ({"late_phase": LATE | {"noise": -1.0}}, ("late_phase.noise", "-1.0")),
     ({"late_phase": LATE | {"noise_rule": "max"}}, ("late_phase.noise_rule", "fan_in, rms")),
     ({"late_phase": LATE | {"idle_steps": "all"}}, ("late_phase.idle_steps", "'all'")),
     ({"late_phase": LATE | {"leftover": "keep"}}, ("late_phase.leftover", "'keep'")),
     ({"late_phase": LATE | {"weight_decay": -1.0}}, ("late_phase.weight_decay", "-1.0")),
-    ({"late_phase": LATE | {"lr": "fast"}}, ("late_phase.lr", "a number")),
+    ({"late_phase": LATE | {"member_lr": "fast"}}, ("late_phase.member_lr", "a number")),
     ({"late_phase": LATE | {"fused": True, "idle_steps": "first"}}, ("late_phase.fused", "none")),
     (
         {"late_phase": LATE | {"fused": True}, "train": {"micro_batches": 2}},

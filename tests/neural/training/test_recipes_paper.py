@@ -82,7 +82,7 @@ def test_official_configuration(name):
     late = recipe.arms["late_phase"].late_phase
     assert (late.start_epoch, late.members, late.noise) == (stated.release, 10, 0.0)
     assert (late.select, late.gamma) == ("batchnorm+head", "sum")
-    assert late.lr is None  # the base's
+    assert late.member_lr is None  # the base's
     decay = 5e-4 if late.weight_decay is None else late.weight_decay
     assert decay == stated.late_decay
 
@@ -155,7 +155,7 @@ def test_imagenet_fine_tuning(net):
     assert late.weight_decay == pytest.approx(stated / pieces, rel=1e-15)
     assert (late.start_epoch, late.members, late.select) == (0, 10, "batchnorm")
     assert (late.gamma, late.noise) == ("mean", 0.0)
-    assert {float(late.lr(epoch)) for epoch in range(20)} == {1e-3}
+    assert {float(late.member_lr(epoch)) for epoch in range(20)} == {1e-3}
 
 
 def test_enwik8_lstm_has_the_size_of_the_paper():

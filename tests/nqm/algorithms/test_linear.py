@@ -47,11 +47,11 @@ def start_moment(problem):
 # ------------------------------------------------------------------ local SGD
 
 
-def transformed(problem, workers, local_steps):
+def transformed(problem, clients, local_steps):
     """A round of local steps as one step of a method: h~ = 1 - r^H, v~ = q_H / M."""
     r = 1 - LR * problem.curvature
     q = literal.sgd_moment(problem.curvature, problem.noise_variance, LR, BATCH, 0.0, local_steps)
-    return 1 - r**local_steps, q / workers
+    return 1 - r**local_steps, q / clients
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_diloco_is_momentum_on_the_transformed_problem(outer, form, more, outer_
     found = nqm.steady(problem, Phase(algorithm, LR, 1, BATCH))
     h, v = transformed(problem, 4, 5)
     agree_each(found.weight_variance, form(h, v, outer_lr, 1, **more), JUMP)
-    # At the end of a round all workers are at the server's model.
+    # At the end of a round all clients are at the server's model.
     agree(found.deviation_variance, np.zeros(3), IDENTITY)
 
 
@@ -81,7 +81,7 @@ def test_fedavg_round_by_round(rounds, problem):
 
 
 def test_workers_drift_apart_within_a_round(problem):
-    """After j local steps a worker is (1 - 1/M) q_j from the mean, whatever went before."""
+    """After j local steps a client is (1 - 1/M) q_j from the mean, whatever went before."""
     program = nqm.constant(LocalSGD(4, 5), LR, 15, batch_size=BATCH)
     result = nqm.solve(problem, program, range(16))
     for t in range(16):
@@ -132,7 +132,7 @@ def test_clients_against_the_literal_simulation(placed):
     exact = nqm.solve(placed, program, range(18))
     path, _ = literal.local_sgd(
         placed.curvature, placed.noise_variance, placed.initial_mean[None], LR, BATCH, 17, None,
-        workers=3, local_steps=3, inner="heavy_ball", momentum=0.5, outer="nesterov",
+        clients=3, local_steps=3, inner="heavy_ball", momentum=0.5, outer="nesterov",
         outer_lr=0.8, outer_momentum=0.4, curvatures=CURVATURES,
         minima=np.outer(SHIFTS, placed.minimum),
     )  # fmt: skip
@@ -151,7 +151,7 @@ def test_clients_against_the_literal_simulation(placed):
         (SGD(), False, 1.0), (HeavyBall(0.6), False, 1.0), (Nesterov(0.6), False, 1.0),
         (SGD(), True, 1.0),
         # Momentum multiplies the gradient by 1 / (1 - mu) and not the decoupled decay.
-        (HeavyBall(0.6), True, 0.4), (LatePhase(3), False, 1.0),
+        (HeavyBall(0.6), True, 0.4), (LatePhase(3, gamma="mean"), False, 1.0),
         (EMA(HeavyBall(0.6), 0.8), False, 1.0),
     ],
 )  # fmt: skip
@@ -159,7 +159,7 @@ def test_decay_shifts_the_fixed_point(inner, decoupled, pull, toward, placed):
     """Fixed point: h x + pull decay (x - anchor) = 0."""
     decay = 0.2
     if isinstance(inner, EMA):
-        algorithm = EMA(WeightDecay(inner.inner, decay, toward, decoupled), inner.beta)
+        algorithm = EMA(WeightDecay(inner.inner, decay, toward, decoupled), inner.decay)
     else:
         algorithm = WeightDecay(inner, decay, toward, decoupled)
     gain = pull * decay / (placed.curvature + pull * decay)
@@ -188,7 +188,7 @@ def test_coupled_decay_is_sgd_on_a_sharper_problem(toward, placed):
 
 
 @pytest.mark.parametrize("toward", ["origin", "start"])
-@pytest.mark.parametrize("inner", [HeavyBall(0.6), LatePhase(3, spread=0.3)])
+@pytest.mark.parametrize("inner", [HeavyBall(0.6), LatePhase(3, spread=0.3, gamma="mean")])
 @pytest.mark.parametrize("then", [None, "ema"])
 def test_decay_in_a_later_phase(inner, toward, then, placed):
     """The anchor is set when its phase begins and goes on into a phase that adds to it."""
@@ -278,7 +278,9 @@ def test_polynomial_weights_in_closed_form(problem):
         agree_each(result.weight_variance[0, i], w @ covariance @ w, IDENTITY)
 
 
-@pytest.mark.parametrize("algorithm", [ScheduleFree(), PolynomialAverage(LatePhase(2))])
+@pytest.mark.parametrize(
+    "algorithm", [ScheduleFree(), PolynomialAverage(LatePhase(2, gamma="mean"))]
+)
 def test_what_ages_never_settles(algorithm, problem):
     with pytest.raises(NQMError, match="has no steady state: each of its steps differs"):
         nqm.steady(problem, Phase(algorithm, 0.1, 1))
@@ -298,7 +300,7 @@ def test_steps_to_target_of_a_method_that_ages(problem):
 def test_correlated_minibatches(q, problem):
     """Mean noise v (q + (1 - q) / K), deviation v (1 - q) (1 - 1/K), examples q + (1 - q) K."""
     k, h, v = 4, problem.curvature, problem.noise_variance
-    phase = Phase(LatePhase(k, minibatch=q), LR, 10, BATCH)
+    phase = Phase(LatePhase(k, minibatch=q, gamma="mean"), LR, 10, BATCH)
     found = nqm.steady(problem, phase)
     agree_each(
         found.weight_variance, literal.sgd_steady(h, v * (q + (1 - q) / k), 2 * LR, BATCH), JUMP
@@ -357,13 +359,16 @@ def test_partial_replication_in_a_later_phase(wrap, problem):
 def test_which_directions_have_members(directions, expected, problem):
     """A fraction counts multiplicity, sharpest first."""
     counted = nqm.Problem([0.1, 1.0, 0.2, 0.3], 1.0, multiplicity=[2, 4, 3, 1])
-    mask = LatePhase(2, directions=directions).member_mask(counted)
+    mask = LatePhase(2, directions=directions, gamma="mean").member_mask(counted)
     assert mask.tolist() == expected
 
 
 def test_other_directions_are_other_members(problem):
     """Members do not go on where the replicated directions change."""
-    first, second = LatePhase(3, directions=(0,)), LatePhase(3, directions=(1,))
+    first, second = (
+        LatePhase(3, directions=(0,), gamma="mean"),
+        LatePhase(3, directions=(1,), gamma="mean"),
+    )
     program = Program((Phase(first, LR, 9, BATCH), Phase(second, LR, 1, BATCH)))
     one = nqm.solve(problem, program, [9, 10])
     # After one step from a common point only direction 1's own noise sets members apart.
@@ -380,8 +385,8 @@ SCANNED = [
     ScheduleFree(0.7), PolynomialAverage(LatePhase(2), 2.0), PolynomialAverage(Lookahead(), 0.5),
     WeightDecay(HeavyBall(0.5), 0.1), WeightDecay(LatePhase(2), 0.1, "start"), Rounded(SGD(), 0.3),
     WeightDecay(Rounded(SGD(), 0.3), 0.1),
-    LAWA(Rounded(Nesterov(0.5), 0.3), 2, 2), LatePhase(3, minibatch=0.4, directions=0.7),
-    EMA(LatePhase(3, spread=0.2, directions=(0,)), 0.6),
+    LAWA(Rounded(Nesterov(0.5), 0.3), 2, 2), LatePhase(3, "mean", minibatch=0.4, directions=0.7),
+    EMA(LatePhase(3, spread=0.2, directions=(0,), gamma="mean"), 0.6),
 ]  # fmt: skip
 
 
@@ -402,9 +407,9 @@ def test_scan_is_solve(algorithm, placed):
 #: Parameters that a file gives; the defaults where a method is not named here.
 TABLES = {
     "quasi_hyperbolic_momentum": {"momentum": 0.8, "nu": 0.5},
-    "local_sgd": {"workers": 2, "local_steps": 3, "outer_lr": 0.7,
+    "local_sgd": {"clients": 2, "local_steps": 3, "outer_lr": 0.7,
                   "outer": {"algorithm": "nesterov", "momentum": 0.5}},
-    "federated": {"workers": 2, "local_steps": 3, "curvatures": [1.5, 0.5], "shifts": [1, -3]},
+    "federated": {"clients": 2, "local_steps": 3, "curvatures": [1.5, 0.5], "shifts": [1, -3]},
     "schedule_free": {"beta": 0.5},
     "polynomial_average": {"inner": "late_phase", "eta": 2},
     "weight_decay": {"inner": {"algorithm": "heavy_ball", "momentum": 0.5}, "decay": 0.1,
@@ -436,11 +441,11 @@ def test_a_file_reaches_every_method(name):
     [
         (lambda: QuasiHyperbolicMomentum(1.0), r"QuasiHyperbolicMomentum\.momentum must lie in"),
         (lambda: QuasiHyperbolicMomentum(0.9, 1.1), r"QuasiHyperbolicMomentum\.nu must lie in"),
-        (lambda: LocalSGD(0), r"LocalSGD\.workers"),
+        (lambda: LocalSGD(0), r"LocalSGD\.clients"),
         (lambda: LocalSGD(2, 0), r"LocalSGD\.local_steps"),
         (lambda: LocalSGD(2, outer=SWA()), r"LocalSGD\.outer"),
         (lambda: LocalSGD(2, outer_lr=0.0), r"LocalSGD\.outer_lr"),
-        (lambda: Federated(3, curvatures=(1.0, 1.0)), "one number for each of the 3 workers"),
+        (lambda: Federated(3, curvatures=(1.0, 1.0)), "one number for each of the 3 clients"),
         (lambda: Federated(2, curvatures=(1.0, 2.0)), r"Federated\.curvatures must average to 1"),
         (lambda: Federated(2, shifts=(1.0, 2.0)), r"Federated\.shifts times curvatures"),
         (lambda: Federated(2, curvatures=(3.0, -1.0)), r"Federated\.curvatures must lie in"),
@@ -451,12 +456,24 @@ def test_a_file_reaches_every_method(name):
         (lambda: WeightDecay(ScheduleFree()), r"put it inside ScheduleFree"),
         (lambda: WeightDecay(SGD(), -0.1), r"WeightDecay\.decay"),
         (lambda: WeightDecay(SGD(), 0.1, "zero"), "must be 'origin' or 'start'; got 'zero'"),
-        (lambda: WeightDecay(LatePhase(2), 0.1, decoupled=True), "must be an Optimizer"),
-        (lambda: Rounded(LatePhase(2)), r"Rounded\.inner must be an Optimizer"),
+        (
+            lambda: WeightDecay(LatePhase(2, gamma="mean"), 0.1, decoupled=True),
+            "must be an Optimizer",
+        ),
+        (lambda: Rounded(LatePhase(2, gamma="mean")), r"Rounded\.inner must be an Optimizer"),
         (lambda: Rounded(SGD(), -0.1), r"Rounded\.pitch"),
-        (lambda: LatePhase(2, minibatch=1.5), r"LatePhase\.minibatch must lie in \[0, 1\]"),
-        (lambda: LatePhase(2, directions=1.5), r"LatePhase\.directions must lie in \[0, 1\]"),
-        (lambda: LatePhase(2, directions=(-1,)), r"LatePhase\.directions must be an integer"),
+        (
+            lambda: LatePhase(2, minibatch=1.5, gamma="mean"),
+            r"LatePhase\.minibatch must lie in \[0, 1\]",
+        ),
+        (
+            lambda: LatePhase(2, directions=1.5, gamma="mean"),
+            r"LatePhase\.directions must lie in \[0, 1\]",
+        ),
+        (
+            lambda: LatePhase(2, directions=(-1,), gamma="mean"),
+            r"LatePhase\.directions must be an integer",
+        ),
     ],
 )
 def test_misuse_names_the_field(build, words):
@@ -477,4 +494,4 @@ def test_shifts_need_a_minimum_to_be_a_part_of(algorithm, problem):
 
 def test_directions_beyond_the_problem(problem):
     with pytest.raises(NQMError, match=r"LatePhase\.directions must lie in 0\.\.2"):
-        nqm.solve(problem, nqm.constant(LatePhase(2, directions=(3,)), 0.1, 5))
+        nqm.solve(problem, nqm.constant(LatePhase(2, directions=(3,), gamma="mean"), 0.1, 5))

@@ -123,7 +123,9 @@ def test_linear_regression_full_batch_descent(data):
         w = w - lr * x.T @ (x @ w - y) / 60
 
 
-@pytest.mark.parametrize("algorithm", [SGD(), HeavyBall(0.8), LatePhase(3, spread=0.0)])
+@pytest.mark.parametrize(
+    "algorithm", [SGD(), HeavyBall(0.8), LatePhase(3, spread=0.0, gamma="mean")]
+)
 def test_preconditioning_leaves_losses(algorithm, problem):
     """The change y = x / sqrt(p) turns SGD with gradients p g into plain SGD on (p h, p v)."""
     p = np.array([0.5, 2.0, 30.0])

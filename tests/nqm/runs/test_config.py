@@ -109,7 +109,7 @@ def test_schedules_and_inner_algorithms(contract: Path) -> None:
         "phase.0.lr={schedule='cosine', start=0.1, end=0.001, over=200}",
         "phase.0.batch_size={schedule='linear', start=8, end=64, over=100}",
         "phase.0.algorithm='ema'",
-        "phase.0.beta=0.9",
+        "phase.0.decay=0.9",
         "phase.0.inner={algorithm='lookahead', k=3, inner='nesterov'}",
         "phase.1.inner={algorithm='heavy_ball', momentum=0.5}",
         "phase.1.lr={schedule='warmup', steps=5, "
@@ -119,7 +119,7 @@ def test_schedules_and_inner_algorithms(contract: Path) -> None:
     first, second = run.program.phases
     assert first.lr == Cosine(0.1, 0.001, 200)
     assert first.batch_size == Linear(8.0, 64.0, 100)
-    assert first.algorithm == EMA(Lookahead(Nesterov(0.9), k=3), beta=0.9)
+    assert first.algorithm == EMA(Lookahead(Nesterov(0.9), k=3), decay=0.9)
     assert second.algorithm == LatePhase(10, 0.1, inner=HeavyBall(0.5))
     assert second.lr == Warmup(5, Joined((Constant(0.1), Linear(0.1, 0.01, 9)), (20,)))
 

@@ -31,7 +31,7 @@ PLACED = Problem(
     initial_variance=[0.02, 0.0, 0.01], minimum=[1.0, -2.0, 0.7],
 )  # fmt: skip
 METHODS = {
-    "members": (MultiplicativeLatePhase(3), 0.2),
+    "members": (MultiplicativeLatePhase(3, gamma="mean"), 0.2),
     "spread": (MultiplicativeLatePhase(2, 0.7, factor=1.3, spread=0.02), 0.1),
     "no base rate": (MultiplicativeLatePhase(2, 0.0), 0.1),
     "clipped": (SampledSGD(threshold=0.3, momentum=0.5), 0.1),
@@ -103,7 +103,7 @@ def test_a_linear_method_is_its_own_twin(algorithm, limit, lr, problem):
 def test_little_noise_makes_the_twin_first_order():
     """At v = 1e-6 its expected loss is that of `nqm.solve`'s first order, up to v."""
     quiet = PLACED.replace(noise_variance=1e-6, initial_mean=0.0, initial_variance=0.0)
-    program = constant(MultiplicativeLatePhase(3, factor=1.2), 0.2, 30)
+    program = constant(MultiplicativeLatePhase(3, factor=1.2, gamma="mean"), 0.2, 30)
     _, expected = twins(quiet, program, AT[1:], 2, 0)
     agree_each(expected, nqm.solve(quiet, program, AT[1:]).loss, 1e-4)
 
@@ -111,20 +111,20 @@ def test_little_noise_makes_the_twin_first_order():
 def test_the_twin_of_long_runs_drifts_to_the_balance():
     """theta^2 / phi^2 ends at gamma lr / member_lr to lowest order in the rates (theory page)."""
     problem = Problem([1.0], [0.5], initial_mean=0.0, initial_variance=0.0, minimum=1.0)
-    program = constant(MultiplicativeLatePhase(2), 0.05, 20_000)
+    program = constant(MultiplicativeLatePhase(2, gamma="mean"), 0.05, 20_000)
     start = control.Start.of(problem, program, [20_000])
     plan = sample._Plan(problem, program, [20_000], fast=False, start=start)
     rng = np.random.Generator(np.random.SFC64(0))
     moments = plan.run(rng, None, 2)[2].moments
     theta, phi = moments[5, 0], moments[6, 0]
-    ratio = nqm.balance_point(problem, MultiplicativeLatePhase(2), 0.05).ratio[0]
+    ratio = nqm.balance_point(problem, MultiplicativeLatePhase(2, gamma="mean"), 0.05).ratio[0]
     agree_each(theta / phi, ratio, 0.1)  # its rates and noise are not small
 
 
 def test_intervals_cover():
     """95 % intervals from 40 replicas against 100 000 plain ones, over 300 seeds."""
     problem = PLACED.replace(noise_variance=0.5)
-    program = constant(MultiplicativeLatePhase(2), 0.2, 20)
+    program = constant(MultiplicativeLatePhase(2, gamma="mean"), 0.2, 20)
     truth = nqm.sample(problem, program, [20], replicas=100_000, seed=1)
     hits = 0
     for seed in range(300):
@@ -152,7 +152,10 @@ def test_the_error_is_that_of_a_regression_line():
 
 def test_phases_before_and_between():
     """SGD with an average first, exact; then two kinds of nonlinear phase, one restarted."""
-    late, clipped = MultiplicativeLatePhase(2, spread=0.01), SampledSGD(0.5, threshold=0.4)
+    late, clipped = (
+        MultiplicativeLatePhase(2, spread=0.01, gamma="mean"),
+        SampledSGD(0.5, threshold=0.4),
+    )
     program = Program((
         Phase(SGD(), 0.3, 6), Phase(SWA(), 0.2, 6), Phase(late, 0.1, 5), Phase(late, 0.05, 5),
         Phase(late, 0.1, 5, restart=True), Phase(clipped, 0.1, 8), Phase(clipped, 0.05, 5),
@@ -209,7 +212,11 @@ def test_cells_of_a_sweep_can_share_one_stream():
     problem = Problem([1.0, 0.1], 0.1, initial_variance=0.01, minimum=1.0)
     runs = [
         nqm.sample(
-            problem, constant(MultiplicativeLatePhase(2), lr, 30), [30], replicas=200, seed=7
+            problem,
+            constant(MultiplicativeLatePhase(2, gamma="mean"), lr, 30),
+            [30],
+            replicas=200,
+            seed=7,
         )
         for lr in (0.1, 0.11)
     ]
@@ -237,7 +244,7 @@ def test_a_file_can_ask_for_a_control_variate():
     [
         ([SGD()], {}, "nqm.solve is exact"),
         ([SignSGD(), SGD()], {}, r"phase\.1 is linear after"),
-        ([MultiplicativeLatePhase(2, coupling="scalar")], {}, "elementwise"),
+        ([MultiplicativeLatePhase(2, coupling="scalar", gamma="mean")], {}, "elementwise"),
         ([SignSGD()], {"replicas": 2}, "replicas must be an integer >= 3"),
     ],
 )
@@ -250,6 +257,6 @@ def test_misuse_is_an_error(phases, options, words):
 
 
 def test_divergence_is_a_status():
-    program = constant(MultiplicativeLatePhase(2), 5.0, 200)
+    program = constant(MultiplicativeLatePhase(2, gamma="mean"), 5.0, 200)
     drawn = nqm.sample(PLACED, program, [0, 200], replicas=8, control=True)
     assert drawn.status == [nqm.Status.FINISHED, nqm.Status.DIVERGED]

@@ -131,7 +131,7 @@ METHODS = [
     EMA(HeavyBall(0.5), 0.9),
     SWA(SGD(), every=3),
     Ensemble(3),
-    LatePhase(3, minibatch=0.5, spread=0.2, directions=[0, 2]),
+    LatePhase(3, minibatch=0.5, spread=0.2, directions=[0, 2], gamma="mean"),
     nqm.ScheduleFree(),
     WeightDecay(SGD(), 0.3, toward="start"),
 ]
@@ -181,7 +181,7 @@ def test_multiplicative_members_see_the_correlation():
         initial_covariance=np.zeros((4, 4)), minimum=[1.0, -1.0, 0.5, 2.0],
     )  # fmt: skip
     for coupling in ("elementwise", "scalar"):
-        method = MultiplicativeLatePhase(2, coupling=coupling)
+        method = MultiplicativeLatePhase(2, coupling=coupling, gamma="mean")
         program = nqm.constant(method, 0.05, 40)
         first = nqm.solve(problem, program, [40])
         alone = nqm.solve(problem.replace(noise_correlation=None), program, [40])

@@ -121,8 +121,15 @@ PROGRAMS = [
     Program((Phase(SGD(), Cosine(0.3, 0.05, 70), 70, 4),)),
     constant(HeavyBall(0.8), 0.1, 50, batch_size=4),
     constant(EMA(SGD(), 0.9), 0.3, 50, batch_size=4),
-    Program((Phase(SGD(), 0.3, 30, 4), Phase(LatePhase(3), 0.2, 33, 4, member_lr=0.1))),
-    Program((Phase(HeavyBall(0.5), 0.2, 5, 4), Phase(LatePhase(2, inner=HeavyBall(0.5)), 0.1, 9))),
+    Program(
+        (Phase(SGD(), 0.3, 30, 4), Phase(LatePhase(3, gamma="mean"), 0.2, 33, 4, member_lr=0.1))
+    ),
+    Program(
+        (
+            Phase(HeavyBall(0.5), 0.2, 5, 4),
+            Phase(LatePhase(2, inner=HeavyBall(0.5), gamma="mean"), 0.1, 9),
+        )
+    ),
 ]
 
 
@@ -155,7 +162,7 @@ def test_divergence_is_seen(problem):
 
 
 def test_refused(problem):
-    program = Program((Phase(MultiplicativeLatePhase(2), 0.1, 5),))
+    program = Program((Phase(MultiplicativeLatePhase(2, gamma="mean"), 0.1, 5),))
     with pytest.raises(NQMError, match=r"phase\.0 is MultiplicativeLatePhase; use 'float64'"):
         nqm.sample(problem.replace(minimum=1.0), program, precision="float32")
     with pytest.raises(NQMError, match=r"precision 'float3' is unknown.*float32"):

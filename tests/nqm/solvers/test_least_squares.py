@@ -71,15 +71,15 @@ PROGRAMS = {
     "ensemble": one(Ensemble(3, starts="own")),
     "ensemble of heavy balls": one(Ensemble(3, HeavyBall(0.5))),
     "local": one(LocalSGD(3, 4)),
-    "late": one(LatePhase(3, spread=0.3)),
-    "late, shared minibatch": one(LatePhase(3, spread=2.0, minibatch="shared")),
-    "late, half of it shared": one(LatePhase(3, spread=2.0, minibatch=0.5)),
-    "late, one direction": one(LatePhase(3, directions=(0,), spread=1.0)),
+    "late": one(LatePhase(3, spread=0.3, gamma="mean")),
+    "late, shared minibatch": one(LatePhase(3, spread=2.0, minibatch="shared", gamma="mean")),
+    "late, half of it shared": one(LatePhase(3, spread=2.0, minibatch=0.5, gamma="mean")),
+    "late, one direction": one(LatePhase(3, directions=(0,), spread=1.0, gamma="mean")),
     "late, two rates": one(LatePhase(2, 1.0, inner=HeavyBall(0.5)), lr=0.08, member_lr=0.2),
     "phases": Program(
         (
             Phase(HeavyBall(0.6), 0.1, 12, 2),
-            Phase(LatePhase(3, inner=HeavyBall(0.6), spread=0.2), 0.08, 12),
+            Phase(LatePhase(3, inner=HeavyBall(0.6), spread=0.2, gamma="mean"), 0.08, 12),
             Phase(SWA(), WarmupStableDecay(0.2, 0.01, 3, 5, 8), 16, Piecewise((1, 4), (7,))),
         )
     ),
@@ -240,8 +240,10 @@ STEADY = {
     "ema": Phase(EMA(SGD(), 0.8), 0.2, 1, 2),
     "lawa": Phase(LAWA(every=2, window=3), 0.2, 1, 2),
     "lookahead": Phase(Lookahead(HeavyBall(0.5), 4), 0.1, 1, 2),
-    "late": Phase(LatePhase(3, inner=HeavyBall(0.5), minibatch=0.5), 0.1, 1, 2, member_lr=0.05),
-    "late, one direction": Phase(LatePhase(3, directions=(0,)), 0.1, 1, 2),
+    "late": Phase(
+        LatePhase(3, inner=HeavyBall(0.5), minibatch=0.5, gamma="mean"), 0.1, 1, 2, member_lr=0.05
+    ),
+    "late, one direction": Phase(LatePhase(3, directions=(0,), gamma="mean"), 0.1, 1, 2),
     "ensemble": Phase(EMA(Ensemble(3), 0.8), 0.2, 1, 2),
     "local": Phase(LocalSGD(3, 4), 0.2, 1, 2),
     "weight decay": Phase(WeightDecay(HeavyBall(0.5), 0.3), 0.1, 1, 2),
@@ -281,7 +283,14 @@ def test_edge_of_sgd_is_where_kappa_is_one():
 
 @pytest.mark.parametrize(
     "algorithm",
-    [SGD(), HeavyBall(0.8), SWA(HeavyBall(0.5)), Lookahead(SGD(), 3), LatePhase(3), LocalSGD(2, 3)],
+    [
+        SGD(),
+        HeavyBall(0.8),
+        SWA(HeavyBall(0.5)),
+        Lookahead(SGD(), 3),
+        LatePhase(3, gamma="mean"),
+        LocalSGD(2, 3),
+    ],
     ids=lambda a: type(a).__name__,
 )
 def test_edge_brackets_divergence(algorithm):
@@ -303,7 +312,7 @@ def test_edge_brackets_divergence(algorithm):
 
 
 def test_edge_of_large_batches_is_the_ordinary_one():
-    for algorithm in (SGD(), HeavyBall(0.8), LatePhase(3)):
+    for algorithm in (SGD(), HeavyBall(0.8), LatePhase(3, gamma="mean")):
         edge = stability_edge(PROBLEM, algorithm, 1e12)
         agree_each(edge, nqm.stability_edge(PROBLEM.additive(), algorithm), 1e-8)  # 1 / B is left
 
@@ -452,7 +461,7 @@ def test_study_of_scaling_laws():
         (lambda: power_law(10**6, alpha=60), "power_law.alpha must leave curvatures above 0"),
         (lambda: random_features(2, 4, seed=-1), "random_features.seed must be"),
         (
-            lambda: solve(PROBLEM, one(MultiplicativeLatePhase(2))),
+            lambda: solve(PROBLEM, one(MultiplicativeLatePhase(2, gamma="mean"))),
             "least squares needs a linear method; MultiplicativeLatePhase",
         ),
         (
@@ -464,7 +473,10 @@ def test_study_of_scaling_laws():
         (lambda: stability_edge(PROBLEM, SGD(), 0), "stability_edge.batch_size must lie"),
         (lambda: sample(PROBLEM, one(SGD(), batch=1.5)), "whole examples; got 1.5"),
         (lambda: sample(PROBLEM.replace(multiplicity=2.0), one(SGD())), "multiplicity 1"),
-        (lambda: sample(PROBLEM, one(MultiplicativeLatePhase(2))), "needs a linear method"),
+        (
+            lambda: sample(PROBLEM, one(MultiplicativeLatePhase(2, gamma="mean"))),
+            "needs a linear method",
+        ),
         (lambda: solve(PROBLEM, PROGRAMS["sgd"]).quantiles(), "quantiles need Gaussian weights"),
     ],
 )

@@ -54,8 +54,8 @@ CASES: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "sgd": (SGD(), sgd, ()),
     "heavy ball": (HeavyBall(0.9), heavy_ball, (0.9,)),
     "heavier": (HeavyBall(0.999), heavy_ball, (0.999,)),
-    "ema": (EMA(beta=0.999), ema, (0.999,)),
-    "long ema": (EMA(beta=1.0 - 1e-10), ema, (1.0 - 1e-10,)),
+    "ema": (EMA(decay=0.999), ema, (0.999,)),
+    "long ema": (EMA(decay=1.0 - 1e-10), ema, (1.0 - 1e-10,)),
     "lookahead": (Lookahead(SGD(), 7, 0.3), lookahead, (7, 0.3)),
 }
 
@@ -133,13 +133,13 @@ def test_many_snapshots_and_members() -> None:
     steps = 10**15
     found = nqm.solve(ONE, Phase(SWA(), 1e-3, steps), [steps])
     agree_each(found.variance, [0.5 * NOISE / (CURVATURE * steps)], JUMP)
-    members = nqm.solve(ONE, Phase(LatePhase(10), 1e-13, 10**12), [10**12])
+    members = nqm.solve(ONE, Phase(LatePhase(10, gamma="mean"), 1e-13, 10**12), [10**12])
     left = START * np.exp(10**12 * np.log1p(-2e-13 * CURVATURE))
     agree_each(members.bias, [0.5 * CURVATURE * left**2], JUMP)
 
 
 def test_what_powers_of_one_double_cannot_hold_is_refused() -> None:
-    scalar = nqm.MultiplicativeLatePhase(2, coupling="scalar")
+    scalar = nqm.MultiplicativeLatePhase(2, coupling="scalar", gamma="mean")
     with pytest.raises(nqm.NQMError, match="loses digits beyond 1e"):
         nqm.solve(ONE, Phase(scalar, 1e-9, 10**9))
     with pytest.raises(nqm.NQMError, match=r"search\.horizon must be at most 1e"):

@@ -46,10 +46,10 @@ def simulate(problem, algorithm, steps, replicas, rng, *, lr, member_lr, batch_s
 
 
 MULTIPLICATIVE = [
-    MultiplicativeLatePhase(3),
+    MultiplicativeLatePhase(3, gamma="mean"),
     MultiplicativeLatePhase(1, 0.7),
     MultiplicativeLatePhase(2, 0.5, factor=1.5, spread=0.05),
-    MultiplicativeLatePhase(3, coupling="scalar"),
+    MultiplicativeLatePhase(3, coupling="scalar", gamma="mean"),
     MultiplicativeLatePhase(2, 0.2, factor=0.8, spread=0.05, coupling="scalar"),
 ]
 every_algorithm = pytest.mark.parametrize("algorithm", MULTIPLICATIVE, ids=repr)
@@ -96,7 +96,7 @@ def test_multiplicative_is_the_simulator(algorithm, away):
 
 def test_multiplicative_under_schedules_is_the_simulator(away):
     replicas, lr, size = 6000, Cosine(0.3, 0.1, 20), Cyclic(8, 2, 3, "linear")
-    algorithm = MultiplicativeLatePhase(2)
+    algorithm = MultiplicativeLatePhase(2, gamma="mean")
     phase = Phase(algorithm, lr, STEPS, size, member_lr=Cyclic(0.2, 0.1, 4))
     drawn = nqm.sample(away, Program((phase,)), [STEPS], replicas=replicas, seed=1)
     t = np.arange(STEPS)
@@ -110,7 +110,7 @@ def test_multiplicative_under_schedules_is_the_simulator(away):
 
 
 def test_a_late_multiplicative_phase_starts_from_the_weights_before(away):
-    replicas, algorithm = 6000, MultiplicativeLatePhase(2)
+    replicas, algorithm = 6000, MultiplicativeLatePhase(2, gamma="mean")
     program = Program((Phase(SGD(), 0.2, 8), Phase(algorithm, 0.1, 6), Phase(SGD(), 0.1, 4)))
     at = [8, 9, 14, 15, 18]
     drawn = nqm.sample(away, program, at, replicas=replicas, seed=1)
@@ -136,7 +136,7 @@ def first_order_ratio(v: float, replicas: int) -> np.ndarray:
     v, so ratios at two v differ by what the noise does beyond first order, hardly by chance.
     """
     problem = Problem(np.ones(64), v, initial_mean=0.0, initial_variance=0.0, minimum=1.0)
-    program = nqm.constant(MultiplicativeLatePhase(2, factor=0.5), 0.1, 40)
+    program = nqm.constant(MultiplicativeLatePhase(2, factor=0.5, gamma="mean"), 0.1, 40)
     drawn = nqm.sample(problem, program, [40], replicas=replicas, seed=4)
     exact = nqm.solve(problem, program, [40])
     assert exact.kind == "first_order"
@@ -180,7 +180,9 @@ def test_scalar_first_order_agrees_at_little_noise():
         [1.0, 0.5, 0.2, 0.1, 0.05], 1e-4 * np.arange(1, 6), initial_mean=0.0,
         initial_variance=0.0, minimum=[1.0, -0.5, 0.8, 0.3, 1.5],
     )  # fmt: skip
-    program = nqm.constant(MultiplicativeLatePhase(3, coupling="scalar"), 0.1, 40, batch_size=2)
+    program = nqm.constant(
+        MultiplicativeLatePhase(3, coupling="scalar", gamma="mean"), 0.1, 40, batch_size=2
+    )
     exact = nqm.solve(problem, program, [1, 10, 40])
     drawn = nqm.sample(problem, program, [1, 10, 40], replicas=20_000, seed=4)
     assert exact.kind == "first_order"
@@ -192,7 +194,7 @@ def test_scalar_first_order_agrees_at_little_noise():
 
 @pytest.mark.parametrize("coupling", ["elementwise", "scalar"])
 def test_multiplicative_needs_a_minimum_away_from_zero(coupling, away):
-    program = nqm.constant(MultiplicativeLatePhase(2, coupling=coupling), 0.1, 5)
+    program = nqm.constant(MultiplicativeLatePhase(2, coupling=coupling, gamma="mean"), 0.1, 5)
     flat = away.replace(minimum=[1.0, 0.0, 1.0])
     for method in (nqm.solve, nqm.sample):
         with pytest.raises(NQMError, match=r"problem\.minimum != 0"):
@@ -200,7 +202,7 @@ def test_multiplicative_needs_a_minimum_away_from_zero(coupling, away):
 
 
 def test_multiplicative_overflow_is_a_status(away):
-    program = nqm.constant(MultiplicativeLatePhase(2), 5.0, 200)
+    program = nqm.constant(MultiplicativeLatePhase(2, gamma="mean"), 5.0, 200)
     drawn = nqm.sample(away, program, [0, 200], replicas=4)
     assert drawn.status == [Status.FINISHED, Status.DIVERGED]
 
@@ -219,7 +221,7 @@ def test_multiplicative_does_not_depend_on_workers(algorithm, away):
 
 def test_more_replicas_go_on_from_fewer(problem):
     """Blocks have generators of their own, so the first full blocks stay what they were."""
-    program = nqm.constant(LatePhase(2), 0.1, 5)
+    program = nqm.constant(LatePhase(2, gamma="mean"), 0.1, 5)
     few = nqm.sample(problem, program, [5], replicas=64, seed=3)
     more = nqm.sample(problem, program, [5], replicas=150, seed=3)
     np.testing.assert_array_equal(more.samples[:, :64], few.samples)
@@ -280,7 +282,7 @@ def test_progress_counts_replicas(problem):
 
 
 def test_many_distinct_steps_are_sampled_in_pieces(monkeypatch, problem):
-    program = Program((Phase(LatePhase(2), Cosine(0.4, 0.1, 60), 60),))
+    program = Program((Phase(LatePhase(2, gamma="mean"), Cosine(0.4, 0.1, 60), 60),))
     whole = nqm.sample(problem, program, replicas=20, seed=5)
     monkeypatch.setattr("nqm.solvers.sample.CHUNK", 100)
     parts = nqm.sample(problem, program, replicas=20, seed=5)

@@ -104,7 +104,7 @@ def test_long_epochs_are_drawing_with_replacement() -> None:
 
 def test_members_on_one_epoch_are_one_model_on_their_joint_batch() -> None:
     members, lr = 3, 0.05
-    late = Phase(LatePhase(members), lr, 1, 2, lr)
+    late = Phase(LatePhase(members, gamma="mean"), lr, 1, 2, lr)
     plain = Phase(SGD(), 2 * lr, 1, 2 * members)
     one = shuffled_steady(problem(), late, 24)
     other = shuffled_steady(problem(), plain, 24)

@@ -59,7 +59,7 @@ def test_lawa_over_a_cycle_of_rates(problem):
 
 def test_multiplicities_and_member_loss(problem):
     counted = problem.replace(multiplicity=[1.0, 10.0, 2.5])
-    phase = Phase(LatePhase(4), 0.2, 1, 2)
+    phase = Phase(LatePhase(4, gamma="mean"), 0.2, 1, 2)
     h, v = problem.curvature, problem.noise_variance
     mean, deviation = literal.late_phase_steady(h, v, 0.2, 2, 4, 0.2, 0.25)
     found = nqm.steady(counted, phase)
@@ -72,7 +72,7 @@ def test_multiplicities_and_member_loss(problem):
 
 def test_flat_directions_cost_nothing():
     problem = Problem([1.0, 0.0], [1.0, 1.0])
-    found = nqm.steady(problem, Phase(LatePhase(2), 0.3, 1))
+    found = nqm.steady(problem, Phase(LatePhase(2, gamma="mean"), 0.3, 1))
     assert found.status is Status.FINISHED
     assert np.isnan(found.weight_variance).tolist() == [False, True]
     mean, _ = literal.late_phase_steady(np.array([1.0]), np.array([1.0]), 0.3, 1, 2, 0.3, 0.5)
@@ -112,7 +112,7 @@ def test_tiny_rates_keep_their_digits(lr, problem):
         (Phase(SGD(), Cosine(0.3, 0.1, 10), 100), "constant or cyclic"),
         (Phase(SGD(), 0.1, 100, Cosine(8, 2, 10)), "constant or cyclic"),
         (Phase(SWA(), 0.1, 1), "swa has no steady state"),
-        (Phase(SWA(LatePhase(2), 3), 0.1, 1), "swa has no steady state"),
+        (Phase(SWA(LatePhase(2, gamma="mean"), 3), 0.1, 1), "swa has no steady state"),
     ],
 )
 def test_what_never_settles_is_an_error(phase, words, problem):
@@ -155,7 +155,7 @@ def test_scan_of_late_phase_is_the_closed_form(steps, problem):
 @pytest.mark.parametrize(
     "algorithm",
     [HeavyBall(0.7), EMA(SGD(), 0.9), SWA(SGD(), 3), LAWA(SGD(), 2, 3), Ensemble(2, starts="own"),
-     Lookahead(HeavyBall(0.5), 4, 0.5), SWA(LatePhase(2), 2)],
+     Lookahead(HeavyBall(0.5), 4, 0.5), SWA(LatePhase(2, gamma="mean"), 2)],
     ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("steps", [1, 11, 240])
@@ -192,12 +192,15 @@ def test_diverged_rates_are_not_finite_and_warn_of_nothing(problem):
         (lambda p: nqm.scan(p, SGD(), [0.1, 0.0], 5), "lr must hold"),
         (lambda p: nqm.scan(p, SGD(), [np.nan], 5), "lr must hold"),
         (
-            lambda p: nqm.scan(p, LatePhase(2), [0.1], 5, member_lr=-1.0),
+            lambda p: nqm.scan(p, LatePhase(2, gamma="mean"), [0.1], 5, member_lr=-1.0),
             "member_lr must hold",
         ),
         (lambda p: nqm.scan(p, SGD(), [0.1], -5), r"scan\.steps"),
         (lambda p: nqm.scan(p, SGD(), [0.1], 5, batch_size=0), r"scan\.batch_size"),
-        (lambda p: nqm.scan(p, MultiplicativeLatePhase(2), [0.1], 5), "MultiplicativeLatePhase"),
+        (
+            lambda p: nqm.scan(p, MultiplicativeLatePhase(2, gamma="mean"), [0.1], 5),
+            "MultiplicativeLatePhase",
+        ),
     ],
 )
 def test_bad_scans_are_errors(call, words, problem):

@@ -129,7 +129,7 @@ def test_rates_and_batches_together(problem):
     rng = np.random.default_rng(0)
     for scale in (0.3, 0.1, 0.01):
         for _ in range(30):
-            rates = np.minimum(found.rates * np.exp(scale * rng.normal(size=6)), 2.0)
+            rates = np.minimum(found.lr * np.exp(scale * rng.normal(size=6)), 2.0)
             sizes = found.batch_sizes * np.exp(scale * rng.normal(size=6))
             sizes = np.maximum(sizes * examples / (found.lengths @ sizes), 1.0)
             if found.lengths @ sizes <= examples * (1 + IDENTITY):
@@ -144,7 +144,7 @@ def test_program_spends_the_budget_and_ends_with_the_loss(problem):
         agree_each(found.whole_loss, run.loss[0], JUMP)
         assert 300 - found.lengths.min() < run.examples[0] <= 300
         assert found.loss <= found.whole_loss
-        assert ("rates" in found.flat) == (given_lr is None)
+        assert ("lr" in found.flat) == (given_lr is None)
 
 
 def test_flatness_holds_the_data(problem):
@@ -155,7 +155,7 @@ def test_flatness_holds_the_data(problem):
         sizes[k] = getattr(flat, end)[k]
         others = np.arange(3) != k
         sizes[others] *= (600 - 20 * sizes[k]) / (20 * sizes[others].sum())
-        loss, _, _ = piecewise_loss(problem, found.rates, found.lengths, sizes)
+        loss, _, _ = piecewise_loss(problem, found.lr, found.lengths, sizes)
         assert loss == pytest.approx(1.01 * found.loss, rel=1e-7) or sizes[k] == 1.0
     single = best_batches(problem, 1, 600, lr=0.3, steps=60)
     assert single.batch_sizes == single.flat["batch_sizes"].low == [10.0]

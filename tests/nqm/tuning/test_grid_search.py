@@ -38,7 +38,7 @@ def test_condensed_losses_are_those_of_every_direction(exponent):
     agree_each(small.initial_loss, problem.initial_loss, IDENTITY)
     agree_each(small.multiplicity.sum(), 5000, IDENTITY)
     # Hardly damped momentum swings within a block, here by 6 radians: quadrature to 1e-7.
-    cases = (SGD(), JUMP), (HeavyBall(0.9), JUMP), (EMA(beta=0.999), JUMP), (HeavyBall(0.99), 1e-7)
+    cases = (SGD(), JUMP), (HeavyBall(0.9), JUMP), (EMA(decay=0.999), JUMP), (HeavyBall(0.99), 1e-7)
     for algorithm, tolerance in cases:
         program = nqm.constant(algorithm, 0.7, 10_000, batch_size=16)
         at = [1, 30, 1000, 10_000]
@@ -74,7 +74,7 @@ def test_condense_counts_multiplicities():
 
 
 @pytest.mark.parametrize(
-    "algorithm", [SGD(), HeavyBall(0.95), HeavyBall(0.0), Nesterov(0.9), EMA(beta=0.97)]
+    "algorithm", [SGD(), HeavyBall(0.95), HeavyBall(0.0), Nesterov(0.9), EMA(decay=0.97)]
 )
 def test_every_step_is_the_general_solvers(algorithm):
     problem = rough_problem()
@@ -92,7 +92,7 @@ def test_table_is_the_general_solvers():
     assert grid[-16] <= 5000 <= grid[-1]
     assert np.all(np.diff(grid) / grid[:-1] <= np.maximum(1 / grid[:-1], 1 / 16))
     u = np.array([1e-3, 0.4, 1.7])
-    for algorithm in (HeavyBall(0.9), EMA(beta=0.9)):
+    for algorithm in (HeavyBall(0.9), EMA(decay=0.9)):
         started, noisy = _Chain.of(algorithm).table(u, grid.size)
         for i, lr in enumerate(u):
             one = Problem([1.0], [1.0], initial_mean=1.0, initial_variance=0.0)
@@ -174,7 +174,7 @@ def test_search_is_brute_force(problem, targets, method):
     top = rates * problem.curvature.max()
     with np.errstate(over="ignore", invalid="ignore"):
         if method == "ema":
-            algorithms = [EMA(beta=b) for b in memories]
+            algorithms = [EMA(decay=b) for b in memories]
             bias, noise = ema_path(problem, memories, rates, HORIZON)
             stable = np.tile(top < 2, (5, 1))
         else:
@@ -257,11 +257,11 @@ def test_one_rate_and_only_unstable_ones():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"algorithms": LatePhase(2)}, "LatePhase: use fewest_steps"),
+        ({"algorithms": LatePhase(2, gamma="mean")}, "LatePhase: use fewest_steps"),
         ({"algorithms": EMA(HeavyBall(0.9))}, "EMA: use fewest_steps"),
-        ({"rates": [0.1, 0.2, 0.3]}, "geometric grid"),
-        ({"rates": [0.2, 0.1]}, "geometric grid"),
-        ({"rates": [0.0, 0.1]}, "rates must hold numbers > 0"),
+        ({"lr": [0.1, 0.2, 0.3]}, "geometric grid"),
+        ({"lr": [0.2, 0.1]}, "geometric grid"),
+        ({"lr": [0.0, 0.1]}, "lr must hold numbers > 0"),
         ({"batch_sizes": []}, "batch_sizes"),
         ({"batch_sizes": [0.0]}, "batch_sizes"),
         ({"target": 0.0}, "search.target"),
@@ -271,7 +271,7 @@ def test_one_rate_and_only_unstable_ones():
 )
 def test_misuse_is_an_error(changes, words):
     call = {
-        "problems": harmonic_problem(5), "algorithms": SGD(), "rates": [0.1, 0.2],
+        "problems": harmonic_problem(5), "algorithms": SGD(), "lr": [0.1, 0.2],
         "batch_sizes": [1.0], "target": 0.1, "horizon": 100,
     }  # fmt: skip
     with pytest.raises(NQMError, match=words):

@@ -24,7 +24,7 @@ def test_rows_are_the_algorithm_at_equal_data(problem):
     found = best_late_phase(problem, 243, (1, 2, 5), batch_size=3, lr=0.3, late_lr=0.2)
     assert set(found.table["members"]) == {1, 2, 5}
     for row in found.table.itertuples():
-        late = Phase(LatePhase(row.members), 0.1, row.late_steps, 3, member_lr=0.1)
+        late = Phase(LatePhase(row.members, gamma="mean"), 0.1, row.late_steps, 3, member_lr=0.1)
         before = Phase(SGD(), 0.3, row.start, 3)
         run = nqm.solve(problem, Program((before, late)), [row.start + row.late_steps])
         agree_each(row.loss, run.loss[0], JUMP)

@@ -105,7 +105,7 @@ def test_one_direction_is_the_kalman_filter():
     agree_each(found.loss, 0.5 * h * final, 1e-9)
     seconds = 1.0 / (1.0 / s + np.arange(steps) * h**2 * batch / v)
     # The optimum is flat: rates are known to the root of the tolerance on the loss.
-    np.testing.assert_allclose(found.rates, h * seconds / (h**2 * seconds + v / batch), rtol=1e-3)
+    np.testing.assert_allclose(found.lr, h * seconds / (h**2 * seconds + v / batch), rtol=1e-3)
     assert not found.at_bound
 
 
@@ -128,25 +128,25 @@ def test_free_rates_obey_the_equation_of_the_optimum(problem, noise):
     steps, batch = 300, 2.0
     noisy = problem.replace(noise_variance=noise * problem.noise_variance)
     found = best_piecewise(noisy, steps, steps, batch)
-    rates, loss = coordinate_sweep(noisy, found.rates, batch, 2.0)
+    rates, loss = coordinate_sweep(noisy, found.lr, batch, 2.0)
     assert found.loss * (1 - 1e-7) < loss <= found.loss * (1 + IDENTITY)
-    np.testing.assert_allclose(found.rates, rates, rtol=5e-3)
+    np.testing.assert_allclose(found.lr, rates, rtol=5e-3)
     coarse = best_piecewise(noisy, 20, steps, batch)
     assert found.loss < coarse.loss
 
 
 def test_flatness_of_a_schedule_is_the_literal_losses(problem):
     found = best_piecewise(problem, 4, 40, 8.0, within=0.05)
-    flat = found.flat["rates"]
+    flat = found.flat["lr"]
     for k in range(4):
         for end in (flat.low[k], flat.high[k]):
-            rates = found.rates.copy()
+            rates = found.lr.copy()
             rates[k] = end
             risen = literal_loss(problem, rates, found.lengths, 8.0) / found.loss
             assert risen == pytest.approx(1.05, rel=1e-6) or (end == 2.0 and risen < 1.05)
     scale = found.flat["scale"]
     for factor in (scale.low, scale.high):
-        rates = np.minimum(factor * found.rates, 2.0)
+        rates = np.minimum(factor * found.lr, 2.0)
         risen = literal_loss(problem, rates, found.lengths, 8.0) / found.loss
         assert risen == pytest.approx(1.05, rel=1e-6)
     assert scale.low < 1 < scale.high
@@ -165,13 +165,13 @@ def test_optimum_beats_constant_rates_and_its_neighbours(problem):
     assert found.loss < 0.9 * min(constant)
     rng = np.random.default_rng(0)
     for _ in range(50):
-        rates = np.minimum(found.rates * np.exp(0.1 * rng.normal(size=6)), 2.0)
+        rates = np.minimum(found.lr * np.exp(0.1 * rng.normal(size=6)), 2.0)
         assert piecewise_loss(problem, rates, found.lengths, batch)[0] >= found.loss * (1 - 1e-9)
     # Kuhn and Tucker: no slope inside, none inwards at the bound.
-    loss, gradient, _ = piecewise_loss(problem, found.rates, found.lengths, batch)
+    loss, gradient, _ = piecewise_loss(problem, found.lr, found.lengths, batch)
     agree_each(loss, found.loss, IDENTITY)
-    slope = gradient * found.rates / loss
-    inside = found.rates < 2.0 * (1 - 1e-9)
+    slope = gradient * found.lr / loss
+    inside = found.lr < 2.0 * (1 - 1e-9)
     assert np.all(np.abs(slope[inside]) < 1e-5)
     assert np.all(slope[~inside] < 1e-5)
     assert found.at_bound == (not inside.all())
@@ -196,7 +196,7 @@ def test_schedule_runs_as_a_phase(problem):
 def test_highest_rate_and_a_start_of_ones_own(problem):
     capped = best_piecewise(problem, 5, 40, 64.0, highest_lr=0.3)
     assert capped.at_bound
-    assert capped.rates.max() <= 0.3
+    assert capped.lr.max() <= 0.3
     again = best_piecewise(problem, 5, 40, 64.0, highest_lr=0.3, start=np.full(5, 0.1))
     agree_each(again.loss, capped.loss, 1e-8)
 
@@ -211,7 +211,7 @@ def test_fewest_steps(pieces):
     # n / (2 C B), the bound of Zhang et al. 2019
     assert found.steps > 400 / (2 * 0.05 * 64)
     if pieces == 1:
-        rates = np.geomspace(0.5 * found.rates[0], 2.0 * found.rates[0], 400)
+        rates = np.geomspace(0.5 * found.lr[0], 2.0 * found.lr[0], 400)
         table = search(problem, SGD(), rates, [64.0], 0.05)
         assert found.steps <= table["step"].iloc[0] <= found.steps + 2
 

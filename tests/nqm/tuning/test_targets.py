@@ -275,7 +275,7 @@ def test_a_start_below_the_target_is_step_zero(problem):
 def test_examples_follow_the_batch_schedule(problem):
     """Under schedules of rate and batch the path is the product formula's."""
     quiet = problem.replace(noise_variance=0.01)
-    phase = Phase(LatePhase(2), Cyclic(0.3, 0.1, 4), 400, Piecewise((2, 8), (30,)))
+    phase = Phase(LatePhase(2, gamma="mean"), Cyclic(0.3, 0.1, 4), 400, Piecewise((2, 8), (30,)))
     t = np.arange(400)
     lrs = 2 * (0.1 + 0.1 * (1 + np.cos(np.pi * (t % 4) / 3)))  # lambda = lr + (1/2) 2 lr
     sizes = np.where(t < 30, 2, 8)
@@ -377,7 +377,7 @@ def test_critical_batch_size_is_proportional_to_the_noise():
 def test_critical_batch_size_of_late_phase_counts_members():
     """In law SGD at rate 2 lr with batch K B: critical / K, the same least steps."""
     one = critical_batch_size(NOISY, SGD(), TARGET, [4, 16, 64, 256])
-    many = critical_batch_size(NOISY, LatePhase(4), TARGET, [1, 4, 16, 64])
+    many = critical_batch_size(NOISY, LatePhase(4, gamma="mean"), TARGET, [1, 4, 16, 64])
     assert many.table["step"].tolist() == one.table["step"].tolist()
     assert many.table["examples"].tolist() == one.table["examples"].tolist()
     assert many.critical == pytest.approx(one.critical / 4, rel=1e-6)
@@ -400,7 +400,7 @@ def test_critical_batch_size_of_late_phase_counts_members():
          "0 of 3 batch sizes.*raise the target"),
         (lambda p: critical_batch_size(p, SGD(), 2 * p.initial_loss, [1, 2, 4]), "target.*start"),
         (lambda p: fewest_steps(p, Phase(SGD(), 1.0, 10), 1e-9), "target"),
-        (lambda p: fewest_steps(p, Phase(MultiplicativeLatePhase(2), 1.0, 10), 0.1),
+        (lambda p: fewest_steps(p, Phase(MultiplicativeLatePhase(2, gamma="mean"), 1.0, 10), 0.1),
          "MultiplicativeLatePhase has no exact moments"),
         (lambda p: steps_to_target(p, Phase(Ensemble(2), 0.1, 9), -1.0), "target"),
     ],
