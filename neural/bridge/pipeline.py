@@ -78,6 +78,8 @@ def load_config(
     """
     mapping: dict[str, Any] = {} if path is None else toml.load(path)
     toml.override(mapping, overrides)
+    names = {name: tuple(toml.signature(cls)[0]) for name, cls in SECTIONS.items()}
+    toml.check_sections(mapping, names)
     toml.known_keys("", mapping, tuple(SECTIONS))
     tables = {name: dict(toml.table_at(name, mapping.get(name, {}))) for name in SECTIONS}
     if "late_phase" in tables["plan"]:  # of which a single one is no member

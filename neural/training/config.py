@@ -27,8 +27,6 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 SAMPLINGS = ("shuffle", "replacement", "stream")
 #: More than anyone trains for; schedules are looked at epoch by epoch.
 MOST_EPOCHS = 1_000_000
-#: The paper's letters -> where they are set.
-LETTERS = {"t0": "start_epoch", "k": "members", "sigma": "noise"}
 
 
 def refuse_unused(part: Any, where: str, names: Iterable[str], reason: str) -> None:
@@ -329,12 +327,8 @@ def build(mapping: Mapping[str, Any]) -> RunConfig:
     NQMError
         Naming the dotted key at fault.
     """
-    late = mapping.get("late_phase")
-    for where, table in (("", mapping), ("late_phase.", late if isinstance(late, Mapping) else {})):
-        for name in table:
-            if str(name).lower() in LETTERS:
-                field = f"late_phase.{LETTERS[str(name).lower()]}"
-                raise NQMError(f"{where}{name} is not a known key; {name} is {field}")
+    names = {name: tuple(toml.signature(cls)[0]) for name, cls in SECTIONS.items()}
+    toml.check_sections(mapping, names)
     toml.known_keys("", mapping, _TOP)
     for name in ("data", "model", "train"):
         if name not in mapping:

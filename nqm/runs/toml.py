@@ -377,9 +377,73 @@ def require(where: str, table: Mapped, name: str) -> None:
         raise NQMError(f"{where}.{name} is missing; add {name} = ...")
 
 
+#: Letters of papers, and other names of common use -> the keys that may be meant.
+LETTERS: dict[str, tuple[str, ...]] = {
+    "t0": ("start_epoch",),
+    "k": ("members",),
+    "b": ("batch_size", "batch_sizes"),
+    "h": ("curvature",),
+    "w0": ("initial_mean",),
+    "eta": ("lr",),
+    "learning_rate": ("lr",),
+    "sigma": ("noise", "spread"),
+    "beta": ("momentum", "decay"),
+    "gamma_theta": ("gamma",),
+    "wd": ("weight_decay",),
+    "l2": ("weight_decay",),
+}
+
+
 def known_keys(where: str, table: Mapped, known: Sequence[str]) -> None:
-    """Raise NQMError, with a suggestion, on an entry that is not known."""
+    """Refuse an entry that a table does not know.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key of the table; empty for the top.
+    table : mapping
+    known : sequence of str
+        What may stand in it.
+
+    Raises
+    ------
+    NQMError
+        Naming the entry, and the key that is called so in papers (`LETTERS`) or is spelled like it.
+    """
     for name in table:
         if name not in known:
-            dotted = f"{where}.{name}" if where else name
-            raise NQMError(f"{dotted} is not a known key{suggest(str(name), known)}")
+            meant = [word for word in LETTERS.get(str(name).lower(), ()) if word in known]
+            hint = f"; {name} is {_dotted(where, meant[0])}" if meant else suggest(str(name), known)
+            raise NQMError(f"{_dotted(where, name)} is not a known key{hint}")
+
+
+def check_sections(mapping: Mapped, sections: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an entry that stands in another table than its own.
+
+    Parameters
+    ----------
+    mapping : mapping
+        A configuration; its tables are not checked otherwise.
+    sections : mapping of str to sequence of str
+        What each table may hold.
+
+    Raises
+    ------
+    NQMError
+        Naming the entry and where it belongs.
+    """
+    tables = {name: mapping[name] for name in sections if isinstance(mapping.get(name), Mapping)}
+    for section, table in {"": mapping, **tables}.items():
+        own = sections[section] if section else tuple(sections)
+        for name in table:
+            words = (str(name), *LETTERS.get(str(name).lower(), ()))
+            if any(word in own for word in words):
+                continue
+            homes = [(home, w) for w in words for home, known in sections.items() if w in known]
+            if homes:
+                meant = _dotted(*homes[0])
+                raise NQMError(f"{_dotted(section, name)} is not a known key; {name} is {meant}")
+
+
+def _dotted(where: str, name: object) -> str:
+    return f"{where}.{name}" if where else str(name)

@@ -239,6 +239,7 @@ def test_trainings_are_a_star() -> None:
         (["RUN", "--set", "bridge.lr_times_sharpness=[-1.0]"], "lr_times_sharpness must lie in"),
         (["RUN", "--set", "bridge.lr_times_sharpness=[]"], "lr_times_sharpness must have one"),
         (["RUN", "--set", "plan.late_phase=head", "--members", "1"], "members must be at least 2"),
+        (["RUN", "--set", "bridge.K=3"], "bridge.K is not a known key; K is plan.members"),
         (["RUN", "--set", "bridge.pairs=3"], "bridge.pairs is not a known key"),
         (
             ["RUN", "--set", "bridge.stepz=3"],

@@ -181,6 +181,11 @@ MISTAKES = [
     ("phase.0.momentum=0.9", "phase.0.momentum is not a known key"),
     ("phase.0.member_lr=0.1", "phase.0.member_lr is for late-phase weights; SGD has none"),
     ("phase.1.members=0", "phase.1.members must be an integer >= 1; got 0"),
+    ("phase.1.K=3", "phase.1.K is not a known key; K is phase.1.members"),
+    ("phase.1.sigma=1", "phase.1.sigma is not a known key; sigma is phase.1.spread"),
+    ("phase.0.B=3", "phase.0.B is not a known key; B is phase.0.batch_size"),
+    ("phase.0.eta=3", "phase.0.eta is not a known key; eta is phase.0.lr"),
+    ("problem.h=[1]", "problem.h is not a known key; h is problem.curvature"),
     ("phase.1.gama=1", "phase.1.gama is not a known key; did you mean 'gamma'?"),
     (
         "phase.1.minibatch='one'",
