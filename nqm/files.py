@@ -22,15 +22,19 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
     """Be the only writer of an output until the end of the block.
 
-    The system frees the lock when its process ends in any way. It holds among all machines that
-    see the file where the file system passes `flock` on, as NFS does.
+    The system frees the lock when its process ends in any way. It holds among all machines that see
+    the file, where the file system passes `flock` on, as NFS does.
 
     Parameters
     ----------
     output : str or Path
-        A file, or a folder with `folder`; it is made where it is missing.
+        A file, or a folder with `folder`; its folder is made where it is missing.
     folder : bool
         Whether all that is in the folder `output` is written by one process.
+
+    Yields
+    ------
+    None
 
     Raises
     ------
@@ -62,7 +66,13 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
 
 
 def tidy_lock(output: str | Path, *, folder: bool = False) -> None:
-    """Remove the lock that a killed process left beside what it had just finished."""
+    """Remove the lock that a killed process left beside an output that was finished.
+
+    Parameters
+    ----------
+    output, folder
+        As of `locked`.
+    """
     if _lock_of(Path(output), folder).exists():
         with suppress(NQMError), locked(output, folder=folder):
             pass
@@ -132,7 +142,16 @@ def _holder(path: Path) -> str:
 
 
 def check_regular(path: Path) -> int:
-    """Bytes of a file that can be read to its end.
+    """Check that a file can be read to its end.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    int
+        Its size, bytes.
 
     Raises
     ------
@@ -153,9 +172,18 @@ def check_regular(path: Path) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Stream into a neighbour of `path` that takes its name once all is safely on disk.
+    """Write a file whole or not at all.
 
-    Neighbours that a killed process left behind are removed.
+    The stream is a temporary file beside `path`, which takes its name once all is on disk. Those
+    that a killed process left behind are removed.
+
+    Parameters
+    ----------
+    path : Path
+
+    Yields
+    ------
+    IO of bytes
 
     Raises
     ------
@@ -199,17 +227,42 @@ def _tidy(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether it is a file that `replacing` has not finished."""
+    """Tell whether a file is one that `replacing` has not finished.
+
+    Parameters
+    ----------
+    path : Path
+        Its name is looked at only.
+
+    Returns
+    -------
+    bool
+    """
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def is_lock(path: Path) -> bool:
-    """Whether it is the file of a lock."""
+    """Tell whether a file is a lock.
+
+    Parameters
+    ----------
+    path : Path
+        Its name is looked at only.
+
+    Returns
+    -------
+    bool
+    """
     return path.name.startswith(".") and path.name.endswith((".lock", ".lock.held"))
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk, where the system can."""
+    """Force the names in a folder to the disk, where the system can.
+
+    Parameters
+    ----------
+    folder : Path
+    """
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -89,12 +89,33 @@ _EXACT: dict[str, Any] = (
 
 
 def quantile_name(level: float) -> str:
-    """Column of the loss's quantile at `level`, e.g. ``loss_q0.05``."""
+    """Name the column of a quantile of the loss.
+
+    Parameters
+    ----------
+    level : float
+        In (0, 1).
+
+    Returns
+    -------
+    str
+        E.g. ``loss_q0.05``.
+    """
     return f"{_QUANTILE}{level:g}"
 
 
 def label(name: str) -> str:
-    """Axis label of a column, with its unit; an unknown name labels itself."""
+    """Label an axis with a column and its unit.
+
+    Parameters
+    ----------
+    name : str
+        Of the column; an unknown one is its own label.
+
+    Returns
+    -------
+    str
+    """
     if name.startswith(_QUANTILE):
         return f"{name.removeprefix(_QUANTILE)} quantile of loss"
     if name not in COLUMNS:
@@ -150,7 +171,22 @@ def write_frames(
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Table of a .parquet or .csv file; a CSV may as well come from elsewhere."""
+    """Read a table.
+
+    Parameters
+    ----------
+    path : str or Path
+        A .parquet or .csv file; a CSV file may as well come from elsewhere.
+
+    Returns
+    -------
+    DataFrame
+
+    Raises
+    ------
+    NQMError
+        If there is no such file, it is damaged, or it does not fit into memory.
+    """
     path = Path(path)
     if _format(path) == ".parquet":
         with _reading(path):
@@ -182,7 +218,22 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Metadata a table was written with; empty for a file from elsewhere."""
+    """Read the metadata that a table was written with.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Returns
+    -------
+    dict of str to Any
+        Empty for a file from elsewhere.
+
+    Raises
+    ------
+    NQMError
+        If there is no such file, or it is damaged.
+    """
     path = Path(path)
     if _format(path) == ".csv":
         stamp = _csv_stamp(path)
@@ -223,7 +274,13 @@ class Stamp:
     axes: Mapping[str, Any] | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """What a file carries: the entries key, version, config and, of a sweep, axes."""
+        """Give the metadata that a file carries.
+
+        Returns
+        -------
+        dict of str to Any
+            Entries key, version and config; of a sweep also axes.
+        """
         held = {"key": self.key, "version": self.version, "config": dict(self.config)}
         return held if self.axes is None else held | {"axes": dict(self.axes)}
 

@@ -19,10 +19,15 @@ from nqm.table import replacing
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values; the file takes its name once all is on disk.
 
+    Parameters
+    ----------
+    path : Path
+    content : mapping
+
     Raises
     ------
     NQMError
-        When it cannot be written, e.g. on a full disk; an older file of that name stays.
+        If it cannot be written, e.g. on a full disk; an older file of that name stays.
     """
     written = io.BytesIO()  # torch's own writer hides the system's error, e.g. that a disk is full
     torch.save(dict(content), written)
@@ -31,26 +36,43 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save` wrote.
+    """Read what `save` wrote; nothing in the file is run.
+
+    Parameters
+    ----------
+    path : Path
+    device : torch.device or str
+        Where its tensors go.
+
+    Returns
+    -------
+    dict of str to Any
 
     Raises
     ------
     NQMError
-        When the file is missing, cut short or holds more than tensors and plain values.
+        If the file is missing, is cut short, or holds more than tensors and plain values.
     """
     return _read(path, device, "delete it and run again")
 
 
 def load_foreign(path: Path) -> dict[str, Any]:
-    """A checkpoint that others wrote: of torch, or safetensors; onto the CPU.
+    """Read a checkpoint that other software wrote, onto the CPU; nothing in the file is run.
 
-    Beside tensors it may hold NumPy's numbers and the options of a command line (argparse). Nothing
-    in it is run.
+    Parameters
+    ----------
+    path : Path
+        Of torch, or a .safetensors file. Beside tensors it may hold NumPy's numbers and the options
+        of a command line (argparse).
+
+    Returns
+    -------
+    dict of str to Any
 
     Raises
     ------
     NQMError
-        When the file is missing, is none, or holds objects of other kinds.
+        If the file is missing or damaged, or holds objects of other kinds.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError

@@ -66,7 +66,14 @@ def open_finished(folder: str | Path) -> RunConfig:
 
 
 def load_state(module: nn.Module, path: Path) -> None:
-    """Load what a run has written of a module.
+    """Load weights of a run into a module.
+
+    Parameters
+    ----------
+    module : Module
+        Changed in place.
+    path : Path
+        The file that the run has written.
 
     Raises
     ------
@@ -97,7 +104,18 @@ def _misfit(name: object, content: Mapping[str, Any], expected: Mapping[str, Ten
 
 
 def reopen(folder: str | Path, runtime: Runtime | None = None) -> Opened:
-    """Models of a finished run.
+    """Load the models of a finished run.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's folder.
+    runtime : Runtime, optional
+        Device and data folder; one CPU by default.
+
+    Returns
+    -------
+    Opened
 
     Raises
     ------
@@ -118,12 +136,25 @@ def reopen(folder: str | Path, runtime: Runtime | None = None) -> Opened:
 
 
 def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) -> pd.DataFrame:
-    """Test metrics of the single model, and whatever else `settings` asks for.
+    """Measure the single model of a run.
+
+    Parameters
+    ----------
+    opened : Opened
+    settings : EvaluateConfig
+        What to measure beside test metrics.
+    root : Path, optional
+        Folder of the data files.
 
     Returns
     -------
     DataFrame
         Columns data, metric, value.
+
+    Raises
+    ------
+    NQMError
+        If what is asked for does not fit the run's data.
     """
     ood = report.ood_images(opened.task, settings.ood, root)
     rows: list[dict[str, Any]] = [
@@ -190,6 +221,17 @@ def export(folder: str | Path, out: str | Path, member: int | None = None) -> Pa
     out : str or Path
         Ends in .safetensors; an existing file is not overwritten.
     member : int, optional
+        Which member; the single model by default.
+
+    Returns
+    -------
+    Path
+        Of the file.
+
+    Raises
+    ------
+    NQMError
+        If the run cannot be read, has no members, or the file is there already.
     """
     from safetensors.torch import save
 

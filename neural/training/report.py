@@ -53,7 +53,7 @@ class Report:
     table : DataFrame
         Columns weights, member (-1: none), data, metric, value.
     model : dict
-        State dict of the single model, its weights plain.
+        State dict of the single model, without reparametrisations.
     late : dict, optional
         State dict of base and members.
     predictions : dict
@@ -67,7 +67,19 @@ class Report:
 
 
 def during(train_state: TrainState, epoch: int) -> Row:
-    """One row of the history; starts the mean of the training loss anew."""
+    """Evaluate a run during training, and start its mean training loss anew.
+
+    Parameters
+    ----------
+    train_state : TrainState
+    epoch : int
+        Epochs done.
+
+    Returns
+    -------
+    dict
+        One row of the history.
+    """
     late = train_state.late
     model = train_state.model if late is None else late.averaged()
     score = train_state.task.score(model)
@@ -85,7 +97,11 @@ def during(train_state: TrainState, epoch: int) -> Row:
 
 
 def check(train_state: TrainState) -> None:
-    """Find out before training whether `final` can measure what is asked for.
+    """Check before training that `final` can measure what is asked for.
+
+    Parameters
+    ----------
+    train_state : TrainState
 
     Raises
     ------
@@ -103,7 +119,19 @@ def check(train_state: TrainState) -> None:
 
 
 def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
-    """All metrics of a finished run; `ood` is what `ood_images` returned."""
+    """Measure everything at the end of a run.
+
+    Parameters
+    ----------
+    train_state : TrainState
+        At the end of its training.
+    ood : mapping of str to Images
+        As `ood_images` returns it.
+
+    Returns
+    -------
+    Report
+    """
     task, late = train_state.task, train_state.late
     models = _models(train_state)
     rows: list[Row] = []
@@ -152,7 +180,18 @@ def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tens
 
 
 def test_metrics(model: nn.Module, task: Task) -> dict[str, float]:
-    """Test metrics of one model."""
+    """Test metrics of one model.
+
+    Parameters
+    ----------
+    model : Module
+    task : Task
+
+    Returns
+    -------
+    dict of str to float
+        By metric.
+    """
     return _metrics(model, task)[0]
 
 
@@ -185,10 +224,27 @@ def beyond(
     settings: EvaluateConfig,
     ood: Mapping[str, Images],
 ) -> Iterator[Row]:
-    """What a run is asked for beside test metrics: one row per data and metric, for `model`.
+    """Measure what a run is asked for beside test metrics.
 
-    MC-dropout, detection of the sets `ood` (from `ood_images`), robustness, flatness, and the line
-    from a member to the average.
+    MC-dropout, detection of other data sets, robustness, flatness, and the loss on the line from a
+    member to the average.
+
+    Parameters
+    ----------
+    model : Module
+        The single model.
+    late : LatePhase, optional
+        Base and members.
+    task : Task
+    settings : EvaluateConfig
+        What to measure.
+    ood : mapping of str to Images
+        As `ood_images` returns it.
+
+    Yields
+    ------
+    dict
+        One row: data, metric and value.
     """
     if settings.mc_dropout:
         logits, labels = evaluate.mc_dropout(model, task.test(), settings.mc_dropout)
@@ -217,7 +273,19 @@ def beyond(
 
 
 def ood_images(task: Task, names: Iterable[str], root: Path | None) -> dict[str, Images]:
-    """Test images of other data sets, of the task's own shape.
+    """Load test images of other data sets, of the task's own shape.
+
+    Parameters
+    ----------
+    task : Task
+    names : iterable of str
+        Of the data sets.
+    root : Path, optional
+        Folder of the data files.
+
+    Returns
+    -------
+    dict of str to Images
 
     Raises
     ------

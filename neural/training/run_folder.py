@@ -49,15 +49,23 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        Looked at, and made by `begun` where it is missing.
+        The folder; `begun` makes it where it is missing.
     run : RunConfig
+        The run that the folder holds, or will hold.
     writes : bool
         False for all but the first of several processes.
+
+    Attributes
+    ----------
+    key : str
+        Content key of the run (see `nqm.keys`).
+    stated : dict
+        What ``run.json`` says, or will say.
 
     Raises
     ------
     NQMError
-        If the folder holds another configuration, or anything else, or cannot be written.
+        If the folder holds another run, or anything else, or cannot be written.
     """
 
     def __init__(self, path: Path, run: RunConfig, *, writes: bool = True):
@@ -88,7 +96,11 @@ class RunFolder:
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Note down what is about to be trained; only this process writes to the folder.
+        """Write down what is about to be trained; no other process writes to the folder meanwhile.
+
+        Yields
+        ------
+        None
 
         Raises
         ------
@@ -112,38 +124,94 @@ class RunFolder:
                 left.unlink(missing_ok=True)
 
     def checkpoint(self, device: torch.device, start: Path | None) -> dict[str, Any] | None:
-        """Where to go on: this run's own checkpoint, else the one given, else nowhere."""
+        """Read the checkpoint that training goes on from.
+
+        Parameters
+        ----------
+        device : torch.device
+        start : Path, optional
+            Checkpoint of another run, taken if this one has none of its own.
+
+        Returns
+        -------
+        dict or None
+            None if training begins anew.
+
+        Raises
+        ------
+        NQMError
+            If the file is damaged.
+        """
         own = self.path / "checkpoint.pt"
         if own.exists():
             return checkpoint.load(own, device)
         return None if start is None else checkpoint.load(start, device)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint."""
+        """Replace the checkpoint.
+
+        Parameters
+        ----------
+        state : mapping
+            As `neural.training.checkpoint.save` takes it.
+        """
         if self.writes:
             checkpoint.save(self.path / "checkpoint.pt", state)
 
     def keep(self, epoch: int, state: Mapping[str, Any]) -> None:
-        """Keep a checkpoint for other runs, and go on from it after a kill."""
+        """Keep a checkpoint for other runs; this run goes on from it as well.
+
+        Parameters
+        ----------
+        epoch : int
+            Epochs done.
+        state : mapping
+            As of `save`.
+        """
         if self.writes:
             checkpoint.save(self.path / f"epoch{epoch}.pt", state)
             self.save(state)
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the table of evaluations."""
+        """Replace the table of evaluations.
+
+        Parameters
+        ----------
+        rows : sequence of mapping
+            One for each evaluation during training.
+        """
         if self.writes:
             self._write_table("history", pd.DataFrame(rows))
 
     def history(self) -> pd.DataFrame:
-        """Evaluations during training."""
+        """Read the table of evaluations during training.
+
+        Returns
+        -------
+        DataFrame
+            Empty if there is none.
+        """
         return self._read_table("history")
 
     def result(self) -> pd.DataFrame:
-        """Metrics at the end; empty if the run diverged."""
+        """Read the table of metrics at the end.
+
+        Returns
+        -------
+        DataFrame
+            Empty if the run diverged.
+        """
         return self._read_table("result")
 
     def finish(self, status: str, report: Report | None) -> None:
-        """Write the result, and note that nothing is left to do."""
+        """Write the result, and that nothing is left to do.
+
+        Parameters
+        ----------
+        status : {"finished", "diverged"}
+        report : Report, optional
+            None of a run that diverged.
+        """
         if not self.writes:
             return
         if report is not None:
@@ -175,12 +243,22 @@ class RunFolder:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What ``run.json`` of a run's folder says; None if there is none.
+    """Read ``run.json`` of a run's folder.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+
+    Returns
+    -------
+    dict or None
+        None if the folder is empty or missing.
 
     Raises
     ------
     NQMError
-        If the folder holds something else.
+        If the folder holds something else, or the file is damaged.
     """
     file = path / "run.json"
     try:
@@ -287,7 +365,12 @@ def _no_run(folder: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the run is computed with."""
+    """Versions of the software, and the hardware.
+
+    Returns
+    -------
+    dict of str to str
+    """
     cuda = torch.cuda.is_available()
     return {
         "late-phase-nqm": __version__,

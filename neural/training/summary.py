@@ -43,12 +43,19 @@ def summarise(results: pd.DataFrame, metric: str = "accuracy", data: str = "test
 
 
 def per_seed(results: pd.DataFrame, metric: str = "accuracy", data: str = "test") -> pd.DataFrame:
-    """One row per arm, model and seed, with the mean and the interval over seeds beside it.
+    """List the value of every seed, with the mean and the interval over seeds beside it.
+
+    Parameters
+    ----------
+    results : DataFrame
+        As `neural.training.experiment.run_experiment` returns it.
+    metric, data : str
+        Which rows.
 
     Returns
     -------
     DataFrame
-        Columns arm, weights, seed, value, mean, low, high.
+        Columns arm, weights, seed, value, mean, low, high (95 %, Student's t).
     """
     rows = []
     for (arm, weights), values in _groups(results, metric, data).items():

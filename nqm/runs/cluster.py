@@ -26,15 +26,19 @@ async def _knock(address: str) -> None:
 
 @contextmanager
 def connected(address: str) -> Iterator[Executor]:
-    """Executor that runs on the workers of a Dask scheduler, for `Sweep.run`.
+    """Connect to a Dask cluster, whose workers then compute the cells of `Sweep.run`.
 
-    Workers need this package, and see the files a configuration names under the same paths. A
-    chunk whose worker is lost goes to another one.
+    Workers need this package, and see the files a configuration names under the same paths. A chunk
+    of cells whose worker is lost goes to another one.
 
     Parameters
     ----------
     address : str
-        As ``tcp://host:8786``.
+        Of the scheduler, as ``tcp://host:8786``.
+
+    Yields
+    ------
+    Executor
 
     Raises
     ------

@@ -156,7 +156,7 @@ class Run:
     def solve(
         self, workers: int | None = 1, progress: Callable[[int], None] | None = None
     ) -> Trajectory:
-        """Expected loss at the recorded steps.
+        """Compute the expected loss at the recorded steps.
 
         Parameters
         ----------
@@ -164,6 +164,10 @@ class Run:
             Threads of Monte Carlo, which do not change its numbers; None for all processors.
         progress : callable, optional
             Told how much of `work` was done since it was told last.
+
+        Returns
+        -------
+        Trajectory
         """
         # The compiled kernels are loaded only here: a mistake in a file is reported at once.
         if isinstance(self.problem, LeastSquares):
@@ -203,7 +207,18 @@ class Run:
         return found
 
     def steady(self) -> pd.DataFrame:
-        """Where the loss settles in the last phase, as a table."""
+        """Compute the steady state of the last phase.
+
+        Returns
+        -------
+        DataFrame
+            One row; two for multiplicative late-phase weights (``kind`` first_order and long_run).
+
+        Raises
+        ------
+        NQMError
+            If the phase has no steady state.
+        """
         last = self.program.phases[-1]
         if isinstance(self.problem, LeastSquares):
             from nqm.solvers.least_squares.moments import steady
@@ -214,7 +229,22 @@ class Run:
         return settle(self.problem, last)
 
     def additive(self, asked: str) -> Problem:
-        """The problem, for what needs noise that does not depend on the weights; else NQMError."""
+        """Give the problem to a command that needs noise independent of the weights.
+
+        Parameters
+        ----------
+        asked : str
+            Name of the command, for the message.
+
+        Returns
+        -------
+        Problem
+
+        Raises
+        ------
+        NQMError
+            If the problem is a `LeastSquares`.
+        """
         if isinstance(self.problem, LeastSquares):
             raise NQMError(
                 f"{asked} does not know least squares (problem.inputs); sweep phase.0.lr instead"
@@ -224,7 +254,18 @@ class Run:
     def table(
         self, workers: int | None = 1, progress: Callable[[int], None] | None = None
     ) -> pd.DataFrame:
-        """`solve`, as a table with a column for each quantile asked for."""
+        """Compute the result of `solve` as a table.
+
+        Parameters
+        ----------
+        workers, progress
+            As of `solve`.
+
+        Returns
+        -------
+        DataFrame
+            As of `Trajectory.table`, with a column for each quantile asked for.
+        """
         from nqm.table import quantile_name
 
         result = self.solve(workers, progress)
@@ -261,7 +302,17 @@ def key(mapping: Mapped, folder: str | Path = ".") -> str:
 
 
 def stamp(mapping: Mapped, folder: str | Path = ".") -> Stamp:
-    """What a table of this configuration carries (see `key` for the parameters)."""
+    """Describe what a table of this configuration is computed from.
+
+    Parameters
+    ----------
+    mapping, folder
+        As of `key`.
+
+    Returns
+    -------
+    Stamp
+    """
     from nqm.table import Stamp  # slow to load
 
     stated = resolve_files(mapping, folder)
@@ -270,7 +321,18 @@ def stamp(mapping: Mapped, folder: str | Path = ".") -> Stamp:
 
 
 def without_defaults(mapping: Mapped) -> dict[str, Any]:
-    """What of a configuration differs from the defaults; it is not checked otherwise."""
+    """Leave out of a configuration what equals its default.
+
+    Parameters
+    ----------
+    mapping : mapping
+        As `resolve_files` returns it. It is not checked: what is unknown stays as it is.
+
+    Returns
+    -------
+    dict of str to Any
+        With one spelling of every number, schedule and algorithm.
+    """
     kept = toml.without_defaults(Run, {n: v for n, v in mapping.items() if n not in _TABLES})
     record = mapping.get("record")
     if isinstance(record, Mapping):
@@ -316,7 +378,25 @@ def _plain_phase(table: Any) -> Any:
 
 
 def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
-    """Copy in which the problem's file is named by the digest of its content."""
+    """Name the problem's file by the digest of its content.
+
+    Parameters
+    ----------
+    mapping : mapping
+        A configuration; it is not changed.
+    folder : str or Path
+        Where the name of the file starts from.
+
+    Returns
+    -------
+    dict of str to Any
+        A copy with ``problem.file = {"sha256": ...}``.
+
+    Raises
+    ------
+    NQMError
+        If the file cannot be read.
+    """
     resolved = copy.deepcopy(dict(mapping))
     problem = resolved.get("problem")
     if isinstance(problem, dict) and isinstance(problem.get("file"), str):
@@ -336,7 +416,7 @@ def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
 
 
 def build(mapping: Mapped, folder: str | Path = ".") -> Run:
-    """The objects a configuration describes.
+    """Build the run that a configuration describes.
 
     Parameters
     ----------
@@ -344,6 +424,10 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
         As from `load`; a ``sweep`` table is left alone.
     folder : str or Path
         Where the names of files in it start from.
+
+    Returns
+    -------
+    Run
 
     Raises
     ------
@@ -376,7 +460,23 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
 
 
 def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSquares:
-    """What a ``[problem]`` table describes."""
+    """Build the problem that a ``[problem]`` table describes.
+
+    Parameters
+    ----------
+    table : mapping
+    folder : str or Path
+        Where the name of a file in it starts from.
+
+    Returns
+    -------
+    Problem or LeastSquares
+
+    Raises
+    ------
+    NQMError
+        Naming the dotted key at fault.
+    """
     known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, *_INPUTS, "multiplicity", "bins"))
     if "inputs" in table:
         return _least_squares(table)

@@ -40,22 +40,28 @@ class Workers(ProcessPoolExecutor):
 def processes(
     count: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
 ) -> Iterator[Workers]:
-    """So many processes that end with this one, deaf to Ctrl-C.
+    """Start worker processes that end with this one and ignore Ctrl-C, which this process answers.
 
-    Spawned, as forked children would inherit locks of the parent's threads (numba, BLAS). Ctrl-C is
-    for the parent to answer. When the block is left by an error, work that is under way is given
-    up: what is finished was handed over before.
+    They are spawned: forked children would inherit locks of this process's threads (numba, BLAS).
+    When the block is left by an error, the processes are killed; results handed over stay.
 
     Parameters
     ----------
     count : int
+        Number of processes.
     start : callable, optional
         ``start(*arguments)`` is called in each; `share_machine` by default.
+    arguments : tuple
+        Of `start`.
+
+    Yields
+    ------
+    Workers
 
     Raises
     ------
     NQMError
-        If a worker ends of itself, as one does that the system stops for want of memory.
+        If a worker ends by itself, as when the system stops it for want of memory.
     """
     others = set(multiprocessing.active_children())
     if start is None:
@@ -77,10 +83,15 @@ def processes(
 
 
 def share_machine(workers: int) -> None:
-    """Be one of so many processes that compute at once.
+    """Limit the threads of a process that computes beside others.
 
-    One thread for BLAS: threads of several processes wait for each other, which costs far more than
-    a second thread gains on matrices of this size. Of Numba's threads an equal part.
+    BLAS gets one thread: on matrices of this size, threads of several processes lose more by
+    waiting for each other than they gain. Numba gets an equal part of the processors.
+
+    Parameters
+    ----------
+    workers : int
+        Number of processes that compute at once.
     """
     import numba
     import scipy.linalg  # noqa: F401  a BLAS is limited once it is loaded

@@ -37,7 +37,16 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` at the first signal; end the process at the second, or after `GRACE`.
 
-    Only the main thread is told of signals; elsewhere this does nothing.
+    Only the main thread is told of signals; in another thread this does nothing.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    Interrupted
+        On Ctrl-C or SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -63,7 +72,7 @@ def interruptible() -> Iterator[None]:
 
 
 def end_at_once() -> None:
-    """Have another signal end the process without a word, while it is about to end anyway."""
+    """Let the next signal end the process without a message, while it is about to end anyway."""
     for number in _WORDS:
         signal.signal(number, signal.SIG_DFL)
 

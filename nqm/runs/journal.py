@@ -38,6 +38,10 @@ class Columns:
     def see(self, result: Result) -> None:
         """Take one more result into account.
 
+        Parameters
+        ----------
+        result : dict of str to list
+
         Raises
         ------
         NQMError
@@ -51,7 +55,13 @@ class Columns:
         self.rows += len(result["case"])
 
     def dtypes(self) -> dict[str, str]:
-        """One type for each column, as pandas names it."""
+        """Give one type for each column.
+
+        Returns
+        -------
+        dict of str to str
+            As pandas names them: bool, int64, float64 or str.
+        """
         return {name: _dtype(kinds) for name, kinds in self.kinds.items()}
 
 
@@ -170,7 +180,20 @@ class Journal:
         )
 
     def check(self, index: int, case: str) -> None:
-        """Raise NQMError unless the line of this cell belongs to the case of this content key."""
+        """Compare the case that a line holds with the one that belongs there.
+
+        Parameters
+        ----------
+        index : int
+            Of the cell.
+        case : str
+            First 16 digits of the case's content key.
+
+        Raises
+        ------
+        NQMError
+            If the line is of another case.
+        """
         if (found := self[index]["case"][0]) != case:
             place = int(self._begins[index])
             raise self._damaged(place, f"cell {index} is case {case}, not {found:.16}")
@@ -181,14 +204,28 @@ class Journal:
         self._begins[index] = place
 
     def add(self, index: int, result: Result) -> None:
-        """Keep a cell: handed to the system at once, forced to the disk every now and then."""
+        """Append the result of a cell.
+
+        It is handed to the system at once, and forced to the disk every `SYNC` seconds: a killed
+        process loses nothing, a power cut at most the last ones.
+
+        Parameters
+        ----------
+        index : int
+            Of the cell.
+        result : dict of str to list
+
+        Raises
+        ------
+        ValueError
+            If the cell has a result already.
+        """
         if index in self:
             raise ValueError(f"cell {index} is in {self.path} already")
         place = self._stream.seek(0, os.SEEK_END)
         self._stream.write((json.dumps([index, result]) + "\n").encode())
         self._stream.flush()
         self._note(index, result, place)
-        # A killed process loses nothing that was flushed; only a power cut could.
         if time.monotonic() - self._synced > SYNC:
             self._flush()
 
@@ -242,7 +279,14 @@ class Memory(dict[int, Result]):
         self.columns = Columns()
 
     def add(self, index: int, result: Result) -> None:
-        """Keep a cell."""
+        """Keep the result of a cell.
+
+        Parameters
+        ----------
+        index : int
+            Of the cell.
+        result : dict of str to list
+        """
         self[index] = result
         self.columns.see(result)
 

@@ -136,7 +136,25 @@ class Sweep:
     def from_file(
         cls, path: str | Path, overrides: Sequence[str] = (), work: Work = THEORY
     ) -> Self:
-        """Sweep of a TOML file with a ``[sweep]`` table (see `read_axes`)."""
+        """Read a sweep from a TOML file with a ``[sweep]`` table.
+
+        Parameters
+        ----------
+        path : str or Path
+        overrides : sequence of str
+            As of `nqm.runs.toml.load`.
+        work : Work
+            What a cell is; a run of the theory by default.
+
+        Returns
+        -------
+        Sweep
+
+        Raises
+        ------
+        NQMError
+            If the file has no such table, or naming the dotted key at fault.
+        """
         mapping = declare.load(path, overrides)
         if "sweep" not in mapping:
             raise NQMError(
@@ -148,7 +166,12 @@ class Sweep:
         return math.prod(len(values) for values in self.axes.values())
 
     def cases(self) -> Iterator[Case]:
-        """Every cell, in order."""
+        """Make every cell, in order.
+
+        Yields
+        ------
+        Case
+        """
         for index, values in enumerate(itertools.product(*self.axes.values())):
             yield self._case(index, dict(zip(self.axes, values, strict=True)))
 
@@ -220,7 +243,18 @@ class Sweep:
         executor: Executor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """`run` for tables that need not fit into memory; parameters as there."""
+        """Write the table of `run`, which need not fit into memory.
+
+        Parameters
+        ----------
+        out, executor, progress
+            As of `run`.
+
+        Raises
+        ------
+        NQMError
+            As `run`; also if another process writes the table.
+        """
         stamp, told = self.stamp, progress if progress is not None else _silent
         with writing(out, stamp) as missing:
             if missing:
@@ -351,10 +385,22 @@ def _by(
 
 
 def read_axes(table: Any) -> dict[str, list[Any]]:
-    """Axes of a ``[sweep]`` table.
+    """Read the axes of a ``[sweep]`` table.
 
-    A dotted key holds a list of values, or ``{geomspace = [a, b, count]}``,
-    ``{linspace = [a, b, count]}``, ``{range = [a, b, step]}``, all with both ends.
+    Parameters
+    ----------
+    table : mapping
+        Dotted keys, each with a list of values, or with ``{geomspace = [a, b, count]}``,
+        ``{linspace = [a, b, count]}`` or ``{range = [a, b, step]}``, all with both ends.
+
+    Returns
+    -------
+    dict of str to list
+
+    Raises
+    ------
+    NQMError
+        Naming the axis at fault.
     """
     if not isinstance(table, Mapping) or not table:
         raise NQMError("sweep must be a table of dotted keys and lists; got something else")
@@ -446,7 +492,26 @@ def _whole(value: float) -> float:
 def compute(
     cases: Sequence[Case], folder: str | Path, work: Work = THEORY
 ) -> list[tuple[int, Result]]:
-    """Results of some cells; what a worker runs."""
+    """Compute some cells; this is what a worker runs.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+    folder : str or Path
+        Where the names of files start from.
+    work : Work
+        What a cell is.
+
+    Returns
+    -------
+    list of (int, dict)
+        Index of each cell and its table, as lists by column.
+
+    Raises
+    ------
+    NQMError
+        Naming the cell at fault.
+    """
     results = []
     for case in cases:
         run = _build(case, folder, work)

@@ -50,7 +50,7 @@ _WORDS: dict[Any, str] = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping a TOML file holds, changed by ``key=value`` overrides.
+    """Read a TOML file and change it by ``key=value`` overrides.
 
     Parameters
     ----------
@@ -58,6 +58,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     overrides : sequence of str
         As ``phase.0.lr=0.1``: a dotted key, lists by index, and a value in TOML (anything that
         is not TOML is taken as text).
+
+    Returns
+    -------
+    dict of str to Any
+
+    Raises
+    ------
+    NQMError
+        If the file cannot be read or is no valid TOML, or an override does not fit it.
     """
     path = Path(path)
     if check_regular(path) > LONGEST:
@@ -76,7 +85,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def override(mapping: dict[str, Any], settings: Sequence[str]) -> None:
-    """Apply ``key=value`` settings in place (see `load`)."""
+    """Apply ``key=value`` settings in place.
+
+    Parameters
+    ----------
+    mapping : dict
+    settings : sequence of str
+        As of `load`.
+
+    Raises
+    ------
+    NQMError
+        If a setting has no ``=``, or its key does not fit the mapping.
+    """
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
@@ -101,7 +122,20 @@ def _check_values(mapping: Mapped, where: str) -> None:
 
 
 def assign(mapping: dict[str, Any], name: str, value: Any) -> None:
-    """Set the dotted key `name` in place, lists by index; tables on the way are made."""
+    """Set a dotted key in place; tables on the way are made.
+
+    Parameters
+    ----------
+    mapping : dict
+    name : str
+        Dotted key; an entry of a list by its index.
+    value : Any
+
+    Raises
+    ------
+    NQMError
+        If there is no such index, or something on the way is no table.
+    """
     here: Any = mapping
     parts = name.split(".")
     if len(parts) > DEEPEST:
@@ -125,14 +159,41 @@ def assign(mapping: dict[str, Any], name: str, value: Any) -> None:
 
 
 def copied(value: Any) -> Any:
-    """A copy in which no table or list is there twice, so that each can be changed alone."""
+    """Copy tables and lists, so that each can be changed alone.
+
+    Parameters
+    ----------
+    value : Any
+
+    Returns
+    -------
+    Any
+        In which no table or list is there twice.
+    """
     if isinstance(value, Mapping):
         return {name: copied(entry) for name, entry in value.items()}
     return [copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def path_of(mapping: Mapped, name: str) -> tuple[str | int, ...]:
-    """Keys and indices, counted from the front, of the dotted key `name` in a mapping."""
+    """Split a dotted key at the entries that a mapping has.
+
+    Parameters
+    ----------
+    mapping : mapping
+    name : str
+        Dotted key.
+
+    Returns
+    -------
+    tuple of str or int
+        Keys, and indices counted from the front.
+
+    Raises
+    ------
+    NQMError
+        If there is no such index.
+    """
     path: list[str | int] = []
     here: Any = mapping
     for part in name.split("."):
@@ -191,7 +252,24 @@ def builds(
 
 
 def schedule(where: str, value: Any) -> Schedule:
-    """A schedule by its table, or a constant by its number."""
+    """Build a schedule.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key, for messages.
+    value : mapping or float
+        A table with the entry ``schedule``, or a number: a constant.
+
+    Returns
+    -------
+    Schedule
+
+    Raises
+    ------
+    NQMError
+        Naming the dotted key at fault.
+    """
     if isinstance(value, Mapping):
         made: Schedule = named(where, value, "schedule", SCHEDULES)
         return made
@@ -199,7 +277,28 @@ def schedule(where: str, value: Any) -> Schedule:
 
 
 def named(where: str, value: Any, tag: str, known: Mapping[str, Any]) -> Any:
-    """Call what the entry `tag` of a table names with the table's other entries."""
+    """Call what the entry `tag` of a table names with the table's other entries.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key of the table, for messages.
+    value : mapping or str
+        The table; a name stands for a table without other entries.
+    tag : str
+    known : mapping
+        What can be called, by name.
+
+    Returns
+    -------
+    Any
+        What the call returns.
+
+    Raises
+    ------
+    NQMError
+        Naming the dotted key at fault.
+    """
     if isinstance(value, str):
         value = {tag: value}
     table = dict(table_at(where, value))
@@ -208,7 +307,24 @@ def named(where: str, value: Any, tag: str, known: Mapping[str, Any]) -> Any:
 
 
 def lookup(where: str, name: Any, known: Mapping[str, Any]) -> Any:
-    """What `name` names; NQMError with a suggestion if nothing."""
+    """Find something by its name.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key, for messages.
+    name : Any
+    known : mapping
+
+    Returns
+    -------
+    Any
+
+    Raises
+    ------
+    NQMError
+        If nothing is called so, with a suggestion.
+    """
     if not isinstance(name, str) or name not in known:
         raise NQMError(f"{where} {shown(name)} is unknown{suggest(str(name), known)}")
     return known[name]
@@ -222,7 +338,30 @@ def call(
     *,
     tag: str | None = None,
 ) -> Any:
-    """``target(**table, **given)`` with every entry of `table` converted to its annotation."""
+    """Call something with the entries of a table, each converted to its annotation.
+
+    Parameters
+    ----------
+    target : callable
+        Called as ``target(**table, **given)``.
+    table : mapping
+    where : str
+        Dotted key of the table, for messages.
+    given : mapping, optional
+        Further arguments, as they are.
+    tag : str, optional
+        An entry of the table that chose `target` and is no argument of it.
+
+    Returns
+    -------
+    Any
+        What the call returns.
+
+    Raises
+    ------
+    NQMError
+        Naming the dotted key at fault.
+    """
     given = given or {}
     stated, hints = signature(target)
     parameters = {n: p for n, p in stated.items() if n not in given}
@@ -238,7 +377,17 @@ def call(
 def signature(
     target: Callable[..., Any],
 ) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
-    """Parameters of a callable and their annotations."""
+    """Parameters of a callable and their annotations.
+
+    Parameters
+    ----------
+    target : callable
+
+    Returns
+    -------
+    parameters : mapping of str to inspect.Parameter
+    hints : dict of str to Any
+    """
     return inspect.signature(target).parameters, get_type_hints(target)
 
 
@@ -331,7 +480,25 @@ def tagged(value: Any, tag: str, known: Mapping[str, Any]) -> Any:
 
 
 def leaf(where: str, value: Any, hint: Any) -> Any:
-    """A plain value of the annotated type, strictly."""
+    """Convert a plain value to a type, strictly: no text becomes a number.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key, for messages.
+    value : Any
+    hint : type
+        The annotation.
+
+    Returns
+    -------
+    Any
+
+    Raises
+    ------
+    NQMError
+        If the value is of another type, or an integer beyond +-2^53.
+    """
     try:
         plain = msgspec.convert(value, hint, strict=True)
         if isinstance(plain, int) and abs(plain) > LARGEST:
@@ -352,7 +519,24 @@ def leaf(where: str, value: Any, hint: Any) -> Any:
 
 
 def located(where: str, make: Callable[[], Any]) -> Any:
-    """Call `make`; an error that names a class's field names the dotted key instead."""
+    """Call a function; an error that names a class's field names the dotted key instead.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key of the object that is made.
+    make : callable
+
+    Returns
+    -------
+    Any
+        What the call returns.
+
+    Raises
+    ------
+    NQMError
+        As the function, with the dotted key.
+    """
     try:
         return make()
     except NQMError as error:
@@ -365,14 +549,44 @@ def located(where: str, make: Callable[[], Any]) -> Any:
 
 
 def table_at(where: str, value: Any) -> Mapped:
-    """`value` itself; NQMError unless it is a table."""
+    """Check that an entry is a table.
+
+    Parameters
+    ----------
+    where : str
+        Its dotted key.
+    value : Any
+
+    Returns
+    -------
+    mapping
+        The value itself.
+
+    Raises
+    ------
+    NQMError
+        If it is none.
+    """
     if not isinstance(value, Mapping):
         raise NQMError(f"{where} must be a table; got {shown(value, 40)}")
     return value
 
 
 def require(where: str, table: Mapped, name: str) -> None:
-    """Raise NQMError unless the table has the entry."""
+    """Check that a table has an entry.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key of the table.
+    table : mapping
+    name : str
+
+    Raises
+    ------
+    NQMError
+        If it has none.
+    """
     if name not in table:
         raise NQMError(f"{where}.{name} is missing; add {name} = ...")
 
