@@ -193,12 +193,12 @@ def _values(table: pd.DataFrame, source: Source) -> pd.Series:
 
 
 def _same_training(stated: Mapping[str, Any], recipe: Any, arm: str, seed: int) -> bool:
-    from neural.training.config import build, describe
+    from neural.training.config import describe, restore
 
     if arm not in recipe.arms or "config" not in stated:
         return False
     try:
-        ran = build(stated["config"])
+        ran = restore(stated["config"])
     except NQMError:  # settings that no longer exist
         return False
     return _training(describe(ran)) == _training(describe(replace(recipe.arms[arm], seed=seed)))
