@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 Target = TypeVar("Target", bound=Callable[..., Any])
@@ -34,15 +33,16 @@ def key(mapping: Mapping[str, Any]) -> str:
     str
         64 hexadecimal digits.
     """
-    return hashlib.sha256(_text(mapping).encode()).hexdigest()
+    return hashlib.sha256(text(mapping).encode()).hexdigest()
 
 
 def same(one: Any, other: Any) -> bool:
     """Whether two plain values give the same key; 1 and 1.0 do, 1 and True do not."""
-    return _text(one) == _text(other)
+    return text(one) == text(other)
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """One text of all plain values that give the same key."""
     return json.dumps(_canonical(value), sort_keys=True, default=str)
 
 
@@ -92,7 +92,6 @@ def omits(**values: Any) -> Callable[[Target], Target]:
     return mark
 
 
-@cache
 def omitted(target: Callable[..., Any], name: str) -> Any:
     """The value that keys leave out: the default, or the one that `omits` states.
 
@@ -109,8 +108,11 @@ def omitted(target: Callable[..., Any], name: str) -> Any:
         `REQUIRED` where there is no default, or no such parameter.
     """
     stated: Mapping[str, Any] = getattr(target, "__omitted__", {})
-    if name in stated:
-        return stated[name]
+    return stated[name] if name in stated else _default(target, name)
+
+
+def _default(target: Callable[..., Any], name: str) -> Any:
+    """Today's default; `REQUIRED` where there is none."""
     for field in fields(target) if is_dataclass(target) else ():
         if field.name == name and field.default_factory is not MISSING:
             return field.default_factory()
@@ -122,8 +124,8 @@ def omitted(target: Callable[..., Any], name: str) -> Any:
 
 def changed_defaults(target: Callable[..., Any]) -> dict[str, Any]:
     """Today's defaults of the entries whose default has changed (see `omits`)."""
-    parameters = inspect.signature(target).parameters
-    return {name: parameters[name].default for name in getattr(target, "__omitted__", {})}
+    names: Mapping[str, Any] = getattr(target, "__omitted__", {})
+    return {name: _default(target, name) for name in names}
 
 
 def differing(value: Any, plain: Callable[[Any], Any] = lambda entry: entry) -> dict[str, Any]:

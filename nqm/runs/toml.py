@@ -20,7 +20,7 @@ import msgspec
 
 from nqm.errors import NQMError, shown, suggest
 from nqm.files import check_regular
-from nqm.keys import REQUIRED, changed_defaults, omitted, same
+from nqm.keys import REQUIRED, changed_defaults, omitted, text
 from nqm.keys import key as key
 from nqm.schedule import SCHEDULES, Constant, Schedule, as_schedule
 
@@ -249,6 +249,7 @@ def builds(
     _BUILDERS[kind] = build
     if tag is not None and known is not None:
         _TAGS[kind] = tag, known
+        _tagged_kind.cache_clear()
 
 
 def schedule(where: str, value: Any) -> Schedule:
@@ -427,11 +428,18 @@ def without_defaults(target: Callable[..., Any], table: Mapped) -> dict[str, Any
     for name, value in (changed_defaults(target) | dict(table)).items():
         if name in stated:
             value = _spelled(value, hints.get(name))
-            default = omitted(target, name)
-            if default is not REQUIRED and same(value, _spelled(default, hints.get(name))):
+            if text(value) == _omitted_text(target, name):
                 continue
         kept[name] = value
     return kept
+
+
+@cache
+def _omitted_text(target: Callable[..., Any], name: str) -> str | None:
+    """The value that keys leave out, as keys state it; None where there is none."""
+    default = omitted(target, name)
+    hint = signature(target)[1].get(name)
+    return None if default is REQUIRED else text(_spelled(default, hint))
 
 
 def _spelled(value: Any, hint: Any) -> Any:
@@ -439,11 +447,16 @@ def _spelled(value: Any, hint: Any) -> Any:
     if isinstance(value, list | tuple):
         inner = get_args(hint)[0] if get_origin(hint) in (tuple, list) else None
         return [_spelled(one, inner) for one in value]
+    kind = _tagged_kind(hint)
+    return value if kind is None else tagged(value, *_TAGS[kind])
+
+
+@cache
+def _tagged_kind(hint: Any) -> type | None:
+    """The class of `_TAGS` that an annotation allows, if any."""
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
-    for kind, (tag, known) in _TAGS.items():
-        if any(issubclass(one, kind) for one in kinds):
-            return tagged(value, tag, known)
-    return value
+    allowed = (kind for kind in _TAGS if any(issubclass(one, kind) for one in kinds))
+    return next(allowed, None)
 
 
 def tagged(value: Any, tag: str, known: Mapping[str, Any]) -> Any:
@@ -463,7 +476,8 @@ def tagged(value: Any, tag: str, known: Mapping[str, Any]) -> Any:
         The name; or a table of what differs from the defaults; or, of a constant schedule, its
         number. What is none of these stays as it is.
     """
-    names = [name for name, made in known.items() if type(value) is made]
+    plain = isinstance(value, str | int | float | Mapping)
+    names = [] if plain else [name for name, made in known.items() if type(value) is made]
     if names:
         value = {tag: names[0]} | {one.name: getattr(value, one.name) for one in fields(value)}
     if isinstance(value, str) and value in known:
