@@ -8,12 +8,14 @@ import pytest
 from tests.tolerances import half_digit
 
 torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
 
 from neural.data import DATASETS  # noqa: E402
 from neural.data.sampling import EpochPlan  # noqa: E402
 from neural.late_phase.reparametrize import add_lora, add_rank1  # noqa: E402
 from neural.late_phase.select import select  # noqa: E402
 from neural.models import build  # noqa: E402
+from neural.training.build import make_late  # noqa: E402
 from neural.training.experiment import run_experiment  # noqa: E402
 from neural.training.recipe import SCALES, load_recipe, recipe_names  # noqa: E402
 from neural.training.train import _groups  # noqa: E402
@@ -114,8 +116,9 @@ def test_39_cycles_and_one_batch_of_an_epoch(name):
             yield from range(epoch * batches + start, (epoch + 1) * batches)
 
     released = run.late_phase.start_epoch * batches
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     train_state = SimpleNamespace(
-        run=run, task=SimpleNamespace(stream=Stream()), done=released, late=object()
+        run=run, task=SimpleNamespace(stream=Stream()), done=released, late=make_late(network, run)
     )
     sizes, first = [], []
     for group, after in _groups(train_state, released + 2 * batches):

@@ -419,7 +419,7 @@ def test_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     refused(tiny(train={"lr": 0.06, "epochs": 4}), tmp_path / "run", "more entries differ")
     refused(tiny(train={"lr": 0.06}), tmp_path / "run", words.partition(" (")[0])
     late = tiny(late_phase=LATE)
-    refused(late, tmp_path / "run", "was trained with late_phase.start_epoch = none, you ask for 1")
+    refused(late, tmp_path / "run", "was trained with late_phase.members = none, you ask for 3")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("years of work")
     refused(tiny(), tmp_path / "foreign", "is not the folder of a run: it holds no run.json")
