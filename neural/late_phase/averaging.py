@@ -27,26 +27,52 @@ _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def swa(module: nn.Module) -> AveragedModel:
-    """Equal-weight running mean of parameters (Izmailov et al. 2018).
+    """Running mean of parameters, all snapshots counted alike (Izmailov et al. 2018).
 
-    Call ``.update_parameters(module)`` at every snapshot; ``.module`` is the average. Its running
-    statistics are those of the last snapshot until `recompute_statistics` is called.
+    Parameters
+    ----------
+    module : Module
+        It is copied.
+
+    Returns
+    -------
+    AveragedModel
+        Call ``.update_parameters(module)`` at every snapshot; ``.module`` is the average. Its
+        buffers are those of the last snapshot until `recompute_statistics` is called.
+
+    Raises
+    ------
+    NQMError
+        If the module cannot be copied: a script module, sharded or uninitialised weights.
     """
     check_ready(module, "swa")
     return AveragedModel(duplicate(module))
 
 
 def ema(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of parameters and buffers; whole numbers are copied.
+    """Exponential moving average of parameters and buffers.
 
-    So is what is not finite, in the average or in the module: masks of -inf, observers that have
-    seen no data.
+    Copied, and not averaged, are whole numbers, and numbers that are not finite in the average or
+    in the module: masks of -inf, observers that have seen no data.
 
     Parameters
     ----------
     module : Module
+        It is copied.
     decay : float
-        In [0, 1): ``average <- decay average + (1 - decay) module`` at every update.
+        Share of the average that an update keeps, in [0, 1):
+        ``average <- decay average + (1 - decay) module``.
+
+    Returns
+    -------
+    AveragedModel
+        Call ``.update_parameters(module)`` after every step; the first call copies the module.
+        ``.module`` is the average.
+
+    Raises
+    ------
+    NQMError
+        If `decay` lies outside [0, 1), or the module cannot be copied.
     """
     check_ready(module, "ema")
     check_number("decay", decay, low=0.0, high=1.0, closed_high=False)
@@ -74,27 +100,29 @@ def recompute_statistics(
     by_size: bool = False,
     dropout: bool = False,
 ) -> None:
-    """Take BatchNorm statistics anew: means over one pass of the data.
+    """Compute BatchNorm statistics anew: means over one pass of the data.
 
     Parameters
     ----------
     module : Module
         Changed in place. Every member of a `LatePhase` runs on every batch, as in the official
-        code. Of an `AveragedModel` it is the average that is run.
+        code. For an `AveragedModel` the average is run.
     batches : iterable of (inputs, targets)
-        Training data; targets are not used.
+        Training data. Targets are not used.
     by_size : bool
-        Weigh every minibatch by its examples, so that a short last one counts less, as the official
-        code does. By default every minibatch counts the same, as torch's `update_bn` has it. The
-        size is the first axis of the first tensor of the inputs.
+        True: weigh each minibatch by its number of examples, so that a short last one counts less,
+        as the official code does. False: every minibatch counts the same, as in torch's
+        `update_bn`. The size is the length of the first axis of the first tensor of the inputs.
     dropout : bool
-        Leave dropout on, as the official code does; off by default, as the averaged model is used.
+        True: leave dropout on, as the official code does. False: off, as when the averaged model is
+        used.
 
     Raises
     ------
     NQMError
-        If there is no batch: an iterator is empty after its first use. Statistics then stay as they
-        are, as they do if a forward pass fails.
+        If there is no batch (an iterator is empty after its first use), or if `by_size` is True and
+        the inputs hold no tensor. The statistics then stay as they are, and also if a forward pass
+        fails.
     """
     if isinstance(module, AveragedModel):
         module = module.module

@@ -62,34 +62,34 @@ class LatePhase(nn.Module):
     ----------
     model : Module
         Any module. Its shared weights stay the same `Parameter` objects, so that its optimizer and
-        momentum go on; its selected weights keep the values they have now.
+        momentum go on. Its selected weights keep their present values.
     members : int
         K >= 2.
     select : str or iterable of str
-        What is replicated (see `neural.late_phase.select.select`). Normalisation layers bring each
-        member's own running statistics.
+        Which weights are replicated (see `neural.late_phase.select.select`). With a normalisation
+        layer each member has its own running statistics.
     gamma : {"sum", "mean"} or float
         Scale of the summed base gradient: 1 (the official code for CIFAR), 1 / K (that for
         ImageNet), or a number >= 0.
     noise : float
-        Size sigma of the Gaussian perturbation with which members start. The paper's CIFAR runs
-        use none.
+        Relative size sigma >= 0 of the Gaussian perturbation of the members at their start. The
+        paper's CIFAR runs use 0.
     noise_rule : {"rms", "fan_in"}
-        Standard deviation in a tensor: sigma times its root mean square (the official code), or
-        sigma / sqrt(n_in) (the paper), n_in the numbers behind one output: the fan-in of a matrix
-        or kernel, and the length of a vector.
+        Standard deviation of the perturbation of a tensor. ``"rms"``: sigma times the tensor's root
+        mean square (the official code). ``"fan_in"``: sigma / sqrt(n_in) (the paper), where n_in
+        is the fan-in of a matrix or kernel, and the length of a vector.
     idle_steps : {"none", "first", "every"}
-        When the optimizer also steps idle members, on a gradient of zero: never; on member 0's
-        turn; on every turn. The last two are what the official code did for CIFAR and ImageNet
-        under torch 1.4: momentum and weight decay act on idle members, from a member's first own
-        turn on.
+        When the optimizer also steps idle members, with a gradient of zero: never, on member 0's
+        turn, or on every turn. The last two are what the official code did for CIFAR and ImageNet
+        under torch 1.4: momentum and weight decay act on idle members after a member's first own
+        turn.
     leftover : {"carry", "members", "drop"}
-        What `cycles` does with the last minibatches of a loader, fewer than K: keep them for the
-        next call's first cycle; give them out as a short list, on which `step` moves their members
-        alone, as the official code does (39 cycles and 1 minibatch in an epoch of CIFAR); or not
-        use them.
+        What `cycles` does with the last minibatches of a loader, if they are fewer than K.
+        ``"carry"``: they begin the next call's first cycle. ``"members"``: they are given out as a
+        short list, on which `step` moves their members and not the base, as in the official code
+        (39 cycles and 1 minibatch in an epoch of CIFAR). ``"drop"``: they are not used.
     seed : int
-        Of the perturbation.
+        Seed of the perturbation, >= 0.
 
     Raises
     ------
@@ -176,7 +176,7 @@ class LatePhase(nn.Module):
     # --- running ---------------------------------------------------------------------------------
 
     def forward(self, *args: Any, member: int | Tensor, **kwargs: Any) -> Any:
-        """Output of one member's model; gradients reach its row of the stacked weights.
+        """Output of one member's model. Gradients reach its row of the stacked weights.
 
         Activation checkpoints in the model need `step` or `accumulate`, which keep the member's
         weights in place until the backward pass is done.
@@ -184,9 +184,20 @@ class LatePhase(nn.Module):
         Parameters
         ----------
         *args, **kwargs
-            Of the model.
+            Arguments of the model.
         member : int or Tensor
-            0 .. K-1. As a tensor it is data to `torch.compile`: one graph serves all members.
+            Number of the member, 0 to K - 1. A tensor is data to `torch.compile`: one graph serves
+            all members.
+
+        Returns
+        -------
+        object
+            What the model returns.
+
+        Raises
+        ------
+        NQMError
+            If `member` is no whole number from 0 to K - 1.
         """
         if not isinstance(member, Tensor):
             member = self.index[self._check_member(member)]
@@ -204,15 +215,27 @@ class LatePhase(nn.Module):
     def fused(self, inputs: Sequence[Any]) -> list[Any]:
         """Outputs of all members on their own inputs, by one forward pass over all rows.
 
-        The same mathematics as K calls; faster where kernels are small and launching them is
-        what costs. On inputs of new shapes the pass is first compared with K passes, on copies of
-        the model. Where rows cannot be told apart (a layer that is used by position, a model that
-        mixes rows, an output without them) a warning says why, and members run one by one.
+        The result is that of K calls. It is faster where kernels are small and launching them takes
+        most of the time. For inputs of new shapes the pass is first compared with K passes, on
+        copies of the model. Where rows cannot be told apart (a layer that is used by position, a
+        model that mixes rows, an output without rows) a warning says why, and members run one by
+        one.
 
         Parameters
         ----------
         inputs : sequence of K inputs
-            Of one kind, each as in a batch; minibatches lie along the first axis of their tensors.
+            All of one kind, each as in a batch. Minibatches lie along the first axis of their
+            tensors.
+
+        Returns
+        -------
+        list of K outputs
+            Output k is member k's.
+
+        Raises
+        ------
+        NQMError
+            If there are not K inputs.
         """
         if len(inputs) != self.members:
             raise NQMError(
@@ -257,7 +280,13 @@ class LatePhase(nn.Module):
         return rows
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the members' forward pass; arguments are those of `torch.compile`."""
+        """Compile the members' forward pass.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Arguments of `torch.compile`.
+        """
         self._compiled = torch.compile(self._member_forward, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatePhase:
@@ -343,19 +372,35 @@ class LatePhase(nn.Module):
     # --- training --------------------------------------------------------------------------------
 
     def member_parameters(self) -> list[nn.Parameter]:
-        """The stacked weights, (K, ...) each: what the member optimizer works on."""
+        """The weights on which the member optimizer works.
+
+        Returns
+        -------
+        list of Parameter, shape (K, ...) each
+            Row k is member k's.
+        """
         return list(self.stacked.values())
 
     def optimizer_like(self, base_optimizer: Optimizer, **changes: Any) -> Optimizer:
-        """Fresh optimizer of the members, set up group by group like that of the base.
+        """New optimizer of the members, with the parameter groups and settings of the base's.
 
         Parameters
         ----------
         base_optimizer : Optimizer
-            Made on the model's parameters; weights it does not hold get its defaults. Of a wrapper
-            around an optimizer, as accelerate has one, what is inside.
+            Made on the model's parameters. Weights that it does not hold get its defaults. If it
+            wraps an optimizer, as accelerate's does, the one inside is taken.
         **changes
             Settings that differ, e.g. ``weight_decay=5e-3``.
+
+        Returns
+        -------
+        Optimizer
+            Of the same class, on `member_parameters`, with empty state.
+
+        Raises
+        ------
+        NQMError
+            If several optimizers are given, or none can be made from these settings.
         """
         if isinstance(base_optimizer, list | tuple):
             raise NQMError(
@@ -444,27 +489,35 @@ class LatePhase(nn.Module):
             Batch k is member k's. If there are fewer than K, their members step and the base does
             not.
         loss_fn : callable
-            ``loss_fn(output, targets)``, a mean over the minibatch.
+            ``loss_fn(output, targets)``: the mean loss of a minibatch.
         base_optimizer : Optimizer, or several
             On the model's parameters.
         member_optimizer : Optimizer
-            On `member_parameters`; one that works on every number by itself.
+            On `member_parameters`. It must work on every number by itself.
         fused : bool
-            All minibatches in one forward pass.
+            Run all minibatches in one forward pass (see `fused`).
         micro_batches : int
-            Pieces that each minibatch is run in, to save memory; gradients are the same, but for
-            BatchNorm, which sees one piece at a time. Pieces that do not make up the minibatch
-            (rows along another axis, a loss that ignores some of them) are an error.
+            Number of pieces in which each minibatch is run, to save memory. Gradients are the same,
+            except that BatchNorm sees one piece at a time.
         autocast : dtype, optional
-            Run the model in it, e.g. ``torch.bfloat16``; by default in the caller's autocast.
+            Type in which the model is run, e.g. ``torch.bfloat16``. By default that of the caller's
+            autocast.
         loss_weight : callable, optional
-            ``loss_weight(inputs, targets)`` of a piece: what its loss is a mean over, e.g. the
-            labels that are not ignored. Its rows by default.
+            ``loss_weight(inputs, targets)`` of a piece: the number of items over which its loss is
+            a mean, e.g. of labels that are not ignored. By default its number of rows.
 
         Returns
         -------
         Tensor, shape (len(batches),)
             Losses, detached.
+
+        Raises
+        ------
+        NQMError
+            If there are no batches or more than K, if an optimizer does not fit its weights or
+            mixes members, if `fused` is combined with `idle_steps` or `micro_batches`, or if the
+            pieces do not make up the minibatch (rows along another axis, a loss that ignores some
+            of them).
         """
         bases = optimizers.listed(base_optimizer, "base_optimizer")
         self._check_optimizers(bases, member_optimizer)
@@ -496,10 +549,25 @@ class LatePhase(nn.Module):
         autocast: torch.dtype | None = None,
         loss_weight: LossWeight | None = None,
     ) -> Tensor:
-        """Gradients of one cycle, and no step: for clipping, or a loop of your own.
+        """Compute the gradients of one cycle without a step, for clipping or a loop of your own.
 
-        Parameters as in `step`. Afterwards ``.grad`` of a stacked weight holds each member's own
-        gradient in its row, and of a shared weight gamma times the sum over members.
+        Afterwards ``.grad`` of a stacked weight, (K, ...), holds each member's gradient in its row,
+        and ``.grad`` of a shared weight is gamma times the sum over members.
+
+        Parameters
+        ----------
+        batches, loss_fn, fused, micro_batches, autocast, loss_weight
+            As in `step`.
+
+        Returns
+        -------
+        Tensor, shape (len(batches),)
+            Losses, detached.
+
+        Raises
+        ------
+        NQMError
+            As in `step`, but for what concerns optimizers.
         """
         self._check_batches(batches)
         check_integer("micro_batches", micro_batches, 1)
@@ -639,19 +707,25 @@ class LatePhase(nn.Module):
 
     @torch.no_grad()
     def averaged(self, *, batchnorm: str = "weights", rank1: str | None = None) -> nn.Module:
-        """The mean member: a plain module of the model's own class, with the same state-dict keys.
-
-        It is in training or evaluation mode as this module is.
+        """The model with the mean of the members' weights.
 
         Parameters
         ----------
         batchnorm : {"weights", "outputs"}
-            Average scale, shift and running statistics each by itself; or the layers' outputs in
-            evaluation mode, as the official code does: the mean of K affine maps is one affine map.
-        rank1 : {"factors", "product"}
-            Average the factors s and r, as the paper does, or B and A of low-rank updates; or the
-            matrices s_k r_k^T and B_k A_k, whose mean is folded into the weight. The factors by
-            default; of another library's low-rank updates it has to be said.
+            ``"weights"``: average scale, shift and running statistics each by itself.
+            ``"outputs"``: average the layers' outputs in evaluation mode, as the official code
+            does; the mean of K affine maps is one affine map.
+        rank1 : {"factors", "product"}, optional
+            ``"factors"``: average the factors s and r, as the paper does, or B and A of low-rank
+            updates. ``"product"``: average the matrices s_k r_k^T and B_k A_k, and fold the mean
+            into the weight. The factors by default; for another library's low-rank updates it has
+            to be given.
+
+        Returns
+        -------
+        Module
+            Of the model's own class, with the same state-dict keys; in training or evaluation mode
+            as this module is.
 
         Raises
         ------
@@ -677,10 +751,26 @@ class LatePhase(nn.Module):
 
     @torch.no_grad()
     def member(self, k: int) -> nn.Module:
-        """Member k as a plain module, like `averaged`.
+        """Member k as a plain module.
 
-        It does as the member does within, but for spectral normalisation of members' weights: its
-        vectors, which training only comes close to, are computed from the weights.
+        Its outputs are the member's, with one exception. If members' weights have spectral
+        normalisation, its singular vectors are computed from the weights; training only approaches
+        them.
+
+        Parameters
+        ----------
+        k : int
+            Number of the member, 0 to K - 1.
+
+        Returns
+        -------
+        Module
+            As of `averaged`.
+
+        Raises
+        ------
+        NQMError
+            If `k` is no whole number from 0 to K - 1.
         """
         k = self._check_member(k)
         state = {n: value[k] for n, value in (self._weights() | self._statistics()).items()}
@@ -689,7 +779,14 @@ class LatePhase(nn.Module):
 
     @torch.no_grad()
     def spread(self) -> float:
-        """Distance of members from their mean relative to its size, root mean square over all."""
+        """Relative distance of the members from their mean.
+
+        Returns
+        -------
+        float
+            sqrt(mean over k of |phi_k - mean|^2) / |mean|, over all replicated weights together; 0
+            if their mean is 0.
+        """
         values = [
             (torch.view_as_real(w) if w.is_complex() else w).double()
             for w in self._weights().values()
@@ -699,7 +796,7 @@ class LatePhase(nn.Module):
         return float((apart / size) ** 0.5) if size else 0.0
 
     def extra_repr(self) -> str:
-        """Shown with the module."""
+        """What `print` shows of the module."""
         numbers = sum(p[0].numel() for p in self.member_parameters())
         return f"members={self.members}, {numbers} weights each, gamma={self.gamma!r}"
 
