@@ -402,35 +402,9 @@ class LatePhase(nn.Module):
         NQMError
             If several optimizers are given, or none can be made from these settings.
         """
-        if isinstance(base_optimizer, list | tuple):
-            raise NQMError(
-                "optimizer_like takes one optimizer; make several on late.member_parameters()"
-            )
-        (base_optimizer,) = optimizers.listed(base_optimizer, "base_optimizer")
-        base_optimizer = optimizers.unwrapped(base_optimizer)
-        groups: list[dict[str, Any]] = []
-        left = dict(self._weights())
-        for group in base_optimizer.param_groups:
-            held = {id(p) for p in group["params"]}
-            names = [name for name in left if id(self.model.get_parameter(name)) in held]
-            if names:
-                # What a scheduler notes in a group belongs to its own optimizer.
-                other = ("params", "param_names", "initial_lr")
-                own = {n: copy.deepcopy(v) for n, v in group.items() if n not in other}
-                groups.append({**own, "params": [left.pop(name) for name in names]})
-        if left:
-            groups.append({**copy.deepcopy(base_optimizer.defaults), "params": list(left.values())})
-        for group in groups:
-            group.update(changes)
-        make = cast(Callable[..., Optimizer], type(base_optimizer))
-        try:
-            return make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise NQMError(
-                f"optimizer_like cannot make another {type(base_optimizer).__name__} "
-                f"({reason:.100}); make it on late.member_parameters()"
-            ) from None
+        return optimizers.another(
+            base_optimizer, self.model.get_parameter, self._weights(), changes
+        )
 
     def cycles(self, loader: Iterable[Batch], *, last: bool = False) -> Iterator[list[Batch]]:
         """Minibatches of a loader, K at a time; `leftover` says what becomes of the rest.
@@ -520,7 +494,9 @@ class LatePhase(nn.Module):
             of them).
         """
         bases = optimizers.listed(base_optimizer, "base_optimizer")
-        self._check_optimizers(bases, member_optimizer)
+        chosen = set(self.selection.parameters)
+        shared = [p for name, p in self.model.named_parameters() if name not in chosen]
+        optimizers.check(bases, member_optimizer, shared, self.member_parameters())
         if self.idle_steps == "none":
             losses = self.accumulate(
                 batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast,
@@ -681,27 +657,6 @@ class LatePhase(nn.Module):
                 raise NQMError(
                     f"fused: {name} is used outside the layer that holds it; set fused to False"
                 )
-
-    def _check_optimizers(self, bases: Sequence[Optimizer], member: Optimizer) -> None:
-        own = {id(p) for p in self.member_parameters()}
-        optimizers.listed([member], "member_optimizer")
-        held = {id(p) for p in optimizers.parameters([member])}
-        if not held or not held <= own:
-            raise NQMError(
-                "member_optimizer must be made on late.member_parameters(); see optimizer_like"
-            )
-        optimizers.check_apart(member, self.members)
-        base = {id(p) for p in optimizers.parameters(bases)}
-        if own & base:
-            raise NQMError("base_optimizer must be made on the model's parameters, not on late's")
-        chosen = set(self.selection.parameters)
-        shared = [p for n, p in self.model.named_parameters() if n not in chosen]
-        shared = [p for p in shared if p.requires_grad]
-        if shared and not any(id(p) in base for p in shared):
-            raise NQMError(
-                "base_optimizer holds no shared weight of late.model, which would never move; make "
-                "it on the parameters of the very model that LatePhase was given"
-            )
 
     # --- one model -------------------------------------------------------------------------------
 

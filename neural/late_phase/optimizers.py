@@ -6,8 +6,8 @@ import copy
 import inspect
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,105 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
+
+
+def another(
+    base: Optimizer,
+    base_weight: Callable[[str], nn.Parameter],
+    stacked: Mapping[str, Tensor],
+    changes: Mapping[str, Any],
+) -> Optimizer:
+    """New optimizer on stacked weights, with the parameter groups and settings of the base's.
+
+    Parameters
+    ----------
+    base : Optimizer
+        If it wraps an optimizer, the one inside is taken.
+    base_weight : callable
+        Name of a weight -> the parameter of the model, which `base` may hold.
+    stacked : mapping
+        Name -> weights of all members, (K, ...). Those whose parameter `base` does not hold get its
+        defaults.
+    changes : mapping
+        Settings that differ.
+
+    Returns
+    -------
+    Optimizer
+        Of the same class, with empty state.
+
+    Raises
+    ------
+    NQMError
+        If `base` is several optimizers, or none can be made from these settings.
+    """
+    if isinstance(base, list | tuple):
+        raise NQMError(
+            "optimizer_like takes one optimizer; make several on late.member_parameters()"
+        )
+    (base,) = listed(base, "base_optimizer")
+    base = unwrapped(base)
+    groups: list[dict[str, Any]] = []
+    left = dict(stacked)
+    for group in base.param_groups:
+        held = {id(p) for p in group["params"]}
+        names = [name for name in left if id(base_weight(name)) in held]
+        if names:
+            # What a scheduler notes in a group belongs to its own optimizer.
+            other = ("params", "param_names", "initial_lr")
+            own = {n: copy.deepcopy(v) for n, v in group.items() if n not in other}
+            groups.append({**own, "params": [left.pop(name) for name in names]})
+    if left:
+        groups.append({**copy.deepcopy(base.defaults), "params": list(left.values())})
+    for group in groups:
+        group.update(changes)
+    make = cast(Callable[..., Optimizer], type(base))
+    try:
+        return make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise NQMError(
+            f"optimizer_like cannot make another {type(base).__name__} "
+            f"({reason:.100}); make it on late.member_parameters()"
+        ) from None
+
+
+def check(
+    bases: Sequence[Optimizer],
+    member: Optimizer,
+    shared: Sequence[nn.Parameter],
+    stacked: Sequence[nn.Parameter],
+) -> None:
+    """Raise NQMError unless the optimizers fit the weights, and members are kept apart.
+
+    Parameters
+    ----------
+    bases : sequence of Optimizer
+        Of the base.
+    member : Optimizer
+        Of the members.
+    shared : sequence of Parameter
+        Weights that all members share.
+    stacked : sequence of Parameter, shape (K, ...)
+        Weights of the members.
+    """
+    own = {id(p) for p in stacked}
+    listed([member], "member_optimizer")
+    held = {id(p) for p in parameters([member])}
+    if not held or not held <= own:
+        raise NQMError(
+            "member_optimizer must be made on late.member_parameters(); see optimizer_like"
+        )
+    check_apart(member, len(stacked[0]))
+    base = {id(p) for p in parameters(bases)}
+    if own & base:
+        raise NQMError("base_optimizer must be made on the model's parameters, not on late's")
+    trained = [p for p in shared if p.requires_grad]
+    if trained and not any(id(p) in base for p in trained):
+        raise NQMError(
+            "base_optimizer holds no shared weight of late.model, which would never move; make "
+            "it on the parameters of the very model that LatePhase was given"
+        )
 
 
 def check_apart(optimizer: Optimizer, members: int) -> None:
