@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -102,8 +104,7 @@ class Phase:
     @property
     def constant(self) -> bool:
         """Whether rates and batch size are the same at every step."""
-        segments = [s for schedule in self._schedules() for s in schedule.segments(self.steps)]
-        return len(segments) <= len(self._schedules()) and all(s[2] == 1 for s in segments)
+        return all(len(s) == 0 or (len(s) == 1 and s[0][2] == 1) for s in self._segments)
 
     def still(self, start: int, stop: int) -> bool:
         """Whether rates and batch size are the same at all steps [start, stop).
@@ -118,8 +119,8 @@ class Phase:
         bool
         """
         return all(
-            any(a <= start and stop <= b and p == 1 for a, b, p in schedule.segments(self.steps))
-            for schedule in self._schedules()
+            a <= start and stop <= b and p == 1
+            for a, b, p in (_segment_at(start, segments) for segments in self._segments)
         )
 
     def examples(self, steps: int) -> float:
@@ -157,14 +158,25 @@ class Phase:
         if isinstance(self.algorithm, Algorithm):
             time = self.algorithm.time
             method_period = None if time.update_never_repeats else time.period
-        lists = [list(schedule.segments(self.steps)) for schedule in self._schedules()]
-        edges = sorted({edge for segments in lists for s in segments for edge in s[:2]})
+        edges = sorted({edge for segments in self._segments for s in segments for edge in s[:2]})
         for start, stop in itertools.pairwise(edges):
             period: int | None = method_period
-            for segments in lists:
-                repeats = next(p for a, b, p in segments if a <= start < b)
+            for segments in self._segments:
+                repeats = _segment_at(start, segments)[2]
                 period = None if period is None or repeats is None else math.lcm(period, repeats)
             yield start, stop, period if period is not None and period < stop - start else None
+
+    @cached_property
+    def _segments(self) -> list[list[Segment]]:
+        """The segments of each schedule."""
+        return [list(schedule.segments(self.steps)) for schedule in self._schedules()]
+
+
+def _segment_at(step: int, segments: list[Segment]) -> Segment:
+    """The segment that a step lies in; an empty one of a phase without steps."""
+    if not segments:
+        return 0, 0, None
+    return segments[max(bisect_right(segments, step, key=lambda s: s[0]) - 1, 0)]
 
 
 def _check_batch_sizes(schedule: Any, steps: int) -> None:

@@ -11,6 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -342,15 +343,20 @@ class Joined(Schedule):
             )
         for length in self.lengths:
             check_integer("Joined.lengths", length, 1)
+        check_number("the sum of Joined.lengths", sum(self.lengths), high=2**53)
+
+    @cached_property
+    def _begins(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """First step of each part."""
+        return np.cumsum([0, *self.lengths], dtype=np.int64)
 
     def __call__(self, step: ArrayLike) -> FloatArray:
         t = np.asarray(step)
-        edges = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        part = np.searchsorted(edges[1:], t, side="right")
+        part = np.searchsorted(self._begins[1:], t, side="right")
         value = np.empty(t.shape, dtype=np.float64)
-        for index, schedule in enumerate(self.parts):
+        for index in np.unique(part).tolist():
             chosen = part == index
-            value[chosen] = schedule(t[chosen] - edges[index])
+            value[chosen] = self.parts[index](t[chosen] - self._begins[index])
         return value
 
     @property

@@ -18,6 +18,7 @@ from neural.curvature.examples import content
 from neural.curvature.risk import EmpiricalRisk
 from nqm import __version__
 from nqm.errors import NQMError
+from nqm.files import check_regular
 from nqm.keys import differing
 from nqm.keys import key as content_key
 from nqm.table import replacing
@@ -127,6 +128,7 @@ class Cache:
 
 def _read(path: Path) -> dict[str, Any]:
     """All entries of a result's file; NQMError if it cannot be read."""
+    check_regular(path)
     try:
         with np.load(path) as content:
             known = dict(content)

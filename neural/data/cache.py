@@ -11,7 +11,7 @@ import numpy as np
 
 from neural.data.formats import Bytes
 from nqm.errors import NQMError
-from nqm.files import replacing
+from nqm.files import check_regular, replacing
 
 
 def cache_folder() -> Path:
@@ -32,6 +32,7 @@ def cached(key: str, make: Callable[[], Bytes]) -> Bytes:
     """
     path = cache_folder() / "decoded" / f"{key}.npy"
     try:
+        check_regular(path)
         stored: Bytes = np.load(path, allow_pickle=False)
         return stored
     except (OSError, ValueError, EOFError):  # absent or damaged: made anew

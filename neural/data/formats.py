@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nqm.errors import NQMError
+from nqm.files import check_regular
 
 Bytes = NDArray[np.uint8]
 
@@ -233,6 +234,7 @@ def decode_all(
 
 def read_npz(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
     """Arrays of an .npz by name, refusing pickled objects."""
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as content:
             return [content[key] for key in keys]

@@ -20,6 +20,7 @@ from neural.models.layers import (
     pool,
 )
 from nqm.errors import NQMError, check_integer, suggest
+from nqm.files import check_regular
 
 Shortcut = Literal["A", "B"]
 
@@ -170,6 +171,7 @@ def load_published(path: str | Path, depth: int) -> ResNetCifar:
     NQMError
         If the file cannot be read, or is not of this net.
     """
+    check_regular(Path(path))
     try:
         # weights_only: a checkpoint from elsewhere must not run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

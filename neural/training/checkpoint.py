@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nqm.errors import NQMError
+from nqm.files import check_regular
 from nqm.table import replacing
 
 
@@ -74,6 +75,7 @@ def load_foreign(path: Path) -> dict[str, Any]:
     NQMError
         If the file is missing or damaged, or holds objects of other kinds.
     """
+    check_regular(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -81,8 +83,6 @@ def load_foreign(path: Path) -> dict[str, Any]:
         try:
             tensors: dict[str, Any] = load_file(path)
             return tensors
-        except FileNotFoundError:
-            raise NQMError(f"{path}: no such file") from None
         except (SafetensorError, OSError) as error:
             raise NQMError(f"{path} is not a complete safetensors file ({error!s:.100})") from None
     with torch.serialization.safe_globals(_harmless()):
@@ -98,12 +98,9 @@ def _harmless() -> list[Any]:
 
 
 def _read(path: Path, device: torch.device | str, advice: str) -> dict[str, Any]:
+    check_regular(path)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise NQMError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise NQMError(f"{path} is a folder; give the file in it") from None
     except Exception as error:  # a damaged file makes torch's reader stumble in any way
         refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         if refused:

@@ -330,8 +330,10 @@ def histories(runs: Sequence[Job], out: Path) -> pd.DataFrame:
 def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
     """Mean prediction over an arm's seeds, of every single model."""
     for arm in dict.fromkeys(job.arm for job in runs):
-        paths = [job.folder(out) / "predictions.npz" for job in runs if job.arm == arm]
-        kept = [np.load(path) for path in paths if path.exists()]
+        folders = [
+            RunFolder(job.folder(out), job.run, writes=False) for job in runs if job.arm == arm
+        ]
+        kept = [found for one in folders if (found := one.predictions())]
         if len(kept) < 2:
             continue
         labels = torch.from_numpy(kept[0]["labels"])

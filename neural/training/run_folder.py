@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from neural.training import checkpoint
 from neural.training.config import RunConfig, describe, restore, run_key
 from neural.training.report import Report
 from nqm import __version__
 from nqm.errors import NQMError
-from nqm.files import is_lock, is_temporary, locked, replacing, tidy_lock
+from nqm.files import check_regular, is_lock, is_temporary, locked, replacing, tidy_lock
 from nqm.keys import difference
 from nqm.runs import toml
 from nqm.table import read_table, write_table
@@ -40,6 +41,11 @@ TABLES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "finished": ("history", "result"),
     "diverged": ("history",),
+}
+#: Columns that its tables have at least.
+_COLUMNS = {
+    "history": {"epoch"},
+    "result": {"weights", "member", "data", "metric", "value"},
 }
 
 
@@ -203,6 +209,29 @@ class RunFolder:
         """
         return self._read_table("result")
 
+    def predictions(self) -> dict[str, NDArray[Any]]:
+        """Log-probabilities of each single model on the test set, shape (N, C), and ``labels``.
+
+        Empty if the run wrote none, as one on a text.
+        """
+        path = self.path / "predictions.npz"
+        if not path.exists():
+            return {}
+        check_regular(path)
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                kept = dict(content)
+            rows = len(kept["labels"])
+            if any(one.ndim != 1 + (name != "labels") or len(one) != rows
+                   for name, one in kept.items()):  # fmt: skip
+                raise ValueError("its shapes do not fit")
+        except Exception as error:  # a damaged file makes a reader stumble in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise NQMError(
+                f"{path} holds no predictions ({reason:.80}); delete {self.path} and run again"
+            ) from None
+        return kept
+
     def finish(self, status: str, report: Report | None) -> None:
         """Write the result, and that nothing is left to do.
 
@@ -233,7 +262,13 @@ class RunFolder:
 
     def _read_table(self, name: str) -> pd.DataFrame:
         path = self.path / f"{name}.parquet"
-        return read_table(path) if path.exists() else pd.DataFrame()
+        if not path.exists():
+            return pd.DataFrame()
+        table = read_table(path)
+        missing = sorted(_COLUMNS[name] - set(table.columns))
+        if missing and len(table):  # of a run that diverged at once there is no row
+            raise NQMError(f"{path} has no column {missing[0]}; delete it and run again")
+        return table
 
     def _write_json(self) -> None:
         if not self.writes:
@@ -261,6 +296,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         If the folder holds something else, or the file is damaged.
     """
     file = path / "run.json"
+    if file.exists():
+        check_regular(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         _check_stated(content)

@@ -76,7 +76,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except OSError as error:
         raise NQMError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # of TOML, of UTF-8, or an integer of thousands of digits
-        raise NQMError(f"{path} is not valid TOML: {error}") from None
+        reason = str(error).partition("; use sys.")[0]  # what Python advises its programmers
+        raise NQMError(f"{path} is not valid TOML: {reason}") from None
     except RecursionError:
         raise NQMError(f"{path} {_DEEP}") from None
     _check_values(mapping, str(path))
@@ -559,7 +560,8 @@ def located(where: str, make: Callable[[], Any]) -> Any:
         _, dot, field = head.partition(".")
         if not dot or head.endswith(":"):
             raise NQMError(f"{where}: {message}") from None
-        raise NQMError(f"{where}.{field} {rest}") from None
+        name = f"{where}.{field}"
+        raise NQMError(f"{name} {rest}".replace(f" {head}", f" {name}")) from None
 
 
 def table_at(where: str, value: Any) -> Mapped:

@@ -142,7 +142,8 @@ def _check_sizes(
 ) -> None:
     """Raise NQMError for what would not fit, or not end."""
     check_memory("replicas", replicas, float(copies) * records * replicas)
-    check_walk("phase.steps", program.steps, "Monte Carlo takes each of them")
+    stepped = "phase.0.steps" if len(program.phases) == 1 else "the sum of all phases' steps"
+    check_walk(stepped, program.steps, "Monte Carlo takes each of them")
     for index, phase in enumerate(program.phases):
         algorithm = phase.algorithm
         chains, state = float(algorithm.member_count), 1.0

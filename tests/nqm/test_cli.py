@@ -212,7 +212,8 @@ def test_steady_of_multiplicative_members_is_twofold(tmp_path: Path) -> None:
     file = tmp_path / "late.toml"
     file.write_text(
         "problem = {curvature = [1.0], noise_variance = [0.02], minimum = 1.0}\n"
-        "phase = [{algorithm = 'late_phase_multiplicative', members = 4, lr = 0.1, steps = 9}]\n"
+        "phase = [{algorithm = 'late_phase_multiplicative', members = 4, gamma = 'mean', "
+        "lr = 0.1, steps = 9}]\n"
     )
     quasi, long = rows(call("steady", str(file), "--json"))
     assert (quasi["kind"], long["kind"]) == ("first_order", "long_run")

@@ -111,7 +111,8 @@ def test_the_limit_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "make", [Ensemble, LatePhase, LocalSGD, lambda k: EMA(LatePhase(k, gamma="mean"))]
+    "make",
+    [Ensemble, lambda k: LatePhase(k, "mean"), LocalSGD, lambda k: EMA(LatePhase(k, "mean"))],
 )
 def test_a_hundred_thousand_members_are_the_law_of_few(make: Callable[[int], Any]) -> None:
     """Loss = bias + variance / K and a minibatch each: linear in 1 / K, linear in K."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nqm.errors import NQMError, check_integer, suggest
+from nqm.files import check_regular
 
 SEVERITIES = 5
 
@@ -96,6 +97,7 @@ def load_cifar10_c(folder: str | Path) -> CIFAR10C:
 
 
 def _read(path: Path) -> NDArray[np.generic]:
+    check_regular(path)
     try:
         array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -64,7 +64,7 @@ def test_an_example_has_the_gradient_it_should(problem):
 INNER = {"sgd": nqm.SGD(), "heavy_ball": nqm.HeavyBall(0.8), "nesterov": nqm.Nesterov(0.8)}
 
 
-@pytest.mark.parametrize(("members", "gamma"), [(2, 1.0), (5, None), (10, None), (10, 1.0)])
+@pytest.mark.parametrize(("members", "gamma"), [(2, 1.0), (5, "mean"), (10, "mean"), (10, "sum")])
 @pytest.mark.parametrize("inner", list(INNER))
 def test_additive_members_after_plain_training(problem, inner, members, gamma):
     """Momentum goes on over T0 in the base and begins at zero in members; they start spread."""
@@ -102,7 +102,7 @@ def test_steady_state(problem, inner):
     assert found.member.mean() > 1.2 * found.averaged.mean()  # or the two laws are one
 
 
-@pytest.mark.parametrize(("members", "gamma", "factor"), [(2, 1.0, 1.0), (5, None, 2.0)])
+@pytest.mark.parametrize(("members", "gamma", "factor"), [(2, 1.0, 1.0), (5, "mean", 2.0)])
 def test_multiplicative_members_follow_their_samples(away, members, gamma, factor):
     late = nqm.MultiplicativeLatePhase(members, gamma, factor=factor, spread=0.05)
     late_phase = Phase(late, 0.03, 30, member_lr=0.05)

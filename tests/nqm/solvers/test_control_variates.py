@@ -202,7 +202,10 @@ def sweep(**more):
             "curvature": [1.0, 0.1], "noise_variance": 0.1, "minimum": 1.0,
             "initial_variance": 0.01,
         },
-        "phase": [{"algorithm": "late_phase_multiplicative", "members": 2, "lr": 0.1, "steps": 30}],
+        "phase": [
+            {"algorithm": "late_phase_multiplicative", "members": 2, "gamma": "mean", "lr": 0.1,
+             "steps": 30}
+        ],
         "record": {"at": [30]}, "method": "sample", "replicas": 200, "seed": 7, **more,
     }  # fmt: skip
     return nqm.Sweep(base, {"phase.0.lr": [0.1, 0.11]}).run()
