@@ -75,7 +75,11 @@ def check_number(
     if not ok:
         left = f"{'[' if closed_low else '('}{low:g}"
         right = f"{high:g}{']' if closed_high and math.isfinite(high) else ')'}"
-        raise NQMError(f"{where} must lie in {left}, {right}; got {shown(value)}")
+        interval = f"lie in {left}, {right}"
+        if low == -math.inf:
+            most = f"be {'at most' if closed_high else 'below'} {high:g}"
+            interval = "be a finite number" if high == math.inf else most
+        raise NQMError(f"{where} must {interval}; got {shown(value)}")
 
 
 def check_installed(what: str, extra: str, *modules: str) -> None:

@@ -172,6 +172,12 @@ def check_regular(path: Path) -> int:
     return found.st_size
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise NQMError if what is in the place of an output, before it is computed, is no file."""
+    if path.exists():
+        check_regular(path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Write a file whole or not at all.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import figures.style
 import nqm
 from nqm.errors import NQMError
+from nqm.files import check_replaceable
 from nqm.runs.executors import processes
 from nqm.table import read_metadata, read_table, write_table
 from paper_repro.study import Claim, Scale, Study, find
@@ -96,6 +97,7 @@ def build(name: str, scale: Scale, out: Path) -> Built:
     """
     began = time.perf_counter()
     study = find(name)
+    check_outputs([name], out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,21 +144,29 @@ def redraw(name: str, path: Path, out: Path) -> tuple[Path, Path]:
         raise NQMError(f"{path} is the table of figure {other!r}; asked to draw {name!r}")
     try:
         return _picture(study, table, out / name, metadata)
-    except KeyError as error:
-        raise NQMError(f"{path} is not a table of figure {name!r}: no column {error}") from None
+    except NQMError:
+        raise
+    except Exception as error:  # a table from elsewhere may hold anything
+        reason = f"no column {error}" if isinstance(error, KeyError) else str(error)[:100]
+        raise NQMError(f"{path} is not a table of figure {name!r}: {reason}") from None
+
+
+def check_outputs(names: Sequence[str], out: Path) -> None:
+    """Raise NQMError if a file of these figures could not be replaced, or is not ours."""
+    for name in names:
+        for kind in ("parquet", "png", "pdf"):
+            check_replaceable(out / f"{name}.{kind}")
+        path = out / f"{name}.parquet"
+        if path.exists() and "figure" not in read_metadata(path):
+            raise NQMError(
+                f"{path} was not written by this command; move it or choose another --out"
+            )
 
 
 def _earlier(path: Path, metadata: dict[str, Any]) -> pd.DataFrame | None:
-    if not path.exists():
+    if not path.exists() or read_metadata(path).get("key") != metadata["key"]:
         return None
-    try:
-        found = read_metadata(path)
-        table = read_table(path)
-    except NQMError:
-        return None  # cut short by a killed run of an older version; computed anew
-    if "figure" not in found:
-        raise NQMError(f"{path} was not written by this command; move it or choose another --out")
-    return table if found.get("key") == metadata["key"] else None
+    return read_table(path)
 
 
 def _picture(

@@ -76,13 +76,16 @@ def reproduce(name: str, out: Path, scale: str) -> None:
     A table that an earlier run left in the folder is used again if nothing it depends on has
     changed. Ends with exit code 1 if a claim does not hold.
     """
-    from paper_repro.build import build_all
-    from paper_repro.report import write_report
+    from nqm.files import check_replaceable
+    from paper_repro.build import build_all, check_outputs
+    from paper_repro.report import report_name, write_report
     from paper_repro.study import GROUPS, Scale, find, passed
 
     names = list(GROUPS.get(name, [name]))
     for one in names:
         find(one)
+    check_outputs(names, out)
+    check_replaceable(out / f"{report_name(names)}.html")
     _alone(out)
     click.echo(f"computing and drawing {', '.join(names)} ({scale})", err=True)
     done = {}

@@ -13,12 +13,17 @@ from paper_repro.build import Built
 from paper_repro.study import ZHANG2019, passed
 
 
+def report_name(figures: Sequence[str]) -> str:
+    """File name, without its ending, of the page of these figures."""
+    return "zhang2019" if all(name in ZHANG2019 for name in figures) else "report"
+
+
 def write_report(built: Sequence[Built], out: Path) -> Path:
     """Write one page under `out`, all or nothing, and return its path.
 
-    ``zhang2019.html`` if that is where all the figures belong, else ``report.html``.
+    Named by `report_name`.
     """
-    name = "zhang2019" if all(one.name in ZHANG2019 for one in built) else "report"
+    name = report_name([one.name for one in built])
     environment = Environment(
         loader=PackageLoader("paper_repro"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

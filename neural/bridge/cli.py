@@ -11,7 +11,7 @@ from neural.training.cli_options import (
     check_alone,
     data_option,
     device_option,
-    make_place,
+    make_runtime,
     progress_bar,
     scale_option,
     threads_option,
@@ -67,6 +67,7 @@ def bridge(
     """
     from neural.bridge.pipeline import load_config, open_target, run_bridge, split_overrides
     from neural.bridge.plots import draw_bridge
+    from neural.training.run_folder import check_no_run
     from nqm.files import locked
     from nqm.names import folder_name
 
@@ -78,10 +79,11 @@ def bridge(
     }  # fmt: skip
     own += [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
     settings, plan = load_config(config, own)
-    runtime = make_place(device, root, threads)
+    runtime = make_runtime(device, root, threads)
     # Of "..", "/" and the like nothing is left that could lead out of out/bridge.
     name = folder_name("-".join(Path(target).parts[-3:]).removesuffix(".toml"), "here")
     out = out or Path("out", "bridge", name)
+    check_no_run(out)
     opened = open_target(target, runtime, scale, others)
     click.get_current_context().with_resource(locked(out, folder=True))
     with progress_bar(lines=True) as told:

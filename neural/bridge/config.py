@@ -13,6 +13,8 @@ SAMPLING = ("with replacement", "shuffled")
 #: Runs and seeds at most: seeds of late-phase runs are a thousand times as large.
 MOST = 10**9
 MOST_RECORDS = 10**6
+#: Passes over the data at most, of each thing that is measured; a million would take days.
+MOST_PASSES = 10**6
 #: No whole number of a bridge is more: counts stay exact, and indices fit.
 LARGEST = 10**12
 #: Learning rates by default, times the largest curvature: eightfold.
@@ -235,7 +237,8 @@ class BridgeConfig:
         }  # fmt: skip
         for name, minimum in least.items():
             check_integer(name, getattr(self, name), minimum)
-            check_number(name, getattr(self, name), high=LARGEST)
+            most = LARGEST if name == "test_examples" else MOST_PASSES
+            check_number(name, getattr(self, name), high=most)
         for name in ("examples", "batchnorm_group", "steps"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0)

@@ -31,6 +31,7 @@ from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import grouped
 from neural.curvature.spectrum import density
 from neural.late_phase.members import Batch
+from neural.late_phase.select import select
 from neural.training.build import make_model
 from neural.training.config import RunConfig, describe, run_key
 from neural.training.load_run import reopen
@@ -305,6 +306,11 @@ def _risk(
         weight_decay=config.weight_decay, curvature=config.curvature,
         group=config.batchnorm_group,
     )  # fmt: skip
+    if plan.late_phase is not None:
+        try:
+            select(opened.model, plan.late_phase)
+        except NQMError as error:
+            raise NQMError(f"plan.late_phase: {error}") from None
     for training in config.trainings(1.0):
         training.check(risk.examples)
         _check_sizes(risk, training, config, plan)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nqm.algorithms.gamma import check_gamma
 from nqm.errors import check_integer, check_number, check_word
+from nqm.limits import MEMBERS
 
 NOISE_RULES = ("rms", "fan_in")
 IDLE_STEPS = ("none", "first", "every")
@@ -44,6 +45,7 @@ class MemberOptions:
 
     def __post_init__(self) -> None:
         check_integer("LatePhase.members", self.members, 2)
+        check_number("LatePhase.members", self.members, high=MEMBERS)
         check_number("LatePhase.noise", self.noise, low=0.0)
         check_word("LatePhase.noise_rule", self.noise_rule, NOISE_RULES)
         check_word("LatePhase.idle_steps", self.idle_steps, IDLE_STEPS)

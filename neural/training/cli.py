@@ -11,7 +11,7 @@ from neural.training.cli_options import (
     check_alone,
     data_option,
     device_option,
-    make_place,
+    make_runtime,
     progress_bar,
     scale_option,
     set_option,
@@ -71,7 +71,7 @@ def train(
         check_alone("--workers")
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
-    runtime = replace(make_place(device, root, threads), tensorboard=tensorboard)
+    runtime = replace(make_runtime(device, root, threads), tensorboard=tensorboard)
     with progress_bar(hidden=runtime.rank > 0) as told:
         table = run_experiment(
             made, folder, runtime, arms=arms, seeds=seeds or None, workers=workers, progress=told
@@ -133,7 +133,7 @@ def evaluate(
     from neural.training.load_run import evaluate_run, reopen
 
     check_alone("nqm neural evaluate")
-    runtime = make_place(device, root, threads)
+    runtime = make_runtime(device, root, threads)
     asked = EvaluateConfig(
         ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
     )
@@ -183,7 +183,7 @@ def sweep(
     from nqm.runs.sweep import Sweep
 
     check_alone("nqm neural sweep")
-    runtime = make_place(device, root, threads)
+    runtime = make_runtime(device, root, threads)
     cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
     done = 0
     with progress_bar() as told:

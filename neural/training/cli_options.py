@@ -37,7 +37,7 @@ scale_option = click.option(
     help="full: the recipe itself; cpu: tens of minutes without a GPU; smoke: under a minute.",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of torch; all processors by default."
+    "--threads", type=click.IntRange(1, 1024), help="Threads of torch; all processors by default."
 )
 
 
@@ -56,9 +56,10 @@ def check_alone(what: str) -> None:
     """
     import os
 
+    from neural.training.distributed import processes
     from nqm.errors import NQMError
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         if os.environ.get("RANK", "0") != "0":
             raise click.exceptions.Exit(2)
         raise NQMError(
@@ -67,7 +68,7 @@ def check_alone(what: str) -> None:
         )
 
 
-def make_place(device: str | None, root: Path | None, threads: int | None) -> Runtime:
+def make_runtime(device: str | None, root: Path | None, threads: int | None) -> Runtime:
     """Where a command computes, from its options.
 
     Parameters

@@ -8,15 +8,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nqm.errors import NQMError
+
 
 def join() -> tuple[int, int]:
     """Join the processes ``torchrun`` started; (rank, world), (0, 1) for a process on its own."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if processes() == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        except (ValueError, RuntimeError) as error:  # a variable that is missing, or no connection
+            raise NQMError(
+                f"WORLD_SIZE = {processes()} asks for several processes, and they cannot be joined "
+                f"({error!s:.150}); start them by torchrun, or unset WORLD_SIZE"
+            ) from None
     return dist.get_rank(), dist.get_world_size()
+
+
+def processes() -> int:
+    """How many processes ``torchrun`` says that there are; 1 without it.
+
+    Raises
+    ------
+    NQMError
+        If the variables it sets hold something else than whole numbers.
+    """
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(least))
+        if not (text.isascii() and text.isdigit() and least <= int(text) < 2**31):
+            raise NQMError(
+                f"the environment variable {name} must be a whole number >= {least}; got "
+                f"{text!r:.40}; unset it, or start by torchrun"
+            )
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def summed(value: Tensor) -> Tensor:

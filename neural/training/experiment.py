@@ -27,7 +27,7 @@ from neural.training.averages import AVERAGES
 from neural.training.config import RunConfig, describe
 from neural.training.recipe import Recipe, check_seeds
 from neural.training.report import ood_images
-from neural.training.run_folder import RunFolder
+from neural.training.run_folder import RunFolder, check_no_run
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
 from nqm import __version__
@@ -149,6 +149,7 @@ def run_experiment(
     for arm in arms:
         if arm not in recipe.arms:
             raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, recipe.arms)}")
+    check_no_run(out)
     target = out / "results.parquet"
     if target.exists() and read_metadata(target).get("recipe") != recipe.name:
         raise NQMError(

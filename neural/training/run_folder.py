@@ -314,6 +314,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise NQMError(f"{file} cannot be read ({reason:.80}); delete the folder") from None
 
 
+def check_no_run(out: Path) -> None:
+    """Raise NQMError if a folder of results is that of a run, whose files would be mixed up."""
+    if (out / "run.json").is_file():
+        raise NQMError(f"{out} is the folder of a run and takes no other results; choose another")
+
+
 def _check_stated(content: Any) -> None:
     """Raise ValueError unless a ``run.json`` says what one says."""
     kinds = {"key": str, "config": dict, "versions": dict, "status": str | None}

@@ -18,7 +18,7 @@ import numpy as np
 
 from nqm.errors import NQMError, shown
 from nqm.files import check_regular, locked, sync_folder
-from nqm.table import Stamp
+from nqm.table import COLUMNS, Stamp
 
 #: A result of one cell: its table's columns as lists.
 Result = dict[str, list[Any]]
@@ -26,6 +26,13 @@ Result = dict[str, list[Any]]
 SYNC = 0.2
 #: Types of value that a table has.
 _VALUES = {bool, int, float, str, type(None)}
+#: Types of value that a known column may have, by what pandas calls its type.
+_KINDS: dict[str, set[type]] = {
+    "bool": {bool},
+    "int64": {int},
+    "float64": {float, int, type(None)},
+    "str": {str, type(None)},
+}
 
 
 class Columns:
@@ -266,6 +273,10 @@ def _fault(content: Any, cells: int) -> str:
             type(value) is int and abs(value) >= 2**63 for value in values
         ):
             return f"a value in column {shown(name, 40)} is no number and no text"
+    for name, values in result.items():
+        kinds = _KINDS[COLUMNS[name].dtype] if name in COLUMNS else _VALUES
+        if not set(map(type, values)) <= kinds:
+            return f"a value in column {name} is not of its type, {COLUMNS[name].dtype}"
     if len(set(result["case"])) != 1 or type(result["case"][0]) is not str:
         return "its rows are not of one case"
     return ""

@@ -201,7 +201,7 @@ def test_short_cycles_and_idle_steps_with_momentum(problem, kind):
     phase = Phase(usual, 0.05, cycles, member_lr=0.05)
 
     def law(which: type[Literal], reads: int) -> np.ndarray:
-        literal = which(3, inner=usual.inner, spread=0.1, reads=reads)
+        literal = which(3, usual.gamma, inner=usual.inner, spread=0.1, reads=reads)
         return nqm.solve(problem, Program((replace(phase, algorithm=literal),)), at).loss
 
     model = NoisyQuadratic(problem, draw_start(problem, RUNS, 5))
