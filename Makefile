@@ -10,12 +10,15 @@ LOWEST := .venv-lowest
 # Tests to run, e.g. PYTEST=tests/nqm/test_table.py; all by default.
 PYTEST ?=
 
-.PHONY: reproduce test test-portable test-lowest lint docs bench gallery clean setup setup-neural
+.PHONY: reproduce test test-all test-portable test-lowest lint docs bench gallery clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
-test: lint docs  ## lint, types, the site without a warning, and every test
-	$(BIN)/pytest -n auto --dist worksteal
+test: lint docs  ## lint, types, the site without a warning, and every test that is quick
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow" $(PYTEST)
+
+test-all: lint docs  ## the same with notebooks, processes, a cluster, and long statistics
+	$(BIN)/pytest -n auto --dist worksteal $(PYTEST)
 
 test-portable: setup-neural  ## every test as on another processor, with another BLAS, on new examples
 	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Haswell HYPOTHESIS_PROFILE=random \
