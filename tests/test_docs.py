@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from nqm.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,10 +61,16 @@ def test_python_blocks_run(block: tuple[str, str], capsys: pytest.CaptureFixture
 
 
 def commands() -> list[str]:
+    """Every command that a page gives, once."""
     lines = [line for _, text in blocks("sh") for line in text.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if line.startswith("nqm ")]
+    given = [line.split("  #")[0].strip() for line in lines if line.startswith("nqm ")]
+    return list(dict.fromkeys(given))
 
 
+#: What trains the run that the pages call RUN.
+TRAIN = "nqm neural train digits_bn"
+#: Run as a user does, in a process of its own; the others here, where all is imported already.
+FROM_A_SHELL = "nqm list"
 #: The bridge's command in seconds.
 SMALL_BRIDGE = ["--threads", "1", "--examples", "60", "--members", "2"]
 SMALL_BRIDGE += itertools.chain.from_iterable(
@@ -74,21 +83,31 @@ SMALL_BRIDGE += itertools.chain.from_iterable(
 )  # fmt: skip
 
 
+def call(words: list[str]) -> str:
+    """What `nqm` prints, which must not fail."""
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, what the pages call RUN."""
-    from neural.training.experiment import run_experiment
-    from neural.training.recipe import load_recipe
-
     out = tmp_path_factory.mktemp("runs")
-    run_experiment(load_recipe("digits_bn", "smoke"), out, arms=["late_phase"], seeds=[0])
+    call([*shlex.split(TRAIN)[1:], "--scale", "smoke", "--threads", "1", "--out", str(out)])
     return out / "late_phase" / "seed0"
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_run(command: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_commands_run(
+    command: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs_torch(command)
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
+    monkeypatch.chdir(tmp_path)
+    if command == TRAIN:
+        assert (request.getfixturevalue("trained") / "result.parquet").exists()
+        return
     words = shlex.split(command)[1:]
     if "RUN" in words:
         words[words.index("RUN")] = str(request.getfixturevalue("trained"))
@@ -98,13 +117,17 @@ def test_commands_run(command: str, tmp_path: Path, request: pytest.FixtureReque
         words += SMALL_BRIDGE
     if words[0] in ("figure", "reproduce"):
         words += ["--scale", "smoke", "--out", str(tmp_path / "out")]
-    call = "import sys; from nqm.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", call, *words], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    if command == FROM_A_SHELL:
+        shell = [str(Path(sys.executable).with_name("nqm")), *words]
+        out = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    else:
+        out = call(words)
     if "--json" in words:
-        assert set(json.loads(done.stdout)) == {"columns", "rows"}
+        assert set(json.loads(out)) == {"columns", "rows"}
+
+
+def test_the_commands_that_are_special_are_on_the_pages() -> None:
+    assert {TRAIN, FROM_A_SHELL} <= set(commands())
 
 
 def test_links_lead_somewhere() -> None:
