@@ -69,6 +69,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, lis
             stop(process)
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_the_same_bytes(cluster: tuple[str, list[int]], tmp_path: Path) -> None:
     cells = Sweep(BASE, {"phase.0.lr": [0.01 * i for i in range(1, 30)]})
     cells.write(tmp_path / "here.parquet")
@@ -77,6 +78,7 @@ def test_a_cluster_gives_the_same_bytes(cluster: tuple[str, list[int]], tmp_path
     assert (tmp_path / "there.parquet").read_bytes() == (tmp_path / "here.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(
     cluster: tuple[str, list[int]], tmp_path: Path
 ) -> None:
@@ -100,6 +102,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(
     assert (tmp_path / "there.parquet").read_bytes() == (tmp_path / "here.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_command_line(cluster: tuple[str, list[int]], tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(
