@@ -89,6 +89,7 @@ def ended(process: subprocess.Popen[str], ready: Callable[[], bool], name: str) 
     return process.communicate()[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_with_workers_is_terminated(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(GRID)
     process = start(RUN, tmp_path, "sweep", "grid.toml", "--out", "t.csv", "--workers", "2")
