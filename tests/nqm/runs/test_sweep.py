@@ -74,7 +74,7 @@ def test_columns_of_axes() -> None:
     assert [json.loads(text) for text in table["phase.1.lr"].unique()] == [0.2, schedule]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("suffix", [pytest.param("csv", marks=pytest.mark.slow), "parquet"])
 def test_any_executor_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     sweep = monte_carlo()
     names = [tmp_path / f"{kind}.{suffix}" for kind in ("serial", "threads", "processes")]
@@ -116,7 +116,7 @@ def kill(sweep: Sweep, out: Path, after: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     sweep = monte_carlo()
     whole, out = tmp_path / f"whole.{suffix}", tmp_path / f"out.{suffix}"
@@ -493,6 +493,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(table, grid().run(), check_exact=True)
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_make_one_table(tmp_path: Path) -> None:
     grid().run(tmp_path / "whole.csv")
     arguments = json.dumps([grid().base, grid().axes, str(tmp_path / "t.csv"), -1])
