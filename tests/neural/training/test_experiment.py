@@ -193,6 +193,7 @@ def test_some_arms_and_seeds(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_processes_change_no_number(tmp_path: Path) -> None:
     arms = {"base": {}, "late": {"use": ["late_phase"]}}
     made = recipe(arms, model=CNN, late_phase=LATE, seeds=2)
