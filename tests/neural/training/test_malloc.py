@@ -30,6 +30,7 @@ def faults(kept: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc only")
 def test_large_tensors_are_not_faulted_in_again() -> None:
     assert faults("kept") < faults("default") / 2
