@@ -85,6 +85,7 @@ print(torch.ops.torchvision.nms.default._schema)
     ]
 
 
+@pytest.mark.slow
 def test_nothing_happens_beside_a_healthy_torchvision(tmp_path: Path) -> None:
     fake_torchvision(tmp_path, "import torchvision.submodule\n")
     code = (
@@ -97,8 +98,8 @@ def test_nothing_happens_beside_a_healthy_torchvision(tmp_path: Path) -> None:
     "source",
     [
         "raise RuntimeError('undefined symbol\\nmore')",
-        "raise ImportError('cannot import name')",
-        "import torchvision.missing_part",
+        pytest.param("raise ImportError('cannot import name')", marks=pytest.mark.slow),
+        pytest.param("import torchvision.missing_part", marks=pytest.mark.slow),
     ],
 )
 def test_versions_that_do_not_fit(tmp_path: Path, source: str) -> None:
@@ -134,6 +135,7 @@ print([name for name in ("torchvision", "timm") if name in sys.modules])
     assert python(code) == "[]\n"
 
 
+@pytest.mark.slow
 @needs_torchvision
 def test_torchvision_and_those_who_import_it() -> None:
     others = [
