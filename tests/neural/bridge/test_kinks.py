@@ -39,7 +39,7 @@ def kinked(
     x a product of two uniform numbers, of density log(1 / |x|) / 2.
     """
     rng = np.random.default_rng(1)
-    shape = (10_000, 3)
+    shape = (300 if at_checkpoint else 10_000, 3)  # a density takes many
     drawn = rng.random(shape) * rng.random(shape) if denser else rng.standard_normal(shape)
     x = (1e-6 if at_checkpoint else SPREAD) * torch.from_numpy(np.concatenate([drawn, -drawn]))
     h, jump = torch.tensor(curvature).double(), torch.tensor(JUMP).double()
