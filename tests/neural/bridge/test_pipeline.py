@@ -138,8 +138,9 @@ def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
 
 def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
     config = replace(
-        SMALL, batchnorm_group=6, lr_times_sharpness=(0.1,), batch_sizes=(1,), test_examples=30
-    )
+        SMALL, batchnorm_group=6, lr_times_sharpness=(0.1,), batch_sizes=(1,), test_examples=30,
+        eigenpairs=3, noise_samples=1, displacements=2, averaging_displacements=1, steps=10,
+    )  # fmt: skip
     found = run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert found.local.examples == 10, "sixty examples in groups of six"
     assert found.table[["predicted", "measured", "test"]].notna().all(axis=None)
