@@ -19,13 +19,7 @@ from nqm import NQMError
 from tests.literal_torch import LiteralLatePhase
 from tests.tolerances import IDENTITY, agree
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def net() -> nn.Module:
