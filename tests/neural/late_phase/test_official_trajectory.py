@@ -7,7 +7,7 @@ gradients are set to zero and not to None, so that optimizers step on them; here
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -23,12 +23,7 @@ NORM, HEAD = ("1.weight", "1.bias", "4.weight", "4.bias"), ("7.weight", "7.bias"
 STATISTICS = tuple(f"{i}.running_{n}" for i in (1, 4) for n in ("mean", "var"))
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def network() -> nn.Module:
