@@ -14,29 +14,7 @@ from nqm.problems.quadratic import Problem
 from nqm.runs import config
 from nqm.runs import toml as declare
 from nqm.schedule import Constant, Cosine, Joined, Linear, Warmup
-
-CONTRACT = """
-[problem]
-curvature = [1.0, 0.5, 0.25]
-noise_variance = [1.0, 0.5, 0.25]
-initial_mean = 0.0
-initial_variance = 1.0
-[[phase]]
-algorithm = "sgd"
-lr = 0.1
-batch_size = 8
-steps = 200
-[[phase]]
-algorithm = "late_phase"
-members = 10
-gamma = 0.1
-lr = 0.05
-member_lr = 0.05
-batch_size = 8
-steps = 100
-[record]
-at = [0, 100, 200, 300]
-"""
+from tests.nqm.contract import CONTRACT, built
 
 
 @pytest.fixture
@@ -44,10 +22,6 @@ def contract(tmp_path: Path) -> Path:
     path = tmp_path / "contract.toml"
     path.write_text(CONTRACT)
     return path
-
-
-def built(path: Path, *overrides: str) -> config.Run:
-    return config.build(declare.load(path, overrides), path.parent)
 
 
 def problem(**table: Any) -> Problem:

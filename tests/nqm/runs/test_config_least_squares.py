@@ -17,6 +17,7 @@ from nqm.problems.spectra import harmonic
 from nqm.runs import config
 from nqm.runs import toml as declare
 from nqm.runs.sweep import Sweep
+from tests.nqm.contract import built
 from tests.tolerances import IDENTITY, SIGMAS
 
 TEXT = """
@@ -43,10 +44,6 @@ def path(tmp_path: Path) -> Path:
     file = tmp_path / "regression.toml"
     file.write_text(TEXT)
     return file
-
-
-def built(path: Path, *overrides: str) -> config.Run:
-    return config.build(declare.load(path, overrides), path.parent)
 
 
 def literal(steps: int, label_noise: float = 0.3, lr: float = 0.2) -> float:
