@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neural.bridge.config import Training
+from neural.bridge.gaussian import WeightGaussian, measure_gaussian
+from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.models import build
 
@@ -92,6 +95,12 @@ class Bowl:
         """H w + 1/2 T[w, w], at the checkpoint by default; the centres' mean is 0."""
         w = (self.risk.weights if weights is None else weights).numpy()
         return torch.from_numpy(self.hessian @ w + 0.5 * self.third @ w @ w)
+
+
+def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
+    """Of the weights of a training, by dense derivatives and the fewest displacements."""
+    local = measure_local(bowl.risk, None)
+    return measure_gaussian(bowl.risk, local, training, displacements=2)
 
 
 def scatter(

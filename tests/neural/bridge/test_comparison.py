@@ -18,7 +18,7 @@ from neural.bridge.comparison import (
     predict_training,
 )
 from neural.bridge.config import Plan, Training
-from neural.bridge.gaussian import WeightGaussian, measure_gaussian
+from neural.bridge.gaussian import measure_gaussian
 from neural.bridge.prediction import Prediction, predict_loss
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.sgd_chains import noise_free
@@ -26,15 +26,10 @@ from neural.bridge.verdict import verdict
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
-from tests.tiny_risks import Bowl, quadratic, scatter, slide, tanh_risk
+from tests.tiny_risks import Bowl, gaussian_of, quadratic, scatter, slide, tanh_risk
 from tests.tolerances import IDENTITY, agree, within_error
 
 CURVATURE = (2.0, 0.7, 0.2)
-
-
-def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
-    local = measure_local(bowl.risk, None)
-    return measure_gaussian(bowl.risk, local, training, displacements=2)
 
 
 @pytest.fixture(scope="module")

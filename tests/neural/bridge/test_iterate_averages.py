@@ -9,13 +9,11 @@ import torch
 from neural.bridge.comparison import compare_training
 from neural.bridge.config import Plan, Training
 from neural.bridge.drift import response
-from neural.bridge.gaussian import WeightGaussian, measure_gaussian
 from neural.bridge.iterate_averages import ExponentialMean, Running, TailMean, TimeAverage
 from neural.bridge.prediction import predict_loss
 from neural.bridge.sgd_chains import noise_free, train_runs
-from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
-from tests.tiny_risks import Bowl, quadratic, slide, tanh_risk
+from tests.tiny_risks import Bowl, gaussian_of, quadratic, slide, tanh_risk
 from tests.tolerances import IDENTITY, agree, within_error
 
 #: One step, an odd number, and many.
@@ -27,11 +25,6 @@ AVERAGES = [
         ExponentialMean(steps, 0.0),
     )
 ]  # fmt: skip
-
-
-def gaussian_of(bowl: Bowl, training: Training) -> WeightGaussian:
-    local = measure_local(bowl.risk, None)
-    return measure_gaussian(bowl.risk, local, training, displacements=2)
 
 
 def counts(average: TimeAverage) -> np.ndarray:
