@@ -14,6 +14,7 @@ from torch import nn
 
 from neural.evaluate import Score, interpolate, loss_line, loss_rise
 from nqm.errors import NQMError
+from tests.tiny_nets import state_of
 from tests.tolerances import IDENTITY, SIGMAS, agree, within_error
 
 CURVATURE = torch.tensor([3.0, 1.0, 0.1, 0.02], dtype=torch.float64)
@@ -32,10 +33,6 @@ class Bowl(nn.Module):
         return float((0.5 * CURVATURE * self.w.detach() ** 2).sum() + self.offset)
 
 
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def same(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
@@ -45,7 +42,7 @@ def same(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
 
 def test_rise_on_a_quadratic():
     model, sigma, samples = Bowl([1.0, -2.0, 0.5, 4.0]), 0.2, 2000
-    state = snapshot(model)
+    state = state_of(model)
     (got,) = loss_rise(model, Bowl.loss, [sigma], samples)
     # Of 1/2 h w^2 (1 + s e)^2 the mean over +-e rises by s^2 / 2 h w^2 e^2: in expectation by
     # s^2 / 2 sum h w^2, with variance s^4 / 2 sum (h w^2)^2, as var e^2 = 2.
@@ -107,7 +104,7 @@ def test_statistics_stay_unless_recomputed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     x, y = torch.randn(16, 3), torch.randint(2, (16,))
-    state, norm = snapshot(model), model[1]
+    state, norm = state_of(model), model[1]
     means: list[torch.Tensor] = []
 
     def loss(m: nn.Module) -> float:
@@ -132,7 +129,7 @@ def test_statistics_stay_unless_recomputed():
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_weights_come_back_after_an_exception(fails_at):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    state, calls = snapshot(model), 0
+    state, calls = state_of(model), 0
     model[1].eval()
 
     def loss(m: nn.Module) -> float:
@@ -187,7 +184,7 @@ def ends(a: list[float], b: list[float]) -> tuple[dict, dict]:
 
 def test_line_on_a_quadratic():
     model = Bowl([9.0] * 4)
-    state = snapshot(model)
+    state = state_of(model)
     a, b = [1.0, -2.0, 0.5, 4.0], [-1.0, 3.0, 0.0, 2.0]
     got = loss_line(model, *ends(a, b), Bowl.loss)
     h, a, b = CURVATURE.numpy(), np.array(a), np.array(b)

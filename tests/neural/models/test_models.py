@@ -28,6 +28,7 @@ from neural.models.hyper_wrn import TemplateBank, TemplateConv2d, orthogonal_emb
 from neural.models.layers import pad_channels
 from neural.models.resnet_cifar import PaddedShortcut, load_published
 from nqm import NQMError
+from tests.tiny_nets import size
 from tests.tolerances import IDENTITY, SIGMAS, agree, within_error
 
 #: One or more small members of every family: name, options, shape of an image or None for text.
@@ -73,12 +74,6 @@ def inputs(shape: tuple[int, ...] | None, number: int = 4) -> Tensor:
     if shape is None:
         return torch.randint(CLASSES, (number, 8))
     return torch.randn(number, *shape, dtype=torch.float64)
-
-
-def size(name: str, **options: Any) -> int:
-    """Parameters of a model, counted without making them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(name, **options).parameters())
 
 
 # --- every model ---

@@ -16,6 +16,7 @@ from torch import nn
 from neural.models import _torchvision as compat
 from neural.models import build
 from nqm import NQMError
+from tests.tiny_nets import size
 
 ROOT = Path(compat.__file__).parents[2]
 needs_torchvision = pytest.mark.skipif(
@@ -152,11 +153,6 @@ flipped = v2.functional.horizontal_flip(torch.arange(3.0).view(1, 1, 3))
 print(flipped.flatten().tolist())
 """
     assert python(code) == "[2.0, 1.0, 0.0]\n"
-
-
-def size(name: str, **options: Any) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(name, **options).parameters())
 
 
 @needs_torchvision
