@@ -17,17 +17,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from neural import LatePhase, add_rank1, ema, swa
 from nqm import NQMError
 from tests.literal_torch import LiteralLatePhase
+from tests.tiny_nets import batches, net
 from tests.tolerances import IDENTITY, agree
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(count)]
 
 
 # ------------------------------------------------------------------ types
