@@ -8,25 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn, optim
+from torch import nn, optim
 from torch.nn import functional
 
 from neural import LatePhase
 from nqm import NQMError
+from tests.tiny_nets import batches, net
 from tests.tolerances import IDENTITY, agree
 
 Make = Callable[[Any], optim.Optimizer]
 
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
-
-
-def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(count)]
 
 
 def refuses(late: LatePhase, base: Any, own: Any, message: str) -> None:
