@@ -23,10 +23,10 @@ from neural import LatePhase
 from nqm import NQMError, Phase, Program
 from tests import literal
 from tests.literal_torch import LiteralLatePhase
+from tests.tiny_nets import Batches, images
 from tests.tolerances import IDENTITY, agree, within_error
 
 MEMBERS = 3
-Batches = list[tuple[Tensor, Tensor]]
 
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -43,10 +43,6 @@ def convnet() -> nn.Module:
 
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def images(count: int, rows: int = 6) -> Batches:
-    return [(torch.randn(rows, 2, 6, 6), torch.randint(3, (rows,))) for _ in range(count)]
 
 
 def points(count: int, rows: int = 6) -> Batches:
