@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from neural import LatePhase
+from tests.tiny_nets import Batches, images, state_of
 from tests.tolerances import IDENTITY, agree
 
 Weights = dict[str, Tensor]
-Batches = list[tuple[Tensor, Tensor]]
 NORM, HEAD = ("1.weight", "1.bias", "4.weight", "4.bias"), ("7.weight", "7.bias")
 STATISTICS = tuple(f"{i}.running_{n}" for i in (1, 4) for n in ("mean", "var"))
 
@@ -65,14 +65,6 @@ def zeros(w: Weights, names: Sequence[str]) -> Weights:
     return {name: torch.zeros_like(w[name]) for name in names}
 
 
-def begin(model: nn.Module) -> Weights:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def draw(count: int, rows: int = 8) -> Batches:
-    return [(torch.randn(rows, 2, 6, 6), torch.randint(3, (rows,))) for _ in range(count)]
-
-
 def check(late: LatePhase, base: Weights, members: list[Weights], shared: Sequence[str]) -> None:
     for name in shared:
         agree(late.model.state_dict()[name], base[name], IDENTITY)
@@ -102,7 +94,7 @@ class Cifar:
     """
 
     def __init__(self, model: nn.Module, member_decay: float):
-        self.base = begin(model)
+        self.base = state_of(model)
         self.buffers: Weights = {}
         self.shared = ("0.weight", "3.weight")
         self.own = (*NORM, *HEAD)
@@ -162,7 +154,7 @@ def test_cifar(member_decay):
     )
     late = own = None
     for epoch in range(EPOCHS):
-        data = draw(PER_EPOCH)
+        data = images(PER_EPOCH, rows=8)
         official.epoch(epoch, data)
         if epoch == RELEASE:
             late = LatePhase(model, K, "batchnorm+head", idle_steps="first", leftover="members")
@@ -179,7 +171,7 @@ def test_cifar(member_decay):
         for cycle in late.cycles(data):
             late.step(cycle, functional.cross_entropy, base, own)
         check(late, official.base, official.members, official.shared)
-    x = draw(1)[0][0]
+    x = images(1, rows=8)[0][0]
     single = late.averaged(batchnorm="outputs").eval()
     agree(single(x).detach(), official.predict(x), IDENTITY)
     apart = [m["1.weight"] for m in official.members]
@@ -200,7 +192,7 @@ def test_imagenet(idle_matters):
     on mean gradients it is decay / split and decay / (split K), 5e-5 and 5e-6 for 1e-4 and K = 10.
     """
     model = network()
-    base_weights, shared = begin(model), ("0.weight", "3.weight", *HEAD)
+    base_weights, shared = state_of(model), ("0.weight", "3.weight", *HEAD)
     members = [{n: v.clone() for n, v in base_weights.items()} for _ in range(K)]
     base_buffers: Weights = {}
     moments: list[Weights] = [{} for _ in range(K)]
@@ -217,7 +209,7 @@ def test_imagenet(idle_matters):
     for cycle in range(6):
         base_lr = LR if cycle < 3 else 0.1 * LR  # of the base alone
         base.param_groups[0]["lr"] = base_lr
-        data = draw(K)
+        data = images(K, rows=8)
         total = zeros(base_weights, shared)
         for k, (x, y) in enumerate(data):
             member = members[k]
