@@ -38,6 +38,14 @@ seed = {range = [1, 400, 1]}
 RUN = "from nqm.cli import main; main()"
 
 
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Ctrl-C reaches the processes started here, even if a shell keeps it from its own jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def alive(group: int) -> list[int]:
     """Processes of a group that have not ended."""
     found = []
