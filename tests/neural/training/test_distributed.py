@@ -63,6 +63,7 @@ def train_all(rank: int, world: int, folder: Path) -> tuple[int, int, list[str],
     return rank, world, written, statuses
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
     answers = together(2, train_all, tmp_path / "two")
     assert [answer[:2] for answer in answers] == [(0, 2), (1, 2)]
@@ -93,6 +94,7 @@ def train_arms(rank: int, world: int, folder: Path) -> list[float]:
     return [] if table.empty else table["value"].dropna().tolist()
 
 
+@pytest.mark.slow
 def test_experiment_of_two_processes(tmp_path: Path) -> None:
     first, second = together(2, train_arms, tmp_path / "two")
     assert second == []
@@ -134,6 +136,7 @@ def train_and_be_killed(rank: int, world: int, folder: Path, after: int) -> str:
     return train(cases()["late-phase"], folder, Runtime(rank=rank, world=world)).status
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_after_a_kill(tmp_path: Path) -> None:
     with pytest.raises(EOFError):
         together(2, train_and_be_killed, tmp_path / "killed", 5)
