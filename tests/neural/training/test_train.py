@@ -312,7 +312,13 @@ KILLED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", KILLED)
+#: Two of them leave nothing out: carried and short cycles, SWA and EMA, both models.
+OFTEN = ("dropout, SWA, members that carry", "EMA, short cycles, Adam")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=() if one in OFTEN else pytest.mark.slow) for one in KILLED]
+)
 def test_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path, case: str) -> None:
     run = tiny(**KILLED[case], seed=5)
     train(run, tmp_path / "whole")
@@ -331,6 +337,7 @@ def test_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path, case: str)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_run_killed_at_the_end_is_finished_alike(tmp_path: Path) -> None:
     run = tiny(train={"epochs": 1}, data={"batch_size": 100})
     train(run, tmp_path / "whole")
