@@ -212,7 +212,14 @@ def test_smoke_scale_needs_no_files(name):
         assert run.train.epochs <= 4
 
 
-@pytest.mark.parametrize("name", ["cifar100_bn", "imagenet_resnet50", "enwik8_lstm_rank1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("cifar100_bn", marks=pytest.mark.slow),
+        "imagenet_resnet50",
+        pytest.param("enwik8_lstm_rank1", marks=pytest.mark.slow),
+    ],
+)
 def test_smoke_scale_runs(name, tmp_path):
     recipe = load_recipe(name, "smoke")
     table = run_experiment(recipe, tmp_path, seeds=[0])
