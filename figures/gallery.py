@@ -55,7 +55,7 @@ class Entry:
     picture : str
         Its path from the page.
     alt, code, printed, prose : str
-    place : (int, int)
+    span : (int, int)
         Where `printed` stands in the page.
     """
 
@@ -64,7 +64,7 @@ class Entry:
     code: str
     printed: str
     prose: str
-    place: tuple[int, int]
+    span: tuple[int, int]
 
     @property
     def digest(self) -> str:
@@ -82,7 +82,7 @@ class Entry:
 def entries(page: str) -> list[Entry]:
     """All entries of a page's text, in order."""
     found = _ENTRY.finditer(page)
-    return [Entry(**match.groupdict(), place=match.span("printed")) for match in found]
+    return [Entry(**match.groupdict(), span=match.span("printed")) for match in found]
 
 
 def draw(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -204,7 +204,7 @@ def build(path: Path) -> None:
         target = path.parent / entry.picture
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(picture(table, entry.digest))
-        page = page[: entry.place[0]] + printed + page[entry.place[1] :]
+        page = page[: entry.span[0]] + printed + page[entry.span[1] :]
     path.write_text(page, encoding="utf-8")
 
 

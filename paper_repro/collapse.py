@@ -53,9 +53,9 @@ def settings(scale: Scale) -> Settings:
     return Settings()
 
 
-def sgd_floor(rate: float, examples: float, s: Settings) -> float:
-    """Plain SGD's steady-state loss, rate v / (2 (2 - rate h) batch) per direction."""
-    loss = rate * s.noise_variance / (2.0 * (2.0 - rate * s.curvature) * examples)
+def sgd_floor(lr: float, examples: float, s: Settings) -> float:
+    """Plain SGD's steady-state loss, lr v / (2 (2 - lr h) batch) per direction."""
+    loss = lr * s.noise_variance / (2.0 * (2.0 - lr * s.curvature) * examples)
     return s.directions * loss
 
 

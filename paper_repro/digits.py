@@ -34,7 +34,7 @@ SUMMARY = (
 class Settings:
     """scikit-learn's digits, pixels / 16 and an intercept; start at w = 0, gamma = 1/K.
 
-    K members have chains / K replicas.
+    K members have runs / K replicas.
     """
 
     digit: int = 0
@@ -44,14 +44,14 @@ class Settings:
     batch_size: int = 2
     cycles: int = 400
     marks: int = 9
-    chains: int = 2400
+    runs: int = 2400
     seed: int = 6
 
 
 def settings(scale: Scale) -> Settings:
     """Parameters of this figure."""
     if scale is Scale.SMOKE:
-        return Settings(lrs=(0.01, 0.04), members=(1, 4), cycles=40, marks=5, chains=800)
+        return Settings(lrs=(0.01, 0.04), members=(1, 4), cycles=40, marks=5, runs=800)
     return Settings()
 
 
@@ -107,7 +107,7 @@ def _case(
     rng: np.random.Generator,
 ) -> pd.DataFrame:
     """All three kinds of rows for one (lr, K)."""
-    start, replicas = np.zeros(data.features.shape[1]), s.chains // k
+    start, replicas = np.zeros(data.features.shape[1]), s.runs // k
     how: dict[str, Any] = {"members": k, "lr": lr, "batch_size": s.batch_size}
     additive = solve(
         problem, constant(LatePhase(k, gamma="mean"), lr, s.cycles, batch_size=s.batch_size), steps
