@@ -104,7 +104,7 @@ def build(name: str, scale: Scale, out: Path) -> Built:
         raise NQMError(f"cannot write {out}: {error.strerror or error}") from None
     metadata = stamp(name, scale)
     path = out / f"{name}.parquet"
-    table = _earlier(path, metadata)
+    table = _earlier(path, metadata["key"])
     reused = table is not None
     if table is None:
         write_table(path, study.compute(scale), metadata)
@@ -156,17 +156,23 @@ def check_outputs(names: Sequence[str], out: Path) -> None:
     for name in names:
         for kind in ("parquet", "png", "pdf"):
             check_replaceable(out / f"{name}.{kind}")
-        path = out / f"{name}.parquet"
-        if path.exists() and "figure" not in read_metadata(path):
-            raise NQMError(
-                f"{path} was not written by this command; move it or choose another --out"
-            )
+        _earlier(out / f"{name}.parquet")
 
 
-def _earlier(path: Path, metadata: dict[str, Any]) -> pd.DataFrame | None:
-    if not path.exists() or read_metadata(path).get("key") != metadata["key"]:
+def _earlier(path: Path, key: str = "") -> pd.DataFrame | None:
+    """The table of this key, if it is there; NQMError if the file is not of this command."""
+    if not path.exists():
         return None
-    return read_table(path)
+    try:
+        found, table = read_metadata(path), read_table(path)
+    except NQMError:
+        with path.open("rb") as stream:
+            if stream.read(4) != b"PAR1":
+                raise
+        return None  # a table that was cut short is computed anew
+    if "figure" not in found:
+        raise NQMError(f"{path} was not written by this command; move it or choose another --out")
+    return table if found.get("key") == key else None
 
 
 def _picture(

@@ -71,6 +71,8 @@ def test_where_the_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_cannot_be_locked(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     refuses(tmp_path / "plain" / "t", r"cannot write .*plain")
+    os.mkfifo(tmp_path / ".a.lock")  # to open it would wait for a reader
+    refuses(tmp_path / "a", r"\.a\.lock is a pipe or a device")
 
 
 def test_left_overs_are_removed_but_not_what_is_being_written(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 import nqm
 from nqm import (
@@ -26,6 +28,7 @@ from nqm import (
     Warmup,
     WarmupStableDecay,
 )
+from nqm.problems.quadratic import FloatArray
 from nqm.schedule import SCHEDULES, as_schedule
 from tests.tolerances import IDENTITY, agree_each, within_error
 
@@ -226,3 +229,25 @@ def test_a_cycle_down_to_zero_settles(problem):
         keep, kicked = factor * keep, factor * kicked + lr**2 * problem.noise_variance
     found = nqm.steady(problem, Phase(SGD(), schedule, 1))
     agree_each(found.loss, problem.weight @ (kicked / (1.0 - keep)), 1e-11)  # 1 - keep cancels
+
+
+def test_a_joined_schedule_asks_only_the_parts_of_its_steps() -> None:
+    """Of many parts, so that a program costs a look-up a step, not one for each part as well."""
+    asked: list[int] = []
+
+    @dataclass(frozen=True)
+    class Noting(Schedule):
+        number: int
+
+        def __call__(self, step: ArrayLike) -> FloatArray:
+            asked.append(self.number)
+            return np.full(np.shape(step), float(self.number))
+
+    joined = Joined(tuple(Noting(i) for i in range(1, 101)), (2,) * 99)
+    np.testing.assert_array_equal(joined([3, 4, 0, 500]), [2.0, 3.0, 1.0, 100.0])
+    assert sorted(asked) == [1, 2, 3, 100]
+
+
+def test_a_joined_schedule_counts_its_steps_exactly() -> None:
+    with pytest.raises(NQMError, match=r"sum of Joined\.lengths must be at most"):
+        Joined((Constant(1.0),) * 3, (2**53, 2**53))

@@ -145,6 +145,34 @@ def test_misuse_is_one_line_and_exit_code_2(out, arguments, message):
     assert len(result.output.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["switch.parquet", "switch.pdf", "report.html"])
+def test_what_is_in_the_way_is_told_before_any_work(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(find("switch"), "compute", None)
+    (tmp_path / name).mkdir()
+    result = CliRunner().invoke(main, ["reproduce", "switch", "--out", str(tmp_path)])
+    assert (result.exit_code, result.output) == (
+        2,
+        f"error: {tmp_path / name} is a folder, not a file; name a file\n",
+    )
+
+
+def test_a_table_of_texts_is_not_drawn(tmp_path):
+    path, study = tmp_path / "t.csv", find("collapse")
+    names = study.compute(Scale.SMOKE).columns
+    path.write_text(f"{','.join(names)}\n{','.join('x' for _ in names)}\n")
+    arguments = ["figure", "collapse", "--table", str(path), "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: {path} is not a table of figure 'collapse': ")
+
+
+def test_a_damaged_table_is_left_alone(tmp_path):
+    (tmp_path / "switch.parquet").write_bytes(b"somebody's")
+    with pytest.raises(NQMError, match="is not a complete table"):
+        building.build("switch", Scale.SMOKE, tmp_path)
+    assert (tmp_path / "switch.parquet").read_bytes() == b"somebody's"
+
+
 def test_failed_claim_ends_with_exit_code_1(out, monkeypatch):
     failing = [Claim("never", 0.0, ">= 1", False)]
     monkeypatch.setattr(find("switch"), "claims", lambda table: failing)

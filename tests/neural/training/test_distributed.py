@@ -219,3 +219,22 @@ def test_processes_of_processes_are_refused(
             lines = answer.stderr.splitlines()
             assert len(lines) == (rank == "0")
             assert words in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE must be a whole number >= 1; got 'two'"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE must be a whole number >= 1; got '0'"),
+        ("RANK", "-1", "RANK must be a whole number >= 0; got '-1'"),
+        ("WORLD_SIZE", "2", "cannot be joined .*; start them by torchrun"),
+    ],
+)
+def test_variables_that_torchrun_did_not_set(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, words: str
+) -> None:
+    for other in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(NQMError, match=words):
+        join()

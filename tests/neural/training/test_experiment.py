@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -24,6 +25,7 @@ from neural.training import experiment
 from neural.training.build import make_model
 from neural.training.config import RunConfig, build
 from neural.training.experiment import jobs, run_experiment
+from neural.training.load_run import reopen
 from neural.training.plots import draw
 from neural.training.recipe import Recipe, load_recipe
 from neural.training.state import TrainState
@@ -556,7 +558,7 @@ def test_a_title_is_drawn_as_it_is_written(title: str, tmp_path: Path) -> None:
         ([], '[arm."../../x"]', "becomes the name of a folder and must not hold '/'"),
         ([], '[arm."."]', "must not begin with '.'"),
         ([], "[arm.a]\n[arm.A]", "'A' and 'a' would be one folder"),
-        (["--set", "data.mean=[nan]"], "[arm.a]", "data.mean must lie in"),
+        (["--set", "data.mean=[nan]"], "[arm.a]", "data.mean must be a finite number"),
         (["--set", "data.std=[0.0]"], "[arm.a]", "data.std must lie in"),
         (["--set", "model.hidden=[1000000000]"], "[arm.a]", "GiB at least, and there are"),
         (["--seed", "-1"], "[arm.a]", "seed must be"),
@@ -595,3 +597,44 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     run_experiment(made, tmp_path / "out", progress=second)
     assert asked > 1
     assert not list(tmp_path.rglob(".*"))
+
+
+# --- damaged folders -----------------------------------------------------------------------------
+
+
+def test_what_is_damaged_in_a_run_is_named(tmp_path: Path) -> None:
+    made, run = recipe({"base": {}}, seeds=2), tmp_path / "base" / "seed1"
+    whole = run_experiment(made, tmp_path)
+
+    def refused(words: str) -> None:
+        with pytest.raises(NQMError, match=words):
+            run_experiment(made, tmp_path)
+
+    predictions = run / "predictions.npz"
+    kept = predictions.read_bytes()
+    for content in (b"", b"\x80junk", kept[:-30]):
+        predictions.write_bytes(content)
+        refused(r"predictions\.npz holds no predictions")
+    arrays = dict(np.load(tmp_path / "base" / "seed0" / "predictions.npz"))
+    np.savez(predictions, **(arrays | {"labels": arrays["labels"][1:]}))
+    refused("its shapes do not fit")
+    predictions.write_bytes(kept)
+    for name, column in (("result", "data"), ("history", "epoch")):
+        kept = (run / f"{name}.parquet").read_bytes()
+        (run / f"{name}.parquet").unlink()
+        write_table(run / f"{name}.parquet", pd.DataFrame({"a": ["x"]}), {})
+        refused(rf"{name}\.parquet has no column {column}")
+        (run / f"{name}.parquet").write_bytes(kept)
+    pd.testing.assert_frame_equal(run_experiment(made, tmp_path), whole)
+    with pytest.raises(NQMError, match="seed1 is the folder of a run"):
+        run_experiment(made, run)
+
+
+@pytest.mark.parametrize("name", ["run.json", "model.pt"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    run_experiment(recipe({"base": {}}, seeds=1), tmp_path)
+    run = tmp_path / "base" / "seed0"
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(NQMError, match=f"{name} is a pipe or a device"):
+        reopen(run)

@@ -416,8 +416,11 @@ DAMAGED = {
     '[1, {"case": ["a"], "loss": []}]': "length",
     '[1, {"case": ["a"], "loss": [[1]]}]': "no number",
     '[1, {"case": ["a"], "loss": [99999999999999999999]}]': "no number",
+    '[1, {"case": ["a"], "loss": ["1.0"]}]': "column loss is not of its type, float64",
+    '[1, {"case": ["a"], "loss": [true]}]': "column loss is not of its type, float64",
+    '[1, {"case": ["a"], "loss": [1.0], "step": [0.5]}]': "column step is not of its type, int64",
     '[1, {"case": ["a", "b"], "loss": [1, 2]}]': "one case",
-    '[1, {"case": [1], "loss": [1]}]': "one case",
+    '[1, {"case": [1], "loss": [1]}]': "column case is not of its type, str",
 }
 
 
