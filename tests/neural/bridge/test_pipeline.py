@@ -172,7 +172,7 @@ def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\); got 1.0"),
         (
             {"lr_times_sharpness": ("fast",)},
-            "lr_times_sharpness must be a finite number; got 'fast'",
+            "lr_times_sharpness must be a finite .* got 'fast'",
         ),
         ({"lr_times_sharpness": ()}, r"lr_times_sharpness must have one entry .* got \(\)"),
         ({"batch_sizes": (8, 8)}, r"batch_sizes must have one entry at least, and none twice"),
