@@ -739,8 +739,8 @@ class LatePhase(nn.Module):
         Returns
         -------
         float
-            sqrt(mean over k of |phi_k - mean|^2) / |mean|, over all replicated weights together; 0
-            if their mean is 0.
+            ``sqrt(mean over k of |phi_k - mean|^2) / |mean|``, over all replicated weights
+            together; 0 if their mean is 0.
         """
         values = [
             (torch.view_as_real(w) if w.is_complex() else w).double()

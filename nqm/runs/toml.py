@@ -616,6 +616,7 @@ LETTERS: dict[str, tuple[str, ...]] = {
     "w0": ("initial_mean",),
     "eta": ("lr",),
     "learning_rate": ("lr",),
+    "lr": ("member_lr",),
     "sigma": ("noise", "spread"),
     "beta": ("momentum", "decay"),
     "gamma_theta": ("gamma",),

@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "records": (lambda: nqm.solve(P, Phase(SGD(), 0.1, 2**70), range(2**70)), "in record.at"),
     "replicas": (lambda: nqm.sample(P, PHASE, replicas=BILLION), "replicas = 1000000000 .* GiB"),
     "replicas adam": (lambda: nqm.sample(P, Phase(Adam(), 0.1, 5), replicas=10**12), "replicas ="),
-    "steps": (lambda: nqm.sample(P, Phase(SGD(), 0.1, HUGE)), "phase.steps = 9.0"),
+    "steps": (lambda: nqm.sample(P, Phase(SGD(), 0.1, HUGE)), "phase.0.steps = 9.0"),
     "least squares": (lambda: nqm.solve(LS, Phase(SGD(), 0.1, HUGE)), "phase.steps = 9"),
     "its cycle": (lambda: nqm.steady(LS, Phase(SGD(), Cyclic(0.1, 0.0, 10**8), 1)), "the period"),
     "its batch": (lambda: nqm.sample(LS, Phase(SGD(), 0.1, 5, BILLION)), "phase.0.batch_size = 1"),

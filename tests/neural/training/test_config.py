@@ -88,7 +88,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
             idle_steps=st.just(idle),
             leftover=st.sampled_from(["carry", "members", "drop"]),
             fused=st.booleans() if idle == "none" else st.just(False),
-            lr=st.none() | schedules,
+            member_lr=st.none() | schedules,
             weight_decay=st.none() | fractions,
         )
     )
@@ -189,7 +189,7 @@ def test_every_schedule_is_generated() -> None:
 
 @given(schedules)
 def test_late_phase_has_schedules_of_its_own(schedule: Any) -> None:
-    late = LatePhaseConfig(start_epoch=0, lr=schedule)
+    late = LatePhaseConfig(start_epoch=0, member_lr=schedule)
     run = RunConfig(DataConfig("digits"), ModelConfig("mlp"), TrainConfig(3, schedule), late)
     stated = describe(run)
     assert stated["late_phase"]["member_lr"] == stated["train"]["lr"]

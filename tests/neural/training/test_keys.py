@@ -15,8 +15,8 @@ from neural.curvature.cache import Cache
 from neural.models import MODELS
 from neural.models.small_cnn import MLP
 from neural.training import config
+from neural.training.averages import AVERAGES
 from neural.training.config import (
-    AverageConfig,
     EvaluateConfig,
     LatePhaseConfig,
     ModelConfig,
@@ -40,7 +40,7 @@ from tests.key_defaults import check, networks
 from tests.nqm.test_keys import extended
 from tests.tiny_runs import LATE, mapping, tiny
 
-AVERAGE = {"method": "swa", "start_epoch": 1}
+AVERAGE: dict[str, Any] = {"method": "swa", "start_epoch": 1}
 WHOLE: dict[str, Any] = {"late_phase": LATE, "average": AVERAGE}
 
 SPELLINGS: dict[str, dict[str, Any]] = {
@@ -81,6 +81,11 @@ def section(name: str, cls: type) -> Callable[[pytest.MonkeyPatch], None]:
     return add
 
 
+def of_the_average(patch: pytest.MonkeyPatch) -> None:
+    method = AVERAGE["method"]
+    patch.setitem(AVERAGES, method, extended(AVERAGES[method], sharpness_radius=0.0))
+
+
 def of_the_model(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(config, "ModelConfig", extended(ModelConfig, ema_head=False))
 
@@ -97,7 +102,7 @@ def of_a_model_of_ours(patch: pytest.MonkeyPatch) -> None:
 ADDITIONS = {
     "train": section("train", TrainConfig),
     "late_phase": section("late_phase", LatePhaseConfig),
-    "average": section("average", AverageConfig),
+    "average": of_the_average,
     "evaluate": section("evaluate", EvaluateConfig),
     "model": of_the_model,
     "a model's class": of_a_model_of_ours,

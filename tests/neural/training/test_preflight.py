@@ -45,7 +45,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "checkpoint": ({"model": {"name": "mlp", "checkpoint": "no.pt"}}, "no.pt: no such file"),
     "weights": ({"model": {"name": "mlp", "hidden": [10**9]}}, "weights.* GiB at least"),
     "members": (
-        {"data": {"batch_size": 1}, "late_phase": LATE | {"members": 10**9}},
+        {"data": {"batch_size": 1}, "late_phase": LATE | {"members": 10**6}},
         "members must be at most the 200 minibatches from epoch 1 on",
     ),
     "K": ({"late_phase": LATE | {"members": 5, "leftover": "drop"}}, "at most the 4 minibatches"),

@@ -110,7 +110,7 @@ def test_late_phase_run_is_the_loop_of_the_library(
     settings = {
         "start_epoch": 1, "members": members, "leftover": leftover, "gamma": 0.7,
         "noise": 0.3, "weight_decay": 1e-2,
-        "lr": {"schedule": "linear", "start": 0.2, "end": 0.05, "over": 3},
+        "member_lr": {"schedule": "linear", "start": 0.2, "end": 0.05, "over": 3},
     }  # fmt: skip
     late_settings = settings | {"select": "batchnorm+head"}
     run = tiny(
