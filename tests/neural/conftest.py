@@ -1,4 +1,4 @@
-"""The embedded digits are read once: each time takes a tenth of a second, and hundreds of tests do."""
+"""The embedded digits are read once: a tenth of a second each time, for hundreds of tests."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neural.bridge.api import compare, measure, predict
 from neural.bridge.best_lr import best_lrs
-from neural.bridge.comparison import compare_training
+from neural.bridge.comparison import Outcome, compare_training
 from neural.bridge.config import BridgeConfig, Plan
 from neural.bridge.gaussian import measure_averages, measure_gaussian
 from neural.bridge.prediction import predict_each
@@ -29,6 +29,27 @@ CONFIG = BridgeConfig(
     lr_times_sharpness=(0.1, 0.2, 0.4), batch_sizes=(4, 8), steps=12,
 )  # fmt: skip
 PLAN = Plan(members=(1, 2), runs=4, records=2)
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """What the calls gave, the files they left, and what they reported."""
+
+    folder: Path
+    cache: Cache
+    found: Outcome
+    told: list[tuple[str, float]]
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory: pytest.TempPathFactory) -> Bridge:
+    """One bridge of `CONFIG`, measured and trained; tests that add files take a copy of these."""
+    folder = tmp_path_factory.mktemp("bridge")
+    risk, cache = tanh_risk(), Cache(folder)
+    told: list[tuple[str, float]] = []
+    measured = measure(risk, CONFIG, cache=cache, progress=lambda *one: told.append(one))
+    found = compare(measured, PLAN, progress=lambda *one: told.append(one))
+    return Bridge(folder, cache, found, told)
 
 
 def test_the_three_calls_are_their_parts() -> None:
@@ -91,11 +112,9 @@ def refuse(*args: object, **kwargs: object) -> NoReturn:
     raise AssertionError("computed again")
 
 
-def test_a_second_call_computes_nothing(tmp_path: Path) -> None:
-    risk, cache = tanh_risk(), Cache(tmp_path)
-    measured = measure(risk, CONFIG, cache=cache)
-    found = compare(measured, PLAN)
-    log, files = dict(cache.log), set(tmp_path.iterdir())
+def test_a_second_call_computes_nothing(bridge: Bridge) -> None:
+    cache, found, folder = bridge.cache, bridge.found, bridge.folder
+    log, files = dict(cache.log), set(folder.iterdir())
     stages = {stage for stage, _ in log}
     assert {"eigenpairs", "noise_sample", "averages", "slopes", "force", "training"} <= stages
     assert len(files) == len(log)
@@ -110,20 +129,19 @@ def test_a_second_call_computes_nothing(tmp_path: Path) -> None:
         return whole(w)
 
     again.loss_and_gradient = counted  # type: ignore[method-assign]
-    for other in (cache, Cache(tmp_path)):
+    for other in (cache, Cache(folder)):
         gradients.clear()
         repeated = compare(measure(again, CONFIG, cache=other), PLAN)
         pd.testing.assert_frame_equal(repeated.table, found.table)
         pd.testing.assert_frame_equal(repeated.course, found.course)
         assert other.log == log
         assert len(gradients) <= 1  # that of the checkpoint, which is no stage
-    assert set(tmp_path.iterdir()) == files
+    assert set(folder.iterdir()) == files
 
 
-def test_what_a_stage_takes_is_that_of_when_it_was_computed(tmp_path: Path) -> None:
+def test_what_a_stage_takes_is_that_of_when_it_was_computed(bridge: Bridge) -> None:
     """A configuration that finds its results there reports the seconds of the one before it."""
-    risk, first, second = tanh_risk(), Cache(tmp_path), Cache(tmp_path)
-    compare(measure(risk, CONFIG, cache=first), PLAN)
+    risk, first, second = tanh_risk(), bridge.cache, Cache(bridge.folder)
     less = replace(CONFIG, lr_times_sharpness=CONFIG.lr_times_sharpness[1:], batch_sizes=(4,))
     # The reference training is the one before the last rate: still the same.
     assert less.reference(1.0) == CONFIG.reference(1.0)
@@ -158,11 +176,8 @@ def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> No
     assert stages(replace(config, eigenpairs=5)) >= {"eigenpairs", "slopes", "force", "averages"}
 
 
-def test_stages_are_reported_with_their_share() -> None:
-    told: list[tuple[str, float]] = []
-    risk = tanh_risk()
-    measured = measure(risk, CONFIG, progress=lambda *one: told.append(one))
-    compare(measured, PLAN, progress=lambda *one: told.append(one))
+def test_stages_are_reported_with_their_share(bridge: Bridge) -> None:
+    told = bridge.told
     stages = list(dict.fromkeys(stage for stage, _ in told))
     trained = [f"train {i} of 4" for i in (1, 2, 3, 4)]
     assert stages == ["curvature and noise", "averages", "third derivatives", *trained]
