@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="train_state", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _digits_are_read_once() -> Iterator[None]:
     """Every caller has a copy of its own."""
     import sklearn.datasets

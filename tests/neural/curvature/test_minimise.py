@@ -219,7 +219,8 @@ def test_settling_stays_near_and_leaves_the_rest_alone() -> None:
 
 def test_settling_at_a_rate_goes_to_the_same_minimum() -> None:
     risk = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).risk
-    found = minimise(risk, 2000, lr=0.3)
+    # The flattest direction shrinks by exp(-lr h n / 2) under a cosine: 1e-9 of what it was.
+    found = minimise(risk, 1400, lr=0.3)
     np.testing.assert_allclose(found.weights, np.zeros(4), atol=1e-8)
 
 
