@@ -24,17 +24,18 @@ from nqm.progress import Progress, counted
 
 @dataclass(frozen=True)
 class Measured:
-    """A network, and what was measured of it for every training.
+    """A network, and what was measured for every training.
 
     Attributes
     ----------
     risk : EmpiricalRisk
+        The network's training loss.
     local : LocalQuadratic
         Slope, curvature and noise at the checkpoint.
     gaussians : tuple of WeightGaussian
         One for each training.
     cache : Cache
-        Where results are kept.
+        Where results are stored.
     """
 
     risk: EmpiricalRisk
@@ -56,15 +57,17 @@ def measure(
     Parameters
     ----------
     risk : EmpiricalRisk
+        The network's training loss.
     config : BridgeConfig, optional
-        Learning rates are in units of the largest curvature, which is measured first. What says
-        how a risk is made of a run (`select` to `minimise_lr`, `test_examples`, `train`) does
-        not count here.
+        Learning rates are in units of the largest curvature, which is measured first. Fields that
+        say how a risk is made from a run (`select` to `minimise_lr`, `test_examples`, `train`) are
+        ignored.
     seed : int
+        Seed of all random draws.
     cache : Cache, optional
-        Keeps every stage; nothing is kept by default.
+        Stores the result of every stage; nothing is stored by default.
     progress : callable, optional
-        Told a stage's name and the share of it that is done.
+        Called with a stage's name and the fraction of it that is done.
 
     Returns
     -------
@@ -107,12 +110,12 @@ def measure_checkpoint(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> LocalQuadratic:
-    """The first stage of `measure`: slope, curvature and noise at the checkpoint.
+    """Measure slope, curvature and noise at the checkpoint: the first stage of `measure`.
 
     Parameters
     ----------
     risk, config, seed, cache, progress
-        As of `measure`.
+        See `measure`.
 
     Returns
     -------
@@ -133,18 +136,18 @@ def measure_checkpoint(
 
 
 def predict(measured: Measured, plan: Plan | None = None) -> Outcome:
-    """Predicted losses of every training and average.
+    """Predict the losses of every training and average.
 
     Parameters
     ----------
     measured : Measured
     plan : Plan, optional
-        Which averages of which runs.
+        Group sizes, and which averages of the runs are predicted.
 
     Returns
     -------
     Outcome
-        In the form of `compare`; what would be measured is NaN.
+        The columns of `compare`; the measured ones are NaN.
     """
     return joined([predict_training(one, plan or Plan()) for one in measured.gaussians])
 
@@ -156,17 +159,17 @@ def compare(
     test: Callable[[Tensor], float] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Predicted losses beside those of real training from the checkpoint.
+    """Train from the checkpoint, and set the measured losses beside the predicted ones.
 
     Parameters
     ----------
     measured : Measured
     plan : Plan, optional
-        Which averages of which runs.
+        Number of runs, group sizes, and which averages of the runs are evaluated.
     test : callable, optional
-        Test loss of a weight vector, recorded once, after the last step.
+        Test loss of a weight vector; recorded once, after the last step.
     progress : callable, optional
-        Told a stage's name and the share of it that is done.
+        Called with a stage's name and the fraction of it that is done.
 
     Returns
     -------

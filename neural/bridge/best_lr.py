@@ -1,7 +1,8 @@
-"""The learning rate at which training from a checkpoint gains most, predicted and measured.
+"""The learning rate with the lowest loss after training from a checkpoint, predicted and measured.
 
-A low rate gets nowhere in so many steps, a high one adds noise. From a checkpoint that is not a
-minimum the loss therefore has a least value in between, at a rate that rises with K.
+At a low rate the loss hardly decreases in the given steps; a high rate adds noise. From a
+checkpoint that is not a minimum the loss is therefore lowest at some rate in between, and this
+rate increases with K.
 """
 
 from __future__ import annotations
@@ -34,26 +35,26 @@ def best_lr(
     records: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> list[float | None]:
-    """The rate at which the predicted loss of the mean of K is least, for every K.
+    """The learning rate at which the predicted loss of the mean of K runs is lowest, for every K.
 
     Parameters
     ----------
     gaussians : sequence of WeightGaussian
-        Of trainings at one rate or more (`nearest_gaussians`).
+        Measured at one learning rate or more (`nearest_gaussians`).
     training : Training
-        The lowest rate of interest; steps, batch size and momentum.
+        The training at the lowest rate of interest; gives steps, batch size and momentum.
     members : sequence of int
-        K.
+        Values of K.
     records : int
-        How many times the loss is recorded, over which it is averaged (`Training.record_steps`).
+        Number of recorded losses that are averaged (`Training.record_steps`).
     progress : callable, optional
-        Told that one more rate has been tried: at first `POINTS`, then some for every K.
+        Called with 1 after every new rate: `POINTS` times, then a few times for every K.
 
     Returns
     -------
     list of float or None
-        Between a sixteenth of the training's rate and the edge of stability; None where the loss
-        is least at an end of that.
+        One for each K, between 1/16 of the training's rate and the edge of stability; None where
+        the loss is lowest at an end of that range.
     """
     local, at = gaussians[0].checkpoint, training.record_steps(records)
     known: dict[float, Prediction] = {}
@@ -82,12 +83,12 @@ def best_lr(
 def predict_between(
     gaussians: Sequence[WeightGaussian], training: Training, at: Sequence[int]
 ) -> Prediction:
-    """Prediction for a learning rate between those of the measured trainings, or beyond them.
+    """Prediction for a learning rate between those of the measured trainings, or outside them.
 
     Parameters
     ----------
     gaussians : sequence of WeightGaussian
-        Of the trainings at which the drift was measured.
+        Measured at different learning rates.
     training : Training
     at : sequence of int
         Steps over which the loss is averaged.
@@ -95,14 +96,16 @@ def predict_between(
     Returns
     -------
     Prediction
-        The mean of the predictions by the two nearest, part by part.
+        Weighted mean, term by term, of the predictions from the nearest two Gaussians.
     """
     near = nearest_gaussians(gaussians, training)
     return weighted((weight, predict_loss(one, at)) for weight, one in near)
 
 
 def measured_best(table: pd.DataFrame) -> float | None:
-    """The rate of least measured loss: a parabola in log lr through the lowest and its neighbours.
+    """The learning rate of lowest measured loss, by a parabola in log lr through three points.
+
+    The points are the lowest loss and its two neighbours.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ def measured_best(table: pd.DataFrame) -> float | None:
     Returns
     -------
     float or None
-        None where the lowest is the first or the last, or a loss is not finite.
+        None where the lowest loss is at the first or last rate, or a loss is not finite.
     """
     rows = table.sort_values("lr")
     losses = rows["measured"].to_numpy()
@@ -135,23 +138,25 @@ def best_lrs(
     records: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """Predicted and measured best rate of every K, where three rates or more share a batch size.
+    """Predicted and measured best learning rate for every K.
+
+    Batch sizes with fewer than three learning rates are left out.
 
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.api.compare` makes it, of all trainings.
+        Of all trainings, made by `neural.bridge.api.compare`.
     gaussians : sequence of WeightGaussian
-        Of the trainings.
+        One for each training.
     records : int
-        How many times the loss of a training is recorded.
+        Number of recorded losses of a training that are averaged.
     progress : callable, optional
-        As of `best_lr`.
+        See `best_lr`.
 
     Returns
     -------
     DataFrame
-        Columns way, batch_size, members, predicted, measured; NaN where there is none in reach.
+        Columns way, batch_size, members, predicted, measured; a rate that was not found is NaN.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Prediction beside training: what theory says of every training, and what really comes out."""
+"""Predicted and measured losses of a training, side by side."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ COURSE = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found of a training.
+    """Losses of a training, measured or predicted or both.
 
     Attributes
     ----------
     table : DataFrame
-        A row for every K and kind of weights: the iterate, its loss averaged over the recorded
+        A row for every K and kind of weights: the iterate, with its loss averaged over the recorded
         steps of the second half, and averages over time, evaluated after the last step.
     course : DataFrame
-        A row for every K and recorded step of the iterate; in the first half of the steps for the
-        smallest and the largest K only.
+        A row for every K and recorded step of the iterate; steps of the first half are recorded for
+        the smallest and the largest K only.
     """
 
     table: pd.DataFrame
@@ -72,7 +72,7 @@ def measure_training(
     cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Really train from the checkpoint, and average.
+    """Train from the checkpoint, average the weights, and measure their losses.
 
     Parameters
     ----------
@@ -80,22 +80,23 @@ def measure_training(
     training : Training
     plan : Plan
     control : ControlVariate, optional
-        Of this training, to be taken off what is measured; the table has both.
+        Control variate of this training, subtracted from the measured losses; the table has the
+        values with and without it.
     test : callable, optional
-        Test loss of a weight vector, evaluated once, after the last step. What is kept of another
-        test loss is told by its value at the checkpoint.
+        Test loss of a weight vector; evaluated once, after the last step. Its value at the
+        checkpoint is part of the cache key.
     cache : Cache, optional
-        Keeps the result.
+        Stores the result.
     progress : callable, optional
-        Told of minibatches done.
+        Called with the number of minibatches done.
 
     Returns
     -------
     Outcome
-        Columns members, weights (members, step), measured, error: change of the training loss from
-        the checkpoint's, mean over groups (and recorded steps), its standard error over groups. In
-        the table also gain, gain_error: the mean loss of the group's own runs less that of their
-        mean, in which what they have in common cancels; plain, plain_error: measured without the
+        Columns members, weights (members, step), measured, error: the change of the training loss
+        from the checkpoint's, averaged over groups (and recorded steps), and its standard error
+        over groups. The table also has gain, gain_error: the mean loss of a group's single runs
+        less the loss of their mean weights; plain, plain_error: the measured change without the
         control variate; and test, the mean test loss.
     """
     at, late = training.course_steps(plan.records), training.record_steps(plan.records)
@@ -142,7 +143,7 @@ def measure_training(
 def _tabulate(
     known: dict[str, Any], training: Training, plan: Plan, control: ControlVariate | None
 ) -> Outcome:
-    """Means and errors of what was measured of every group of runs, or run of members."""
+    """Means and standard errors over groups of runs (or over late-phase runs)."""
     import pandas as pd
 
     at, count = training.course_steps(plan.records), len(training.record_steps(plan.records))
@@ -178,14 +179,14 @@ def _tabulate(
 
 
 def _keys(plan: Plan, members: int) -> tuple[tuple[int, int], ...]:
-    """Keys by which runs, or members of one run after the other, draw their minibatches."""
+    """Seeds of the minibatches of every run, or of every member of every late-phase run."""
     if plan.late_phase is None:
         return tuple((plan.seed, run) for run in range(plan.runs))
     return tuple((seed, k) for seed in _runs(plan, members) for k in range(members))
 
 
 def _runs(plan: Plan, members: int) -> list[int]:
-    """Seeds of late-phase runs of K members: two at least."""
+    """Seeds of the late-phase runs with K members; at least two runs."""
     return [1000 * plan.seed + group for group in range(max(plan.runs // members, 2))]
 
 
@@ -201,7 +202,7 @@ def _controls(
 def _gain(
     single: FloatArray | None, mean: FloatArray, members: int, late: int
 ) -> tuple[float, float]:
-    """What averaging saves each group of runs; NaN of members, which are no runs."""
+    """Loss of a group's single runs less that of their mean; NaN for late-phase members."""
     if single is None or members == 1:
         return np.nan, np.nan
     own = single[: len(mean) * members].reshape(len(mean), members, -1).mean(1)
@@ -209,24 +210,24 @@ def _gain(
 
 
 def _mean(each: FloatArray) -> tuple[float, float]:
-    """Mean and its standard error; NaN of a single one."""
+    """Mean and its standard error; the error of one value is NaN."""
     error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else np.nan
     return float(each.mean()), error
 
 
 def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
-    """The prediction of one training, in the form of `compare_training`.
+    """Predicted losses of one training, in the form of `compare_training`.
 
     Parameters
     ----------
     gaussian : WeightGaussian
-        Of the training.
+        Gaussian of the weights in the training.
     plan : Plan
 
     Returns
     -------
     Outcome
-        What would be measured is NaN.
+        The measured columns are NaN.
     """
     import pandas as pd
 
@@ -267,32 +268,32 @@ def compare_training(
     cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Prediction and measurement of one training.
+    """Predict and measure one training.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     gaussian : WeightGaussian
-        Of the training.
+        Gaussian of the weights in the training.
     plan : Plan
     test : callable, optional
         Test loss of a weight vector.
     cache : Cache, optional
-        Keeps what is measured.
+        Stores the measured losses.
     progress : callable, optional
-        Told of minibatches done.
+        Called with the number of minibatches done.
 
     Returns
     -------
     Outcome
-        In the table: the training; members, weights; predicted and measured change of the loss
-        from the checkpoint's, its standard error; what noise adds, predicted and measured
-        (``predicted_rise``, ``measured_rise``), and their ratio; what averaging saves a single run
-        (``predicted_gain``, ``gain``); the parts of the prediction (`Prediction`); the relative
-        increase of the noise by scatter (``noise_growth``), the curvature added by kinks
-        (``kink_fraction``), and the relative change of the noise at the end of the noise-free path
-        (``noise_change_on_path``, where that is trained); the test loss. In the course: predicted
-        and measured change at every recorded step.
+        Columns of the table: the training; members, weights; predicted and measured change of the
+        loss from the checkpoint's, and its standard error; the part due to noise, predicted and
+        measured (``predicted_rise``, ``measured_rise``), and their ratio; the loss of a single run
+        less that of the mean (``predicted_gain``, ``gain``); the terms of the prediction
+        (`Prediction`); the relative increase of the noise by scatter (``noise_growth``); the
+        curvature added by kinks (``kink_fraction``); the relative change of the noise at the end of
+        the noise-free path (``noise_change_on_path``, NaN where that path is not trained); the test
+        loss. The course has the predicted and measured change at every recorded step.
     """
     training, local = gaussian.training, gaussian.checkpoint
     both = predict_training(gaussian, plan)
@@ -324,7 +325,7 @@ def compare_training(
 def _noise_free(
     risk: EmpiricalRisk, local: LocalQuadratic, training: Training, plan: Plan
 ) -> dict[str, Any]:
-    """Change of the loss without noise, for every kind of weights; and that of the noise itself."""
+    """Change of the loss without noise for every kind of weights, and change of the noise."""
     averages = Running(plan.averages(training), risk.weights)
     end = risk.weights
 
@@ -343,7 +344,17 @@ def _noise_free(
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
-    """The tables of several trainings, one below the other."""
+    """Concatenate the tables of several trainings.
+
+    Parameters
+    ----------
+    outcomes : sequence of Outcome
+        At least one.
+
+    Returns
+    -------
+    Outcome
+    """
     import pandas as pd
 
     return Outcome(

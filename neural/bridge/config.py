@@ -24,7 +24,19 @@ EARLY = 5
 
 
 def check_different(name: str, values: tuple[object, ...]) -> None:
-    """Raise NQMError unless there is a value, and none twice."""
+    """Refuse an empty list of values, and a list with a value twice.
+
+    Parameters
+    ----------
+    name : str
+        Field that the error names.
+    values : tuple
+
+    Raises
+    ------
+    NQMError
+        If `values` is empty or has duplicates.
+    """
     if not values or len(set(values)) < len(values):
         raise NQMError(f"{name} must have one entry at least, and none twice; got {values!r}")
 
@@ -73,22 +85,65 @@ class Training:
         return HeavyBall(momentum=self.momentum) if self.momentum else SGD()
 
     def noise_ratio(self, reference: Training) -> float:
-        """Stationary covariance beside that of another training: the ratio of the two lr / B."""
+        """Ratio of this training's lr / B to another's, that of the stationary covariances.
+
+        Parameters
+        ----------
+        reference : Training
+            The other training.
+
+        Returns
+        -------
+        float
+        """
         own = self.effective_lr / self.batch_size
         return own / (reference.effective_lr / reference.batch_size)
 
     def record_steps(self, count: int) -> list[int]:
-        """At most `count` steps of the second half, evenly spaced, to record the loss at."""
+        """Steps of the second half at which the loss is recorded, evenly spaced.
+
+        Parameters
+        ----------
+        count : int
+            Number of steps; fewer are returned if the second half is shorter.
+
+        Returns
+        -------
+        list of int
+            Increasing; the last is `steps`.
+        """
         half = self.steps / 2.0
         return sorted({round(half + half * i / count) for i in range(1, count + 1)})
 
     def course_steps(self, count: int) -> list[int]:
-        """`record_steps`, and before them steps that double."""
+        """`record_steps`, preceded by a few steps of the first half, each twice the one before.
+
+        Parameters
+        ----------
+        count : int
+            Number of steps of the second half.
+
+        Returns
+        -------
+        list of int
+            Increasing.
+        """
         early = {self.steps >> halvings for halvings in range(2, 2 + EARLY)} - {0}
         return sorted(early | set(self.record_steps(count)))
 
     def check(self, examples: int) -> None:
-        """Raise NQMError if the examples are no whole number of minibatches of shuffled epochs."""
+        """Check that shuffled epochs consist of whole minibatches.
+
+        Parameters
+        ----------
+        examples : int
+            N.
+
+        Raises
+        ------
+        NQMError
+            If sampling is "shuffled" and the batch size does not divide the number of examples.
+        """
         if self.sampling == "shuffled" and examples % self.batch_size:
             raise NQMError(
                 f"shuffled epochs need a batch_size that divides the {examples} examples; got "
@@ -105,22 +160,22 @@ class Plan:
     members : tuple of int
         Sizes K of the groups of runs whose weights are averaged.
     runs : int
-        Independent runs: at least the largest K; twice that for an interval.
+        Number of independent runs: at least the largest K, and twice that for a standard error.
     records : int
-        How many times the loss is recorded, over the second half of the steps.
+        How many times the loss is recorded in the second half of the steps.
     late_phase : str, optional
-        Weights to replicate on a shared base, in place of independent runs; every group of K is
-        then a run of `neural.LatePhase`.
+        Weights to replicate on a shared base. Each group of K is then one run of
+        `neural.LatePhase`; without it, a group consists of K independent runs.
     decay : float
-        Of the exponential mean of a run's weights, which is evaluated beside the uniform mean over
-        the second half of its steps.
+        Decay of the exponential mean of a run's weights. It is evaluated beside the uniform mean
+        over the second half of the steps.
     seed : int
-        Of all random draws, of the measurement too.
+        Seed of all random draws, those of the measurement included.
 
     Raises
     ------
     NQMError
-        If a value is out of its range, or a group larger than the number of runs.
+        If a value is out of its range, or a group is larger than the number of runs.
     """
 
     members: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -131,7 +186,16 @@ class Plan:
     seed: int = 0
 
     def averages(self, training: Training) -> tuple[TimeAverage, ...]:
-        """Averages over time that are evaluated: two of independent runs, none of members."""
+        """Averages over time that are evaluated: two for independent runs, none for members.
+
+        Parameters
+        ----------
+        training : Training
+
+        Returns
+        -------
+        tuple of TimeAverage
+        """
         if self.late_phase is not None:
             return ()
         return TailMean(training.steps), ExponentialMean(training.steps, self.decay)
@@ -167,46 +231,49 @@ class BridgeConfig:
     Attributes
     ----------
     select : str
-        Weights whose loss is measured; the others stay as they are.
+        Weights whose loss is measured; the others stay fixed.
     examples : int
-        Of the training set; 0 for all.
+        Number of training examples in the measured loss; 0 for all.
     weight_decay : float, optional
-        That of the run by default.
+        Weight decay of the measured loss; that of the run by default.
     curvature : {"hessian", "ggn"}
-        The Hessian, or its Gauss-Newton part: never negative, and cheap for a few weights of many.
+        The Hessian, or its Gauss-Newton part, which has no negative eigenvalues for cross-entropy
+        and is cheap for a few weights of many.
     batchnorm_group : int, optional
-        Compute BatchNorm statistics over groups of so many examples, as in training; batch sizes
-        then count groups. The statistics of evaluation by default.
+        Compute BatchNorm statistics over groups of this many examples, as in training; batch sizes
+        then count groups. By default BatchNorm uses its running statistics.
     minimise : int
-        Minimise the training loss for so many iterations before measuring; 0 to measure at the
+        Minimise the training loss for this many iterations before measuring; 0 to measure at the
         checkpoint.
     minimise_lr : float, optional
-        By gradient descent at this rate, not by L-BFGS (`neural.curvature.risk.minimise`).
+        Minimise by gradient descent at this learning rate; by L-BFGS and Newton steps by default
+        (`neural.curvature.minimise.minimise`).
     eigenpairs : int
-        Stiffest directions that are measured one by one; 0 for all, of few weights.
+        Number of largest eigenvalues that are measured one by one; 0 for all, if there are few
+        weights.
     noise_samples, lanczos_steps : int
-        Draws of the gradient noise beyond them, and Hessian products for each.
+        Random draws of the gradient noise beyond the eigenpairs, and Hessian products for each.
     displacements : int
         Random displacements for third derivatives and kinks, at the covariance of each training.
     averaging_displacements : int
-        Random displacements at which curvature and noise are averaged; 0 for none, and for no
-        kinks.
+        Random displacements over which curvature and noise are averaged; 0 uses the values at the
+        checkpoint and leaves kinks out.
     lr_times_sharpness : tuple of float
-        Learning rates lr / (1 - momentum), times the largest curvature. The first batch size goes
-        with each.
+        Effective learning rates lr / (1 - momentum), times the largest curvature. Each is trained
+        at the first batch size.
     batch_sizes : tuple of int
-        The last but one of the learning rates goes with each.
+        Each is trained at the last but one of the learning rates.
     steps, momentum, sampling
-        Of every training (see `Training`).
+        Common to all trainings (see `Training`).
     train : bool
         False to predict only.
     test_examples : int
-        Of the test set, whose loss is recorded after training; 0 for all.
+        Number of test examples whose loss is recorded after training; 0 for all.
 
     Raises
     ------
     NQMError
-        If a value is out of its range, or a rate beyond the edge of stability.
+        If a value is out of its range, or a learning rate is beyond the edge of stability.
     """
 
     select: str = "all"
@@ -265,10 +332,16 @@ class BridgeConfig:
     def reference(self, largest: float) -> Training:
         """The training over whose weights curvature and noise are averaged.
 
+        It has the first batch size and the last but one of the learning rates.
+
         Parameters
         ----------
         largest : float
             Largest curvature.
+
+        Returns
+        -------
+        Training
         """
         rate = self.lr_times_sharpness[max(len(self.lr_times_sharpness) - 2, 0)]
         lr = rate * (1.0 - self.momentum) / largest
@@ -281,6 +354,10 @@ class BridgeConfig:
         ----------
         largest : float
             Largest curvature.
+
+        Returns
+        -------
+        list of Training
         """
         middle = self.reference(largest)
         lrs = [rate * (1.0 - self.momentum) / largest for rate in self.lr_times_sharpness]

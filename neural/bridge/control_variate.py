@@ -1,15 +1,15 @@
-"""A control variate: what the runs' own minibatches do on the quadratic, less what is expected.
+"""A control variate: the runs' own minibatches applied to the quadratic, less the expectation.
 
-A handful of runs is a small sample of the few stiffest directions that carry most of the excess,
-and the mean of K a K-th as many. But their minibatches are known. On the quadratic at the
-checkpoint a run answers to them, along the measured directions, by
+A few runs are a small sample of the few stiffest directions that carry most of the excess, and
+the means of K runs are an even smaller one. But the minibatches of the runs are known. On the
+quadratic at the checkpoint a run responds to them, along the measured directions, by
 
     z_(t+1) = (1 - lr h) z_t - lr (slope of the minibatch - slope of all examples),
 
-and zbar, the mean of K, changes the loss by s'zbar + 1/2 zbar' H zbar, with s the slope that
-noise-free descent has left. The expectation of that is known. It is a control variate with
-coefficient 1: taken off a measurement, less its expectation, it leaves the expectation of the
-measurement as it is, and takes most of the scatter out.
+and zbar, the mean of K runs, changes the loss by s'zbar + 1/2 zbar' H zbar, with s the slope that
+remains after noise-free descent. The expectation of this change is known. The change less its
+expectation is therefore a control variate with coefficient 1: subtracting it from a measurement
+leaves the expectation unchanged and removes most of the variance.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DIRECTIONS = 2048
 
 @dataclass(frozen=True)
 class ControlVariate:
-    """What the minibatches of a training do on the quadratic.
+    """Response of the quadratic to the minibatches of a training.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class ControlVariate:
     curvature, slope : FloatArray, shape (k,)
         Along the directions of the control variate.
     slopes : Tensor, shape (N, k)
-        Of every example, less their mean.
+        Slope of every example along these directions, less the mean over examples.
     """
 
     training: Training
@@ -59,18 +59,19 @@ class ControlVariate:
     def responses(
         self, keys: Sequence[tuple[int, int]], when: Sequence[int | TimeAverage]
     ) -> list[Tensor]:
-        """How runs answer to minibatches drawn by these keys (see `minibatches`).
+        """Displacements of runs on the quadratic, given the keys of their minibatches.
 
         Parameters
         ----------
         keys : sequence of (int, int)
-            One for every run.
+            Key of the minibatches of every run (see `minibatches`).
         when : sequence of int or TimeAverage
             Steps, and averages over all steps.
 
         Returns
         -------
         list of Tensor, shape (runs, k)
+            One for each of `when`.
         """
         training, h = self.training, torch.from_numpy(self.curvature)
         z = torch.zeros(len(keys), len(h), dtype=torch.double)
@@ -89,15 +90,21 @@ class ControlVariate:
     def of(
         self, z: Sequence[Tensor], when: Sequence[int | TimeAverage], members: int
     ) -> FloatArray:
-        """Control variate of the mean of every `members` runs, shape (groups, times).
+        """Control variate of the mean weights of every `members` runs.
 
         Parameters
         ----------
         z : sequence of Tensor, shape (runs, k)
-            One for each of `when`. Runs left over are not used.
+            Result of `responses`. Runs that do not fill a group are not used.
         when : sequence of int or TimeAverage
+            The times of `z`.
         members : int
             K.
+
+        Returns
+        -------
+        ndarray, shape (groups, times)
+            Has expectation zero.
         """
         groups = len(z[0]) // members
         training, h = self.training, self.curvature
@@ -117,22 +124,22 @@ class ControlVariate:
 def measure_control_variate(
     risk: EmpiricalRisk, local: LocalQuadratic, training: Training, cache: Cache | None = None
 ) -> ControlVariate | None:
-    """The slopes of all examples along the eigenpairs, and along what is left of the slope.
+    """Measure the slopes of all examples along the eigenpairs and the gradient's Lanczos nodes.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     local : LocalQuadratic
-        Of this risk.
+        Measured on this risk.
     training : Training
     cache : Cache, optional
-        Keeps what is found.
+        Stores the slopes.
 
     Returns
     -------
     ControlVariate or None
-        None where nothing is known to be taken off: of shuffled epochs, beyond the edge of
-        stability, and where no curvature is positive.
+        None where the expectation is not known: for shuffled epochs, beyond the edge of stability,
+        and where no curvature is positive.
     """
     # The rest of the slope as Lanczos has it: else most of the scatter would be left in.
     rest = local.gradient

@@ -1,17 +1,19 @@
-"""What the quadratic leaves out at leading order: noise pushes the mean, by third derivatives.
+"""The drift: a mean force on the weights, caused by gradient noise and third derivatives.
 
-Around weights that scatter with covariance S the mean gradient is g + 1/2 T:S, T the tensor of
-third derivatives. The force f = 1/2 T:S moves the mean of any number of runs away from where the
-loss is least. Averaging K members divides the scatter by K and leaves this: the *floor*,
+The quadratic leaves it out. Around weights that scatter with covariance S the mean gradient is
+g + 1/2 T:S, with T the tensor of third derivatives. The force f = 1/2 T:S moves the mean of any
+number of runs away from the minimum of the loss. Averaging K members divides the scatter by K and
+leaves this displacement. It costs the *floor*,
 
     1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
 
-after t steps, 1/2 f' H^-1 f in the end; of an average over time psi is averaged with its weights. f
-is measured on the network, by mean gradients at both ends of random displacements of covariance S,
-and of half of each: 4/3 of their difference. For a smooth loss that is 1/2 T:S. Weights on kinks
-are pushed by any scatter, however narrow, and training without noise meets that push as well; it
-cancels in the difference. S goes as lr / B, f with it, and the floor as its square: f is measured
-at the covariance of each training, and scaled with lr / B to others near by.
+after t steps, and 1/2 f' H^-1 f in the end; for an average over time psi is averaged with its
+weights. f is measured on the network, by mean gradients at both ends of random displacements of
+covariance S, and at both ends of half of each: 4/3 of their difference. For a smooth loss that is
+1/2 T:S. At kinks of the loss any scatter exerts a force, however narrow, and training without noise
+meets this force as well; it cancels in the difference. S is proportional to lr / B, f to S, and the
+floor to f squared: f is measured at the covariance of each training, and scaled with lr / B to
+other trainings near by.
 """
 
 from __future__ import annotations
@@ -43,19 +45,20 @@ When = float | TimeAverage
 
 @dataclass(frozen=True)
 class Slopes:
-    """Gradients at both ends of n random displacements: their odd part.
+    """Odd part of the gradients at both ends of n random displacements.
 
     Attributes
     ----------
     displacements : ndarray, shape (n, k)
         Along the local model's eigenpairs.
     differences : ndarray, shape (n, k)
-        Half the difference of the gradients at both ends, along the same.
+        Half the difference of the gradients at both ends, along the eigenpairs.
     beyond : ndarray, shape (3,)
         With d the displacement beyond the eigenpairs, the sums over displacements of d'd, of d'Hd
         by the local model, and of d' times half the difference of the gradients.
     rises : ndarray, shape (2,)
-        Sums of the mean loss at both ends less that in the middle; and of half the displacement.
+        Sums over displacements of the mean loss at both ends less the loss in the middle; for the
+        displacements, and for half of them.
     """
 
     displacements: FloatArray
@@ -66,26 +69,26 @@ class Slopes:
 
 @dataclass(frozen=True)
 class Drift:
-    """Force of the gradient noise on the mean of the weights, measured twice.
+    """Mean force of the gradient noise on the weights, measured twice.
 
-    Two independent halves of the displacements: products of the two are free of the bias that the
-    square of a noisy estimate has.
+    The two measurements use independent halves of the displacements: a product of the two is free
+    of the bias that the square of a noisy estimate has.
 
     Attributes
     ----------
     local : LocalQuadratic
-        At whose covariance it was measured.
+        Gives the covariance at which the force was measured.
     training : Training
-        Of that covariance.
+        Gives the covariance too.
     force_top : tuple of ndarray, shape (k,)
-        Both halves along the local model's eigenpairs.
+        Both measurements along the local model's eigenpairs.
     force_rest : tuple of LanczosNodes
-        Both halves beyond them.
+        Both measurements beyond them.
     slopes : Slopes
-        The odd part of the same gradients; the force is their even part.
+        Odd part of the same gradients; the force is their even part.
     loss_curvature : ndarray, shape (k, k), optional
-        Curvature along the eigenpairs by which the displacement of the mean counts in the loss,
-        where it is not the one that holds the force (`Smoothing.along_mean_path`).
+        Curvature along the eigenpairs that turns the displacement of the mean into loss
+        (`Smoothing.along_mean_path`); by default that of `local`, which balances the force.
     """
 
     local: LocalQuadratic
@@ -96,14 +99,18 @@ class Drift:
     loss_curvature: FloatArray | None = None
 
     def floor(self, training: Training, when: When) -> float:
-        """Loss that the mean over any number of members keeps at such a time.
+        """Loss caused by the drift in the mean of any number of members.
 
         Parameters
         ----------
         training : Training
-            At whose learning rate and batch size; the force is scaled to it.
+            The force is scaled to its learning rate and batch size.
         when : float or TimeAverage
-            After so many steps, or an average over time.
+            Number of steps, or an average over time.
+
+        Returns
+        -------
+        float
         """
         psi, h = response(training.effective_lr, when), self.local.pairs.values
         one, other = (psi(h) * half for half in self.force_top)
@@ -115,7 +122,19 @@ class Drift:
         return 0.5 * float(value) * training.noise_ratio(self.training) ** 2
 
     def cross(self, training: Training, when: When) -> float:
-        """Change of the mean's loss by the force acting along the gradient at the checkpoint."""
+        """Change of the mean's loss by the drift acting along the gradient at the checkpoint.
+
+        Parameters
+        ----------
+        training : Training
+            The force is scaled to its learning rate and batch size.
+        when : float or TimeAverage
+            Number of steps, or an average over time.
+
+        Returns
+        -------
+        float
+        """
         psi = response(training.effective_lr, when)
 
         def function(h: FloatArray) -> FloatArray:
@@ -130,7 +149,19 @@ class Drift:
         return float(value) * training.noise_ratio(self.training)
 
     def displacement(self, training: Training, when: When | None = None) -> FloatArray:
-        """Where the force has put the mean, -psi f, shape (p,); in the end by default."""
+        """Displacement of the mean by the force, -psi f.
+
+        Parameters
+        ----------
+        training : Training
+            The force is scaled to its learning rate and batch size.
+        when : float or TimeAverage, optional
+            Number of steps, or an average over time; the steps of the training by default.
+
+        Returns
+        -------
+        ndarray, shape (p,)
+        """
         psi = response(training.effective_lr, training.steps if when is None else when)
         local = self.local
         along = psi(local.pairs.values) * (self.force_top[0] + self.force_top[1])
@@ -141,7 +172,7 @@ class Drift:
 
 
 def response(lr: float, when: When) -> Function:
-    """psi: how far a constant force moves the weights along curvature h, (1 - (1 - lr h)^t) / h.
+    """Displacement by a constant unit force, psi(h) = (1 - (1 - lr h)^t) / h, by curvature h.
 
     Parameters
     ----------
@@ -149,6 +180,11 @@ def response(lr: float, when: When) -> Function:
         The effective learning rate.
     when : float or TimeAverage
         t; or an average of psi over t.
+
+    Returns
+    -------
+    callable
+        psi, of an array of curvatures.
     """
     steps, age, left = (
         (when.steps, when.age, when.left)
@@ -165,17 +201,39 @@ def response(lr: float, when: When) -> Function:
 
 
 def descent(local: LocalQuadratic, training: Training, when: When) -> float:
-    """Change of the loss by noise-free gradient descent on the quadratic, <= 0 where H > 0."""
+    """Change of the loss by noise-free gradient descent on the quadratic; <= 0 where H > 0.
+
+    Parameters
+    ----------
+    local : LocalQuadratic
+    training : Training
+        Its effective learning rate is used.
+    when : float or TimeAverage
+        Number of steps, or an average over time.
+
+    Returns
+    -------
+    float
+    """
     psi = response(training.effective_lr, when)
     h, _, g = local.points()
     return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
 
 
 def descended(local: LocalQuadratic, training: Training) -> FloatArray:
-    """Where noise-free gradient descent on the quadratic puts the weights, -psi g, shape (p,).
+    """Displacement by noise-free gradient descent on the quadratic after a training, -psi g.
 
-    Negative curvature is taken for none: the loss, unlike the quadratic, is bounded from below.
-    Where lr h is 2 or more, which heavy ball may stand, descent is taken to have settled.
+    Negative curvature is replaced by zero: the loss, unlike the quadratic, is bounded from below.
+    Where lr h is 2 or more, which is stable for heavy ball, descent is taken to have converged.
+
+    Parameters
+    ----------
+    local : LocalQuadratic
+    training : Training
+
+    Returns
+    -------
+    ndarray, shape (p,)
     """
     lr = training.effective_lr
     psi = response(lr, training.steps)
@@ -203,24 +261,26 @@ def measure_drift(
 ) -> Drift:
     """Measure the force at the covariance of a training from the checkpoint.
 
-    Around where descent without noise ends by the local model: a checkpoint that training without
-    noise has settled on lies on more kinks than weights that scatter meet.
+    The displacements are centred where noise-free descent ends by the local model. A checkpoint at
+    which noise-free training has converged lies on more kinks than scattered weights meet.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     local : LocalQuadratic
-        Of this risk.
+        Measured on this risk.
     training : Training
     displacements : int
-        Random displacements, four gradients each: at both ends of it and of half of it.
+        Number of random displacements. Each takes four gradients: at both ends of it, and of half
+        of it.
     lanczos_steps : int
-        Hessian products for each half of the force.
+        Hessian products for each of the two measurements of the force.
     seed : int
+        Seed of the displacements.
     cache : Cache, optional
-        Keeps what is found, and gives it when asked again.
+        Stores the results, and returns them if they are asked for again.
     progress : callable, optional
-        Told that one more gradient or product is done.
+        Called with the number of gradients or products done since the last call.
 
     Returns
     -------
@@ -294,7 +354,7 @@ def _both_ends(
 
 
 def _draw_of(local: LocalQuadratic, sample: int) -> int | None:
-    """Draw of the noise for a displacement: the halves take turns, and share none if they can."""
+    """Index of the noise draw for a displacement; the two halves share no draw if there are two."""
     count = len(local.draws)
     if not count or not len(local.draws[0].values):
         return None

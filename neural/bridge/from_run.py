@@ -35,29 +35,38 @@ def risk_of_run(
 ) -> EmpiricalRisk:
     """Training loss of a run's model.
 
-    BatchNorm statistics are taken anew on the risk's own data; derivatives are those of
-    evaluation mode, unless groups of examples have their own statistics.
+    BatchNorm statistics are recomputed on the risk's own data. Derivatives are taken in evaluation
+    mode, except that BatchNorm uses the statistics of its group if `group` is given.
 
     Parameters
     ----------
     run : RunConfig
     model : Module
-        Changed in place: statistics, precision.
+        Changed in place: statistics, precision, device.
     runtime : Runtime
     select : str or iterable of str
         Which weights; see `neural.late_phase.select.select`.
     examples : int, optional
-        As evenly over the classes as can be, the same for every seed; all by default. Of a text,
-        windows of the run's length.
+        Number of training examples, spread over the classes as evenly as possible and the same for
+        every seed; all by default. For a text, windows of the run's length.
     weight_decay : float, optional
         That of the run by default.
     curvature : {"hessian", "ggn"}
         See `EmpiricalRisk`.
     group : int, optional
-        Examples that BatchNorm sees together, as in training: a `BatchNormRisk`, whose examples
-        are such groups.
+        Number of examples that share BatchNorm statistics, as in training. The result is then a
+        `BatchNormRisk`, whose examples are such groups.
     batch_size : int
-        Examples in work at once.
+        Number of examples that are evaluated at once.
+
+    Returns
+    -------
+    EmpiricalRisk
+
+    Raises
+    ------
+    NQMError
+        If the data do not fit into memory, or the loss cannot be measured (`EmpiricalRisk.check`).
     """
     dtype = torch.float64 if sum(p.numel() for p in model.parameters()) <= DOUBLE else torch.float32
     batches = [
@@ -77,7 +86,27 @@ def risk_of_run(
 def training_batches(
     run: RunConfig, runtime: Runtime, examples: int | None, batch_size: int
 ) -> list[Batch]:
-    """The first so many training examples, in a fixed order."""
+    """The first training examples of a run, in a fixed order, without augmentation.
+
+    Parameters
+    ----------
+    run : RunConfig
+    runtime : Runtime
+    examples : int, optional
+        Number of examples, at least 2; all by default. For a text, windows of the run's length.
+    batch_size : int
+        Examples of a batch.
+
+    Returns
+    -------
+    list of (inputs, targets)
+        On the runtime's device.
+
+    Raises
+    ------
+    NQMError
+        If there are fewer than two examples, or the data set is neither small images nor a text.
+    """
     if examples is not None:
         check_integer("examples", examples, 2)
     data = load(run.data.name, runtime.root)

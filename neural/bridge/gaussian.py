@@ -1,10 +1,9 @@
-"""The Gaussian of the weights in one training, and the network as these weights see it.
+"""The Gaussian of the weights in one training, and the local quadratic averaged over it.
 
-To leading order in lr / B the weights of a training are Gaussian: descent without noise and the
-force of the noise (`neural.bridge.drift`) move their mean, the noise gives them a covariance
-(`neural.bridge.scatter`), and both change the curvature and the noise that they meet
-(`neural.bridge.smoothing`, `neural.bridge.kinks`). A `WeightGaussian` holds all of this for one
-training; predictions are made of it.
+To leading order in lr / B the weights of a training are Gaussian. Noise-free descent and the drift
+(`neural.bridge.drift`) move their mean, noise gives them a covariance (`neural.bridge.scatter`), and
+both change the mean curvature and noise (`neural.bridge.smoothing`, `neural.bridge.kinks`). A
+`WeightGaussian` holds all of this for one training; predictions are computed from it.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class WeightGaussian:
     drift : Drift
         Force of the noise on the mean, with the curvature along its path.
     smoothing : Smoothing, optional
-        How curvature and noise change over the weights, with this training's kinks; by default the
-        checkpoint's count.
+        Change of curvature and noise over the weights, with this training's kinks; no change by
+        default.
     """
 
     training: Training
@@ -83,14 +82,18 @@ class WeightGaussian:
         return np.nan if self.smoothing is None else self.smoothing.kink_fraction()
 
     def scaled_to(self, training: Training) -> WeightGaussian:
-        """The Gaussian of another training, scaled from what was measured for this one.
+        """The Gaussian of another training, scaled from the measurement for this one.
 
-        The covariance is that of the other training; the force on the mean goes with lr / B, and
+        The covariance is that of the other training. The force on the mean is scaled with lr / B,
         the change of curvature and noise with covariance and displacement.
 
         Parameters
         ----------
         training : Training
+
+        Returns
+        -------
+        WeightGaussian
         """
         return replace(self, training=training)
 
@@ -107,29 +110,31 @@ def measure_averages(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Smoothing | None:
-    """What all trainings have in common: averages of curvature and noise over one of them.
+    """Average curvature and noise over the weights of one training, for use by all trainings.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     local : LocalQuadratic
-        Of this risk.
+        Measured on this risk.
     reference : Training
-        Over whose weights is averaged.
+        The training over whose weights is averaged.
     displacements, lanczos_steps : int
-        As of `measure_drift`.
+        See `measure_drift`.
     averaging_displacements : int
-        As of `measure_smoothing`; 0 for None.
+        See `measure_smoothing`; for 0 nothing is measured.
     seed : int
+        Seed of the displacements.
     cache : Cache, optional
-        Keeps what is found, and gives it when asked again.
+        Stores the results, and returns them if they are asked for again.
     progress : callable, optional
-        Told that one more gradient, product or end of a displacement is done.
+        Called with the number of gradients, products or ends of a displacement done since the last
+        call.
 
     Returns
     -------
     Smoothing or None
-        With the kinks of the reference training.
+        With the kinks of the reference training; None if `averaging_displacements` is 0.
 
     Raises
     ------
@@ -161,24 +166,24 @@ def measure_gaussian(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> WeightGaussian:
-    """The Gaussian of one training: drift and kinks are measured at its own covariance.
+    """Measure the Gaussian of one training; drift and kinks are measured at its own covariance.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     local : LocalQuadratic
-        Of this risk.
+        Measured on this risk.
     training : Training
     averages : Smoothing, optional
-        As `measure_averages` found them in a training; by default curvature and noise are the
-        checkpoint's.
+        Result of `measure_averages`; by default curvature and noise are those of the checkpoint.
     displacements, lanczos_steps : int
-        As of `measure_drift`: one pass of gradients gives drift and kinks.
+        See `measure_drift`; drift and kinks are computed from the same gradients.
     seed : int
+        Seed of the displacements.
     cache : Cache, optional
-        Keeps what is found, and gives it when asked again.
+        Stores the results, and returns them if they are asked for again.
     progress : callable, optional
-        Told that one more gradient or product is done.
+        Called with the number of gradients or products done since the last call.
 
     Returns
     -------
@@ -203,13 +208,17 @@ def measure_gaussian(
 
 
 def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:
-    """Gradients and Hessian products of one measurement of the drift, for a progress bar.
+    """Number of gradients and Hessian products of one measurement of the drift, for a progress bar.
 
     Parameters
     ----------
     local : LocalQuadratic
     displacements, lanczos_steps : int
-        As of `measure_drift`.
+        See `measure_drift`.
+
+    Returns
+    -------
+    int
     """
     return 4 * displacements + (0 if local.complete else 2 * lanczos_steps)
 
@@ -217,15 +226,15 @@ def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_st
 def nearest_gaussians(
     gaussians: Sequence[WeightGaussian], training: Training
 ) -> list[tuple[float, WeightGaussian]]:
-    """The one or two Gaussians measured next to a training, scaled to it, with their weights.
+    """The one or two Gaussians measured nearest to a training, scaled to it, with their weights.
 
-    Between two measured learning rates the weights are linear in log lr; beyond, the nearest
-    counts alone.
+    Between two measured learning rates the weights are linear in log lr; outside their range, the
+    nearest Gaussian has weight 1.
 
     Parameters
     ----------
     gaussians : sequence of WeightGaussian
-        Of trainings that differ in learning rate.
+        Measured at different learning rates.
     training : Training
 
     Returns

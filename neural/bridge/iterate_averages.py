@@ -1,11 +1,11 @@
-"""Averages of the weights over the steps of one run: run along, and as quadratics see them.
+"""Averages of the weights over the steps of one run: computed during training, and on quadratics.
 
-Each is stated once, by how far it moves towards the weights w_t of every step,
+Each is defined by how far it moves towards the weights w_t after every step,
 
     a_t = a_(t-1) + share(t) (w_t - a_(t-1)),      a_0 = w_0 the checkpoint.
 
-On a quadratic without noise what is left of a displacement along curvature h is then the mean of
-(1 - lr h)^t over the steps, each with its weight in the average: `left`.
+On a quadratic without noise, a displacement along curvature h is multiplied by (1 - lr h)^t in t
+steps. Its factor in the average is the mean of these powers, each with its step's weight: `left`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class TimeAverage(ABC):
     Attributes
     ----------
     steps : int
-        T, of the whole run.
+        T, the number of steps of the run.
+    name : str
+        Name of the average in tables.
     """
 
     steps: int
@@ -44,11 +46,32 @@ class TimeAverage(ABC):
 
     @abstractmethod
     def share(self, step: int) -> float:
-        """How far the average moves towards the weights after step 1, 2, ..."""
+        """Fraction of the distance to the weights that the average moves after a step.
+
+        Parameters
+        ----------
+        step : int
+            1, 2, ...
+
+        Returns
+        -------
+        float
+            In [0, 1].
+        """
 
     @abstractmethod
     def left(self, u: FloatArray) -> FloatArray:
-        """Mean of (1 - u)^t with the average's weights on t = 0 ... T, shape of u."""
+        """Mean of (1 - u)^t over t = 0 ... T with the average's weights.
+
+        Parameters
+        ----------
+        u : ndarray
+            lr h.
+
+        Returns
+        -------
+        ndarray, shape of `u`
+        """
 
     @property
     @abstractmethod
@@ -57,7 +80,20 @@ class TimeAverage(ABC):
 
     @abstractmethod
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
-        """The run and its average as `nqm` states them."""
+        """The run and its average as a program of `nqm`.
+
+        Parameters
+        ----------
+        method : Optimizer
+            Optimizer of the run.
+        lr : float
+            Learning rate.
+        batch_size : float
+
+        Returns
+        -------
+        Program
+        """
 
 
 @dataclass(frozen=True)
@@ -72,11 +108,11 @@ class TailMean(TimeAverage):
         return self.steps // 2
 
     def share(self, step: int) -> float:
-        """1 / n at the n-th step that counts."""
+        """1 / n at the n-th step of the second half, 0 before (see `TimeAverage.share`)."""
         return 1.0 / (step - self.start) if step > self.start else 0.0
 
     def left(self, u: FloatArray) -> FloatArray:
-        """(1 - u)^(s + 1) (1 - (1 - u)^n) / (n u) with s = T // 2, n = T - s."""
+        """(1 - u)^(s + 1) (1 - (1 - u)^n) / (n u) with s = T // 2, n = T - s (see the base)."""
         count = self.steps - self.start
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             # Of 1 - (1 - u)^n little would be left at small u.
@@ -90,7 +126,7 @@ class TailMean(TimeAverage):
         return 0.5 * (self.start + 1 + self.steps)
 
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
-        """`nqm.SWA` from the middle on."""
+        """`nqm.SWA` from the middle on (see `TimeAverage.program`)."""
         first = Phase(method, lr, self.start, batch_size=batch_size)
         rest = Phase(SWA(method), lr, self.steps - self.start, batch_size=batch_size)
         return Program((first, rest))
@@ -98,7 +134,7 @@ class TailMean(TimeAverage):
 
 @dataclass(frozen=True)
 class ExponentialMean(TimeAverage):
-    """EMA: every step moves it by 1 - decay towards the weights.
+    """EMA: every step moves the average by 1 - decay towards the weights.
 
     Attributes
     ----------
@@ -114,11 +150,11 @@ class ExponentialMean(TimeAverage):
         check_number("decay", self.decay, low=0.0, high=1.0, closed_high=False)
 
     def share(self, step: int) -> float:
-        """1 - beta."""
+        """1 - beta (see `TimeAverage.share`)."""
         return 1.0 - self.decay
 
     def left(self, u: FloatArray) -> FloatArray:
-        """beta^T + (1 - beta) r (r^T - beta^T) / (r - beta) with r = 1 - u."""
+        """beta^T + (1 - beta) r (r^T - beta^T) / (r - beta), r = 1 - u (see `TimeAverage.left`)."""
         r, beta, steps = 1.0 - u, self.decay, self.steps
         gap = r - beta
         same = np.abs(gap) < 1e-9
@@ -134,12 +170,12 @@ class ExponentialMean(TimeAverage):
         return self.steps - beta * (1.0 - beta**self.steps) / (1.0 - beta)
 
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
-        """`nqm.EMA` from the start."""
+        """`nqm.EMA` from the start (see `TimeAverage.program`)."""
         return Program((Phase(EMA(method, self.decay), lr, self.steps, batch_size=batch_size),))
 
 
 class Running:
-    """Averages that run along, without a memory of the path.
+    """Averages that are updated step by step, without storing the path.
 
     Parameters
     ----------
@@ -150,7 +186,7 @@ class Running:
     Attributes
     ----------
     values : dict of str to Tensor
-        Every average so far, by its name.
+        Current value of every average, by its name.
     """
 
     def __init__(self, averages: Iterable[TimeAverage], start: Tensor):
@@ -158,14 +194,32 @@ class Running:
         self.values = {average.name: start.detach().clone() for average in self.averages}
 
     def __call__(self, step: int, weights: Tensor) -> None:
-        """Take in the weights after a step."""
+        """Update the averages with the weights after a step.
+
+        Parameters
+        ----------
+        step : int
+            1, 2, ...
+        weights : Tensor, shape of `start`
+        """
         for average in self.averages:
             if share := average.share(step):
                 self.values[average.name].lerp_(weights, share)
 
 
 def power(u: FloatArray, steps: float) -> FloatArray:
-    """(1 - u)^steps of a whole number of steps, exact at small u too."""
+    """(1 - u)^steps, accurate at small u too.
+
+    Parameters
+    ----------
+    u : ndarray
+    steps : float
+        A whole number.
+
+    Returns
+    -------
+    ndarray, shape of `u`
+    """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         small = np.exp(steps * np.log1p(-np.minimum(u, 1.0)))
         return np.where(u < 1.0, small, (1.0 - u) ** round(steps))

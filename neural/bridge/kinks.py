@@ -1,20 +1,20 @@
-"""Curvature at the scale of the scatter: what kinks of the loss add to its second derivatives.
+"""Curvature that kinks of the loss add at the scale of the scatter of the weights.
 
-A network of ReLUs is smooth only between kinks, and descent settles onto them. Second derivatives,
-at a point or averaged over points, do not see the jumps of the gradient; weights that scatter do.
-The curvature that counts for Gaussian displacements d of covariance S is the mean of all of it,
-jumps included, and by Stein's lemma (Stein 1981) gradients are enough to measure it:
+A network of ReLUs is smooth only between kinks, and descent converges onto them. Second
+derivatives, at a point or averaged over points, do not include the jumps of the gradient; weights
+that scatter feel them. The curvature for Gaussian displacements d of covariance S is the mean of
+all of it, jumps included, and by Stein's lemma (Stein 1981) gradients suffice to measure it:
 
     E[H(w + d)] S = E[gradient(w + d) d'].
 
-What this is more than the mean of the second derivatives is due to kinks. It is taken along each of
-the stiff eigenpairs, and once for all that is left, flat pairs and the rest. The narrower the
-Gaussian, the more kinks weigh, so that every training has its own; and the mean of K members has a
-narrower one. What they cost is read off the loss itself at both ends of the same displacements, and
-of half of them, which is the width of K = 4. If the density of kinks grows by the same amount with
-every halving of the distance, the curvature by kinks grows by the same amount with every halving of
-the width, and so does their cost divided by the width squared. This is assumed; on the network
-where it was measured (`docs/bridge.md`, CIFAR-10) it holds over three halvings.
+The difference from the mean of the second derivatives is due to kinks. It is measured along each of
+the stiff eigenpairs, and as one number for all other directions. The narrower the Gaussian, the
+larger this curvature, so every training has its own; and the mean of K members has a narrower
+Gaussian. The loss added by kinks is measured by the loss itself at both ends of the same
+displacements, and of half of them, which is the width for K = 4. If the density of kinks grows by
+the same amount with every halving of the distance, then so does the curvature by kinks with every
+halving of the width, and so does their loss divided by the width squared. This is assumed; on the
+network where it was measured (`docs/bridge.md`, CIFAR-10) it holds over three halvings.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from neural.curvature.gradient_noise import STIFF
 
 
 def find_kinks(drift: Drift, smoothing: Smoothing) -> Kinks:
-    """What kinks add at the covariance at which the drift was measured.
+    """Curvature that kinks add at the covariance at which the drift was measured.
 
     Parameters
     ----------
     drift : Drift
-        Of the smoothing's own local model, or of that as a training sees it (`Smoothing.seen_by`).
+        Measured with the smoothing's local model, or with that model averaged over a training
+        (`Smoothing.seen_by`).
     smoothing : Smoothing
-        Tells the mean second derivatives. Kinks that it has are not counted twice.
+        Gives the mean second derivatives. Its own kinks are not counted twice.
 
     Returns
     -------
