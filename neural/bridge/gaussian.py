@@ -1,8 +1,8 @@
 """The Gaussian of the weights in one training, and the local quadratic averaged over it.
 
 To leading order in lr / B the weights of a training are Gaussian. Noise-free descent and the drift
-(`neural.bridge.drift`) move their mean, noise gives them a covariance (`neural.bridge.scatter`), and
-both change the mean curvature and noise (`neural.bridge.smoothing`, `neural.bridge.kinks`). A
+(`neural.bridge.drift`) move their mean, noise gives them a covariance (`neural.bridge.scatter`),
+and both change the mean curvature and noise (`neural.bridge.smoothing`, `neural.bridge.kinks`). A
 `WeightGaussian` holds all of this for one training; predictions are computed from it.
 """
 

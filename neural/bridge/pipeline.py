@@ -1,4 +1,4 @@
-"""``nqm neural bridge``: a run or a recipe in, tables and a page of pictures out."""
+"""``nqm neural bridge``: from a run or a recipe to tables, a verdict and a page of pictures."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ TABLES = ("spectrum", "course", "best_lr", "cost", "bridge")
 def load_config(
     path: Path | None = None, overrides: Sequence[str] = ()
 ) -> tuple[BridgeConfig, Plan]:
-    """The settings of a bridge, from a TOML file and overrides.
+    """Read the settings of a bridge from a TOML file and overrides.
 
     Parameters
     ----------
     path : Path, optional
-        With tables ``[bridge]`` (see `BridgeConfig`) and ``[plan]`` (see `Plan`); their defaults
-        without.
+        File with tables ``[bridge]`` (see `BridgeConfig`) and ``[plan]`` (see `Plan`). Without it
+        all fields have their defaults.
     overrides : sequence of str
-        As ``bridge.examples=600`` or ``plan.members=[1,4]``; applied last.
+        E.g. ``bridge.examples=600`` or ``plan.members=[1,4]``; applied last.
 
     Returns
     -------
@@ -75,7 +75,7 @@ def load_config(
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If a key or value is wrong; the message names the dotted key.
     """
     mapping: dict[str, Any] = {} if path is None else toml.load(path)
     toml.override(mapping, overrides)
@@ -90,12 +90,12 @@ def load_config(
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the bridge's own tables, and the others, which are the recipe's.
+    """Split overrides into those of the bridge's own tables and those of the recipe.
 
     Parameters
     ----------
     overrides : sequence of str
-        As ``key=value``.
+        Each ``key=value``.
 
     Returns
     -------
@@ -107,7 +107,15 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Opened:
-    """A network to look at: its run, model and data."""
+    """The network that is measured.
+
+    Attributes
+    ----------
+    run : RunConfig
+    model : Module
+    task : Task
+        Its data.
+    """
 
     run: RunConfig
     model: nn.Module
@@ -117,7 +125,7 @@ class Opened:
 def open_target(
     target: str, runtime: Runtime, scale: str = "full", overrides: Sequence[str] = ()
 ) -> Opened:
-    """The single model of a finished run, or of a recipe's first arm with its checkpoint.
+    """Load the single model of a finished run, or of the first arm of a recipe with a checkpoint.
 
     Parameters
     ----------
@@ -125,8 +133,9 @@ def open_target(
         Folder of a finished run, or a recipe's name or file.
     runtime : Runtime
     scale : str
+        Scale of the recipe.
     overrides : sequence of str
-        Of a recipe, e.g. ``model.checkpoint=FILE``.
+        Overrides of the recipe, e.g. ``model.checkpoint=FILE``.
 
     Returns
     -------
@@ -136,7 +145,7 @@ def open_target(
     ------
     NQMError
         If there is no such run or recipe, if the recipe has no checkpoint, or if a finished run is
-        to be changed.
+        given with overrides.
     """
     if Path(target).is_dir():
         if overrides:
@@ -160,20 +169,20 @@ def open_target(
 
 @dataclass(frozen=True)
 class Bridge:
-    """All that was found.
+    """All results of a bridge.
 
     Attributes
     ----------
     local : LocalQuadratic
+        Slope, curvature and noise at the checkpoint.
     table, course : DataFrame
-        As `neural.bridge.api.compare` makes them; measured columns are NaN if nothing was
-        trained.
+        Made by `neural.bridge.api.compare`; measured columns are NaN if nothing was trained.
     best : DataFrame
-        As `neural.bridge.best_lr.best_lrs` makes it.
+        Made by `neural.bridge.best_lr.best_lrs`.
     cost : DataFrame
         Columns stage, seconds, epochs.
     spectrum : DataFrame
-        Columns curvature, count, noise_variance, kind (pair or bulk).
+        Columns curvature, count, noise_variance, kind (pair, bulk or bulk noise).
     words : list of str
         The verdict.
     """
@@ -196,7 +205,7 @@ def run_bridge(
     *,
     progress: Progress | None = None,
 ) -> Bridge:
-    """Measure, predict, train, compare; every stage is kept in `out` and not done again.
+    """Measure, predict, train and compare; every stage is stored in `out` and not computed again.
 
     Parameters
     ----------
@@ -205,11 +214,11 @@ def run_bridge(
     plan : Plan
     runtime : Runtime
     out : Path
-        Takes ``bridge.parquet``, ``course.parquet``, ``best_lr.parquet``, ``cost.parquet``,
+        Folder for ``bridge.parquet``, ``course.parquet``, ``best_lr.parquet``, ``cost.parquet``,
         ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads), ``verdict.md`` and, in
-        ``kept/``, what each stage found.
+        ``kept/``, the result of each stage.
     progress : callable, optional
-        Told a stage's name and the share of it that is done.
+        Called with a stage's name and the fraction of it that is done.
 
     Returns
     -------
@@ -244,7 +253,7 @@ def run_bridge(
 
 
 def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
-    """What the tables of a bridge carry; its key is made of what differs from the defaults."""
+    """Metadata of the tables of a bridge; its key depends on what differs from the defaults."""
     key = toml.key({"run": run_key(run), "bridge": differing(config), "plan": differing(plan)})
     stated = {"run": describe(run), "bridge": asdict(config), "plan": asdict(plan)}
     return Stamp(key, __version__, stated)
@@ -276,7 +285,7 @@ def _tables(
 
 
 def _check_sizes(risk: EmpiricalRisk, training: Training, config: BridgeConfig, plan: Plan) -> None:
-    """Raise NQMError if something would not fit into memory, before anything is measured."""
+    """Raise NQMError, before anything is measured, if the arrays would not fit into memory."""
     weights, numbers = risk.size, risk.weights.element_size()
     tensors, _ = rows(risk.batches[0])
     example = sum(one[0].numel() * one.element_size() for one in tensors)
@@ -300,7 +309,7 @@ def _risk(
     cache: Cache,
     progress: Progress | None,
 ) -> EmpiricalRisk:
-    """The network's loss on its training data, at the minimum near by if asked for."""
+    """The network's loss on its training data, at a minimum near by if `minimise` is set."""
     risk = risk_of_run(
         opened.run, opened.model, runtime, select=config.select, examples=config.examples or None,
         weight_decay=config.weight_decay, curvature=config.curvature,
@@ -332,9 +341,26 @@ def _risk(
 def held_out_loss(
     risk: EmpiricalRisk, task: Task, examples: int = 0, group: int | None = None
 ) -> Callable[[Tensor], float]:
-    """Mean cross-entropy on so many test examples (0: all), as a function of the weights.
+    """Mean cross-entropy on test examples, as a function of the weights.
 
-    Of a text, windows of full length: a symbol of a shorter one would count for more.
+    For a text, only windows of full length are used: a symbol of a shorter one would have a larger
+    weight.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        Gives the model and its selected weights.
+    task : Task
+        Gives the test data.
+    examples : int
+        Number of test examples; 0 for all.
+    group : int, optional
+        Number of examples that share BatchNorm statistics.
+
+    Returns
+    -------
+    callable
+        Loss, in nats, of a weight vector of shape (p,).
     """
     batches: list[Batch] = []
     left = examples or None
@@ -350,7 +376,7 @@ def held_out_loss(
 
 
 def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFrame:
-    """Every node of curvature with its count and noise, for the picture."""
+    """Curvature nodes with their count and noise variance, for the picture."""
     import pandas as pd
 
     risk, local = measured.risk, measured.local

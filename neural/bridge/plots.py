@@ -14,15 +14,20 @@ from neural.curvature.gradient_noise import noise_exponent
 def draw_bridge(
     table: pd.DataFrame, course: pd.DataFrame, spectrum: pd.DataFrame, folder: Path, title: str
 ) -> list[Path]:
-    """A page of pictures of a bridge, as PNG and PDF.
+    """Draw a page of pictures of a bridge, as PNG and PDF.
 
     Parameters
     ----------
     table, course, spectrum : DataFrame
-        As `neural.bridge.pipeline` makes them.
+        Fields of `neural.bridge.pipeline.Bridge`.
     folder : Path
-        Takes ``bridge.png`` and ``bridge.pdf``.
+        Folder for ``bridge.png`` and ``bridge.pdf``.
     title : str
+
+    Returns
+    -------
+    list of Path
+        The files.
     """
     mpl.use("Agg")
     with style.context():

@@ -1,14 +1,14 @@
-"""What theory predicts of a training from a checkpoint.
+"""Predicted change of the loss by a training from a checkpoint.
 
-Predicted from slope, curvature, noise and third derivatives at the checkpoint; nothing is fitted to
-any training run. The loss of the mean of K runs after t steps is
+The prediction uses slope, curvature, noise and third derivatives at the checkpoint; nothing is
+fitted to any training run. The loss of the mean of K runs after t steps is
 
     L(checkpoint) + descent + cross + floor + excess / K:
 
 noise-free descent, the drift of the mean (`neural.bridge.drift`), and the excess that `nqm` gives
-for the noise of one run, with curvature and noise as the weights of the training see them
+for the noise of one run, with curvature and noise averaged over the weights of the training
 (`neural.bridge.gaussian`). Averages over time (`neural.bridge.iterate_averages`) have the same
-parts. Late-phase members on a shared base draw K minibatches for one base step, so that at gamma =
+terms. Late-phase members on a shared base draw K minibatches for one base step, so that at gamma =
 "mean" their average is plain SGD on minibatches of K B: the same 1/K.
 """
 
@@ -30,28 +30,31 @@ from nqm.solvers.shuffle import shuffled_steady
 
 @dataclass(frozen=True)
 class Prediction:
-    """Change of the loss by a training, relative to the checkpoint's loss, taken apart.
+    """Change of the loss by a training, relative to the checkpoint's loss, term by term.
 
     Attributes
     ----------
     descent : float
-        By noise-free descent on the quadratic.
+        Change by noise-free descent on the quadratic.
     cross : float
-        By the drift acting along the slope of the checkpoint.
+        Change by the drift acting along the slope of the checkpoint.
     floor : float
-        Loss that the drift leaves in the mean of any number of members.
+        Loss caused by the drift in the mean of any number of members.
     excess : float
-        Expected excess of a single run due to noise; that of K is its K-th part. Infinite where
-        the quadratic is unstable.
+        Expected excess loss of a single run due to noise; that of the mean of K is 1/K of it.
+        Infinite where the quadratic is unstable.
     curvature_change_part : float
-        Part of the excess that is due to the change of curvature by the run's own covariance: of K
-        members it falls as 1 / K^2.
+        Part of the excess that is due to the change of curvature by the run's own covariance; in
+        the mean of K members it falls as 1 / K^2.
     effective_runs : float
-        Excess of the iterate over that of an average over time; 1 of the iterate itself.
+        Effective number of independent runs: excess of the iterate over that of an average over
+        time; 1 for the iterate itself.
     nonsmooth_excess : float
-        What kinks (`neural.bridge.kinks`) cost a single run beyond their part of the excess.
+        Excess loss of a single run due to kinks (`neural.bridge.kinks`), beyond their part of
+        `excess`.
     log2_slope : float
-        What they cost more, times the members, for every halving of the standard deviation.
+        Increase of `nonsmooth_excess`, times the members, for every halving of the standard
+        deviation of the weights.
     """
 
     descent: float
@@ -64,7 +67,17 @@ class Prediction:
     log2_slope: float = 0.0
 
     def rise(self, members: float = 1.0) -> float:
-        """What noise adds to the loss of the mean of K members."""
+        """Expected increase of the loss by noise, in the mean of K members.
+
+        Parameters
+        ----------
+        members : float
+            K.
+
+        Returns
+        -------
+        float
+        """
         part, runs = self.curvature_change_part, self.effective_runs
         excess = (self.excess - part) / members + 0.5 * part / (members**2 * runs)
         halvings = 0.5 * np.log2(members * runs)
@@ -72,17 +85,27 @@ class Prediction:
         return float(self.cross + self.floor + excess + kinks)
 
     def change(self, members: float = 1.0) -> float:
-        """Expected change of the loss of the mean of K members."""
+        """Expected change of the loss of the mean of K members, descent included.
+
+        Parameters
+        ----------
+        members : float
+            K.
+
+        Returns
+        -------
+        float
+        """
         return self.descent + self.rise(members)
 
     @property
     def members_at_floor(self) -> float:
-        """Members at which the floor is as large as what is left of the excess."""
+        """Number of members K at which the floor equals excess / K; infinite without a floor."""
         return self.excess / self.floor if self.floor > 0 else float("inf")
 
 
 def weighted(parts: Iterable[tuple[float, Prediction]]) -> Prediction:
-    """Weighted mean of predictions, part by part.
+    """Weighted mean of predictions, term by term.
 
     Parameters
     ----------
@@ -102,13 +125,13 @@ def weighted(parts: Iterable[tuple[float, Prediction]]) -> Prediction:
 
 
 def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> Prediction:
-    """What a training does to the loss, averaged over `at`.
+    """Predicted change of the loss by a training, averaged over `at`.
 
     Parameters
     ----------
     gaussian : WeightGaussian
-        Of the training. Shuffled epochs are taken to be at their steady state: their noise cancels
-        over an epoch.
+        Gaussian of the weights in the training. Shuffled epochs are taken to be at their steady
+        state, where their noise cancels over an epoch.
     at : iterable of int or TimeAverage
         Steps after which the loss of the iterate is recorded, or averages over time.
 
@@ -121,7 +144,7 @@ def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> P
 
 
 def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> list[Prediction]:
-    """`predict_loss` of every step or average by itself.
+    """`predict_loss` for every step or average separately.
 
     Parameters
     ----------
@@ -131,7 +154,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     Returns
     -------
     list of Prediction
-        Beyond the edge of stability the excess is infinite and the other parts are NaN.
+        Beyond the edge of stability the excess is infinite and the other terms are NaN.
     """
     if not gaussian.stable:
         return [Prediction(np.nan, np.nan, np.nan, np.inf)] * len(at)
@@ -167,23 +190,24 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
 def expected_excess(
     problem: Problem, training: Training, examples: int, at: Sequence[int | TimeAverage]
 ) -> list[float]:
-    """Loss that noise adds to one run, by `nqm`.
+    """Expected excess loss of one run due to noise, computed by `nqm`.
 
     Parameters
     ----------
     problem : Problem
-        Started at its minimum.
+        Starts at its minimum.
     training : Training
         Below the edge of stability.
     examples : int
-        N, of which shuffled epochs are made.
+        N, the examples of a shuffled epoch.
     at : sequence of int or TimeAverage
-        Of averages over shuffled epochs it is NaN: the steady state says nothing of how the steps
-        of an epoch are correlated.
+        Steps, and averages over time.
 
     Returns
     -------
     list of float
+        NaN for averages over shuffled epochs: the steady state does not give the correlation
+        between the steps of an epoch.
     """
     method, lr, size = training.algorithm, training.lr, training.batch_size
     shuffled = training.sampling == "shuffled"

@@ -1,8 +1,8 @@
 """Covariance of the weights in one training, along the directions of a local quadratic.
 
-With R = 1 - lr H and C the noise of a minibatch, t steps of SGD from a fixed start scatter the
-weights with covariance S = lr^2 sum over s < t of R^s C R^s. Heavy ball has its own response in
-place of R^s.
+With R = 1 - lr H and C the noise of a minibatch, t steps of SGD from a fixed start give the
+weights the covariance S = lr^2 sum over s < t of R^s C R^s. For heavy ball, R^s is replaced by its
+own response.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ ROUNDING = 1e-12
 
 
 def covariance(local: LocalQuadratic, training: Training) -> FloatArray:
-    """Covariance along the eigenpairs after the training's steps, shape (k, k).
+    """Covariance of the weights along the eigenpairs after the training's steps.
 
     Parameters
     ----------
     local : LocalQuadratic
     training : Training
+
+    Returns
+    -------
+    ndarray, shape (k, k)
     """
     lr, steps = training.effective_lr, training.steps
     u = lr * local.pairs.values
@@ -39,7 +43,17 @@ def covariance(local: LocalQuadratic, training: Training) -> FloatArray:
 
 
 def rest_trace(local: LocalQuadratic, training: Training) -> float:
-    """Trace of the covariance beyond the eigenpairs."""
+    """Trace of the covariance of the weights beyond the eigenpairs.
+
+    Parameters
+    ----------
+    local : LocalQuadratic
+    training : Training
+
+    Returns
+    -------
+    float
+    """
     if not local.draws:
         return 0.0
     lr = training.effective_lr
@@ -50,11 +64,11 @@ def rest_trace(local: LocalQuadratic, training: Training) -> float:
 def displacement(
     local: LocalQuadratic, training: Training, rng: np.random.Generator, draw: int | None = None
 ) -> FloatArray:
-    """A random displacement of the weights with the training's covariance, shape (p,).
+    """Draw a random displacement of the weights with the training's covariance.
 
-    Exact covariance along the eigenpairs; beyond them one draw of the noise, with its diagonal
-    exact. The symmetric root of the covariance is taken: eigenvectors are known up to their signs,
-    which differ between processors, and the displacement does not depend on them.
+    The covariance is exact along the eigenpairs. Beyond them the displacement is made from one draw
+    of the noise, whose diagonal is exact. The symmetric root of the covariance is used: the signs
+    of eigenvectors differ between processors, and this root does not depend on them.
 
     Parameters
     ----------
@@ -62,7 +76,11 @@ def displacement(
     training : Training
     rng : Generator
     draw : int, optional
-        Which of the local model's draws; one at random by default.
+        Index of one of the local model's draws; a random one by default.
+
+    Returns
+    -------
+    ndarray, shape (p,)
     """
     vectors = local.pairs.vectors
     size, turn = np.linalg.eigh(_symmetric(covariance(local, training)))
@@ -78,20 +96,34 @@ def displacement(
 
 
 def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
-    """Learning rate from which the training's optimizer is unstable on the quadratic."""
+    """Learning rate at the edge of stability of the training's optimizer on the quadratic.
+
+    Parameters
+    ----------
+    local : LocalQuadratic
+    training : Training
+
+    Returns
+    -------
+    float
+    """
     return float(stability_edge(local.problem(), training.algorithm))
 
 
 def noise_sums(u: FloatArray, training: Training) -> FloatArray:
-    """Variance that `steps` noisy steps accumulate, in units of one step's.
+    """Variance that the training's noisy steps accumulate, in units of one step's.
 
-    The sum over t < steps of (1 - lr h)^(2t).
+    For SGD it is the sum over t < steps of (1 - lr h)^(2t).
 
     Parameters
     ----------
     u : ndarray
         lr h, with the effective rate.
     training : Training
+
+    Returns
+    -------
+    ndarray, shape of `u`
     """
     if training.momentum:
         return _heavy_ball_sums(u, training, joint=False)
@@ -101,9 +133,9 @@ def noise_sums(u: FloatArray, training: Training) -> FloatArray:
 
 
 def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArray:
-    """The same of heavy ball, in units of the effective rate; `joint` for every two directions.
+    """`noise_sums` of heavy ball, with the effective rate; `joint` for all pairs of directions.
 
-    A unit of noise has moved the weights by r_a after a steps, times the optimizer's rate, with
+    Noise of size 1 has moved the weights by r_a times the optimizer's rate after a steps, with
     r_0 = 0, r_1 = 1 and r_(a+1) = (1 + b - (1 - b) u) r_a - b r_(a-1).
     """
     beta = training.momentum

@@ -1,7 +1,7 @@
-"""Real training from a checkpoint on the measured data: what a prediction is compared with.
+"""Training from a checkpoint on the measured data, with which predictions are compared.
 
 Independent runs of SGD train the risk's weights with minibatches drawn from its examples, in
-evaluation mode and without augmentation: the very loss whose curvature and noise were measured.
+evaluation mode and without augmentation, on the loss whose curvature and noise were measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def train_runs(
     seen: Seen | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Independent runs from the checkpoint.
+    """Train independent runs from the checkpoint.
 
     Parameters
     ----------
@@ -45,13 +45,13 @@ def train_runs(
     training : Training
     runs : int
     at : sequence of int
-        Steps to hand out weights after, rising.
+        Steps after which weights are yielded, increasing.
     seed : int
         Run c draws its minibatches from (seed, c).
     seen : callable, optional
-        Shown every step and the weights after it, shape (runs, p).
+        Called after every step with its number and the weights, shape (runs, p).
     progress : callable, optional
-        Told of minibatches done.
+        Called with the number of minibatches done since the last call.
 
     Yields
     ------
@@ -92,7 +92,26 @@ def train_runs(
 
 
 def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iterator[Tensor]:
-    """Indices of minibatches without end, shape (B,)."""
+    """Indices of minibatches, without end.
+
+    Parameters
+    ----------
+    examples : int
+        N.
+    training : Training
+        Gives batch size and sampling.
+    key : (int, int)
+        Seed, and number of the run.
+
+    Yields
+    ------
+    Tensor of int64, shape (B,)
+
+    Raises
+    ------
+    NQMError
+        If epochs are shuffled and the batch size does not divide N.
+    """
     generator = torch.Generator().manual_seed(key[0] * 1_000_003 + key[1])
     size = training.batch_size
     training.check(examples)
@@ -113,28 +132,29 @@ def train_late_phase(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Late-phase members on a shared base, by `LatePhase` and `torch.optim.SGD`.
+    """Train late-phase members on a shared base, by `LatePhase` and `torch.optim.SGD`.
 
     Parameters
     ----------
     risk : EmpiricalRisk
-        Of all the model's weights that are to be trained.
+        Its weights are those that are trained.
     training : Training
     members : int
         K; a step draws K minibatches.
     select : str
         The replicated weights.
     at : sequence of int
-        Cycles.
+        Cycles after which weights are yielded, increasing.
     seed : int
+        Member k draws its minibatches from (seed, k).
     progress : callable, optional
-        Told of minibatches done.
+        Called with the number of minibatches done since the last call.
 
     Yields
     ------
     step : int
     weights : Tensor, shape (p,)
-        Of the averaged model.
+        Weights of the averaged model.
     """
     model = duplicate(risk.model).eval()
     held = [model.get_parameter(name) for name in risk.shapes]
@@ -166,16 +186,20 @@ def train_late_phase(
 def noise_free(
     risk: EmpiricalRisk, training: Training, at: Sequence[int], *, seen: Seen | None = None
 ) -> FloatArray:
-    """Loss of full-batch gradient descent from the checkpoint, shape (times,).
+    """Losses of full-batch gradient descent from the checkpoint.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     training : Training
     at : sequence of int
-        Steps, rising.
+        Steps after which the loss is recorded, increasing.
     seen : callable, optional
-        Shown every step and the weights after it, shape (p,).
+        Called after every step with its number and the weights, shape (p,).
+
+    Returns
+    -------
+    ndarray, shape (times,)
     """
     weights = risk.weights
     buffer = torch.zeros_like(weights)
@@ -195,16 +219,21 @@ def noise_free(
 def group_losses(
     loss: Callable[[Tensor], float], snapshots: Sequence[Tensor], members: int
 ) -> FloatArray:
-    """Loss of the mean weights of every `members` runs, shape (groups, times).
+    """Loss of the mean weights of every `members` runs.
 
     Parameters
     ----------
     loss : callable
-        Of a weight vector.
+        Loss of a weight vector.
     snapshots : sequence of Tensor, shape (runs, p)
         One for each time.
     members : int
-        Runs left over are not used. The loss of weights that diverged is infinite.
+        K. Runs that do not fill a group are not used.
+
+    Returns
+    -------
+    ndarray, shape (groups, times)
+        Infinite where the weights have diverged.
     """
     groups = len(snapshots[0]) // members
     means = [[w[g * members : (g + 1) * members].mean(0) for w in snapshots] for g in range(groups)]

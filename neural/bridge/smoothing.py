@@ -56,7 +56,12 @@ class Kinks:
 
     @classmethod
     def none(cls) -> Kinks:
-        """Those of a smooth loss, whatever the number of eigenpairs."""
+        """Kinks of a smooth loss: no added curvature, for any number of eigenpairs.
+
+        Returns
+        -------
+        Kinks
+        """
         return cls(np.zeros(1), 0.0)
 
 
@@ -118,9 +123,17 @@ class Smoothing:
         return self.drift.displacement(self.training)
 
     def width_scale(self, training: Training) -> float:
-        """Covariance of another training beside the one measured.
+        """Covariance of the weights in another training, in units of that in the measured one.
 
-        At most the ratio of lr / B, which it is once all directions are stationary; less before.
+        At most the ratio of lr / B, which it reaches once all directions are stationary.
+
+        Parameters
+        ----------
+        training : Training
+
+        Returns
+        -------
+        float
         """
         stationary = training.noise_ratio(self.training)
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
@@ -128,7 +141,17 @@ class Smoothing:
         return min(scale, stationary) if np.isfinite(scale) else stationary
 
     def mean_scale(self, training: Training) -> float:
-        """Displacement of the mean by the noise in another training beside the one measured."""
+        """Displacement of the mean by the noise in another training, in units of the measured one.
+
+        Parameters
+        ----------
+        training : Training
+
+        Returns
+        -------
+        float
+            0 without a drift.
+        """
         if self.drift is None:
             return 0.0
         stationary = training.noise_ratio(self.training)
@@ -136,21 +159,33 @@ class Smoothing:
         return float(np.clip(scale, -stationary, stationary)) if np.isfinite(scale) else stationary
 
     def descent_scale(self, training: Training) -> float:
-        """How far descent without noise gets in another training beside the one measured."""
+        """Displacement by noise-free descent in another training, in units of the measured one.
+
+        Parameters
+        ----------
+        training : Training
+
+        Returns
+        -------
+        float
+            At least 0.
+        """
         scale = _projection(self._descent, descended(self.local, training))
         longest = max(training.effective_lr / self.training.effective_lr, 1.0)
         return float(np.clip(scale, 0.0, longest))
 
     def mean_hessian(self, training: Training, width_part: float = 1.0) -> FloatArray:
-        """Mean second derivatives over the weights of another training, shape (k, k).
-
-        The mean is taken where descent ends.
+        """Mean second derivatives over the weights of another training, centred where descent ends.
 
         Parameters
         ----------
         training : Training
         width_part : float
-            Part of the change with the covariance that is counted: half of it counts in the loss.
+            Fraction of the change with the covariance that is included; in the loss it is one half.
+
+        Returns
+        -------
+        ndarray, shape (k, k)
         """
         change = width_part * self.width_scale(training) * self.width.curvature
         change = change + self.descent_scale(training) * self.descent.curvature
@@ -159,14 +194,18 @@ class Smoothing:
     def seen_by(self, training: Training, mean_part: float = 1.0) -> LocalQuadratic:
         """The local model with curvature and noise averaged over the weights of a training.
 
-        A direction whose curvature the change, scaled to a far larger covariance, would make
-        negative is taken for flat: leading order says no more than that.
+        Scaled to a far larger covariance, the change may make a curvature negative. It is then set
+        to zero: leading order gives no more than that.
 
         Parameters
         ----------
         training : Training
         mean_part : float
-            How much of the displacement by the noise the mean has covered; all by default.
+            Fraction of its displacement by the noise that the mean has covered.
+
+        Returns
+        -------
+        LocalQuadratic
         """
         parts = (
             (self.width, self.width_scale(training)),
@@ -196,11 +235,20 @@ class Smoothing:
         )
 
     def along_mean_path(self, drift: Drift) -> Drift:
-        """The drift with the Hessian averaged along the path of the mean.
+        """The drift recomputed with the Hessian averaged along the path of the mean.
 
-        Where the Hessian is H + s M after a part s of the displacement m, (H + M / 2) m balances
-        the force, and the loss of the mean rises by m' (H + M / 3) m / 2: half of the change counts
-        in the balance of forces, a third of it in the loss.
+        Where the Hessian is H + s M after a fraction s of the displacement m, (H + M / 2) m
+        balances the force, and the loss of the mean rises by m' (H + M / 3) m / 2: half of the
+        change counts in the force balance, a third of it in the loss.
+
+        Parameters
+        ----------
+        drift : Drift
+            Measured with `seen_by` of its training.
+
+        Returns
+        -------
+        Drift
         """
         seen = self.seen_by(drift.training, 0.5)
         turn = seen.pairs.vectors.T @ drift.local.pairs.vectors
@@ -223,16 +271,20 @@ class Smoothing:
         """Part of a run's excess loss that is due to the change of curvature with the covariance.
 
         The covariance S settles by the mean curvature, H + D, while the loss of Gaussian weights is
-        1/2 tr((H + D / 2) S), D itself in proportion to S: of K members the excess is
+        1/2 tr((H + D / 2) S), with D proportional to S. The mean of K members has the excess
         (excess - part) / K + part / (2 K^2).
 
         Parameters
         ----------
         training : Training
         steps : int
-            After which the covariance is taken.
+            Number of steps after which the covariance is taken.
         seen : LocalQuadratic
             `seen_by` of the training.
+
+        Returns
+        -------
+        float
         """
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         change = turn.T @ (self.width_scale(training) * self.width.curvature) @ turn
@@ -245,9 +297,13 @@ class Smoothing:
         ----------
         training : Training
         steps : int
-            After which the covariance is taken.
+            Number of steps after which the covariance is taken.
         seen : LocalQuadratic
             `seen_by` of the training.
+
+        Returns
+        -------
+        float
         """
         now = replace(training, steps=steps)
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
@@ -258,8 +314,16 @@ class Smoothing:
     def noise_growth(self, training: Training) -> float:
         """Relative increase of the gradient-noise trace caused by the scatter of the weights.
 
-        Noise scatters the weights, and the scatter changes the noise: what leading order leaves out
-        is of the size of the square of this.
+        The increased noise widens the scatter in turn. This second-order effect, about the square
+        of the result, is left out.
+
+        Parameters
+        ----------
+        training : Training
+
+        Returns
+        -------
+        float
         """
         change = self.width_scale(training) * self.width.trace
         change += self.mean_scale(training) * self.mean.trace
@@ -267,7 +331,12 @@ class Smoothing:
         return change / max(calm, 1e-300)
 
     def kink_fraction(self) -> float:
-        """Curvature that kinks add along the stiff eigenpairs, relative to theirs."""
+        """Curvature that kinks add along the stiff eigenpairs, relative to their own.
+
+        Returns
+        -------
+        float
+        """
         stiff = self.local.pairs.values >= STIFF * self.local.largest
         added = np.broadcast_to(self.kinks.pairs, stiff.shape)[stiff].sum()
         return float(added / np.abs(self.local.pairs.values[stiff]).sum())

@@ -1,4 +1,4 @@
-"""What the stages of a bridge cost, in epochs of the training of the network."""
+"""Computing time of the stages of a bridge, in epochs of training of the network."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ STAGES = {
 def cost_table(
     risk: EmpiricalRisk, share: float, log: Mapping[tuple[str, str], float]
 ) -> pd.DataFrame:
-    """Wall time of stages over that of one gradient of all training examples.
+    """Wall time of the stages, divided by that of one gradient of all training examples.
 
     Parameters
     ----------
     risk : EmpiricalRisk
-        Its gradient is timed: the quickest of three.
+        Its gradient is timed three times; the shortest time counts.
     share : float
-        Of the training set's examples, that are in the risk.
+        Fraction of the training set's examples that are in the risk.
     log : mapping of (str, str) to float
-        Seconds of every result by its stage and key, as `Cache.log` has them. A result that was
-        read from its file counts with the seconds that it took when it was computed.
+        Seconds of every result by its stage and key (`Cache.log`). A result that was read from its
+        file has the seconds of its computation.
 
     Returns
     -------

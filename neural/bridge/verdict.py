@@ -1,4 +1,4 @@
-"""What the tables of a bridge say, in plain words."""
+"""The results of a bridge in plain words."""
 
 from __future__ import annotations
 
@@ -27,18 +27,23 @@ def verdict(
     best: pd.DataFrame | None = None,
     cost: pd.DataFrame | None = None,
 ) -> list[str]:
-    """What was found, a sentence or two a line.
+    """Summarise the results, one or two sentences a line.
 
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.api.compare` makes it, of trainings that differ in learning rate
-        and batch size.
+        Made by `neural.bridge.api.compare`, of trainings that differ in learning rate and batch
+        size.
     local : LocalQuadratic
+        Slope, curvature and noise at the checkpoint.
     best : DataFrame, optional
-        As `neural.bridge.best_lr.best_lrs` makes it.
+        Made by `neural.bridge.best_lr.best_lrs`.
     cost : DataFrame, optional
-        As `neural.bridge.timing.cost_table` makes it.
+        Made by `neural.bridge.timing.cost_table`.
+
+    Returns
+    -------
+    list of str
     """
     negative = local.negative_share()
     exponent = noise_exponent(local.pairs.values, np.diag(local.noise))
@@ -70,7 +75,9 @@ def verdict(
 
 
 def rank_order(table: pd.DataFrame) -> tuple[int, int]:
-    """Pairs of trainings whose order is predicted right, out of those whose order is sure.
+    """Count pairs of trainings whose order is predicted right.
+
+    Only pairs whose measured losses differ by more than two standard errors count.
 
     Parameters
     ----------
@@ -80,8 +87,7 @@ def rank_order(table: pd.DataFrame) -> tuple[int, int]:
     Returns
     -------
     right, pairs : int
-        Of all pairs whose measured losses are more than two standard errors apart, of both
-        together.
+        Number of pairs in the right order, and of all pairs that count.
     """
     rows = table[["predicted", "measured", "error"]].to_numpy(dtype=float)
     signs = [
@@ -93,7 +99,7 @@ def rank_order(table: pd.DataFrame) -> tuple[int, int]:
 
 
 def _agreement(held: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
-    """How near measurement is to the prediction, where there is one."""
+    """Agreement of measured and predicted losses."""
     iterate = held[held["weights"] == ITERATE]
     for bound in (1.05, 1.2, 1.5):
         near = np.abs(np.log(iterate["ratio"].clip(lower=1e-9))) < np.log(bound)
@@ -121,7 +127,7 @@ def _agreement(held: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
 
 
 def _trust(table: pd.DataFrame) -> Iterator[str]:
-    """How much the noise changes by the scatter of the weights and on the noise-free path."""
+    """Predicted and measured changes of the noise, which must be small for first order to hold."""
     known = table[table["noise_growth"].notna()]
     if len(known):
         yield (
@@ -156,7 +162,7 @@ def _range(changes: pd.Series[float]) -> str:
 
 
 def _floors(held: pd.DataFrame) -> Iterator[str]:
-    """From which K on averaging gains little."""
+    """The K beyond which averaging gains little."""
     for (way, size, lr), rows in held.groupby(["way", "batch_size", "lr"], sort=True):
         first = rows.iloc[0]
         parts = first[["descent", "cross", "floor", "excess"]]
@@ -185,6 +191,6 @@ def _best(best: pd.DataFrame, trained: bool) -> Iterator[str]:
 
 
 def _noise_scale(local: LocalQuadratic) -> float:
-    """Examples at which a minibatch's noise and the gradient are of one size."""
+    """Gradient noise scale tr C / |g|^2, in examples."""
     squared = float(local.points()[2].sum())
     return local.noise_trace / squared if squared > 0 else np.inf

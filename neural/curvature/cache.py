@@ -1,4 +1,4 @@
-"""Results of long measurements on disk, found again by what they were measured of and how."""
+"""Results of long measurements on disk, found by what they were measured on and how."""
 
 from __future__ import annotations
 
@@ -25,7 +25,17 @@ from nqm.table import replacing
 
 
 def fingerprint(risk: EmpiricalRisk) -> str:
-    """Content of a loss: weights, data, loss function, what an example is, which curvature."""
+    """Hash of a loss: weights, data, loss function, number of examples, kind of curvature.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     state = risk.model.state_dict()
     held = [risk.weights, *(state[name] for name in sorted(state))]

@@ -28,18 +28,26 @@ _SHARED = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtyp
 
 
 def input_rows(inputs: Any, count: int | None = None) -> tuple[list[Tensor], MakeInputs]:
-    """Tensors that have a row for each example, and how to make inputs of such tensors.
+    """Tensors that have a row for each example, and how to rebuild inputs from such tensors.
 
     Parameters
     ----------
     inputs : Tensor, or tuple, list or mapping of what is passed to the model
     count : int, optional
-        Examples; those of the first tensor by default.
+        Number of examples; the length of the first tensor by default.
+
+    Returns
+    -------
+    tensors : list of Tensor
+        Each of length `count`.
+    make : callable
+        Rebuilds inputs from a list of such tensors, of any common length.
 
     Raises
     ------
     NQMError
-        If a tensor has another length, or something else holds no rows that could be told.
+        If a tensor has another length, or `inputs` hold an object in which examples cannot be told
+        apart.
     """
     leaves, spec = pytree.tree_flatten(_plain(arguments(inputs)))
     held = [isinstance(one, Tensor) and one.ndim > 0 for one in leaves]
@@ -70,14 +78,36 @@ def input_rows(inputs: Any, count: int | None = None) -> tuple[list[Tensor], Mak
 
 
 def rows(batch: Batch) -> tuple[list[Tensor], MakeBatch]:
-    """`input_rows` of a batch, its targets the last of the tensors."""
+    """`input_rows` of a batch; the targets are the last of the tensors.
+
+    Parameters
+    ----------
+    batch : (inputs, targets)
+
+    Returns
+    -------
+    tensors : list of Tensor
+    make : callable
+        Rebuilds a batch from a list of such tensors.
+    """
     inputs, targets = batch
     tensors, make = input_rows(inputs, len(targets))
     return [*tensors, targets], lambda given: (make(given[:-1]), given[-1])
 
 
 def joined(batches: Sequence[Batch]) -> tuple[list[Tensor], MakeBatch]:
-    """`rows` of all batches as one.
+    """`rows` of all batches, concatenated.
+
+    Parameters
+    ----------
+    batches : sequence of (inputs, targets)
+        At least one.
+
+    Returns
+    -------
+    tensors : list of Tensor
+    make : callable
+        Rebuilds a batch from a list of such tensors.
 
     Raises
     ------
@@ -98,7 +128,16 @@ def joined(batches: Sequence[Batch]) -> tuple[list[Tensor], MakeBatch]:
 
 
 def content(batches: Iterable[Batch]) -> list[Any]:
-    """Tensors of batches, and all else that they hold, in their order."""
+    """All that batches hold, tensors and other values, in order.
+
+    Parameters
+    ----------
+    batches : iterable of (inputs, targets)
+
+    Returns
+    -------
+    list
+    """
     return [leaf for batch in batches for leaf in pytree.tree_leaves(_tree(batch))]
 
 
@@ -119,7 +158,18 @@ class EachRow:
         self.together = True
 
     def of(self, args: Sequence[Tensor]) -> Any:
-        """Results of all rows of the arguments."""
+        """Results for all rows of the arguments.
+
+        Parameters
+        ----------
+        args : sequence of Tensor
+            Of one length.
+
+        Returns
+        -------
+        Tensor, or tree of Tensor
+            Stacked along the first axis.
+        """
         return self(*args)
 
     def __call__(self, *args: Tensor) -> Any:

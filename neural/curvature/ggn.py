@@ -25,16 +25,21 @@ JACOBIAN_ROWS = 160
 def ggn_product(
     output: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], w: Tensor, v: Tensor
 ) -> Tensor:
-    """G v, shape (p,): forward to the outputs, through the loss's Hessian, and back.
+    """G v: forward to the outputs, through the Hessian of the loss, and back.
 
     Parameters
     ----------
     output : callable
-        Of the weights; any shape.
+        Maps the weights to an output of any shape.
     loss : callable
-        Of the output; one number.
-    w, v : Tensor, shape (p,)
-        Where, and along what.
+        Maps the output to one number.
+    w : Tensor, shape (p,)
+        The weights at which G is taken.
+    v : Tensor, shape (p,)
+
+    Returns
+    -------
+    Tensor, shape (p,)
     """
     moved: Tensor = jvp(output, (w,), (v,))[1]
     pulled: tuple[Any, ...] = vjp(output, w)
@@ -50,21 +55,25 @@ def ggn_matrix(
     inputs: Any,
     targets: Tensor,
 ) -> Tensor:
-    """G summed over a batch, shape (p, p), float64, for few weights.
+    """G summed over a batch, for few weights.
 
     An example costs as many backward passes as its output has entries: 10 for an image of ten
-    classes, symbols times alphabet for a window of text. A few examples' Jacobians are held at a
-    time, beside G.
+    classes, symbols times alphabet for a window of text. Besides G, the Jacobians of a few examples
+    are held in memory.
 
     Parameters
     ----------
     output : callable
-        (w, inputs) -> outputs, shape (B, ...); an example's depends on that example alone.
+        (w, inputs) -> outputs, shape (B, ...); an example's output depends on that example alone.
     loss : callable
         (outputs, targets) -> one loss per example, shape (B,).
     w : Tensor, shape (p,)
     inputs, targets
         The batch, examples along the first axis of every tensor (`neural.curvature.examples`).
+
+    Returns
+    -------
+    Tensor of float64, shape (p, p)
     """
     tensors, make = rows((inputs, targets))
 

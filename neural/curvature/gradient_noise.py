@@ -30,7 +30,21 @@ class PowerLaw:
 
 
 def trace(risk: EmpiricalRisk) -> float:
-    """Trace of the covariance of the examples' gradients."""
+    """Trace of the covariance of the examples' gradients.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    NQMError
+        If there is only one example.
+    """
     mean = torch.zeros(risk.size, dtype=torch.float64)
     squares = 0.0
     for gradients in risk.example_gradients():
@@ -44,16 +58,25 @@ def trace(risk: EmpiricalRisk) -> float:
 
 
 def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatArray:
-    """Covariance of the examples' gradients along some directions, shape (k, k).
+    """Covariance of the examples' gradients along some directions.
 
-    One pass over the data, however many directions: batches' own covariances are pooled (Chan,
-    Golub & LeVeque 1983).
+    It takes one pass over the data for any number of directions: the covariances of batches are
+    pooled (Chan, Golub & LeVeque 1983).
 
     Parameters
     ----------
     risk : EmpiricalRisk
     vectors : ndarray, shape (p, k), optional
-        The weights themselves by default, which must be few.
+        Directions; the weights themselves by default, which must then be few.
+
+    Returns
+    -------
+    ndarray, shape (k, k)
+
+    Raises
+    ------
+    NQMError
+        If there is only one example.
     """
     count = risk.size if vectors is None else vectors.shape[1]
     mean, products = np.zeros(count), np.zeros((count, count))
@@ -72,13 +95,17 @@ def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatA
 
 
 def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
-    """Least squares in the logarithms, over the stiffest directions of positive noise.
+    """Fit noise = scale curvature^exponent by least squares in the logarithms.
 
     Parameters
     ----------
     curvature, noise : ndarray, shape (k,)
-        Directions of less than `STIFF` of the largest curvature are left out: where weight decay is
-        most of the curvature there is no law to be found.
+        Directions without noise, and those below `STIFF` times the largest curvature, are left out:
+        there, weight decay is most of the curvature, and no law holds.
+
+    Returns
+    -------
+    PowerLaw
 
     Raises
     ------
@@ -93,7 +120,16 @@ def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
 
 
 def noise_exponent(curvature: FloatArray, noise: FloatArray) -> float:
-    """Exponent of `fit_power_law`; NaN where there is no law to be fitted."""
+    """Exponent of `fit_power_law`; NaN if fewer than two directions can be fitted.
+
+    Parameters
+    ----------
+    curvature, noise : ndarray, shape (k,)
+
+    Returns
+    -------
+    float
+    """
     try:
         return fit_power_law(curvature, noise).exponent
     except NQMError:
@@ -122,7 +158,8 @@ class NoiseScale:
 def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]) -> NoiseScale:
     """Noise scale from squared norms of minibatch gradients at two batch sizes.
 
-    Numerator and denominator are averaged each by itself, and divided last.
+    Numerator and denominator are averaged separately and divided last (McCandlish et al. 2018,
+    appendix A.1).
 
     Parameters
     ----------
@@ -130,6 +167,15 @@ def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]
         ``|g|^2`` of minibatches of the smaller and the larger size.
     sizes : tuple of float
         The two batch sizes.
+
+    Returns
+    -------
+    NoiseScale
+
+    Raises
+    ------
+    NQMError
+        If the sizes are not positive and increasing.
     """
     b, big = sizes
     if not 0 < b < big:

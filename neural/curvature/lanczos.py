@@ -21,15 +21,15 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LanczosNodes:
-    """A vector as H sees it.
+    """A vector u and a symmetric matrix H in the Krylov space of both.
 
     Attributes
     ----------
     values : ndarray, shape (m,)
         Nodes: approximate eigenvalues.
     amplitudes : ndarray, shape (m,)
-        Components of the vector along `vectors`; their squares are Gauss weights, so that
-        ``sum(amplitudes^2 F(values))`` is u' F(H) u, exactly for polynomials of degree 2m - 1.
+        Components of u along `vectors`. Their squares are Gauss weights: the sum of
+        ``amplitudes^2 F(values)`` is u' F(H) u, exactly for polynomials of degree 2m - 1.
     vectors : ndarray, shape (p, m)
         Orthonormal, one for each node.
     """
@@ -39,16 +39,27 @@ class LanczosNodes:
     vectors: FloatArray
 
     def apply(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:
-        """F(H) u, shape (p,)."""
+        """F(H) u for a function F.
+
+        Parameters
+        ----------
+        function : callable
+            F, of an array of eigenvalues.
+
+        Returns
+        -------
+        ndarray, shape (p,)
+        """
         return np.asarray(self.vectors @ (function(self.values) * self.amplitudes))
 
 
 def lanczos_nodes(
     apply: LinearOperator, start: FloatArray, steps: int, out: FloatArray
 ) -> LanczosNodes:
-    """Lanczos from a vector, in the complement of some directions.
+    """Run Lanczos from a vector, in the complement of some directions.
 
-    Full re-orthogonalisation, twice: rounding would bring copies of converged values back.
+    Every step is orthogonalised twice against all before: rounding would otherwise bring copies of
+    converged values back.
 
     Parameters
     ----------
@@ -57,9 +68,14 @@ def lanczos_nodes(
     start : ndarray, shape (p,)
         Its part along `out` is dropped.
     steps : int
-        Products with H; fewer if the space is exhausted.
+        Number of products with H; fewer if the space is exhausted.
     out : ndarray, shape (p, k)
         Orthonormal eigenvectors that are known already.
+
+    Returns
+    -------
+    LanczosNodes
+        Empty if `start` lies in the span of `out`.
     """
     check_integer("steps", steps, 1)
     start = start - out @ (out.T @ start)

@@ -85,9 +85,11 @@ class LocalQuadratic:
         return max(left, 0.0) * len(self.draws) / found if found > 0 else 0.0
 
     def points(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Curvature, noise variance and squared slope of every node, shape (d,) each.
+        """Curvature, noise variance and squared slope of every node, negative curvature included.
 
-        Negative curvature included.
+        Returns
+        -------
+        curvature, noise_variance, squared_slope : ndarray, shape (d,)
         """
         scale = self.draw_scale / max(len(self.draws), 1)
         parts = [(self.pairs.values, np.diag(self.noise), self.slope**2)]
@@ -100,12 +102,16 @@ class LocalQuadratic:
     def problem(self) -> Problem:
         """The noisy quadratic problem that `nqm` solves.
 
-        Displacements are from the minimum of the quadratic, g / h along each node. Nodes of
-        negative curvature are left out (`negative_share`): nothing settles along them.
+        Displacements are measured from the minimum of the quadratic: g / h along each node. Nodes
+        of negative curvature are left out (`negative_share`).
 
-        Expected losses are right. The distribution of the loss (`loss_sd`, quantiles) is right only
-        of a `complete` model, which keeps how its directions are correlated: a node of a draw
-        stands for many directions at once.
+        Expected losses are right for any model. The distribution of the loss (`loss_sd`, quantiles)
+        is right only for a `complete` model, which includes the correlation of the noise between
+        directions; otherwise one node of a noise draw stands for many directions.
+
+        Returns
+        -------
+        Problem
         """
         h, v, g = self.points()
         held = h > 0
@@ -131,7 +137,12 @@ class LocalQuadratic:
         return Correlation.of_factor(factor)[1]
 
     def problem_table(self) -> pd.DataFrame:
-        """The same as a table, which ``[problem] file = "..."`` reads."""
+        """`problem` as a table, which ``[problem] file = "..."`` reads.
+
+        Returns
+        -------
+        DataFrame
+        """
         import pandas as pd
 
         problem = self.problem()
@@ -143,7 +154,12 @@ class LocalQuadratic:
         return pd.DataFrame(table)
 
     def negative_share(self) -> tuple[float, float]:
-        """Shares of the noise's trace and of the squared slope along negative curvature."""
+        """Fractions of the noise's trace and of the squared slope along negative curvature.
+
+        Returns
+        -------
+        noise, squared_slope : float
+        """
         h, v, g = self.points()
         below = h <= 0
         return (
@@ -152,7 +168,12 @@ class LocalQuadratic:
         )
 
     def key(self) -> dict[str, Any]:
-        """What tells it from the same network's local models under other measurements."""
+        """Values that identify this measurement among those of the same network, for cache keys.
+
+        Returns
+        -------
+        dict of str to int or str
+        """
         return {
             "eigenpairs": len(self.pairs.values),
             "noise_samples": len(self.draws),
@@ -177,18 +198,26 @@ def measure_local(
     Parameters
     ----------
     risk : EmpiricalRisk
-        Its curvature is the one that it was made with: the Hessian, or its Gauss-Newton part.
+        Its `curvature` says whether the Hessian or the Gauss-Newton matrix is measured.
     eigenpairs : int, optional
-        Stiffest directions one by one; None for all, of few weights: from the dense matrix.
-    noise_samples, lanczos_steps : int
-        Draws of the noise, and products with the curvature for each and for the gradient.
+        Number of largest eigenvalues that are measured one by one; None computes all from the dense
+        matrix, for few weights.
+    noise_samples : int
+        Draws of the gradient noise beyond the eigenpairs.
+    lanczos_steps : int
+        Products with the curvature for each draw, and for the gradient.
     tolerance : float
-        Of the eigenpairs.
+        Relative accuracy of the eigenpairs.
     seed : int
+        Seed of all random draws.
     cache : Cache, optional
-        Keeps every stage as it is done, under the content of the risk.
+        Stores every stage when it is done, under the content of the risk.
     progress : callable, optional
-        Told that one more product with the curvature is done.
+        Called with 1 after every product with the curvature.
+
+    Returns
+    -------
+    LocalQuadratic
 
     Raises
     ------
@@ -257,5 +286,15 @@ def measure_local(
 
 
 def vector(risk: EmpiricalRisk, values: FloatArray) -> torch.Tensor:
-    """An array in the risk's own precision and place."""
+    """Convert an array to a tensor of the risk's precision and device.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+    values : ndarray, shape (p,)
+
+    Returns
+    -------
+    Tensor, shape (p,)
+    """
     return torch.from_numpy(np.ascontiguousarray(values)).to(risk.weights)

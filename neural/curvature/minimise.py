@@ -17,25 +17,27 @@ SETTLING_MOMENTUM = 0.9
 
 
 def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None) -> EmpiricalRisk:
-    """The same risk at a minimum near by, found from the checkpoint with all examples.
+    """The same risk at a minimum near the checkpoint, found with all examples.
 
-    L-BFGS compares losses, so it cannot tell weights apart once their losses differ by rounding
-    alone: that is at about the square root of the precision. Newton steps, by conjugate gradients
-    on Hessian products, go on from there until the gradient is rounding, too.
+    L-BFGS compares losses, so it stops where losses differ by rounding alone: the weights are then
+    accurate to about the square root of the precision. Newton steps, by conjugate gradients on
+    Hessian products, continue from there until the gradient is rounding, too.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     iterations : int
-        Of L-BFGS at most, and Hessian products of the Newton steps at most. If they do not suffice,
-        or if there is no minimum near by (a loss that falls without end), the gradient of what is
-        returned tells so.
+        Largest number of L-BFGS iterations, and of Hessian products of the Newton steps. If they do
+        not suffice, or if there is no minimum near by, the gradient of the result is not zero.
     lr : float, optional
-        L-BFGS and Newton by default. With a learning rate, so many steps of gradient descent with
-        momentum 0.9 on a cosine to zero, which promises no accuracy: while it lasts no curvature
-        above 3.8 / lr is stable, whereas a line search follows a valley into ever steeper places
-        (behind a normalisation layer weight decay makes curvature grow as one over the squared
-        weights).
+        With a learning rate, take this many steps of gradient descent with momentum 0.9 on a cosine
+        to zero instead of L-BFGS and Newton. No accuracy is promised, but curvature stays below
+        about 3.8 / lr, whereas a line search follows a valley into ever steeper places (behind a
+        normalisation layer weight decay makes curvature grow as one over the squared weights).
+
+    Returns
+    -------
+    EmpiricalRisk
 
     Raises
     ------

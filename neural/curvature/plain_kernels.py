@@ -27,7 +27,12 @@ Step = Callable[[Tensor, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, ..
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Inside the block, torch's functions of this list run in plain operations."""
+    """Run torch's fused functions in plain operations inside the block.
+
+    Yields
+    ------
+    None
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -38,9 +43,13 @@ def plain_kernels() -> Iterator[None]:
 
 
 def through_detach() -> TorchFunctionMode:
-    """Inside the block, a detached tensor keeps its derivatives.
+    """Let detached tensors keep their derivatives inside the block.
 
-    What is then another derivative than outside says that detaching made a difference.
+    A derivative that differs from the one outside the block shows that detaching made a difference.
+
+    Returns
+    -------
+    TorchFunctionMode
     """
     return _Instead(dict.fromkeys(_DETACH, torch.clone))
 
