@@ -35,6 +35,7 @@ lint: setup-neural
 
 docs: $(VENV)/.installed-docs  ## the site, out/site/index.html; a warning is an error
 	rm -rf docs/reference/generated  # stubs of names that are gone
+	$(BIN)/numpydoc lint $$(find nqm neural figures paper_repro -name "*.py")
 	$(BIN)/sphinx-build --quiet --jobs auto --fail-on-warning --keep-going docs out/site
 
 bench: setup-neural  ## ratios against named peers, printed in one run

@@ -119,10 +119,12 @@ def measure_averages(
         Measured on this risk.
     reference : Training
         The training over whose weights is averaged.
-    displacements, lanczos_steps : int
+    displacements : int
         See `measure_drift`.
     averaging_displacements : int
         See `measure_smoothing`; for 0 nothing is measured.
+    lanczos_steps : int
+        See `measure_drift`.
     seed : int
         Seed of the displacements.
     cache : Cache, optional

@@ -196,10 +196,12 @@ def augment_batch(
         (N, C, H, W) uint8, left as it is.
     generator : torch.Generator
         On the CPU; the result depends on nothing else that is random.
-    names, cutout, padding
+    names : sequence of str
         As for `draw`.
     mean, std : sequence of float or Tensor
         One for each channel.
+    cutout, padding : int
+        As for `draw`.
 
     Returns
     -------

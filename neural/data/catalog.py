@@ -49,15 +49,15 @@ def load(name: str, root: Path | str | None = None, *, download: bool = True) ->
     -------
     ImageData, StreamData or TextData
 
-    Notes
-    -----
-    Where several processes start together, let one of them load first: the others are refused while
-    it downloads.
-
     Raises
     ------
     NQMError
         For an unknown name, a file that is missing and cannot be fetched, or a damaged one.
+
+    Notes
+    -----
+    Where several processes start together, let one of them load first: the others are refused while
+    it downloads.
     """
     if name not in _ENTRIES:
         raise NQMError(f"unknown data set {name!r}{suggest(name, _ENTRIES)}")

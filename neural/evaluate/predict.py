@@ -151,12 +151,14 @@ def mc_dropout(
     ----------
     model : Module
         Holds at least one ``torch.nn`` dropout layer.
-    batches, device
+    batches
         As in `predict`.
     samples : int
         Draws per example.
     seed : int
         Of the masks; the global random state is left as it was.
+    device
+        As in `predict`.
 
     Returns
     -------

@@ -183,11 +183,13 @@ class LatePhase(nn.Module):
 
         Parameters
         ----------
-        *args, **kwargs
+        *args
             Arguments of the model.
         member : int or Tensor
             Number of the member, 0 to K - 1. A tensor is data to `torch.compile`: one graph serves
             all members.
+        **kwargs
+            Keyword arguments of the model.
 
         Returns
         -------
