@@ -27,15 +27,15 @@ from neural.training.cli_options import (
 )  # fmt: skip
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
-    help="Change a setting, e.g. --set bridge.steps=500 or --set plan.runs=64; other keys are the "
-    "recipe's (repeatable).",
+    help="Change a setting, e.g. --set bridge.steps=500 or --set plan.runs=64; keys of other "
+    "tables change the recipe (repeatable).",
 )  # fmt: skip
-@click.option("--select", help="Weights that are measured, e.g. batchnorm+head; all by default.")
-@click.option("--examples", type=int, help="Training examples; 0: all.  [default: 2000]")
+@click.option("--select", help="Weights to measure, e.g. batchnorm+head; all by default.")
+@click.option("--examples", type=int, help="Examples to measure on; 0: all.  [default: 2000]")
 @click.option("--members", type=int, multiple=True, help="K (repeatable); 1 to 16 by default.")
-@click.option("--predict-only", is_flag=True, help="Train nothing.")
-@click.option("--seed", type=int, help="Of all random draws.  [default: 0]")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of results.")
+@click.option("--predict-only", is_flag=True, help="Predict only; train nothing.")
+@click.option("--seed", type=int, help="Seed of all random draws.  [default: 0]")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
 @device_option
 @data_option
 @threads_option
@@ -56,10 +56,10 @@ def bridge(
 ) -> None:
     """Predict from curvature and noise what K and the learning rate do to a network, and train.
 
-    RUN is the folder of a finished run, RECIPE one with model.checkpoint. Nothing is fitted to
-    the training runs that the prediction is compared with. It can be killed at any moment: run
-    again, it goes on where it was stopped. The settings of [bridge] and [plan] are listed under
-    "bridge" in the documentation.
+    RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint. Nothing is
+    fitted to the training runs that the prediction is compared with. The command can be killed at
+    any moment; the same command then continues where it stopped. The settings of [bridge] and
+    [plan] are listed under "bridge" in the documentation.
 
     \b
     nqm neural bridge out/neural/digits_bn-full/base/seed0 --select batchnorm+head

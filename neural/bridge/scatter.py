@@ -68,7 +68,7 @@ def displacement(
 
     The covariance is exact along the eigenpairs. Beyond them the displacement is made from one draw
     of the noise, whose diagonal is exact. The symmetric root of the covariance is used: the signs
-    of eigenvectors differ between processors, and this root does not depend on them.
+    of eigenvectors differ between processors, and so the displacement does not depend on them.
 
     Parameters
     ----------

@@ -46,9 +46,20 @@ _MISSING = re.compile(
 
 
 def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each example, shape (B,), nats; of a text's window the mean over symbols.
+    """Cross-entropy of each example; for a window of text, the mean over its symbols.
 
     Symbols whose label is -100 do not count.
+
+    Parameters
+    ----------
+    output : Tensor, shape (B, ..., C)
+        Logits.
+    targets : Tensor of int64, shape (B, ...)
+
+    Returns
+    -------
+    Tensor, shape (B,)
+        In nats.
     """
     flat = nn.functional.cross_entropy(
         output.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED
@@ -125,27 +136,50 @@ class EmpiricalRisk:
         self._sound = False
 
     def at(self, weights: Tensor) -> EmpiricalRisk:
-        """The same function, with derivatives taken elsewhere."""
+        """The same function with derivatives taken at other weights.
+
+        Parameters
+        ----------
+        weights : Tensor, shape (p,)
+
+        Returns
+        -------
+        EmpiricalRisk
+        """
         moved = copy.copy(self)
         moved.weights = weights
         return moved
 
     def on(self, batches: Sequence[Batch]) -> EmpiricalRisk:
-        """The same model on other data, without weight decay: test loss, for one."""
+        """The same model and weights on other data, without weight decay: a test loss, for example.
+
+        Parameters
+        ----------
+        batches : sequence of (inputs, targets)
+
+        Returns
+        -------
+        EmpiricalRisk
+
+        Raises
+        ------
+        NQMError
+            If there is no batch, or targets do not fit.
+        """
         moved = copy.copy(self)
         moved.weight_decay = 0.0
         moved._take(batches)
         return moved
 
     def check(self) -> None:
-        """Find out on the first two examples whether the loss can be measured.
+        """Check on the first two examples that the loss can be measured.
 
         Raises
         ------
         NQMError
             If the model is random, changes its state or mixes examples in evaluation mode; if its
-            gradient is not the derivative of its loss, as where it detaches a tensor; or if torch
-            has no second derivatives of it.
+            gradient is not the derivative of its loss, for example because it detaches a tensor; or
+            if torch has no second derivatives of it.
         """
         if self._sound:
             return
@@ -228,10 +262,14 @@ class EmpiricalRisk:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode and in plain kernels, and afterwards as it was.
+        """Evaluation mode with plain kernels inside the block; the model is restored afterwards.
 
-        Whatever a forward pass notes down in its modules is gone afterwards: it would be part of a
-        derivative that is over.
+        Attributes that a forward pass sets on its modules are removed at the end: they would belong
+        to a derivative that is finished.
+
+        Yields
+        ------
+        None
         """
         held = [(m, dict(vars(m)), dict(m._buffers)) for m in self.model.modules()]
         try:
@@ -268,13 +306,33 @@ class EmpiricalRisk:
         return self._total(lambda batch: of(lambda w: self._losses(w, batch).sum() / self.examples))
 
     def mean_loss(self, w: Tensor, batch: Batch) -> Tensor:
-        """Mean loss of a minibatch at w, without weight decay; the mode is the caller's."""
+        """Mean loss of a minibatch at w, without weight decay; the caller sets the model's mode.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,)
+        batch : (inputs, targets)
+
+        Returns
+        -------
+        Tensor, scalar
+        """
         return self._losses(w, batch).mean()
 
     # --- mean loss -------------------------------------------------------------------------------
 
     def loss(self, w: Tensor | None = None) -> float:
-        """Mean loss, weight decay included."""
+        """Mean loss, weight decay included.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,), optional
+            Weights; `weights` by default.
+
+        Returns
+        -------
+        float
+        """
         at = self.weights if w is None else w
         return float(self._mean(lambda f: f(at))) + self._decay(at)
 
@@ -283,11 +341,32 @@ class EmpiricalRisk:
         return 0.5 * self.weight_decay * float(w.detach().double().square().sum())
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
-        """Slope of the mean loss, shape (p,)."""
+        """Gradient of the mean loss, weight decay included.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,), optional
+            Weights; `weights` by default.
+
+        Returns
+        -------
+        Tensor, shape (p,)
+        """
         return self.loss_and_gradient(w)[1]
 
     def loss_and_gradient(self, w: Tensor | None = None) -> tuple[float, Tensor]:
-        """Both, for the price of the slope."""
+        """`loss` and `gradient`, at the cost of the gradient alone.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,), optional
+            Weights; `weights` by default.
+
+        Returns
+        -------
+        loss : float
+        gradient : Tensor, shape (p,)
+        """
         at = self.weights if w is None else w
 
         def both(f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -298,9 +377,18 @@ class EmpiricalRisk:
         return float(found[-1]) + self._decay(at), found[:-1] + self.weight_decay * at
 
     def weighted_gradient(self, weights: Tensor) -> Tensor:
-        """Sum of the examples' own gradients, each times a weight; without weight decay, (p,).
+        """Weighted sum of the examples' gradients, without weight decay.
 
-        With weights of mean 0 and variance 1 / (N - 1) it is a draw of one example's noise.
+        With random weights of mean 0 and variance 1 / (N - 1) it is a draw of one example's noise.
+
+        Parameters
+        ----------
+        weights : Tensor, shape (N,)
+            Factor of each example's gradient.
+
+        Returns
+        -------
+        Tensor, shape (p,)
         """
         parts = iter(torch.split(weights, [len(targets) for _, targets in self.batches]))
 
@@ -314,20 +402,48 @@ class EmpiricalRisk:
     # --- curvature -------------------------------------------------------------------------------
 
     def curvature_product(self, v: Tensor) -> Tensor:
-        """The curvature that was chosen, times v, shape (p,)."""
+        """Product of the chosen curvature (Hessian or Gauss-Newton) with a vector.
+
+        Parameters
+        ----------
+        v : Tensor, shape (p,)
+
+        Returns
+        -------
+        Tensor, shape (p,)
+        """
         return self.ggn_product(v) if self.curvature == "ggn" else self.hessian_product(v)
 
     def curvature_matrix(self) -> Tensor:
-        """All of the curvature that was chosen, shape (p, p), for few weights."""
+        """The chosen curvature (Hessian or Gauss-Newton) as a dense matrix, for few weights.
+
+        Returns
+        -------
+        Tensor, shape (p, p)
+        """
         return self.ggn() if self.curvature == "ggn" else self.hessian()
 
     def hessian_product(self, v: Tensor) -> Tensor:
-        """H v at the weights, shape (p,): a forward derivative of the gradient."""
+        """H v at the weights, by a forward derivative of the gradient; weight decay included.
+
+        Parameters
+        ----------
+        v : Tensor, shape (p,)
+
+        Returns
+        -------
+        Tensor, shape (p,)
+        """
         data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
         return data + self.weight_decay * v
 
     def hessian(self) -> Tensor:
-        """All of H, shape (p, p), for few weights."""
+        """The Hessian as a dense matrix, for few weights; weight decay included.
+
+        Returns
+        -------
+        Tensor, shape (p, p)
+        """
         units = torch.eye(self.size).to(self.weights)
         products = EachRow(self.hessian_product)
         h = torch.cat([products(some) for some in torch.split(units, HESSIAN_ROWS)])
@@ -346,7 +462,16 @@ class EmpiricalRisk:
             )
 
     def ggn_product(self, v: Tensor) -> Tensor:
-        """G v at the weights, shape (p,), weight decay included; see `neural.curvature.ggn`."""
+        """G v at the weights (see `neural.curvature.ggn`); weight decay included.
+
+        Parameters
+        ----------
+        v : Tensor, shape (p,)
+
+        Returns
+        -------
+        Tensor, shape (p,)
+        """
 
         def term(batch: Batch) -> Tensor:
             inputs, targets = batch
@@ -360,7 +485,12 @@ class EmpiricalRisk:
         return self._total(term) + self.weight_decay * v
 
     def ggn(self) -> Tensor:
-        """All of G, shape (p, p), float64, for few weights; weight decay included."""
+        """The Gauss-Newton matrix as a dense matrix, for few weights; weight decay included.
+
+        Returns
+        -------
+        Tensor of float64, shape (p, p)
+        """
         self.check()
         data = self._total(
             lambda batch: ggn_matrix(
@@ -375,7 +505,16 @@ class EmpiricalRisk:
         return g
 
     def third(self, v: Tensor) -> Tensor:
-        """Slope of v' H v as w moves, shape (p,): third derivatives, twice along v."""
+        """Gradient of v' H v in the weights: third derivatives, twice along v.
+
+        Parameters
+        ----------
+        v : Tensor, shape (p,)
+
+        Returns
+        -------
+        Tensor, shape (p,)
+        """
 
         def bend(f: Callable[[Tensor], Tensor]) -> Tensor:
             def slope(w: Tensor) -> Tensor:
@@ -389,7 +528,12 @@ class EmpiricalRisk:
     # --- single examples -------------------------------------------------------------------------
 
     def example_gradients(self) -> Iterator[Tensor]:
-        """Gradient of every example's own loss, some at a time, shape (b, p) each."""
+        """Gradient of every example's loss, in blocks of examples.
+
+        Yields
+        ------
+        Tensor, shape (b, p)
+        """
         self.check()
         size = max(GRADIENT_NUMBERS // self.size, 1)
         for batch in self.batches:

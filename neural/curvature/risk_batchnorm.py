@@ -39,7 +39,12 @@ class BatchNormRisk(EmpiricalRisk):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, but BatchNorm with the statistics of what it is given."""
+        """Evaluation mode inside the block, except that BatchNorm uses the statistics of its input.
+
+        Yields
+        ------
+        None
+        """
         layers = [layer for layer in self.model.modules() if isinstance(layer, _BatchNorm)]
         with super().evaluating():
             try:
@@ -52,7 +57,7 @@ class BatchNormRisk(EmpiricalRisk):
 
 
 def grouped(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """Examples in groups of `size`, in their order; what is left over is not used.
+    """Examples in groups of `size`, in their order; a last incomplete group is dropped.
 
     Parameters
     ----------
@@ -64,6 +69,11 @@ def grouped(batches: Sequence[Batch], size: int) -> list[Batch]:
     -------
     list of (inputs, targets)
         One group each, of shapes (1, size, ...).
+
+    Raises
+    ------
+    NQMError
+        If `size` is below 2 or above the number of examples.
     """
     check_integer("size", size, 2)
     tensors, make = joined(batches)

@@ -73,19 +73,24 @@ def eigenpairs(
     ----------
     risk : EmpiricalRisk
     count : int
-        Fewer than its weights.
+        Less than the number of weights.
     end : {"top", "bottom"}
-        Algebraically largest, or smallest: the Hessian of a network in training has negative ones.
+        Algebraically largest or smallest. The Hessian of a network in training has negative ones.
     tolerance : float
         Relative accuracy at which ARPACK stops.
     seed : int
-        Of the first vector.
+        Seed of the start vector.
     progress : callable, optional
+        Called with 1 after every product with the curvature.
+
+    Returns
+    -------
+    Eigenpairs
 
     Raises
     ------
     NQMError
-        If there are not that many, or they do not converge.
+        If `count` or `end` is out of range, or the eigenpairs do not converge.
     """
     check_integer("count", count, 1)
     if count >= risk.size:
@@ -114,7 +119,18 @@ def eigenpairs(
 
 
 def operator(risk: EmpiricalRisk, progress: Progress | None = None) -> LinearOperator:
-    """The curvature as SciPy takes it; arithmetic in the risk's own precision."""
+    """The curvature as a SciPy operator, computed in the risk's precision.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+    progress : callable, optional
+        Called with 1 after every product with the curvature.
+
+    Returns
+    -------
+    LinearOperator, (p, p)
+    """
 
     def product(v: FloatArray) -> FloatArray:
         direction = torch.from_numpy(np.ascontiguousarray(v).reshape(-1)).to(risk.weights)
@@ -138,19 +154,25 @@ def density(
 ) -> Density:
     """Density of the rest of the spectrum, by stochastic Lanczos quadrature.
 
-    Random probes orthogonal to the known eigenvectors, so many Lanczos steps each with full
-    re-orthogonalisation, and the Gauss quadrature of each probe's measure (Golub & Meurant 2010;
-    Ghorbani et al. 2019). Moments up to order 2 `steps` - 1 of each probe's measure are exact.
+    Each random probe is orthogonal to the known eigenvectors; `steps` Lanczos steps give the Gauss
+    quadrature of its measure (Golub & Meurant 2010; Ghorbani et al. 2019), which is exact for
+    moments up to order 2 `steps` - 1.
 
     Parameters
     ----------
     risk : EmpiricalRisk
     known : Eigenpairs, optional
-        Taken out of the spectrum.
+        Removed from the spectrum.
     probes, steps : int
-        The work is their product, in products with the curvature.
+        Number of probes, and of products with the curvature for each.
     seed : int
+        Seed of the probes.
     progress : callable, optional
+        Called with 1 after every product with the curvature.
+
+    Returns
+    -------
+    Density
     """
     check_integer("probes", probes, 1)
     check_integer("steps", steps, 1)
@@ -176,8 +198,12 @@ def binned(spectrum: Density, bins: int) -> Density:
     ----------
     spectrum : Density
     bins : int
-        Groups of neighbours of about equal count in the cube root of the eigenvalue; each becomes
-        its mean.
+        Number of intervals of equal width in the cube root of the eigenvalue. The points of an
+        interval are replaced by their mean.
+
+    Returns
+    -------
+    Density
     """
     check_integer("bins", bins, 1)
     scale = np.cbrt(spectrum.values)
@@ -192,7 +218,19 @@ def binned(spectrum: Density, bins: int) -> Density:
 
 
 def trace_estimate(risk: EmpiricalRisk, probes: int = 10, seed: int = 0) -> tuple[float, float]:
-    """Trace of the curvature and its standard error, by random signs (Hutchinson)."""
+    """Estimate the trace of the curvature with random signs (Hutchinson 1990).
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+    probes : int
+        Number of random vectors, at least 2.
+    seed : int
+
+    Returns
+    -------
+    trace, standard_error : float
+    """
     check_number("probes", probes, low=2)
     rng = np.random.default_rng(seed)
     apply = operator(risk)

@@ -58,6 +58,10 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     level : float
         Coverage, in (0, 1).
 
+    Returns
+    -------
+    Interval
+
     Raises
     ------
     NQMError
@@ -78,7 +82,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """Interval of the mean of a - b over runs that share a seed (the paired t test's).
+    """Interval of the mean of a - b over runs that share a seed (that of the paired t test).
 
     Parameters
     ----------
@@ -87,10 +91,14 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     level : float
         Coverage, in (0, 1).
 
+    Returns
+    -------
+    Interval
+
     Raises
     ------
     NQMError
-        If the lengths differ, and as in `mean_interval`.
+        If the lengths differ, there is no value, or `level` is out of range.
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.shape != y.shape:

@@ -51,10 +51,14 @@ def interpolate(
     Parameters
     ----------
     start, end : mapping of str to Tensor
-        State dicts with the same names and shapes. Other tensors (counters) come from the nearer
-        end.
+        State dicts with the same names and shapes. Other tensors (counters) are copied from the
+        nearer end.
     t : float
-        Outside [0, 1] it extrapolates.
+        Position; values outside [0, 1] extrapolate.
+
+    Returns
+    -------
+    dict of str to Tensor
 
     Raises
     ------
@@ -87,12 +91,12 @@ def loss_line(
     Parameters
     ----------
     model : Module
-        Given back bit for bit, also after an exception.
+        Restored bit for bit, also after an exception.
     start, end : mapping of str to Tensor
         State dicts of the model, e.g. a member's and the average's.
     loss : batches or callable
-        Batches to average cross-entropy over in eval mode, or ``loss(model)`` returning a float
-        or a `Score`.
+        Batches over which cross-entropy is averaged in eval mode, or ``loss(model)`` returning a
+        float or a `Score`.
     positions : sequence of float
         Increasing, from 0 to 1.
     buffers : bool
@@ -100,6 +104,10 @@ def loss_line(
     recompute : callable, optional
         ``recompute(model)`` runs at every position before its evaluation, the ends too: averaged
         weights need BatchNorm statistics of their own.
+
+    Returns
+    -------
+    Line
 
     Raises
     ------

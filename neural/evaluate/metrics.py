@@ -27,6 +27,11 @@ def accuracy(log_probs: Tensor, labels: Tensor) -> float:
     labels : Tensor of integers, shape (N,)
         -100 where an example does not count.
 
+    Returns
+    -------
+    float
+        In [0, 1].
+
     Raises
     ------
     NQMError
@@ -37,15 +42,34 @@ def accuracy(log_probs: Tensor, labels: Tensor) -> float:
 
 
 def nll(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean negative log-likelihood of the labels, in nats; parameters as in `accuracy`."""
+    """Mean negative log-likelihood of the labels.
+
+    Parameters
+    ----------
+    log_probs, labels
+        See `accuracy`.
+
+    Returns
+    -------
+    float
+        In nats.
+    """
     log_probs, labels = _checked(log_probs, labels)
     return float(-log_probs.gather(1, labels[:, None]).mean())
 
 
 def brier(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean over examples of the squared error summed over classes (Brier 1950), in [0, 2].
+    """Mean over examples of the squared error summed over classes (Brier 1950).
 
-    Parameters as in `accuracy`.
+    Parameters
+    ----------
+    log_probs, labels
+        See `accuracy`.
+
+    Returns
+    -------
+    float
+        In [0, 2].
     """
     log_probs, labels = _checked(log_probs, labels)
     probs = log_probs.exp()
@@ -62,9 +86,14 @@ def ece(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
     Parameters
     ----------
     log_probs, labels
-        As in `accuracy`.
+        See `accuracy`.
     bins : int
         At least 1.
+
+    Returns
+    -------
+    float
+        In [0, 1]; NaN if a confidence is not finite.
     """
     check_integer("ece: bins", bins, 1)
     log_probs, labels = _checked(log_probs, labels)
@@ -77,13 +106,33 @@ def ece(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 
 def classification_metrics(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """``accuracy``, ``nll``, ``brier`` and ``ece`` (15 bins) by name; takes what they take."""
+    """``accuracy``, ``nll``, ``brier`` and ``ece`` (15 bins).
+
+    Parameters
+    ----------
+    log_probs, labels
+        See `accuracy`.
+
+    Returns
+    -------
+    dict of str to float
+    """
     log_probs, labels = _checked(log_probs, labels)
     return {rule.__name__: rule(log_probs, labels) for rule in (accuracy, nll, brier, ece)}
 
 
 def bits_per_character(nll: float) -> float:
-    """A mean negative log-likelihood per character in nats, as bits: nll / ln 2."""
+    """Convert nats per character to bits per character: nll / ln 2.
+
+    Parameters
+    ----------
+    nll : float
+        Mean negative log-likelihood per character, in nats.
+
+    Returns
+    -------
+    float
+    """
     return nll / math.log(2)
 
 
@@ -103,14 +152,20 @@ def correct(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def refuse_probabilities(where: str, log_probs: Tensor) -> None:
-    """Raise NQMError if every row sums to 1 and has no negative entry.
+    """Refuse probabilities that are given in place of logits or log-probabilities.
 
-    Probabilities taken for logits would give a wrong number without a word.
+    Probabilities taken for logits would give a wrong number without an error.
 
     Parameters
     ----------
     where : str
+        Name of the function, for the message.
     log_probs : Tensor, shape (..., C)
+
+    Raises
+    ------
+    NQMError
+        If every row sums to 1 and has no negative entry.
     """
     if log_probs.shape[-1] < 2 or not log_probs.numel():
         return

@@ -37,15 +37,19 @@ class Score(NamedTuple):
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Eval mode without autograd; afterwards every module has its own mode back.
+    """Eval mode without autograd inside the block; every module's mode is restored afterwards.
 
-    Not torch's inference mode: a tensor that a model keeps from one pass to the next, like rotary
-    angles, could not be trained with afterwards.
+    Torch's inference mode is not used: a tensor that a model stores in one pass for the next, like
+    rotary angles, could not be trained with afterwards.
 
     Parameters
     ----------
     model : Module or any object
-        Anything but a module is left alone.
+        Nothing is done to an object that is not a module.
+
+    Yields
+    ------
+    None
     """
     modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
     try:
@@ -128,6 +132,11 @@ def ensemble_log_probs(member_logits: Tensor) -> Tensor:
     Returns
     -------
     Tensor of float64, shape (N, C)
+
+    Raises
+    ------
+    NQMError
+        If the shape does not fit, or probabilities are given.
     """
     if member_logits.ndim != 3 or not len(member_logits):
         raise NQMError(
@@ -187,12 +196,21 @@ def mc_dropout(
 
 
 def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
-    """Mean loss and accuracy in eval mode, without keeping logits.
+    """Mean loss and accuracy in eval mode, without storing logits.
 
     Parameters
     ----------
     model, batches, device
-        As in `predict`.
+        See `predict`.
+
+    Returns
+    -------
+    Score
+
+    Raises
+    ------
+    NQMError
+        If there is no batch, no label counts, or logits and labels do not fit.
     """
     target = _device(model, device)
     with evaluating(model):
@@ -205,11 +223,20 @@ def score_text(model: nn.Module, batches: Batches) -> Score:
     Parameters
     ----------
     model : Module
-        A recurrent one takes ``(symbols, state, return_state=True)``; any other starts every
-        window anew.
+        A recurrent one takes ``(symbols, state, return_state=True)``; any other starts every window
+        without a state.
     batches : iterable of (symbols, next symbols)
-        Windows whose rows go on in the next batch while their number is the same, as from
-        `neural.data.evaluation_windows`.
+        Each row continues the same row of the batch before, while the number of rows is the same
+        (`neural.data.evaluation_windows`).
+
+    Returns
+    -------
+    Score
+
+    Raises
+    ------
+    NQMError
+        See `score`.
     """
     if "return_state" not in inspect.signature(model.forward).parameters:
         return score(model, batches)

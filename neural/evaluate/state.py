@@ -49,12 +49,22 @@ def borrowed(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def scorer(loss: Loss) -> Callable[[nn.Module], Score]:
-    """`loss` as a function of the model; accuracy is NaN where it does not tell.
+    """Turn a loss or batches into a function of the model.
+
+    Parameters
+    ----------
+    loss : batches or callable
+        See `Loss`.
+
+    Returns
+    -------
+    callable
+        Maps a model to its `Score`; accuracy is NaN if `loss` returns a number only.
 
     Raises
     ------
     NQMError
-        If it is an iterator, which could be read only once.
+        If `loss` is an iterator, which could be read only once.
     """
     if not callable(loss):
         if isinstance(loss, Iterator):

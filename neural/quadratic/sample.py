@@ -49,7 +49,7 @@ def sample(
     ----------
     problem : Problem
     program : Program
-        Any that `nqm.sample` takes.
+        Any program that `nqm.sample` takes.
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
     replicas : int
@@ -57,14 +57,18 @@ def sample(
     seed : int
         The same seed gives the same numbers on the same device at the same precision.
     device : str
-        As PyTorch names it: "cpu", "cuda", "cuda:1".
+        PyTorch's name of it: "cpu", "cuda", "cuda:1".
     precision : {"float64", "float32"}
-        Of states and noise. Losses are summed in float64 in both.
+        Precision of states and noise. Losses are always summed in float64.
+
+    Returns
+    -------
+    Trajectory
 
     Raises
     ------
     NQMError
-        For a device that is not there, or what `nqm.sample` would refuse too.
+        If the device cannot be used, or `nqm.sample` would refuse the program.
     """
     check_integer("replicas", replicas, 2)
     check_integer("seed", seed, 0)

@@ -85,7 +85,12 @@ class NoisyQuadratic(nn.Module):
         self.phi = nn.Parameter(torch.full_like(w, factor or 0.0))
 
     def displacement(self) -> Tensor:
-        """Distance x = w - w* from the minimum, shape (runs, d)."""
+        """Displacement x = w - w* from the minimum.
+
+        Returns
+        -------
+        Tensor, shape (runs, d)
+        """
         return self.combine(self.theta, self.phi) - self.minimum
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -104,12 +109,28 @@ class NoisyQuadratic(nn.Module):
 
     @torch.no_grad()
     def loss(self) -> NDArray[np.float64]:
-        """Noiseless loss of every run, shape (runs,)."""
+        """Noiseless loss of every run.
+
+        Returns
+        -------
+        ndarray, shape (runs,)
+        """
         return np.asarray((self.displacement().square() @ self.weight).numpy())
 
 
 def minibatch_loss(output: Tensor, targets: object = None) -> Tensor:
-    """Mean over examples; summed over runs, whose gradients must not depend on their number."""
+    """Mean over examples, summed over runs, whose gradients must not depend on their number.
+
+    Parameters
+    ----------
+    output : Tensor, shape (B, runs)
+    targets : object
+        Not used.
+
+    Returns
+    -------
+    Tensor, scalar
+    """
     return output.mean(0).sum()
 
 
@@ -131,7 +152,20 @@ class NoiseStream:
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, count: int, batch_size: int = 1) -> list[Batch]:
-        """`count` minibatches of inputs (batch_size, runs, d), without targets."""
+        """Draw minibatches of noise.
+
+        Parameters
+        ----------
+        count : int
+            Number of minibatches.
+        batch_size : int
+            B.
+
+        Returns
+        -------
+        list of (inputs, None)
+            Inputs have shape (B, runs, d).
+        """
         shape = (batch_size, self.runs, len(self.size))
         rng = self.generator
         drawn = [torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(count)]
@@ -141,7 +175,18 @@ class NoiseStream:
 
 
 def draw_start(problem: Problem, runs: int, seed: int) -> NDArray[np.float64]:
-    """Displacements from the problem's start, shape (runs, d)."""
+    """Draw displacements from the problem's start.
+
+    Parameters
+    ----------
+    problem : Problem
+    runs : int
+    seed : int
+
+    Returns
+    -------
+    ndarray, shape (runs, d)
+    """
     normal = np.random.default_rng(seed).standard_normal((runs, problem.directions))
     if problem.initial_correlation is not None:
         root = problem.initial_correlation.root
@@ -152,13 +197,17 @@ def draw_start(problem: Problem, runs: int, seed: int) -> NDArray[np.float64]:
 def late_settings(
     algorithm: nqm.LatePhase | nqm.MultiplicativeLatePhase, directions: int
 ) -> dict[str, Any]:
-    """Arguments of `neural.LatePhase` that mean the same as an `nqm` late phase.
+    """Arguments with which `neural.LatePhase` is the same as an `nqm` late phase.
 
     Parameters
     ----------
     algorithm : nqm.LatePhase or nqm.MultiplicativeLatePhase
     directions : int
         d of the problem, the numbers in a row of the weights.
+
+    Returns
+    -------
+    dict of str to object
     """
     additive = isinstance(algorithm, nqm.LatePhase)
     return {
@@ -211,7 +260,11 @@ def train_quadratic(
         Independent runs, all in the rows of one model.
     seed : int
     fused, idle_steps
-        Of `LatePhase`.
+        See `neural.LatePhase`.
+
+    Returns
+    -------
+    Measured
 
     Raises
     ------

@@ -1,6 +1,7 @@
 """Corruptions by averaging over neighbours: lens, focus, motion. Lengths are in pixels.
 
-Kernels sum to 1 and borders repeat the edge, so constant images stay as they are.
+Kernels sum to 1 and borders repeat the edge, so constant images do not change. Parameters and
+results of corruptions: see `neural.evaluate.corruption.noise`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ def convolve(x: Tensor, kernels: Tensor) -> Tensor:
     x : Tensor, shape (N, C, H, W)
     kernels : Tensor, shape (N, k, l) or (1, k, l), k and l odd
         One per image, or one for all.
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
     """
     n, c = x.shape[:2]
     kernels = (kernels / kernels.sum((1, 2), keepdim=True))[:, None]

@@ -79,7 +79,11 @@ def load_cifar10_c(folder: str | Path) -> CIFAR10C:
     Parameters
     ----------
     folder : path
-        Holds ``labels.npy`` and a ``.npy`` file for each corruption.
+        Has ``labels.npy`` and a ``.npy`` file for each corruption.
+
+    Returns
+    -------
+    CIFAR10C
 
     Raises
     ------

@@ -40,6 +40,14 @@ def fog(x: Tensor, depth: float, rng: Generator) -> Tensor:
 def plasma(n: int, height: int, width: int, rng: Generator) -> Tensor:
     """Fractal clouds: noise on grids of 2, 3, 5, 9, ... points a side, each half as strong.
 
+    Parameters
+    ----------
+    n : int
+        Number of images.
+    height, width : int
+        In pixels.
+    rng : Generator
+
     Returns
     -------
     Tensor, shape (n, 1, height, width)
