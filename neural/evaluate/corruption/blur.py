@@ -1,7 +1,6 @@
 """Corruptions by averaging over neighbours: lens, focus, motion. Lengths are in pixels.
 
-Kernels sum to 1 and borders repeat the edge, so constant images do not change. Parameters and
-results of corruptions: see `neural.evaluate.corruption.noise`.
+Kernels sum to 1 and borders repeat the edge, so constant images do not change.
 """
 
 from __future__ import annotations
@@ -14,20 +13,59 @@ from torch.nn import functional
 
 
 def gaussian_blur(x: Tensor, sigma: float, rng: Generator) -> Tensor:
-    """Gaussian kernel of standard deviation `sigma`, cut at four of them."""
+    """Filter with a Gaussian kernel, cut at four standard deviations.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    sigma : float
+        Standard deviation, in pixels.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     reach = math.ceil(4 * sigma)
     kernel = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2))
     return convolve(convolve(x, kernel[None, :, None]), kernel[None, None, :])
 
 
 def defocus_blur(x: Tensor, radius: float, rng: Generator) -> Tensor:
-    """Disk of the given radius, its rim weighted by the distance over one pixel."""
+    """Filter with a disk, its rim weighted by the distance over one pixel.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    radius : float
+        Radius, in pixels.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     dy, dx = _offsets(math.ceil(radius))
     return convolve(x, (radius + 0.5 - torch.hypot(dx, dy)).clamp(0, 1)[None])
 
 
 def motion_blur(x: Tensor, length: float, rng: Generator) -> Tensor:
-    """Straight motion over `length`, in a random direction for each image."""
+    """Blur by straight motion, in a random direction for each image.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    length : float
+        Length of the motion, in pixels.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     dy, dx = _offsets(math.ceil(length / 2))
     angle = math.pi * torch.rand(len(x), 1, 1, generator=rng)
     along = (dx * angle.cos() + dy * angle.sin()).abs()

@@ -13,18 +13,57 @@ AIRLIGHT = 0.9
 
 
 def brightness(x: Tensor, shift: float, rng: Generator) -> Tensor:
-    """Light added: x + shift."""
+    """Add light: x + shift.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    shift : float
+        Added to every value.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     return x + shift
 
 
 def contrast(x: Tensor, factor: float, rng: Generator) -> Tensor:
-    """Less contrast: m + factor (x - m), m the mean of each image and channel."""
+    """Reduce contrast: m + factor (x - m), m the mean of each image and channel.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    factor : float
+        1 changes nothing.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     mean = x.mean((2, 3), keepdim=True)
     return mean + factor * (x - mean)
 
 
 def saturate(x: Tensor, factor: float, rng: Generator) -> Tensor:
-    """Stronger colours: g + factor (x - g), g the luma of each pixel; grey images stay."""
+    """Strengthen colours: g + factor (x - g), g the luma of each pixel; grey images stay.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    factor : float
+        1 changes nothing.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     if x.shape[1] != len(LUMA):
         return x
     grey = (x * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
@@ -32,7 +71,20 @@ def saturate(x: Tensor, factor: float, rng: Generator) -> Tensor:
 
 
 def fog(x: Tensor, depth: float, rng: Generator) -> Tensor:
-    """Koschmieder's law, x e^-d + A (1 - e^-d), with optical depth d = depth * plasma."""
+    """Koschmieder's law, x e^-d + A (1 - e^-d), with optical depth d = depth * plasma.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    depth : float
+        Largest optical depth.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     transmission = torch.exp(-depth * plasma(len(x), x.shape[2], x.shape[3], rng))
     return x * transmission + AIRLIGHT * (1 - transmission)
 

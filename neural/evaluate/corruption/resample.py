@@ -16,7 +16,20 @@ STIFFNESS = 3.0
 
 
 def pixelate(x: Tensor, scale: float, rng: Generator) -> Tensor:
-    """Divide rows and columns into ``scale * size`` groups of neighbours; average each block."""
+    """Divide rows and columns into ``scale * size`` groups of neighbours; average each block.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    scale : float
+        In (0, 1].
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
 
     def averaging(side: int) -> Tensor:
         group = torch.arange(side) * max(1, round(scale * side)) // side
@@ -27,7 +40,20 @@ def pixelate(x: Tensor, scale: float, rng: Generator) -> Tensor:
 
 
 def jpeg_compression(x: Tensor, quality: float, rng: Generator) -> Tensor:
-    """Encode and decode each image with Pillow at the given quality; 1 or 3 channels."""
+    """Encode and decode each image with Pillow at the given quality; 1 or 3 channels.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    quality : float
+        Pillow's JPEG quality, 1 to 95.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     import numpy as np
     from PIL import Image
 
@@ -42,7 +68,20 @@ def jpeg_compression(x: Tensor, quality: float, rng: Generator) -> Tensor:
 
 
 def elastic_transform(x: Tensor, shift: float, rng: Generator) -> Tensor:
-    """Move each pixel by a Gaussian of standard deviation `shift` pixels an axis, smoothly."""
+    """Move each pixel by a smooth Gaussian displacement.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Images with values in [0, 1].
+    shift : float
+        Standard deviation along each axis, in pixels.
+    rng : Generator
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+    """
     n, _, height, width = x.shape
     # White noise with a margin, so that the borders move like the rest.
     margin = math.ceil(4 * STIFFNESS)
