@@ -83,16 +83,20 @@ def measure(
         training.check(risk.examples)
     local = measure_checkpoint(risk, config, seed=seed, cache=cache, progress=progress)
     settings: dict[str, Any] = {
-        "displacements": config.displacements, "lanczos_steps": config.lanczos_steps,
-        "seed": seed, "cache": cache,
-    }  # fmt: skip
+        "displacements": config.displacements,
+        "lanczos_steps": config.lanczos_steps,
+        "seed": seed,
+        "cache": cache,
+    }
     work = float(gradients_and_products(local, config.displacements, config.lanczos_steps))
     averages = measure_averages(
-        risk, local, config.reference(local.largest),
+        risk,
+        local,
+        config.reference(local.largest),
         averaging_displacements=config.averaging_displacements,
         progress=counted(progress, "averages", 2.0 * config.averaging_displacements + work),
         **settings,
-    )  # fmt: skip
+    )
     trainings = config.trainings(local.largest)
     third = counted(progress, "third derivatives", work * len(trainings))
     gaussians = tuple(
@@ -129,10 +133,14 @@ def measure_checkpoint(
     # ARPACK takes two to four products for a pair.
     work = 3.0 * config.eigenpairs + config.lanczos_steps * (config.noise_samples + 1)
     return measure_local(
-        risk, config.eigenpairs or None, noise_samples=config.noise_samples,
-        lanczos_steps=config.lanczos_steps, seed=seed, cache=cache,
+        risk,
+        config.eigenpairs or None,
+        noise_samples=config.noise_samples,
+        lanczos_steps=config.lanczos_steps,
+        seed=seed,
+        cache=cache,
         progress=counted(progress, "curvature and noise", work),
-    )  # fmt: skip
+    )
 
 
 def predict(measured: Measured, plan: Plan | None = None) -> Outcome:

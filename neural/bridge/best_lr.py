@@ -169,9 +169,12 @@ def best_lrs(
         first = one.iloc[0]
         size = int(first["batch_size"])
         training = Training(
-            float(one["lr"].min()), size, int(first["steps"]), float(first["momentum"]),
+            float(one["lr"].min()),
+            size,
+            int(first["steps"]),
+            float(first["momentum"]),
             str(first["sampling"]),
-        )  # fmt: skip
+        )
         sizes = [int(k) for k in one["members"].unique()]
         own = [one for one in gaussians if one.training.batch_size == size]
         best = best_lr(own, training, sizes, records=records, progress=progress)

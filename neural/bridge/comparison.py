@@ -134,9 +134,12 @@ def measure_training(
         return found
 
     known = (cache or Cache()).of(risk)(
-        "training", independent if plan.late_phase is None else members, training=training,
-        plan=plan, test=None if test is None else f"{test(risk.weights):.6g}",
-    )  # fmt: skip
+        "training",
+        independent if plan.late_phase is None else members,
+        training=training,
+        plan=plan,
+        test=None if test is None else f"{test(risk.weights):.6g}",
+    )
     return _tabulate(known, training, plan, control)
 
 
@@ -308,10 +311,14 @@ def compare_training(
     scatter = parts["excess"].fillna(np.inf)
     if not (parts["descent"].abs() <= STILL * scatter / max(plan.members)).all():
         calm = (cache or Cache()).of(risk)(
-            "noise_free_path", lambda: _noise_free(risk, local, training, plan),
-            lr=training.lr, momentum=training.momentum, steps=training.steps,
-            records=plan.records, averages=plan.averages(training),
-        )  # fmt: skip
+            "noise_free_path",
+            lambda: _noise_free(risk, local, training, plan),
+            lr=training.lr,
+            momentum=training.momentum,
+            steps=training.steps,
+            records=plan.records,
+            averages=plan.averages(training),
+        )
         table["noise_free"] = [float(calm[name]) for name in table["weights"]]
         table["noise_change_on_path"] = float(calm["noise_change"])
     table["measured_rise"] = table["measured"] - table["noise_free"]

@@ -320,9 +320,12 @@ def measure_drift(
                 progress(4)
         counts = np.array([[(displacements + 1) // 2], [displacements // 2]])
         return {
-            "forces": halves / counts, "displacements": moved, "differences": differences,
-            "beyond": beyond, "rises": rises,
-        }  # fmt: skip
+            "forces": halves / counts,
+            "displacements": moved,
+            "differences": differences,
+            "beyond": beyond,
+            "rises": rises,
+        }
 
     found = kept("slopes", sampled, **settings)
     forces = found["forces"]

@@ -146,13 +146,25 @@ def measure_averages(
     if not averaging_displacements:
         return None
     drift = measure_drift(
-        risk, local, reference, displacements=displacements, lanczos_steps=lanczos_steps,
-        seed=seed, cache=cache, progress=progress,
-    )  # fmt: skip
+        risk,
+        local,
+        reference,
+        displacements=displacements,
+        lanczos_steps=lanczos_steps,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
     smoothing = measure_smoothing(
-        risk, local, reference, drift=drift, displacements=averaging_displacements, seed=seed,
-        cache=cache, progress=progress,
-    )  # fmt: skip
+        risk,
+        local,
+        reference,
+        drift=drift,
+        displacements=averaging_displacements,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
     return replace(smoothing, kinks=find_kinks(drift, smoothing))
 
 
@@ -200,9 +212,15 @@ def measure_gaussian(
     if training.lr >= largest_stable_lr(seen, training):  # nothing will be predicted
         seen = local
     drift = measure_drift(
-        risk, seen, training, displacements=displacements, lanczos_steps=lanczos_steps,
-        seed=seed, cache=cache, progress=progress,
-    )  # fmt: skip
+        risk,
+        seen,
+        training,
+        displacements=displacements,
+        lanczos_steps=lanczos_steps,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
     if averages is None:
         return WeightGaussian(training, local, drift)
     smoothing = replace(averages, kinks=find_kinks(drift, averages))

@@ -247,9 +247,14 @@ def run_bridge(
     with replacing(out / "verdict.md") as stream:
         stream.write(("\n".join(f"- {line}" for line in words) + "\n").encode())
     return Bridge(
-        local, found["bridge"], found["course"], found["best_lr"], found["cost"],
-        found["spectrum"], words,
-    )  # fmt: skip
+        local,
+        found["bridge"],
+        found["course"],
+        found["best_lr"],
+        found["cost"],
+        found["spectrum"],
+        words,
+    )
 
 
 def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
@@ -311,10 +316,15 @@ def _risk(
 ) -> EmpiricalRisk:
     """The network's loss on its training data, at a minimum near by if `minimise` is set."""
     risk = risk_of_run(
-        opened.run, opened.model, runtime, select=config.select, examples=config.examples or None,
-        weight_decay=config.weight_decay, curvature=config.curvature,
+        opened.run,
+        opened.model,
+        runtime,
+        select=config.select,
+        examples=config.examples or None,
+        weight_decay=config.weight_decay,
+        curvature=config.curvature,
         group=config.batchnorm_group,
-    )  # fmt: skip
+    )
     if plan.late_phase is not None:
         try:
             select(opened.model, plan.late_phase)
@@ -390,9 +400,11 @@ def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFra
     if not local.complete:
         steps = config.lanczos_steps
         found = measured.cache.of(risk, seed=seed)(
-            "density", lambda: vars(density(risk, pairs, probes=2, steps=steps, seed=seed)),
-            local=local.key(), lanczos_steps=steps,
-        )  # fmt: skip
+            "density",
+            lambda: vars(density(risk, pairs, probes=2, steps=steps, seed=seed)),
+            local=local.key(),
+            lanczos_steps=steps,
+        )
         bulk = pd.DataFrame({"curvature": found["values"], "count": found["counts"]})
         parts.append(bulk.assign(kind="bulk"))
         h, v, _ = local.points()

@@ -415,9 +415,13 @@ def measure_smoothing(
         }
 
     found = (cache or Cache()).of(risk, seed=seed)(
-        "averages", averages, training=training, displacements=displacements, local=local.key(),
+        "averages",
+        averages,
+        training=training,
+        displacements=displacements,
+        local=local.key(),
         pushed=f"{pushed:.8g}",
-    )  # fmt: skip
+    )
     width, mean_change, descent = (
         Change(found[f"{part}-curvature"], found[f"{part}-noise"], float(found[f"{part}-trace"]))
         for part in ("width", "mean", "descent")
