@@ -38,7 +38,7 @@ def check_different(name: str, values: tuple[object, ...]) -> None:
         If `values` is empty or has duplicates.
     """
     if not values or len(set(values)) < len(values):
-        raise NQMError(f"{name} must have one entry at least, and none twice; got {values!r}")
+        raise NQMError(f"{name} must have at least one entry and no duplicates; got {values!r}")
 
 
 @dataclass(frozen=True)

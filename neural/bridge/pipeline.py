@@ -230,7 +230,9 @@ def run_bridge(
         If the settings do not fit the network or its data, or `out` holds another bridge.
     """
     if config.batchnorm_group is not None and plan.late_phase is not None:
-        raise NQMError("late_phase trains in evaluation mode; drop batchnorm_group")
+        raise NQMError(
+            "late_phase trains in evaluation mode; drop batchnorm_group, or drop late_phase"
+        )
     stamp = _stamp(opened.run, config, plan)
     known = finished(out / "bridge.parquet", stamp)  # refuses another's
     cache = Cache(out / "kept")

@@ -51,7 +51,7 @@ def verdict(
         f"Largest curvature {local.largest:.4g}; plain SGD is stable up to lr = "
         f"{2.0 / local.largest:.3g} on the quadratic.",
         f"{negative[0]:.1%} of the noise and {negative[1]:.1%} of the squared slope lie along "
-        "negative curvature, of which the quadratic says nothing.",
+        "negative curvature, for which the quadratic makes no prediction.",
         f"Noise along the stiffest directions goes as h^{exponent:.2f}; the noise "
         f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
     ]
@@ -70,7 +70,7 @@ def verdict(
         ]
         lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(parts)}.")
     if not table["test"].isna().all():
-        lines.append("Test losses stand in the table; the theory does not predict them.")
+        lines.append("Test losses are in the table; the theory does not predict them.")
     return lines
 
 
@@ -115,7 +115,7 @@ def _agreement(held: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
     if len(gain):
         ratio = gain["gain"] / gain["predicted_gain"]
         yield (
-            "What averaging saves, loss of one run less that of K: measured over predicted "
+            "Gain by averaging (loss of one run less that of K): measured over predicted "
             f"{ratio.min():.2f} to {ratio.max():.2f}."
         )
     counts = [rank_order(rows) for _, rows in iterate.groupby(["way", "batch_size"])]
@@ -170,7 +170,7 @@ def _floors(held: pd.DataFrame) -> Iterator[str]:
         pays = (
             f"beyond K = {enough:.0f} the floor is most of the loss"
             if enough < 1e4
-            else "no floor within reach of K"
+            else "no K reaches the floor"
         )
         yield f"{way}, lr = {lr:.3g}, B = {size}: {pays}."
 
@@ -184,7 +184,11 @@ def _best(best: pd.DataFrame, trained: bool) -> Iterator[str]:
             one, other = row["predicted"], row["measured"]
             words = f"{one:.3g} predicted" if one > 0 else "predicted to be the lowest"
             if trained:
-                words += f", {other:.3g} measured" if other > 0 else ", beyond the grid measured"
+                words += (
+                    f", {other:.3g} measured"
+                    if other > 0
+                    else ", measured best not within the grid"
+                )
             if one > 0 and other > 0:
                 words += f", ratio {other / one:.2f}"
             yield f"{way}, B = {size}, K = {row['members']}: best lr {words}."

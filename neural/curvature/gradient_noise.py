@@ -53,7 +53,7 @@ def trace(risk: EmpiricalRisk) -> float:
         squares += float(g.square().sum())
     n = risk.examples
     if n < 2:
-        raise NQMError("noise needs two examples at least; got 1")
+        raise NQMError("gradient noise needs at least two examples; got 1")
     return (squares - float((mean / n).square().sum()) * n) / (n - 1)
 
 
@@ -90,7 +90,7 @@ def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatA
         mean += share * off
         done += len(g)
     if done < 2:
-        raise NQMError(f"noise needs two examples at least; got {done}")
+        raise NQMError(f"gradient noise needs at least two examples; got {done}")
     return products / (done - 1)
 
 
@@ -114,7 +114,7 @@ def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
     """
     held = (curvature > max(STIFF * curvature.max(initial=0.0), 0.0)) & (noise > 0)
     if held.sum() < 2:
-        raise NQMError("a power law needs two stiff directions of positive noise at least")
+        raise NQMError("a power law needs at least two stiff directions with positive noise")
     exponent, log_scale = np.polyfit(np.log(curvature[held]), np.log(noise[held]), 1)
     return PowerLaw(float(np.exp(log_scale)), float(exponent))
 
@@ -179,6 +179,6 @@ def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]
     """
     b, big = sizes
     if not 0 < b < big:
-        raise NQMError(f"sizes must rise and be positive; got {b:g} and {big:g}")
+        raise NQMError(f"sizes must be positive and increasing; got {b:g} and {big:g}")
     s, l = float(np.mean(small)), float(np.mean(large))  # noqa: E741
     return NoiseScale((s - l) / (1.0 / b - 1.0 / big), (big * l - b * s) / (big - b))

@@ -227,7 +227,7 @@ def measure_local(
     check_integer("noise_samples", noise_samples, 1)
     check_integer("lanczos_steps", lanczos_steps, 1)
     if risk.examples < 2:
-        raise NQMError("gradient noise needs two examples at least; got 1")
+        raise NQMError("gradient noise needs at least two examples; got 1")
     kept = (cache or Cache()).of(risk, seed=seed)
     complete = eigenpairs is None or eigenpairs >= risk.size
     population = 1.0 - 1.0 / risk.examples  # minibatches are drawn from these very examples

@@ -48,7 +48,7 @@ def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None
         return risk.at(_descended(risk, iterations, lr))
     start = risk.loss()
     if not math.isfinite(start):
-        raise NQMError(f"minimise: the loss at the checkpoint is {start}; start from another one")
+        raise NQMError(f"minimise: the loss at the checkpoint is {start}; give another checkpoint")
     weights = risk.weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],

@@ -263,8 +263,8 @@ def test_members_share_their_test_losses(bowl: Bowl) -> None:
         ({"members": (1, 16), "runs": 8}, "at most the 8 runs; got 16"),
         ({"members": (1, 4), "late_phase": "all"}, "at least 2 with late_phase; got 1"),
         ({"members": (0,)}, "members must be an integer >= 1; got 0"),
-        ({"members": ()}, r"members must have one entry at least, and none twice; got \(\)"),
-        ({"members": (2, 2)}, r"members must have one entry .* got \(2, 2\)"),
+        ({"members": ()}, r"members must have at least one entry and no duplicates; got \(\)"),
+        ({"members": (2, 2)}, r"members must have at least one entry .* got \(2, 2\)"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\); got 1.0"),
     ],
 )

@@ -170,12 +170,12 @@ def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
             r"lr_times_sharpness must lie in \(0, 2\), below the edge of stability; got 2.0",
         ),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\); got 1.0"),
+        ({"lr_times_sharpness": ("fast",)}, "lr_times_sharpness must be a finite .* got 'fast'"),
         (
-            {"lr_times_sharpness": ("fast",)},
-            "lr_times_sharpness must be a finite .* got 'fast'",
+            {"lr_times_sharpness": ()},
+            r"lr_times_sharpness must have at least one entry .* got \(\)",
         ),
-        ({"lr_times_sharpness": ()}, r"lr_times_sharpness must have one entry .* got \(\)"),
-        ({"batch_sizes": (8, 8)}, r"batch_sizes must have one entry at least, and none twice"),
+        ({"batch_sizes": (8, 8)}, r"batch_sizes must have at least one entry and no duplicates"),
         ({"curvature": "ggm"}, "did you mean 'ggn'"),
     ],
 )
@@ -334,7 +334,7 @@ def test_the_settings_are_a_file_and_what_changes_it(tmp_path: Path) -> None:
             "bridge.lr_times_sharpness.1 must be a number",
         ),
         ("[bridge]\ndisplacements = 1", "bridge: displacements must be an integer >= 2; got 1"),
-        ("[plan]\nmembers = []", "plan: members must have one entry at least"),
+        ("[plan]\nmembers = []", "plan: members must have at least one entry"),
         ("[bridge", "is not valid TOML"),
     ],
 )

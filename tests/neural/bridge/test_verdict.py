@@ -54,12 +54,12 @@ def test_the_verdict_counts(local: LocalQuadratic) -> None:
     assert "Where lr h_max <= 0.5: measured rise over predicted 0.70 to 1.30." in lines
     assert "ema: where lr h_max <= 0.5: measured rise over predicted 0.90 to 8.00." in lines
     assert "runs, lr = 0.1, B = 8: beyond K = 20 the floor is most of the loss." in lines
-    assert "runs, lr = 0.2, B = 8: no floor within reach of K." in lines
+    assert "runs, lr = 0.2, B = 8: no K reaches the floor." in lines
     # Predicted 10, 5, 2.5 twice; measured 10, 3.5, 7.5 and 11, 6.5, -2.5. Of 15 pairs three are
     # predicted alike, and 3.5 < 6.5 < 7.5 is not what is predicted of 5, 5 and 2.5.
     right = sum(line.startswith("Rank order of K and lr right in 10 of 15 pairs") for line in lines)
     assert right == 1
-    saves = "What averaging saves, loss of one run less that of K: measured over predicted 1.50"
+    saves = "Gain by averaging (loss of one run less that of K): measured over predicted 1.50"
     assert f"{saves} to 1.50." in lines
     assert not any("Test losses" in line or "Cost" in line for line in lines)
     assert not any("scatter" in line or "Unreliable" in line for line in lines)
@@ -87,7 +87,7 @@ def test_best_rates_and_cost_are_stated(local: LocalQuadratic) -> None:
     cost = pd.DataFrame({"stage": ["one", "other"], "seconds": [0.1, 3.0], "epochs": [0.4, 12.34]})
     lines = verdict(cells(0.1, (1.0, 1.1)), local, best, cost)
     assert "runs, B = 8, K = 1: best lr predicted to be the lowest, 0.1 measured." in lines
-    assert "runs, B = 8, K = 64: best lr 0.2 predicted, beyond the grid measured." in lines
+    assert "runs, B = 8, K = 64: best lr 0.2 predicted, measured best not within the grid." in lines
     assert not any("lr 7" in line for line in lines), "only the ends are told"
     told = "Cost in epochs, gradients of all training examples: one 0.4, other 12.3."
     assert told in lines

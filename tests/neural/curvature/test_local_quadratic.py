@@ -301,7 +301,7 @@ def test_the_key_is_the_content() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     risk = tanh_risk()
     x, y = risk.batches[0]
-    with pytest.raises(NQMError, match="two examples at least"):
+    with pytest.raises(NQMError, match="at least two examples"):
         measure_local(EmpiricalRisk(risk.model, [(x[:1], y[:1])]), None)
     with pytest.raises(NQMError, match="noise_samples must be an integer >= 1; got 0"):
         measure_local(risk, 3, noise_samples=0)

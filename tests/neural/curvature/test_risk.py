@@ -240,7 +240,7 @@ def test_the_noise_scale_is_unbiased() -> None:
     spread = np.hypot(small.std(), large.std()) / np.sqrt(count) / (1 / 4 - 1 / 32)
     assert abs(scale.trace - c.sum()) < SIGMAS * spread
     assert scale.value == pytest.approx(c.sum() / (g @ g), rel=0.2)
-    with pytest.raises(NQMError, match="sizes must rise"):
+    with pytest.raises(NQMError, match="sizes must be positive and increasing"):
         gradient_noise.noise_scale(small, large, (32.0, 4.0))
 
 
