@@ -135,14 +135,16 @@ class LossDistribution:
     ----------
     problem : Problem
     mean : ndarray, shape (d,)
-        Of the weights' displacement by direction.
+        Mean displacement of the weights in each direction.
     variance : ndarray, shape (d,) or (d, d)
         Variances of independent directions, or the covariance of correlated ones (multiplicity 1).
 
     Attributes
     ----------
     mean, sd : float
-        Of the loss.
+        Mean and standard deviation of the loss.
+    offset : float
+        Least possible loss: the sum over directions whose weights have no variance.
 
     Raises
     ------
@@ -167,12 +169,23 @@ class LossDistribution:
         self._sum = _Sum(count, spread / unit, place / unit, varying / unit)
 
     def cdf(self, loss: float) -> float:
-        """Probability that the loss is at most `loss`, to 1e-9 of itself or of what is left to 1.
+        """Probability that the loss is at most `loss`.
+
+        The relative error is at most 1e-9, of the probability or of its complement.
+
+        Parameters
+        ----------
+        loss : float
+
+        Returns
+        -------
+        float
+            Probability; NaN if `loss` is NaN.
 
         Raises
         ------
         NQMError
-            Where this accuracy is not reached.
+            If this accuracy is not reached.
         """
         if math.isnan(loss) or not self.sd:
             return math.nan if math.isnan(loss) else float(loss >= self.offset)
@@ -196,15 +209,25 @@ class LossDistribution:
         return _contour(self._sum, y, centred, t).at(y)[0]
 
     def quantile(self, level: float) -> float:
-        """Loss that a share `level` of runs stays below.
+        """Quantile of the loss: the loss below which a share `level` of runs lies.
 
-        The level it has by `cdf` agrees with `level` to 1e-9 of it, or of 1 - level where that is
-        smaller (but for the rounding of the loss itself, where mean / sd is beyond 1e6).
+        `cdf` at the quantile agrees with `level` to a relative 1e-9, of `level` or of 1 - level,
+        whichever is smaller. The rounding of the loss limits this where mean / sd is above 1e6.
+
+        Parameters
+        ----------
+        level : float
+            Probability, 0 < level < 1.
+
+        Returns
+        -------
+        float
+            Loss.
 
         Raises
         ------
         NQMError
-            For a level out of reach, and where this accuracy is not reached.
+            If `level` is out of range, or if this accuracy is not reached.
         """
         check_level("quantile.level", level)
         form = self._sum
@@ -224,7 +247,25 @@ class LossDistribution:
 
 
 def loss_quantile(problem: Problem, mean: FloatArray, variance: FloatArray, level: float) -> float:
-    """Quantile of the loss for Gaussian weights with these moments (see `LossDistribution`)."""
+    """Quantile of the loss for Gaussian weights with these moments.
+
+    Parameters
+    ----------
+    problem, mean, variance
+        See `LossDistribution`.
+    level : float
+        Probability, 0 < level < 1.
+
+    Returns
+    -------
+    float
+        Loss.
+
+    Raises
+    ------
+    NQMError
+        As `LossDistribution` and `LossDistribution.quantile`.
+    """
     return LossDistribution(problem, mean, variance).quantile(level)
 
 

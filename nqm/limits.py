@@ -20,7 +20,13 @@ MEMBERS = 10**6
 
 
 def available_memory() -> int:
-    """Bytes of memory this process may have: the machine's, or less where it is limited."""
+    """Bytes of memory this process may have: the machine's, or less where it is limited.
+
+    Returns
+    -------
+    int
+        The least of: the machine's memory, the process limit, the container limit.
+    """
     limits = []
     with suppress(OSError, ValueError, AttributeError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -36,9 +42,19 @@ def available_memory() -> int:
 
 
 def memory_limit() -> int:
-    """Bytes that one thing may take: half of what this process may have.
+    """Most bytes that one array, or one set of arrays, may take.
 
-    The environment variable ``NQM_MEMORY`` sets another limit, in GiB.
+    Half of `available_memory`; the environment variable ``NQM_MEMORY`` sets another limit, in GiB.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    NQMError
+        If ``NQM_MEMORY`` is not a number > 0.
     """
     text = os.environ.get("NQM_MEMORY", "")
     if not text:
@@ -65,6 +81,11 @@ def check_size(field: str, count: float, bytes_each: float = 8, fix: str = "") -
         Memory of one.
     fix : str
         What to do about it.
+
+    Raises
+    ------
+    NQMError
+        If they are.
     """
     limit = memory_limit()
     needed = min(count, 2**900) * bytes_each  # no float of any size overflows
@@ -93,7 +114,21 @@ def check_memory(where: str, value: object, numbers: float, fix: str = "") -> No
 
 
 def check_walk(where: str, steps: float, why: str) -> None:
-    """Raise NQMError if so many steps would have to be walked one by one."""
+    """Raise NQMError if more than `WALKED` steps would be simulated one by one.
+
+    Parameters
+    ----------
+    where : str
+        The field to lower.
+    steps : float
+    why : str
+        Why no shortcut holds; follows "as" in the message.
+
+    Raises
+    ------
+    NQMError
+        If `steps` is above the limit.
+    """
     if steps > WALKED:
         raise NQMError(
             f"{where} = {steps:.6g} steps would be walked one by one, as {why}; "
@@ -102,7 +137,25 @@ def check_walk(where: str, steps: float, why: str) -> None:
 
 
 def check_work(where: str, value: object, multiplications: float, what: str, fix: str = "") -> None:
-    """Raise NQMError if so many multiplications, of which `where` is the cause, are too many."""
+    """Raise NQMError if a call needs more than `WORK` multiplications.
+
+    Parameters
+    ----------
+    where : str
+        The field that sets the number.
+    value : object
+        The value of this field.
+    multiplications : float
+    what : str
+        The computation, e.g. "of a singular value decomposition".
+    fix : str
+        Advice to the user; by default to lower the field.
+
+    Raises
+    ------
+    NQMError
+        If `multiplications` is above the limit.
+    """
     if multiplications > WORK:
         raise NQMError(
             f"{where} = {shown(value)} would need {multiplications:.1e} multiplications {what}; "
@@ -111,7 +164,18 @@ def check_work(where: str, value: object, multiplications: float, what: str, fix
 
 
 def readable(size: float) -> str:
-    """Bytes in the largest unit that fits, e.g. ``1.5 GiB``."""
+    """Bytes in the largest unit that fits, e.g. ``1.5 GiB``.
+
+    Parameters
+    ----------
+    size : float
+        Bytes.
+
+    Returns
+    -------
+    str
+        Three digits and the unit.
+    """
     value, unit = float(size), 0
     units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
     while value >= 1024 and unit < len(units) - 1:

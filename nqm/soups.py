@@ -51,7 +51,7 @@ class Soup:
     response : ndarray, shape (d, N, S)
         Ingredient i in direction d is ``response[d, i] @ sources[d]``.
     mean, variance : ndarray, shape (d, S)
-        Of the independent sources.
+        Means and variances of the independent sources.
     """
 
     problem: Problem
@@ -63,9 +63,24 @@ class Soup:
 
     @classmethod
     def of_runs(cls, problem: Problem, programs: Sequence[Program]) -> Soup:
-        """End points of independent runs from a common start, each with a program of its own.
+        """End points of independent runs from a common start, each with its own program.
 
-        Wortsman et al. 2022, "Model soups": rates, steps and methods may differ.
+        Rates, steps and methods may differ (Wortsman et al. 2022, "Model soups").
+
+        Parameters
+        ----------
+        problem : Problem
+        programs : list of Program
+            One for each ingredient.
+
+        Returns
+        -------
+        Soup
+
+        Raises
+        ------
+        NQMError
+            If `programs` is empty or not a list, or if a program is not linear or diverges.
         """
         if not isinstance(programs, list | tuple):
             raise NQMError(f"Soup.of_runs needs a list of programs; got {shown(programs)}")
@@ -83,8 +98,15 @@ class Soup:
 
         Parameters
         ----------
+        problem : Problem
         cycle : Program
             One cycle, e.g. a phase of SGD under a `Cosine` schedule.
+        members : int
+            Number N of snapshots.
+
+        Returns
+        -------
+        Soup
         """
         check_integer("Soup.members", members, 1)
         run = _affine(problem, cycle)
@@ -101,8 +123,17 @@ class Soup:
 
         Parameters
         ----------
+        problem : Problem
+        cycle : Program
+            The first cycle.
+        members : int
+            Number N of ingredients: the first end point and N - 1 branches.
         branch : Program, optional
             The cycle of the branches; `cycle` by default.
+
+        Returns
+        -------
+        Soup
         """
         check_integer("Soup.members", members, 1)
         first = _affine(problem, cycle)
@@ -135,12 +166,12 @@ class Soup:
 
     @property
     def ingredients(self) -> int:
-        """N."""
+        """Number N of ingredients."""
         return int(self.response.shape[1])
 
     @property
     def moment(self) -> FloatArray:
-        """M_ij, the loss per pair of ingredients, shape (N, N)."""
+        """Matrix M_ij = E[x_i' H x_j] / 2, shape (N, N); M_ii is the loss of ingredient i."""
         r = self.response
         place = np.einsum("dis,ds->di", r, self.mean)
         weight = self.problem.weight
@@ -148,14 +179,34 @@ class Soup:
         return np.asarray(spread + np.einsum("d,di,dj->ij", weight, place, place))
 
     def loss(self, weights: ArrayLike) -> float:
-        """Expected loss of the mean with these weights, shape (N,); they should sum to 1."""
+        """Expected loss of the weighted mean of the ingredients.
+
+        Parameters
+        ----------
+        weights : array_like, shape (N,)
+            They should sum to 1.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        NQMError
+            If `weights` has another shape.
+        """
         w = np.asarray(weights, dtype=np.float64)
         if w.shape != (self.ingredients,):
             raise NQMError(f"a soup's weights must have shape ({self.ingredients},); got {w.shape}")
         return float(w @ self.moment @ w)
 
     def uniform(self) -> FloatArray:
-        """The plain mean's weights."""
+        """Weights of the uniform soup, 1 / N each.
+
+        Returns
+        -------
+        ndarray, shape (N,)
+        """
         return np.full(self.ingredients, 1.0 / self.ingredients)
 
     def optimal(self, *, nonnegative: bool = False) -> FloatArray:
@@ -166,6 +217,10 @@ class Soup:
         nonnegative : bool
             Among weights >= 0 only. Up to scale these minimise u' M u / 2 - sum u over u >= 0, a
             non-negative least-squares problem in a factor of M.
+
+        Returns
+        -------
+        ndarray, shape (N,)
 
         Raises
         ------
@@ -194,6 +249,11 @@ class Soup:
 
         Ingredients in order of their own loss; each enters, at equal weights, if it strictly
         lowers the loss (Wortsman et al. 2022, recipe 1).
+
+        Returns
+        -------
+        ndarray, shape (N,)
+            1 / k for each of the k chosen ingredients, 0 for the others.
         """
         moment = self.moment
         weights = np.zeros(self.ingredients)
@@ -214,6 +274,14 @@ class Soup:
         ----------
         validation_size : float
             n > 0; ``numpy.inf`` for the true loss of each draw.
+        replicas : int
+            Independent draws.
+        seed : int
+            Seed of the random numbers.
+
+        Returns
+        -------
+        GreedySample
 
         Raises
         ------

@@ -36,7 +36,19 @@ class Correlation:
 
     @classmethod
     def of(cls, name: str, value: ArrayLike | Correlation, size: int) -> Correlation:
-        """Checked correlation of `size` directions.
+        """Validate a correlation matrix.
+
+        Parameters
+        ----------
+        name : str
+            The field, for error messages.
+        value : array_like, shape (size, size), or Correlation
+        size : int
+            Number d of directions.
+
+        Returns
+        -------
+        Correlation
 
         Raises
         ------
@@ -72,9 +84,18 @@ class Correlation:
 
     @classmethod
     def of_factor(cls, factor: FloatArray) -> tuple[FloatArray, Self | None]:
-        """Variances (d,) and correlation of the covariance F F', F of shape (d, r).
+        """Variances and correlation of the covariance F F'.
 
-        The correlation is None where the covariance is diagonal up to rounding.
+        Parameters
+        ----------
+        factor : ndarray, shape (d, r)
+            F.
+
+        Returns
+        -------
+        variance : ndarray, shape (d,)
+        correlation : Correlation or None
+            None if the covariance is diagonal up to rounding.
         """
         variance = np.einsum("ij,ij->i", factor, factor)
         covariance = factor @ factor.T
@@ -98,11 +119,31 @@ class Correlation:
         return root
 
     def covariance(self, variance: FloatArray) -> FloatArray:
-        """Covariance of directions with these variances, (d,) to (d, d)."""
+        """Covariance of directions with these variances.
+
+        Parameters
+        ----------
+        variance : ndarray, shape (d,)
+
+        Returns
+        -------
+        ndarray, shape (d, d)
+        """
         sd = np.sqrt(variance)
         return np.asarray(self.matrix * np.outer(sd, sd))
 
 
 def covariance(correlation: Correlation | None, variance: FloatArray) -> FloatArray:
-    """Covariance (d, d) of directions with these variances (d,); None for no correlation."""
+    """Covariance of directions with these variances.
+
+    Parameters
+    ----------
+    correlation : Correlation or None
+        None for independent directions.
+    variance : ndarray, shape (d,)
+
+    Returns
+    -------
+    ndarray, shape (d, d)
+    """
     return np.diag(variance) if correlation is None else correlation.covariance(variance)

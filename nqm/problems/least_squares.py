@@ -82,7 +82,13 @@ class LeastSquares(Quadratic):
         return 0.5 * self.label_noise
 
     def additive(self) -> Problem:
-        """The same quadratic with the noise of the minimum everywhere, v_i = h_i s2."""
+        """Replace the noise by its value at the minimum, v_i = h_i s2, in every place.
+
+        Returns
+        -------
+        Problem
+            The same quadratic loss; its noise does not depend on the weights.
+        """
         return Problem(
             self.curvature,
             self.label_noise * self.curvature,
@@ -94,7 +100,13 @@ class LeastSquares(Quadratic):
         )
 
     def key(self) -> str:
-        """Content key: equal problems, and only they, share it."""
+        """Content key: equal problems, and only they, share it.
+
+        Returns
+        -------
+        str
+            16 hexadecimal digits.
+        """
         digest = hashlib.sha256(b"least squares")
         for name in _VECTORS:
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
@@ -103,7 +115,24 @@ class LeastSquares(Quadratic):
 
 
 def any_problem(where: str, problem: object) -> Problem | LeastSquares:
-    """The problem of a function that takes both kinds; NQMError for anything else."""
+    """Check that `problem` is a Problem or a LeastSquares.
+
+    Parameters
+    ----------
+    where : str
+        The calling function, for the error message.
+    problem : object
+
+    Returns
+    -------
+    Problem or LeastSquares
+        `problem` itself.
+
+    Raises
+    ------
+    NQMError
+        If it is anything else.
+    """
     if not isinstance(problem, Problem | LeastSquares):
         raise NQMError(
             f"{where}: problem must be a Problem or a LeastSquares; got {shown(problem)}"
@@ -112,7 +141,24 @@ def any_problem(where: str, problem: object) -> Problem | LeastSquares:
 
 
 def additive_only(where: str, problem: object) -> Problem:
-    """The problem of a function that needs noise independent of the weights; else NQMError."""
+    """Check that `problem` has noise independent of the weights.
+
+    Parameters
+    ----------
+    where : str
+        The calling function, for the error message.
+    problem : object
+
+    Returns
+    -------
+    Problem
+        `problem` itself.
+
+    Raises
+    ------
+    NQMError
+        If it is a LeastSquares or anything else.
+    """
     if isinstance(problem, LeastSquares):
         raise NQMError(
             f"{where} needs a Problem, whose noise does not depend on the weights; a LeastSquares "
@@ -127,9 +173,22 @@ def additive_only(where: str, problem: object) -> Problem:
 def power_law(
     directions: int, alpha: float = 1.0, beta: float = 1.0, label_noise: float = 0.0
 ) -> LeastSquares:
-    """Curvature h_j = j^(-2 alpha), target coefficients w*_j = j^(-beta), start at w = 0.
+    """Least squares with h_j = j^(-2 alpha) and w*_j = j^(-beta), started at w = 0.
 
-    The source and capacity conditions of kernel regression in their plainest form.
+    These are the source and capacity conditions of kernel regression.
+
+    Parameters
+    ----------
+    directions : int
+        Number d of directions.
+    alpha, beta : float
+        Exponents of the spectrum and of the target coefficients, >= 0.
+    label_noise : float
+        Variance of the labels about the best linear prediction.
+
+    Returns
+    -------
+    LeastSquares
     """
     check_integer("power_law.directions", directions, 1)
     check_memory("power_law.directions", directions, 6.0 * directions)
@@ -158,15 +217,20 @@ def random_features(
     Parameters
     ----------
     features : int
-        Trained weights.
+        Number of trained weights.
     hidden : int
         Dimension of the data.
     alpha, beta : float
-        Decay of the data's spectrum and of the target, >= 0.
+        Exponents of the data's spectrum and of the target, >= 0.
     label_noise : float
         Variance of e.
     seed : int
-        Of W.
+        Seed of the draw of W.
+
+    Returns
+    -------
+    LeastSquares
+        In the eigenbasis of the features' covariance.
     """
     check_integer("random_features.features", features, 1)
     check_integer("random_features.hidden", hidden, 1)

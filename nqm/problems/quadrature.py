@@ -42,6 +42,11 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
     -------
     Problem
         Largest curvature first; fractional multiplicities.
+
+    Raises
+    ------
+    NQMError
+        If no direction has a curvature above 0, or `points` or `width` is out of range.
     """
     problem = additive_only("condense", problem)
     check_integer("condense: points", points, 1)

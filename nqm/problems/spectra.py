@@ -18,12 +18,36 @@ from nqm.problems.quadratic import FloatArray, Problem
 
 
 def harmonic(directions: int, largest: float = 1.0) -> FloatArray:
-    """h_i = largest / i, the field's convention (Zhang et al. 2019), shape (directions,)."""
+    """Harmonic spectrum h_i = largest / i (Zhang et al. 2019).
+
+    Parameters
+    ----------
+    directions : int
+    largest : float
+        Largest eigenvalue, > 0.
+
+    Returns
+    -------
+    ndarray, shape (directions,)
+    """
     return power_law(directions, exponent=1.0, largest=largest)
 
 
 def power_law(directions: int, exponent: float = 1.0, largest: float = 1.0) -> FloatArray:
-    """h_i = largest * i^-exponent, shape (directions,)."""
+    """Power-law spectrum h_i = largest * i^-exponent.
+
+    Parameters
+    ----------
+    directions : int
+    exponent : float
+        At least 0.
+    largest : float
+        Largest eigenvalue, > 0.
+
+    Returns
+    -------
+    ndarray, shape (directions,)
+    """
     _check_directions(directions)
     check_number("spectrum.exponent", exponent, low=0.0)
     check_number("spectrum.largest", largest, low=0.0, closed_low=False)
@@ -31,7 +55,18 @@ def power_law(directions: int, exponent: float = 1.0, largest: float = 1.0) -> F
 
 
 def log_uniform(directions: int, smallest: float = 1e-3, largest: float = 1.0) -> FloatArray:
-    """Eigenvalues evenly spaced in log h from `largest` down to `smallest`."""
+    """Eigenvalues evenly spaced in log h, largest first.
+
+    Parameters
+    ----------
+    directions : int
+    smallest, largest : float
+        Ends of the spectrum, 0 < smallest <= largest.
+
+    Returns
+    -------
+    ndarray, shape (directions,)
+    """
     _check_directions(directions)
     check_number("spectrum.largest", largest, low=0.0, closed_low=False)
     check_number("spectrum.smallest", smallest, low=0.0, high=largest, closed_low=False)
@@ -50,6 +85,11 @@ def marchenko_pastur(directions: int, ratio: float = 0.5, scale: float = 1.0) ->
         p / N > 0.
     scale : float
         Variance of the entries of X; the mean eigenvalue in the limit.
+
+    Returns
+    -------
+    ndarray, shape (directions,)
+        Largest first.
     """
     _check_directions(directions)
     check_number("spectrum.ratio", ratio, low=0.0, closed_low=False)
@@ -79,7 +119,19 @@ def _check_directions(directions: int) -> None:
 def two_cluster(
     outliers: int, bulk: int, outlier: float = 1.0, bulk_value: float = 1e-2
 ) -> tuple[FloatArray, FloatArray]:
-    """A few large eigenvalues over a bulk of small ones, as (curvature, multiplicity) of size 2."""
+    """A few large eigenvalues and a bulk of equal small ones.
+
+    Parameters
+    ----------
+    outliers, bulk : int
+        Number of directions in each cluster.
+    outlier, bulk_value : float
+        Eigenvalue of each cluster, > 0.
+
+    Returns
+    -------
+    curvature, multiplicity : ndarray, shape (2,)
+    """
     check_integer("spectrum.outliers", outliers, 1)
     check_integer("spectrum.bulk", bulk, 1)
     check_number("spectrum.outlier", outlier, low=0.0, closed_low=False)
@@ -88,7 +140,20 @@ def two_cluster(
 
 
 def power_noise(curvature: ArrayLike, scale: float = 1.0, exponent: float = 1.0) -> FloatArray:
-    """Noise variance v = scale * h^exponent; exponent 1 is C = H, 0 is C = I."""
+    """Noise variance v = scale * h^exponent.
+
+    Parameters
+    ----------
+    curvature : array_like, shape (d,)
+    scale : float
+        At least 0.
+    exponent : float
+        1 for C = H, 0 for C = I.
+
+    Returns
+    -------
+    ndarray, shape (d,)
+    """
     check_number("noise.scale", scale, low=0.0)
     check_number("noise.exponent", exponent, low=0.0)
     h = np.asarray(curvature, dtype=np.float64)
@@ -105,6 +170,15 @@ def read_problem(path: str | Path) -> Problem:
         ``initial_mean``, ``initial_variance`` and ``minimum`` where they differ from the default.
         Correlated directions have d more columns ``noise_correlation.0``, ``noise_correlation.1``,
         ... (and ``initial_correlation.0``, ...): the columns of that matrix.
+
+    Returns
+    -------
+    Problem
+
+    Raises
+    ------
+    NQMError
+        If a column is missing, or as `Problem`.
     """
     from nqm.table import read_table
 
