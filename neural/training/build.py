@@ -25,12 +25,35 @@ UNDER = ("state_dict", "model_state_dict", "model", "net", "module", "state_dict
 
 
 def plain_model(config: ModelConfig, task: Task) -> nn.Module:
-    """The architecture of a run, freshly initialised."""
+    """The network of a run, freshly initialised, without rank-1 or low-rank factors.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    task : Task
+        Gives the numbers of classes and channels.
+
+    Returns
+    -------
+    Module
+    """
     return build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
 
 
 def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
-    """Late-phase members of a run on its model."""
+    """Spawn the late-phase members of a run from its model.
+
+    Parameters
+    ----------
+    model : Module
+        Its present weights are the members' start.
+    run : RunConfig
+        Must have a ``late_phase`` section.
+
+    Returns
+    -------
+    LatePhase
+    """
     late = run.late_phase
     assert late is not None
     return LatePhase(model, select=late.select, seed=run.seed, **late.arguments())
@@ -39,16 +62,21 @@ def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
 def make_model(
     config: ModelConfig, task: Task, *, root: Path | None = None, start: bool = True
 ) -> nn.Module:
-    """The model of a run, and what is put on it.
+    """The network of a run, with its starting weights and its rank-1 or low-rank factors.
 
     Parameters
     ----------
     config : ModelConfig
     task : Task
+        Gives the numbers of classes and channels.
     root : Path, optional
-        Folder of data files, where a checkpoint is looked for as well.
+        Folder of data files; a checkpoint is also looked for there.
     start : bool
-        False if the weights are to be loaded anyway: they do not become those of the start.
+        False: do not load or compute the starting weights, as others will be loaded.
+
+    Returns
+    -------
+    Module
     """
     model = plain_model(config, task)
     if start and isinstance(model, FastCNN):
@@ -88,10 +116,18 @@ def _found(name: str, root: Path | None) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict, strictly, out of whatever its writer wrapped it in.
+    """Load a foreign state dict into a model; every name must match.
 
-    It may lie under one of `UNDER` in the file. What compiling, data parallelism, averaging and
-    trainers put before every name is taken off, if the names are the model's without it.
+    The state dict may be nested under one of the keys `UNDER` of the file. Prefixes added by
+    compilation, data parallelism, averaging and trainers are removed if the remaining names are the
+    model's.
+
+    Parameters
+    ----------
+    model : Module
+        Changes in place.
+    path : Path
+        A file of torch, or .safetensors.
 
     Raises
     ------

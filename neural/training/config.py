@@ -30,7 +30,24 @@ MOST_EPOCHS = 1_000_000
 
 
 def refuse_unused(part: Any, where: str, names: Iterable[str], reason: str) -> None:
-    """Raise NQMError if an entry that nothing reads was set to something of its own."""
+    """Refuse entries that differ from their default although nothing reads them.
+
+    Parameters
+    ----------
+    part : dataclass
+        The section of the configuration.
+    where : str
+        Its dotted key, for the message.
+    names : iterable of str
+        Entries that nothing reads.
+    reason : str
+        Why nothing reads them, for the message.
+
+    Raises
+    ------
+    NQMError
+        If such an entry differs from its default.
+    """
     stated = {one.name: one for one in fields(part)}
     for name in names:
         if (value := getattr(part, name)) != stated[name].default:
@@ -320,12 +337,21 @@ _TOP = ("data", "model", "train", "late_phase", "average", "evaluate", "seed")
 
 
 def build(mapping: Mapping[str, Any]) -> RunConfig:
-    """The run a mapping describes.
+    """Make the run that a mapping describes.
+
+    Parameters
+    ----------
+    mapping : mapping
+        Sections and entries, as in a recipe (see `RunConfig`).
+
+    Returns
+    -------
+    RunConfig
 
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If an entry is unknown, missing or out of range; the message names its dotted key.
     """
     names = {name: tuple(toml.signature(cls)[0]) for name, cls in SECTIONS.items()}
     toml.check_sections(mapping, names)
@@ -404,15 +430,33 @@ def restore(mapping: Mapping[str, Any]) -> RunConfig:
 
 
 def describe(run: RunConfig) -> dict[str, Any]:
-    """The mapping that `build` makes this run from, every default written out."""
+    """The mapping from which `build` makes this run, with every default written out.
+
+    Parameters
+    ----------
+    run : RunConfig
+
+    Returns
+    -------
+    dict of str to object
+    """
     mapping = {name: _plain(getattr(run, name)) for name in _TOP if getattr(run, name) is not None}
     return mapping | {"model": mapping["model"].pop("options") | mapping["model"]}
 
 
 def differing(run: RunConfig) -> dict[str, Any]:
-    """What of a run differs from the defaults, in the form of `describe`.
+    """The entries of a run that differ from the defaults, in the form of `describe`.
 
-    Options of a model count as its class states them; those of other libraries always count.
+    Defaults of a model's options are those of its class; options of models of other libraries
+    always count as different.
+
+    Parameters
+    ----------
+    run : RunConfig
+
+    Returns
+    -------
+    dict of str to object
     """
     mapping = _differing(run)
     defaults = option_defaults(run.model.name)
@@ -425,7 +469,16 @@ def differing(run: RunConfig) -> dict[str, Any]:
 
 
 def run_key(run: RunConfig) -> str:
-    """Content key of a run: of what differs from the defaults (see `nqm.keys`)."""
+    """Content key of a run, made of the entries that differ from the defaults (see `nqm.keys`).
+
+    Parameters
+    ----------
+    run : RunConfig
+
+    Returns
+    -------
+    str
+    """
     return toml.key(differing(run))
 
 

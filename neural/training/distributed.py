@@ -12,7 +12,18 @@ from nqm.errors import NQMError
 
 
 def join() -> tuple[int, int]:
-    """Join the processes ``torchrun`` started; (rank, world), (0, 1) for a process on its own."""
+    """Join the processes that ``torchrun`` started.
+
+    Returns
+    -------
+    rank, world : int
+        Number of this process and of all; (0, 1) without ``torchrun``.
+
+    Raises
+    ------
+    NQMError
+        If torch cannot connect the processes.
+    """
     if processes() == 1:
         return 0, 1
     if not dist.is_initialized():
@@ -27,12 +38,17 @@ def join() -> tuple[int, int]:
 
 
 def processes() -> int:
-    """How many processes ``torchrun`` says that there are; 1 without it.
+    """Number of processes that ``torchrun`` reports.
+
+    Returns
+    -------
+    int
+        1 without ``torchrun``.
 
     Raises
     ------
     NQMError
-        If the variables it sets hold something else than whole numbers.
+        If a variable that ``torchrun`` sets is not a whole number.
     """
     for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
         text = os.environ.get(name, str(least))
@@ -45,19 +61,41 @@ def processes() -> int:
 
 
 def summed(value: Tensor) -> Tensor:
-    """Sum of a tensor over the processes, the same in all of them."""
+    """Sum of a tensor over all processes.
+
+    Parameters
+    ----------
+    value : Tensor
+        This process's summand, of the same shape in all; it does not change.
+
+    Returns
+    -------
+    Tensor
+        The sum, the same in all processes.
+    """
     total = value.clone()
     dist.all_reduce(total)
     return total
 
 
 def share_weights(module: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first."""
+    """Copy parameters and buffers of the first process to all others.
+
+    Parameters
+    ----------
+    module : Module
+        Changes in place in all processes but the first.
+    """
     with torch.no_grad():
         for value in [*module.parameters(), *module.buffers()]:
             dist.broadcast(value, 0)
 
 
 def local_rank() -> int:
-    """Which of this machine's GPUs is this process's own."""
+    """Number of this process on its machine, which is also the number of its GPU.
+
+    Returns
+    -------
+    int
+    """
     return int(os.environ.get("LOCAL_RANK", "0"))

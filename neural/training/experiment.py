@@ -58,12 +58,35 @@ class Job:
     keep: tuple[int, ...] = ()
 
     def folder(self, out: Path) -> Path:
-        """Where it is kept."""
+        """Folder of the run.
+
+        Parameters
+        ----------
+        out : Path
+            Folder of the experiment.
+
+        Returns
+        -------
+        Path
+            ``out/ARM/seedN``.
+        """
         return out / self.arm / f"seed{self.seed}"
 
 
 def jobs(recipe: Recipe, seeds: Sequence[int] | None = None) -> list[list[Job]]:
-    """Runs of a recipe: a list for each seed, each run after the one it starts from."""
+    """The runs of a recipe.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    seeds : sequence of int, optional
+        The recipe's by default.
+
+    Returns
+    -------
+    list of list of Job
+        One list per seed; a run comes after the run from which it starts.
+    """
     return [_seed_jobs(recipe, seed) for seed in (recipe.seeds if seeds is None else seeds)]
 
 
@@ -302,7 +325,19 @@ def _run_parallel(
 
 
 def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
-    """One table of all results on disk, deep ensembles included."""
+    """Read all results on disk into one table; deep ensembles are added.
+
+    Parameters
+    ----------
+    runs : sequence of Job
+        Runs without a result are left out.
+    out : Path
+        Folder of the experiment.
+
+    Returns
+    -------
+    DataFrame
+    """
     parts: list[pd.DataFrame] = []
     for job in runs:
         log = RunFolder(job.folder(out), job.run, writes=False)
@@ -318,7 +353,19 @@ def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
 
 
 def histories(runs: Sequence[Job], out: Path) -> pd.DataFrame:
-    """One table of all evaluations during training; columns arm, seed and those of a run's own."""
+    """Read all evaluations made during training into one table.
+
+    Parameters
+    ----------
+    runs : sequence of Job
+    out : Path
+        Folder of the experiment.
+
+    Returns
+    -------
+    DataFrame
+        Columns arm, seed, and those of a run's history.
+    """
     parts = []
     for job in runs:
         history = RunFolder(job.folder(out), job.run, writes=False).history()

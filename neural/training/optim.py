@@ -13,14 +13,19 @@ from neural.training.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Optimizer of all trainable weights; those selected by `no_decay` in a group of their own.
+    """Optimizer of all trainable weights.
 
-    The groups say by their entry ``decays`` which they are.
+    Weights that `no_decay` selects form a group of their own. The entry ``decays`` of a group is
+    False for that group and True otherwise.
 
     Parameters
     ----------
     model : Module
     config : TrainConfig
+
+    Returns
+    -------
+    Optimizer
     """
     spared = set(select(model, config.no_decay).parameters) if config.no_decay else set()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -45,7 +50,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the rate of every group."""
+    """Set the learning rate of every parameter group.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Changes in place.
+    lr : float
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
 

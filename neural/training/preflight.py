@@ -30,7 +30,20 @@ HELD = 3
 
 
 def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
-    """Raise NQMError if the run cannot be trained; nothing large is made and nothing is run."""
+    """Check that a run can be trained, without large allocations and without running the model.
+
+    Parameters
+    ----------
+    run : RunConfig
+    runtime : Runtime
+    task : Task
+
+    Raises
+    ------
+    NQMError
+        If the late phase completes no cycle, the memory is too small, or a selection matches no
+        weight.
+    """
     check_cycles(run, len(task.stream))
     check_size(run, runtime, task)
 
@@ -68,7 +81,19 @@ def check_cycles(run: RunConfig, batches: int) -> None:
 
 
 def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
-    """Raise NQMError if what is trained does not fit the memory, or a selection the model."""
+    """Check that the training state fits the memory and that selections match weights.
+
+    Parameters
+    ----------
+    run : RunConfig
+    runtime : Runtime
+    task : Task
+
+    Raises
+    ------
+    NQMError
+        If the memory is too small or a selection matches no weight.
+    """
     late = run.late_phase
     with _named(run, "built"), torch.device("meta"):
         model = make_model(_without_weights(run).model, task, start=False)
@@ -99,7 +124,17 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory a process may use on a device: the machine's, or less where it is limited."""
+    """Bytes of memory that a process may use on a device.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    int
+        Of a GPU its memory; of the host its memory, or the process's limit if that is smaller.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return available_memory()
@@ -143,7 +178,18 @@ def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Ima
 
 
 def rehearsed_state(run: RunConfig, runtime: Runtime, task: Task) -> TrainState:
-    """The state of a rehearsal: of the run, but for what only costs time."""
+    """Training state for a rehearsal: as in the run, without compilation and micro-batches.
+
+    Parameters
+    ----------
+    run : RunConfig
+    runtime : Runtime
+    task : Task
+
+    Returns
+    -------
+    TrainState
+    """
     train = replace(run.train, compile=False, micro_batches=1)
     samples = min(run.evaluate.mc_dropout, 2)
     short = replace(run, train=train, evaluate=replace(run.evaluate, mc_dropout=samples))

@@ -64,7 +64,13 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes in the package.
+
+    Returns
+    -------
+    list of str
+        Sorted.
+    """
     folder = files("neural") / "recipes"
     return sorted(one.name.removesuffix(".toml") for one in folder.iterdir() if _is_toml(one.name))
 
@@ -74,7 +80,7 @@ def _is_toml(name: str) -> bool:
 
 
 def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -> Recipe:
-    """Recipe by name, or from a file.
+    """Load a recipe by its name or from a file.
 
     Parameters
     ----------
@@ -84,6 +90,10 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
         ``full`` is the recipe itself; the others are its ``[scale.NAME]`` changes.
     overrides : sequence of str
         As ``train.epochs=3``; applied last.
+
+    Returns
+    -------
+    Recipe
 
     Raises
     ------
@@ -109,7 +119,27 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
 
 
 def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> Recipe:
-    """The recipe a mapping describes."""
+    """Make a recipe from a mapping.
+
+    Parameters
+    ----------
+    name : str
+        For messages and results.
+    mapping : mapping
+        Content of the recipe's TOML file.
+    scale : {"full", "cpu", "smoke"}
+        Which ``[scale.NAME]`` changes are applied.
+
+    Returns
+    -------
+    Recipe
+
+    Raises
+    ------
+    NQMError
+        If an entry is unknown, missing or out of range; the message names the recipe and the dotted
+        key.
+    """
     top = copy.deepcopy(dict(mapping))
     own = {key: top.pop(key) for key in _OWN if key in top}
     arms = toml.table_at("arm", own.get("arm", {}))
@@ -147,10 +177,16 @@ def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
 
 
 def merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put `changes` into `mapping`, table by table.
+    """Merge changes into a mapping, table by table.
 
-    A schedule is replaced whole, and so is a model that is named anew: the options of one are not
-    those of another.
+    A table with ``schedule``, or a model with a new name, replaces the old table whole, since
+    options of one do not belong to another.
+
+    Parameters
+    ----------
+    mapping : dict
+        Changes in place.
+    changes : mapping
     """
     for name, value in changes.items():
         inner = mapping.get(name)
@@ -175,7 +211,19 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 
 def check_seeds(where: str, seeds: Sequence[int]) -> None:
-    """Raise NQMError unless these are different seeds, and some."""
+    """Check the seeds of an experiment.
+
+    Parameters
+    ----------
+    where : str
+        Dotted key of the seeds, for the message.
+    seeds : sequence of int
+
+    Raises
+    ------
+    NQMError
+        If there are none or too many, if two are equal, or if one is out of range.
+    """
     wrong = len(set(seeds)) < len(seeds) or any(not 0 <= s <= toml.LARGEST for s in seeds)
     if wrong or not 0 < len(seeds) <= MOST_SEEDS:
         raise NQMError(

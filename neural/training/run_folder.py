@@ -210,9 +210,18 @@ class RunFolder:
         return self._read_table("result")
 
     def predictions(self) -> dict[str, NDArray[Any]]:
-        """Log-probabilities of each single model on the test set, shape (N, C), and ``labels``.
+        """Log-probabilities of each single model on the test set, and the labels.
 
-        Empty if the run wrote none, as one on a text.
+        Returns
+        -------
+        dict of str to ndarray
+            Name of the model -> array of shape (N, C); ``labels`` -> shape (N,). Empty if the run
+            wrote none, as for text.
+
+        Raises
+        ------
+        NQMError
+            If the file is damaged.
         """
         path = self.path / "predictions.npz"
         if not path.exists():
@@ -315,7 +324,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check_no_run(out: Path) -> None:
-    """Raise NQMError if a folder of results is that of a run, whose files would be mixed up."""
+    """Refuse a folder that belongs to a single run as the folder of other results.
+
+    Parameters
+    ----------
+    out : Path
+        Folder for results.
+
+    Raises
+    ------
+    NQMError
+        If the folder holds the files of a run.
+    """
     if (out / "run.json").is_file():
         raise NQMError(f"{out} is the folder of a run and takes no other results; choose another")
 

@@ -92,7 +92,12 @@ class TrainState:
             self.late.compile()
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        """One base step, on a minibatch, or on one for each member.
+        """Take one base step, on one minibatch or on one per member.
+
+        Parameters
+        ----------
+        batches : sequence of Batch
+            One minibatch without members; else at most K, where batch k is member k's.
 
         Returns
         -------
@@ -127,7 +132,12 @@ class TrainState:
         return losses
 
     def try_out(self, batch: Batch) -> None:
-        """One step of the model, of its members and of the average, at a rate of 0.
+        """Take one step of the model, the members and the average at learning rate 0.
+
+        Parameters
+        ----------
+        batch : Batch
+            Inputs and targets.
 
         Raises
         ------
@@ -187,18 +197,35 @@ class TrainState:
             set_lr(self.member_optimizer, float((late.member_lr or train.lr)(now)))
 
     def finite(self) -> bool:
-        """Whether every loss was, in all processes, since the history's last row."""
+        """True if every loss since the history's last row was finite, in all processes.
+
+        Returns
+        -------
+        bool
+        """
         total = self.losses[0]
         return bool((total if self.runtime.world == 1 else summed(total)).isfinite())
 
     def take_mean_loss(self) -> float:
-        """Mean training loss since it was taken last."""
+        """Mean training loss since the previous call; starts a new mean.
+
+        Returns
+        -------
+        float
+            Nats; NaN if there was no step.
+        """
         total, count = self.losses.tolist()
         self.losses.zero_()
         return total / count if count else float("nan")
 
     def end_epoch(self, epoch: int) -> None:
-        """Tell the average over time that `epoch` epochs are done."""
+        """Call the average over time after an epoch.
+
+        Parameters
+        ----------
+        epoch : int
+            Epochs done.
+        """
         average = self.run.average
         if average is None or epoch <= average.start_epoch:
             return
@@ -233,7 +260,12 @@ class TrainState:
     # --- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on bit for bit; tensors and plain values."""
+        """Tensors and plain values from which training continues bit for bit.
+
+        Returns
+        -------
+        dict of str to object
+        """
         state: dict[str, Any] = {
             "done": self.done,
             "rows": self.rows,
@@ -251,7 +283,13 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, of this run or of one with the same beginning."""
+        """Continue from a `state_dict`.
+
+        Parameters
+        ----------
+        state : mapping
+            Of this run, or of a run with the same beginning.
+        """
         if "member_optimizer" in state:
             self.spawn()
         self.trained.load_state_dict(state["weights"])

@@ -60,13 +60,18 @@ _loaded = lru_cache(maxsize=1)(load)
 
 
 def work(runs: Path, runtime: Runtime) -> Work:
-    """What the cells of a sweep of training runs are.
+    """How a sweep builds, names and trains its cells, where a cell is a training run.
 
     Parameters
     ----------
     runs : Path
-        Takes a folder per cell, named by its key: a killed sweep goes on inside a cell.
+        Folder that holds one folder per cell, named by its key: a killed sweep continues inside a
+        cell.
     runtime : Runtime
+
+    Returns
+    -------
+    Work
     """
     made = partial(build, runtime=runtime)
     return Work(made, key, partial(_train, runs=runs, runtime=runtime), _describe, _comparable)
@@ -75,7 +80,7 @@ def work(runs: Path, runtime: Runtime) -> Work:
 def build(
     mapping: Mapping[str, Any], folder: str | Path = ".", runtime: Runtime | None = None
 ) -> Cell:
-    """The run of one cell.
+    """Build the run of one cell.
 
     Parameters
     ----------
@@ -86,6 +91,15 @@ def build(
         Where the path of a recipe of one's own starts from.
     runtime : Runtime, optional
         Where it will be trained.
+
+    Returns
+    -------
+    Cell
+
+    Raises
+    ------
+    NQMError
+        If an entry is unknown, missing or out of range.
     """
     toml.require("", mapping, "recipe")
     name = toml.leaf("recipe", mapping["recipe"], str)

@@ -38,7 +38,20 @@ class Stream(Protocol):
         """Batches of an epoch."""
 
     def epoch(self, epoch: int, start: int = 0, /) -> Iterator[Batch]:
-        """Batches of an epoch from batch `start` on."""
+        """Iterate over the minibatches of an epoch.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch, from 0.
+        start : int
+            Number of the first minibatch.
+
+        Returns
+        -------
+        Batch
+            Inputs and targets.
+        """
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,20 @@ class Task:
     images: Images | None = None
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of logits (B, C) or (B, L, C), nats."""
+        """Mean cross-entropy.
+
+        Parameters
+        ----------
+        output : Tensor, shape (B, C) or (B, L, C)
+            Logits.
+        targets : Tensor, shape (B,) or (B, L)
+            Class numbers.
+
+        Returns
+        -------
+        Tensor, shape ()
+            Nats.
+        """
         # In float32 at least, whatever the model ran in.
         logits = output.to(torch.promote_types(output.dtype, torch.float32)).flatten(0, -2)
         return nn.functional.cross_entropy(
@@ -107,20 +133,25 @@ class Task:
         )
 
     def score(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> Score:
-        """Mean loss, nats, and accuracy; a language model's state goes on over the windows.
+        """Mean loss and accuracy; the state of a language model continues over the windows.
 
         Parameters
         ----------
         model : Module
         batches : iterable, optional
             The test set by default.
+
+        Returns
+        -------
+        Score
+            Loss in nats.
         """
         kind = score_text if self.channels == 0 else score
         return kind(model, self.test() if batches is None else batches)
 
 
 def open_task(run: RunConfig, runtime: Runtime, data: Data | None = None) -> Task:
-    """What a run is trained and judged on.
+    """Open the data, loss and score of a run.
 
     Parameters
     ----------
@@ -128,6 +159,10 @@ def open_task(run: RunConfig, runtime: Runtime, data: Data | None = None) -> Tas
     runtime : Runtime
     data : ImageData, StreamData or TextData, optional
         The run's data set, if it is in memory already.
+
+    Returns
+    -------
+    Task
 
     Raises
     ------

@@ -38,7 +38,13 @@ class Board:
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Note one row of the history."""
+        """Write one row of the history.
+
+        Parameters
+        ----------
+        row : mapping
+            Column -> value; `CURVES` and ``step`` are read.
+        """
         for name in CURVES:
             self._writer.add_scalar(name, row[name], row["step"])
         self._writer.flush()

@@ -56,7 +56,7 @@ def train(
     rehearsed: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train one run; killed at any moment and called again, it goes on where it was.
+    """Train one run; a killed run continues where it stopped when this is called again.
 
     Parameters
     ----------
@@ -73,13 +73,17 @@ def train(
     rehearsed : bool
         Whether `neural.training.preflight` has found this run sound already.
     progress : callable, optional
-        Told now and then the stage, "training", and the share of the minibatches that is done.
+        Called repeatedly as ``progress("training", share)``; share of minibatches done, 0 to 1.
+
+    Returns
+    -------
+    Outcome
 
     Raises
     ------
     NQMError
-        On anything the user can mend. A loss that is not finite is no error: the run stops, says
-        ``diverged``, and keeps what it has.
+        If the folder holds another configuration, or the run cannot be trained. A loss that is
+        not finite raises nothing: the run stops with status ``diverged`` and keeps its results.
     """
     runtime = runtime or Runtime()
     log = RunFolder(Path(folder), run, writes=runtime.rank == 0)

@@ -116,19 +116,32 @@ class MeanWeights(Average[AveragedModel]):
     def models(
         self, state: AveragedModel, batches: Callable[[], Iterable[Batch]]
     ) -> dict[str, nn.Module]:
-        """The mean of the weights, with BatchNorm statistics computed anew."""
+        """The model with the mean weights; its BatchNorm statistics are recomputed.
+
+        Parameters
+        ----------
+        state : AveragedModel
+            Mean of the weights; its statistics change in place.
+        batches : callable
+            Minibatches of one epoch of training data, anew at every call.
+
+        Returns
+        -------
+        dict of str to Module
+            Name in the results -> network (see `single_models`).
+        """
         recompute_statistics(state.module, batches())
         return single_models(state.module, self.method)
 
 
 def single_models(module: nn.Module, name: str) -> dict[str, nn.Module]:
-    """A network by itself, or the mean of late-phase members in all ways that may differ.
+    """One network, or late-phase members averaged in every way that can differ.
 
     Parameters
     ----------
-    module : Module or LatePhase
+    module : Module
     name : str
-        Of the network, or of the mean of the members' weights.
+        Name of the network, or of the mean of the members' weights.
 
     Returns
     -------

@@ -35,9 +35,27 @@ class EMA(MeanWeights):
         check_number("EMA.decay", self.decay, low=0.0, high=1.0, closed_high=False)
 
     def begin(self, module: nn.Module) -> AveragedModel:
-        """An average of no weights yet: the first update sets it to the weights."""
+        """Start an average that holds no weights yet; the first update copies the weights.
+
+        Parameters
+        ----------
+        module : Module
+            The network, or `neural.LatePhase`.
+
+        Returns
+        -------
+        AveragedModel
+        """
         return averaging.ema(module, self.decay)
 
     def step(self, state: AveragedModel, module: nn.Module) -> None:
-        """Move the average towards the weights."""
+        """Update the average: decay * average + (1 - decay) * weights.
+
+        Parameters
+        ----------
+        state : AveragedModel
+            The average; changes in place.
+        module : Module
+            The network, or `neural.LatePhase`, after a base step.
+        """
         state.update_parameters(module)

@@ -25,9 +25,29 @@ class SWA(MeanWeights):
     method: ClassVar[str] = "swa"
 
     def begin(self, module: nn.Module) -> AveragedModel:
-        """A mean of no weights yet."""
+        """Start a mean that holds no weights yet.
+
+        Parameters
+        ----------
+        module : Module
+            The network, or `neural.LatePhase`.
+
+        Returns
+        -------
+        AveragedModel
+        """
         return averaging.swa(module)
 
     def end_epoch(self, state: AveragedModel, module: nn.Module, epoch: int) -> None:
-        """Take the weights into the mean."""
+        """Add the present weights to the mean.
+
+        Parameters
+        ----------
+        state : AveragedModel
+            The mean; changes in place.
+        module : Module
+            The network, or `neural.LatePhase`.
+        epoch : int
+            Epochs done; all epochs count alike.
+        """
         state.update_parameters(module)
