@@ -43,12 +43,35 @@ class Draws:
         return replace(self, table=self.table[:, part])
 
     def to(self, device: torch.device | str) -> Draws:
-        """The same draws on `device`."""
+        """Copy the draws to a device.
+
+        Parameters
+        ----------
+        device : torch.device or str
+
+        Returns
+        -------
+        Draws
+        """
         return replace(self, table=self.table.to(device))
 
 
 def check_augmentation(names: Sequence[str], cutout: int, padding: int) -> None:
-    """Raise NQMError for an unknown name or a negative size."""
+    """Check the names and sizes of an augmentation.
+
+    Parameters
+    ----------
+    names : sequence of {"crop", "flip"}
+    cutout : int
+        Side of the square hole, pixels.
+    padding : int
+        Zero pixels added on each side before the crop.
+
+    Raises
+    ------
+    NQMError
+        If a name is unknown or a size is negative.
+    """
     if isinstance(names, str):
         raise NQMError(f"augment must be a sequence of names, e.g. ['crop', 'flip']; got {names!r}")
     for name in names:
@@ -85,6 +108,10 @@ def draw(
         Side of the square hole, pixels; its centre is uniform over the image.
     padding : int
         Zero pixels added on each side before the crop; offsets are uniform on 0 ... 2 padding.
+
+    Returns
+    -------
+    Draws
     """
     check_augmentation(names, cutout, padding)
     padding = padding if "crop" in names else 0
@@ -139,6 +166,11 @@ def cut_out(inputs: Tensor, draws: Draws) -> Tensor:
         (N, C, H, W) float, normalised.
     draws : Draws
         For N images.
+
+    Returns
+    -------
+    Tensor
+        `inputs`, changed in place.
     """
     inside = []
     for centre, length in zip(draws.table[3:], inputs.shape[2:], strict=True):
@@ -159,6 +191,11 @@ def normalise(pixels: Tensor, mean: Constants, std: Constants) -> Tensor:
         (N, C, H, W) uint8.
     mean, std : sequence of float or Tensor
         One for each channel, in units of full brightness.
+
+    Returns
+    -------
+    Tensor
+        float32, shape of `pixels`.
 
     Raises
     ------
@@ -219,6 +256,20 @@ def augment_batch(
 
 
 def apply(pixels: Tensor, draws: Draws, mean: Constants, std: Constants) -> Tensor:
-    """Apply draws to as many images; see `augment_batch`."""
+    """Apply N draws to N images, one each (see `augment_batch`).
+
+    Parameters
+    ----------
+    pixels : Tensor, shape (N, C, H, W)
+        uint8.
+    draws : Draws
+    mean, std : sequence of float or Tensor
+        One number per channel, in units of full brightness.
+
+    Returns
+    -------
+    Tensor, shape (N, C, H, W)
+        float32, normalised.
+    """
     inputs = normalise(crop_and_flip(pixels, draws) if draws.moves else pixels, mean, std)
     return cut_out(inputs, draws) if draws.cutout else inputs

@@ -15,13 +15,19 @@ from nqm.files import check_regular, replacing
 
 
 def cache_folder() -> Path:
-    """``~/.cache/late-phase-nqm``, or its place under ``XDG_CACHE_HOME``."""
+    """``~/.cache/late-phase-nqm``, or its place under ``XDG_CACHE_HOME``.
+
+    Returns
+    -------
+    Path
+        ``$XDG_CACHE_HOME/late-phase-nqm`` if that variable is set.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "late-phase-nqm"
 
 
 def cached(key: str, make: Callable[[], Bytes]) -> Bytes:
-    """The array stored under `key`, made and stored if it is not there.
+    """The array stored under `key`; it is computed and stored if it is missing.
 
     Parameters
     ----------
@@ -29,6 +35,10 @@ def cached(key: str, make: Callable[[], Bytes]) -> Bytes:
         File name without extension; must change with what the array is made of.
     make : callable
         Computes the array.
+
+    Returns
+    -------
+    ndarray
     """
     path = cache_folder() / "decoded" / f"{key}.npy"
     try:

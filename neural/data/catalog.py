@@ -28,7 +28,17 @@ class Entry:
 
 
 def data_root(root: Path | str | None = None) -> Path:
-    """The folder of all data: `root`, else the variable NQM_DATA, else the user's cache."""
+    """The folder of all data: `root`, else the variable NQM_DATA, else the user's cache.
+
+    Parameters
+    ----------
+    root : Path or str, optional
+        Folder given by the caller.
+
+    Returns
+    -------
+    Path
+    """
     return Path(root or os.environ.get("NQM_DATA") or cache_folder()).expanduser()
 
 

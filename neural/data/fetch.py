@@ -57,7 +57,19 @@ class File:
 
 
 def checksum(path: Path, file: File) -> str:
-    """MD5 of the file at `path`, or of what it unpacks to; "unreadable" if that fails."""
+    """MD5 of the file at `path`, or of what it unpacks to; "unreadable" if that fails.
+
+    Parameters
+    ----------
+    path : Path
+    file : File
+        States whether the file is compressed.
+
+    Returns
+    -------
+    str
+        Hexadecimal digits.
+    """
     try:
         with _opened(path, file) as stream:
             # MD5 is what these sets publish; it guards against damage, not against an attack.
@@ -103,12 +115,26 @@ class Store:
         return self.root / self.name
 
     def places(self) -> list[Path]:
-        """Folders to search, in order."""
+        """Folders that are searched, in order.
+
+        Returns
+        -------
+        list of Path
+        """
         names = (self.name, self.name.replace("_", "-"), *self.folders, ".")
         return [self.root / name for name in dict.fromkeys(names)]
 
     def find(self, file: File) -> Path | None:
         """The first copy with the right checksum, or None if there is no copy at all.
+
+        Parameters
+        ----------
+        file : File
+            Its name and checksum.
+
+        Returns
+        -------
+        Path or None
 
         Raises
         ------
@@ -129,7 +155,16 @@ class Store:
         return None
 
     def get(self, file: File) -> Path:
-        """A verified copy of the file, fetched if need be.
+        """Path of a verified copy of the file; it is downloaded if it is missing.
+
+        Parameters
+        ----------
+        file : File
+            Its name, checksum and address.
+
+        Returns
+        -------
+        Path
 
         Raises
         ------
@@ -159,7 +194,17 @@ class Store:
             ) from error
 
     def get_all(self, files: Iterable[File]) -> list[Path]:
-        """`get` for each file."""
+        """Paths of verified copies of several files (see `get`).
+
+        Parameters
+        ----------
+        files : iterable of File
+
+        Returns
+        -------
+        list of Path
+            In the order of `files`.
+        """
         return [self.get(file) for file in files]
 
 

@@ -34,10 +34,30 @@ class EncodedImages(Protocol):
         """(N,) int64."""
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image."""
+        """The encoded bytes of one image.
+
+        Parameters
+        ----------
+        index : int
+            Number of the image.
+
+        Returns
+        -------
+        bytes
+        """
 
     def where(self, index: int) -> str:
-        """What an error message calls that image."""
+        """Name of an image in error messages.
+
+        Parameters
+        ----------
+        index : int
+            Number of the image.
+
+        Returns
+        -------
+        str
+        """
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,15 @@ class ImageFolder:
     def scan(cls, folder: Path) -> ImageFolder:
         """List the images below the class folders of `folder`.
 
+        Parameters
+        ----------
+        folder : Path
+            Holds one folder of images per class.
+
+        Returns
+        -------
+        ImageFolder
+
         Raises
         ------
         NQMError
@@ -82,11 +111,31 @@ class ImageFolder:
         return cls(tuple(paths), torch.tensor(labels), tuple(entry.name for entry in classes))
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image."""
+        """The encoded bytes of one image.
+
+        Parameters
+        ----------
+        index : int
+            Number of the image.
+
+        Returns
+        -------
+        bytes
+        """
         return self.paths[index].read_bytes()
 
     def where(self, index: int) -> str:
-        """Its path."""
+        """Path of an image.
+
+        Parameters
+        ----------
+        index : int
+            Number of the image.
+
+        Returns
+        -------
+        str
+        """
         return str(self.paths[index])
 
 
@@ -115,7 +164,16 @@ class ImagePack:
 
     @classmethod
     def open(cls, path: Path) -> ImagePack:
-        """Read a pack.
+        """Read a pack of images.
+
+        Parameters
+        ----------
+        path : Path
+            An .npz file with the arrays jpeg, lengths, y and name.
+
+        Returns
+        -------
+        ImagePack
 
         Raises
         ------
@@ -130,11 +188,31 @@ class ImagePack:
                    tuple(str(name) for name in names))  # fmt: skip
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of one image."""
+        """The encoded bytes of one image.
+
+        Parameters
+        ----------
+        index : int
+            Number of the image.
+
+        Returns
+        -------
+        bytes
+        """
         return self.joined[self.ends[index] : self.ends[index + 1]].tobytes()
 
     def where(self, index: int) -> str:
-        """Its file and number."""
+        """File of the pack and number of the image.
+
+        Parameters
+        ----------
+        index : int
+            Number of the image.
+
+        Returns
+        -------
+        str
+        """
         return f"{self.path}: image {index}"
 
 
@@ -172,6 +250,12 @@ def random_crop_box(
     The area is a uniform share of the image's in `SCALE`, the aspect ratio log-uniform in
     `RATIO`, the position uniform; after ten misfits the largest centred box of a permitted ratio.
 
+    Parameters
+    ----------
+    width, height : int
+        Size of the image, pixels.
+    generator : Generator
+
     Returns
     -------
     (int, int, int, int)
@@ -193,7 +277,20 @@ def random_crop_box(
 
 
 def training_view(image: Image, size: int, generator: torch.Generator) -> Image:
-    """Random-resized crop to `size` pixels (bilinear), mirrored with probability 1/2."""
+    """Random-resized crop to `size` pixels (bilinear), mirrored with probability 1/2.
+
+    Parameters
+    ----------
+    image : Image
+    size : int
+        Side of the square view, pixels.
+    generator : Generator
+        Draws the box and the mirroring.
+
+    Returns
+    -------
+    Image
+    """
     from PIL.Image import Resampling, Transpose
 
     box = random_crop_box(*image.size, generator)
@@ -204,7 +301,20 @@ def training_view(image: Image, size: int, generator: torch.Generator) -> Image:
 
 
 def evaluation_view(image: Image, size: int, resize: int) -> Image:
-    """Shorter side to `resize` pixels (bilinear), then the central square of `size`."""
+    """Scale the shorter side to `resize` pixels (bilinear), then cut the central square.
+
+    Parameters
+    ----------
+    image : Image
+    size : int
+        Side of the square view, pixels.
+    resize : int
+        Length of the shorter side, pixels.
+
+    Returns
+    -------
+    Image
+    """
     from PIL.Image import Resampling
 
     width, height = image.size

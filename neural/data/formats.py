@@ -22,7 +22,20 @@ Bytes = NDArray[np.uint8]
 
 
 def damaged(where: object, why: object) -> NQMError:
-    """The error for a file that does not hold what its format promises."""
+    """The error for a file that does not hold what its format promises.
+
+    Parameters
+    ----------
+    where : object
+        Name of the file.
+    why : object
+        Reason.
+
+    Returns
+    -------
+    NQMError
+        The error, to be raised by the caller.
+    """
     return NQMError(f"{where} cannot be read ({why}); delete it and run again")
 
 
@@ -35,6 +48,11 @@ def read_idx(raw: bytes, where: object) -> Bytes:
         The uncompressed file.
     where : object
         What an error message calls it.
+
+    Returns
+    -------
+    ndarray
+        uint8, of the shape that the file states.
     """
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise damaged(where, "not an idx file of bytes")
@@ -46,13 +64,36 @@ def read_idx(raw: bytes, where: object) -> Bytes:
 
 
 def read_idx_gz(path: Path) -> Bytes:
-    """A gzipped idx file; see `read_idx`."""
+    """Read a gzipped idx file (see `read_idx`).
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    ndarray
+        uint8, of the shape that the file states.
+    """
     with gzip.open(path) as stream:
         return read_idx(stream.read(), path)
 
 
 def read_idx_zip(path: Path, members: Sequence[str]) -> list[Bytes]:
-    """Gzipped idx files within a zip archive."""
+    """Read gzipped idx files from a zip archive.
+
+    Parameters
+    ----------
+    path : Path
+        The archive.
+    members : sequence of str
+        Names of the files in it.
+
+    Returns
+    -------
+    list of ndarray
+        One array per member.
+    """
     with zipfile.ZipFile(path) as archive:
         known = set(archive.namelist())
         for member in members:
@@ -79,7 +120,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def unpickle_arrays(stream: BinaryIO, where: object) -> dict[bytes, Any]:
-    """A pickled dictionary of arrays and lists, without running what a pickle could run.
+    """Read a pickled dictionary of arrays and lists; no code in the pickle is run.
 
     Parameters
     ----------
@@ -87,6 +128,10 @@ def unpickle_arrays(stream: BinaryIO, where: object) -> dict[bytes, Any]:
         Written by Python 2 or 3.
     where : object
         What an error message calls it.
+
+    Returns
+    -------
+    dict of bytes to object
     """
     try:
         content = _ArraysOnly(stream, encoding="bytes").load()
@@ -139,6 +184,11 @@ def read_cifar(
 def read_svhn(path: Path) -> tuple[Bytes, NDArray[np.int64]]:
     """Cropped digits of SVHN (Netzer et al. 2011), a MATLAB file.
 
+    Parameters
+    ----------
+    path : Path
+        A .mat file.
+
     Returns
     -------
     (ndarray, ndarray)
@@ -156,6 +206,10 @@ def read_svhn(path: Path) -> tuple[Bytes, NDArray[np.int64]]:
 
 def read_tar_of_images(path: Path) -> Bytes:
     """Every image of a .tar.gz, in the order of their names.
+
+    Parameters
+    ----------
+    path : Path
 
     Returns
     -------
@@ -175,7 +229,16 @@ def read_tar_of_images(path: Path) -> Bytes:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image."""
+    """True if a file name has an ending of an image format.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    bool
+    """
     return name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 
 
@@ -218,7 +281,26 @@ def decode_all(
     source: object,
     resize: int | None = None,
 ) -> Bytes:
-    """Decode `count` images of one size into (N, 3, H, W) uint8."""
+    """Decode images of one size into one array.
+
+    Parameters
+    ----------
+    encoded : iterable of bytes
+        Content of each file.
+    where : iterable of object
+        Name of each image in error messages.
+    count : int
+        Number of images, N.
+    source : object
+        Name of the whole set in error messages.
+    resize : int, optional
+        Passed on to `decode`.
+
+    Returns
+    -------
+    ndarray, shape (N, 3, H, W)
+        uint8.
+    """
     out: Bytes | None = None
     for i, (one, name) in enumerate(zip(encoded, where, strict=True)):
         pixels = decode(one, name, resize).transpose(2, 0, 1)
@@ -233,7 +315,19 @@ def decode_all(
 
 
 def read_npz(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
-    """Arrays of an .npz by name, refusing pickled objects."""
+    """Read arrays from an .npz file; pickled objects are refused.
+
+    Parameters
+    ----------
+    path : Path
+    keys : sequence of str
+        Names of the arrays.
+
+    Returns
+    -------
+    list of ndarray
+        In the order of `keys`.
+    """
     check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as content:
@@ -243,7 +337,19 @@ def read_npz(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
 
 
 def pieces(joined: Bytes, lengths: NDArray[Any]) -> Iterator[bytes]:
-    """Cut byte strings that were joined end to end."""
+    """Cut byte strings that were joined end to end.
+
+    Parameters
+    ----------
+    joined : ndarray, shape (sum(lengths),)
+        uint8.
+    lengths : ndarray, shape (N,)
+        Bytes of each string.
+
+    Yields
+    ------
+    bytes
+    """
     view = joined.tobytes()
     ends = np.cumsum(lengths, dtype=np.int64)
     for end, length in zip(ends.tolist(), lengths.tolist(), strict=True):

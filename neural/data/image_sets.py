@@ -24,7 +24,19 @@ IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def images_of(pixels: Bytes, labels: NDArray[np.generic] | None = None) -> Images:
-    """Arrays as `Images`; without labels every label is -1."""
+    """Make `Images` from arrays.
+
+    Parameters
+    ----------
+    pixels : ndarray, shape (N, C, H, W)
+        uint8.
+    labels : ndarray, shape (N,), optional
+        Class numbers; -1 for all images by default.
+
+    Returns
+    -------
+    Images
+    """
     if labels is None:
         labels = np.full(len(pixels), -1)
     array = np.ascontiguousarray(pixels)

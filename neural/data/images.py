@@ -50,11 +50,20 @@ class Images:
         return len(self.pixels)
 
     def to(self, device: torch.device | str) -> Images:
-        """The same images on `device`."""
+        """Copy the images to a device.
+
+        Parameters
+        ----------
+        device : torch.device or str
+
+        Returns
+        -------
+        Images
+        """
         return Images(self.pixels.to(device), self.labels.to(device))
 
     def subset(self, n: int, seed: int = 0) -> Images:
-        """`n` random images, as evenly over the classes as their sizes allow.
+        """Draw `n` random images, as evenly over the classes as their sizes allow.
 
         Parameters
         ----------
@@ -62,6 +71,10 @@ class Images:
             Images wanted, at most all.
         seed : int
             Which ones; they stay in the order of the set.
+
+        Returns
+        -------
+        Images
 
         Raises
         ------

@@ -15,13 +15,17 @@ SAMPLINGS = ("shuffle", "replacement")
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator whose stream depends on nothing but `key`.
+    """A CPU generator whose stream depends only on `key`.
 
     Parameters
     ----------
     *key : int
         Non-negative integers, e.g. (seed, epoch, purpose). Keys that differ give independent
         streams (NumPy's `SeedSequence` mixes them).
+
+    Returns
+    -------
+    Generator
     """
     # The length belongs to the key: SeedSequence takes (3,) and (3, 0) for the same.
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
@@ -98,7 +102,23 @@ class EpochPlan:
             )
 
     def slices(self, start: int = 0) -> list[slice]:
-        """Positions in the epoch of this rank's share of batch `start` and of each later one."""
+        """Positions in the epoch of this rank's share of each batch.
+
+        Parameters
+        ----------
+        start : int
+            Number of the first batch.
+
+        Returns
+        -------
+        list of slice
+            One slice per batch, from batch `start` on.
+
+        Raises
+        ------
+        NQMError
+            If `start` exceeds the number of batches.
+        """
         check_integer("start", start, 0)
         if start > self.batches:
             raise NQMError(
@@ -114,6 +134,18 @@ class EpochPlan:
 
 
 def check_sampling(sampling: str, known: tuple[str, ...] = SAMPLINGS) -> None:
-    """Raise NQMError unless `sampling` is one of `known`."""
+    """Check the name of a way of sampling.
+
+    Parameters
+    ----------
+    sampling : str
+    known : tuple of str
+        Permitted names.
+
+    Raises
+    ------
+    NQMError
+        If the name is not among `known`.
+    """
     if sampling not in known:
         raise NQMError(f"unknown sampling {sampling!r}{suggest(sampling, known)}")

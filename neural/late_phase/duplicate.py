@@ -28,7 +28,12 @@ class _ResultsByValue(TorchFunctionMode):
 
 
 def results_by_value() -> TorchFunctionMode:
-    """Context in which `copy.deepcopy` takes any tensor: what was computed, by its value."""
+    """Context in which `copy.deepcopy` also copies tensors with a history, by their values.
+
+    Returns
+    -------
+    TorchFunctionMode
+    """
     return _ResultsByValue()
 
 
@@ -38,6 +43,15 @@ def duplicate(model: _M) -> _M:
     Weight and spectral normalisation by hooks, parametrized recurrent layers and caches hold
     tensors with a history, which `copy.deepcopy` refuses. Their values are copied; the next
     forward pass of the copy computes them anew from its own weights.
+
+    Parameters
+    ----------
+    model : Module
+        It does not change.
+
+    Returns
+    -------
+    Module
     """
     with results_by_value():
         return copy.deepcopy(model)

@@ -52,7 +52,17 @@ class Plan:
 
 
 def key(model: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What a plan depends on: shapes and types of the inputs, and the modes of all layers.
+    """Everything on which a plan depends: shapes and types of the inputs, modes of all layers.
+
+    Parameters
+    ----------
+    model : Module
+    inputs : sequence of K inputs
+
+    Returns
+    -------
+    tuple of object
+        Hashable.
 
     Raises
     ------
@@ -191,7 +201,18 @@ def _named(path: str, module: nn.Module) -> str:
 
 
 def owners(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """Outermost modules that hold member weights themselves, or mix the rows of a batch."""
+    """Outermost modules that hold member weights themselves or mix the rows of a batch.
+
+    Parameters
+    ----------
+    model : Module
+    names : collection of str
+        Names of the replicated parameters and buffers.
+
+    Returns
+    -------
+    dict of str to Module
+    """
     replicated = {id(p) for name, p in model.named_parameters() if name in names}
     replicated |= {id(b) for name, b in model.named_buffers() if name in names}
     outermost: dict[str, nn.Module] = {}
@@ -258,6 +279,10 @@ def make_plan(
     inputs : sequence of K inputs
         Minibatches along the first axis of their tensors.
 
+    Returns
+    -------
+    Plan
+
     Raises
     ------
     UnclearRowsError
@@ -288,7 +313,17 @@ def _together(
 
 
 def input_rows(inputs: Sequence[Any]) -> tuple[Rows, ...]:
-    """Rows of the inputs: along the first axis; what is equal in all minibatches may be common."""
+    """Row axes of the inputs: the first axis, or none for leaves equal in all minibatches.
+
+    Parameters
+    ----------
+    inputs : sequence of K inputs
+
+    Returns
+    -------
+    tuple of Rows
+        One entry per leaf of an input.
+    """
     flat = [axes.flatten(arguments(one)) for one in inputs]
     if any(form != flat[0][1] for _, form in flat):
         raise UnclearRowsError("inputs differ in their form")

@@ -753,7 +753,12 @@ class LatePhase(nn.Module):
         return float((apart / size) ** 0.5) if size else 0.0
 
     def extra_repr(self) -> str:
-        """What `print` shows of the module."""
+        """Text that `print` shows inside the module's brackets.
+
+        Returns
+        -------
+        str
+        """
         numbers = sum(p[0].numel() for p in self.member_parameters())
         return f"members={self.members}, {numbers} weights each, gamma={self.gamma!r}"
 

@@ -19,7 +19,21 @@ Stacked = Mapping[str, Tensor]
 
 
 def means(stacked: Stacked) -> dict[str, Tensor]:
-    """Mean over members; of a counter the largest, and where one is not finite the first's."""
+    """Mean over members of each tensor.
+
+    For whole numbers (counters) the largest value is taken; where a member's value is not finite,
+    that of member 0.
+
+    Parameters
+    ----------
+    stacked : Stacked
+        Name -> tensor of shape (K, ...).
+
+    Returns
+    -------
+    dict of str to Tensor
+        Name -> tensor of shape (...).
+    """
     mean: dict[str, Tensor] = {}
     for name, value in stacked.items():
         if value.is_floating_point() or value.is_complex():
@@ -31,7 +45,19 @@ def means(stacked: Stacked) -> dict[str, Tensor]:
 
 
 def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Copy of a model with some weights and buffers set, and no parametrization of ours."""
+    """Copy a model, set some weights and buffers, and fold our parametrizations.
+
+    Parameters
+    ----------
+    model : Module
+        It does not change.
+    state : mapping
+        Name -> new value.
+
+    Returns
+    -------
+    Module
+    """
     model = duplicate(model)
     for name, value in state.items():
         path, _, own = name.rpartition(".")
@@ -45,6 +71,19 @@ def mean_affine(model: nn.Module, weights: Stacked, statistics: Stacked) -> dict
 
     Each member's layer is an affine map, and so is their mean. It is put into scale and shift on
     top of the mean statistics; where a layer has none, into the statistics themselves.
+
+    Parameters
+    ----------
+    model : Module
+    weights : Stacked
+        Name -> members' weights, shape (K, ...).
+    statistics : Stacked
+        Name -> members' running statistics, shape (K, ...).
+
+    Returns
+    -------
+    dict of str to Tensor
+        Name -> value for the averaged layer.
     """
     state: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -70,7 +109,19 @@ def mean_affine(model: nn.Module, weights: Stacked, statistics: Stacked) -> dict
 
 
 def mean_products(model: nn.Module, weights: Stacked) -> dict[str, Tensor]:
-    """Mean over members of every weight that has rank-1 factors or a low-rank update."""
+    """Mean over members of every weight that has rank-1 factors or a low-rank update.
+
+    Parameters
+    ----------
+    model : Module
+    weights : Stacked
+        Name -> members' weights, shape (K, ...).
+
+    Returns
+    -------
+    dict of str to Tensor
+        Name of the folded weight -> its mean.
+    """
     touched = {f"{path}.{name}" if path else name for path, _, name, _ in parametrized(model)}
     members = len(next(iter(weights.values())))
     total: dict[str, Tensor] = {}
@@ -83,10 +134,21 @@ def mean_products(model: nn.Module, weights: Stacked) -> dict[str, Tensor]:
 
 
 def check_factors(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise NQMError where the mean of factors would not be noticed to be another update.
+    """Refuse to average factors of another library silently.
 
-    The mean of B A is not the mean of B times the mean of A. Our own updates are documented; of
-    those of peft (``lora_A``, ``lora_B``) the caller has to say so.
+    The mean of B A is not the mean of B times the mean of A. For factors of peft (``lora_A``,
+    ``lora_B``) the caller must choose.
+
+    Parameters
+    ----------
+    model : Module
+    names : iterable of str
+        Names of the replicated weights.
+
+    Raises
+    ------
+    NQMError
+        If a name is that of a factor of peft.
     """
     foreign = [name for name in names if ".lora_A." in name or ".lora_B." in name]
     if foreign:

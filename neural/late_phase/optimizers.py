@@ -20,7 +20,17 @@ _APART: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def listed(optimizers: Optimizer | Sequence[Optimizer], what: str) -> list[Optimizer]:
-    """One optimizer, or several, as a list.
+    """Return one optimizer or several as a list.
+
+    Parameters
+    ----------
+    optimizers : Optimizer or sequence of Optimizer
+    what : str
+        Name of the argument, for the message.
+
+    Returns
+    -------
+    list of Optimizer
 
     Raises
     ------
@@ -44,12 +54,31 @@ def listed(optimizers: Optimizer | Sequence[Optimizer], what: str) -> list[Optim
 
 
 def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """What some optimizers work on."""
+    """All parameters of some optimizers.
+
+    Parameters
+    ----------
+    optimizers : iterable of Optimizer
+
+    Returns
+    -------
+    list of Tensor
+    """
     return [p for one in optimizers for group in one.param_groups for p in group["params"]]
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside a wrapper, as accelerate and Lightning put around it."""
+    """The optimizer inside a wrapper of accelerate or Lightning.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        An optimizer, wrapped or not.
+
+    Returns
+    -------
+    Optimizer
+    """
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
@@ -134,6 +163,11 @@ def check(
         Weights that all members share.
     stacked : sequence of Parameter, shape (K, ...)
         Weights of the members.
+
+    Raises
+    ------
+    NQMError
+        If an optimizer lacks weights, holds weights of another, or mixes members.
     """
     own = {id(p) for p in stacked}
     listed([member], "member_optimizer")
@@ -155,10 +189,17 @@ def check(
 
 
 def check_apart(optimizer: Optimizer, members: int) -> None:
-    """Whether a member's step depends on its own gradient alone.
+    """Check that a member's step depends on its own gradient alone.
 
-    Two steps of a copy of the optimizer on a few numbers of every weight, with two sets of
-    gradients that differ in all members but the first: its steps must be the same.
+    A copy of the optimizer takes two steps on a few numbers of every weight, with two sets of
+    gradients that differ in all members but the first. The first member's steps must be equal.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        It does not change.
+    members : int
+        K.
 
     Raises
     ------

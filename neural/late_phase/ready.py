@@ -13,13 +13,18 @@ from nqm.errors import NQMError
 
 
 def check_ready(model: nn.Module, what: str) -> None:
-    """Raise NQMError where a model's weights cannot be replicated or copied.
+    """Check that a model's weights can be replicated and copied.
 
     Parameters
     ----------
     model : Module
     what : str
-        Who asks.
+        Name of the caller, for the message.
+
+    Raises
+    ------
+    NQMError
+        If the model is no `Module`, or has weights that cannot be replicated or copied.
     """
     if not isinstance(model, nn.Module):
         raise NQMError(f"{what} takes a torch.nn.Module; got {type(model).__name__}")
@@ -42,10 +47,20 @@ def check_ready(model: nn.Module, what: str) -> None:
 
 @contextmanager
 def checked_statistics() -> Iterator[None]:
-    """Raise NQMError where a layer in training mode is given one value per channel.
+    """Turn torch's error about one value per channel into an NQMError.
 
-    BatchNorm takes no variance of one value. Whether a minibatch of one example is one value
-    depends on the layers before, so that only the model can tell.
+    BatchNorm cannot compute the variance of one value. Whether a minibatch of one example gives one
+    value depends on the layers before it, so only a forward pass can tell.
+
+    Yields
+    ------
+    None
+        None
+
+    Raises
+    ------
+    NQMError
+        If a layer in training mode gets one value per channel.
     """
     try:
         yield

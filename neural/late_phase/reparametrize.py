@@ -40,7 +40,16 @@ class RankOne(nn.Module):
         self.r = nn.Parameter(torch.ones(into, dtype=weight.dtype, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The layer's weight, shape (out, in, ...)."""
+        """Multiply a weight by s r^T, elementwise.
+
+        Parameters
+        ----------
+        weight : Tensor, shape (out, in, ...)
+
+        Returns
+        -------
+        Tensor, shape (out, in, ...)
+        """
         tail = (1,) * (weight.ndim - 2)
         return weight * self.s.view(-1, 1, *tail) * self.r.view(1, -1, *tail)
 
@@ -64,7 +73,16 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The layer's weight, shape (out, in, ...)."""
+        """Add the low-rank update alpha / rank B A to a weight.
+
+        Parameters
+        ----------
+        weight : Tensor, shape (out, in, ...)
+
+        Returns
+        -------
+        Tensor, shape (out, in, ...)
+        """
         return weight + self.scale * (self.B @ self.A).view_as(weight)
 
 
@@ -212,7 +230,17 @@ def _weights(module: nn.Module) -> list[str]:
 
 
 def parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Path of the layer, the layer, name of its weight, and the `RankOne` or `LowRank` on it."""
+    """Iterate over the weights that have a `RankOne` or `LowRank`.
+
+    Parameters
+    ----------
+    model : Module
+
+    Yields
+    ------
+    (str, Module, str, Module)
+        Path of the layer, the layer, name of its weight, and the parametrization.
+    """
     for path, module in list(model.named_modules()):
         if parametrize.is_parametrized(module):
             for name, chain in cast(nn.ModuleDict, module.parametrizations).items():
@@ -222,16 +250,21 @@ def parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Compute the weights once and for all; afterwards the layers are plain again.
+    """Replace each parametrized weight by its present value; the layers are plain afterwards.
 
-    A weight that was trainable by its factors alone is so itself. One that another layer holds as
-    well, as the embedding does where an output layer is tied to it, becomes a weight of its own
-    with a warning: the other layer has no factors.
+    A weight whose factors alone were trained becomes trainable itself. A weight that another layer
+    also holds (an embedding tied to an output layer) becomes a separate weight, with a warning,
+    because the other layer has no factors.
 
     Parameters
     ----------
     model : Module
         Changed in place, and returned. Weights without factors of ours stay as they are.
+
+    Returns
+    -------
+    Module
+        `model`.
     """
     with torch.no_grad():
         for path, module, name, _ in list(parametrized(model)):

@@ -47,14 +47,34 @@ class UnclearRowsError(Exception):
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that a batch's inputs stand for."""
+    """Positional and keyword arguments for which a batch's inputs stand.
+
+    Parameters
+    ----------
+    inputs : object
+        A mapping gives keyword arguments, a tuple or list positional ones, anything else one.
+
+    Returns
+    -------
+    (tuple of object, dict of str to object)
+    """
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def count(tree: Any) -> int:
-    """Rows of a minibatch: the length of its first tensor."""
+    """Number of rows of a minibatch: the length of its first tensor.
+
+    Parameters
+    ----------
+    tree : object
+        Nested tuples, lists and dicts of tensors.
+
+    Returns
+    -------
+    int
+    """
     leaves, _ = flatten(tree)
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.ndim:
@@ -63,12 +83,36 @@ def count(tree: Any) -> int:
 
 
 def shapes(leaves: Iterable[Any]) -> Shapes:
-    """Shapes of tensors among leaves."""
+    """Shape of each leaf.
+
+    Parameters
+    ----------
+    leaves : iterable of object
+
+    Returns
+    -------
+    Shapes
+        None for a leaf that is no tensor.
+    """
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves)
 
 
 def find(few: Shapes, many: Shapes, n: int, m: int, what: str) -> tuple[Rows, ...]:
-    """Where the rows are, from the shapes on n rows and on m > n rows.
+    """Find the row axis of each leaf from its shapes on n rows and on m > n rows.
+
+    Parameters
+    ----------
+    few : Shapes
+        Shapes on n rows.
+    many : Shapes
+        Shapes on m rows.
+    n, m : int
+    what : str
+        Name of the leaves, for the message.
+
+    Returns
+    -------
+    tuple of Rows
 
     Raises
     ------
@@ -93,7 +137,21 @@ def find(few: Shapes, many: Shapes, n: int, m: int, what: str) -> tuple[Rows, ..
 
 
 def split(leaves: Sequence[Any], rows: Sequence[Rows], sizes: Sequence[int]) -> list[list[Any]]:
-    """Leaves of every part; what has no rows belongs to all."""
+    """Cut leaves along their row axes; a leaf without rows is repeated in every part.
+
+    Parameters
+    ----------
+    leaves : sequence of object
+    rows : sequence of Rows
+        Row axis of each leaf.
+    sizes : sequence of int
+        Rows of each part.
+
+    Returns
+    -------
+    list of list of object
+        One list of leaves per part.
+    """
     cut: list[Sequence[Any]] = []
     for leaf, where in zip(leaves, rows, strict=True):
         if where is None:
@@ -105,7 +163,19 @@ def split(leaves: Sequence[Any], rows: Sequence[Rows], sizes: Sequence[int]) -> 
 
 
 def join(parts: Sequence[Sequence[Any]], rows: Sequence[Rows]) -> list[Any]:
-    """Leaves of all parts together; what has no rows is that of the first."""
+    """Join the leaves of several parts along their row axes.
+
+    Parameters
+    ----------
+    parts : sequence of sequence of object
+        Leaves of each part.
+    rows : sequence of Rows
+        Row axis of each leaf; a leaf without rows is taken from the first part.
+
+    Returns
+    -------
+    list of object
+    """
     return [
         leaves[0] if where is None else torch.cat(leaves, where[0])
         for leaves, where in zip(zip(*parts, strict=True), rows, strict=True)
@@ -117,9 +187,13 @@ def join(parts: Sequence[Sequence[Any]], rows: Sequence[Rows]) -> list[Any]:
 
 @contextmanager
 def without_chance(device: torch.device) -> Iterator[WithoutChance]:
-    """Nothing is drawn: dropout keeps all, other draws are constants.
+    """Context without random draws: dropout keeps all values, other draws are constants.
 
-    No gradients are taken, compiled code runs as written, and random states are as before.
+    No gradients are taken, compiled code runs uncompiled, and random states are restored.
+
+    Parameters
+    ----------
+    device : torch.device
 
     Yields
     ------
@@ -137,7 +211,12 @@ def without_chance(device: torch.device) -> Iterator[WithoutChance]:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Compiled code would go around layers that are run otherwise."""
+    """Context in which compiled code runs as written, so that replaced layers are called.
+
+    Returns
+    -------
+    AbstractContextManager
+    """
     # Importing the compiler takes seconds; without it nothing is compiled.
     compiles = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
@@ -203,14 +282,34 @@ def displace_(tensor: Tensor, size: float, generator: torch.Generator) -> None:
 
 
 def displace_model_(model: nn.Module, size: float) -> None:
-    """Displace all parameters, always to the same place."""
+    """Displace all parameters, with the same draws at every call (see `displace_`).
+
+    Parameters
+    ----------
+    model : Module
+        Changes in place.
+    size : float
+        Relative size of the displacement.
+    """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         displace_(parameter, size, generator)
 
 
 def precision(model: nn.Module, leaves: Iterable[Any], device: torch.device) -> float:
-    """How far two computations of an output may lie apart, relative to its size."""
+    """Largest relative difference that rounding can cause between two computations of an output.
+
+    Parameters
+    ----------
+    model : Module
+    leaves : iterable of object
+        Inputs; their types count as those of the parameters do.
+    device : torch.device
+
+    Returns
+    -------
+    float
+    """
     # On a GPU float32 may be computed with the digits of TF32, by other kernels for more rows.
     least = {"highest": 0.0 if device.type == "cpu" else 1e-2, "high": 1e-2, "medium": 5e-2}
     tensors = [*model.parameters(), *(x for x in leaves if isinstance(x, Tensor))]
@@ -224,7 +323,18 @@ def precision(model: nn.Module, leaves: Iterable[Any], device: torch.device) -> 
 
 
 def alike(one: Any, other: Any, tolerance: float) -> bool:
-    """Whether two leaves agree."""
+    """True if two leaves agree.
+
+    Parameters
+    ----------
+    one, other : object
+    tolerance : float
+        Largest relative difference of tensors.
+
+    Returns
+    -------
+    bool
+    """
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return bool(isinstance(one, PLAIN) and isinstance(other, PLAIN) and one == other)
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -240,18 +350,47 @@ def alike(one: Any, other: Any, tolerance: float) -> bool:
 
 
 def mostly_finite(leaves: Iterable[Any]) -> bool:
-    """Whether an output says anything."""
+    """True if more than half of the numbers of each tensor are finite.
+
+    Parameters
+    ----------
+    leaves : iterable of object
+
+    Returns
+    -------
+    bool
+    """
     tensors = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     return all(x.isfinite().double().mean() > 0.5 for x in tensors if x.numel())
 
 
 def reason(what: str, error: Exception) -> str:
-    """An error of a model, in one line."""
+    """Describe an error of a model in one line.
+
+    Parameters
+    ----------
+    what : str
+        What the model was run on.
+    error : Exception
+
+    Returns
+    -------
+    str
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return f"the model does not run on {what} ({text:.100})"
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves of a tree, and its form."""
+    """Leaves of a nested container, and its structure.
+
+    Parameters
+    ----------
+    tree : object
+
+    Returns
+    -------
+    (list of object, object)
+    """
     leaves, form = pytree.tree_flatten(tree)
     return leaves, form

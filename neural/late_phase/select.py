@@ -92,6 +92,10 @@ def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
     what : str or iterable of str
         Terms joined by ``+``, or a sequence of them.
 
+    Returns
+    -------
+    Selection
+
     Raises
     ------
     NQMError

@@ -47,10 +47,22 @@ def places(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[Place, ...
 def swapped(
     where: Mapping[str, tuple[Place, ...]], tensors: MutableMapping[str, Tensor]
 ) -> Iterator[None]:
-    """Put tensors in their places until the block is left.
+    """Put tensors into a model's places until the block is left.
 
-    A place that was given another tensor inside the block, as a module does that writes
-    ``self.count = self.count + 1``, hands it over to `tensors`.
+    If the block assigns another tensor to a place (``self.count = self.count + 1``), that tensor is
+    written to `tensors`.
+
+    Parameters
+    ----------
+    where : mapping
+        Name -> places of the tensor (see `places`).
+    tensors : mapping
+        Name -> tensor; may change.
+
+    Yields
+    ------
+    None
+        None
     """
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
@@ -79,6 +91,22 @@ def call(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What a function of the model returns with other tensors in place."""
+    """Call a function of the model while other tensors are in its places.
+
+    Parameters
+    ----------
+    function : callable
+    where : mapping
+        Name -> places of the tensor (see `places`).
+    tensors : mapping
+        Name -> tensor.
+    args, kwargs : tuple, mapping
+        Arguments of `function`.
+
+    Returns
+    -------
+    object
+        The result of `function`.
+    """
     with swapped(where, dict(tensors)):
         return function(*args, **(kwargs or {}))
