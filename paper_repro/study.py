@@ -88,16 +88,57 @@ class Study(Protocol):
     SUMMARY: str
 
     def settings(self, scale: Scale) -> Any:
-        """Every parameter of the computation, a frozen dataclass."""
+        """All parameters of the computation.
+
+        Parameters
+        ----------
+        scale : Scale
+            Full or smoke.
+
+        Returns
+        -------
+        object
+            A frozen dataclass.
+        """
 
     def compute(self, scale: Scale) -> pd.DataFrame:
-        """Tidy table with all that is drawn and claimed."""
+        """Compute a tidy table with all numbers that are drawn and checked.
+
+        Parameters
+        ----------
+        scale : Scale
+            Full or smoke.
+
+        Returns
+        -------
+        DataFrame
+        """
 
     def draw(self, table: pd.DataFrame) -> Figure:
-        """Figure from the table alone."""
+        """Draw the figure from the table alone.
+
+        Parameters
+        ----------
+        table : DataFrame
+            As `compute` returns it.
+
+        Returns
+        -------
+        Figure
+        """
 
     def claims(self, table: pd.DataFrame) -> list[Claim]:
-        """Numerical checks from the table alone."""
+        """Check the numbers of the table.
+
+        Parameters
+        ----------
+        table : DataFrame
+            As `compute` returns it.
+
+        Returns
+        -------
+        list of Claim
+        """
 
 
 def find(name: str) -> Study:

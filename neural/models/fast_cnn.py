@@ -91,7 +91,16 @@ class FastCNN(nn.Module):
         self.logit_scale = logit_scale
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, channels, H, W)."""
+        """Logits of images.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, channels, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, classes)
+        """
         x = functional.gelu(self.whiten(images))
         x = self.block3(self.block2(self.block1(x)))
         features = self.dropout(torch.amax(x, dim=(2, 3)))

@@ -26,6 +26,10 @@ def make_norm(kind: str, channels: int, groups: int | None = None) -> nn.Module:
         Groups of a GroupNorm. By default each group has 8 channels, or all when 8 does not
         divide them.
 
+    Returns
+    -------
+    Module
+
     Raises
     ------
     NQMError

@@ -52,6 +52,10 @@ def build_from_library(
         Of the library's model, those in `OPTIONS`. Pretrained weights, fetched where they are not
         in the cache: ``weights="IMAGENET1K_V1"`` (torchvision), ``pretrained=True`` (timm).
 
+    Returns
+    -------
+    Module
+
     Raises
     ------
     NQMError

@@ -87,7 +87,16 @@ class PyramidNet(nn.Module):
         initialise_kaiming(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, channels, H, W)."""
+        """Logits of images.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, channels, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, classes)
+        """
         x = self.blocks(self.bn(self.conv(images)))
         logits: Tensor = self.linear(pool(torch.relu(self.bn_last(x))))
         return logits

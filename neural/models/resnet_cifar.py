@@ -145,7 +145,16 @@ class ResNetCifar(nn.Module):
         initialise_kaiming(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, channels, H, W)."""
+        """Logits of images.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, channels, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, classes)
+        """
         x = torch.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(self.dropout(pool(x)))
@@ -165,6 +174,10 @@ def load_published(path: str | Path, depth: int) -> ResNetCifar:
         A ``.th`` file: a dictionary whose ``state_dict`` has keys that begin with ``module.``.
     depth : int
         Depth of the net it was saved from.
+
+    Returns
+    -------
+    ResNetCifar
 
     Raises
     ------

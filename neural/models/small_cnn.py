@@ -67,7 +67,16 @@ class DigitsCNN(nn.Module):
         initialise_kaiming(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, channels, H, W)."""
+        """Logits of images.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, channels, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, classes)
+        """
         logits: Tensor = self.linear(self.dropout(pool(self.features(images))))
         return logits
 

@@ -113,7 +113,16 @@ class TransformerLanguageModel(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, classes) of the next symbol at every position of `tokens` (B, L).
+        """Logits of the next symbol at every position.
+
+        Parameters
+        ----------
+        tokens : Tensor, shape (B, L)
+            Symbol numbers.
+
+        Returns
+        -------
+        Tensor, shape (B, L, classes)
 
         Raises
         ------

@@ -118,7 +118,16 @@ class WideResNet(nn.Module):
         initialise_kaiming(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, channels, H, W)."""
+        """Logits of images.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, channels, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, classes)
+        """
         x = self.group3(self.group2(self.group1(self.conv1(images))))
         logits: Tensor = self.linear(pool(torch.relu(self.bn(x))))
         return logits
