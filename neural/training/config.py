@@ -159,7 +159,7 @@ class TrainConfig:
     momentum : float
     nesterov : bool
     betas : tuple of float
-        Of Adam.
+        Adam's beta1 and beta2.
     weight_decay : float
         On every weight, as in the paper, but those that `no_decay` selects.
     no_decay : str
@@ -221,7 +221,7 @@ class LatePhaseConfig(MemberOptions):
     Attributes
     ----------
     start_epoch : int
-        T0: members are spawned when so many epochs are done.
+        T0: number of epochs after which the members are spawned.
     members : int
         K.
     select : str
@@ -229,10 +229,10 @@ class LatePhaseConfig(MemberOptions):
     fused : bool
         Run all members' minibatches in one forward pass.
     member_lr : Schedule, optional
-        Of the members, over the epochs of the whole run; that of the base by default.
+        Learning rate of the members over the epochs of the run; by default the base's.
     weight_decay : float, optional
-        Of the members; that of the base by default. Members that `TrainConfig.no_decay` selects
-        have none.
+        Weight decay of the members; by default the base's. Members that `TrainConfig.no_decay`
+        selects have none.
     """
 
     start_epoch: int
@@ -291,7 +291,7 @@ class RunConfig:
     Attributes
     ----------
     seed : int
-        Of the initial weights, the order of the data, and the members' noise.
+        Seed of the initial weights, the order of the data, and the members' noise.
     """
 
     data: DataConfig
