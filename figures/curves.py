@@ -18,7 +18,7 @@ WIDTH95 = 1.96
 Look = Mapping[str, Any]
 
 
-def curves(
+def curves(  # noqa: PLR0913 - options, by keyword
     table: pd.DataFrame,
     *,
     x: str,

@@ -96,7 +96,7 @@ def compute(scale: Scale) -> pd.DataFrame:
     return table.assign(**fixed)
 
 
-def _case(
+def _case(  # noqa: PLR0913
     data: Data,
     problem: Problem,
     s: Settings,

@@ -37,7 +37,7 @@ class Data:
         return np.asarray(0.5 * np.mean(residual**2, axis=-1))
 
 
-def train(
+def train(  # noqa: PLR0913
     data: Data,
     start: Array,
     *,

@@ -248,7 +248,7 @@ def descended(local: LocalQuadratic, training: Training) -> FloatArray:
     return np.asarray(-moved)
 
 
-def measure_drift(
+def measure_drift(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     local: LocalQuadratic,
     training: Training,

@@ -21,7 +21,7 @@ from nqm.errors import NQMError, check_integer
 DOUBLE = 5000
 
 
-def risk_of_run(
+def risk_of_run(  # noqa: PLR0913 - options, by keyword
     run: RunConfig,
     model: nn.Module,
     runtime: Runtime,

@@ -98,7 +98,7 @@ class WeightGaussian:
         return replace(self, training=training)
 
 
-def measure_averages(
+def measure_averages(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     local: LocalQuadratic,
     reference: Training,
@@ -168,7 +168,7 @@ def measure_averages(
     return replace(smoothing, kinks=find_kinks(drift, smoothing))
 
 
-def measure_gaussian(
+def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     local: LocalQuadratic,
     training: Training,

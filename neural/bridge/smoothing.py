@@ -347,7 +347,7 @@ def _projection(there: FloatArray, here: FloatArray) -> float:
     return float(np.sum(there * here) / max(float(np.sum(there * there)), 1e-300))
 
 
-def measure_smoothing(
+def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     local: LocalQuadratic,
     training: Training,

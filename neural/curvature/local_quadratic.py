@@ -182,7 +182,7 @@ class LocalQuadratic:
         }
 
 
-def measure_local(
+def measure_local(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     eigenpairs: int | None = 50,
     *,

@@ -114,7 +114,7 @@ def _linear(hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def _layers(step: Step, states_of: int) -> Callable[..., Any]:
     """A stand-in for `torch.lstm` (two states) or `torch.gru`, `torch.rnn_tanh`, ... (one)."""
 
-    def layers(
+    def layers(  # noqa: PLR0913 - the arguments of torch
         x: Tensor,
         given: Any,
         weights: Sequence[Tensor],
@@ -228,7 +228,7 @@ def _layer_norm(
     return y if bias is None else y + bias
 
 
-def _instance_norm(
+def _instance_norm(  # noqa: PLR0913 - the arguments of torch
     x: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,

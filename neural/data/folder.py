@@ -401,7 +401,7 @@ class FolderBatches:
         For a number out of range; while iterating, for an image that cannot be read.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options, by keyword
         self,
         images: EncodedImages,
         batch_size: int,

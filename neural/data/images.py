@@ -167,7 +167,7 @@ class ImageBatches:
         For an unknown name or a number out of range.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options, by keyword
         self,
         images: Images,
         batch_size: int,

@@ -81,7 +81,7 @@ class TextBatches:
         For an unknown name, a number out of range or a text that is too short.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options, by keyword
         self,
         tokens: Tensor,
         batch_size: int,

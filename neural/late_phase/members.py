@@ -111,7 +111,7 @@ class LatePhase(nn.Module):
     >>> single = late.averaged()
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options, by keyword
         self,
         model: nn.Module,
         members: int,
@@ -445,7 +445,7 @@ class LatePhase(nn.Module):
         elif leftover == "carry" and not last:
             self._carried = waiting
 
-    def step(
+    def step(  # noqa: PLR0913 - options, by keyword
         self,
         batches: Sequence[Batch],
         loss_fn: Loss,

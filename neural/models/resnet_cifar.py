@@ -106,7 +106,7 @@ class ResNetCifar(nn.Module):
     those of the widespread implementation behind the published weights (`load_published`).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options, by keyword
         self,
         *,
         classes: int,

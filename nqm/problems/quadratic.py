@@ -108,7 +108,7 @@ class Problem(Quadratic):
     noise_correlation: Correlation | None
     initial_correlation: Correlation | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options, by keyword
         self,
         curvature: ArrayLike,
         noise_variance: ArrayLike,

@@ -44,7 +44,7 @@ BLOCK = fast_normals.LANES
 CHUNK = 2_000_000
 
 
-def sample(
+def sample(  # noqa: PLR0913 - options, by keyword
     problem: Problem | LeastSquares,
     program: Program | Phase | Sequence[Phase],
     at: Sequence[int] | None = None,
@@ -160,7 +160,7 @@ def _check_sizes(
             check_memory(f"phase.{index}.steps", phase.steps, phase.steps)
 
 
-def _least_squares(
+def _least_squares(  # noqa: PLR0913
     problem: LeastSquares,
     program: Program,
     at: Sequence[int] | None,
@@ -352,7 +352,7 @@ class _Plan:
             phi *= 1.0 + np.sqrt(algorithm.spread) * rng.standard_normal(phi.shape)
         return theta, phi
 
-    def _optimizer(
+    def _optimizer(  # noqa: PLR0913
         self,
         rng: np.random.Generator,
         phase: Phase,
@@ -399,7 +399,7 @@ class _Plan:
             )
         _give_back(rng, generator)
 
-    def _multiplicative(
+    def _multiplicative(  # noqa: PLR0913
         self,
         rng: np.random.Generator,
         phase: Phase,
@@ -474,7 +474,7 @@ class _Linear:
         self.mask = algorithm.member_mask(problem)
         self.cache: dict[bytes, Any] = {}
 
-    def advance(
+    def advance(  # noqa: PLR0913 - options, by keyword
         self,
         rng: np.random.Generator,
         lanes: NDArray[np.uint32] | None,

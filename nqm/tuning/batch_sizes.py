@@ -76,7 +76,7 @@ class BestBatches:
         return Program((Phase(SGD(), lr, self.steps, size),))
 
 
-def best_batches(
+def best_batches(  # noqa: PLR0913 - options, by keyword
     problem: Problem,
     pieces: int,
     examples: int,

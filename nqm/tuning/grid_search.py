@@ -340,7 +340,7 @@ def _first_below(
 # --- the crossing itself -------------------------------------------------------------------------
 
 
-def _settle(
+def _settle(  # noqa: PLR0913
     problem: Problem,
     small: Problem,
     chains: list[_Chain],

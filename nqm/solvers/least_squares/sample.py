@@ -152,7 +152,7 @@ def _run(
         old, age, done = phase, age + phase.steps, done + phase.steps
 
 
-def _enter(
+def _enter(  # noqa: PLR0913
     problem: LeastSquares,
     phase: Phase,
     old: Phase | None,
