@@ -132,19 +132,19 @@ def test_a_scatter_that_knows_of_kinks_finds_the_same() -> None:
     assert again.rest == pytest.approx(found.rest, rel=0.05)
 
 
-def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter() -> None:
+@pytest.mark.parametrize("lr", [LR, pytest.param(0.1 * LR, marks=pytest.mark.slow)])
+def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter(lr: float) -> None:
     """J |w| along a direction of scatter s: J E|d| d / s^2 = J sqrt(2 / pi) / s."""
     risk = kinked(at_checkpoint=True)
-    for lr in (LR, 0.1 * LR):
-        local, training = measure_local(risk, None), replace(TRAINING, lr=lr)
-        smoothing = measure_smoothing(risk, local, training, displacements=1)
-        found = find_kinks(measure_drift(risk, local, training, displacements=400), smoothing)
-        size = np.sqrt(np.diag(covariance(local, training)))
-        # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
-        expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
-        np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
-        # Twice E J |d| over E J |d|; and of half the displacement, over its square, twice as much.
-        assert (found.cost_ratio, found.log2_slope) == pytest.approx((2.0, 2.0), abs=0.01)
+    local, training = measure_local(risk, None), replace(TRAINING, lr=lr)
+    smoothing = measure_smoothing(risk, local, training, displacements=1)
+    found = find_kinks(measure_drift(risk, local, training, displacements=400), smoothing)
+    size = np.sqrt(np.diag(covariance(local, training)))
+    # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
+    expected = np.array(JUMP) * np.sqrt(2.0 / np.pi) / size
+    np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
+    # Twice E J |d| over E J |d|; and of half the displacement, over its square, twice as much.
+    assert (found.cost_ratio, found.log2_slope) == pytest.approx((2.0, 2.0), abs=0.01)
 
 
 def test_kinks_that_descent_leads_off_are_not_met() -> None:
