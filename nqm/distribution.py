@@ -217,7 +217,7 @@ class LossDistribution:
         Parameters
         ----------
         level : float
-            Probability, 0 < level < 1.
+            Probability, 1e-12 <= level <= 1 - 1e-12.
 
         Returns
         -------
@@ -254,7 +254,7 @@ def loss_quantile(problem: Problem, mean: FloatArray, variance: FloatArray, leve
     problem, mean, variance
         See `LossDistribution`.
     level : float
-        Probability, 0 < level < 1.
+        Probability, 1e-12 <= level <= 1 - 1e-12.
 
     Returns
     -------

@@ -88,9 +88,9 @@ class Run:
     method : {"jump", "moments", "sample"}
         Exact by powers, exact step by step, or Monte Carlo.
     replicas, seed : int
-        Of Monte Carlo.
+        Number and seed of the Monte Carlo draws.
     precision : {"float64", "float32"}
-        Of Monte Carlo's normals.
+        Precision of the Monte Carlo normals.
     control : bool
         Whether a control variate adjusts Monte Carlo's means (`nqm.sample`).
     streams : {"own", "common"}

@@ -37,8 +37,8 @@ class BestSchedule:
     at_bound : bool
         Whether some rate lies at the highest allowed.
     flat : mapping
-        "lr": how far each may move, alone; "scale": by which factor all may be multiplied, none
-        going beyond the highest allowed.
+        ``"lr"``: interval of each rate while all others stay. ``"scale"``: interval of a factor
+        on all rates; none goes beyond the highest allowed.
     """
 
     lr: FloatArray
