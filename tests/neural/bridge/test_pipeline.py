@@ -241,7 +241,10 @@ def test_trainings_are_a_star() -> None:
         (["RUN", "--examples", "1"], "examples must be"),
         (["RUN", "--members", "64"], "members must be at most the 32 runs; got 64"),
         (["RUN", "--set", "bridge.lr_times_sharpness=[-1.0]"], "lr_times_sharpness must lie in"),
-        (["RUN", "--set", "bridge.lr_times_sharpness=[]"], "lr_times_sharpness must have one"),
+        (
+            ["RUN", "--set", "bridge.lr_times_sharpness=[]"],
+            "lr_times_sharpness must have at least one entry",
+        ),
         (["RUN", "--set", "plan.late_phase=head", "--members", "1"], "members must be at least 2"),
         (["RUN", "--set", "bridge.K=3"], "bridge.K is not a known key; K is plan.members"),
         (["RUN", "--set", "bridge.pairs=3"], "bridge.pairs is not a known key"),
