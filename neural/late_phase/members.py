@@ -33,7 +33,7 @@ from neural.late_phase.cycles import Batch as Batch
 from neural.late_phase.cycles import safe_to_keep
 from neural.late_phase.duplicate import results_by_value
 from neural.late_phase.member_steps import step_members
-from neural.late_phase.options import MemberOptions
+from neural.late_phase.options import LEFTOVERS, MemberOptions
 from neural.late_phase.pieces import Known, LossWeight, backward_in_pieces
 from neural.late_phase.ranks import average_gradients
 from neural.late_phase.ready import check_ready, checked_statistics
@@ -408,7 +408,9 @@ class LatePhase(nn.Module):
             base_optimizer, self.model.get_parameter, self._weights(), changes
         )
 
-    def cycles(self, loader: Iterable[Batch], *, last: bool = False) -> Iterator[list[Batch]]:
+    def cycles(
+        self, loader: Iterable[Batch], leftover: str | None = None, *, last: bool = False
+    ) -> Iterator[list[Batch]]:
         """Minibatches of a loader, K at a time; `leftover` says what becomes of the rest.
 
         If there are fewer than K minibatches in all, the base would never move. They are then
@@ -417,6 +419,8 @@ class LatePhase(nn.Module):
         Parameters
         ----------
         loader : iterable of batches
+        leftover : {"carry", "members", "drop"}, optional
+            For this call; that of the object by default.
         last : bool
             True if no other call follows: nothing is carried over.
 
@@ -424,7 +428,14 @@ class LatePhase(nn.Module):
         ------
         list of batches
             K of them; fewer only at the end, and only with ``leftover="members"``.
+
+        Raises
+        ------
+        NQMError
+            If `leftover` is another word.
         """
+        leftover = self.leftover if leftover is None else leftover
+        check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
         complete = False
         for batch in safe_to_keep(loader, self.members):
@@ -432,7 +443,6 @@ class LatePhase(nn.Module):
             if len(waiting) == self.members:
                 yield waiting
                 waiting, complete = [], True
-        leftover = self.leftover
         if waiting and not complete and leftover != "carry" and not last:
             warnings.warn(
                 f"leftover={leftover!r}: {len(waiting)} minibatches make no cycle of "

@@ -287,6 +287,16 @@ def test_cycles_keep_order_and_treat_leftovers_as_told():
 
 
 @pytest.mark.filterwarnings("error")  # the middle of an epoch may hold less than one cycle
+def test_one_call_may_treat_leftovers_in_its_own_way():
+    late = LatePhase(convnet(), 3)
+    assert list(late.cycles(range(5), "members")) == [[0, 1, 2], [3, 4]]
+    assert list(late.cycles(range(5), "drop")) == [[0, 1, 2]]
+    assert list(late.cycles(range(5))) == [[0, 1, 2]]
+    assert list(late.cycles(range(5, 9))) == [[3, 4, 5], [6, 7, 8]]  # carried, as the object does
+    with pytest.raises(NQMError, match="did you mean 'carry'"):
+        list(late.cycles(range(5), "carries"))
+
+
 @pytest.mark.parametrize(
     ("leftover", "expected"),
     [("carry", [[0, 1, 2]]), ("drop", [[0, 1, 2]]), ("members", [[0, 1, 2], [3, 4]])],
