@@ -16,15 +16,6 @@ from nqm.runs.interrupts import Interrupted, interruptible
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
-
-@pytest.fixture(autouse=True)
-def _heard() -> Iterator[None]:
-    """Let commands hear SIGINT, which a shell's background job ignores, and they with it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 #: A sweep of some dozen seconds, of small cells.
 GRID = """
 method = "sample"
