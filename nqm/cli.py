@@ -219,15 +219,14 @@ def run(
     from pathlib import Path
 
     from nqm.errors import NQMError
-    from nqm.runs import config
-    from nqm.runs import toml as declare
+    from nqm.runs import config, toml
     from nqm.table import read_table, write_table, writing
 
     given = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
     short = [f"{name}={value}" for name, value in given.items() if value is not None]
-    mapping = declare.load(file, [*overrides, *short])
+    mapping = toml.load(file, [*overrides, *short])
     if quantiles is not None:
-        declare.assign(mapping, "record.quantiles", _levels(quantiles))
+        toml.assign(mapping, "record.quantiles", _levels(quantiles))
     if "sweep" in mapping:
         raise NQMError(f"{file} has a [sweep] table; use nqm sweep")
     folder = Path(file).parent
@@ -374,10 +373,9 @@ def tune(
 def _load(file: str, overrides: tuple[str, ...]) -> Run:
     from pathlib import Path
 
-    from nqm.runs import config
-    from nqm.runs import toml as declare
+    from nqm.runs import config, toml
 
-    return config.build(declare.load(file, overrides), Path(file).parent)
+    return config.build(toml.load(file, overrides), Path(file).parent)
 
 
 def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:

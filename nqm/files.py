@@ -85,8 +85,7 @@ def _lock_of(output: Path, folder: bool) -> Path:
 def _take(path: Path) -> IO[bytes] | None:
     """The file at `path`, locked by this process; None if another one holds it."""
     while True:
-        if path.exists():
-            check_regular(path)  # to open a pipe would wait for its other end
+        check_replaceable(path)  # to open a pipe would wait for its other end
         stream: IO[bytes] = open(path, "ab")  # noqa: SIM115  closed with the lock
         free = _flock(stream)
         if free and _is_at(stream, path):

@@ -86,10 +86,16 @@ def omits(**values: Any) -> Callable[[Target], Target]:
         for name in values:
             if name not in parameters:
                 raise TypeError(f"{target.__name__} has no entry {name!r}")
-        target.__omitted__ = {**getattr(target, "__omitted__", {}), **values}  # type: ignore[attr-defined]
+        target.__omitted__ = {**earlier_defaults(target), **values}  # type: ignore[attr-defined]
         return target
 
     return mark
+
+
+def earlier_defaults(target: object) -> Mapping[str, Any]:
+    """The defaults of before that `omits` states of a class or function; empty for any other."""
+    stated: Mapping[str, Any] = getattr(target, "__omitted__", {})
+    return stated
 
 
 def omitted(target: Callable[..., Any], name: str) -> Any:
@@ -107,7 +113,7 @@ def omitted(target: Callable[..., Any], name: str) -> Any:
     Any
         `REQUIRED` where there is no default, or no such parameter.
     """
-    stated: Mapping[str, Any] = getattr(target, "__omitted__", {})
+    stated = earlier_defaults(target)
     return stated[name] if name in stated else _default(target, name)
 
 
@@ -124,8 +130,7 @@ def _default(target: Callable[..., Any], name: str) -> Any:
 
 def changed_defaults(target: Callable[..., Any]) -> dict[str, Any]:
     """Today's defaults of the entries whose default has changed (see `omits`)."""
-    names: Mapping[str, Any] = getattr(target, "__omitted__", {})
-    return {name: _default(target, name) for name in names}
+    return {name: _default(target, name) for name in earlier_defaults(target)}
 
 
 def differing(value: Any, plain: Callable[[Any], Any] = lambda entry: entry) -> dict[str, Any]:

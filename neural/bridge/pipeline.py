@@ -37,7 +37,7 @@ from neural.training.config import RunConfig, describe, run_key
 from neural.training.load_run import reopen
 from neural.training.recipe import load_recipe
 from neural.training.task import Runtime, Task, open_task
-from nqm import __version__
+from nqm import __version__, keys
 from nqm.errors import NQMError
 from nqm.keys import differing
 from nqm.limits import check_size
@@ -261,7 +261,7 @@ def run_bridge(
 
 def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
     """Metadata of the tables of a bridge; its key depends on what differs from the defaults."""
-    key = toml.key({"run": run_key(run), "bridge": differing(config), "plan": differing(plan)})
+    key = keys.key({"run": run_key(run), "bridge": differing(config), "plan": differing(plan)})
     stated = {"run": describe(run), "bridge": asdict(config), "plan": asdict(plan)}
     return Stamp(key, __version__, stated)
 

@@ -40,8 +40,8 @@ from neural.late_phase.ready import check_ready, checked_statistics
 from neural.late_phase.rows import UnclearRowsError, arguments
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import places, swapped
-from nqm.algorithms.gamma import base_scale
 from nqm.errors import NQMError, check_integer, check_word
+from nqm.gamma import base_scale
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from nqm.algorithms.gamma import check_gamma
 from nqm.errors import check_integer, check_number, check_word
+from nqm.gamma import check_gamma
 from nqm.limits import MEMBERS
 
 NOISE_RULES = ("rms", "fan_in")

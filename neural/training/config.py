@@ -17,7 +17,6 @@ from neural.models import option_defaults
 from neural.training.averages import AVERAGES, Average
 from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
-from nqm.keys import same
 from nqm.runs import toml
 from nqm.schedule import SCHEDULES, Schedule
 
@@ -421,12 +420,12 @@ def restore(mapping: Mapping[str, Any]) -> RunConfig:
     if isinstance(average := mapping.get("average"), Mapping):
         known["average"] = AVERAGES.get(str(average.get("method")))
     filled = {
-        name: {**getattr(known.get(name), "__omitted__", {}), **part}
+        name: {**keys.earlier_defaults(known.get(name)), **part}
         if isinstance(part, Mapping)
         else part
         for name, part in mapping.items()
     }
-    return build({**getattr(RunConfig, "__omitted__", {}), **filled})
+    return build({**keys.earlier_defaults(RunConfig), **filled})
 
 
 def describe(run: RunConfig) -> dict[str, Any]:
@@ -463,7 +462,7 @@ def differing(run: RunConfig) -> dict[str, Any]:
     options = {
         name: value
         for name, value in mapping["model"].pop("options", {}).items()
-        if name not in defaults or not same(value, _plain(defaults[name]))
+        if name not in defaults or not keys.same(value, _plain(defaults[name]))
     }
     return mapping | {"model": options | mapping["model"]}
 
@@ -479,7 +478,7 @@ def run_key(run: RunConfig) -> str:
     -------
     str
     """
-    return toml.key(differing(run))
+    return keys.key(differing(run))
 
 
 def _plain(value: Any, entries: Callable[[Any], dict[str, Any]] | None = None) -> Any:

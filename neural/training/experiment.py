@@ -30,11 +30,10 @@ from neural.training.report import ood_images
 from neural.training.run_folder import RunFolder, check_no_run
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
-from nqm import __version__
+from nqm import __version__, keys
 from nqm.errors import NQMError, suggest
 from nqm.files import locked
 from nqm.progress import Progress, within
-from nqm.runs import toml
 from nqm.runs.executors import processes
 from nqm.table import read_metadata, write_table
 
@@ -208,7 +207,7 @@ def _run_all(
         return pd.DataFrame()
     runs = _done(recipe, [*recipe.seeds, *(seeds or ())], out)
     table = collect(runs, out)
-    key = toml.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
+    key = keys.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
     metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
     write_table(target, table, metadata)
     write_table(out / "history.parquet", histories(runs, out), metadata)

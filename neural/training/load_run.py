@@ -17,10 +17,9 @@ from neural.training.build import make_late, make_model, plain_model
 from neural.training.config import EvaluateConfig, RunConfig, describe, run_key
 from neural.training.run_folder import open_run
 from neural.training.task import Runtime, Task, open_task
-from nqm import __version__
+from nqm import __version__, keys
 from nqm.errors import NQMError
 from nqm.keys import differing
-from nqm.runs import toml
 from nqm.table import Stamp, read_table, replacing, write_table, writing
 
 
@@ -199,7 +198,7 @@ def evaluate_run(
         raise NQMError("--line goes from a member to the average, and this run has no members")
     if out is None:
         return measure(opened, settings, root)
-    key = toml.key({"run": run_key(opened.run), "asked": differing(settings)})
+    key = keys.key({"run": run_key(opened.run), "asked": differing(settings)})
     stated = {"run": describe(opened.run), "evaluate": asdict(settings)}
     stamp = Stamp(key, __version__, stated)
     with writing(out, stamp) as missing:

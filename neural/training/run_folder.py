@@ -29,11 +29,10 @@ from numpy.typing import NDArray
 from neural.training import checkpoint
 from neural.training.config import RunConfig, describe, restore, run_key
 from neural.training.report import Report
-from nqm import __version__
+from nqm import __version__, keys
 from nqm.errors import NQMError
 from nqm.files import check_regular, is_lock, is_temporary, locked, replacing, tidy_lock
 from nqm.keys import difference
-from nqm.runs import toml
 from nqm.table import read_table, write_table
 
 #: Status -> the tables there are.
@@ -85,7 +84,7 @@ class RunFolder:
             "key": self.key,
             "status": None,
             "config": mapping,
-            "digest": toml.key(mapping),
+            "digest": keys.key(mapping),
             "versions": versions(),
         }
         if any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
@@ -378,7 +377,7 @@ def _check_same(path: Path, stated: Mapping[str, Any], run: RunConfig) -> None:
 def _check_untouched(path: Path, stated: Mapping[str, Any]) -> None:
     """Raise NQMError unless the configuration is the one that the run was trained with."""
     # Before there was a digest, the key was that of the whole configuration.
-    if toml.key(stated["config"]) != stated.get("digest", stated["key"]):
+    if keys.key(stated["config"]) != stated.get("digest", stated["key"]):
         raise NQMError(
             f"{path / 'run.json'} was changed after training: its configuration is not the one it "
             "was written with; train it again"

@@ -29,6 +29,7 @@ from neural.training.config import RunConfig, describe, restore, run_key
 from neural.training.recipe import load_recipe, make_recipe, merge
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
+from nqm import keys
 from nqm.errors import NQMError, suggest
 from nqm.runs import toml
 from nqm.runs.sweep import Work
@@ -46,7 +47,7 @@ class Cell:
     def check(self) -> None:
         """Raise NQMError if its data, sizes, selections or cycles do not fit (see `preflight`)."""
         run = replace(self.run, seed=0)
-        asked = toml.key({"run": run_key(run), "root": str(data_root(self.runtime.root))})
+        asked = keys.key({"run": run_key(run), "root": str(data_root(self.runtime.root))})
         if asked not in _SOUND:
             data = _loaded(run.data.name, data_root(self.runtime.root))
             preflight.check_run(run, self.runtime, open_task(run, self.runtime, data))
@@ -149,7 +150,7 @@ def key(mapping: Mapping[str, Any], folder: str | Path = ".") -> str:
     -------
     str
     """
-    return run_key(build(mapping, folder).run) if "recipe" in mapping else toml.key(mapping)
+    return run_key(build(mapping, folder).run) if "recipe" in mapping else keys.key(mapping)
 
 
 def _describe(mapping: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from nqm.algorithms.base import (
     check_fraction,
     check_members,
 )
-from nqm.algorithms.gamma import base_scale, check_gamma
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.gamma import base_scale, check_gamma
 from nqm.problems.quadratic import FloatArray, Problem
 
 _SHARED = {"own": 0.0, "shared": 1.0}

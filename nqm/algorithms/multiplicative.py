@@ -19,10 +19,10 @@ from typing import ClassVar
 import numpy as np
 
 from nqm.algorithms.base import LimitingCase, Nonlinear, Rate
-from nqm.algorithms.gamma import base_scale, check_gamma
 from nqm.algorithms.members import LatePhase
 from nqm.algorithms.optimizers import SGD
 from nqm.errors import NQMError, check_integer, check_number
+from nqm.gamma import base_scale, check_gamma
 from nqm.problems.quadratic import FloatArray, Problem
 
 

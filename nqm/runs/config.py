@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nqm import __version__
+from nqm import __version__, keys
 from nqm.algorithms import ROSTER
 from nqm.algorithms.base import Algorithm, Nonlinear
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -298,7 +298,7 @@ def key(mapping: Mapped, folder: str | Path = ".") -> str:
     NQMError
         If the problem's file cannot be read.
     """
-    return toml.key(without_defaults(resolve_files(mapping, folder)))
+    return keys.key(without_defaults(resolve_files(mapping, folder)))
 
 
 def stamp(mapping: Mapped, folder: str | Path = ".") -> Stamp:
@@ -316,7 +316,7 @@ def stamp(mapping: Mapped, folder: str | Path = ".") -> Stamp:
     from nqm.table import Stamp  # slow to load
 
     stated = resolve_files(mapping, folder)
-    made = toml.key(without_defaults(stated))
+    made = keys.key(without_defaults(stated))
     return Stamp(made, __version__, stated, without_defaults, absent=ABSENT)
 
 

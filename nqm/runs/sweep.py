@@ -21,10 +21,9 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from nqm import __version__
+from nqm import __version__, keys
 from nqm.errors import NQMError, shown
-from nqm.runs import config
-from nqm.runs import toml as declare
+from nqm.runs import config, toml
 from nqm.runs.executors import Workers
 from nqm.runs.journal import Columns, Journal, Known, Memory, Result
 from nqm.runs.toml import copied
@@ -155,7 +154,7 @@ class Sweep:
         NQMError
             If the file has no such table, or naming the dotted key at fault.
         """
-        mapping = declare.load(path, overrides)
+        mapping = toml.load(path, overrides)
         if "sweep" not in mapping:
             raise NQMError(
                 f'{path} has no [sweep] table; add e.g. "phase.0.lr" = [0.1, 0.2] in one'
@@ -178,7 +177,7 @@ class Sweep:
     def _case(self, index: int, values: dict[str, Any]) -> Case:
         mapping = copied(self.base)
         for name, value in values.items():
-            declare.assign(mapping, name, copied(value))
+            toml.assign(mapping, name, copied(value))
         return Case(index, values, mapping)
 
     @property
@@ -188,9 +187,9 @@ class Sweep:
         for name, values in self.axes.items():
             alone: list[dict[str, Any]] = [{} for _ in values]
             for mapping, value in zip(alone, values, strict=True):
-                declare.assign(mapping, name, value)
+                toml.assign(mapping, name, value)
             axes.append([name, [self.work.key(mapping, self.folder) for mapping in alone]])
-        return declare.key({"base": self.work.key(self.base, self.folder), "axes": axes})
+        return keys.key({"base": self.work.key(self.base, self.folder), "axes": axes})
 
     @property
     def stamp(self) -> Stamp:
@@ -465,7 +464,7 @@ def _check_count(where: str, count: float) -> None:
 
 def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> None:
     """Raise NQMError unless every axis sets an entry of its own, of the configuration alone."""
-    paths = {name: declare.path_of(base, name) for name in axes}
+    paths = {name: toml.path_of(base, name) for name in axes}
     owners: dict[tuple[str | int, ...], str] = {}
     for name, path in paths.items():
         if path[0] == "sweep":
@@ -485,7 +484,7 @@ def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> N
 
 def _whole(value: float) -> float:
     """A whole number for what is one but for rounding, as counts must be."""
-    near = round(value) if abs(value) <= declare.LARGEST else value
+    near = round(value) if abs(value) <= toml.LARGEST else value
     return near if abs(value - near) <= 1e-12 * abs(value) else value
 
 
@@ -544,7 +543,7 @@ def _column(values: Sequence[Any]) -> Sequence[Any]:
     """Values of an axis as one column: all numbers, all texts, or everything as JSON text."""
     for kinds in ((int, float), (str,), (bool,)):
         if all(type(value) in kinds for value in values):
-            wide = kinds == (int, float) and any(abs(value) > declare.LARGEST for value in values)
+            wide = kinds == (int, float) and any(abs(value) > toml.LARGEST for value in values)
             return [float(value) for value in values] if wide else values
     return [json.dumps(value) for value in values]
 

@@ -21,7 +21,6 @@ import msgspec
 from nqm.errors import NQMError, shown, suggest
 from nqm.files import check_regular
 from nqm.keys import REQUIRED, changed_defaults, omitted, text
-from nqm.keys import key as key
 from nqm.schedule import SCHEDULES, Constant, Schedule, as_schedule
 
 Mapped = Mapping[str, Any]

@@ -206,7 +206,7 @@ def _same_training(stated: Mapping[str, Any], recipe: Any, arm: str, seed: int) 
 
 def _training(config: Mapping[str, Any]) -> str:
     """Content key of all settings that training depends on."""
-    from nqm.runs.toml import key
+    from nqm.keys import key
 
     kept = {}
     for name, part in config.items():

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from nqm import keys
 from nqm.errors import NQMError
-from nqm.runs import toml
 from nqm.table import read_metadata, read_table, write_table
 from paper_repro import cli
 from paper_repro.tables import NAMES, load_tables
@@ -109,7 +109,7 @@ def experiment(tmp_path):
             home.mkdir(parents=True, exist_ok=True)
             config = describe(run)
             stated = {
-                "key": toml.key(config), "config": config, "status": "finished",
+                "key": keys.key(config), "config": config, "status": "finished",
                 "versions": {"hardware": "H9", "torch": "2.99"},
             }  # fmt: skip
             (home / "run.json").write_text(json.dumps(stated))

@@ -22,8 +22,8 @@ from neural.training.config import (
     describe,
 )
 from neural.training.optim import clip_rows, make_optimizer, set_lr
+from nqm import keys
 from nqm.errors import NQMError
-from nqm.runs import toml
 from nqm.schedule import (
     SCHEDULES,
     Constant,
@@ -170,7 +170,7 @@ def test_description_builds_the_same_run(run: RunConfig) -> None:
     assert build(stated) == run
     assert describe(build(stated)) == stated
     # A run is found again by this key: every part of it counts.
-    assert toml.key(describe(replace(run, seed=run.seed + 1))) != toml.key(stated)
+    assert keys.key(describe(replace(run, seed=run.seed + 1))) != keys.key(stated)
 
 
 @given(runs())
@@ -179,7 +179,7 @@ def test_description_survives_json(run: RunConfig) -> None:
 
     again = json.loads(json.dumps(describe(run)))
     assert build(again) == run
-    assert toml.key(again) == toml.key(describe(run))
+    assert keys.key(again) == keys.key(describe(run))
 
 
 def test_every_schedule_is_generated() -> None:

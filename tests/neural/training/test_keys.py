@@ -32,9 +32,9 @@ from neural.training.run_folder import RunFolder, open_run
 from neural.training.sweep import work
 from neural.training.task import Runtime
 from neural.training.train import train
+from nqm import keys
 from nqm.errors import NQMError
 from nqm.keys import omits
-from nqm.runs import toml
 from nqm.runs.sweep import Sweep
 from tests.key_defaults import check, networks
 from tests.nqm.test_keys import extended
@@ -144,7 +144,7 @@ def test_a_run_of_before_there_were_digests_is_resumed(trained: Path, tmp_path: 
     """As versions wrote it whose key was that of all settings."""
     stated = json.loads((trained / "run.json").read_text())
     del stated["digest"]
-    stated["key"] = toml.key(stated["config"])
+    stated["key"] = keys.key(stated["config"])
     (tmp_path / "run.json").write_text(json.dumps(stated | {"status": None}))
     assert RunFolder(tmp_path, tiny(**WHOLE)).status is None
     assert open_run(tmp_path)[0] == tiny(**WHOLE)

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from neural.training import checkpoint
 from neural.training.experiment import run_experiment
 from neural.training.load_run import export, open_finished, reopen
+from nqm import keys
 from nqm.cli import main
 from nqm.errors import NQMError
-from nqm.runs import toml
 from tests.tiny_runs import LATE, recipe
 
 
@@ -52,7 +52,7 @@ def edited(**changes: Any) -> Callable[[Path], None]:
 def other_model(run: Path) -> None:
     stated = json.loads((run / "run.json").read_text())
     stated["config"]["model"]["hidden"] = [9]
-    stated["digest"] = toml.key(stated["config"])  # as if the files of two runs were mixed up
+    stated["digest"] = keys.key(stated["config"])  # as if the files of two runs were mixed up
     (run / "run.json").write_text(json.dumps(stated))
 
 
