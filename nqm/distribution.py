@@ -149,10 +149,12 @@ class LossDistribution:
     Raises
     ------
     NQMError
-        If the problem correlates its directions and `variance` holds no covariance.
+        If the problem correlates its directions and `variance` holds no covariance, or has
+        `expected_losses_only`.
     """
 
     def __init__(self, problem: Problem, mean: FloatArray, variance: FloatArray):
+        problem.check_distribution("LossDistribution")
         with np.errstate(under="ignore"):
             count, place, spread = _principal(problem, np.asarray(mean), np.asarray(variance))
         moving = spread > 0.0

@@ -96,6 +96,7 @@ def check_level(where: str, level: object) -> None:
 
 def check_sampled(problem: Quadratic, levels: Sequence[float], replicas: int) -> None:
     """Raise NQMError where so many replicas say nothing of the loss's quantiles."""
+    problem.check_distribution("quantiles")
     if np.any(problem.multiplicity != 1.0):
         raise NQMError(
             "quantiles by Monte Carlo need multiplicity 1: a direction that stands for several is "
@@ -173,7 +174,8 @@ class Trajectory:
     ) -> Self:
         """Monte Carlo result from the losses of all replicas, shape (records, replicas) each."""
         unknown = np.full(len(steps), np.nan)
-        counted = bool(np.any(problem.multiplicity != 1.0))  # by draws that do not vary so much
+        # A direction that stands for several is drawn once, so that the draws vary too much.
+        counted = problem.expected_losses_only or bool(np.any(problem.multiplicity != 1.0))
         root = np.sqrt(loss.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             sd, member_sd = (part.std(axis=1, ddof=1) for part in (loss, member_loss))
@@ -276,8 +278,9 @@ class Trajectory:
         Raises
         ------
         NQMError
-            For a result without Gaussian weights, and where directions are correlated and so many
-            that their covariance is too dear (`nqm.solvers.correlated`).
+            For a result without Gaussian weights, for a problem with `expected_losses_only`, and
+            where directions are correlated and so many that their covariance is too dear
+            (`nqm.solvers.correlated`).
         """
         from nqm.distribution import LossDistribution
 
@@ -302,8 +305,11 @@ class Trajectory:
 
         Where directions are correlated it is worked out when first asked for, and NaN where that
         is too dear (`nqm.solvers.correlated`). NaN too of Monte Carlo where a direction stands for
-        several: it is drawn once, and the losses drawn vary more than the loss does.
+        several: it is drawn once, and the losses drawn vary more than the loss does. NaN for a
+        problem with `expected_losses_only`.
         """
+        if self.problem.expected_losses_only:
+            return np.full(len(self.steps), np.nan)
         if self.stated_sd is not None:
             return self.stated_sd
         with np.errstate(over="ignore", invalid="ignore"):

@@ -287,8 +287,9 @@ class Soup:
         ------
         NQMError
             Unless every multiplicity is 1 (the tilts of equal directions are independent) and no
-            directions are correlated.
+            directions are correlated, and for a problem with `expected_losses_only`.
         """
+        self.problem.check_distribution("sample_greedy")
         if np.any(self.problem.multiplicity != 1.0):
             raise NQMError("sample_greedy needs multiplicity 1; use problem.expanded()")
         if self.problem.correlated:

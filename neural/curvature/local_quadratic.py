@@ -106,8 +106,8 @@ class LocalQuadratic:
         of negative curvature are left out (`negative_share`).
 
         Expected losses are right for any model. The distribution of the loss (`loss_sd`, quantiles)
-        is right only for a `complete` model, which includes the correlation of the noise between
-        directions; otherwise one node of a noise draw stands for many directions.
+        needs a `complete` model, which has the correlation of the noise between directions. In any
+        other one node of a noise draw stands for many directions: `expected_losses_only`.
 
         Returns
         -------
@@ -126,6 +126,7 @@ class LocalQuadratic:
             initial_mean=mean,
             initial_variance=0.0,
             noise_correlation=correlation,
+            expected_losses_only=not self.complete,
         )
 
     def _correlation(self, held: NDArray[np.bool_]) -> Correlation | None:
@@ -151,6 +152,8 @@ class LocalQuadratic:
         if problem.noise_correlation is not None:
             columns = enumerate(problem.noise_correlation.matrix.T)
             table |= {f"noise_correlation.{i}": column for i, column in columns}
+        if problem.expected_losses_only:
+            table["expected_losses_only"] = True
         return pd.DataFrame(table)
 
     def negative_share(self) -> tuple[float, float]:

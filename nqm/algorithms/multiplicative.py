@@ -100,7 +100,7 @@ class MultiplicativeLatePhase(Nonlinear):
         )
 
     def check(self, problem: Problem) -> None:
-        """Refuse a problem with w* = 0 in some direction, where both factors' gradients vanish.
+        """Refuse quadrature nodes, and w* = 0 in a direction, where both gradients vanish.
 
         Parameters
         ----------
@@ -110,6 +110,7 @@ class MultiplicativeLatePhase(Nonlinear):
         ------
         NQMError
         """
+        problem.check_distribution("late_phase_multiplicative")
         if np.any((problem.minimum == 0.0) & (problem.curvature > 0)):
             raise NQMError(
                 "late_phase_multiplicative needs problem.minimum != 0 in every direction; "

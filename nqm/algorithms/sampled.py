@@ -41,7 +41,7 @@ class Sampled(Nonlinear, ABC):
         check_number(f"{name}.pitch", self.pitch, low=0.0)
 
     def check(self, problem: Problem) -> None:
-        """Refuse a problem whose noise is correlated if the noise is to have heavy tails.
+        """Refuse quadrature nodes, and correlated noise if the noise is to have heavy tails.
 
         Parameters
         ----------
@@ -51,6 +51,7 @@ class Sampled(Nonlinear, ABC):
         ------
         NQMError
         """
+        problem.check_distribution(type(self).__name__)
         if self.dof is not None and problem.noise_correlation is not None:
             raise NQMError(
                 f"{type(self).__name__}.dof: heavy tails are drawn by direction, but the noise of "

@@ -35,6 +35,7 @@ class Quadratic:
     multiplicity: FloatArray
     initial_mean: FloatArray
     initial_variance: FloatArray
+    expected_losses_only: bool = False
 
     @property
     def correlated(self) -> bool:
@@ -58,6 +59,25 @@ class Quadratic:
     def initial_loss(self) -> float:
         """Expected loss of the start."""
         return float(self.weight @ (self.initial_mean**2 + self.initial_variance))
+
+    def check_distribution(self, where: str) -> None:
+        """Refuse what needs more than expected losses, if this problem has no more.
+
+        Parameters
+        ----------
+        where : str
+            What is asked for; the error begins with it.
+
+        Raises
+        ------
+        NQMError
+            If `expected_losses_only`.
+        """
+        if self.expected_losses_only:
+            raise NQMError(
+                f"{where}: the entries of this problem are quadrature nodes, which have the "
+                "expected losses of linear methods only; use the problem with every direction"
+            )
 
     def replace(self, **changes: Any) -> Self:
         """Copy with some fields changed."""
@@ -90,6 +110,11 @@ class Problem(Quadratic):
         Correlations between directions of the noise and of the start, kept as `Correlation`; none
         by default. They need multiplicity 1. Expected losses of linear methods do not depend on
         them, the distribution of the loss does.
+    expected_losses_only : bool
+        True if the entries are quadrature nodes, each of which stands for directions of its own
+        (`nqm.problems.quadrature.condense`, a partly measured network). Sums over the entries are
+        then right, and with them the expected losses of linear methods; the distribution of the
+        loss is not known, and methods that are not linear are refused.
 
     Raises
     ------
@@ -107,6 +132,7 @@ class Problem(Quadratic):
     irreducible_loss: float
     noise_correlation: Correlation | None
     initial_correlation: Correlation | None
+    expected_losses_only: bool
 
     def __init__(  # noqa: PLR0913 - options, by keyword
         self,
@@ -119,6 +145,7 @@ class Problem(Quadratic):
         irreducible_loss: float = 0.0,
         noise_correlation: ArrayLike | Correlation | None = None,
         initial_correlation: ArrayLike | Correlation | None = None,
+        expected_losses_only: bool = False,
     ):
         h = _vector("curvature", curvature, None, low=0.0)
         object.__setattr__(self, "curvature", h)
@@ -129,6 +156,7 @@ class Problem(Quadratic):
             raise NQMError(f"problem.multiplicity must be > 0; got {self.multiplicity.min():g}")
         check_number("problem.irreducible_loss", irreducible_loss, low=0.0)
         object.__setattr__(self, "irreducible_loss", float(irreducible_loss))
+        object.__setattr__(self, "expected_losses_only", bool(expected_losses_only))
         stated = {
             "noise_correlation": noise_correlation,
             "initial_correlation": initial_correlation,
@@ -158,6 +186,8 @@ class Problem(Quadratic):
             held = getattr(self, name)
             if held is not None:
                 digest.update(name.encode() + np.ascontiguousarray(held.matrix).tobytes())
+        if self.expected_losses_only:
+            digest.update(b"expected_losses_only")
         return digest.hexdigest()[:16]
 
     def precondition(self, p: ArrayLike) -> Problem:
@@ -204,7 +234,8 @@ class Problem(Quadratic):
 
         Groups are geometric in curvature. Each takes the means of its members weighted by
         multiplicity, so the traces of H and C and the initial loss to first order are kept
-        (rounding down to a bin edge would lose several percent of the trace).
+        (rounding down to a bin edge would lose several percent of the trace). The mean of the start
+        becomes variance; where there is one, the result has `expected_losses_only`.
 
         Raises
         ------
@@ -244,6 +275,7 @@ class Problem(Quadratic):
             initial_variance=mean(self.initial_mean**2 + self.initial_variance, weight),
             minimum=mean(self.minimum, self.multiplicity),
             irreducible_loss=self.irreducible_loss,
+            expected_losses_only=self.expected_losses_only or bool(np.any(self.initial_mean)),
         )
 
     @classmethod

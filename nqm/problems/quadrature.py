@@ -25,9 +25,9 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
     directions of the harmonic spectrum become 268, and expected losses at constant or scheduled
     rates agree to about 1e-12 relative for SGD and its averages and for moderate momentum. The
     error grows where responses swing within one block, which hardly damped momentum makes them do:
-    1e-7 at momentum 0.999 and 1e-4 at 0.9999 were measured (10^4 steps at lr h = 0.01). Only
-    expected losses carry over, not the distribution of the loss (nor what correlates directions) or
-    the minimum.
+    1e-7 at momentum 0.999 and 1e-4 at 0.9999 were measured (10^4 steps at lr h = 0.01). The result
+    has `expected_losses_only`: the distribution of the loss, correlations between directions and
+    the minimum do not carry over.
 
     Parameters
     ----------
@@ -71,6 +71,7 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
         multiplicity=m,
         initial_variance=s,
         irreducible_loss=problem.irreducible_loss,
+        expected_losses_only=True,
     )
 
 

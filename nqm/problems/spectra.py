@@ -169,7 +169,8 @@ def read_problem(path: str | Path) -> Problem:
         At least the columns ``curvature`` and ``noise_variance``; ``multiplicity``,
         ``initial_mean``, ``initial_variance`` and ``minimum`` where they differ from the default.
         Correlated directions have d more columns ``noise_correlation.0``, ``noise_correlation.1``,
-        ... (and ``initial_correlation.0``, ...): the columns of that matrix.
+        ... (and ``initial_correlation.0``, ...): the columns of that matrix. A column
+        ``expected_losses_only`` of true says that the rows are quadrature nodes.
 
     Returns
     -------
@@ -184,7 +185,8 @@ def read_problem(path: str | Path) -> Problem:
 
     table = read_table(Path(path))
     matrices = ("noise_correlation", "initial_correlation")
-    others = ("irreducible_loss", *matrices)
+    mark = "expected_losses_only"
+    others = ("irreducible_loss", *matrices, mark)
     known = [name for name in Problem.__dataclass_fields__ if name not in others]
     for name in ("curvature", "noise_variance"):
         if name not in table.columns:
@@ -200,4 +202,6 @@ def read_problem(path: str | Path) -> Problem:
                     f"got {len(held)}"
                 )
             given[name] = table[columns].to_numpy()
+    if mark in table.columns:
+        given[mark] = bool(table[mark].any())
     return Problem(**given)

@@ -121,6 +121,8 @@ class Run:
             self._check_least_squares()
         for level in self.quantiles:
             check_level("record.quantiles", level)
+        if self.quantiles:
+            self.problem.check_distribution("record.quantiles")
         if self.quantiles and self.method == "sample":
             check_sampled(self.problem, self.quantiles, self.replicas)
         elif self.quantiles and self.problem.correlated and isinstance(self.problem, Problem):

@@ -20,6 +20,7 @@ from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs
 from nqm import SGD, Phase, Program, solve
 from nqm.errors import NQMError
+from nqm.problems.spectra import read_problem
 from tests.tiny_risks import Bowl, quadratic, scatter, slide, tanh_risk
 from tests.tolerances import IDENTITY, JUMP, agree, within_error
 
@@ -191,7 +192,7 @@ def test_the_rest_of_a_displacement_has_its_trace() -> None:
     agree(kinds, np.sort(expected), 1e-8)
 
 
-def test_negative_curvature_is_told_and_left_out() -> None:
+def test_negative_curvature_is_told_and_left_out(tmp_path: Path) -> None:
     pairs = Eigenpairs(np.array([2.0, 1.0]), np.eye(4)[:, :2], np.zeros(2))
     vectors = np.eye(4)[:, 2:]
     draw = LanczosNodes(np.array([-1.0, 0.5]), np.array([3.0, 1.0]), vectors)
@@ -205,6 +206,12 @@ def test_negative_curvature_is_told_and_left_out() -> None:
     agree(problem.curvature, [2.0, 1.0, 0.5, 0.5], IDENTITY)
     agree(problem.noise_variance, [1.0, 3.0, 1.0, 0.0], IDENTITY)
     agree(problem.initial_mean, [1.0, 1.0, 0.0, 4.0], IDENTITY)
+    # One node of a draw stands for many directions, so that only expected losses are known.
+    path = tmp_path / "problem.parquet"
+    local.problem_table().to_parquet(path)
+    for nodes in (problem, read_problem(path)):
+        assert nodes.expected_losses_only
+        assert np.isnan(solve(nodes, Program((Phase(SGD(), 0.1, 3),))).loss_sd).all()
     twice = replace(local, noise_trace=24.0)
     assert twice.draw_scale == pytest.approx(2.0, rel=IDENTITY)
 
@@ -311,8 +318,6 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
     """Var of the loss after a few steps of SGD on the quadratic: 1/2 tr (HS)^2 + g'Sg."""
-    from nqm.problems.spectra import read_problem
-
     risk = tanh_risk(weight_decay=0.5)
     h, c, g = dense(risk)
     local = measure_local(risk, None)
@@ -327,4 +332,5 @@ def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
     path = tmp_path / "problem.parquet"
     local.problem_table().to_parquet(path)
     for problem in (local.problem(), read_problem(path)):
+        assert not problem.expected_losses_only
         agree(solve(problem, program, [steps]).loss_sd, [sd], 1e-9)

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_lyapunov
 
 import nqm
-from nqm import SGD, HeavyBall, LatePhase, NQMError, Problem
+from nqm import SGD, Adam, HeavyBall, LatePhase, MultiplicativeLatePhase, NQMError, Problem
+from nqm.problems.quadrature import condense
+from nqm.problems.spectra import harmonic
+from nqm.runs.config import Run
 from tests import literal
 from tests.tolerances import IDENTITY, agree, agree_each
 
@@ -192,6 +195,54 @@ def test_expanded_writes_every_direction_out():
         problem.replace(multiplicity=1.5).expanded()
 
 
+LINEAR = nqm.constant(SGD(), 0.1, 3)
+
+
+def nodes() -> dict[str, Problem]:
+    """Problems whose entries stand for directions that they do not hold."""
+    h = harmonic(100)
+    moved = Problem(h, h, initial_mean=1.0, initial_variance=0.0)
+    condensed = condense(moved)
+    return {
+        "condensed": condensed,
+        "a mean in bins": moved.binned(20),
+        "preconditioned": condensed.precondition(np.full(condensed.directions, 0.5)),
+        "condensed in bins": condense(Problem(h, h)).binned(5),
+    }
+
+
+@pytest.mark.parametrize("name", nodes())
+def test_nodes_have_expected_losses_and_no_distribution(name):
+    """Whatever needs more than a sum over the entries is refused."""
+    problem = nodes()[name]
+    assert problem.expected_losses_only
+    exact, drawn = nqm.solve(problem, LINEAR), nqm.sample(problem, LINEAR, replicas=4)
+    for result in (exact, drawn):
+        assert np.isfinite(result.loss).all()
+        assert np.isnan(result.loss_sd).all()
+        assert result.table()["loss_sd"].isna().all()
+        with pytest.raises(NQMError, match=r"^quantiles|LossDistribution: the entries .* nodes"):
+            result.quantiles((0.5,))
+    soup = nqm.Soup.of_runs(problem, [LINEAR, LINEAR])
+    forbidden = {
+        "LossDistribution": lambda: nqm.steady(problem, LINEAR.phases[0]).distribution,
+        "record.quantiles": lambda: Run(problem, LINEAR, quantiles=(0.5,)),
+        "sample_greedy": lambda: soup.sample_greedy(100),
+        "Adam": lambda: nqm.sample(problem, nqm.constant(Adam(), 0.1, 3), replicas=2),
+        "late_phase_multiplicative": lambda: nqm.solve(
+            problem, nqm.constant(MultiplicativeLatePhase(2), 0.1, 3)
+        ),
+    }
+    for where, call in forbidden.items():
+        with pytest.raises(NQMError, match=rf"^{where}: the entries of this problem are quad"):
+            call()
+
+
+def test_bins_without_a_mean_keep_the_distribution():
+    h = harmonic(100)
+    assert not Problem(h, h).binned(20).expected_losses_only
+
+
 def test_key_tells_problems_apart(problem):
     assert problem.key() == problem.replace().key()
     assert problem.key() == Problem(
@@ -203,6 +254,7 @@ def test_key_tells_problems_apart(problem):
         for name in ("curvature", "initial_mean", "initial_variance", "minimum")
     ]
     changes += [{"multiplicity": 2.0}, {"irreducible_loss": 1.0}, {"noise_variance": 1.0}]
+    changes += [{"expected_losses_only": True}]
     keys = {problem.replace(**change).key() for change in changes}
     assert len(keys | {problem.key()}) == len(changes) + 1
 
