@@ -17,6 +17,10 @@ COMMANDS = {
     "export": "neural.training.cli",
     "sweep": "neural.training.cli",
     "bridge": "neural.bridge.cli",
+    "members": "neural.combine.cli",
+    "merge": "neural.combine.cli",
+    "ensemble": "neural.combine.cli",
+    "compare": "neural.combine.cli",
 }
 
 

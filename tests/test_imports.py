@@ -23,6 +23,7 @@ ROOMS = {
     "training": ("late_phase", "data", "models", "evaluate"),
     "quadratic": ("late_phase", "training"),
     "bridge": ("curvature", "late_phase", "data", "training"),
+    "combine": ("curvature", "data", "evaluate", "late_phase", "models", "training"),
     "cli": ("data", "late_phase", "models", "training"),
 }
 #: package -> project modules it may import; nothing may import paper_repro.

@@ -527,6 +527,23 @@ class EmpiricalRisk:
 
     # --- single examples -------------------------------------------------------------------------
 
+    def example_slopes(self, v: Tensor) -> Tensor:
+        """Derivative of every example's loss along a direction, g_n'v, without weight decay.
+
+        Parameters
+        ----------
+        v : Tensor, shape (p,)
+
+        Returns
+        -------
+        Tensor, shape (N,)
+        """
+
+        def term(batch: Batch) -> Tensor:
+            return _slope(lambda w: self._losses(w, batch), self.weights, v)
+
+        return torch.cat(list(self._over_batches(term)))
+
     def example_gradients(self) -> Iterator[Tensor]:
         """Gradient of every example's loss, in blocks of examples.
 

@@ -81,6 +81,38 @@ class Images:
         NQMError
             If there are not that many.
         """
+        return self._at(self._dealt(n, seed))
+
+    def split(self, n: int, seed: int = 0) -> tuple[Images, Images]:
+        """Split the images in two: those of `subset`, and all others.
+
+        Parameters
+        ----------
+        n, seed : int
+            See `subset`.
+
+        Returns
+        -------
+        subset, rest : Images
+
+        Raises
+        ------
+        NQMError
+            If there are not more than `n`.
+        """
+        if n >= len(self):
+            raise NQMError(f"n must be below the {len(self)} images there are; got {n}")
+        chosen = self._dealt(n, seed)
+        others = torch.ones(len(self), dtype=torch.bool)
+        others[chosen] = False
+        return self._at(chosen), self._at(others.nonzero()[:, 0])
+
+    def _at(self, index: Tensor) -> Images:
+        index = index.to(self.pixels.device)
+        return Images(self.pixels[index], self.labels[index])
+
+    def _dealt(self, n: int, seed: int) -> Tensor:
+        """Indices of n random images, increasing, as evenly over the classes as can be."""
         check_integer("n", n, 1)
         if n > len(self):
             raise NQMError(f"n must be at most the {len(self)} images there are; got {n}")
@@ -92,9 +124,7 @@ class Images:
         first = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
         rounds = torch.empty_like(labels)
         rounds[by_class] = torch.arange(len(self)) - first
-        chosen = order[torch.argsort(rounds, stable=True)[:n]].sort().values
-        chosen = chosen.to(self.pixels.device)
-        return Images(self.pixels[chosen], self.labels[chosen])
+        return order[torch.argsort(rounds, stable=True)[:n]].sort().values
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def make_model(
     if start and isinstance(model, FastCNN):
         whiten_(model, _some_images(task))
     if start and config.checkpoint is not None:
-        load_weights(model, _found(config.checkpoint, root))
+        load_weights(model, find_checkpoint(config.checkpoint, root))
     if config.rank1 is not None:
         reparametrize.add_rank1(model, config.rank1)
     if config.lora is not None:
@@ -103,8 +103,21 @@ def _some_images(task: Task) -> Tensor:
     return torch.cat(images)
 
 
-def _found(name: str, root: Path | None) -> Path:
-    """A checkpoint by its path, or below the folder of data files."""
+def find_checkpoint(name: str, root: Path | None) -> Path:
+    """Find a checkpoint by its path, or below the folder of data files.
+
+    Parameters
+    ----------
+    name : str
+        Path, or the end of one.
+    root : Path, optional
+        Folder of data files.
+
+    Returns
+    -------
+    Path
+        `name` itself if nothing is found.
+    """
     from neural.data.catalog import data_root
 
     path = Path(name).expanduser()
@@ -135,20 +148,46 @@ def load_weights(model: nn.Module, path: Path) -> None:
         If the file cannot be read, holds no state dict, or does not fit the model.
     """
     try:
-        content = checkpoint.load_foreign(path)
+        state = read_weights(path, set(model.state_dict()))
     except NQMError as error:
         raise NQMError(f"model.checkpoint {error}") from None
-    state = _state_dict(content)
-    if not state:
-        raise NQMError(
-            f"model.checkpoint {path} holds no state dict, by itself or under "
-            f"{', '.join(UNDER)}; it has {', '.join(map(str, content))!s:.100}"
-        )
     try:
-        model.load_state_dict(_renamed(state, set(model.state_dict())))
+        model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None
+
+
+def read_weights(path: Path, names: set[str], *, part: bool = False) -> dict[str, Tensor]:
+    """Read a foreign state dict under a model's own names.
+
+    Parameters
+    ----------
+    path : Path
+        A file of torch, or .safetensors.
+    names : set of str
+        Names in the model's state dict.
+    part : bool
+        Whether the file holds some of them only, as a shard does; its names are then not changed.
+
+    Returns
+    -------
+    dict of str to Tensor
+        On the CPU. Other names than the model's are kept for the caller to refuse.
+
+    Raises
+    ------
+    NQMError
+        If the file cannot be read or holds no state dict.
+    """
+    content = checkpoint.load_foreign(path)
+    state = _state_dict(content)
+    if not state:
+        raise NQMError(
+            f"{path} holds no state dict, by itself or under {', '.join(UNDER)}; it has "
+            f"{', '.join(map(str, content))!s:.100}"
+        )
+    return state if part else _renamed(state, names)
 
 
 def _state_dict(content: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -232,22 +232,55 @@ def export(folder: str | Path, out: str | Path, member: int | None = None) -> Pa
     NQMError
         If the run cannot be read, has no members, or the file is there already.
     """
+    folder = Path(folder)
+    about: dict[str, Any] = {}
+
+    def state() -> Mapping[str, Tensor]:
+        run = open_finished(folder)
+        about["run"] = describe(run)
+        if member is None:
+            return _single(folder, run)
+        opened = reopen(folder)
+        if opened.late is None:
+            raise NQMError(f"the run in {folder} has no members; leave --member out")
+        return opened.late.member(member).state_dict()
+
+    return write_weights(out, state, about)
+
+
+def write_weights(
+    out: str | Path, state: Callable[[], Mapping[str, Any]], about: Mapping[str, Any]
+) -> Path:
+    """Write a state dict as safetensors.
+
+    Parameters
+    ----------
+    out : str or Path
+        Ends in .safetensors; an existing file is not overwritten.
+    state : callable
+        Makes the state dict; called once the name is found good.
+    about : mapping
+        Metadata of the file, values that JSON can hold; read after `state` was called.
+
+    Returns
+    -------
+    Path
+        Of the file.
+
+    Raises
+    ------
+    NQMError
+        If the name ends otherwise, or the file is there already.
+    """
     from safetensors.torch import save
 
-    out, folder = Path(out), Path(folder)
+    out = Path(out)
     if out.suffix != ".safetensors":
         raise NQMError(f"{out}: the name must end in .safetensors; got {out.suffix!r}")
     if out.exists():
         raise NQMError(f"{out} exists; move it away or choose another name")
-    run = open_finished(folder)
-    if member is None:
-        state = _single(folder, run)
-    else:
-        opened = reopen(folder)
-        if opened.late is None:
-            raise NQMError(f"the run in {folder} has no members; leave --member out")
-        state = opened.late.member(member).state_dict()
-    content = save(_independent(state), metadata={"run": json.dumps(describe(run))})
+    tensors = _independent(state())
+    content = save(tensors, metadata={name: json.dumps(value) for name, value in about.items()})
     with replacing(out) as stream:
         stream.write(content)
     return out

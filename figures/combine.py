@@ -1,0 +1,202 @@
+"""Combined models: soups and ensembles beside their members, predicted and measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+
+from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new
+
+#: Color of what is averaged.
+SPACES = {"weights": PALETTE[0], "probabilities": PALETTE[1], "logits": PALETTE[2]}
+MEMBER = "#888888"
+
+
+def name_of(row: pd.Series) -> str:
+    """Name of a combined model for an axis.
+
+    Parameters
+    ----------
+    row : Series
+        Entries rule, space and repair.
+
+    Returns
+    -------
+    str
+    """
+    name = str(row["rule"]).replace("_", " ")
+    if str(row["rule"]).startswith("ensemble"):
+        return name if row["space"] == "probabilities" else f"{name} ({row['space']})"
+    several = row.get("several_repairs", False)
+    return f"{name}, {row['repair']}" if several else name
+
+
+def decomposition(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Loss of every combination: the mean member's, less what combining gains.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rule, space, repair, nll and mean_member_nll of one set of data, a row a
+        combination.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    rows = _combined(table)
+    y = np.arange(len(rows))[::-1]
+    for at, (_, row) in zip(y, rows.iterrows(), strict=True):
+        ax.plot([row["mean_member_nll"], row["nll"]], [at, at], color=MEMBER, lw=0.8, zorder=1)
+    ax.plot(rows["mean_member_nll"], y, "|", color=REFERENCE, label="mean member", gid="mean")
+    for space, color in SPACES.items():
+        held = (rows["space"] == space).to_numpy()
+        if held.any():
+            ax.plot(rows["nll"][held], y[held], "o", color=color, label=space, gid=space)
+    ax.set_yticks(y, [name_of(row) for _, row in rows.iterrows()])
+    ax.set(xlabel="negative log-likelihood (nats)", title="what combining gains")
+    _log_if_wide(ax, "x", pd.concat([rows["nll"], rows["mean_member_nll"]]))
+    ax.legend(loc="best")
+    return ax
+
+
+def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Predicted against measured loss, one point a model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rule, space, nll, predicted and predicted_from.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    rows = table[(table["predicted"] > 0) & np.isfinite(table["predicted"])]
+    single = rows["rule"] == "member"
+    mean = rows["rule"] == "mean_member"
+    groups = [
+        ("member", rows[single], MEMBER, "."),
+        ("mean member", rows[mean], REFERENCE, MARKERS[4]),
+        ("soup", rows[~single & ~mean & (rows["space"] == "weights")], PALETTE[0], MARKERS[0]),
+        ("ensemble", rows[rows["space"] == "probabilities"], PALETTE[1], MARKERS[1]),
+    ]
+    for label, part, color, marker in groups:
+        if len(part):
+            ax.plot(part["nll"], part["predicted"], marker, color=color, label=label, gid=label)
+    if len(rows):
+        ends = np.array(
+            [rows[["nll", "predicted"]].min().min(), rows[["nll", "predicted"]].max().max()]
+        )
+        ends = ends * [0.97, 1.03]
+        ax.plot(ends, ends, color=REFERENCE, lw=0.7, zorder=0, gid="identity")
+        both = pd.concat([rows["nll"], rows["predicted"]])
+        for axis in "xy":
+            _log_if_wide(ax, axis, both)
+        ax.legend(loc="best")
+    inside = bool((rows["predicted_from"] == "surrogate").all())
+    ax.set(
+        xlabel="measured loss (nats)", ylabel="predicted loss (nats)",
+        title="prediction" if inside else "prediction (outside the quadratic range)",
+    )  # fmt: skip
+    return ax
+
+
+def passes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Loss against what a prediction costs.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rule, space, passes, nll and nll_tuned of one set of data.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    single = table[table["rule"] == "member"]
+    ax.plot(single["passes"], single["nll"], ".", color=MEMBER, label="member", gid="member")
+    for space, color in SPACES.items():
+        part = _combined(table)
+        part = part[part["space"] == space]
+        if len(part):
+            ax.plot(part["passes"], part["nll"], "o", color=color, label=space, gid=space)
+            ax.plot(
+                part["passes"],
+                part["nll_tuned"],
+                "o",
+                mfc="none",
+                color=color,
+                gid=f"{space} tuned",
+            )
+    ax.plot([], [], "o", mfc="none", color=MEMBER, label="tuned temperature")
+    largest = int(table["passes"].max())
+    ticks = sorted({1, largest} | {2**k for k in range(int(math.log2(largest)) + 1)})
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [str(one) for one in ticks])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="forward passes", ylabel="negative log-likelihood (nats)", title="cost")
+    _log_if_wide(ax, "y", pd.concat([table["nll"], table["nll_tuned"]]).dropna())
+    ax.legend(loc="best")
+    return ax
+
+
+def soup_scatter(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Accuracy on the test set against the mean accuracy on shifted sets.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rule, space, member, repair, data and accuracy.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    keys = ["rule", "space", "member", "repair"]
+    test = table[table["data"] == "test"].set_index(keys)["accuracy"]
+    shifted = table[table["data"] != "test"].groupby(keys)["accuracy"].mean()
+    both = pd.concat({"test": test, "shift": shifted}, axis=1).dropna().reset_index()
+    single = both[both["rule"] == "member"]
+    ax.plot(single["test"], single["shift"], ".", color=MEMBER, label="member", gid="member")
+    others = both[both["rule"] != "member"].reset_index(drop=True)
+    others["several_repairs"] = _several(others)
+    for index, row in others.iterrows():
+        turn, place = divmod(int(str(index)), len(MARKERS))
+        color = PALETTE[(place + turn) % len(PALETTE)]
+        ax.plot(
+            row["test"], row["shift"], MARKERS[place], color=color, ms=6,
+            label=name_of(row), gid=name_of(row),
+        )  # fmt: skip
+    ax.set(xlabel="accuracy, test", ylabel="accuracy, shifted (mean)", title="shift")
+    ax.legend(loc="best", fontsize=6)
+    return ax
+
+
+def _combined(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of combinations, those with several repairs marked."""
+    rows = table[~table["rule"].isin(["member", "mean_member"])].copy()
+    rows["several_repairs"] = _several(rows)
+    return rows
+
+
+def _several(rows: pd.DataFrame) -> bool:
+    return bool(rows.loc[rows["space"] == "weights", "repair"].nunique() > 1)
+
+
+def _log_if_wide(ax: Axes, axis: str, values: pd.Series) -> None:
+    """A logarithmic axis where values span more than a factor of 8."""
+    if len(values) and values.min() > 0 and values.max() / values.min() > 8:
+        ax.set(**{f"{axis}scale": "log"})

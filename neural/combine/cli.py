@@ -1,0 +1,242 @@
+"""``nqm neural members | merge | ensemble | compare``; only click loads at the top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from neural.training.cli_options import (
+    check_alone,
+    data_option,
+    device_option,
+    make_runtime,
+    progress_bar,
+    scale_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from neural.combine.sources import Opened
+    from neural.training.task import Runtime
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _sources(command: Command) -> Command:
+    """Arguments and options by which members and their data are found."""
+    options = (
+        click.argument("where", metavar="MEMBER...", nargs=-1, required=True),
+        click.option(
+            "--like", metavar="RUN|RECIPE",
+            help="Run or recipe with the members' architecture and data, for files of weights.",
+        ),
+        scale_option,
+        click.option(
+            "--ancestor", metavar="RUN|FILE",
+            help="Model from which all were fine-tuned; the recipe's checkpoint by default.",
+        ),
+        device_option,
+        data_option,
+        threads_option,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _opened(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    runtime: Runtime,
+    overrides: tuple[str, ...] = (),
+) -> Opened:
+    from neural.combine.sources import open_members
+
+    return open_members(
+        where, like=like, ancestor=ancestor, runtime=runtime, scale=scale, overrides=overrides
+    )
+
+
+@click.command()
+@_sources
+@click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
+def members(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    out: str | None,
+) -> None:
+    """Show where members lie: norm, distance from their mean, cosine, and test metrics of each.
+
+    A MEMBER is the folder of a finished run, RUN#members (its late-phase members), RUN#snapshots, a
+    pattern of runs in quotes, a file of weights, or a folder with model.safetensors.
+
+    \b
+    nqm neural members "out/neural/digits_bn-full/base/seed*"
+    """
+    from neural.combine.survey import survey
+    from nqm.table import write_table
+
+    check_alone("nqm neural members")
+    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    table = survey(opened)
+    if out is not None:
+        write_table(out, table, {"members": [one.name for one in opened.members]})
+    click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+
+
+@click.command()
+@_sources
+@click.option("--rule", default="uniform", show_default=True, help="How weights are merged.")
+@click.option("--weights", metavar="W,W,...", help="Weights of the members instead of a rule.")
+@click.option(
+    "--held-out", type=float, default=0.2, show_default=True,
+    help="Share of the test images on which rules choose.",
+)  # fmt: skip
+@click.option(
+    "--repair", type=click.Choice(["statistics", "none"]), default="statistics", show_default=True,
+    help="statistics: BatchNorm statistics anew from training data.",
+)  # fmt: skip
+@click.option("--out", required=True, metavar="FILE.safetensors")
+def merge(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    rule: str,
+    weights: str | None,
+    held_out: float,
+    repair: str,
+    out: str,
+) -> None:
+    """Merge members into one model and write it as safetensors.
+
+    \b
+    nqm neural merge "out/neural/digits_bn-full/base/seed*" --rule greedy --out soup.safetensors
+    """
+    from neural.combine.survey import write_merged
+
+    check_alone("nqm neural merge")
+    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    share = None if weights is None else _numbers(weights)
+    for line in write_merged(opened, out, rule, share, held_out=held_out, repair=repair):
+        click.echo(line)
+
+
+@click.command()
+@_sources
+@click.option(
+    "--pool", type=click.Choice(["probabilities", "logits"]), default="probabilities",
+    show_default=True, help="What is averaged.",
+)  # fmt: skip
+@click.option("--weights", metavar="W,W,...", help="Weights of the members; equal by default.")
+def ensemble(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    pool: str,
+    weights: str | None,
+) -> None:
+    """Test metrics of the members' pooled predictions.
+
+    \b
+    nqm neural ensemble "out/neural/digits_bn-full/base/seed*" --pool logits
+    """
+    from neural.combine.survey import pooled_metrics
+
+    check_alone("nqm neural ensemble")
+    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    share = None if weights is None else _numbers(weights)
+    for name, value in pooled_metrics(opened, pool, share).items():
+        click.echo(f"{name:12s} {value:.4f}")
+
+
+@click.command()
+@_sources
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with the table [combine] and, for options of rules, [rule.NAME].",
+)  # fmt: skip
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a setting, e.g. --set combine.held_out=0.1 (repeatable).",
+)  # fmt: skip
+@click.option("--rules", metavar="R,R,...", help="Rules that merge weights.")
+@click.option("--shift", "shifts", multiple=True, help="A corruption, or corruptions (repeatable).")
+@click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+def compare(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    rules: str | None,
+    shifts: tuple[str, ...],
+    predict: bool | None,
+    out: Path | None,
+) -> None:
+    """Compare every way of combining MEMBERs: soups, ensembles, single models, in one table.
+
+    Predicted losses stand beside the measured ones. The command can be killed at any moment; the
+    same command then continues where it stopped.
+
+    \b
+    nqm neural compare "out/neural/digits_bn-full/base/seed*" --rules uniform,greedy,fisher
+    """
+    from neural.combine.config import load_config
+    from neural.combine.survey import run_compare
+    from nqm.names import folder_name
+
+    check_alone("nqm neural compare")
+    asked = {
+        "combine.rules": None if rules is None else [one.strip() for one in rules.split(",")],
+        "combine.shifts": list(shifts) or None,
+        "combine.predict": predict,
+    }
+    own = [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    settings, chosen = load_config(config, [*overrides, *own])
+    runtime = make_runtime(device, root, threads)
+    opened = _opened(where, like, scale, ancestor, runtime)
+    name = folder_name("-".join(Path(where[0].partition("#")[0]).parts[-3:]), "members")
+    folder = out or Path("out", "combine", name)
+    with progress_bar() as told:
+        table, lines = run_compare(opened, settings, chosen, folder, progress=told)
+    shown = ["rule", "space", "repair", "data", "members", "accuracy", "nll", "nll_tuned",
+             "ambiguity", "passes", "predicted"]  # fmt: skip
+    text = table.loc[table["rule"] != "member", shown]
+    click.echo(text.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
+    for line in lines:
+        click.echo(line)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from nqm.errors import NQMError, shown
+
+    try:
+        return tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise NQMError(
+            f"--weights must be numbers between commas, as 0.5,0.5; got {shown(text)}"
+        ) from None
