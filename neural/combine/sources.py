@@ -98,6 +98,9 @@ def open_members(
         for folder in dict.fromkeys(Path(place.partition("#")[0]) for place in places)
         if (folder / "run.json").is_file()
     }
+    for place in places:
+        if Path(place).is_dir() and Path(place) not in runs and _weights_in(Path(place)) is None:
+            open_finished(place)  # which says what the folder is
     run = None if model is not None else _stated(like, runs, scale, overrides)
     if run is None and model is None:
         raise NQMError(
@@ -177,10 +180,9 @@ def _members(
             Member(where, _reader(path / "model.pt", names), float(run.train.epochs), source=path)
         ]
     if path.is_dir():
-        file = next((path / name for name in _SHARDS if (path / name).is_file()), None)
+        file = _weights_in(path)
         if file is None:
-            open_finished(path)  # which says what the folder is
-        assert file is not None
+            raise NQMError(f"{path} is no run and holds no {_SHARDS[1]}")
         return [Member(where, _reader(file, names), source=file)]
     if not path.exists():
         raise NQMError(f"{place}: there is no such file or folder")
@@ -190,6 +192,11 @@ def _members(
             f"{path.suffix!r}"
         )
     return [Member(where, _reader(path, names), source=path)]
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The file of weights in a folder that Hugging Face's libraries wrote."""
+    return next((folder / name for name in _SHARDS if (folder / name).is_file()), None)
 
 
 def _reader(path: Path, names: set[str]) -> Callable[[], dict[str, Tensor]]:
@@ -268,6 +275,8 @@ def _checkpoint(name: str, root: Path | None) -> Path:
 
 def _named(members: Sequence[Member]) -> list[Member]:
     """The members under shorter names: without the folders in which all of them lie."""
+    if not members:
+        return []
     names = [member.name for member in members]
     folders = [Path(name.partition("#")[0]).parts for name in names]
     shared = 0

@@ -254,3 +254,16 @@ def test_text_losses_are_means_over_the_window() -> None:
 def test_a_landscape_needs_data() -> None:
     with pytest.raises(NQMError, match="needs data"):
         EmpiricalRisk(tanh_net(), [])
+
+
+def test_slopes_of_a_saturated_network_are_no_fault() -> None:
+    """Probabilities of 1 - 1e-13 have a gradient of 1e-13, right to the rounding of 1 alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(x)
+        apart = (logits[:, 0] - logits[:, 1]).abs().min()
+        model[2].weight *= 30.0 / apart
+        model[2].bias *= 30.0 / apart
+    EmpiricalRisk(model, [(x, model(x).argmax(1))]).check()

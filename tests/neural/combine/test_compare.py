@@ -1,0 +1,270 @@
+"""The one table: its numbers by hand, its predictions, and its cells."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from neural.combine import Members, compare, ensemble
+from neural.combine import compare as _compare_function
+from neural.combine.cells import Cells
+from neural.combine.compare import OUTSIDE, SURROGATE, TABLE
+from neural.combine.config import CombineConfig, load_config
+from neural.combine.data import Parts
+from neural.combine.information import first_examples, spread_examples
+from neural.combine.surrogate import make_surrogate
+from neural.evaluate import brier, ece, nll, predict
+from neural.evaluate.temperature import fit_temperature, tuned_nll
+from nqm import NQMError
+from tests.tolerances import agree
+
+Batch = tuple[Tensor, Tensor]
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch(seed: int, count: int = 60) -> list[Batch]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=g, dtype=torch.float64)
+    return [(x, (x[:, :3] + 0.7 * torch.randn(count, 3, generator=g)).argmax(1))]
+
+
+PARTS = Parts(test=lambda: batch(1), train=lambda: batch(2), held_out=lambda: batch(3),
+              shifts={"noisy": lambda: batch(4)})  # fmt: skip
+
+
+def start() -> nn.Sequential:
+    torch.manual_seed(0)
+    return net()
+
+
+def scattered(scale: float, count: int = 4) -> Members:
+    """Members at given random directions from one net, `scale` far."""
+    base = start()
+    states = {}
+    for k in range(count):
+        g = torch.Generator().manual_seed(10 + k)
+        one = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in one.parameters():
+                p.add_(scale * torch.randn(p.shape, generator=g, dtype=torch.float64))
+        states[f"m{k}"] = one.state_dict()
+    return Members.of_states(net(), states, ancestor=base.state_dict())
+
+
+CONFIG = CombineConfig(
+    rules=("uniform", "greedy", "stock", "fisher"), pools=("probabilities", "logits")
+)
+
+
+def test_every_number_by_hand() -> None:
+    held = scattered(0.3)
+    table = compare(held, PARTS, CONFIG)
+    assert list(table.columns) == list(TABLE)
+    each = [predict(held.with_state(state), batch(1)) for state in held.states()]
+    labels = each[0][1]
+    losses = [nll(rows, labels) for rows, _ in each]
+    test = table[table["data"] == "test"]
+    agree(test.loc[test["rule"] == "member", "nll"], losses, 1e-6)
+    mean = sum(losses) / 4
+    assert float(test.loc[test["rule"] == "mean_member", "nll"].iloc[0]) == pytest.approx(mean)
+    soup = {
+        name: torch.stack([state[name] for state in held.states()]).mean(0)
+        for name in dict(net().named_parameters())
+    }
+    rows, _ = predict(held.with_state(soup), batch(1))
+    row = test[test["rule"] == "uniform"].iloc[0]
+    expected = {"nll": nll(rows, labels), "brier": brier(rows, labels), "ece": ece(rows, labels)}
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-6)
+    assert row["ambiguity"] == pytest.approx(mean - expected["nll"], rel=1e-5)
+    mixture = torch.stack([r.double().softmax(1) for r, _ in each]).mean(0)
+    row = test[(test["rule"] == "ensemble") & (test["space"] == "probabilities")].iloc[0]
+    assert row["nll"] == pytest.approx(nll(mixture.log(), labels), rel=1e-6)
+    assert row["ambiguity"] > 0  # the concavity of the logarithm
+    assert row["passes"] == 4
+    assert row["bits"] == 4 * 64
+    assert set(table["selected_on"]) == {"none", "held_out"}
+    assert set(table["data"]) == {"test", "noisy"}
+    assert table.loc[table["data"] == "noisy", "predicted"].isna().all()
+    agree(ensemble(held, batch(1)).exp(), mixture, 1e-6)
+
+
+def test_predictions_are_right_to_second_order() -> None:
+    """Halving the distance divides the error of every soup and ensemble by eight, near enough."""
+    errors = []
+    for scale in (0.1, 0.05, 0.025):
+        table = compare(scattered(scale), PARTS, CONFIG)
+        rows = table[table["predicted"].notna()]
+        assert set(rows["rule"]) == {
+            "member", "mean_member", "uniform", "greedy", "stock", "fisher", "ensemble"
+        }  # fmt: skip
+        assert (rows["predicted_from"] == SURROGATE).all()
+        # The uniform soup is where the loss was expanded about.
+        assert (rows["nll"] - rows["predicted"])[rows["rule"] == "uniform"].abs().max() < 1e-6
+        one = rows[(rows["rule"] == "ensemble") | (rows["rule"] == "mean_member")]
+        errors.append((one["nll"] - one["predicted"]).abs().to_numpy())
+    # Predictions are made in float32 rows of log-probabilities: 1e-7 of the loss.
+    assert (errors[1] < errors[0] / 4 + 1e-6).all()
+    assert (errors[2] < errors[1] / 4 + 1e-6).all()
+    assert errors[0].max() > 1e-5
+
+
+def test_surrogate_is_exact_for_a_quadratic_in_the_logits() -> None:
+    """Against derivatives by autograd, entry by entry."""
+    model, data = start(), batch(1)
+    p = sum(q.numel() for q in model.parameters())
+    offsets = torch.randn(3, p, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    made = make_surrogate(model, offsets, data)
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [q.shape for q in model.parameters()]
+    flat = torch.cat([q.detach().flatten() for q in model.parameters()])
+
+    def losses(w: Tensor) -> Tensor:
+        parts = torch.split(w, [s.numel() for s in shapes])
+        named = {n: v.view(s) for n, v, s in zip(names, parts, shapes, strict=True)}
+        out = torch.func.functional_call(model, named, (data[0][0],))
+        return nn.functional.cross_entropy(out, data[0][1], reduction="none")
+
+    slope = torch.autograd.functional.jacobian(losses, flat)
+    hessian = torch.autograd.functional.hessian(lambda w: losses(w).mean(), flat)
+    agree(made.slope, offsets @ slope.mean(0), 1e-9)
+    agree(made.curvature, 0.5 * offsets @ hessian @ offsets.T, 1e-9)
+    rows = offsets @ slope.T
+    agree(made.second, rows @ rows.T / rows.shape[1], 1e-9)
+    weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    gap = made.mean_member(weights) - made.soup(weights)
+    center = offsets - weights @ offsets
+    spread = sum(w * 0.5 * d @ hessian @ d for w, d in zip(weights, center, strict=True))
+    assert gap == pytest.approx(float(spread), rel=1e-9)  # the ambiguity of a quadratic
+
+
+def test_far_members_are_said_to_be_outside() -> None:
+    table = compare(scattered(6.0), PARTS, CONFIG)
+    assert (table.loc[table["predicted"].notna(), "predicted_from"] == OUTSIDE).all()
+
+
+class Counting(Cells):
+    """Cells that count what is computed."""
+
+    made = 0
+
+    def get(self, what: Any, make: Any) -> Any:
+        def counted() -> Any:
+            self.made += 1
+            return make()
+
+        return super().get(what, counted)
+
+
+def test_what_is_on_disk_is_not_computed_again(tmp_path: Path) -> None:
+    held = scattered(0.3)
+    first, again = Counting(tmp_path), Counting(tmp_path)
+    one = compare(held, PARTS, CONFIG, cells=first)
+    two = compare(held, PARTS, CONFIG, cells=again)
+    assert one.equals(two)
+    assert first.made > 0
+    assert again.made == 0
+    # A killed comparison has some of its cells; the rest is computed and the table is the same.
+    lost = sorted(tmp_path.iterdir())[::3]
+    for path in lost:
+        path.unlink()
+    third = Counting(tmp_path)
+    assert compare(held, PARTS, CONFIG, cells=third).equals(one)
+    assert third.made == len(lost)
+    next(tmp_path.iterdir()).write_bytes(b"torn")
+    with pytest.raises(NQMError, match=r"is damaged.*delete it"):
+        compare(held, PARTS, CONFIG, cells=Cells(tmp_path))
+
+
+def test_other_members_have_other_cells(tmp_path: Path) -> None:
+    one = compare(scattered(0.3), PARTS, CONFIG, cells=Cells(tmp_path))
+    two = compare(scattered(0.2), PARTS, CONFIG, cells=Cells(tmp_path))
+    assert not one.equals(two)
+    assert two.equals(compare(scattered(0.2), PARTS, CONFIG))
+
+
+def test_mistakes_are_told_before_any_work() -> None:
+    held = scattered(0.3)
+    bare = Parts(test=lambda: batch(1))
+    for parts, members, words in (
+        (PARTS, held.chosen([0]), "at least two members"),
+        (bare, held, "greedy needs held-out data"),
+        (Parts(test=bare.test, held_out=bare.test), held, "fisher needs training data"),
+        (PARTS, Members.of_states(net(), list(held.states())), "stock needs the model"),
+    ):
+        with pytest.raises(NQMError, match=words):
+            compare(members, parts, CONFIG)
+    assert _compare_function is compare
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("combine.rules=['unifrom']", "combine.rules.*uniform"),
+        ("combine.rules=['uniform','uniform']", "names one twice"),
+        ("combine.repair=[]", "at least"),
+        ("combine.held_out=1.0", "held_out"),
+        ("combine.severities=[9]", "1 to 5"),
+        ("combine.pool='logits'", "combine.pool"),
+        ("rule.fisher.examples=10", "rule.fisher is not in combine.rules"),
+        ("rule.uniform.examples=10", "rule.uniform.examples"),
+        ("combin.rules=[]", "combin"),
+    ],
+)
+def test_wrong_settings_name_their_key(override: str, words: str) -> None:
+    with pytest.raises(NQMError, match=words) as error:
+        load_config(None, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_rules() -> None:
+    overrides = ["combine.rules=['fisher','greedy','ame']", "rule.fisher.examples=7",
+                 "rule.greedy.criterion='nll'", "rule.ame.pivot='soup'"]  # fmt: skip
+    config, rules = load_config(None, overrides)
+    assert config.rules == ("fisher", "greedy", "ame")
+    fisher, greedy, ame = (rules[name] for name in config.rules)
+    assert (fisher.examples, greedy.weigh.criterion, ame.pivot) == (7, "nll", "soup")  # type: ignore[attr-defined]
+
+
+# --- examples and temperatures -------------------------------------------------------------------
+
+
+def test_examples_are_spread_over_all_batches() -> None:
+    x = torch.arange(20.0)[:, None]
+    batches = [(x[i : i + 6], torch.arange(i, min(i + 6, 20))) for i in range(0, 20, 6)]
+    taken = torch.cat([y for _, y in spread_examples(batches, 5)])
+    assert taken.tolist() == [0, 5, 10, 14, 19]
+    assert torch.cat([y for _, y in first_examples(batches, 8)]).tolist() == list(range(8))
+    assert len(torch.cat([y for _, y in spread_examples(batches, 99)])) == 20
+    for take in (first_examples, spread_examples):
+        with pytest.raises(NQMError, match="no batch"):
+            take([], 3)
+
+
+def test_temperature_undoes_what_was_done() -> None:
+    """Rows that are right on average, made three times too sure, need temperature three."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(4000, 5, generator=g, dtype=torch.float64)
+    labels = torch.multinomial(rows.softmax(1), 1, generator=g)[:, 0]
+    best = minimize_scalar(lambda t: nll(3 * rows / t, labels), bounds=(0.5, 9), method="bounded")
+    assert fit_temperature(3 * rows, labels) == pytest.approx(best.x, rel=1e-4)
+    assert fit_temperature(3 * rows, labels) == pytest.approx(3.0, rel=0.1)
+    tuned, t = tuned_nll(3 * rows, labels, (3 * rows, labels))
+    assert tuned == pytest.approx(nll(3 * rows / t, labels), rel=1e-12)
+    folded, mean = tuned_nll(3 * rows, labels)
+    even, odd = (fit_temperature(3 * rows[k::2], labels[k::2]) for k in (0, 1))
+    half = 0.5 * (nll(3 * rows[::2] / odd, labels[::2]) + nll(3 * rows[1::2] / even, labels[1::2]))
+    assert folded == pytest.approx(half, rel=1e-12)
+    assert mean == pytest.approx(math.sqrt(even * odd), rel=1e-12)
+    assert np.isfinite(folded)
