@@ -8,6 +8,7 @@ are taken in evaluation mode: in training mode BatchNorm makes the loss a functi
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -244,7 +245,7 @@ class EmpiricalRisk:
             slopes = jvp(outputs, (self.weights,), (v,))[1]
             return torch.stack([one.double().square().sum() for one in slopes]).sum()
 
-        return float(self._total(term)) ** 0.5
+        return math.sqrt(float(self._total(term)))
 
     def _own_losses(self, batch: Batch) -> Tensor:
         return self._losses(self.weights, batch)
