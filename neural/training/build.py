@@ -22,6 +22,8 @@ from nqm.errors import NQMError
 
 #: Where writers of checkpoints put the state dict, in the order in which they are tried.
 UNDER = ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema")
+#: End of the name of BatchNorm's count of batches.
+_COUNTER = "num_batches_tracked"
 
 
 def plain_model(config: ModelConfig, task: Task) -> nn.Module:
@@ -187,7 +189,14 @@ def read_weights(path: Path, names: set[str], *, part: bool = False) -> dict[str
             f"{path} holds no state dict, by itself or under {', '.join(UNDER)}; it has "
             f"{', '.join(map(str, content))!s:.100}"
         )
-    return state if part else _renamed(state, names)
+    if part:
+        return state
+    # Before version 0.4.1 torch did not count the batches of BatchNorm.
+    counters = {name for name in names if name.endswith(_COUNTER)}
+    found = _renamed(state, names, counters)
+    if found.keys() < names:
+        found |= {name: torch.tensor(0) for name in counters - found.keys()}
+    return found
 
 
 def _state_dict(content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -200,12 +209,12 @@ def _state_dict(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {}
 
 
-def _renamed(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor], names: set[str], optional: set[str]) -> dict[str, Tensor]:
     """The state dict under the model's own names, if it differs from them by what others add."""
     found = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     if "n_averaged" not in names:  # the count of torch's AveragedModel
         found.pop("n_averaged", None)
-    while found and found.keys() != names:
+    while found and not names - optional <= found.keys() <= names:
         first = {name.partition(".")[0] for name in found}
         if len(first) > 1 or any(name in first for name in found):
             return state

@@ -52,6 +52,22 @@ def test_forms_of_checkpoints(form: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, STATE[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_statistics_from_before_batches_were_counted(prefix: str, tmp_path: Path) -> None:
+    """Torch 0.4.0 and older, as published CIFAR ResNets: BatchNorm without a counter."""
+    trained = build("resnet8", classes=10)
+    trained(torch.randn(4, 3, 32, 32))
+    state = trained.state_dict()
+    old = {f"{prefix}{n}": v for n, v in state.items() if not n.endswith("num_batches_tracked")}
+    torch.save({"best_prec1": 91.0, "state_dict": old}, tmp_path / "net.th")
+    model = build("resnet8", classes=10)
+    model(torch.randn(4, 3, 32, 32))
+    load_weights(model, tmp_path / "net.th")
+    for name, value in model.state_dict().items():
+        counted = name.endswith("num_batches_tracked")
+        assert torch.equal(value, torch.tensor(0) if counted else state[name])
+
+
 def test_safetensors(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "net.safetensors")
     model = build("digits_cnn", classes=10, channels=1)
