@@ -1,0 +1,63 @@
+"""Panels of combined models show the numbers of their table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from figures import combine
+from neural.combine.plots import draw
+from tests.tolerances import IDENTITY, agree
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    def row(
+        rule: str, space: str, nll: float, passes: int = 1, **more: object
+    ) -> dict[str, object]:
+        return {
+            "rule": rule, "space": space, "repair": "none", "member": "", "data": "test",
+            "nll": nll, "nll_tuned": 0.9 * nll, "mean_member_nll": 0.5, "passes": passes,
+            "accuracy": 1.0 - nll, "predicted": 1.1 * nll, "predicted_from": "surrogate", **more,
+        }  # fmt: skip
+
+    rows = [row("member", "weights", 0.4 + 0.1 * k, member=str(k)) for k in range(3)]
+    rows += [row("mean_member", "", 0.5)]
+    rows += [row("uniform", "weights", 0.3), row("uniform", "weights", 0.35, repair="statistics")]
+    rows += [row("ensemble", "probabilities", 0.2, 3), row("ensemble", "logits", 0.25, 3)]
+    rows += [{**one, "data": "fog 3", "accuracy": one["accuracy"] - 0.1} for one in rows]  # type: ignore[operator]
+    return pd.DataFrame(rows)
+
+
+def test_panels(table: pd.DataFrame) -> None:
+    test = table[table["data"] == "test"]
+    lines = {line.get_gid(): line for line in combine.decomposition(test).lines}
+    agree(np.sort(lines["weights"].get_xdata()), [0.3, 0.35], IDENTITY)
+    agree(lines["probabilities"].get_xdata(), [0.2], IDENTITY)
+    agree(lines["mean"].get_xdata(), [0.5] * 4, IDENTITY)
+    names = [t.get_text() for t in combine.decomposition(test).get_yticklabels()]
+    assert names == ["uniform, none", "uniform, statistics", "ensemble", "ensemble (logits)"]
+    lines = {line.get_gid(): line for line in combine.predicted(test).lines}
+    for gid, losses in (("soup", [0.3, 0.35]), ("ensemble", [0.2]), ("member", [0.4, 0.5, 0.6])):
+        agree(lines[gid].get_xdata(), losses, IDENTITY)
+        agree(lines[gid].get_ydata(), 1.1 * np.array(losses), IDENTITY)
+    lines = {line.get_gid(): line for line in combine.passes(test).lines}
+    agree(lines["logits"].get_xdata(), [3], IDENTITY)
+    agree(lines["logits tuned"].get_ydata(), [0.9 * 0.25], IDENTITY)
+    lines = {line.get_gid(): line for line in combine.soup_scatter(table).lines}
+    agree(lines["member"].get_ydata(), np.array([0.5, 0.4, 0.3]), IDENTITY)
+    agree(lines["ensemble"].get_xdata(), [0.8], IDENTITY)
+
+
+def test_a_prediction_that_is_not_believed_says_so(table: pd.DataFrame) -> None:
+    table["predicted_from"] = "outside the quadratic range"
+    assert "outside" in combine.predicted(table).get_title()
+
+
+def test_page(table: pd.DataFrame, tmp_path: Path) -> None:
+    files = draw(table, tmp_path, "three nets")
+    assert [one.name for one in files] == ["compare.png", "compare.pdf"]
+    assert all(one.stat().st_size > 5000 for one in files)

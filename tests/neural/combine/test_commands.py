@@ -1,0 +1,149 @@
+"""``nqm neural members | merge | ensemble | compare`` as a user calls them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from neural.training.experiment import run_experiment
+from neural.training.load_run import reopen
+from nqm.cli import main
+from nqm.table import read_table
+from tests.tiny_runs import CNN, LATE, recipe
+from tests.tolerances import agree
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds of a small CNN with BatchNorm, and a run with late-phase members."""
+    out = tmp_path_factory.mktemp("runs")
+    made = recipe({"base": {}, "late": {"late_phase": LATE}}, model=CNN)
+    run_experiment(made, out, seeds=[0, 1, 2])
+    return out
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(main, ["neural", *map(str, words), "--threads", "1"])
+
+
+def shown(*words: object) -> str:
+    done = call(*words)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_members_of_a_pattern(runs: Path, tmp_path: Path) -> None:
+    out = shown("members", f"{runs}/base/seed*", "--out", tmp_path / "members.csv")
+    table = read_table(tmp_path / "members.csv")
+    assert list(table["member"]) == ["seed0", "seed1", "seed2"]
+    flat = torch.stack(
+        [torch.cat([p.detach().flatten() for p in reopen(runs / "base" / f"seed{k}").model
+                    .parameters()]) for k in range(3)]
+    ).double()  # fmt: skip
+    agree(table["norm"], flat.norm(dim=1).numpy(), 1e-5)
+    agree(table["distance"], (flat - flat.mean(0)).norm(dim=1).numpy(), 1e-5)
+    for k in range(3):
+        result = read_table(runs / "base" / f"seed{k}" / "result.parquet")
+        own = result[result["metric"] == "nll"]["value"].iloc[0]
+        assert table["nll"][k] == pytest.approx(own, rel=1e-6)
+    assert "seed2" in out
+
+
+def test_merge_writes_the_mean_with_its_own_statistics(runs: Path, tmp_path: Path) -> None:
+    members = [runs / "base" / f"seed{k}" for k in range(3)]
+    file = tmp_path / "soup.safetensors"
+    out = shown("merge", *members, "--out", file)
+    assert out.splitlines()[-1] == str(file)
+    soup = load_file(file)
+    states = [reopen(one).model.state_dict() for one in members]
+    model = reopen(members[0]).model
+    for name, _ in model.named_parameters():
+        torch.testing.assert_close(soup[name], torch.stack([s[name] for s in states]).mean(0))
+    name = next(n for n in soup if n.endswith("running_var"))
+    assert not torch.allclose(soup[name], torch.stack([s[name] for s in states]).mean(0))
+    plain = tmp_path / "plain.safetensors"
+    shown("merge", *members, "--repair", "none", "--weights", "1,0,0", "--out", plain)
+    assert all(torch.equal(value, states[0][n]) for n, value in load_file(plain).items())
+    again = call("merge", *members, "--out", file)
+    assert again.exit_code != 0
+    assert "exists; move it away" in again.output
+
+
+def test_ensemble_is_the_deep_ensemble_of_the_experiment(runs: Path) -> None:
+    out = shown("ensemble", f"{runs}/base/seed*")
+    found = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()}
+    results = read_table(runs / "results.parquet")
+    rows = results[(results["arm"] == "base") & (results["weights"] == "deep_ensemble_iterate")]
+    for metric, value in zip(rows["metric"], rows["value"], strict=True):
+        assert found[metric] == pytest.approx(value, abs=6e-5)
+
+
+def test_compare_goes_on_and_is_read_again(runs: Path, tmp_path: Path) -> None:
+    words = ("compare", f"{runs}/late/seed0#members", "--rules", "uniform,greedy,fisher",
+             "--set", 'combine.repair=["statistics","none"]', "--set", "rule.fisher.examples=50",
+             "--set", "combine.held_out=0.3", "--shift", "gaussian_noise")  # fmt: skip
+    first = shown(*words, "--out", tmp_path / "one")
+    table = read_table(tmp_path / "one" / "compare.parquet")
+    assert (tmp_path / "one" / "compare.png").stat().st_size > 10_000
+    assert set(table["rule"]) == {"member", "mean_member", "uniform", "greedy", "fisher",
+                                  "ensemble"}  # fmt: skip
+    assert set(table["data"]) == {"test", "gaussian_noise 3"}
+    assert set(table.loc[table["rule"] == "uniform", "repair"]) == {"statistics", "none"}
+    assert (table["epochs_total"] == 3.0).all()  # members share the run's epochs
+    # Killed after some cells were written: the same table, from what is there.
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "compare.parquet").unlink()
+    for path in sorted((tmp_path / "two" / "cells").iterdir())[::2]:
+        path.unlink()
+    second = shown(*words, "--out", tmp_path / "two")
+    pd.testing.assert_frame_equal(read_table(tmp_path / "two" / "compare.parquet"), table)
+    assert second.replace("two", "one") == first
+    assert shown(*words, "--out", tmp_path / "one") == first
+    other = call("compare", f"{runs}/late/seed0#members", "--rules", "uniform",
+                 "--out", tmp_path / "one")  # fmt: skip
+    assert "combine.rules" in other.output
+    assert "nothing was overwritten" in other.output
+
+
+def test_statistics_of_a_soup_matter_and_predictions_are_near(runs: Path, tmp_path: Path) -> None:
+    shown("compare", f"{runs}/late/seed0#members", "--out", tmp_path)
+    table = read_table(tmp_path / "compare.parquet")
+    soup = table[table["rule"] == "uniform"].iloc[0]
+    assert soup["predicted"] == pytest.approx(soup["nll"], rel=1e-6)
+    assert np.isfinite(table.loc[table["rule"] == "ensemble", "predicted"]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("members", "nowhere.pt"), "nothing states the architecture"),
+        (("compare", "RUN"), "at least two members"),
+        (("compare", "RUN", "RUN2", "--rules", "stock"), "needs the model from which"),
+        (("compare", "RUN", "RUN2", "--rules", "best_of_all"), "combine.rules"),
+        (("compare", "RUN", "RUN2", "--shift", "rain"), "rain"),
+        (("compare", "RUN", "RUN2", "--set", "combine.held_out=0.001"), "images on both sides"),
+        (("compare", "RUN", "RUN2", "--out", "RUN"), "takes no other results"),
+        (("merge", "RUN", "RUN2", "--weights", "1,x", "--out", "a.safetensors"), "--weights must"),
+        (("merge", "RUN", "RUN2", "--out", "a.pt"), "must end in .safetensors"),
+        (("merge", "RUN", "RUN2", "--rule", "unifrom", "--out", "a.safetensors"), "uniform"),
+        (("ensemble", "RUN", "RUN2", "--weights", "2,-1"), "weights must be >= 0"),
+        (("ensemble", "RUN", "RUN2", "--weights", "1"), "weights must be 2 numbers"),
+    ],
+)
+def test_mistakes_are_one_line(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": runs / "base" / "seed0", "RUN2": runs / "base" / "seed1"}
+    done = call(*(places.get(word, word) for word in words))
+    assert done.exit_code != 0
+    assert told in done.output
+    assert "Traceback" not in done.output
+    assert len(done.output.strip().splitlines()) == 1
