@@ -109,8 +109,9 @@ def test_commands_run(
         assert (request.getfixturevalue("trained") / "result.parquet").exists()
         return
     words = shlex.split(command)[1:]
-    if "RUN" in words:
-        words[words.index("RUN")] = str(request.getfixturevalue("trained"))
+    for index, word in enumerate(words):
+        if word.partition("#")[0] == "RUN":
+            words[index] = word.replace("RUN", str(request.getfixturevalue("trained")))
     if words[:2] == ["neural", "train"]:
         words += ["--scale", "smoke", "--threads", "1"]
     if words[:2] == ["neural", "bridge"]:
@@ -175,6 +176,25 @@ def test_settings_of_the_bridge_are_all_listed() -> None:
             stated[f"{table}.{field.name}"] = plain
     assert list(listed) == list(stated)
     assert listed == stated
+
+
+def test_settings_and_rules_of_combining_are_all_listed() -> None:
+    import tomllib
+
+    from neural.combine.config import CombineConfig
+    from neural.combine.merge import RULES
+
+    page = (ROOT / "docs" / "combining.md").read_text()
+    rows = re.findall(r"^\| `combine\.(\w+)` \| `(.*?)` \| .+\. \|$", page, re.MULTILINE)
+    listed = {name: tomllib.loads(f"x = {text}")["x"] for name, text in rows}
+    stated = {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for field in dataclasses.fields(CombineConfig)
+    }
+    assert listed == stated
+    rules = page.partition("## Rules")[2].partition("Options of a rule")[0]
+    first = [row.split("|")[1] for row in rules.splitlines() if row.startswith("| `")]
+    assert [name for cell in first for name in re.findall(r"`(\w+)`", cell)] == list(RULES)
 
 
 def test_the_bridges_that_were_measured_can_be_asked_for(tmp_path: Path) -> None:
