@@ -1,6 +1,6 @@
 """The bridge: measure a network, predict trainings from it, and compare with real ones.
 
-`measure`, `predict` and `compare` are the whole of it for a user; they load on first use.
+A user needs `measure`, `predict` and `compare` only; they are imported on first use.
 """
 
 import lazy_loader

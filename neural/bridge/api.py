@@ -24,7 +24,7 @@ from nqm.progress import Progress, counted
 
 @dataclass(frozen=True)
 class Measured:
-    """A network, and what was measured for every training.
+    """Result of `measure`: a network with the local model and a Gaussian for each training.
 
     Attributes
     ----------
@@ -33,9 +33,9 @@ class Measured:
     local : LocalQuadratic
         Slope, curvature and noise at the checkpoint.
     gaussians : tuple of WeightGaussian
-        One for each training.
+        Gaussian of the weights, one for each training.
     cache : Cache
-        Where results are stored.
+        Stores the results of the measurement, and those of `compare`.
     """
 
     risk: EmpiricalRisk
@@ -59,24 +59,26 @@ def measure(
     risk : EmpiricalRisk
         The network's training loss.
     config : BridgeConfig, optional
-        Learning rates are in units of the largest curvature, which is measured first. Fields that
-        say how a risk is made from a run (`select` to `minimise_lr`, `test_examples`, `train`) are
-        ignored.
+        Settings; its learning rates are multiplied by the largest curvature, which is measured
+        first. Fields that say how a risk is made from a run (`select` to `minimise_lr`,
+        `test_examples`, `train`) are ignored.
     seed : int
         Seed of all random draws.
     cache : Cache, optional
         Stores the result of every stage; nothing is stored by default.
     progress : callable, optional
-        Called with a stage's name and the fraction of it that is done.
+        Called with the name of a stage and the fraction of it that is done.
 
     Returns
     -------
     Measured
+        Input of `predict` and `compare`.
 
     Raises
     ------
     NQMError
-        If a batch size does not fit the examples, or the eigenpairs do not converge.
+        If epochs are shuffled and a batch size does not divide the number of examples, or the
+        eigenpairs do not converge.
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
@@ -149,6 +151,7 @@ def predict(measured: Measured, plan: Plan | None = None) -> Outcome:
     Parameters
     ----------
     measured : Measured
+        Result of `measure`.
     plan : Plan, optional
         Group sizes, and which averages of the runs are predicted.
 
@@ -157,7 +160,8 @@ def predict(measured: Measured, plan: Plan | None = None) -> Outcome:
     Outcome
         The columns of `compare`; the measured ones are NaN.
     """
-    return joined([predict_training(one, plan or Plan()) for one in measured.gaussians])
+    plan = plan or Plan()
+    return joined([predict_training(gaussian, plan) for gaussian in measured.gaussians])
 
 
 def compare(
@@ -167,17 +171,18 @@ def compare(
     test: Callable[[Tensor], float] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train from the checkpoint, and set the measured losses beside the predicted ones.
+    """Train from the checkpoint, and tabulate measured and predicted losses.
 
     Parameters
     ----------
     measured : Measured
+        Result of `measure`.
     plan : Plan, optional
         Number of runs, group sizes, and which averages of the runs are evaluated.
     test : callable, optional
-        Test loss of a weight vector; recorded once, after the last step.
+        Test loss of a weight vector of shape (p,); computed once, after the last step.
     progress : callable, optional
-        Called with a stage's name and the fraction of it that is done.
+        Called with the name of a stage and the fraction of it that is done.
 
     Returns
     -------
@@ -185,10 +190,10 @@ def compare(
         Columns: see `neural.bridge.comparison.compare_training`.
     """
     plan = plan or Plan()
-    count, found = len(measured.gaussians), []
+    count, outcomes = len(measured.gaussians), []
     for i, gaussian in enumerate(measured.gaussians, 1):
         total = float(gaussian.training.steps * plan.runs)
-        found.append(
+        outcomes.append(
             compare_training(
                 measured.risk,
                 gaussian,
@@ -198,4 +203,4 @@ def compare(
                 progress=counted(progress, f"train {i} of {count}", total),
             )
         )
-    return joined(found)
+    return joined(outcomes)

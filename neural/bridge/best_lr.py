@@ -23,7 +23,7 @@ from neural.bridge.scatter import largest_stable_lr
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Rates of the first search, and how far below the lowest one asked for it begins.
+#: Number of learning rates on the search grid, and ratio of the training's rate to the lowest one.
 POINTS, BELOW = 24, 16.0
 
 
@@ -35,26 +35,27 @@ def best_lr(
     records: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> list[float | None]:
-    """The learning rate at which the predicted loss of the mean of K runs is lowest, for every K.
+    """Find the learning rate of lowest predicted loss of the mean of K runs, for every K.
 
     Parameters
     ----------
     gaussians : sequence of WeightGaussian
-        Measured at one learning rate or more (`nearest_gaussians`).
+        Measured at one learning rate or more (see `nearest_gaussians`).
     training : Training
-        The training at the lowest rate of interest; gives steps, batch size and momentum.
+        Gives steps, batch size and momentum; its rate is the lowest one of interest.
     members : sequence of int
         Values of K.
     records : int
         Number of recorded losses that are averaged (`Training.record_steps`).
     progress : callable, optional
-        Called with 1 after every new rate: `POINTS` times, then a few times for every K.
+        Called with 1 after every rate that is predicted: `POINTS` times for the grid, then a few
+        times for every K.
 
     Returns
     -------
     list of float or None
-        One for each K, between 1/16 of the training's rate and the edge of stability; None where
-        the loss is lowest at an end of that range.
+        One learning rate for each K, between 1/16 of the training's rate and the edge of stability;
+        None if the loss is lowest at an end of that range.
     """
     local, at = gaussians[0].checkpoint, training.record_steps(records)
     known: dict[float, Prediction] = {}
@@ -68,28 +69,29 @@ def best_lr(
 
     low, high = training.lr / BELOW, largest_stable_lr(local, training)
     grid = np.linspace(np.log(low), np.log(high), POINTS)
-    found: list[float | None] = []
+    best: list[float | None] = []
     for k in members:
         least = int(np.argmin([change(x, k) for x in grid]))
         if least in (0, POINTS - 1):
-            found.append(None)
+            best.append(None)
             continue
-        within = (grid[least - 1], grid[least + 1])
-        best = minimize_scalar(change, within, within, (k,), "bounded", options={"xatol": 1e-3})
-        found.append(float(np.exp(best.x)))
-    return found
+        ends = (grid[least - 1], grid[least + 1])
+        optimum = minimize_scalar(change, ends, ends, (k,), "bounded", options={"xatol": 1e-3})
+        best.append(float(np.exp(optimum.x)))
+    return best
 
 
 def predict_between(
     gaussians: Sequence[WeightGaussian], training: Training, at: Sequence[int]
 ) -> Prediction:
-    """Prediction for a learning rate between those of the measured trainings, or outside them.
+    """Predict the loss at any learning rate from Gaussians measured at others.
 
     Parameters
     ----------
     gaussians : sequence of WeightGaussian
         Measured at different learning rates.
     training : Training
+        The training to predict.
     at : sequence of int
         Steps over which the loss is averaged.
 
@@ -99,13 +101,13 @@ def predict_between(
         Weighted mean, term by term, of the predictions from the nearest two Gaussians.
     """
     near = nearest_gaussians(gaussians, training)
-    return weighted((weight, predict_loss(one, at)) for weight, one in near)
+    return weighted((weight, predict_loss(gaussian, at)) for weight, gaussian in near)
 
 
 def measured_best(table: pd.DataFrame) -> float | None:
-    """The learning rate of lowest measured loss, by a parabola in log lr through three points.
+    """Find the learning rate of lowest measured loss, by a parabola in log lr.
 
-    The points are the lowest loss and its two neighbours.
+    The parabola goes through the lowest loss and its two neighbours.
 
     Parameters
     ----------
@@ -115,7 +117,8 @@ def measured_best(table: pd.DataFrame) -> float | None:
     Returns
     -------
     float or None
-        None where the lowest loss is at the first or last rate, or a loss is not finite.
+        None if the lowest loss is at the first or last rate, if a loss is NaN, or if one of the
+        three losses is not finite.
     """
     rows = table.sort_values("lr")
     losses = rows["measured"].to_numpy()
@@ -126,7 +129,7 @@ def measured_best(table: pd.DataFrame) -> float | None:
     if least in (0, len(rows) - 1) or not np.isfinite(losses[near]).all():
         return None
     x = np.log(rows["lr"].to_numpy()[near])
-    # From the middle one, where a parabola keeps its digits.
+    # Relative to the middle point: the fit loses digits if x is far from zero.
     bent, slope, _ = np.polyfit(x - x[1], losses[near], 2)
     return float(np.exp(x[1] - slope / (2.0 * bent))) if bent > 0 else None
 
@@ -145,40 +148,38 @@ def best_lrs(
     Parameters
     ----------
     table : DataFrame
-        Of all trainings, made by `neural.bridge.api.compare`.
+        Losses of all trainings, made by `neural.bridge.api.compare`.
     gaussians : sequence of WeightGaussian
-        One for each training.
-    records : int
-        Number of recorded losses of a training that are averaged.
-    progress : callable, optional
+        Gaussian of the weights, one for each training.
+    records, progress
         See `best_lr`.
 
     Returns
     -------
     DataFrame
-        Columns way, batch_size, members, predicted, measured; a rate that was not found is NaN.
+        Columns way, batch_size, members, predicted, measured (the two learning rates); NaN where
+        no best rate was found.
     """
     import pandas as pd
 
     columns = ["way", "batch_size", "members", "predicted", "measured"]
     rows = []
-    held = table[table["weights"] == ITERATE]
-    for _, one in held.groupby(["way", "batch_size"], sort=False):
-        if one["lr"].nunique() < 3:
+    iterates = table[table["weights"] == ITERATE]
+    for _, group in iterates.groupby(["way", "batch_size"], sort=False):
+        if group["lr"].nunique() < 3:
             continue
-        first = one.iloc[0]
+        first = group.iloc[0]
         size = int(first["batch_size"])
         training = Training(
-            float(one["lr"].min()),
+            float(group["lr"].min()),
             size,
             int(first["steps"]),
             float(first["momentum"]),
             str(first["sampling"]),
         )
-        sizes = [int(k) for k in one["members"].unique()]
-        own = [one for one in gaussians if one.training.batch_size == size]
+        sizes = [int(k) for k in group["members"].unique()]
+        own = [gaussian for gaussian in gaussians if gaussian.training.batch_size == size]
         best = best_lr(own, training, sizes, records=records, progress=progress)
         for k, lr in zip(sizes, best, strict=True):
-            rows.append((first["way"], size, k, lr, measured_best(one[one["members"] == k])))
-    found = pd.DataFrame(rows, columns=columns)
-    return found.astype({"predicted": float, "measured": float})
+            rows.append((first["way"], size, k, lr, measured_best(group[group["members"] == k])))
+    return pd.DataFrame(rows, columns=columns).astype({"predicted": float, "measured": float})

@@ -22,20 +22,37 @@ from neural.training.cli_options import (
 @click.argument("target", metavar="RUN|RECIPE")
 @scale_option
 @click.option(
-    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
     help="TOML file with tables [bridge] (what is measured and trained) and [plan] (averages).",
-)  # fmt: skip
+)
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
     help="Change a setting, e.g. --set bridge.steps=500 or --set plan.runs=64; keys of other "
     "tables change the recipe (repeatable).",
-)  # fmt: skip
-@click.option("--select", help="Weights to measure, e.g. batchnorm+head; all by default.")
-@click.option("--examples", type=int, help="Examples to measure on; 0: all.  [default: 2000]")
-@click.option("--members", type=int, multiple=True, help="K (repeatable); 1 to 16 by default.")
-@click.option("--predict-only", is_flag=True, help="Predict only; train nothing.")
+)
+@click.option(
+    "--select", help="Weights that the loss depends on, e.g. batchnorm+head.  [default: all]"
+)
+@click.option(
+    "--examples", type=int, help="Training examples in the measured loss; 0: all.  [default: 2000]"
+)
+@click.option(
+    "--members",
+    type=int,
+    multiple=True,
+    help="K, number of runs whose weights are averaged (repeatable).  [default: 1 to 16]",
+)
+@click.option("--predict-only", is_flag=True, help="Predict losses, but train nothing.")
 @click.option("--seed", type=int, help="Seed of all random draws.  [default: 0]")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for results.  [default: out/bridge/NAME]",
+)
 @device_option
 @data_option
 @threads_option
@@ -54,7 +71,7 @@ def bridge(
     root: Path | None,
     threads: int | None,
 ) -> None:
-    """Predict from curvature and noise what K and the learning rate do to a network, and train.
+    """Predict losses for K and the learning rate from curvature and noise, and compare by training.
 
     RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint. Nothing is
     fitted to the training runs that the prediction is compared with. The command can be killed at
@@ -74,26 +91,29 @@ def bridge(
     check_alone("nqm neural bridge")
     own, others = split_overrides(overrides)
     asked = {
-        "bridge.select": select, "bridge.examples": examples, "plan.seed": seed,
-        "plan.members": list(members) or None, "bridge.train": False if predict_only else None,
-    }  # fmt: skip
+        "bridge.select": select,
+        "bridge.examples": examples,
+        "plan.seed": seed,
+        "plan.members": list(members) or None,
+        "bridge.train": False if predict_only else None,
+    }
     own += [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
     settings, plan = load_config(config, own)
     runtime = make_runtime(device, root, threads)
-    # Of "..", "/" and the like nothing is left that could lead out of out/bridge.
+    # `folder_name` removes "..", "/" and the like, which could lead out of out/bridge.
     name = folder_name("-".join(Path(target).parts[-3:]).removesuffix(".toml"), "here")
     out = out or Path("out", "bridge", name)
     check_no_run(out)
     opened = open_target(target, runtime, scale, others)
     click.get_current_context().with_resource(locked(out, folder=True))
-    with progress_bar(lines=True) as told:
-        found = run_bridge(opened, settings, plan, runtime, out, progress=told)
+    with progress_bar(lines=True) as progress:
+        results = run_bridge(opened, settings, plan, runtime, out, progress=progress)
     columns = ["lr", "batch_size", "members", "weights"]
     columns += ["predicted", "measured", "error", "ratio"]
-    shown = found.table[columns].to_string(index=False, float_format=lambda value: f"{value:.4g}")
-    click.echo(shown)
-    for line in found.words:
+    table = results.table[columns]
+    click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    for line in results.words:
         click.echo(f"- {line}")
     title = f"{name}, {settings.select}"
-    for path in draw_bridge(found.table, found.course, found.spectrum, out, title):
+    for path in draw_bridge(results.table, results.course, results.spectrum, out, title):
         click.echo(path)

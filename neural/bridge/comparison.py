@@ -1,4 +1,4 @@
-"""Predicted and measured losses of a training, side by side."""
+"""Predicted and measured losses of a training in one table."""
 
 from __future__ import annotations
 
@@ -26,27 +26,65 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FloatArray = NDArray[np.float64]
-#: The noise-free path is trained, not predicted, where descent is more than this of the excess.
+#: If noise-free descent changes the loss by more than this fraction of the excess, its loss is
+#: computed by training without noise instead of predicted.
 STILL = 0.01
-#: The weights themselves, beside averages of them over time.
+#: Entry of the column `weights` for the weights themselves, as opposed to averages over time.
 ITERATE = "iterate"
 MEASURED = ["measured", "error", "gain", "gain_error", "plain", "plain_error", "test"]
 COLUMNS = [
-    "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "weights", "predicted",
-    "measured", "error", "predicted_rise", "measured_rise", "ratio", "ratio_error", "descent",
-    "predicted_gain", "gain", "gain_error", "noise_free", "cross", "floor", "excess",
-    "curvature_change_part", "effective_runs", "nonsmooth_excess", "log2_slope", "noise_growth",
-    "kink_fraction", "noise_change_on_path", "plain", "plain_error", "test",
-]  # fmt: skip
+    "way",
+    "lr",
+    "momentum",
+    "batch_size",
+    "sampling",
+    "steps",
+    "members",
+    "weights",
+    "predicted",
+    "measured",
+    "error",
+    "predicted_rise",
+    "measured_rise",
+    "ratio",
+    "ratio_error",
+    "descent",
+    "predicted_gain",
+    "gain",
+    "gain_error",
+    "noise_free",
+    "cross",
+    "floor",
+    "excess",
+    "curvature_change_part",
+    "effective_runs",
+    "nonsmooth_excess",
+    "log2_slope",
+    "noise_growth",
+    "kink_fraction",
+    "noise_change_on_path",
+    "plain",
+    "plain_error",
+    "test",
+]
 COURSE = [
-    "way", "lr", "momentum", "batch_size", "sampling", "steps", "members", "step", "predicted",
-    "measured", "error",
-]  # fmt: skip
+    "way",
+    "lr",
+    "momentum",
+    "batch_size",
+    "sampling",
+    "steps",
+    "members",
+    "step",
+    "predicted",
+    "measured",
+    "error",
+]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses of a training, measured or predicted or both.
+    """Tables of losses of one or more trainings, measured or predicted or both.
 
     Attributes
     ----------
@@ -54,8 +92,8 @@ class Outcome:
         A row for every K and kind of weights: the iterate, with its loss averaged over the recorded
         steps of the second half, and averages over time, evaluated after the last step.
     course : DataFrame
-        A row for every K and recorded step of the iterate; steps of the first half are recorded for
-        the smallest and the largest K only.
+        A row for every K and recorded step of the iterate. In the first half, losses are measured
+        for the smallest and the largest K only.
     """
 
     table: pd.DataFrame
@@ -77,18 +115,21 @@ def measure_training(
     Parameters
     ----------
     risk : EmpiricalRisk
+        The network's training loss; training starts at its weights.
     training : Training
+        The training.
     plan : Plan
+        Number of runs, group sizes, and which averages are evaluated.
     control : ControlVariate, optional
         Control variate of this training, subtracted from the measured losses; the table has the
         values with and without it.
     test : callable, optional
-        Test loss of a weight vector; evaluated once, after the last step. Its value at the
-        checkpoint is part of the cache key.
+        Test loss of a weight vector of shape (p,); computed once, after the last step. Its value at
+        the checkpoint is part of the cache key.
     cache : Cache, optional
         Stores the result.
     progress : callable, optional
-        Called with the number of minibatches done.
+        Called with the number of minibatches done since the last call.
 
     Returns
     -------
@@ -104,34 +145,36 @@ def measure_training(
     start = risk.loss()
 
     def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
-        found = {}
-        for weights, held in snapshots.items():
-            part = held if weights != ITERATE or k in ends else held[-len(late) :]
-            found[f"{weights}{k}"] = group_losses(risk.loss, part, groups_of) - start
+        arrays = {}
+        for weights, taken in snapshots.items():
+            chosen = taken if weights != ITERATE or k in ends else taken[-len(late) :]
+            arrays[f"{weights}{k}"] = group_losses(risk.loss, chosen, groups_of) - start
             if test is not None:
-                found[f"test-{weights}{k}"] = group_losses(test, held[-1:], groups_of)
-        return found
+                arrays[f"test-{weights}{k}"] = group_losses(test, taken[-1:], groups_of)
+        return arrays
 
     def independent() -> dict[str, Any]:
         averages = Running(plan.averages(training), risk.weights.repeat(plan.runs, 1))
-        held = train_runs(
+        trained = train_runs(
             risk, training, plan.runs, at, seed=plan.seed, seen=averages, progress=progress
         )
-        snapshots = {ITERATE: [w for _, w in held]}
+        snapshots = {ITERATE: [w for _, w in trained]}
         snapshots |= {name: [mean] for name, mean in averages.values.items()}
-        found = [losses(k, snapshots, k) for k in plan.members]
-        return {name: array for one in found for name, array in one.items()}
+        arrays: dict[str, Any] = {}
+        for k in plan.members:
+            arrays |= losses(k, snapshots, k)
+        return arrays
 
     def run(k: int, seed: int) -> Iterator[tuple[int, Tensor]]:
         select = plan.late_phase or "all"
         return train_late_phase(risk, training, k, select, at, seed=seed, progress=progress)
 
     def members() -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
         for k in plan.members:
             runs = [torch.stack([w for _, w in run(k, seed)]) for seed in _runs(plan, k)]
-            found |= losses(k, {ITERATE: list(torch.stack(runs, 1))}, 1)
-        return found
+            arrays |= losses(k, {ITERATE: list(torch.stack(runs, 1))}, 1)
+        return arrays
 
     known = (cache or Cache()).of(risk)(
         "training",
@@ -152,29 +195,32 @@ def _tabulate(
     at, count = training.course_steps(plan.records), len(training.record_steps(plan.records))
     averages = plan.averages(training)
     columns = {ITERATE: slice(0, len(at))}
-    columns |= {one.name: slice(i, i + 1) for i, one in enumerate(averages, len(at))}
-    off = {} if control is None else _controls(control, plan, [*at, *averages])
+    columns |= {average.name: slice(i, i + 1) for i, average in enumerate(averages, len(at))}
+    controls = {} if control is None else _controls(control, plan, [*at, *averages])
     rows, course = [], []
-    for weights, part in columns.items():
-        held = {k: known[f"{weights}{k}"] for k in plan.members}
-        if off:
-            held = {k: plain - off[k][:, part][:, -plain.shape[1] :] for k, plain in held.items()}
-        for k, found in held.items():
+    for weights, times in columns.items():
+        losses = {k: known[f"{weights}{k}"] for k in plan.members}
+        if controls:
+            losses = {
+                k: plain - controls[k][:, times][:, -plain.shape[1] :]
+                for k, plain in losses.items()
+            }
+        for k, groups in losses.items():
             plain = known[f"{weights}{k}"]
             scores = known.get(f"test-{weights}{k}")
             rows.append(
                 (
                     k,
                     weights,
-                    *_mean(found[:, -count:].mean(1)),
-                    *_gain(held.get(1), found, k, count),
+                    *_mean(groups[:, -count:].mean(1)),
+                    *_gain(losses.get(1), groups, k, count),
                     *_mean(plain[:, -count:].mean(1)),
                     np.nan if scores is None else float(scores.mean()),
                 )
             )
             if weights == ITERATE:
-                steps = at[-found.shape[1] :]
-                course += [(k, t, *_mean(one)) for t, one in zip(steps, found.T, strict=True)]
+                steps = at[-groups.shape[1] :]
+                course += [(k, t, *_mean(each)) for t, each in zip(steps, groups.T, strict=True)]
     return Outcome(
         pd.DataFrame(rows, columns=["members", "weights", *MEASURED]),
         pd.DataFrame(course, columns=["members", "step", "measured", "error"]),
@@ -198,14 +244,14 @@ def _controls(
 ) -> dict[int, FloatArray]:
     """The control variate of every K, shape (groups, times)."""
     keys = {k: _keys(plan, k) for k in plan.members}
-    z = {one: control.responses(one, when) for one in set(keys.values())}
-    return {k: control.of(z[one], when, k) for k, one in keys.items()}
+    z = {own: control.responses(own, when) for own in set(keys.values())}
+    return {k: control.of(z[own], when, k) for k, own in keys.items()}
 
 
 def _gain(
     single: FloatArray | None, mean: FloatArray, members: int, late: int
 ) -> tuple[float, float]:
-    """Loss of a group's single runs less that of their mean; NaN for late-phase members."""
+    """Loss of a group's single runs minus that of their mean; NaN for late-phase members."""
     if single is None or members == 1:
         return np.nan, np.nan
     own = single[: len(mean) * members].reshape(len(mean), members, -1).mean(1)
@@ -219,13 +265,14 @@ def _mean(each: FloatArray) -> tuple[float, float]:
 
 
 def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
-    """Predicted losses of one training, in the form of `compare_training`.
+    """Predict the losses of one training, as a table with the columns of `compare_training`.
 
     Parameters
     ----------
     gaussian : WeightGaussian
         Gaussian of the weights in the training.
     plan : Plan
+        Group sizes, recorded steps, and which averages are predicted.
 
     Returns
     -------
@@ -235,27 +282,27 @@ def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
     import pandas as pd
 
     training = gaussian.training
-    seen = {ITERATE: predict_loss(gaussian, training.record_steps(plan.records))}
+    predictions = {ITERATE: predict_loss(gaussian, training.record_steps(plan.records))}
     for average in plan.averages(training):
-        seen[average.name] = predict_loss(gaussian, [average])
-    stated = {"way": plan.way} | asdict(training)
-    trust = {"noise_growth": gaussian.noise_growth, "kink_fraction": gaussian.kink_fraction}
+        predictions[average.name] = predict_loss(gaussian, [average])
+    settings = {"way": plan.way} | asdict(training)
+    validity = {"noise_growth": gaussian.noise_growth, "kink_fraction": gaussian.kink_fraction}
     rows = [
-        stated
-        | asdict(found)
-        | {"members": k, "weights": weights, "noise_free": found.descent}
-        | {"predicted": found.change(k), "predicted_rise": found.rise(k)}
-        | {"predicted_gain": found.rise(1) - found.rise(k)}
-        | trust
-        for weights, found in seen.items()
+        settings
+        | asdict(prediction)
+        | {"members": k, "weights": weights, "noise_free": prediction.descent}
+        | {"predicted": prediction.change(k), "predicted_rise": prediction.rise(k)}
+        | {"predicted_gain": prediction.rise(1) - prediction.rise(k)}
+        | validity
+        for weights, prediction in predictions.items()
         for k in plan.members
     ]
     at = training.course_steps(plan.records)
     each = predict_each(gaussian, at)
     course = [
-        stated | {"members": k, "step": step, "predicted": found.change(k)}
+        settings | {"members": k, "step": step, "predicted": prediction.change(k)}
         for k in plan.members
-        for step, found in zip(at, each, strict=True)
+        for step, prediction in zip(at, each, strict=True)
     ]
     return Outcome(
         pd.DataFrame(rows).reindex(columns=COLUMNS), pd.DataFrame(course).reindex(columns=COURSE)
@@ -275,42 +322,37 @@ def compare_training(
 
     Parameters
     ----------
-    risk : EmpiricalRisk
+    risk, plan, test, cache, progress
+        See `measure_training`.
     gaussian : WeightGaussian
         Gaussian of the weights in the training.
-    plan : Plan
-    test : callable, optional
-        Test loss of a weight vector.
-    cache : Cache, optional
-        Stores the measured losses.
-    progress : callable, optional
-        Called with the number of minibatches done.
 
     Returns
     -------
     Outcome
-        Columns of the table: the training; members, weights; predicted and measured change of the
-        loss from the checkpoint's, and its standard error; the part due to noise, predicted and
-        measured (``predicted_rise``, ``measured_rise``), and their ratio; the loss of a single run
-        less that of the mean (``predicted_gain``, ``gain``); the terms of the prediction
-        (`Prediction`); the relative increase of the noise by scatter (``noise_growth``); the
-        curvature added by kinks (``kink_fraction``); the relative change of the noise at the end of
-        the noise-free path (``noise_change_on_path``, NaN where that path is not trained); the test
-        loss. The course has the predicted and measured change at every recorded step.
+        Columns of the table: the fields of the training; members, weights; predicted and measured
+        change of the loss from the checkpoint's, and its standard error; the change due to noise,
+        predicted and measured (``predicted_rise``, ``measured_rise``), and their ratio; the loss of
+        a single run minus that of the mean (``predicted_gain``, ``gain``); the terms of the
+        prediction (see `neural.bridge.prediction.Prediction`); the relative increase of the noise
+        by scatter (``noise_growth``); the curvature added by kinks (``kink_fraction``); the
+        relative change of the noise at the end of the noise-free path (``noise_change_on_path``,
+        NaN where that path is not trained); the test loss. The course has the predicted and
+        measured change at every recorded step.
     """
     training, local = gaussian.training, gaussian.checkpoint
-    both = predict_training(gaussian, plan)
+    predicted = predict_training(gaussian, plan)
     control = measure_control_variate(risk, local, training, cache)
-    real = measure_training(
+    measured = measure_training(
         risk, training, plan, control=control, test=test, cache=cache, progress=progress
     )
-    table = both.table
-    table[MEASURED] = real.table[MEASURED]
-    parts = table.drop_duplicates("weights").set_index("weights")
+    table = predicted.table
+    table[MEASURED] = measured.table[MEASURED]
+    terms = table.drop_duplicates("weights").set_index("weights")
     # For averages over shuffled epochs there is no prediction.
-    scatter = parts["excess"].fillna(np.inf)
-    if not (parts["descent"].abs() <= STILL * scatter / max(plan.members)).all():
-        calm = (cache or Cache()).of(risk)(
+    excess = terms["excess"].fillna(np.inf)
+    if not (terms["descent"].abs() <= STILL * excess / max(plan.members)).all():
+        without_noise = (cache or Cache()).of(risk)(
             "noise_free_path",
             lambda: _noise_free(risk, local, training, plan),
             lr=training.lr,
@@ -319,13 +361,13 @@ def compare_training(
             records=plan.records,
             averages=plan.averages(training),
         )
-        table["noise_free"] = [float(calm[name]) for name in table["weights"]]
-        table["noise_change_on_path"] = float(calm["noise_change"])
+        table["noise_free"] = [float(without_noise[name]) for name in table["weights"]]
+        table["noise_change_on_path"] = float(without_noise["noise_change"])
     table["measured_rise"] = table["measured"] - table["noise_free"]
     table["ratio"] = table["measured_rise"] / table["predicted_rise"]
     table["ratio_error"] = table["error"] / table["predicted_rise"].abs()
     names = ["measured", "error"]
-    course = both.course.drop(columns=names).merge(real.course, on=["members", "step"])
+    course = predicted.course.drop(columns=names).merge(measured.course, on=["members", "step"])
     return Outcome(table, course[COURSE])
 
 
@@ -342,10 +384,10 @@ def _noise_free(
         end = weights
 
     losses = noise_free(risk, training, training.record_steps(plan.records), seen=seen)
-    found = {name: np.array(risk.loss(mean)) for name, mean in averages.values.items()}
-    found[ITERATE] = np.array(losses.mean())
-    change = {name: loss - local.loss for name, loss in found.items()}
-    population = 1.0 - 1.0 / risk.examples  # as the local model has it
+    recorded = {name: np.array(risk.loss(mean)) for name, mean in averages.values.items()}
+    recorded[ITERATE] = np.array(losses.mean())
+    change = {name: loss - local.loss for name, loss in recorded.items()}
+    population = 1.0 - 1.0 / risk.examples  # as in `measure_local`
     noise = population * trace(risk.at(end))
     return change | {"noise_change": np.array(noise / local.noise_trace - 1.0)}
 
@@ -361,10 +403,11 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
     Returns
     -------
     Outcome
+        Rows of all trainings, in their order.
     """
     import pandas as pd
 
     return Outcome(
-        pd.concat([one.table for one in outcomes], ignore_index=True),
-        pd.concat([one.course for one in outcomes], ignore_index=True),
+        pd.concat([outcome.table for outcome in outcomes], ignore_index=True),
+        pd.concat([outcome.course for outcome in outcomes], ignore_index=True),
     )

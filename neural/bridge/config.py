@@ -1,4 +1,4 @@
-"""What a bridge measures, predicts and trains."""
+"""Settings of a bridge: what it measures, which trainings it predicts and runs."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from nqm import SGD, HeavyBall
 from nqm.errors import NQMError, check_integer, check_number, check_word
 
 SAMPLING = ("with replacement", "shuffled")
-#: Runs and seeds at most: seeds of late-phase runs are a thousand times as large.
+#: Largest number of runs, and largest seed: late-phase runs multiply the seed by a thousand.
 MOST = 10**9
 MOST_RECORDS = 10**6
-#: Passes over the data at most, of each thing that is measured; a million would take days.
+#: Largest number of passes over the data for one measured quantity; a million would take days.
 MOST_PASSES = 10**6
-#: No whole number of a bridge is more: counts stay exact, and indices fit.
+#: Largest integer in a bridge's settings: counts stay exact in float64, and indices fit in int64.
 LARGEST = 10**12
-#: Learning rates by default, times the largest curvature: eightfold.
+#: Default learning rates times the largest curvature: they span a factor of eight.
 LR_TIMES_SHARPNESS = (0.0625, 0.125, 0.25, 0.5)
-#: Steps of a training's first half at which its loss is recorded: each half of the next.
+#: Number of recorded steps in the first half of a training; each is half of the next.
 EARLY = 5
 
 
 def check_different(name: str, values: tuple[object, ...]) -> None:
-    """Refuse an empty list of values, and a list with a value twice.
+    """Check that a list of values is not empty and has no duplicates.
 
     Parameters
     ----------
     name : str
-        Field that the error names.
+        Name of the field, for the message.
     values : tuple
+        Its values.
 
     Raises
     ------
@@ -43,13 +44,18 @@ def check_different(name: str, values: tuple[object, ...]) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """One training from the checkpoint: constant rate, minibatches of one size.
+    """One training from the checkpoint: constant learning rate, minibatches of one size.
 
     Attributes
     ----------
-    lr, momentum : float
-        As `torch.optim.SGD` has them.
-    batch_size, steps : int
+    lr : float
+        Learning rate of `torch.optim.SGD`, above 0.
+    momentum : float
+        Momentum of `torch.optim.SGD`, in [0, 1).
+    batch_size : int
+        Examples of one minibatch, B.
+    steps : int
+        Optimizer steps.
     sampling : {"with replacement", "shuffled"}
         How minibatches are drawn from the examples.
 
@@ -76,16 +82,18 @@ class Training:
 
     @property
     def effective_lr(self) -> float:
-        """Rate of the SGD that heavy ball amounts to over long times, lr / (1 - momentum)."""
+        """Learning rate of the plain SGD that heavy ball approaches, lr / (1 - momentum)."""
         return self.lr / (1.0 - self.momentum)
 
     @property
     def algorithm(self) -> SGD | HeavyBall:
-        """The optimizer as `nqm` states it."""
+        """The optimizer as an algorithm of `nqm`."""
         return HeavyBall(momentum=self.momentum) if self.momentum else SGD()
 
     def noise_ratio(self, reference: Training) -> float:
-        """Ratio of this training's lr / B to another's, that of the stationary covariances.
+        """Ratio of the effective lr / B of this training to that of another one.
+
+        To leading order it is the ratio of the stationary covariances of the weights.
 
         Parameters
         ----------
@@ -95,6 +103,7 @@ class Training:
         Returns
         -------
         float
+            Above 0.
         """
         own = self.effective_lr / self.batch_size
         return own / (reference.effective_lr / reference.batch_size)
@@ -105,7 +114,7 @@ class Training:
         Parameters
         ----------
         count : int
-            Number of steps; fewer are returned if the second half is shorter.
+            Number of recorded steps; fewer are returned if the second half is shorter.
 
         Returns
         -------
@@ -116,17 +125,17 @@ class Training:
         return sorted({round(half + half * i / count) for i in range(1, count + 1)})
 
     def course_steps(self, count: int) -> list[int]:
-        """`record_steps`, preceded by a few steps of the first half, each twice the one before.
+        """`record_steps`, and a few steps of the first half, each twice the one before.
 
         Parameters
         ----------
         count : int
-            Number of steps of the second half.
+            Number of recorded steps of the second half.
 
         Returns
         -------
         list of int
-            Increasing.
+            Increasing; the last is `steps`.
         """
         early = {self.steps >> halvings for halvings in range(2, 2 + EARLY)} - {0}
         return sorted(early | set(self.record_steps(count)))
@@ -137,7 +146,7 @@ class Training:
         Parameters
         ----------
         examples : int
-            N.
+            Number of training examples, N.
 
         Raises
         ------
@@ -186,15 +195,17 @@ class Plan:
     seed: int = 0
 
     def averages(self, training: Training) -> tuple[TimeAverage, ...]:
-        """Averages over time that are evaluated: two for independent runs, none for members.
+        """Averages over time that are evaluated.
 
         Parameters
         ----------
         training : Training
+            Gives the number of steps.
 
         Returns
         -------
         tuple of TimeAverage
+            Uniform and exponential mean for independent runs; empty for late-phase members.
         """
         if self.late_phase is not None:
             return ()
@@ -226,12 +237,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """What is measured, and which trainings are predicted and trained.
+    """Settings of the measurement, and the trainings that are predicted and run.
 
     Attributes
     ----------
     select : str
-        Weights whose loss is measured; the others stay fixed.
+        Weights that the loss is a function of (see `neural.late_phase.select.select`); the others
+        stay fixed.
     examples : int
         Number of training examples in the measured loss; 0 for all.
     weight_decay : float, optional
@@ -249,10 +261,12 @@ class BridgeConfig:
         Minimise by gradient descent at this learning rate; by L-BFGS and Newton steps by default
         (`neural.curvature.minimise.minimise`).
     eigenpairs : int
-        Number of largest eigenvalues that are measured one by one; 0 for all, if there are few
-        weights.
-    noise_samples, lanczos_steps : int
-        Random draws of the gradient noise beyond the eigenpairs, and Hessian products for each.
+        Number of largest eigenvalues that are measured one by one; 0 for all, which needs a dense
+        matrix of all selected weights.
+    noise_samples : int
+        Random draws of the gradient noise beyond the eigenpairs.
+    lanczos_steps : int
+        Hessian products for each of these draws, and for the gradient and the drift.
     displacements : int
         Random displacements for third derivatives and kinks, at the covariance of each training.
     averaging_displacements : int
@@ -299,9 +313,14 @@ class BridgeConfig:
     def __post_init__(self) -> None:
         check_word("curvature", self.curvature, CURVATURES)
         least = {
-            "minimise": 0, "eigenpairs": 0, "noise_samples": 1, "lanczos_steps": 1,
-            "displacements": 2, "averaging_displacements": 0, "test_examples": 0,
-        }  # fmt: skip
+            "minimise": 0,
+            "eigenpairs": 0,
+            "noise_samples": 1,
+            "lanczos_steps": 1,
+            "displacements": 2,
+            "averaging_displacements": 0,
+            "test_examples": 0,
+        }
         for name, minimum in least.items():
             check_integer(name, getattr(self, name), minimum)
             most = LARGEST if name == "test_examples" else MOST_PASSES
@@ -327,12 +346,10 @@ class BridgeConfig:
                     f"lr_times_sharpness must lie in (0, {stable:.4g}), below the edge of "
                     f"stability; got {rate}"
                 )
-        self.trainings(1.0)  # which checks what they have
+        self.trainings(1.0)  # a Training checks its own fields
 
     def reference(self, largest: float) -> Training:
         """The training over whose weights curvature and noise are averaged.
-
-        It has the first batch size and the last but one of the learning rates.
 
         Parameters
         ----------
@@ -342,13 +359,14 @@ class BridgeConfig:
         Returns
         -------
         Training
+            Has the first batch size and the last but one of the learning rates.
         """
         rate = self.lr_times_sharpness[max(len(self.lr_times_sharpness) - 2, 0)]
         lr = rate * (1.0 - self.momentum) / largest
         return Training(float(lr), self.batch_sizes[0], self.steps, self.momentum, self.sampling)
 
     def trainings(self, largest: float) -> list[Training]:
-        """Every learning rate at the first batch size, then every other batch size at one rate.
+        """All trainings of the configuration.
 
         Parameters
         ----------
@@ -358,6 +376,8 @@ class BridgeConfig:
         Returns
         -------
         list of Training
+            First those at every learning rate and the first batch size, then `reference` at every
+            other batch size.
         """
         middle = self.reference(largest)
         lrs = [rate * (1.0 - self.momentum) / largest for rate in self.lr_times_sharpness]

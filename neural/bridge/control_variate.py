@@ -1,13 +1,13 @@
-"""A control variate: the runs' own minibatches applied to the quadratic, less the expectation.
+"""A control variate: response of the quadratic to the runs' minibatches, minus its expectation.
 
-A few runs are a small sample of the few stiffest directions that carry most of the excess, and
-the means of K runs are an even smaller one. But the minibatches of the runs are known. On the
-quadratic at the checkpoint a run responds to them, along the measured directions, by
+The few stiffest directions carry most of the excess loss, and a few runs (and even fewer means of
+K runs) sample them with a large error. But the minibatches of the runs are known. On the quadratic
+at the checkpoint a run responds to them, along the measured directions, by
 
     z_(t+1) = (1 - lr h) z_t - lr (slope of the minibatch - slope of all examples),
 
 and zbar, the mean of K runs, changes the loss by s'zbar + 1/2 zbar' H zbar, with s the slope that
-remains after noise-free descent. The expectation of this change is known. The change less its
+remains after noise-free descent. The expectation of this change is known. The change minus its
 expectation is therefore a control variate with coefficient 1: subtracting it from a measurement
 leaves the expectation unchanged and removes most of the variance.
 """
@@ -45,10 +45,11 @@ class ControlVariate:
     Attributes
     ----------
     training : Training
-    curvature, slope : FloatArray, shape (k,)
-        Along the directions of the control variate.
-    slopes : Tensor, shape (N, k)
-        Slope of every example along these directions, less the mean over examples.
+        The training whose minibatches are used.
+    curvature, slope : ndarray, shape (k,)
+        Curvature and slope of the loss along the directions of the control variate.
+    slopes : Tensor of float64, shape (N, k)
+        Slope of every example's loss along these directions, minus the mean over examples.
     """
 
     training: Training
@@ -71,12 +72,12 @@ class ControlVariate:
         Returns
         -------
         list of Tensor, shape (runs, k)
-            One for each of `when`.
+            Displacements, one tensor for each entry of `when`.
         """
         training, h = self.training, torch.from_numpy(self.curvature)
         z = torch.zeros(len(keys), len(h), dtype=torch.double)
         buffer, at = torch.zeros_like(z), {}
-        averages = Running([one for one in when if isinstance(one, TimeAverage)], z)
+        averages = Running([moment for moment in when if isinstance(moment, TimeAverage)], z)
         draws = [minibatches(len(self.slopes), training, key) for key in keys]
         for step in range(1, training.steps + 1):
             noise = torch.stack([self.slopes[next(draw)].mean(0) for draw in draws])
@@ -85,12 +86,15 @@ class ControlVariate:
             averages(step, z)
             if step in when:
                 at[step] = z
-        return [at[one] if isinstance(one, int) else averages.values[one.name] for one in when]
+        return [
+            at[moment] if isinstance(moment, int) else averages.values[moment.name]
+            for moment in when
+        ]
 
     def of(
         self, z: Sequence[Tensor], when: Sequence[int | TimeAverage], members: int
     ) -> FloatArray:
-        """Control variate of the mean weights of every `members` runs.
+        """Control variates for the mean weights of groups of K runs.
 
         Parameters
         ----------
@@ -99,12 +103,12 @@ class ControlVariate:
         when : sequence of int or TimeAverage
             The times of `z`.
         members : int
-            K.
+            Number of runs in a group, K.
 
         Returns
         -------
         ndarray, shape (groups, times)
-            Has expectation zero.
+            In units of the loss; the expectation is zero.
         """
         groups = len(z[0]) // members
         training, h = self.training, self.curvature
@@ -112,13 +116,13 @@ class ControlVariate:
         problem = Problem(h, noise, initial_mean=0.0, initial_variance=0.0)
         expected = expected_excess(problem, training, len(self.slopes), when)
         u = training.effective_lr * h
-        found = []
-        for one, moment, mean_loss in zip(z, when, expected, strict=True):
-            means = one[: groups * members].view(groups, members, -1).mean(1).numpy()
+        variates = []
+        for at_moment, moment, mean_loss in zip(z, when, expected, strict=True):
+            means = at_moment[: groups * members].view(groups, members, -1).mean(1).numpy()
             left = power(u, moment) if isinstance(moment, int) else moment.left(u)
             loss = 0.5 * means**2 @ h - mean_loss / members
-            found.append(loss + means @ (self.slope * left))
-        return np.stack(found, 1)
+            variates.append(loss + means @ (self.slope * left))
+        return np.stack(variates, 1)
 
 
 def measure_control_variate(
@@ -129,9 +133,11 @@ def measure_control_variate(
     Parameters
     ----------
     risk : EmpiricalRisk
+        The network's training loss.
     local : LocalQuadratic
         Measured on this risk.
     training : Training
+        The training whose minibatches are used.
     cache : Cache, optional
         Stores the slopes.
 
@@ -141,21 +147,21 @@ def measure_control_variate(
         None where the expectation is not known: for shuffled epochs, beyond the edge of stability,
         and where no curvature is positive.
     """
-    # The rest of the slope as Lanczos has it: else most of the scatter would be left in.
+    # With the Lanczos nodes of the rest of the slope; without them most of the variance would stay.
     rest = local.gradient
     curvature = np.concatenate([local.pairs.values, rest.values])
-    held = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
-    if training.sampling == "shuffled" or not len(held):
+    chosen = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
+    if training.sampling == "shuffled" or not len(chosen):
         return None
     if training.lr >= largest_stable_lr(local, training):
         return None
-    vectors = np.hstack([local.pairs.vectors, rest.vectors])[:, held]
+    vectors = np.hstack([local.pairs.vectors, rest.vectors])[:, chosen]
 
     def slopes() -> dict[str, Any]:
         each = risk.example_gradients()
         return {"slopes": np.concatenate([g.double().cpu().numpy() @ vectors for g in each])}
 
-    kept = (cache or Cache()).of(risk)
-    found = kept("example_slopes", slopes, directions=len(held), local=local.key())["slopes"]
-    slope = np.concatenate([local.slope, rest.amplitudes])[held]
-    return ControlVariate(training, curvature[held], slope, torch.from_numpy(found - found.mean(0)))
+    stored = (cache or Cache()).of(risk)
+    each = stored("example_slopes", slopes, directions=len(chosen), local=local.key())["slopes"]
+    slope = np.concatenate([local.slope, rest.amplitudes])[chosen]
+    return ControlVariate(training, curvature[chosen], slope, torch.from_numpy(each - each.mean(0)))

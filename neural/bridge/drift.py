@@ -1,9 +1,9 @@
 """The drift: a mean force on the weights, caused by gradient noise and third derivatives.
 
-The quadratic leaves it out. Around weights that scatter with covariance S the mean gradient is
-g + 1/2 T:S, with T the tensor of third derivatives. The force f = 1/2 T:S moves the mean of any
-number of runs away from the minimum of the loss. Averaging K members divides the scatter by K and
-leaves this displacement. It costs the *floor*,
+A quadratic loss has no such force. Around weights that scatter with covariance S the mean gradient
+is g + 1/2 T:S, with T the tensor of third derivatives. The force f = 1/2 T:S moves the mean of any
+number of runs away from the minimum of the loss. Averaging K members divides the scatter by K but
+does not change this displacement. Its loss is the *floor*,
 
     1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
 
@@ -39,7 +39,7 @@ from nqm.errors import check_integer
 
 FloatArray = NDArray[np.float64]
 Function = Callable[[FloatArray], FloatArray]
-#: After so many steps, or an average over time.
+#: A time: number of steps, or an average over time.
 When = float | TimeAverage
 
 
@@ -52,13 +52,13 @@ class Slopes:
     displacements : ndarray, shape (n, k)
         Along the local model's eigenpairs.
     differences : ndarray, shape (n, k)
-        Half the difference of the gradients at both ends, along the eigenpairs.
+        Half of the difference of the gradients at both ends, along the eigenpairs.
     beyond : ndarray, shape (3,)
-        With d the displacement beyond the eigenpairs, the sums over displacements of d'd, of d'Hd
-        by the local model, and of d' times half the difference of the gradients.
+        With d the part of a displacement beyond the eigenpairs: the sums over displacements of d'd,
+        of d'Hd by the local model, and of d' times half of the difference of the gradients.
     rises : ndarray, shape (2,)
-        Sums over displacements of the mean loss at both ends less the loss in the middle; for the
-        displacements, and for half of them.
+        Sums over displacements of the mean loss at both ends minus the loss in the middle; first
+        for the displacements, then for displacements of half the length.
     """
 
     displacements: FloatArray
@@ -77,15 +77,16 @@ class Drift:
     Attributes
     ----------
     local : LocalQuadratic
-        Gives the covariance at which the force was measured.
+        Local model at which the force was measured.
     training : Training
-        Gives the covariance too.
+        Training at whose covariance the force was measured.
     force_top : tuple of ndarray, shape (k,)
         Both measurements along the local model's eigenpairs.
     force_rest : tuple of LanczosNodes
         Both measurements beyond them.
     slopes : Slopes
-        Odd part of the same gradients; the force is their even part.
+        Odd part of the same gradients, from which `neural.bridge.kinks` measures kinks; the force
+        is their even part.
     loss_curvature : ndarray, shape (k, k), optional
         Curvature along the eigenpairs that turns the displacement of the mean into loss
         (`Smoothing.along_mean_path`); by default that of `local`, which balances the force.
@@ -113,9 +114,9 @@ class Drift:
         float
         """
         psi, h = response(training.effective_lr, when), self.local.pairs.values
-        one, other = (psi(h) * half for half in self.force_top)
-        held = h * other if self.loss_curvature is None else self.loss_curvature @ other
-        value = one @ held
+        first, second = (psi(h) * half for half in self.force_top)
+        curved = h * second if self.loss_curvature is None else self.loss_curvature @ second
+        value = first @ curved
         if len(self.force_rest[0].values):
             moved = self.force_rest[0].apply(lambda h: psi(h) ** 2 * h)
             value += moved @ self.force_rest[1].apply(np.ones_like)
@@ -126,10 +127,8 @@ class Drift:
 
         Parameters
         ----------
-        training : Training
-            The force is scaled to its learning rate and batch size.
-        when : float or TimeAverage
-            Number of steps, or an average over time.
+        training, when
+            See `floor`.
 
         Returns
         -------
@@ -153,10 +152,8 @@ class Drift:
 
         Parameters
         ----------
-        training : Training
-            The force is scaled to its learning rate and batch size.
-        when : float or TimeAverage, optional
-            Number of steps, or an average over time; the steps of the training by default.
+        training, when
+            See `floor`; by default `when` is the number of steps of the training.
 
         Returns
         -------
@@ -165,10 +162,10 @@ class Drift:
         psi = response(training.effective_lr, training.steps if when is None else when)
         local = self.local
         along = psi(local.pairs.values) * (self.force_top[0] + self.force_top[1])
-        found = local.pairs.vectors @ along
+        total = local.pairs.vectors @ along
         if len(self.force_rest[0].values):
-            found = found + sum(half.apply(psi) for half in self.force_rest)
-        return np.asarray(-0.5 * found * training.noise_ratio(self.training))
+            total = total + sum(half.apply(psi) for half in self.force_rest)
+        return np.asarray(-0.5 * total * training.noise_ratio(self.training))
 
 
 def response(lr: float, when: When) -> Function:
@@ -179,12 +176,12 @@ def response(lr: float, when: When) -> Function:
     lr : float
         The effective learning rate.
     when : float or TimeAverage
-        t; or an average of psi over t.
+        Number of steps t, or an average of psi over t.
 
     Returns
     -------
     callable
-        psi, of an array of curvatures.
+        psi; maps an array of curvatures h to an array of the same shape.
     """
     steps, age, left = (
         (when.steps, when.age, when.left)
@@ -201,19 +198,21 @@ def response(lr: float, when: When) -> Function:
 
 
 def descent(local: LocalQuadratic, training: Training, when: When) -> float:
-    """Change of the loss by noise-free gradient descent on the quadratic; <= 0 where H > 0.
+    """Change of the loss by noise-free gradient descent on the quadratic.
 
     Parameters
     ----------
     local : LocalQuadratic
+        Slope and curvature at the checkpoint.
     training : Training
-        Its effective learning rate is used.
+        Gives the effective learning rate.
     when : float or TimeAverage
         Number of steps, or an average over time.
 
     Returns
     -------
     float
+        At most 0 if no curvature is negative and the learning rate is stable.
     """
     psi = response(training.effective_lr, when)
     h, _, g = local.points()
@@ -229,7 +228,9 @@ def descended(local: LocalQuadratic, training: Training) -> FloatArray:
     Parameters
     ----------
     local : LocalQuadratic
+        Slope and curvature at the checkpoint.
     training : Training
+        Gives the effective learning rate and the number of steps.
 
     Returns
     -------
@@ -238,13 +239,13 @@ def descended(local: LocalQuadratic, training: Training) -> FloatArray:
     lr = training.effective_lr
     psi = response(lr, training.steps)
 
-    def held(h: FloatArray) -> FloatArray:
+    def bounded(h: FloatArray) -> FloatArray:
         within = psi(np.clip(h, 0.0, 2.0 / lr))
         return np.where(lr * h < 2.0, within, 1.0 / np.maximum(h, 2.0 / lr))
 
-    moved = local.pairs.vectors @ (held(local.pairs.values) * local.slope)
+    moved = local.pairs.vectors @ (bounded(local.pairs.values) * local.slope)
     if len(local.gradient.values):
-        moved = moved + local.gradient.apply(held)
+        moved = moved + local.gradient.apply(bounded)
     return np.asarray(-moved)
 
 
@@ -261,18 +262,21 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
 ) -> Drift:
     """Measure the force at the covariance of a training from the checkpoint.
 
-    The displacements are centred where noise-free descent ends by the local model. A checkpoint at
-    which noise-free training has converged lies on more kinks than scattered weights meet.
+    The displacements are centred where noise-free descent ends by the local model, not at the
+    checkpoint: weights to which noise-free training has converged lie on more kinks than weights
+    that scatter.
 
     Parameters
     ----------
     risk : EmpiricalRisk
+        The network's training loss.
     local : LocalQuadratic
         Measured on this risk.
     training : Training
+        The training whose covariance the displacements have.
     displacements : int
-        Number of random displacements. Each takes four gradients: at both ends of it, and of half
-        of it.
+        Number of random displacements, at least 2. Each takes four gradients: at both ends, and at
+        both ends of half of it.
     lanczos_steps : int
         Hessian products for each of the two measurements of the force.
     seed : int
@@ -289,12 +293,13 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     Raises
     ------
     NQMError
-        If there are fewer than two displacements.
+        If `displacements` is below 2.
     """
     check_integer("displacements", displacements, 2)
-    # A local model that a scatter sees is another one: its spectrum and its noise say which.
+    # `local.key()` distinguishes local models of one checkpoint that are averaged over different
+    # trainings (`Smoothing.seen_by`), by their spectrum and noise.
     settings = {"training": training, "displacements": displacements, "local": local.key()}
-    kept = (cache or Cache()).of(risk, seed=seed)
+    stored = (cache or Cache()).of(risk, seed=seed)
     known = local.pairs.vectors
     centre = risk.weights + vector(risk, descended(local, training))
 
@@ -314,7 +319,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
             differences.append(known.T @ odd)
             if draw is not None:
                 outside, rest = d - known @ moved[-1], local.draws[draw]
-                bent = rest.values @ (rest.vectors.T @ outside) ** 2  # exact: it lies in their span
+                # d'Hd is exact, as d lies in the span of the draw's vectors.
+                bent = rest.values @ (rest.vectors.T @ outside) ** 2
                 beyond += outside @ outside, bent, outside @ odd
             if progress is not None:
                 progress(4)
@@ -327,8 +333,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
             "rises": rises,
         }
 
-    found = kept("slopes", sampled, **settings)
-    forces = found["forces"]
+    gradients = stored("slopes", sampled, **settings)
+    forces = gradients["forces"]
     apply = operator(risk, progress)
 
     def rest(half: int) -> LanczosNodes:
@@ -336,28 +342,28 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
             return vars(lanczos_nodes(apply, forces[half], lanczos_steps, known))
 
         return LanczosNodes(
-            **kept("force", lanczos, half=half, lanczos_steps=lanczos_steps, **settings)
+            **stored("force", lanczos, half=half, lanczos_steps=lanczos_steps, **settings)
         )
 
     top = (known.T @ forces[0], known.T @ forces[1])
     names = ("displacements", "differences", "beyond", "rises")
-    slopes = Slopes(*(np.asarray(found[name]) for name in names))
+    slopes = Slopes(*(np.asarray(gradients[name]) for name in names))
     return Drift(local, training, top, (rest(0), rest(1)), slopes)
 
 
 def _both_ends(
     risk: EmpiricalRisk, centre: Tensor, moved: FloatArray
 ) -> tuple[FloatArray, FloatArray, float]:
-    """Half the difference of the gradients at both ends, their mean, and the mean loss."""
-    given = vector(risk, moved)
-    ends = [risk.loss_and_gradient(centre + sign * given) for sign in (1.0, -1.0)]
+    """Half of the difference of the gradients at both ends, their mean, and the mean loss."""
+    step = vector(risk, moved)
+    ends = [risk.loss_and_gradient(centre + sign * step) for sign in (1.0, -1.0)]
     (loss, _), (other_loss, _) = ends
-    one, other = (slope.double().cpu().numpy() for _, slope in ends)
-    return 0.5 * (one - other), 0.5 * (one + other), 0.5 * (loss + other_loss)
+    plus, minus = (slope.double().cpu().numpy() for _, slope in ends)
+    return 0.5 * (plus - minus), 0.5 * (plus + minus), 0.5 * (loss + other_loss)
 
 
 def _draw_of(local: LocalQuadratic, sample: int) -> int | None:
-    """Index of the noise draw for a displacement; the two halves share no draw if there are two."""
+    """Index of the noise draw for a displacement; the two halves share none if there are two."""
     count = len(local.draws)
     if not count or not len(local.draws[0].values):
         return None

@@ -17,7 +17,7 @@ from neural.training.config import RunConfig
 from neural.training.task import Runtime
 from nqm.errors import NQMError, check_integer
 
-#: Weights up to which derivatives are taken in double precision.
+#: Largest number of weights for which derivatives are computed in double precision.
 DOUBLE = 5000
 
 
@@ -33,7 +33,7 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
     group: int | None = None,
     batch_size: int = 512,
 ) -> EmpiricalRisk:
-    """Training loss of a run's model.
+    """Training loss of a run's model as a function of its weights.
 
     BatchNorm statistics are recomputed on the risk's own data. Derivatives are taken in evaluation
     mode, except that BatchNorm uses the statistics of its group if `group` is given.
@@ -41,23 +41,25 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
     Parameters
     ----------
     run : RunConfig
+        Gives the data and the weight decay.
     model : Module
-        Changed in place: statistics, precision, device.
+        Its BatchNorm statistics, precision and device are changed in place.
     runtime : Runtime
+        Gives the device and the folder of data files.
     select : str or iterable of str
-        Which weights; see `neural.late_phase.select.select`.
+        Weights that the loss is a function of; see `neural.late_phase.select.select`.
     examples : int, optional
         Number of training examples, spread over the classes as evenly as possible and the same for
         every seed; all by default. For a text, windows of the run's length.
     weight_decay : float, optional
-        That of the run by default.
+        Weight decay in the loss; by default that of the run.
     curvature : {"hessian", "ggn"}
         See `EmpiricalRisk`.
     group : int, optional
         Number of examples that share BatchNorm statistics, as in training. The result is then a
         `BatchNormRisk`, whose examples are such groups.
     batch_size : int
-        Number of examples that are evaluated at once.
+        Number of examples that are evaluated together.
 
     Returns
     -------
@@ -86,16 +88,18 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
 def training_batches(
     run: RunConfig, runtime: Runtime, examples: int | None, batch_size: int
 ) -> list[Batch]:
-    """The first training examples of a run, in a fixed order, without augmentation.
+    """Load the first training examples of a run, in a fixed order, without augmentation.
 
     Parameters
     ----------
     run : RunConfig
+        Gives the data set, its part and its normalisation.
     runtime : Runtime
+        Gives the device and the folder of data files.
     examples : int, optional
         Number of examples, at least 2; all by default. For a text, windows of the run's length.
     batch_size : int
-        Examples of a batch.
+        Number of examples of a batch; the last one may be smaller.
 
     Returns
     -------
@@ -119,8 +123,8 @@ def training_batches(
         seen, following = next(
             evaluation_windows(text[: windows * length], windows, length, runtime.device)
         )
-        parts = (torch.split(both, batch_size) for both in (seen, following))
-        return list(zip(*parts, strict=True))
+        inputs, targets = (torch.split(symbols, batch_size) for symbols in (seen, following))
+        return list(zip(inputs, targets, strict=True))
     if not isinstance(data, ImageData) or data.train is None:
         raise NQMError(
             f"data.name {run.data.name!r} does not fit into memory as a risk's data; choose a "

@@ -35,6 +35,7 @@ class WeightGaussian:
     Attributes
     ----------
     training : Training
+        The training.
     checkpoint : LocalQuadratic
         Slope, curvature and noise where the training starts.
     drift : Drift
@@ -68,8 +69,8 @@ class WeightGaussian:
     @cached_property
     def mean(self) -> FloatArray:
         """Displacement of the mean from the checkpoint, shape (p,)."""
-        calm = descended(self.checkpoint, self.training)
-        return np.asarray(calm + self.drift.displacement(self.training))
+        by_descent = descended(self.checkpoint, self.training)
+        return np.asarray(by_descent + self.drift.displacement(self.training))
 
     @property
     def noise_growth(self) -> float:
@@ -78,7 +79,7 @@ class WeightGaussian:
 
     @property
     def kink_fraction(self) -> float:
-        """Curvature added by kinks along the stiff directions, relative; NaN if not measured."""
+        """Curvature added by kinks, relative (`Smoothing.kink_fraction`); NaN if not measured."""
         return np.nan if self.smoothing is None else self.smoothing.kink_fraction()
 
     def scaled_to(self, training: Training) -> WeightGaussian:
@@ -90,6 +91,7 @@ class WeightGaussian:
         Parameters
         ----------
         training : Training
+            The other training.
 
         Returns
         -------
@@ -110,25 +112,18 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Smoothing | None:
-    """Average curvature and noise over the weights of one training, for use by all trainings.
+    """Average curvature and noise over the weights of one training; other trainings scale them.
 
     Parameters
     ----------
-    risk : EmpiricalRisk
-    local : LocalQuadratic
-        Measured on this risk.
+    risk, local
+        See `measure_drift`.
     reference : Training
-        The training over whose weights is averaged.
-    displacements : int
+        The training over whose weights curvature and noise are averaged.
+    displacements, lanczos_steps, seed, cache
         See `measure_drift`.
     averaging_displacements : int
-        See `measure_smoothing`; for 0 nothing is measured.
-    lanczos_steps : int
-        See `measure_drift`.
-    seed : int
-        Seed of the displacements.
-    cache : Cache, optional
-        Stores the results, and returns them if they are asked for again.
+        The `displacements` of `measure_smoothing`; for 0 nothing is measured.
     progress : callable, optional
         Called with the number of gradients, products or ends of a displacement done since the last
         call.
@@ -141,7 +136,7 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     Raises
     ------
     NQMError
-        If there are fewer than two displacements.
+        If `displacements` is below 2, or `averaging_displacements` below 0.
     """
     if not averaging_displacements:
         return None
@@ -184,20 +179,12 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
 
     Parameters
     ----------
-    risk : EmpiricalRisk
-    local : LocalQuadratic
-        Measured on this risk.
-    training : Training
+    risk, local, training
+        See `measure_drift`.
     averages : Smoothing, optional
         Result of `measure_averages`; by default curvature and noise are those of the checkpoint.
-    displacements, lanczos_steps : int
+    displacements, lanczos_steps, seed, cache, progress
         See `measure_drift`; drift and kinks are computed from the same gradients.
-    seed : int
-        Seed of the displacements.
-    cache : Cache, optional
-        Stores the results, and returns them if they are asked for again.
-    progress : callable, optional
-        Called with the number of gradients or products done since the last call.
 
     Returns
     -------
@@ -206,7 +193,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     Raises
     ------
     NQMError
-        If there are fewer than two displacements.
+        If `displacements` is below 2.
     """
     seen = local if averages is None else averages.seen_by(training)
     if training.lr >= largest_stable_lr(seen, training):  # nothing will be predicted
@@ -232,8 +219,7 @@ def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_st
 
     Parameters
     ----------
-    local : LocalQuadratic
-    displacements, lanczos_steps : int
+    local, displacements, lanczos_steps
         See `measure_drift`.
 
     Returns
@@ -256,18 +242,19 @@ def nearest_gaussians(
     gaussians : sequence of WeightGaussian
         Measured at different learning rates.
     training : Training
+        The training to predict.
 
     Returns
     -------
     list of (float, WeightGaussian)
-        The weights add up to 1.
+        Weights and Gaussians; the weights add up to 1.
     """
-    gaussians = sorted(gaussians, key=lambda one: one.training.lr)
-    x = np.log([one.training.effective_lr for one in gaussians])
+    gaussians = sorted(gaussians, key=lambda gaussian: gaussian.training.lr)
+    x = np.log([gaussian.training.effective_lr for gaussian in gaussians])
     place = float(np.interp(np.log(training.effective_lr), x, np.arange(len(x))))
     lower = int(place)
-    part = place - lower
-    near = [(1.0 - part, gaussians[lower])]
-    if part > 0.0:
-        near.append((part, gaussians[lower + 1]))
-    return [(weight, one.scaled_to(training)) for weight, one in near]
+    fraction = place - lower
+    near = [(1.0 - fraction, gaussians[lower])]
+    if fraction > 0.0:
+        near.append((fraction, gaussians[lower + 1]))
+    return [(weight, gaussian.scaled_to(training)) for weight, gaussian in near]

@@ -1,11 +1,11 @@
-"""Averages of the weights over the steps of one run: computed during training, and on quadratics.
+"""Averages of the weights over the steps of one run: during training, and exactly on quadratics.
 
-Each is defined by how far it moves towards the weights w_t after every step,
+An average a_t moves a fraction `share` of the way to the weights w_t after every step,
 
     a_t = a_(t-1) + share(t) (w_t - a_(t-1)),      a_0 = w_0 the checkpoint.
 
 On a quadratic without noise, a displacement along curvature h is multiplied by (1 - lr h)^t in t
-steps. Its factor in the average is the mean of these powers, each with its step's weight: `left`.
+steps. The displacement of the average is multiplied by the weighted mean of these powers: `left`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TimeAverage(ABC):
         Parameters
         ----------
         step : int
-            1, 2, ...
+            Number of the step, from 1.
 
         Returns
         -------
@@ -66,17 +66,18 @@ class TimeAverage(ABC):
         Parameters
         ----------
         u : ndarray
-            lr h.
+            Learning rate times curvature, lr h.
 
         Returns
         -------
         ndarray, shape of `u`
+            Factor by which a displacement of the checkpoint is multiplied in the average.
         """
 
     @property
     @abstractmethod
     def age(self) -> float:
-        """Mean of t with the same weights."""
+        """Mean of t over t = 0 ... T with the average's weights, in steps."""
 
     @abstractmethod
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
@@ -89,6 +90,7 @@ class TimeAverage(ABC):
         lr : float
             Learning rate.
         batch_size : float
+            Examples of one minibatch.
 
         Returns
         -------
@@ -104,29 +106,66 @@ class TailMean(TimeAverage):
 
     @property
     def start(self) -> int:
-        """Steps before the first that counts."""
+        """Number of steps before the first one that is averaged."""
         return self.steps // 2
 
     def share(self, step: int) -> float:
-        """1 / n at the n-th step of the second half, 0 before (see `TimeAverage.share`)."""
+        """Return 1 / n at the n-th step of the second half, and 0 before.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step, from 1.
+
+        Returns
+        -------
+        float
+            In [0, 1].
+        """
         return 1.0 / (step - self.start) if step > self.start else 0.0
 
     def left(self, u: FloatArray) -> FloatArray:
-        """(1 - u)^(s + 1) (1 - (1 - u)^n) / (n u) with s = T // 2, n = T - s (see the base)."""
+        """Return (1 - u)^(s + 1) (1 - (1 - u)^n) / (n u), with s = T // 2 and n = T - s.
+
+        Parameters
+        ----------
+        u : ndarray
+            Learning rate times curvature, lr h.
+
+        Returns
+        -------
+        ndarray, shape of `u`
+            Mean of (1 - u)^t over the steps of the second half.
+        """
         count = self.steps - self.start
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            # Of 1 - (1 - u)^n little would be left at small u.
+            # expm1 and log1p: 1 - (1 - u)^n would lose its digits at small u.
             lost = np.where(u < 1.0, -np.expm1(count * np.log1p(-np.minimum(u, 1.0))), 0.0)
             mean = np.where(u < 1.0, lost, 1.0 - power(u, count)) / (u * count)
             return power(u, self.start + 1) * np.where(u == 0.0, 1.0, mean)
 
     @property
     def age(self) -> float:
-        """(s + 1 + T) / 2."""
+        """Mean of t over the averaged steps, (s + 1 + T) / 2."""
         return 0.5 * (self.start + 1 + self.steps)
 
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
-        """`nqm.SWA` from the middle on (see `TimeAverage.program`)."""
+        """Return a program with a phase of the optimizer, then a phase of `nqm.SWA`.
+
+        Parameters
+        ----------
+        method : Optimizer
+            Optimizer of the run.
+        lr : float
+            Learning rate.
+        batch_size : float
+            Examples of one minibatch.
+
+        Returns
+        -------
+        Program
+            The second phase has the steps that are averaged.
+        """
         first = Phase(method, lr, self.start, batch_size=batch_size)
         rest = Phase(SWA(method), lr, self.steps - self.start, batch_size=batch_size)
         return Program((first, rest))
@@ -139,7 +178,7 @@ class ExponentialMean(TimeAverage):
     Attributes
     ----------
     decay : float
-        beta, in [0, 1).
+        Share of the average that a step keeps, beta in [0, 1).
     """
 
     decay: float = 0.99
@@ -150,11 +189,33 @@ class ExponentialMean(TimeAverage):
         check_number("decay", self.decay, low=0.0, high=1.0, closed_high=False)
 
     def share(self, step: int) -> float:
-        """1 - beta (see `TimeAverage.share`)."""
+        """Return 1 - beta.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step; not used.
+
+        Returns
+        -------
+        float
+            In (0, 1].
+        """
         return 1.0 - self.decay
 
     def left(self, u: FloatArray) -> FloatArray:
-        """beta^T + (1 - beta) r (r^T - beta^T) / (r - beta), r = 1 - u (see `TimeAverage.left`)."""
+        """Return beta^T + (1 - beta) r (r^T - beta^T) / (r - beta), with r = 1 - u.
+
+        Parameters
+        ----------
+        u : ndarray
+            Learning rate times curvature, lr h.
+
+        Returns
+        -------
+        ndarray, shape of `u`
+            Mean of (1 - u)^t over all steps with exponential weights.
+        """
         r, beta, steps = 1.0 - u, self.decay, self.steps
         gap = r - beta
         same = np.abs(gap) < 1e-9
@@ -165,12 +226,27 @@ class ExponentialMean(TimeAverage):
 
     @property
     def age(self) -> float:
-        """T - beta (1 - beta^T) / (1 - beta)."""
+        """Mean of t with exponential weights, T - beta (1 - beta^T) / (1 - beta)."""
         beta = self.decay
         return self.steps - beta * (1.0 - beta**self.steps) / (1.0 - beta)
 
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
-        """`nqm.EMA` from the start (see `TimeAverage.program`)."""
+        """Return a program with one phase of `nqm.EMA`.
+
+        Parameters
+        ----------
+        method : Optimizer
+            Optimizer of the run.
+        lr : float
+            Learning rate.
+        batch_size : float
+            Examples of one minibatch.
+
+        Returns
+        -------
+        Program
+            It has all steps of the run.
+        """
         return Program((Phase(EMA(method, self.decay), lr, self.steps, batch_size=batch_size),))
 
 
@@ -180,8 +256,9 @@ class Running:
     Parameters
     ----------
     averages : iterable of TimeAverage
+        The averages to compute.
     start : Tensor
-        The weights at step 0, of one run or of many.
+        Weights at step 0, of one run, shape (p,), or of many, shape (runs, p).
 
     Attributes
     ----------
@@ -199,8 +276,9 @@ class Running:
         Parameters
         ----------
         step : int
-            1, 2, ...
+            Number of the step, from 1.
         weights : Tensor, shape of `start`
+            Weights after the step.
         """
         for average in self.averages:
             if share := average.share(step):
@@ -208,13 +286,14 @@ class Running:
 
 
 def power(u: FloatArray, steps: float) -> FloatArray:
-    """(1 - u)^steps, accurate at small u too.
+    """Compute (1 - u)^steps, accurately also at small u.
 
     Parameters
     ----------
     u : ndarray
+        Learning rate times curvature.
     steps : float
-        A whole number.
+        Whole number of steps.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""``nqm neural bridge``: from a run or a recipe to tables, a verdict and a page of pictures."""
+"""``nqm neural bridge``: from a run or a recipe to tables, a verdict and a page of figures."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ from nqm.table import Stamp, finished, read_table, replacing, write_table
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Tables of a bridge's file and what they describe; any other key is the recipe's.
+#: Table of a settings file -> class of its settings; any other key belongs to the recipe.
 SECTIONS: dict[str, type] = {"bridge": BridgeConfig, "plan": Plan}
-#: Tables of results by the name of their file; the last tells that all are there.
+#: Names of the files of results in the order of writing: if the last exists, all do.
 TABLES = ("spectrum", "course", "best_lr", "cost", "bridge")
 
 
@@ -75,7 +75,7 @@ def load_config(
     Raises
     ------
     NQMError
-        If a key or value is wrong; the message names the dotted key.
+        If the file cannot be read, or a key or value is wrong; the message names the dotted key.
     """
     mapping: dict[str, Any] = {} if path is None else toml.load(path)
     toml.override(mapping, overrides)
@@ -83,7 +83,7 @@ def load_config(
     toml.check_sections(mapping, names)
     toml.known_keys("", mapping, tuple(SECTIONS))
     tables = {name: dict(toml.table_at(name, mapping.get(name, {}))) for name in SECTIONS}
-    if "late_phase" in tables["plan"]:  # of which a single one is no member
+    if "late_phase" in tables["plan"]:  # which needs two members at least
         tables["plan"].setdefault("members", list(Plan.members[1:]))
     config, plan = (toml.call(kind, tables[name], name) for name, kind in SECTIONS.items())
     return config, plan
@@ -95,26 +95,29 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     Parameters
     ----------
     overrides : sequence of str
-        Each ``key=value``.
+        Overrides of the form ``key=value``.
 
     Returns
     -------
     own, others : list of str
+        Overrides of the bridge's settings, and of the recipe.
     """
-    own = [one for one in overrides if one.partition(".")[0].strip() in SECTIONS]
-    return own, [one for one in overrides if one not in own]
+    own = [item for item in overrides if item.partition(".")[0].strip() in SECTIONS]
+    return own, [item for item in overrides if item not in own]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The network that is measured.
+    """A network to be measured, and its data.
 
     Attributes
     ----------
     run : RunConfig
+        Configuration of the run, or of the recipe's first arm.
     model : Module
+        The network with the weights of the checkpoint.
     task : Task
-        Its data.
+        Data and loss of the run.
     """
 
     run: RunConfig
@@ -132,8 +135,9 @@ def open_target(
     target : str
         Folder of a finished run, or a recipe's name or file.
     runtime : Runtime
+        Device and folder of data files.
     scale : str
-        Scale of the recipe.
+        Scale of the recipe, e.g. ``"smoke"``; not used for a run.
     overrides : sequence of str
         Overrides of the recipe, e.g. ``model.checkpoint=FILE``.
 
@@ -151,8 +155,8 @@ def open_target(
         if overrides:
             name = overrides[0].partition("=")[0]
             raise NQMError(
-                f"{name} cannot be changed, {target} is a finished run; settings that can be are "
-                f"those of {' and '.join(SECTIONS)}, such as bridge.steps"
+                f"{name} cannot be changed: {target} is a finished run; change settings of "
+                f"{' and '.join(SECTIONS)} only, e.g. bridge.steps"
             )
         opened = reopen(target, runtime)
         return Opened(opened.run, opened.model, opened.task)
@@ -176,15 +180,16 @@ class Bridge:
     local : LocalQuadratic
         Slope, curvature and noise at the checkpoint.
     table, course : DataFrame
-        Made by `neural.bridge.api.compare`; measured columns are NaN if nothing was trained.
+        Losses, made by `neural.bridge.api.compare`; measured columns are NaN if nothing was
+        trained.
     best : DataFrame
-        Made by `neural.bridge.best_lr.best_lrs`.
+        Best learning rates, made by `neural.bridge.best_lr.best_lrs`.
     cost : DataFrame
-        Columns stage, seconds, epochs.
+        Computing time, made by `neural.bridge.timing.cost_table`.
     spectrum : DataFrame
         Columns curvature, count, noise_variance, kind (pair, bulk or bulk noise).
     words : list of str
-        The verdict.
+        Sentences of `neural.bridge.verdict.verdict`.
     """
 
     local: LocalQuadratic
@@ -210,19 +215,24 @@ def run_bridge(
     Parameters
     ----------
     opened : Opened
+        The network, from `open_target`.
     config : BridgeConfig
+        What is measured, and which trainings are predicted.
     plan : Plan
+        How many runs are trained, and which averages are evaluated.
     runtime : Runtime
+        Device and folder of data files.
     out : Path
         Folder for ``bridge.parquet``, ``course.parquet``, ``best_lr.parquet``, ``cost.parquet``,
         ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads), ``verdict.md`` and, in
         ``kept/``, the result of each stage.
     progress : callable, optional
-        Called with a stage's name and the fraction of it that is done.
+        Called with the name of a stage and the fraction of it that is done.
 
     Returns
     -------
     Bridge
+        The results, as read from the files.
 
     Raises
     ------
@@ -234,27 +244,28 @@ def run_bridge(
             "late_phase trains in evaluation mode; drop batchnorm_group, or drop late_phase"
         )
     stamp = _stamp(opened.run, config, plan)
-    known = finished(out / "bridge.parquet", stamp)  # refuses another's
+    # Raises NQMError if the file holds results of other settings.
+    known = finished(out / "bridge.parquet", stamp)
     cache = Cache(out / "kept")
     risk = _risk(opened, config, plan, runtime, cache, progress)
     local = measure_checkpoint(risk, config, seed=plan.seed, cache=cache, progress=progress)
     if known is None:
         write_table(out / "problem.parquet", local.problem_table(), stamp.metadata())
-        # Which reads the first stage from its file.
+        # It reads the result of `measure_checkpoint` from its file.
         measured = measure(risk, config, seed=plan.seed, cache=cache, progress=progress)
         for name, table in _tables(measured, opened, config, plan, progress).items():
             write_table(out / f"{name}.parquet", table, stamp.metadata())
-    found = {name: read_table(out / f"{name}.parquet") for name in TABLES}
-    words = verdict(found["bridge"], local, found["best_lr"], found["cost"])
+    tables = {name: read_table(out / f"{name}.parquet") for name in TABLES}
+    words = verdict(tables["bridge"], local, tables["best_lr"], tables["cost"])
     with replacing(out / "verdict.md") as stream:
         stream.write(("\n".join(f"- {line}" for line in words) + "\n").encode())
     return Bridge(
         local,
-        found["bridge"],
-        found["course"],
-        found["best_lr"],
-        found["cost"],
-        found["spectrum"],
+        tables["bridge"],
+        tables["course"],
+        tables["best_lr"],
+        tables["cost"],
+        tables["spectrum"],
         words,
     )
 
@@ -262,8 +273,8 @@ def run_bridge(
 def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
     """Metadata of the tables of a bridge; its key depends on what differs from the defaults."""
     key = keys.key({"run": run_key(run), "bridge": differing(config), "plan": differing(plan)})
-    stated = {"run": describe(run), "bridge": asdict(config), "plan": asdict(plan)}
-    return Stamp(key, __version__, stated)
+    settings = {"run": describe(run), "bridge": asdict(config), "plan": asdict(plan)}
+    return Stamp(key, __version__, settings)
 
 
 def _tables(
@@ -277,29 +288,29 @@ def _tables(
         outcome = compare(measured, plan, test=test, progress=progress)
     else:
         outcome = predict(measured, plan)
-    tried = counted(progress, "best learning rates", POINTS + 8.0 * len(plan.members))
-    best = best_lrs(outcome.table, gaussians, records=plan.records, progress=tried)
+    search = counted(progress, "best learning rates", POINTS + 8.0 * len(plan.members))
+    best = best_lrs(outcome.table, gaussians, records=plan.records, progress=search)
     epoch = len(task.stream) * opened.run.data.batch_size
     share = risk.examples * (config.batchnorm_group or 1) / epoch
-    found = {
+    tables = {
         "spectrum": _spectrum(measured, config, plan.seed),
         "course": outcome.course,
         "best_lr": best,
         "cost": cost_table(risk, share, measured.cache.log),
         "bridge": outcome.table,
     }
-    return {name: found[name] for name in TABLES}
+    return {name: tables[name] for name in TABLES}
 
 
 def _check_sizes(risk: EmpiricalRisk, training: Training, config: BridgeConfig, plan: Plan) -> None:
     """Raise NQMError, before anything is measured, if the arrays would not fit into memory."""
     weights, numbers = risk.size, risk.weights.element_size()
     tensors, _ = rows(risk.batches[0])
-    example = sum(one[0].numel() * one.element_size() for one in tensors)
+    example = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
     runs = plan.runs if config.train else 0
     batch = training.batch_size
-    kept = runs * (min(plan.records, training.steps) + EARLY + 3)
-    check_size(f"runs = {plan.runs} of {weights} weights", kept * weights, numbers)
+    snapshots = runs * (min(plan.records, training.steps) + EARLY + 3)
+    check_size(f"runs = {plan.runs} of {weights} weights", snapshots * weights, numbers)
     check_size(f"batch_size = {batch} of {runs} runs", runs * batch * (example + 8), 1)
     pairs = min(config.eigenpairs or weights, weights)
     what = f"eigenpairs = {pairs}" if config.eigenpairs else f"all {weights} eigenpairs"
@@ -341,22 +352,22 @@ def _risk(
         progress("minimise", 0.0)
 
     def minimised() -> dict[str, Any]:
-        there = minimise(risk, config.minimise, config.minimise_lr)
-        return {"weights": there.weights.cpu().numpy()}
+        minimum = minimise(risk, config.minimise, config.minimise_lr)
+        return {"weights": minimum.weights.cpu().numpy()}
 
-    found = cache.of(risk)(
+    stored = cache.of(risk)(
         "minimised", minimised, iterations=config.minimise, lr=config.minimise_lr
     )
-    return risk.at(torch.from_numpy(found["weights"]).to(risk.weights))
+    return risk.at(torch.from_numpy(stored["weights"]).to(risk.weights))
 
 
 def held_out_loss(
     risk: EmpiricalRisk, task: Task, examples: int = 0, group: int | None = None
 ) -> Callable[[Tensor], float]:
-    """Mean cross-entropy on test examples, as a function of the weights.
+    """Make a function that computes the mean cross-entropy on test examples at given weights.
 
-    For a text, only windows of full length are used: a symbol of a shorter one would have a larger
-    weight.
+    For a text, only windows of full length are used: the mean over windows would give a symbol of a
+    shorter one a larger weight.
 
     Parameters
     ----------
@@ -372,7 +383,7 @@ def held_out_loss(
     Returns
     -------
     callable
-        Loss, in nats, of a weight vector of shape (p,).
+        Maps a weight vector of shape (p,) to the loss in nats.
     """
     batches: list[Batch] = []
     left = examples or None
@@ -388,7 +399,7 @@ def held_out_loss(
 
 
 def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFrame:
-    """Curvature nodes with their count and noise variance, for the picture."""
+    """Curvature nodes with their count and noise variance, for the figure."""
     import pandas as pd
 
     risk, local = measured.risk, measured.local
@@ -398,19 +409,19 @@ def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFra
         "count": np.ones(len(pairs.values)),
         "noise_variance": np.diag(local.noise),
     }
-    parts = [pd.DataFrame(columns).assign(kind="pair")]
+    frames = [pd.DataFrame(columns).assign(kind="pair")]
     if not local.complete:
         steps = config.lanczos_steps
-        found = measured.cache.of(risk, seed=seed)(
+        nodes = measured.cache.of(risk, seed=seed)(
             "density",
             lambda: vars(density(risk, pairs, probes=2, steps=steps, seed=seed)),
             local=local.key(),
             lanczos_steps=steps,
         )
-        bulk = pd.DataFrame({"curvature": found["values"], "count": found["counts"]})
-        parts.append(bulk.assign(kind="bulk"))
+        bulk = pd.DataFrame({"curvature": nodes["values"], "count": nodes["counts"]})
+        frames.append(bulk.assign(kind="bulk"))
         h, v, _ = local.points()
         rest = slice(len(pairs.values), None)
         noise = pd.DataFrame({"curvature": h[rest], "noise_variance": v[rest]})
-        parts.append(noise[noise["noise_variance"] > 0].assign(kind="bulk noise"))
-    return pd.concat(parts, ignore_index=True)
+        frames.append(noise[noise["noise_variance"] > 0].assign(kind="bulk noise"))
+    return pd.concat(frames, ignore_index=True)

@@ -1,4 +1,4 @@
-"""Pictures of a bridge, from its tables."""
+"""Figures of a bridge, drawn from its tables."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from neural.curvature.gradient_noise import noise_exponent
 def draw_bridge(
     table: pd.DataFrame, course: pd.DataFrame, spectrum: pd.DataFrame, folder: Path, title: str
 ) -> list[Path]:
-    """Draw a page of pictures of a bridge, as PNG and PDF.
+    """Draw a page of figures of a bridge, as PNG and PDF.
 
     Parameters
     ----------
     table, course, spectrum : DataFrame
-        Fields of `neural.bridge.pipeline.Bridge`.
+        Tables of a `neural.bridge.pipeline.Bridge`.
     folder : Path
         Folder for ``bridge.png`` and ``bridge.pdf``.
     title : str
+        Title of the page; plain text, not mathematics.
 
     Returns
     -------
     list of Path
-        The files.
+        The files that were written.
     """
     mpl.use("Agg")
     with style.context():
@@ -47,5 +48,5 @@ def draw_bridge(
         bridge.averages(table, ax=axes[last[0]])
         bridge.residuals(table, float(h.max()), ax=axes[last[1]])
         style.panel_letters(list(axes.values()))
-        figure.suptitle(title, fontsize=9, parse_math=False)  # a "$" of the user's is one
+        figure.suptitle(title, fontsize=9, parse_math=False)  # show a "$" of a name as such
     return style.save(figure, folder / "bridge", {"title": title})

@@ -5,11 +5,12 @@ fitted to any training run. The loss of the mean of K runs after t steps is
 
     L(checkpoint) + descent + cross + floor + excess / K:
 
-noise-free descent, the drift of the mean (`neural.bridge.drift`), and the excess that `nqm` gives
-for the noise of one run, with curvature and noise averaged over the weights of the training
-(`neural.bridge.gaussian`). Averages over time (`neural.bridge.iterate_averages`) have the same
-terms. Late-phase members on a shared base draw K minibatches for one base step, so that at gamma =
-"mean" their average is plain SGD on minibatches of K B: the same 1/K.
+the change by noise-free descent, two terms for the drift of the mean (`neural.bridge.drift`), and
+the excess loss that `nqm` computes for the noise of one run, with curvature and noise averaged over
+the weights of the training (`neural.bridge.gaussian`). Averages over time
+(`neural.bridge.iterate_averages`) have the same terms. Late-phase members on a shared base draw K
+minibatches for one base step: at gamma = "mean" their average is plain SGD with batch size K B,
+which divides the excess by K as well.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Prediction:
     floor : float
         Loss caused by the drift in the mean of any number of members.
     excess : float
-        Expected excess loss of a single run due to noise; that of the mean of K is 1/K of it.
+        Expected excess loss of a single run due to noise; the mean of K runs has 1/K of it.
         Infinite where the quadratic is unstable.
     curvature_change_part : float
-        Part of the excess that is due to the change of curvature by the run's own covariance; in
-        the mean of K members it falls as 1 / K^2.
+        Part of `excess` that is due to the change of curvature by the run's own covariance; in the
+        mean of K members it falls as 1 / K^2.
     effective_runs : float
         Effective number of independent runs: excess of the iterate over that of an average over
         time; 1 for the iterate itself.
@@ -53,8 +54,8 @@ class Prediction:
         Excess loss of a single run due to kinks (`neural.bridge.kinks`), beyond their part of
         `excess`.
     log2_slope : float
-        Increase of `nonsmooth_excess`, times the members, for every halving of the standard
-        deviation of the weights.
+        Increase of K times `nonsmooth_excess` for every halving of the standard deviation of the
+        weights.
     """
 
     descent: float
@@ -72,11 +73,12 @@ class Prediction:
         Parameters
         ----------
         members : float
-            K.
+            Number of members, K >= 1.
 
         Returns
         -------
         float
+            `cross`, `floor` and the excess of the mean.
         """
         part, runs = self.curvature_change_part, self.effective_runs
         excess = (self.excess - part) / members + 0.5 * part / (members**2 * runs)
@@ -85,16 +87,17 @@ class Prediction:
         return float(self.cross + self.floor + excess + kinks)
 
     def change(self, members: float = 1.0) -> float:
-        """Expected change of the loss of the mean of K members, descent included.
+        """Expected change of the loss of the mean of K members: `descent` plus `rise`.
 
         Parameters
         ----------
         members : float
-            K.
+            Number of members, K >= 1.
 
         Returns
         -------
         float
+            Relative to the loss of the checkpoint; negative if training lowers the loss.
         """
         return self.descent + self.rise(members)
 
@@ -118,20 +121,20 @@ def weighted(parts: Iterable[tuple[float, Prediction]]) -> Prediction:
     """
     parts = list(parts)
     means = {
-        part.name: sum(weight * getattr(one, part.name) for weight, one in parts)
-        for part in fields(Prediction)
+        term.name: sum(weight * getattr(prediction, term.name) for weight, prediction in parts)
+        for term in fields(Prediction)
     }
     return Prediction(**means)
 
 
 def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> Prediction:
-    """Predicted change of the loss by a training, averaged over `at`.
+    """Predict the change of the loss by a training, averaged over steps.
 
     Parameters
     ----------
     gaussian : WeightGaussian
-        Gaussian of the weights in the training. Shuffled epochs are taken to be at their steady
-        state, where their noise cancels over an epoch.
+        Gaussian of the weights in the training. For shuffled epochs the steady state is used, where
+        the noise cancels over an epoch.
     at : iterable of int or TimeAverage
         Steps after which the loss of the iterate is recorded, or averages over time.
 
@@ -140,7 +143,7 @@ def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> P
     Prediction
     """
     each = predict_each(gaussian, list(at))
-    return weighted((1.0 / len(each), one) for one in each)
+    return weighted((1.0 / len(each), prediction) for prediction in each)
 
 
 def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> list[Prediction]:
@@ -148,13 +151,14 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
 
     Parameters
     ----------
-    gaussian : WeightGaussian
-    at : sequence of int or TimeAverage
+    gaussian, at
+        See `predict_loss`.
 
     Returns
     -------
     list of Prediction
-        Beyond the edge of stability the excess is infinite and the other terms are NaN.
+        One for each entry of `at`. Beyond the edge of stability the excess is infinite and the
+        other terms are NaN.
     """
     if not gaussian.stable:
         return [Prediction(np.nan, np.nan, np.nan, np.inf)] * len(at)
@@ -162,7 +166,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     problem = local.problem().replace(initial_mean=0.0)
     steps = [when if isinstance(when, int) else when.steps for when in at]
     excesses = expected_excess(problem, training, local.examples, [*at, *steps])
-    found = []
+    predictions = []
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
         runs = iterate / excess if isinstance(when, TimeAverage) else 1.0
         change_part = nonsmooth = slope = 0.0
@@ -172,7 +176,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
             kinks, kink_part = smoothing.kinks, smoothing.kink_part(training, step, local) / runs
             nonsmooth = kink_part * (kinks.cost_ratio - 1.0)
             slope = kink_part * kinks.log2_slope
-        found.append(
+        predictions.append(
             Prediction(
                 descent=descent(local, training, when),
                 cross=drift.cross(training, when),
@@ -184,7 +188,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
                 log2_slope=slope,
             )
         )
-    return found
+    return predictions
 
 
 def expected_excess(
@@ -195,19 +199,19 @@ def expected_excess(
     Parameters
     ----------
     problem : Problem
-        Starts at its minimum.
+        Its initial mean is its minimum.
     training : Training
-        Below the edge of stability.
+        The training; its learning rate is below the edge of stability.
     examples : int
-        N, the examples of a shuffled epoch.
+        Number of examples of a shuffled epoch, N.
     at : sequence of int or TimeAverage
         Steps, and averages over time.
 
     Returns
     -------
     list of float
-        NaN for averages over shuffled epochs: the steady state does not give the correlation
-        between the steps of an epoch.
+        One for each entry of `at`; NaN for averages over shuffled epochs, as the steady state does
+        not tell the correlation between the steps of an epoch.
     """
     method, lr, size = training.algorithm, training.lr, training.batch_size
     shuffled = training.sampling == "shuffled"
@@ -220,13 +224,13 @@ def expected_excess(
         else:
             losses = solve(problem, Program((phase,)), at=steps).loss
             known = dict(zip(steps, map(float, losses), strict=True))
-    found = []
+    excesses = []
     for when in at:
         if isinstance(when, int):
-            found.append(known[when])
+            excesses.append(known[when])
         elif shuffled:
-            found.append(np.nan)
+            excesses.append(np.nan)
         else:
             losses = solve(problem, when.program(method, lr, size), at=[when.steps]).loss
-            found.append(float(losses[-1]))
-    return found
+            excesses.append(float(losses[-1]))
+    return excesses

@@ -1,8 +1,8 @@
 """Covariance of the weights in one training, along the directions of a local quadratic.
 
 With R = 1 - lr H and C the noise of a minibatch, t steps of SGD from a fixed start give the
-weights the covariance S = lr^2 sum over s < t of R^s C R^s. For heavy ball, R^s is replaced by its
-own response.
+weights the covariance S = lr^2 sum over s < t of R^s C R^s. For heavy ball, R^s is replaced by the
+response of heavy ball to one step's noise after s further steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
 FloatArray = NDArray[np.float64]
-#: Variances below this part of the largest are rounding, and so is what would be drawn with them.
+#: Variances below this fraction of the largest are rounding errors and are set to zero.
 ROUNDING = 1e-12
 
 
@@ -25,7 +25,9 @@ def covariance(local: LocalQuadratic, training: Training) -> FloatArray:
     Parameters
     ----------
     local : LocalQuadratic
+        Gives curvature and noise.
     training : Training
+        Gives learning rate, batch size, momentum and number of steps.
 
     Returns
     -------
@@ -47,12 +49,13 @@ def rest_trace(local: LocalQuadratic, training: Training) -> float:
 
     Parameters
     ----------
-    local : LocalQuadratic
-    training : Training
+    local, training
+        See `covariance`.
 
     Returns
     -------
     float
+        In units of the weights squared.
     """
     if not local.draws:
         return 0.0
@@ -72,9 +75,10 @@ def displacement(
 
     Parameters
     ----------
-    local : LocalQuadratic
-    training : Training
+    local, training
+        See `covariance`.
     rng : Generator
+        Source of the random numbers.
     draw : int, optional
         Index of one of the local model's draws; a random one by default.
 
@@ -101,25 +105,29 @@ def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
     Parameters
     ----------
     local : LocalQuadratic
+        Gives the curvature.
     training : Training
+        Gives the momentum.
 
     Returns
     -------
     float
+        Learning rate of the optimizer, not the effective one.
     """
     return float(stability_edge(local.problem(), training.algorithm))
 
 
 def noise_sums(u: FloatArray, training: Training) -> FloatArray:
-    """Variance that the training's noisy steps accumulate, in units of one step's.
+    """Variance that the training's noisy steps accumulate, in units of the variance of one step.
 
     For SGD it is the sum over t < steps of (1 - lr h)^(2t).
 
     Parameters
     ----------
     u : ndarray
-        lr h, with the effective rate.
+        Effective learning rate times curvature, lr h.
     training : Training
+        Gives momentum and number of steps.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Training from a checkpoint on the measured data, with which predictions are compared.
+"""Training from a checkpoint on the measured data; predictions are compared with its losses.
 
-Independent runs of SGD train the risk's weights with minibatches drawn from its examples, in
-evaluation mode and without augmentation, on the loss whose curvature and noise were measured.
+Independent runs of SGD train the risk's weights with minibatches of its examples, in evaluation
+mode and without augmentation: on the very loss whose curvature and noise were measured.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import LatePhase
 
 FloatArray = NDArray[np.float64]
-#: Shown every step 1, 2, ... and the weights after it (`neural.bridge.iterate_averages.Running`).
+#: Called with the number of a step, from 1, and the weights after it
+#: (`neural.bridge.iterate_averages.Running`).
 Seen = Callable[[int, Tensor], None]
-#: Runs of a model of fewer weights than this step together; convolutions would lose by it.
+#: Models with fewer weights than this run all their runs in one `vmap`; convolutions are slower so.
 TOGETHER = 5000
 
 
@@ -42,12 +43,15 @@ def train_runs(
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss; training starts at its weights.
     training : Training
+        Learning rate, batch size, momentum and sampling.
     runs : int
+        Number of independent runs.
     at : sequence of int
         Steps after which weights are yielded, increasing.
     seed : int
-        Run c draws its minibatches from (seed, c).
+        Run c draws its minibatches with the key (seed, c).
     seen : callable, optional
         Called after every step with its number and the weights, shape (runs, p).
     progress : callable, optional
@@ -56,7 +60,9 @@ def train_runs(
     Yields
     ------
     step : int
+        Number of steps done.
     weights : Tensor, shape (runs, p)
+        Weights after that step.
     """
     risk.check()
     tensors, make = joined(risk.batches)
@@ -68,16 +74,17 @@ def train_runs(
 
     def slopes(weights: Tensor) -> Tensor:
         index = torch.stack([next(draw) for draw in draws]).to(tensors[-1].device)
-        found: Tensor
-        with torch.no_grad():  # or the model's other weights would keep every step's graph
-            found = slope(weights, *(tensor[index] for tensor in tensors))
-        return found.add_(weights, alpha=risk.weight_decay)
+        gradients: Tensor
+        # Without no_grad, the model's other weights would keep the graph of every step.
+        with torch.no_grad():
+            gradients = slope(weights, *(tensor[index] for tensor in tensors))
+        return gradients.add_(weights, alpha=risk.weight_decay)
 
     done = 0
     for stop in at:
         with risk.evaluating():
             for step in range(done + 1, stop + 1):
-                # Once all have diverged they stay; the loss of such weights is told as infinite.
+                # When all runs have diverged, no more steps are taken; their losses are infinite.
                 if bool(weights.isfinite().all(1).any()):
                     moved = slopes(weights)
                     if training.momentum:
@@ -92,20 +99,21 @@ def train_runs(
 
 
 def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iterator[Tensor]:
-    """Indices of minibatches, without end.
+    """Draw the indices of minibatches, without end.
 
     Parameters
     ----------
     examples : int
-        N.
+        Number of examples, N.
     training : Training
         Gives batch size and sampling.
     key : (int, int)
-        Seed, and number of the run.
+        Seed of all runs, and number of the run.
 
     Yields
     ------
     Tensor of int64, shape (B,)
+        Indices of the examples, from 0.
 
     Raises
     ------
@@ -137,32 +145,34 @@ def train_late_phase(
     Parameters
     ----------
     risk : EmpiricalRisk
-        Its weights are those that are trained.
+        The loss; its weights are trained, from their values on.
     training : Training
+        Learning rate, batch size, momentum and sampling.
     members : int
-        K; a step draws K minibatches.
+        Number of members, K; a base step draws K minibatches.
     select : str
-        The replicated weights.
+        Weights that are replicated (see `neural.late_phase.select.select`).
     at : sequence of int
-        Cycles after which weights are yielded, increasing.
+        Base steps after which weights are yielded, increasing.
     seed : int
-        Member k draws its minibatches from (seed, k).
+        Member k draws its minibatches with the key (seed, k).
     progress : callable, optional
         Called with the number of minibatches done since the last call.
 
     Yields
     ------
     step : int
+        Number of base steps done.
     weights : Tensor, shape (p,)
-        Weights of the averaged model.
+        Weights of the averaged model after that step.
     """
     model = duplicate(risk.model).eval()
-    held = [model.get_parameter(name) for name in risk.shapes]
-    # A risk may stand elsewhere than its model.
-    nn.utils.vector_to_parameters(risk.weights.clone(), held)
+    trained = [model.get_parameter(name) for name in risk.shapes]
+    # The weights of a risk may differ from those of its model (`EmpiricalRisk.at`).
+    nn.utils.vector_to_parameters(risk.weights.clone(), trained)
     for parameter in model.parameters():
-        parameter.requires_grad_(any(parameter is one for one in held))
-    base = torch.optim.SGD(held, training.lr, training.momentum, weight_decay=risk.weight_decay)
+        parameter.requires_grad_(any(parameter is other for other in trained))
+    base = torch.optim.SGD(trained, training.lr, training.momentum, weight_decay=risk.weight_decay)
     late = LatePhase(model, members, select, gamma="mean", seed=seed).eval()
     own = late.optimizer_like(base)
     tensors, make = joined(risk.batches)
@@ -175,7 +185,8 @@ def train_late_phase(
     for stop in at:
         for _ in range(stop - done):
             index = [next(draw) for draw in draws]
-            late.step([make([one[i] for one in tensors]) for i in index], loss, base, own)
+            batches = [make([tensor[i] for tensor in tensors]) for i in index]
+            late.step(batches, loss, base, own)
             if progress is not None:
                 progress(members)
         done = stop
@@ -186,12 +197,14 @@ def train_late_phase(
 def noise_free(
     risk: EmpiricalRisk, training: Training, at: Sequence[int], *, seen: Seen | None = None
 ) -> FloatArray:
-    """Losses of full-batch gradient descent from the checkpoint.
+    """Record losses of full-batch gradient descent from the checkpoint.
 
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss; descent starts at its weights.
     training : Training
+        Gives learning rate and momentum.
     at : sequence of int
         Steps after which the loss is recorded, increasing.
     seen : callable, optional
@@ -219,16 +232,16 @@ def noise_free(
 def group_losses(
     loss: Callable[[Tensor], float], snapshots: Sequence[Tensor], members: int
 ) -> FloatArray:
-    """Loss of the mean weights of every `members` runs.
+    """Compute the loss of the mean weights of groups of K runs.
 
     Parameters
     ----------
     loss : callable
-        Loss of a weight vector.
+        Maps a weight vector of shape (p,) to its loss.
     snapshots : sequence of Tensor, shape (runs, p)
-        One for each time.
+        Weights of all runs, one tensor for each time.
     members : int
-        K. Runs that do not fill a group are not used.
+        Number of runs in a group, K. Runs that do not fill a group are not used.
 
     Returns
     -------

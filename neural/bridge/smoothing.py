@@ -1,10 +1,11 @@
 """Curvature and gradient noise averaged over the Gaussian of the weights in one training.
 
-To leading order in lr / B the averages change with the covariance and with where the noise has
-pushed the mean (`neural.bridge.drift`), which are of the same order; and with where descent without
-noise takes the weights. They are measured in one training, along the known eigenpairs: at both ends
-of random displacements around the mean, at the mean, and at the end of descent. For any other
-training the first part is scaled with the covariance, the others with the displacements.
+To leading order in lr / B, three things change the averages: the covariance of the weights, the
+displacement of their mean by the noise (`neural.bridge.drift`), which is of the same order, and the
+displacement by noise-free descent. The change is measured in one training, along the known
+eigenpairs: at both ends of random displacements around the mean, at the mean, and at the end of
+descent. For any other training the first contribution is scaled with the covariance, the other two
+with the displacements.
 """
 
 from __future__ import annotations
@@ -34,19 +35,20 @@ NAMES = ("curvature", "noise", "trace")
 
 @dataclass(frozen=True)
 class Kinks:
-    """What kinks of the loss add to the curvature in one training (`neural.bridge.kinks`).
+    """Curvature and loss added by kinks of the loss in one training (`neural.bridge.kinks`).
 
     Attributes
     ----------
     pairs : ndarray, shape (k,)
-        Curvature added along the eigenpairs.
+        Curvature added along each eigenpair.
     rest : float
-        Curvature added beyond them; flat pairs share it.
+        Curvature added along every direction beyond the eigenpairs; eigenpairs of low curvature
+        have this value as well.
     cost_ratio : float
-        Loss that kinks add, over half of that curvature times the covariance: 1 where kinks are
-        spread evenly, 2 if all lie at the mean.
+        Loss added by kinks, divided by half of the trace of added curvature times covariance: 1 if
+        kinks are spread evenly, 2 if all lie at the mean.
     log2_slope : float
-        How much larger this ratio is after every halving of the standard deviation.
+        Increase of this ratio for every halving of the standard deviation.
     """
 
     pairs: FloatArray
@@ -56,25 +58,27 @@ class Kinks:
 
     @classmethod
     def none(cls) -> Kinks:
-        """Kinks of a smooth loss: no added curvature, for any number of eigenpairs.
+        """Values for a smooth loss.
 
         Returns
         -------
         Kinks
+            Without added curvature; fits any number of eigenpairs.
         """
         return cls(np.zeros(1), 0.0)
 
 
 @dataclass(frozen=True)
 class Change:
-    """How curvature and noise along the eigenpairs change.
+    """Difference of curvature and noise between two places, or of averages over them.
 
     Attributes
     ----------
     curvature, noise : ndarray, shape (k, k)
-        Less the value at the checkpoint.
+        Change of the Hessian, and of the covariance of one example's gradient, along the
+        checkpoint's eigenpairs.
     trace : float
-        The same of the whole noise's trace.
+        Change of the trace of the whole noise covariance.
     """
 
     curvature: FloatArray
@@ -84,21 +88,25 @@ class Change:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How curvature and noise, averaged over a training's weights, differ from the checkpoint's.
+    """Change of curvature and noise from the checkpoint to averages over a training's weights.
 
     Attributes
     ----------
     local : LocalQuadratic
-        At the checkpoint.
+        Slope, curvature and noise at the checkpoint.
     training : Training
-        In which it was measured.
-    width, mean, descent : Change
-        With the covariance of the weights, with where the noise has pushed their mean, and with
-        where descent without noise ends.
+        The training in which the change was measured. Methods that take a training scale the
+        change to that one.
+    width : Change
+        From the mean of the weights to the average over their covariance.
+    mean : Change
+        From the end of noise-free descent to the mean of the weights, which noise displaces.
+    descent : Change
+        From the checkpoint to the end of noise-free descent.
     drift : Drift, optional
-        What pushes the mean; by default nothing does.
+        Force that displaces the mean; by default there is no such displacement.
     kinks : Kinks
-        Of the loss; none by default.
+        Curvature and loss added by kinks; none by default.
     """
 
     local: LocalQuadratic
@@ -123,17 +131,17 @@ class Smoothing:
         return self.drift.displacement(self.training)
 
     def width_scale(self, training: Training) -> float:
-        """Covariance of the weights in another training, in units of that in the measured one.
-
-        At most the ratio of lr / B, which it reaches once all directions are stationary.
+        """Covariance of the weights in another training, relative to the measured one's.
 
         Parameters
         ----------
         training : Training
+            The other training.
 
         Returns
         -------
         float
+            At most the ratio of lr / B, which it reaches when all directions are stationary.
         """
         stationary = training.noise_ratio(self.training)
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
@@ -141,11 +149,12 @@ class Smoothing:
         return min(scale, stationary) if np.isfinite(scale) else stationary
 
     def mean_scale(self, training: Training) -> float:
-        """Displacement of the mean by the noise in another training, in units of the measured one.
+        """Displacement of the mean by noise in another training, relative to the measured one's.
 
         Parameters
         ----------
         training : Training
+            The other training.
 
         Returns
         -------
@@ -159,11 +168,12 @@ class Smoothing:
         return float(np.clip(scale, -stationary, stationary)) if np.isfinite(scale) else stationary
 
     def descent_scale(self, training: Training) -> float:
-        """Displacement by noise-free descent in another training, in units of the measured one.
+        """Displacement by noise-free descent in another training, relative to the measured one's.
 
         Parameters
         ----------
         training : Training
+            The other training.
 
         Returns
         -------
@@ -175,17 +185,19 @@ class Smoothing:
         return float(np.clip(scale, 0.0, longest))
 
     def mean_hessian(self, training: Training, width_part: float = 1.0) -> FloatArray:
-        """Mean second derivatives over the weights of another training, centred where descent ends.
+        """Mean Hessian over the weights of another training, centred where descent ends.
 
         Parameters
         ----------
         training : Training
+            The other training.
         width_part : float
             Fraction of the change with the covariance that is included; in the loss it is one half.
 
         Returns
         -------
         ndarray, shape (k, k)
+            Along the checkpoint's eigenpairs, without the curvature added by kinks.
         """
         change = width_part * self.width_scale(training) * self.width.curvature
         change = change + self.descent_scale(training) * self.descent.curvature
@@ -194,35 +206,39 @@ class Smoothing:
     def seen_by(self, training: Training, mean_part: float = 1.0) -> LocalQuadratic:
         """The local model with curvature and noise averaged over the weights of a training.
 
-        Scaled to a far larger covariance, the change may make a curvature negative. It is then set
-        to zero: leading order gives no more than that.
+        If the change is scaled to a far larger covariance, a curvature may become negative. It is
+        then set to zero, or to the most negative curvature of the checkpoint: a calculation to
+        leading order does not tell more.
 
         Parameters
         ----------
         training : Training
+            The other training.
         mean_part : float
-            Fraction of its displacement by the noise that the mean has covered.
+            Fraction of the mean's displacement by noise at which the average is taken, in [0, 1].
 
         Returns
         -------
         LocalQuadratic
+            With eigenpairs of the averaged curvature, kinks included.
         """
-        parts = (
+        changes = (
             (self.width, self.width_scale(training)),
             (self.mean, mean_part * self.mean_scale(training)),
             (self.descent, self.descent_scale(training)),
         )
         local = self.local
         along = local.pairs.values + self.kinks.pairs
-        change = np.sum([scale * part.curvature for part, scale in parts], axis=0)
-        size, turn = np.linalg.eigh(np.diag(along) + change)
+        curvature = np.sum([scale * change.curvature for change, scale in changes], axis=0)
+        size, turn = np.linalg.eigh(np.diag(along) + curvature)
         size, turn = size[::-1], turn[:, ::-1]
         size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
-        noise = local.noise + np.sum([scale * part.noise for part, scale in parts], axis=0)
+        noise = local.noise + np.sum([scale * change.noise for change, scale in changes], axis=0)
         noise = turn.T @ noise @ turn
         power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
-        noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)  # differences, and rounding
-        trace = local.noise_trace + sum(scale * part.trace for part, scale in parts)
+        # Differences and rounding may make a variance negative; it is set to zero.
+        noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)
+        trace = local.noise_trace + sum(scale * change.trace for change, scale in changes)
         return replace(
             local,
             pairs=Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals),
@@ -249,6 +265,7 @@ class Smoothing:
         Returns
         -------
         Drift
+            With another `local` and `loss_curvature`; the force is the same.
         """
         seen = self.seen_by(drift.training, 0.5)
         turn = seen.pairs.vectors.T @ drift.local.pairs.vectors
@@ -277,6 +294,7 @@ class Smoothing:
         Parameters
         ----------
         training : Training
+            The run's training.
         steps : int
             Number of steps after which the covariance is taken.
         seen : LocalQuadratic
@@ -295,15 +313,13 @@ class Smoothing:
 
         Parameters
         ----------
-        training : Training
-        steps : int
-            Number of steps after which the covariance is taken.
-        seen : LocalQuadratic
-            `seen_by` of the training.
+        training, steps, seen
+            See `curvature_change_part`.
 
         Returns
         -------
         float
+            At least 0.
         """
         now = replace(training, steps=steps)
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
@@ -320,22 +336,25 @@ class Smoothing:
         Parameters
         ----------
         training : Training
+            The training whose weights scatter.
 
         Returns
         -------
         float
+            Relative to the trace at the end of noise-free descent; 0.1 is 10 %.
         """
         change = self.width_scale(training) * self.width.trace
         change += self.mean_scale(training) * self.mean.trace
-        calm = self.local.noise_trace + self.descent_scale(training) * self.descent.trace
-        return change / max(calm, 1e-300)
+        at_descent = self.local.noise_trace + self.descent_scale(training) * self.descent.trace
+        return change / max(at_descent, 1e-300)
 
     def kink_fraction(self) -> float:
-        """Curvature that kinks add along the stiff eigenpairs, relative to their own.
+        """Sum of the curvature that kinks add along the stiff eigenpairs, relative to their own.
 
         Returns
         -------
         float
+            0.1 is 10 %.
         """
         stiff = self.local.pairs.values >= STIFF * self.local.largest
         added = np.broadcast_to(self.kinks.pairs, stiff.shape)[stiff].sum()
@@ -343,7 +362,7 @@ class Smoothing:
 
 
 def _projection(there: FloatArray, here: FloatArray) -> float:
-    """Coefficient of `here` along `there`: 1 if they are the same."""
+    """Coefficient of the projection of `here` onto `there`; 1 if they are the same."""
     return float(np.sum(there * here) / max(float(np.sum(there * there)), 1e-300))
 
 
@@ -363,58 +382,64 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     Parameters
     ----------
     risk : EmpiricalRisk
+        The network's training loss.
     local : LocalQuadratic
-        Of this risk.
+        Measured on this risk.
     training : Training
+        The training whose covariance the displacements have.
     drift : Drift, optional
-        Tells the mean of the weights; where descent ends by default.
+        Force that displaces the mean of the weights; by default the mean is where descent ends.
     displacements : int
-        Random displacements: at both ends of each, and at the mean, k Hessian products and the
-        noise along k directions.
-    seed : int
-    cache : Cache, optional
-        Keeps what is found, and gives it when asked again.
+        Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
+        products and the noise along k directions are computed.
+    seed, cache
+        See `neural.bridge.drift.measure_drift`.
     progress : callable, optional
-        Told that one more end is done.
+        Called with 1 after every end of a displacement.
 
     Returns
     -------
     Smoothing
+        Without kinks.
 
     Raises
     ------
     NQMError
-        If there is no displacement.
+        If `displacements` is below 1.
     """
     check_integer("averaging_displacements", displacements, 1)
     vectors = local.pairs.vectors
-    calm = risk.weights + vector(risk, descended(local, training))
-    centre, pushed = calm, 0.0
+    descent_end = risk.weights + vector(risk, descended(local, training))
+    centre, pushed = descent_end, 0.0
     if drift is not None:
-        mean = drift.displacement(training)
-        centre, pushed = calm + vector(risk, mean), float(np.linalg.norm(mean))
+        by_noise = drift.displacement(training)
+        centre, pushed = descent_end + vector(risk, by_noise), float(np.linalg.norm(by_noise))
 
     def averages() -> dict[str, Any]:
         rng = np.random.default_rng([seed, 4])
-        found = []
+        at_ends = []
         for _ in range(displacements):
             moved = vector(risk, displacement(local, training, rng))
             for sign in (1.0, -1.0):
-                found.append(_along(risk.at(centre + sign * moved), vectors))
+                at_ends.append(_along(risk.at(centre + sign * moved), vectors))
                 if progress is not None:
                     progress(1)
-        there = tuple(np.mean(part, axis=0) for part in zip(*found, strict=True))
-        here = np.diag(local.pairs.values), local.noise, local.noise_trace
-        end = _along(risk.at(calm), vectors)
-        middle = end if drift is None else _along(risk.at(centre), vectors)
-        parts = {"width": (there, middle), "mean": (middle, end), "descent": (end, here)}
+        averaged = tuple(np.mean(values, axis=0) for values in zip(*at_ends, strict=True))
+        checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
+        descent = _along(risk.at(descent_end), vectors)
+        mean = descent if drift is None else _along(risk.at(centre), vectors)
+        changes = {
+            "width": (averaged, mean),
+            "mean": (mean, descent),
+            "descent": (descent, checkpoint),
+        }
         return {
-            f"{part}-{name}": one - other
-            for part, (after, before) in parts.items()
-            for name, one, other in zip(NAMES, after, before, strict=True)
+            f"{change}-{name}": new - old
+            for change, (after, before) in changes.items()
+            for name, new, old in zip(NAMES, after, before, strict=True)
         }
 
-    found = (cache or Cache()).of(risk, seed=seed)(
+    stored = (cache or Cache()).of(risk, seed=seed)(
         "averages",
         averages,
         training=training,
@@ -423,14 +448,14 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         pushed=f"{pushed:.8g}",
     )
     width, mean_change, descent = (
-        Change(found[f"{part}-curvature"], found[f"{part}-noise"], float(found[f"{part}-trace"]))
-        for part in ("width", "mean", "descent")
+        Change(stored[f"{name}-curvature"], stored[f"{name}-noise"], float(stored[f"{name}-trace"]))
+        for name in ("width", "mean", "descent")
     )
     return Smoothing(local, training, width, mean_change, descent, drift)
 
 
 def _along(risk: EmpiricalRisk, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:
-    """Curvature and noise along some directions, (k, k) each, and the noise's whole trace."""
+    """Curvature and noise along directions, (k, k) each, and the trace of the whole noise."""
     population = 1.0 - 1.0 / risk.examples
     noise = population * gradient_noise.covariance(risk, vectors)
     if vectors.shape[1] == risk.size:

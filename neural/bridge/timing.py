@@ -1,4 +1,4 @@
-"""Computing time of the stages of a bridge, in epochs of training of the network."""
+"""Computing time of the stages of a bridge, in gradients of the whole training set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from neural.curvature.risk import EmpiricalRisk
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Stages of the cache (`neural.curvature.cache`) that are told together.
+#: Row of the cost table -> stages of the cache (`neural.curvature.cache`) that it sums.
 STAGES = {
     "curvature and noise": ("eigenpairs", "gradient", "noise_sample", "noise_trace"),
     "averages": ("averages",),
@@ -23,12 +23,12 @@ STAGES = {
 def cost_table(
     risk: EmpiricalRisk, share: float, log: Mapping[tuple[str, str], float]
 ) -> pd.DataFrame:
-    """Wall time of the stages, divided by that of one gradient of all training examples.
+    """Tabulate the wall time of the stages, also in gradients of all training examples.
 
     Parameters
     ----------
     risk : EmpiricalRisk
-        Its gradient is timed three times; the shortest time counts.
+        Its gradient is timed three times, and the shortest time is used.
     share : float
         Fraction of the training set's examples that are in the risk.
     log : mapping of (str, str) to float

@@ -1,4 +1,4 @@
-"""The results of a bridge in plain words."""
+"""A summary of a bridge's results in sentences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Relative change of the noise beyond which a first-order correction is not valid.
+#: Relative change of the noise up to which a first-order correction is taken to be valid.
 FEEDBACK = 0.4
 
 
@@ -27,7 +27,7 @@ def verdict(
     best: pd.DataFrame | None = None,
     cost: pd.DataFrame | None = None,
 ) -> list[str]:
-    """Summarise the results, one or two sentences a line.
+    """Summarise the results of a bridge in sentences.
 
     Parameters
     ----------
@@ -44,6 +44,7 @@ def verdict(
     Returns
     -------
     list of str
+        One or two sentences each.
     """
     negative = local.negative_share()
     exponent = noise_exponent(local.pairs.values, np.diag(local.noise))
@@ -55,29 +56,29 @@ def verdict(
         f"Noise along the stiffest directions goes as h^{exponent:.2f}; the noise "
         f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
     ]
-    held = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
-    trained = not held["measured"].isna().all()
+    predicted = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
+    trained = not predicted["measured"].isna().all()
     if trained:
-        lines += _agreement(held, local)
+        lines += _agreement(predicted, local)
     lines += _trust(table)
-    lines += _floors(held[held["weights"] == ITERATE])
+    lines += _floors(predicted[predicted["weights"] == ITERATE])
     if best is not None:
         lines += _best(best, trained)
     if cost is not None:
-        parts = [
+        stages = [
             f"{stage} {epochs:.3g}"
             for stage, epochs in zip(cost["stage"], cost["epochs"], strict=True)
         ]
-        lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(parts)}.")
+        lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(stages)}.")
     if not table["test"].isna().all():
         lines.append("Test losses are in the table; the theory does not predict them.")
     return lines
 
 
 def rank_order(table: pd.DataFrame) -> tuple[int, int]:
-    """Count pairs of trainings whose order is predicted right.
+    """Count pairs of trainings whose losses are predicted in the right order.
 
-    Only pairs whose measured losses differ by more than two standard errors count.
+    Only pairs whose measured losses differ by more than two standard errors are counted.
 
     Parameters
     ----------
@@ -87,25 +88,25 @@ def rank_order(table: pd.DataFrame) -> tuple[int, int]:
     Returns
     -------
     right, pairs : int
-        Number of pairs in the right order, and of all pairs that count.
+        Number of pairs in the right order, and number of pairs that are counted.
     """
     rows = table[["predicted", "measured", "error"]].to_numpy(dtype=float)
     signs = [
-        np.sign(one[0] - other[0]) == np.sign(one[1] - other[1])
-        for one, other in combinations(rows, 2)
-        if abs(one[1] - other[1]) > 2.0 * np.hypot(one[2], other[2])
+        np.sign(a[0] - b[0]) == np.sign(a[1] - b[1])
+        for a, b in combinations(rows, 2)
+        if abs(a[1] - b[1]) > 2.0 * np.hypot(a[2], b[2])
     ]
     return int(sum(signs)), len(signs)
 
 
-def _agreement(held: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
+def _agreement(table: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
     """Agreement of measured and predicted losses."""
-    iterate = held[held["weights"] == ITERATE]
+    iterate = table[table["weights"] == ITERATE]
     for bound in (1.05, 1.2, 1.5):
         near = np.abs(np.log(iterate["ratio"].clip(lower=1e-9))) < np.log(bound)
         yield f"{int(near.sum())} of {len(iterate)} cells within a factor {bound:g}."
-    stiff = held["lr"] / (1.0 - held["momentum"]) * local.largest <= 0.5
-    for weights, rows in held[stiff].groupby("weights", sort=False):
+    slow = table["lr"] / (1.0 - table["momentum"]) * local.largest <= 0.5
+    for weights, rows in table[slow].groupby("weights", sort=False):
         name = "W" if weights == ITERATE else f"{weights}: w"
         yield (
             f"{name}here lr h_max <= 0.5: measured rise over predicted {rows['ratio'].min():.2f} "
@@ -119,7 +120,7 @@ def _agreement(held: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
             f"{ratio.min():.2f} to {ratio.max():.2f}."
         )
     counts = [rank_order(rows) for _, rows in iterate.groupby(["way", "batch_size"])]
-    right, pairs = (sum(part) for part in zip(*counts, strict=True))
+    right, pairs = (sum(column) for column in zip(*counts, strict=True))
     yield (
         f"Rank order of K and lr right in {right} of {pairs} pairs whose measured losses are two "
         "standard errors apart."
@@ -146,10 +147,10 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
             f"Unreliable (noise predicted to change by more than {FEEDBACK:.0%}, beyond the "
             f"validity of first order): {cells}."
         )
-    calm = table.loc[table["noise_change_on_path"].notna(), "noise_change_on_path"]
-    if len(calm):
-        line = f"On the noise-free path the noise changes by {_range(calm)}"
-        if calm.abs().max() > FEEDBACK:
+    on_path = table.loc[table["noise_change_on_path"].notna(), "noise_change_on_path"]
+    if len(on_path):
+        line = f"On the noise-free path the noise changes by {_range(on_path)}"
+        if on_path.abs().max() > FEEDBACK:
             line += ", beyond the validity of first order: minimise further before measuring"
         yield f"{line}."
 
@@ -161,12 +162,11 @@ def _range(changes: pd.Series[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _floors(held: pd.DataFrame) -> Iterator[str]:
+def _floors(table: pd.DataFrame) -> Iterator[str]:
     """The K beyond which averaging gains little."""
-    for (way, size, lr), rows in held.groupby(["way", "batch_size", "lr"], sort=True):
-        first = rows.iloc[0]
-        parts = first[["descent", "cross", "floor", "excess"]]
-        enough = Prediction(*parts).members_at_floor
+    for (way, size, lr), rows in table.groupby(["way", "batch_size", "lr"], sort=True):
+        terms = rows.iloc[0][["descent", "cross", "floor", "excess"]]
+        enough = Prediction(*terms).members_at_floor
         pays = (
             f"beyond K = {enough:.0f} the floor is most of the loss"
             if enough < 1e4
@@ -181,16 +181,16 @@ def _best(best: pd.DataFrame, trained: bool) -> Iterator[str]:
         rows = rows.sort_values("members")
         for i in sorted({0, len(rows) - 1}):
             row = rows.iloc[i]
-            one, other = row["predicted"], row["measured"]
-            words = f"{one:.3g} predicted" if one > 0 else "predicted to be the lowest"
+            predicted, measured = row["predicted"], row["measured"]
+            words = f"{predicted:.3g} predicted" if predicted > 0 else "predicted to be the lowest"
             if trained:
                 words += (
-                    f", {other:.3g} measured"
-                    if other > 0
+                    f", {measured:.3g} measured"
+                    if measured > 0
                     else ", measured best not within the grid"
                 )
-            if one > 0 and other > 0:
-                words += f", ratio {other / one:.2f}"
+            if predicted > 0 and measured > 0:
+                words += f", ratio {measured / predicted:.2f}"
             yield f"{way}, B = {size}, K = {row['members']}: best lr {words}."
 
 
