@@ -11,7 +11,9 @@ Progress = Callable[[str, float], None]
 ALMOST = 0.99
 
 
-def counted(progress: Progress | None, stage: str, expected: float) -> Callable[[int], None]:
+def counted(
+    progress: Progress | None, stage: str, expected: float, *, exact: bool = False
+) -> Callable[[int], None]:
     """A function that is told how much more of a stage is done, and tells the share.
 
     Parameters
@@ -22,6 +24,8 @@ def counted(progress: Progress | None, stage: str, expected: float) -> Callable[
         Name of the stage.
     expected : float
         All there is to do, in the units of what is told; an estimate.
+    exact : bool
+        True if `expected` is no estimate: the share then reaches 1.
 
     Returns
     -------
@@ -34,7 +38,7 @@ def counted(progress: Progress | None, stage: str, expected: float) -> Callable[
         nonlocal done
         done += count
         if progress is not None:
-            progress(stage, min(done / expected, ALMOST))
+            progress(stage, min(done / expected, 1.0 if exact else ALMOST))
 
     return more
 

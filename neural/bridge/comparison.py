@@ -322,10 +322,12 @@ def compare_training(
 
     Parameters
     ----------
-    risk, plan, test, cache, progress
-        See `measure_training`.
+    risk : EmpiricalRisk
+        The network's training loss.
     gaussian : WeightGaussian
         Gaussian of the weights in the training.
+    plan, test, cache, progress
+        See `measure_training`.
 
     Returns
     -------

@@ -120,10 +120,12 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
         See `measure_drift`.
     reference : Training
         The training over whose weights curvature and noise are averaged.
-    displacements, lanczos_steps, seed, cache
+    displacements : int
         See `measure_drift`.
     averaging_displacements : int
         The `displacements` of `measure_smoothing`; for 0 nothing is measured.
+    lanczos_steps, seed, cache
+        See `measure_drift`.
     progress : callable, optional
         Called with the number of gradients, products or ends of a displacement done since the last
         call.

@@ -1,4 +1,4 @@
-"""Results of long measurements on disk, found by what they were measured on and how."""
+"""Cache on disk for the results of long measurements, keyed by the loss and the settings."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def fingerprint(risk: EmpiricalRisk) -> str:
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss.
 
     Returns
     -------
@@ -38,35 +39,35 @@ def fingerprint(risk: EmpiricalRisk) -> str:
     """
     digest = hashlib.sha256()
     state = risk.model.state_dict()
-    held = [risk.weights, *(state[name] for name in sorted(state))]
-    for one in [*held, *content(risk.batches)]:
-        if torch.is_tensor(one):
-            digest.update(one.detach().cpu().contiguous().numpy().tobytes())
+    weights = [risk.weights, *(state[name] for name in sorted(state))]
+    for value in [*weights, *content(risk.batches)]:
+        if torch.is_tensor(value):
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         else:
-            digest.update(repr(one).encode())
-    said = (sorted(risk.shapes.items()), risk.weight_decay, risk.example_loss)
-    digest.update(repr((said[0], said[1], getattr(said[2], "__qualname__", ""))).encode())
+            digest.update(repr(value).encode())
+    loss = getattr(risk.example_loss, "__qualname__", "")
+    digest.update(repr((sorted(risk.shapes.items()), risk.weight_decay, loss)).encode())
     digest.update(repr((risk.curvature, risk.examples)).encode())
     return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Results of stages in a folder, each written whole or not at all.
+    """Results of stages as files in a folder; a file is written completely or not at all.
 
-    A result is found by the stage's name, the named values it was computed with, those of the
-    cache, and the version of this package. A file's entries ``_key`` and ``_seconds`` hold all of
-    them, and how long it took.
+    The key of a result consists of the stage's name, the named values of the call, those of the
+    cache, and the version of this package. The entry ``_key`` of a file holds the key, ``_seconds``
+    the computing time.
 
     Attributes
     ----------
     folder : Path or None
-        None keeps nothing.
+        Folder of the files; with None nothing is stored.
     values : dict
-        Named values that every stage has in common, e.g. the content of the loss.
+        Named values that the keys of all stages contain, e.g. a hash of the loss.
     log : dict of (str, str) to float
-        Seconds that every result took when it was computed, by its stage and its key; results
-        that were read from a file included.
+        Computing time in seconds of every result so far, by stage and key; for a result that was
+        read from a file, the time of its computation.
     """
 
     folder: Path | None = None
@@ -74,11 +75,12 @@ class Cache:
     log: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def of(self, risk: EmpiricalRisk, **values: Any) -> Cache:
-        """The same cache for measurements of one loss.
+        """The same cache with the loss in its keys.
 
         Parameters
         ----------
         risk : EmpiricalRisk
+            The loss that is measured.
         **values
             Further values that all stages depend on, such as a seed.
 
@@ -94,31 +96,32 @@ class Cache:
     def __call__(
         self, stage: str, compute: Callable[[], dict[str, Any]], **values: Any
     ) -> dict[str, Any]:
-        """Arrays of a stage, from its file, or computed and written there.
+        """Read the arrays of a stage from its file, or compute and write them.
 
         Parameters
         ----------
         stage : str
-            Name of the stage, the first part of the file's name.
+            Name of the stage; the file's name begins with it.
         compute : callable
-            Returns arrays by name.
+            Takes no argument and returns arrays by name.
         **values
-            All that the result depends on beside the values of the cache: numbers, words, or
-            dataclasses of them.
+            Everything that the result depends on, beside the values of the cache: numbers, strings,
+            or dataclasses of them.
 
         Returns
         -------
         dict of str to ndarray
+            Arrays by name.
 
         Raises
         ------
         NQMError
             If the file is damaged.
         TypeError
-            If a value is none that a key can state.
+            If a value is of another kind.
         """
-        stated = _plain({"stage": stage, "version": __version__} | self.values | values)
-        text, key = json.dumps(stated, sort_keys=True), content_key(stated)[:16]
+        full_key = _plain({"stage": stage, "version": __version__} | self.values | values)
+        text, key = json.dumps(full_key, sort_keys=True), content_key(full_key)[:16]
         path = None if self.folder is None else self.folder / f"{stage}-{key}.npz"
         if path is not None and path.exists():
             known = _read(path)
@@ -126,14 +129,14 @@ class Cache:
             self.log[stage, key] = float(known.pop("_seconds"))
             return known
         start = perf_counter()
-        found = compute()
+        arrays = compute()
         seconds = perf_counter() - start
         self.log[stage, key] = self.log.get((stage, key), 0.0) + seconds
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as stream:
-                np.savez(stream, _key=np.array(text), _seconds=np.array(seconds), **found)
-        return found
+                np.savez(stream, _key=np.array(text), _seconds=np.array(seconds), **arrays)
+        return arrays
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,17 +154,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a key states it.
+    """Convert a value to the plain values that a key is made of.
 
-    Of a dataclass it is the name of its class, and what differs from the defaults; a value of None
-    is left out. So a setting that is added later changes no key.
+    A dataclass becomes the name of its class and the fields that differ from their defaults; values
+    of None are left out. Thus a setting that is added later changes no key.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {"class": type(value).__name__} | differing(value, _plain)
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items() if one is not None}
+        return {str(name): _plain(entry) for name, entry in value.items() if entry is not None}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(entry) for entry in value]
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):

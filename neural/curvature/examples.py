@@ -1,8 +1,7 @@
-"""Batches as rows: which tensors of a batch have one entry for each example, and its slices.
+"""Split batches into examples: the tensors of a batch that have one row for each example.
 
-Inputs may be a tensor, or tuples, lists and mappings of tensors, nested at will. Slicing examples
-out of a batch is right only if it is known where they are: every tensor must have them along its
-first axis, or be a single number, which all examples share.
+Inputs may be a tensor, or tuples, lists and mappings of tensors, nested at will. Every tensor must
+have the examples along its first axis, or be a single number, which all examples share.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ from neural.late_phase.members import Batch
 from neural.late_phase.rows import arguments
 from nqm.errors import NQMError
 
-#: Makes inputs of their tensors.
+#: Rebuilds inputs from their tensors.
 MakeInputs = Callable[[Sequence[Tensor]], Any]
-#: Makes a batch of its inputs' tensors, and of the targets, which come last.
+#: Rebuilds a batch from the tensors of its inputs and the targets, which come last.
 MakeBatch = Callable[[Sequence[Tensor]], Batch]
-#: What a batch may hold besides tensors with rows: examples share it.
+#: Types of the values in a batch that all examples may share.
 _SHARED = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def input_rows(inputs: Any, count: int | None = None) -> tuple[list[Tensor], MakeInputs]:
-    """Tensors that have a row for each example, and how to rebuild inputs from such tensors.
+    """List the tensors with a row for each example, and make a function that rebuilds the inputs.
 
     Parameters
     ----------
-    inputs : Tensor, or tuple, list or mapping of what is passed to the model
+    inputs : Tensor, or tuple, list or mapping
+        Arguments of the model.
     count : int, optional
         Number of examples; the length of the first tensor by default.
 
@@ -46,12 +46,12 @@ def input_rows(inputs: Any, count: int | None = None) -> tuple[list[Tensor], Mak
     Raises
     ------
     NQMError
-        If a tensor has another length, or `inputs` hold an object in which examples cannot be told
-        apart.
+        If a tensor has another length, or `inputs` hold an object of a type that cannot be split
+        into examples.
     """
     leaves, spec = pytree.tree_flatten(_plain(arguments(inputs)))
-    held = [isinstance(one, Tensor) and one.ndim > 0 for one in leaves]
-    for leaf, rows in zip(leaves, held, strict=True):
+    has_rows = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]
+    for leaf, rows in zip(leaves, has_rows, strict=True):
         if rows and count is None:
             count = len(leaf)
         if rows and len(leaf) != count:
@@ -68,35 +68,41 @@ def input_rows(inputs: Any, count: int | None = None) -> tuple[list[Tensor], Mak
     def make(tensors: Sequence[Tensor]) -> Any:
         if isinstance(inputs, Tensor):
             return tensors[0]
-        given = iter(tensors)
+        remaining = iter(tensors)
         args, kwargs = pytree.tree_unflatten(
-            [next(given) if rows else leaf for leaf, rows in zip(leaves, held, strict=True)], spec
+            [
+                next(remaining) if rows else leaf
+                for leaf, rows in zip(leaves, has_rows, strict=True)
+            ],
+            spec,
         )
         return kwargs or args
 
-    return [leaf for leaf, rows in zip(leaves, held, strict=True) if rows], make
+    return [leaf for leaf, rows in zip(leaves, has_rows, strict=True) if rows], make
 
 
 def rows(batch: Batch) -> tuple[list[Tensor], MakeBatch]:
-    """`input_rows` of a batch; the targets are the last of the tensors.
+    """Apply `input_rows` to a batch.
 
     Parameters
     ----------
     batch : (inputs, targets)
+        The batch.
 
     Returns
     -------
     tensors : list of Tensor
+        Those of the inputs, then the targets.
     make : callable
         Rebuilds a batch from a list of such tensors.
     """
     inputs, targets = batch
     tensors, make = input_rows(inputs, len(targets))
-    return [*tensors, targets], lambda given: (make(given[:-1]), given[-1])
+    return [*tensors, targets], lambda some: (make(some[:-1]), some[-1])
 
 
 def joined(batches: Sequence[Batch]) -> tuple[list[Tensor], MakeBatch]:
-    """`rows` of all batches, concatenated.
+    """Apply `rows` to all batches, and concatenate the tensors.
 
     Parameters
     ----------
@@ -106,51 +112,54 @@ def joined(batches: Sequence[Batch]) -> tuple[list[Tensor], MakeBatch]:
     Returns
     -------
     tensors : list of Tensor
+        Those of the inputs, then the targets; the examples of all batches in order.
     make : callable
         Rebuilds a batch from a list of such tensors.
 
     Raises
     ------
     NQMError
-        If batches differ in structure, in what their examples share, or in an example's shape.
+        If batches differ in structure, in the values that examples share, or in an example's shape.
     """
-    taken = [rows(batch) for batch in batches]
-    parts, make = [tensors for tensors, _ in taken], taken[0][1]
-    first = _stated(batches[0])
-    for batch, tensors in zip(batches, parts, strict=True):
-        shapes = [one.shape[1:] for one in tensors]
-        if _stated(batch) != first or shapes != [one.shape[1:] for one in parts[0]]:
+    split = [rows(batch) for batch in batches]
+    each, make = [tensors for tensors, _ in split], split[0][1]
+    first = _structure(batches[0])
+    for batch, tensors in zip(batches, each, strict=True):
+        shapes = [tensor.shape[1:] for tensor in tensors]
+        if _structure(batch) != first or shapes != [tensor.shape[1:] for tensor in each[0]]:
             raise NQMError(
                 "batches differ in the structure of their inputs, or in an example's shape (of "
                 "padded texts, say); pad all to one length"
             )
-    return [torch.cat(column) for column in zip(*parts, strict=True)], make
+    return [torch.cat(column) for column in zip(*each, strict=True)], make
 
 
 def content(batches: Iterable[Batch]) -> list[Any]:
-    """All that batches hold, tensors and other values, in order.
+    """List all tensors and other values that batches hold, in order.
 
     Parameters
     ----------
     batches : iterable of (inputs, targets)
+        The batches.
 
     Returns
     -------
     list
+        Tensors, and values of other types.
     """
     return [leaf for batch in batches for leaf in pytree.tree_leaves(_tree(batch))]
 
 
 class EachRow:
-    """A function of every row of its arguments; results are stacked.
+    """Apply a function to every row of its arguments, and stack the results.
 
-    By `vmap`, or one row after the other where that cannot go, as where a forward pass branches on
-    a tensor's value.
+    By `vmap`; if `vmap` fails, e.g. because a forward pass branches on a tensor's value, one row
+    after the other.
 
     Parameters
     ----------
     function : callable
-        Of tensors, one row of each argument; gives tensors.
+        Takes tensors, one row of each argument; returns a tensor or a tree of tensors.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -158,29 +167,40 @@ class EachRow:
         self.together = True
 
     def of(self, args: Sequence[Tensor]) -> Any:
-        """Results for all rows of the arguments.
+        """Apply the function to all rows of the arguments, given as one sequence.
 
         Parameters
         ----------
         args : sequence of Tensor
-            Of one length.
+            Arguments of equal length.
 
         Returns
         -------
         Tensor, or tree of Tensor
-            Stacked along the first axis.
+            Results, stacked along the first axis.
         """
         return self(*args)
 
     def __call__(self, *args: Tensor) -> Any:
-        """Results of all rows."""
+        """Apply the function to all rows of the arguments.
+
+        Parameters
+        ----------
+        *args : Tensor
+            Arguments of equal length.
+
+        Returns
+        -------
+        Tensor, or tree of Tensor
+            Results, stacked along the first axis.
+        """
         if self.together:
             try:
                 return vmap(self.function)(*args)
-            except RuntimeError:  # if rows fail by themselves as well, they say why
+            except RuntimeError:  # a row that fails by itself raises its own error below
                 self.together = False
-        found = [self.function(*row) for row in zip(*args, strict=True)]
-        return pytree.tree_map(lambda *each: torch.stack(each), *found)
+        results = [self.function(*row) for row in zip(*args, strict=True)]
+        return pytree.tree_map(lambda *each: torch.stack(each), *results)
 
 
 def _tree(batch: Batch) -> Any:
@@ -188,18 +208,18 @@ def _tree(batch: Batch) -> Any:
     return _plain(arguments(inputs)), targets
 
 
-def _stated(batch: Batch) -> tuple[Any, list[Any]]:
-    """Structure, and what the examples share."""
+def _structure(batch: Batch) -> tuple[Any, list[Any]]:
+    """Structure of a batch, and the values that its examples share."""
     leaves, spec = pytree.tree_flatten(_tree(batch))
     shared = [
-        (one.item() if one.ndim == 0 else None) if isinstance(one, Tensor) else one
-        for one in leaves
+        (leaf.item() if leaf.ndim == 0 else None) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
     ]
     return spec, shared
 
 
 def _plain(tree: Any) -> Any:
-    """Any mapping within as a dict, which pytrees know."""
+    """Convert all mappings within to dicts, which torch's pytrees support."""
     if isinstance(tree, Mapping):
         return {name: _plain(value) for name, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

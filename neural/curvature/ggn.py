@@ -1,10 +1,10 @@
-"""The generalised Gauss-Newton matrix of a loss, as products and as a whole.
+"""The generalised Gauss-Newton matrix of a loss: products with vectors, and the dense matrix.
 
 G = sum_n J_n' H_n J_n, with J_n the Jacobian of example n's output in the weights and H_n the
 Hessian of its loss in that output (Schraudolph 2002). It is the Hessian of the loss of the network
-linearised in its weights: what is missing is the output's own bending, sum_n (slope of the loss in
-the output) times (second derivative of the output). Where the loss is convex in the output, like
-cross-entropy, G has no negative eigenvalue.
+linearised in its weights. The full Hessian has a second term, sum_n (gradient of the loss in the
+output) times (second derivative of the output in the weights). If the loss is convex in the output,
+like cross-entropy, G has no negative eigenvalue.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from neural.curvature.examples import EachRow, rows
 
-#: Rows of the examples' Jacobians that are computed at once: memory goes with them.
+#: Rows of the examples' Jacobians that are computed together; memory is proportional to them.
 JACOBIAN_ROWS = 160
 
 
 def ggn_product(
     output: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], w: Tensor, v: Tensor
 ) -> Tensor:
-    """G v: forward to the outputs, through the Hessian of the loss, and back.
+    """Compute G v: forward to the outputs, through the Hessian of the loss, and back.
 
     Parameters
     ----------
@@ -36,6 +36,7 @@ def ggn_product(
     w : Tensor, shape (p,)
         The weights at which G is taken.
     v : Tensor, shape (p,)
+        The vector.
 
     Returns
     -------
@@ -55,11 +56,11 @@ def ggn_matrix(
     inputs: Any,
     targets: Tensor,
 ) -> Tensor:
-    """G summed over a batch, for few weights.
+    """Compute the dense matrix G, summed over a batch; for few weights.
 
-    An example costs as many backward passes as its output has entries: 10 for an image of ten
+    An example takes as many backward passes as its output has entries: 10 for an image of ten
     classes, symbols times alphabet for a window of text. Besides G, the Jacobians of a few examples
-    are held in memory.
+    are in memory.
 
     Parameters
     ----------
@@ -68,6 +69,7 @@ def ggn_matrix(
     loss : callable
         (outputs, targets) -> one loss per example, shape (B,).
     w : Tensor, shape (p,)
+        The weights at which G is taken.
     inputs, targets
         The batch, examples along the first axis of every tensor (`neural.curvature.examples`).
 
@@ -81,29 +83,29 @@ def ggn_matrix(
         """J and H J of one example, shape (entries of the output, p) each."""
         x, y = make([tensor[None] for tensor in row])
 
-        def one(w: Tensor) -> tuple[Tensor, Tensor]:
+        def output_twice(w: Tensor) -> tuple[Tensor, Tensor]:
             out = output(w, x)[0]
             return out, out
 
         def of_output(out: Tensor) -> Tensor:
             return loss(out[None], y)[0]
 
-        jacobian, here = jacrev(one, has_aux=True, chunk_size=JACOBIAN_ROWS)(w)
+        jacobian, here = jacrev(output_twice, has_aux=True, chunk_size=JACOBIAN_ROWS)(w)
         bent = vmap(lambda u: _bent(of_output, here, u), in_dims=-1, out_dims=-1)(jacobian)
         return jacobian.reshape(-1, len(w)), bent.reshape(-1, len(w))
 
     each = EachRow(jacobian_of)
     with torch.no_grad():
         entries = output(w, make([tensor[:1] for tensor in tensors])[0]).numel()
-        some = max(JACOBIAN_ROWS // entries, 1)
+        count = max(JACOBIAN_ROWS // entries, 1)
         total = w.new_zeros(len(w), len(w), dtype=torch.float64)
-        for part in zip(*(torch.split(tensor, some) for tensor in tensors), strict=True):
-            jacobian, bent = each(*part)
+        for block in zip(*(torch.split(tensor, count) for tensor in tensors), strict=True):
+            jacobian, bent = each(*block)
             total += jacobian.flatten(0, 1).double().T @ bent.flatten(0, 1).double()
     return 0.5 * (total + total.T)
 
 
 def _bent(loss: Callable[[Tensor], Tensor], at: Tensor, along: Tensor) -> Tensor:
-    """The Hessian of a loss in the output, times a change of the output."""
+    """Multiply the Hessian of a loss in the output by a change of the output."""
     change: Tensor = jvp(grad(loss), (at,), (along,))[1]
     return change

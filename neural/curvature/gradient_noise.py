@@ -1,4 +1,4 @@
-"""Gradient noise of an empirical risk: how the slopes of single examples scatter."""
+"""Gradient noise of an empirical risk: the covariance of the gradients of single examples."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
 
 FloatArray = NDArray[np.float64]
-#: Share of the largest curvature below which a direction says nothing of the noise's law.
+#: Directions of less than this fraction of the largest curvature are left out of power laws.
 STIFF = 0.02
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """Noise against curvature, c = scale h^exponent.
+    """Gradient noise as a power of curvature, noise = scale h^exponent.
 
     Attributes
     ----------
-    scale, exponent : float
+    scale : float
+        Noise variance at curvature 1.
+    exponent : float
+        1 if noise is proportional to curvature.
     """
 
     scale: float
@@ -30,15 +33,17 @@ class PowerLaw:
 
 
 def trace(risk: EmpiricalRisk) -> float:
-    """Trace of the covariance of the examples' gradients.
+    """Compute the trace of the sample covariance of the examples' gradients.
 
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss.
 
     Returns
     -------
     float
+        With denominator N - 1.
 
     Raises
     ------
@@ -58,20 +63,22 @@ def trace(risk: EmpiricalRisk) -> float:
 
 
 def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatArray:
-    """Covariance of the examples' gradients along some directions.
+    """Compute the sample covariance of the examples' gradients along some directions.
 
-    It takes one pass over the data for any number of directions: the covariances of batches are
+    One pass over the data suffices for any number of directions: the covariances of batches are
     pooled (Chan, Golub & LeVeque 1983).
 
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss.
     vectors : ndarray, shape (p, k), optional
-        Directions; the weights themselves by default, which must then be few.
+        Directions, one in each column; by default every weight is one, for few weights.
 
     Returns
     -------
     ndarray, shape (k, k)
+        With denominator N - 1.
 
     Raises
     ------
@@ -100,8 +107,9 @@ def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
     Parameters
     ----------
     curvature, noise : ndarray, shape (k,)
-        Directions without noise, and those below `STIFF` times the largest curvature, are left out:
-        there, weight decay is most of the curvature, and no law holds.
+        Curvature and noise variance along k directions. Directions without noise, and those below
+        `STIFF` times the largest curvature, are left out: their curvature is mostly weight decay,
+        and they follow no power law.
 
     Returns
     -------
@@ -110,12 +118,12 @@ def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:
     Raises
     ------
     NQMError
-        If fewer than two directions are left.
+        If fewer than two directions remain.
     """
-    held = (curvature > max(STIFF * curvature.max(initial=0.0), 0.0)) & (noise > 0)
-    if held.sum() < 2:
+    chosen = (curvature > max(STIFF * curvature.max(initial=0.0), 0.0)) & (noise > 0)
+    if chosen.sum() < 2:
         raise NQMError("a power law needs at least two stiff directions with positive noise")
-    exponent, log_scale = np.polyfit(np.log(curvature[held]), np.log(noise[held]), 1)
+    exponent, log_scale = np.polyfit(np.log(curvature[chosen]), np.log(noise[chosen]), 1)
     return PowerLaw(float(np.exp(log_scale)), float(exponent))
 
 
@@ -125,10 +133,12 @@ def noise_exponent(curvature: FloatArray, noise: FloatArray) -> float:
     Parameters
     ----------
     curvature, noise : ndarray, shape (k,)
+        See `fit_power_law`.
 
     Returns
     -------
     float
+        The exponent.
     """
     try:
         return fit_power_law(curvature, noise).exponent
@@ -142,8 +152,10 @@ class NoiseScale:
 
     Attributes
     ----------
-    trace, squared_gradient, value : float
-        Unbiased numerator and denominator, and their ratio in examples.
+    trace : float
+        Unbiased estimate of the trace of the covariance of one example's gradient, tr C.
+    squared_gradient : float
+        Unbiased estimate of the squared norm of the mean gradient, ``|g|^2``; it may be negative.
     """
 
     trace: float
@@ -151,12 +163,12 @@ class NoiseScale:
 
     @property
     def value(self) -> float:
-        """Examples at which noise and gradient are of one size; infinite at a minimum."""
+        """The noise scale in examples; infinite if `squared_gradient` is not positive."""
         return self.trace / self.squared_gradient if self.squared_gradient > 0 else float("inf")
 
 
 def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]) -> NoiseScale:
-    """Noise scale from squared norms of minibatch gradients at two batch sizes.
+    """Estimate the noise scale from squared norms of minibatch gradients at two batch sizes.
 
     Numerator and denominator are averaged separately and divided last (McCandlish et al. 2018,
     appendix A.1).
@@ -164,7 +176,7 @@ def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]
     Parameters
     ----------
     small, large : ndarray
-        ``|g|^2`` of minibatches of the smaller and the larger size.
+        Squared norms of the gradients of minibatches of the smaller and of the larger size.
     sizes : tuple of float
         The two batch sizes.
 
@@ -180,5 +192,6 @@ def noise_scale(small: FloatArray, large: FloatArray, sizes: tuple[float, float]
     b, big = sizes
     if not 0 < b < big:
         raise NQMError(f"sizes must be positive and increasing; got {b:g} and {big:g}")
-    s, l = float(np.mean(small)), float(np.mean(large))  # noqa: E741
-    return NoiseScale((s - l) / (1.0 / b - 1.0 / big), (big * l - b * s) / (big - b))
+    at_small, at_large = float(np.mean(small)), float(np.mean(large))
+    trace = (at_small - at_large) / (1.0 / b - 1.0 / big)
+    return NoiseScale(trace, (big * at_large - b * at_small) / (big - b))

@@ -1,8 +1,8 @@
 """Functions of a Hessian applied to a vector, by Lanczos.
 
-A few products with H span a space in which H is tridiagonal. There F(H) u is |u| V F(T) e_1 for any
-function F (Golub & Meurant 2010, chapter 4), so that one run of products answers every question of
-the kind "how far does gradient descent get in t steps at rate lr" for all t and lr at once.
+A few products with H span a space in which H is a tridiagonal matrix T. In that space F(H) u is
+|u| V F(T) e_1 for any function F (Golub & Meurant 2010, chapter 4). One run of products thus gives,
+for example, the displacement by t steps of gradient descent at learning rate lr, for all t and lr.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LanczosNodes:
-    """A vector u and a symmetric matrix H in the Krylov space of both.
+    """A vector u and a symmetric matrix H, projected onto their Krylov space.
 
     Attributes
     ----------
     values : ndarray, shape (m,)
-        Nodes: approximate eigenvalues.
+        Nodes: approximate eigenvalues of H, increasing.
     amplitudes : ndarray, shape (m,)
         Components of u along `vectors`. Their squares are Gauss weights: the sum of
         ``amplitudes^2 F(values)`` is u' F(H) u, exactly for polynomials of degree 2m - 1.
     vectors : ndarray, shape (p, m)
-        Orthonormal, one for each node.
+        Approximate eigenvectors, one in each column, orthonormal.
     """
 
     values: FloatArray
@@ -39,12 +39,12 @@ class LanczosNodes:
     vectors: FloatArray
 
     def apply(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:
-        """F(H) u for a function F.
+        """Compute F(H) u for a function F.
 
         Parameters
         ----------
         function : callable
-            F, of an array of eigenvalues.
+            F; maps an array of eigenvalues to an array of the same shape.
 
         Returns
         -------
@@ -56,21 +56,21 @@ class LanczosNodes:
 def lanczos_nodes(
     apply: LinearOperator, start: FloatArray, steps: int, out: FloatArray
 ) -> LanczosNodes:
-    """Run Lanczos from a vector, in the complement of some directions.
+    """Run Lanczos from a vector, in the orthogonal complement of some directions.
 
-    Every step is orthogonalised twice against all before: rounding would otherwise bring copies of
-    converged values back.
+    Every new vector is orthogonalised twice against all before it: otherwise rounding would let
+    copies of converged eigenvalues appear.
 
     Parameters
     ----------
     apply : LinearOperator, (p, p)
-        Symmetric.
+        H, symmetric.
     start : ndarray, shape (p,)
-        Its part along `out` is dropped.
+        u; its component in the span of `out` is removed.
     steps : int
-        Number of products with H; fewer if the space is exhausted.
+        Number of products with H, at least 1; fewer are done if the space is exhausted.
     out : ndarray, shape (p, k)
-        Orthonormal eigenvectors that are known already.
+        Orthonormal eigenvectors of H that are left out, one in each column.
 
     Returns
     -------
@@ -89,14 +89,14 @@ def lanczos_nodes(
     while True:
         w = apply.matvec(basis[-1])
         alpha.append(float(w @ basis[-1]))
-        held = np.stack(basis, 1)
+        earlier = np.stack(basis, 1)
         for _ in range(2):
             w = w - out @ (out.T @ w)
-            w = w - held @ (held.T @ w)
+            w = w - earlier @ (earlier.T @ w)
         size = float(np.linalg.norm(w))
         if len(alpha) == min(steps, room) or size <= 1e-10 * max(map(abs, alpha + beta)):
             break
         beta.append(size)
         basis.append(w / size)
     nodes, turn = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
-    return LanczosNodes(nodes, length * turn[0], held @ turn)
+    return LanczosNodes(nodes, length * turn[0], earlier @ turn)

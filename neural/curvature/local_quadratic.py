@@ -1,10 +1,11 @@
-"""The quadratic picture of a network around a checkpoint: slope, curvature and gradient noise.
+"""Local quadratic model of a network's loss: slope, curvature and gradient noise at a checkpoint.
 
-Expected losses of linear methods see three measures on the axis of curvature: how many directions
-there are, how much noise, and how much slope. The stiffest directions are measured one by one. Of
-the rest each measure is found by Lanczos from a vector that carries it: the gradient for the slope,
-draws of the gradient noise for the noise. No law that ties noise to curvature is assumed, and noise
-that is correlated between directions is counted right, as expected losses need its diagonal alone.
+The expected loss of a linear method depends on two distributions over curvature: how much noise and
+how much squared slope there is at each curvature. The stiffest directions are measured one by one.
+For all others each distribution is approximated by Lanczos, started at a vector that has it: the
+gradient for the slope, random draws of the gradient noise for the noise. No law that relates noise
+to curvature is assumed. Noise may be correlated between directions: expected losses depend on the
+diagonal of its covariance alone.
 """
 
 from __future__ import annotations
@@ -41,21 +42,22 @@ class LocalQuadratic:
     Attributes
     ----------
     loss : float
-        At the checkpoint.
+        Loss at the checkpoint.
     pairs : Eigenpairs
-        The stiffest k directions, or all.
+        The k eigenpairs of largest curvature, or all p.
     noise : ndarray, shape (k, k)
-        Covariance along them of the gradient of one of the N examples, drawn at random.
+        Covariance, along these eigenpairs, of the gradient of an example that is drawn at random
+        from the N examples.
     slope : ndarray, shape (k,)
-        Of the loss along them.
+        Gradient of the loss along these eigenpairs.
     gradient : LanczosNodes
-        The rest of the gradient.
+        Gradient beyond the eigenpairs.
     draws : tuple of LanczosNodes
-        Draws of the rest of one example's gradient noise.
+        Random draws of one example's gradient noise beyond the eigenpairs.
     noise_trace : float
-        Of the whole covariance of one example's gradient.
+        Trace of the whole covariance of one example's gradient.
     examples : int
-        N.
+        Number of examples, N.
     """
 
     loss: float
@@ -74,15 +76,15 @@ class LocalQuadratic:
 
     @property
     def complete(self) -> bool:
-        """Whether the eigenpairs are all there are, as of the dense matrix."""
+        """True if all p eigenpairs are known."""
         return len(self.pairs.values) == len(self.pairs.vectors)
 
     @property
     def draw_scale(self) -> float:
-        """What the squares of the draws are multiplied by, so that they have the known trace."""
-        found = sum(float(draw.amplitudes @ draw.amplitudes) for draw in self.draws)
-        left = self.noise_trace - float(np.trace(self.noise))
-        return max(left, 0.0) * len(self.draws) / found if found > 0 else 0.0
+        """Factor of the draws' squares that makes their mean trace agree with `noise_trace`."""
+        drawn = sum(float(draw.amplitudes @ draw.amplitudes) for draw in self.draws)
+        rest = self.noise_trace - float(np.trace(self.noise))
+        return max(rest, 0.0) * len(self.draws) / drawn if drawn > 0 else 0.0
 
     def points(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Curvature, noise variance and squared slope of every node, negative curvature included.
@@ -90,6 +92,7 @@ class LocalQuadratic:
         Returns
         -------
         curvature, noise_variance, squared_slope : ndarray, shape (d,)
+            First the eigenpairs, then the nodes of the draws, then those of the gradient.
         """
         scale = self.draw_scale / max(len(self.draws), 1)
         parts = [(self.pairs.values, np.diag(self.noise), self.slope**2)]
@@ -100,26 +103,26 @@ class LocalQuadratic:
         return h, v, g
 
     def problem(self) -> Problem:
-        """The noisy quadratic problem that `nqm` solves.
+        """Convert to the noisy quadratic problem that `nqm` solves.
 
-        Displacements are measured from the minimum of the quadratic: g / h along each node. Nodes
-        of negative curvature are left out (`negative_share`).
-
-        Expected losses are right for any model. The distribution of the loss (`loss_sd`, quantiles)
-        needs a `complete` model, which has the correlation of the noise between directions. In any
-        other one node of a noise draw stands for many directions: `expected_losses_only`.
+        Expected losses of the problem are correct for any local model. The distribution of the loss
+        (`loss_sd`, quantiles) needs a `complete` one, which includes the correlation of the noise
+        between directions. In any other one node of a noise draw represents many directions, and
+        the problem has `expected_losses_only`.
 
         Returns
         -------
         Problem
+            Starts at the checkpoint: displacement g / h from the minimum along each node. Nodes of
+            negative curvature are left out (see `negative_share`).
         """
         h, v, g = self.points()
-        held = h > 0
+        positive = h > 0
         mean, correlation = np.sqrt(g), None
         if self.complete:
             mean[: len(self.slope)] = self.slope  # signs matter where directions are correlated
-            correlation = self._correlation(held)
-        h, v, mean = h[held], v[held], mean[held] / h[held]
+            correlation = self._correlation(positive)
+        h, v, mean = h[positive], v[positive], mean[positive] / h[positive]
         return Problem(
             h,
             v,
@@ -129,20 +132,22 @@ class LocalQuadratic:
             expected_losses_only=not self.complete,
         )
 
-    def _correlation(self, held: NDArray[np.bool_]) -> Correlation | None:
-        """Of the noise along the nodes held; the nodes beyond the eigenpairs have none."""
-        pairs = held[: len(self.noise)]
+    def _correlation(self, chosen: NDArray[np.bool_]) -> Correlation | None:
+        """Correlation of the noise along the chosen nodes, none beyond the eigenpairs."""
+        pairs = chosen[: len(self.noise)]
         values, vectors = np.linalg.eigh(self.noise[np.ix_(pairs, pairs)])
-        factor = np.zeros((int(held.sum()), len(values)))
+        factor = np.zeros((int(chosen.sum()), len(values)))
         factor[: len(values)] = vectors * np.sqrt(np.maximum(values, 0.0))
         return Correlation.of_factor(factor)[1]
 
     def problem_table(self) -> pd.DataFrame:
-        """`problem` as a table, which ``[problem] file = "..."`` reads.
+        """Convert `problem` to a table, which ``[problem] file = "..."`` reads.
 
         Returns
         -------
         DataFrame
+            Columns curvature, noise_variance, initial_mean, initial_variance and, if the noise is
+            correlated, noise_correlation.0, noise_correlation.1, ...
         """
         import pandas as pd
 
@@ -157,11 +162,12 @@ class LocalQuadratic:
         return pd.DataFrame(table)
 
     def negative_share(self) -> tuple[float, float]:
-        """Fractions of the noise's trace and of the squared slope along negative curvature.
+        """Fractions of the noise's trace and of the squared slope along curvature <= 0.
 
         Returns
         -------
         noise, squared_slope : float
+            Both in [0, 1].
         """
         h, v, g = self.points()
         below = h <= 0
@@ -176,6 +182,7 @@ class LocalQuadratic:
         Returns
         -------
         dict of str to int or str
+            Numbers of eigenpairs and draws, and the measured values to ten digits.
         """
         return {
             "eigenpairs": len(self.pairs.values),
@@ -201,20 +208,21 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     Parameters
     ----------
     risk : EmpiricalRisk
-        Its `curvature` says whether the Hessian or the Gauss-Newton matrix is measured.
+        The loss. Its `curvature` determines whether the Hessian or the Gauss-Newton matrix is
+        measured.
     eigenpairs : int, optional
         Number of largest eigenvalues that are measured one by one; None computes all from the dense
         matrix, for few weights.
     noise_samples : int
-        Draws of the gradient noise beyond the eigenpairs.
+        Number of random draws of the gradient noise beyond the eigenpairs, at least 1.
     lanczos_steps : int
-        Products with the curvature for each draw, and for the gradient.
+        Products with the curvature for each draw, and for the gradient; at least 1.
     tolerance : float
-        Relative accuracy of the eigenpairs.
+        Relative accuracy of the eigenvalues.
     seed : int
         Seed of all random draws.
     cache : Cache, optional
-        Stores every stage when it is done, under the content of the risk.
+        Stores the result of every stage; nothing is stored by default.
     progress : callable, optional
         Called with 1 after every product with the curvature.
 
@@ -225,30 +233,32 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     Raises
     ------
     NQMError
-        If there are fewer than two examples, or the eigenpairs do not converge.
+        If there are fewer than two examples, a number is out of range, or the eigenpairs do not
+        converge.
     """
     check_integer("noise_samples", noise_samples, 1)
     check_integer("lanczos_steps", lanczos_steps, 1)
     if risk.examples < 2:
         raise NQMError("gradient noise needs at least two examples; got 1")
-    kept = (cache or Cache()).of(risk, seed=seed)
+    stored = (cache or Cache()).of(risk, seed=seed)
     complete = eigenpairs is None or eigenpairs >= risk.size
-    population = 1.0 - 1.0 / risk.examples  # minibatches are drawn from these very examples
+    # From the sample covariance to that of an example drawn from these N: minibatches are drawn so.
+    population = 1.0 - 1.0 / risk.examples
 
     def stiffest() -> dict[str, Any]:
         if complete:
             values, vectors = np.linalg.eigh(risk.curvature_matrix().double().cpu().numpy())
-            found = Eigenpairs(values[::-1], vectors[:, ::-1], np.zeros(len(values)))
+            pairs = Eigenpairs(values[::-1], vectors[:, ::-1], np.zeros(len(values)))
         else:
             assert eigenpairs is not None
-            found = stiffest_pairs(
+            pairs = stiffest_pairs(
                 risk, eigenpairs, tolerance=tolerance, seed=seed, progress=progress
             )
-        noise = population * gradient_noise.covariance(risk, found.vectors)
-        return vars(found) | {"noise": noise}
+        noise = population * gradient_noise.covariance(risk, pairs.vectors)
+        return vars(pairs) | {"noise": noise}
 
     settings = {} if complete else {"eigenpairs": eigenpairs, "tolerance": tolerance}
-    top = kept("eigenpairs", stiffest, complete=complete, **settings)
+    top = stored("eigenpairs", stiffest, complete=complete, **settings)
     known = Eigenpairs(top["values"], top["vectors"], top["residuals"])
     gradient = risk.gradient().double().cpu().numpy()
     apply = operator(risk, progress)
@@ -257,32 +267,32 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
         def run() -> dict[str, Any]:
             return vars(lanczos_nodes(apply, start(), lanczos_steps, known.vectors))
 
-        return LanczosNodes(**kept(stage, run, lanczos_steps=lanczos_steps, **settings, **values))
+        return LanczosNodes(**stored(stage, run, lanczos_steps=lanczos_steps, **settings, **values))
 
     def draw(index: int) -> FloatArray:
         rng = np.random.default_rng([seed, 2, index])
         weights = rng.standard_normal(risk.examples)
         weights = (weights - weights.mean()) / np.sqrt(risk.examples)
-        given = torch.from_numpy(weights).to(risk.weights)
-        return np.asarray(risk.weighted_gradient(given).double().cpu().numpy())
+        noise = risk.weighted_gradient(torch.from_numpy(weights).to(risk.weights))
+        return np.asarray(noise.double().cpu().numpy())
 
     rest = lanczos("gradient", lambda: gradient)
-    others = tuple(
+    draws = tuple(
         lanczos("noise_sample", partial(draw, i), index=i)
         for i in range(0 if complete else noise_samples)
     )
     if complete:
         trace = np.trace(top["noise"])
     else:
-        found = kept("noise_trace", lambda: {"trace": np.array(gradient_noise.trace(risk))})
-        trace = population * found["trace"]
+        known_trace = stored("noise_trace", lambda: {"trace": np.array(gradient_noise.trace(risk))})
+        trace = population * known_trace["trace"]
     return LocalQuadratic(
         risk.loss(),
         known,
         top["noise"],
         known.vectors.T @ gradient,
         rest,
-        others,
+        draws,
         float(trace),
         risk.examples,
     )
@@ -294,7 +304,9 @@ def vector(risk: EmpiricalRisk, values: FloatArray) -> torch.Tensor:
     Parameters
     ----------
     risk : EmpiricalRisk
+        Gives precision and device.
     values : ndarray, shape (p,)
+        A vector of weights.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The minimum near by: training loss minimised with all examples, before measuring."""
+"""Minimise the training loss with all examples, before measuring at the minimum."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ SETTLING_MOMENTUM = 0.9
 
 
 def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None) -> EmpiricalRisk:
-    """The same risk at a minimum near the checkpoint, found with all examples.
+    """Find a minimum of the risk near the checkpoint, using all examples.
 
-    L-BFGS compares losses, so it stops where losses differ by rounding alone: the weights are then
-    accurate to about the square root of the precision. Newton steps, by conjugate gradients on
-    Hessian products, continue from there until the gradient is rounding, too.
+    L-BFGS compares losses, so it stops where losses differ by rounding errors only: the weights
+    are then accurate to about the square root of the precision. Newton steps, by conjugate
+    gradients on Hessian products, continue from there until the gradient is a rounding error, too.
 
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss; the search starts at its weights.
     iterations : int
         Largest number of L-BFGS iterations, and of Hessian products of the Newton steps. If they do
-        not suffice, or if there is no minimum near by, the gradient of the result is not zero.
+        not suffice, or if there is no minimum nearby, the gradient of the result is not zero.
     lr : float, optional
-        With a learning rate, take this many steps of gradient descent with momentum 0.9 on a cosine
-        to zero instead of L-BFGS and Newton. No accuracy is promised, but curvature stays below
-        about 3.8 / lr, whereas a line search follows a valley into ever steeper places (behind a
-        normalisation layer weight decay makes curvature grow as one over the squared weights).
+        If a learning rate is given, take `iterations` steps of gradient descent with momentum 0.9
+        instead of L-BFGS and Newton; the rate decreases from `lr` to zero by a cosine. The accuracy
+        is unknown, but the curvature stays below about 3.8 / lr. A line search, in contrast,
+        follows a valley to ever larger curvature (behind a normalisation layer weight decay makes
+        curvature grow as one over the squared weights).
 
     Returns
     -------
     EmpiricalRisk
+        The same function at the weights that were found.
 
     Raises
     ------
@@ -48,7 +51,7 @@ def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None
         return risk.at(_descended(risk, iterations, lr))
     start = risk.loss()
     if not math.isfinite(start):
-        raise NQMError(f"minimise: the loss at the checkpoint is {start}; give another checkpoint")
+        raise NQMError(f"minimise: the loss at the checkpoint is {start}; use another checkpoint")
     weights = risk.weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],
@@ -63,13 +66,13 @@ def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None
         loss, weights.grad = risk.loss_and_gradient(weights.detach())
         return loss
 
-    find: Callable[[Callable[[], float]], Any] = optimizer.step
-    find(closure)
+    step: Callable[[Callable[[], float]], Any] = optimizer.step
+    step(closure)
     return risk.at(_newton(risk, weights.detach(), iterations))
 
 
 def _descended(risk: EmpiricalRisk, iterations: int, lr: float) -> Tensor:
-    """Weights after gradient descent with momentum on a cosine."""
+    """Weights after gradient descent with momentum, at a rate that decreases by a cosine."""
     check_number("minimise_lr", lr, low=0.0, closed_low=False)
     weights = risk.weights.clone()
     velocity = torch.zeros_like(weights)
@@ -77,15 +80,15 @@ def _descended(risk: EmpiricalRisk, iterations: int, lr: float) -> Tensor:
         velocity = SETTLING_MOMENTUM * velocity + risk.gradient(weights)
         weights -= 0.5 * lr * (1.0 + math.cos(math.pi * step / iterations)) * velocity
     if not math.isfinite(risk.loss(weights)):
-        raise NQMError(f"minimise_lr {lr:g} diverges; take a lower one")
+        raise NQMError(f"minimise_lr = {lr:g} diverges; use a lower learning rate")
     return weights
 
 
 def _newton(risk: EmpiricalRisk, weights: Tensor, products: int) -> Tensor:
-    """Weights after Newton steps, as long as each at least halves the gradient.
+    """Weights after Newton steps, which stop when a step does not halve the gradient.
 
-    A step that raises the loss by more than rounding is not taken: the gradient also vanishes at
-    saddles.
+    A step that increases the loss by more than a rounding error is not taken: the gradient also
+    vanishes at saddle points.
     """
     loss, slope = risk.loss_and_gradient(weights)
     rounding = 100.0 * torch.finfo(weights.dtype).eps
@@ -103,14 +106,15 @@ def _newton(risk: EmpiricalRisk, weights: Tensor, products: int) -> Tensor:
 def _newton_step(risk: EmpiricalRisk, slope: Tensor, products: int) -> tuple[Tensor, int]:
     """Solve H d = -slope by conjugate gradients (Nocedal & Wright 2006, algorithm 7.1).
 
-    Ends at a residual of a thousandth of the slope, after so many products, or before a direction
-    of negative curvature.
+    It ends when the residual is a thousandth of the slope, after `products` Hessian products, or
+    before a direction of negative curvature.
 
     Returns
     -------
     step : Tensor, shape (p,)
+        The solution d.
     used : int
-        Hessian products.
+        Number of Hessian products.
     """
     step = torch.zeros_like(slope)
     residual, direction = -slope, -slope

@@ -1,10 +1,10 @@
-"""Layers in plain operations while derivatives are taken.
+"""Replacements of torch's fused kernels in plain operations, for higher derivatives.
 
-Torch's fused kernels know a first backward derivative alone. Hessian products and forward
+Torch's fused kernels have a first backward derivative only. Hessian products and forward
 derivatives through attention, recurrent layers and weight normalisation end in an error; on a GPU
-recurrent layers have no gradient in evaluation mode. Others are silently wrong: layer and instance
-normalisation lose terms of third derivatives, and PReLU's derivatives of single examples are mixed
-up (torch 2.13). The same functions written in plain operations have derivatives of all orders.
+recurrent layers have no gradient in evaluation mode. Other kernels are silently wrong: layer and
+instance normalisation lose terms of third derivatives, and PReLU mixes up the derivatives of single
+examples (torch 2.13). The same functions in plain operations have derivatives of all orders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from nqm.errors import NQMError
 
-#: One step: (what the input adds to the gates, states, weights) -> states; the first is put out.
+#: One time step: (input's contribution to the gates, states, weights) -> new states; the first of
+#: them is the output.
 Step = Callable[[Tensor, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, ...]]
 
 
@@ -43,19 +44,21 @@ def plain_kernels() -> Iterator[None]:
 
 
 def through_detach() -> TorchFunctionMode:
-    """Let detached tensors keep their derivatives inside the block.
+    """Make ``detach`` keep derivatives inside the block.
 
-    A derivative that differs from the one outside the block shows that detaching made a difference.
+    If a derivative differs from the one outside the block, the model detaches a tensor that
+    matters.
 
     Returns
     -------
     TorchFunctionMode
+        To be used in a ``with`` statement.
     """
     return _Instead(dict.fromkeys(_DETACH, torch.clone))
 
 
 class _Instead(TorchFunctionMode):
-    """Some of torch's functions are replaced."""
+    """Replace some of torch's functions inside a ``with`` block."""
 
     def __init__(self, functions: dict[Any, Callable[..., Any]]):
         super().__init__()
@@ -81,7 +84,7 @@ def _lstm_step(
     enter, forget, new, out = (gates + _linear(hidden, weights)).chunk(4, -1)
     cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
     hidden = out.sigmoid() * cell.tanh()
-    if len(weights) in (3, 5):  # a projection, the last of the weights
+    if len(weights) in (3, 5):  # the last of the weights is a projection
         hidden = functional.linear(hidden, weights[-1])
     return hidden, cell
 
@@ -107,16 +110,16 @@ def _rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
 
 
 def _linear(hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """W_hh h + b_hh; weights are W_ih, W_hh and, if there are any, b_ih, b_hh."""
+    """W_hh h + b_hh; weights are W_ih, W_hh and, if there are biases, b_ih, b_hh."""
     return functional.linear(hidden, weights[1], weights[3] if len(weights) > 3 else None)
 
 
 def _layers(step: Step, states_of: int) -> Callable[..., Any]:
-    """A stand-in for `torch.lstm` (two states) or `torch.gru`, `torch.rnn_tanh`, ... (one)."""
+    """Replace `torch.lstm` (two states) or `torch.gru`, `torch.rnn_tanh`, ... (one state)."""
 
     def layers(  # noqa: PLR0913 - the arguments of torch
         x: Tensor,
-        given: Any,
+        start: Any,
         weights: Sequence[Tensor],
         biases: bool,
         count: int,
@@ -130,19 +133,19 @@ def _layers(step: Step, states_of: int) -> Callable[..., Any]:
                 "a packed sequence in a recurrent layer has no second derivatives here; give the "
                 "padded tensor, and leave padded positions out of the loss"
             )
-        given = (given,) if isinstance(given, Tensor) else tuple(given)
-        ways = 2 if bidirectional else 1
-        own = len(weights) // (count * ways)
+        starts = (start,) if isinstance(start, Tensor) else tuple(start)
+        directions = 2 if bidirectional else 1
+        own = len(weights) // (count * directions)
         x = x.transpose(0, 1) if batch_first else x
         ends: list[tuple[Tensor, ...]] = []
         for layer in range(count):
             outputs = []
-            for way in range(ways):
-                index = layer * ways + way
-                part = weights[index * own : (index + 1) * own]
-                states = tuple(one[index] for one in given)
-                found, states = _along(step, x, states, part, backwards=way == 1)
-                outputs.append(found)
+            for direction in range(directions):
+                index = layer * directions + direction
+                layer_weights = weights[index * own : (index + 1) * own]
+                states = tuple(state[index] for state in starts)
+                output, states = _along(step, x, states, layer_weights, backwards=direction == 1)
+                outputs.append(output)
                 ends.append(states)
             x = torch.cat(outputs, -1)
             if dropout and layer < count - 1:
@@ -159,21 +162,21 @@ def _along(
     """Outputs (L, B, hidden) of one layer in one direction, and its last states."""
     gates = functional.linear(x, weights[0], weights[2] if len(weights) > 3 else None)
     outputs = []
-    for one in reversed(gates.unbind()) if backwards else gates.unbind():
-        states = step(one, states, weights)
+    for gate in reversed(gates.unbind()) if backwards else gates.unbind():
+        states = step(gate, states, weights)
         outputs.append(states[0])
     return torch.stack(outputs[::-1] if backwards else outputs), states
 
 
 def _cell(step: Step) -> Callable[..., Any]:
-    """A stand-in for `torch.lstm_cell`, `torch.gru_cell`, ..."""
+    """Replace `torch.lstm_cell`, `torch.gru_cell`, ..."""
 
-    def cell(x: Tensor, given: Any, *weights: Tensor | None) -> Any:
-        held = [one for one in weights if one is not None]
-        gates = functional.linear(x, held[0], held[2] if len(held) > 3 else None)
-        single = isinstance(given, Tensor)
-        found = step(gates, (given,) if single else tuple(given), held)
-        return found[0] if single else found
+    def cell(x: Tensor, start: Any, *weights: Tensor | None) -> Any:
+        present = [weight for weight in weights if weight is not None]
+        gates = functional.linear(x, present[0], present[2] if len(present) > 3 else None)
+        single = isinstance(start, Tensor)
+        states = step(gates, (start,) if single else tuple(start), present)
+        return states[0] if single else states
 
     return cell
 
@@ -198,19 +201,19 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """The row of `padding_idx` is a constant, as training never moves it by the loss."""
+    """Look up rows; the row of `padding_idx` has no gradient, as in torch."""
     if max_norm is not None or scale_grad_by_freq:
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return functional.embedding(indices, weight, *options)
-    found = torch.embedding(weight, indices)
+    rows = torch.embedding(weight, indices)
     if padding_idx is None:
-        return found
+        return rows
     padded = indices == (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
-    return torch.where(padded[..., None], found.detach(), found)
+    return torch.where(padded[..., None], rows.detach(), rows)
 
 
 def _standard(x: Tensor, over: Sequence[int], eps: float) -> Tensor:
-    """Mean 0 and variance 1 over some axes."""
+    """Shift and scale to mean 0 and variance 1 over some axes."""
     variance, mean = torch.var_mean(x, tuple(over), correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + eps)
 
@@ -255,8 +258,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _prelu(x: Tensor, weight: Tensor) -> Tensor:
-    one = weight.numel() == 1
-    slope = weight.view(()) if one else weight.view(-1, *(1,) * (x.ndim - 2))
+    shared = weight.numel() == 1
+    slope = weight.view(()) if shared else weight.view(-1, *(1,) * (x.ndim - 2))
     return torch.where(x > 0, x, slope * x)
 
 

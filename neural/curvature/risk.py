@@ -1,8 +1,8 @@
-"""A trained network's loss as a function of some of its weights: slopes, curvature, noise.
+"""A trained network's loss as a function of some of its weights, and its derivatives.
 
-Everything is a derivative of one function, the mean loss over fixed data, in the flat vector w of
-the selected weights; the other weights, running statistics included, stay as they are. Derivatives
-are taken in evaluation mode: in training mode BatchNorm makes the loss a function of the batch.
+The function is the mean loss over fixed data; its argument is the flat vector w of the selected
+weights. The other weights and the running statistics are constants. Derivatives are taken in
+evaluation mode: in training mode BatchNorm makes the loss a function of the batch.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from nqm.errors import NQMError, check_number, check_word
 #: (output, targets) -> one loss per example, shape (B,).
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
-#: What may be taken as the curvature: all of it, or the generalised Gauss-Newton part.
+#: Matrices that may be used as the curvature: the Hessian, or the generalised Gauss-Newton matrix.
 CURVATURES = ("hessian", "ggn")
 
-#: Rows of a dense Hessian that are computed at once: memory goes with them.
+#: Rows of a dense Hessian that are computed together; memory is proportional to them.
 HESSIAN_ROWS = 32
-#: Numbers of examples' own gradients that are held at once.
+#: Largest number of entries of single examples' gradients that are in memory together.
 GRADIENT_NUMBERS = 2**26
-#: What torch says where a derivative, or a loop over examples within a kernel, does not exist.
+#: Messages of torch if a derivative does not exist, or an operation does not work within `vmap`.
 _MISSING = re.compile(
     "forward AD|derivative for|implemented|double backward|atching rule|vmap|functorch|torch.func|"
     "modified inplace|inplace operation"
@@ -48,15 +48,14 @@ _MISSING = re.compile(
 
 
 def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each example; for a window of text, the mean over its symbols.
-
-    Symbols whose label is -100 do not count.
+    """Compute the cross-entropy of each example; for a window of text, the mean over its symbols.
 
     Parameters
     ----------
     output : Tensor, shape (B, ..., C)
         Logits.
     targets : Tensor of int64, shape (B, ...)
+        Class numbers; symbols with the label -100 are left out of the mean.
 
     Returns
     -------
@@ -73,37 +72,43 @@ def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
 class EmpiricalRisk:
     """Mean loss over fixed data as a function of a flat vector of weights.
 
+    ``L(w) = 1/N sum_n loss(model(x_n; w), y_n) + weight_decay / 2 |w|^2``.
+
     Parameters
     ----------
     model : Module
-        Left as it is; evaluated in evaluation mode.
+        The network. It is run in evaluation mode and is not changed.
     batches : sequence of (inputs, targets)
-        The data, always in this order; one batch is in work at a time. Inputs are a tensor, or a
-        tuple or mapping of what the model takes (`neural.curvature.examples`); targets a tensor.
+        The data, always read in this order and one batch at a time. Inputs are a tensor, or a tuple
+        or mapping of the model's arguments (see `neural.curvature.examples`); targets are a tensor.
     select : str or iterable of str
-        Which weights (see `neural.late_phase.select.select`): ``"all"``, or the late-phase
-        coordinates alone.
+        Weights that w consists of (see `neural.late_phase.select.select`); ``"all"`` by default.
     loss : callable
-        One loss per example, shape (B,). By default cross-entropy, for which every example must
-        count as many labels: labels -100 are left out.
+        ``loss(output, targets)`` returns one loss per example, shape (B,). By default
+        `cross_entropy`; then every example must have the same number of labels other than -100.
     weight_decay : float
-        Adds ``weight_decay / 2 |w|^2``, which is part of the curvature and no noise.
+        Coefficient of the L2 term, at least 0. The term contributes to gradient and curvature, not
+        to the gradient noise.
     curvature : {"hessian", "ggn"}
-        What `curvature_product` and `curvature_matrix` give, and with them all that asks for
-        curvature: the Hessian, or the generalised Gauss-Newton matrix (`neural.curvature.ggn`),
-        which has no negative eigenvalues where the loss is convex in the output.
+        Matrix that `curvature_product` and `curvature_matrix` compute, and with them every
+        measurement of curvature: the Hessian, or the generalised Gauss-Newton matrix (see
+        `neural.curvature.ggn`), which has no negative eigenvalues if the loss is convex in the
+        output.
 
     Attributes
     ----------
+    weights : Tensor, shape (p,)
+        Weights at which derivatives are taken; at first those of the model.
     size : int
-        Weights p.
+        Number of selected weights, p.
     examples : int
-        N.
+        Number of examples, N.
 
     Raises
     ------
     NQMError
-        If weights are not of one precision, of at least 32 bits and real, or if targets do not fit.
+        If the weights are not all float32 or all float64 on one device, if there is no batch, or if
+        targets do not fit the loss.
     """
 
     def __init__(
@@ -129,7 +134,7 @@ class EmpiricalRisk:
         self._take(batches)
 
     def _take(self, batches: Iterable[Batch]) -> None:
-        """Take the data, which is read many times."""
+        """Store the data, which is read many times, as a list."""
         self.batches = list(batches)
         if not self.batches:
             raise NQMError("an empirical risk needs data; got no batch")
@@ -138,30 +143,34 @@ class EmpiricalRisk:
         self._sound = False
 
     def at(self, weights: Tensor) -> EmpiricalRisk:
-        """The same function with derivatives taken at other weights.
+        """The same function, with derivatives taken at other weights.
 
         Parameters
         ----------
         weights : Tensor, shape (p,)
+            The other weights.
 
         Returns
         -------
         EmpiricalRisk
+            A shallow copy that shares model and data.
         """
         moved = copy.copy(self)
         moved.weights = weights
         return moved
 
     def on(self, batches: Sequence[Batch]) -> EmpiricalRisk:
-        """The same model and weights on other data, without weight decay: a test loss, for example.
+        """The loss of the same model on other data, without weight decay; e.g. a test loss.
 
         Parameters
         ----------
         batches : sequence of (inputs, targets)
+            The other data.
 
         Returns
         -------
         EmpiricalRisk
+            A shallow copy that shares model and weights.
 
         Raises
         ------
@@ -179,21 +188,21 @@ class EmpiricalRisk:
         Raises
         ------
         NQMError
-            If the model is random, changes its state or mixes examples in evaluation mode; if its
-            gradient is not the derivative of its loss, for example because it detaches a tensor; or
-            if torch has no second derivatives of it.
+            If in evaluation mode the model is random, changes its state, or lets an example's
+            output depend on other examples; if its gradient is not the derivative of its loss, e.g.
+            because it detaches a tensor; or if torch cannot compute its second derivatives.
         """
         if self._sound:
             return
         name = type(self.model).__name__
         tensors, make = rows(self.batches[0])
-        few = [one[:2] for one in tensors]
-        part = copy.copy(self)
-        part.batches, part.examples, part._sound = [make(few)], len(few[-1]), True
-        held = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
-        versions = {n: one._version for n, one in held.items()}
-        first, again = list(part._over_batches(part._own_losses, part.batches * 2))
-        changed = [n for n, one in held.items() if one._version != versions[n]]
+        few = [tensor[:2] for tensor in tensors]
+        small = copy.copy(self)
+        small.batches, small.examples, small._sound = [make(few)], len(few[-1]), True
+        state = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
+        versions = {n: tensor._version for n, tensor in state.items()}
+        first, again = list(small._over_batches(small._own_losses, small.batches * 2))
+        changed = [n for n, tensor in state.items() if tensor._version != versions[n]]
         if changed:
             raise NQMError(
                 f"{name} changes its {changed[0]!r} in evaluation mode, so that its loss is no "
@@ -204,18 +213,18 @@ class EmpiricalRisk:
                 f"{name} is random in evaluation mode, so that its loss has no derivatives; switch "
                 "its noise or dropout off"
             )
-        apart = [make([one[i : i + 1] for one in few]) for i in range(len(few[-1]))]
+        apart = [make([tensor[i : i + 1] for tensor in few]) for i in range(len(few[-1]))]
         try:
-            each = torch.cat(list(part._over_batches(part._own_losses, apart)))
+            each = torch.cat(list(small._over_batches(small._own_losses, apart)))
         except ValueError as error:  # BatchNorm has no statistics of a single value
             raise _mixes(name, error) from None
         if not _close(each, first):
             raise _mixes(name, None)
-        part._check_derivatives(name)
+        small._check_derivatives(name)
         self._sound = True
 
     def _check_derivatives(self, name: str) -> None:
-        """The gradient by both modes of differentiation, and of single examples."""
+        """Compare the gradient with forward differentiation, and with examples' own gradients."""
         w = self.weights
         v = torch.randn(self.size, generator=torch.Generator().manual_seed(0)).to(w)
         slope = self._mean(lambda f: grad(f)(w))
@@ -279,22 +288,22 @@ class EmpiricalRisk:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode with plain kernels inside the block; the model is restored afterwards.
+        """Put the model into evaluation mode with plain kernels inside the block, then restore it.
 
-        Attributes that a forward pass sets on its modules are removed at the end: they would belong
+        Attributes that a forward pass sets on its modules are removed at the end: they would refer
         to a derivative that is finished.
 
         Yields
         ------
         None
         """
-        held = [(m, dict(vars(m)), dict(m._buffers)) for m in self.model.modules()]
+        saved = [(m, dict(vars(m)), dict(m._buffers)) for m in self.model.modules()]
         try:
             self.model.eval()
             with plain_kernels():
                 yield
         finally:
-            for module, attributes, buffers in held:
+            for module, attributes, buffers in saved:
                 for name in vars(module).keys() - attributes.keys():
                     del vars(module)[name]
                 vars(module).update(attributes)
@@ -303,23 +312,23 @@ class EmpiricalRisk:
     def _over_batches(
         self, term: Callable[[Batch], Tensor], batches: Iterable[Batch] | None = None
     ) -> Iterator[Tensor]:
-        """A term of every batch, in evaluation mode."""
+        """Compute a term of every batch, in evaluation mode."""
         for batch in self.batches if batches is None else batches:
             with self.evaluating(), torch.no_grad():  # derivatives are those of torch.func alone
                 try:
-                    found = term(batch)
+                    value = term(batch)
                 except RuntimeError as error:
                     if not _MISSING.search(str(error)):
                         raise
                     raise _no_derivative(type(self.model).__name__, error) from error
-            yield found
+            yield value
 
     def _total(self, term: Callable[[Batch], Tensor]) -> Tensor:
         """Sum of a term over batches."""
         return reduce(torch.add, self._over_batches(term))
 
     def _mean(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
-        """Sum over batches of a functional of the batch's share of the mean loss."""
+        """Sum over batches of a linear functional of the batch's summand of the mean loss."""
         return self._total(lambda batch: of(lambda w: self._losses(w, batch).sum() / self.examples))
 
     def mean_loss(self, w: Tensor, batch: Batch) -> Tensor:
@@ -328,11 +337,14 @@ class EmpiricalRisk:
         Parameters
         ----------
         w : Tensor, shape (p,)
+            Weights.
         batch : (inputs, targets)
+            The minibatch.
 
         Returns
         -------
         Tensor, scalar
+            Differentiable in `w`.
         """
         return self._losses(w, batch).mean()
 
@@ -354,7 +366,7 @@ class EmpiricalRisk:
         return float(self._mean(lambda f: f(at))) + self._decay(at)
 
     def _decay(self, w: Tensor) -> float:
-        """Weight decay's part of the loss."""
+        """The L2 term of the loss."""
         return 0.5 * self.weight_decay * float(w.detach().double().square().sum())
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
@@ -372,7 +384,7 @@ class EmpiricalRisk:
         return self.loss_and_gradient(w)[1]
 
     def loss_and_gradient(self, w: Tensor | None = None) -> tuple[float, Tensor]:
-        """`loss` and `gradient`, at the cost of the gradient alone.
+        """Compute `loss` and `gradient` together, at the cost of the gradient.
 
         Parameters
         ----------
@@ -390,13 +402,14 @@ class EmpiricalRisk:
             slope, value = grad_and_value(f)(at)
             return torch.cat((slope, value[None]))
 
-        found = self._mean(both)
-        return float(found[-1]) + self._decay(at), found[:-1] + self.weight_decay * at
+        joined = self._mean(both)
+        return float(joined[-1]) + self._decay(at), joined[:-1] + self.weight_decay * at
 
     def weighted_gradient(self, weights: Tensor) -> Tensor:
         """Weighted sum of the examples' gradients, without weight decay.
 
-        With random weights of mean 0 and variance 1 / (N - 1) it is a draw of one example's noise.
+        With independent random weights of variance 1 / (N - 1), from which their mean is
+        subtracted, it is a random vector with the covariance of one example's gradient.
 
         Parameters
         ----------
@@ -407,11 +420,11 @@ class EmpiricalRisk:
         -------
         Tensor, shape (p,)
         """
-        parts = iter(torch.split(weights, [len(targets) for _, targets in self.batches]))
+        by_batch = iter(torch.split(weights, [len(targets) for _, targets in self.batches]))
 
         def term(batch: Batch) -> Tensor:
-            share = next(parts)
-            slope: Tensor = grad(lambda w: share @ self._losses(w, batch))(self.weights)
+            factors = next(by_batch)
+            slope: Tensor = grad(lambda w: factors @ self._losses(w, batch))(self.weights)
             return slope
 
         return self._total(term)
@@ -424,6 +437,7 @@ class EmpiricalRisk:
         Parameters
         ----------
         v : Tensor, shape (p,)
+            The vector.
 
         Returns
         -------
@@ -441,11 +455,12 @@ class EmpiricalRisk:
         return self.ggn() if self.curvature == "ggn" else self.hessian()
 
     def hessian_product(self, v: Tensor) -> Tensor:
-        """H v at the weights, by a forward derivative of the gradient; weight decay included.
+        """Product H v of the Hessian with a vector, weight decay included.
 
         Parameters
         ----------
         v : Tensor, shape (p,)
+            The vector.
 
         Returns
         -------
@@ -463,27 +478,30 @@ class EmpiricalRisk:
         """
         units = torch.eye(self.size).to(self.weights)
         products = EachRow(self.hessian_product)
-        h = torch.cat([products(some) for some in torch.split(units, HESSIAN_ROWS)])
+        h = torch.cat([products(block) for block in torch.split(units, HESSIAN_ROWS)])
         self._check_matrix(h, self.hessian_product)
         return 0.5 * (h + h.T)
 
     def _check_matrix(self, matrix: Tensor, product: Callable[[Tensor], Tensor]) -> None:
-        """Raise NQMError unless a matrix made in batches does what a single product does."""
+        """Raise NQMError unless a matrix times a random vector is what a single product gives."""
         v = torch.randn(self.size, generator=torch.Generator().manual_seed(0)).to(self.weights)
-        found, expected = matrix.to(v) @ v, product(v)
+        computed, expected = matrix.to(v) @ v, product(v)
         room = 1e-7 if v.dtype == torch.float64 else 1e-2
-        if float((found - expected).norm()) > room * float(matrix.norm() * v.norm()):
+        if float((computed - expected).norm()) > room * float(matrix.norm() * v.norm()):
             raise NQMError(
                 f"{type(self.model).__name__}: torch's derivatives in batches are wrong for one of "
                 "its layers; ask for eigenpairs instead of the whole matrix"
             )
 
     def ggn_product(self, v: Tensor) -> Tensor:
-        """G v at the weights (see `neural.curvature.ggn`); weight decay included.
+        """Product G v of the Gauss-Newton matrix with a vector, weight decay included.
+
+        See `neural.curvature.ggn`.
 
         Parameters
         ----------
         v : Tensor, shape (p,)
+            The vector.
 
         Returns
         -------
@@ -522,11 +540,12 @@ class EmpiricalRisk:
         return g
 
     def third(self, v: Tensor) -> Tensor:
-        """Gradient of v' H v in the weights: third derivatives, twice along v.
+        """Third derivatives of the loss, twice along v: the gradient of v' H v in the weights.
 
         Parameters
         ----------
         v : Tensor, shape (p,)
+            The direction.
 
         Returns
         -------
@@ -562,28 +581,29 @@ class EmpiricalRisk:
         return torch.cat(list(self._over_batches(term)))
 
     def example_gradients(self) -> Iterator[Tensor]:
-        """Gradient of every example's loss, in blocks of examples.
+        """Gradient of every example's loss, without weight decay, in blocks of examples.
 
         Yields
         ------
         Tensor, shape (b, p)
+            Gradients of the next b examples, in the order of the batches.
         """
         self.check()
         size = max(GRADIENT_NUMBERS // self.size, 1)
         for batch in self.batches:
             tensors, make = rows(batch)
 
-            def one(*row: Tensor, make: MakeBatch = make) -> Tensor:
+            def gradient(*row: Tensor, make: MakeBatch = make) -> Tensor:
                 alone = make([tensor[None] for tensor in row])
                 slope: Tensor = grad(lambda w: self._losses(w, alone)[0])(self.weights)
                 return slope
 
-            some = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
-            yield from self._over_batches(EachRow(one).of, some)
+            blocks = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
+            yield from self._over_batches(EachRow(gradient).of, blocks)
 
 
 def _check_weights(weights: dict[str, nn.Parameter]) -> None:
-    """Raise NQMError unless derivatives of a flat vector of these mean something."""
+    """Raise NQMError unless all weights are float32 or float64, alike and on one device."""
     first = next(iter(weights))
     for name, weight in weights.items():
         if weight.dtype not in (torch.float32, torch.float64):
@@ -598,29 +618,34 @@ def _check_weights(weights: dict[str, nn.Parameter]) -> None:
 
 
 def _check_targets(targets: list[Any], loss: ExampleLoss) -> None:
-    """Raise NQMError unless examples can be counted and, for cross-entropy, labels be meant."""
+    """Raise NQMError unless examples can be counted and, for cross-entropy, labels are valid."""
     counts = set()
-    for one in targets:
-        if not isinstance(one, Tensor) or one.ndim == 0 or not len(one):
+    for labels in targets:
+        if not isinstance(labels, Tensor) or labels.ndim == 0 or not len(labels):
+            got = (
+                f"shape {tuple(labels.shape)}"
+                if isinstance(labels, Tensor)
+                else type(labels).__name__
+            )
             raise NQMError(
                 "targets of an empirical risk must be a tensor with a row for each example; got "
-                f"{f'shape {tuple(one.shape)}' if isinstance(one, Tensor) else type(one).__name__}"
+                f"{got}"
             )
         if loss is not cross_entropy:
             continue
-        if one.is_floating_point() or one.dtype == torch.bool:
+        if labels.is_floating_point() or labels.dtype == torch.bool:
             raise NQMError(
-                f"targets must be integer labels; got {one.dtype}; pass a loss of your own"
+                f"targets must be integer labels; got {labels.dtype}; pass a loss of your own"
             )
-        held = one != IGNORED
-        if bool((held & (one < 0)).any()):
+        counted = labels != IGNORED
+        if bool((counted & (labels < 0)).any()):
             raise NQMError(
-                f"labels must be 0 or more, or {IGNORED} for none; got {int(one[held].min())}"
+                f"labels must be 0 or more, or {IGNORED} for none; got {int(labels[counted].min())}"
             )
-        counts |= set(held.reshape(len(one), -1).sum(1).tolist())
+        counts |= set(counted.reshape(len(labels), -1).sum(1).tolist())
     if len(counts) > 1 or 0 in counts:
         raise NQMError(
-            f"examples have {min(counts)} to {max(counts)} labels that count ({IGNORED} does not): "
+            f"examples have {min(counts)} to {max(counts)} labels other than {IGNORED}, so that "
             "their mean is not that of a minibatch; cut all to one number, or pass your own loss"
         )
 
@@ -643,7 +668,7 @@ def _one_tensor(output: Any) -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether losses are the same up to rounding."""
+    """Whether losses are equal up to rounding."""
     double = one.dtype == torch.float64
     return torch.allclose(
         one, other, rtol=1e-6 if double else 1e-3, atol=1e-10 if double else 1e-5, equal_nan=True
@@ -651,9 +676,9 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def _mixes(name: str, error: Exception | None) -> NQMError:
-    said = f" ({str(error).partition(chr(10))[0]:.80})" if error is not None else ""
+    reason = f" ({str(error).partition(chr(10))[0]:.80})" if error is not None else ""
     return NQMError(
-        f"{name}: an example's loss depends on the others of its batch{said}, so that single "
+        f"{name}: an example's loss depends on the others of its batch{reason}, so that single "
         "examples have no gradients: BatchNorm needs running statistics or groups of a "
         "BatchNormRisk, and the batch must be the first axis"
     )
@@ -673,6 +698,6 @@ def _slope(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
 
 
 def _slope_through(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
-    """The same with derivatives of what is detached as well."""
+    """`_slope`, with the derivatives of detached tensors included."""
     with through_detach():
         return _slope(f, w, v)

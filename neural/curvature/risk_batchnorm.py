@@ -1,9 +1,9 @@
-"""The loss that training with BatchNorm sees: of whole minibatches, with their own statistics.
+"""Loss of whole minibatches with BatchNorm in training mode.
 
-In training mode an example's loss depends on the minibatch it is in. So the minibatch is the
-example: fixed groups of so many examples, each with the mean loss of its group. Slope, curvature
-and noise (between groups) are then those of any risk, and a training on it draws groups.
-Left out is that training forms new groups in every epoch.
+In training mode an example's loss depends on the minibatch it is in. A risk is therefore made of
+fixed groups of examples: a group takes the place of an example, and its loss is the mean loss of
+the group. Slope, curvature and noise (between groups) are computed as for any risk, and training on
+it draws groups. One effect is not included: real training forms new groups in every epoch.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from nqm.errors import NQMError, check_integer
 
 
 class BatchNormRisk(EmpiricalRisk):
-    """Mean over fixed groups of examples of a group's mean loss, with the group's statistics.
+    """Mean loss of fixed groups of examples, where BatchNorm uses the statistics of the group.
 
-    Everything but BatchNorm is in evaluation mode; running statistics are neither used nor
-    touched. Parameters and methods are those of `EmpiricalRisk`, where an example is now a group:
-    inputs and targets have shape (groups, size, ...), as `grouped` makes them, `examples` counts
-    groups, and `loss` gives one number per group.
+    All other layers are in evaluation mode; running statistics are neither used nor changed.
+    Parameters and methods are those of `EmpiricalRisk`, with groups in the place of examples:
+    inputs and targets have shape (groups, size, ...), as `grouped` makes them, `examples` is the
+    number of groups, and `loss` returns one number per group.
     """
 
     def _output(self, w: Tensor, inputs: Any) -> Tensor:
-        """Outputs of every group by itself, shape (groups, size, ...)."""
+        """Outputs of the groups, each computed separately, shape (groups, size, ...)."""
         output = super()._output
         tensors, make = input_rows(inputs)
         return torch.stack([output(w, make(group)) for group in zip(*tensors, strict=True)])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside the block, except that BatchNorm uses the statistics of its input.
+        """Put the model into evaluation mode; BatchNorm uses the statistics of its input.
 
         Yields
         ------
@@ -57,38 +57,40 @@ class BatchNormRisk(EmpiricalRisk):
 
 
 def grouped(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """Examples in groups of `size`, in their order; a last incomplete group is dropped.
+    """Split examples into groups, in their order; an incomplete last group is left out.
 
     Parameters
     ----------
     batches : sequence of (inputs, targets)
+        The examples.
     size : int
-        Examples of a group, at least 2.
+        Number of examples of a group, at least 2.
 
     Returns
     -------
     list of (inputs, targets)
-        One group each, of shapes (1, size, ...).
+        One group in each entry, of shapes (1, size, ...).
 
     Raises
     ------
     NQMError
-        If `size` is below 2 or above the number of examples.
+        If `size` is below 2 or above the number of examples, or the batches cannot be joined.
     """
     check_integer("size", size, 2)
     tensors, make = joined(batches)
     count = len(tensors[-1])
     if count < size:
         raise NQMError(f"size must be at most the {count} examples; got {size}")
-    groups = zip(*(torch.split(one[: count // size * size], size) for one in tensors), strict=True)
-    return [make([one[None] for one in group]) for group in groups]
+    used = count // size * size
+    groups = zip(*(torch.split(tensor[:used], size) for tensor in tensors), strict=True)
+    return [make([tensor[None] for tensor in group]) for group in groups]
 
 
 def _with_own_statistics(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    """A BatchNorm layer's forward pass with the statistics of its input, in plain operations.
+    """Make a BatchNorm layer's forward pass with the statistics of its input.
 
-    Torch's own kernel, which does not, loses terms of third derivatives and of forward derivatives
-    that are taken twice.
+    It uses plain operations: torch's own kernel loses terms of third derivatives and of forward
+    derivatives that are taken twice.
     """
 
     def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Eigenvalues of an empirical risk's curvature: both ends one by one, the bulk as a density."""
+"""Eigenvalues of an empirical risk's curvature: the largest or smallest, and the density."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError, check_integer, check_number
 
 FloatArray = NDArray[np.float64]
-#: Told that one more product with the curvature is done.
+#: Called with the number of products with the curvature done since the last call.
 Progress = Callable[[int], None]
 
 
@@ -26,10 +26,11 @@ class Eigenpairs:
     Attributes
     ----------
     values : ndarray, shape (k,)
-        Falling.
+        Eigenvalues h, decreasing.
     vectors : ndarray, shape (p, k)
+        Eigenvectors v, one in each column, orthonormal.
     residuals : ndarray, shape (k,)
-        ``|H v - h v|``: a true eigenvalue lies within that distance.
+        ``|H v - h v|``: an exact eigenvalue lies within that distance of h.
     """
 
     values: FloatArray
@@ -39,14 +40,14 @@ class Eigenpairs:
 
 @dataclass(frozen=True)
 class Density:
-    """A spectrum as weighted points: the bulk without the eigenpairs taken out of it.
+    """Density of the eigenvalues, as weighted points; known eigenpairs are not included.
 
     Attributes
     ----------
     values : ndarray, shape (m,)
-        Rising.
+        Positions of the points, increasing.
     counts : ndarray, shape (m,)
-        Eigenvalues that each point stands for; they sum to those of the bulk.
+        Number of eigenvalues that each point represents, not whole; the sum is their number.
     """
 
     values: FloatArray
@@ -67,15 +68,17 @@ def eigenpairs(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Eigenpairs:
-    """The `count` largest or smallest eigenvalues, by Lanczos (ARPACK).
+    """Compute the largest or smallest eigenvalues and their vectors, by Lanczos (ARPACK).
 
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss.
     count : int
-        Less than the number of weights.
+        Number of eigenpairs, less than the number of weights.
     end : {"top", "bottom"}
-        Algebraically largest or smallest. The Hessian of a network in training has negative ones.
+        The algebraically largest or smallest. The Hessian of a network in training has negative
+        eigenvalues.
     tolerance : float
         Relative accuracy at which ARPACK stops.
     seed : int
@@ -119,11 +122,12 @@ def eigenpairs(
 
 
 def operator(risk: EmpiricalRisk, progress: Progress | None = None) -> LinearOperator:
-    """The curvature as a SciPy operator, computed in the risk's precision.
+    """Wrap the curvature as a SciPy operator, computed in the risk's precision.
 
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss.
     progress : callable, optional
         Called with 1 after every product with the curvature.
 
@@ -152,7 +156,7 @@ def density(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Density:
-    """Density of the rest of the spectrum, by stochastic Lanczos quadrature.
+    """Estimate the density of the spectrum by stochastic Lanczos quadrature.
 
     Each random probe is orthogonal to the known eigenvectors; `steps` Lanczos steps give the Gauss
     quadrature of its measure (Golub & Meurant 2010; Ghorbani et al. 2019), which is exact for
@@ -161,8 +165,9 @@ def density(
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss.
     known : Eigenpairs, optional
-        Removed from the spectrum.
+        Eigenpairs that are left out of the density.
     probes, steps : int
         Number of probes, and of products with the curvature for each.
     seed : int
@@ -192,11 +197,12 @@ def density(
 
 
 def binned(spectrum: Density, bins: int) -> Density:
-    """A density on fewer points, with the same count and the same trace.
+    """Reduce a density to fewer points with the same number of eigenvalues and the same trace.
 
     Parameters
     ----------
     spectrum : Density
+        The density.
     bins : int
         Number of intervals of equal width in the cube root of the eigenvalue. The points of an
         interval are replaced by their mean.
@@ -213,8 +219,8 @@ def binned(spectrum: Density, bins: int) -> Density:
     sums = np.zeros(bins)
     np.add.at(counts, group, spectrum.counts)
     np.add.at(sums, group, spectrum.counts * spectrum.values)
-    held = counts > 0
-    return Density(sums[held] / counts[held], counts[held])
+    filled = counts > 0
+    return Density(sums[filled] / counts[filled], counts[filled])
 
 
 def trace_estimate(risk: EmpiricalRisk, probes: int = 10, seed: int = 0) -> tuple[float, float]:
@@ -223,13 +229,16 @@ def trace_estimate(risk: EmpiricalRisk, probes: int = 10, seed: int = 0) -> tupl
     Parameters
     ----------
     risk : EmpiricalRisk
+        The loss.
     probes : int
         Number of random vectors, at least 2.
     seed : int
+        Seed of the random vectors.
 
     Returns
     -------
     trace, standard_error : float
+        The mean over the vectors, and its standard error.
     """
     check_number("probes", probes, low=2)
     rng = np.random.default_rng(seed)

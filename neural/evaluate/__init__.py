@@ -1,7 +1,7 @@
-"""What a trained model is worth: accuracy, calibration, OOD detection, robustness, flatness.
+"""Evaluation of trained models: accuracy, calibration, OOD detection, robustness, flatness.
 
-Pure functions of tensors (`metrics`, `ood`, `intervals`, `corruption`), and a thin layer that runs
-a model over batches (`predict`, `flatness`, `line`) and gives it back as it was.
+`metrics`, `ood`, `intervals` and `corruption` are pure functions of tensors. `predict`, `flatness`
+and `line` run a model over batches and restore it afterwards.
 """
 
 from neural.evaluate.corruption import (

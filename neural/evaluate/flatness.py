@@ -1,9 +1,9 @@
-"""How flat a minimum is: the rise of the loss when every weight gets relative Gaussian noise.
+"""Flatness of a minimum: the rise of the loss when every weight gets relative Gaussian noise.
 
-Noise in proportion to the weight, w (1 + sigma eps), does not change when a layer's weights are
-rescaled, unlike additive noise. To second order the mean rise is sigma^2 / 2 sum_i H_ii w_i^2.
-Noise comes in pairs +eps and -eps, whose mean has no term linear in sigma: where the gradient is
-not zero, as on test data, that term would drown the rise at small sigma.
+Noise is proportional to the weight, w (1 + sigma eps). Unlike with additive noise, the result does
+not change if a layer's weights are rescaled. To second order the mean rise is sigma^2 / 2 sum_i
+H_ii w_i^2. Noise is drawn in pairs +eps and -eps, whose mean has no term linear in sigma: where the
+gradient is not zero, as on test data, that term would exceed the rise at small sigma.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LossRise:
     sigma : float
         Standard deviation of the noise, relative to each weight.
     loss : float
-        Without noise.
+        Loss without noise.
     rises : tuple of float
         Loss with noise minus `loss`, for each draw (the mean of +eps and -eps).
     """
@@ -61,39 +61,40 @@ def loss_rise(
     names: Iterable[str] | None = None,
     recompute: Recompute | None = None,
 ) -> list[LossRise]:
-    """Loss at w (1 + sigma eps), eps ~ N(0, 1), minus the loss at w; two evaluations per draw.
+    """Measure the loss at w (1 + sigma eps), eps ~ N(0, 1), minus the loss at w.
 
-    All sigmas share their draws of eps, so that curves over sigma and, for models of one
-    architecture, differences between models are less noisy than each value.
+    A draw takes two evaluations, at +eps and -eps. All sigmas share their draws of eps, so that
+    curves over sigma and, for models of one architecture, differences between models are less noisy
+    than single values.
 
     Parameters
     ----------
     model : Module
-        Given back bit for bit, also after an exception.
+        The model. It is restored bit for bit, also after an exception.
     loss : batches or callable
-        Batches to average cross-entropy over in eval mode, or ``loss(model) -> float``.
+        Batches over which cross-entropy is averaged in eval mode, or ``loss(model) -> float``.
     sigmas : sequence of float
-        Relative noise sizes, each >= 0.
+        Standard deviations of the noise, relative to each weight; each >= 0.
     samples : int
-        Draws of eps.
+        Number of draws of eps, at least 1.
     seed : int
-        Of the draws, which are made on the CPU and so do not depend on the device.
+        Seed of the draws. They are made on the CPU and do not depend on the device.
     names : iterable of str, optional
-        Parameters that get noise; by default all that are not whole numbers. Real and imaginary
-        part of a complex weight are two weights.
+        Names of the parameters that get noise; by default all of real or complex numbers. Real and
+        imaginary part of a complex weight are two weights.
     recompute : callable, optional
-        ``recompute(model)`` runs before every evaluation, the noiseless one too, e.g. to
-        re-estimate BatchNorm statistics. Without it buffers stay as they are.
+        ``recompute(model)`` is called before every evaluation, the one without noise included, e.g.
+        to recompute BatchNorm statistics. Without it buffers do not change.
 
     Returns
     -------
     list of LossRise
-        One per sigma, in order.
+        One for each sigma, in order.
 
     Raises
     ------
     NQMError
-        If a size or a name is wrong, or `loss` is an iterator.
+        If `samples`, a sigma or a name is wrong, or `loss` is an iterator.
     """
     check_integer("loss_rise: samples", samples, 1)
     for sigma in sigmas:
@@ -103,7 +104,7 @@ def loss_rise(
     if chosen - set(parameters):
         raise NQMError(
             f"loss_rise: names must be parameters of the model; got {min(chosen - set(parameters))}"
-            "; list(dict(model.named_parameters())) has them"
+            "; list(dict(model.named_parameters())) lists them"
         )
     weights = [
         torch.view_as_real(p.detach()) if p.is_complex() else p
@@ -111,7 +112,9 @@ def loss_rise(
         if name in chosen and (p.is_floating_point() or p.is_complex())
     ]
     if not weights:
-        raise NQMError("loss_rise: names hold no weight that noise could be added to")
+        raise NQMError(
+            "loss_rise: names must include a weight of real or complex numbers; got none of them"
+        )
     run, rng = scorer(loss), torch.Generator().manual_seed(seed)
     rises: list[list[float]] = [[] for _ in sigmas]
     with borrowed(model) as restore:
@@ -126,12 +129,12 @@ def loss_rise(
         base = at_current()
         for _ in range(samples):
             noise = [torch.randn(w.shape, generator=rng, dtype=w.dtype).to(w) for w in weights]
-            for sigma, found in zip(sigmas, rises, strict=True):
+            for sigma, of_sigma in zip(sigmas, rises, strict=True):
                 losses = []
                 for size in (sigma, -sigma):
                     with torch.no_grad():
                         for weight, eps in zip(weights, noise, strict=True):
                             weight.addcmul_(weight, eps, value=size)
                     losses.append(at_current())
-                found.append(sum(losses) / 2 - base)
+                of_sigma.append(sum(losses) / 2 - base)
     return [LossRise(float(s), base, tuple(r)) for s, r in zip(sigmas, rises, strict=True)]

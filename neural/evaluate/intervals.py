@@ -13,11 +13,12 @@ from nqm.errors import NQMError, check_number
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over independent runs and what is known about it.
+    """Mean over independent runs with a confidence interval.
 
     Attributes
     ----------
     mean : float
+        Mean of the runs' values.
     sd : float
         Sample standard deviation (n - 1); NaN for one run.
     low, high : float
@@ -25,7 +26,7 @@ class Interval:
     n : int
         Number of runs.
     level : float
-        Coverage of the interval.
+        Coverage of the interval, in (0, 1).
     """
 
     mean: float
@@ -50,11 +51,12 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean, standard deviation and t interval of one number per run.
+    """Compute mean, standard deviation and Student-t interval of one number per run.
 
     Parameters
     ----------
     values : sequence of float, length n >= 1
+        One number for each run.
     level : float
         Coverage, in (0, 1).
 
@@ -82,18 +84,19 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """Interval of the mean of a - b over runs that share a seed (that of the paired t test).
+    """Compute the interval of the mean of a - b over runs that share a seed (paired t test).
 
     Parameters
     ----------
     a, b : sequence of float, length n
-        Position i of both is the same seed.
+        One number for each run; entry i of both belongs to the same seed.
     level : float
         Coverage, in (0, 1).
 
     Returns
     -------
     Interval
+        Of the difference.
 
     Raises
     ------

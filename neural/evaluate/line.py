@@ -19,14 +19,16 @@ TENTHS = tuple(i / 10 for i in range(11))
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured at positions on a line; arrays have shape (points,).
+    """Loss and accuracy at positions on a line; arrays have shape (points,).
 
     Attributes
     ----------
     position : ndarray
-        0 at the start, 1 at the end.
-    loss, accuracy : ndarray
-        Accuracy is NaN where the loss function does not tell it.
+        Position on the line: 0 at the start, 1 at the end.
+    loss : ndarray
+        Loss of the model with the weights at these positions.
+    accuracy : ndarray
+        Accuracy in [0, 1]; NaN if the loss function returns a loss only.
     """
 
     position: NDArray[np.float64]
@@ -46,24 +48,24 @@ class Line:
 def interpolate(
     start: Mapping[str, Tensor], end: Mapping[str, Tensor], t: float
 ) -> dict[str, Tensor]:
-    """(1 - t) start + t end for every real or complex tensor; exact at t = 0 and t = 1.
+    """Compute (1 - t) start + t end for every real or complex tensor; exact at t = 0 and t = 1.
 
     Parameters
     ----------
     start, end : mapping of str to Tensor
-        State dicts with the same names and shapes. Other tensors (counters) are copied from the
-        nearer end.
+        State dicts with the same names and shapes.
     t : float
-        Position; values outside [0, 1] extrapolate.
+        Position on the line; values outside [0, 1] extrapolate.
 
     Returns
     -------
     dict of str to Tensor
+        State dict. Tensors of integers (counters) are copied from the nearer end.
 
     Raises
     ------
     NQMError
-        If names or shapes differ.
+        If names or shapes differ, or `t` is not finite.
     """
     check_number("interpolate: t", t)
     _check_alike(start, end, "the end's")
@@ -91,19 +93,20 @@ def loss_line(
     Parameters
     ----------
     model : Module
-        Restored bit for bit, also after an exception.
+        The model. It is restored bit for bit, also after an exception.
     start, end : mapping of str to Tensor
-        State dicts of the model, e.g. a member's and the average's.
+        State dicts of the model, e.g. of a member and of the average.
     loss : batches or callable
         Batches over which cross-entropy is averaged in eval mode, or ``loss(model)`` returning a
         float or a `Score`.
     positions : sequence of float
         Increasing, from 0 to 1.
     buffers : bool
-        Interpolate buffers (BatchNorm statistics) too; otherwise they stay the model's own.
+        If True, interpolate buffers (BatchNorm statistics) too; otherwise those of the model are
+        used.
     recompute : callable, optional
-        ``recompute(model)`` runs at every position before its evaluation, the ends too: averaged
-        weights need BatchNorm statistics of their own.
+        ``recompute(model)`` is called before the evaluation at every position, the ends included,
+        e.g. to recompute BatchNorm statistics.
 
     Returns
     -------
@@ -122,13 +125,13 @@ def loss_line(
         own = model.state_dict()
         _check_alike(own, start, "the start's")
         _check_alike(own, end, "the end's")
-        kept = set() if buffers else {name for name, _ in model.named_buffers()}
+        unchanged = set() if buffers else {name for name, _ in model.named_buffers()}
         for position in t:
             restore()
             state = interpolate(start, end, float(position))
             with torch.no_grad():
                 for name, tensor in model.state_dict().items():
-                    if name not in kept:
+                    if name not in unchanged:
                         tensor.copy_(state[name])
             if recompute is not None:
                 recompute(model)

@@ -1,7 +1,7 @@
-"""How good predicted probabilities are: accuracy, likelihood, Brier score, calibration.
+"""Metrics of predicted probabilities: accuracy, likelihood, Brier score, calibration.
 
-Every function takes log-probabilities or, since ``log_softmax`` leaves those alone, plain logits.
-Sums run in float64. Examples whose label is -100 are left out, as torch's losses do.
+Every function takes log-probabilities or logits: ``log_softmax`` does not change log-probabilities.
+Sums are computed in float64. Examples with the label -100 are left out, as in torch's losses.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from nqm.errors import NQMError, check_integer
 
-#: The label of what does not count, as `torch.nn.functional.cross_entropy` has it.
+#: Label of examples that are left out, the default of `torch.nn.functional.cross_entropy`.
 IGNORED = -100
 
 
 def accuracy(log_probs: Tensor, labels: Tensor) -> float:
-    """Share of examples whose most probable class (the first of equals) is the label.
+    """Compute the fraction of examples whose most probable class is the label.
 
     Parameters
     ----------
     log_probs : Tensor, shape (N, C)
-        Logits or log-probabilities. A row with a NaN counts as wrong.
+        Logits or log-probabilities. Of equal entries the first counts as the most probable class;
+        a row with a NaN is counted as wrong.
     labels : Tensor of integers, shape (N,)
-        -100 where an example does not count.
+        Class numbers; -100 for an example that is left out.
 
     Returns
     -------
@@ -35,14 +36,14 @@ def accuracy(log_probs: Tensor, labels: Tensor) -> float:
     Raises
     ------
     NQMError
-        If the shapes do not fit, no example counts, or a label is not a class.
+        If the shapes do not fit, all examples are left out, or a label is not a class.
     """
     log_probs, labels = _checked(log_probs, labels, probabilities=True)
     return float(correct(log_probs, labels).double().mean())
 
 
 def nll(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean negative log-likelihood of the labels.
+    """Compute the mean negative log-likelihood of the labels.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ def nll(log_probs: Tensor, labels: Tensor) -> float:
 
 
 def brier(log_probs: Tensor, labels: Tensor) -> float:
-    """Mean over examples of the squared error summed over classes (Brier 1950).
+    """Compute the Brier score: squared error summed over classes, mean over examples (Brier 1950).
 
     Parameters
     ----------
@@ -78,17 +79,17 @@ def brier(log_probs: Tensor, labels: Tensor) -> float:
 
 
 def ece(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error of the predicted class (Guo et al. 2017, eq. 3).
+    """Compute the expected calibration error of the predicted class (Guo et al. 2017, eq. 3).
 
-    The mean over equal-width bins ((m - 1) / bins, m / bins] of confidence, weighted by their
-    share of examples, of ``|accuracy - confidence|``. Confidence 1 belongs to the last bin.
+    It is the mean of ``|accuracy - confidence|`` over bins ((m - 1) / bins, m / bins] of
+    confidence, weighted by the number of examples in a bin.
 
     Parameters
     ----------
     log_probs, labels
         See `accuracy`.
     bins : int
-        At least 1.
+        Number of bins of equal width, at least 1.
 
     Returns
     -------
@@ -106,7 +107,7 @@ def ece(log_probs: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 
 def classification_metrics(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """``accuracy``, ``nll``, ``brier`` and ``ece`` (15 bins).
+    """Compute `accuracy`, `nll`, `brier` and `ece` (15 bins).
 
     Parameters
     ----------
@@ -116,6 +117,7 @@ def classification_metrics(log_probs: Tensor, labels: Tensor) -> dict[str, float
     Returns
     -------
     dict of str to float
+        Value by name of the function.
     """
     log_probs, labels = _checked(log_probs, labels)
     return {rule.__name__: rule(log_probs, labels) for rule in (accuracy, nll, brier, ece)}
@@ -132,35 +134,38 @@ def bits_per_character(nll: float) -> float:
     Returns
     -------
     float
+        In bits.
     """
     return nll / math.log(2)
 
 
 def correct(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Whether each row's largest entry is at its label; never so for a row with a NaN.
+    """Tell for each row whether its largest entry is at the label.
 
     Parameters
     ----------
-    log_probs : Tensor, shape (N, C)
-    labels : Tensor of integers, shape (N,)
+    log_probs, labels
+        See `accuracy`.
 
     Returns
     -------
     Tensor of bool, shape (N,)
+        False for a row with a NaN.
     """
     return (log_probs.argmax(1) == labels) & ~log_probs.isnan().any(1)
 
 
 def refuse_probabilities(where: str, log_probs: Tensor) -> None:
-    """Refuse probabilities that are given in place of logits or log-probabilities.
+    """Check that values are not probabilities, in the place of logits or log-probabilities.
 
-    Probabilities taken for logits would give a wrong number without an error.
+    With probabilities in their place the metrics would be wrong without an error.
 
     Parameters
     ----------
     where : str
         Name of the function, for the message.
     log_probs : Tensor, shape (..., C)
+        The values to check.
 
     Raises
     ------
@@ -169,9 +174,9 @@ def refuse_probabilities(where: str, log_probs: Tensor) -> None:
     """
     if log_probs.shape[-1] < 2 or not log_probs.numel():
         return
-    rough = log_probs.dtype in (torch.float16, torch.bfloat16)
+    half = log_probs.dtype in (torch.float16, torch.bfloat16)
     apart = (log_probs.detach().double().sum(-1) - 1.0).abs()
-    if bool((log_probs >= 0).all()) and bool((apart < (0.02 if rough else 1e-4)).all()):
+    if bool((log_probs >= 0).all()) and bool((apart < (0.02 if half else 1e-4)).all()):
         raise NQMError(
             f"{where}: expected logits or log-probabilities; got rows that sum to 1, which are "
             "probabilities; take their logarithm, p.log()"
@@ -181,7 +186,7 @@ def refuse_probabilities(where: str, log_probs: Tensor) -> None:
 def _checked(
     log_probs: Tensor, labels: Tensor, *, probabilities: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Normalised log-probabilities in float64 and labels as int64, of the examples that count."""
+    """Normalised log-probabilities in float64 and labels as int64, without ignored examples."""
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1] or not log_probs.numel():
         raise NQMError(
             "metrics: expected log_probs (N, C) and labels (N,) with N, C >= 1; got shapes "
@@ -196,12 +201,12 @@ def _checked(
     labels = labels.long()
     counted = labels != IGNORED
     if not bool(counted.any()):
-        raise NQMError(f"metrics: every label is {IGNORED}, so that no example counts")
+        raise NQMError(f"metrics: every label is {IGNORED}, so that no example is left")
     log_probs, labels = log_probs[counted], labels[counted]
     classes, low, high = log_probs.shape[1], int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise NQMError(
             f"metrics: labels must lie in 0..{classes - 1} (log_probs has {classes} columns), or "
-            f"be {IGNORED} for what does not count; got {low}..{high}"
+            f"be {IGNORED} for an example that is left out; got {low}..{high}"
         )
     return log_probs.double().log_softmax(1), labels

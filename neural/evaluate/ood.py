@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: a score per example, and how well it separates two sets."""
+"""Out-of-distribution (OOD) detection: a score per example, and metrics of its separation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from nqm.errors import NQMError, check_number
 
 
 def entropy_score(logits: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Entropy of the predicted distribution, in nats; larger means more likely OOD.
+    """Compute the entropy of the predicted distribution; larger means more likely OOD.
 
     Parameters
     ----------
     logits : Tensor, shape (..., C)
         Logits or log-probabilities.
     epsilon : float
-        ``-sum p log(p + epsilon)``; 1e-5 is what the paper's published code uses, 0 is exact.
+        Added to the probability inside the logarithm, ``-sum p log(p + epsilon)``; at least 0. The
+        paper's published code uses 1e-5; 0 is exact.
 
     Returns
     -------
     Tensor of float64, shape (...)
+        In nats.
+
+    Raises
+    ------
+    NQMError
+        If `epsilon` is negative, or probabilities are given.
     """
     check_number("entropy_score: epsilon", epsilon, low=0)
     refuse_probabilities("entropy_score", logits)
@@ -37,23 +44,23 @@ def entropy_score(logits: Tensor, epsilon: float = 0.0) -> Tensor:
 
 
 def ood_metrics(in_scores: ArrayLike | Tensor, out_scores: ArrayLike | Tensor) -> dict[str, float]:
-    """``auroc``, ``aupr`` and ``fpr95`` with OOD as the positive class.
+    """Compute ``auroc``, ``aupr`` and ``fpr95`` with OOD as the positive class.
 
-    auroc : probability that an OOD score exceeds an in-distribution one, ties counting half.
-    aupr : average precision, the step-wise area under precision against recall.
-    fpr95 : the share of in-distribution scores >= t, where t is the largest threshold at which
-    at least 95 % of the OOD scores are >= t, i.e. the ceil(0.95 n)-th largest OOD score. A tie
-    with t is flagged, on both sides.
+    auroc: probability that an OOD score exceeds an in-distribution one; ties count one half.
+    aupr: average precision, the step-wise area under precision against recall.
+    fpr95: fraction of in-distribution scores >= t, where t is the largest threshold at which at
+    least 95 % of the OOD scores are >= t, i.e. the ceil(0.95 n)-th largest of n OOD scores.
 
     Parameters
     ----------
     in_scores, out_scores : array_like or Tensor, shapes (M,) and (N,)
-        Larger means more likely OOD, e.g. `entropy_score`.
+        Scores of in-distribution and OOD examples; larger means more likely OOD, e.g. from
+        `entropy_score`.
 
     Returns
     -------
-    dict
-        All NaN if a score is NaN (a diverged model).
+    dict of str to float
+        Each in [0, 1]; all NaN if a score is NaN (a diverged model).
 
     Raises
     ------
@@ -70,7 +77,7 @@ def ood_metrics(in_scores: ArrayLike | Tensor, out_scores: ArrayLike | Tensor) -
         return {"auroc": math.nan, "aupr": math.nan, "fpr95": math.nan}
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    # Ranks instead of values: the areas depend on nothing else, and infinities are welcome.
+    # Ranks instead of values: the areas depend on ranks only, and scores may be infinite.
     ranks = np.unique(np.concatenate([inside, outside]), return_inverse=True)[1]
     positive = np.repeat([0, 1], [inside.size, outside.size])
     caught = -(-95 * outside.size // 100)
@@ -83,7 +90,7 @@ def ood_metrics(in_scores: ArrayLike | Tensor, out_scores: ArrayLike | Tensor) -
 
 
 def _numbers(scores: ArrayLike | Tensor) -> NDArray[np.float64]:
-    """Scores of any kind and place as an array."""
+    """Convert scores, an array or a tensor on any device, to an array."""
     if isinstance(scores, Tensor):
         scores = scores.detach().to("cpu", torch.float64).numpy()
     return np.asarray(scores, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Run a model over batches: one prediction, one per member, one per dropout draw, or a score."""
+"""Run a model over batches: logits of it, of members, or of dropout draws; or loss and accuracy."""
 
 from __future__ import annotations
 
@@ -21,15 +21,36 @@ Device = torch.device | str | None
 
 
 class MemberForward(Protocol):
-    """Logits of member k; a module, or any callable of this form."""
+    """Module or callable that computes the logits of one member."""
 
     def __call__(self, x: Tensor, /, *, member: int) -> Tensor:
-        """Logits (B, ..., C) of inputs `x` under member `member`."""
+        """Compute the logits of one member.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, ...)
+            Inputs.
+        member : int
+            Number of the member, k in 0 ... K - 1.
+
+        Returns
+        -------
+        Tensor, shape (B, ..., C)
+            Logits.
+        """
         ...
 
 
 class Score(NamedTuple):
-    """Mean cross-entropy in nats, and share of correct predictions, of all labels but -100."""
+    """Mean loss and accuracy over all labels other than -100.
+
+    Attributes
+    ----------
+    loss : float
+        Mean cross-entropy, in nats.
+    accuracy : float
+        Fraction of correct predictions, in [0, 1].
+    """
 
     loss: float
     accuracy: float
@@ -37,15 +58,15 @@ class Score(NamedTuple):
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Eval mode without autograd inside the block; every module's mode is restored afterwards.
+    """Switch to eval mode without autograd inside the block; restore every module's mode after it.
 
     Torch's inference mode is not used: a tensor that a model stores in one pass for the next, like
-    rotary angles, could not be trained with afterwards.
+    rotary angles, could not be used in training afterwards.
 
     Parameters
     ----------
     model : Module or any object
-        Nothing is done to an object that is not a module.
+        An object that is not a module is not changed.
 
     Yields
     ------
@@ -63,15 +84,16 @@ def evaluating(model: object) -> Iterator[None]:
 
 
 def predict(model: nn.Module, batches: Batches, device: Device = None) -> tuple[Tensor, Tensor]:
-    """Logits and labels of all batches, in eval mode.
+    """Compute the logits of all batches in eval mode, and collect the labels.
 
     Parameters
     ----------
     model : Module
         Maps inputs to logits (B, ..., C).
     batches : iterable of (inputs, labels)
+        Labels have shape (B, ...); logits and labels are flattened to (N, C) and (N,).
     device : device, optional
-        Where inputs are sent; by default where the model's first parameter is.
+        Device that inputs are moved to; by default that of the model's first parameter.
 
     Returns
     -------
@@ -91,16 +113,16 @@ def predict(model: nn.Module, batches: Batches, device: Device = None) -> tuple[
 def predict_members(
     forward_k: MemberForward, members: int, batches: Batches, device: Device = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits of every member; each batch is loaded once.
+    """Compute the logits of every member; each batch is loaded once.
 
     Parameters
     ----------
     forward_k : callable
-        ``forward_k(x, member=k)`` gives logits (B, ..., C). A module is run in eval mode.
+        ``forward_k(x, member=k)`` returns logits (B, ..., C). A module is run in eval mode.
     members : int
-        K.
+        Number of members, K.
     batches, device
-        As in `predict`.
+        See `predict`.
 
     Returns
     -------
@@ -110,7 +132,7 @@ def predict_members(
     Raises
     ------
     NQMError
-        If `members` is below 1, and as in `predict`.
+        If `members` is below 1, there is no batch, or logits and labels do not fit.
     """
     check_integer("predict_members: members", members, 1)
     with evaluating(forward_k):
@@ -122,7 +144,7 @@ def predict_members(
 
 
 def ensemble_log_probs(member_logits: Tensor) -> Tensor:
-    """Log of the members' mean probability.
+    """Compute the logarithm of the members' mean probability.
 
     Parameters
     ----------
@@ -132,6 +154,7 @@ def ensemble_log_probs(member_logits: Tensor) -> Tensor:
     Returns
     -------
     Tensor of float64, shape (N, C)
+        Log-probabilities.
 
     Raises
     ------
@@ -151,23 +174,23 @@ def ensemble_log_probs(member_logits: Tensor) -> Tensor:
 def mc_dropout(
     model: nn.Module, batches: Batches, samples: int, seed: int = 0, device: Device = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits under random dropout masks (Gal & Ghahramani 2016).
+    """Compute logits under random dropout masks (Gal & Ghahramani 2016).
 
-    Dropout layers draw masks; everything else, BatchNorm above all, stays in eval mode. Average
-    with `ensemble_log_probs`.
+    Dropout layers draw masks; all other layers, e.g. BatchNorm, stay in eval mode. The mean
+    prediction is given by `ensemble_log_probs`.
 
     Parameters
     ----------
     model : Module
-        Holds at least one ``torch.nn`` dropout layer.
+        Model with at least one ``torch.nn`` dropout layer.
     batches
-        As in `predict`.
+        See `predict`.
     samples : int
-        Draws per example.
+        Number of masks for each batch, at least 1.
     seed : int
-        Of the masks; the global random state is left as it was.
+        Seed of the masks; the global random state is not changed.
     device
-        As in `predict`.
+        See `predict`.
 
     Returns
     -------
@@ -177,7 +200,8 @@ def mc_dropout(
     Raises
     ------
     NQMError
-        If the model has no dropout layer, `samples` is below 1, and as in `predict`.
+        If the model has no dropout layer, `samples` is below 1, there is no batch, or logits and
+        labels do not fit.
     """
     check_integer("mc_dropout: samples", samples, 1)
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
@@ -196,7 +220,7 @@ def mc_dropout(
 
 
 def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
-    """Mean loss and accuracy in eval mode, without storing logits.
+    """Compute mean loss and accuracy in eval mode, without storing logits.
 
     Parameters
     ----------
@@ -210,7 +234,7 @@ def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
     Raises
     ------
     NQMError
-        If there is no batch, no label counts, or logits and labels do not fit.
+        If there is no batch, every label is -100, or logits and labels do not fit.
     """
     target = _device(model, device)
     with evaluating(model):
@@ -218,16 +242,16 @@ def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
 
 
 def score_text(model: nn.Module, batches: Batches) -> Score:
-    """`score` of a language model, with the state carried from one window to the next.
+    """Compute `score` of a language model; a recurrent one keeps its state between windows.
 
     Parameters
     ----------
     model : Module
-        A recurrent one takes ``(symbols, state, return_state=True)``; any other starts every window
-        without a state.
+        A recurrent model takes ``(symbols, state, return_state=True)``. Any other model starts
+        every window without a state.
     batches : iterable of (symbols, next symbols)
-        Each row continues the same row of the batch before, while the number of rows is the same
-        (`neural.data.evaluation_windows`).
+        Each row continues the same row of the previous batch if both have the same number of rows
+        (see `neural.data.evaluation_windows`).
 
     Returns
     -------
@@ -255,9 +279,9 @@ def score_text(model: nn.Module, batches: Batches) -> Score:
 
 
 def _scored(who: str, outputs: Iterable[tuple[Tensor, Tensor]]) -> Score:
-    """Score of pairs (logits, labels), summed as they come."""
+    """Compute the score of pairs (logits, labels), one after the other."""
     loss, hits, count = 0.0, 0, 0
-    some = False
+    empty = True
     for logits, labels in (_flat(*pair) for pair in outputs):
         _check_labels(who, labels, logits.shape[1])
         loss += float(
@@ -267,11 +291,11 @@ def _scored(who: str, outputs: Iterable[tuple[Tensor, Tensor]]) -> Score:
         )
         hits += int(correct(logits, labels).sum())
         count += int((labels != IGNORED).sum())
-        some = True
-    if not some:
+        empty = False
+    if empty:
         raise NQMError(f"{who}: there is no batch; an iterator is empty after its first use")
     if not count:
-        raise NQMError(f"{who}: every label is {IGNORED}, so that no example counts")
+        raise NQMError(f"{who}: every label is {IGNORED}, so that no example is left")
     return Score(loss / count, hits / count)
 
 
@@ -279,8 +303,8 @@ def _check_labels(who: str, labels: Tensor, classes: int) -> None:
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
     if len(wrong):
         raise NQMError(
-            f"{who}: labels must lie in 0..{classes - 1}, or be {IGNORED} for what does not count; "
-            f"got {int(wrong[0])}"
+            f"{who}: labels must lie in 0..{classes - 1}, or be {IGNORED} for an example that is "
+            f"left out; got {int(wrong[0])}"
         )
 
 

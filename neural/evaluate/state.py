@@ -1,4 +1,4 @@
-"""Borrow a model: change its weights, measure, give it back bit for bit."""
+"""Change a model's weights, measure, and restore the model bit for bit."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch import nn
 from neural.evaluate.predict import Batches, Score, score
 from nqm.errors import NQMError
 
-#: What may stand for a loss: the batches to average cross-entropy over (in eval mode), or any
-#: function of the model that returns a loss, or a loss and an accuracy (called without autograd).
+#: A loss: batches over which cross-entropy is averaged in eval mode, or a function of the model
+#: that returns a loss, or a loss and an accuracy, and is called without autograd.
 Loss = Batches | Callable[[nn.Module], float | Score]
-#: Called after each change of the weights, e.g. to re-estimate BatchNorm statistics.
+#: Called after each change of the weights, e.g. to recompute BatchNorm statistics.
 Recompute = Callable[[nn.Module], object]
 
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Restore parameters, buffers and modes on exit, also after an exception.
+    """Restore a model's parameters, buffers and modes on exit, also after an exception.
 
     Parameters
     ----------
     model : Module
+        The model.
 
     Yields
     ------
     callable
-        Puts parameters and buffers back at any time.
+        Restores parameters and buffers when called.
     """
     saved = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
     modes = {module: module.training for module in model.modules()}
@@ -49,7 +50,7 @@ def borrowed(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def scorer(loss: Loss) -> Callable[[nn.Module], Score]:
-    """Turn a loss or batches into a function of the model.
+    """Make a function of the model from a loss or batches.
 
     Parameters
     ----------

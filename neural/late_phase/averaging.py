@@ -1,8 +1,7 @@
-"""Averages over time, and the statistics an averaged model needs.
+"""Averages over time, and BatchNorm statistics of averaged models.
 
-SWA and EMA are torch's own `AveragedModel`. It averages whatever parameters a module has, a
-`LatePhase` with its stacked members included: late-phase weights with SWA on top, as in the paper,
-is ``swa(late)``.
+SWA and EMA are torch's `AveragedModel`. It averages all parameters of a module, also the stacked
+weights of a `LatePhase`: ``swa(late)`` is SWA of late-phase weights as in the paper.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def swa(module: nn.Module) -> AveragedModel:
-    """Running mean of parameters, all snapshots counted alike (Izmailov et al. 2018).
+    """Make a mean of parameters in which all snapshots have the same weight (Izmailov et al. 2018).
 
     Parameters
     ----------
     module : Module
-        It is copied.
+        The module; it is copied.
 
     Returns
     -------
@@ -50,15 +49,15 @@ def swa(module: nn.Module) -> AveragedModel:
 
 
 def ema(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of parameters and buffers.
+    """Make an exponential moving average of parameters and buffers.
 
-    Copied, and not averaged, are whole numbers, and numbers that are not finite in the average or
-    in the module: masks of -inf, observers that have seen no data.
+    Integers are copied instead of averaged, and so are numbers that are not finite in the average
+    or in the module, e.g. masks of -inf.
 
     Parameters
     ----------
     module : Module
-        It is copied.
+        The module; it is copied.
     decay : float
         Share of the average that an update keeps, in [0, 1):
         ``average <- decay average + (1 - decay) module``.
@@ -78,16 +77,17 @@ def ema(module: nn.Module, decay: float) -> AveragedModel:
     check_number("decay", decay, low=0.0, high=1.0, closed_high=False)
     smooth = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
-    def average(kept: _Tensors, new: _Tensors, updates: Tensor | int) -> None:
-        if kept[0].is_floating_point() or kept[0].is_complex():
-            odd = [~(one.isfinite() & v.isfinite()) for one, v in zip(kept, new, strict=True)]
-            smooth(kept, new, updates)
-            for one, value, where in zip(kept, new, odd, strict=True):
-                one.copy_(torch.where(where, value, one))
+    def average(means: _Tensors, new: _Tensors, updates: Tensor | int) -> None:
+        if means[0].is_floating_point() or means[0].is_complex():
+            pairs = zip(means, new, strict=True)
+            infinite = [~(mean.isfinite() & value.isfinite()) for mean, value in pairs]
+            smooth(means, new, updates)
+            for mean, value, where in zip(means, new, infinite, strict=True):
+                mean.copy_(torch.where(where, value, mean))
         else:
-            # Counters and indices are whole numbers, which a mean would round.
-            for one, value in zip(kept, new, strict=True):
-                one.copy_(value)
+            # Counters and indices are integers; their mean would be rounded.
+            for mean, value in zip(means, new, strict=True):
+                mean.copy_(value)
 
     return AveragedModel(duplicate(module), multi_avg_fn=average, use_buffers=True)
 
@@ -100,29 +100,29 @@ def recompute_statistics(
     by_size: bool = False,
     dropout: bool = False,
 ) -> None:
-    """Compute BatchNorm statistics anew: means over one pass of the data.
+    """Recompute BatchNorm statistics as means over one pass of the data.
+
+    After an error the statistics are those from before the call.
 
     Parameters
     ----------
     module : Module
-        Changed in place. Every member of a `LatePhase` runs on every batch, as in the official
-        code. For an `AveragedModel` the average is run.
+        The module; its statistics are changed in place. Every member of a `LatePhase` runs on every
+        batch, as in the official code. For an `AveragedModel` the average runs.
     batches : iterable of (inputs, targets)
-        Training data. Targets are not used.
+        Training data; targets are not used.
     by_size : bool
-        True: weigh each minibatch by its number of examples, so that a short last one counts less,
-        as the official code does. False: every minibatch counts the same, as in torch's
-        `update_bn`. The size is the length of the first axis of the first tensor of the inputs.
+        True: weight each minibatch by its number of examples, as in the official code. False: all
+        minibatches have the same weight, as in torch's `update_bn`. The number of examples is the
+        length of the first axis of the first tensor of the inputs.
     dropout : bool
-        True: leave dropout on, as the official code does. False: off, as when the averaged model is
-        used.
+        True: run with dropout, as in the official code. False: without, as in evaluation.
 
     Raises
     ------
     NQMError
         If there is no batch (an iterator is empty after its first use), or if `by_size` is True and
-        the inputs hold no tensor. The statistics then stay as they are, and also if a forward pass
-        fails.
+        the inputs hold no tensor.
     """
     if isinstance(module, AveragedModel):
         module = module.module
@@ -131,7 +131,7 @@ def recompute_statistics(
         return
     momenta = {layer: layer.momentum for layer in layers}
     training = {layer: layer.training for layer in module.modules()}
-    held = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
     seen = 0
     try:
         module.eval()
@@ -153,21 +153,21 @@ def recompute_statistics(
         if not seen:
             raise NQMError(
                 "recompute_statistics: there is no batch, and the statistics stay as they are; an "
-                "iterator is empty after its first use: give a list or a loader"
+                "iterator is empty after its first use, so give a list or a loader"
             )
     except BaseException:
-        for buffer, value in held:
+        for buffer, value in saved:
             buffer.copy_(value)
         raise
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
-        for one, mode in training.items():
-            one.training = mode
+        for submodule, mode in training.items():
+            submodule.training = mode
 
 
 def _size(inputs: Any) -> int:
-    """Examples of a minibatch."""
+    """Number of examples of a minibatch."""
     for leaf in pytree.tree_leaves(arguments(inputs)):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return len(leaf)
@@ -180,7 +180,7 @@ def _run(module: nn.Module, inputs: Any) -> None:
         with checked_statistics():
             module(*args, **kwargs)
         return
-    module.training = True  # its own switch: keep the statistics a member has updated
+    module.training = True  # of `LatePhase` alone: it then stores the members' new statistics
     for k in range(module.members):
         module(*args, member=k, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Minibatches that wait until there is one for every member."""
+"""Store minibatches of a loader until there is one for every member."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ Batch = tuple[Any, Any]
 
 
 def safe_to_keep(loader: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """Minibatches of a loader that do not change while `count` of them are kept.
+    """Yield minibatches of a loader, copied if the loader would overwrite them.
 
-    Some loaders write every minibatch into the same memory. The first `count` are copied; if two of
-    them share memory, all later ones are copied too.
+    Some loaders write every minibatch into the same memory. The first `count` minibatches are
+    copied; if two of them share memory, all later ones are copied too.
 
     Parameters
     ----------
     loader : iterable of batches
+        Minibatches (inputs, targets).
     count : int
-        How many minibatches the caller keeps at a time.
+        Number of minibatches that the caller stores at a time.
 
     Yields
     ------
     Batch
-        As in the loader, with the same values.
+        The next minibatch, or a copy.
     """
     first: list[Batch] = []
     copies = True
     for batch in loader:
         if copies and len(first) < count:
-            first.append(batch)  # kept alive, so that its memory is not another's by chance
+            first.append(batch)  # stored, so that its memory is not used for another batch
             if len(first) == count:
-                memory = [{x.data_ptr() for x in _tensors(one)} for one in first]
+                memory = [{x.data_ptr() for x in _tensors(stored)} for stored in first]
                 copies = sum(map(len, memory)) > len(set().union(*memory))
             yield _copied(batch)
             if len(first) == count and not copies:

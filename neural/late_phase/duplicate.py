@@ -1,4 +1,4 @@
-"""Copies of models that have run: what autograd computed is copied by value."""
+"""Deep copies of models after a forward pass, with computed tensors copied by value."""
 
 from __future__ import annotations
 
@@ -28,30 +28,32 @@ class _ResultsByValue(TorchFunctionMode):
 
 
 def results_by_value() -> TorchFunctionMode:
-    """Context in which `copy.deepcopy` also copies tensors with a history, by their values.
+    """Make `copy.deepcopy` copy tensors with an autograd history, too, by their values.
 
     Returns
     -------
     TorchFunctionMode
+        To be used in a ``with`` statement.
     """
     return _ResultsByValue()
 
 
 def duplicate(model: _M) -> _M:
-    """Deep copy of a module that may hold results of its last forward pass.
+    """Make a deep copy of a module that may hold results of its last forward pass.
 
     Weight and spectral normalisation by hooks, parametrized recurrent layers and caches hold
-    tensors with a history, which `copy.deepcopy` refuses. Their values are copied; the next
-    forward pass of the copy computes them anew from its own weights.
+    tensors with an autograd history, which `copy.deepcopy` refuses. Their values are copied; the
+    next forward pass of the copy computes new ones from its own weights.
 
     Parameters
     ----------
     model : Module
-        It does not change.
+        The module; it is not changed.
 
     Returns
     -------
     Module
+        The copy.
     """
     with results_by_value():
         return copy.deepcopy(model)

@@ -1,11 +1,12 @@
 """K members' minibatches in one forward pass.
 
-Inside a cycle the shared weights are constant, so their layers may run on all K minibatches at
-once. Only layers that own member weights, and those that mix the rows of a batch (BatchNorm), have
-to tell the minibatches apart: they run slice by slice, each slice with its member's weights.
+Within a cycle the shared weights are constant, so their layers can run on all K minibatches
+together. Layers with member weights, and layers that mix the rows of a batch (BatchNorm), run slice
+by slice: each minibatch separately, with the weights of its member.
 
-Which axis of which tensor holds rows is found out before (`plan`), and the whole pass is compared
-with one pass per member. Where rows cannot be told apart there is no plan.
+`make_plan` determines beforehand which axis of which tensor has the rows, and compares the pass
+with one pass for each member. If the rows of different minibatches cannot be distinguished, there
+is no plan.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from nqm.errors import NQMError
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the rows are, for minibatches of given shapes.
+    """Row axes of all tensors in a forward pass, for minibatches of certain shapes.
 
     Attributes
     ----------
     inputs : tuple of Rows
-        Of every leaf of the inputs.
+        Row axis of every leaf of the inputs.
     output : tuple of Rows
-        Of every leaf of the model's output.
+        Row axis of every leaf of the model's output.
     layers : mapping
-        Path of a layer that runs slice by slice -> shapes of its arguments, of all rows together
-        -> where the rows are in its arguments, and in its results.
+        Path of a layer that runs slice by slice -> shapes of its arguments with all rows together
+        -> row axes of its arguments, and of its results.
     """
 
     inputs: tuple[Rows, ...]
@@ -52,12 +53,14 @@ class Plan:
 
 
 def key(model: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Everything on which a plan depends: shapes and types of the inputs, modes of all layers.
+    """Key of a plan: shapes and types of the inputs, and modes of all layers.
 
     Parameters
     ----------
     model : Module
+        The model.
     inputs : sequence of K inputs
+        Inputs of the members.
 
     Returns
     -------
@@ -67,14 +70,15 @@ def key(model: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
     Raises
     ------
     UnclearRowsError
-        Where inputs have no rows and yet differ between minibatches.
+        If an input without rows differs between minibatches.
     """
-    leaves, form = axes.flatten([arguments(one) for one in inputs])
+    leaves, form = axes.flatten([arguments(own) for own in inputs])
     kinds = tuple(
-        (tuple(x.shape), x.dtype) if isinstance(x, Tensor)
+        (tuple(x.shape), x.dtype)
+        if isinstance(x, Tensor)
         else (type(x), x if isinstance(x, axes.PLAIN) else None)
         for x in leaves
-    )  # fmt: skip
+    )
     modes = tuple(module.training for module in model.modules())
     return kinds, input_rows(inputs), str(form), modes
 
@@ -87,32 +91,39 @@ def forward(
     plan: Plan,
     learn: Callable[[list[Any]], Any] | None = None,
 ) -> Any:
-    """Outputs of every member on its own inputs.
+    """Run every member on its own inputs, in one pass.
 
     Parameters
     ----------
     model : Module
+        The model.
     where : mapping
-        Places of members' tensors in the model.
+        Places of the members' tensors in the model (see `neural.late_phase.swap.places`).
     rows : sequence of K mappings
-        Parameter or buffer name -> member k's value. Buffers are updated in place.
+        Name of a parameter or buffer -> value of member k. Buffers are updated in place.
     inputs : sequence of K inputs
+        Inputs of the members.
     plan : Plan
-        Of inputs of these shapes.
+        Plan for inputs of these shapes.
     learn : callable, optional
-        Done with the outputs while layers still run slice by slice: activation checkpoints run
-        them again in the backward pass.
+        Takes the list of outputs and computes the loss and its backward pass, while layers still
+        run slice by slice: activation checkpoints run layers again in the backward pass.
 
     Returns
     -------
-    list of K outputs, or what `learn` returns
+    list of K outputs, or result of `learn`
+
+    Raises
+    ------
+    NQMError
+        If a layer gets arguments of shapes that the plan does not have.
     """
-    sizes = [axes.count(arguments(one)) for one in inputs]
+    sizes = [axes.count(arguments(own)) for own in inputs]
     args, kwargs = _together(inputs, plan.inputs)
     with checked_statistics(), _slice_by_slice(model, where, rows, sizes, plan):
         leaves, form = axes.flatten(model(*args, **kwargs))
-        parts = axes.split(leaves, plan.output, sizes)
-        outputs = [pytree.tree_unflatten(part, form) for part in parts]
+        slices = axes.split(leaves, plan.output, sizes)
+        outputs = [pytree.tree_unflatten(own, form) for own in slices]
         return outputs if learn is None else learn(outputs)
 
 
@@ -123,11 +134,11 @@ def forward(
 def _replaced(
     owners: Mapping[str, nn.Module], make: Callable[[str, nn.Module], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Other forward passes for some layers until the block is left; their hooks run around them."""
+    """Replace the forward passes of some layers inside the block; hooks run around them."""
     own = {path: vars(module).get("forward") for path, module in owners.items()}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        # In evaluation mode it would go around the layers of a transformer block.
+        # In evaluation mode the fast path of a transformer block does not call its layers.
         torch.backends.mha.set_fastpath_enabled(False)
         for path, module in owners.items():
             module.forward = make(path, module)
@@ -150,10 +161,10 @@ def _slice_by_slice(
     sizes: Sequence[int],
     plan: Plan,
 ) -> Iterator[None]:
-    """Make the layers concerned run once per slice, until the block is left."""
+    """Let layers with member weights, or that mix rows, run slice by slice inside the block."""
 
     def make(path: str, module: nn.Module) -> Callable[..., Any]:
-        inside = {id(one) for one in module.modules()}
+        inside = {id(submodule) for submodule in module.modules()}
         names = [n for n in rows[0] if any(id(holder) in inside for holder, _ in where[n])]
         own = [{name: row[name] for name in names} for row in rows]
         return _Sliced(module, path, module.forward, where, own, sizes, plan.layers[path])
@@ -164,7 +175,7 @@ def _slice_by_slice(
 
 @dataclass
 class _Sliced:
-    """A layer's forward pass, slice by slice. Its hooks run once, around all slices."""
+    """Forward pass of a layer, slice by slice. Its hooks run once, around all slices."""
 
     module: nn.Module
     path: str
@@ -176,23 +187,23 @@ class _Sliced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, form = axes.flatten((args, kwargs))
-        given = axes.shapes(leaves)
-        if given not in self.known:
+        shapes = axes.shapes(leaves)
+        if shapes not in self.known:
             raise NQMError(
                 f"fused: {_named(self.path, self.module)} is given shapes that depend on the data; "
                 "set fused to False"
             )
-        before, after = self.known[given]
+        before, after = self.known[shapes]
         outputs = []
-        for row, part in zip(self.rows, axes.split(leaves, before, self.sizes), strict=True):
-            part_args, part_kwargs = pytree.tree_unflatten(part, form)
+        for row, own in zip(self.rows, axes.split(leaves, before, self.sizes), strict=True):
+            own_args, own_kwargs = pytree.tree_unflatten(own, form)
             tensors = dict(row)
             with swapped(self.where, tensors):
-                outputs.append(axes.flatten(self.own_forward(*part_args, **part_kwargs)))
+                outputs.append(axes.flatten(self.own_forward(*own_args, **own_kwargs)))
             for name, value in row.items():
-                if tensors[name] is not value:  # a buffer that was replaced
+                if tensors[name] is not value:  # the layer has replaced a buffer
                     value.copy_(tensors[name])
-        joined = axes.join([part for part, _ in outputs], after)
+        joined = axes.join([own_leaves for own_leaves, _ in outputs], after)
         return pytree.tree_unflatten(joined, outputs[0][1])
 
 
@@ -201,17 +212,19 @@ def _named(path: str, module: nn.Module) -> str:
 
 
 def owners(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """Outermost modules that hold member weights themselves or mix the rows of a batch.
+    """List the outermost modules that have member weights themselves or mix the rows of a batch.
 
     Parameters
     ----------
     model : Module
+        The model.
     names : collection of str
         Names of the replicated parameters and buffers.
 
     Returns
     -------
     dict of str to Module
+        Modules by their paths.
     """
     replicated = {id(p) for name, p in model.named_parameters() if name in names}
     replicated |= {id(b) for name, b in model.named_buffers() if name in names}
@@ -219,7 +232,7 @@ def owners(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         if any(not outer or path.startswith(f"{outer}.") for outer in outermost):
             continue
-        if _mixes_rows(module) or any(id(one) in replicated for one in _own_tensors(module)):
+        if _mixes_rows(module) or any(id(own) in replicated for own in _own_tensors(module)):
             outermost[path] = module
     return outermost
 
@@ -236,7 +249,7 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
     yield from module.buffers(recurse=False)
     if parametrize.is_parametrized(module):
-        # A parametrized weight is computed by the layer it belongs to.
+        # A parametrized weight is computed by the layer to which it belongs.
         parametrizations = module.get_submodule("parametrizations")
         yield from parametrizations.parameters()
         yield from parametrizations.buffers()
@@ -247,7 +260,7 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 @dataclass
 class _Recorder:
-    """A layer's forward pass, with the shapes of what goes in and out."""
+    """Forward pass of a layer that records the shapes of its arguments and results."""
 
     own_forward: Callable[..., Any]
     mode: axes.WithoutChance
@@ -256,10 +269,11 @@ class _Recorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reads = self.mode.reads
         output = self.own_forward(*args, **kwargs)
-        self.mode.reads = reads  # it will run on one minibatch at a time
-        given, _ = axes.flatten((args, kwargs))
-        made, _ = axes.flatten(output)
-        self.calls.append((axes.shapes(given), axes.shapes(made)))
+        # The layer will run on one minibatch at a time, so it may read numbers of its tensors.
+        self.mode.reads = reads
+        inputs, _ = axes.flatten((args, kwargs))
+        results, _ = axes.flatten(output)
+        self.calls.append((axes.shapes(inputs), axes.shapes(results)))
         return output
 
 
@@ -267,26 +281,30 @@ class _Recorder:
 def make_plan(
     model: nn.Module, rows: Sequence[Mapping[str, Tensor]], inputs: Sequence[Any]
 ) -> Plan:
-    """Find out where the rows are, and that they stay apart.
+    """Determine the row axes of a pass, and check it against one pass for each member.
 
-    The model itself is left as it is: copies run, with weights displaced, and nothing drawn.
+    Copies of the model run, with displaced weights and without random numbers. The model itself is
+    not changed.
 
     Parameters
     ----------
     model : Module
+        The model.
     rows : sequence of K mappings
-        As for `forward`.
+        See `forward`.
     inputs : sequence of K inputs
-        Minibatches along the first axis of their tensors.
+        Inputs of the members, with examples along the first axis.
 
     Returns
     -------
     Plan
+        For inputs of these shapes.
 
     Raises
     ------
     UnclearRowsError
-        Where rows cannot be told apart, or do not stay apart.
+        If the row axis of a tensor cannot be determined, or rows of one minibatch change the
+        results of another.
     """
     device = next(iter(rows[0].values())).device
     with axes.without_chance(device) as mode:
@@ -299,35 +317,41 @@ def make_plan(
     for size in axes.DISPLACEMENTS:
         if _same(model, rows, inputs, known, size, device):
             return known
-    raise UnclearRowsError("outputs are not finite where weights are displaced")
+    raise UnclearRowsError("outputs are not finite when weights are displaced")
 
 
 def _together(
     inputs: Sequence[Any], rows: Sequence[Rows]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of all minibatches together."""
-    flat = [axes.flatten(arguments(one)) for one in inputs]
+    """Join the arguments of all minibatches."""
+    flat = [axes.flatten(arguments(own)) for own in inputs]
     joined = axes.join([leaves for leaves, _ in flat], rows)
     args, kwargs = pytree.tree_unflatten(joined, flat[0][1])
     return args, kwargs
 
 
 def input_rows(inputs: Sequence[Any]) -> tuple[Rows, ...]:
-    """Row axes of the inputs: the first axis, or none for leaves equal in all minibatches.
+    """Determine the row axes of the inputs: the first axis, or none.
 
     Parameters
     ----------
     inputs : sequence of K inputs
+        Inputs of the members.
 
     Returns
     -------
     tuple of Rows
-        One entry per leaf of an input.
+        One entry per leaf of an input; None for leaves that are equal in all minibatches.
+
+    Raises
+    ------
+    UnclearRowsError
+        If inputs differ in structure, or an input without rows differs between minibatches.
     """
-    flat = [axes.flatten(arguments(one)) for one in inputs]
+    flat = [axes.flatten(arguments(own)) for own in inputs]
     if any(form != flat[0][1] for _, form in flat):
-        raise UnclearRowsError("inputs differ in their form")
-    sizes = [axes.count(arguments(one)) for one in inputs]
+        raise UnclearRowsError("inputs differ in structure")
+    sizes = [axes.count(arguments(own)) for own in inputs]
     where: list[Rows] = []
     for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -347,9 +371,9 @@ def input_rows(inputs: Sequence[Any]) -> tuple[Rows, ...]:
 def _find_rows(
     model: nn.Module, names: Sequence[str], inputs: Sequence[Any], mode: axes.WithoutChance
 ) -> Plan:
-    """Where the rows are, by running a copy on one minibatch and on all of them."""
+    """Determine row axes by running a copy on one minibatch and on all of them."""
     known = input_rows(inputs)
-    n, m = axes.count(arguments(inputs[0])), sum(axes.count(arguments(one)) for one in inputs)
+    n, m = axes.count(arguments(inputs[0])), sum(axes.count(arguments(own)) for own in inputs)
     model = duplicate(model)
     if "" in owners(model, names):
         raise UnclearRowsError(f"{type(model).__name__} itself uses members' weights")
@@ -365,15 +389,15 @@ def _find_rows(
         with _replaced(owners(model, names), record):
             try:
                 outputs.append(axes.flatten(model(*args, **kwargs)))
-            except Exception as error:  # what a model does with rows it does not expect
+            except Exception as error:  # a model may fail on an unexpected number of rows
                 if not seen:
-                    raise  # it does not run on a single minibatch
+                    raise  # it fails on a single minibatch, too
                 raise UnclearRowsError(axes.reason("all rows together", error)) from None
         seen.append(recorders)
     layers: dict[str, dict[Shapes, tuple[tuple[Rows, ...], tuple[Rows, ...]]]] = {}
-    for path, one in seen[0].items():
+    for path, recorder in seen[0].items():
         what = _named(path, model.get_submodule(path))
-        calls, more = one.calls, seen[1][path].calls
+        calls, more = recorder.calls, seen[1][path].calls
         if len(calls) != len(more):
             raise UnclearRowsError(f"{what} runs another number of times on more rows")
         layers[path] = {}
@@ -385,10 +409,10 @@ def _find_rows(
             if any(r is None and s is not None for r, s in zip(after, many_out, strict=True)):
                 raise UnclearRowsError(f"the output of {what} holds a tensor without rows")
             if layers[path].setdefault(many_in, (before, after)) != (before, after):
-                raise UnclearRowsError(f"{what} has its rows now along one axis, now another")
+                raise UnclearRowsError(f"{what} has its rows along different axes in its calls")
     (few_leaves, few_form), (many_leaves, many_form) = outputs
     if few_form != many_form:
-        raise UnclearRowsError("the model's output changes its form with the number of rows")
+        raise UnclearRowsError("the model's output changes its structure with the number of rows")
     output = axes.find(
         axes.shapes(few_leaves), axes.shapes(many_leaves), n, m, "the model's output"
     )
@@ -407,10 +431,15 @@ def _same(
     size: float,
     device: torch.device,
 ) -> bool:
-    """Whether one pass does as a pass per member; False where outputs are not finite.
+    """Compare one pass with a pass for each member; False if outputs are not finite.
 
-    All weights are displaced, every member's in its own way: members that agree, and factors that
-    are still zero, would hide which rows they are applied to.
+    All weights are displaced, differently for every member: if members were equal, or factors still
+    zero, a pass that applies them to wrong rows would give the same outputs.
+
+    Raises
+    ------
+    UnclearRowsError
+        If outputs or buffers differ.
     """
     apart, states = [], []
     for fused in (False, True):
@@ -423,15 +452,15 @@ def _same(
                 outputs = _try(copy, where, members, inputs, plan)
             else:
                 outputs = [_alone(copy, where, *pair) for pair in zip(members, inputs, strict=True)]
-        apart.append([axes.flatten(one)[0] for one in outputs])
+        apart.append([axes.flatten(output)[0] for output in outputs])
         states.append({f"{k} {n}": v for k, row in enumerate(members) for n, v in row.items()})
         states[-1] |= dict(copy.named_buffers())
     if not all(axes.mostly_finite(leaves) for leaves in apart[0]):
         return False
     tolerance = axes.precision(model, apart[0][0], device)
-    for ours, leaves in zip(apart[1], apart[0], strict=True):
-        for one, other in zip(ours, leaves, strict=True):
-            if not axes.alike(one, other, tolerance):
+    for together, separate in zip(apart[1], apart[0], strict=True):
+        for leaf, expected in zip(together, separate, strict=True):
+            if not axes.alike(leaf, expected, tolerance):
                 raise UnclearRowsError("rows of one minibatch change the output of another")
     for name, value in states[0].items():
         if not axes.alike(states[1][name], value, tolerance):
@@ -450,7 +479,7 @@ def _try(
         outputs: list[Any] = forward(model, where, rows, inputs, plan)
     except NQMError:
         raise UnclearRowsError("the shapes of its layers depend on the data") from None
-    except Exception as error:  # what a model does with rows it does not expect
+    except Exception as error:  # a model may fail on an unexpected number of rows
         raise UnclearRowsError(axes.reason("all rows together", error)) from None
     return outputs
 
@@ -467,7 +496,7 @@ def _alone(
 
 
 def _displaced(rows: Sequence[Mapping[str, Tensor]], size: float) -> list[dict[str, Tensor]]:
-    """Members' tensors elsewhere, each in its own way; a variance stays positive."""
+    """Displace the members' tensors, differently for each; variances stay positive."""
     generator = torch.Generator().manual_seed(1)
     members = []
     for row in rows:

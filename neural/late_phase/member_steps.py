@@ -1,22 +1,22 @@
 """Step some of K stacked members with one optimizer.
 
-For a stacked weight of shape (K, ...) an optimizer keeps state of two kinds:
+For a stacked weight of shape (K, ...) the state of an optimizer has two kinds of entries:
 
 - tensors of the weight's shape (momentum, Adam's moments): row k belongs to member k;
 - single numbers (Adam's count of steps): one for all K members.
 
-To step some members only, `step_members` lets the optimizer step all of them and then puts the
-other rows back, those of the weights and those of the optimizer's state.
+To step some members only, `step_members` lets the optimizer step all of them, and then restores the
+rows of the other members in the weights and in the optimizer's state.
 
-Single numbers need more. Once members have taken different numbers of steps, each has a value of
-its own. These values are kept in the optimizer's state beside torch's entries, under `OWN`::
+Single numbers need more. When members have taken different numbers of steps, each has its own
+value. These values are stored in the optimizer's state beside torch's entries, under `OWN`::
 
     optimizer.state[weight]["step"]     # tensor(3.), torch's: of the members stepped last
     optimizer.state[weight]["members"]  # {"step": [3.0, 2.0, 2.0]}, ours: of each member
 
-They are there because they belong to this optimizer and no other, and because its `state_dict`
-then saves them. Members with equal values are stepped together, after the optimizer's number was
-set to theirs. While all members have taken equally many steps there is no such entry.
+There the optimizer's `state_dict` saves them. Members with equal values are stepped together, after
+the optimizer's number has been set to their value. As long as all members have taken the same
+number of steps there is no such entry.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _Own = dict[str, list[float]]
 def step_members(
     optimizer: Optimizer, weights: Sequence[nn.Parameter], chosen: Sequence[int]
 ) -> None:
-    """Step some members; weights and optimizer state of the others stay as they are.
+    """Step some members; weights and optimizer state of the others do not change.
 
     Parameters
     ----------
     optimizer : Optimizer
-        On `weights`; works on every number by itself.
+        Optimizer of `weights`; it must be elementwise.
     weights : sequence of Parameter, shape (K, ...)
-        Stacked weights; row k is member k's.
+        Stacked weights; row k belongs to member k.
     chosen : sequence of int
-        Members to step, each from 0 to K - 1.
+        Numbers of the members to step, each from 0 to K - 1.
     """
     members = len(weights[0])
     if any(OWN in optimizer.state.get(weight, {}) for weight in weights):
@@ -62,7 +62,7 @@ def step_members(
 def _equal_numbers(
     optimizer: Optimizer, weights: Sequence[nn.Parameter], chosen: Sequence[int]
 ) -> list[list[int]]:
-    """Chosen members in groups whose single numbers are equal."""
+    """Group the chosen members by their single numbers."""
     groups: dict[tuple[float, ...], list[int]] = {}
     owns: list[_Own] = [optimizer.state.get(weight, {}).get(OWN, {}) for weight in weights]
     for k in chosen:
@@ -92,7 +92,7 @@ def _step_group(
             state = optimizer.state.get(weight, {})
             weight[others] = old_values
             for name, value in _stacked_state(state, weight).items():
-                # State that this step has created is zero for members that have not stepped.
+                # Entries that this step has created are zero for members that have not stepped.
                 value[others] = old_rows.get(name, 0)
             for name, value in _single_numbers(state, weight).items():
                 numbers = own.setdefault(name, [0.0] * members)

@@ -1,15 +1,16 @@
-"""Late-phase weights: K copies of a few weights, trained on a shared rest, averaged into one model.
+"""Late-phase weights: K copies of some weights, trained with the other weights shared.
 
-von Oswald, Kobayashi et al., ICLR 2021, Figure 5. From the moment `LatePhase` is made, member k of
-K owns a copy phi_k of the selected weights; all other weights theta are shared. One cycle takes K
-minibatches, one per member::
+von Oswald, Kobayashi et al., ICLR 2021, Figure 5. When `LatePhase` is made, each of K members gets
+a copy phi_k of the selected weights; all other weights theta, the base, are shared. At the end the
+members are averaged into one model. One cycle takes K minibatches, one for each member::
 
     phi_k <- U_phi(phi_k, grad_phi_k L(batch_k; theta, phi_k))           for k = 0 .. K-1
     theta <- U_theta(theta, gamma sum_k grad_theta L(batch_k; theta, phi_k))
 
-theta does not move inside a cycle and member k sees only its own minibatch, so the members' steps
-may be taken together at its end: their weights are stored stacked, (K, ...), and one optimizer that
-works on every number by itself (SGD, Adam and their kin, but neither LARS nor Muon) does for all K.
+theta does not change within a cycle and member k uses its own minibatch only, so all members can
+take their steps together at the end of the cycle. Their weights are stored stacked, (K, ...), and
+one optimizer steps all of them. It must be elementwise, i.e. treat every number separately (SGD,
+Adam and similar ones, but not LARS or Muon).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class _Settings(NamedTuple):
-    """How a minibatch is run."""
+    """Settings of a minibatch's forward and backward pass."""
 
     loss: Loss
     micro_batches: int
@@ -56,45 +57,46 @@ class _Settings(NamedTuple):
 
 
 class LatePhase(nn.Module):
-    """K late-phase members on top of a model.
+    """K late-phase members of a model: copies of some weights, with the other weights shared.
 
     Parameters
     ----------
     model : Module
-        Any module. Its shared weights stay the same `Parameter` objects, so that its optimizer and
-        momentum go on. Its selected weights keep their present values.
+        Any module. Its shared weights remain the same `Parameter` objects, so that their optimizer
+        and its momentum can be used further. The selected weights in it are not trained any more.
     members : int
-        K >= 2.
+        Number of members, K >= 2.
     select : str or iterable of str
-        Which weights are replicated (see `neural.late_phase.select.select`). With a normalisation
-        layer each member has its own running statistics.
+        Weights that are replicated (see `neural.late_phase.select.select`). With a normalisation
+        layer its running statistics are replicated as well.
     gamma : {"sum", "mean"} or float
-        Scale of the summed base gradient: 1 (the official code for CIFAR), 1 / K (that for
-        ImageNet), or a number >= 0.
+        Scale of the base gradient, which is summed over members: 1 (the official code for CIFAR),
+        1 / K (that for ImageNet), or a number >= 0.
     noise : float
-        Relative size sigma >= 0 of the Gaussian perturbation of the members at their start. The
+        Relative size sigma >= 0 of the Gaussian perturbation of the members' initial weights. The
         paper's CIFAR runs use 0.
     noise_rule : {"rms", "fan_in"}
         Standard deviation of the perturbation of a tensor. ``"rms"``: sigma times the tensor's root
         mean square (the official code). ``"fan_in"``: sigma / sqrt(n_in) (the paper), where n_in
         is the fan-in of a matrix or kernel, and the length of a vector.
     idle_steps : {"none", "first", "every"}
-        When the optimizer also steps idle members, with a gradient of zero: never, on member 0's
-        turn, or on every turn. The last two are what the official code did for CIFAR and ImageNet
-        under torch 1.4: momentum and weight decay act on idle members after a member's first own
-        turn.
+        When the optimizer also steps idle members, with a gradient of zero: never, when member 0
+        steps, or when any member steps. Momentum and weight decay then act on every idle member
+        that has taken a step of its own before. This is what the official code did under torch 1.4
+        for CIFAR (``"first"``) and ImageNet (``"every"``).
     leftover : {"carry", "members", "drop"}
-        What `cycles` does with the last minibatches of a loader, if they are fewer than K.
-        ``"carry"``: they begin the next call's first cycle. ``"members"``: they are given out as a
-        short list, on which `step` moves their members and not the base, as in the official code
-        (39 cycles and 1 minibatch in an epoch of CIFAR). ``"drop"``: they are not used.
+        What `cycles` does with the last minibatches of a loader if they are fewer than K.
+        ``"carry"``: they begin the first cycle of the next call. ``"members"``: they are yielded as
+        a short list, with which `step` steps their members and not the base, as in the official
+        code (39 cycles and 1 minibatch in an epoch of CIFAR). ``"drop"``: they are not used.
     seed : int
         Seed of the perturbation, >= 0.
 
     Raises
     ------
     NQMError
-        If K < 2, another option is outside its range, or the selection matches nothing.
+        If an option is out of range, the selection matches nothing, or the model's weights cannot
+        be replicated.
 
     Examples
     --------
@@ -148,7 +150,7 @@ class LatePhase(nn.Module):
         self._carried: list[Batch] = []
         self._had_turn = [False] * members
         self._plans: dict[Any, fused_forward.Plan | None] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._pieces: Known = {}
         #: The compiled `_member_forward`; None until `compile` is called.
         self._compiled: Callable[..., Any] | None = None
@@ -162,10 +164,10 @@ class LatePhase(nn.Module):
         for name in self.selection.buffers:
             value = model.get_buffer(name)
             path, _, own = name.rpartition(".")
-            kept = own not in model.get_submodule(path)._non_persistent_buffers_set
+            saved = own not in model.get_submodule(path)._non_persistent_buffers_set
             stacked = torch.stack([value] * members)
-            self.statistics.register_buffer(_key(name), stacked, persistent=kept)
-        # Where things are, worked out once; what is there is looked up, as `to` may change it.
+            self.statistics.register_buffer(_key(name), stacked, persistent=saved)
+        # Modules and names are determined once, tensors at every use, since `to` may replace them.
         self._places = places(model, [*self.selection.parameters, *self.selection.buffers])
         self._keys = {name: _key(name) for name in self.selection.parameters}
         self._buffer_keys = {name: _key(name) for name in self.selection.buffers}
@@ -176,25 +178,26 @@ class LatePhase(nn.Module):
     # --- running ---------------------------------------------------------------------------------
 
     def forward(self, *args: Any, member: int | Tensor, **kwargs: Any) -> Any:
-        """Output of one member's model. Gradients reach its row of the stacked weights.
+        """Run the model with the weights of one member.
 
-        Activation checkpoints in the model need `step` or `accumulate`, which keep the member's
-        weights in place until the backward pass is done.
+        The backward pass writes gradients to the member's row of the stacked weights. A model with
+        activation checkpoints needs `step` or `accumulate` instead: these keep the member's weights
+        in the model until the backward pass is done.
 
         Parameters
         ----------
         *args
             Arguments of the model.
         member : int or Tensor
-            Number of the member, 0 to K - 1. A tensor is data to `torch.compile`: one graph serves
-            all members.
+            Number of the member, 0 to K - 1. With a tensor, `torch.compile` makes one graph for all
+            members.
         **kwargs
             Keyword arguments of the model.
 
         Returns
         -------
         object
-            What the model returns.
+            Output of the model.
 
         Raises
         ------
@@ -215,24 +218,24 @@ class LatePhase(nn.Module):
         return int(member)
 
     def fused(self, inputs: Sequence[Any]) -> list[Any]:
-        """Outputs of all members on their own inputs, by one forward pass over all rows.
+        """Run all members on their own inputs, by one forward pass over all rows.
 
-        The result is that of K calls. It is faster where kernels are small and launching them takes
-        most of the time. For inputs of new shapes the pass is first compared with K passes, on
-        copies of the model. Where rows cannot be told apart (a layer that is used by position, a
-        model that mixes rows, an output without rows) a warning says why, and members run one by
-        one.
+        The result equals that of K calls. It is faster if kernels are small and most of the time
+        is spent on launching them. For inputs of new shapes the pass is first compared with K
+        passes, on copies of the model. If the rows of different members cannot be distinguished (a
+        layer whose input has no rows, a model that mixes rows, an output without rows), members run
+        one by one, with a warning that tells the reason.
 
         Parameters
         ----------
         inputs : sequence of K inputs
-            All of one kind, each as in a batch. Minibatches lie along the first axis of their
-            tensors.
+            Inputs of the members, each as in a batch, with examples along the first axis. All must
+            have the same structure.
 
         Returns
         -------
         list of K outputs
-            Output k is member k's.
+            Output k is that of member k.
 
         Raises
         ------
@@ -246,8 +249,8 @@ class LatePhase(nn.Module):
         plan = self._plan(inputs)
         if plan is None:
             outputs = []
-            for k, one in enumerate(inputs):
-                args, kwargs = arguments(one)
+            for k, own in enumerate(inputs):
+                args, kwargs = arguments(own)
                 outputs.append(self(*args, member=k, **kwargs))
             return outputs
         return cast(
@@ -256,7 +259,7 @@ class LatePhase(nn.Module):
         )
 
     def _plan(self, inputs: Sequence[Any]) -> fused_forward.Plan | None:
-        """How to run all rows together; None where that cannot be, which is told once."""
+        """Plan to run all rows together, or None and a warning if there is no such plan."""
         key = None
         try:
             key = fused_forward.key(self.model, inputs)
@@ -265,14 +268,14 @@ class LatePhase(nn.Module):
         except UnclearRowsError as error:
             if key is not None:
                 self._plans[key] = None
-            if str(error) not in self._told:
-                self._told.add(str(error))
+            if str(error) not in self._warned:
+                self._warned.add(str(error))
                 warnings.warn(f"fused: {error}; members run one by one", stacklevel=2)
             return None
         return self._plans[key]
 
     def _member_rows(self) -> list[dict[str, Tensor]]:
-        """Weights and statistics of every member; statistics are views, which layers update."""
+        """Weights and statistics of every member; statistics are views that layers update."""
         with torch.no_grad():
             statistics = {name: value.unbind(0) for name, value in self._statistics().items()}
         weights = {name: value.unbind(0) for name, value in self._weights().items()}
@@ -292,7 +295,7 @@ class LatePhase(nn.Module):
         self._compiled = torch.compile(self._member_forward, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatePhase:
-        """Move or convert; members' weights stay at least in float32 (`late.bfloat16()`)."""
+        """Move or convert; members' weights stay at least float32, e.g. after `late.bfloat16()`."""
 
         def wide(value: Tensor) -> Tensor:
             moved = fn(value)
@@ -329,7 +332,7 @@ class LatePhase(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # A compiled function would go on with the weights of the module it was copied from.
+        # A compiled function would use the weights of the module that it was compiled for.
         self._compiled = None
 
     def _member_forward(
@@ -355,42 +358,43 @@ class LatePhase(nn.Module):
         return output
 
     def _weights(self) -> dict[str, Tensor]:
-        held = self.stacked._parameters
-        return {name: cast(Tensor, held[key]) for name, key in self._keys.items()}
+        stacked = self.stacked._parameters
+        return {name: cast(Tensor, stacked[key]) for name, key in self._keys.items()}
 
     def _statistics(self) -> dict[str, Tensor]:
-        held = self.statistics._buffers
-        return {name: cast(Tensor, held[key]) for name, key in self._buffer_keys.items()}
+        buffers = self.statistics._buffers
+        return {name: cast(Tensor, buffers[key]) for name, key in self._buffer_keys.items()}
 
     def _cast(self, name: str, value: Tensor) -> Tensor:
-        # Members differ by little: they are kept in float32 whatever the model runs in.
+        # Members differ little, so they are stored in float32 also for a model of lower precision.
         holder, own = self._places[name][0]
         value = value.to(cast(Tensor, holder._parameters[own]).dtype)
         if getattr(holder, "sparse", False):
-            # A row of a stack takes no sparse gradient.
+            # A row of a stacked weight cannot have a sparse gradient.
             value = cast(Tensor, _DenseGradient.apply(value))  # type: ignore[no-untyped-call]
         return value
 
     # --- training --------------------------------------------------------------------------------
 
     def member_parameters(self) -> list[nn.Parameter]:
-        """The weights on which the member optimizer works.
+        """Weights that the member optimizer steps.
 
         Returns
         -------
         list of Parameter, shape (K, ...) each
-            Row k is member k's.
+            Stacked weights; row k belongs to member k.
         """
         return list(self.stacked.values())
 
     def optimizer_like(self, base_optimizer: Optimizer, **changes: Any) -> Optimizer:
-        """New optimizer of the members, with the parameter groups and settings of the base's.
+        """Make the optimizer of the members with parameter groups and settings of the base's.
 
         Parameters
         ----------
         base_optimizer : Optimizer
-            Made on the model's parameters. Weights that it does not hold get its defaults. If it
-            wraps an optimizer, as accelerate's does, the one inside is taken.
+            Optimizer of the model's parameters. Members of weights that it does not have get its
+            default settings. If it wraps an optimizer, like that of accelerate, the inner one is
+            used.
         **changes
             Settings that differ, e.g. ``weight_decay=5e-3``.
 
@@ -411,23 +415,25 @@ class LatePhase(nn.Module):
     def cycles(
         self, loader: Iterable[Batch], leftover: str | None = None, *, last: bool = False
     ) -> Iterator[list[Batch]]:
-        """Minibatches of a loader, K at a time; `leftover` says what becomes of the rest.
+        """Group the minibatches of a loader into cycles of K.
 
-        If there are fewer than K minibatches in all, the base would never move. They are then
-        carried over to the next call whatever `leftover` says, with a warning.
+        If the loader has fewer than K minibatches, the base would never take a step. They are then
+        carried over to the next call for any `leftover`, with a warning.
 
         Parameters
         ----------
         loader : iterable of batches
+            Minibatches (inputs, targets).
         leftover : {"carry", "members", "drop"}, optional
-            For this call; that of the object by default.
+            What is done with the last minibatches if they are fewer than K, in this call; by
+            default that of the object (see `LatePhase`).
         last : bool
-            True if no other call follows: nothing is carried over.
+            True if no other call follows, so that nothing is carried over.
 
         Yields
         ------
         list of batches
-            K of them; fewer only at the end, and only with ``leftover="members"``.
+            K minibatches; fewer only at the end, and only with ``leftover="members"``.
 
         Raises
         ------
@@ -446,7 +452,7 @@ class LatePhase(nn.Module):
         if waiting and not complete and leftover != "carry" and not last:
             warnings.warn(
                 f"leftover={leftover!r}: {len(waiting)} minibatches make no cycle of "
-                f"{self.members} members, and the base would never move; they are carried over",
+                f"{self.members} members, and the base would never step; they are carried over",
                 stacklevel=2,
             )
             leftover = "carry"
@@ -467,43 +473,43 @@ class LatePhase(nn.Module):
         autocast: torch.dtype | None = None,
         loss_weight: LossWeight | None = None,
     ) -> Tensor:
-        """One cycle: every member steps on its own minibatch, the base on all of them.
+        """Do one cycle: every member steps with its own minibatch, the base with all of them.
 
         Parameters
         ----------
         batches : sequence of at most K batches
-            Batch k is member k's. If there are fewer than K, their members step and the base does
-            not.
+            Batch k is used by member k. If there are fewer than K, their members step and the base
+            does not.
         loss_fn : callable
-            ``loss_fn(output, targets)``: the mean loss of a minibatch.
-        base_optimizer : Optimizer, or several
-            On the model's parameters.
+            ``loss_fn(output, targets)`` returns the mean loss of a minibatch.
+        base_optimizer : Optimizer or sequence of Optimizer
+            Optimizer of the model's parameters.
         member_optimizer : Optimizer
-            On `member_parameters`. It must work on every number by itself.
+            Optimizer of `member_parameters`. It must be elementwise.
         fused : bool
             Run all minibatches in one forward pass (see `fused`).
         micro_batches : int
             Number of pieces in which each minibatch is run, to save memory. Gradients are the same,
-            except that BatchNorm sees one piece at a time.
+            except that BatchNorm uses the statistics of a piece.
         autocast : dtype, optional
-            Type in which the model is run, e.g. ``torch.bfloat16``. By default that of the caller's
-            autocast.
+            Type of the model's autocast, e.g. ``torch.bfloat16``. By default the caller's autocast
+            is used.
         loss_weight : callable, optional
-            ``loss_weight(inputs, targets)`` of a piece: the number of items over which its loss is
-            a mean, e.g. of labels that are not ignored. By default its number of rows.
+            ``loss_weight(inputs, targets)`` of a piece returns the number of items that its loss is
+            a mean of, e.g. of labels that are not ignored; by default its number of rows.
 
         Returns
         -------
         Tensor, shape (len(batches),)
-            Losses, detached.
+            Losses of the members, detached.
 
         Raises
         ------
         NQMError
-            If there are no batches or more than K, if an optimizer does not fit its weights or
-            mixes members, if `fused` is combined with `idle_steps` or `micro_batches`, or if the
-            pieces do not make up the minibatch (rows along another axis, a loss that ignores some
-            of them).
+            If there are no batches or more than K, if an optimizer has other weights or mixes
+            members, if `fused` is combined with `idle_steps` or `micro_batches`, or if the loss of
+            the pieces is not that of the minibatch (rows along another axis, a loss that ignores
+            some of them).
         """
         bases = optimizers.listed(base_optimizer, "base_optimizer")
         chosen = set(self.selection.parameters)
@@ -511,20 +517,24 @@ class LatePhase(nn.Module):
         optimizers.check(bases, member_optimizer, shared, self.member_parameters())
         if self.idle_steps == "none":
             losses = self.accumulate(
-                batches, loss_fn, fused=fused, micro_batches=micro_batches, autocast=autocast,
+                batches,
+                loss_fn,
+                fused=fused,
+                micro_batches=micro_batches,
+                autocast=autocast,
                 loss_weight=loss_weight,
-            )  # fmt: skip
+            )
             step_members(member_optimizer, self.member_parameters(), range(len(batches)))
         else:
             check_integer("micro_batches", micro_batches, 1)
             if fused:
-                # An idle member moves between its turns.
+                # Idle members step within a cycle, so their passes cannot be done together.
                 raise NQMError(f"fused needs idle_steps='none'; got {self.idle_steps!r}")
             settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
             losses = self._step_with_idle(batches, member_optimizer, settings)
         if len(batches) == self.members:
-            for one in bases:
-                one.step()
+            for base in bases:
+                base.step()
         return losses
 
     def accumulate(
@@ -537,7 +547,7 @@ class LatePhase(nn.Module):
         autocast: torch.dtype | None = None,
         loss_weight: LossWeight | None = None,
     ) -> Tensor:
-        """Compute the gradients of one cycle without a step, for clipping or a loop of your own.
+        """Compute the gradients of one cycle without a step, e.g. to clip them first.
 
         Afterwards ``.grad`` of a stacked weight, (K, ...), holds each member's gradient in its row,
         and ``.grad`` of a shared weight is gamma times the sum over members.
@@ -545,17 +555,18 @@ class LatePhase(nn.Module):
         Parameters
         ----------
         batches, loss_fn, fused, micro_batches, autocast, loss_weight
-            As in `step`.
+            See `step`.
 
         Returns
         -------
         Tensor, shape (len(batches),)
-            Losses, detached.
+            Losses of the members, detached.
 
         Raises
         ------
         NQMError
-            As in `step`, but for what concerns optimizers.
+            If there are no batches or more than K, if `fused` is combined with `micro_batches`, or
+            if the loss of the pieces is not that of the minibatch.
         """
         self._check_batches(batches)
         check_integer("micro_batches", micro_batches, 1)
@@ -578,12 +589,12 @@ class LatePhase(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Asked for by `DistributedDataParallel` around this module, whose forward is not used."""
+        """Read by `DistributedDataParallel` when it wraps this module; its forward is not used."""
         self._ranks_average = True
         return []
 
     def _average_over_ranks(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Where torch's data parallelism was asked for: what its own backward pass does."""
+        """Average gradients and copy buffers as torch's data parallelism does, if it is used."""
         if not self._ranks_average:
             return
         average_gradients(parameters)
@@ -592,8 +603,8 @@ class LatePhase(nn.Module):
                 distributed.broadcast(value, 0)
 
     def _backward_fused(self, batches: Sequence[Batch], settings: _Settings) -> Tensor | None:
-        """Losses of all members by one pass; None where there is no plan for it."""
-        inputs = [one for one, _ in batches]
+        """Losses of all members by one pass; None if there is no plan for it."""
+        inputs = [own for own, _ in batches]
         with self._autocast(settings.autocast):
             plan = self._plan(inputs)
             if plan is None:
@@ -623,12 +634,17 @@ class LatePhase(nn.Module):
 
         with checked_statistics():
             return backward_in_pieces(
-                self.model, batch, settings.micro_batches, settings.loss, run, self._pieces,
+                self.model,
+                batch,
+                settings.micro_batches,
+                settings.loss,
+                run,
+                self._pieces,
                 settings.loss_weight,
-            )  # fmt: skip
+            )
 
     def _autocast(self, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-        # Without a type of its own a step runs in the caller's autocast, if there is one.
+        # Without a type, a step runs in the caller's autocast if there is one.
         return nullcontext() if dtype is None else torch.autocast(self.index.device.type, dtype)
 
     def _scale_base(self) -> None:
@@ -648,7 +664,7 @@ class LatePhase(nn.Module):
             self._average_over_ranks(self.member_parameters())
             self._had_turn[k] = True
             everyone = self.idle_steps == "every" or k == 0
-            # Before its first own turn a member has no gradient, and torch leaves it alone.
+            # Before its first own turn a member has no gradient, and torch does not step it.
             ready = [j for j in range(self.members) if self._had_turn[j]]
             step_members(optimizer, self.member_parameters(), ready if everyone else [k])
             self.stacked.zero_grad(set_to_none=True)
@@ -674,31 +690,31 @@ class LatePhase(nn.Module):
 
     @torch.no_grad()
     def averaged(self, *, batchnorm: str = "weights", rank1: str | None = None) -> nn.Module:
-        """The model with the mean of the members' weights.
+        """Make the model with the mean of the members' weights.
 
         Parameters
         ----------
         batchnorm : {"weights", "outputs"}
-            ``"weights"``: average scale, shift and running statistics each by itself.
-            ``"outputs"``: average the layers' outputs in evaluation mode, as the official code
-            does; the mean of K affine maps is one affine map.
+            ``"weights"``: average scale, shift and running statistics separately. ``"outputs"``:
+            average the layers' outputs in evaluation mode, as the official code does; the mean of K
+            affine maps is one affine map.
         rank1 : {"factors", "product"}, optional
             ``"factors"``: average the factors s and r, as the paper does, or B and A of low-rank
             updates. ``"product"``: average the matrices s_k r_k^T and B_k A_k, and fold the mean
-            into the weight. The factors by default; for another library's low-rank updates it has
-            to be given.
+            into the weight. By default the factors; for low-rank updates of another library
+            (peft) it has no default.
 
         Returns
         -------
         Module
-            Of the model's own class, with the same state-dict keys; in training or evaluation mode
-            as this module is.
+            Of the model's class, with the same state-dict keys, in the training or evaluation mode
+            of this module.
 
         Raises
         ------
         NQMError
-            Where members hold the factors of another library's updates (peft) and `rank1` is not
-            given, or is ``"product"``, which is known of our own alone.
+            If an option is out of range, or members have the factors of another library's updates
+            and `rank1` is not given.
         """
         check_word("batchnorm", batchnorm, ("weights", "outputs"))
         if rank1 is None:
@@ -718,11 +734,10 @@ class LatePhase(nn.Module):
 
     @torch.no_grad()
     def member(self, k: int) -> nn.Module:
-        """Member k as a plain module.
+        """Make a plain module with the weights of member k.
 
-        Its outputs are the member's, with one exception. If members' weights have spectral
-        normalisation, its singular vectors are computed from the weights; training only approaches
-        them.
+        Its outputs are those of the member, with one exception: if members' weights have spectral
+        normalisation, the singular vectors are computed exactly, while training approximates them.
 
         Parameters
         ----------
@@ -732,7 +747,7 @@ class LatePhase(nn.Module):
         Returns
         -------
         Module
-            As of `averaged`.
+            See `averaged`.
 
         Raises
         ------
@@ -746,7 +761,7 @@ class LatePhase(nn.Module):
 
     @torch.no_grad()
     def spread(self) -> float:
-        """Relative distance of the members from their mean.
+        """Compute the relative distance of the members from their mean.
 
         Returns
         -------
@@ -768,6 +783,7 @@ class LatePhase(nn.Module):
         Returns
         -------
         str
+            Number of members, weights of each, and gamma.
         """
         numbers = sum(p[0].numel() for p in self.member_parameters())
         return f"members={self.members}, {numbers} weights each, gamma={self.gamma!r}"
@@ -776,23 +792,23 @@ class LatePhase(nn.Module):
 def _spawn(
     reference: Tensor, members: int, sigma: float, rule: str, generator: torch.Generator
 ) -> Tensor:
-    """K perturbed copies of a weight, (K, ...), at least in float32."""
+    """Make K perturbed copies of a weight, (K, ...), at least in float32."""
     value = reference.detach().to(torch.promote_types(reference.dtype, torch.float32))
     stacked = torch.stack([value] * members)
     if sigma > 0.0:
         if rule == "rms":
             size = float(value.abs().square().mean().sqrt())
         else:
-            into = value[0].numel() if value.ndim > 1 else value.numel()
-            size = max(into, 1) ** -0.5
-        # Drawn on the CPU: the same members on every device.
+            fan_in = value[0].numel() if value.ndim > 1 else value.numel()
+            size = max(fan_in, 1) ** -0.5
+        # Drawn on the CPU, so that members are the same on every device.
         normal = torch.randn(stacked.shape, generator=generator, dtype=stacked.dtype)
         stacked = stacked + sigma * size * normal.to(stacked.device)
     return stacked
 
 
 class _DenseGradient(torch.autograd.Function):
-    """The same numbers; a sparse gradient is made dense on its way back."""
+    """Identity function that makes a sparse gradient dense in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -804,6 +820,6 @@ class _DenseGradient(torch.autograd.Function):
 
 
 def _key(name: str) -> str:
-    # A registered name cannot hold a dot, nor be one of a dictionary's own, as `values` is.
+    # The name of a parameter cannot hold a dot, nor be a method of the dictionary, like `values`.
     path, _, own = name.rpartition(".")
     return f"{path.replace('.', '/')}/{own}"

@@ -1,4 +1,4 @@
-"""Members' weights made into one model's: plain means, and the two means that are not plain."""
+"""Merge the members' weights into those of one model, by means of weights, outputs or products."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ Stacked = Mapping[str, Tensor]
 
 
 def means(stacked: Stacked) -> dict[str, Tensor]:
-    """Mean over members of each tensor.
-
-    For whole numbers (counters) the largest value is taken; where a member's value is not finite,
-    that of member 0.
+    """Compute the mean over members of each tensor.
 
     Parameters
     ----------
@@ -32,7 +29,8 @@ def means(stacked: Stacked) -> dict[str, Tensor]:
     Returns
     -------
     dict of str to Tensor
-        Name -> tensor of shape (...).
+        Name -> tensor of shape (...). Of integers (counters) it is the maximum over members; where
+        a member's value is not finite, it is the value of member 0.
     """
     mean: dict[str, Tensor] = {}
     for name, value in stacked.items():
@@ -45,18 +43,19 @@ def means(stacked: Stacked) -> dict[str, Tensor]:
 
 
 def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Copy a model, set some weights and buffers, and fold our parametrizations.
+    """Copy a model, set some weights and buffers, and fold rank-1 and low-rank factors.
 
     Parameters
     ----------
     model : Module
-        It does not change.
-    state : mapping
-        Name -> new value.
+        The model; it is not changed.
+    state : mapping of str to Tensor
+        New value by name of a parameter or buffer.
 
     Returns
     -------
     Module
+        The copy.
     """
     model = duplicate(model)
     for name, value in state.items():
@@ -67,14 +66,15 @@ def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def mean_affine(model: nn.Module, weights: Stacked, statistics: Stacked) -> dict[str, Tensor]:
-    """Mean of the members' BatchNorm outputs in evaluation mode, as one layer.
+    """Compute BatchNorm layers whose outputs are the mean of the members' in evaluation mode.
 
-    Each member's layer is an affine map, and so is their mean. It is put into scale and shift on
-    top of the mean statistics; where a layer has none, into the statistics themselves.
+    Each member's layer is an affine map, and so is the mean. Together with the mean statistics it
+    determines scale and shift; if a layer has no scale or shift, it determines the statistics.
 
     Parameters
     ----------
     model : Module
+        The model.
     weights : Stacked
         Name -> members' weights, shape (K, ...).
     statistics : Stacked
@@ -101,7 +101,7 @@ def mean_affine(model: nn.Module, weights: Stacked, statistics: Stacked) -> dict
         else:
             state[f"{prefix}weight"] = scale * torch.sqrt(var.mean(0) + module.eps)
         if beta is None:
-            # Where the scale is 0 the shift is, too.
+            # If the scale is 0, so is the shift.
             state[f"{prefix}running_mean"] = (-shift / scale).nan_to_num(0.0)
         else:
             state[f"{prefix}bias"] = shift + scale * mean.mean(0)
@@ -109,32 +109,33 @@ def mean_affine(model: nn.Module, weights: Stacked, statistics: Stacked) -> dict
 
 
 def mean_products(model: nn.Module, weights: Stacked) -> dict[str, Tensor]:
-    """Mean over members of every weight that has rank-1 factors or a low-rank update.
+    """Compute the mean over members of every weight with rank-1 factors or a low-rank update.
 
     Parameters
     ----------
     model : Module
+        The model.
     weights : Stacked
         Name -> members' weights, shape (K, ...).
 
     Returns
     -------
     dict of str to Tensor
-        Name of the folded weight -> its mean.
+        Mean by name of the folded weight.
     """
-    touched = {f"{path}.{name}" if path else name for path, _, name, _ in parametrized(model)}
+    names = {f"{path}.{name}" if path else name for path, _, name, _ in parametrized(model)}
     members = len(next(iter(weights.values())))
     total: dict[str, Tensor] = {}
     for k in range(members):
         member = with_weights(model, {name: value[k] for name, value in weights.items()})
-        for name in touched:
+        for name in names:
             value = member.get_parameter(name).detach() / members
             total[name] = total[name] + value if name in total else value
     return total
 
 
 def check_factors(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to average factors of another library silently.
+    """Check that no replicated weight is a low-rank factor of another library.
 
     The mean of B A is not the mean of B times the mean of A. For factors of peft (``lora_A``,
     ``lora_B``) the caller must choose.
@@ -142,6 +143,7 @@ def check_factors(model: nn.Module, names: Iterable[str]) -> None:
     Parameters
     ----------
     model : Module
+        The model.
     names : iterable of str
         Names of the replicated weights.
 
@@ -154,27 +156,28 @@ def check_factors(model: nn.Module, names: Iterable[str]) -> None:
     if foreign:
         raise NQMError(
             f"averaged: {foreign[0]} is a factor of an update, and the product of mean factors is "
-            "not the mean update; say rank1='factors' if it is what you want, or merge the updates "
+            "not the mean update; set rank1='factors' to average factors, or merge the updates "
             "of late.member(k) first"
         )
 
 
 def singular_vectors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors of spectral normalisation that belong to given weights.
+    """Compute the singular vectors that spectral normalisation needs for new weights.
 
-    Training finds them by power iteration, a step in every forward pass, and keeps them in buffers;
-    those of members' weights are not those of the mean weight.
+    Training approximates them by power iteration, one step in every forward pass, and stores them
+    in buffers. The vectors of the members' weights are not those of their mean.
 
     Parameters
     ----------
     model : Module
-    state : mapping
-        New values of parameters; vectors of other weights are left alone.
+        The model.
+    state : mapping of str to Tensor
+        New values of parameters; vectors of other weights are not computed.
 
     Returns
     -------
-    dict
-        Buffer name -> value.
+    dict of str to Tensor
+        Value by name of the buffer.
     """
     vectors: dict[str, Tensor] = {}
     for path, module in model.named_modules():

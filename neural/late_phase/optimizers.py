@@ -1,4 +1,4 @@
-"""What a step needs of optimizers, found out before anything moves."""
+"""Checks of the optimizers of a step, and optimizers of the members."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from nqm.errors import NQMError
 
-#: Optimizers that keep members apart, as seen on a few numbers.
+#: Optimizers that have passed `check_apart`.
 _APART: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -25,28 +25,32 @@ def listed(optimizers: Optimizer | Sequence[Optimizer], what: str) -> list[Optim
     Parameters
     ----------
     optimizers : Optimizer or sequence of Optimizer
+        The optimizers.
     what : str
         Name of the argument, for the message.
 
     Returns
     -------
     list of Optimizer
+        At least one.
 
     Raises
     ------
     NQMError
-        Where one of them is none, or steps only with a closure, as L-BFGS does.
+        If there is none, if an entry is no optimizer, or if it steps only with a closure, like
+        L-BFGS.
     """
     several: list[Any] = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
-    for one in several:
-        if not hasattr(one, "param_groups") or not callable(getattr(one, "step", None)):
-            raise NQMError(f"{what} must be an optimizer; got {type(one).__name__}")
-        # Of the class: a scheduler puts a function of its own in front of `step`.
-        _, *given = inspect.signature(type(one).step).parameters.values()
-        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in given):
+    for optimizer in several:
+        name = type(optimizer).__name__
+        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+            raise NQMError(f"{what} must be an optimizer; got {name}")
+        # That of the class: a scheduler replaces the `step` of the object.
+        _, *options = inspect.signature(type(optimizer).step).parameters.values()
+        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in options):
             raise NQMError(
-                f"{what}: {type(one).__name__} steps with a closure, which evaluates the loss "
-                "anew; use an optimizer that steps on given gradients"
+                f"{what}: {name} steps with a closure, which computes the loss again; use an "
+                "optimizer that steps with the gradients it finds"
             )
     if not several:
         raise NQMError(f"{what} must be an optimizer; got an empty list")
@@ -54,21 +58,24 @@ def listed(optimizers: Optimizer | Sequence[Optimizer], what: str) -> list[Optim
 
 
 def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """All parameters of some optimizers.
+    """List all parameters of some optimizers.
 
     Parameters
     ----------
     optimizers : iterable of Optimizer
+        The optimizers.
 
     Returns
     -------
     list of Tensor
+        In the order of optimizers and groups.
     """
-    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [p for group in groups for p in group["params"]]
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside a wrapper of accelerate or Lightning.
+    """Return the optimizer inside a wrapper of accelerate or Lightning.
 
     Parameters
     ----------
@@ -78,6 +85,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     Returns
     -------
     Optimizer
+        The inner one, or `optimizer` itself if it is no wrapper.
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
@@ -90,18 +98,18 @@ def another(
     stacked: Mapping[str, Tensor],
     changes: Mapping[str, Any],
 ) -> Optimizer:
-    """New optimizer on stacked weights, with the parameter groups and settings of the base's.
+    """Make an optimizer of stacked weights with parameter groups and settings of the base's.
 
     Parameters
     ----------
     base : Optimizer
-        If it wraps an optimizer, the one inside is taken.
+        Optimizer of the base. If it wraps an optimizer, the inner one is used.
     base_weight : callable
-        Name of a weight -> the parameter of the model, which `base` may hold.
-    stacked : mapping
-        Name -> weights of all members, (K, ...). Those whose parameter `base` does not hold get its
-        defaults.
-    changes : mapping
+        Maps the name of a weight to the parameter of the model.
+    stacked : mapping of str to Tensor
+        Weights of all members by name, (K, ...). If `base` does not have the parameter of the model
+        of the same name, its default settings are used.
+    changes : mapping of str to object
         Settings that differ.
 
     Returns
@@ -121,17 +129,17 @@ def another(
     (base,) = listed(base, "base_optimizer")
     base = unwrapped(base)
     groups: list[dict[str, Any]] = []
-    left = dict(stacked)
+    remaining = dict(stacked)
     for group in base.param_groups:
-        held = {id(p) for p in group["params"]}
-        names = [name for name in left if id(base_weight(name)) in held]
+        in_group = {id(p) for p in group["params"]}
+        names = [name for name in remaining if id(base_weight(name)) in in_group]
         if names:
-            # What a scheduler notes in a group belongs to its own optimizer.
+            # A scheduler's entry "initial_lr" belongs to the base optimizer.
             other = ("params", "param_names", "initial_lr")
             own = {n: copy.deepcopy(v) for n, v in group.items() if n not in other}
-            groups.append({**own, "params": [left.pop(name) for name in names]})
-    if left:
-        groups.append({**copy.deepcopy(base.defaults), "params": list(left.values())})
+            groups.append({**own, "params": [remaining.pop(name) for name in names]})
+    if remaining:
+        groups.append({**copy.deepcopy(base.defaults), "params": list(remaining.values())})
     for group in groups:
         group.update(changes)
     make = cast(Callable[..., Optimizer], type(base))
@@ -151,14 +159,14 @@ def check(
     shared: Sequence[nn.Parameter],
     stacked: Sequence[nn.Parameter],
 ) -> None:
-    """Raise NQMError unless the optimizers fit the weights, and members are kept apart.
+    """Check that the optimizers have the right weights and do not mix members.
 
     Parameters
     ----------
     bases : sequence of Optimizer
-        Of the base.
+        Optimizers of the base.
     member : Optimizer
-        Of the members.
+        Optimizer of the members.
     shared : sequence of Parameter
         Weights that all members share.
     stacked : sequence of Parameter, shape (K, ...)
@@ -167,12 +175,12 @@ def check(
     Raises
     ------
     NQMError
-        If an optimizer lacks weights, holds weights of another, or mixes members.
+        If an optimizer does not have its weights, has weights of the other, or mixes members.
     """
     own = {id(p) for p in stacked}
     listed([member], "member_optimizer")
-    held = {id(p) for p in parameters([member])}
-    if not held or not held <= own:
+    stepped = {id(p) for p in parameters([member])}
+    if not stepped or not stepped <= own:
         raise NQMError(
             "member_optimizer must be made on late.member_parameters(); see optimizer_like"
         )
@@ -183,51 +191,52 @@ def check(
     trained = [p for p in shared if p.requires_grad]
     if trained and not any(id(p) in base for p in trained):
         raise NQMError(
-            "base_optimizer holds no shared weight of late.model, which would never move; make "
-            "it on the parameters of the very model that LatePhase was given"
+            "base_optimizer holds no shared weight of late.model, so that none would be trained; "
+            "make it on the parameters of the very model that LatePhase was given"
         )
 
 
 def check_apart(optimizer: Optimizer, members: int) -> None:
-    """Check that a member's step depends on its own gradient alone.
+    """Check that a member's step depends on its own gradient only.
 
     A copy of the optimizer takes two steps on a few numbers of every weight, with two sets of
-    gradients that differ in all members but the first. The first member's steps must be equal.
+    gradients that are equal for the first member only. The first member's steps must be equal.
 
     Parameters
     ----------
     optimizer : Optimizer
-        It does not change.
+        The optimizer; it is not changed.
     members : int
-        K.
+        Number of members, K.
 
     Raises
     ------
     NQMError
-        Where members are mixed, as by Muon and Adafactor, which treat stacked weights as matrices.
+        If members are mixed, e.g. by Muon and Adafactor, which treat stacked weights as matrices,
+        or if the copy cannot take the steps.
     """
     if optimizer in _APART:
         return
     name = type(optimizer).__name__
     try:
-        one, other = (_first_member(optimizer, members, seed) for seed in (1, 2))
-    except Exception as error:  # of an optimizer that takes no such weights
+        first, second = (_first_member(optimizer, members, seed) for seed in (1, 2))
+    except Exception as error:  # an optimizer may refuse weights of such shapes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise NQMError(
             f"member_optimizer: {name} cannot be tried on a few numbers ({reason:.100}); use "
             "late.accumulate and step it yourself"
         ) from None
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(first, second, strict=True):
         if not torch.equal(a.nan_to_num(), b.nan_to_num()):
             raise NQMError(
-                f"member_optimizer: {name} mixes members (it does not work on every number by "
-                "itself); use SGD, Adam or their kin"
+                f"member_optimizer: {name} mixes members, as it is not elementwise; use SGD, Adam "
+                "or a similar optimizer"
             )
     _APART.add(optimizer)
 
 
 def _first_member(optimizer: Optimizer, members: int, seed: int) -> list[Tensor]:
-    """Member 0's numbers after two steps; the other members' gradients go with the seed."""
+    """Member 0's numbers after two steps; the other members' gradients depend on the seed."""
     memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
     inner = unwrapped(optimizer)
     memo[id(inner.state)] = memo[id(optimizer.state)]
@@ -239,7 +248,7 @@ def _first_member(optimizer: Optimizer, members: int, seed: int) -> list[Tensor]
     twin = copy.deepcopy(inner, memo)
     twin._optimizer_step_pre_hooks.clear()
     twin._optimizer_step_post_hooks.clear()
-    # A scheduler's own `step` would move the optimizer that this is a copy of.
+    # A `step` that a scheduler has put there would step the original optimizer.
     vars(twin).pop("step", None)
     own, others = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     for _ in range(2):

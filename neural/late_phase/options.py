@@ -1,4 +1,4 @@
-"""The options of late-phase members, checked in one place."""
+"""Options of late-phase members, with their checks."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ LEFTOVERS = ("carry", "members", "drop")
 
 @dataclass(frozen=True, kw_only=True)
 class MemberOptions:
-    """Options of `neural.LatePhase`, which explains them.
+    """Options of `neural.LatePhase`, where they are documented in full.
 
     Attributes
     ----------
     members : int
-        K >= 2.
+        Number of members, K >= 2.
     gamma : {"sum", "mean"} or float
         Scale of the summed base gradient: 1, 1 / K, or a number >= 0.
     noise : float
         Relative size of the members' initial perturbation, >= 0.
     noise_rule : {"rms", "fan_in"}
+        Standard deviation of the perturbation: relative to the weights, or to the fan-in.
     idle_steps : {"none", "first", "every"}
+        When idle members are stepped too.
     leftover : {"carry", "members", "drop"}
+        What is done with the last minibatches of a loader if they are fewer than K.
 
     Raises
     ------
     NQMError
-        Where an option is outside its range.
+        If an option is out of range.
     """
 
     members: int
@@ -53,11 +56,11 @@ class MemberOptions:
         check_gamma("LatePhase.gamma", self.gamma)
 
     def arguments(self) -> dict[str, Any]:
-        """The options as keyword arguments of `neural.LatePhase`.
+        """Return the options as keyword arguments of `neural.LatePhase`.
 
         Returns
         -------
-        dict
-            Name -> value; of a subclass, the options stated here alone.
+        dict of str to object
+            Value by name; options of a subclass are not included.
         """
-        return {one.name: getattr(self, one.name) for one in fields(MemberOptions)}
+        return {option.name: getattr(self, option.name) for option in fields(MemberOptions)}

@@ -16,12 +16,12 @@ from neural.late_phase.duplicate import duplicate
 from neural.late_phase.rows import Rows, UnclearRowsError, arguments
 from nqm.errors import NQMError
 
-#: (inputs, targets) of a piece -> what its loss is a mean over, e.g. the number of its symbols.
+#: (inputs, targets) of a piece -> number of items that its loss is a mean of, e.g. of symbols.
 LossWeight = Callable[[Any, Any], Any]
-#: Shapes and settings of minibatches whose rows are known -> where they are in the output.
+#: Shapes and settings of minibatches -> row axes of the model's output.
 Known = dict[Any, tuple[Rows, ...]]
 
-#: How far a minibatch's loss may lie from the mean of its pieces', relative to it.
+#: Largest relative difference between a minibatch's loss and the mean of the losses of its pieces.
 LOSS_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
@@ -34,59 +34,64 @@ def backward_in_pieces(
     known: Known,
     loss_weight: LossWeight | None = None,
 ) -> Tensor:
-    """Add up the gradients of a minibatch's loss, piece by piece.
+    """Accumulate the gradients of a minibatch's loss, piece by piece.
 
     Parameters
     ----------
     model : Module
-        What is run; with other weights in place it may be.
+        The model that `run` runs.
     batch : (inputs, targets)
+        The minibatch.
     count : int
-        Pieces.
+        Number of pieces, at least 1.
     loss_fn : callable
-        A mean over rows, or over what `loss_weight` counts.
+        ``loss_fn(output, targets)`` returns a mean over rows, or over the items that `loss_weight`
+        counts.
     run : callable
-        ``run(args, kwargs, learn)`` runs the model and returns what `learn` makes of its output.
+        ``run(args, kwargs, learn)`` runs the model, possibly with other weights in it, and returns
+        the result of `learn` for its output.
     known : dict
-        What has been found out before; is added to.
+        Results of earlier checks; new ones are added.
     loss_weight : callable, optional
-        What a piece's loss is a mean over; its rows by default.
+        ``loss_weight(inputs, targets)`` returns the number of items that the loss of a piece is a
+        mean of; by default its number of rows.
 
     Returns
     -------
     Tensor, shape ()
-        The minibatch's loss, detached.
+        Loss of the minibatch, detached.
 
     Raises
     ------
     NQMError
-        Where the pieces do not make up the whole: rows of the minibatch that are not along the
-        first axis, a model that mixes them, a loss that is no mean over them. Gradients are to be
-        thrown away then.
+        If the loss of the pieces is not that of the minibatch: rows that are not along the first
+        axis, a model that mixes rows, a loss that is no mean over rows. The gradients are then
+        wrong.
     """
     if count == 1:
         args, kwargs = arguments(batch[0])
         return run(args, kwargs, _learner(loss_fn, batch[1], 1.0, [], None))
     try:
-        parts = list(_cut(batch, count))
+        pieces = list(_cut(batch, count))
         key = _key(model, batch, count)
         if key not in known:
-            known[key] = _find(model, batch, parts)
+            known[key] = _find(model, batch, pieces)
     except UnclearRowsError as error:
         raise NQMError(f"micro_batches: {error}; set micro_batches to 1") from None
     if None in known[key] and loss_weight is None:
         raise NQMError(
-            "micro_batches: the model's output holds a tensor without rows, as a loss of its own; "
+            "micro_batches: the model's output holds a tensor without rows, e.g. a loss; "
             "give loss_weight, or set micro_batches to 1"
         )
-    counts = [float(loss_weight(*part)) if loss_weight else size for size, part in parts]
+    counts = [float(loss_weight(*piece)) if loss_weight else size for size, piece in pieces]
     total = sum(counts) or 1.0
     shares = [own / total for own in counts]
     outputs: list[Any] = []
     losses = []
-    for share, (_, (inputs, targets)) in zip(shares, parts, strict=True):
-        last = len(outputs) == len(parts) - 1 and None not in known[key]
-        check = partial(_check_loss, shares, parts, known[key], batch[1], loss_fn) if last else None
+    for share, (_, (inputs, targets)) in zip(shares, pieces, strict=True):
+        last = len(outputs) == len(pieces) - 1 and None not in known[key]
+        arguments_of_check = (shares, pieces, known[key], batch[1], loss_fn)
+        check = partial(_check_loss, *arguments_of_check) if last else None
         losses.append(run(*arguments(inputs), _learner(loss_fn, targets, share, outputs, check)))
     return torch.stack(losses).sum()
 
@@ -103,8 +108,8 @@ def _learner(
         with torch.autocast(loss.device.type, enabled=False):
             torch.autograd.backward(loss)
         leaves, form = axes.flatten(output)
-        # Sharp also where the model runs in a low precision.
-        leaves = [_sharp(x.detach()) if isinstance(x, Tensor) else x for x in leaves]
+        # In float32 at least, so that the check of the loss is accurate.
+        leaves = [_at_least_float32(x.detach()) if isinstance(x, Tensor) else x for x in leaves]
         outputs.append(pytree.tree_unflatten(leaves, form))
         if check is not None:
             check(outputs)
@@ -113,25 +118,26 @@ def _learner(
     return learn
 
 
-def _sharp(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _cut(batch: tuple[Any, Any], count: int) -> Iterator[tuple[int, tuple[Any, Any]]]:
-    """Rows of each piece, and the piece: tensors with the minibatch's rows are cut.
+    """Yield the number of rows of each piece, and the piece.
 
-    Of targets also those with several entries per row, as of a text's symbols in one row.
+    Tensors with the minibatch's rows are split; targets also if they have several entries per row,
+    e.g. one for each symbol of a text.
     """
     inputs, targets = batch
     args, kwargs = arguments(inputs)
-    given = kwargs or args
-    total = axes.count((given, targets))
-    sizes = [len(part) for part in torch.arange(total).chunk(count)]
+    model_arguments = kwargs or args
+    total = axes.count((model_arguments, targets))
+    sizes = [len(chunk) for chunk in torch.arange(total).chunk(count)]
     trees = []
-    for tree, several in ((given, False), (targets, True)):
+    for tree, several in ((model_arguments, False), (targets, True)):
         leaves, form = axes.flatten(tree)
         where = [_rows_of(leaf, total, several) for leaf in leaves]
-        if tree is given and not any(where):
+        if tree is model_arguments and not any(where):
             raise UnclearRowsError("the inputs hold no tensor with rows")
         trees.append([pytree.tree_unflatten(p, form) for p in axes.split(leaves, where, sizes)])
     yield from zip(sizes, zip(*trees, strict=True), strict=True)
@@ -151,22 +157,22 @@ def _key(model: nn.Module, batch: tuple[Any, Any], count: int) -> Any:
 
 
 def _find(
-    model: nn.Module, batch: tuple[Any, Any], parts: list[tuple[int, tuple[Any, Any]]]
+    model: nn.Module, batch: tuple[Any, Any], pieces: list[tuple[int, tuple[Any, Any]]]
 ) -> tuple[Rows, ...]:
-    """Where the rows of the model's output are; the pieces' outputs must be those of the whole."""
-    if len(parts) == 1:
+    """Row axes of the model's output; the outputs of the pieces must be those of the minibatch."""
+    if len(pieces) == 1:
         return ()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for size in axes.DISPLACEMENTS:
         copy = duplicate(model)
         axes.displace_model_(copy, size)
         for layer in copy.modules():
-            if isinstance(layer, _BatchNorm):  # sees a piece at a time, as is documented
-                vars(layer)["forward"] = _as_it_is
+            if isinstance(layer, _BatchNorm):  # it uses the statistics of a piece, as documented
+                vars(layer)["forward"] = _identity
         with axes.without_chance(device):
             whole = _run(copy, batch[0], "the whole minibatch")
-            few = [_run(copy, inputs, "a piece of a minibatch") for _, (inputs, _) in parts]
-        where = _joined_rows(few, whole, parts)
+            few = [_run(copy, inputs, "a piece of a minibatch") for _, (inputs, _) in pieces]
+        where = _joined_rows(few, whole, pieces)
         if axes.mostly_finite(whole):
             break
     tolerance = axes.precision(model, whole, device)
@@ -185,31 +191,31 @@ def _run(model: nn.Module, inputs: Any, what: str) -> list[Any]:
 
 
 def _joined_rows(
-    few: list[list[Any]], whole: list[Any], parts: list[tuple[int, tuple[Any, Any]]]
+    few: list[list[Any]], whole: list[Any], pieces: list[tuple[int, tuple[Any, Any]]]
 ) -> tuple[Rows, ...]:
-    n, m = parts[0][0], sum(size for size, _ in parts)
+    n, m = pieces[0][0], sum(size for size, _ in pieces)
     return axes.find(axes.shapes(few[0]), axes.shapes(whole), n, m, "the model's output")
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
 @torch.no_grad()
 def _check_loss(
     shares: list[float],
-    parts: list[tuple[int, tuple[Any, Any]]],
+    pieces: list[tuple[int, tuple[Any, Any]]],
     where: tuple[Rows, ...],
     targets: Any,
     loss_fn: Callable[[Any, Any], Tensor],
     outputs: list[Any],
 ) -> None:
-    """The minibatch's loss, from the outputs of its pieces, must be the mean of theirs."""
+    """Raise NQMError unless the loss of the joined outputs is the mean of the pieces' losses."""
     if len(outputs) == 1:
         return
-    pairs = zip(outputs, parts, strict=True)
+    pairs = zip(outputs, pieces, strict=True)
     losses = [loss_fn(output, own) for output, (_, (_, own)) in pairs]
-    flat = [axes.flatten(one) for one in outputs]
+    flat = [axes.flatten(output) for output in outputs]
     whole = pytree.tree_unflatten(axes.join([leaves for leaves, _ in flat], where), flat[0][1])
     expected = float(loss_fn(whole, targets))
     terms = [share * float(loss) for share, loss in zip(shares, losses, strict=True)]
@@ -217,6 +223,6 @@ def _check_loss(
     if abs(sum(terms) - expected) > LOSS_TOLERANCES.get(losses[0].dtype, 3e-2) * size:
         raise NQMError(
             f"micro_batches: loss_fn is no mean over rows ({sum(terms):.6g} over the pieces, "
-            f"{expected:.6g} of the minibatch), as one that ignores some is not; give "
+            f"{expected:.6g} of the minibatch), e.g. as it ignores some; give "
             "loss_weight, e.g. lambda x, y: (y != -100).sum(), or set micro_batches to 1"
         )

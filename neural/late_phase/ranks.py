@@ -1,4 +1,4 @@
-"""Gradients of several processes made one."""
+"""Average gradients over several processes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import nn
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Mean of every gradient over the processes, in place.
+    """Replace every gradient by its mean over the processes.
 
     Parameters
     ----------
     parameters : iterable of Parameter
-        The same ones, with gradients, in every process.
+        Parameters, the same in every process; their gradients are changed in place. Those without
+        a gradient are left out.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return
-    # One message for all: many small ones would wait for each other.
+    # All gradients in one message: many small messages would be slower.
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Models and minibatches that cannot be trained are refused in one line."""
+"""Checks that models and minibatches can be trained."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def check_ready(model: nn.Module, what: str) -> None:
     Parameters
     ----------
     model : Module
+        The model.
     what : str
         Name of the caller, for the message.
 
@@ -32,14 +33,14 @@ def check_ready(model: nn.Module, what: str) -> None:
         where = f" ({path})" if path else ""
         if isinstance(module, torch.jit.ScriptModule):
             raise NQMError(
-                f"{what} takes a Python module; got a script module{where}: script the result"
+                f"{what} takes a Python module; got a script module{where}; script the result"
             )
         if type(module).__name__ == "FullyShardedDataParallel":
             raise NQMError(f"{what} takes a model whose weights are whole; got sharded ones{where}")
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise NQMError(
-                f"{what}: {name} has no shape yet; run the model once, on a minibatch, before"
+                f"{what}: {name} has no shape yet; first run the model once on a minibatch"
             )
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise NQMError(f"{what} takes a model whose weights are whole; {name} is sharded")
@@ -49,8 +50,8 @@ def check_ready(model: nn.Module, what: str) -> None:
 def checked_statistics() -> Iterator[None]:
     """Turn torch's error about one value per channel into an NQMError.
 
-    BatchNorm cannot compute the variance of one value. Whether a minibatch of one example gives one
-    value depends on the layers before it, so only a forward pass can tell.
+    BatchNorm cannot compute the variance of one value. Whether a channel of a minibatch of one
+    example has one value depends on the layers before it, so only a forward pass shows it.
 
     Yields
     ------

@@ -1,7 +1,7 @@
-"""Weights of another form: rank-1 factors and low-rank updates on top of a layer's own weights.
+"""Rank-1 factors and low-rank updates of a layer's weights.
 
 Both are registered with `torch.nn.utils.parametrize`, so that the model's code, its optimizers and
-the original `Parameter` objects stay as they are; `fold` turns them back into plain weights.
+the original `Parameter` objects do not change. `fold` replaces them by plain weights.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from nqm.errors import NQMError, check_integer
 
 
 class RankOne(nn.Module):
-    """W (s r^T), elementwise: factor `s` over outputs and `r` over inputs, both 1 at first.
+    """Elementwise product W (s r^T) with a factor `s` over outputs and `r` over inputs.
 
-    Wen et al. 2020 (BatchEnsemble); as late-phase weights von Oswald et al. 2021. On a layer's
-    activations it is ``((x r) W) s``.
+    Wen et al. 2020 (BatchEnsemble); as late-phase weights von Oswald et al. 2021. The output of a
+    linear layer is then ``((x r) W) s``. Both factors are 1 at first.
 
     Parameters
     ----------
     weight : Tensor, shape (out, in, ...)
+        The weight W; it gives the shapes, type and device of the factors.
     """
 
     def __init__(self, weight: Tensor):
@@ -45,6 +46,7 @@ class RankOne(nn.Module):
         Parameters
         ----------
         weight : Tensor, shape (out, in, ...)
+            The weight W.
 
         Returns
         -------
@@ -55,13 +57,16 @@ class RankOne(nn.Module):
 
 
 class LowRank(nn.Module):
-    """W + alpha / rank B A (Hu et al. 2022, LoRA): A is random, B is zero at first.
+    """Low-rank update W + alpha / rank B A (Hu et al. 2022, LoRA); A is random, B zero at first.
 
     Parameters
     ----------
     weight : Tensor, shape (out, in, ...)
+        The weight W; it gives the shapes, type and device of the factors.
     rank : int
+        Number of rows of A and of columns of B.
     alpha : float
+        Scale of the update, times `rank`.
     """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float):
@@ -78,6 +83,7 @@ class LowRank(nn.Module):
         Parameters
         ----------
         weight : Tensor, shape (out, in, ...)
+            The weight W.
 
         Returns
         -------
@@ -91,17 +97,17 @@ class _Made(Protocol):
 
 
 def add_rank1(model: nn.Module, where: str = "*") -> list[str]:
-    """Put rank-1 factors, all 1, on the weights of Linear, convolution and recurrent layers.
+    """Add rank-1 factors, all 1, to the weights of Linear, convolution and recurrent layers.
 
-    Call it before the optimizer is made if the factors shall be trained with the rest from the
-    start; the model computes the same as before.
+    The output of the model does not change. If the factors are to be trained from the start, call
+    this before the optimizer is made.
 
     Parameters
     ----------
     model : Module
-        Changed in place.
+        The model; changed in place.
     where : str
-        Glob over weight names, e.g. ``"lstm.*"``.
+        Glob over weight names, e.g. ``"lstm.*"``; all by default.
 
     Returns
     -------
@@ -111,7 +117,7 @@ def add_rank1(model: nn.Module, where: str = "*") -> list[str]:
     Raises
     ------
     NQMError
-        If there is none.
+        If no weight matches.
     """
     return _add(model, where, RankOne)
 
@@ -119,22 +125,28 @@ def add_rank1(model: nn.Module, where: str = "*") -> list[str]:
 def add_lora(
     model: nn.Module, rank: int = 4, alpha: float | None = None, where: str = "*"
 ) -> list[str]:
-    """Put low-rank updates, zero at first, on the weights of Linear, conv and recurrent layers.
+    """Add low-rank updates, zero at first, to the weights of Linear, conv and recurrent layers.
 
     Parameters
     ----------
     model : Module
-        Changed in place.
+        The model; changed in place.
     rank : int
+        Rank of the updates, at least 1.
     alpha : float, optional
         The update is scaled by alpha / rank; `rank` by default.
     where : str
-        Glob over weight names.
+        Glob over weight names; all by default.
 
     Returns
     -------
     list of str
         Names of the weights that got an update.
+
+    Raises
+    ------
+    NQMError
+        If no weight matches, or `rank` is below 1.
     """
     check_integer("rank", rank, 1)
     return _add(model, where, partial(LowRank, rank=rank, alpha=float(alpha or rank)))
@@ -142,42 +154,42 @@ def add_lora(
 
 def _add(model: nn.Module, where: str, make: _Made) -> list[str]:
     check_ready(model, "add_lora" if isinstance(make, partial) else "add_rank1")
-    found = [
+    matches = [
         (path, module, name)
         for path, module in model.named_modules()
         for name in _weights(module)
         if fnmatchcase(f"{path}.{name}" if path else name, where)
     ]
-    if not found:
+    if not matches:
         raise NQMError(
             f"{where!r} matches no weight of a Linear, convolution or recurrent layer of "
             f"{type(model).__name__}"
         )
-    for _, module, name in found:
+    for _, module, name in matches:
         parametrize.register_parametrization(module, name, make(getattr(module, name)))
-    for module in {module for _, module, _ in found}:
+    for module in {module for _, module, _ in matches}:
         if isinstance(module, nn.RNNBase):
             _let_copy(module)
         _let_pickle(module)
-    return [f"{path}.{name}" if path else name for path, _, name in found]
+    return [f"{path}.{name}" if path else name for path, _, name in matches]
 
 
 def _own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
+    """Give a parametrized module a separate class.
 
-    The weight is a property of its class, which a deep copy shares: removed from the copy it would
-    be gone from the original, too.
+    The weight is a property of its class, which a deep copy shares: without a separate class,
+    removing it from the copy would remove it from the original, too.
     """
     shared = type(module)
     module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def _let_copy(layer: nn.RNNBase) -> None:
-    """Let a recurrent layer be copied after a forward pass.
+    """Make it possible to copy a recurrent layer after a forward pass.
 
-    It holds on to the weights computed for that pass, and autograd's results cannot be copied.
+    The layer stores the weights computed for that pass, whose autograd history cannot be copied.
     """
-    own_class = cast(Any, type(layer))  # parametrization gave it one of its own
+    own_class = cast(Any, type(layer))  # parametrization has made a separate class
     deepcopy = own_class.__deepcopy__
 
     def refreshed_deepcopy(self: Any, memo: dict[int, Any]) -> Any:
@@ -189,7 +201,7 @@ def _let_copy(layer: nn.RNNBase) -> None:
 
 
 def _let_pickle(layer: nn.Module) -> None:
-    """Let a layer be pickled: its class is made anew where it is read."""
+    """Make it possible to pickle a layer: its class is made again when it is read."""
     own_class = cast(Any, type(layer))
     own_class.__reduce_ex__ = _reduced
     own_class.__setstate__ = _restore
@@ -198,7 +210,7 @@ def _let_pickle(layer: nn.Module) -> None:
 def _reduced(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
     names = list(cast(nn.ModuleDict, layer.parametrizations))
     state = {**vars(layer)}
-    for name in ("_flat_weights", "_flat_weight_refs"):  # of recurrent layers: computed
+    for name in ("_flat_weights", "_flat_weight_refs"):  # computed entries of recurrent layers
         state.pop(name, None)
     return _parametrized_layer, (type(layer).__bases__[0], names), state
 
@@ -211,7 +223,7 @@ def _restore(layer: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _parametrized_layer(plain: type[nn.Module], names: list[str]) -> nn.Module:
-    """An empty layer of a class with computed weights."""
+    """Make an empty layer whose class computes its weights."""
     layer = plain.__new__(plain)
     nn.Module.__init__(layer)
     parametrize._inject_new_class(layer)
@@ -235,6 +247,7 @@ def parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
     Parameters
     ----------
     model : Module
+        The model.
 
     Yields
     ------
@@ -244,22 +257,22 @@ def parametrized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
     for path, module in list(model.named_modules()):
         if parametrize.is_parametrized(module):
             for name, chain in cast(nn.ModuleDict, module.parametrizations).items():
-                for one in cast(nn.ModuleList, chain):
-                    if isinstance(one, RankOne | LowRank):
-                        yield path, module, name, one
+                for parametrization in cast(nn.ModuleList, chain):
+                    if isinstance(parametrization, RankOne | LowRank):
+                        yield path, module, name, parametrization
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Replace each parametrized weight by its present value; the layers are plain afterwards.
+    """Replace weights with rank-1 factors or low-rank updates by plain ones of the same value.
 
-    A weight whose factors alone were trained becomes trainable itself. A weight that another layer
-    also holds (an embedding tied to an output layer) becomes a separate weight, with a warning,
-    because the other layer has no factors.
+    A frozen weight with trainable factors becomes trainable. A weight that another layer has, too
+    (an embedding tied to an output layer), becomes a separate weight, with a warning, because the
+    other layer has no factors.
 
     Parameters
     ----------
     model : Module
-        Changed in place, and returned. Weights without factors of ours stay as they are.
+        The model; changed in place. Weights with other parametrizations do not change.
 
     Returns
     -------
@@ -283,7 +296,7 @@ def _fold_one(model: nn.Module, path: str, module: nn.Module, name: str) -> None
         setattr(module, name, nn.Parameter(value))
         own = f"{path}.{name}" if path else name
         warnings.warn(
-            f"fold: {own} is tied to another layer's weight; folded it is a weight of its own, and "
+            f"fold: {own} is tied to another layer's weight; folded it is a separate weight, and "
             "a model that ties them must not load it",
             stacklevel=4,
         )
@@ -293,7 +306,7 @@ def _fold_one(model: nn.Module, path: str, module: nn.Module, name: str) -> None
 
 
 def _holders(model: nn.Module, chain: nn.Module) -> list[nn.Module]:
-    """Modules that hold the weight under a parametrization; itself is one of them."""
+    """Modules that hold the original weight of a parametrization, itself included."""
     original = chain._parameters.get("original")
     return [
         module

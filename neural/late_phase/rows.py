@@ -1,8 +1,8 @@
-"""Which axis of which tensor holds the rows of a minibatch, found out by running the model.
+"""Determine by running a model which axis of which tensor has the rows of a minibatch.
 
-Shapes alone cannot tell: a table of eight positions looks like eight rows. So a copy of the model
-is run on two numbers of rows: the axis that grows with them, and no other, holds them. Whether
-rows stay apart inside the model is then seen by its outputs, at weights where they would differ.
+Shapes are not sufficient: a table of eight positions has the shape of eight rows. Therefore a copy
+of the model runs on two numbers of rows, and the row axis is the one whose length grows with them.
+Outputs at displaced weights then show whether the model mixes rows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: The axis that holds the rows, and entries along it per row; None where there are no rows.
+#: Row axis of a tensor, and number of entries along it per row; None if it has no rows.
 Rows = tuple[int, int] | None
-#: Shapes of the tensors among a tree's leaves, None for another leaf.
+#: Shapes of a tree's leaves; None for a leaf that is no tensor.
 Shapes = tuple[tuple[int, ...] | None, ...]
 
-#: Values that may be told apart by `==`, and are the same for all rows.
+#: Types of values that can be compared by `==` and are the same for all rows.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
-#: How far two computations of one output may lie apart, relative to its size.
+#: Largest relative difference between two computations of one output.
 TOLERANCES = {
     torch.float64: 1e-9,
     torch.complex128: 1e-9,
@@ -37,26 +37,27 @@ TOLERANCES = {
     torch.bfloat16: 5e-2,
 }
 
-#: Sizes of the displacement at which rows are told apart, relative to the weights; the second where
-#: the first gives no finite output.
+#: Sizes of the displacement of weights, relative to the weights; the second is used if outputs are
+#: not finite with the first.
 DISPLACEMENTS = (0.5, 0.05)
 
 
 class UnclearRowsError(Exception):
-    """Rows cannot be told apart; the message says where."""
+    """The rows of minibatches cannot be distinguished; the message says where."""
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for which a batch's inputs stand.
+    """Convert a batch's inputs to positional and keyword arguments of the model.
 
     Parameters
     ----------
     inputs : object
-        A mapping gives keyword arguments, a tuple or list positional ones, anything else one.
+        A mapping of keyword arguments, a tuple or list of positional arguments, or one argument.
 
     Returns
     -------
     (tuple of object, dict of str to object)
+        Positional and keyword arguments.
     """
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -74,6 +75,12 @@ def count(tree: Any) -> int:
     Returns
     -------
     int
+        Number of rows.
+
+    Raises
+    ------
+    UnclearRowsError
+        If there is no tensor with an axis.
     """
     leaves, _ = flatten(tree)
     for leaf in leaves:
@@ -88,11 +95,12 @@ def shapes(leaves: Iterable[Any]) -> Shapes:
     Parameters
     ----------
     leaves : iterable of object
+        Tensors and other values.
 
     Returns
     -------
     Shapes
-        None for a leaf that is no tensor.
+        One for each leaf; None for a leaf that is no tensor.
     """
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves)
 
@@ -107,50 +115,53 @@ def find(few: Shapes, many: Shapes, n: int, m: int, what: str) -> tuple[Rows, ..
     many : Shapes
         Shapes on m rows.
     n, m : int
+        The two numbers of rows.
     what : str
         Name of the leaves, for the message.
 
     Returns
     -------
     tuple of Rows
+        One for each leaf.
 
     Raises
     ------
     UnclearRowsError
-        Where shapes change in another way than one axis growing with the rows.
+        If the shape of a leaf changes other than by one axis in proportion to the rows.
     """
     if len(few) != len(many):
-        raise UnclearRowsError(f"{what} changes its form with the number of rows")
-    found: list[Rows] = []
+        raise UnclearRowsError(f"{what} changes its structure with the number of rows")
+    where: list[Rows] = []
     for a, b in zip(few, many, strict=True):
         if a == b:
-            found.append(None)
+            where.append(None)
             continue
         if a is None or b is None or len(a) != len(b):
-            raise UnclearRowsError(f"{what} changes its form with the number of rows")
+            raise UnclearRowsError(f"{what} changes its structure with the number of rows")
         axes = [axis for axis in range(len(a)) if a[axis] != b[axis]]
         axis = axes[0]
         if len(axes) > 1 or a[axis] % n or a[axis] * m != b[axis] * n:
             raise UnclearRowsError(f"{what} has shape {a} on {n} rows and {b} on {m}")
-        found.append((axis, a[axis] // n))
-    return tuple(found)
+        where.append((axis, a[axis] // n))
+    return tuple(where)
 
 
 def split(leaves: Sequence[Any], rows: Sequence[Rows], sizes: Sequence[int]) -> list[list[Any]]:
-    """Cut leaves along their row axes; a leaf without rows is repeated in every part.
+    """Split leaves along their row axes.
 
     Parameters
     ----------
     leaves : sequence of object
+        Tensors and other values.
     rows : sequence of Rows
-        Row axis of each leaf.
+        Row axis of each leaf; a leaf without rows is repeated in every piece.
     sizes : sequence of int
-        Rows of each part.
+        Number of rows of each piece.
 
     Returns
     -------
     list of list of object
-        One list of leaves per part.
+        One list of leaves for each piece.
     """
     cut: list[Sequence[Any]] = []
     for leaf, where in zip(leaves, rows, strict=True):
@@ -159,22 +170,23 @@ def split(leaves: Sequence[Any], rows: Sequence[Rows], sizes: Sequence[int]) -> 
         else:
             axis, each = where
             cut.append(torch.split(leaf, [each * size for size in sizes], axis))
-    return [[one[k] for one in cut] for k in range(len(sizes))]
+    return [[pieces[k] for pieces in cut] for k in range(len(sizes))]
 
 
 def join(parts: Sequence[Sequence[Any]], rows: Sequence[Rows]) -> list[Any]:
-    """Join the leaves of several parts along their row axes.
+    """Join the leaves of several pieces along their row axes; the inverse of `split`.
 
     Parameters
     ----------
     parts : sequence of sequence of object
-        Leaves of each part.
+        Leaves of each piece.
     rows : sequence of Rows
-        Row axis of each leaf; a leaf without rows is taken from the first part.
+        Row axis of each leaf; a leaf without rows is taken from the first piece.
 
     Returns
     -------
     list of object
+        The joined leaves.
     """
     return [
         leaves[0] if where is None else torch.cat(leaves, where[0])
@@ -187,18 +199,19 @@ def join(parts: Sequence[Sequence[Any]], rows: Sequence[Rows]) -> list[Any]:
 
 @contextmanager
 def without_chance(device: torch.device) -> Iterator[WithoutChance]:
-    """Context without random draws: dropout keeps all values, other draws are constants.
+    """Run the block without random draws: dropout keeps all values, other draws are constants.
 
-    No gradients are taken, compiled code runs uncompiled, and random states are restored.
+    Gradients are not computed, compiled code runs uncompiled, and random states are restored.
 
     Parameters
     ----------
     device : torch.device
+        Device of the model.
 
     Yields
     ------
     WithoutChance
-        Counts how often numbers are read out of tensors.
+        Counts how often numbers are read from tensors.
     """
     devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
@@ -206,24 +219,25 @@ def without_chance(device: torch.device) -> Iterator[WithoutChance]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(uncompiled())
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # a model's own, as that no gradient is taken
+        warnings.simplefilter("ignore")  # e.g. a model's warning that there are no gradients
         yield stack.enter_context(WithoutChance())
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Context in which compiled code runs as written, so that replaced layers are called.
+    """Make compiled code run as written, so that replaced layers are called.
 
     Returns
     -------
     AbstractContextManager
+        To be used in a ``with`` statement.
     """
-    # Importing the compiler takes seconds; without it nothing is compiled.
+    # Importing the compiler takes seconds; if it is not imported, nothing is compiled.
     compiles = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 class WithoutChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operations in which nothing is drawn; `reads` counts ``if x.sum() > 0`` and the like."""
+    """Replace random draws by constants; `reads` counts conditions like ``if x.sum() > 0``."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -246,8 +260,8 @@ class WithoutChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0], torch.ones_like(args[0], dtype=torch.bool)
         rates = named.keys() & {"dropout", "dropout_p"}
         if rates:
-            given = [0.0 if k in {named[r] for r in rates} else x for k, x in enumerate(args)]
-            return func(*given, **kwargs | dict.fromkeys(rates & kwargs.keys(), 0.0))
+            changed = [0.0 if k in {named[r] for r in rates} else x for k, x in enumerate(args)]
+            return func(*changed, **kwargs | dict.fromkeys(rates & kwargs.keys(), 0.0))
         drawn = func(*args, **kwargs)
         if not isinstance(drawn, Tensor):
             return drawn
@@ -258,21 +272,22 @@ class WithoutChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def displace_(tensor: Tensor, size: float, generator: torch.Generator) -> None:
-    """Move weights to where nothing holds by chance: no zeros, no two that agree.
+    """Add random numbers to weights, so that no weight is zero and no two are equal.
 
     Parameters
     ----------
     tensor : Tensor
-        Changed in place; whole numbers are left alone.
+        The weights; changed in place. Integers are not changed.
     size : float
-        Relative to the root mean square, or to that of an ordinary start if it is larger.
+        Size of the displacement, relative to the root mean square of the weights, or to half of
+        that of usual initial weights if this is larger.
     generator : Generator
-        On the CPU.
+        Source of the random numbers, on the CPU.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return
-    into = math.prod(tensor.shape[1:]) if tensor.ndim > 1 else 0
-    usual = into**-0.5 if into else 0.4
+    fan_in = math.prod(tensor.shape[1:]) if tensor.ndim > 1 else 0
+    usual = fan_in**-0.5 if fan_in else 0.4
     rms = float(tensor.detach().abs().double().square().mean().sqrt())
     scale = size * max(rms if math.isfinite(rms) else 0.0, 0.5 * usual)
     dtype = torch.complex64 if tensor.is_complex() else torch.float32
@@ -282,12 +297,12 @@ def displace_(tensor: Tensor, size: float, generator: torch.Generator) -> None:
 
 
 def displace_model_(model: nn.Module, size: float) -> None:
-    """Displace all parameters, with the same draws at every call (see `displace_`).
+    """Displace all parameters, with the same random numbers at every call (see `displace_`).
 
     Parameters
     ----------
     model : Module
-        Changes in place.
+        The model; changed in place.
     size : float
         Relative size of the displacement.
     """
@@ -302,15 +317,18 @@ def precision(model: nn.Module, leaves: Iterable[Any], device: torch.device) -> 
     Parameters
     ----------
     model : Module
+        The model; the types of its parameters determine the result.
     leaves : iterable of object
-        Inputs; their types count as those of the parameters do.
+        Further tensors whose types do, e.g. outputs.
     device : torch.device
+        Device of the computation.
 
     Returns
     -------
     float
+        A tolerance for `alike`.
     """
-    # On a GPU float32 may be computed with the digits of TF32, by other kernels for more rows.
+    # On a GPU, float32 may be computed in TF32, and by other kernels for more rows.
     least = {"highest": 0.0 if device.type == "cpu" else 1e-2, "high": 1e-2, "medium": 5e-2}
     tensors = [*model.parameters(), *(x for x in leaves if isinstance(x, Tensor))]
     dtypes = {x.dtype for x in tensors} & TOLERANCES.keys()
@@ -323,17 +341,19 @@ def precision(model: nn.Module, leaves: Iterable[Any], device: torch.device) -> 
 
 
 def alike(one: Any, other: Any, tolerance: float) -> bool:
-    """True if two leaves agree.
+    """Tell whether two leaves are equal up to rounding.
 
     Parameters
     ----------
     one, other : object
+        Tensors, or other values.
     tolerance : float
-        Largest relative difference of tensors.
+        Largest relative difference of tensors, in the Euclidean norm.
 
     Returns
     -------
     bool
+        False also if they differ in type or shape, or in which numbers are not finite.
     """
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return bool(isinstance(one, PLAIN) and isinstance(other, PLAIN) and one == other)
@@ -350,15 +370,17 @@ def alike(one: Any, other: Any, tolerance: float) -> bool:
 
 
 def mostly_finite(leaves: Iterable[Any]) -> bool:
-    """True if more than half of the numbers of each tensor are finite.
+    """Tell whether more than half of the numbers of each real tensor are finite.
 
     Parameters
     ----------
     leaves : iterable of object
+        Tensors; other values are ignored.
 
     Returns
     -------
     bool
+        True if there is no tensor.
     """
     tensors = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     return all(x.isfinite().double().mean() > 0.5 for x in tensors if x.numel())
@@ -370,27 +392,31 @@ def reason(what: str, error: Exception) -> str:
     Parameters
     ----------
     what : str
-        What the model was run on.
+        The input on which the model was run.
     error : Exception
+        The error that it raised.
 
     Returns
     -------
     str
+        One line.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return f"the model does not run on {what} ({text:.100})"
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves of a nested container, and its structure.
+    """List the leaves of a nested container, and describe its structure.
 
     Parameters
     ----------
     tree : object
+        Nested tuples, lists and dicts.
 
     Returns
     -------
     (list of object, object)
+        Leaves, and the structure for `torch.utils._pytree.tree_unflatten`.
     """
     leaves, form = pytree.tree_flatten(tree)
     return leaves, form

@@ -1,4 +1,4 @@
-"""Which weights are replicated: a small grammar of names, resolved on a model.
+"""Selection of the weights that are replicated, by a small grammar of names.
 
 ``"batchnorm+head"`` joins terms by ``+``. A term is one of `TERMS`, or ``name:PATTERN``, a glob
 over parameter names as ``model.named_parameters()`` prints them.
@@ -21,7 +21,15 @@ from nqm.errors import NQMError, suggest
 
 @dataclass(frozen=True)
 class Selection:
-    """Names of the parameters to replicate, and of the running statistics that go with them."""
+    """Names of the selected parameters and buffers.
+
+    Attributes
+    ----------
+    parameters : tuple of str
+        Names of the parameters.
+    buffers : tuple of str
+        Names of the buffers that are replicated with them, e.g. running statistics.
+    """
 
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
@@ -32,10 +40,10 @@ def _is_torch_norm(module: nn.Module) -> bool:
 
 
 def _is_named(module: nn.Module, kind: str) -> bool:
-    """Whether a layer of another library is a normalisation: by its name and what it holds.
+    """Tell by name and weights whether a layer of another library is a normalisation.
 
-    Its own weights have one number per channel, and layers inside it none: a block that begins with
-    a normalisation, or a linear layer with a normalised weight, is another thing.
+    Its own weights must have one number per channel, and layers inside it must have none. This
+    excludes a block that begins with a normalisation, and a linear layer with a normalised weight.
     """
     own = list(module.parameters(recurse=False))
     return (
@@ -56,14 +64,14 @@ _KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "lora": lambda module: isinstance(module, LowRank),
 }
 
-#: Every term but ``name:PATTERN``, with what it selects.
+#: Terms other than ``name:PATTERN`` -> the weights that they select.
 TERMS: dict[str, str] = {
     "batchnorm": "scale, shift and running statistics of BatchNorm",
     "layernorm": "scale and shift of LayerNorm",
     "groupnorm": "scale and shift of GroupNorm",
     "rmsnorm": "scale of RMSNorm",
     "norm": "all normalisation layers",
-    "head": "the last Linear layer, as the classifier is",
+    "head": "the last Linear layer, usually the classifier",
     "bias": "every bias",
     "rank1": "rank-1 factors (see add_rank1)",
     "lora": "low-rank factors (see add_lora)",
@@ -79,31 +87,32 @@ _ADVICE = {
 
 
 def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
-    """Resolve a selection on a model.
+    """Find the parameters and buffers of a model that a selection names.
 
-    Frozen parameters are never selected. Buffers that a layer holds beside a selected parameter are
-    replicated with it (running statistics, vectors of spectral normalisation, a quantiser's range);
-    so are the statistics of a layer without parameters when its kind is named. All others are
-    shared by the members.
+    Frozen parameters are never selected. Buffers of a layer with a selected parameter are selected
+    with it (running statistics, vectors of spectral normalisation, a quantiser's range), and so are
+    the statistics of a layer without parameters if its kind is named.
 
     Parameters
     ----------
     model : Module
+        The model.
     what : str or iterable of str
-        Terms joined by ``+``, or a sequence of them.
+        Terms (see `TERMS`) joined by ``+``, or a sequence of terms.
 
     Returns
     -------
     Selection
+        Names in the order of the model.
 
     Raises
     ------
     NQMError
-        On an unknown term, or one that selects nothing in this model.
+        If a term is unknown or selects nothing in this model.
     """
     terms = what.split("+") if isinstance(what, str) else list(what)
     names_of = {id(p): name for name, p in model.named_parameters()}
-    # A tied weight may be asked for by any of its names.
+    # A tied weight may be selected by any of its names.
     trainable = {
         name: names_of[id(p)]
         for name, p in model.named_parameters(remove_duplicate=False)
@@ -124,7 +133,8 @@ def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
         raise NQMError(f"select: {what!r} holds no trainable weight of {type(model).__name__}")
     for path, module in model.named_modules():
         if any(_join(path, name) in chosen for name, _ in module.named_parameters(recurse=False)):
-            inside = isinstance(module, ParametrizationList)  # of a computed weight
+            # Buffers of the parametrizations belong to the weight that they compute.
+            inside = isinstance(module, ParametrizationList)
             statistics |= {_join(path, n) for n, _ in module.named_buffers(recurse=inside)}
     return Selection(
         tuple(name for name in names_of.values() if name in chosen),
@@ -133,7 +143,7 @@ def select(model: nn.Module, what: str | Iterable[str]) -> Selection:
 
 
 def _what_there_is(model: nn.Module, trainable: Iterable[str]) -> str:
-    """Terms that would match, for a message."""
+    """List terms that match the model, for a message."""
     terms = [term for term in (*_KINDS, "head", "embedding") if _matches(model, term, trainable)]
     if len(terms) > 1 and "norm" in terms and {"batchnorm", "layernorm", "groupnorm"} & {*terms}:
         terms.remove("norm")
@@ -173,7 +183,7 @@ def _term(model: nn.Module, term: str, trainable: Iterable[str]) -> tuple[set[st
 
 
 def _is_bias(name: str) -> bool:
-    # Recurrent layers have bias_ih_l0, attention in_proj_bias.
+    # Names in recurrent layers are like bias_ih_l0, in attention in_proj_bias.
     return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 

@@ -1,7 +1,7 @@
-"""Other tensors in a model's places for a while; afterwards every place holds what it held.
+"""Put other tensors into a model for a while, and restore its own afterwards.
 
-`torch.func.functional_call` does this by name, and loses the model's own parameters where one
-module goes by two names. Here a place is a module and a name in it, and comes once.
+`torch.func.functional_call` does this by name, and loses the model's own parameters if one module
+has two names. Here a place is a module and a name in it, and every place is treated once.
 """
 
 from __future__ import annotations
@@ -17,62 +17,62 @@ Place = tuple[nn.Module, str]
 
 
 def places(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[Place, ...]]:
-    """All places of some parameters and buffers: a tied weight has several.
+    """List all places of some parameters and buffers; a tied weight has several.
 
     Parameters
     ----------
     model : Module
+        The model.
     names : iterable of str
-        Any of the names of a tensor, as `named_parameters` and `named_buffers` print them.
+        Names of tensors as in `named_parameters` and `named_buffers`; any name of a tied one.
 
     Returns
     -------
-    dict
-        Name -> its places, each once.
+    dict of str to tuple of Place
+        Places by name, each place once.
     """
     wanted = set(names)
-    held: dict[str, Tensor] = {}
+    chosen: dict[str, Tensor] = {}
     of: dict[int, dict[tuple[int, str], Place]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 name = f"{path}.{own}" if path else own
                 if name in wanted:
-                    held[name] = tensor
+                    chosen[name] = tensor
                 of.setdefault(id(tensor), {})[id(module), own] = (module, own)
-    return {name: tuple(of[id(held[name])].values()) for name in names}
+    return {name: tuple(of[id(chosen[name])].values()) for name in names}
 
 
 @contextmanager
 def swapped(
     where: Mapping[str, tuple[Place, ...]], tensors: MutableMapping[str, Tensor]
 ) -> Iterator[None]:
-    """Put tensors into a model's places until the block is left.
+    """Put tensors into a model's places inside the block.
 
     If the block assigns another tensor to a place (``self.count = self.count + 1``), that tensor is
     written to `tensors`.
 
     Parameters
     ----------
-    where : mapping
-        Name -> places of the tensor (see `places`).
-    tensors : mapping
-        Name -> tensor; may change.
+    where : mapping of str to tuple of Place
+        Places of each tensor by its name (see `places`).
+    tensors : mutable mapping of str to Tensor
+        Tensors by name; may be changed.
 
     Yields
     ------
     None
-        None
     """
-    kept: list[tuple[dict[str, Any], str, Any]] = []
+    saved: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, tensor in tensors.items():
             for module, own in where[name]:
-                held: dict[str, Any] = (
+                registry: dict[str, Any] = (
                     module._parameters if own in module._parameters else module._buffers
                 )
-                kept.append((held, own, held[own]))
-                held[own] = tensor
+                saved.append((registry, own, registry[own]))
+                registry[own] = tensor
         yield
     finally:
         for name in tensors:
@@ -80,8 +80,8 @@ def swapped(
             now = module._parameters.get(own, module._buffers.get(own))
             if now is not None:
                 tensors[name] = now
-        for held, own, before in kept:
-            held[own] = before
+        for registry, own, before in saved:
+            registry[own] = before
 
 
 def call(
@@ -91,17 +91,18 @@ def call(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Call a function of the model while other tensors are in its places.
+    """Call a function while other tensors are in a model's places.
 
     Parameters
     ----------
     function : callable
-    where : mapping
-        Name -> places of the tensor (see `places`).
-    tensors : mapping
-        Name -> tensor.
-    args, kwargs : tuple, mapping
-        Arguments of `function`.
+        The model, or a function that uses it.
+    where, tensors
+        See `swapped`; here `tensors` is not changed.
+    args : tuple
+        Positional arguments of `function`.
+    kwargs : mapping, optional
+        Keyword arguments of `function`.
 
     Returns
     -------

@@ -1,8 +1,8 @@
-"""Monte Carlo of the noisy quadratic in PyTorch, on a processor or a graphics card.
+"""Monte Carlo of the noisy quadratic in PyTorch, on a CPU or a GPU.
 
-The same programs as `nqm.sample`, with other random numbers: linear algorithms run by their literal
-`update` on tensors, the others by the steps below. Replicas run in blocks; a block holds the state,
-one step's noise and its recorded losses.
+It runs the same programs as `nqm.sample`, with other random numbers: linear algorithms by their
+literal `update` on tensors, all others by the classes in this file. Replicas run in blocks; a block
+needs memory for the state, one step's noise and its recorded losses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nqm.result import Trajectory
 from nqm.solvers.moments import check_own_starts
 from nqm.transition import origins
 
-#: Most numbers of one coordinate of the state (replicas x members x directions) in a block.
+#: Largest number of entries of one state variable (replicas x members x directions) in a block.
 ENTRIES = 2**23
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -43,27 +43,30 @@ def sample(
     device: str = "cpu",
     precision: str = "float64",
 ) -> Trajectory:
-    """Monte Carlo estimate of the expected loss at the recorded steps.
+    """Estimate the expected loss at the recorded steps by Monte Carlo.
 
     Parameters
     ----------
     problem : Problem
+        The noisy quadratic problem.
     program : Program
         Any program that `nqm.sample` takes.
     at : sequence of int, optional
-        Steps of the whole program to record; about 100 by default.
+        Recorded steps, counted from the start of the program; about 100 by default.
     replicas : int
-        Independent runs, >= 2.
+        Number of independent runs, >= 2.
     seed : int
-        The same seed gives the same numbers on the same device at the same precision.
+        Seed of the random numbers, >= 0. On another device or at another precision the same seed
+        gives other numbers.
     device : str
-        PyTorch's name of it: "cpu", "cuda", "cuda:1".
+        PyTorch's name of the device: "cpu", "cuda", "cuda:1".
     precision : {"float64", "float32"}
         Precision of states and noise. Losses are always summed in float64.
 
     Returns
     -------
     Trajectory
+        Mean losses with their standard errors.
 
     Raises
     ------
@@ -111,7 +114,7 @@ def _device(name: str) -> torch.device:
 
 
 class _Draws:
-    """The problem on a device, and all that is random there."""
+    """The problem's arrays on a device, and its random numbers."""
 
     def __init__(
         self, problem: Problem, device: torch.device, dtype: torch.dtype, seed: int, replicas: int
@@ -119,18 +122,19 @@ class _Draws:
         self.device, self.dtype, self.replicas = device, dtype, replicas
         self.generator = torch.Generator(device).manual_seed(seed)
         self.curvature, self.minimum, self.counts = (
-            self.tensor(part) for part in (problem.curvature, problem.minimum, problem.multiplicity)
+            self.tensor(array)
+            for array in (problem.curvature, problem.minimum, problem.multiplicity)
         )
         self.start, self.spread = problem.initial_mean, np.sqrt(problem.initial_variance)
         self.sd = self.tensor(np.sqrt(problem.noise_variance))
         self.noise_root, self.start_root = (
-            None if one is None else self.tensor(one.root)
-            for one in (problem.noise_correlation, problem.initial_correlation)
+            None if correlation is None else self.tensor(correlation.root)
+            for correlation in (problem.noise_correlation, problem.initial_correlation)
         )
         self.weight = torch.as_tensor(problem.weight.copy(), device=device)
 
     def tensor(self, values: FloatArray) -> Tensor:
-        """Numbers by direction."""
+        """Convert an array to a tensor of this device and precision."""
         return torch.as_tensor(values.copy(), dtype=self.dtype, device=self.device)
 
     @property
@@ -139,28 +143,28 @@ class _Draws:
         return self.replicas, len(self.curvature)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normals."""
+        """Draw standard normal numbers."""
         return torch.randn(shape, generator=self.generator, dtype=self.dtype, device=self.device)
 
     def batch_noise(self, *shape: int) -> Tensor:
-        """Normal noise of minibatches, variance 1 and correlated as the problem's, (..., d)."""
+        """Draw noise of minibatches, variance 1 and correlated as in the problem, (..., d)."""
         return _correlated(self.normal(*shape), self.noise_root)
 
     def uniform(self) -> Tensor:
-        """Numbers in [0, 1), (replicas, d)."""
+        """Draw uniform numbers in [0, 1), (replicas, d)."""
         return torch.rand(
             self.shape, generator=self.generator, dtype=self.dtype, device=self.device
         )
 
     def noise(self, dof: float) -> Tensor:
-        """Noise of variance 1: normal, or Student's t by the polar method of Bailey (1994)."""
+        """Draw noise of variance 1: normal, or Student's t by the polar method (Bailey 1994)."""
         if math.isinf(dof):
             return self.batch_noise(*self.shape)
         radius = torch.expm1(torch.log1p(-self.uniform()).mul_(-2.0 / dof)).mul_(dof - 2.0).sqrt_()
         return radius.mul_(torch.cos(self.uniform().mul_(2.0 * math.pi)))
 
     def weights(self) -> Tensor:
-        """A draw of the problem's start."""
+        """Draw initial weights (replicas, d), as displacements from the minimum."""
         normal = _correlated(self.normal(*self.shape), self.start_root)
         return self.tensor(self.start) + self.tensor(self.spread) * normal
 
@@ -196,7 +200,7 @@ class _Gradient:
 
 @dataclass
 class _Chain:
-    """A linear algorithm by its literal update."""
+    """Run a linear algorithm by its literal update."""
 
     algorithm: Algorithm
     draws: _Draws
@@ -206,7 +210,7 @@ class _Chain:
 
     @classmethod
     def enter(cls, problem: Problem, draws: _Draws, old: Any, phases: Sequence[Phase]) -> Any:
-        """The state a phase starts in, from what ran before it (None for nothing)."""
+        """Make the state at the start of a phase from that of the phase before, or from None."""
         new = phases[-1].algorithm
         assert isinstance(new, Algorithm)
         mask = new.member_mask(problem)
@@ -218,13 +222,13 @@ class _Chain:
         def normal() -> Tensor:
             return scale * draws.normal(*draws.shape)
 
-        handed = None if old is None else old.weights()
+        start = None if old is None else old.weights()
         known: dict[str, Any] = {}
         if linear and resumes(*phases):
             known = dict(zip(old.algorithm.coordinates, old.state, strict=True))
-            state = new.resume(known, lambda: handed, normal)
+            state = new.resume(known, lambda: start, normal)
         else:
-            state = new.embed(draws.weights if handed is None else lambda: handed, normal)
+            state = new.embed(draws.weights if start is None else lambda: start, normal)
         state = tuple(
             -draws.minimum + x if at_origin else x
             for x, at_origin in zip(state, origins(new, known), strict=True)
@@ -331,7 +335,7 @@ class _Optimizer:
 def _walk(
     problem: Problem, program: Program, wanted: Sequence[int], draws: _Draws
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Evaluated weights and members' weights at every wanted step."""
+    """Yield the evaluated weights and the members' weights at every wanted step."""
     record, now = set(wanted), 0
     run: _Chain | _Factors | _Optimizer | None = None
     for index, phase in enumerate(program.phases):

@@ -1,9 +1,9 @@
-"""The theory's own problem, trained by torch: what `nqm` predicts must come out of `LatePhase`.
+"""The noisy quadratic problem trained by torch, to check `neural.LatePhase` against `nqm`.
 
-`NoisyQuadratic` holds many independent runs of one `nqm.Problem` as the rows of its weights, so
-that one training run gives expected losses with a small standard error. `train_quadratic` takes an
-`nqm.Program` and runs it with `torch.optim.SGD` and `neural.LatePhase`; `measure_law` sets the
-losses beside the prediction. The two sides say the same things in these words:
+`NoisyQuadratic` has many independent runs of one `nqm.Problem` as the rows of its weights, so that
+one training estimates expected losses with a small standard error. `train_quadratic` runs an
+`nqm.Program` with `torch.optim.SGD` and `neural.LatePhase`; `measure_law` tabulates the losses with
+their prediction. This table translates from one library to the other:
 
 =============================  ====================================================================
 `nqm`                          torch
@@ -22,10 +22,10 @@ a phase of a plain optimizer   the base optimizer alone, before T0; its momentum
 ``loss``, ``member_loss``      of `averaged`, and the mean over `member`
 =============================  ====================================================================
 
-``leftover="carry"`` and ``"drop"`` make whole cycles only, so they follow the same law; under
-``"members"`` the base misses a step. Idle steps change nothing where there is neither momentum nor
-weight decay. `nqm` has no algorithm for the two other cases, but they are linear: stated as an
-`nqm.Algorithm`, as the tests do, they have exact moments as well.
+``leftover="carry"`` and ``"drop"`` make whole cycles only and follow the same law; with
+``"members"`` the base misses a step. Idle steps change nothing if there is neither momentum nor
+weight decay. `nqm` has no algorithm for ``"members"`` and for idle steps with momentum, but both
+are linear: written as an `nqm.Algorithm`, as in the tests, they have exact moments as well.
 """
 
 from __future__ import annotations
@@ -48,22 +48,23 @@ from nqm import NQMError, Phase, Problem, Program
 from nqm.algorithms.base import Optimizer
 from nqm.errors import check_integer
 
-#: Optimizers of `nqm` that are `torch.optim.SGD` to the letter.
+#: Optimizers of `nqm` that do the same as `torch.optim.SGD`.
 OPTIMIZERS = (nqm.SGD, nqm.HeavyBall, nqm.Nesterov)
 LATE = (nqm.LatePhase, nqm.MultiplicativeLatePhase)
 
 
 class NoisyQuadratic(nn.Module):
-    """L = 1/2 sum_i h_i x_i^2 with x = w - w*, and w = theta + phi or theta * phi.
+    """Module with the loss 1/2 sum_i h_i x_i^2, x = w - w*, and w = theta + phi or theta * phi.
 
     Parameters
     ----------
     problem : Problem
-        Its curvature and minimum; multiplicities only count when losses are read.
+        Gives curvature h and minimum w*. Multiplicities are used by `loss` only.
     start : ndarray, shape (runs, d)
-        x at the start, one run per row.
+        Initial x, one run in each row.
     factor : float, optional
-        w = theta * phi with phi = factor at the start; by default w = theta + phi with phi = 0.
+        If given, w = theta * phi, with phi = factor at the start; by default w = theta + phi, with
+        phi = 0 at the start.
     """
 
     curvature: Tensor
@@ -94,11 +95,12 @@ class NoisyQuadratic(nn.Module):
         return self.combine(self.theta, self.phi) - self.minimum
 
     def forward(self, noise: Tensor) -> Tensor:
-        """Every example's loss in every run; its gradient by w is h x + noise.
+        """Compute every example's loss in every run; its gradient in w is h x + noise.
 
         Parameters
         ----------
         noise : Tensor, shape (B, runs, d)
+            Gradient noise of the examples.
 
         Returns
         -------
@@ -109,7 +111,7 @@ class NoisyQuadratic(nn.Module):
 
     @torch.no_grad()
     def loss(self) -> NDArray[np.float64]:
-        """Noiseless loss of every run.
+        """Compute the loss of every run without noise.
 
         Returns
         -------
@@ -119,11 +121,14 @@ class NoisyQuadratic(nn.Module):
 
 
 def minibatch_loss(output: Tensor, targets: object = None) -> Tensor:
-    """Mean over examples, summed over runs, whose gradients must not depend on their number.
+    """Average the loss over examples and sum it over runs.
+
+    By the sum, the gradient of a run does not depend on the number of runs.
 
     Parameters
     ----------
     output : Tensor, shape (B, runs)
+        Losses from `NoisyQuadratic.forward`.
     targets : object
         Not used.
 
@@ -135,13 +140,16 @@ def minibatch_loss(output: Tensor, targets: object = None) -> Tensor:
 
 
 class NoiseStream:
-    """Minibatches of noise, N(0, v) in every example and run, correlated as the problem says.
+    """Random minibatches of gradient noise, N(0, v) for every example and run.
 
     Parameters
     ----------
     problem : Problem
+        Gives the noise variance v and the correlation between directions.
     runs : int
+        Number of independent runs.
     seed : int
+        Seed of the draws.
     """
 
     def __init__(self, problem: Problem, runs: int, seed: int):
@@ -159,7 +167,7 @@ class NoiseStream:
         count : int
             Number of minibatches.
         batch_size : int
-            B.
+            Number of examples of each, B.
 
         Returns
         -------
@@ -175,17 +183,21 @@ class NoiseStream:
 
 
 def draw_start(problem: Problem, runs: int, seed: int) -> NDArray[np.float64]:
-    """Draw displacements from the problem's start.
+    """Draw initial displacements from the problem's initial distribution.
 
     Parameters
     ----------
     problem : Problem
+        Gives mean, variance and correlation.
     runs : int
+        Number of independent runs.
     seed : int
+        Seed of the draws.
 
     Returns
     -------
     ndarray, shape (runs, d)
+        Displacements from the minimum.
     """
     normal = np.random.default_rng(seed).standard_normal((runs, problem.directions))
     if problem.initial_correlation is not None:
@@ -197,17 +209,19 @@ def draw_start(problem: Problem, runs: int, seed: int) -> NDArray[np.float64]:
 def late_settings(
     algorithm: nqm.LatePhase | nqm.MultiplicativeLatePhase, directions: int
 ) -> dict[str, Any]:
-    """Arguments with which `neural.LatePhase` is the same as an `nqm` late phase.
+    """Translate a late phase of `nqm` to arguments of `neural.LatePhase`.
 
     Parameters
     ----------
     algorithm : nqm.LatePhase or nqm.MultiplicativeLatePhase
+        The late phase.
     directions : int
-        d of the problem, the numbers in a row of the weights.
+        Number of directions of the problem, d: the length of a row of the weights.
 
     Returns
     -------
     dict of str to object
+        Keyword arguments of `neural.LatePhase`.
     """
     additive = isinstance(algorithm, nqm.LatePhase)
     return {
@@ -221,14 +235,16 @@ def late_settings(
 
 @dataclass(frozen=True)
 class Measured:
-    """Losses by recorded step and run, shape (records, runs).
+    """Losses of all runs at the recorded steps.
 
     Attributes
     ----------
-    averaged : ndarray
-        Of the single model.
-    member : ndarray
-        Mean over members; before T0 the same.
+    steps : ndarray of int64, shape (records,)
+        Recorded steps.
+    averaged : ndarray, shape (records, runs)
+        Loss of the model with averaged weights.
+    member : ndarray, shape (records, runs)
+        Mean loss of the members; before T0 equal to `averaged`.
     """
 
     steps: NDArray[np.int64]
@@ -246,19 +262,22 @@ def train_quadratic(
     fused: bool = False,
     idle_steps: str = "none",
 ) -> Measured:
-    """Run a program of the theory by `torch.optim.SGD` and `neural.LatePhase`, in float64.
+    """Run a program of `nqm` with `torch.optim.SGD` and `neural.LatePhase`, in float64.
 
     Parameters
     ----------
     problem : Problem
+        The noisy quadratic problem.
     program : Program
-        Late-phase weights, additive or multiplicative by element, perhaps after a phase of SGD,
-        heavy ball or Nesterov; constant or scheduled rates, whole batch sizes.
+        A phase of late-phase weights, additive or multiplicative by element, or a phase of SGD,
+        heavy ball or Nesterov and then one of late-phase weights. Learning rates are constant or
+        scheduled, batch sizes whole numbers.
     at : sequence of int, optional
-        Steps to record; about 100 by default.
+        Recorded steps; about 100 by default.
     runs : int
-        Independent runs, all in the rows of one model.
+        Number of independent runs, >= 2: the rows of one model.
     seed : int
+        Seed of the initial weights, the noise and the members.
     fused, idle_steps
         See `neural.LatePhase`.
 
@@ -269,21 +288,21 @@ def train_quadratic(
     Raises
     ------
     NQMError
-        If torch has no counterpart of the program here.
+        If the program is of another kind.
     """
     check_integer("runs", runs, 2)
     wanted = program.recorded(at)
     _check(program)
     last = program.phases[-1].algorithm
     factor = last.factor if isinstance(last, nqm.MultiplicativeLatePhase) else None
-    # Streams of their own: members spawned by the noise's seed would correlate with the noise.
+    # Three seeds: members spawned with the seed of the noise would be correlated with the noise.
     start_seed, noise_seed, member_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
     model = NoisyQuadratic(
         problem,
         draw_start(problem, runs, start_seed),
         factor,
     )
-    # phi rests until T0: before it the weights are theta alone.
+    # Before T0 only theta is trained; phi is constant.
     base = torch.optim.SGD([model.theta], lr=1.0, **_momentum(program.phases[0]))
     stream = NoiseStream(problem, runs, noise_seed)
     late: LatePhase | None = None
@@ -296,7 +315,7 @@ def train_quadratic(
             late = LatePhase(model, idle_steps=idle_steps, seed=member_seed, **settings)
             own = late.optimizer_like(base)
         shared = isinstance(algorithm, nqm.LatePhase) and algorithm.shared == 1.0
-        # What a phase change makes of the weights shows after the next step, but at the very start.
+        # Step 0 is recorded here; all other steps after they are done, in the loop below.
         if step == 0 and not records and 0 in wanted:
             records.append(_losses(model, late))
         for lr, *member_lr, size in phase.settings(0, phase.steps):
@@ -333,9 +352,9 @@ def _check(program: Program) -> None:
     if isinstance(last, nqm.LatePhase):
         fits = last.directions is None and last.shared in (0.0, 1.0)
         # torch's members have the base optimizer's settings.
-        fits = fits and all(one == last.inner for one in before)
+        fits = fits and all(algorithm == last.inner for algorithm in before)
     else:
-        fits = not last.scalar and all(type(one) is nqm.SGD for one in before)
+        fits = not last.scalar and all(type(algorithm) is nqm.SGD for algorithm in before)
         fits = fits and (not before or last.factor == 1.0)
     if not fits:
         raise NQMError(
@@ -358,11 +377,11 @@ def _momentum(phase: Phase) -> dict[str, Any]:
 def _losses(
     model: NoisyQuadratic, late: LatePhase | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of the single model and, on average, of a member; by run."""
+    """Losses of every run: of the averaged model, and the mean over members."""
     if late is None:
         return model.loss(), model.loss()
     averaged, *members = (late.averaged(), *(late.member(k) for k in range(late.members)))
-    losses = [one.loss() for one in members]  # type: ignore[operator]
+    losses = [member.loss() for member in members]  # type: ignore[operator]
     return averaged.loss(), np.mean(losses, axis=0)  # type: ignore[operator]
 
 
@@ -376,22 +395,28 @@ def measure_law(
     fused: bool = False,
     idle_steps: str = "none",
 ) -> pd.DataFrame:
-    """Predicted and measured losses, side by side.
+    """Tabulate the losses of `train_quadratic` with the losses that `nqm` predicts.
 
-    The prediction is exact (`nqm.solve`) but for multiplicative members, whose moments do not
-    close: there it is a Monte Carlo of `nqm.sample` with four times as many runs.
+    The prediction is exact (`nqm.solve`), except for multiplicative members, whose moments do not
+    form a closed system: for them it is a Monte Carlo of `nqm.sample` with four times as many runs.
 
     Parameters
     ----------
     problem, program, at, runs, seed, fused, idle_steps
-        As in `train_quadratic`.
+        See `train_quadratic`.
 
     Returns
     -------
     DataFrame
-        A row per step and model: method, members, lr, member_lr, gamma, momentum, nesterov (of
-        the last phase, rates at its start), weights (``averaged`` or ``member``), step, kind,
-        predicted, measured, stderr (of the difference), z.
+        A row for each step and kind of weights. Columns method, members, lr, member_lr, gamma,
+        momentum, nesterov (of the last phase, rates at its start); weights (``averaged`` or
+        ``member``), step, kind, predicted, measured, stderr (of the difference), z (difference over
+        stderr).
+
+    Raises
+    ------
+    NQMError
+        See `train_quadratic`.
     """
     measured = train_quadratic(
         problem, program, at, runs=runs, seed=seed, fused=fused, idle_steps=idle_steps
@@ -412,7 +437,7 @@ def measure_law(
         "gamma": late.base_scale,
         **_momentum(phase),
     }
-    parts = []
+    frames = []
     for name, losses, predicted, error in (
         ("averaged", measured.averaged, law.loss, law.stderr),
         ("member", measured.member, law.member_loss, law.member_stderr),
@@ -420,6 +445,6 @@ def measure_law(
         mean, own = losses.mean(axis=1), losses.std(axis=1, ddof=1) / math.sqrt(runs)
         stderr = np.hypot(own, error)
         columns = {"step": law.steps, "kind": str(law.kind), "predicted": predicted}
-        found = {"measured": mean, "stderr": stderr, "z": (mean - predicted) / stderr}
-        parts.append(pd.DataFrame({**lead, "weights": name, **columns, **found}))
-    return pd.concat(parts, ignore_index=True)
+        columns |= {"measured": mean, "stderr": stderr, "z": (mean - predicted) / stderr}
+        frames.append(pd.DataFrame({**lead, "weights": name, **columns}))
+    return pd.concat(frames, ignore_index=True)

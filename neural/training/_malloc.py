@@ -1,27 +1,29 @@
 """Keep freed memory of the host in the process.
 
-glibc maps every large block anew and hands it back when it is freed. Training on a CPU frees and
-asks for the same large tensors in every step, so that each is faulted in page by page again: half
-of the time of a small ResNet, where page faults are dear (`benchmarks/allocator.py`).
+By default glibc maps every large block anew, and returns it to the system when it is freed.
+Training on a CPU frees and allocates the same large tensors in every step, and the system then
+provides each of them again, page by page. Where such page faults are slow, they take half of the
+time of a small ResNet (`benchmarks/allocator.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
 
-# Of malloc.h: blocks that are mapped by themselves at most, and free memory that is kept at most.
+# Constants of malloc.h: largest number of separately mapped blocks, largest free memory to keep.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 
 def keep_freed_memory() -> bool:
-    """Have large blocks taken from memory that the process has freed, and keep that.
+    """Make the allocator keep freed memory and reuse it for large blocks.
 
-    The process then holds as much as it ever needed at once.
+    The memory of the process then never shrinks.
 
     Returns
     -------
     bool
-        Whether the C library took it; False of any but glibc, where nothing changes.
+        True if the C library accepted the settings. With libraries other than glibc nothing changes
+        and it is False.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""A run's model, its weights to start from, and its late-phase members."""
+"""Make a run's model with its initial weights, and its late-phase members."""
 
 from __future__ import annotations
 
@@ -20,24 +20,31 @@ from neural.training.config import ModelConfig, RunConfig
 from neural.training.task import Task
 from nqm.errors import NQMError
 
-#: Where writers of checkpoints put the state dict, in the order in which they are tried.
+#: Keys under which checkpoints of other software hold the state dict, in the order of trial.
 UNDER = ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema")
 #: End of the name of BatchNorm's count of batches.
 _COUNTER = "num_batches_tracked"
 
 
 def plain_model(config: ModelConfig, task: Task) -> nn.Module:
-    """The network of a run, freshly initialised, without rank-1 or low-rank factors.
+    """Make the network of a run with random weights, without rank-1 or low-rank factors.
 
     Parameters
     ----------
     config : ModelConfig
+        Name and options of the model.
     task : Task
         Gives the numbers of classes and channels.
 
     Returns
     -------
     Module
+        The network.
+
+    Raises
+    ------
+    NQMError
+        If the model is unknown, or its options are wrong.
     """
     return build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
 
@@ -48,13 +55,14 @@ def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
     Parameters
     ----------
     model : Module
-        Its present weights are the members' start.
+        The model; the members start with its present weights.
     run : RunConfig
-        Must have a ``late_phase`` section.
+        The run; it must have a ``late_phase`` section.
 
     Returns
     -------
     LatePhase
+        Base and members.
     """
     late = run.late_phase
     assert late is not None
@@ -64,21 +72,28 @@ def make_late(model: nn.Module, run: RunConfig) -> LatePhase:
 def make_model(
     config: ModelConfig, task: Task, *, root: Path | None = None, start: bool = True
 ) -> nn.Module:
-    """The network of a run, with its starting weights and its rank-1 or low-rank factors.
+    """Make the network of a run with its initial weights and its rank-1 or low-rank factors.
 
     Parameters
     ----------
     config : ModelConfig
+        Name and options of the model, checkpoint, and factors.
     task : Task
         Gives the numbers of classes and channels.
     root : Path, optional
-        Folder of data files; a checkpoint is also looked for there.
+        Folder of data files, in which the checkpoint is searched too.
     start : bool
-        False: do not load or compute the starting weights, as others will be loaded.
+        False if other weights will be loaded: initial weights are then not loaded or computed.
 
     Returns
     -------
     Module
+        The network.
+
+    Raises
+    ------
+    NQMError
+        If the model cannot be made, or the checkpoint does not fit it.
     """
     model = plain_model(config, task)
     if start and isinstance(model, FastCNN):
@@ -96,13 +111,13 @@ def make_model(
 
 
 def _some_images(task: Task) -> Tensor:
-    """Some two thousand training images, as a model sees them."""
-    images: list[Tensor] = []
+    """At least two thousand training images if there are so many, as the model gets them."""
+    batches: list[Tensor] = []
     for x, _ in task.stream.epoch(0):
-        images.append(x.cpu())
-        if sum(len(one) for one in images) >= 2000:
+        batches.append(x.cpu())
+        if sum(map(len, batches)) >= 2000:
             break
-    return torch.cat(images)
+    return torch.cat(batches)
 
 
 def find_checkpoint(name: str, root: Path | None) -> Path:
@@ -125,24 +140,24 @@ def find_checkpoint(name: str, root: Path | None) -> Path:
     path = Path(name).expanduser()
     if path.exists() or path.is_absolute():
         return path
-    # A name is a name, and no pattern.
+    # Characters such as "*" in the name are no wildcards.
     below = sorted(data_root(root).rglob(escape(path.name))) if data_root(root).is_dir() else []
-    return next((one for one in below if one.match(escape(name))), path)
+    return next((candidate for candidate in below if candidate.match(escape(name))), path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a foreign state dict into a model; every name must match.
+    """Load a state dict that other software wrote into a model; every name must match.
 
     The state dict may be nested under one of the keys `UNDER` of the file. Prefixes added by
-    compilation, data parallelism, averaging and trainers are removed if the remaining names are the
-    model's.
+    compilation, data parallelism, averaging and trainers are removed if the remaining names are
+    those of the model.
 
     Parameters
     ----------
     model : Module
-        Changes in place.
+        The model; its weights are changed in place.
     path : Path
-        A file of torch, or .safetensors.
+        A file of torch, or a .safetensors file.
 
     Raises
     ------
@@ -210,13 +225,13 @@ def _state_dict(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _renamed(state: dict[str, Tensor], names: set[str], optional: set[str]) -> dict[str, Tensor]:
-    """The state dict under the model's own names, if it differs from them by what others add."""
-    found = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    """Remove prefixes that other software adds; without success, the state dict as it is."""
+    renamed = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     if "n_averaged" not in names:  # the count of torch's AveragedModel
-        found.pop("n_averaged", None)
-    while found and not names - optional <= found.keys() <= names:
-        first = {name.partition(".")[0] for name in found}
-        if len(first) > 1 or any(name in first for name in found):
+        renamed.pop("n_averaged", None)
+    while renamed and not names - optional <= renamed.keys() <= names:
+        first = {name.partition(".")[0] for name in renamed}
+        if len(first) > 1 or any(name in first for name in renamed):
             return state
-        found = {name.partition(".")[2]: value for name, value in found.items()}
-    return found or state
+        renamed = {name.partition(".")[2]: value for name, value in renamed.items()}
+    return renamed or state

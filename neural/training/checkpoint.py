@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and read without running anything in them."""
+"""Checkpoints: written completely or not at all, and read without executing code in them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,40 @@ from nqm.table import replacing
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values; the file takes its name once all is on disk.
+    """Write tensors and plain values to a file, completely or not at all.
 
     Parameters
     ----------
     path : Path
+        The file.
     content : mapping
+        Name -> tensor, number, string, or a container of them.
 
     Raises
     ------
     NQMError
-        If it cannot be written, e.g. on a full disk; an older file of that name stays.
+        If the file cannot be written, e.g. on a full disk; an older file of that name remains.
     """
-    written = io.BytesIO()  # torch's own writer hides the system's error, e.g. that a disk is full
+    written = io.BytesIO()  # torch's own writer hides errors of the system, e.g. a full disk
     torch.save(dict(content), written)
     with replacing(path) as stream:
         stream.write(written.getbuffer())
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save` wrote; nothing in the file is run.
+    """Read a file that `save` wrote; no code in the file is executed.
 
     Parameters
     ----------
     path : Path
+        The file.
     device : torch.device or str
-        Where its tensors go.
+        Device of the tensors.
 
     Returns
     -------
     dict of str to Any
+        Content of the file.
 
     Raises
     ------
@@ -58,17 +62,18 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def load_foreign(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that other software wrote, onto the CPU; nothing in the file is run.
+    """Read a checkpoint that other software wrote; no code in the file is executed.
 
     Parameters
     ----------
     path : Path
-        Of torch, or a .safetensors file. Beside tensors it may hold NumPy's numbers and the options
-        of a command line (argparse).
+        A file of torch, or a .safetensors file. Beside tensors it may hold NumPy scalars and the
+        options of a command line (argparse).
 
     Returns
     -------
     dict of str to Any
+        Content of the file; tensors are on the CPU.
 
     Raises
     ------
@@ -90,10 +95,10 @@ def load_foreign(path: Path) -> dict[str, Any]:
 
 
 def _harmless() -> list[Any]:
-    """What a foreign checkpoint often holds beside tensors: numbers and texts in other clothes."""
+    """Harmless classes that checkpoints often hold: NumPy scalars and argparse options."""
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdg"}
-    # NumPy 1 called the module by its other name.
+    # In NumPy 1 the module has another name.
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds, argparse.Namespace]
 
 
@@ -101,7 +106,7 @@ def _read(path: Path, device: torch.device | str, advice: str) -> dict[str, Any]
     check_regular(path)
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file makes torch's reader stumble in any way
+    except Exception as error:  # torch raises errors of many kinds for a damaged file
         refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         if refused:
             raise NQMError(

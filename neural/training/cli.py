@@ -23,18 +23,30 @@ from neural.training.cli_options import (
 @click.argument("recipe")
 @scale_option
 @set_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs.")
-@click.option("--arm", "arms", multiple=True, help="Only this arm (repeatable).")
-@click.option("--seed", "seeds", type=int, multiple=True, help="Only this seed (repeatable).")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the runs.  [default: out/neural/RECIPE-SCALE]",
+)
+@click.option(
+    "--arm", "arms", multiple=True, help="Train only this arm (repeatable).  [default: all]"
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    help="Train with this seed instead of the recipe's (repeatable).",
+)
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Seeds at once, each in a process of its own.",
+    help="Processes; each trains one seed at a time.",
 )
 @click.option(
-    "--tensorboard", is_flag=True, help="Note curves for TensorBoard in each run's folder."
+    "--tensorboard", is_flag=True, help="Write curves for TensorBoard into each run's folder."
 )
 @device_option
 @data_option
@@ -54,7 +66,7 @@ def train(
 ) -> None:
     """Train every arm of RECIPE with every seed, and compare them.
 
-    It can be killed at any moment: run again, it goes on where it was stopped.
+    The command can be killed at any moment; the same command then continues where it stopped.
 
     \b
     nqm neural train digits_bn
@@ -72,16 +84,22 @@ def train(
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
     runtime = replace(make_runtime(device, root, threads), tensorboard=tensorboard)
-    with progress_bar(hidden=runtime.rank > 0) as told:
+    with progress_bar(hidden=runtime.rank > 0) as progress:
         table = run_experiment(
-            made, folder, runtime, arms=arms, seeds=seeds or None, workers=workers, progress=told
+            made,
+            folder,
+            runtime,
+            arms=arms,
+            seeds=seeds or None,
+            workers=workers,
+            progress=progress,
         )
     if runtime.rank == 0:
         _show(table, made.title, folder)
 
 
 def _show(table: Any, title: str, folder: Path) -> None:
-    """Summary over seeds, and where the rest is."""
+    """Print a summary over seeds, the runs that diverged, and the names of the figures."""
     from neural.training.plots import draw
     from neural.training.summary import summarise
     from nqm.table import read_table
@@ -103,12 +121,29 @@ def _show(table: Any, title: str, folder: Path) -> None:
 
 @click.command()
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--ood", multiple=True, metavar="DATA", help="Set of images to detect (repeatable).")
-@click.option("--corruptions", is_flag=True, help="Accuracy under 14 corruptions, 5 severities.")
-@click.option("--flatness", is_flag=True, help="Rise of the loss under weight noise.")
-@click.option("--line", is_flag=True, help="Loss on the line from member 0 to the average.")
-@click.option("--mc-dropout", type=click.IntRange(min=0), default=0, help="Samples.")
-@click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
+@click.option(
+    "--ood",
+    multiple=True,
+    metavar="DATA",
+    help="Measure how well images of this data set are detected as out of distribution "
+    "(repeatable).",
+)
+@click.option(
+    "--corruptions",
+    is_flag=True,
+    help="Measure accuracy under 14 corruptions at 5 severities.",
+)
+@click.option("--flatness", is_flag=True, help="Measure the rise of the loss under weight noise.")
+@click.option(
+    "--line", is_flag=True, help="Measure the loss on the line from member 0 to the average."
+)
+@click.option(
+    "--mc-dropout",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Measure the mean prediction over this many dropout masks; 0: do not.",
+)
+@click.option("--out", metavar="TABLE", help="Also write the results to a .parquet or .csv table.")
 @device_option
 @data_option
 @threads_option
@@ -143,8 +178,10 @@ def evaluate(
 
 @click.command()
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--out", required=True, metavar="FILE.safetensors")
-@click.option("--member", type=int, help="One member instead of the single model.")
+@click.option("--out", required=True, metavar="FILE.safetensors", help="The file to write.")
+@click.option(
+    "--member", type=int, help="Write this member, counted from 0, instead of the single model."
+)
 def export(run: Path, out: str, member: int | None) -> None:
     """Write the single model of a finished RUN as safetensors, under its architecture's names.
 
@@ -172,26 +209,20 @@ def sweep(
     root: Path | None,
     threads: int | None,
 ) -> None:
-    """Train one arm of a recipe over the grid of FILE's [sweep] table: seeds, K, T0, anything.
+    """Train one arm of a recipe over the grid of FILE's [sweep] table: seeds, K, T0, ...
 
-    It can be killed at any moment: run again, it goes on where it was stopped.
+    The command can be killed at any moment; the same command then continues where it stopped.
 
     \b
     nqm neural sweep members.toml --out members.parquet
     """
     from neural.training.sweep import work
+    from nqm.progress import counted
     from nqm.runs.sweep import Sweep
 
     check_alone("nqm neural sweep")
     runtime = make_runtime(device, root, threads)
     cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
-    done = 0
-    with progress_bar() as told:
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            told("cells", done / len(cells))
-
-        cells.write(out, progress=count)
+    with progress_bar() as progress:
+        cells.write(out, progress=counted(progress, "cells", len(cells), exact=True))
     click.echo(f"{out}: {len(cells)} cells", err=True)

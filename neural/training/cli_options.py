@@ -1,4 +1,4 @@
-"""Options that the commands of `neural` share, and what they make of them."""
+"""Options shared by the commands of `neural`, and the objects made from them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from nqm.progress import Progress
 
 device_option = click.option(
-    "--device", help="cpu, cuda or cuda:1; the GPU by default, if there is one."
+    "--device", help="cpu, cuda or cuda:1.  [default: the GPU if there is one]"
 )
 data_option = click.option(
     "--data",
     "root",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of data files; the variable NQM_DATA by default.",
+    help="Folder of data files.  [default: the environment variable NQM_DATA]",
 )
 set_option = click.option(
     "--set",
@@ -34,25 +34,25 @@ scale_option = click.option(
     "--scale",
     default="full",
     show_default=True,
-    help="full: the recipe itself; cpu: tens of minutes without a GPU; smoke: under a minute.",
+    help="full: the recipe itself; cpu: tens of minutes without a GPU; smoke: less than a minute.",
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Threads of torch; all processors by default."
+    "--threads", type=click.IntRange(1, 1024), help="Threads of torch.  [default: all processors]"
 )
 
 
 def check_alone(what: str) -> None:
-    """Refuse to be one of several processes of ``torchrun``; the first alone says it.
+    """Check that the command is not started as several processes by ``torchrun``.
 
     Parameters
     ----------
     what : str
-        The command or option, for the message.
+        Name of the command or option, for the message.
 
     Raises
     ------
     NQMError
-        In the first of several processes; the others leave with the same code and say nothing.
+        In the first of several processes; the others exit with the same code without a message.
     """
     import os
 
@@ -69,16 +69,16 @@ def check_alone(what: str) -> None:
 
 
 def make_runtime(device: str | None, root: Path | None, threads: int | None) -> Runtime:
-    """Where a command computes, from its options.
+    """Make the runtime of a command from its options.
 
     Parameters
     ----------
     device : str or None
-        The GPU by default, if there is one.
+        Name of the device; with None the GPU if there is one.
     root : Path or None
-        Folder of the data files.
+        Folder of the data files; with None that of the environment variable NQM_DATA.
     threads : int or None
-        Threads of torch.
+        Number of threads of torch; with None torch's own choice.
 
     Returns
     -------
@@ -104,7 +104,7 @@ def make_runtime(device: str | None, root: Path | None, threads: int | None) -> 
     name = device or (f"cuda:{distributed.local_rank()}" if cuda else "cpu")
     try:
         chosen = torch.device(name)
-        # What holds no numbers, as "meta" does, cannot train.
+        # A device without numbers, like "meta", cannot train.
         float(torch.ones(1, device=chosen).double().sum().item())
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
@@ -117,18 +117,19 @@ def make_runtime(device: str | None, root: Path | None, threads: int | None) -> 
 
 @contextmanager
 def progress_bar(*, hidden: bool = False, lines: bool = False) -> Iterator[Progress]:
-    """A bar for each stage, one after the other, on a terminal only.
+    """Show a progress bar for each stage, one after the other, if there is a terminal.
 
     Parameters
     ----------
     hidden : bool
-        Show nothing, as all but the first of several processes do.
+        True to show no bar, e.g. in all but the first of several processes.
     lines : bool
-        Where there is no terminal, print a line with the time when a stage begins.
+        True to print a line with the time at the beginning of each stage if there is no terminal.
 
     Yields
     ------
     Progress
+        Called with the name of a stage and the fraction of it that is done.
     """
     from datetime import datetime
 
@@ -138,7 +139,7 @@ def progress_bar(*, hidden: bool = False, lines: bool = False) -> Iterator[Progr
     hidden = hidden or not sys.stderr.isatty()
     bar: Any = None
 
-    def told(stage: str, share: float) -> None:
+    def progress(stage: str, share: float) -> None:
         nonlocal bar
         if bar is None or bar.desc != stage:
             if bar is not None:
@@ -150,7 +151,7 @@ def progress_bar(*, hidden: bool = False, lines: bool = False) -> Iterator[Progr
         bar.update(share - bar.n)
 
     try:
-        yield told
+        yield progress
     finally:
         if bar is not None:
             bar.close()

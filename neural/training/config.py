@@ -1,7 +1,7 @@
-"""What a training run is: data, model, optimisation, late-phase weights, averaging, evaluation.
+"""Configuration of a training run: data, model, optimisation, members, averaging, evaluation.
 
-Each section of a recipe is one frozen dataclass here; `build` makes them from a mapping, so that
-every mistake is reported under its dotted key. All times are in epochs.
+Each section of a recipe is a frozen dataclass. `build` makes them from a mapping and reports every
+mistake with its dotted key. All times are in epochs.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ PRECISIONS = ("float32", "bfloat16", "float64")
 LR_EVERY = ("epoch", "step")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SAMPLINGS = ("shuffle", "replacement", "stream")
-#: More than anyone trains for; schedules are looked at epoch by epoch.
+#: Largest number of epochs: schedules are evaluated for each.
 MOST_EPOCHS = 1_000_000
 
 
 def refuse_unused(part: Any, where: str, names: Iterable[str], reason: str) -> None:
-    """Refuse entries that differ from their default although nothing reads them.
+    """Check that entries which are not used have their default values.
 
     Parameters
     ----------
     part : dataclass
-        The section of the configuration.
+        Section of the configuration.
     where : str
-        Its dotted key, for the message.
+        Dotted key of the section, for the message.
     names : iterable of str
-        Entries that nothing reads.
+        Names of the entries that are not used.
     reason : str
-        Why nothing reads them, for the message.
+        Reason, for the message.
 
     Raises
     ------
     NQMError
         If such an entry differs from its default.
     """
-    stated = {one.name: one for one in fields(part)}
+    defaults = {entry.name: entry.default for entry in fields(part)}
     for name in names:
-        if (value := getattr(part, name)) != stated[name].default:
+        if (value := getattr(part, name)) != defaults[name]:
             shown = list(value) if isinstance(value, tuple) else value
             raise NQMError(
                 f"{where}.{name} would be ignored ({reason}); leave it out; got {shown!r:.60}"
@@ -58,26 +58,27 @@ def refuse_unused(part: Any, where: str, names: Iterable[str], reason: str) -> N
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data set and its batches.
+    """Data set and its minibatches.
 
     Attributes
     ----------
     name : str
-        As `neural.data.load` knows it.
+        Name of the data set (see `neural.data.load`).
     batch_size : int
-        Examples (or windows of text) of one minibatch.
+        Number of examples (or windows of text) of one minibatch.
     augment : tuple of str
-        ``crop``, ``flip``.
+        Random changes of training images: ``crop``, ``flip``.
     cutout : int
-        Side of the hole, pixels; 0: none.
+        Side, in pixels, of the square that is cut out of training images; 0: none.
     sampling : {"shuffle", "replacement", "stream"}
-        "stream" is for texts.
+        Order of the examples; "stream" is for texts.
     train_examples, test_examples : int, optional
-        Take a class-balanced part, or this many bytes of a text.
+        Use only this many images, balanced over classes, or bytes of a text; all by default.
     length : int
-        Symbols of a window of text.
+        Number of symbols of a window of text.
     mean, std : tuple of float, optional
-        Normalisation of each channel instead of the set's own, as a published checkpoint needs.
+        Normalisation of each channel, e.g. that of a published checkpoint; by default that of the
+        data set.
     """
 
     name: str
@@ -112,20 +113,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Model, and what is put on it.
+    """Model, its initial weights, and factors on its weights.
 
     Attributes
     ----------
     name : str
-        As `neural.models.build` knows it.
+        Name of the model (see `neural.models.build`).
     options : mapping
-        Of the model.
+        Options of the model, by name.
     checkpoint : str, optional
-        State dict to start from.
+        File of a state dict with the initial weights; random by default.
     rank1 : str, optional
-        Glob over weight names that get rank-1 factors, trained from the start.
+        Glob over the names of the weights that get rank-1 factors, trained from the start.
     lora : int, optional
-        Rank of low-rank updates; all other weights but the head's are frozen.
+        Rank of low-rank updates; all other weights except those of the head are frozen.
     """
 
     name: str
@@ -150,27 +151,36 @@ class TrainConfig:
     Attributes
     ----------
     epochs : int
+        Number of epochs.
     lr : Schedule
-        Over epochs.
+        Learning rate over epochs.
     lr_every : {"epoch", "step"}
-        Whether the rate moves once an epoch, or with every minibatch.
+        Whether the learning rate changes once an epoch, or with every minibatch.
     optimizer : {"sgd", "adam", "adamw"}
+        Class of the optimizer.
     momentum : float
+        Momentum of SGD, in [0, 1).
     nesterov : bool
+        Whether SGD uses Nesterov momentum.
     betas : tuple of float
-        Adam's beta1 and beta2.
+        Adam's beta1 and beta2, in [0, 1).
     weight_decay : float
-        On every weight, as in the paper, but those that `no_decay` selects.
+        Weight decay of all weights, as in the paper, except those that `no_decay` selects.
     no_decay : str
-        Selection, e.g. ``"norm+bias"``.
+        Selection of weights without decay, e.g. ``"norm+bias"``; none by default.
     label_smoothing : float
+        Probability that is spread over all classes, in [0, 1].
     clip_norm : float, optional
-        Largest norm of the base gradient, and of each member's.
+        Largest norm of the base gradient, and of each member's gradient; no clipping by default.
     precision : {"float32", "bfloat16", "float64"}
-        bfloat16: autocast of the forward pass; weights stay in float32.
-    channels_last, compile : bool
+        Precision of the computation. With bfloat16 the forward pass runs under autocast, and
+        weights are stored in float32.
+    channels_last : bool
+        Store images and kernels in the channels-last memory layout.
+    compile : bool
+        Compile the model with `torch.compile`.
     micro_batches : int
-        Pieces a minibatch is run in.
+        Number of pieces in which a minibatch is run, to save memory.
     """
 
     epochs: int
@@ -206,7 +216,7 @@ class TrainConfig:
         for name, known in _WORDS.items():
             check_word(f"TrainConfig.{name}", getattr(self, name), known)
         unused = "betas" if self.optimizer == "sgd" else "momentum"
-        if getattr(self, unused) != 0.0:  # which says that there is none
+        if getattr(self, unused) != 0.0:  # momentum = 0.0 is allowed for Adam, which has none
             refuse_unused(self, "TrainConfig", (unused,), f"optimizer = {self.optimizer!r}")
 
 
@@ -220,17 +230,17 @@ class LatePhaseConfig(MemberOptions):
     Attributes
     ----------
     start_epoch : int
-        T0: number of epochs after which the members are spawned.
+        Number of epochs after which the members are spawned, T0.
     members : int
-        K.
+        Number of members, K.
     select : str
-        What is replicated.
+        Weights that are replicated (see `neural.late_phase.select.select`).
     fused : bool
         Run all members' minibatches in one forward pass.
     member_lr : Schedule, optional
         Learning rate of the members over the epochs of the run; by default the base's.
     weight_decay : float, optional
-        Weight decay of the members; by default the base's. Members that `TrainConfig.no_decay`
+        Weight decay of the members; by default the base's. Weights that `TrainConfig.no_decay`
         selects have none.
     """
 
@@ -254,19 +264,24 @@ class LatePhaseConfig(MemberOptions):
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured beside the test metrics at the end.
+    """Evaluation during training, and measurements at the end beside the test metrics.
 
     Attributes
     ----------
     every : int
-        Epochs between two evaluations during training.
+        Number of epochs from one evaluation during training to the next.
     batch_size : int
+        Number of examples of a test batch.
     ood : tuple of str
-        Data sets that are out of distribution.
-    corruptions, flatness, line : bool
-        Robustness, loss rise under weight noise, and the line between a member and the average.
+        Names of data sets whose detection as out of distribution is measured.
+    corruptions : bool
+        Measure accuracy on corrupted images.
+    flatness : bool
+        Measure the rise of the loss under weight noise.
+    line : bool
+        Measure the loss on the line between a member and the average.
     mc_dropout : int
-        Samples of MC-dropout; 0: none.
+        Number of samples of MC-dropout; 0: none.
     """
 
     every: int = 1
@@ -285,10 +300,22 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run.
+    """Configuration of one training run.
 
     Attributes
     ----------
+    data : DataConfig
+        Data set and its minibatches.
+    model : ModelConfig
+        Model and initial weights.
+    train : TrainConfig
+        Optimisation of the base weights.
+    late_phase : LatePhaseConfig, optional
+        Late-phase members; none by default.
+    average : Average, optional
+        Average over time; none by default.
+    evaluate : EvaluateConfig
+        Evaluation during training and at the end.
     seed : int
         Seed of the initial weights, the order of the data, and the members' noise.
     """
@@ -306,11 +333,11 @@ class RunConfig:
         if self.seed > toml.LARGEST:
             raise NQMError(f"seed must be at most 2^53; got {self.seed}")
         epochs = self.train.epochs
-        for name, part in (("late_phase", self.late_phase), ("average", self.average)):
-            if part is not None and part.start_epoch >= epochs:
+        for name, section in (("late_phase", self.late_phase), ("average", self.average)):
+            if section is not None and section.start_epoch >= epochs:
                 raise NQMError(
                     f"{name}.start_epoch must lie before the end of training, epoch {epochs}; "
-                    f"got {part.start_epoch}"
+                    f"got {section.start_epoch}"
                 )
         late, average = self.late_phase, self.average
         if late is not None and late.fused and self.train.micro_batches > 1:
@@ -336,7 +363,7 @@ _TOP = ("data", "model", "train", "late_phase", "average", "evaluate", "seed")
 
 
 def build(mapping: Mapping[str, Any]) -> RunConfig:
-    """Make the run that a mapping describes.
+    """Make the configuration of a run from a mapping.
 
     Parameters
     ----------
@@ -346,6 +373,7 @@ def build(mapping: Mapping[str, Any]) -> RunConfig:
     Returns
     -------
     RunConfig
+        The configuration.
 
     Raises
     ------
@@ -370,12 +398,12 @@ def build(mapping: Mapping[str, Any]) -> RunConfig:
 
 
 def _model(value: Any) -> ModelConfig:
-    """Entries that are none of ours are the model's own options."""
+    """Make the section `model`; entries that are no fields of `ModelConfig` are model options."""
     table = dict(toml.table_at("model", value))
     toml.require("model", table, "name")
     for name in ("classes", "channels"):
         if name in table:
-            raise NQMError(f"model.{name} is what the data have; leave it out")
+            raise NQMError(f"model.{name} is set by the data; leave it out")
     names = ("name", "checkpoint", "rank1", "lora")
     own: dict[str, Any] = {name: table.pop(name) for name in names if name in table}
     made: ModelConfig = toml.call(ModelConfig, own, "model", {"options": table})
@@ -383,12 +411,12 @@ def _model(value: Any) -> ModelConfig:
 
 
 def _average(value: Any) -> Average[Any]:
-    """Entries beside `method` are the options of that method alone."""
+    """Make the section `average`; entries beside `method` are options of that method."""
     table = dict(toml.table_at("average", value))
     toml.require("average", table, "method")
     method = table.pop("method")
     kind = toml.lookup("average.method", method, AVERAGES)
-    options = [one.name for one in fields(kind)]
+    options = [option.name for option in fields(kind)]
     for name in table:
         if name not in options:
             raise NQMError(
@@ -400,62 +428,68 @@ def _average(value: Any) -> Average[Any]:
 
 
 def restore(mapping: Mapping[str, Any]) -> RunConfig:
-    """The run that `describe` described, by this version or an older one.
+    """Make the configuration of a run from a result of `describe`, also of an older version.
 
     Parameters
     ----------
     mapping : mapping
-        An entry that it lacks was added since; it has the value that keys leave out.
+        Result of `describe`. Entries that were added since it was written get the value that
+        content keys leave out.
 
     Returns
     -------
     RunConfig
+        The configuration.
 
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If an entry is unknown, missing or out of range; the message names its dotted key.
     """
     known = SECTIONS | {"model": ModelConfig}
     if isinstance(average := mapping.get("average"), Mapping):
         known["average"] = AVERAGES.get(str(average.get("method")))
     filled = {
-        name: {**keys.earlier_defaults(known.get(name)), **part}
-        if isinstance(part, Mapping)
-        else part
-        for name, part in mapping.items()
+        name: {**keys.earlier_defaults(known.get(name)), **section}
+        if isinstance(section, Mapping)
+        else section
+        for name, section in mapping.items()
     }
     return build({**keys.earlier_defaults(RunConfig), **filled})
 
 
 def describe(run: RunConfig) -> dict[str, Any]:
-    """The mapping from which `build` makes this run, with every default written out.
+    """Make the mapping from which `build` makes this run, with every default written out.
 
     Parameters
     ----------
     run : RunConfig
+        The configuration.
 
     Returns
     -------
     dict of str to object
+        Sections and entries, as in a recipe.
     """
     mapping = {name: _plain(getattr(run, name)) for name in _TOP if getattr(run, name) is not None}
     return mapping | {"model": mapping["model"].pop("options") | mapping["model"]}
 
 
 def differing(run: RunConfig) -> dict[str, Any]:
-    """The entries of a run that differ from the defaults, in the form of `describe`.
+    """Make the mapping of those entries of a run that differ from their defaults.
 
-    Defaults of a model's options are those of its class; options of models of other libraries
-    always count as different.
+    Defaults of a model's options are those of its class; options of models of other libraries are
+    always included.
 
     Parameters
     ----------
     run : RunConfig
+        The configuration.
 
     Returns
     -------
     dict of str to object
+        Sections and entries, as in `describe`.
     """
     mapping = _differing(run)
     defaults = option_defaults(run.model.name)
@@ -473,16 +507,18 @@ def run_key(run: RunConfig) -> str:
     Parameters
     ----------
     run : RunConfig
+        The configuration.
 
     Returns
     -------
     str
+        Hexadecimal digits.
     """
     return keys.key(differing(run))
 
 
 def _plain(value: Any, entries: Callable[[Any], dict[str, Any]] | None = None) -> Any:
-    """A value as `build` reads it; `entries` gives those of a dataclass, all by default."""
+    """Convert a value to the form that `build` reads; `entries` lists those of a dataclass."""
     entries = entries or _fields
     if isinstance(value, Schedule):
         names = {kind: name for name, kind in SCHEDULES.items()}
@@ -499,11 +535,11 @@ def _plain(value: Any, entries: Callable[[Any], dict[str, Any]] | None = None) -
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """Entries of a dataclass, but for those that are None by default."""
-    stated = {one.name: (getattr(value, one.name), one.default) for one in fields(value)}
+    """Entries of a dataclass, without those that are None if None is their default."""
+    entries = {f.name: (getattr(value, f.name), f.default) for f in fields(value)}
     return {
         name: _plain(entry)
-        for name, (entry, default) in stated.items()
+        for name, (entry, default) in entries.items()
         if entry is not None or default not in (None, MISSING)
     }
 

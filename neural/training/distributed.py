@@ -1,4 +1,4 @@
-"""Several processes on one run: started by ``torchrun``, each with its share of every minibatch."""
+"""Several processes that train one run, started by ``torchrun``; each has a part of minibatches."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def join() -> tuple[int, int]:
     Returns
     -------
     rank, world : int
-        Number of this process and of all; (0, 1) without ``torchrun``.
+        Number of this process, and number of all processes; (0, 1) without ``torchrun``.
 
     Raises
     ------
     NQMError
-        If torch cannot connect the processes.
+        If torch cannot connect the processes, or a variable of ``torchrun`` is wrong.
     """
     if processes() == 1:
         return 0, 1
     if not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        except (ValueError, RuntimeError) as error:  # a variable that is missing, or no connection
+        except (ValueError, RuntimeError) as error:  # a missing variable, or no connection
             raise NQMError(
                 f"WORLD_SIZE = {processes()} asks for several processes, and they cannot be joined "
                 f"({error!s:.150}); start them by torchrun, or unset WORLD_SIZE"
@@ -38,12 +38,12 @@ def join() -> tuple[int, int]:
 
 
 def processes() -> int:
-    """Number of processes that ``torchrun`` reports.
+    """Number of processes that ``torchrun`` has started.
 
     Returns
     -------
     int
-        1 without ``torchrun``.
+        At least 1; 1 without ``torchrun``.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def summed(value: Tensor) -> Tensor:
     Parameters
     ----------
     value : Tensor
-        This process's summand, of the same shape in all; it does not change.
+        Summand of this process, with the same shape in all processes; it is not changed.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def share_weights(module: nn.Module) -> None:
     Parameters
     ----------
     module : Module
-        Changes in place in all processes but the first.
+        The module; changed in place in all processes but the first.
     """
     with torch.no_grad():
         for value in [*module.parameters(), *module.buffers()]:
@@ -97,5 +97,6 @@ def local_rank() -> int:
     Returns
     -------
     int
+        From 0; 0 without ``torchrun``.
     """
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,8 +1,8 @@
-"""All runs of a recipe, and the table of what came out.
+"""Train all runs of a recipe, and collect their results in a table.
 
-Runs of one seed that begin alike, until one of them spawns members, begins to average or lowers
-its rate, are trained once up to there; the others start from its checkpoint. They are bit for bit
-the runs they would have been by themselves (on a CPU).
+Runs of one seed may be equal up to the epoch at which one of them spawns members, begins to average
+or changes its learning rate. These epochs are trained once; the other runs start from a checkpoint.
+On a CPU the results are bit for bit those of separate runs.
 """
 
 from __future__ import annotations
@@ -44,10 +44,16 @@ class Job:
 
     Attributes
     ----------
-    start : tuple, optional
-        Arm and epoch whose checkpoint it starts from.
+    arm : str
+        Name of the arm.
+    seed : int
+        Seed of the run.
+    run : RunConfig
+        Configuration of the run, with its seed.
+    start : (str, int), optional
+        Arm and epoch of the checkpoint from which it starts.
     keep : tuple of int
-        Epochs whose checkpoints others start from.
+        Epochs after which it writes a checkpoint for other runs.
     """
 
     arm: str
@@ -73,13 +79,14 @@ class Job:
 
 
 def jobs(recipe: Recipe, seeds: Sequence[int] | None = None) -> list[list[Job]]:
-    """The runs of a recipe.
+    """List the runs of a recipe.
 
     Parameters
     ----------
     recipe : Recipe
+        The experiment.
     seeds : sequence of int, optional
-        The recipe's by default.
+        Seeds of the runs; those of the recipe by default.
 
     Returns
     -------
@@ -90,6 +97,7 @@ def jobs(recipe: Recipe, seeds: Sequence[int] | None = None) -> list[list[Job]]:
 
 
 def _seed_jobs(recipe: Recipe, seed: int) -> list[Job]:
+    """Runs of one seed; each starts from the run with which it has the most epochs in common."""
     made: list[Job] = []
     for arm, config in recipe.arms.items():
         run = replace(config, seed=seed)
@@ -104,28 +112,29 @@ def _seed_jobs(recipe: Recipe, seed: int) -> list[Job]:
     return [replace(job, keep=tuple(sorted(wanted.get(job.arm, ())))) for job in made]
 
 
-def _shared(one: RunConfig, other: RunConfig) -> int:
-    """Epochs that two runs have in common."""
-    rest = {"late_phase": None, "average": None}
-    lr = one.train.lr
-    if describe(replace(one, **rest)) != describe(  # type: ignore[arg-type]
-        replace(other, **rest, train=replace(other.train, lr=lr))  # type: ignore[arg-type]
+def _shared(first: RunConfig, second: RunConfig) -> int:
+    """Number of epochs that two runs have in common."""
+    without = {"late_phase": None, "average": None}
+    lr = first.train.lr
+    if describe(replace(first, **without)) != describe(  # type: ignore[arg-type]
+        replace(second, **without, train=replace(second.train, lr=lr))  # type: ignore[arg-type]
     ):
         return 0
-    epochs = min(_plain_epochs(one), _plain_epochs(other))
-    if other.train.lr == lr:
+    epochs = min(_plain_epochs(first), _plain_epochs(second))
+    if second.train.lr == lr:
         return epochs
-    if one.train.lr_every != "epoch":
+    if first.train.lr_every != "epoch":
         return 0
     times = np.arange(epochs)
-    differ = lr(times) != other.train.lr(times)
+    differ = lr(times) != second.train.lr(times)
     return int(differ.argmax()) if differ.any() else epochs
 
 
 def _plain_epochs(run: RunConfig) -> int:
-    """Epochs until a run does anything but plain training."""
-    parts = (run.late_phase, run.average)
-    return min((part.start_epoch for part in parts if part is not None), default=run.train.epochs)
+    """Number of epochs before a run spawns members or begins to average."""
+    sections = (run.late_phase, run.average)
+    starts = (section.start_epoch for section in sections if section is not None)
+    return min(starts, default=run.train.epochs)
 
 
 def run_experiment(
@@ -138,30 +147,39 @@ def run_experiment(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Train every arm with every seed, as far as it is not done yet.
+    """Train every arm with every seed; runs that are complete are not trained again.
 
     Parameters
     ----------
     recipe : Recipe
+        The experiment.
     out : str or Path
-        A folder per run below it, ``results.parquet`` and ``history.parquet``.
+        Folder for one folder per run, ``results.parquet`` and ``history.parquet``.
     runtime : Runtime, optional
+        Device and folder of data files; one CPU by default.
     arms : sequence of str
-        Some of the recipe's; all by default.
+        Names of the arms to train; all by default.
     seeds : sequence of int, optional
-        Instead of the recipe's.
+        Seeds to train; those of the recipe by default.
     workers : int
-        Processes; a seed's runs stay in one. They do not change any number.
+        Number of processes. The runs of a seed are trained by one of them. The number does not
+        change any result.
     progress : callable, optional
-        Told the stage, "training", and the share of all runs that is done.
+        Called with the stage, "training", and the fraction of all runs that is done.
 
     Returns
     -------
     DataFrame
-        All runs of the recipe that are done, those of earlier calls included. Columns arm, seed,
-        status, weights, member, data, metric, value (see `neural.training.report`); a diverged run
-        is one row without a value. ``deep_ensemble_...`` (seed -1) is the mean prediction of an
-        arm's runs.
+        Results of all complete runs of the recipe, those of earlier calls included. Columns arm,
+        seed, status, weights, member, data, metric, value (see `neural.training.report`). A
+        diverged run has one row without a value. Weights ``deep_ensemble_...`` (seed -1) are the
+        mean prediction of an arm's runs.
+
+    Raises
+    ------
+    NQMError
+        If an arm is unknown, `out` holds other results, a run cannot be trained, or `workers` is
+        above 1 under ``torchrun``.
     """
     runtime, out = runtime or Runtime(), Path(out)
     if workers > 1 and runtime.world > 1:
@@ -191,9 +209,9 @@ def _run_all(
     workers: int,
     progress: Progress | None,
 ) -> pd.DataFrame:
-    """`run_experiment` by the only process that writes to the folder."""
+    """Train the runs and write the tables, with the folder locked."""
     target = out / "results.parquet"
-    chosen = {a: run for a, run in recipe.arms.items() if not arms or a in arms}
+    chosen = {arm: run for arm, run in recipe.arms.items() if not arms or arm in arms}
     if seeds is not None:
         check_seeds("seed", seeds)
     groups = jobs(replace(recipe, arms=chosen), seeds)
@@ -215,8 +233,8 @@ def _run_all(
 
 
 def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
-    """Find every arm with a run left to do sound, before the first of them is trained."""
-    left = {
+    """Check every arm that has incomplete runs, before the first of them is trained."""
+    incomplete = {
         job.arm: job.run
         for group in groups
         for job in group
@@ -224,7 +242,7 @@ def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
     }
     data: dict[str, Data] = {}
     ood: dict[str, Images] = {}
-    for arm, run in left.items():
+    for arm, run in incomplete.items():
         try:
             if run.data.name not in data:
                 data = {run.data.name: load(run.data.name, runtime.root)}
@@ -239,13 +257,13 @@ def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
 
 
 def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Job]:
-    """Runs of a recipe, of any arm and these seeds, that are at their end."""
+    """Runs of a recipe, of any arm and these seeds, that are complete."""
     done = []
     for group in jobs(recipe, sorted(set(seeds))):
         for job in group:
             try:
                 status = RunFolder(job.folder(out), job.run, writes=False).status
-            except NQMError:  # another configuration's
+            except NQMError:  # the folder holds another configuration
                 continue
             if status is not None:
                 done.append(job)
@@ -255,17 +273,22 @@ def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Job]:
 def _run_group(
     group: Sequence[Job], out: Path, runtime: Runtime, progress: Progress | None
 ) -> None:
-    """All runs of one seed, in order."""
+    """Train all runs of one seed, in order."""
     folders = {job.arm: job.folder(out) for job in group}
     for index, job in enumerate(group):
         start = None
         if job.start is not None:
-            kept = folders[job.start[0]] / f"epoch{job.start[1]}.pt"
-            start = kept if kept.exists() else None
+            path = folders[job.start[0]] / f"epoch{job.start[1]}.pt"
+            start = path if path.exists() else None
         train(
-            job.run, folders[job.arm], runtime, start=start, keep=job.keep, rehearsed=True,
+            job.run,
+            folders[job.arm],
+            runtime,
+            start=start,
+            keep=job.keep,
+            rehearsed=True,
             progress=within(progress, index, len(group)),
-        )  # fmt: skip
+        )
     for job in group:
         for epoch in job.keep:
             (folders[job.arm] / f"epoch{epoch}.pt").unlink(missing_ok=True)
@@ -273,11 +296,12 @@ def _run_group(
         progress("training", 1.0)
 
 
+#: In a worker: fraction of each seed's runs that is done, in memory shared by all processes.
 _SHARES: Any = None
 
 
 def _flags() -> dict[str, Any]:
-    """What torch keeps for the whole process, and numbers or speed depend on."""
+    """Settings of torch for the whole process that change numbers or speed."""
     return {
         "matmul": torch.get_float32_matmul_precision(),
         "benchmark": torch.backends.cudnn.benchmark,
@@ -302,10 +326,10 @@ def _start_worker(shares: Any, threads: int, flags: dict[str, Any]) -> None:
 
 
 def _work(index: int, group: list[Job], out: Path, runtime: Runtime) -> None:
-    def told(stage: str, share: float) -> None:
+    def progress(stage: str, share: float) -> None:
         _SHARES[index] = share
 
-    _run_group(group, out, runtime, told)
+    _run_group(group, out, runtime, progress)
 
 
 def _run_parallel(
@@ -324,20 +348,21 @@ def _run_parallel(
 
 
 def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
-    """Read all results on disk into one table; deep ensembles are added.
+    """Read the results of runs into one table, and add deep ensembles.
 
     Parameters
     ----------
     runs : sequence of Job
-        Runs without a result are left out.
+        Complete runs.
     out : Path
         Folder of the experiment.
 
     Returns
     -------
     DataFrame
+        See `run_experiment`.
     """
-    parts: list[pd.DataFrame] = []
+    frames: list[pd.DataFrame] = []
     for job in runs:
         log = RunFolder(job.folder(out), job.run, writes=False)
         result = log.result()
@@ -345,49 +370,50 @@ def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
             blank = {"weights": "", "member": -1, "data": "", "metric": "", "value": np.nan}
             result = pd.DataFrame([blank])
         lead = {"arm": job.arm, "seed": job.seed, "status": log.status}
-        parts.append(pd.DataFrame({**lead, **{n: result[n] for n in result.columns}}))
-    table: pd.DataFrame = pd.concat(parts, ignore_index=True)
+        frames.append(pd.DataFrame({**lead, **{n: result[n] for n in result.columns}}))
+    table: pd.DataFrame = pd.concat(frames, ignore_index=True)
     ensembles = pd.DataFrame(list(_deep_ensembles(runs, out)))
     return pd.concat([table, ensembles], ignore_index=True)
 
 
 def histories(runs: Sequence[Job], out: Path) -> pd.DataFrame:
-    """Read all evaluations made during training into one table.
+    """Read the evaluations during training of several runs into one table.
 
     Parameters
     ----------
     runs : sequence of Job
+        Complete runs.
     out : Path
         Folder of the experiment.
 
     Returns
     -------
     DataFrame
-        Columns arm, seed, and those of a run's history.
+        Columns arm, seed, and those of a run's history (see `neural.training.report.during`).
     """
-    parts = []
+    frames = []
     for job in runs:
         history = RunFolder(job.folder(out), job.run, writes=False).history()
         history.insert(0, "arm", job.arm)
         history.insert(1, "seed", job.seed)
-        parts.append(history)
-    return pd.concat(parts, ignore_index=True)
+        frames.append(history)
+    return pd.concat(frames, ignore_index=True)
 
 
 def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
-    """Mean prediction over an arm's seeds, of every single model."""
+    """Metrics of the mean prediction over an arm's seeds, for every single model."""
     for arm in dict.fromkeys(job.arm for job in runs):
         folders = [
             RunFolder(job.folder(out), job.run, writes=False) for job in runs if job.arm == arm
         ]
-        kept = [found for one in folders if (found := one.predictions())]
-        if len(kept) < 2:
+        predictions = [arrays for folder in folders if (arrays := folder.predictions())]
+        if len(predictions) < 2:
             continue
-        labels = torch.from_numpy(kept[0]["labels"])
+        labels = torch.from_numpy(predictions[0]["labels"])
         for weights in ("iterate", "averaged", *AVERAGES):
-            if weights not in kept[0]:
+            if weights not in predictions[0]:
                 continue
-            stacked = torch.stack([torch.from_numpy(one[weights]) for one in kept])
+            stacked = torch.stack([torch.from_numpy(arrays[weights]) for arrays in predictions])
             metrics = classification_metrics(ensemble_log_probs(stacked), labels)
             lead = {"arm": arm, "seed": -1, "status": "finished", "member": -1, "data": "test"}
             for metric, value in metrics.items():

@@ -1,4 +1,4 @@
-"""Finished runs: their models again, measured anew or handed on."""
+"""Finished runs: load, measure and export their models."""
 
 from __future__ import annotations
 
@@ -29,10 +29,14 @@ class Opened:
 
     Attributes
     ----------
+    run : RunConfig
+        Its configuration.
+    task : Task
+        Its data and loss.
     model : Module
         Its single model, with plain weights.
     late : LatePhase or None
-        Base and members, if it has any.
+        Base and members; None if it has no members.
     """
 
     run: RunConfig
@@ -42,7 +46,7 @@ class Opened:
 
 
 def open_finished(folder: str | Path) -> RunConfig:
-    """Configuration of a finished run.
+    """Read the configuration of a finished run.
 
     Parameters
     ----------
@@ -70,35 +74,35 @@ def load_state(module: nn.Module, path: Path) -> None:
     Parameters
     ----------
     module : Module
-        Changed in place.
+        The module; its weights are changed in place.
     path : Path
-        The file that the run has written.
+        File that the run has written.
 
     Raises
     ------
     NQMError
-        If it is not a state dict of this module: other names, shapes or kinds of numbers.
+        If the file is not a state dict of this module: other names, shapes or kinds of numbers.
     """
     content, expected = checkpoint.load(path), module.state_dict()
     wrong = [_misfit(name, content, expected) for name in {**expected, **content}]
-    for told in filter(None, wrong):
-        raise NQMError(f"{path} does not fit the model of its run.json: {told}; train it again")
+    for misfit in filter(None, wrong):
+        raise NQMError(f"{path} does not fit the model of its run.json: {misfit}; train it again")
     module.load_state_dict(content)
 
 
 def _misfit(name: object, content: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
     if not isinstance(name, str) or name not in expected:
-        return f"it holds {name!r}, which the model has not"
+        return f"it holds {name!r}, which the model does not have"
     if name not in content:
         return f"{name!r} is missing"
-    one, other = content[name], expected[name]
-    if not isinstance(one, Tensor):
-        return f"{name!r} holds a {type(one).__name__}, no tensor"
-    if one.shape != other.shape:
-        return f"{name!r} has shape {tuple(one.shape)}, not {tuple(other.shape)}"
-    kinds = one.is_complex(), other.is_complex(), one.is_floating_point(), other.is_floating_point()
-    if kinds[0] != kinds[1] or kinds[2] != kinds[3]:
-        return f"{name!r} is {one.dtype}, not {other.dtype}"
+    value, own = content[name], expected[name]
+    if not isinstance(value, Tensor):
+        return f"{name!r} holds a {type(value).__name__}, no tensor"
+    if value.shape != own.shape:
+        return f"{name!r} has shape {tuple(value.shape)}, not {tuple(own.shape)}"
+    real = value.is_floating_point() == own.is_floating_point()
+    if not real or value.is_complex() != own.is_complex():
+        return f"{name!r} is {value.dtype}, not {own.dtype}"
     return None
 
 
@@ -140,6 +144,7 @@ def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) 
     Parameters
     ----------
     opened : Opened
+        The run, from `reopen`.
     settings : EvaluateConfig
         What to measure beside test metrics.
     root : Path, optional
@@ -153,7 +158,7 @@ def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) 
     Raises
     ------
     NQMError
-        If what is asked for does not fit the run's data.
+        If the settings do not fit the run's data.
     """
     ood = report.ood_images(opened.task, settings.ood, root)
     rows: list[dict[str, Any]] = [
@@ -170,16 +175,17 @@ def evaluate_run(
     out: str | Path | None = None,
     root: Path | None = None,
 ) -> pd.DataFrame:
-    """`measure`, written to a table that is not computed again.
+    """Measure the single model of a run and write a table, or read the table if it is complete.
 
     Parameters
     ----------
     opened : Opened
+        The run, from `reopen`.
     settings : EvaluateConfig
         What to measure beside test metrics.
     out : str or Path, optional
-        The .parquet or .csv table to write; it is locked meanwhile, and written whole or not at
-        all. If it holds this very measurement already it is only read.
+        The .parquet or .csv table; it is locked while it is computed, and is written completely or
+        not at all. If it holds the results of the same settings already, it is read.
     root : Path, optional
         Folder of the data files.
 
@@ -191,16 +197,16 @@ def evaluate_run(
     Raises
     ------
     NQMError
-        If what is asked for does not fit the run; if `out` holds anything else, is being written
-        by another process, or cannot be written.
+        If the settings do not fit the run; if `out` holds anything else, is being written by
+        another process, or cannot be written.
     """
     if settings.line and opened.late is None:
         raise NQMError("--line goes from a member to the average, and this run has no members")
     if out is None:
         return measure(opened, settings, root)
     key = keys.key({"run": run_key(opened.run), "asked": differing(settings)})
-    stated = {"run": describe(opened.run), "evaluate": asdict(settings)}
-    stamp = Stamp(key, __version__, stated)
+    config = {"run": describe(opened.run), "evaluate": asdict(settings)}
+    stamp = Stamp(key, __version__, config)
     with writing(out, stamp) as missing:
         if missing:
             write_table(out, measure(opened, settings, root), stamp.metadata())
@@ -210,27 +216,27 @@ def evaluate_run(
 def export(folder: str | Path, out: str | Path, member: int | None = None) -> Path:
     """Write a run's single model, or one member, as safetensors.
 
-    Other tools read it as a plain state dict of the architecture; the run's configuration is in its
-    metadata.
+    Other tools read the file as a plain state dict of the architecture; its metadata hold the run's
+    configuration.
 
     Parameters
     ----------
     folder : str or Path
-        Of a finished run.
+        Folder of a finished run.
     out : str or Path
-        Ends in .safetensors; an existing file is not overwritten.
+        File to write; its name ends in .safetensors. An existing file is not overwritten.
     member : int, optional
-        Which member; the single model by default.
+        Number of the member, from 0; the single model by default.
 
     Returns
     -------
     Path
-        Of the file.
+        The file.
 
     Raises
     ------
     NQMError
-        If the run cannot be read, has no members, or the file is there already.
+        If the run cannot be read or has no such member, or the file exists.
     """
     folder = Path(folder)
     about: dict[str, Any] = {}
@@ -287,16 +293,16 @@ def write_weights(
 
 
 def _single(folder: Path, run: RunConfig) -> Mapping[str, Tensor]:
-    """State dict of a run's single model; held against the model where the data set is there."""
+    """State dict of a run's single model, compared with the model if its data are available."""
     path = folder / "model.pt"
     content = checkpoint.load(path)
-    others = {name: one for name, one in content.items() if not isinstance(one, Tensor)}
-    odd = [f"{name!r} holds a {type(one).__name__}" for name, one in others.items()]
-    if odd or not content:
-        raise NQMError(f"{path} is no model: {[*odd, 'it is empty'][0]}; train the run again")
+    others = {name: value for name, value in content.items() if not isinstance(value, Tensor)}
+    wrong = [f"{name!r} holds a {type(value).__name__}" for name, value in others.items()]
+    if wrong or not content:
+        raise NQMError(f"{path} is no model: {[*wrong, 'it is empty'][0]}; train the run again")
     try:
         task = open_task(run, Runtime())
-    except NQMError:  # no data, no number of classes: the names and shapes are taken as they are
+    except NQMError:  # without data the number of classes, and so the model, is unknown
         return content
     load_state(plain_model(run.model, task), path)
     return content

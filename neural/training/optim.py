@@ -1,4 +1,4 @@
-"""Optimizers and their rates, from a run's configuration."""
+"""Optimizers, learning rates and gradient clipping of a run."""
 
 from __future__ import annotations
 
@@ -13,29 +13,35 @@ from neural.training.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Optimizer of all trainable weights.
-
-    Weights that `no_decay` selects form a group of their own. The entry ``decays`` of a group is
-    False for that group and True otherwise.
+    """Make the optimizer of all trainable weights.
 
     Parameters
     ----------
     model : Module
+        The model.
     config : TrainConfig
+        Class and settings of the optimizer.
 
     Returns
     -------
     Optimizer
+        Weights that `no_decay` selects form a group without weight decay. The entry ``decays`` is
+        False in that group and True in the other.
+
+    Raises
+    ------
+    NQMError
+        If `no_decay` matches no weight.
     """
-    spared = set(select(model, config.no_decay).parameters) if config.no_decay else set()
+    without = set(select(model, config.no_decay).parameters) if config.no_decay else set()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = {
-        "params": [p for name, p in trainable if name not in spared],
+        "params": [p for name, p in trainable if name not in without],
         "weight_decay": config.weight_decay,
         "decays": True,
     }
     plain = {
-        "params": [p for name, p in trainable if name in spared],
+        "params": [p for name, p in trainable if name in without],
         "weight_decay": 0.0,
         "decays": False,
     }
@@ -55,21 +61,23 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     Parameters
     ----------
     optimizer : Optimizer
-        Changes in place.
+        The optimizer; changed in place.
     lr : float
+        The learning rate.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def clip_rows(parameters: Iterable[nn.Parameter], norm: float) -> None:
-    """Clip each member's gradient, over all its weights, to a norm of its own.
+    """Clip the gradient of each member separately, by its norm over all the member's weights.
 
     Parameters
     ----------
-    parameters : iterable of Parameter
-        Stacked, (K, ...); gradients are changed in place.
+    parameters : iterable of Parameter, shape (K, ...)
+        Stacked weights; their gradients are changed in place.
     norm : float
+        Largest norm of a member's gradient.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:

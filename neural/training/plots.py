@@ -1,4 +1,4 @@
-"""Pictures of an experiment, from its tables."""
+"""Figure of an experiment, drawn from its tables."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from neural.training.summary import per_seed
 
 
 def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str) -> list[Path]:
-    """Curves over epochs, and every model's test metric over seeds, as PNG and PDF.
+    """Draw curves over epochs, and the test metric of every model, as PNG and PDF.
 
     Parameters
     ----------
-    results, history : DataFrame
-        As `neural.training.experiment` collects them.
+    results : DataFrame
+        Result of `neural.training.experiment.run_experiment`.
+    history : DataFrame
+        Result of `neural.training.experiment.histories`.
     folder : Path
-        Takes ``comparison.png`` and ``comparison.pdf``.
+        Folder for ``comparison.png`` and ``comparison.pdf``.
     title : str
+        Title of the figure; plain text, not mathematics.
 
     Returns
     -------
     list of Path
-        Empty if every run diverged.
+        The files that were written; empty if every run diverged.
     """
-    mpl.use("Agg")  # into files only
+    mpl.use("Agg")  # draws to files, needs no display
     metric = "bpc" if (results["metric"] == "bpc").any() else "accuracy"
     compared = per_seed(results, metric)
     if compared.empty:
@@ -39,8 +42,8 @@ def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str)
         column = "loss" if metric == "bpc" else "accuracy"
         runs.over_epochs(history, column=column, ax=left)
         runs.comparison(compared, metric=metric, ax=right)
-        if column == "accuracy":  # what early epochs do is not the question
+        if column == "accuracy":  # leave early epochs out of the range of the axis
             settled = history.loc[history["epoch"] >= history["epoch"].max() / 3, column]
             left.set_ylim(float(settled.min()) - 0.005, float(history[column].max()) + 0.005)
-        figure.suptitle(title, fontsize=9, parse_math=False)  # a "$" of the user's is one
+        figure.suptitle(title, fontsize=9, parse_math=False)  # show a "$" of a title as such
     return style.save(figure, folder / "comparison", {"title": title})

@@ -1,7 +1,7 @@
-"""What would go wrong in a run, found before its first step of training.
+"""Checks of a run before its first step of training.
 
-`check_size` counts weights without making any, `check_cycles` counts minibatches, and `rehearse`
-does once, on a few examples, all that a run does until its last table is written.
+`check_size` counts weights without allocating them, `check_cycles` counts minibatches, and
+`rehearse` does everything that the run will do once, on a few examples.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from neural.training.task import DTYPES, Runtime, Stream, Task
 from nqm.errors import NQMError
 from nqm.limits import available_memory
 
-#: Rows of a rehearsed minibatch, at most.
+#: Largest number of rows of a rehearsed minibatch.
 ROWS = 4
-#: Tensors as large as the weights that training holds at least: weights, gradients, momentum.
+#: Least number of tensors of the weights' size in training: weights, gradients, momentum.
 HELD = 3
 
 
@@ -35,8 +35,11 @@ def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
     Parameters
     ----------
     run : RunConfig
+        The run.
     runtime : Runtime
+        Gives the device.
     task : Task
+        Its data.
 
     Raises
     ------
@@ -49,24 +52,32 @@ def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
 
 
 def check_cycles(run: RunConfig, batches: int) -> None:
-    """Raise NQMError unless some cycle of all members is completed, and averaged where asked for.
+    """Check that the members complete a cycle, and the average is over one if there is an average.
 
     Parameters
     ----------
     run : RunConfig
+        The run.
     batches : int
-        Minibatches of an epoch.
+        Number of minibatches of an epoch.
+
+    Raises
+    ------
+    NQMError
+        If there are more members than minibatches for a cycle, or an average of every step starts
+        after the last cycle.
     """
     late, average = run.late_phase, run.average
     if late is None:
         return
     carries = late.leftover == "carry"
-    left = (run.train.epochs - late.start_epoch) * batches if carries else batches
-    if late.members > left:
+    available = (run.train.epochs - late.start_epoch) * batches if carries else batches
+    if late.members > available:
         span = f"from epoch {late.start_epoch} on" if carries else "of an epoch"
         raise NQMError(
-            f"late_phase.members must be at most the {left} minibatches {span}, or no cycle is "
-            f"ever complete and the base stops; got {late.members}; lower it, or data.batch_size"
+            f"late_phase.members must be at most the {available} minibatches {span}, or no "
+            f"cycle is ever complete and the base stops; got {late.members}; lower it, or "
+            "data.batch_size"
         )
     if average is not None and average.every_step:
         start = late.start_epoch * batches
@@ -85,9 +96,8 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
 
     Parameters
     ----------
-    run : RunConfig
-    runtime : Runtime
-    task : Task
+    run, runtime, task
+        See `check_run`.
 
     Raises
     ------
@@ -124,16 +134,17 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory that a process may use on a device.
+    """Memory that a process may use on a device.
 
     Parameters
     ----------
     device : torch.device
+        A GPU or the CPU.
 
     Returns
     -------
     int
-        Of a GPU its memory; of the host its memory, or the process's limit if that is smaller.
+        Bytes: the memory of the GPU, or that of the host, or the process's limit if it is smaller.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
@@ -141,20 +152,19 @@ def memory(device: torch.device) -> int:
 
 
 def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Images]) -> None:
-    """Do once, on a few examples and at a rate of 0, all that the run will do.
+    """Do everything that the run will do once, on a few examples and at learning rate 0.
 
     Parameters
     ----------
-    run : RunConfig
-    runtime : Runtime
-    task : Task
-    ood : mapping
-        As `neural.training.report.ood_images` returns it.
+    run, runtime, task
+        See `check_run`.
+    ood : mapping of str to Images
+        Result of `neural.training.report.ood_images`.
 
     Raises
     ------
     NQMError
-        If anything in it fails, and be it after the last epoch.
+        If any step of training or evaluation fails.
     """
     train_state = rehearsed_state(run, runtime, task)
     report.check(train_state)
@@ -162,7 +172,7 @@ def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Ima
     with _named(run, "trained as asked"):
         train_state.try_out(few)
         if not all(bool(p.isfinite().all()) for p in train_state.trained.parameters()):
-            return  # it will diverge, which is a result
+            return  # the run will diverge, which is no mistake
         test = _rows(next(iter(task.test())), ROWS)
         train_state.task = replace(
             task,
@@ -178,17 +188,23 @@ def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Ima
 
 
 def rehearsed_state(run: RunConfig, runtime: Runtime, task: Task) -> TrainState:
-    """Training state for a rehearsal: as in the run, without compilation and micro-batches.
+    """Make the training state for a rehearsal.
 
     Parameters
     ----------
-    run : RunConfig
-    runtime : Runtime
-    task : Task
+    run, runtime, task
+        See `check_run`.
 
     Returns
     -------
     TrainState
+        That of the run, but without compilation and micro-batches, and with two samples of
+        MC-dropout at most.
+
+    Raises
+    ------
+    NQMError
+        If the model cannot be built.
     """
     train = replace(run.train, compile=False, micro_batches=1)
     samples = min(run.evaluate.mc_dropout, 2)
@@ -211,11 +227,11 @@ class _Again:
 
 
 def _few(stream: Stream, pieces: int) -> Batch:
-    """Rows of a minibatch, as many as the smallest piece of an epoch has, if those are few."""
+    """First rows of a minibatch: as many as the smallest piece of an epoch has, at most `ROWS`."""
     plan = getattr(stream, "plan", None)
-    parts = plan.slices(max(0, len(stream) - 2)) if plan is not None else []
+    slices = plan.slices(max(0, len(stream) - 2)) if plan is not None else []
     sizes = [ROWS]
-    for rows in (part.stop - part.start for part in parts):
+    for rows in (piece.stop - piece.start for piece in slices):
         whole = -(-rows // pieces)
         sizes.append(rows % whole or whole)
     return _rows(next(iter(stream.epoch(0))), min(sizes))
@@ -230,14 +246,14 @@ def _first(images: Images) -> Images:
 
 
 def _without_weights(run: RunConfig) -> RunConfig:
-    """The run with a library's model freshly initialised, which needs no download."""
+    """The run without pretrained weights of a library's model, which would be downloaded."""
     options = {n: v for n, v in run.model.options.items() if n not in ("weights", "pretrained")}
     return replace(run, model=replace(run.model, options=options))
 
 
 @contextmanager
 def _named(run: RunConfig, what: str) -> Iterator[None]:
-    """Whatever a model or a library raises in here becomes one line."""
+    """Turn any error of a model or a library inside the block into an NQMError of one line."""
     try:
         yield
     except NQMError:

@@ -1,8 +1,8 @@
-"""Recipes: an experiment as a TOML file, a few arms over a few seeds.
+"""Recipes: an experiment as a TOML file, with several arms and seeds.
 
-The sections of a run (`neural.training.config`) stand at the top. ``[late_phase]`` and
-``[average]`` take part only in the arms that ``use`` them; an arm's other entries change what the
-top says::
+The sections of a run (`neural.training.config`) are at the top level and shared by all arms, except
+that only arms that ``use`` them have ``[late_phase]`` and ``[average]``. Other entries of an arm
+change the shared ones::
 
     title = "..."
     seeds = 5
@@ -31,27 +31,32 @@ from nqm.names import check_folder_names
 from nqm.runs import toml
 
 SCALES = ("full", "cpu", "smoke")
-#: Each has a run of every arm.
+#: Largest number of seeds; every arm has a run for each.
 MOST_SEEDS = 10_000
 _OPTIONAL = ("late_phase", "average")
 _OWN = ("title", "about", "seeds", "arm", "scale")
-#: What an experiment writes beside the folders of its arms.
+#: Files of an experiment beside the folders of its arms.
 OUTPUTS = ("results.parquet", "history.parquet", "comparison.png", "comparison.pdf")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment.
+    """An experiment: one run for every arm and seed.
 
     Attributes
     ----------
-    name, title, about : str
-    scale : str
+    name : str
+        Name of the recipe, that of its file.
+    title, about : str
+        Title for figures, and description.
+    scale : {"full", "cpu", "smoke"}
+        Scale at which it was loaded.
     seeds : tuple of int
+        Seeds of the runs.
     arms : mapping of str to RunConfig
-        With seed 0. The first is what the others are compared with.
+        Name of the arm -> run with seed 0. The others are compared with the first.
     mapping : mapping
-        What the recipe says at this scale.
+        Content of the TOML file with the changes of the scale.
     """
 
     name: str
@@ -64,7 +69,7 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes in the package.
+    """List the names of the recipes in the package.
 
     Returns
     -------
@@ -72,11 +77,8 @@ def recipe_names() -> list[str]:
         Sorted.
     """
     folder = files("neural") / "recipes"
-    return sorted(one.name.removesuffix(".toml") for one in folder.iterdir() if _is_toml(one.name))
-
-
-def _is_toml(name: str) -> bool:
-    return name.endswith(".toml")
+    names = [path.name for path in folder.iterdir()]
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -> Recipe:
@@ -87,9 +89,9 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
     name : str
         One of `recipe_names`, or the path of a TOML file.
     scale : {"full", "cpu", "smoke"}
-        ``full`` is the recipe itself; the others are its ``[scale.NAME]`` changes.
+        ``full`` is the recipe itself; for the others its changes ``[scale.NAME]`` are applied.
     overrides : sequence of str
-        As ``train.epochs=3``; applied last.
+        Changes of the form ``train.epochs=3``; applied last.
 
     Returns
     -------
@@ -98,7 +100,8 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
     Raises
     ------
     NQMError
-        Naming the recipe and the dotted key at fault.
+        If there is no such recipe or scale, or an entry is unknown, missing or out of range; the
+        message names the recipe or the dotted key.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -124,11 +127,12 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
     Parameters
     ----------
     name : str
-        For messages and results.
+        Name of the recipe.
     mapping : mapping
-        Content of the recipe's TOML file.
+        Content of the recipe's TOML file, with the changes of the scale applied and without the
+        table ``[scale]``.
     scale : {"full", "cpu", "smoke"}
-        Which ``[scale.NAME]`` changes are applied.
+        Name of the scale; it is recorded only.
 
     Returns
     -------
@@ -167,26 +171,27 @@ def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
                 f"{suggest(section, [name for name in _OPTIONAL if name in top])}"
             )
     unused = [name for name in _OPTIONAL if name not in used]
-    mapping = {name: copy.deepcopy(part) for name, part in top.items() if name not in unused}
+    mapping = {name: copy.deepcopy(entry) for name, entry in top.items() if name not in unused}
     merge(mapping, changes)
     try:
         return build(mapping)
     except NQMError as error:
-        # The key at fault may stand in the arm or at the top: it keeps its whole name.
+        # The key may be one of the arm or of the top level, so the arm is named before it.
         raise NQMError(f"arm.{arm}: {error}") from None
 
 
 def merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Merge changes into a mapping, table by table.
 
-    A table with ``schedule``, or a model with a new name, replaces the old table whole, since
-    options of one do not belong to another.
+    A table with ``schedule``, or a model with a name, replaces the old table entirely, since the
+    options of one schedule or model do not belong to another.
 
     Parameters
     ----------
     mapping : dict
-        Changes in place.
+        Entries; changed in place.
     changes : mapping
+        New entries, with the same nesting.
     """
     for name, value in changes.items():
         inner = mapping.get(name)
@@ -218,6 +223,7 @@ def check_seeds(where: str, seeds: Sequence[int]) -> None:
     where : str
         Dotted key of the seeds, for the message.
     seeds : sequence of int
+        The seeds.
 
     Raises
     ------

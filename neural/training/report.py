@@ -1,19 +1,20 @@
-"""What a run is worth: test metrics of every model that comes out of it.
+"""Test metrics of every model that results from a run.
 
-The table is tidy: one row per (weights, member, data, metric). `weights` names the model:
+The table is tidy: one row per (weights, member, data, metric). Column `weights` names the model:
 
 ============  ====================================================================================
 iterate       the model as trained, without late-phase weights
 averaged      the mean of the late-phase members: the paper's single model
-swa, ema      the average over time; with members, of their mean, BatchNorm statistics taken anew
-              (the names of `neural.training.averages.AVERAGES`)
-member        one member, `member` says which
+swa, ema      the average over time (of the members' mean, if there are any), with BatchNorm
+              statistics recomputed; the names of `neural.training.averages.AVERAGES`
+member        one member, whose number is in the column `member`
 ensemble      mean prediction of the members
 mc_dropout    mean prediction over dropout masks
 ============  ====================================================================================
 
-and, where they may differ, ``averaged_outputs`` and ``swa_outputs`` (BatchNorm averaged as the
-official code does), ``averaged_product`` and ``swa_product`` (rank-1 factors averaged as matrices).
+and, for models in which they may differ from these, ``averaged_outputs`` and ``swa_outputs``
+(BatchNorm averaged as in the official code), ``averaged_product`` and ``swa_product`` (rank-1
+factors averaged as matrices).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from neural.training.state import TrainState
 from neural.training.task import Task
 from nqm.errors import NQMError
 
-#: Relative size of the weight noise under which the rise of the loss is told.
+#: Relative sizes of the weight noise under which the rise of the loss is measured.
 NOISES = (0.01, 0.02, 0.05, 0.1, 0.2)
 Row = dict[str, Any]
 
@@ -52,12 +53,13 @@ class Report:
     ----------
     table : DataFrame
         Columns weights, member (-1: none), data, metric, value.
-    model : dict
+    model : dict of str to Tensor
         State dict of the single model, without reparametrisations.
-    late : dict, optional
+    late : dict of str to Tensor, optional
         State dict of base and members.
-    predictions : dict
-        ``labels`` (N,) of the test set, and log-probabilities (N, C) by `weights`; empty for text.
+    predictions : dict of str to ndarray
+        ``labels`` of the test set, shape (N,), and log-probabilities of every single model, shape
+        (N, C), by its name; empty for text.
     """
 
     table: pd.DataFrame
@@ -67,18 +69,20 @@ class Report:
 
 
 def during(train_state: TrainState, epoch: int) -> Row:
-    """Evaluate a run during training, and start its mean training loss anew.
+    """Evaluate a run during training, and start a new mean of its training loss.
 
     Parameters
     ----------
     train_state : TrainState
+        State of the run.
     epoch : int
-        Epochs done.
+        Number of epochs done.
 
     Returns
     -------
-    dict
-        One row of the history.
+    dict of str to object
+        One row of the history: epoch, step and examples done, lr, mean training loss since the last
+        row, weights, spread of the members, test loss (nats) and test accuracy.
     """
     late = train_state.late
     model = train_state.model if late is None else late.averaged()
@@ -97,21 +101,23 @@ def during(train_state: TrainState, epoch: int) -> Row:
 
 
 def check(train_state: TrainState) -> None:
-    """Check before training that `final` can measure what is asked for.
+    """Check before training that `final` can measure what the run asks for.
 
     Parameters
     ----------
     train_state : TrainState
+        State of the run.
 
     Raises
     ------
     NQMError
-        If it cannot.
+        If corruptions are asked for and the images are not in memory, or MC-dropout and the model
+        has no dropout.
     """
     task, settings = train_state.task, train_state.run.evaluate
     if settings.corruptions and task.images is None:
         raise NQMError(f"evaluate.corruptions needs images in memory; {task.label} has none")
-    dropout = any(isinstance(one, _DropoutNd) for one in train_state.model.modules())
+    dropout = any(isinstance(layer, _DropoutNd) for layer in train_state.model.modules())
     if settings.mc_dropout and not dropout:
         raise NQMError(
             "evaluate.mc_dropout needs a model with dropout; set model.dropout or leave it out"
@@ -119,14 +125,14 @@ def check(train_state: TrainState) -> None:
 
 
 def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
-    """Measure everything at the end of a run.
+    """Measure all metrics at the end of a run.
 
     Parameters
     ----------
     train_state : TrainState
-        At the end of its training.
+        State at the end of training.
     ood : mapping of str to Images
-        As `ood_images` returns it.
+        Result of `ood_images`.
 
     Returns
     -------
@@ -135,12 +141,12 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
     task, late = train_state.task, train_state.late
     models = _models(train_state)
     rows: list[Row] = []
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    predicted: dict[str, tuple[Tensor, Tensor]] = {}
     for name, model in models.items():
-        measured, predicted = _metrics(model, task)
-        rows += _named(name, measured)
-        if predicted is not None:
-            kept[name] = predicted
+        metrics, logits_and_labels = _metrics(model, task)
+        rows += _named(name, metrics)
+        if logits_and_labels is not None:
+            predicted[name] = logits_and_labels
     if late is not None:
         rows += _members(late, task)
     average = train_state.run.average
@@ -148,9 +154,9 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
     model = models[primary]
     extra = beyond(model, late, task, train_state.run.evaluate, ood)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
-    predictions = {name: one.log_softmax(-1).numpy() for name, (one, _) in kept.items()}
-    if kept:
-        predictions["labels"] = kept[primary][1].numpy()
+    predictions = {name: z.log_softmax(-1).numpy() for name, (z, _) in predicted.items()}
+    if predicted:
+        predictions["labels"] = predicted[primary][1].numpy()
     plain = fold(duplicate(model)).state_dict()
     return Report(
         pd.DataFrame(rows), plain, None if late is None else late.state_dict(), predictions
@@ -158,7 +164,7 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
 
 
 def _models(train_state: TrainState) -> dict[str, nn.Module]:
-    """Models of a run by their name in the results: the iterate's, and those of its average."""
+    """Models of a run by their names in the results: from the weights, and from its average."""
     name = "iterate" if train_state.late is None else "averaged"
     models = single_models(train_state.trained, name)
     average, stream = train_state.run.average, train_state.task.stream
@@ -170,7 +176,7 @@ def _models(train_state: TrainState) -> dict[str, nn.Module]:
 
 
 def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
-    """Test metrics and, of images, logits and labels."""
+    """Test metrics and, for images, logits and labels."""
     if task.channels == 0:
         score = task.score(model)
         bits = evaluate.bits_per_character(score.loss)
@@ -180,23 +186,26 @@ def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tens
 
 
 def test_metrics(model: nn.Module, task: Task) -> dict[str, float]:
-    """Test metrics of one model.
+    """Measure the test metrics of one model.
 
     Parameters
     ----------
     model : Module
+        The model.
     task : Task
+        Gives the test set.
 
     Returns
     -------
     dict of str to float
-        By metric.
+        Value by name of the metric: accuracy, nll (nats), brier and ece; for text accuracy, nll and
+        bpc (bits per character).
     """
     return _metrics(model, task)[0]
 
 
 def _members(late: LatePhase, task: Task) -> list[Row]:
-    """Every member by itself, and the ensemble of their predictions."""
+    """Test metrics of every member, and of the ensemble of their predictions."""
     if task.channels == 0:
         rows = []
         for k in range(late.members):
@@ -204,8 +213,8 @@ def _members(late: LatePhase, task: Task) -> list[Row]:
         return rows
     logits, labels = evaluate.predict_members(late, late.members, task.test())
     rows = []
-    for k, one in enumerate(logits):
-        rows += _named("member", evaluate.classification_metrics(one, labels), member=k)
+    for k, own in enumerate(logits):
+        rows += _named("member", evaluate.classification_metrics(own, labels), member=k)
     mean = evaluate.ensemble_log_probs(logits)
     return rows + _named("ensemble", evaluate.classification_metrics(mean, labels))
 
@@ -224,10 +233,10 @@ def beyond(
     settings: EvaluateConfig,
     ood: Mapping[str, Images],
 ) -> Iterator[Row]:
-    """Measure what a run is asked for beside test metrics.
+    """Measure what is asked for beside the test metrics.
 
-    MC-dropout, detection of other data sets, robustness, flatness, and the loss on the line from a
-    member to the average.
+    That is MC-dropout, detection of other data sets, robustness, flatness, and the loss on the line
+    from a member to the average.
 
     Parameters
     ----------
@@ -236,15 +245,21 @@ def beyond(
     late : LatePhase, optional
         Base and members.
     task : Task
+        Gives the test set.
     settings : EvaluateConfig
         What to measure.
     ood : mapping of str to Images
-        As `ood_images` returns it.
+        Result of `ood_images`.
 
     Yields
     ------
-    dict
-        One row: data, metric and value.
+    dict of str to object
+        One row: data, metric, value and, for MC-dropout, weights.
+
+    Raises
+    ------
+    NQMError
+        If corruptions are asked for and the images are not in memory.
     """
     if settings.mc_dropout:
         logits, labels = evaluate.mc_dropout(model, task.test(), settings.mc_dropout)
@@ -253,7 +268,7 @@ def beyond(
     if ood:
         inside = evaluate.entropy_score(evaluate.predict(model, task.test())[0])
     for name, images in ood.items():
-        assert task.normalised is not None  # or `ood_images` had said so
+        assert task.normalised is not None  # checked by `ood_images`
         logits, _ = evaluate.predict(model, task.normalised(images))
         outside = evaluate.entropy_score(logits)
         for metric, value in evaluate.ood_metrics(inside, outside).items():
@@ -273,24 +288,27 @@ def beyond(
 
 
 def ood_images(task: Task, names: Iterable[str], root: Path | None) -> dict[str, Images]:
-    """Load test images of other data sets, of the task's own shape.
+    """Load test images of other data sets.
 
     Parameters
     ----------
     task : Task
+        Gives the shape that the images must have.
     names : iterable of str
-        Of the data sets.
+        Names of the data sets.
     root : Path, optional
         Folder of the data files.
 
     Returns
     -------
     dict of str to Images
+        Test images by name of the data set.
 
     Raises
     ------
     NQMError
-        If the task's images are not in memory, or a set's have another shape.
+        If a data set is missing, the task's images are not in memory, or a data set's images have
+        another shape.
     """
     sets = {}
     for name in names:

@@ -1,10 +1,10 @@
-"""The folder of one run: what it was, where it stands, what came out.
+"""The folder of one run: configuration, checkpoint and results.
 
 ::
 
-    run.json           configuration, its key, versions, hardware
-    checkpoint.pt      where training goes on; gone when it is finished
-    epoch120.pt        kept for runs with the same beginning
+    run.json           configuration, its key, versions, hardware, status
+    checkpoint.pt      state from which training continues; deleted at the end
+    epoch120.pt        checkpoint for runs with the same beginning
     history.parquet    one row per evaluation during training
     result.parquet     one row per metric at the end
     model.pt           the single model, a plain state dict
@@ -35,13 +35,13 @@ from nqm.files import check_regular, is_lock, is_temporary, locked, replacing, t
 from nqm.keys import difference
 from nqm.table import read_table, write_table
 
-#: Status -> the tables there are.
+#: Status of a run -> its tables.
 TABLES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "finished": ("history", "result"),
     "diverged": ("history",),
 }
-#: Columns that its tables have at least.
+#: Columns that a table must have.
 _COLUMNS = {
     "history": {"epoch"},
     "result": {"weights", "member", "data", "metric", "value"},
@@ -54,18 +54,18 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        The folder; `begun` makes it where it is missing.
+        The folder; `begun` creates it if it is missing.
     run : RunConfig
-        The run that the folder holds, or will hold.
+        Configuration of the run that the folder holds, or will hold.
     writes : bool
-        False for all but the first of several processes.
+        False to change nothing on disk, as in all but the first of several processes.
 
     Attributes
     ----------
     key : str
         Content key of the run (see `nqm.keys`).
     stated : dict
-        What ``run.json`` says, or will say.
+        Content of ``run.json``.
 
     Raises
     ------
@@ -88,20 +88,20 @@ class RunFolder:
             "versions": versions(),
         }
         if any(not (path / f"{name}.parquet").exists() for name in TABLES[self.status]):
-            self.stated["status"] = None  # deleted, to be computed again
+            self.stated["status"] = None  # a table was deleted: compute it again
         if self.status is not None and writes:
             self._tidy()
             tidy_lock(path, folder=True)
 
     @property
     def status(self) -> str | None:
-        """``finished``, ``diverged``, or None while there is something left to do."""
+        """``finished``, ``diverged``, or None if training or evaluation is not complete."""
         value: str | None = self.stated["status"]
         return value
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Write down what is about to be trained; no other process writes to the folder meanwhile.
+        """Lock the folder for the block, and write ``run.json`` at its beginning.
 
         Yields
         ------
@@ -110,7 +110,7 @@ class RunFolder:
         Raises
         ------
         NQMError
-            If another process trains this run, or has done so just now.
+            If another process trains this run, or has just finished it.
         """
         if not self.writes:
             yield
@@ -123,24 +123,25 @@ class RunFolder:
             yield
 
     def _tidy(self) -> None:
-        """Remove what a process left that was killed while it wrote, or at the very end."""
-        for left in self.path.iterdir() if self.writes else ():
-            if is_temporary(left) or (left.name == "checkpoint.pt" and self.status is not None):
-                left.unlink(missing_ok=True)
+        """Remove temporary files of a killed process, and the checkpoint of a complete run."""
+        for path in self.path.iterdir() if self.writes else ():
+            if is_temporary(path) or (path.name == "checkpoint.pt" and self.status is not None):
+                path.unlink(missing_ok=True)
 
     def checkpoint(self, device: torch.device, start: Path | None) -> dict[str, Any] | None:
-        """Read the checkpoint that training goes on from.
+        """Read the checkpoint from which training continues.
 
         Parameters
         ----------
         device : torch.device
+            Device for its tensors.
         start : Path, optional
-            Checkpoint of another run, taken if this one has none of its own.
+            Checkpoint of another run, used if this run has none of its own.
 
         Returns
         -------
         dict or None
-            None if training begins anew.
+            A state for `TrainState.load_state_dict`; None if training starts from the beginning.
 
         Raises
         ------
@@ -158,20 +159,20 @@ class RunFolder:
         Parameters
         ----------
         state : mapping
-            As `neural.training.checkpoint.save` takes it.
+            State of the run, from `TrainState.state_dict`.
         """
         if self.writes:
             checkpoint.save(self.path / "checkpoint.pt", state)
 
     def keep(self, epoch: int, state: Mapping[str, Any]) -> None:
-        """Keep a checkpoint for other runs; this run goes on from it as well.
+        """Write a checkpoint for other runs, and replace that of this run.
 
         Parameters
         ----------
         epoch : int
-            Epochs done.
+            Number of epochs done.
         state : mapping
-            As of `save`.
+            See `save`.
         """
         if self.writes:
             checkpoint.save(self.path / f"epoch{epoch}.pt", state)
@@ -194,7 +195,7 @@ class RunFolder:
         Returns
         -------
         DataFrame
-            Empty if there is none.
+            One row for each evaluation; empty if there is no table.
         """
         return self._read_table("history")
 
@@ -204,12 +205,12 @@ class RunFolder:
         Returns
         -------
         DataFrame
-            Empty if the run diverged.
+            One row for each metric; empty if the run diverged.
         """
         return self._read_table("result")
 
     def predictions(self) -> dict[str, NDArray[Any]]:
-        """Log-probabilities of each single model on the test set, and the labels.
+        """Read the log-probabilities of each single model on the test set, and the labels.
 
         Returns
         -------
@@ -228,26 +229,27 @@ class RunFolder:
         check_regular(path)
         try:
             with np.load(path, allow_pickle=False) as content:
-                kept = dict(content)
-            rows = len(kept["labels"])
-            if any(one.ndim != 1 + (name != "labels") or len(one) != rows
-                   for name, one in kept.items()):  # fmt: skip
-                raise ValueError("its shapes do not fit")
-        except Exception as error:  # a damaged file makes a reader stumble in any way
+                arrays = dict(content)
+            rows = len(arrays["labels"])
+            for name, array in arrays.items():
+                if array.ndim != 1 + (name != "labels") or len(array) != rows:
+                    raise ValueError("its shapes do not fit")
+        except Exception as error:  # a damaged file may raise errors of many kinds
             reason = " ".join(str(error).split()) or type(error).__name__
             raise NQMError(
                 f"{path} holds no predictions ({reason:.80}); delete {self.path} and run again"
             ) from None
-        return kept
+        return arrays
 
     def finish(self, status: str, report: Report | None) -> None:
-        """Write the result, and that nothing is left to do.
+        """Write the result and the final status, and delete the checkpoint.
 
         Parameters
         ----------
         status : {"finished", "diverged"}
+            The final status.
         report : Report, optional
-            None of a run that diverged.
+            The result; None for a run that diverged.
         """
         if not self.writes:
             return
@@ -274,7 +276,7 @@ class RunFolder:
             return pd.DataFrame()
         table = read_table(path)
         missing = sorted(_COLUMNS[name] - set(table.columns))
-        if missing and len(table):  # of a run that diverged at once there is no row
+        if missing and len(table):  # a run that diverged at once has a table without rows
             raise NQMError(f"{path} has no column {missing[0]}; delete it and run again")
         return table
 
@@ -296,7 +298,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        None if the folder is empty or missing.
+        Content of the file; None if the folder is empty or missing.
 
     Raises
     ------
@@ -311,8 +313,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         _check_stated(content)
         return dict(content)
     except FileNotFoundError:
-        # A file that is being written, or was when the process was killed, is no one's.
-        if path.is_dir() and any(not (is_temporary(one) or is_lock(one)) for one in path.iterdir()):
+        # Locks and temporary files may be those of a run that is just beginning, or was killed.
+        if path.is_dir() and any(not (is_temporary(p) or is_lock(p)) for p in path.iterdir()):
             raise NQMError(f"{_no_run(path)}; nothing was overwritten") from None
         return None
     except NotADirectoryError:
@@ -323,7 +325,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check_no_run(out: Path) -> None:
-    """Refuse a folder that belongs to a single run as the folder of other results.
+    """Check that a folder for results does not belong to a single run.
 
     Parameters
     ----------
@@ -340,7 +342,7 @@ def check_no_run(out: Path) -> None:
 
 
 def _check_stated(content: Any) -> None:
-    """Raise ValueError unless a ``run.json`` says what one says."""
+    """Raise ValueError unless the content of a ``run.json`` has its entries and their types."""
     kinds = {"key": str, "config": dict, "versions": dict, "status": str | None}
     if not isinstance(content, dict):
         raise ValueError("not a table")
@@ -356,16 +358,16 @@ def _check_stated(content: Any) -> None:
 def _check_same(path: Path, stated: Mapping[str, Any], run: RunConfig) -> None:
     """Raise NQMError if a folder holds another run than the one asked for.
 
-    The configurations are compared, not their keys: ``run.json`` states all that there was to
-    state, so that it can be held against this version's own defaults.
+    The configurations are compared, not their keys: ``run.json`` has every entry written out, so
+    that it can be completed with the defaults of this version.
     """
     before: Mapping[str, Any] = stated["config"]
     try:
-        held = restore(before)
+        old = restore(before)
     except NQMError:  # settings that no longer exist
         same = False
     else:
-        before, same = describe(held), run_key(held) == run_key(run)
+        before, same = describe(old), run_key(old) == run_key(run)
     if not same:
         differ = difference(before, describe(run)) or "another configuration"
         raise NQMError(
@@ -376,16 +378,16 @@ def _check_same(path: Path, stated: Mapping[str, Any], run: RunConfig) -> None:
 
 def _check_untouched(path: Path, stated: Mapping[str, Any]) -> None:
     """Raise NQMError unless the configuration is the one that the run was trained with."""
-    # Before there was a digest, the key was that of the whole configuration.
+    # In older versions there was no digest, and the key was that of the whole configuration.
     if keys.key(stated["config"]) != stated.get("digest", stated["key"]):
         raise NQMError(
-            f"{path / 'run.json'} was changed after training: its configuration is not the one it "
-            "was written with; train it again"
+            f"{path / 'run.json'} was changed after training, so that its configuration may not be "
+            "that of the run; train it again"
         )
 
 
 def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Configuration of a run on disk, whether it is finished or not.
+    """Read the configuration of a run on disk, finished or not.
 
     Parameters
     ----------
@@ -395,8 +397,9 @@ def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
     Returns
     -------
     run : RunConfig
+        Its configuration.
     stated : dict
-        All that its ``run.json`` says.
+        Content of its ``run.json``.
 
     Raises
     ------
@@ -417,7 +420,7 @@ def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def _no_run(folder: Path) -> str:
-    """Why a folder is not that of a run, and which to give instead."""
+    """Message that a folder is not that of a run, with the folder to use instead if known."""
     for depth, kind in (("*", "an arm"), ("*/*", "an experiment")):
         runs = sorted(path.parent for path in folder.glob(f"{depth}/run.json"))
         if runs:
@@ -432,6 +435,7 @@ def versions() -> dict[str, str]:
     Returns
     -------
     dict of str to str
+        Keys late-phase-nqm, torch, python, hardware and threads.
     """
     cuda = torch.cuda.is_available()
     return {

@@ -1,4 +1,4 @@
-"""All that a training run changes: model, members, optimizers, average, position, random state."""
+"""State of a training run: model, members, optimizers, average, position, random state."""
 
 from __future__ import annotations
 
@@ -23,23 +23,33 @@ from nqm.errors import NQMError
 
 
 class TrainState:
-    """A run's state, and the three things done to it: `step`, `spawn`, `end_epoch`.
+    """State of a run; `step`, `spawn` and `end_epoch` change it.
 
     Parameters
     ----------
     run : RunConfig
+        The run.
     task : Task
+        Its data and loss.
     runtime : Runtime
+        Device, folder of data files and ranks.
 
     Attributes
     ----------
+    model : Module
+        The network; from T0 on the base of the members.
     done : int
-        Minibatches used so far.
+        Number of minibatches used so far.
     late : LatePhase or None
-        None before T0.
+        Base and members; None before T0.
     average : Module or None
-        State of the run's average over time, over the model or over `late` with all its members.
-        None until it takes weights.
+        State of the run's average over time: over the model, or over `late` with all its members.
+        None until it is first updated.
+
+    Raises
+    ------
+    NQMError
+        If the model cannot be made, or a selection matches nothing.
     """
 
     def __init__(self, run: RunConfig, task: Task, runtime: Runtime):
@@ -49,14 +59,14 @@ class TrainState:
             runtime.device, DTYPES[run.train.precision]
         )
         if runtime.world > 1:
-            # Each process starts from what it sees of the data, as whitening does, or from a seed
-            # of its own: one model is trained only if all begin with the same weights.
+            # Initial weights may differ between processes, e.g. by whitening, which uses the
+            # process's part of the data. All must start with the same weights.
             share_weights(self.model)
         if run.train.channels_last:
             _channels_last(self.model)
         self.optimizer = self._hooked(make_optimizer(self.model, run.train))
         if run.late_phase is not None:
-            select(self.model, run.late_phase.select)  # a mistake is told now, not at T0
+            select(self.model, run.late_phase.select)  # raises NQMError now instead of at T0
         self.forward = torch.compile(self.model) if run.train.compile else self.model
         self.late: LatePhase | None = None
         self.member_optimizer: Optimizer | None = None
@@ -70,39 +80,39 @@ class TrainState:
 
     @property
     def trained(self) -> nn.Module:
-        """What is being trained now: the model, or model and members."""
+        """The module that is trained: the model or, from T0 on, `late`."""
         return self.model if self.late is None else self.late
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with the part of the running one."""
+        """Number of epochs done, with the fraction of the current one."""
         return self.done / len(self.task.stream)
 
     def spawn(self) -> None:
-        """T0: make the members, and their optimizer with empty momentum."""
+        """Make the members, and their optimizer with empty momentum, at T0."""
         settings = self.run.late_phase
         assert settings is not None
         self.late = make_late(self.model, self.run)
         own = self.late.optimizer_like(self.optimizer)
         for group in own.param_groups if settings.weight_decay is not None else ():
-            if group.get("decays", True):  # those of `no_decay` have none
+            if group.get("decays", True):  # weights of `no_decay` have no decay
                 group["weight_decay"] = settings.weight_decay
         self.member_optimizer = self._hooked(own, stacked=True)
         if self.run.train.compile:
             self.late.compile()
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        """Take one base step, on one minibatch or on one per member.
+        """Take one step of the optimizer, on one minibatch or on one for each member.
 
         Parameters
         ----------
         batches : sequence of Batch
-            One minibatch without members; else at most K, where batch k is member k's.
+            One minibatch before T0; from T0 on at most K, where batch k is used by member k.
 
         Returns
         -------
         Tensor, shape (len(batches),)
-            Losses, detached; on the device.
+            Losses in nats, detached, on the device.
         """
         self._set_rates()
         self.trained.train()
@@ -124,7 +134,8 @@ class TrainState:
         self.losses[1] += len(losses)
         self.done += len(batches)
         average = self.run.average
-        moved = self.late is None or len(batches) == self.late.members  # the base
+        # With fewer minibatches than members, the base takes no step.
+        moved = self.late is None or len(batches) == self.late.members
         if average is None or not average.every_step or not moved:
             return losses
         if self.epoch > average.start_epoch:
@@ -142,11 +153,12 @@ class TrainState:
         Raises
         ------
         NQMError
-            If the model gives something else than logits.
+            If the model returns something other than a tensor of logits.
         """
         inputs, _ = batch
         with torch.no_grad():
-            logits = copy.deepcopy(self.model).train()(inputs)  # its running statistics move
+            # On a copy, since the pass changes running statistics.
+            logits = copy.deepcopy(self.model).train()(inputs)
         if not isinstance(logits, Tensor):
             raise NQMError(
                 f"model {self.run.model.name} gives a {type(logits).__name__} in training, not "
@@ -197,61 +209,62 @@ class TrainState:
             set_lr(self.member_optimizer, float((late.member_lr or train.lr)(now)))
 
     def finite(self) -> bool:
-        """True if every loss since the history's last row was finite, in all processes.
+        """Tell whether every loss since the history's last row is finite, in all processes.
 
         Returns
         -------
         bool
+            The same in all processes.
         """
         total = self.losses[0]
         return bool((total if self.runtime.world == 1 else summed(total)).isfinite())
 
     def take_mean_loss(self) -> float:
-        """Mean training loss since the previous call; starts a new mean.
+        """Return the mean training loss since the previous call, and start a new mean.
 
         Returns
         -------
         float
-            Nats; NaN if there was no step.
+            In nats; NaN if there was no step.
         """
         total, count = self.losses.tolist()
         self.losses.zero_()
         return total / count if count else float("nan")
 
     def end_epoch(self, epoch: int) -> None:
-        """Call the average over time after an epoch.
+        """Update the average over time after an epoch.
 
         Parameters
         ----------
         epoch : int
-            Epochs done.
+            Number of epochs done.
         """
         average = self.run.average
         if average is None or epoch <= average.start_epoch:
             return
         if self.average is None and average.every_step:
-            return  # no base step since its start: there is nothing to take yet
+            return  # there was no base step since the start of the average
         average.end_epoch(self._begun_average(), self.trained, epoch)
 
     def _begun_average(self) -> nn.Module:
-        """State of the average; begun if this is the first time that it takes weights."""
+        """State of the average, made at the first call."""
         assert self.run.average is not None
         if self.average is None:
             self.average = self.run.average.begin(self.trained)
         return self.average
 
     def _hooked(self, optimizer: Optimizer, *, stacked: bool = False) -> Optimizer:
-        """Have gradients averaged over ranks, and clipped, before every step."""
+        """Let an optimizer average gradients over ranks, and clip them, before every step."""
         world, norm = self.runtime.world, self.run.train.clip_norm
 
         def before(optimizer: Optimizer, *_: Any) -> None:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             if world > 1:
-                average_gradients(held)
+                average_gradients(parameters)
             if norm is not None and stacked:
-                clip_rows(held, norm)
+                clip_rows(parameters, norm)
             elif norm is not None:
-                nn.utils.clip_grad_norm_(held, norm)
+                nn.utils.clip_grad_norm_(parameters, norm)
 
         if world > 1 or norm is not None:
             optimizer.register_step_pre_hook(before)
@@ -260,11 +273,12 @@ class TrainState:
     # --- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values from which training continues bit for bit.
+        """Return tensors and plain values from which training continues bit for bit.
 
         Returns
         -------
         dict of str to object
+            Argument of `load_state_dict`.
         """
         state: dict[str, Any] = {
             "done": self.done,
@@ -283,12 +297,12 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`.
+        """Restore a state.
 
         Parameters
         ----------
         state : mapping
-            Of this run, or of a run with the same beginning.
+            Result of `state_dict` of this run, or of a run with the same beginning.
         """
         if "member_optimizer" in state:
             self.spawn()
@@ -307,7 +321,7 @@ class TrainState:
 
 
 def _channels_last(model: nn.Module) -> None:
-    """Lay kernels out for channels-last images; banks of kernels have an axis too many for it."""
+    """Convert convolution kernels, the weights with four axes, to the channels-last layout."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)

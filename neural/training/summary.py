@@ -1,4 +1,4 @@
-"""Tables over seeds, from the tidy results of an experiment."""
+"""Summaries over seeds, from the table of an experiment's results."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from neural.evaluate import mean_interval, paired_difference
 
 
 def summarise(results: pd.DataFrame, metric: str = "accuracy", data: str = "test") -> pd.DataFrame:
-    """Mean, spread and interval of one metric for every model of every arm.
+    """Compute mean, standard deviation and interval of a metric for every model of every arm.
 
     Parameters
     ----------
     results : DataFrame
-        As `neural.training.experiment.run_experiment` returns it.
+        Result of `neural.training.experiment.run_experiment`.
     metric, data : str
-        Which rows.
+        Rows with these entries in the columns `metric` and `data` are used.
 
     Returns
     -------
     DataFrame
-        Columns arm, weights, n, mean, sd, low, high (95 %, Student's t), and difference,
-        difference_low, difference_high: to the first arm's model without averaging over time,
-        paired by seed. Members are averaged within each seed first.
+        Columns arm, weights, n (number of seeds), mean, sd, low, high (95 %, Student's t), and
+        difference, difference_low, difference_high: difference from the first arm's model without
+        averaging over time, paired by seed. Members are averaged within each seed first.
     """
     groups = _groups(results, metric, data)
     reference = _reference(groups, str(results["arm"].iloc[0]))
@@ -47,10 +47,8 @@ def per_seed(results: pd.DataFrame, metric: str = "accuracy", data: str = "test"
 
     Parameters
     ----------
-    results : DataFrame
-        As `neural.training.experiment.run_experiment` returns it.
-    metric, data : str
-        Which rows.
+    results, metric, data
+        See `summarise`.
 
     Returns
     -------
@@ -70,12 +68,12 @@ def _groups(results: pd.DataFrame, metric: str, data: str) -> dict[tuple[str, st
     """(arm, weights) -> values by seed."""
     chosen = results[(results["metric"] == metric) & (results["data"] == data)]
     return {
-        (str(arm), str(weights)): part.groupby("seed")["value"].mean()
-        for (arm, weights), part in chosen.groupby(["arm", "weights"], sort=False)
+        (str(arm), str(weights)): rows.groupby("seed")["value"].mean()
+        for (arm, weights), rows in chosen.groupby(["arm", "weights"], sort=False)
     }
 
 
 def _reference(groups: Mapping[tuple[str, str], pd.Series], arm: str) -> pd.Series | None:
-    """Values by seed of what everything is compared with."""
+    """Values by seed of the model with which the others are compared."""
     names = ("iterate", "averaged")
     return next((groups[arm, name] for name in names if (arm, name) in groups), None)

@@ -1,4 +1,4 @@
-"""Sweeps of training runs, by the machinery of the theory's sweeps.
+"""Sweeps of training runs, with the sweeps of `nqm.runs`.
 
 A file names a recipe and the axes::
 
@@ -8,7 +8,8 @@ A file names a recipe and the axes::
     seed = [0, 1, 2]
     "late_phase.members" = [2, 5, 10]
 
-Every cell is one run of one arm; what is no key of the file's own is an entry of the recipe.
+Every cell is one run of one arm. Keys other than ``recipe``, ``scale``, ``arm`` and ``seed`` are
+entries of the recipe.
 """
 
 from __future__ import annotations
@@ -39,13 +40,27 @@ _OWN = ("recipe", "scale", "arm", "seed")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep."""
+    """One run of a sweep.
+
+    Attributes
+    ----------
+    run : RunConfig
+        Its configuration.
+    runtime : Runtime
+        Device and folder of data files.
+    """
 
     run: RunConfig
     runtime: Runtime = field(default_factory=Runtime)
 
     def check(self) -> None:
-        """Raise NQMError if its data, sizes, selections or cycles do not fit (see `preflight`)."""
+        """Check that the run can be trained (see `neural.training.preflight.check_run`).
+
+        Raises
+        ------
+        NQMError
+            If its data, sizes, selections or cycles do not fit.
+        """
         run = replace(self.run, seed=0)
         asked = keys.key({"run": run_key(run), "root": str(data_root(self.runtime.root))})
         if asked not in _SOUND:
@@ -54,25 +69,27 @@ class Cell:
             _SOUND.add(asked)
 
 
-#: Keys of runs that were found sound; cells that differ by their seed are alike.
+#: Keys of runs that passed the check. Cells that differ by their seed only are checked once.
 _SOUND: set[str] = set()
-#: The cells of a sweep have one data set, as a rule.
+#: Of one data set, since the cells of a sweep usually share it.
 _loaded = lru_cache(maxsize=1)(load)
 
 
 def work(runs: Path, runtime: Runtime) -> Work:
-    """How a sweep builds, names and trains its cells, where a cell is a training run.
+    """Functions by which a sweep builds, names and trains its cells.
 
     Parameters
     ----------
     runs : Path
-        Folder that holds one folder per cell, named by its key: a killed sweep continues inside a
+        Folder for one folder per cell, named by the cell's key. A killed sweep continues inside a
         cell.
     runtime : Runtime
+        Device and folder of data files.
 
     Returns
     -------
     Work
+        Argument of `nqm.runs.sweep.Sweep.from_file`.
     """
     made = partial(build, runtime=runtime)
     return Work(made, key, partial(_train, runs=runs, runtime=runtime), _describe, _comparable)
@@ -89,13 +106,14 @@ def build(
         ``recipe``, and optionally ``scale``, ``arm`` (the recipe's last by default) and ``seed``;
         other entries change the recipe's.
     folder : str or Path
-        Where the path of a recipe of one's own starts from.
+        Folder to which the path of a recipe file is relative.
     runtime : Runtime, optional
-        Where it will be trained.
+        Device and folder of data files; one CPU by default.
 
     Returns
     -------
     Cell
+        The run and its runtime.
 
     Raises
     ------
@@ -119,36 +137,37 @@ def build(
 
 
 def _check_effect(arm: str, table: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Raise NQMError if the arm does not use what is changed, or states it itself."""
+    """Raise NQMError if a change has no effect on the arm."""
     for name in ("late_phase", "average"):
         if name in changes and name not in table.get("use", ()):
             raise NQMError(f"{name} changes nothing: arm {arm!r} does not use it; choose another")
-    left = [("", table, changes)]
-    while left:
-        where, own, new = left.pop()
+    pending = [("", table, changes)]
+    while pending:
+        where, own, new = pending.pop()
         for name in own.keys() & new.keys():
             if isinstance(own[name], Mapping) and isinstance(new[name], Mapping):
-                left.append((f"{where}{name}.", own[name], new[name]))
+                pending.append((f"{where}{name}.", own[name], new[name]))
             else:
                 raise NQMError(
-                    f"{where}{name} changes nothing: arm {arm!r} states its own; "
+                    f"{where}{name} changes nothing: arm {arm!r} has its own; "
                     f"change arm.{arm}.{where}{name}"
                 )
 
 
 def key(mapping: Mapping[str, Any], folder: str | Path = ".") -> str:
-    """Content key of a cell: of what its run has that differs from the defaults.
+    """Content key of a cell, made of the entries of its run that differ from the defaults.
 
     Parameters
     ----------
     mapping : mapping
-        With ``recipe``, as `build` takes it; of a part without it the part itself counts.
+        See `build`; the key of a mapping without ``recipe`` is that of the mapping itself.
     folder : str or Path
-        As of `build`.
+        See `build`.
 
     Returns
     -------
     str
+        Hexadecimal digits.
     """
     return run_key(build(mapping, folder).run) if "recipe" in mapping else keys.key(mapping)
 
@@ -158,7 +177,7 @@ def _describe(mapping: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
 
 
 def _comparable(described: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a table says of its run, with what was added to the settings since."""
+    """Complete the settings that a table was written with by entries that were added since."""
     try:
         return describe(restore(described))
     except NQMError:  # settings that no longer exist
@@ -168,6 +187,6 @@ def _comparable(described: Mapping[str, Any]) -> Mapping[str, Any]:
 def _train(cell: Cell, key: str, *, runs: Path, runtime: Runtime) -> pd.DataFrame:
     outcome = train(cell.run, runs / key[:16], runtime)
     if outcome.result.empty:
-        nothing = {"weights": "", "member": -1, "data": "", "metric": "", "value": float("nan")}
-        return pd.DataFrame([{"status": outcome.status, **nothing}])
+        blank = {"weights": "", "member": -1, "data": "", "metric": "", "value": float("nan")}
+        return pd.DataFrame([{"status": outcome.status, **blank}])
     return outcome.result.assign(status=outcome.status)

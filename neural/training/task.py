@@ -1,4 +1,4 @@
-"""What a run is trained and judged on: a stream of batches, a loss, a test set."""
+"""The task of a run: a stream of training batches, a loss, and a test set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Stream(Protocol):
     """Training batches that depend on (seed, epoch, index) alone."""
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of minibatches of an epoch."""
 
     def epoch(self, epoch: int, start: int = 0, /) -> Iterator[Batch]:
         """Iterate over the minibatches of an epoch.
@@ -45,31 +45,31 @@ class Stream(Protocol):
         epoch : int
             Number of the epoch, from 0.
         start : int
-            Number of the first minibatch.
+            Number of the first minibatch, from 0.
 
         Returns
         -------
-        Batch
-            Inputs and targets.
+        iterator of Batch
+            Inputs and targets of each minibatch.
         """
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a run computes.
+    """Device, data folder and processes of a training.
 
     Attributes
     ----------
     device : torch.device
-        Small sets of images live there whole, as bytes.
+        Device of the computation. Small sets of images are stored on it completely, as bytes.
     root : Path, optional
-        Folder of data files.
+        Folder of data files; by default that of the environment variable NQM_DATA.
     rank, world : int
-        This process takes its share of every minibatch.
+        Number of this process, and number of all processes that share every minibatch.
     workers : int
-        Processes that decode images.
+        Number of processes that decode images.
     tensorboard : bool
-        Whether to note the history for TensorBoard as well.
+        Whether to write the history for TensorBoard as well.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -82,24 +82,27 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set as a run sees it.
+    """Data and loss of a run.
 
     Attributes
     ----------
     label : str
-        For tables and figures.
-    classes, channels : int
-        Of the model; classes are symbols for text, whose channels are 0.
+        Name of the data set for tables and figures.
+    classes : int
+        Number of classes; for text, number of symbols.
+    channels : int
+        Number of channels of an image; 0 for text.
     stream : Stream
         Training batches.
     test : callable
-        Makes the test batches, in order.
+        Returns an iterator over the test batches.
     smoothing : float
-        Of labels.
+        Label smoothing of the loss, in [0, 1].
     normalised : callable, optional
-        Batches of other `Images` under this set's normalisation; None for text.
+        Makes batches of other `Images` with this data set's normalisation; None for text and for
+        images that are read from a folder.
     images : Images, optional
-        The test images, where they are in memory.
+        The test images, if they are in memory.
     """
 
     label: str
@@ -112,7 +115,7 @@ class Task:
     images: Images | None = None
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy.
+        """Compute the mean cross-entropy.
 
         Parameters
         ----------
@@ -124,22 +127,23 @@ class Task:
         Returns
         -------
         Tensor, shape ()
-            Nats.
+            In nats.
         """
-        # In float32 at least, whatever the model ran in.
+        # At least in float32, also if the model runs in a lower precision.
         logits = output.to(torch.promote_types(output.dtype, torch.float32)).flatten(0, -2)
         return nn.functional.cross_entropy(
             logits, targets.flatten(), label_smoothing=self.smoothing
         )
 
     def score(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> Score:
-        """Mean loss and accuracy; the state of a language model continues over the windows.
+        """Compute mean loss and accuracy; a language model keeps its state between windows.
 
         Parameters
         ----------
         model : Module
-        batches : iterable, optional
-            The test set by default.
+            The model.
+        batches : iterable of Batch, optional
+            Batches of test data; the test set by default.
 
         Returns
         -------
@@ -156,18 +160,21 @@ def open_task(run: RunConfig, runtime: Runtime, data: Data | None = None) -> Tas
     Parameters
     ----------
     run : RunConfig
+        The run.
     runtime : Runtime
+        Device, folder of data files, and ranks.
     data : ImageData, StreamData or TextData, optional
-        The run's data set, if it is in memory already.
+        The run's data set, if it is loaded already.
 
     Returns
     -------
     Task
+        Data and loss.
 
     Raises
     ------
     NQMError
-        If the set is missing, cannot be trained on as the run asks, or would ignore a setting.
+        If the data set is missing, does not fit the run, or would not use one of its settings.
     """
     data = load(run.data.name, runtime.root) if data is None else data
     if isinstance(data, TextData):
@@ -182,7 +189,7 @@ def _images(run: RunConfig, data: ImageData, runtime: Runtime) -> Task:
     refuse_unused(settings, "data", ("length",), "images have none")
     if data.train is None:
         raise NQMError(f"data.name {settings.name!r} has no training part; it serves as OOD data")
-    # The same part for every seed: seeds differ by training alone.
+    # The same images for every seed: runs of different seeds differ by their training only.
     train = _part("train_examples", data.train, settings.train_examples)
     test = _part("test_examples", data.test, settings.test_examples).to(runtime.device)
     layout = torch.channels_last if run.train.channels_last else None

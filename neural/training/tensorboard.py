@@ -1,4 +1,4 @@
-"""Curves for TensorBoard, while a run is trained."""
+"""Write the history of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from nqm.errors import NQMError
 
-#: Columns of the history that are drawn.
+#: Columns of the history that are written.
 CURVES = ("train_loss", "loss", "accuracy", "lr", "spread")
 
 
 class Board:
-    """Event files of one run.
+    """Writer of the event files of one run.
 
     Parameters
     ----------
     folder : Path
-        Of the run; events go to ``tensorboard`` below it.
+        Folder of the run; events are written to its subfolder ``tensorboard``.
     step : int
-        Minibatches done: what an earlier process noted beyond is taken back.
+        Number of minibatches done. Events of an earlier process with larger numbers are removed.
 
     Raises
     ------
@@ -43,7 +43,7 @@ class Board:
         Parameters
         ----------
         row : mapping
-            Column -> value; `CURVES` and ``step`` are read.
+            Column -> value; the columns `CURVES` and ``step`` are used.
         """
         for name in CURVES:
             self._writer.add_scalar(name, row[name], row["step"])

@@ -23,18 +23,18 @@ from nqm.progress import Progress
 
 #: Seconds between two checkpoints.
 CHECKPOINT_EVERY = 60.0
-#: Base steps between two looks at the losses; looking waits for a GPU.
+#: Base steps between two checks that the losses are finite; a check waits for the GPU.
 LOOK_EVERY = 50
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """Status and results of a run.
 
     Attributes
     ----------
-    status : str
-        ``finished`` or ``diverged``.
+    status : {"finished", "diverged"}
+        Whether training was completed or stopped at a loss that is not finite.
     history : DataFrame
         One row per evaluation during training.
     result : DataFrame
@@ -56,34 +56,36 @@ def train(
     rehearsed: bool = False,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train one run; a killed run continues where it stopped when this is called again.
+    """Train one run; if it was killed, continue from its last checkpoint.
 
     Parameters
     ----------
     run : RunConfig
+        The run.
     folder : str or Path
-        Takes checkpoints, the history and the result. A finished run is only read; a folder of
-        another configuration is never touched.
+        Folder for checkpoints, the history and the result. The results of a complete run are read;
+        a folder of another configuration is refused and not changed.
     runtime : Runtime, optional
         Device, data folder, ranks; one CPU by default.
     start : Path, optional
-        Checkpoint of a run with the same beginning, to start from.
+        Checkpoint of a run with the same beginning, from which to start.
     keep : collection of int
-        Epochs after which a checkpoint is kept for other runs to start from.
+        Numbers of epochs after which a checkpoint is written for other runs.
     rehearsed : bool
-        Whether `neural.training.preflight` has found this run sound already.
+        True if the checks of `neural.training.preflight` were done already.
     progress : callable, optional
-        Called repeatedly as ``progress("training", share)``; share of minibatches done, 0 to 1.
+        Called as ``progress("training", fraction)``, with the fraction of minibatches done.
 
     Returns
     -------
     Outcome
+        Status, history and result. If a loss is not finite, training stops with the status
+        ``diverged``.
 
     Raises
     ------
     NQMError
-        If the folder holds another configuration, or the run cannot be trained. A loss that is
-        not finite raises nothing: the run stops with status ``diverged`` and keeps its results.
+        If the folder holds another configuration, or the run cannot be trained.
     """
     runtime = runtime or Runtime()
     log = RunFolder(Path(folder), run, writes=runtime.rank == 0)
@@ -109,7 +111,7 @@ def _go_on(
     keep: Collection[int],
     progress: Progress | None,
 ) -> str:
-    """Train to the end, and write what came out; returns the status."""
+    """Train to the end and write the results; return the status."""
     run, task, runtime = train_state.run, train_state.task, train_state.runtime
     board = Board(log.path, train_state.done) if runtime.tensorboard and runtime.rank == 0 else None
     batches = len(task.stream)
@@ -140,17 +142,17 @@ def _go_on(
             log.save(train_state.state_dict())
             saved = time.monotonic()
     if status == "finished" and not math.isfinite(train_state.rows[-1]["loss"]):
-        status = "diverged"  # with the very last step
+        status = "diverged"  # by the last step
     log.write_history(train_state.rows)
     log.finish(status, report.final(train_state, ood) if status == "finished" else None)
     return status
 
 
 def _groups(train_state: TrainState, total: int) -> Iterator[tuple[list[Batch], int]]:
-    """Minibatches of each base step, and how many are used after it; spawns the members at T0.
+    """Yield the minibatches of each base step, and the number of minibatches used after it.
 
-    An empty group passes over minibatches that are dropped. The caller sets `train_state.done` to
-    the second number before it asks for the next group.
+    It spawns the members at T0. An empty group means that minibatches are dropped. The caller sets
+    `train_state.done` to the second number before it asks for the next group.
     """
     late, stream = train_state.run.late_phase, train_state.task.stream
     start = total if late is None else late.start_epoch * len(stream)
@@ -160,7 +162,7 @@ def _groups(train_state: TrainState, total: int) -> Iterator[tuple[list[Batch], 
         if train_state.late is None:
             train_state.spawn()
         assert train_state.late is not None
-        # Carrying over is to read on into the next epoch; what is left at the very end is dropped.
+        # With "carry" a cycle may continue into the next epoch; an incomplete last one is dropped.
         this_epoch = train_state.done // len(stream) + 1
         end = total if train_state.late.leftover == "carry" else this_epoch * len(stream)
         for group in train_state.late.cycles(_batches(stream, train_state.done, end), last=True):
@@ -170,7 +172,7 @@ def _groups(train_state: TrainState, total: int) -> Iterator[tuple[list[Batch], 
 
 
 def _batches(stream: Stream, start: int, end: int) -> Iterator[Batch]:
-    """Minibatches number `start` to `end` - 1 of a run, over epochs."""
+    """Yield minibatches `start` to `end` - 1 of a run, counted over all epochs."""
     size = len(stream)
     while start < end:
         epoch, skip = divmod(start, size)

@@ -2,8 +2,8 @@
 
 The kinds and their five severities follow the idea of Hendrycks & Dietterich (2019), but the
 implementations and strengths are this library's: numbers measured with `corrupt` are
-"CIFAR-10-C style" and not comparable with published CIFAR-10-C numbers. For those, read the
-published files with `load_cifar10_c`. Lengths are pixels, meant for images of about 32 a side.
+"CIFAR-10-C style" and cannot be compared with published CIFAR-10-C numbers. For these, read the
+published files with `load_cifar10_c`. Lengths are in pixels, for images of about 32 x 32 pixels.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Corruption:
     Attributes
     ----------
     apply : callable
-        ``apply(images, strength, rng)``: float32 images (N, C, H, W) in [0, 1] to damaged ones.
+        ``apply(images, strength, rng)`` takes float32 images (N, C, H, W) in [0, 1] and returns
+        corrupted ones.
     strengths : tuple of five floats
-        For severities 1 to 5; what they measure is in the docstring of `apply`.
+        Strengths of severities 1 to 5; see the docstring of `apply` for their unit.
     """
 
     apply: Callable[[Tensor, float, Generator], Tensor]
@@ -68,29 +69,29 @@ CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
 
 
 def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
-    """Damage a batch of images.
+    """Corrupt a batch of images.
 
     Parameters
     ----------
     pixels : Tensor of uint8, shape (N, C, H, W)
-        C is 1 or 3.
+        Images with C = 1 or 3 channels.
     name : str
-        One of `CORRUPTIONS`.
+        Name of the corruption, one of `CORRUPTIONS`.
     severity : int
-        1 (mild) to 5.
+        Severity from 1 (mild) to 5.
     seed : int
-        The same batch, name, severity and seed give the same result. Draws belong to a whole
-        batch: corrupt a test set in one call, not in batches of varying size.
+        Seed of the random numbers. They are drawn for the whole batch: corrupt a test set in one
+        call, not in batches of varying size.
 
     Returns
     -------
     Tensor of uint8, shape (N, C, H, W)
-        On the device of `pixels`; the work is done on the CPU, so the device makes no difference.
+        On the device of `pixels`. It is computed on the CPU and does not depend on the device.
 
     Raises
     ------
     NQMError
-        If an argument is not of this form.
+        If the name is unknown, the severity is out of range, or the images have another form.
     """
     if name not in CORRUPTIONS:
         raise NQMError(f"corrupt: unknown corruption {name!r}{suggest(name, CORRUPTIONS)}")

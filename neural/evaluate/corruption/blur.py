@@ -1,6 +1,6 @@
-"""Corruptions by averaging over neighbours: lens, focus, motion. Lengths are in pixels.
+"""Corruptions by averaging over neighbouring pixels: lens, focus, motion. Lengths are in pixels.
 
-Kernels sum to 1 and borders repeat the edge, so constant images do not change.
+Kernels sum to 1 and the edge is repeated at borders, so that constant images do not change.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def gaussian_blur(x: Tensor, sigma: float, rng: Generator) -> Tensor:
     sigma : float
         Standard deviation, in pixels.
     rng : Generator
+        Not used: there is nothing random.
 
     Returns
     -------
@@ -42,6 +43,7 @@ def defocus_blur(x: Tensor, radius: float, rng: Generator) -> Tensor:
     radius : float
         Radius, in pixels.
     rng : Generator
+        Not used: there is nothing random.
 
     Returns
     -------
@@ -61,6 +63,7 @@ def motion_blur(x: Tensor, length: float, rng: Generator) -> Tensor:
     length : float
         Length of the motion, in pixels.
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------
@@ -79,8 +82,9 @@ def convolve(x: Tensor, kernels: Tensor) -> Tensor:
     Parameters
     ----------
     x : Tensor, shape (N, C, H, W)
+        Images.
     kernels : Tensor, shape (N, k, l) or (1, k, l), k and l odd
-        One per image, or one for all.
+        One kernel for each image, or one for all.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """The published CIFAR-10-C files (Hendrycks & Dietterich 2019).
 
-One ``<corruption>.npy`` each, uint8 (50,000, 32, 32, 3): the 10,000 test images at severity 1,
-then again at 2, up to 5; and ``labels.npy`` (50,000,).
+Every corruption has a file ``<corruption>.npy``, uint8 (50,000, 32, 32, 3): the 10,000 test images
+at severity 1, then at 2, up to 5. The labels are in ``labels.npy``, shape (50,000,).
 """
 
 from __future__ import annotations
@@ -27,28 +27,30 @@ class CIFAR10C:
     Attributes
     ----------
     folder : Path
+        The folder.
     names : tuple of str
-        Corruptions that have a file, sorted.
+        Names of the corruptions that have a file, sorted.
     """
 
     folder: Path
     names: tuple[str, ...]
 
     def subset(self, name: str, severity: int) -> tuple[Tensor, Tensor]:
-        """One corruption at one severity.
+        """Read the images of one corruption at one severity.
 
         Parameters
         ----------
         name : str
-            One of `names`.
+            Name of the corruption, one of `names`.
         severity : int
-            1 to 5.
+            Severity from 1 to 5.
 
         Returns
         -------
         pixels : Tensor of uint8, shape (N, 3, 32, 32)
-            N is 10,000 for the published files.
+            The images; N is 10,000 for the published files.
         labels : Tensor of int64, shape (N,)
+            Class numbers, 0 to 9.
 
         Raises
         ------
@@ -68,9 +70,9 @@ class CIFAR10C:
                 f"got {images.dtype} {images.shape} and {labels.shape}; fetch CIFAR-10-C.tar again"
             )
         n = len(images) // SEVERITIES
-        part = slice((severity - 1) * n, severity * n)
-        pixels = torch.from_numpy(np.array(images[part])).movedim(-1, 1).contiguous()
-        return pixels, torch.from_numpy(np.array(labels[part], dtype=np.int64))
+        chosen = slice((severity - 1) * n, severity * n)
+        pixels = torch.from_numpy(np.array(images[chosen])).movedim(-1, 1).contiguous()
+        return pixels, torch.from_numpy(np.array(labels[chosen], dtype=np.int64))
 
 
 def load_cifar10_c(folder: str | Path) -> CIFAR10C:
@@ -79,7 +81,7 @@ def load_cifar10_c(folder: str | Path) -> CIFAR10C:
     Parameters
     ----------
     folder : path
-        Has ``labels.npy`` and a ``.npy`` file for each corruption.
+        Folder with ``labels.npy`` and a ``.npy`` file for each corruption.
 
     Returns
     -------
@@ -95,7 +97,7 @@ def load_cifar10_c(folder: str | Path) -> CIFAR10C:
     if not names or not (folder / "labels.npy").is_file():
         raise NQMError(
             f"{folder}: expected labels.npy and one .npy file per corruption; "
-            "unpack CIFAR-10-C.tar and name the folder it makes"
+            "unpack CIFAR-10-C.tar and give the folder that it makes"
         )
     return CIFAR10C(folder, names)
 

@@ -22,6 +22,7 @@ def brightness(x: Tensor, shift: float, rng: Generator) -> Tensor:
     shift : float
         Added to every value.
     rng : Generator
+        Not used: there is nothing random.
 
     Returns
     -------
@@ -38,8 +39,9 @@ def contrast(x: Tensor, factor: float, rng: Generator) -> Tensor:
     x : Tensor, shape (N, C, H, W)
         Images with values in [0, 1].
     factor : float
-        1 changes nothing.
+        Factor of the differences from the mean; 1 changes nothing.
     rng : Generator
+        Not used: there is nothing random.
 
     Returns
     -------
@@ -50,15 +52,16 @@ def contrast(x: Tensor, factor: float, rng: Generator) -> Tensor:
 
 
 def saturate(x: Tensor, factor: float, rng: Generator) -> Tensor:
-    """Strengthen colours: g + factor (x - g), g the luma of each pixel; grey images stay.
+    """Strengthen colours: g + factor (x - g), g the luma of each pixel; grey images do not change.
 
     Parameters
     ----------
     x : Tensor, shape (N, C, H, W)
         Images with values in [0, 1].
     factor : float
-        1 changes nothing.
+        Factor of the differences from the luma; 1 changes nothing.
     rng : Generator
+        Not used: there is nothing random.
 
     Returns
     -------
@@ -71,7 +74,7 @@ def saturate(x: Tensor, factor: float, rng: Generator) -> Tensor:
 
 
 def fog(x: Tensor, depth: float, rng: Generator) -> Tensor:
-    """Koschmieder's law, x e^-d + A (1 - e^-d), with optical depth d = depth * plasma.
+    """Add fog by Koschmieder's law, x e^-d + A (1 - e^-d), with optical depth d = depth * plasma.
 
     Parameters
     ----------
@@ -80,6 +83,7 @@ def fog(x: Tensor, depth: float, rng: Generator) -> Tensor:
     depth : float
         Largest optical depth.
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------
@@ -90,20 +94,21 @@ def fog(x: Tensor, depth: float, rng: Generator) -> Tensor:
 
 
 def plasma(n: int, height: int, width: int, rng: Generator) -> Tensor:
-    """Fractal clouds: noise on grids of 2, 3, 5, 9, ... points a side, each half as strong.
+    """Draw fractal clouds: noise on grids of 2, 3, 5, 9, ... points a side, each half as strong.
 
     Parameters
     ----------
     n : int
         Number of images.
     height, width : int
-        In pixels.
+        Size of an image, in pixels.
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------
     Tensor, shape (n, 1, height, width)
-        Scaled to run from 0 to 1 in every image.
+        Scaled to the range from 0 to 1 in every image.
     """
     cloud, size, strength = torch.zeros(n, 1, height, width), 2, 1.0
     while size <= max(height, width):

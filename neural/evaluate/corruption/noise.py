@@ -1,7 +1,7 @@
 """Corruptions by noise: of the sensor, of photon counts, of dead pixels.
 
-Here and beside: images are float32 (N, C, H, W) in [0, 1]; results may leave that range and are
-clipped by the caller; all randomness comes from `rng`.
+In this package images are float32 (N, C, H, W) in [0, 1]. Results may leave that range; the caller
+clips them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from torch import Generator, Tensor
 
 
 def gaussian_noise(x: Tensor, sd: float, rng: Generator) -> Tensor:
-    """Sensor noise: x + sd eps.
+    """Add sensor noise: x + sd eps, eps ~ N(0, 1).
 
     Parameters
     ----------
     x : Tensor, shape (N, C, H, W)
         Images with values in [0, 1].
     sd : float
-        Standard deviation.
+        Standard deviation of the noise.
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------
@@ -29,15 +30,16 @@ def gaussian_noise(x: Tensor, sd: float, rng: Generator) -> Tensor:
 
 
 def speckle_noise(x: Tensor, sd: float, rng: Generator) -> Tensor:
-    """Noise in proportion to the signal: x (1 + sd eps).
+    """Add noise in proportion to the signal: x (1 + sd eps), eps ~ N(0, 1).
 
     Parameters
     ----------
     x : Tensor, shape (N, C, H, W)
         Images with values in [0, 1].
     sd : float
-        Relative standard deviation.
+        Standard deviation of the noise, relative to the signal.
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------
@@ -47,7 +49,7 @@ def speckle_noise(x: Tensor, sd: float, rng: Generator) -> Tensor:
 
 
 def shot_noise(x: Tensor, photons: float, rng: Generator) -> Tensor:
-    """Poisson counts with mean ``photons x``, scaled back: variance x / photons.
+    """Draw Poisson counts with mean ``photons x`` and divide by `photons`; variance x / photons.
 
     Parameters
     ----------
@@ -56,6 +58,7 @@ def shot_noise(x: Tensor, photons: float, rng: Generator) -> Tensor:
     photons : float
         Mean count at x = 1.
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------
@@ -65,15 +68,16 @@ def shot_noise(x: Tensor, photons: float, rng: Generator) -> Tensor:
 
 
 def impulse_noise(x: Tensor, share: float, rng: Generator) -> Tensor:
-    """Replace a share of all values by 0 or 1, at even odds.
+    """Replace a fraction of all values by 0 or 1, with equal probability.
 
     Parameters
     ----------
     x : Tensor, shape (N, C, H, W)
         Images with values in [0, 1].
     share : float
-        In [0, 1].
+        Fraction of the values that are replaced, in [0, 1].
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from neural.evaluate.corruption.blur import gaussian_blur
 
-#: Pixels over which an elastic displacement is smooth.
+#: Standard deviation, in pixels, of the Gaussian filter that smooths elastic displacements.
 STIFFNESS = 3.0
 
 
@@ -23,8 +23,9 @@ def pixelate(x: Tensor, scale: float, rng: Generator) -> Tensor:
     x : Tensor, shape (N, C, H, W)
         Images with values in [0, 1].
     scale : float
-        In (0, 1].
+        Number of groups relative to the number of rows or columns, in (0, 1].
     rng : Generator
+        Not used: there is nothing random.
 
     Returns
     -------
@@ -49,6 +50,7 @@ def jpeg_compression(x: Tensor, quality: float, rng: Generator) -> Tensor:
     quality : float
         Pillow's JPEG quality, 1 to 95.
     rng : Generator
+        Not used: there is nothing random.
 
     Returns
     -------
@@ -77,6 +79,7 @@ def elastic_transform(x: Tensor, shift: float, rng: Generator) -> Tensor:
     shift : float
         Standard deviation along each axis, in pixels.
     rng : Generator
+        Source of the random numbers.
 
     Returns
     -------

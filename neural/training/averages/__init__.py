@@ -1,4 +1,4 @@
-"""Averages over time, one file each, and the roster of their names in recipes.
+"""Averages over time, one in each file, and their names in recipes.
 
 To add one, write a subclass of `Average` in a file here and name it in `AVERAGES`.
 """

@@ -1,4 +1,4 @@
-"""What an average over time is to a training run."""
+"""Base class of averages over time in training runs."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ State = TypeVar("State", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Average(ABC, Generic[State]):
-    """A way to make models of the weights that a run goes through.
+    """A method that makes models from the weights along a training run.
 
-    A subclass is a frozen dataclass; its fields are its options, the entries of the table
-    ``[average]`` beside ``method``. What it has taken so far is no field of it but its *state*: any
-    module, which checkpoints save and load by its `state_dict`. A run calls ::
+    A subclass is a frozen dataclass. Its fields are its options: the entries of the table
+    ``[average]`` beside ``method``. The average itself is stored in its *state*, any module, which
+    checkpoints save and load by its `state_dict`. A run calls ::
 
         state = average.begin(module)                    # before the first call of the next two
         average.step(state, module)                      # after a base step
         average.end_epoch(state, module, epoch)          # after an epoch
         models = average.models(state, epoch_of_batches) # once, at the end of training
 
-    where ``module`` is what is trained: the network, or `neural.LatePhase` with all its members.
+    where ``module`` is the network, or `neural.LatePhase` with all its members.
 
     Attributes
     ----------
     method : str
-        Its name in recipes and results. A class attribute.
+        Name in recipes and results. A class attribute.
     every_step : bool
-        True if `step` takes weights, False if `end_epoch` alone does. A class attribute.
+        True if `step` updates the average, False if only `end_epoch` does. A class attribute.
     start_epoch : int
-        `step` and `end_epoch` are called when more than so many epochs are done.
+        Number of epochs before the average begins: `step` and `end_epoch` are called when more
+        epochs are done.
     """
 
     method: ClassVar[str]
@@ -53,60 +54,60 @@ class Average(ABC, Generic[State]):
 
     @abstractmethod
     def begin(self, module: nn.Module) -> State:
-        """State that has taken no weights yet.
+        """Make a state without any weights in the average.
 
         Parameters
         ----------
         module : Module
-            What is trained. It is not to be changed, nor kept without a copy.
+            The module that is trained. It must not be changed, or stored without a copy.
 
         Returns
         -------
         Module
-            Its `state_dict` has the same names and shapes however much was taken.
+            The state. Names and shapes of its `state_dict` must not change with updates.
         """
 
     def step(self, state: State, module: nn.Module) -> None:
-        """Take weights after a step of the base, if at all.
+        """Update the average after a base step; does nothing by default.
 
         Parameters
         ----------
         state : Module
-            Changed in place.
+            The state; changed in place.
         module : Module
-            What is trained.
+            The module that is trained.
         """
 
     def end_epoch(self, state: State, module: nn.Module, epoch: int) -> None:
-        """Take weights at the end of an epoch, if at all.
+        """Update the average at the end of an epoch; does nothing by default.
 
         Parameters
         ----------
         state : Module
-            Changed in place.
+            The state; changed in place.
         module : Module
-            What is trained.
+            The module that is trained.
         epoch : int
-            Epochs done, from ``start_epoch + 1`` to the last of the run.
+            Number of epochs done, from ``start_epoch + 1`` to the last of the run.
         """
 
     @abstractmethod
     def models(self, state: State, batches: Callable[[], Iterable[Batch]]) -> dict[str, nn.Module]:
-        """Models that come out, which the run evaluates.
+        """Make the models that the run evaluates.
 
         Parameters
         ----------
         state : Module
-            May be changed in place.
+            The state; may be changed in place.
         batches : callable
-            Minibatches of one epoch of training data, anew at every call.
+            Returns the minibatches of one epoch of training data at every call.
 
         Returns
         -------
-        dict
-            Name in the results -> module that returns logits. The one called `method` is the single
-            model of the run: the network's own class, with its own names of weights. Others are
-            called ``{method}_...``.
+        dict of str to Module
+            Name in the results -> module that returns logits. The one named `method` is the single
+            model of the run: an instance of the network's class with the same names of weights.
+            Others are named ``{method}_...``.
         """
 
 
@@ -123,7 +124,7 @@ class MeanWeights(Average[AveragedModel]):
         state : AveragedModel
             Mean of the weights; its statistics change in place.
         batches : callable
-            Minibatches of one epoch of training data, anew at every call.
+            Returns the minibatches of one epoch of training data at every call.
 
         Returns
         -------
@@ -135,17 +136,18 @@ class MeanWeights(Average[AveragedModel]):
 
 
 def single_models(module: nn.Module, name: str) -> dict[str, nn.Module]:
-    """One network, or late-phase members averaged in every way that can differ.
+    """Make the single models of a module: the network itself, or all averages of its members.
 
     Parameters
     ----------
     module : Module
+        A network, or `neural.LatePhase`.
     name : str
         Name of the network, or of the mean of the members' weights.
 
     Returns
     -------
-    dict
+    dict of str to Module
         Name -> network. ``{name}_outputs``: BatchNorm averaged by its outputs; ``{name}_product``:
         rank-1 factors averaged as matrices (see `neural.LatePhase.averaged`).
     """
@@ -154,6 +156,6 @@ def single_models(module: nn.Module, name: str) -> dict[str, nn.Module]:
     models = {name: module.averaged()}
     if any("running_var" in buffer for buffer in module.selection.buffers):
         models[f"{name}_outputs"] = module.averaged(batchnorm="outputs")
-    if any(isinstance(one, RankOne) for *_, one in parametrized(module.model)):
+    if any(isinstance(factors, RankOne) for *_, factors in parametrized(module.model)):
         models[f"{name}_product"] = module.averaged(rank1="product")
     return models

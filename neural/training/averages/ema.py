@@ -20,7 +20,7 @@ class EMA(MeanWeights):
     Attributes
     ----------
     start_epoch : int
-        Epochs done before the first step that is averaged.
+        Number of epochs before the first step that is averaged.
     decay : float
         Share of the average that an update keeps, in [0, 1).
     """
@@ -35,7 +35,7 @@ class EMA(MeanWeights):
         check_number("EMA.decay", self.decay, low=0.0, high=1.0, closed_high=False)
 
     def begin(self, module: nn.Module) -> AveragedModel:
-        """Start an average that holds no weights yet; the first update copies the weights.
+        """Make an average without any weights in it; the first update copies the weights.
 
         Parameters
         ----------
@@ -45,6 +45,7 @@ class EMA(MeanWeights):
         Returns
         -------
         AveragedModel
+            The state, a copy of the module.
         """
         return averaging.ema(module, self.decay)
 

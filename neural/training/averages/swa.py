@@ -14,18 +14,18 @@ from neural.training.averages.base import MeanWeights
 
 @dataclass(frozen=True)
 class SWA(MeanWeights):
-    """Mean of the weights at the end of each epoch, all counted alike (Izmailov et al. 2018).
+    """Mean of the weights at the ends of epochs, with equal weights (Izmailov et al. 2018).
 
     Attributes
     ----------
     start_epoch : int
-        Epochs done before the first one that is averaged.
+        Number of epochs before the first one that is averaged.
     """
 
     method: ClassVar[str] = "swa"
 
     def begin(self, module: nn.Module) -> AveragedModel:
-        """Start a mean that holds no weights yet.
+        """Make a mean without any weights in it.
 
         Parameters
         ----------
@@ -35,6 +35,7 @@ class SWA(MeanWeights):
         Returns
         -------
         AveragedModel
+            The state, a copy of the module.
         """
         return averaging.swa(module)
 
@@ -48,6 +49,6 @@ class SWA(MeanWeights):
         module : Module
             The network, or `neural.LatePhase`.
         epoch : int
-            Epochs done; all epochs count alike.
+            Number of epochs done; not used, since all epochs have the same weight.
         """
         state.update_parameters(module)

@@ -112,7 +112,7 @@ def test_losses_and_targets_that_would_be_miscounted_are_refused() -> None:
     with pytest.raises(NQMError, match=r"per example, shape \(7,\); got \(\); .*'none'"):
         EmpiricalRisk(model, [(x, y)], loss=mean).loss()
     for targets, told in (
-        (torch.where(y == y[0], -100, y), "examples have 0 to 1 labels that count"),
+        (torch.where(y == y[0], -100, y), "examples have 0 to 1 labels other than -100"),
         (torch.where(y == y[0], -1, y), "labels must be 0 or more, or -100 for none; got -1"),
         (torch.eye(3)[y], "targets must be integer labels"),
         (y.tolist(), "must be a tensor with a row for each example; got list"),

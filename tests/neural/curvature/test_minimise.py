@@ -226,7 +226,7 @@ def test_settling_at_a_rate_goes_to_the_same_minimum() -> None:
 
 def test_settling_at_a_rate_that_is_too_high() -> None:
     risk = Bowl((3.0, 1.0, 0.4, 0.1), away=1.0).risk
-    with pytest.raises(NQMError, match="minimise_lr 40 diverges; take a lower one"):
+    with pytest.raises(NQMError, match="minimise_lr = 40 diverges; use a lower learning rate"):
         minimise(risk, 500, lr=40.0)  # 3.8 / 3 is the edge of stability; a cosine goes below it
     with pytest.raises(NQMError, match="minimise_lr"):
         minimise(risk, 500, lr=0.0)

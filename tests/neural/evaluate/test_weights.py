@@ -301,5 +301,5 @@ def test_a_complex_weight_is_two_real_ones() -> None:
     agree(torch.view_as_real(interpolate(start, end, 0.25)["z"]), [[1.5, 1.0]], 1e-6)
     whole = nn.Module()
     whole.register_parameter("n", nn.Parameter(torch.tensor([1]), requires_grad=False))
-    with pytest.raises(NQMError, match="no weight that noise could be added to"):
+    with pytest.raises(NQMError, match="must include a weight of real or complex numbers"):
         loss_rise(whole, lambda model: 0.0, [0.1])

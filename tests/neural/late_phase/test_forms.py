@@ -140,7 +140,7 @@ def test_models_that_cannot_be_trained_so_are_told():
         "ema": lambda m: ema(m, 0.9),
     }  # fmt: skip
     for name, use in uses.items():
-        with pytest.raises(NQMError, match=rf"{name}: 0\.weight has no shape yet; run the model"):
+        with pytest.raises(NQMError, match=rf"{name}: 0\.weight has no shape yet; first run the"):
             use(lazy)
     lazy(torch.randn(2, 4))
     assert LatePhase(lazy, 2, "all").selection.parameters[0] == "0.weight"

@@ -85,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "whole numbers": (
         held("model.pt", first=torch.zeros(8, 64, dtype=torch.long)), "is torch.int64, not"
     ),
-    "one too many": (held("model.pt", more=torch.zeros(3)), "'more', which the model has not"),
+    "one too many": (held("model.pt", more=torch.zeros(3)), "'more', which the model does not"),
 }  # fmt: skip
 
 
