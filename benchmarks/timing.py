@@ -7,7 +7,20 @@ from collections.abc import Callable
 
 
 def best_of(function: Callable[[], object], repeats: int = 3) -> float:
-    """Least wall-clock seconds of `repeats` calls."""
+    """Time a function several times and return the least time.
+
+    Parameters
+    ----------
+    function : callable
+        Function without arguments; its result is thrown away.
+    repeats : int
+        Number of calls; at least 1.
+
+    Returns
+    -------
+    float
+        Least wall-clock time of one call, in seconds.
+    """
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -54,23 +54,57 @@ STYLE: dict[str, Any] = {
 
 
 def context() -> AbstractContextManager[None]:
-    """The house style while a figure is drawn and saved; the user's own settings come back."""
+    """Apply the project's Matplotlib style inside a ``with`` block.
+
+    Returns
+    -------
+    context manager
+        Sets `STYLE` on entry and restores the user's own settings on exit.
+    """
     settings: Any = STYLE  # the stubs ask for a literal type of every key
     return mpl.rc_context(settings)
 
 
 def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
-    """Empty figure that lays itself out; no window, no change of backend."""
+    """Make an empty figure with constrained layout; no window, no change of backend.
+
+    Parameters
+    ----------
+    width, height : float
+        Size of the figure, in inches.
+
+    Returns
+    -------
+    Figure
+        A figure without axes.
+    """
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """`ax`, or the single axes of a new figure of one column."""
+    """Return the given axes, or make a figure of one column with single axes.
+
+    Parameters
+    ----------
+    ax : Axes or None
+        Axes to draw on; None makes a new figure.
+
+    Returns
+    -------
+    Axes
+        `ax` itself, or the axes of the new figure.
+    """
     return new_figure().subplots() if ax is None else ax
 
 
 def panel_letters(axes: list[Axes]) -> None:
-    """Put (a), (b), ... before the titles, which are set flush left."""
+    """Put (a), (b), ... before the titles of panels, and align the titles left.
+
+    Parameters
+    ----------
+    axes : list of Axes
+        The panels in their order; those after the eighth get no letter.
+    """
     for letter, ax in zip("abcdefgh", axes, strict=False):
         title = ax.get_title() or ax.get_title(loc="left")
         ax.set_title("")
@@ -78,16 +112,39 @@ def panel_letters(axes: list[Axes]) -> None:
 
 
 def members_axis(ax: Axes, values: list[int]) -> None:
-    """Logarithmic x axis of ensemble sizes, ticked at the sizes themselves."""
+    """Make the x axis logarithmic (base 2) with one tick at each ensemble size.
+
+    Parameters
+    ----------
+    ax : Axes
+        Axes to change.
+    values : list of int
+        Ensemble sizes K that get a tick; at least 1.
+    """
     ax.set_xscale("log", base=2)
     ax.set_xticks(values, [str(value) for value in values])
     ax.minorticks_off() if ax.get_yscale() != "log" else ax.xaxis.minorticks_off()
 
 
 def save(figure: Figure, stem: Path, parameters: Mapping[str, Any]) -> list[Path]:
-    """Write `stem`.png and `stem`.pdf with the parameters inside; returns the two paths.
+    """Write a figure as PNG and as PDF, with its parameters inside the files.
 
-    The PNG has them as the text chunk ``Parameters``, the PDF as its keywords, both in JSON.
+    The PNG has the parameters as the text chunk ``Parameters``, the PDF as its keywords, both in
+    JSON. The layout is fixed when the PNG is written, and the PDF has the same layout.
+
+    Parameters
+    ----------
+    figure : Figure
+        Figure to write.
+    stem : Path
+        Path without the ending; missing folders are made.
+    parameters : mapping of str to value
+        What the figure was made from; values that JSON can hold.
+
+    Returns
+    -------
+    list of Path
+        The paths of the PNG and of the PDF, in this order.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(parameters, sort_keys=True)

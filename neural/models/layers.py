@@ -55,19 +55,50 @@ def make_norm(kind: str, channels: int, groups: int | None = None) -> nn.Module:
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size (divided by `stride`), without bias."""
+    """Make a 3x3 convolution without bias, padded by 1.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Numbers of input and output channels.
+    stride : int
+        The output has height and width divided by `stride`, rounded up.
+
+    Returns
+    -------
+    nn.Conv2d
+        The layer, with torch's own initial weights.
+    """
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A 1x1 convolution without bias: the projection of a shortcut."""
+    """Make a 1x1 convolution without bias: the projection of a shortcut.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Numbers of input and output channels.
+    stride : int
+        The output has height and width divided by `stride`, rounded up.
+
+    Returns
+    -------
+    nn.Conv2d
+        The layer, with torch's own initial weights.
+    """
     return nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
 
 
 def initialise_kaiming(model: nn.Module) -> None:
-    """Kaiming normal weights (fan in, gain sqrt 2) of convolutions and linears; biases 0.
+    """Draw Kaiming normal weights for convolutions and linear layers; set their biases to 0.
 
     He et al. 2015, eq. 10: standard deviation ``sqrt(2 / fan_in)``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Model whose ``Conv2d`` and ``Linear`` layers are changed in place.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -77,17 +108,57 @@ def initialise_kaiming(model: nn.Module) -> None:
 
 
 def pad_channels(x: Tensor, channels: int, before: int = 0) -> Tensor:
-    """`x` (N, C, H, W) with channels of zeros before and after, `channels` in all."""
+    """Add channels of zeros before and after the channels of `x`.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Feature maps.
+    channels : int
+        Number of channels of the result; at least ``C + before``.
+    before : int
+        Number of zero channels before those of `x`; the others come after.
+
+    Returns
+    -------
+    Tensor, shape (N, channels, H, W)
+        The padded feature maps.
+    """
     return nn.functional.pad(x, (0, 0, 0, 0, before, channels - x.shape[1] - before))
 
 
 def pool(x: Tensor) -> Tensor:
-    """Mean over the positions: (N, C, H, W) -> (N, C)."""
+    """Average feature maps over their positions.
+
+    Parameters
+    ----------
+    x : Tensor, shape (N, C, H, W)
+        Feature maps.
+
+    Returns
+    -------
+    Tensor, shape (N, C)
+        Mean of every channel.
+    """
     return torch.mean(x, dim=(2, 3))
 
 
 def blocks_per_group(model: str, depth: int, rule: int) -> int:
-    """Blocks in each of three groups of a net of depth ``6 n + rule``.
+    """Return the number n of blocks in each of the three groups of a net of depth ``6 n + rule``.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model, for the message.
+    depth : int
+        Number of layers; at least ``6 + rule``.
+    rule : int
+        The constant of the depth rule, 4 for wide ResNets, 2 for CIFAR's ResNets and PyramidNets.
+
+    Returns
+    -------
+    int
+        Blocks of one group, n.
 
     Raises
     ------
@@ -104,7 +175,22 @@ def blocks_per_group(model: str, depth: int, rule: int) -> int:
 
 
 def check_image_model(model: str, classes: int, channels: int, dropout: float = 0.0) -> None:
-    """Raise NQMError unless these arguments of an image model are in range."""
+    """Check the arguments that all image models share.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model, for the message.
+    classes, channels : int
+        Numbers of classes and of image channels; at least 1.
+    dropout : float
+        Probability to drop an activation, in [0, 1).
+
+    Raises
+    ------
+    NQMError
+        If an argument is out of range.
+    """
     check_integer(f"{model}.classes", classes, 1)
     check_integer(f"{model}.channels", channels, 1)
     check_number(f"{model}.dropout", dropout, low=0, high=1, closed_high=False)
