@@ -1,6 +1,6 @@
-"""The command line: ``nqm list | run | sweep | steady | tune``, and what plug-ins add.
+"""The command line: ``nqm list | run | sweep | steady | tune``, and commands of plug-ins.
 
-Only click is loaded at the top, so that ``nqm --help`` is quick.
+This module imports only click at the top, so that ``nqm --help`` is quick.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nqm.runs.config import Run
 
 
-#: Most characters of a message.
+#: Largest number of characters of a message.
 LONGEST = 2000
 
 
@@ -35,13 +35,13 @@ class _Failure(click.ClickException):
         line = " ".join(self.format_message().split())
         if len(line) > LONGEST:
             line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-        # Names and values may hold anything, also what would steer the terminal.
+        # Names and values may contain control characters of the terminal.
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         click.echo(f"error: {line}", file=file, err=True)
 
 
 class _Unavailable(click.Command):
-    """Stands in for a plug-in that cannot be loaded, and says why when it is called."""
+    """Replacement of a plug-in that cannot be loaded; a call of it reports the reason."""
 
     def __init__(self, name: str, reason: str):
         self.reason = " ".join(reason.split())
@@ -62,7 +62,7 @@ class _Commands(click.Group):
             return super().get_command(ctx, cmd_name)
         try:
             command = plugins[cmd_name].load()
-        except Exception as error:  # whatever is wrong with it, the other commands must work
+        except Exception as error:  # the other commands must work in any case
             return _Unavailable(cmd_name, f"{type(error).__name__}: {error}")
         return command if isinstance(command, click.Command) else None
 
@@ -81,11 +81,11 @@ class _Commands(click.Group):
             path = error.ctx.command_path if error.ctx else "nqm"
             raise _Failure(f"{error.format_message()} See {path} --help.") from None
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader has seen enough; click ends quietly
+            if error.errno == errno.EPIPE:  # the reader has closed the pipe; click ends quietly
                 raise
             raise _Failure(f"cannot write the output: {error.strerror or error}") from None
         except (MemoryError, RecursionError, OverflowError) as error:
-            # Sizes are checked before they are asked for; this is for those that nobody thought of.
+            # Sizes are checked before memory is requested; this catches a missing check.
             if os.environ.get("NQM_TRACEBACK"):
                 raise
             raise _Failure(
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _options(*names: str) -> Callable[[Any], Any]:
-    """The options commands share, each stated once."""
+    """Options that several commands share."""
     options = {
         "file": click.argument("file", metavar="FILE.toml"),
         "set": click.option(
@@ -126,14 +126,14 @@ def _options(*names: str) -> Callable[[Any], Any]:
             help="Change an entry of the file, e.g. --set phase.0.lr=0.1 (repeatable).",
         ),
         "json": click.option(
-            "--json", "as_json", is_flag=True, help="One JSON document on standard output."
+            "--json", "as_json", is_flag=True, help="Write one JSON document to standard output."
         ),
         "workers": click.option(
             "--workers",
             type=click.IntRange(min=1),
             default=1,
             show_default=True,
-            help="Processors to use; the numbers do not depend on it.",
+            help="Number of processors to use; results do not depend on it.",
         ),
     }
 
@@ -191,12 +191,16 @@ def _summary(target: Callable[..., Any]) -> str:
 
 @main.command()
 @_options("file", "set")
-@click.option("--method", help="jump (exact, by powers), moments (exact, every step) or sample.")
-@click.option("--replicas", type=int, help="Independent runs of Monte Carlo.")
+@click.option(
+    "--method", help="jump (exact, by powers), moments (exact, every step) or sample (Monte Carlo)."
+)
+@click.option("--replicas", type=int, help="Number of independent Monte Carlo runs.")
 @click.option("--seed", type=int, help="Seed of the Monte Carlo draws.")
 @click.option("--precision", help="Precision of Monte Carlo: float64, or float32 (faster).")
-@click.option("--quantiles", metavar="Q,Q,...", help="Quantiles of the loss, e.g. 0.05,0.5,0.95.")
-@click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
+@click.option(
+    "--quantiles", metavar="Q,Q,...", help="Add quantiles of the loss, e.g. 0.05,0.5,0.95."
+)
+@click.option("--out", metavar="TABLE", help="Write the result to this .parquet or .csv table.")
 @_options("workers", "json")
 def run(
     file: str,
@@ -222,8 +226,8 @@ def run(
     from nqm.runs import config, toml
     from nqm.table import read_table, write_table, writing
 
-    given = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
-    short = [f"{name}={value}" for name, value in given.items() if value is not None]
+    options = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
+    short = [f"{name}={value}" for name, value in options.items() if value is not None]
     mapping = toml.load(file, [*overrides, *short])
     if quantiles is not None:
         toml.assign(mapping, "record.quantiles", _levels(quantiles))
@@ -234,8 +238,8 @@ def run(
 
     def compute() -> pd.DataFrame:
         unit = "replicas" if job.method == "sample" else "steps"
-        with _progress(job.work, unit) as told:
-            return job.table(workers, told)
+        with _progress(job.work, unit) as progress:
+            return job.table(workers, progress)
 
     if out is None:
         _show(compute(), as_json)
@@ -249,7 +253,7 @@ def run(
 
 
 def _levels(text: str) -> list[float]:
-    """Quantile levels between commas."""
+    """Quantile levels from a text with commas."""
     from nqm.errors import NQMError, shown
 
     try:
@@ -262,7 +266,9 @@ def _levels(text: str) -> list[float]:
 
 @main.command()
 @_options("file", "set")
-@click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
+@click.option(
+    "--out", metavar="TABLE", required=True, help="Write the result to this .parquet or .csv table."
+)
 @click.option(
     "--scheduler", metavar="ADDRESS", help="Run on a Dask cluster, e.g. tcp://127.0.0.1:8786."
 )
@@ -277,7 +283,7 @@ def sweep(
 ) -> None:
     """Run a program over the grid of its [sweep] table.
 
-    It can be killed at any moment: run again, it goes on where it was stopped.
+    A sweep can be interrupted at any time. The same command continues it: finished cells are kept.
 
     \b
     nqm sweep grid.toml --out grid.parquet --workers 4
@@ -290,8 +296,8 @@ def sweep(
     if scheduler is not None and workers > 1:
         raise NQMError("--scheduler brings its own workers; drop --workers")
     cells = Sweep.from_file(file, overrides)
-    with _executor(scheduler, workers) as executor, _progress(len(cells), "cells") as told:
-        cells.write(out, executor, told)
+    with _executor(scheduler, workers) as executor, _progress(len(cells), "cells") as progress:
+        cells.write(out, executor, progress)
     if as_json:
         _show(read_table(out), as_json)
     else:
@@ -300,7 +306,7 @@ def sweep(
 
 @contextmanager
 def _executor(scheduler: str | None, workers: int) -> Iterator[Executor | None]:
-    """Where cells are computed: a cluster, processes, or here."""
+    """Executor of the cells: a cluster, processes, or None for this process."""
     if scheduler is not None:
         from nqm.runs.cluster import connected
 
@@ -318,10 +324,10 @@ def _executor(scheduler: str | None, workers: int) -> Iterator[Executor | None]:
 @main.command()
 @_options("file", "set", "json")
 def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Find where the loss settles in the last phase.
+    """Compute the steady-state loss of the last phase.
 
-    Multiplicative late-phase weights settle twice: a first_order row for the quasi-steady state,
-    and a long_run row for the floor they drift to.
+    Multiplicative late-phase weights have two rows: first_order is the quasi-steady state, long_run
+    the loss that they reach after a long time.
 
     \b
     nqm steady late.toml --set phase.-1.lr=0.01
@@ -331,9 +337,18 @@ def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @_options("file", "set")
-@click.option("--phase", "index", type=int, default=-1, show_default=True, help="Phase to tune.")
-@click.option("--momentum", is_flag=True, help="Search momentum as well.")
-@click.option("--target", type=float, help="Reach this loss in the fewest steps instead.")
+@click.option(
+    "--phase",
+    "index",
+    type=int,
+    default=-1,
+    show_default=True,
+    help="Number of the phase to tune, from 0; -1 is the last.",
+)
+@click.option("--momentum", is_flag=True, help="Search the momentum as well.")
+@click.option(
+    "--target", type=float, help="Find the rate that reaches this loss in the fewest steps."
+)
 @_options("json")
 def tune(
     file: str,
@@ -345,8 +360,8 @@ def tune(
 ) -> None:
     """Find the best learning rate of one phase.
 
-    Best for the final loss of the program, or with --target, for a program of one phase, the rate
-    that reaches that loss in the fewest steps.
+    By default the rate of least final loss of the program. With --target, for a program of one
+    phase, the rate that reaches this loss in the fewest steps.
 
     \b
     nqm tune late.toml --phase 0
@@ -361,12 +376,12 @@ def tune(
         raise NQMError(
             "tune searches momentum for the final loss only; drop --momentum or --target"
         )
-    with _progress(None, "settings") as told:
+    with _progress(None, "settings") as report:
         if target is None:
-            best = best_phase_lr(problem, job.program, index, momentum=momentum, progress=told)
+            best = best_phase_lr(problem, job.program, index, momentum=momentum, progress=report)
             table = best.table()
         else:
-            table = fastest_phase_lr(problem, job.program, target, progress=told)
+            table = fastest_phase_lr(problem, job.program, target, progress=report)
     _show(table, as_json)
 
 
@@ -379,13 +394,13 @@ def _load(file: str, overrides: tuple[str, ...]) -> Run:
 
 
 def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:
-    """Print a table as JSON, or for people; a table that went to a file is only pointed at."""
+    """Print a table as JSON or as text; of a table in a file print the name and number of rows."""
     if as_json:
         import json
         import math
 
         def strict(value: Any) -> Any:
-            # JSON has neither NaN nor infinity; the status says what happened.
+            # JSON has neither NaN nor infinity; the column status names the reason.
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         columns = [table[name].tolist() for name in table.columns]
@@ -400,13 +415,13 @@ def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:
 
 @contextmanager
 def _progress(total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar for work that takes seconds, on a terminal only."""
+    """Progress bar for work of more than two seconds, on a terminal only."""
     from tqdm import tqdm
 
     hidden = not sys.stderr.isatty()
     with tqdm(total=total, unit=f" {unit}", delay=2, disable=hidden, file=sys.stderr) as bar:
 
-        def told(count: int) -> None:
+        def report(count: int) -> None:
             bar.update(count)
 
-        yield told
+        yield report

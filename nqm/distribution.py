@@ -30,7 +30,7 @@ from nqm.result import check_level
 AGREEMENT = 1e-9
 #: Logarithm of a tail that is below all that quantiles ask for.
 SURELY = -60.0
-#: Logarithm of what is left out at the end of a contour.
+#: Logarithm of the relative size of the part that is neglected at the end of a contour.
 LOST = -36.0
 #: Most sides of a contour, and most halvings of one.
 SIDES, HALVINGS = 1000, 12
@@ -276,7 +276,7 @@ def _principal(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Counts, places and spreads of the independent parts of the loss."""
     half = 0.5 * problem.curvature
-    curved = half > 0.0  # flat directions diffuse for ever, or are not known
+    curved = half > 0.0  # flat directions diffuse without end, or are not known
     mean, half = mean[curved], half[curved]
     if variance.ndim == 1:
         if problem.correlated:

@@ -2,8 +2,8 @@
 
 1 - lr h is rounded to a double with a relative error of 1e-16, which n steps multiply by n. Held in
 two doubles (Dekker 1971, "A floating-point technique for extending the available precision") its
-error is 1e-32, and that of 10^16 steps 1e-16. Only what `Algorithm.update` needs is here: sums,
-differences and products.
+error is 1e-32, and that of 10^16 steps 1e-16. `Algorithm.update` needs sums, differences and
+products only, so there is nothing else here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class DoubleDouble:
     Parameters
     ----------
     high, low : array_like
-        Of shapes that broadcast.
+        The two parts, of shapes that broadcast.
     """
 
-    __array_ufunc__ = None  # so that an array on the left leaves the operation to us
+    __array_ufunc__ = None  # so that NumPy calls our operators for an array on the left
 
     def __init__(self, high: Any, low: Any = 0.0):
         self.high: Any = high
@@ -65,14 +65,36 @@ def _parts(value: Any) -> tuple[Any, Any]:
 
 
 def two_sum(a: Any, b: Any) -> tuple[FloatArray, FloatArray]:
-    """A + b as its rounded value and what rounding took (Knuth)."""
+    """Add two doubles without error (Knuth).
+
+    Parameters
+    ----------
+    a, b : float or ndarray
+        Of shapes that broadcast.
+
+    Returns
+    -------
+    total, rest : ndarray
+        Rounded sum, and its rounding error: total + rest = a + b exactly.
+    """
     total = a + b
     second = total - a
     return total, (a - (total - second)) + (b - second)
 
 
 def two_product(a: Any, b: Any) -> tuple[FloatArray, FloatArray]:
-    """A * b as its rounded value and what rounding took (Dekker, Veltkamp)."""
+    """Multiply two doubles without error (Dekker, Veltkamp).
+
+    Parameters
+    ----------
+    a, b : float or ndarray
+        Of shapes that broadcast; below 1e300, so that splitting does not overflow.
+
+    Returns
+    -------
+    product, rest : ndarray
+        Rounded product, and its rounding error: product + rest = a * b exactly.
+    """
     product = a * b
     a1, a2 = _split(a)
     b1, b2 = _split(b)

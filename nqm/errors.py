@@ -1,4 +1,4 @@
-"""One error for a user's mistake: what, where, expected, got, do this."""
+"""One error for a user's mistake; its message names the field, the value and the fix."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from numbers import Integral, Real
 
 
 class NQMError(ValueError):
-    """A mistake in what the user asked for; its message is one line fit to print alone."""
+    """A user's mistake; its message is one complete line.
+
+    Parameters
+    ----------
+    message : str
+        Names the field, the value and the fix; line breaks become spaces.
+    """
 
     def __init__(self, message: str = ""):
         super().__init__(" ".join(str(message).split()))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for a near miss, else the list of what exists.
+    """End of a message about an unknown name: the closest known name, or all of them.
 
     Parameters
     ----------
     name : str
-        What was asked for.
+        The unknown name.
     known : iterable of str
-        What exists.
+        Names that exist.
+
+    Returns
+    -------
+    str
+        ``"; did you mean 'x'?"``, or ``"; known: x, y"`` if none is close.
     """
     names = sorted(known)
     close = get_close_matches(name[:100], names, n=1)  # matching takes length times length
@@ -32,7 +43,20 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: object, size: int = 60) -> str:
-    """What was given, on one line of at most `size` characters."""
+    """Write a value for a message.
+
+    Parameters
+    ----------
+    value : object
+        The value that the user gave.
+    size : int
+        Largest number of characters, >= 4.
+
+    Returns
+    -------
+    str
+        Its `repr` on one line, shortened to `size` characters.
+    """
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python prints no integer of thousands of digits
@@ -41,14 +65,44 @@ def shown(value: object, size: int = 60) -> str:
 
 
 def check_word(where: str, value: object, known: Iterable[str]) -> None:
-    """Raise NQMError, with a suggestion, unless `value` is one of the known words."""
+    """Check that a value is one of the known words.
+
+    Parameters
+    ----------
+    where : str
+        Name of the field, for the message.
+    value : object
+        The value that the user gave.
+    known : iterable of str
+        Allowed words.
+
+    Raises
+    ------
+    NQMError
+        If it is none of them; the message suggests one.
+    """
     names = tuple(known)
     if not isinstance(value, str) or value not in names:
         raise NQMError(f"{where} {shown(value)} is unknown{suggest(str(value), names)}")
 
 
 def check_integer(where: str, value: object, minimum: int) -> None:
-    """Raise NQMError unless `value` is an integer (not a bool) of at least `minimum`."""
+    """Check that a value is an integer (not a bool) of at least `minimum`.
+
+    Parameters
+    ----------
+    where : str
+        Name of the field, for the message.
+    value : object
+        The value that the user gave.
+    minimum : int
+        Smallest value allowed.
+
+    Raises
+    ------
+    NQMError
+        If it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise NQMError(f"{where} must be an integer >= {minimum}; got {shown(value)}")
 
@@ -62,7 +116,24 @@ def check_number(
     closed_low: bool = True,
     closed_high: bool = True,
 ) -> None:
-    """Raise NQMError unless `value` is a finite number in the stated interval."""
+    """Check that a value is a finite number (not a bool) in an interval.
+
+    Parameters
+    ----------
+    where : str
+        Name of the field, for the message.
+    value : object
+        The value that the user gave.
+    low, high : float
+        Ends of the interval; infinite by default.
+    closed_low, closed_high : bool
+        Whether the ends belong to it.
+
+    Raises
+    ------
+    NQMError
+        If it is not.
+    """
     try:
         x = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
     except OverflowError:  # an integer beyond all floats
@@ -83,16 +154,21 @@ def check_number(
 
 
 def check_installed(what: str, extra: str, *modules: str) -> None:
-    """Raise NQMError, naming the extra to install, unless every module can be found.
+    """Check that optional modules are installed, without importing them.
 
     Parameters
     ----------
     what : str
-        What needs them, as the user called it.
+        Function or option that needs them, for the message.
     extra : str
-        The extra of this package that brings them.
+        Extra of this package that installs them.
     *modules : str
-        Top-level names; none is imported.
+        Top-level names.
+
+    Raises
+    ------
+    NQMError
+        If one is missing; the message names the extra to install.
     """
     missing = [module for module in modules if not _found(module)]
     if missing:

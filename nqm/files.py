@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks that keep a second writer out."""
+"""Files that are written completely or not at all, and locks against a second writer."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 @contextmanager
 def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
-    """Be the only writer of an output until the end of the block.
+    """Lock an output, so that this process is its only writer until the end of the block.
 
-    The system frees the lock when its process ends in any way. It holds among all machines that see
-    the file, where the file system passes `flock` on, as NFS does.
+    The system frees the lock when the process ends, however it ends. The lock holds for all
+    machines that share the file, if the file system supports `flock`, as NFS does.
 
     Parameters
     ----------
     output : str or Path
-        A file, or a folder with `folder`; its folder is made where it is missing.
+        A file, or a folder with `folder`; the folder that contains it is made if it does not exist.
     folder : bool
-        Whether all that is in the folder `output` is written by one process.
+        Whether `output` is a folder whose whole content is locked.
 
     Yields
     ------
@@ -39,7 +39,7 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
     Raises
     ------
     NQMError
-        If another process holds it, naming that process; or if nothing can be written there.
+        If another process has the lock (the message names it), or if nothing can be written there.
     """
     output = Path(output)
     path = _lock_of(output, folder)
@@ -56,7 +56,7 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed before it is freed: who opened it meanwhile sees that it has no name any more.
+        # Removed before it is freed: a process that opened it sees that its name is gone.
         with suppress(OSError):
             os.unlink(stream.name)
         stream.close()
@@ -71,7 +71,7 @@ def tidy_lock(output: str | Path, *, folder: bool = False) -> None:
     Parameters
     ----------
     output, folder
-        As of `locked`.
+        As in `locked`.
     """
     if _lock_of(Path(output), folder).exists():
         with suppress(NQMError), locked(output, folder=folder):
@@ -83,7 +83,7 @@ def _lock_of(output: Path, folder: bool) -> Path:
 
 
 def _take(path: Path) -> IO[bytes] | None:
-    """The file at `path`, locked by this process; None if another one holds it."""
+    """Open and lock the file at `path`; None if another process has the lock."""
     while True:
         check_replaceable(path)  # to open a pipe would wait for its other end
         stream: IO[bytes] = open(path, "ab")  # noqa: SIM115  closed with the lock
@@ -91,7 +91,7 @@ def _take(path: Path) -> IO[bytes] | None:
         if free and _is_at(stream, path):
             break
         stream.close()
-        if free is None:  # no locks here: existence of a second file has to do
+        if free is None:  # no locks on this file system: use the existence of a second file
             path.unlink(missing_ok=True)
             try:
                 stream = open(path.with_name(f"{path.name}.held"), "xb")  # noqa: SIM115
@@ -108,7 +108,7 @@ def _take(path: Path) -> IO[bytes] | None:
 
 
 def _flock(stream: IO[bytes]) -> bool | None:
-    """Whether the file could be locked at once; None where there are no locks."""
+    """Whether the file could be locked at once; None if the file system has no locks."""
     try:
         import fcntl
 
@@ -133,7 +133,7 @@ def _is_at(stream: IO[bytes], path: Path) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock, as written in it."""
+    """Process that has the lock, as written in the file."""
     held = path.with_name(f"{path.name}.held")
     for name, advice in ((held, f" (if there is no such process, delete {held})"), (path, "")):
         with suppress(OSError, UnicodeDecodeError):
@@ -172,30 +172,43 @@ def check_regular(path: Path) -> int:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise NQMError if what is in the place of an output, before it is computed, is no file."""
+    """Check, before an output is computed, that its path is free or a regular file.
+
+    Parameters
+    ----------
+    path : Path
+        Where the output will be written.
+
+    Raises
+    ------
+    NQMError
+        If there is a folder, a pipe or a device.
+    """
     if path.exists():
         check_regular(path)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
-    The stream is a temporary file beside `path`, which takes its name once all is on disk. Those
-    that a killed process left behind are removed.
+    The stream is a temporary file in the same folder, which is renamed to `path` once everything is
+    on disk. Temporary files of killed processes are removed.
 
     Parameters
     ----------
     path : Path
+        File to write.
 
     Yields
     ------
     IO of bytes
+        Stream to write to.
 
     Raises
     ------
     NQMError
-        If the file cannot be written; an older one of that name stays.
+        If the file cannot be written; an older file of that name is not changed.
     """
     try:
         _tidy(path)
@@ -215,17 +228,17 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _temporary(path: Path) -> IO[bytes]:
-    """A new neighbour of `path`, locked as long as it is open."""
+    """New temporary file in the folder of `path`, locked as long as it is open."""
     while True:
         stream = open(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"), "xb")  # noqa: SIM115
-        # `_tidy` of another process may have come in between the two calls.
+        # `_tidy` of another process may have removed it between the two calls.
         if _flock(stream) is not False and os.path.exists(stream.name):
             return stream
         stream.close()
 
 
 def _tidy(path: Path) -> None:
-    """Remove neighbours of `path` that nobody writes to any more."""
+    """Remove temporary files of `path` to which no process writes."""
     for left in path.parent.iterdir():
         if is_temporary(left) and left.name.startswith(f".{path.name}."):
             with suppress(OSError), open(left, "ab") as stream:
@@ -234,41 +247,44 @@ def _tidy(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Tell whether a file is one that `replacing` has not finished.
+    """Tell whether a file is a temporary file of `replacing`.
 
     Parameters
     ----------
     path : Path
-        Its name is looked at only.
+        The file, judged by its name only.
 
     Returns
     -------
     bool
+        True for names like ``.NAME.1a2b3c4d.tmp``.
     """
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def is_lock(path: Path) -> bool:
-    """Tell whether a file is a lock.
+    """Tell whether a file is a lock of `locked`.
 
     Parameters
     ----------
     path : Path
-        Its name is looked at only.
+        The file, judged by its name only.
 
     Returns
     -------
     bool
+        True for hidden names that end in ``.lock`` or ``.lock.held``.
     """
     return path.name.startswith(".") and path.name.endswith((".lock", ".lock.held"))
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk, where the system can.
+    """Force the names in a folder to the disk, if the system can.
 
     Parameters
     ----------
     folder : Path
+        The folder.
     """
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""gamma: what multiplies the summed gradient of weights that late-phase members share."""
+"""gamma: factor on the summed gradient of the weights that late-phase members share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ GAMMAS = ("sum", "mean")
 
 
 def check_gamma(field: str, gamma: str | float) -> None:
-    """Raise NQMError unless `gamma` is ``"sum"``, ``"mean"`` or a number >= 0.
+    """Check that `gamma` is ``"sum"``, ``"mean"`` or a number >= 0.
 
     Parameters
     ----------
     field : str
-        Its name in the message.
+        Name of the field, for the message.
     gamma : {"sum", "mean"} or float
+        The value that the user gave.
+
+    Raises
+    ------
+    NQMError
+        If it is none of these.
     """
     if isinstance(gamma, str):
         check_word(field, gamma, GAMMAS)
@@ -24,18 +30,19 @@ def check_gamma(field: str, gamma: str | float) -> None:
 
 
 def base_scale(gamma: str | float, members: int) -> float:
-    """Gamma as a number.
+    """Compute gamma as a number.
 
     Parameters
     ----------
     gamma : {"sum", "mean"} or float
+        Checked value of the field.
     members : int
-        K.
+        Number K of members.
 
     Returns
     -------
     float
-        1 for ``"sum"``, 1 / K for ``"mean"``.
+        1 for ``"sum"``, 1 / K for ``"mean"``, else `gamma` itself.
     """
     if isinstance(gamma, str):
         return {"sum": 1.0, "mean": 1.0 / members}[gamma]

@@ -1,7 +1,7 @@
-"""Content keys: a configuration is known by what differs from its defaults.
+"""Content keys: a configuration is identified by the entries that differ from their defaults.
 
-A new entry with a default therefore leaves every older key as it was. A default that is changed
-later must not: `omits` then tells which value keys go on to leave out.
+A new entry with a default therefore changes no older key. A changed default must not change keys
+either: `omits` states the earlier default, which keys continue to leave out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 
-#: What `omitted` returns for an entry without a default.
+#: Result of `omitted` for an entry without a default.
 REQUIRED = inspect.Parameter.empty
 
 
@@ -25,8 +25,8 @@ def key(mapping: Mapping[str, Any]) -> str:
     Parameters
     ----------
     mapping : mapping
-        Of numbers, texts, lists and mappings. The order of its entries does not matter, and a
-        number is the same however it was written: 1 or 1.0, 0.1 or 1e-1.
+        Holds numbers, texts, lists and mappings. The order of its entries does not matter, nor the
+        spelling of a number: 1 or 1.0, 0.1 or 1e-1.
 
     Returns
     -------
@@ -37,12 +37,34 @@ def key(mapping: Mapping[str, Any]) -> str:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two plain values give the same key; 1 and 1.0 do, 1 and True do not."""
+    """Tell whether two plain values give the same key; 1 and 1.0 do, 1 and True do not.
+
+    Parameters
+    ----------
+    one, other : Any
+        Numbers, texts, lists and mappings.
+
+    Returns
+    -------
+    bool
+        Whether their `text` is equal.
+    """
     return text(one) == text(other)
 
 
 def text(value: Any) -> str:
-    """One text of all plain values that give the same key."""
+    """Write a plain value in its canonical form, from which keys are computed.
+
+    Parameters
+    ----------
+    value : Any
+        Numbers, texts, lists and mappings.
+
+    Returns
+    -------
+    str
+        JSON with sorted names and one spelling of each number.
+    """
     return json.dumps(_canonical(value), sort_keys=True, default=str)
 
 
@@ -61,7 +83,12 @@ def omits(**values: Any) -> Callable[[Target], Target]:
     Parameters
     ----------
     **values
-        By the name of the entry: its default of before, which keys go on to leave out.
+        Earlier default by name of the entry; keys continue to leave it out.
+
+    Returns
+    -------
+    callable
+        Decorator that returns its target.
 
     Raises
     ------
@@ -93,13 +120,24 @@ def omits(**values: Any) -> Callable[[Target], Target]:
 
 
 def earlier_defaults(target: object) -> Mapping[str, Any]:
-    """The defaults of before that `omits` states of a class or function; empty for any other."""
+    """Earlier defaults that `omits` states for a class or function.
+
+    Parameters
+    ----------
+    target : object
+        Class, function or anything else.
+
+    Returns
+    -------
+    mapping of str to Any
+        Earlier default by name; empty if `omits` was not applied.
+    """
     stated: Mapping[str, Any] = getattr(target, "__omitted__", {})
     return stated
 
 
 def omitted(target: Callable[..., Any], name: str) -> Any:
-    """The value that keys leave out: the default, or the one that `omits` states.
+    """Value of an entry that keys leave out: the default, or the one that `omits` states.
 
     Parameters
     ----------
@@ -111,14 +149,14 @@ def omitted(target: Callable[..., Any], name: str) -> Any:
     Returns
     -------
     Any
-        `REQUIRED` where there is no default, or no such parameter.
+        `REQUIRED` if there is no default, or no such parameter.
     """
     stated = earlier_defaults(target)
     return stated[name] if name in stated else _default(target, name)
 
 
 def _default(target: Callable[..., Any], name: str) -> Any:
-    """Today's default; `REQUIRED` where there is none."""
+    """Present default; `REQUIRED` if there is none."""
     for field in fields(target) if is_dataclass(target) else ():
         if field.name == name and field.default_factory is not MISSING:
             return field.default_factory()
@@ -129,18 +167,30 @@ def _default(target: Callable[..., Any], name: str) -> Any:
 
 
 def changed_defaults(target: Callable[..., Any]) -> dict[str, Any]:
-    """Today's defaults of the entries whose default has changed (see `omits`)."""
+    """Present defaults of the entries whose default has changed.
+
+    Parameters
+    ----------
+    target : callable
+        Class or function to which `omits` may have been applied.
+
+    Returns
+    -------
+    dict of str to Any
+        Present default by name.
+    """
     return {name: _default(target, name) for name in earlier_defaults(target)}
 
 
 def differing(value: Any, plain: Callable[[Any], Any] = lambda entry: entry) -> dict[str, Any]:
-    """Entries of a dataclass that differ from what keys leave out.
+    """Entries of a dataclass that differ from the values that keys leave out.
 
     Parameters
     ----------
     value : dataclass instance
+        Configuration.
     plain : callable
-        Gives an entry as numbers, texts, lists and mappings.
+        Takes an entry; returns it as numbers, texts, lists and mappings.
 
     Returns
     -------
@@ -148,10 +198,10 @@ def differing(value: Any, plain: Callable[[Any], Any] = lambda entry: entry) -> 
         Plain entries by name.
     """
     made: Callable[..., Any] = type(value)
-    found = {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+    entries = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     return {
         name: entry
-        for name, entry in found.items()
+        for name, entry in entries.items()
         if omitted(made, name) is REQUIRED or not same(entry, plain(omitted(made, name)))
     }
 
@@ -159,19 +209,19 @@ def differing(value: Any, plain: Callable[[Any], Any] = lambda entry: entry) -> 
 def difference(
     stated: Mapping[str, Any], asked: Mapping[str, Any], absent: str = "none"
 ) -> str | None:
-    """The first entry in which two configurations differ, for a message.
+    """Describe the first entry in which two configurations differ, for a message.
 
     Parameters
     ----------
     stated, asked : mapping
-        The configuration on disk, and the one asked for.
+        The configuration on disk, and the one that the user asks for.
     absent : str
-        Said of an entry that one of them lacks.
+        Text for an entry that one of them lacks.
 
     Returns
     -------
     str or None
-        As ``late_phase.members = 4, you ask for 8``; None if they are the same.
+        For example ``late_phase.members = 4, you ask for 8``; None if they are the same.
     """
     one, other = dict(_entries(stated)), dict(_entries(asked))
     names = [
@@ -183,7 +233,7 @@ def difference(
         return None
     first = names[0]
     more = f" (and {len(names) - 1} more entries differ)" if len(names) > 1 else ""
-    if first.endswith(".sha256"):  # of the content of a file
+    if first.endswith(".sha256"):  # the digest of a file
         return f"another content of {first.removesuffix('.sha256')}{more}"
     before, now = (
         json.dumps(part[first], default=str) if first in part else absent for part in (one, other)
@@ -192,7 +242,7 @@ def difference(
 
 
 def _entries(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what they hold; lists of tables by index."""
+    """Dotted keys and their values; lists of tables by index."""
     if isinstance(value, Mapping):
         inner = value.items()
     elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):

@@ -1,6 +1,6 @@
-"""Sizes that are refused before any work: what would not fit into memory, or would not end.
+"""Limits of memory and time, checked before any work begins.
 
-Every refusal names the field, its value, what it would need and the limit.
+Every message names the field, its value, the memory or work that it needs, and the limit.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from pathlib import Path
 
 from nqm.errors import NQMError, shown
 
-#: Steps that one call may walk one by one; a billion take minutes in one direction.
+#: Steps that one call may take one by one; 10^9 take minutes in one direction.
 WALKED = 10**9
-#: Multiplications that one call may need in dense matrices; a processor does some 10^9 a second.
+#: Multiplications of dense matrices that one call may need; a processor does some 10^9 per second.
 WORK = 1e12
-#: Members, clients and snapshots that an algorithm may state; it lists each by its name.
+#: Largest number of members, clients or snapshots of an algorithm, which names each of them.
 MEMBERS = 10**6
 
 
 def available_memory() -> int:
-    """Bytes of memory this process may have: the machine's, or less where it is limited.
+    """Bytes of memory that this process may use.
 
     Returns
     -------
     int
-        The least of: the machine's memory, the process limit, the container limit.
+        The smallest of the machine's memory, the process limit and the container limit.
     """
     limits = []
     with suppress(OSError, ValueError, AttributeError):
@@ -42,7 +42,7 @@ def available_memory() -> int:
 
 
 def memory_limit() -> int:
-    """Most bytes that one array, or one set of arrays, may take.
+    """Largest number of bytes of one array, or of arrays that exist at the same time.
 
     Half of `available_memory`; the environment variable ``NQM_MEMORY`` sets another limit, in GiB.
 
@@ -69,23 +69,23 @@ def memory_limit() -> int:
 
 
 def check_size(field: str, count: float, bytes_each: float = 8, fix: str = "") -> None:
-    """Raise NQMError if `count` entries of `bytes_each` are more than `memory_limit`.
+    """Check that `count` entries of `bytes_each` fit in `memory_limit`.
 
     Parameters
     ----------
     field : str
-        What the user set, e.g. ``replicas = 10``.
+        Field and value that the user set, e.g. ``replicas = 10``.
     count : float
-        Entries; a Python int of any size.
+        Number of entries; may be a Python int of any size.
     bytes_each : float
-        Memory of one.
+        Memory of one entry, bytes.
     fix : str
-        What to do about it.
+        Advice to the user.
 
     Raises
     ------
     NQMError
-        If they are.
+        If they do not fit.
     """
     limit = memory_limit()
     needed = min(count, 2**900) * bytes_each  # no float of any size overflows
@@ -97,32 +97,38 @@ def check_size(field: str, count: float, bytes_each: float = 8, fix: str = "") -
 
 
 def check_memory(where: str, value: object, numbers: float, fix: str = "") -> None:
-    """Raise NQMError if so many float64 numbers, which a field asks for, do not fit.
+    """Check that the float64 numbers that a field needs fit in memory.
 
     Parameters
     ----------
     where : str
-        The field to lower.
+        Name of the field.
     value : object
-        What it holds.
+        Its value.
     numbers : float
-        Numbers of 8 bytes held at once.
+        Numbers of 8 bytes that exist at the same time.
     fix : str
-        What to do about it; by default to lower the field.
+        Advice to the user; by default to lower the field.
+
+    Raises
+    ------
+    NQMError
+        If they do not fit.
     """
     check_size(f"{where} = {shown(value)}", numbers, 8, fix or f"lower {where}")
 
 
 def check_walk(where: str, steps: float, why: str) -> None:
-    """Raise NQMError if more than `WALKED` steps would be simulated one by one.
+    """Check that at most `WALKED` steps are taken one by one.
 
     Parameters
     ----------
     where : str
-        The field to lower.
+        Name of the field that sets the number.
     steps : float
+        Number of steps.
     why : str
-        Why no shortcut holds; follows "as" in the message.
+        Reason why steps cannot be combined; follows "as" in the message.
 
     Raises
     ------
@@ -137,17 +143,18 @@ def check_walk(where: str, steps: float, why: str) -> None:
 
 
 def check_work(where: str, value: object, multiplications: float, what: str, fix: str = "") -> None:
-    """Raise NQMError if a call needs more than `WORK` multiplications.
+    """Check that a call needs at most `WORK` multiplications.
 
     Parameters
     ----------
     where : str
-        The field that sets the number.
+        Name of the field that sets the number.
     value : object
-        The value of this field.
+        Its value.
     multiplications : float
+        Number of multiplications.
     what : str
-        The computation, e.g. "of a singular value decomposition".
+        Name of the computation, e.g. "of a singular value decomposition".
     fix : str
         Advice to the user; by default to lower the field.
 
@@ -164,12 +171,12 @@ def check_work(where: str, value: object, multiplications: float, what: str, fix
 
 
 def readable(size: float) -> str:
-    """Bytes in the largest unit that fits, e.g. ``1.5 GiB``.
+    """Write a number of bytes in the largest unit that fits, e.g. ``1.5 GiB``.
 
     Parameters
     ----------
     size : float
-        Bytes.
+        Number of bytes.
 
     Returns
     -------

@@ -7,24 +7,30 @@ from collections.abc import Iterable
 
 from nqm.errors import NQMError
 
-#: Most bytes of a name; file systems take 255, and endings are added.
+#: Largest number of bytes of a name; file systems allow 255, and endings are added.
 LONGEST = 100
-#: Marks a name may hold beside letters and digits, not at its start.
+#: Characters that a name may contain besides letters and digits, but not at its start.
 MARKS = " _-.+=,()@"
-#: What Windows keeps for devices, with any ending.
+#: Names that Windows reserves for devices, with any ending.
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in range(1, 10)}
 
 
 def check_folder_names(where: str, names: Iterable[str], own: Iterable[str] = ()) -> None:
-    """Raise NQMError unless every name is that of a plain folder on any system, and its own.
+    """Check that names are distinct folder names on any system.
 
     Parameters
     ----------
     where : str
-        Dotted key whose entries the names are.
+        Dotted key whose entries the names are, for the message.
     names : iterable of str
+        Names that the user chose.
     own : iterable of str
-        Files the program writes beside these folders.
+        Names of files that the program writes beside these folders.
+
+    Raises
+    ------
+    NQMError
+        If a name is no valid folder name, or equals another one up to capitals.
     """
     taken = {_folded(name): name for name in own}
     for name in names:
@@ -43,10 +49,23 @@ def check_folder_names(where: str, names: Iterable[str], own: Iterable[str] = ()
 
 
 def folder_name(text: str, default: str) -> str:
-    """A folder's name made of any text: what it must not hold becomes ``-``."""
-    kept = "".join(c if c.isalnum() or c in MARKS else "-" for c in text)
-    kept = kept.strip("-. ").encode()[:LONGEST].decode(errors="ignore").rstrip("-. ")
-    return kept if kept and not _fault(kept) else default
+    """Make a folder name from any text.
+
+    Parameters
+    ----------
+    text : str
+        Any text; characters that are not allowed become ``-``.
+    default : str
+        Name to use if nothing valid is left.
+
+    Returns
+    -------
+    str
+        Valid folder name of at most `LONGEST` bytes.
+    """
+    name = "".join(c if c.isalnum() or c in MARKS else "-" for c in text)
+    name = name.strip("-. ").encode()[:LONGEST].decode(errors="ignore").rstrip("-. ")
+    return name if name and not _fault(name) else default
 
 
 def _folded(name: str) -> str:
@@ -54,7 +73,7 @@ def _folded(name: str) -> str:
 
 
 def _fault(name: str) -> str:
-    """What is wrong with a folder's name, after "must not"; empty if nothing is."""
+    """Fault of a folder name, to be read after "must not"; empty if there is none."""
     wrong = next((c for c in name if not (c.isalnum() or c in MARKS)), "")
     if not name:
         return "be empty"

@@ -1,4 +1,4 @@
-"""Phases in sequence: the method, its rates, its batch size and the number of steps of each."""
+"""Programs: phases in sequence, each with a method, rates, a batch size and a number of steps."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ from nqm.transition import minibatches
 class Phase:
     """One algorithm, run for `steps` steps.
 
-    A phase keeps the coordinates that the phase before it also has, by name: a late phase after a
-    late phase goes on, and so does SWA on top of a running method. All other coordinates begin from
-    the weights that the earlier phase evaluates: late-phase members are spawned from them, and an
-    average becomes the iterate. A plain optimizer's momentum becomes that of the late-phase base
-    weights, and the members' momentum starts at zero, as in the paper.
+    A phase keeps the values of the coordinates that the phase before it also has, by name: so a
+    late phase continues the members of a late phase before it, and SWA continues the run that it
+    averages. All other coordinates start from the weights that the earlier phase evaluates:
+    late-phase members are spawned from them, and an average becomes the iterate. A plain
+    optimizer's momentum becomes that of the late-phase base weights, and the members' momentum
+    starts at zero, as in the paper.
 
     Parameters
     ----------
     algorithm : Algorithm or Nonlinear
+        Training or averaging method.
     lr : float or Schedule
-        Learning rate by step of this phase.
+        Learning rate, > 0, by step of this phase.
     steps : int
-        >= 0. One step of K members is one cycle: every member steps once.
+        Number of steps, >= 0. One step of K members is one cycle: every member steps once.
     batch_size : float or Schedule
-        Examples in one minibatch.
+        Examples of one minibatch, > 0.
     member_lr : float or Schedule, optional
-        Rate of late-phase weights; `lr` by default.
+        Learning rate of late-phase members; `lr` by default.
     restart : bool
-        Begin from the evaluated weights even where the state could go on (members are spawned
-        anew).
+        Start from the evaluated weights even if the state could be kept (members are spawned
+        again).
     """
 
     algorithm: Algorithm | Nonlinear
@@ -68,7 +70,7 @@ class Phase:
 
     @property
     def minibatches(self) -> float:
-        """Minibatches one step draws."""
+        """Number of minibatches that one step draws."""
         if isinstance(self.algorithm, Nonlinear):
             return self.algorithm.minibatches
         return minibatches(self.algorithm)
@@ -81,7 +83,7 @@ class Phase:
 
     @property
     def least_batch_size(self) -> float:
-        """A lower bound of the batch size; its first value where the schedule knows no bound."""
+        """A lower bound of the batch size; its first value if no bound is known."""
         schedule: Any = self.batch_size
         return schedule.least or float(schedule(0))
 
@@ -91,12 +93,12 @@ class Phase:
         Parameters
         ----------
         start, stop : int
-            Steps of this phase.
+            First step of this phase, and the last one plus 1.
 
         Returns
         -------
         ndarray, shape (stop - start, 2 or 3)
-            Columns lr, member_lr where the algorithm takes two rates, and batch size (examples).
+            Columns lr, member_lr if the algorithm has two rates, and batch size (examples).
         """
         t = np.arange(start, stop)
         return np.stack([schedule(t) for schedule in self._schedules()], axis=1)
@@ -107,16 +109,17 @@ class Phase:
         return all(len(s) == 0 or (len(s) == 1 and s[0][2] == 1) for s in self._segments)
 
     def still(self, start: int, stop: int) -> bool:
-        """Whether rates and batch size are the same at all steps [start, stop).
+        """Tell whether rates and batch size are the same at all steps [start, stop).
 
         Parameters
         ----------
         start, stop : int
-            Steps of this phase.
+            First step of this phase, and the last one plus 1.
 
         Returns
         -------
         bool
+            False if any of them changes inside.
         """
         return all(
             a <= start and stop <= b and p == 1
@@ -124,15 +127,17 @@ class Phase:
         )
 
     def examples(self, steps: int) -> float:
-        """Examples drawn in the first `steps` steps.
+        """Count the examples drawn in the first `steps` steps.
 
         Parameters
         ----------
         steps : int
+            Steps of this phase, >= 0.
 
         Returns
         -------
         float
+            Examples of all minibatches together.
         """
         total = 0.0
         schedule: Any = self.batch_size
@@ -145,14 +150,14 @@ class Phase:
         return self.minibatches * total
 
     def segments(self) -> Iterator[Segment]:
-        """Stretches on which rates, batch size and algorithm repeat together.
+        """Divide the phase into stretches on which rates, batch size and algorithm repeat.
 
         Yields
         ------
         start, stop : int
-            Steps of this phase.
+            First step of the stretch, and the last one plus 1.
         period : int or None
-            Steps after which all repeat; None where they do not within the stretch.
+            Steps after which all of them repeat; None if they do not within the stretch.
         """
         method_period: int | None = 1
         if isinstance(self.algorithm, Algorithm):
@@ -173,14 +178,14 @@ class Phase:
 
 
 def _segment_at(step: int, segments: list[Segment]) -> Segment:
-    """The segment that a step lies in; an empty one of a phase without steps."""
+    """The segment that contains a step; an empty one for a phase without steps."""
     if not segments:
         return 0, 0, None
     return segments[max(bisect_right(segments, step, key=lambda s: s[0]) - 1, 0)]
 
 
 def _check_batch_sizes(schedule: Any, steps: int) -> None:
-    """Raise NQMError where a batch would be empty, at any of the first million steps."""
+    """Raise NQMError if a batch would be empty at one of the first million steps."""
     if schedule.least > 0.0:
         return
     empty = np.flatnonzero(~(schedule(np.arange(min(steps, 10**6))) > 0.0))
@@ -197,15 +202,17 @@ def _size(of: Sized) -> int:
 
 
 def goes_on(old: Phase, new: Phase) -> bool:
-    """Whether the state of phase `old` goes on in phase `new`, which may add to it.
+    """Tell whether phase `new` keeps the whole state of phase `old`; it may add coordinates.
 
     Parameters
     ----------
     old, new : Phase
+        Two phases in sequence.
 
     Returns
     -------
     bool
+        False if `new.restart`.
     """
     if new.restart:
         return False
@@ -215,17 +222,20 @@ def goes_on(old: Phase, new: Phase) -> bool:
 
 
 def resumes(old: Phase, new: Phase) -> bool:
-    """Whether coordinates of equal name are carried over into phase `new`.
+    """Tell whether phase `new` keeps the coordinates of equal name of phase `old`.
 
-    Beside a state that goes on, a plain optimizer's momentum becomes that of the base weights.
+    It does if it keeps the whole state, and after a plain optimizer, whose momentum becomes that of
+    the base weights.
 
     Parameters
     ----------
     old, new : Phase
+        Two phases in sequence.
 
     Returns
     -------
     bool
+        False if `new.restart`.
     """
     plain = isinstance(old.algorithm, Optimizer) and isinstance(new.algorithm, Algorithm)
     return goes_on(old, new) or (plain and not new.restart)
@@ -233,12 +243,12 @@ def resumes(old: Phase, new: Phase) -> bool:
 
 @dataclass(frozen=True)
 class Program:
-    """Phases run one after another.
+    """Phases that are run one after another.
 
     Parameters
     ----------
     phases : sequence of Phase
-        At least one.
+        At least one phase.
     """
 
     phases: tuple[Phase, ...]
@@ -255,7 +265,7 @@ class Program:
 
     @property
     def steps(self) -> int:
-        """Steps of all phases."""
+        """Number of steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     @property
@@ -264,7 +274,7 @@ class Program:
         return all(isinstance(phase.algorithm, Algorithm) for phase in self.phases)
 
     def examples(self, steps: Sequence[int]) -> FloatArray:
-        """Examples drawn up to each step of the whole program.
+        """Count the examples drawn up to each step of the whole program.
 
         Parameters
         ----------
@@ -274,6 +284,7 @@ class Program:
         Returns
         -------
         ndarray, shape (len(steps),)
+            Examples since the start of the program.
         """
         counts = []
         for step in steps:
@@ -285,7 +296,7 @@ class Program:
         return np.array(counts)
 
     def recorded(self, at: Sequence[int] | None) -> list[int]:
-        """Steps to record, checked.
+        """Check the steps to record.
 
         Parameters
         ----------
@@ -295,12 +306,12 @@ class Program:
         Returns
         -------
         list of int
-            Sorted and distinct.
+            Rising and distinct.
 
         Raises
         ------
         NQMError
-            For what is not a whole number, or lies outside of the program.
+            If an entry is not a whole number, or lies outside of the program.
         """
         if at is None:
             return sorted({int(step) for step in np.linspace(0, self.steps, 101).round()})
@@ -321,21 +332,24 @@ class Program:
 
 
 def one_phase(where: str, value: object) -> Phase:
-    """The phase that a function was given.
+    """Check that an argument is a phase.
 
     Parameters
     ----------
     where : str
         Name of the argument, for the message.
     value : object
+        The argument.
 
     Returns
     -------
     Phase
+        `value` itself.
 
     Raises
     ------
     NQMError
+        If it is not a `Phase`.
     """
     if not isinstance(value, Phase):
         raise NQMError(f"{where} must be a Phase{_instead(value)}")
@@ -343,21 +357,24 @@ def one_phase(where: str, value: object) -> Phase:
 
 
 def as_program(where: str, value: Program | Phase | Sequence[Phase]) -> Program:
-    """The program that a function was given, also as one phase or a list of phases.
+    """Turn an argument into a program: a program, one phase or a list of phases.
 
     Parameters
     ----------
     where : str
         Name of the argument, for the message.
-    value : object
+    value : Program, Phase or sequence of Phase
+        The argument.
 
     Returns
     -------
     Program
+        `value` itself if it is one already.
 
     Raises
     ------
     NQMError
+        If it is none of these.
     """
     if isinstance(value, Program):
         return value
@@ -369,7 +386,7 @@ def as_program(where: str, value: Program | Phase | Sequence[Phase]) -> Program:
 
 
 def _instead(value: object) -> str:
-    """``"; got SGD(): do this"``, where one can guess what was meant."""
+    """End of a message, ``"; got SGD(): do this"``, with a fix if the intention is clear."""
     hint = ""
     if isinstance(value, Algorithm | Nonlinear):
         hint = ", which has no rate and no steps: give Phase(algorithm, lr, steps)"
@@ -381,39 +398,50 @@ def _instead(value: object) -> str:
 def constant(
     algorithm: Algorithm | Nonlinear, lr: float, steps: int, *, batch_size: float = 1, **more: Any
 ) -> Program:
-    """A program of one phase at constant rates.
+    """Build a program of one phase at constant rates.
 
     Parameters
     ----------
     algorithm : Algorithm or Nonlinear
+        Training or averaging method.
     lr : float
+        Learning rate, > 0.
     steps : int
+        Number of steps, >= 0.
     batch_size : float
-        Examples in one minibatch.
+        Examples of one minibatch, > 0.
     **more
         Other fields of `Phase`.
 
     Returns
     -------
     Program
+        With one phase.
     """
     return Program((Phase(algorithm, lr, steps, batch_size, **more),))
 
 
 def steps_for(algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: float = 1) -> int:
-    """Number of whole steps that use at most `examples` examples, to compare at equal data.
+    """Count the whole steps that use at most `examples` examples, to compare at equal data.
 
     Parameters
     ----------
     algorithm : Algorithm or Nonlinear
+        Method; K members with minibatches of their own use K minibatches per step.
     examples : float
-        >= 0.
+        Data budget, >= 0.
     batch_size : float
-        Examples in one minibatch.
+        Examples of one minibatch, > 0.
 
     Returns
     -------
     int
+        Number of steps.
+
+    Raises
+    ------
+    NQMError
+        If an argument is out of range.
     """
     check_number("steps_for.examples", examples, low=0.0)
     phase = Phase(algorithm, 1.0, 1, batch_size)

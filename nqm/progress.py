@@ -1,36 +1,36 @@
-"""How far long work is: one type of function that is told."""
+"""Reports of the progress of long work: the type of a callback, and helpers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-#: Told the name of a stage and the share of it that is done, from 0 to 1.
+#: Called with the name of a stage and the share of it that is done, from 0 to 1.
 Progress = Callable[[str, float], None]
 
-#: An estimate of the work may be too low: a stage is done only when the next one begins.
+#: Largest share that is reported inside a stage, because the estimate of its work may be too low.
 ALMOST = 0.99
 
 
 def counted(
     progress: Progress | None, stage: str, expected: float, *, exact: bool = False
 ) -> Callable[[int], None]:
-    """A function that is told how much more of a stage is done, and tells the share.
+    """Turn counts of units of work into reports of the share of a stage that is done.
 
     Parameters
     ----------
     progress : callable or None
-        Nothing is told if None.
+        Called with the stage and the share; nothing is reported if None.
     stage : str
         Name of the stage.
     expected : float
-        All there is to do, in the units of what is told; an estimate.
+        Units of the whole stage; an estimate unless `exact`.
     exact : bool
         True if `expected` is no estimate: the share then reaches 1.
 
     Returns
     -------
     callable
-        Takes the number of units done since it was called last.
+        Takes the number of units done since its last call.
     """
     done = 0
 
@@ -44,19 +44,19 @@ def counted(
 
 
 def within(progress: Progress | None, index: int, count: int) -> Progress | None:
-    """Progress of one of several equal parts, told as progress of the whole.
+    """Report the progress of one of several equal parts as progress of the whole.
 
     Parameters
     ----------
     progress : callable or None
-        Told of the whole.
+        Called with the stage and the share of the whole.
     index, count : int
-        Which part, from 0, and how many there are.
+        Number of the part, from 0, and number of parts.
 
     Returns
     -------
     callable or None
-        To be told of the part; None if `progress` is None.
+        Takes the stage and the share of the part; None if `progress` is None.
     """
     if progress is None:
         return None

@@ -1,4 +1,4 @@
-"""What a solver returns."""
+"""Results of the solvers: losses at recorded steps, their status and their distribution."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Status(StrEnum):
-    """How a case ended; never an exception."""
+    """Outcome of a run; divergence is a status, not an exception."""
 
     FINISHED = "finished"
     REACHED = "reached"
@@ -36,7 +36,7 @@ class Status(StrEnum):
 
 
 class Kind(StrEnum):
-    """What a number is."""
+    """How a loss was computed: exact moments, Monte Carlo, or a stated approximation."""
 
     EXACT = "exact"
     SAMPLE = "sample"
@@ -44,17 +44,29 @@ class Kind(StrEnum):
     LONG_RUN = "long_run"
 
 
-#: A loss this many times what a stable run may come to counts as diverged, though finite.
+#: A finite loss counts as diverged if it exceeds the bound of a stable run by this factor.
 RUNAWAY = 1e12
 
 
 def runaway(problem: Problem, program: Program) -> float:
-    """Loss beyond which a run counts as diverged even where it is still a finite number.
+    """Compute the loss above which a run counts as diverged even if it is finite.
 
-    `RUNAWAY` times what a stable run may come to: the loss of the start, of the origin (to which
-    decay pulls), of the members' spread, and of all the noise of all steps piled up, at the highest
-    rate of plain SGD, 2 / h of the largest curvature. Infinite for methods whose steps are bounded
-    whatever the gradient: they do not diverge, and their loss has the scale of their rate.
+    It is `RUNAWAY` times a bound of a stable run: the loss of the start, of the origin (to which
+    weight decay pulls), of the members' spread, and of the noise of all steps added up, at the
+    highest rate of plain SGD, 2 / h of the largest curvature h.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    program : Program
+        Phases that are run.
+
+    Returns
+    -------
+    float
+        Infinite for methods whose steps are bounded for any gradient: they do not diverge, and
+        their loss has the scale of their rate.
     """
     top = float(problem.curvature.max())
     if top == 0.0 or any(_bounded(phase.algorithm) for phase in program.phases):
@@ -70,14 +82,14 @@ def runaway(problem: Problem, program: Program) -> float:
 
 
 def _bounded(algorithm: object) -> bool:
-    """Whether a step is bounded whatever the gradient: signs, Adam, clipping."""
+    """Whether a step is bounded for any gradient: signs, Adam, clipping."""
     if not isinstance(algorithm, Sampled):
         return False
     return not isinstance(algorithm, SampledSGD) or algorithm.threshold is not None
 
 
 def _own_noise(algorithm: object) -> float:
-    """Variance of what a method adds by itself: rounding, and the members' first spread."""
+    """Variance that a method adds itself: by rounding, or by the initial spread of members."""
     if isinstance(algorithm, Rounded | Sampled):
         return algorithm.pitch**2
     if isinstance(algorithm, LatePhase | MultiplicativeLatePhase):
@@ -85,17 +97,45 @@ def _own_noise(algorithm: object) -> float:
     return _own_noise(algorithm.inner) if isinstance(algorithm, Around) else 0.0
 
 
-#: Least distance of a quantile's level from 0 and from 1.
+#: Smallest distance of a quantile's level from 0 and from 1.
 TAIL = 1e-12
 
 
 def check_level(where: str, level: object) -> None:
-    """Raise NQMError unless `level` is one that exact quantiles have."""
+    """Check the level of a quantile.
+
+    Parameters
+    ----------
+    where : str
+        Name of the field, for the message.
+    level : object
+        Must be a number from 1e-12 to 1 - 1e-12.
+
+    Raises
+    ------
+    NQMError
+        If it is not.
+    """
     check_number(where, level, low=TAIL, high=1.0 - TAIL)
 
 
 def check_sampled(problem: Quadratic, levels: Sequence[float], replicas: int) -> None:
-    """Raise NQMError where so many replicas say nothing of the loss's quantiles."""
+    """Check that Monte Carlo can estimate quantiles of the loss.
+
+    Parameters
+    ----------
+    problem : Problem or LeastSquares
+        Must have multiplicity 1 in every direction.
+    levels : sequence of float
+        Levels of the quantiles, in (0, 1).
+    replicas : int
+        Independent runs; at least 1 / min(level, 1 - level) are needed.
+
+    Raises
+    ------
+    NQMError
+        If a direction stands for several, or the replicas are too few for a level.
+    """
     problem.check_distribution("quantiles")
     if np.any(problem.multiplicity != 1.0):
         raise NQMError(
@@ -112,36 +152,40 @@ def check_sampled(problem: Quadratic, levels: Sequence[float], replicas: int) ->
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Expected loss at recorded steps. Arrays have shape (records,).
+    """Expected loss at recorded steps. Arrays have shape (records,) unless stated.
 
     Attributes
     ----------
+    problem : Problem
+        The problem solved.
     kind : Kind
         Exact moments, Monte Carlo, or a stated approximation.
     steps, examples : ndarray
-        Over the whole program.
+        Steps and training examples since the start of the program.
     loss : ndarray
         Expected loss of the evaluated weights (the mean model), without the irreducible constant.
     bias, variance : ndarray
-        What the start alone leaves (gradient noise off), and what the noise alone makes (start
-        at the minimum); they add up to `loss`. NaN from Monte Carlo.
+        Loss without gradient noise, and loss due to gradient noise alone (start at the minimum);
+        they add up to `loss`. NaN from Monte Carlo.
     member_loss : ndarray
         Expected loss of the average member; equal to `loss` for a single chain.
     stated_sd : ndarray or None
-        `loss_sd` where it is known at once; None where it takes the covariances `pairs`.
+        `loss_sd` if it is known at once; None if it needs the covariances `pairs`.
     stderr, member_stderr : ndarray
         Monte Carlo standard errors; 0 for analytic results.
     weight_mean, weight_variance : ndarray, shape (records, d)
         First two moments of the evaluated weights by direction (analytic results only).
     samples : ndarray, shape (records, replicas)
         Loss of every replica (Monte Carlo only).
+    unstable : ndarray of bool, optional
+        Whether the transition at the record amplifies some direction and the loss has grown.
     runaway : float
-        Loss beyond which the run counts as diverged even where it is finite (`runaway`).
+        Loss above which the run counts as diverged even if it is finite (`runaway`).
     controlled : bool
         Whether a control variate has adjusted the means (`nqm.sample`).
     pairs : callable, optional
-        Computes what correlated directions have in common, when it is first asked for: an iterator
-        of covariances between directions (d, d), zero on the diagonal, one a record.
+        Returns an iterator of covariances between directions, (d, d) with a zero diagonal, one per
+        record; called only when the distribution of the loss is needed.
     """
 
     problem: Problem
@@ -172,9 +216,26 @@ class Trajectory:
         loss: FloatArray,
         member_loss: FloatArray,
     ) -> Self:
-        """Monte Carlo result from the losses of all replicas, shape (records, replicas) each."""
+        """Build a Monte Carlo result from the losses of all replicas.
+
+        Parameters
+        ----------
+        problem : Problem
+            The problem sampled.
+        program : Program
+            Phases that were run.
+        steps : sequence of int
+            Recorded steps.
+        loss, member_loss : ndarray, shape (records, replicas)
+            Loss of the mean model and of the average member.
+
+        Returns
+        -------
+        Trajectory
+            Means with standard errors, of kind SAMPLE.
+        """
         unknown = np.full(len(steps), np.nan)
-        # A direction that stands for several is drawn once, so that the draws vary too much.
+        # A direction that stands for several is drawn once, so the drawn losses scatter too much.
         counted = problem.expected_losses_only or bool(np.any(problem.multiplicity != 1.0))
         root = np.sqrt(loss.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
@@ -197,14 +258,21 @@ class Trajectory:
 
     @property
     def status(self) -> list[Status]:
-        """Status by recorded step."""
+        """Status at each recorded step: FINISHED or DIVERGED."""
         lost = ~np.isfinite(self.loss) | (self.loss > self.runaway)
         if self.unstable is not None:
             lost |= self.unstable
         return [Status.DIVERGED if bad else Status.FINISHED for bad in lost]
 
     def table(self) -> pd.DataFrame:
-        """Tidy table, one row per recorded step."""
+        """Tabulate the result.
+
+        Returns
+        -------
+        DataFrame
+            One row per recorded step with columns step, examples, loss, member_loss, bias,
+            variance, loss_sd, stderr, member_stderr, status, kind.
+        """
         return pd.DataFrame(
             {
                 "step": self.steps,
@@ -222,7 +290,23 @@ class Trajectory:
         )
 
     def interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
-        """Confidence interval of the expected loss by Student's t (Monte Carlo only)."""
+        """Compute a confidence interval of the expected loss by Student's t (Monte Carlo only).
+
+        Parameters
+        ----------
+        level : float
+            Coverage, in (0, 1].
+
+        Returns
+        -------
+        low, high : ndarray, shape (records,)
+            Ends of the interval.
+
+        Raises
+        ------
+        NQMError
+            For an analytic result, or a level out of range.
+        """
         check_number("interval.level", level, low=0.0, high=1.0, closed_low=False)
         if self.samples is None:
             raise NQMError("interval is for Monte Carlo results; this one is analytic and exact")
@@ -234,9 +318,14 @@ class Trajectory:
 
     @property
     def speed_up(self) -> FloatArray:
-        """Replicas that plain means would need for this standard error, over those drawn.
+        """Factor by which plain means would need more replicas for the same standard error.
 
-        Monte Carlo only; 1 without a control variate, infinite where one leaves no error.
+        Monte Carlo only; 1 without a control variate, infinite where it removes the whole error.
+
+        Raises
+        ------
+        NQMError
+            For an analytic result.
         """
         if self.samples is None:
             raise NQMError("speed_up is for Monte Carlo results; this one is analytic and exact")
@@ -245,17 +334,26 @@ class Trajectory:
             return np.asarray((sd / self.stderr) ** 2 / self.samples.shape[1])
 
     def quantiles(self, levels: tuple[float, ...] = (0.05, 0.5, 0.95)) -> FloatArray:
-        """Quantiles of the loss from run to run, shape (records, levels).
+        """Compute quantiles of the loss from run to run.
 
-        Analytic results have the exact distribution of the loss for Gaussian weights, with levels
-        of 1e-12 to 1 - 1e-12 (`nqm.distribution.LossDistribution`); Monte Carlo ones sort the
-        replicas. NaN where the run has diverged.
+        Analytic results use the exact distribution of the loss for Gaussian weights
+        (`nqm.distribution.LossDistribution`); Monte Carlo results use the sorted replicas.
+
+        Parameters
+        ----------
+        levels : tuple of float
+            Probabilities, from 1e-12 to 1 - 1e-12.
+
+        Returns
+        -------
+        ndarray, shape (records, levels)
+            Losses; an analytic result has NaN where the run has diverged.
 
         Raises
         ------
         NQMError
-            For a level out of reach, for Monte Carlo of directions that stand for several, and for
-            the reasons of `distributions`.
+            If a level is out of range or needs more replicas, for Monte Carlo of directions that
+            stand for several, and in the cases of `distributions`.
         """
         for level in levels:
             check_level("quantiles: level", level)
@@ -273,13 +371,18 @@ class Trajectory:
         )
 
     def distributions(self) -> Iterator[LossDistribution | None]:
-        """Distribution of the loss at each record; None where the weights are not finite.
+        """Compute the distribution of the loss at each record, lazily.
+
+        Yields
+        ------
+        LossDistribution or None
+            Distribution from run to run; None where the weights are not finite.
 
         Raises
         ------
         NQMError
-            For a result without Gaussian weights, for a problem with `expected_losses_only`, and
-            where directions are correlated and so many that their covariance is too dear
+            If the result has no Gaussian weights, if the problem has `expected_losses_only`, or if
+            directions are correlated and too many for their covariance to be computed
             (`nqm.solvers.correlated`).
         """
         from nqm.distribution import LossDistribution
@@ -303,10 +406,10 @@ class Trajectory:
     def loss_sd(self) -> FloatArray:
         """Standard deviation of the loss from run to run, shape (records,).
 
-        Where directions are correlated it is worked out when first asked for, and NaN where that
-        is too dear (`nqm.solvers.correlated`). NaN too of Monte Carlo where a direction stands for
-        several: it is drawn once, and the losses drawn vary more than the loss does. NaN for a
-        problem with `expected_losses_only`.
+        For correlated directions it is computed on first use, and NaN if that would take too much
+        memory or time (`nqm.solvers.correlated`). For Monte Carlo it is NaN if a direction stands
+        for several: it is drawn once, so the drawn losses vary more than the loss does. It is NaN
+        for a problem with `expected_losses_only`.
         """
         if self.problem.expected_losses_only:
             return np.full(len(self.steps), np.nan)

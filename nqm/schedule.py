@@ -1,8 +1,8 @@
 """Schedules: a value for every step, used for learning rates and for batch sizes.
 
 A schedule is called with a step, or an array of steps, counted from the start of its phase. Its
-`segments` cut the first `steps` steps into stretches on which the value is periodic: there a solver
-takes powers of one period's transition instead of every step.
+`segments` divide the first `steps` steps into stretches on which the value is periodic: there a
+solver takes powers of one period's transition instead of every step.
 """
 
 from __future__ import annotations
@@ -20,32 +20,45 @@ from numpy.typing import ArrayLike
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.problems.quadratic import FloatArray
 
-#: (start, stop, period): on [start, stop) the value repeats every `period` steps; None: never.
+#: (start, stop, period): on [start, stop) the value repeats every `period` steps; never if None.
 Segment = tuple[int, int, int | None]
 
 
 class Schedule(ABC):
-    """A number >= 0 for every step of a phase; a batch size must be > 0 at each of them."""
+    """Value >= 0 for every step of a phase; a schedule of batch sizes must be > 0 at every step."""
 
     @abstractmethod
     def __call__(self, step: ArrayLike) -> FloatArray:
-        """Value at `step` (0-based within the phase); shape of `step`."""
+        """Value at a step.
+
+        Parameters
+        ----------
+        step : array_like of int
+            0-based within the phase.
+
+        Returns
+        -------
+        ndarray, shape of `step`
+            Value at each step.
+        """
 
     @property
     def least(self) -> float:
-        """A lower bound of the values; 0 where none is known."""
+        """A lower bound of the values; 0 if none is known."""
         return 0.0
 
     def segments(self, steps: int) -> Iterator[Segment]:
-        """Stretches of [0, steps) on which the schedule is periodic; by default never.
+        """Divide [0, steps) into stretches on which the schedule is periodic; by default none is.
 
         Parameters
         ----------
         steps : int
+            Length of the phase.
 
         Yields
         ------
         start, stop : int
+            First step of the stretch, and the last one plus 1.
         period : int or None
             Steps after which the value repeats; None for never.
         """
@@ -59,7 +72,7 @@ class Constant(Schedule):
     Parameters
     ----------
     value : float
-        > 0.
+        The value, > 0.
     """
 
     value: float
@@ -85,9 +98,9 @@ class Piecewise(Schedule):
     Parameters
     ----------
     values : tuple of float
-        >= 0, not all of them 0.
+        Value of each piece, >= 0, not all 0.
     boundaries : tuple of int
-        Increasing steps at which the next value takes over.
+        First step of each piece but the first, increasing.
     """
 
     values: tuple[float, ...]
@@ -124,14 +137,14 @@ class Piecewise(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From `start` to `end` in a straight line over `over` steps, then flat at `end`.
+    """From `start` to `end` in a straight line over `over` steps, then constant.
 
     Parameters
     ----------
     start, end : float
-        >= 0, not both 0.
+        First and final value, >= 0, not both 0.
     over : int
-        Steps, >= 1.
+        Steps of the change, >= 1.
     """
 
     start: float
@@ -158,14 +171,14 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine from `start` down to `end` over `over` steps, then flat (SGDR, 2017).
+    """Half a cosine from `start` down to `end` over `over` steps, then constant (SGDR, 2017).
 
     Parameters
     ----------
     start, end : float
-        >= 0, not both 0.
+        First and final value, >= 0, not both 0.
     over : int
-        Steps, >= 1.
+        Steps of the change, >= 1.
     """
 
     start: float
@@ -192,16 +205,16 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
-    """Linear warm-up to `peak`, a plateau, a linear decay to `end`, then flat.
+    """Linear warm-up to `peak`, a plateau, a linear decay to `end`, then constant.
 
     Step t of the warm-up has peak * (t + 1) / warmup, so the first rate is not zero.
 
     Parameters
     ----------
     peak : float
-        > 0.
+        Value of the plateau, > 0.
     end : float
-        >= 0.
+        Value after the decay, >= 0.
     warmup, stable, decay : int
         Steps of each part; `decay` >= 1.
     """
@@ -239,7 +252,7 @@ class WarmupStableDecay(Schedule):
 
 @dataclass(frozen=True)
 class Cyclic(Schedule):
-    """Cycles of `period` steps from `high` to `low`, each starting anew (snapshots, SGDR).
+    """Cycles of `period` steps from `high` to `low`, each beginning at `high` (snapshots, SGDR).
 
     Parameters
     ----------
@@ -248,7 +261,7 @@ class Cyclic(Schedule):
     period : int
         Steps of a cycle, >= 1.
     shape : {"cosine", "linear", "triangle"}
-        Fall by half a cosine, in a straight line, or down and up again (FGE).
+        Fall by half a cosine, fall linearly, or fall and rise linearly (FGE).
     """
 
     high: float
@@ -267,7 +280,7 @@ class Cyclic(Schedule):
 
     def __call__(self, step: ArrayLike) -> FloatArray:
         # The last step of a cycle, after which a snapshot is taken, has the lowest value.
-        # Where time is counted in parts of a step: after a cycle's last step its value holds.
+        # Fractions of a step are allowed: after a cycle's last step its value is kept.
         inside = np.minimum(np.mod(np.asarray(step), self.period) / max(self.period - 1, 1), 1.0)
         if self.shape == "cosine":
             height = 0.5 * (1.0 + np.cos(np.pi * inside))
@@ -287,15 +300,16 @@ class Cyclic(Schedule):
 
 @dataclass(frozen=True)
 class Warmup(Schedule):
-    """Linear warm-up over `steps` steps into any schedule, which is itself not delayed.
+    """Linear warm-up over `steps` steps of any schedule, which is not delayed by it.
 
     The factor at step t is (t + 1) / steps, as in the common training recipes.
 
     Parameters
     ----------
     steps : int
-        >= 1.
+        Steps of the warm-up, >= 1.
     then : Schedule
+        Schedule whose values are multiplied by the factor.
     """
 
     steps: int
@@ -313,7 +327,7 @@ class Warmup(Schedule):
         return self.then.least / self.steps
 
     def segments(self, steps: int) -> Iterator[Segment]:
-        risen = self.steps if self.steps > 1 else 0  # one step of warm-up is none
+        risen = self.steps if self.steps > 1 else 0  # a warm-up of one step changes nothing
         if risen:
             yield 0, min(risen, steps), None
         for start, stop, period in self.then.segments(steps):
@@ -328,8 +342,9 @@ class Joined(Schedule):
     Parameters
     ----------
     parts : tuple of Schedule
+        The schedules, in order.
     lengths : tuple of int
-        Steps of every part but the last, which goes on for ever.
+        Steps of every part but the last, which has no end.
     """
 
     parts: tuple[Schedule, ...]
@@ -376,21 +391,24 @@ class Joined(Schedule):
 
 
 def as_schedule(value: float | Schedule | Any, where: str) -> Schedule:
-    """A number as a `Constant`; a schedule as it is.
+    """Turn a number into a `Constant`; return a schedule unchanged.
 
     Parameters
     ----------
     value : float or Schedule
+        Number > 0, or a schedule.
     where : str
         Name of the field, for the message.
 
     Returns
     -------
     Schedule
+        `Constant` for a number, else `value`.
 
     Raises
     ------
     NQMError
+        If it is neither a schedule nor a number > 0.
     """
     if isinstance(value, Schedule):
         return value

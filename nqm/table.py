@@ -1,8 +1,8 @@
-"""Tables on disk: one place for column names, units and labels, and for reading and writing.
+"""Tables on disk: names, units and labels of columns, and functions that read and write.
 
-A table is Parquet or CSV by its extension. It carries a metadata dictionary (what was run, and a
-content key), holds no time stamp, so the same content is the same bytes, and appears under its
-name only once it is complete.
+A table is Parquet or CSV by its extension. It contains a metadata dictionary (the configuration and
+a content key) and no time stamp, so the same content is the same bytes. A file of its name exists
+only once the table is complete.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from nqm.limits import memory_limit
 
 @dataclass(frozen=True)
 class Column:
-    """What a column holds.
+    """Description of a column.
 
     Attributes
     ----------
     label : str
-        For an axis or a legend.
+        Text for an axis or a legend.
     unit : str
-        Empty for a pure number.
+        Unit of the values; empty for a pure number.
     doc : str
-        One line.
+        Meaning of the values, one line.
     dtype : str
-        As pandas names it.
+        Type of the values, as pandas names it.
     """
 
     label: str
@@ -54,11 +54,13 @@ COLUMNS: dict[str, Column] = {
     "examples": Column("examples", "examples", "examples drawn up to this step"),
     "loss": Column("expected loss", "", "expected loss of the evaluated weights (mean model)"),
     "member_loss": Column("member loss", "", "expected loss of the average member"),
-    "bias": Column("bias", "", "what the start alone leaves of the loss, gradient noise off"),
-    "variance": Column("variance", "", "what gradient noise adds to the loss"),
+    "bias": Column("bias", "", "loss without gradient noise"),
+    "variance": Column("variance", "", "loss due to gradient noise alone"),
     "loss_sd": Column("sd of loss", "", "standard deviation of the loss from run to run"),
     "stderr": Column("standard error", "", "Monte Carlo standard error of loss; 0 if analytic"),
-    "member_stderr": Column("member standard error", "", "the same of member_loss"),
+    "member_stderr": Column(
+        "member standard error", "", "Monte Carlo standard error of member_loss; 0 if analytic"
+    ),
     "status": Column("status", "", "finished, reached, not_reached or diverged", "str"),
     "kind": Column("kind", "", "exact, sample, first_order or long_run", "str"),
     "radius": Column("spectral radius", "", "largest spectral radius of one cycle"),
@@ -68,10 +70,14 @@ COLUMNS: dict[str, Column] = {
     "members": Column("members K", "", "late-phase members or independent runs", "int64"),
     "gamma": Column(r"$\gamma_\theta$", "", "scale of the summed base gradient"),
     "momentum": Column("momentum", "", "momentum, in PyTorch's form"),
-    "flat_low": Column("lowest good rate", "", "least rate within 10 % of the best loss"),
-    "flat_high": Column("highest good rate", "", "largest rate within 10 % of the best loss"),
+    "flat_low": Column(
+        "lowest good rate", "", "smallest rate whose loss is within 10 % of the best"
+    ),
+    "flat_high": Column(
+        "highest good rate", "", "largest rate whose loss is within 10 % of the best"
+    ),
     "arm": Column("arm", "", "one way of training in an experiment", "str"),
-    "seed": Column("seed", "", "of initial weights, data order and noise", "int64"),
+    "seed": Column("seed", "", "seed of initial weights, data order and noise", "int64"),
     "epoch": Column("epochs", "epochs", "passes over the training set", "int64"),
     "accuracy": Column("accuracy", "", "share of correct predictions"),
     "nll": Column("negative log-likelihood", "nats", "mean cross-entropy"),
@@ -92,11 +98,13 @@ COLUMNS: dict[str, Column] = {
     "predicted": Column("predicted loss", "nats", "loss that theory predicts"),
     "predicted_from": Column("predicted from", "", "what the prediction rests on", "str"),
     "bpc": Column("bits per character", "bits", "mean cross-entropy of a text"),
-    "at_edge": Column("at edge", "", "whether the best lies at an end of the search", "bool"),
+    "at_edge": Column(
+        "at edge", "", "whether the best rate lies at an end of the searched range", "bool"
+    ),
 }
 
 _QUANTILE = "loss_q"
-#: From version 3 on pandas reads floats exactly by itself.
+#: pandas reads floats exactly by default from version 3 on.
 _EXACT: dict[str, Any] = (
     {} if int(pd.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
 )
@@ -108,27 +116,28 @@ def quantile_name(level: float) -> str:
     Parameters
     ----------
     level : float
-        In (0, 1).
+        Probability, in (0, 1).
 
     Returns
     -------
     str
-        E.g. ``loss_q0.05``.
+        Name of the column, e.g. ``loss_q0.05``.
     """
     return f"{_QUANTILE}{level:g}"
 
 
 def label(name: str) -> str:
-    """Label an axis with a column and its unit.
+    """Write the label of an axis that shows a column.
 
     Parameters
     ----------
     name : str
-        Of the column; an unknown one is its own label.
+        Name of the column.
 
     Returns
     -------
     str
+        Label and unit; `name` itself for an unknown column.
     """
     if name.startswith(_QUANTILE):
         return f"{name.removeprefix(_QUANTILE)} quantile of loss"
@@ -145,16 +154,16 @@ def write_table(path: str | Path, frame: pd.DataFrame, metadata: Mapping[str, An
     Parameters
     ----------
     path : str or Path
-        Ends in .parquet or .csv.
+        File to write; its name ends in .parquet or .csv.
     frame : DataFrame
-        Its index is not kept. Floats come back exactly from either format.
+        Table without its index. Both formats keep floats exactly.
     metadata : mapping
-        What JSON can hold; see `read_metadata`.
+        Values of JSON types; `read_metadata` returns them.
 
     Raises
     ------
     NQMError
-        On another extension, or when the folder cannot be written.
+        If the name has another ending, or the file cannot be written.
     """
     dtypes = {str(name): _dtype(frame[name]) for name in frame.columns}
     write_frames(path, [frame], dtypes, len(frame), metadata)
@@ -167,16 +176,25 @@ def write_frames(
     rows: int,
     metadata: Mapping[str, Any],
 ) -> None:
-    """`write_table` of a table that comes in pieces, and never lies in memory whole.
+    """Write a table piece by piece, so that it need not fit in memory.
 
     Parameters
     ----------
+    path : str or Path
+        File to write; its name ends in .parquet or .csv.
     frames : iterable of DataFrame
-        With equal columns and types; the pieces become row groups.
+        Pieces with equal columns and types; they become row groups.
     dtypes : mapping of str to str
-        Of the columns, as pandas names them.
+        Types of the columns, as pandas names them.
     rows : int
-        Of all frames together.
+        Number of rows of all pieces together.
+    metadata : mapping
+        Values of JSON types; `read_metadata` returns them.
+
+    Raises
+    ------
+    NQMError
+        If the name has another ending, or the file cannot be written.
     """
     path = Path(path)
     write = _write_parquet if _format(path) == ".parquet" else _write_csv
@@ -190,11 +208,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
     Parameters
     ----------
     path : str or Path
-        A .parquet or .csv file; a CSV file may as well come from elsewhere.
+        A .parquet or .csv file; a CSV file may come from another program.
 
     Returns
     -------
     DataFrame
+        Its rows.
 
     Raises
     ------
@@ -237,11 +256,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
+        A .parquet or .csv file.
 
     Returns
     -------
     dict of str to Any
-        Empty for a file from elsewhere.
+        Empty for a file of another program.
 
     Raises
     ------
@@ -261,23 +281,23 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a file is computed from.
+    """Identity of the content of a file: the configuration and version that it was computed from.
 
     Attributes
     ----------
     key : str
         Content key of the configuration.
     version : str
-        Of this package.
+        Version of this package.
     config : mapping
-        The configuration, with the keys a user knows, to say what differs from another one.
+        The configuration with the user's keys; messages name the entries that differ.
     plain : callable
-        Brings a configuration, also one that was read from a file, into the form in which two of
-        them are compared.
+        Takes a configuration, also one read from a file; returns the form in which two of them are
+        compared.
     absent : str
-        Said of an entry that a configuration lacks.
+        Text for an entry that a configuration lacks.
     axes : mapping, optional
-        Of a sweep: values by dotted key.
+        Values of each axis of a sweep, by dotted key.
     """
 
     key: str
@@ -288,7 +308,7 @@ class Stamp:
     axes: Mapping[str, Any] | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """Give the metadata that a file carries.
+        """Build the metadata of a file.
 
         Returns
         -------
@@ -299,7 +319,7 @@ class Stamp:
         return held if self.axes is None else held | {"axes": dict(self.axes)}
 
     def check(self, path: Path, found: Mapping[str, Any]) -> None:
-        """Raise NQMError unless a file carries this key and version.
+        """Check that a file has this key and version.
 
         Parameters
         ----------
@@ -307,6 +327,11 @@ class Stamp:
             The file, for the message.
         found : mapping
             Its metadata.
+
+        Raises
+        ------
+        NQMError
+            If it was not written by this package, or has another key or version.
         """
         advice = "move it away or use --out OTHER; nothing was overwritten"
         if "key" not in found:
@@ -325,7 +350,7 @@ class Stamp:
             )
 
     def _comparable(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Configuration and axes that a file carries, as they are compared."""
+        """Configuration and axes of a file, in the form in which two are compared."""
         config, axes = metadata.get("config"), metadata.get("axes")
         return {
             **(self.plain(config) if isinstance(config, Mapping) else {}),
@@ -334,16 +359,19 @@ class Stamp:
 
 
 def finished(path: str | Path, stamp: Stamp) -> pd.DataFrame | None:
-    """The table at `path` if this very content was computed before, None if nothing is there.
+    """Read the table at `path` if it has this content already.
 
     Parameters
     ----------
     path : str or Path
+        A .parquet or .csv file, which need not exist.
     stamp : Stamp
+        Identity of the content.
 
     Returns
     -------
     DataFrame or None
+        None if there is no file.
 
     Raises
     ------
@@ -354,23 +382,24 @@ def finished(path: str | Path, stamp: Stamp) -> pd.DataFrame | None:
 
 
 def is_finished(path: str | Path, stamp: Stamp) -> bool:
-    """Whether the table at `path` holds this very content already.
+    """Tell whether the table at `path` has this content already.
 
     Parameters
     ----------
     path : str or Path
-        Its folder is made where it is missing.
+        A .parquet or .csv file; its folder is made if it does not exist.
     stamp : Stamp
+        Identity of the content.
 
     Returns
     -------
     bool
+        False if there is no file.
 
     Raises
     ------
     NQMError
-        If the file holds anything else, which is never overwritten; and before any computing, if
-        the folder could not take the file.
+        If the file has other content, which is never overwritten, or if it could not be written.
     """
     path = Path(path)
     _format(path)
@@ -391,24 +420,26 @@ def is_finished(path: str | Path, stamp: Stamp) -> bool:
 
 @contextmanager
 def writing(path: str | Path, stamp: Stamp) -> Iterator[bool]:
-    """Keep other writers out while a table is computed, if it is not there yet.
+    """Lock a table while it is computed, unless it is finished already.
 
     Parameters
     ----------
     path : str or Path
+        A .parquet or .csv file; its folder is made if it does not exist.
     stamp : Stamp
+        Identity of the content.
 
     Yields
     ------
     bool
-        Whether the content is still to be computed.
+        Whether the content must still be computed.
 
     Raises
     ------
     NQMError
         As `is_finished`, and if another process is writing the table.
     """
-    if is_finished(path, stamp):  # which needs no leave to write
+    if is_finished(path, stamp):  # possible without permission to write
         tidy_lock(path)
         yield False
         return
@@ -425,13 +456,13 @@ def _format(path: Path) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn every way a file can be unreadable into one line that names it."""
+    """Turn any error of a reader into one line that names the file."""
     _check_size(path, check_regular(path))
     try:
         yield
     except NQMError:
         raise
-    except Exception as error:  # a damaged file makes a reader stumble in any way
+    except Exception as error:  # a damaged file can raise any error in a reader
         reason = " ".join(str(error).split()) or type(error).__name__
         raise NQMError(
             f"{path} is not a complete table ({reason:.120}); delete it and run again"
@@ -491,7 +522,7 @@ def _dtype(values: pd.Series[Any]) -> str:
 
 
 def _csv_stamp(path: Path) -> dict[str, Any] | None:
-    """What the first line of one of our CSV files says; None for a file from elsewhere."""
+    """First line of one of our CSV files; None for a file of another program."""
     with _reading(path):
         with open(path, "rb") as stream:
             first = stream.readline()

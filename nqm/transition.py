@@ -1,8 +1,8 @@
-"""From a literal `update` to its transition, by running it on unit vectors.
+"""Transition matrices of a literal `update`, extracted by applying it to unit vectors.
 
 One step of a linear algorithm is z' = A z + C e with z the state of one direction and e standard
-minibatch noise (one entry per minibatch used), plus D n where the method draws normals n of its
-own. Steps compose as affine maps of the second moment, (A2 A1, A2 Q1 A2' + Q2) with
+minibatch noise (one entry per minibatch used), plus D n if the method draws normals n itself.
+Steps compose as affine maps of the second moment, (A2 A1, A2 Q1 A2' + Q2) with
 Q = C C' Var e + D D'.
 """
 
@@ -25,7 +25,7 @@ from nqm.problems.quadratic import FloatArray
 
 @dataclass(frozen=True)
 class Transition:
-    """One step for every direction.
+    """Coefficients of one step for every direction.
 
     Attributes
     ----------
@@ -34,9 +34,9 @@ class Transition:
     noise : ndarray, shape (..., n, m)
         C, one column per minibatch drawn.
     own : ndarray, shape (..., n, r)
-        D, one column per normal of the method's own (rounding), whose size no batch changes.
+        D, one column per normal that the method draws itself (rounding), independent of batch size.
     low : ndarray, shape (..., n, n)
-        What A has beyond its double, where it was extracted as exact; else 0.
+        Part of A below the precision of a double if it was extracted as exact; else 0.
     """
 
     matrix: FloatArray
@@ -46,7 +46,7 @@ class Transition:
 
 
 class _Tally:
-    """Gradient that counts the minibatches and normals it is asked for, and returns 0."""
+    """Gradient that counts the minibatches and normals drawn, and returns 0."""
 
     def __init__(self) -> None:
         self.minibatches, self.examples, self.normals = 0, 0.0, 0
@@ -102,30 +102,34 @@ def _tally(algorithm: Algorithm) -> _Tally:
 
 @functools.lru_cache(maxsize=256)
 def minibatches(algorithm: Algorithm) -> float:
-    """Minibatches one step of the literal algorithm draws; examples = this times the batch size.
+    """Count the minibatches that one step of the literal algorithm draws.
 
     Parameters
     ----------
     algorithm : Algorithm
+        Linear method.
 
     Returns
     -------
     float
-        A whole number but where members share a part of their examples.
+        Examples of one step over the batch size: a whole number unless members share a part of
+        their examples.
     """
     return _tally(algorithm).examples
 
 
 def minibatch_count(algorithm: Algorithm) -> int:
-    """Columns of a transition's noise: minibatches of any size that one step draws.
+    """Count the columns of a transition's noise: minibatches of any size that one step draws.
 
     Parameters
     ----------
     algorithm : Algorithm
+        Linear method.
 
     Returns
     -------
     int
+        Number m of columns.
     """
     return _tally(algorithm).minibatches
 
@@ -133,13 +137,14 @@ def minibatch_count(algorithm: Algorithm) -> int:
 def extract(
     algorithm: Algorithm, curvature: ArrayLike, lr: Any, t: Any = 0, *, exact: bool = False
 ) -> Transition:
-    """Transition of step t, by running `update` on unit vectors.
+    """Extract the transition of step t by applying `update` to unit vectors.
 
     Parameters
     ----------
     algorithm : Algorithm
+        Linear method.
     curvature : array_like
-        h, any shape that broadcasts with `lr`.
+        Eigenvalues h of the Hessian, of any shape that broadcasts with `lr`.
     lr : array_like, or a pair of them
         Learning rate(s), as many as ``algorithm.rate_count``.
     t : int or array_like
@@ -147,11 +152,12 @@ def extract(
         `update` never repeats. An array, which broadcasts with `curvature` and `lr`, is for methods
         whose `update` never repeats and has period 1.
     exact : bool
-        In twice double precision (`nqm.double_double`), for what is to be raised to a power.
+        Use twice double precision (`nqm.double_double`), for a matrix to be raised to a power.
 
     Returns
     -------
     Transition
+        Leading axes of its arrays are the common shape of `curvature`, `lr` and `t`.
     """
     tally = _tally(algorithm)
     n, m, r = len(algorithm.coordinates), tally.minibatches, tally.normals
@@ -178,11 +184,12 @@ def extract(
 
 
 def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
-    """How a phase starts from plain weights: start = draws @ starts + normals @ noise.
+    """Extract the start of a phase from plain weights: draws @ starts + normals @ noise.
 
     Parameters
     ----------
     algorithm : Algorithm
+        Linear method of the phase.
 
     Returns
     -------
@@ -223,19 +230,21 @@ def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
 
 
 def resumption(old: Algorithm, new: Algorithm, age: int) -> tuple[FloatArray, FloatArray]:
-    """How a phase goes on from the state of another: start = lift @ state + normals @ noise.
+    """Extract the start of a phase that keeps coordinates: lift @ state + normals @ noise.
 
     Parameters
     ----------
     old, new : Algorithm
-        Of the phase before, and of the phase that goes on.
+        Methods of the phase before and of the phase that starts.
     age : int
         Steps that `old` has done.
 
     Returns
     -------
     lift : ndarray, shape (n new, n old)
+        Coefficients of the old state.
     normals : ndarray, shape (n new, number of fresh normals)
+        Coefficients of each fresh standard normal.
     """
     n = len(old.coordinates)
     size = n + embedding(new)[1].shape[1]
@@ -249,18 +258,19 @@ def resumption(old: Algorithm, new: Algorithm, age: int) -> tuple[FloatArray, Fl
 
 
 def origins(algorithm: Algorithm, known: Container[str] = ()) -> FloatArray:
-    """Which coordinates begin at the origin of weight space, -w* in our coordinates.
+    """Mark the coordinates that start at the origin of weight space, -w* in our coordinates.
 
     Parameters
     ----------
     algorithm : Algorithm
+        Linear method of the phase.
     known : container of str
-        Coordinates that go on from an earlier phase and do not begin.
+        Names of coordinates that are kept from an earlier phase.
 
     Returns
     -------
     ndarray, shape (n,)
-        1 or 0.
+        1 at the origin, else 0.
     """
     at = algorithm.constants
     begun = [at.get(n) == "origin" and n not in known for n in algorithm.coordinates]
@@ -268,35 +278,38 @@ def origins(algorithm: Algorithm, known: Container[str] = ()) -> FloatArray:
 
 
 def readout(algorithm: Algorithm, t: int) -> FloatArray:
-    """Coefficients of the evaluated weights on the state after t steps.
+    """Extract the evaluated weights after t steps as a linear form of the state.
 
     Parameters
     ----------
     algorithm : Algorithm
+        Linear method.
     t : int
         Steps done.
 
     Returns
     -------
     ndarray, shape (n,)
+        Coefficient of each coordinate.
     """
     n = len(algorithm.coordinates)
     return np.asarray(algorithm.weights(tuple(np.eye(n)), t), dtype=np.float64)
 
 
 def member_readout(algorithm: Algorithm, t: int) -> FloatArray:
-    """Coefficients of each member's weights on the state after t steps.
+    """Extract each member's weights after t steps as a linear form of the state.
 
     Parameters
     ----------
     algorithm : Algorithm
+        Linear method.
     t : int
         Steps done.
 
     Returns
     -------
     ndarray, shape (K, n)
-        K = 0 without members.
+        Coefficients of each member; K = 0 without members.
     """
     n = len(algorithm.coordinates)
     rows = algorithm.member_weights(tuple(np.eye(n)), t)
@@ -304,17 +317,19 @@ def member_readout(algorithm: Algorithm, t: int) -> FloatArray:
 
 
 def noise_moment(transition: Transition, noise_variance: ArrayLike) -> FloatArray:
-    """Second moment of the noise of one step: Q = C C' Var e + D D'.
+    """Compute the second moment of the noise of one step: Q = C C' Var e + D D'.
 
     Parameters
     ----------
     transition : Transition
+        Gives C and D.
     noise_variance : array_like, shape (...)
         Var e of one minibatch's gradient, by direction.
 
     Returns
     -------
     ndarray, shape (..., n, n)
+        Q.
     """
     c, d = transition.noise, transition.own
     covariance = np.einsum("...ij,...kj->...ik", c, c)
@@ -323,16 +338,17 @@ def noise_moment(transition: Transition, noise_variance: ArrayLike) -> FloatArra
 
 
 def spectral_radius(matrix: FloatArray) -> FloatArray:
-    """Largest modulus of an eigenvalue.
+    """Compute the largest modulus of an eigenvalue.
 
     Parameters
     ----------
     matrix : ndarray, shape (..., n, n)
+        Any square matrices.
 
     Returns
     -------
     ndarray, shape (...)
-        Infinity for a matrix that is not finite.
+        Infinite for a matrix with infinite or NaN entries.
     """
     if matrix.shape[-1] == 1:
         return np.asarray(np.abs(matrix[..., 0, 0]))

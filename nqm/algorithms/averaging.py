@@ -1,6 +1,6 @@
 """Averages of the iterates of one run: EMA, SWA (Polyak-Ruppert), LAWA, polynomial decay.
 
-An average is stable where its inner method is.
+An average is stable if its inner method is.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class EMA(Wrapper):
     Parameters
     ----------
     inner : Algorithm
-        What makes the iterates x; of members, each has an average.
+        Method that makes the iterates x; each member has an average of its own.
     decay : float
-        In [0, 1).
+        Share of the average that a step keeps, in [0, 1).
     """
 
     decay: float = 0.99
@@ -47,7 +47,7 @@ class EMA(Wrapper):
 
 @dataclass(frozen=True)
 class _Snapshots(Wrapper):
-    """Shared by averages of snapshots taken after every `every`-th step."""
+    """Base of averages of snapshots, which are taken after every `every`-th step."""
 
     every: int = 1
 
@@ -60,7 +60,7 @@ class _Snapshots(Wrapper):
         return replace(self.inner.time.with_period(self.every), weights_never_repeat=True)
 
     def takes_snapshot(self, t: int) -> bool:
-        """Whether a snapshot is taken after step t."""
+        """Tell whether a snapshot is taken after step t."""
         return is_last_of_period(t, self.every)
 
 
@@ -68,14 +68,14 @@ class _Snapshots(Wrapper):
 class SWA(_Snapshots):
     """Uniform mean of a snapshot every `every` steps (Izmailov et al. 2018); 1 is Polyak-Ruppert.
 
-    A running sum is kept and divided only when read: the transition stays constant and the
-    textbook formula's cancellation at small lr h N never arises. Before the first snapshot the
-    current weights are evaluated.
+    The state is a running sum, divided only when it is evaluated: the transition is constant, and
+    there is none of the cancellation of the textbook formula at small lr h N. Before the first
+    snapshot the current weights are evaluated.
 
     Parameters
     ----------
     inner : Algorithm
-        What makes the iterates; of members, each has an average.
+        Method that makes the iterates; each member has an average of its own.
     every : int
         Steps between snapshots, >= 1.
     """
@@ -103,16 +103,16 @@ class SWA(_Snapshots):
 class LAWA(_Snapshots):
     """Mean of the latest `window` snapshots, one every `every` steps (Kaddour 2022).
 
-    Until the window is full the snapshots taken so far are averaged.
+    Until the window is full, the snapshots taken so far are averaged.
 
     Parameters
     ----------
     inner : Algorithm
-        What makes the iterates; of members, each has an average.
+        Method that makes the iterates; each member has an average of its own.
     every : int
         Steps between snapshots, >= 1.
     window : int
-        Snapshots that are averaged, >= 1.
+        Number of snapshots that are averaged, >= 1.
     """
 
     window: int = 5
@@ -148,17 +148,18 @@ class LAWA(_Snapshots):
 
 @dataclass(frozen=True)
 class PolynomialAverage(Wrapper):
-    """a_t = a_(t-1) + (eta + 1) / (t + eta) (x_t - a_(t-1)): late iterates count more.
+    """a_t = a_(t-1) + (eta + 1) / (t + eta) (x_t - a_(t-1)): late iterates have more weight.
 
-    Shamir & Zhang 2013, "Polynomial-decay averaging". eta 0 is the uniform (Polyak-Ruppert) mean
-    of all iterates, and eta -> infinity the last one. Stepped one by one: no two steps are alike.
+    Shamir & Zhang 2013, "Polynomial-decay averaging". eta = 0 is the uniform (Polyak-Ruppert) mean
+    of all iterates, and eta -> infinity the last one. No two steps are equal, so solvers take each
+    of them.
 
     Parameters
     ----------
     inner : Algorithm
-        What makes the iterates x; of members, each has an average.
+        Method that makes the iterates x; each member has an average of its own.
     eta : float
-        >= 0.
+        Exponent of the weights of iterates, >= 0.
     """
 
     eta: float = 3.0

@@ -1,8 +1,8 @@
-"""What an algorithm is: a literal `update`, from which everything else is read.
+"""Base classes of algorithms: a literal `update`, from which transition matrices are extracted.
 
-An algorithm that is linear in its state and in the noise states `update` once, with nothing but
-`+`, `-` and multiplication by constants. Run on numbers it *is* the algorithm; run on unit
-vectors it yields its transition matrices (see `nqm.transition`).
+An algorithm that is linear in its state and in the noise defines `update` once, by `+`, `-` and
+multiplication with constants only. Applied to numbers, `update` is the algorithm; applied to unit
+vectors, it gives the transition matrices (see `nqm.transition`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Value = Any
 State = tuple[Value, ...]
 #: One learning rate, or the pair (lr, member_lr) for methods that take two.
 Rate = Any
-#: ``draw()`` returns the weights a phase starts from; ``normal()`` a fresh standard normal.
+#: ``draw()`` returns the weights from which a phase starts; ``normal()`` a fresh standard normal.
 Draw = Callable[[], Value]
 
 
@@ -33,41 +33,48 @@ class Gradient(Protocol):
     """Minibatch gradient of the loss at some weights."""
 
     def __call__(self, x: Value, batch: int | None = None, size: float = 1.0) -> Value:
-        """Noisy gradient at x.
+        """Compute the noisy gradient at x.
 
         Parameters
         ----------
         x : Value
             Displacement of the weights from the minimum.
         batch : int, optional
-            Name of the minibatch within this step, which is drawn once; a new minibatch by default.
+            Number of the minibatch within this step: equal numbers are the same minibatch. A new
+            minibatch by default.
         size : float
             Examples of the minibatch, in units of the phase's batch size.
-        """
-        ...
-
-    def normal(self) -> Value:
-        """A fresh standard normal of the method's own, which no batch size scales.
 
         Returns
         -------
         Value
+            Gradient at `x` on that minibatch.
+        """
+        ...
+
+    def normal(self) -> Value:
+        """Draw a fresh standard normal for noise of the method itself, independent of batch size.
+
+        Returns
+        -------
+        Value
+            The draw.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One of the independent parts an algorithm splits into.
+    """One of the independent parts into which an algorithm decomposes.
 
     Attributes
     ----------
     name : {"mean", "deviation"}
         The mean model, or one member's deviation from it.
     algorithm : Algorithm
-        A single chain with the law of that part.
+        A single chain with the distribution of that part.
     noise_share : float
-        Its noise variance in units of one minibatch's.
+        Its noise variance, in units of the noise variance of one minibatch.
     """
 
     name: str
@@ -76,22 +83,24 @@ class Mode:
 
 
 def same_rates(rates: Rate) -> Rate:
-    """The rates unchanged.
+    """Return the rates unchanged.
 
     Parameters
     ----------
     rates : float, or pair of floats
+        lr, or (lr, member_lr).
 
     Returns
     -------
     float, or pair of floats
+        `rates`.
     """
     return rates
 
 
 @dataclass(frozen=True)
 class LimitingCase:
-    """A setting at which one method has the expected loss of another, at every step.
+    """Setting at which one method has the expected loss of another, at every step.
 
     Attributes
     ----------
@@ -100,18 +109,18 @@ class LimitingCase:
     algorithm : Algorithm or Nonlinear
         The method at this setting.
     equals : Algorithm or Nonlinear
-        The method it then equals.
+        The method to which it is equal there.
     rates, equal_rates : callable
         From rates ``lr``, or ``(lr, member_lr)`` where `algorithm` takes two, to those at which
         `algorithm` and `equals` are run; the rates themselves by default.
     batch_size : float
         Batch size of `equals`, in units of that of `algorithm`.
     every : int
-        They agree after every so many steps.
+        The losses agree after every `every` steps.
     until : int, optional
-        They agree up to this step; for ever by default.
+        The losses agree up to this step; without end by default.
     members : bool
-        Whether the average member's loss agrees too.
+        Whether the average member's loss agrees as well.
     """
 
     setting: str
@@ -128,25 +137,26 @@ class LimitingCase:
 class Algorithm(ABC):
     """A training or averaging method, linear in its state and in the noise.
 
-    A method states `coordinates`, `update`, `weights` and `embed` (an `Optimizer` its `direction`),
-    and its `limits` and `stability_edge`. The other members have defaults that fit a single chain
-    whose steps are all alike.
+    A method defines `coordinates`, `update`, `weights` and `embed` (an `Optimizer` its
+    `direction`), and its `limits` and `stability_edge`. The defaults of the other members are right
+    for a single chain whose steps are all equal.
     """
 
     @property
     @abstractmethod
     def coordinates(self) -> tuple[str, ...]:
-        """Names of the state; equal names are carried over from one phase to the next."""
+        """Names of the coordinates; equal names are kept from one phase to the next."""
 
     @abstractmethod
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
-        """State after one step, as the paper prints it.
+        """Compute the state after one step, written as in the paper.
 
         Parameters
         ----------
         state : tuple
             As many entries as `coordinates`.
         gradient : Gradient
+            Minibatch gradient of the loss.
         lr : float, or pair of floats
             As many learning rates as `rate_count`.
         t : int
@@ -160,7 +170,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def weights(self, state: State, t: int) -> Value:
-        """The weights that are evaluated once t steps are done.
+        """Compute the weights that are evaluated after t steps.
 
         Parameters
         ----------
@@ -177,13 +187,13 @@ class Algorithm(ABC):
 
     @abstractmethod
     def embed(self, draw: Draw, normal: Draw) -> State:
-        """Start of a phase from plain weights.
+        """Compute the state at the start of a phase from plain weights.
 
         Parameters
         ----------
         draw : callable
-            ``draw()`` returns the weights handed over; a second call is a second independent
-            draw of the start.
+            ``draw()`` returns the weights of the phase before; a second call is a second
+            independent draw of the start.
         normal : callable
             ``normal()`` returns a fresh standard normal.
 
@@ -194,7 +204,7 @@ class Algorithm(ABC):
         """
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        """Settings at which this method equals another one; all else as it is here.
+        """Settings at which this method equals another one; other settings as they are here.
 
         Returns
         -------
@@ -204,76 +214,79 @@ class Algorithm(ABC):
         return ()
 
     def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
-        """Smallest constant learning rate that is not stable, in closed form.
+        """Compute the smallest constant learning rate that is not stable, in closed form.
 
         Parameters
         ----------
         curvature : ndarray, shape (d,)
-            h > 0.
+            Eigenvalues h > 0 of the Hessian.
         member_lr_ratio : float or ndarray, shape (d,)
-            member_lr / lr, for methods that take two rates.
+            member_lr / lr, for methods with two rates.
 
         Returns
         -------
         ndarray, shape (d,), or None
-            Edge of each direction, infinity where every rate is stable; None where no closed form
-            is known. `nqm.stability_edge` finds it from the spectral radius in any case.
+            Learning rate for each direction, infinite if every rate is stable; None if no closed
+            form is known. `nqm.stability_edge` computes it from the spectral radius in any case.
         """
         return None
 
     @property
     def time(self) -> TimeDependence:
-        """How `update` and `weights` depend on the step number; not at all by default."""
+        """Dependence of `update` and `weights` on the step number; none by default."""
         return TimeDependence()
 
     @property
     def rate_count(self) -> int:
-        """Learning rates that `update` takes: 1, or 2 for (lr, member_lr)."""
+        """Number of learning rates of `update`: 1, or 2 for (lr, member_lr)."""
         return 1
 
     @property
     def constants(self) -> Mapping[str, str]:
-        """Coordinates that `update` never moves, and where they are: "start" or "origin".
+        """Coordinates that `update` never changes, and their position: "start" or "origin".
 
-        `embed` gives those at the "start". It returns 0 for those at the origin of weight space,
-        -w* in our coordinates: the solvers, who know the problem, put them there.
+        `embed` sets those at the "start". For those at the origin of weight space it returns 0; the
+        solvers, which know the problem, replace this by -w*, the origin in our coordinates.
         """
         return {}
 
     def check(self, problem: Problem) -> None:
-        """Refuse a problem on which the method makes no sense; by default none.
+        """Refuse a problem to which the method does not apply; by default none.
 
         Parameters
         ----------
         problem : Problem
+            Problem of the run.
 
         Raises
         ------
         NQMError
+            If the method does not apply.
         """
         return
 
     @property
     def member_count(self) -> int:
-        """Members K behind the evaluated weights; 0 for a single chain."""
+        """Number K of members whose mean is evaluated; 0 for a single chain."""
         return 0
 
     def member_mask(self, problem: Problem) -> FloatArray | None:
-        """Which directions have members of their own.
+        """Mark the directions that have members of their own.
 
         Parameters
         ----------
         problem : Problem
+            Gives curvatures and number of directions.
 
         Returns
         -------
         ndarray, shape (d,), or None
-            1 or 0; None if all directions have members of their own.
+            1 with members, 0 without; None if all directions have members.
         """
         return None
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
-        """Weights of the members behind the evaluated ones; empty for a single chain.
+        """Compute the weights of each member; empty for a single chain.
 
         Parameters
         ----------
@@ -290,17 +303,19 @@ class Algorithm(ABC):
         return ()
 
     def modes(self) -> tuple[Mode, ...]:
-        """Independent chains that carry all second moments; a single chain is its own.
+        """Decompose the method into independent chains that determine all second moments.
 
         Returns
         -------
         tuple of Mode
-            The mean model first.
+            The mean model first; the method itself if it is a single chain.
         """
         return (Mode("mean", self, 1.0),)
 
     def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
-        """Start of a phase that goes on: `known` coordinates are kept, the others begin.
+        """Compute the start of a phase that keeps the `known` coordinates of the phase before.
+
+        The other coordinates start as `embed` sets them.
 
         Parameters
         ----------
@@ -324,32 +339,33 @@ class Nonlinear:
     Attributes
     ----------
     rate_count : int
-        Learning rates that a step takes: 1, or 2 for (lr, member_lr).
+        Number of learning rates of a step: 1, or 2 for (lr, member_lr).
     """
 
     rate_count: ClassVar[int] = 1
 
     @property
     def minibatches(self) -> int:
-        """Minibatches one step draws."""
+        """Number of minibatches that one step draws."""
         return 1
 
     @property
     def member_count(self) -> int:
-        """Members behind the evaluated weights; 0 for a single chain."""
+        """Number K of members whose mean is evaluated; 0 for a single chain."""
         return 0
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        """Settings at which this method equals another one; all else as it is here.
+        """Settings at which this method equals another one; other settings as they are here.
 
         Returns
         -------
         tuple of LimitingCase
+            At least one for a method with parameters.
         """
         return ()
 
     def continues(self, old: object) -> bool:
-        """Whether a phase of this method goes on from the state of a phase of `old`.
+        """Tell whether a phase of this method keeps the state of a phase of `old`.
 
         Parameters
         ----------
@@ -359,6 +375,7 @@ class Nonlinear:
         Returns
         -------
         bool
+            True if members or buffers are kept.
         """
         return False
 
@@ -377,7 +394,7 @@ class Optimizer(Algorithm):
 
     @abstractmethod
     def direction(self, buffers: State, g: Value) -> tuple[Value, State]:
-        """Direction to go against, and the new buffers.
+        """Compute the direction of a step, and the new buffers.
 
         Parameters
         ----------
@@ -389,9 +406,9 @@ class Optimizer(Algorithm):
         Returns
         -------
         direction : Value
-            What is multiplied by the learning rate and subtracted from the weights.
+            Multiplied by the learning rate and subtracted from the weights.
         buffers : tuple
-            After the step.
+            Buffers after the step.
         """
 
     @property
@@ -410,21 +427,23 @@ class Optimizer(Algorithm):
         return (draw(), *self.no_buffers())
 
     def no_buffers(self) -> State:
-        """Buffers at the start: zeros.
+        """Buffers at the start.
 
         Returns
         -------
         tuple of float
+            Zeros, as many as `buffers`.
         """
         return (0.0,) * len(self.buffers)
 
 
 class Around(Algorithm):
-    """A method around an inner one: what it does not state itself is the inner method's.
+    """A method around an inner one: members that it does not define are those of the inner method.
 
     Attributes
     ----------
     inner : Algorithm
+        The inner method.
     """
 
     inner: Algorithm
@@ -472,54 +491,60 @@ class Around(Algorithm):
 
 
 def check_fraction(where: str, value: float, *, closed_high: bool = False) -> None:
-    """Raise NQMError unless value lies in [0, 1), or in [0, 1] if `closed_high`.
+    """Check that a value lies in [0, 1), or in [0, 1] if `closed_high`.
 
     Parameters
     ----------
     where : str
         Name of the field, for the message.
     value : float
+        The value that the user gave.
     closed_high : bool
+        Whether 1 is allowed.
 
     Raises
     ------
     NQMError
+        If it does not.
     """
     check_number(where, value, low=0.0, high=1.0, closed_high=closed_high)
 
 
 def check_algorithm(where: str, value: object, kind: Any = Algorithm) -> None:
-    """Raise NQMError unless value is an algorithm of the given kind.
+    """Check that a value is an algorithm of a given kind.
 
     Parameters
     ----------
     where : str
         Name of the field, for the message.
     value : object
+        The value that the user gave.
     kind : type
         `Algorithm`, or a subclass.
 
     Raises
     ------
     NQMError
+        If it is not.
     """
     if not isinstance(value, kind):
         raise NQMError(f"{where} must be an {kind.__name__}; got {type(value).__name__}")
 
 
 def check_members(where: str, value: int) -> None:
-    """Raise NQMError unless value is a number of members; each is a coordinate with a name.
+    """Check a number of members, each of which is a named coordinate.
 
     Parameters
     ----------
     where : str
         Name of the field, for the message.
     value : int
+        The value that the user gave.
 
     Raises
     ------
     NQMError
-        Also above `nqm.limits.MEMBERS`.
+        If it is not an integer from 1 to `nqm.limits.MEMBERS`.
     """
     check_integer(where, value, 1)
     if value > MEMBERS:
@@ -527,15 +552,16 @@ def check_members(where: str, value: int) -> None:
 
 
 def average(values: tuple[Value, ...]) -> Value:
-    """Plain mean of the members.
+    """Compute the mean of the members.
 
     Parameters
     ----------
     values : tuple of Value
-        At least one.
+        Weights of each member, at least one.
 
     Returns
     -------
     Value
+        Their unweighted mean.
     """
     return sum(values[1:], start=values[0]) * (1.0 / len(values))

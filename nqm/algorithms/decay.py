@@ -1,4 +1,4 @@
-"""A pull towards the origin of weight space, or towards where the phase started."""
+"""Weight decay towards the origin of weight space, or towards the start of the phase."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ class WeightDecay(Around):
     Parameters
     ----------
     inner : Algorithm
-        Of members, every w_k is pulled. An `Optimizer` if decoupled.
+        Method to which decay is added, for every member w_k; an `Optimizer` if decoupled.
     decay : float
-        >= 0.
+        Coefficient of the penalty, >= 0.
     toward : {"origin", "start"}
-        w = 0, which ``problem.minimum`` places, or the weights the phase starts with (L2-SP, Li et
-        al. 2018).
+        Anchor: w = 0, which lies at -``problem.minimum`` from the minimum, or the weights at the
+        start of the phase (L2-SP, Li et al. 2018).
     decoupled : bool
+        Whether the decay is applied after the optimizer's step, as in AdamW.
     """
 
     inner: Algorithm = field(default_factory=SGD)
@@ -119,7 +120,7 @@ class WeightDecay(Around):
 
 @dataclass(frozen=True)
 class _DecayedDeviation(Around):
-    """A member's deviation from the mean is pulled to 0: all members share the anchor."""
+    """A member's deviation from the mean decays to 0, because all members share the anchor."""
 
     inner: Algorithm
     decay: float
@@ -133,7 +134,7 @@ class _DecayedDeviation(Around):
 
 @dataclass(frozen=True)
 class _Penalised:
-    """Gradient of the loss and the penalty."""
+    """Gradient of the loss plus the penalty."""
 
     gradient: Gradient
     decay: float

@@ -1,4 +1,4 @@
-"""Workers that train on their own for a while and then share: local SGD, FedAvg, DiLoCo."""
+"""Clients that train separately and are averaged at intervals: local SGD, FedAvg, DiLoCo."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 
 @dataclass(frozen=True)
 class LocalSGD(Algorithm):
-    """Workers take `local_steps` steps apart, then a server moves to their mean (DiLoCo, FedAvg).
+    """Clients take `local_steps` steps each, then a server steps to their mean (DiLoCo, FedAvg).
 
     ::
 
@@ -42,18 +42,20 @@ class LocalSGD(Algorithm):
         server <- outer step at rate outer_lr with delta as its gradient;  x_k <- server
 
     Stich 2019 (local SGD); McMahan et al. 2017 (FedAvg: outer_lr 1, outer SGD); Douillard et al.
-    2023 (DiLoCo: outer Nesterov momentum). One client and outer SGD is Lookahead. The clients' mean
-    is evaluated, which after a round is the server's model; their inner momentum is kept.
+    2023 (DiLoCo: outer Nesterov momentum). One client with outer SGD is Lookahead. The mean of the
+    clients is evaluated, which after a round is the server's model. Averaging does not change the
+    clients' momentum.
 
     Parameters
     ----------
     clients : int
-        M >= 1.
+        Number M of clients, >= 1.
     local_steps : int
-        H >= 1.
+        Steps H of each client between averages, >= 1.
     inner, outer : Optimizer
+        Optimizer of each client, and of the server.
     outer_lr : float
-        > 0.
+        Learning rate of the server, > 0.
     """
 
     clients: int = 8
@@ -89,7 +91,7 @@ class LocalSGD(Algorithm):
         return (*self.server, *(f"{n} client {k + 1}/{m}" for k in range(m) for n in names))
 
     def split(self, state: State) -> tuple[State, tuple[State, ...]]:
-        """The coordinates of the server, and those of each client.
+        """Split a state into the coordinates of the server and of each client.
 
         Parameters
         ----------
@@ -99,8 +101,9 @@ class LocalSGD(Algorithm):
         Returns
         -------
         server : tuple
+            As many entries as `server`.
         clients : tuple of tuple
-            One for each client.
+            Coordinates of each client.
         """
         first, size = len(self.server), len(self.inner.coordinates)
         return state[:first], tuple(
@@ -113,13 +116,14 @@ class LocalSGD(Algorithm):
         return self.shared(server, clients, t)
 
     def shared(self, server: State, clients: tuple[State, ...], t: int) -> State:
-        """The state once the server has averaged the clients, if step t is the last of a round.
+        """Average the clients if step t is the last of a round.
 
         Parameters
         ----------
         server : tuple
+            Coordinates of the server.
         clients : tuple of tuple
-            After their own step t.
+            Coordinates of each client after its own step t.
         t : int
             Step number, 0-based.
 
@@ -212,7 +216,7 @@ class _MeanWorker(Algorithm):
 
 @dataclass(frozen=True)
 class _WorkerDeviation(Algorithm):
-    """A client's distance from the mean: the inner optimizer, put back to 0 after every round."""
+    """A client's distance from the mean: the inner optimizer, reset to 0 after every round."""
 
     local: LocalSGD
 
@@ -241,8 +245,8 @@ class Federated(LocalSGD):
 
     With more than one local step the fixed point drifts away from the minimum w* of the clients'
     mean loss (client drift; Charles & Konecny 2021). The loss is that of `Problem`, which is the
-    mean client's up to a constant: curvatures must average to 1 and curvature * shift to 0. A
-    client's gradient noise is the problem's.
+    mean client's up to a constant: curvatures must average to 1 and curvature * shift to 0. Each
+    client has the gradient noise of the problem.
 
     Parameters
     ----------
@@ -278,6 +282,18 @@ class Federated(LocalSGD):
             )
 
     def check(self, problem: Problem) -> None:
+        """Refuse a problem with w* = 0 if clients have shifts, which are in units of w*.
+
+        Parameters
+        ----------
+        problem : Problem
+            Problem of the run.
+
+        Raises
+        ------
+        NQMError
+            If a shift is not 0 and `problem.minimum` is 0 in every direction.
+        """
         if any(self.shifts) and not np.any(problem.minimum):
             raise NQMError(
                 "Federated.shifts are in units of problem.minimum, which is 0; set e.g. minimum = 1"
@@ -285,12 +301,12 @@ class Federated(LocalSGD):
 
     @property
     def client_curvatures(self) -> tuple[float, ...]:
-        """c_k; 1 by default."""
+        """Relative curvature c_k of each client; 1 by default."""
         return self.curvatures or (1.0,) * self.clients
 
     @property
     def client_shifts(self) -> tuple[float, ...]:
-        """shift_k; 0 by default."""
+        """Relative shift of each client's minimum; 0 by default."""
         return self.shifts or (0.0,) * self.clients
 
     @property

@@ -35,11 +35,11 @@ class Lookahead(Algorithm):
     Parameters
     ----------
     inner : Optimizer
-        What moves the fast weights x.
+        Optimizer of the fast weights x.
     k : int
         Steps between synchronisations, >= 1.
     alpha : float
-        Step of the slow weights, in [0, 1].
+        Step size of the slow weights, in [0, 1].
     """
 
     inner: Optimizer = field(default_factory=SGD)
@@ -89,7 +89,7 @@ class Lookahead(Algorithm):
 def edge_with_rounds(
     inner: Optimizer, steps: int, outer_edge: float, curvature: FloatArray
 ) -> FloatArray | None:
-    """Edge of a method that takes `steps` inner steps, then one outer step along what they moved.
+    """Compute the edge of a method of `steps` inner steps and one outer step along their sum.
 
     With inner SGD a round is one outer step on curvature 1 - r^steps, r = 1 - lr h: stable while
     0 < 1 - r^steps < outer_edge.
@@ -97,16 +97,18 @@ def edge_with_rounds(
     Parameters
     ----------
     inner : Optimizer
+        Optimizer of the inner steps.
     steps : int
         Inner steps of a round, >= 1.
     outer_edge : float
         Curvature up to which the outer step is stable, > 0; 2 / alpha for a plain one.
     curvature : ndarray, shape (d,)
+        Eigenvalues h > 0 of the Hessian.
 
     Returns
     -------
     ndarray, shape (d,), or None
-        None for inner momentum, for which no closed form is known.
+        Learning rate of each direction; None for inner momentum, for which no closed form is known.
     """
     if not isinstance(inner, SGD):
         return None

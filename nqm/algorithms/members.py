@@ -1,8 +1,9 @@
 """K exchangeable members whose mean is the model: independent runs and late-phase weights.
 
-Each states the literal K-member algorithm and its two modes. With minibatch noise of correlation
-q across members (0 with own minibatches, 1 with a shared one) the mean model sees the noise
-q + (1 - q) / K and is independent of a member's deviation, which sees (1 - q)(1 - 1 / K).
+Each class defines the literal K-member algorithm and its two modes. If the minibatch noise of
+members has correlation q (0 with own minibatches, 1 with a shared one), the mean model has the
+noise variance q + (1 - q) / K and is independent of a member's deviation, which has
+(1 - q)(1 - 1 / K).
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class Ensemble(Algorithm):
     Parameters
     ----------
     members : int
-        K >= 1.
+        Number K of runs, >= 1.
     inner : Optimizer
-        What each run does.
+        Optimizer of each run.
     starts : {"common", "own"}
-        All from the weights the phase starts with, or each from its own draw of the problem's
+        Whether all runs start from the same weights, or each from its own draw of the problem's
         start (first phase only).
     """
 
@@ -152,22 +153,22 @@ class LatePhase(Algorithm):
         theta <- theta - lr * direction(gamma * sum_k g_k)
 
     von Oswald et al. 2021, section 2 and Fig. 5. The mean model w = theta + mean_k phi_k is
-    evaluated. With plain SGD it obeys w' = w - lambda g with lambda = member_lr + gamma K lr: in
-    law plain SGD at rate lambda with batch K B.
+    evaluated. With plain SGD it obeys w' = w - lambda g with lambda = member_lr + gamma K lr: it
+    has the distribution of plain SGD at rate lambda with batch size K B.
 
     Parameters
     ----------
     members : int
-        K >= 1.
+        Number K of members, >= 1.
     gamma : {"sum", "mean"} or float
         Scale of the summed base gradient: 1, 1 / K, or a number >= 0.
     minibatch : {"own", "shared"} or float
         Whether each member draws its own minibatch or all share one; or the share q in [0, 1] of
         a minibatch's examples that all members have in common (the correlation of their noise).
     spread : float
-        Variance of the members' initial offsets phi_k.
+        Variance of the members' initial offsets phi_k, >= 0.
     inner : Optimizer
-        The optimizer of theta and of every phi_k, with the same momentum on both sets.
+        Optimizer of theta and of every phi_k, with the same momentum for both.
     directions : float or tuple of int, optional
         Directions that have members (all by default): the sharpest ones, up to this fraction of
         all, or by index. Elsewhere theta alone is trained, by the same summed gradient.
@@ -202,12 +203,29 @@ class LatePhase(Algorithm):
 
     @property
     def shared(self) -> float:
-        """q: share of the examples, and correlation of the noise, that members have in common."""
+        """q: share of a minibatch's examples that all members use (correlation of their noise)."""
         if isinstance(self.minibatch, str):
             return _SHARED[self.minibatch]
         return self.minibatch
 
     def member_mask(self, problem: Problem) -> FloatArray | None:
+        """Mark the directions that have members, as `directions` states.
+
+        Parameters
+        ----------
+        problem : Problem
+            Gives curvatures, multiplicities and number of directions.
+
+        Returns
+        -------
+        ndarray, shape (d,), or None
+            1 with members, 0 without; None if all directions have members.
+
+        Raises
+        ------
+        NQMError
+            If an index in `directions` is not below d.
+        """
         if self.directions is None:
             return None
         mask = np.zeros(problem.directions)
@@ -227,7 +245,7 @@ class LatePhase(Algorithm):
 
     @property
     def base_scale(self) -> float:
-        """gamma_theta: what multiplies the summed gradient of the base weights."""
+        """Factor gamma_theta on the summed gradient of the base weights."""
         return base_scale(self.gamma, self.members)
 
     @property
@@ -244,11 +262,11 @@ class LatePhase(Algorithm):
 
     @property
     def _where(self) -> str:
-        # Members of other directions are other members: they do not go on in a next phase.
+        # Members of other directions have other names: a next phase does not keep them.
         return "" if self.directions is None else f" in {self.directions}"
 
     def _gradient(self, gradient: Gradient, x: Value) -> Value:
-        """On a member's minibatch: the mean over examples of its own and those in common."""
+        """Gradient on a member's minibatch: mean over its own examples and the common ones."""
         q = self.shared
         if q in (0.0, 1.0):
             return gradient(x, 0 if q else None)
@@ -295,7 +313,7 @@ class LatePhase(Algorithm):
         )
 
     def mean_rate(self, rates: Rate) -> Rate:
-        """Lambda = member_lr + gamma K lr, at which the mean model is trained.
+        """Effective learning rate of the mean model: lambda = member_lr + gamma K lr.
 
         Parameters
         ----------
@@ -305,6 +323,7 @@ class LatePhase(Algorithm):
         Returns
         -------
         float
+            lambda.
         """
         lr, member_lr = rates
         return member_lr + self.base_scale * self.members * lr
@@ -315,24 +334,31 @@ class LatePhase(Algorithm):
         return (
             LimitingCase("members = 1", one, self.inner, equal_rates=one.mean_rate),
             LimitingCase(
-                "minibatch = 'own'", plain, self.inner, equal_rates=self.mean_rate,
-                batch_size=self.members, members=False,
+                "minibatch = 'own'",
+                plain,
+                self.inner,
+                equal_rates=self.mean_rate,
+                batch_size=self.members,
+                members=False,
             ),
             LimitingCase("minibatch = 'shared'", shared, self.inner, equal_rates=self.mean_rate),
-            LimitingCase("minibatch = 0", replace(self, minibatch=0.0),
-                         replace(self, minibatch="own")),
-            LimitingCase("minibatch = 1", replace(self, minibatch=1.0),
-                         replace(self, minibatch="shared")),
-            LimitingCase("directions = 1", replace(self, directions=1.0),
-                         replace(self, directions=None)),
-        )  # fmt: skip
+            LimitingCase(
+                "minibatch = 0", replace(self, minibatch=0.0), replace(self, minibatch="own")
+            ),
+            LimitingCase(
+                "minibatch = 1", replace(self, minibatch=1.0), replace(self, minibatch="shared")
+            ),
+            LimitingCase(
+                "directions = 1", replace(self, directions=1.0), replace(self, directions=None)
+            ),
+        )
 
     def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
-        # The mean model moves at lambda; the members' deviations at member_lr, which is smaller.
+        # The mean model has rate lambda, the members' deviations member_lr, which is smaller.
         inner = self.inner.stability_edge(curvature)
         if inner is None:
             return None
-        with np.errstate(divide="ignore"):  # what does not move at all is stable at every rate
+        with np.errstate(divide="ignore"):  # with lambda = 0 every rate is stable
             return inner / self.mean_rate((1.0, np.asarray(member_lr_ratio)))
 
 
@@ -340,8 +366,8 @@ class LatePhase(Algorithm):
 class _MeanModel(Algorithm):
     """w = theta + mean phi, driven by one gradient through both optimizers.
 
-    theta and mean phi are kept as their sum: apart they never forget their start (an exact
-    invariant), so they have no steady state.
+    The state is the sum of theta and mean phi. Separately they have no steady state, because one
+    combination of them never changes.
     """
 
     late: LatePhase

@@ -1,4 +1,4 @@
-"""Multiplicative late-phase weights w_k = theta * phi_k: not linear, so Monte Carlo is the truth.
+"""Multiplicative late-phase weights w_k = theta * phi_k: not linear, so only Monte Carlo is exact.
 
 ::
 
@@ -6,8 +6,8 @@
     phi_k <- phi_k - member_lr * theta * g_k      (summed over directions for a scalar phi_k)
     theta <- theta - lr * gamma * sum_k phi_k g_k
 
-The only analytic answers are approximations, and every result says which it is: the first order in
-noise and displacement about theta phi = w* (here), and the long-run balance of
+Analytic results are approximations, and `kind` of a result says which one: the first order in noise
+and displacement about theta phi = w* (here), or the long-run balance of
 `nqm.solvers.multiplicative_long_run`.
 """
 
@@ -35,13 +35,13 @@ class MultiplicativeLatePhase(Nonlinear):
     Parameters
     ----------
     members : int
-        K >= 1.
+        Number K of members, >= 1.
     gamma : {"sum", "mean"} or float
         Scale of the summed base gradient: 1, 1 / K, or a number >= 0.
     factor : float
-        Value phi starts at, > 0.
+        Value with which phi starts, > 0.
     spread : float
-        Variance of the members' relative initial offsets.
+        Variance of the members' relative initial offsets, >= 0.
     coupling : {"elementwise", "scalar"}
         One phi_k per direction, or one number per member for all directions.
     """
@@ -67,7 +67,7 @@ class MultiplicativeLatePhase(Nonlinear):
 
     @property
     def base_scale(self) -> float:
-        """gamma_theta: what multiplies the summed gradient of the base weights."""
+        """Factor gamma_theta on the summed gradient of the base weights."""
         return base_scale(self.gamma, self.members)
 
     @property
@@ -84,7 +84,7 @@ class MultiplicativeLatePhase(Nonlinear):
         return self.members
 
     def continues(self, old: object) -> bool:
-        """Whether members go on: as many, of the same kind, from the same factor.
+        """Tell whether members are kept from the phase before.
 
         Parameters
         ----------
@@ -94,6 +94,7 @@ class MultiplicativeLatePhase(Nonlinear):
         Returns
         -------
         bool
+            True for equal numbers of members, factor and coupling.
         """
         return isinstance(old, MultiplicativeLatePhase) and (
             (self.members, self.factor, self.coupling) == (old.members, old.factor, old.coupling)
@@ -105,10 +106,12 @@ class MultiplicativeLatePhase(Nonlinear):
         Parameters
         ----------
         problem : Problem
+            Problem of the run.
 
         Raises
         ------
         NQMError
+            If w* is 0 along a direction of curvature > 0.
         """
         problem.check_distribution("late_phase_multiplicative")
         if np.any((problem.minimum == 0.0) & (problem.curvature > 0)):
@@ -118,28 +121,30 @@ class MultiplicativeLatePhase(Nonlinear):
             )
 
     def first_order(self, problem: Problem) -> tuple[LatePhase, FloatArray, FloatArray]:
-        """Additive late-phase weights with the same moments to first order in the noise.
+        """Find the additive late-phase weights with the same moments to first order in the noise.
 
-        About theta0 phi0 = w* member k moves by phi0 d(theta) + theta0 d(phi_k), which is the
+        About theta0 phi0 = w* member k changes by phi0 d(theta) + theta0 d(phi_k), which is the
         additive model with rates lr * phi0^2 and member_lr * theta0^2 in each direction
-        (elementwise coupling). Its relative error is proportional to the noise variance: it needs
-        noise and displacement small beside w*, and lasts until the balance drifts
-        (`nqm.solvers.multiplicative_long_run`).
+        (elementwise coupling). Its relative error is proportional to the noise variance. It is
+        valid if noise and displacement are small compared with w*, until the balance of theta and
+        phi has drifted (`nqm.solvers.multiplicative_long_run`).
 
         Parameters
         ----------
         problem : Problem
+            With w* != 0 in every direction of curvature > 0.
 
         Returns
         -------
         algorithm : LatePhase
+            The additive method.
         lr_scale, member_lr_scale : ndarray, shape (d,)
-            What the phase's two rates are multiplied by.
+            Factors on the phase's two rates.
 
         Raises
         ------
         NQMError
-            For a spread of members where the minimum differs between directions.
+            If `check` refuses the problem, or for spread > 0 if w* differs between directions.
         """
         self.check(problem)
         theta = problem.minimum / self.factor
@@ -155,7 +160,7 @@ class MultiplicativeLatePhase(Nonlinear):
 
     def limits(self) -> tuple[LimitingCase, ...]:
         def members_still(rates: Rate) -> Rate:
-            return rates[0], 1e-300  # rates are above 0; this one moves no number
+            return rates[0], 1e-300  # rates must be > 0; this one changes no number
 
         def base_rate(rates: Rate) -> Rate:
             return rates[0] * self.base_scale * self.members * self.factor**2
@@ -172,7 +177,9 @@ class MultiplicativeLatePhase(Nonlinear):
         )
 
     def stability_edge(self, problem: Problem, member_lr_ratio: float = 1.0) -> FloatArray:
-        """Smallest learning rate unstable to first order about theta phi = w* (elementwise phi).
+        """Compute the smallest lr that is unstable to first order about theta phi = w*.
+
+        For elementwise coupling.
 
         Parameters
         ----------

@@ -1,6 +1,6 @@
 """SGD, heavy ball, Nesterov and quasi-hyperbolic momentum, with PyTorch's conventions.
 
-Each edge is where the eigenvalue -1 appears: weights that swing from x to -x in every step.
+At each stability edge the transition has the eigenvalue -1: a step takes x to -x.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class HeavyBall(Optimizer):
     Parameters
     ----------
     momentum : float
-        In [0, 1).
+        Share of the buffer that a step keeps, in [0, 1).
     """
 
     momentum: float = 0.9
@@ -59,7 +59,7 @@ class Nesterov(Optimizer):
     Parameters
     ----------
     momentum : float
-        In [0, 1).
+        Share of the buffer that a step keeps, in [0, 1).
     """
 
     momentum: float = 0.9
@@ -83,13 +83,13 @@ class Nesterov(Optimizer):
 class QuasiHyperbolicMomentum(Optimizer):
     """m' = momentum m + (1 - momentum) g;  x' = x - lr ((1 - nu) g + nu m') (Ma & Yarats 2019).
 
-    "Quasi-hyperbolic momentum and Adam for deep learning": SGD for the share 1 - nu of a step, and
-    momentum whose buffer is a mean of gradients (PyTorch's dampening) for the share nu.
+    "Quasi-hyperbolic momentum and Adam for deep learning". A step is 1 - nu times a step of SGD
+    plus nu times a step of momentum whose buffer is a mean of gradients (PyTorch's dampening).
 
     Parameters
     ----------
     momentum : float
-        In [0, 1); the paper's beta.
+        Share of the buffer that a step keeps, in [0, 1); the paper's beta.
     nu : float
         Weight of the mean gradient, in [0, 1].
     """

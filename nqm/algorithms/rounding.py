@@ -1,4 +1,4 @@
-"""Weights kept in low precision, as far as second moments go."""
+"""Weights of low precision, with the second moments of stochastic rounding."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from nqm.errors import check_number
 
 @dataclass(frozen=True)
 class Rounded(Around):
-    """Weights stochastically rounded to a grid of spacing `pitch` after every step, as added noise.
+    """Stochastic rounding of weights to a grid of spacing `pitch` after every step, as added noise.
 
     Rounding up with probability equal to the fraction f is unbiased with variance
-    pitch^2 f (1 - f); over weights spread across many cells that is pitch^2 / 6 on average, which
-    is added here as Gaussian noise of its own, free of the batch size. It holds while a step's
-    spread is large beside the pitch (`SampledSGD` rounds for real, by Monte Carlo). SWA of it is
-    SWALP (Yang et al. 2019): averaging removes rounding noise as 1 / snapshots.
+    pitch^2 f (1 - f). For weights spread over many cells the average is pitch^2 / 6, which is added
+    here as Gaussian noise, independent of the batch size. This is valid while the scatter of a step
+    is large compared with the pitch (`SampledSGD` rounds literally, by Monte Carlo). SWA of it is
+    SWALP (Yang et al. 2019): averaging reduces rounding noise as 1 / snapshots.
 
     Parameters
     ----------
     inner : Optimizer
-        Its buffers are kept in full precision.
+        Optimizer of the weights; its buffers have full precision.
     pitch : float
         Spacing of the grid, in units of the weights, >= 0.
     """

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled(Nonlinear, ABC):
-    """What these optimizers share: one minibatch a step, its noise, and the weights' precision.
+    """Base of these optimizers: one minibatch per step, its noise, and the weights' precision.
 
     Parameters
     ----------
     dof : float, optional
         Degrees of freedom, > 2, of Student-t gradient noise, scaled to the variance v / B of a
-        minibatch; normal by default. A heavy tail is that of the minibatch, whatever its size.
+        minibatch; normal noise by default. It is the tail of the minibatch's noise for any B.
     pitch : float
-        Weights are stochastically rounded to multiples of this after every step; 0 for none. The
-        grid goes through the origin of weight space, which ``problem.minimum`` places.
+        Weights are stochastically rounded to multiples of this after every step; 0 for no rounding.
+        The grid contains the origin of weight space, which lies at -``problem.minimum`` from the
+        minimum.
     """
 
     dof: float | None = None
@@ -41,15 +42,17 @@ class Sampled(Nonlinear, ABC):
         check_number(f"{name}.pitch", self.pitch, low=0.0)
 
     def check(self, problem: Problem) -> None:
-        """Refuse quadrature nodes, and correlated noise if the noise is to have heavy tails.
+        """Refuse quadrature nodes, and correlated noise if the noise shall have heavy tails.
 
         Parameters
         ----------
         problem : Problem
+            Problem of the run.
 
         Raises
         ------
         NQMError
+            If `dof` is stated and the noise is correlated.
         """
         problem.check_distribution(type(self).__name__)
         if self.dof is not None and problem.noise_correlation is not None:
@@ -65,27 +68,26 @@ class Sampled(Nonlinear, ABC):
 
     @abstractmethod
     def stability_edge(self, curvature: FloatArray) -> FloatArray | None:
-        """Smallest learning rate at which weights grow without bound from step to step.
+        """Compute the smallest learning rate at which weights grow without bound.
 
         Parameters
         ----------
         curvature : ndarray, shape (d,)
-            h > 0.
+            Eigenvalues h > 0 of the Hessian.
 
         Returns
         -------
         ndarray, shape (d,), or None
-            Infinity where every step is bounded, whatever the gradient; None where nothing is
-            known.
+            Infinite if every step is bounded for any gradient; None if nothing is known.
         """
 
     @property
     def tail(self) -> float:
-        """Degrees of freedom; infinity for normal noise."""
+        """Degrees of freedom of the noise; infinite for normal noise."""
         return math.inf if self.dof is None else self.dof
 
     def continues(self, old: object) -> bool:
-        """Whether buffers go on: where the rule is the same.
+        """Tell whether buffers are kept from the phase before.
 
         Parameters
         ----------
@@ -95,6 +97,7 @@ class Sampled(Nonlinear, ABC):
         Returns
         -------
         bool
+            True for a method of the same class.
         """
         return type(old) is type(self)
 
@@ -107,9 +110,11 @@ class SampledSGD(Sampled):
 
     Parameters
     ----------
+    momentum : float
+        Share of the buffer that a step keeps, in [0, 1).
     threshold : float, optional
-        Largest norm of a gradient; none by default (Zhang et al. 2020, "Why gradient clipping
-        accelerates training").
+        Largest norm of a gradient, > 0; no clipping by default (Zhang et al. 2020, "Why gradient
+        clipping accelerates training").
     """
 
     momentum: float = 0.0
@@ -126,7 +131,7 @@ class SampledSGD(Sampled):
         return 0, self.momentum, math.inf if self.threshold is None else self.threshold, 0.0
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        # Linear, so that the expected loss sees the noise's variance and nothing of its tail.
+        # A linear method: its expected loss depends on the noise's variance, not on its tail.
         plain, linear = replace(self, threshold=None, pitch=0.0), HeavyBall(self.momentum)
         return (
             LimitingCase("no threshold, pitch = 0", plain, linear),
@@ -145,12 +150,12 @@ class SignSGD(Sampled):
     """b' = momentum b + g;  x' = x - lr sign(b') (signSGD, Signum; Bernstein et al. 2018).
 
     The mean step is lr erf(h x / (sd(e) sqrt 2)) for normal noise without momentum: near the
-    minimum SGD at the rate lr sqrt(2 / pi) / sd(e), with noise of variance lr^2 whatever the batch.
+    minimum it is SGD at rate lr sqrt(2 / pi) / sd(e), with noise of variance lr^2 for any batch.
 
     Parameters
     ----------
     momentum : float
-        In [0, 1).
+        Share of the buffer that a step keeps, in [0, 1).
     """
 
     momentum: float = 0.0
@@ -182,7 +187,7 @@ class Adam(Sampled):
     beta1, beta2 : float
         Decay of the means of g and of g^2, in [0, 1).
     epsilon : float
-        > 0.
+        Added to the root of s, > 0.
     """
 
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""Schedule-free SGD: an average that is also where part of the gradient is taken."""
+"""Schedule-free SGD: the gradient is taken between the iterate and its average."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from nqm.problems.quadratic import FloatArray
 class ScheduleFree(Algorithm):
     """y = (1 - beta) z + beta x; z' = z - lr g(y); x' = x + (z' - x) / t; x is evaluated.
 
-    Defazio et al. 2024, "The road less scheduled", at constant weights. beta 0 is Polyak-Ruppert
-    averaging (SWA of every step), beta 1 primal averaging. Late steps are stable while
-    lr h (1 - beta) < 2, step t only once t > (1 + a + beta lr h) / (2 (1 + a)) with
-    a = 1 - lr h (1 - beta): near that edge the first steps amplify. Stepped one by one: no two
-    steps are alike.
+    Defazio et al. 2024, "The road less scheduled", with uniform weights of iterates. beta = 0 is
+    Polyak-Ruppert averaging (SWA of every step), beta = 1 primal averaging. Late steps are stable
+    if lr h (1 - beta) < 2, step t only if t > (1 + a + beta lr h) / (2 (1 + a)) with
+    a = 1 - lr h (1 - beta): near that edge the first steps amplify. No two steps are equal, so
+    solvers take each of them.
 
     Parameters
     ----------
     beta : float
-        In [0, 1].
+        Weight of the average in the point of the gradient, in [0, 1].
     """
 
     beta: float = 0.9
@@ -65,6 +65,6 @@ class ScheduleFree(Algorithm):
         return (LimitingCase("beta = 0", replace(self, beta=0.0), SWA()),)
 
     def stability_edge(self, curvature: FloatArray, member_lr_ratio: Any = 1.0) -> Any:
-        if self.beta == 1.0:  # a late step moves x by a vanishing share of it
+        if self.beta == 1.0:  # late steps change x by a share that tends to 0
             return np.full_like(curvature, np.inf)
         return 2.0 / ((1.0 - self.beta) * curvature)

@@ -1,4 +1,4 @@
-"""How one step of a method depends on its number t."""
+"""Dependence of one step of a method on its number t."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: A step so late that a method whose steps never repeat has all but stopped changing; a multiple of
-#: usual periods.
+#: A step so late that a method whose steps never repeat changes negligibly; a multiple of usual
+#: periods.
 LATE = 720_720 * 10**6
 
 
 @dataclass(frozen=True)
 class TimeDependence:
-    """How `update` and `weights` of an algorithm depend on the step number t.
-
-    The default is a method that does not look at t.
+    """Dependence of `update` and `weights` of an algorithm on the step number t; none by default.
 
     Attributes
     ----------
     periods : tuple of int
-        Numbers n of steps for which `update` asks whether step t is the last of n (see
+        Numbers n such that `update` depends on whether step t is the last of n (see
         `is_last_of_period`): a synchronisation, a snapshot.
     modulus : int
-        `update` may look at all of t modulo this number, >= 1.
+        `update` may depend on t modulo this number, >= 1.
     update_never_repeats : bool
-        Whether `update` looks at t itself, as a mean over all steps does. No two steps are alike
-        then: jumps are walked and there is no steady state. With period 1, `update` must take an
-        array of times t.
+        Whether `update` depends on t itself, as a mean over all steps does. Then no two steps are
+        equal: solvers take each of them and there is no steady state. With period 1, `update` must
+        accept an array of times t.
     weights_never_repeat : bool
-        Whether `weights` looks at t beyond its remainder modulo `period`, as a mean over a growing
-        number of snapshots does.
+        Whether `weights` depends on more than t modulo `period`, as a mean over a growing number of
+        snapshots does.
     """
 
     periods: tuple[int, ...] = ()
@@ -44,18 +42,18 @@ class TimeDependence:
 
     @property
     def period(self) -> int:
-        """Steps after which `update` repeats (where it does); 1 if it does not look at t."""
+        """Steps after which `update` repeats (if it does); 1 if it does not depend on t."""
         return math.lcm(self.modulus, *self.periods)
 
     @property
     def distinct_periods(self) -> tuple[int, ...] | None:
-        """`periods` above 1, smallest first; None where any step may differ from any other."""
+        """`periods` above 1, smallest first; None if any step may differ from any other."""
         if self.modulus > 1 or self.update_never_repeats:
             return None
         return tuple(sorted({period for period in self.periods if period > 1}))
 
     def with_period(self, period: int) -> TimeDependence:
-        """The same, for a method that also acts at the last of every `period` steps.
+        """Add a period, for a method that also acts at the last of every `period` steps.
 
         Parameters
         ----------
@@ -65,11 +63,12 @@ class TimeDependence:
         Returns
         -------
         TimeDependence
+            With `period` among its periods.
         """
         return self if period == 1 else replace(self, periods=(*self.periods, period))
 
     def reduced(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Times reduced modulo the period; unchanged where no two steps are alike.
+        """Reduce times modulo the period; unchanged for a method whose steps never repeat.
 
         Parameters
         ----------
@@ -79,9 +78,8 @@ class TimeDependence:
         Returns
         -------
         ndarray of int
-            Shape of t. Equal numbers stand for equal steps, and each is the number of such a step.
-            Where only the last step of one period differs from the others, the others share one
-            number.
+            Shape of t. Equal numbers are equal steps, and each is the number of such a step. If
+            only the last step of one period differs from the others, the others share one number.
         """
         if self.update_never_repeats:
             return t
@@ -104,7 +102,7 @@ class TimeDependence:
         rows : ndarray of int
             Positions in `times`.
         t : int or ndarray, shape (rows, 1)
-            What `update` is given for them.
+            Time to pass to `update` for these rows.
         """
         if self.update_never_repeats and self.period == 1:
             yield np.arange(times.size), times[:, None]
@@ -113,7 +111,7 @@ class TimeDependence:
             yield np.flatnonzero(times == t), int(t)
 
     def one_cycle(self) -> range:
-        """Times of one whole period; of a late one where no two steps are alike.
+        """Times of one whole period; of a late one for a method whose steps never repeat.
 
         Returns
         -------
@@ -124,17 +122,19 @@ class TimeDependence:
         return range(first, first + self.period)
 
     def products(self, steps: int) -> float:
-        """About how many matrix products compose the transition of `steps` steps.
+        """Estimate the number of matrix products that compose the transition of `steps` steps.
 
-        The rule of `nqm.solvers.moments.compose_span`: powers between the ends of periods.
+        `nqm.solvers.moments.compose_span` uses powers between the ends of periods.
 
         Parameters
         ----------
         steps : int
+            Number of steps.
 
         Returns
         -------
         float
+            Number of products, to order of magnitude.
         """
         return _products(self.distinct_periods, steps)
 
@@ -153,17 +153,18 @@ def _products(periods: tuple[int, ...] | None, steps: int) -> float:
 
 
 def is_last_of_period(t: int, period: int) -> bool:
-    """Whether step t is the last of `period` steps: (t + 1) is a multiple of `period`.
+    """Tell whether step t is the last of a period: (t + 1) is a multiple of `period`.
 
     Parameters
     ----------
     t : int
-        Step number, 0-based; an array is taken where `period` is 1.
+        Step number, 0-based; may be an array if `period` is 1.
     period : int
-        >= 1.
+        Steps, >= 1.
 
     Returns
     -------
     bool
+        Always True if `period` is 1.
     """
     return period == 1 or (t + 1) % period == 0

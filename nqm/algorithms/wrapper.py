@@ -1,4 +1,4 @@
-"""A wrapper runs an inner algorithm and keeps something beside it."""
+"""Base of averages: an inner algorithm, and coordinates that follow its weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from nqm.errors import NQMError
 
 @dataclass(frozen=True)
 class Wrapper(Around):
-    """State = inner state, then what is kept; members of the inner algorithm are wrapped each.
+    """Inner state, then the `kept` coordinates of each chain: each member, or the single chain.
 
     Parameters
     ----------
     inner : Algorithm
-        Not itself an average over all its past.
+        Method whose weights are followed; not itself an average over all its past.
     """
 
     inner: Algorithm = dataclasses.field(default_factory=SGD)
@@ -47,11 +47,11 @@ class Wrapper(Around):
     @property
     @abstractmethod
     def kept(self) -> tuple[str, ...]:
-        """Names of the coordinates kept for one chain."""
+        """Names of the coordinates that are added for one chain."""
 
     @abstractmethod
     def begin(self, x: Value) -> State:
-        """What is kept at the start.
+        """Compute the kept coordinates at the start.
 
         Parameters
         ----------
@@ -66,12 +66,12 @@ class Wrapper(Around):
 
     @abstractmethod
     def keep(self, kept: State, x: Value, t: int) -> State:
-        """What is kept after step t.
+        """Compute the kept coordinates after step t.
 
         Parameters
         ----------
         kept : tuple
-            What was kept before.
+            The kept coordinates before the step.
         x : Value
             The chain's weights after step t.
         t : int
@@ -80,16 +80,17 @@ class Wrapper(Around):
         Returns
         -------
         tuple
-            As many entries as before.
+            As many entries as `kept`.
         """
 
     @abstractmethod
     def read(self, kept: State, x: Value, t: int) -> Value:
-        """The weights that are evaluated once t steps are done.
+        """Compute the weights of one chain that are evaluated after t steps.
 
         Parameters
         ----------
         kept : tuple
+            The kept coordinates.
         x : Value
             The chain's own weights.
         t : int
@@ -98,6 +99,7 @@ class Wrapper(Around):
         Returns
         -------
         Value
+            Displacement from the minimum.
         """
 
     @property
@@ -107,11 +109,11 @@ class Wrapper(Around):
         return (*self.inner.coordinates, *(name + label for label in labels for name in self.kept))
 
     def _chains(self, inner: State, t: int) -> tuple[Value, ...]:
-        """Weights of each chain: the members, or the single one."""
+        """Weights of each chain: each member, or the single chain."""
         return self.inner.member_weights(inner, t) or (self.inner.weights(inner, t),)
 
     def _split(self, state: State) -> tuple[State, list[State]]:
-        """The inner method's coordinates, and what is kept for each chain."""
+        """Split into the inner method's coordinates and the kept ones of each chain."""
         first, size = len(self.inner.coordinates), len(self.kept)
         starts = range(first, len(state), size)
         return state[:first], [state[i : i + size] for i in starts]
@@ -136,14 +138,14 @@ class Wrapper(Around):
         return self._averages(state, t) if self.member_count else ()
 
     def resume(self, known: Mapping[str, Value], draw: Draw, normal: Draw) -> State:
-        # What is kept begins from each running member, not from their mean.
+        # An average starts from its own member, not from the mean of the members.
         inner = self.inner.resume(known, draw, normal)
         begun = (self.begin(x) for x in self._chains(inner, 0))
         fresh = (*inner, *chain.from_iterable(begun))
         return tuple(known.get(n, x) for n, x in zip(self.coordinates, fresh, strict=True))
 
     def modes(self) -> tuple[Mode, ...]:
-        # Linearity: the wrapped mean is the mean of the wrapped members.
+        # By linearity the average of the mean model is the mean of the members' averages.
         return tuple(
             dataclasses.replace(mode, algorithm=dataclasses.replace(self, inner=mode.algorithm))
             for mode in self.inner.modes()

@@ -1,1 +1,1 @@
-"""Problems: quadratics, least squares, curvature spectra."""
+"""Problems: noisy quadratics, least squares, and curvature spectra."""

@@ -1,4 +1,4 @@
-"""Correlation between directions: of gradient noise that does not commute with the Hessian."""
+"""Correlation between directions, for gradient noise that does not commute with the Hessian."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nqm.errors import NQMError
 
 FloatArray = NDArray[np.float64]
 
-#: Covariance below this share of the largest variance is rounding, of a change of basis.
+#: Covariances below this share of the largest variance count as rounding errors.
 ROUNDING = 1e-13
-#: How far below zero the least eigenvalue of a stated correlation may be.
+#: The smallest eigenvalue of a stated correlation may be this far below zero.
 SEMIDEFINITE = 1e-9
 
 
@@ -41,19 +41,21 @@ class Correlation:
         Parameters
         ----------
         name : str
-            The field, for error messages.
+            Name of the field, for error messages.
         value : array_like, shape (size, size), or Correlation
+            Correlation matrix.
         size : int
             Number d of directions.
 
         Returns
         -------
         Correlation
+            `value` itself if it is one already.
 
         Raises
         ------
         NQMError
-            Unless it is a correlation matrix of that size.
+            If it is not a correlation matrix of that size.
         """
         if isinstance(value, Correlation):
             if len(value.matrix) != size:
@@ -84,7 +86,7 @@ class Correlation:
 
     @classmethod
     def of_factor(cls, factor: FloatArray) -> tuple[FloatArray, Self | None]:
-        """Variances and correlation of the covariance F F'.
+        """Split the covariance F F' into variances and correlation.
 
         Parameters
         ----------
@@ -94,6 +96,7 @@ class Correlation:
         Returns
         -------
         variance : ndarray, shape (d,)
+            Diagonal of the covariance.
         correlation : Correlation or None
             None if the covariance is diagonal up to rounding.
         """
@@ -109,7 +112,7 @@ class Correlation:
 
     @cached_property
     def root(self) -> FloatArray:
-        """L of shape (d, r) with L L' the matrix and L_ij = 0 for j > i (Cholesky's if regular)."""
+        """Lower triangular L of shape (d, r) with L L' = matrix: Cholesky's factor if regular."""
         values, vectors = np.linalg.eigh(self.matrix)
         kept = values > 1e-15 * len(values) * values[-1]
         factor = vectors[:, kept] * np.sqrt(values[kept])
@@ -119,31 +122,35 @@ class Correlation:
         return root
 
     def covariance(self, variance: FloatArray) -> FloatArray:
-        """Covariance of directions with these variances.
+        """Build the covariance of directions with this correlation.
 
         Parameters
         ----------
         variance : ndarray, shape (d,)
+            Variance of each direction, >= 0.
 
         Returns
         -------
         ndarray, shape (d, d)
+            Covariance matrix.
         """
         sd = np.sqrt(variance)
         return np.asarray(self.matrix * np.outer(sd, sd))
 
 
 def covariance(correlation: Correlation | None, variance: FloatArray) -> FloatArray:
-    """Covariance of directions with these variances.
+    """Build the covariance of directions that may be independent.
 
     Parameters
     ----------
     correlation : Correlation or None
         None for independent directions.
     variance : ndarray, shape (d,)
+        Variance of each direction, >= 0.
 
     Returns
     -------
     ndarray, shape (d, d)
+        Covariance matrix, diagonal for independent directions.
     """
     return np.diag(variance) if correlation is None else correlation.covariance(variance)

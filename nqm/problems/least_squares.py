@@ -6,10 +6,9 @@ whose noise has, by Wick's theorem, the covariance
 
     1/B (H u u' H + (u'Hu + s2) H).
 
-So along an eigendirection the noise variance is (h_i^2 u_i^2 + h_i (2 L + s2)) / B: the loss L
-itself drives every direction, and the noise of the labels is the h_i s2 that stays at the minimum.
-Second moments still close, though directions no longer evolve on their own (`nqm.solvers.
-least_squares`).
+So along an eigendirection the noise variance is (h_i^2 u_i^2 + h_i (2 L + s2)) / B: it grows with
+the loss L of all directions, and h_i s2, due to noisy labels, remains at the minimum. Second
+moments still obey a closed equation, but it couples the directions (`nqm.solvers.least_squares`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _VECTORS = ("curvature", "multiplicity", "initial_mean", "initial_variance", "mi
 class LeastSquares(Quadratic):
     """Linear regression on a stream of Gaussian inputs, in the eigenbasis of their covariance.
 
-    Every vector but the first broadcasts from a scalar and ends as a read-only float64 array.
+    Every vector but the first may be a scalar; all are stored as read-only float64 arrays.
 
     Parameters
     ----------
@@ -42,9 +41,9 @@ class LeastSquares(Quadratic):
     initial_mean, initial_variance : array_like, shape (d,)
         Start of the displacement from w* (N(0, 1) by default).
     multiplicity : array_like, shape (d,)
-        How many equal directions each entry stands for, > 0 (1 by default).
+        Number of equal directions that each entry stands for, > 0 (1 by default).
     minimum : array_like, shape (d,)
-        Position w*; only weight decay towards the origin looks at it.
+        Position w*; used by weight decay towards the origin only.
 
     Raises
     ------
@@ -71,18 +70,18 @@ class LeastSquares(Quadratic):
         check_number("problem.label_noise", label_noise, low=0.0)
         checked = Problem(
             curvature, 0.0, multiplicity, initial_mean, initial_variance, minimum
-        )  # one place knows what a vector of the problem may hold
+        )  # checks the vectors
         for name in _VECTORS:
             object.__setattr__(self, name, getattr(checked, name))
         object.__setattr__(self, "label_noise", float(label_noise))
 
     @property
     def irreducible_loss(self) -> float:
-        """Loss s2 / 2 of the best weights, left out of every reported loss."""
+        """Loss s2 / 2 of the best weights; no reported loss includes it."""
         return 0.5 * self.label_noise
 
     def additive(self) -> Problem:
-        """Replace the noise by its value at the minimum, v_i = h_i s2, in every place.
+        """Replace the noise by its value at the minimum, v_i = h_i s2, for all weights.
 
         Returns
         -------
@@ -100,7 +99,7 @@ class LeastSquares(Quadratic):
         )
 
     def key(self) -> str:
-        """Content key: equal problems, and only they, share it.
+        """Content key, equal for equal problems only.
 
         Returns
         -------
@@ -120,8 +119,9 @@ def any_problem(where: str, problem: object) -> Problem | LeastSquares:
     Parameters
     ----------
     where : str
-        The calling function, for the error message.
+        Name of the calling function, for the error message.
     problem : object
+        Value that the user gave.
 
     Returns
     -------
@@ -146,8 +146,9 @@ def additive_only(where: str, problem: object) -> Problem:
     Parameters
     ----------
     where : str
-        The calling function, for the error message.
+        Name of the calling function, for the error message.
     problem : object
+        Value that the user gave.
 
     Returns
     -------
@@ -184,11 +185,17 @@ def power_law(
     alpha, beta : float
         Exponents of the spectrum and of the target coefficients, >= 0.
     label_noise : float
-        Variance of the labels about the best linear prediction.
+        Variance of the labels about the best linear prediction, >= 0.
 
     Returns
     -------
     LeastSquares
+        With `minimum` w* and the start at weights 0.
+
+    Raises
+    ------
+    NQMError
+        If an argument is out of range, or a curvature would underflow to 0.
     """
     check_integer("power_law.directions", directions, 1)
     check_memory("power_law.directions", directions, 6.0 * directions)
@@ -210,20 +217,20 @@ def random_features(
     W of independent N(0, 1 / features) (Maloney, Roberts & Sully 2022; Paquette et al. 2024,
     "4+3 phases of compute-optimal neural scaling laws", section 1.1).
 
-    What of the target the features cannot express is a Gaussian independent of all features, so
-    it acts exactly as label noise: `label_noise` of the result is that misfit plus the labels'
-    own, and `irreducible_loss` is what no training removes.
+    The part of the target that the features cannot express is a Gaussian independent of all
+    features, so it acts exactly as label noise: `label_noise` of the result is the variance of this
+    misfit plus that of e, and `irreducible_loss` is the loss that no training removes.
 
     Parameters
     ----------
     features : int
-        Number of trained weights.
+        Number of trained weights, >= 1.
     hidden : int
-        Dimension of the data.
+        Dimension of the data, >= 1.
     alpha, beta : float
         Exponents of the data's spectrum and of the target, >= 0.
     label_noise : float
-        Variance of e.
+        Variance of e, >= 0.
     seed : int
         Seed of the draw of W.
 
@@ -231,6 +238,11 @@ def random_features(
     -------
     LeastSquares
         In the eigenbasis of the features' covariance.
+
+    Raises
+    ------
+    NQMError
+        If an argument is out of range, or the decomposition would take too much memory or time.
     """
     check_integer("random_features.features", features, 1)
     check_integer("random_features.hidden", hidden, 1)

@@ -1,6 +1,6 @@
 """The noisy quadratic problem: a loss that is quadratic and a gradient that is noisy.
 
-In the eigenbasis of the Hessian every direction evolves on its own,
+In the eigenbasis of the Hessian every direction evolves independently,
 
     L(x) = 1/2 sum_i m_i h_i x_i^2,      g_i(x) = h_i x_i + e_i,      Var e_i = v_i / B,
 
@@ -29,7 +29,7 @@ FLAT = 1e-12
 
 
 class Quadratic:
-    """What every problem with a quadratic loss shares; `Problem` is the one with additive noise."""
+    """Base of problems with a quadratic loss; `Problem` is the one with additive noise."""
 
     curvature: FloatArray
     multiplicity: FloatArray
@@ -41,7 +41,7 @@ class Quadratic:
     def correlated(self) -> bool:
         """Whether directions are correlated, by the noise or by the start.
 
-        Expected losses of linear methods do not depend on it; how the loss varies does.
+        Expected losses of linear methods do not depend on it; the distribution of the loss does.
         """
         return False
 
@@ -80,7 +80,23 @@ class Quadratic:
             )
 
     def replace(self, **changes: Any) -> Self:
-        """Copy with some fields changed."""
+        """Copy the problem with some fields changed.
+
+        Parameters
+        ----------
+        **changes
+            New values by name of the field.
+
+        Returns
+        -------
+        Problem or LeastSquares
+            Of the same class.
+
+        Raises
+        ------
+        NQMError
+            If the class refuses a value.
+        """
         held = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
         return type(self)(**(held | changes))
 
@@ -89,7 +105,7 @@ class Quadratic:
 class Problem(Quadratic):
     """A noisy quadratic problem in the eigenbasis of its Hessian.
 
-    Every field but the first broadcasts from a scalar and ends as a read-only float64 array.
+    Every vector but the first may be a scalar; all are stored as read-only float64 arrays.
 
     Parameters
     ----------
@@ -98,14 +114,14 @@ class Problem(Quadratic):
     noise_variance : array_like, shape (d,)
         Variance v of one example's gradient along each direction, >= 0; a batch of B has v / B.
     multiplicity : array_like, shape (d,)
-        How many equal directions each entry stands for, > 0 (1 by default).
+        Number of equal directions that each entry stands for, > 0 (1 by default).
     initial_mean, initial_variance : array_like, shape (d,)
         Gaussian start of the displacement from the minimum (N(0, 1) by default).
     minimum : array_like, shape (d,)
-        Position w* of the minimum. Only methods that are not translation invariant
-        (multiplicative late-phase weights) look at it.
+        Position w* of the minimum. Used only by methods that are not translation invariant, e.g.
+        multiplicative late-phase weights.
     irreducible_loss : float
-        Constant left out of every reported loss, e.g. 1/2 tr(H Sigma) of noise on the minimum.
+        Constant that no reported loss includes, e.g. 1/2 tr(H Sigma) of noise on the minimum.
     noise_correlation, initial_correlation : array_like, shape (d, d), optional
         Correlations between directions of the noise and of the start, kept as `Correlation`; none
         by default. They need multiplicity 1. Expected losses of linear methods do not depend on
@@ -119,7 +135,7 @@ class Problem(Quadratic):
     Raises
     ------
     NQMError
-        On a negative curvature or variance, a NaN, lengths that do not match, or a matrix that is
+        For a negative curvature or variance, a NaN, lengths that do not match, or a matrix that is
         no correlation.
     """
 
@@ -177,7 +193,13 @@ class Problem(Quadratic):
         return self.noise_correlation is not None or self.initial_correlation is not None
 
     def key(self) -> str:
-        """Content key: equal problems, and only they, share it."""
+        """Content key, equal for equal problems only.
+
+        Returns
+        -------
+        str
+            16 hexadecimal digits.
+        """
         digest = hashlib.sha256()
         for name in ("curvature", *_LOWEST):
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
@@ -191,10 +213,25 @@ class Problem(Quadratic):
         return digest.hexdigest()[:16]
 
     def precondition(self, p: ArrayLike) -> Problem:
-        """The same training seen with preconditioned gradients ``p * g``, p > 0, shape (d,).
+        """Change variables so that SGD on the result is SGD with gradients ``p * g`` here.
 
-        Preconditioning is a change of variables y = x / sqrt(p) and so a change of problem,
-        (h, v) -> (p h, p v) with the start scaled by 1 / sqrt(p); every loss is unchanged.
+        With y = x / sqrt(p) curvature and noise become (h, v) -> (p h, p v), and the start is
+        scaled by 1 / sqrt(p); every loss is unchanged.
+
+        Parameters
+        ----------
+        p : array_like, shape (d,)
+            Diagonal preconditioner, > 0; a scalar for all directions.
+
+        Returns
+        -------
+        Problem
+            In the variables y.
+
+        Raises
+        ------
+        NQMError
+            If `p` is not > 0 or has a wrong length.
         """
         p = _vector("p", p, self.directions, low=0.0)
         if not np.all(p > 0):
@@ -209,19 +246,26 @@ class Problem(Quadratic):
         )
 
     def expanded(self) -> Problem:
-        """Every direction written out, multiplicity 1 (integer multiplicities only).
+        """Repeat every direction as often as its multiplicity states.
 
-        Expected losses are the same; the *distribution* of the loss over runs needs this form
-        for Monte Carlo, where one entry is otherwise simulated once and counted m times.
+        Expected losses are the same. Monte Carlo needs this form for the distribution of the loss
+        over runs, because it simulates one entry once and counts it m times.
+
+        Returns
+        -------
+        Problem
+            With multiplicity 1.
+
+        Raises
+        ------
+        NQMError
+            If a multiplicity is no whole number, or the result does not fit in memory.
         """
         counts = self.multiplicity.astype(np.int64)
         if not np.array_equal(counts, self.multiplicity):
             raise NQMError("expanded: multiplicity must hold whole numbers; got fractions")
-        fields_of_a_problem = 6
-        check_memory(
-            "expanded: the sum of multiplicity", float(counts.sum()),
-            fields_of_a_problem * self.multiplicity.sum(),
-        )  # fmt: skip
+        total, vectors = float(counts.sum()), 6  # of a problem
+        check_memory("expanded: the sum of multiplicity", total, vectors * total)
         repeated = {
             name: np.repeat(getattr(self, name), counts)
             for name in ("curvature", *_LOWEST)
@@ -230,12 +274,22 @@ class Problem(Quadratic):
         return self.replace(multiplicity=1.0, **repeated)
 
     def binned(self, bins: int) -> Problem:
-        """Directions merged into at most `bins` groups of nearly equal curvature.
+        """Merge directions into at most `bins` groups of nearly equal curvature.
 
         Groups are geometric in curvature. Each takes the means of its members weighted by
         multiplicity, so the traces of H and C and the initial loss to first order are kept
         (rounding down to a bin edge would lose several percent of the trace). The mean of the start
         becomes variance; where there is one, the result has `expected_losses_only`.
+
+        Parameters
+        ----------
+        bins : int
+            Largest number of groups, >= 1.
+
+        Returns
+        -------
+        Problem
+            One entry per group; `multiplicity` is the number of directions in it.
 
         Raises
         ------
@@ -282,18 +336,28 @@ class Problem(Quadratic):
     def from_minimum_noise(
         cls, curvature: ArrayLike, minimum_variance: ArrayLike, **fields: Any
     ) -> Problem:
-        """Noise stated on the minimum: L = 1/2 (x + e)' H (x + e), e ~ N(0, Sigma).
+        """Build a problem with noise on the minimum: L = 1/2 (x + e)' H (x + e), e ~ N(0, Sigma).
 
-        Then the gradient noise is C = H Sigma H (here v = h^2 s2) and every loss carries the
-        constant 1/2 tr(H Sigma), kept as `irreducible_loss` (the convention of von Oswald et
-        al. 2021, section 3.1).
+        The gradient noise is C = H Sigma H (here v = h^2 s2), and every loss contains the constant
+        1/2 tr(H Sigma), stored as `irreducible_loss` (the convention of von Oswald et al. 2021,
+        section 3.1).
 
         Parameters
         ----------
         curvature, minimum_variance : array_like, shape (d,)
-            h and the variance s2 of one example's minimum along each direction.
+            Eigenvalue h, >= 0, and variance s2 of one example's minimum along each direction, >= 0.
         **fields
             Any further field of `Problem`.
+
+        Returns
+        -------
+        Problem
+            With noise variance h^2 s2.
+
+        Raises
+        ------
+        NQMError
+            If `Problem` refuses a value.
         """
         h = _vector("curvature", curvature, None, low=0.0)
         s2 = _vector("minimum_variance", minimum_variance, h.size, low=0.0)
@@ -311,22 +375,28 @@ class Problem(Quadratic):
         initial_covariance: ArrayLike | None = None,
         minimum: ArrayLike = 0.0,
     ) -> Problem:
-        """Problem of dense matrices H and C that need not commute.
+        """Build a problem from dense matrices H and C that need not commute.
 
-        In H's eigenbasis the variance of each direction is driven by its own noise alone, so
-        expected losses see the diagonal of U' C U. How the loss varies from run to run depends on
-        the rest as well, which is kept as `noise_correlation` and `initial_correlation`.
+        In the eigenbasis U of H the variance of each direction depends on its own noise alone, so
+        expected losses depend on the diagonal of U' C U. The distribution of the loss depends on
+        the other entries as well, which become `noise_correlation` and `initial_correlation`.
 
         Parameters
         ----------
         hessian, noise_covariance : array_like, shape (d, d)
-            Symmetric, positive semi-definite.
+            H, and the covariance C of one example's gradient: symmetric, positive semi-definite.
         initial_mean : array_like, shape (d,) or scalar
-            In the coordinates of `hessian`, as are the two below.
+            Mean displacement of the start from w*, in the coordinates of `hessian` like the two
+            below.
         initial_covariance : array_like, shape (d, d), optional
-            Identity by default.
+            Covariance of the start; the identity by default.
         minimum : array_like, shape (d,) or scalar
             Position w*.
+
+        Returns
+        -------
+        Problem
+            In the eigenbasis of H, largest curvature first.
 
         Raises
         ------
@@ -361,17 +431,29 @@ class Problem(Quadratic):
 
         For ``L(w) = 1/(2 N) |X w - y|^2`` the Hessian is H = X'X / N, and one example drawn with
         replacement has gradient x (x'w - y). Its covariance at the minimum,
-        C = 1/N sum_n r_n^2 x_n x_n' with residuals r, is taken as the noise everywhere: the
-        additive picture, which leaves out that the noise grows with the distance from w*.
-        Directions in which the data do not vary at all are dropped; they cannot change the loss.
+        C = 1/N sum_n r_n^2 x_n x_n' with residuals r, is used for all weights. This additive noise
+        ignores that the true noise grows with the distance from w*. Directions along which all
+        examples have the projection 0 are dropped, because they cannot change the loss.
 
         Parameters
         ----------
         features : array_like, shape (N, p)
+            Inputs X, one example per row.
         target : array_like, shape (N,)
+            Targets y.
         start : array_like, shape (p,) or scalar
             Weights at the start of training; the displacement from w* becomes `initial_mean`
             (with no variance).
+
+        Returns
+        -------
+        Problem
+            In the eigenbasis of H, largest curvature first; at most min(N, p) directions.
+
+        Raises
+        ------
+        NQMError
+            If shapes do not match, a value is not finite, or all features are 0.
         """
         x = np.asarray(features, dtype=np.float64)
         y = np.asarray(target, dtype=np.float64)
@@ -417,7 +499,25 @@ _LOWEST: dict[str, float] = {
 
 
 def numbers_above_zero(where: str, values: ArrayLike) -> FloatArray:
-    """One number or a list of them as a vector (n,); NQMError unless all are finite and > 0."""
+    """Check that an argument is a number > 0 or a list of them.
+
+    Parameters
+    ----------
+    where : str
+        Name of the argument, for the message.
+    values : array_like
+        Scalar or shape (n,).
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        The numbers; n = 1 for a scalar.
+
+    Raises
+    ------
+    NQMError
+        If one is not finite or not > 0, or there is none.
+    """
     try:
         vector = np.atleast_1d(np.asarray(values, dtype=np.float64))
     except (TypeError, ValueError):

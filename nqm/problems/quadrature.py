@@ -1,11 +1,11 @@
-"""A few hundred directions that stand for thousands: quadrature of a spectrum in log curvature.
+"""Quadrature of a spectrum in log curvature: few nodes in place of many directions.
 
-Every expected loss is a sum over directions of a function that is smooth in log h. So is a Gauss
-rule: a block of directions, narrow in log h, is replaced by the few nodes of the Gauss rule of its
-own counting measure (Golub & Welsch 1969; Gautschi 2004, "Orthogonal polynomials", section 2.2),
+Every expected loss is a sum over directions of a function that is smooth in log h. A block of
+directions, narrow in log h, is therefore replaced by the nodes of the Gauss rule of its counting
+measure (Golub & Welsch 1969; Gautschi 2004, "Orthogonal polynomials", section 2.2),
 which sums polynomials of degree 2 points - 1 in log h over the block exactly. The other two
-measures that a loss needs, that of the start and that of the noise, are carried over by
-interpolation on the same nodes.
+measures that a loss needs, that of the start and that of the noise, are interpolated on the same
+nodes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from nqm.problems.quadratic import FloatArray, Problem
 
 
 def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Problem:
-    """Problem of far fewer directions with the same expected losses, to quadrature error.
+    """Replace the directions of a problem by few nodes with the same expected losses.
 
-    Unlike `Problem.binned` it keeps not two moments of a bin but sixteen: with the defaults 10^4
+    It keeps sixteen moments of a block, `Problem.binned` only two: with the defaults 10^4
     directions of the harmonic spectrum become 268, and expected losses at constant or scheduled
     rates agree to about 1e-12 relative for SGD and its averages and for moderate momentum. The
     error grows where responses swing within one block, which hardly damped momentum makes them do:
@@ -34,14 +34,14 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
     problem : Problem
         Directions of zero curvature, which have no loss, are dropped.
     points : int
-        Nodes of a block; a block of no more directions than that is left alone.
+        Number of nodes of a block, >= 1; a block of at most as many directions is not changed.
     width : float
-        Width of a block in log curvature.
+        Width of a block in log curvature, > 0.
 
     Returns
     -------
     Problem
-        Largest curvature first; fractional multiplicities.
+        Largest curvature first, with fractional multiplicities.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
 def _gauss(
     x: FloatArray, count: FloatArray, start: FloatArray, noise: FloatArray, points: int
 ) -> tuple[FloatArray, ...]:
-    """Nodes of one block with their counts, starts and noise; the block itself where none fit."""
+    """Nodes of one block with counts, starts and noise; the block itself if no rule fits."""
     middle, half = (x[0] + x[-1]) / 2, (x[0] - x[-1]) / 2
     if np.unique(x).size <= points or half <= 0:
         return x, count, start, noise

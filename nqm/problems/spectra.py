@@ -1,7 +1,7 @@
-"""Curvature spectra, and the noise that goes with them.
+"""Curvature spectra, and gradient noise that is a power of the curvature.
 
-Each function returns eigenvalues, largest first, with their multiplicities where the spectrum is
-stated by a density; `power_noise` gives the noise variance C = scale * H^exponent.
+Each function returns eigenvalues, largest first; `two_cluster` returns multiplicities as well.
+`power_noise` gives the noise variance C = scale * H^exponent.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ def harmonic(directions: int, largest: float = 1.0) -> FloatArray:
     Parameters
     ----------
     directions : int
+        Number of eigenvalues, >= 1.
     largest : float
         Largest eigenvalue, > 0.
 
     Returns
     -------
     ndarray, shape (directions,)
+        Eigenvalues, largest first.
     """
     return power_law(directions, exponent=1.0, largest=largest)
 
@@ -39,14 +41,16 @@ def power_law(directions: int, exponent: float = 1.0, largest: float = 1.0) -> F
     Parameters
     ----------
     directions : int
+        Number of eigenvalues, >= 1.
     exponent : float
-        At least 0.
+        Decay of the spectrum, >= 0.
     largest : float
         Largest eigenvalue, > 0.
 
     Returns
     -------
     ndarray, shape (directions,)
+        Eigenvalues, largest first.
     """
     _check_directions(directions)
     check_number("spectrum.exponent", exponent, low=0.0)
@@ -60,12 +64,14 @@ def log_uniform(directions: int, smallest: float = 1e-3, largest: float = 1.0) -
     Parameters
     ----------
     directions : int
+        Number of eigenvalues, >= 1.
     smallest, largest : float
         Ends of the spectrum, 0 < smallest <= largest.
 
     Returns
     -------
     ndarray, shape (directions,)
+        Eigenvalues, largest first.
     """
     _check_directions(directions)
     check_number("spectrum.largest", largest, low=0.0, closed_low=False)
@@ -74,7 +80,7 @@ def log_uniform(directions: int, smallest: float = 1e-3, largest: float = 1.0) -
 
 
 def marchenko_pastur(directions: int, ratio: float = 0.5, scale: float = 1.0) -> FloatArray:
-    """Quantiles of the Marchenko-Pastur law: eigenvalues of X'X / N with X of size N x p.
+    """Quantiles of the Marchenko-Pastur law: eigenvalues of X'X / N for random X of size N x p.
 
     Parameters
     ----------
@@ -89,7 +95,7 @@ def marchenko_pastur(directions: int, ratio: float = 0.5, scale: float = 1.0) ->
     Returns
     -------
     ndarray, shape (directions,)
-        Largest first.
+        Eigenvalues, largest first.
     """
     _check_directions(directions)
     check_number("spectrum.ratio", ratio, low=0.0, closed_low=False)
@@ -111,7 +117,7 @@ def marchenko_pastur(directions: int, ratio: float = 0.5, scale: float = 1.0) ->
 
 
 def _check_directions(directions: int) -> None:
-    """Raise NQMError unless a problem of so many directions, six numbers each, fits."""
+    """Raise NQMError unless `directions` is >= 1 and six numbers for each fit in memory."""
     check_integer("spectrum.directions", directions, 1)
     check_memory("spectrum.directions", directions, 6.0 * directions)
 
@@ -119,7 +125,7 @@ def _check_directions(directions: int) -> None:
 def two_cluster(
     outliers: int, bulk: int, outlier: float = 1.0, bulk_value: float = 1e-2
 ) -> tuple[FloatArray, FloatArray]:
-    """A few large eigenvalues and a bulk of equal small ones.
+    """Spectrum of a few large eigenvalues and a bulk of equal small ones.
 
     Parameters
     ----------
@@ -131,6 +137,7 @@ def two_cluster(
     Returns
     -------
     curvature, multiplicity : ndarray, shape (2,)
+        Eigenvalue and number of directions of each cluster.
     """
     check_integer("spectrum.outliers", outliers, 1)
     check_integer("spectrum.bulk", bulk, 1)
@@ -145,14 +152,16 @@ def power_noise(curvature: ArrayLike, scale: float = 1.0, exponent: float = 1.0)
     Parameters
     ----------
     curvature : array_like, shape (d,)
+        Eigenvalues h of the Hessian.
     scale : float
-        At least 0.
+        Noise variance at h = 1, >= 0.
     exponent : float
-        1 for C = H, 0 for C = I.
+        1 for C proportional to H, 0 for C proportional to I; >= 0.
 
     Returns
     -------
     ndarray, shape (d,)
+        Variance of one example's gradient along each direction.
     """
     check_number("noise.scale", scale, low=0.0)
     check_number("noise.exponent", exponent, low=0.0)
@@ -161,13 +170,14 @@ def power_noise(curvature: ArrayLike, scale: float = 1.0, exponent: float = 1.0)
 
 
 def read_problem(path: str | Path) -> Problem:
-    """Problem from a CSV or Parquet table whose columns are fields of `Problem`.
+    """Read a problem from a CSV or Parquet table whose columns are fields of `Problem`.
 
     Parameters
     ----------
     path : str or Path
-        At least the columns ``curvature`` and ``noise_variance``; ``multiplicity``,
-        ``initial_mean``, ``initial_variance`` and ``minimum`` where they differ from the default.
+        Table with one row per direction. The columns ``curvature`` and ``noise_variance`` are
+        required; ``multiplicity``, ``initial_mean``, ``initial_variance`` and ``minimum`` are
+        optional.
         Correlated directions have d more columns ``noise_correlation.0``, ``noise_correlation.1``,
         ... (and ``initial_correlation.0``, ...): the columns of that matrix. A column
         ``expected_losses_only`` of true says that the rows are quadrature nodes.
@@ -175,11 +185,12 @@ def read_problem(path: str | Path) -> Problem:
     Returns
     -------
     Problem
+        Noisy quadratic problem of as many directions as the table has rows.
 
     Raises
     ------
     NQMError
-        If a column is missing, or as `Problem`.
+        If the file cannot be read, a column is missing, or `Problem` refuses a value.
     """
     from nqm.table import read_table
 
@@ -191,17 +202,17 @@ def read_problem(path: str | Path) -> Problem:
     for name in ("curvature", "noise_variance"):
         if name not in table.columns:
             raise NQMError(f"{path}: column {name!r} is missing; known columns: {', '.join(known)}")
-    given: dict[str, Any] = {n: table[n].to_numpy() for n in known if n in table.columns}
+    fields: dict[str, Any] = {n: table[n].to_numpy() for n in known if n in table.columns}
     for name in matrices:
         columns = [f"{name}.{i}" for i in range(len(table))]
-        held = [column for column in table.columns if str(column).startswith(f"{name}.")]
-        if held:
-            if sorted(held) != sorted(columns):
+        present = [column for column in table.columns if str(column).startswith(f"{name}.")]
+        if present:
+            if sorted(present) != sorted(columns):
                 raise NQMError(
                     f"{path}: {name} needs the columns {columns[0]} to {columns[-1]}, one a row; "
-                    f"got {len(held)}"
+                    f"got {len(present)}"
                 )
-            given[name] = table[columns].to_numpy()
+            fields[name] = table[columns].to_numpy()
     if mark in table.columns:
-        given[mark] = bool(table[mark].any())
-    return Problem(**given)
+        fields[mark] = bool(table[mark].any())
+    return Problem(**fields)

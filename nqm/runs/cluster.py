@@ -11,12 +11,12 @@ from nqm.errors import NQMError
 
 #: Seconds to wait for a scheduler that does not answer.
 PATIENCE = 10
-#: How often a chunk of cells is tried again after its worker was lost.
+#: Number of times a chunk of cells is computed again after its worker was lost.
 RETRIES = 5
 
 
 async def _knock(address: str) -> None:
-    """Connect to a scheduler and go; raises whatever keeps one from it."""
+    """Connect to a scheduler and disconnect; raises any error of the connection."""
     from distributed import Security
     from distributed.comm.core import connect
 
@@ -28,17 +28,18 @@ async def _knock(address: str) -> None:
 def connected(address: str) -> Iterator[Executor]:
     """Connect to a Dask cluster, whose workers then compute the cells of `Sweep.run`.
 
-    Workers need this package, and see the files a configuration names under the same paths. A chunk
-    of cells whose worker is lost goes to another one.
+    Workers need this package, and need the files of a configuration at the same paths. If a worker
+    is lost, another one computes its cells.
 
     Parameters
     ----------
     address : str
-        Of the scheduler, as ``tcp://host:8786``.
+        Address of the scheduler, e.g. ``tcp://host:8786``.
 
     Yields
     ------
     Executor
+        To be passed to `Sweep.run`.
 
     Raises
     ------
@@ -50,12 +51,12 @@ def connected(address: str) -> Iterator[Executor]:
     except ImportError:
         raise NQMError("--scheduler needs Dask: pip install 'late-phase-nqm[cluster]'") from None
     try:
-        # A client that cannot connect leaves threads behind that complain later, so look first;
-        # in a thread, as the caller may run in an event loop, as a notebook does.
+        # A client that cannot connect leaves threads that log errors later, so try first; in a
+        # thread, because the caller may run in an event loop, as a notebook does.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, _knock(address)).result()
         client = Client(address, timeout=PATIENCE, set_as_default=False)
-    except Exception as error:  # also of protocols that are not installed, as ucx
+    except Exception as error:  # also a protocol that is not installed, such as ucx
         raise NQMError(
             f"no Dask scheduler answers at {address!r} ({error!s:.80}); start one with "
             "`dask scheduler` and give its address, e.g. tcp://127.0.0.1:8786"

@@ -1,6 +1,6 @@
-"""TOML files and what they describe: a problem, a program, and how to solve it.
+"""Configurations: TOML files that state a problem, a program, and a method of solution.
 
-The mapping a file holds (`nqm.runs.toml.load`) is kept as it is and identified by its content
+The mapping of a file (`nqm.runs.toml.load`) is not changed and is identified by its content
 (`key`); `build` turns it into objects.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nqm.result import Trajectory
     from nqm.table import Stamp
 
-#: Said of an entry that a configuration does not state.
+#: Text in messages for an entry that a configuration does not state.
 ABSENT = "its default"
 SPECTRA: dict[str, Callable[..., Any]] = {
     "harmonic": spectra.harmonic,
@@ -45,14 +45,14 @@ SPECTRA: dict[str, Callable[..., Any]] = {
     "two_cluster": spectra.two_cluster,
 }
 
-#: Least-squares problems that come with their target and start.
+#: Least-squares problems that define their target and start.
 MODELS: dict[str, Callable[..., LeastSquares]] = {
     "power_law": power_law,
     "random_features": random_features,
 }
 
 METHODS = ("jump", "moments", "sample")
-#: Whether each cell of a sweep draws its own random numbers, or all the same ones.
+#: Random numbers of the cells of a sweep: own ones for each cell, or the same ones for all.
 STREAMS = ("own", "common")
 
 _TOP = (
@@ -71,31 +71,35 @@ _TABLES = ("problem", "phase", "record", "sweep")
 _START = ("initial_mean", "initial_variance", "minimum")
 _CURVATURE = ("curvature", "spectrum", "file")
 _NOISE = ("noise_variance", "minimum_variance", "noise")
-#: Of least squares, whose noise follows from its inputs and labels.
+#: Entries of least squares, whose noise follows from its inputs and labels.
 _INPUTS = ("inputs", "label_noise", "model")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A problem, a program, and how to solve it.
+    """A problem, a program, and a method of solution.
 
     Attributes
     ----------
+    problem : Problem or LeastSquares
+        Problem of d directions.
+    program : Program
+        Phases that are run from the problem's start.
     at : list of int, optional
         Steps to record; about 100 by default.
     quantiles : list of float
-        Levels of the loss's distribution over runs that the table should have.
+        Levels of the quantiles of the loss that the table contains.
     method : {"jump", "moments", "sample"}
         Exact by powers, exact step by step, or Monte Carlo.
     replicas, seed : int
-        Number and seed of the Monte Carlo draws.
+        Number of Monte Carlo runs, and seed of their draws.
     precision : {"float64", "float32"}
         Precision of the Monte Carlo normals.
     control : bool
-        Whether a control variate adjusts Monte Carlo's means (`nqm.sample`).
+        Whether a control variate adjusts the Monte Carlo means (`nqm.sample`).
     streams : {"own", "common"}
-        Of a sweep's Monte Carlo cells: each a stream of its own, or all that of `seed`, so that
-        differences between cells that draw alike scatter less.
+        Random numbers of the Monte Carlo cells of a sweep: own ones for each cell, or those of
+        `seed` for all cells, so that differences between cells scatter less.
     """
 
     problem: Problem | LeastSquares
@@ -132,7 +136,7 @@ class Run:
         self.program.recorded(self.at)
 
     def _check_least_squares(self) -> None:
-        """Raise for what its solvers do not have."""
+        """Raise NQMError for options that the solvers of least squares do not have."""
         if self.quantiles and self.method != "sample":
             raise NQMError(
                 "record.quantiles: least squares has no exact ones, as its weights are not "
@@ -144,12 +148,18 @@ class Run:
 
     @property
     def work(self) -> int:
-        """What `solve` counts its progress in: replicas of Monte Carlo, or steps."""
+        """Units of progress of `solve` in all: replicas of Monte Carlo, or steps."""
         return self.replicas if self.method == "sample" else self.program.steps
 
     def check(self) -> None:
-        """Raise what only the solver knows to be impossible, by a run of no steps."""
-        # Least squares sees how a method draws its minibatches only once it takes a step.
+        """Check what only the solver can check, by a run of no steps.
+
+        Raises
+        ------
+        NQMError
+            If the solver refuses the run.
+        """
+        # For least squares one step is needed to see how a method draws its minibatches.
         least = 1 if isinstance(self.problem, LeastSquares) else 0
         phases = (replace(phase, steps=min(phase.steps, least)) for phase in self.program.phases)
         program = Program(tuple(phases))
@@ -163,13 +173,19 @@ class Run:
         Parameters
         ----------
         workers : int, optional
-            Threads of Monte Carlo, which do not change its numbers; None for all processors.
+            Number of Monte Carlo threads, which does not change results; None for all processors.
         progress : callable, optional
-            Told how much of `work` was done since it was told last.
+            Called with the units of `work` done since the last call.
 
         Returns
         -------
         Trajectory
+            Losses at the records.
+
+        Raises
+        ------
+        NQMError
+            If a method does not fit the problem, or if it would take too much memory or time.
         """
         # The compiled kernels are loaded only here: a mistake in a file is reported at once.
         if isinstance(self.problem, LeastSquares):
@@ -196,17 +212,17 @@ class Run:
     def _solve_least_squares(
         self, problem: LeastSquares, progress: Callable[[int], None] | None
     ) -> Trajectory:
-        """Every step walked, whichever exact method is asked for, or one literal sampler."""
+        """Solve least squares: every step for any exact method, or its own sampler."""
         if self.method != "sample":
             from nqm.solvers.least_squares.moments import solve
 
             return solve(problem, self.program, self.at, progress=progress)
         from nqm.solvers.least_squares.sample import sample
 
-        found = sample(problem, self.program, self.at, replicas=self.replicas, seed=self.seed)
+        result = sample(problem, self.program, self.at, replicas=self.replicas, seed=self.seed)
         if progress is not None:
             progress(self.work)
-        return found
+        return result
 
     def steady(self) -> pd.DataFrame:
         """Compute the steady state of the last phase.
@@ -231,7 +247,7 @@ class Run:
         return settle(self.problem, last)
 
     def additive(self, asked: str) -> Problem:
-        """Give the problem to a command that needs noise independent of the weights.
+        """Return the problem for a command that needs noise independent of the weights.
 
         Parameters
         ----------
@@ -241,6 +257,7 @@ class Run:
         Returns
         -------
         Problem
+            `problem` itself.
 
         Raises
         ------
@@ -261,12 +278,12 @@ class Run:
         Parameters
         ----------
         workers, progress
-            As of `solve`.
+            As in `solve`.
 
         Returns
         -------
         DataFrame
-            As of `Trajectory.table`, with a column for each quantile asked for.
+            Columns of `Trajectory.table`, and one for each level of `quantiles`.
         """
         from nqm.table import quantile_name
 
@@ -280,20 +297,21 @@ class Run:
 
 
 def key(mapping: Mapped, folder: str | Path = ".") -> str:
-    """Content key of a configuration, made of what differs from the defaults.
+    """Compute the content key of a configuration from the entries that differ from defaults.
 
     Parameters
     ----------
     mapping : mapping
-        As from `nqm.runs.toml.load`, or a part of one.
+        Result of `nqm.runs.toml.load`, or a part of it.
     folder : str or Path
-        Where the name of the problem's file starts from; the file counts by its content.
+        Folder to which the name of the problem's file is relative; the key depends on the content
+        of the file.
 
     Returns
     -------
     str
-        The same for a default that is stated and one that is left out, and for any spelling of a
-        number, schedule or algorithm.
+        Equal for a stated default and an omitted one, and for any spelling of a number, schedule
+        or algorithm.
 
     Raises
     ------
@@ -304,16 +322,17 @@ def key(mapping: Mapped, folder: str | Path = ".") -> str:
 
 
 def stamp(mapping: Mapped, folder: str | Path = ".") -> Stamp:
-    """Describe what a table of this configuration is computed from.
+    """Build the stamp of a table of this configuration.
 
     Parameters
     ----------
     mapping, folder
-        As of `key`.
+        As in `key`.
 
     Returns
     -------
     Stamp
+        Content key, version and configuration.
     """
     from nqm.table import Stamp  # slow to load
 
@@ -323,12 +342,12 @@ def stamp(mapping: Mapped, folder: str | Path = ".") -> Stamp:
 
 
 def without_defaults(mapping: Mapped) -> dict[str, Any]:
-    """Leave out of a configuration what equals its default.
+    """Remove the entries of a configuration that equal their defaults.
 
     Parameters
     ----------
     mapping : mapping
-        As `resolve_files` returns it. It is not checked: what is unknown stays as it is.
+        Result of `resolve_files`. It is not checked: unknown entries are not changed.
 
     Returns
     -------
@@ -353,9 +372,9 @@ def without_defaults(mapping: Mapped) -> dict[str, Any]:
 
 
 def _plain_problem(table: Mapped) -> dict[str, Any]:
-    """What of a ``[problem]`` table differs from the defaults."""
+    """Entries of a ``[problem]`` table that differ from the defaults."""
     kept = dict(table)
-    if "file" not in table:  # which may state these itself
+    if "file" not in table:  # a file may state these itself
         own = {name: kept.pop(name) for name in (*_START, "multiplicity") if name in kept}
         kept |= toml.without_defaults(Problem, own)
     if "inputs" in table and "label_noise" in kept:
@@ -369,7 +388,7 @@ def _plain_problem(table: Mapped) -> dict[str, Any]:
 
 
 def _plain_phase(table: Any) -> Any:
-    """What of a phase's table differs from the defaults."""
+    """Entries of a phase's table that differ from the defaults."""
     name = table.get("algorithm") if isinstance(table, Mapping) else None
     if not isinstance(name, str) or name not in ROSTER:
         return table
@@ -380,14 +399,14 @@ def _plain_phase(table: Any) -> Any:
 
 
 def resolve_files(mapping: Mapped, folder: str | Path) -> dict[str, Any]:
-    """Name the problem's file by the digest of its content.
+    """Replace the name of the problem's file by the digest of its content.
 
     Parameters
     ----------
     mapping : mapping
         A configuration; it is not changed.
     folder : str or Path
-        Where the name of the file starts from.
+        Folder to which the name of the file is relative.
 
     Returns
     -------
@@ -423,18 +442,19 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
     Parameters
     ----------
     mapping : mapping
-        As from `load`; a ``sweep`` table is left alone.
+        Result of `nqm.runs.toml.load`; a ``sweep`` table is ignored.
     folder : str or Path
-        Where the names of files in it start from.
+        Folder to which file names in it are relative.
 
     Returns
     -------
     Run
+        Checked, but not computed.
 
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If an entry is unknown, missing or wrong; the message names its dotted key.
     """
     known_keys("", mapping, _TOP)
     for name in ("problem", "phase"):
@@ -467,17 +487,19 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSqu
     Parameters
     ----------
     table : mapping
+        The table.
     folder : str or Path
-        Where the name of a file in it starts from.
+        Folder to which a file name in it is relative.
 
     Returns
     -------
     Problem or LeastSquares
+        The second if the table has an entry ``inputs``.
 
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If an entry is unknown, missing or wrong; the message names its dotted key.
     """
     known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, *_INPUTS, "multiplicity", "bins"))
     if "inputs" in table:
@@ -499,7 +521,7 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSqu
         noise = _one_of(table, _NOISE, "noise")
         curvature = _curvature(table, source, fields)
         if noise == "noise":
-            # A negative or NaN curvature is the problem's error to report, before its power.
+            # `Problem` reports a negative or NaN curvature before its power is computed.
             curvature = Problem(curvature, 0.0 * np.asarray(curvature)).curvature
             settings = table_at("problem.noise", table["noise"])
             variance = call(
@@ -544,7 +566,7 @@ def _least_squares(table: Mapped) -> LeastSquares:
 
 
 def _vectors(table: Mapped) -> dict[str, Any]:
-    """Start, minimum and multiplicity, where stated."""
+    """Start, minimum and multiplicity, if stated."""
     return {
         name: leaf(f"problem.{name}", table[name], float | list[float])
         for name in (*_START, "multiplicity")
@@ -553,7 +575,7 @@ def _vectors(table: Mapped) -> dict[str, Any]:
 
 
 def _curvature(table: Mapped, source: str, fields: dict[str, Any]) -> Any:
-    """Curvature by its list or the name of its spectrum, which may set the multiplicity."""
+    """Curvature from its list or its named spectrum, which may set the multiplicity."""
     if source == "curvature":
         return leaf("problem.curvature", table["curvature"], float | list[float])
     curvature = named("problem.spectrum", table["spectrum"], "name", SPECTRA)
@@ -588,7 +610,7 @@ def _phase(where: str, table: Any) -> Phase:
 
 
 def _algorithm(where: str, value: Any) -> Algorithm | Nonlinear:
-    """An inner algorithm: its name, or a table with its name and parameters."""
+    """Build an inner algorithm from its name, or a table with its name and parameters."""
     made: Algorithm | Nonlinear = named(where, value, "algorithm", ROSTER)
     return made
 

@@ -18,7 +18,7 @@ from nqm.errors import NQMError
 
 
 class _Process(SpawnProcess):
-    """A process that is deaf to Ctrl-C from its first moment on: it inherits the mask."""
+    """A process that ignores Ctrl-C from its start, because it inherits the signal mask."""
 
     def start(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -33,35 +33,36 @@ class _Context(SpawnContext):
 
 
 class Workers(ProcessPoolExecutor):
-    """What `processes` gives: on an error it gives up all its work by itself."""
+    """Executor of `processes`, which cancels all its work on an error."""
 
 
 @contextmanager
 def processes(
     count: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
 ) -> Iterator[Workers]:
-    """Start worker processes that end with this one and ignore Ctrl-C, which this process answers.
+    """Start worker processes that end with this process and leave Ctrl-C to it.
 
     They are spawned: forked children would inherit locks of this process's threads (numba, BLAS).
-    When the block is left by an error, the processes are killed; results handed over stay.
+    If an error ends the block, the processes are killed; results that were returned are kept.
 
     Parameters
     ----------
     count : int
         Number of processes.
     start : callable, optional
-        ``start(*arguments)`` is called in each; `share_machine` by default.
+        ``start(*arguments)`` is called in each process; `share_machine` by default.
     arguments : tuple
-        Of `start`.
+        Arguments of `start`.
 
     Yields
     ------
     Workers
+        Executor of the processes.
 
     Raises
     ------
     NQMError
-        If a worker ends by itself, as when the system stops it for want of memory.
+        If a worker ends unexpectedly, for example because memory ran out.
     """
     others = set(multiprocessing.active_children())
     if start is None:
@@ -83,7 +84,7 @@ def processes(
 
 
 def share_machine(workers: int) -> None:
-    """Limit the threads of a process that computes beside others.
+    """Limit the threads of a process while others compute on the same machine.
 
     BLAS gets one thread: on matrices of this size, threads of several processes lose more by
     waiting for each other than they gain. Numba gets an equal part of the processors.
@@ -91,7 +92,7 @@ def share_machine(workers: int) -> None:
     Parameters
     ----------
     workers : int
-        Number of processes that compute at once.
+        Number of processes that compute at the same time.
     """
     import numba
     import scipy.linalg  # noqa: F401  a BLAS is limited once it is loaded
@@ -108,10 +109,11 @@ def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait until the parent is gone, however it went, and end this process.
+    """Wait until the parent has ended, for any reason, and end this process.
 
-    A worker would wait for work for ever: it holds the other end of its pipe itself. A thread can
-    do it as compiled code (numba, torch, BLAS) lets the interpreter go.
+    Otherwise a worker would wait for work without end, because it has the other end of its pipe
+    open itself. A thread can do this while compiled code (numba, torch, BLAS) runs, because that
+    releases the interpreter.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

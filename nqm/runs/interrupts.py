@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: one line, the exit code of the signal, and no process left behind.
+"""Ctrl-C and SIGTERM: one line, the exit code of the signal, and no process left running.
 
-Whatever is on disk is whole at any moment, so a process may end at any moment, too.
+Files on disk are complete at any time, so a process may end at any time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: Seconds in which a process that was told to end has to.
+#: Seconds after a signal in which the process must end.
 GRACE = 5.0
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
     Attributes
     ----------
     code : int
-        Exit code by the shells' rule, 128 and the signal's number.
+        Exit code: 128 plus the number of the signal, as in shells.
     """
 
     def __init__(self, number: int):
@@ -37,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` at the first signal; end the process at the second, or after `GRACE`.
 
-    Only the main thread is told of signals; in another thread this does nothing.
+    Only the main thread receives signals; in another thread this does nothing.
 
     Yields
     ------
@@ -72,7 +72,7 @@ def interruptible() -> Iterator[None]:
 
 
 def end_at_once() -> None:
-    """Let the next signal end the process without a message, while it is about to end anyway."""
+    """Let the next signal end the process without a message, because it is ending already."""
     for number in _WORDS:
         signal.signal(number, signal.SIG_DFL)
 

@@ -1,7 +1,7 @@
-"""Finished cells of a sweep on disk, one line each, so that a killed sweep goes on.
+"""Finished cells of a sweep on disk, one line each, so that a killed sweep can continue.
 
-The results themselves stay on disk: in memory there is where each one's line begins, eight bytes a
-cell, and what the columns hold.
+Results stay on disk: memory holds the position of each line, eight bytes per cell, and the types of
+the columns.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from nqm.table import COLUMNS, Stamp
 Result = dict[str, list[Any]]
 #: Seconds between two forced writes to the disk.
 SYNC = 0.2
-#: Types of value that a table has.
+#: Types of values in a table.
 _VALUES = {bool, int, float, str, type(None)}
-#: Types of value that a known column may have, by what pandas calls its type.
+#: Types of values in a known column, by the pandas name of its type.
 _KINDS: dict[str, set[type]] = {
     "bool": {bool},
     "int64": {int},
@@ -36,23 +36,24 @@ _KINDS: dict[str, set[type]] = {
 
 
 class Columns:
-    """Names of the results' columns, the types of value in each, and the rows so far."""
+    """Names of the results' columns, the types of values in each, and the number of rows."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, set[type]] = {}
         self.rows = 0
 
     def see(self, result: Result) -> None:
-        """Take one more result into account.
+        """Add the columns and rows of one more result.
 
         Parameters
         ----------
         result : dict of str to list
+            Columns of the table of one cell.
 
         Raises
         ------
         NQMError
-            If its columns are not those of the results before.
+            If its columns differ from those of earlier results.
         """
         if self.kinds and self.kinds.keys() != result.keys():
             odd = ", ".join(sorted(self.kinds.keys() ^ result.keys()))
@@ -62,12 +63,12 @@ class Columns:
         self.rows += len(result["case"])
 
     def dtypes(self) -> dict[str, str]:
-        """Give one type for each column.
+        """Find one type for each column.
 
         Returns
         -------
         dict of str to str
-            As pandas names them: bool, int64, float64 or str.
+            Type by column, as pandas names it: bool, int64, float64 or str.
         """
         return {name: _dtype(kinds) for name, kinds in self.kinds.items()}
 
@@ -80,25 +81,25 @@ def _dtype(kinds: set[type]) -> str:
 
 
 class Journal:
-    """Results by cell: ``journal[index]``; a context manager that holds the file.
+    """Results by cell, ``journal[index]``; a context manager that locks the file.
 
-    A line that was being written when the process died has no end and is dropped; floats, NaN and
-    infinities come back exactly. One process at a time holds the file, another is refused.
+    A line that was not complete when the process died is dropped. Floats, NaN and infinities are
+    kept exactly. Only one process at a time can have the file open.
 
     Parameters
     ----------
     path : Path
-        After the first line, which says of which sweep, one line of JSON per cell.
+        File whose first line identifies the sweep, followed by one line of JSON per cell.
     stamp : Stamp
-        What the sweep is computed from.
+        Identity of the sweep.
     cells : int
         Number of cells of the whole sweep.
 
     Raises
     ------
     NQMError
-        On entering, if the file holds another sweep or is damaged, if another process holds it,
-        or if it cannot be written.
+        On entering, if the file belongs to another sweep or is damaged, if another process has it
+        open, or if it cannot be written.
     """
 
     def __init__(self, path: Path, stamp: Stamp, cells: int):
@@ -142,7 +143,7 @@ class Journal:
         return self
 
     def _read(self, first: bytes) -> int:
-        """Note every cell's place; returns the bytes of all whole lines."""
+        """Store the position of every cell; return the number of bytes of all complete lines."""
         self._stream.seek(0)
         header = self._stream.readline()
         if not header.endswith(b"\n"):
@@ -167,7 +168,7 @@ class Journal:
         return place
 
     def _cell(self, line: bytes, place: int) -> tuple[int, Result]:
-        """Index and result that a line holds; NQMError if it is not as `add` writes it."""
+        """Index and result of a line; NQMError if `add` has not written it like this."""
         try:
             content = json.loads(line)
         except (ValueError, RecursionError):
@@ -187,19 +188,19 @@ class Journal:
         )
 
     def check(self, index: int, case: str) -> None:
-        """Compare the case that a line holds with the one that belongs there.
+        """Check that the line of a cell has the right case.
 
         Parameters
         ----------
         index : int
-            Of the cell.
+            Index of the cell.
         case : str
             First 16 digits of the case's content key.
 
         Raises
         ------
         NQMError
-            If the line is of another case.
+            If the line belongs to another case.
         """
         if (found := self[index]["case"][0]) != case:
             place = int(self._begins[index])
@@ -213,14 +214,15 @@ class Journal:
     def add(self, index: int, result: Result) -> None:
         """Append the result of a cell.
 
-        It is handed to the system at once, and forced to the disk every `SYNC` seconds: a killed
-        process loses nothing, a power cut at most the last ones.
+        The line is passed to the system at once, and forced to the disk every `SYNC` seconds: a
+        killed process loses nothing, a power failure at most the last results.
 
         Parameters
         ----------
         index : int
-            Of the cell.
+            Index of the cell.
         result : dict of str to list
+            Columns of its table.
 
         Raises
         ------
@@ -251,12 +253,12 @@ class Journal:
             self._flush()
 
     def delete(self) -> None:
-        """Remove the file, which is still held."""
+        """Remove the file, which is still locked."""
         self.path.unlink(missing_ok=True)
 
 
 def _fault(content: Any, cells: int) -> str:
-    """What is wrong with the content of a line; empty if nothing."""
+    """Fault of the content of a line; empty if there is none."""
     if not isinstance(content, list) or len(content) != 2:
         return "it is no pair of an index and a result"
     index, result = content
@@ -283,20 +285,21 @@ def _fault(content: Any, cells: int) -> str:
 
 
 class Memory(dict[int, Result]):
-    """A journal of a sweep that writes no file."""
+    """Journal of a sweep in memory only, without a file."""
 
     def __init__(self) -> None:
         super().__init__()
         self.columns = Columns()
 
     def add(self, index: int, result: Result) -> None:
-        """Keep the result of a cell.
+        """Store the result of a cell.
 
         Parameters
         ----------
         index : int
-            Of the cell.
+            Index of the cell.
         result : dict of str to list
+            Columns of its table.
         """
         self[index] = result
         self.columns.see(result)

@@ -1,8 +1,8 @@
-"""Sweeps: one configuration over a grid of values, safe to kill at any moment.
+"""Sweeps: one configuration over a grid of values, which can be interrupted at any time.
 
-Finished cells go to a journal beside the output, one line each. A sweep that is run again takes
-them from there, and when the last one is done the table is written in the order of the cells: the
-bytes do not depend on who computed what, when, or after how many interruptions.
+Finished cells are written to a journal next to the output, one line each. A sweep that is run again
+reads them from there. After the last cell the table is written in the order of the cells: its bytes
+do not depend on which process computed which cell, on the order, or on interruptions.
 """
 
 from __future__ import annotations
@@ -29,36 +29,37 @@ from nqm.runs.journal import Columns, Journal, Known, Memory, Result
 from nqm.runs.toml import copied
 from nqm.table import Stamp, read_table, write_frames, writing
 
-#: Up to this many cells are all built before the first is computed.
+#: Up to this number of cells, all of them are built and checked before the first is computed.
 BUILT_FIRST = 2000
-#: Most cells sent to a worker at once.
+#: Largest number of cells that are sent to a worker together.
 CHUNK = 32
-#: Most chunks handed to an executor and not yet done.
+#: Largest number of chunks that an executor has at a time.
 WAITING = 256
-#: Cells whose rows are held at once while the table is written.
+#: Number of cells whose rows are in memory together while the table is written.
 CELLS = 20_000
-#: Most cells of a sweep, and most values of an axis.
+#: Largest number of cells of a sweep, and of values of an axis.
 MOST = 10_000_000
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the cells of a sweep are: functions of a configuration, importable by a worker.
+    """Kind of computation of the cells of a sweep: functions that a worker can import.
 
     Attributes
     ----------
     build : callable
-        ``build(mapping, folder)`` gives a run with a method ``check()``; raises what is wrong.
+        ``build(mapping, folder)`` returns a run with a method ``check()``, or raises NQMError.
     key : callable
-        ``key(mapping, folder)``, its content key.
+        ``key(mapping, folder)`` returns the content key.
     solve : callable
-        ``solve(run, key)`` gives the table of one cell.
+        ``solve(run, key)`` returns the table of one cell.
     describe : callable
-        ``describe(mapping, folder)``, what is noted in the table's metadata.
+        ``describe(mapping, folder)`` returns the configuration for the table's metadata.
     plain : callable
-        Brings what `describe` gives, or gave once, into the form in which two are compared.
+        Takes a result of `describe`, of this or an earlier version; returns the form in which two
+        are compared.
     absent : str
-        Said of an entry that such a form lacks.
+        Text in messages for an entry that such a form lacks.
     """
 
     build: Callable[[Mapping[str, Any], str | Path], Any]
@@ -70,7 +71,7 @@ class Work:
 
 
 def _solve(run: config.Run, key: str) -> pd.DataFrame:
-    """Table of a run of the theory, with a stream of its own unless all cells have one."""
+    """Table of a run of the theory, with its own random numbers unless streams is "common"."""
     if run.streams == "common":
         return run.table()
     stream = hashlib.sha256(f"{run.seed}:{key}".encode()).digest()
@@ -84,7 +85,7 @@ THEORY = Work(
 
 @dataclass(frozen=True)
 class Case:
-    """One cell: its place, its value on every axis, its configuration."""
+    """One cell: its index, its value on every axis, and its configuration."""
 
     index: int
     values: dict[str, Any]
@@ -97,18 +98,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A configuration and axes: dotted keys, each with the values it takes.
+    """A configuration and axes: dotted keys, each with a list of values.
 
     Parameters
     ----------
     base : mapping
-        A configuration as from `nqm.runs.toml.load`.
+        Configuration, as `nqm.runs.toml.load` returns it.
     axes : mapping of str to sequence
         ``{"phase.0.lr": [0.1, 0.2], "phase.0.members": [1, 10]}``; the last axis varies fastest.
     folder : str or Path
-        Where the names of files in `base` start from.
+        Folder to which file names in `base` are relative.
     work : Work
-        What a cell is; a run of the theory by default.
+        Kind of computation; a run of the theory by default.
     """
 
     base: Mapping[str, Any]
@@ -140,19 +141,21 @@ class Sweep:
         Parameters
         ----------
         path : str or Path
+            TOML file.
         overrides : sequence of str
-            As of `nqm.runs.toml.load`.
+            As in `nqm.runs.toml.load`.
         work : Work
-            What a cell is; a run of the theory by default.
+            Kind of computation; a run of the theory by default.
 
         Returns
         -------
         Sweep
+            File names in it are relative to the folder of `path`.
 
         Raises
         ------
         NQMError
-            If the file has no such table, or naming the dotted key at fault.
+            If the file has no such table or an axis is wrong; the message names its dotted key.
         """
         mapping = toml.load(path, overrides)
         if "sweep" not in mapping:
@@ -170,6 +173,7 @@ class Sweep:
         Yields
         ------
         Case
+            The last axis varies fastest.
         """
         for index, values in enumerate(itertools.product(*self.axes.values())):
             yield self._case(index, dict(zip(self.axes, values, strict=True)))
@@ -193,7 +197,7 @@ class Sweep:
 
     @property
     def stamp(self) -> Stamp:
-        """What the sweep's table and journal carry."""
+        """Identity of the sweep in its table and journal."""
         config, work = self.work.describe(self.base, self.folder), self.work
         return Stamp(self.key, __version__, config, work.plain, work.absent, self.axes)
 
@@ -203,30 +207,31 @@ class Sweep:
         executor: Executor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> pd.DataFrame:
-        """Compute every cell that is not yet known.
+        """Compute every cell that has no result yet.
 
         Parameters
         ----------
         out : str or Path, optional
-            Table to write (.parquet or .csv). If it already holds this very sweep it is returned
-            at once; if it holds anything else nothing is done.
+            Table to write (.parquet or .csv). A finished table of the same sweep is returned at
+            once; a file with other content is refused.
         executor : Executor, optional
-            Any of `concurrent.futures`; this process by default. It does not change the result.
+            Any executor of `concurrent.futures`; this process by default. It does not change the
+            result.
         progress : callable, optional
-            Told how many more cells are known.
+            Called with the number of cells finished since the last call.
 
         Returns
         -------
         DataFrame
             One row per cell and recorded step: the axes, ``case`` (the cell's content key), and
-            the columns of `Trajectory.table`. A diverged cell is a row like any other. Monte
-            Carlo cells draw from a stream of their own, seeded by (seed, case); with
-            ``streams = "common"`` from that of the seed alone.
+            the columns of `Trajectory.table`. Diverged cells have rows as well. Each Monte Carlo
+            cell has random numbers of its own, seeded by (seed, case); with
+            ``streams = "common"`` all cells use those of the seed alone.
 
         Raises
         ------
         NQMError
-            Naming the cell that cannot be built, before anything is computed.
+            If a cell cannot be built, before anything is computed; the message names the cell.
         """
         if out is None:
             self._check()
@@ -242,42 +247,46 @@ class Sweep:
         executor: Executor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Write the table of `run`, which need not fit into memory.
+        """Write the table of `run`, which need not fit in memory.
 
         Parameters
         ----------
         out, executor, progress
-            As of `run`.
+            As in `run`.
 
         Raises
         ------
         NQMError
             As `run`; also if another process writes the table.
         """
-        stamp, told = self.stamp, progress if progress is not None else _silent
+        stamp, report = self.stamp, progress if progress is not None else _silent
         with writing(out, stamp) as missing:
             if missing:
-                self._write(out, stamp, executor, told)
+                self._write(out, stamp, executor, report)
             else:
-                told(len(self))
+                report(len(self))
 
     def _write(
-        self, out: str | Path, stamp: Stamp, executor: Executor | None, told: Callable[[int], None]
+        self,
+        out: str | Path,
+        stamp: Stamp,
+        executor: Executor | None,
+        report: Callable[[int], None],
     ) -> None:
-        """Compute what the journal lacks, write the table and remove the journal."""
+        """Compute the cells that the journal lacks, write the table and remove the journal."""
         self._check()
         with Journal(Path(f"{out}.journal.jsonl"), stamp, len(self)) as journal:
             self._check_known(journal)
-            told(len(journal))
-            self._fill(journal, executor, told)
+            report(len(journal))
+            self._fill(journal, executor, report)
             frames, columns = self._frames(journal), journal.columns
             write_frames(out, frames, self._dtypes(columns), columns.rows, stamp.metadata())
             journal.delete()
 
     def _check(self) -> None:
-        """Build the cells, or, of a great many, every value of every axis once.
+        """Build all cells, or every value of every axis once if there are more than `BUILT_FIRST`.
 
-        No two may be the same run: a value would be written beside a result that it did not make.
+        No two cells may be the same run, because then one of the values has no effect.
         """
         groups: Iterable[Iterable[Case]] = [self.cases()]
         if len(self) > BUILT_FIRST:
@@ -297,7 +306,7 @@ class Sweep:
                     )
 
     def _check_known(self, journal: Journal) -> None:
-        """Raise unless every cell that is known is what its line says."""
+        """Raise NQMError unless every line of the journal has the case of its cell."""
         for case in self.cases() if len(journal) else ():
             if case.index in journal:
                 journal.check(case.index, self.work.key(case.mapping, self.folder)[:16])
@@ -305,7 +314,7 @@ class Sweep:
     def _fill(
         self, known: Known, executor: Executor | None, progress: Callable[[int], None] | None
     ) -> None:
-        """Compute the cells that are not known."""
+        """Compute the cells that have no result yet."""
         left = (case for case in self.cases() if case.index not in known)
         size = max(1, min(CHUNK, (len(self) - len(known)) // 64))
         done = _here if executor is None else partial(_by, executor, size)
@@ -321,7 +330,7 @@ class Sweep:
         return axes.dtypes | own
 
     def _frames(self, known: Known) -> Iterator[pd.DataFrame]:
-        """All results in the order of the cells, so many cells at a time."""
+        """Tables of all results in the order of the cells, `CELLS` of them at a time."""
         own = known.columns.dtypes()
         axes = _Axes(self.axes, own)
         numbered = enumerate(itertools.product(*axes.columns.values()))
@@ -339,8 +348,8 @@ class Sweep:
 class _Axes:
     """Axes as columns of the table.
 
-    A column is called by the last part of its key where that says it all; it holds numbers, texts,
-    or everything as JSON text.
+    The name of a column is the last part of its key if that is unique. A column holds numbers,
+    texts, or any values as JSON text.
     """
 
     def __init__(self, axes: Mapping[str, Sequence[Any]], taken: Collection[str]):
@@ -364,7 +373,7 @@ def _here(cases: Iterator[Case], folder: str | Path, work: Work) -> Iterator[tup
 def _by(
     executor: Executor, size: int, cases: Iterator[Case], folder: str | Path, work: Work
 ) -> Iterator[tuple[int, Result]]:
-    """Results in the order in which they are done; so many are asked for at a time."""
+    """Results in the order in which they finish; at most `WAITING` chunks are submitted."""
     pending: set[Future[list[tuple[int, Result]]]] = set()
     try:
         while True:
@@ -378,7 +387,7 @@ def _by(
             for future in done:
                 yield from future.result()
     finally:
-        # Python 3.11 complains if work that was cancelled here is given up by the pool as well.
+        # Python 3.11 fails if the pool cancels work that was cancelled here already.
         for future in () if isinstance(executor, Workers) else pending:
             future.cancel()
 
@@ -390,16 +399,17 @@ def read_axes(table: Any) -> dict[str, list[Any]]:
     ----------
     table : mapping
         Dotted keys, each with a list of values, or with ``{geomspace = [a, b, count]}``,
-        ``{linspace = [a, b, count]}`` or ``{range = [a, b, step]}``, all with both ends.
+        ``{linspace = [a, b, count]}`` or ``{range = [a, b, step]}``, which include both ends.
 
     Returns
     -------
     dict of str to list
+        Values by dotted key.
 
     Raises
     ------
     NQMError
-        Naming the axis at fault.
+        If an axis is wrong; the message names it.
     """
     if not isinstance(table, Mapping) or not table:
         raise NQMError("sweep must be a table of dotted keys and lists; got something else")
@@ -453,7 +463,7 @@ def _grid(where: str, kind: str, numbers: Any) -> list[Any]:
             space = np.linspace if kind == "linspace" else np.geomspace
             values = space(float(a), float(b), last).tolist()
     if not all(math.isfinite(value) for value in values):
-        raise NQMError(f"{where}.{kind} leaves the numbers that there are; got {shown(numbers)}")
+        raise NQMError(f"{where}.{kind} exceeds the range of numbers; got {shown(numbers)}")
     return values if kind == "range" else [_whole(value) for value in values]
 
 
@@ -463,7 +473,7 @@ def _check_count(where: str, count: float) -> None:
 
 
 def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> None:
-    """Raise NQMError unless every axis sets an entry of its own, of the configuration alone."""
+    """Raise NQMError unless every axis sets an entry of its own."""
     paths = {name: toml.path_of(base, name) for name in axes}
     owners: dict[tuple[str | int, ...], str] = {}
     for name, path in paths.items():
@@ -483,7 +493,7 @@ def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> N
 
 
 def _whole(value: float) -> float:
-    """A whole number for what is one but for rounding, as counts must be."""
+    """Round a number that is whole up to rounding errors, because counts must be whole."""
     near = round(value) if abs(value) <= toml.LARGEST else value
     return near if abs(value - near) <= 1e-12 * abs(value) else value
 
@@ -491,15 +501,16 @@ def _whole(value: float) -> float:
 def compute(
     cases: Sequence[Case], folder: str | Path, work: Work = THEORY
 ) -> list[tuple[int, Result]]:
-    """Compute some cells; this is what a worker runs.
+    """Compute some cells, in this process or in a worker.
 
     Parameters
     ----------
     cases : sequence of Case
+        The cells.
     folder : str or Path
-        Where the names of files start from.
+        Folder to which file names are relative.
     work : Work
-        What a cell is.
+        Kind of computation.
 
     Returns
     -------
@@ -509,7 +520,7 @@ def compute(
     Raises
     ------
     NQMError
-        Naming the cell at fault.
+        If a cell cannot be computed; the message names it.
     """
     results = []
     for case in cases:

@@ -1,8 +1,8 @@
-"""TOML tables as the calls they stand for, field by field.
+"""TOML tables as calls of functions and classes, with one argument per entry.
 
-A table's entries are converted to the annotations of what the table names, and every mistake is
-reported under its dotted key. `load` reads a file as a plain mapping, `call` builds what it
-describes, and `without_defaults` leaves out what says nothing.
+Entries of a table are converted to the annotated types of the class that the table names, and every
+mistake is reported with its dotted key. `load` reads a file as a plain mapping, `call` builds the
+object, and `without_defaults` removes entries that equal their defaults.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nqm.schedule import SCHEDULES, Constant, Schedule, as_schedule
 
 Mapped = Mapping[str, Any]
 
-#: Beyond this, counts are no longer exact as floats, nor as numbers in JSON.
+#: Larger counts are not exact as floats, nor as numbers in JSON.
 LARGEST = 2**53
 
-#: Most parts of a dotted key, and tables within tables.
+#: Largest number of parts of a dotted key, and depth of tables within tables.
 DEEPEST = 64
 _DEEP = f"holds tables within tables more than {DEEPEST} deep"
-#: Most bytes of a file of settings.
+#: Largest size of a configuration file, bytes.
 LONGEST = 16 * 2**20
 
 _WORDS: dict[Any, str] = {
@@ -54,13 +54,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
+        TOML file.
     overrides : sequence of str
-        As ``phase.0.lr=0.1``: a dotted key, lists by index, and a value in TOML (anything that
-        is not TOML is taken as text).
+        Texts like ``phase.0.lr=0.1``: a dotted key (entries of a list by index) and a value in
+        TOML. A value that is not TOML is a text.
 
     Returns
     -------
     dict of str to Any
+        Entries of the file with the overrides.
 
     Raises
     ------
@@ -74,8 +76,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         mapping = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise NQMError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # of TOML, of UTF-8, or an integer of thousands of digits
-        reason = str(error).partition("; use sys.")[0]  # what Python advises its programmers
+    except ValueError as error:  # invalid TOML or UTF-8, or an integer of thousands of digits
+        reason = str(error).partition("; use sys.")[0]  # without advice to programmers
         raise NQMError(f"{path} is not valid TOML: {reason}") from None
     except RecursionError:
         raise NQMError(f"{path} {_DEEP}") from None
@@ -90,8 +92,9 @@ def override(mapping: dict[str, Any], settings: Sequence[str]) -> None:
     Parameters
     ----------
     mapping : dict
+        Configuration, changed in place.
     settings : sequence of str
-        As of `load`.
+        Like `overrides` of `load`.
 
     Raises
     ------
@@ -108,7 +111,7 @@ def override(mapping: dict[str, Any], settings: Sequence[str]) -> None:
 
 
 def _check_values(mapping: Mapped, where: str) -> None:
-    """Raise NQMError on tables too deep, or an integer beyond all floats."""
+    """Raise NQMError if tables are nested too deep, or an integer exceeds all floats."""
     left: list[tuple[Any, int]] = [(mapping, 0)]
     while left:
         value, depth = left.pop()
@@ -122,19 +125,21 @@ def _check_values(mapping: Mapped, where: str) -> None:
 
 
 def assign(mapping: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted key in place; tables on the way are made.
+    """Set the value of a dotted key; missing tables are made.
 
     Parameters
     ----------
     mapping : dict
+        Configuration, changed in place.
     name : str
         Dotted key; an entry of a list by its index.
     value : Any
+        New value.
 
     Raises
     ------
     NQMError
-        If there is no such index, or something on the way is no table.
+        If there is no such index, or a part of the key is no table.
     """
     here: Any = mapping
     parts = name.split(".")
@@ -159,16 +164,17 @@ def assign(mapping: dict[str, Any], name: str, value: Any) -> None:
 
 
 def copied(value: Any) -> Any:
-    """Copy tables and lists, so that each can be changed alone.
+    """Copy tables and lists, so that each can be changed independently.
 
     Parameters
     ----------
     value : Any
+        Table, list or plain value.
 
     Returns
     -------
     Any
-        In which no table or list is there twice.
+        A copy in which no two entries share a table or list.
     """
     if isinstance(value, Mapping):
         return {name: copied(entry) for name, entry in value.items()}
@@ -176,18 +182,19 @@ def copied(value: Any) -> Any:
 
 
 def path_of(mapping: Mapped, name: str) -> tuple[str | int, ...]:
-    """Split a dotted key at the entries that a mapping has.
+    """Split a dotted key into the keys and indices of a mapping.
 
     Parameters
     ----------
     mapping : mapping
+        Configuration, which decides which parts are indices.
     name : str
         Dotted key.
 
     Returns
     -------
     tuple of str or int
-        Keys, and indices counted from the front.
+        Keys, and indices >= 0.
 
     Raises
     ------
@@ -222,7 +229,7 @@ def _toml_value(text: str) -> Any:
     return mapping["value"] if len(mapping) == 1 else text
 
 
-#: Annotated class -> how an entry of that kind is built; schedules are built in.
+#: Annotated class -> function that builds an entry of that kind; schedules need none.
 _BUILDERS: dict[type, Callable[[str, Any], Any]] = {}
 #: Annotated class -> the entry of its table that names the class, and the classes by name.
 _TAGS: dict[type, tuple[str, Mapping[str, Any]]] = {Schedule: ("schedule", SCHEDULES)}
@@ -234,15 +241,16 @@ def builds(
     tag: str | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> None:
-    """Have entries annotated with a class built by a function.
+    """Register the function that builds entries annotated with a class.
 
     Parameters
     ----------
     kind : type
+        The class.
     build : callable
         ``build(where, value)`` makes the object from an entry.
     tag : str, optional
-        The entry of the table that names the object's class, as `named` reads it.
+        Entry of the table that names the object's class, as `named` reads it.
     known : mapping, optional
         The classes by name.
     """
@@ -260,16 +268,17 @@ def schedule(where: str, value: Any) -> Schedule:
     where : str
         Dotted key, for messages.
     value : mapping or float
-        A table with the entry ``schedule``, or a number: a constant.
+        A table with the entry ``schedule``, or a number for a constant.
 
     Returns
     -------
     Schedule
+        The schedule.
 
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If an entry is wrong; the message names its dotted key.
     """
     if isinstance(value, Mapping):
         made: Schedule = named(where, value, "schedule", SCHEDULES)
@@ -278,7 +287,7 @@ def schedule(where: str, value: Any) -> Schedule:
 
 
 def named(where: str, value: Any, tag: str, known: Mapping[str, Any]) -> Any:
-    """Call what the entry `tag` of a table names with the table's other entries.
+    """Call the function or class that an entry of a table names with the other entries.
 
     Parameters
     ----------
@@ -287,18 +296,19 @@ def named(where: str, value: Any, tag: str, known: Mapping[str, Any]) -> Any:
     value : mapping or str
         The table; a name stands for a table without other entries.
     tag : str
+        Entry that holds the name.
     known : mapping
-        What can be called, by name.
+        Functions and classes by name.
 
     Returns
     -------
     Any
-        What the call returns.
+        Result of the call.
 
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If an entry is wrong; the message names its dotted key.
     """
     if isinstance(value, str):
         value = {tag: value}
@@ -308,23 +318,26 @@ def named(where: str, value: Any, tag: str, known: Mapping[str, Any]) -> Any:
 
 
 def lookup(where: str, name: Any, known: Mapping[str, Any]) -> Any:
-    """Find something by its name.
+    """Find an entry of a mapping by the name that the user gave.
 
     Parameters
     ----------
     where : str
         Dotted key, for messages.
     name : Any
+        The name.
     known : mapping
+        Entries by name.
 
     Returns
     -------
     Any
+        The entry.
 
     Raises
     ------
     NQMError
-        If nothing is called so, with a suggestion.
+        If the name is unknown; the message suggests one.
     """
     if not isinstance(name, str) or name not in known:
         raise NQMError(f"{where} {shown(name)} is unknown{suggest(str(name), known)}")
@@ -339,29 +352,30 @@ def call(
     *,
     tag: str | None = None,
 ) -> Any:
-    """Call something with the entries of a table, each converted to its annotation.
+    """Call a function or class with the entries of a table, converted to annotated types.
 
     Parameters
     ----------
     target : callable
         Called as ``target(**table, **given)``.
     table : mapping
+        Arguments by name.
     where : str
         Dotted key of the table, for messages.
     given : mapping, optional
-        Further arguments, as they are.
+        Further arguments, which are not converted.
     tag : str, optional
-        An entry of the table that chose `target` and is no argument of it.
+        Entry that named `target` and is no argument of it.
 
     Returns
     -------
     Any
-        What the call returns.
+        Result of the call.
 
     Raises
     ------
     NQMError
-        Naming the dotted key at fault.
+        If an entry is unknown, missing or wrong; the message names its dotted key.
     """
     given = given or {}
     stated, hints = signature(target)
@@ -378,22 +392,25 @@ def call(
 def signature(
     target: Callable[..., Any],
 ) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
-    """Parameters of a callable and their annotations.
+    """Find the parameters of a callable and their annotations.
 
     Parameters
     ----------
     target : callable
+        Function or class.
 
     Returns
     -------
     parameters : mapping of str to inspect.Parameter
+        Parameters by name.
     hints : dict of str to Any
+        Annotated types by name.
     """
     return inspect.signature(target).parameters, get_type_hints(target)
 
 
 def _convert(where: str, value: Any, hint: Any) -> Any:
-    """A value of the annotated type: an algorithm, a schedule or several, or a plain value."""
+    """Convert an entry to its annotated type: algorithm, schedule(s), or plain value."""
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
     for kind, build in _BUILDERS.items():
         if any(issubclass(one, kind) for one in kinds):
@@ -408,14 +425,14 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
 
 
 def without_defaults(target: Callable[..., Any], table: Mapped) -> dict[str, Any]:
-    """Entries of a table that differ from the defaults of what it calls, each in one spelling.
+    """Remove the entries of a table that equal defaults, and unify the spelling of the others.
 
     Parameters
     ----------
     target : callable
-        What `call` would call with the table.
+        Function or class that `call` would call with the table.
     table : mapping
-        Not checked: an entry that `target` does not know stays as it is.
+        Arguments by name; an entry that `target` does not have is not changed.
 
     Returns
     -------
@@ -424,7 +441,7 @@ def without_defaults(target: Callable[..., Any], table: Mapped) -> dict[str, Any
     """
     stated, hints = signature(target)
     kept = {}
-    # What a changed default now means is stated, though the table leaves it out.
+    # A changed default is stated, although the table leaves it out.
     for name, value in (changed_defaults(target) | dict(table)).items():
         if name in stated:
             value = _spelled(value, hints.get(name))
@@ -436,14 +453,14 @@ def without_defaults(target: Callable[..., Any], table: Mapped) -> dict[str, Any
 
 @cache
 def _omitted_text(target: Callable[..., Any], name: str) -> str | None:
-    """The value that keys leave out, as keys state it; None where there is none."""
+    """Canonical text of the value that keys leave out; None if there is none."""
     default = omitted(target, name)
     hint = signature(target)[1].get(name)
     return None if default is REQUIRED else text(_spelled(default, hint))
 
 
 def _spelled(value: Any, hint: Any) -> Any:
-    """One spelling of an entry, given as in a file or as an object."""
+    """Unique spelling of an entry, which may be plain as in a file or an object."""
     if isinstance(value, list | tuple):
         inner = get_args(hint)[0] if get_origin(hint) in (tuple, list) else None
         return [_spelled(one, inner) for one in value]
@@ -453,28 +470,29 @@ def _spelled(value: Any, hint: Any) -> Any:
 
 @cache
 def _tagged_kind(hint: Any) -> type | None:
-    """The class of `_TAGS` that an annotation allows, if any."""
+    """Class of `_TAGS` that an annotation allows, or None."""
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
     allowed = (kind for kind in _TAGS if any(issubclass(one, kind) for one in kinds))
     return next(allowed, None)
 
 
 def tagged(value: Any, tag: str, known: Mapping[str, Any]) -> Any:
-    """One spelling of an entry that names its class: by the name alone where that says it all.
+    """Unify the spelling of an entry that names its class.
 
     Parameters
     ----------
     value : Any
         A name, a table with the entry `tag`, or an object of one of the classes.
     tag : str
+        Entry that holds the name.
     known : mapping
         Classes or functions by name.
 
     Returns
     -------
     str, dict or Any
-        The name; or a table of what differs from the defaults; or, of a constant schedule, its
-        number. What is none of these stays as it is.
+        The name if all else equals the defaults; a table of the name and the other entries; the
+        number of a constant schedule. Any other value is returned unchanged.
     """
     plain = isinstance(value, str | int | float | Mapping)
     names = [] if plain else [name for name, made in known.items() if type(value) is made]
@@ -501,12 +519,14 @@ def leaf(where: str, value: Any, hint: Any) -> Any:
     where : str
         Dotted key, for messages.
     value : Any
+        Number, text or list.
     hint : type
-        The annotation.
+        Annotated type.
 
     Returns
     -------
     Any
+        Value of that type.
 
     Raises
     ------
@@ -533,23 +553,24 @@ def leaf(where: str, value: Any, hint: Any) -> Any:
 
 
 def located(where: str, make: Callable[[], Any]) -> Any:
-    """Call a function; an error that names a class's field names the dotted key instead.
+    """Call a function, and replace the field of a class in its errors by a dotted key.
 
     Parameters
     ----------
     where : str
         Dotted key of the object that is made.
     make : callable
+        Function without arguments.
 
     Returns
     -------
     Any
-        What the call returns.
+        Result of the call.
 
     Raises
     ------
     NQMError
-        As the function, with the dotted key.
+        Error of the function, with the dotted key.
     """
     try:
         return make()
@@ -571,16 +592,17 @@ def table_at(where: str, value: Any) -> Mapped:
     where : str
         Its dotted key.
     value : Any
+        The entry.
 
     Returns
     -------
     mapping
-        The value itself.
+        `value` itself.
 
     Raises
     ------
     NQMError
-        If it is none.
+        If it is not.
     """
     if not isinstance(value, Mapping):
         raise NQMError(f"{where} must be a table; got {shown(value, 40)}")
@@ -595,18 +617,20 @@ def require(where: str, table: Mapped, name: str) -> None:
     where : str
         Dotted key of the table.
     table : mapping
+        The table.
     name : str
+        Name of the entry.
 
     Raises
     ------
     NQMError
-        If it has none.
+        If it has no such entry.
     """
     if name not in table:
         raise NQMError(f"{where}.{name} is missing; add {name} = ...")
 
 
-#: Letters of papers, and other names of common use -> the keys that may be meant.
+#: Symbols of papers, and other common names -> the keys that the user may mean.
 LETTERS: dict[str, tuple[str, ...]] = {
     "t0": ("start_epoch",),
     "k": ("members",),
@@ -625,20 +649,22 @@ LETTERS: dict[str, tuple[str, ...]] = {
 
 
 def known_keys(where: str, table: Mapped, known: Sequence[str]) -> None:
-    """Refuse an entry that a table does not know.
+    """Refuse unknown entries of a table.
 
     Parameters
     ----------
     where : str
         Dotted key of the table; empty for the top.
     table : mapping
+        The table.
     known : sequence of str
-        What may stand in it.
+        Entries that it may have.
 
     Raises
     ------
     NQMError
-        Naming the entry, and the key that is called so in papers (`LETTERS`) or is spelled like it.
+        If an entry is unknown; the message names it, and the key for this symbol of papers
+        (`LETTERS`) or of similar spelling.
     """
     for name in table:
         if name not in known:
@@ -648,19 +674,19 @@ def known_keys(where: str, table: Mapped, known: Sequence[str]) -> None:
 
 
 def check_sections(mapping: Mapped, sections: Mapping[str, Sequence[str]]) -> None:
-    """Refuse an entry that stands in another table than its own.
+    """Refuse an entry in a table to which it does not belong.
 
     Parameters
     ----------
     mapping : mapping
         A configuration; its tables are not checked otherwise.
     sections : mapping of str to sequence of str
-        What each table may hold.
+        Entries that each table may have.
 
     Raises
     ------
     NQMError
-        Naming the entry and where it belongs.
+        If there is one; the message names the entry and its table.
     """
     tables = {name: mapping[name] for name in sections if isinstance(mapping.get(name), Mapping)}
     for section, table in {"": mapping, **tables}.items():

@@ -1,8 +1,9 @@
-"""All compiled code: plain arrays in, plain arrays out, nothing known of algorithms.
+"""All compiled code: functions of plain arrays, independent of the classes of algorithms.
 
-Kept in one file because numba's on-disk cache does not see an edit to a compiled function that
-lives elsewhere. NaN semantics are IEEE (no fastmath), so a diverging case stays visible.
+All in one file, because numba's cache on disk does not notice an edit to a compiled function in
+another file. NaN semantics are IEEE (no fastmath), so a diverging case stays visible.
 Shapes: d directions, n state coordinates, m noise columns, s kinds of step, T steps, R replicas.
+Arrays are float64 unless a type is stated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nqm.solvers.ziggurat import TAIL_START, tables
 
 @functools.cache
 def _say_uncached() -> None:
-    """One line, once; a worker's parent has said so already."""
+    """Warn once that nothing is cached; not in workers, whose parent has warned already."""
     if multiprocessing.parent_process() is None:
         text = (
             "no folder for numba's cache can be written to, so every process compiles for some "
@@ -33,7 +34,7 @@ def _say_uncached() -> None:
 
 
 def _jit(function: Any) -> Any:
-    """Compiled on first use; kept on disk where numba finds a place, else in this process alone."""
+    """Compile on first use; cache on disk if a folder can be written to, else in this process."""
     try:
         return njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # "no locator available": no folder can be written to
@@ -71,7 +72,7 @@ def _unit(state):
 
 @_jit
 def _second_try(state, bits, x):
-    """What follows when the fast test fails: the tail, a wedge, or NaN for a rejection."""
+    """Slow part of the ziggurat: a draw of the tail or of a wedge; NaN for a rejection."""
     layer = bits & _LAYER
     if layer == 0:
         while True:
@@ -89,9 +90,14 @@ def _second_try(state, bits, x):
 
 @_jit
 def fill_normals(state, out):
-    """Standard normals into `out` (any length), from SFC64 `state` (4,) uint64, advanced in place.
+    """Draw standard normals: the stream of ``numpy.random.Generator(SFC64).standard_normal``.
 
-    The stream of ``numpy.random.Generator(SFC64).standard_normal``, without a call for each draw.
+    Parameters
+    ----------
+    state : ndarray of uint64, shape (4,)
+        SFC64 state, advanced in place.
+    out : ndarray, any length
+        Filled with the draws.
     """
     a, b, c, counter = state[0], state[1], state[2], state[3]
     for i in range(out.size):
@@ -120,11 +126,24 @@ def fill_normals(state, out):
 
 @_jit
 def propagate_moments(matrix, noise, kind, mean, covariance, readout, record, weight, loss):
-    """Every step of the first two moments; `mean` (d, n) and `covariance` (d, n, n) in place.
+    """Take T steps of the first two moments, one by one.
 
-    matrix, noise : (s, d, n, n) A and Q = C C' Var e of each kind; kind : (T,).
-    Where `record` is true, the expected loss after each step is added to `loss` (T,);
-    readout : (T, n) evaluated weights, weight : (d,) loss per unit of second moment.
+    Parameters
+    ----------
+    matrix, noise : ndarray, shape (s, d, n, n)
+        A and Q = C C' Var e of each kind of step.
+    kind : ndarray of int, shape (T,)
+        Kind of each step.
+    mean, covariance : ndarray, shape (d, n) and (d, n, n)
+        Moments of the state, changed in place.
+    readout : ndarray, shape (T, n)
+        Evaluated weights after each step as a linear form of the state; used if `record`.
+    record : bool
+        Whether losses are recorded.
+    weight : ndarray, shape (d,)
+        Loss per unit of second moment.
+    loss : ndarray, shape (T,)
+        The expected loss after each step is added to it if `record`.
     """
     d, n = mean.shape
     new_mean = np.empty(n)
@@ -210,7 +229,15 @@ def _then(a1, q1, a2, q2, a, q, half):
 
 @_jit
 def compose(matrix1, noise1, matrix2, noise2, matrix, noise):
-    """Step 1 then step 2 for every direction; outputs (d, n, n) distinct from the inputs."""
+    """Compose step 1, then step 2, for every direction.
+
+    Parameters
+    ----------
+    matrix1, noise1, matrix2, noise2 : ndarray, shape (d, n, n)
+        A and Q of both steps.
+    matrix, noise : ndarray, shape (d, n, n)
+        Outputs A and Q; arrays other than the inputs.
+    """
     half = np.empty(matrix1.shape[1:])
     for i in range(matrix1.shape[0]):
         _then(matrix1[i], noise1[i], matrix2[i], noise2[i], matrix[i], noise[i], half)
@@ -218,7 +245,17 @@ def compose(matrix1, noise1, matrix2, noise2, matrix, noise):
 
 @_jit
 def power(matrix, noise, steps, out_matrix, out_noise):
-    """`steps` equal steps for every direction, by repeated squaring: O(log steps)."""
+    """Compose equal steps for every direction by repeated squaring, in O(log steps).
+
+    Parameters
+    ----------
+    matrix, noise : ndarray, shape (d, n, n)
+        A and Q of one step.
+    steps : int
+        Number of steps, >= 0.
+    out_matrix, out_noise : ndarray, shape (d, n, n)
+        Outputs A and Q; arrays other than the inputs.
+    """
     d, n = matrix.shape[0], matrix.shape[1]
     a, q = np.empty((n, n)), np.empty((n, n))
     a2, q2, half = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
@@ -275,10 +312,20 @@ def _carry_pair(left, pair, right, out, half):
 
 @_jit
 def propagate_pairs(matrix, push, kind, covariance, cross):
-    """Every step of the pairs; `cross` (d, d, n, n) in place for i > j.
+    """Take T steps of the covariances between pairs of directions, one by one.
 
-    matrix : (s, d, n, n); push : (s, d, n, m) P of each kind; kind : (T,).
-    covariance : (d, d) of the noise in each of the m minibatches.
+    Parameters
+    ----------
+    matrix : ndarray, shape (s, d, n, n)
+        A of each kind of step.
+    push : ndarray, shape (s, d, n, m)
+        P of each kind of step: coefficients of the noise.
+    kind : ndarray of int, shape (T,)
+        Kind of each step.
+    covariance : ndarray, shape (d, d)
+        Covariance of the noise in each of the m minibatches.
+    cross : ndarray, shape (d, d, n, n)
+        Covariances of the states of directions i > j, changed in place.
     """
     d, n, columns = push.shape[1], push.shape[2], push.shape[3]
     half = np.empty((n, n))
@@ -298,9 +345,18 @@ def propagate_pairs(matrix, push, kind, covariance, cross):
 
 @_jit
 def power_pairs(squares, steps, added, cross):
-    """`steps` equal steps of the pairs, which each add `added` (d, d, n, n); `cross` in place.
+    """Take equal steps of the covariances between pairs of directions, in O(log steps).
 
-    squares : (bits, d, n, n) powers 1, 2, 4, ... of A.
+    Parameters
+    ----------
+    squares : ndarray, shape (bits, d, n, n)
+        Powers 1, 2, 4, ... of A.
+    steps : int
+        Number of steps, below 2^bits.
+    added : ndarray, shape (d, d, n, n)
+        Covariance that the noise of one step adds.
+    cross : ndarray, shape (d, d, n, n)
+        Covariances of the states of directions i > j, changed in place.
     """
     d, n = squares.shape[1], squares.shape[2]
     half, sums, next_sums = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
@@ -356,7 +412,15 @@ def _times_exact(a, a_low, b, b_low, out, out_low):
 
 @_jit
 def compose_exact(matrix1, noise1, low1, matrix2, noise2, low2, matrix, noise, low):
-    """`compose` with matrices of two doubles, matrix + low."""
+    """Compose as `compose` does, with matrices of two doubles.
+
+    Parameters
+    ----------
+    matrix1, noise1, low1, matrix2, noise2, low2 : ndarray, shape (d, n, n)
+        Both steps; A is matrix + low.
+    matrix, noise, low : ndarray, shape (d, n, n)
+        Outputs; arrays other than the inputs.
+    """
     half, plain = np.empty(matrix1.shape[1:]), np.empty(matrix1.shape[1:])
     for i in range(matrix1.shape[0]):
         _then(matrix1[i], noise1[i], matrix2[i], noise2[i], plain, noise[i], half)
@@ -366,7 +430,7 @@ def compose_exact(matrix1, noise1, low1, matrix2, noise2, low2, matrix, noise, l
 
 @_jit
 def _keep_finite(plain, matrix, low):
-    """Where two doubles overflow on the way, what one double says."""
+    """Replace entries that overflowed in two doubles by their value in one double."""
     n = plain.shape[0]
     for r in range(n):
         for c in range(n):
@@ -376,10 +440,21 @@ def _keep_finite(plain, matrix, low):
 
 @_jit
 def power_exact(matrix, noise, low, steps, always, out_matrix, out_noise, out_low):
-    """`power` with a matrix of two doubles, where one would lose digits; else with one.
+    """Raise to a power as `power` does, in two doubles if one would lose digits.
 
-    One double loses `steps` units in the last place, or fewer where the power is faint before.
-    That is left as it is up to `ONE_DOUBLE` steps unless `always`.
+    One double loses `steps` units in the last place, or fewer if the power becomes negligible
+    before. This loss is accepted up to `ONE_DOUBLE` steps unless `always`.
+
+    Parameters
+    ----------
+    matrix, noise, low : ndarray, shape (d, n, n)
+        One step; A is matrix + low.
+    steps : int
+        Number of steps, >= 0.
+    always : bool
+        Use two doubles from two steps on.
+    out_matrix, out_noise, out_low : ndarray, shape (d, n, n)
+        Outputs; arrays other than the inputs.
     """
     d, n = matrix.shape[0], matrix.shape[1]
     a, a_low, q = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
@@ -424,7 +499,7 @@ def power_exact(matrix, noise, low, steps, always, out_matrix, out_noise, out_lo
 
 @_jit
 def _size(a):
-    """Largest entry, without its sign."""
+    """Largest absolute value of an entry."""
     size = 0.0
     for r in range(a.shape[0]):
         for c in range(a.shape[1]):
@@ -434,7 +509,7 @@ def _size(a):
 
 @_jit
 def _faint_soon(matrix, a, a2):
-    """Whether `ONE_DOUBLE` steps leave nothing of a start."""
+    """Whether `ONE_DOUBLE` steps reduce any start below 1e-20 of itself."""
     _copy(matrix, a)
     steps = 1
     while steps < ONE_DOUBLE:
@@ -446,7 +521,15 @@ def _faint_soon(matrix, a, a2):
 
 @_jit
 def stationary_exact(matrix, noise, low, out):
-    """`stationary` with a matrix of two doubles, where one would lose digits."""
+    """Solve as `stationary` does, in two doubles if one would lose digits.
+
+    Parameters
+    ----------
+    matrix, noise, low : ndarray, shape (d, n, n)
+        One step; A is matrix + low, of spectral radius < 1.
+    out : ndarray, shape (d, n, n)
+        Output S.
+    """
     d, n = matrix.shape[0], matrix.shape[1]
     a, a_low, q = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
     a2, a2_low, q2, half = np.empty((n, n)), np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
@@ -470,11 +553,18 @@ def stationary_exact(matrix, noise, low, out):
 
 @_jit
 def stationary(matrix, noise, out):
-    """Fixed point of S = A S A' + Q for every direction by doubling; the caller checks stability.
+    """Solve S = A S A' + Q for every direction by doubling; the caller checks stability.
 
     Each round squares A, so the error falls as radius^(2^round): 64 rounds reach any radius < 1.
-    It ends when the power itself is gone: how little S still changes tells nothing, as what a slow
-    mode adds to it is tiny at first.
+    It ends when the power of A is negligible. A small change of S would not be a sign of
+    convergence, because the contribution of a slow mode is tiny at first.
+
+    Parameters
+    ----------
+    matrix, noise : ndarray, shape (d, n, n)
+        A, of spectral radius < 1, and Q of one step.
+    out : ndarray, shape (d, n, n)
+        Output S.
     """
     d, n = matrix.shape[0], matrix.shape[1]
     a, q = np.empty((n, n)), np.empty((n, n))
@@ -493,7 +583,7 @@ def stationary(matrix, noise, out):
 
 @_jit
 def _correlate(root, normal, columns):
-    """Correlate independent normals (d * columns,) in place by root (d, r); r = 0 is none."""
+    """Correlate independent normals (d * columns,) in place by root (d, r); none if r = 0."""
     rank = root.shape[1]
     if rank == 0:
         return
@@ -513,7 +603,7 @@ def _step_single(keep, push, normal, x):
 
 @_jit
 def _sum_squares(weight, x):
-    """Sum of weight x^2 in four interleaved sums, which do not wait for one another."""
+    """Sum of weight x^2, in four interleaved sums that the processor can add in parallel."""
     s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
     whole = weight.size - weight.size % 4
     for i in range(0, whole, 4):
@@ -544,15 +634,34 @@ def sample_linear(
     root,
     drawn,
 ):
-    """Literal steps of R replicas; `state` (R, d, n) in place.
+    """Simulate T literal steps of a linear method for R replicas.
 
-    generator : (4,) SFC64 state, in place.
-    values : (s, d, nonzeros) entries of [A | C sd(e)] in rows; column : (nonzeros,);
-    row : (n + 1,) where each row begins; noise_columns : m.
-    record : (T,) index of the output row or -1; readout : (records, n);
-    members : (records, K, n); loss, member_loss : (records, R).
-    root : (d, r) of the correlation of the first `drawn` noise columns, those of minibatches; r = 0
-    for independent directions.
+    Parameters
+    ----------
+    generator : ndarray of uint64, shape (4,)
+        SFC64 state, advanced in place.
+    values : ndarray, shape (s, d, nonzeros)
+        Nonzero entries of [A | C sd(e)] of each kind of step, row by row.
+    column : ndarray of int, shape (nonzeros,)
+        Column of each entry.
+    row : ndarray of int, shape (n + 1,)
+        Index of the first entry of each row.
+    noise_columns : int
+        m: normals drawn per direction and step.
+    kind, record : ndarray of int, shape (T,)
+        Kind of each step, and the record after it or -1.
+    readout, members : ndarray, shape (records, n) and (records, K, n)
+        Evaluated weights and members as linear forms of the state.
+    weight : ndarray, shape (d,)
+        Loss per unit of second moment.
+    state : ndarray, shape (R, d, n)
+        State of each replica, changed in place.
+    loss, member_loss : ndarray, shape (records, R)
+        Outputs.
+    root : ndarray, shape (d, r)
+        Root of the noise's correlation matrix; r = 0 for independent directions.
+    drawn : int
+        Noise columns that are minibatches, the first ones; only these are correlated.
     """
     replicas, d, n = state.shape
     rank, shared = root.shape[1], np.empty(d * drawn)
@@ -596,7 +705,19 @@ def sample_linear(
 
 @_jit
 def evaluate(state, readout, members, weight, loss, member_loss):
-    """Loss (R,) of the evaluated weights and mean loss of the members, from state (R, d, n)."""
+    """Compute the loss of the evaluated weights and the mean loss of the members.
+
+    Parameters
+    ----------
+    state : ndarray, shape (R, d, n)
+        State of each replica.
+    readout, members : ndarray, shape (n,) and (K, n)
+        Evaluated weights and members as linear forms of the state.
+    weight : ndarray, shape (d,)
+        Loss per unit of second moment.
+    loss, member_loss : ndarray, shape (R,)
+        Outputs; `member_loss` is NaN if K = 0.
+    """
     replicas, d, n = state.shape
     count = members.shape[0]
     for r in range(replicas):
@@ -619,9 +740,9 @@ def evaluate(state, readout, members, weight, loss, member_loss):
 CLIPPED, SIGN, ADAM = 0, 1, 2
 
 # --- The linear twin of a method that is not linear: see `nqm.solvers.control_variates` ----------
-# `field` (FIELDS, d) holds, for each direction, what is deterministic: the mean of the weights, the
+# `field` (FIELDS, d) holds deterministic numbers of each direction: the mean of the weights, the
 # variance of the twin's deviation from it, its covariance with the buffer and the buffer's
-# variance, the buffer's mean, three numbers of the method's own, and the twin's coefficients.
+# variance, the buffer's mean, three numbers specific to the method, and the twin's coefficients.
 
 _MEAN, _VARIANCE, _CROSS, _BUFFER, _BUFFER_MEAN, _OWN, _SECOND, _APART = range(8)
 _PULL, _PUSH, _STEP = 8, 9, 10
@@ -630,7 +751,7 @@ FIELDS = 11
 
 @_jit
 def _move_twin(field, momentum, noise, delta, buffer):
-    """Of one replica (d,): b' = momentum b + pull delta + push noise, delta' = delta - step b'."""
+    """Twin of one replica: b' = momentum b + pull delta + push noise, delta' = delta - step b'."""
     for i in range(delta.size):
         b = momentum * buffer[i] + field[_PULL, i] * delta[i] + field[_PUSH, i] * noise[i]
         buffer[i] = b
@@ -652,7 +773,24 @@ def _move_moments(field, i, momentum, step):
 
 @_jit
 def evaluate_twin(field, weight, delta, loss):
-    """Loss (R,) of the twin; returns its expectation."""
+    """Compute the loss of every twin and its expectation.
+
+    Parameters
+    ----------
+    field : ndarray, shape (FIELDS, d)
+        Deterministic state of the twin.
+    weight : ndarray, shape (d,)
+        Loss per unit of second moment.
+    delta : ndarray, shape (R, d)
+        Deviation of each twin from the mean.
+    loss : ndarray, shape (R,)
+        Output.
+
+    Returns
+    -------
+    float
+        Expected loss of the twin.
+    """
     for r in range(delta.shape[0]):
         total = 0.0
         for i in range(weight.size):
@@ -669,8 +807,8 @@ def evaluate_twin(field, weight, delta, loss):
 def _factors_field(field, curvature, minimum, noise_sd, base_lr, member_lr, count):
     """Twin of multiplicative late-phase weights, and the drift of E theta^2 and E phi^2.
 
-    Noise slides the pair along theta phi = w: by what keeps theta^2 / base_lr - K phi^2 /
-    member_lr, of which noise adds base_lr G^2 and takes member_lr theta^2 sum g^2.
+    Noise moves the pair along theta phi = w: steps without noise conserve theta^2 / base_lr -
+    K phi^2 / member_lr, to which noise adds base_lr G^2 - member_lr theta^2 sum g^2.
     """
     for i in range(curvature.size):
         h, mean, noise = curvature[i], field[_MEAN, i], noise_sd[i] * noise_sd[i]
@@ -765,15 +903,34 @@ def sample_multiplicative(
     twin_loss,
     root,
 ):
-    """Multiplicative late-phase steps, `generator` as above.
+    """Simulate T steps of multiplicative late-phase weights for R replicas.
 
-    theta (R, d) and phi (R, K, d) or (R, K, 1) in place.
-
-    noise_sd : (T, d) of one minibatch; base_lr : (T,) with gamma in it; member_lr : (T,).
-    record : (T,) index of the output row or -1; loss, member_loss : (records, R).
-    field (FIELDS, d), delta (R, d), buffer (R, d) : of the twin, in place; none if delta is empty.
-    expected (records,), twin_loss (records, R).
-    root : (d, r) of the noise's correlation; r = 0 for independent directions.
+    Parameters
+    ----------
+    generator : ndarray of uint64, shape (4,)
+        SFC64 state, advanced in place.
+    curvature, minimum : ndarray, shape (d,)
+        Hessian eigenvalues h and minimum w*.
+    noise_sd : ndarray, shape (T, d)
+        Standard deviation of the gradient noise of one minibatch.
+    base_lr, member_lr : ndarray, shape (T,)
+        gamma times the rate of the base weights, and the rate of the factors.
+    scalar : bool
+        Whether one factor per member multiplies all directions.
+    theta, phi : ndarray, shape (R, d) and (R, K, d), or (R, K, 1) if `scalar`
+        Base weights and members' factors, changed in place.
+    record : ndarray of int, shape (T,)
+        Record after each step, or -1.
+    weight : ndarray, shape (d,)
+        Loss per unit of second moment.
+    loss, member_loss : ndarray, shape (records, R)
+        Outputs.
+    field, delta, buffer : ndarray, shape (FIELDS, d), (R, d) and (R, d)
+        State of the twins, changed in place; no twins if `delta` is empty.
+    expected, twin_loss : ndarray, shape (records,) and (records, R)
+        Outputs of the twins.
+    root : ndarray, shape (d, r)
+        Root of the noise's correlation matrix; r = 0 for independent directions.
     """
     replicas, d = theta.shape
     count = phi.shape[1]
@@ -827,7 +984,21 @@ def sample_multiplicative(
 
 @_jit
 def evaluate_multiplicative(theta, phi, minimum, scalar, weight, loss, member_loss):
-    """Loss (R,) of the mean model theta * mean phi, and mean loss of its members."""
+    """Compute the loss of the mean model theta * mean phi and the mean loss of the members.
+
+    Parameters
+    ----------
+    theta, phi : ndarray, shape (R, d) and (R, K, d), or (R, K, 1) if `scalar`
+        Base weights and members' factors.
+    minimum : ndarray, shape (d,)
+        Minimum w*.
+    scalar : bool
+        Whether one factor per member multiplies all directions.
+    weight : ndarray, shape (d,)
+        Loss per unit of second moment.
+    loss, member_loss : ndarray, shape (R,)
+        Outputs.
+    """
     replicas, d = theta.shape
     count = phi.shape[1]
     for r in range(replicas):
@@ -848,7 +1019,8 @@ def evaluate_multiplicative(theta, phi, minimum, scalar, weight, loss, member_lo
 # d directions, T steps. One direction is z' = A z + b e; with z_0 the start of unit size and c what
 # is read, E (c z_T)^2 = (c A^T z_0)^2 + sum over t < T of (c A^t b)^2: two plain trajectories.
 
-#: Below this a response is zero: even its fourth power is no denormal number, which would be slow.
+#: Smaller responses are set to 0. The fourth power of this is still a normal number; denormal ones
+#: would be slow.
 _FAINT = 1e-75
 #: Steps of the doubling grid are 1 .. 2 _BASE - 1, then _BASE .. 2 _BASE - 1 times powers of two.
 _BASE = 16
@@ -856,9 +1028,18 @@ _BASE = 16
 
 @_jit
 def double_responses(matrix, kick, start, read, started, noisy):
-    """Responses on the doubling grid; `started`, `noisy` (d, grid), matrix (d, 2, 2), kick (d, 2).
+    """Compute squared responses of two coordinates at all steps of the doubling grid.
 
-    Every grid step beyond 2 _BASE is twice an earlier one, so each costs one squaring.
+    Every grid step from 2 _BASE on is twice an earlier one, so each costs one squaring.
+
+    Parameters
+    ----------
+    matrix, kick : ndarray, shape (d, 2, 2) and (d, 2)
+        A, and b of the noise, of one step z' = A z + b e.
+    start, read : ndarray, shape (2,)
+        z_0 per unit of the start, and the evaluated weights c as a linear form of z.
+    started, noisy : ndarray, shape (d, grid)
+        Outputs: (c A^t z_0)^2, and the variance of c z_t per unit of noise variance.
     """
     a, b, c, e = np.empty(_BASE), np.empty(_BASE), np.empty(_BASE), np.empty(_BASE)
     p, q, s = np.empty(_BASE), np.empty(_BASE), np.empty(_BASE)
@@ -914,7 +1095,21 @@ def double_responses(matrix, kick, start, read, started, noisy):
 
 @_jit
 def jump_responses(matrix, kick, start, read, steps, state, impulse, noisy):
-    """After `steps` steps: A^steps z_0 and A^steps b (d, 2), and the noise read so far (d,)."""
+    """Compute the responses of two coordinates after a number of steps, in O(log steps).
+
+    Parameters
+    ----------
+    matrix, kick : ndarray, shape (d, 2, 2) and (d, 2)
+        A, and b of the noise, of one step z' = A z + b e.
+    start, read : ndarray, shape (2,)
+        z_0 per unit of the start, and the evaluated weights c as a linear form of z.
+    steps : int
+        Number of steps, >= 0.
+    state, impulse : ndarray, shape (d, 2)
+        Outputs: A^steps z_0 and A^steps b.
+    noisy : ndarray, shape (d,)
+        Output: variance of c z per unit of noise variance.
+    """
     c0, c1 = read[0], read[1]
     for i in range(matrix.shape[0]):
         a0, b0, e0, d0 = matrix[i, 0, 0], matrix[i, 0, 1], matrix[i, 1, 0], matrix[i, 1, 1]
@@ -960,7 +1155,15 @@ def jump_responses(matrix, kick, start, read, steps, state, impulse, noisy):
 
 @_jit
 def orbit(matrix, state, out):
-    """state, A state, A^2 state, ... into `out` (T, d, 2); matrix (d, 2, 2), state (d, 2)."""
+    """Compute state, A state, A^2 state, ... for every direction.
+
+    Parameters
+    ----------
+    matrix, state : ndarray, shape (d, 2, 2) and (d, 2)
+        A and the first vector.
+    out : ndarray, shape (T, d, 2)
+        Output; its first row is `state`.
+    """
     for i in range(matrix.shape[0]):
         a, b, c, e = matrix[i, 0, 0], matrix[i, 0, 1], matrix[i, 1, 0], matrix[i, 1, 1]
         x, y = state[i, 0], state[i, 1]
@@ -1009,13 +1212,44 @@ def sample_optimizer(
     peak,
     root,
 ):
-    """Steps of R replicas of one rule; x, first and second (R, d) in place, `generator` as above.
+    """Simulate T steps of clipped SGD, sign SGD or Adam for R replicas.
 
-    setting : the clipping threshold, or Adam's beta2; dof : of the noise, inf for normal;
-    pitch : of the grid weights are rounded to, 0 for none; age : steps done before.
-    noise_sd : (T, d); lr : (T,); record : (T,) index of the output row or -1; loss : (records, R).
-    field, delta, buffer, expected, twin_loss : as above; peak : twice the noise's density at 0.
-    root : (d, r) of the correlation of normal noise; r = 0 for independent directions.
+    Parameters
+    ----------
+    generator : ndarray of uint64, shape (4,)
+        SFC64 state, advanced in place.
+    rule : {CLIPPED, SIGN, ADAM}
+        Update rule.
+    momentum, setting, epsilon : float
+        Momentum (Adam: beta1); clipping threshold or Adam's beta2; Adam's epsilon.
+    dof : float
+        Degrees of freedom of Student's t noise; inf for normal noise.
+    pitch : float
+        Spacing of the grid to which weights are rounded stochastically; 0 for no rounding.
+    age : int
+        Steps taken before.
+    curvature, minimum : ndarray, shape (d,)
+        Hessian eigenvalues h and minimum w*.
+    noise_sd : ndarray, shape (T, d)
+        Standard deviation of the gradient noise of one minibatch.
+    lr : ndarray, shape (T,)
+        Learning rate of each step.
+    multiplicity : ndarray, shape (d,)
+        Number of directions that each one stands for.
+    x, first, second : ndarray, shape (R, d)
+        Distance from the minimum, and the two buffers of the rule, changed in place.
+    record : ndarray of int, shape (T,)
+        Record after each step, or -1.
+    loss : ndarray, shape (records, R)
+        Output.
+    field, delta, buffer : ndarray, shape (FIELDS, d), (R, d) and (R, d)
+        State of the twins, changed in place; no twins if `delta` is empty.
+    expected, twin_loss : ndarray, shape (records,) and (records, R)
+        Outputs of the twins.
+    peak : float
+        Twice the density at 0 of the noise, of variance 1.
+    root : ndarray, shape (d, r)
+        Root of the correlation matrix of normal noise; r = 0 for independent directions.
     """
     replicas, d = x.shape
     gradient = np.empty(d)
@@ -1102,7 +1336,7 @@ _C0, _C1, _C2, _C3 = (np.float32(c) for c in COS)
 
 
 def _rounded_once(_, a, b, c):
-    """Fused a * b + c, asked for by name: the compiler may fuse nothing on its own."""
+    """Fused a * b + c as an explicit instruction: the compiler may not fuse on its own."""
     return a(a, a, a), lambda context, builder, signature, args: builder.fma(*args)
 
 
@@ -1144,7 +1378,15 @@ def _box_muller(p, q):
 
 @_jit
 def fill_lanes(lanes, out):
-    """Single-precision normals into `out` (even, LANES) float32; `lanes` (4, LANES) in place."""
+    """Draw single-precision standard normals, one stream per lane.
+
+    Parameters
+    ----------
+    lanes : ndarray of uint32, shape (4, LANES)
+        xoshiro128++ states, advanced in place.
+    out : ndarray of float32, shape (even, LANES)
+        Filled with the draws.
+    """
     for j in range(0, out.shape[0], 2):
         for r in range(LANES):
             a, b, c, d = lanes[0, r], lanes[1, r], lanes[2, r], lanes[3, r]
@@ -1204,10 +1446,20 @@ def sample_lanes(
     loss,
     member_loss,
 ):
-    """`sample_linear` for LANES replicas at once: `state` (d, n, LANES) in place.
+    """Simulate as `sample_linear` does, for LANES replicas at once with float32 normals.
 
-    lanes : (4, LANES), in place; values : (d, s, nonzeros); the rest as there.
-    loss, member_loss : (records, LANES), zero before.
+    Parameters
+    ----------
+    lanes : ndarray of uint32, shape (4, LANES)
+        xoshiro128++ states, advanced in place.
+    values : ndarray, shape (d, s, nonzeros)
+        Nonzero entries of [A | C sd(e)]; directions first, unlike in `sample_linear`.
+    column, row, noise_columns, kind, record, readout, members, weight
+        See `sample_linear`.
+    state : ndarray, shape (d, n, LANES)
+        State of each replica, changed in place.
+    loss, member_loss : ndarray, shape (records, LANES)
+        Outputs; zero before the call.
     """
     d, n, width = state.shape
     count = members.shape[1]

@@ -1,13 +1,13 @@
 """Control variates: a linear twin of a method that is not linear, driven by the same noise.
 
-The twin of one direction is a mean that nothing random enters, and a deviation that is linear in
-the noise the method draws:
+The twin of one direction is a deterministic mean, and a deviation that is linear in the noise that
+the method draws:
 
     b' = momentum b + pull d + push e,      d' = d - step b',      loss = sum weight (mean + d)^2
 
-with coefficients that are numbers by step and direction. So its expected loss is known exactly,
-whatever they are, and the regression of the method's loss on the twin's takes away the scatter that
-both share. The better the coefficients, the more that is:
+with one coefficient per step and direction. Its expected loss is therefore known exactly for any
+coefficients, and the regression of the method's loss on the twin's loss removes the scatter that
+both share. Good coefficients remove more of it:
 
 - multiplicative late-phase weights: the first order in the noise about theta^2 and phi^2, which
   drift as `nqm.solvers.multiplicative_long_run` says. pull = h, push e = the mean of the members'
@@ -39,7 +39,18 @@ from nqm.solvers.moments import solve
 
 
 def peak(algorithm: Sampled) -> float:
-    """Twice the density at 0 of the noise, of variance 1: the slope of the mean sign at 0."""
+    """Twice the density at 0 of the noise, of variance 1: the slope of the mean sign at 0.
+
+    Parameters
+    ----------
+    algorithm : Sampled
+        Its `tail` is the degrees of freedom of the noise, inf for normal noise.
+
+    Returns
+    -------
+    float
+        sqrt(2 / pi) for normal noise; larger for Student's t.
+    """
     dof = algorithm.tail
     if math.isinf(dof):
         return math.sqrt(2.0 / math.pi)
@@ -49,16 +60,16 @@ def peak(algorithm: Sampled) -> float:
 
 @dataclass(frozen=True)
 class Start:
-    """What the twin has exactly before the first phase that is not linear.
+    """Exact state of the twin at the start of the first phase that is not linear.
 
     Attributes
     ----------
     index : int
-        That phase.
+        Position of that phase.
     mean, variance : ndarray, shape (d,)
-        Of the weights it starts from.
+        Moments of the weights from which it starts.
     loss : ndarray, shape (records,)
-        Expected loss at the records before it.
+        Expected loss at the records of the phases before it.
     """
 
     index: int
@@ -68,12 +79,26 @@ class Start:
 
     @classmethod
     def of(cls, problem: Problem, program: Program, wanted: list[int]) -> Self:
-        """Exact moments of the linear phases that a program begins with.
+        """Compute the exact moments of the linear phases with which a program begins.
+
+        Parameters
+        ----------
+        problem : Problem
+            Noisy quadratic problem.
+        program : Program
+            With a phase that is not linear.
+        wanted : list of int
+            Steps of the whole program that are recorded, rising.
+
+        Returns
+        -------
+        Start
+            Moments at the first phase that is not linear.
 
         Raises
         ------
         NQMError
-            Where there is nothing to control, or a phase has no twin.
+            If all phases are linear, or a phase has no twin.
         """
         kinds = [isinstance(phase.algorithm, Algorithm) for phase in program.phases]
         if all(kinds):
@@ -98,15 +123,20 @@ class Start:
 
 @dataclass
 class Twin:
-    """State of one block's twins, as the kernels advance it; empty arrays for none.
+    """State of the twins of one block of replicas, advanced in place by the kernels.
+
+    All arrays are empty if there is no control variate.
 
     Attributes
     ----------
     moments : ndarray, shape (`_kernels.FIELDS`, d)
-        What is deterministic: `field` there.
+        Mean, second moments and coefficients: `field` in the kernels.
     delta, buffer : ndarray, shape (replicas, d)
+        Deviation of each twin from the mean, and its momentum buffer.
     expected : ndarray, shape (records,)
+        Expected loss of the twin.
     loss : ndarray, shape (records, replicas)
+        Loss of each twin.
     """
 
     moments: FloatArray
@@ -117,7 +147,22 @@ class Twin:
 
     @classmethod
     def of(cls, problem: Problem, start: Start | None, records: int, replicas: int) -> Self:
-        """Twins before the first phase, where they are what `start` says; none without it."""
+        """Create the twins at the start of a program.
+
+        Parameters
+        ----------
+        problem : Problem
+            Noisy quadratic problem.
+        start : Start or None
+            Exact state at the first phase that is not linear; None for no twins.
+        records, replicas : int
+            Shape of the recorded losses.
+
+        Returns
+        -------
+        Twin
+            Arrays that the kernels fill.
+        """
         if start is None:
             none = np.empty((0, 0))
             return cls(none, none, none, np.empty(0), none)
@@ -131,18 +176,26 @@ class Twin:
 
     @property
     def arrays(self) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
-        """What the kernels take."""
+        """Arrays in the order of the kernels' arguments."""
         return self.moments, self.delta, self.buffer, self.expected, self.loss
 
     def record(self, row: int, problem: Problem) -> None:
-        """Note the twin's loss before a step."""
+        """Record the twins' losses and their expectation at the current state.
+
+        Parameters
+        ----------
+        row : int
+            Record to fill.
+        problem : Problem
+            Gives the weight of each direction in the loss.
+        """
         if self.delta.size:
             self.expected[row] = _kernels.evaluate_twin(
                 self.moments, problem.weight, self.delta, self.loss[row]
             )
 
     def begin_optimizer(self) -> None:
-        """Buffers start anew, at zero."""
+        """Set the momentum buffers and their moments to zero."""
         if self.delta.size:
             self.moments[2:8] = 0.0
             self.buffer[...] = 0.0
@@ -150,7 +203,17 @@ class Twin:
     def begin_factors(
         self, problem: Problem, algorithm: MultiplicativeLatePhase, phi: FloatArray
     ) -> None:
-        """Members are spawned with factors phi (replicas, K, d) at w + its relative offsets."""
+        """Start a phase of multiplicative late-phase weights.
+
+        Parameters
+        ----------
+        problem : Problem
+            Gives the minimum.
+        algorithm : MultiplicativeLatePhase
+            Number of members, first factor and spread.
+        phi : ndarray, shape (replicas, K, d)
+            Factors with which the members start; they displace the mean model by their mean.
+        """
         if not self.delta.size:
             return
         self.begin_optimizer()
@@ -167,21 +230,24 @@ class Twin:
 def adjust(
     samples: FloatArray, control: FloatArray, expected: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Mean of `samples` given that of `control`, by least squares, and its standard error.
+    """Adjust the mean of `samples` by regression on a control variate of known mean.
 
-    The slope comes from the sample itself. For jointly normal losses the estimate is unbiased and
-    its error, that of a regression line away from its centre, goes with n - 2 degrees of freedom;
+    The slope is estimated from the same sample. For jointly normal losses the estimate is unbiased
+    and its error, that of a regression line away from its centre, has n - 2 degrees of freedom;
     otherwise both hold up to O(1/n) (Lavenberg & Welch 1981, "A perspective on the use of control
-    variables"). Where the control is not finite or does not vary, it is the plain mean.
+    variables"). Where the control is not finite or does not vary, the plain mean is returned.
 
     Parameters
     ----------
     samples, control : ndarray, shape (records, n)
+        Losses of the method and of its twin for n replicas.
     expected : ndarray, shape (records,)
+        Exact expectation of `control`.
 
     Returns
     -------
     mean, error : ndarray, shape (records,)
+        Adjusted mean and its standard error.
     """
     n = samples.shape[1]
     away = control.mean(axis=1) - expected

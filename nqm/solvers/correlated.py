@@ -1,8 +1,8 @@
-"""Covariances between directions, of noise that does not commute with the Hessian.
+"""Covariances between directions, for noise that does not commute with the Hessian.
 
-Two directions of a linear method have S_ij' = A_i S_ij A_j' + c_ij P_i P_j' with the transitions of
-either and the covariance c_ij of their noise, whatever the others do. No expected loss depends on
-them; the variance of the loss, 1/2 tr (H S)^2 + m' H S H m, and its quantiles do. There are
+Two directions of a linear method have S_ij' = A_i S_ij A_j' + c_ij P_i P_j', with the transition of
+each and the covariance c_ij of their noise, independently of all others. No expected loss depends
+on them; the variance of the loss, 1/2 tr (H S)^2 + m' H S H m, and its quantiles do. There are
 d (d - 1) / 2 pairs of n x n numbers, jumped by powers as `nqm.solvers.moments` does.
 """
 
@@ -27,27 +27,33 @@ from nqm.transition import embedding, readout, resumption
 NUMBERS, WORK = 40_000_000, 5e10
 #: Steps whose transitions are held at once.
 CHUNK = 4096
-#: So many doublings reach the steady state of any radius below 1.
+#: Doublings after which any radius below 1 has reached its steady state.
 DOUBLINGS = 62
 
 
 def pair_covariances(
     problem: Problem, program: Program, wanted: Sequence[int]
 ) -> Iterator[FloatArray]:
-    """Covariances between directions of the evaluated weights, (d, d) with a zero diagonal.
+    """Compute the covariances between directions of the evaluated weights, lazily.
 
     Parameters
     ----------
     problem : Problem
+        With correlated noise or a correlated start.
     program : Program
-        Of methods with exact moments (or first-order ones).
+        Phases of methods with exact or first-order moments.
     wanted : sequence of int
-        Steps of the whole program, rising; one covariance each.
+        Steps of the whole program at which they are needed, rising.
+
+    Yields
+    ------
+    ndarray, shape (d, d)
+        Covariance with a zero diagonal, one for each entry of `wanted`.
 
     Raises
     ------
     NQMError
-        Where it would take too much memory or time.
+        If it would take too much memory or time, or a method has no exact moments.
     """
     laws = check_cost(problem, program)
     mode = laws[0].algorithm.modes()[0]
@@ -75,7 +81,25 @@ def pair_covariances(
 
 
 def check_cost(problem: Problem, program: Program) -> list[Law]:
-    """What the solver sees of the phases; NQMError where pairs take too much memory or time."""
+    """Reduce all phases to linear algorithms and check the cost of pairs of directions.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    program : Program
+        Phases to check.
+
+    Returns
+    -------
+    list of Law
+        One for each phase.
+
+    Raises
+    ------
+    NQMError
+        If pairs would take too much memory or time, or a method has no exact moments.
+    """
     laws = [law_of(phase, problem) for phase in program.phases]
     for law in laws:
         _check_cost(problem, law)
@@ -83,7 +107,25 @@ def check_cost(problem: Problem, program: Program) -> list[Law]:
 
 
 def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
-    """`pair_covariances` of the steady state of a phase that goes on for ever and is stable."""
+    """Compute the covariances between directions in the steady state of a stable phase.
+
+    Parameters
+    ----------
+    problem : Problem
+        With correlated noise or a correlated start.
+    phase : Phase
+        Constant or cyclic rates; its `steps` have no effect.
+
+    Returns
+    -------
+    ndarray, shape (d, d)
+        Covariance of the evaluated weights with a zero diagonal.
+
+    Raises
+    ------
+    NQMError
+        If it would take too much memory or time.
+    """
     law = law_of(phase, problem)
     _check_cost(problem, law)
     mode = law.algorithm.modes()[0]
@@ -101,30 +143,30 @@ def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
     kicks = np.ascontiguousarray(added[:, :, ~still][:, :, :, ~still])
     _kernels.power_pairs(_squares(moving, moving_low, DOUBLINGS + 1), 2**DOUBLINGS, kicks, cross)
     c = readout(mode.algorithm, 720_720 * mode.algorithm.time.period)
-    found = np.einsum("i,abij,j->ab", c[~still], cross, c[~still])
-    if still.any():  # pulled to places that are themselves correlated
+    pairs_of_weights = np.einsum("i,abij,j->ab", c[~still], cross, c[~still])
+    if still.any():  # the points to which weights are pulled are themselves correlated
         settled = np.linalg.solve(
             (np.eye(len(moving[0])) - moving) - moving_low, a[:, ~still][:, :, still]
         )
         pull = settled.swapaxes(1, 2) @ c[~still] + c[still]
         fixed = pairs.cross[:, :, still][:, :, :, still]
-        found += np.einsum("ak,abkl,bl->ab", pull, fixed, pull)
-    return _mirrored(np.where(np.outer(curved, curved), found, 0.0))
+        pairs_of_weights += np.einsum("ak,abkl,bl->ab", pull, fixed, pull)
+    return _mirrored(np.where(np.outer(curved, curved), pairs_of_weights, 0.0))
 
 
 def _start(problem: Problem) -> FloatArray:
-    """Covariance of the start, (d, d)."""
+    """Covariance (d, d) of the problem's start."""
     return covariance(problem.initial_correlation, problem.initial_variance)
 
 
 def _begin(mode: Mode, start: FloatArray) -> FloatArray:
-    """Pairs of a phase that begins from weights of this covariance, (d, d, n, n)."""
+    """Pairs (d, d, n, n) at the start of a phase from weights of covariance `start`."""
     draws, _ = embedding(mode.algorithm)  # normals of its own are drawn for each direction alone
     return np.ascontiguousarray(start[:, :, None, None] * (draws @ draws.T))
 
 
 def _mirrored(lower: FloatArray) -> FloatArray:
-    """Symmetric, from what is below the diagonal."""
+    """Symmetric matrix from the entries below the diagonal; the diagonal is 0."""
     below = np.tril(lower, -1)
     return np.asarray(below + below.T)
 
@@ -134,21 +176,21 @@ def _squares(matrix: FloatArray, low: FloatArray, count: int) -> FloatArray:
     powers = [Map(matrix, np.zeros_like(matrix), low)]
     for _ in range(count - 1):
         powers.append(power(powers[-1], 2, exact=True))
-    return np.stack([found.matrix for found in powers])
+    return np.stack([each.matrix for each in powers])
 
 
 def _check_cost(problem: Problem, law: Law) -> None:
-    """Raise NQMError where pairs of directions would take too much memory or time."""
+    """Raise NQMError if pairs of directions would take too much memory or time."""
     d, n = problem.directions, len(law.algorithm.modes()[0].algorithm.coordinates)
     steps = 0.0
     for start, stop, period in law.phase.segments():
         steps += stop - start if period is None else min(stop - start, 2 * period + 128)
     numbers, work = float(d * n) ** 2, steps * d**2 * n**3
     if numbers > NUMBERS or work > WORK:
-        said = f"{numbers:.1g} numbers" if numbers > NUMBERS else f"{work:.1g} multiplications"
+        need = f"{numbers:.1g} numbers" if numbers > NUMBERS else f"{work:.1g} multiplications"
         limit = NUMBERS if numbers > NUMBERS else WORK
         raise NQMError(
-            f"the distribution of the loss needs {said} for the covariance of {d} correlated "
+            f"the distribution of the loss needs {need} for the covariance of {d} correlated "
             f"directions; the limit is {limit:.0e}; use nqm.sample, or drop the correlation by "
             "problem.replace(noise_correlation=None, initial_correlation=None)"
         )
@@ -166,16 +208,16 @@ class _Pairs:
 
     @property
     def noise(self) -> FloatArray:
-        """Covariance of one example's gradient, (d, d)."""
+        """Covariance (d, d) of one example's gradient."""
         return covariance(self.problem.noise_correlation, self.problem.noise_variance)
 
     def weights(self, position: int) -> FloatArray:
-        """Of the evaluated weights after `position` steps of the phase, (d, d)."""
+        """Covariance (d, d) of the evaluated weights after `position` steps of the phase."""
         c = readout(self.mode.algorithm, self.age + position)
         return _mirrored(np.einsum("i,abij,j->ab", c, self.cross, c))
 
     def handed_over(self, law: Law) -> _Pairs:
-        """At the start of the next phase, as `nqm.solvers.moments.hand_over`."""
+        """Pairs at the start of the next phase, as in `nqm.solvers.moments.hand_over`."""
         mode, old, age = law.algorithm.modes()[0], self.mode.algorithm, self.age
         phases = self.law.phase, law.phase
         if goes_on(*phases) and self.law.algorithm.coordinates == law.algorithm.coordinates:
@@ -187,7 +229,7 @@ class _Pairs:
         return _Pairs(self.problem, law, mode, _begin(mode, self.weights(0)), 0)
 
     def advance(self, start: int, stop: int, origin: int, period: int | None) -> None:
-        """Steps [start, stop) of a stretch from `origin` that repeats after `period` steps."""
+        """Take steps [start, stop) of a stretch with period `period` from `origin`."""
         whole = 0
         if period is not None:
             boundary = start + (-(start - origin)) % period
@@ -201,7 +243,7 @@ class _Pairs:
         self._walk(boundary + whole * period, stop, self.cross)
 
     def cycle(self, origin: int, period: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Transition of one whole period in two parts, (d, n, n), and what its noise adds."""
+        """Transition (d, n, n) of one period in two doubles, and the pairs that its noise adds."""
         matrix, low, _, kind = self._steps(origin, origin + period)
         whole, _, whole_low = compose_steps(Map(matrix, np.zeros_like(matrix), low), kind)
         added = np.zeros_like(self.cross)
@@ -215,7 +257,7 @@ class _Pairs:
             _kernels.propagate_pairs(matrix, push, kind, noise, cross)
 
     def _steps(self, start: int, stop: int) -> tuple[FloatArray, FloatArray, FloatArray, Any]:
-        """Distinct transitions A (in two parts) and P of steps [start, stop), and whose."""
+        """Distinct A (in two doubles) and P of steps [start, stop), and the index of each step."""
         algorithm: Algorithm = self.mode.algorithm
 
         def step(settings: FloatArray, t: Any) -> tuple[FloatArray, ...]:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from nqm.errors import check_word
 
-#: Of the normals of Monte Carlo; see `nqm.sample`.
+#: Allowed precisions of Monte Carlo normals; see `nqm.sample`.
 PRECISIONS = ("float64", "float32")
 #: Replicas that advance together, one lane each.
 LANES = 32
-#: Largest normal there is.
+#: Largest normal that the generator can return.
 LARGEST = math.sqrt(64.0 * math.log(2.0))
 
 #: (log(1 + f) - f + f^2/2) / f^3 on sqrt(1/2) .. sqrt(2): powers of f, Chebyshev interpolation,
@@ -36,11 +36,33 @@ COS = (0.9999999723759496, -0.3084242527090074, 0.01584991298202756, -0.00031887
 
 
 def check_precision(precision: str) -> None:
-    """Refuse an unknown precision in one line."""
+    """Refuse an unknown precision.
+
+    Parameters
+    ----------
+    precision : str
+        Must be one of `PRECISIONS`.
+
+    Raises
+    ------
+    NQMError
+        If it is none of them.
+    """
     check_word("precision", precision, PRECISIONS)
 
 
 def lanes(seed: np.random.SeedSequence) -> NDArray[np.uint32]:
-    """Generator state (4, LANES) of one block, apart from what the block draws in float64."""
+    """Seed the single-precision generator of one block.
+
+    Parameters
+    ----------
+    seed : numpy.random.SeedSequence
+        Seed of the block; a child of it is used, so that draws in float64 are independent.
+
+    Returns
+    -------
+    ndarray of uint32, shape (4, LANES)
+        State of xoshiro128++ for each lane.
+    """
     words = seed.spawn(1)[0].generate_state(4 * LANES)
     return words.astype(np.uint32).reshape(4, LANES)

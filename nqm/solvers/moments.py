@@ -33,7 +33,7 @@ from nqm.transition import (
     spectral_radius,
 )
 
-#: Steps of a phase that goes on for ever.
+#: Number of steps that stands for a phase without end.
 FOREVER = 10**18
 #: Coordinates of a chain up to which only the number of steps is limited, not the work in a step.
 SMALL = 16
@@ -44,14 +44,17 @@ Progress = Callable[[int], None]
 
 
 class Map(NamedTuple):
-    """A transition of many steps: A, Q and what A has beyond its double, (d, n, n) each."""
+    """Transition of one or many steps, arrays (d, n, n): z -> A z and S -> A S A' + Q.
+
+    `matrix` is A, `noise` is Q; `low` is the part of A below the precision of a double.
+    """
 
     matrix: FloatArray
     noise: FloatArray
     low: FloatArray
 
 
-#: From a time t to the transition of step t.
+#: Takes a time t; returns the transition of step t.
 Step = Callable[[int], Map]
 
 
@@ -59,8 +62,8 @@ Step = Callable[[int], Map]
 class Moments:
     """First two moments of one mode: mean (d, n) and covariance (d, n, n) in two parts.
 
-    `started` is what the start alone leaves (gradient noise off), `noisy` what the noise makes.
-    They are kept apart because their difference from the sum would cancel.
+    `started` is the covariance that the random start causes (without gradient noise), `noisy` the
+    one that gradient noise causes. They are separate because a difference would lose digits.
     """
 
     mode: Mode
@@ -69,7 +72,18 @@ class Moments:
     noisy: FloatArray
 
     def weights(self, age: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Of the evaluated weights: mean, started and noisy variance, shape (d,) each."""
+        """Moments of the evaluated weights.
+
+        Parameters
+        ----------
+        age : int
+            Steps since the method started.
+
+        Returns
+        -------
+        mean, started, noisy : ndarray, shape (d,)
+            Mean, and the variance due to the start and to gradient noise.
+        """
         c = readout(self.mode.algorithm, age)
         started, noisy = (
             np.einsum("i,dij,j->d", c, part, c) for part in (self.started, self.noisy)
@@ -79,7 +93,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Law:
-    """A phase as the solver sees it: a linear algorithm and scales of its rates by direction."""
+    """A phase reduced to a linear algorithm and, optionally, factors (d,) on each of its rates."""
 
     phase: Phase
     algorithm: Algorithm
@@ -88,9 +102,27 @@ class Law:
     def transition(
         self, problem: Problem, mode: Mode, settings: FloatArray, t: Any, *, exact: bool = False
     ) -> tuple[Transition, FloatArray]:
-        """Transition for rows of settings, (rows, d), and the share of the noise, (rows, 1).
+        """Extract the transition of step t at several settings.
 
-        `exact` where it is to be raised to a power.
+        Parameters
+        ----------
+        problem : Problem
+            Its curvatures are used.
+        mode : Mode
+            Mean model or member deviation.
+        settings : ndarray, shape (rows, rates + 1)
+            Rates, then the batch size, of each row.
+        t : int or ndarray
+            Time of the step, reduced modulo the period.
+        exact : bool
+            Keep the matrix in two doubles, because it will be raised to a power.
+
+        Returns
+        -------
+        transition : Transition
+            Arrays of shape (rows, d, ...).
+        share : ndarray, shape (rows, 1)
+            Noise variance of the mode relative to that of one example's gradient.
         """
         rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
         if self.scales is not None:
@@ -102,14 +134,43 @@ class Law:
     def step(
         self, problem: Problem, mode: Mode, settings: FloatArray, t: Any, *, exact: bool = False
     ) -> Map:
-        """(A, Q) for rows of settings, shapes (rows, d, n, n)."""
+        """Compute A and Q of step t at several settings; parameters as in `transition`.
+
+        Parameters
+        ----------
+        problem, mode, settings, t, exact
+            See `transition`.
+
+        Returns
+        -------
+        Map
+            Arrays of shape (rows, d, n, n).
+        """
         transition, share = self.transition(problem, mode, settings, t, exact=exact)
         variance = share * problem.noise_variance
         return Map(transition.matrix, noise_moment(transition, variance), transition.low)
 
 
 def law_of(phase: Phase, problem: Problem) -> Law:
-    """A phase as the solver sees it; NQMError if it has no exact moments."""
+    """Reduce a phase to a linear algorithm, to first order for multiplicative late-phase weights.
+
+    Parameters
+    ----------
+    phase : Phase
+        Method, rates and batch size.
+    problem : Problem
+        Problem that the method must fit.
+
+    Returns
+    -------
+    Law
+        The linear algorithm and factors on its rates.
+
+    Raises
+    ------
+    NQMError
+        If the method has no exact moments, or does not fit the problem.
+    """
     algorithm = phase.algorithm
     if isinstance(algorithm, MultiplicativeLatePhase):
         if algorithm.scalar:
@@ -134,7 +195,23 @@ def begin(
     started: FloatArray,
     noisy: FloatArray,
 ) -> list[Moments]:
-    """Start of a phase from weights with these moments by direction."""
+    """State at the start of a phase, for weights with given moments.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Linear method of the phase.
+    problem : Problem
+        Gives the minimum and the directions in which members exist.
+    mean, started, noisy : ndarray, shape (d,)
+        Mean of the weights' distance from the minimum, and its variance due to the start and to
+        gradient noise.
+
+    Returns
+    -------
+    list of Moments
+        One entry for each mode.
+    """
     states = []
     for mode in algorithm.modes():
         draws, normals = embedding(mode.algorithm)
@@ -152,14 +229,27 @@ def begin(
 
 
 def _fresh(algorithm: Algorithm, problem: Problem, normals: FloatArray) -> FloatArray:
-    """Covariance that fresh normals bring, (d, n, n); none where members are not replicated."""
+    """Covariance (d, n, n) of fresh normals in the start; 0 where members are not replicated."""
     mask = algorithm.member_mask(problem)
     scale = np.ones(problem.directions) if mask is None else mask
     return np.asarray(scale[:, None, None] * (normals @ normals.T))
 
 
 def at_start(algorithm: Algorithm, problem: Problem) -> list[Moments]:
-    """Start of the first phase."""
+    """State at the start of the first phase, drawn as the problem states.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Linear method of the phase.
+    problem : Problem
+        Gives mean and variance of the start.
+
+    Returns
+    -------
+    list of Moments
+        One entry for each mode.
+    """
     variance = problem.initial_variance
     return begin(algorithm, problem, problem.initial_mean, variance, np.zeros_like(variance))
 
@@ -167,7 +257,31 @@ def at_start(algorithm: Algorithm, problem: Problem) -> list[Moments]:
 def hand_over(
     problem: Problem, states: list[Moments], old: Law, new: Law, age: int
 ) -> tuple[list[Moments], int]:
-    """State at the start of the new phase, and its age: what goes on, goes on (see `Phase`)."""
+    """State at the start of the next phase; `Phase` defines which coordinates are kept.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    states : list of Moments
+        State at the end of the old phase.
+    old, new : Law
+        The two phases.
+    age : int
+        Steps of the old phase's method so far.
+
+    Returns
+    -------
+    states : list of Moments
+        One entry for each mode of the new method.
+    age : int
+        Steps of its method so far: `age` if the method continues, else 0.
+
+    Raises
+    ------
+    NQMError
+        If the new phase needs independent draws of the problem's start.
+    """
     kept = goes_on(old.phase, new.phase)
     if kept and old.algorithm.coordinates == new.algorithm.coordinates:
         modes = new.algorithm.modes()
@@ -185,7 +299,18 @@ def hand_over(
 
 
 def check_own_starts(algorithm: Algorithm) -> None:
-    """Raise NQMError if a later phase asks for independent draws of its start."""
+    """Refuse a later phase that needs independent draws of the problem's start.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Method of a phase that is not the first.
+
+    Raises
+    ------
+    NQMError
+        For an `Ensemble` whose members have starts of their own.
+    """
     if any(embedding(mode.algorithm)[0].shape[1] > 1 for mode in algorithm.modes()):
         raise NQMError(
             "ensemble.starts = 'own' draws the problem's start and must be in the first phase; "
@@ -196,7 +321,7 @@ def check_own_starts(algorithm: Algorithm) -> None:
 def _carry(
     problem: Problem, state: Moments, start: Moments, algorithm: Algorithm, age: int
 ) -> None:
-    """Let `start` go on from `state`: [kept; begun] = lift @ state + fresh noise."""
+    """Set `start` from `state`: [kept; new coordinates] = lift @ state + fresh noise."""
     old, new = state.mode.algorithm, start.mode.algorithm
     lift, normals = resumption(old, new, age)
     origin = np.outer(-problem.minimum, origins(new, old.coordinates))
@@ -218,7 +343,7 @@ class _Walker:
         self.many, self.powers = 0, self.cycles
 
     def walk(self, start: int, stop: int, losses: FloatArray | None = None) -> None:
-        """Steps [start, stop) of the phase, one by one; `losses` takes the first mode's."""
+        """Take steps [start, stop) one by one; add the first mode's losses to `losses`."""
         begun = start
         size = max(len(s.mode.algorithm.coordinates) for s in self.states)
         chunk = max(1, CHUNK // (self.problem.directions * size * size))
@@ -245,7 +370,7 @@ class _Walker:
         read: FloatArray | None = None,
         losses: FloatArray | None = None,
     ) -> None:
-        """Steps `kind` of one mode; their losses are added to `losses` where it is given."""
+        """Take the steps `kind` of one mode; add their losses to `losses` if it is given."""
         record = losses is not None
         added = losses if losses is not None else np.zeros(kind.size)
         reads = read if read is not None else np.zeros((1, 1))
@@ -260,16 +385,16 @@ class _Walker:
     def kinds(
         self, mode: Mode, settings: FloatArray, residue: Any, *, exact: bool = False
     ) -> tuple[Map, Any]:
-        """Distinct transitions of these steps, and which step has which."""
+        """Distinct transitions of these steps, and the index of each step's transition."""
 
         def step(rows: FloatArray, t: Any) -> Map:
             return self.law.step(self.problem, mode, rows, t, exact=exact)
 
-        found, kind = distinct_steps(mode.algorithm, settings, residue, step)
-        return Map(*found), kind
+        distinct, kind = distinct_steps(mode.algorithm, settings, residue, step)
+        return Map(*distinct), kind
 
     def stretch(self, start: int, stop: int) -> None:
-        """Steps [start, stop); where the rates are constant, steps that are alike at once."""
+        """Take steps [start, stop); at constant rates, equal steps by powers."""
         phase, algorithm = self.law.phase, self.law.algorithm
         length = stop - start
         if length <= 0:
@@ -282,21 +407,21 @@ class _Walker:
             self.leap(state, compose_span(step, algorithm.time, self.age + start, self.age + stop))
 
     def step_at(self, mode: Mode, start: int) -> Step:
-        """Transition of the step at any age, at the settings of step `start`."""
+        """Function from an age to the transition of its step, at the settings of step `start`."""
         settings = self.law.phase.settings(start, start + 1)
 
         def step(t: int) -> Map:
-            found = self.law.step(self.problem, mode, settings, t, exact=True)
-            return Map(*(part[0] for part in found))
+            rows = self.law.step(self.problem, mode, settings, t, exact=True)
+            return Map(*(array[0] for array in rows))
 
         return step
 
     def leap(self, state: Moments, many: Map) -> None:
-        """Many steps of one mode at once."""
+        """Take many steps of one mode by their common transition."""
         self.apply(state, many.matrix[None], many.noise[None], np.zeros(1, dtype=np.int64))
 
     def jump(self, start: int, stop: int, origin: int, period: int) -> None:
-        """Steps [start, stop) inside a stretch that repeats every `period` steps from `origin`."""
+        """Take steps [start, stop) of a stretch with period `period` from `origin`, by powers."""
         if self.cycle_start != origin:
             self.cycle_start = origin
             self.cycles = [self.cycle(state.mode, origin, period) for state in self.states]
@@ -330,7 +455,7 @@ class _Walker:
         return whole
 
     def limit(self, mode: Mode, settings: FloatArray) -> FloatArray:
-        """Transition matrix of late steps where no two are alike; constant settings (1, :)."""
+        """Transition matrix at late times of steps that never repeat; constant settings (1, :)."""
         steps = [
             self.law.step(self.problem, mode, settings, t) for t in mode.algorithm.time.one_cycle()
         ]
@@ -344,21 +469,40 @@ def distinct_steps(
     residue: Any,
     step: Callable[[FloatArray, Any], tuple[FloatArray, ...]],
 ) -> tuple[tuple[FloatArray, ...], Any]:
-    """What `step` gives for the distinct ones of these steps, and which step has which."""
+    """Call `step` once for each distinct pair of settings and time.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Its time dependence groups times that one call can cover.
+    settings : ndarray, shape (T, rates + 1)
+        Rates, then the batch size, of each step.
+    residue : ndarray of int, shape (T,)
+        Time of each step, reduced modulo the period.
+    step : callable
+        Takes settings (rows, rates + 1) and their common time; returns arrays (rows, ...).
+
+    Returns
+    -------
+    arrays : tuple of ndarray, shape (distinct, ...)
+        Results of `step`.
+    kind : ndarray of int, shape (T,)
+        Row of `arrays` of each step.
+    """
     rows = np.column_stack([settings, residue])
     if (rows == rows[0]).all():  # the common case, without the sorting
         rows, kind = rows[:1], np.zeros(len(rows), dtype=np.int64)
     else:
         rows, kind = np.unique(rows, axis=0, return_inverse=True)
-    found = []
+    computed = []
     kind = kind.reshape(-1)
     order = np.empty(len(rows), dtype=np.int64)
     filled = 0
     for chosen, t in algorithm.time.groups(rows[:, -1]):
-        found.append(step(rows[chosen, :-1], t))
+        computed.append(step(rows[chosen, :-1], t))
         order[chosen] = np.arange(filled, filled + chosen.size)
         filled += chosen.size
-    return tuple(np.concatenate(part) for part in zip(*found, strict=True)), order[kind]
+    return tuple(np.concatenate(part) for part in zip(*computed, strict=True)), order[kind]
 
 
 def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
@@ -370,7 +514,20 @@ def _readouts(algorithm: Algorithm, t: NDArray[np.int64]) -> FloatArray:
 
 
 def compose_steps(steps: Map, kind: Iterable[int]) -> Map:
-    """Transition of the steps `kind` in turn, (d, n, n) each; at least one."""
+    """Compose steps, one after the other.
+
+    Parameters
+    ----------
+    steps : Map
+        Distinct transitions, arrays (s, d, n, n).
+    kind : iterable of int
+        Index of each step, in order; at least one.
+
+    Returns
+    -------
+    Map
+        Their composition, arrays (d, n, n).
+    """
     whole: Map | None = None
     for k in kind:
         whole = then(whole, Map(*(part[k] for part in steps)))
@@ -381,8 +538,8 @@ def compose_steps(steps: Map, kind: Iterable[int]) -> Map:
 class _Spans:
     """Transitions of many steps of a method whose steps differ only at the ends of its periods.
 
-    A stretch between two ends of the longest period knows the shorter periods alone and so repeats
-    sooner: it is cut, composed and raised to a power by itself.
+    Between two ends of the longest period only the shorter periods matter, so the steps there
+    repeat sooner: that stretch is composed and raised to a power by itself.
     """
 
     def __init__(self, step: Step, periods: tuple[int, ...]):
@@ -410,7 +567,7 @@ class _Spans:
         return then(head, self.cut(periods, start + count * whole, last))
 
     def cut(self, periods: tuple[int, ...], first: int, last: int) -> Map | None:
-        """The same, at the ends of the longest of `periods`."""
+        """Compose the same steps, cut at the ends of the longest of `periods`."""
         composed: Map | None = None
         longest = periods[-1]
         while first < last:
@@ -422,7 +579,7 @@ class _Spans:
         return composed
 
     def one(self, t: int) -> Map:
-        """Step t."""
+        """Transition of step t."""
         ends = tuple(is_last_of_period(t, period) for period in self.periods)
         if ends not in self.steps:
             self.steps[ends] = self.step(t)
@@ -430,7 +587,22 @@ class _Spans:
 
 
 def compose_span(step: Step, time: TimeDependence, first: int, last: int) -> Map:
-    """Transition of the steps [first, last) at equal settings, (d, n, n) each; at least one."""
+    """Compose the steps [first, last) at equal settings, equal ones by powers.
+
+    Parameters
+    ----------
+    step : callable
+        Takes a time; returns the transition of its step.
+    time : TimeDependence
+        Periods of the method.
+    first, last : int
+        Times of the first step, and of the last one plus 1; first < last.
+
+    Returns
+    -------
+    Map
+        Arrays (d, n, n).
+    """
     periods = time.distinct_periods
     composed: Map | None = None
     if periods is None:
@@ -443,7 +615,18 @@ def compose_span(step: Step, time: TimeDependence, first: int, last: int) -> Map
 
 
 def then(first: Map | None, second: Map | None) -> Map | None:
-    """The first transition, then the second; None for no step at all."""
+    """Compose two transitions.
+
+    Parameters
+    ----------
+    first, second : Map or None
+        In the order in which they are applied; None is the identity.
+
+    Returns
+    -------
+    Map or None
+        Their composition, arrays (d, n, n).
+    """
     if first is None or second is None:
         return second if first is None else first
     out = Map(*(np.empty_like(part) for part in first))
@@ -452,7 +635,22 @@ def then(first: Map | None, second: Map | None) -> Map | None:
 
 
 def power(step: Map, count: int, *, exact: bool = False) -> Map:
-    """So many equal steps; `exact` where they are part of a cycle that is raised to a power."""
+    """Raise a transition to a power, in O(log count).
+
+    Parameters
+    ----------
+    step : Map
+        Transition, arrays (d, n, n).
+    count : int
+        Number of equal steps, >= 0.
+    exact : bool
+        Use two doubles however small `count`, because the result will be raised to a power again.
+
+    Returns
+    -------
+    Map
+        Transition of `count` steps.
+    """
     if count == 1:
         return step
     out = Map(*(np.empty_like(part) for part in step))
@@ -461,7 +659,7 @@ def power(step: Map, count: int, *, exact: bool = False) -> Map:
 
 
 class PhaseWalk:
-    """Losses of one phase run from the problem's start, at chosen steps or at every step."""
+    """Expected loss of one phase from the problem's start, at chosen steps or at every step."""
 
     def __init__(self, problem: Problem, phase: Phase):
         self.problem, self.law = problem, law_of(phase, problem)
@@ -483,9 +681,17 @@ class PhaseWalk:
                 position = until
 
     def cost(self, steps: int) -> float:
-        """Multiplications of a scan over so many steps, to order of magnitude.
+        """Estimate the cost of evaluating every step, to order of magnitude.
 
-        Each step costs some hundred besides, or some thousand where it differs from all others.
+        Parameters
+        ----------
+        steps : int
+            Number of steps.
+
+        Returns
+        -------
+        float
+            Multiplications, with a constant per step that is larger for steps that never repeat.
         """
         algorithm = self.law.algorithm.modes()[0].algorithm
         time = algorithm.time
@@ -495,7 +701,20 @@ class PhaseWalk:
         return float(steps) * (besides + self.problem.directions * len(algorithm.coordinates) ** 2)
 
     def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
-        """(step, expected loss) at increasing steps, computed as they are asked for."""
+        """Compute the expected loss at chosen steps, lazily.
+
+        Parameters
+        ----------
+        steps : iterable of int
+            Increasing numbers of steps, >= 0.
+
+        Yields
+        ------
+        step : int
+            Number of steps.
+        loss : float
+            Expected loss after them.
+        """
         walker, position = self._start(), 0
         for step in steps:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -505,7 +724,18 @@ class PhaseWalk:
             yield step, loss
 
     def path(self, start: int, stop: int) -> FloatArray:
-        """Expected loss at every step start, start + 1, ..., stop."""
+        """Compute the expected loss at every step of a range.
+
+        Parameters
+        ----------
+        start, stop : int
+            First and last number of steps.
+
+        Returns
+        -------
+        ndarray, shape (stop - start + 1,)
+            Expected loss after start, start + 1, ..., stop steps.
+        """
         walker = self._start()
         out = np.zeros(stop - start + 1)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -520,10 +750,26 @@ def phase_cycles(
 ) -> tuple[tuple[Mode, ...], list[Moments], list[Map]]:
     """Modes of a phase, their start and the transition of one period of each.
 
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    phase : Phase
+        Its `steps` have no effect.
+
+    Returns
+    -------
+    modes : tuple of Mode
+        Mean model and, with members, one member's deviation.
+    starts : list of Moments
+        State of each mode at the start.
+    cycles : list of Map
+        Transition of one period of each mode.
+
     Raises
     ------
     NQMError
-        If the phase never repeats itself.
+        If the rates of the phase never repeat, or its method has no exact moments.
     """
     law = law_of(replace(phase, steps=FOREVER), problem)
     period = whole_period(phase)
@@ -534,7 +780,23 @@ def phase_cycles(
 
 
 def whole_period(phase: Phase) -> int:
-    """Steps after which a phase that goes on for ever repeats; NQMError if it never does."""
+    """Number of steps after which the rates and the method of a phase repeat.
+
+    Parameters
+    ----------
+    phase : Phase
+        Its `steps` have no effect.
+
+    Returns
+    -------
+    int
+        Period in steps, >= 1.
+
+    Raises
+    ------
+    NQMError
+        If they never repeat, or the period is too long to compose.
+    """
     long = replace(phase, steps=FOREVER)
     segments = list(long.segments())
     if len(segments) != 1 or segments[0][2] is None:
@@ -555,7 +817,7 @@ def solve(
     jump: bool = True,
     progress: Progress | None = None,
 ) -> Trajectory:
-    """Exact expected loss at the recorded steps.
+    """Compute the exact expected loss at the recorded steps.
 
     Multiplicative late-phase weights are replaced by their first-order approximation, and the
     result's `kind` says so (with a scalar factor only as a program's one phase).
@@ -563,18 +825,27 @@ def solve(
     Parameters
     ----------
     problem : Problem or LeastSquares
+        Problem of d directions.
     program : Program, Phase or sequence of Phase
+        Phases that are run from the problem's start.
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
     jump : bool
-        Cross stretches that repeat by powers, at a cost of O(log steps); else walk every step.
-        Least squares, whose directions are coupled, is always walked.
+        Compute repeating steps by powers of their transition, in O(log steps); if False, take every
+        step. Least squares, whose directions are coupled, takes every step in any case.
     progress : callable, optional
-        Told the number of steps done after each advance.
+        Called with the number of steps done since the last call.
 
     Returns
     -------
     Trajectory
+        Loss and its parts at each record; `kind` is "exact" or "first_order".
+
+    Raises
+    ------
+    NQMError
+        If a method has no exact moments or does not fit the problem, or if it would take too much
+        memory or time.
     """
     program = as_program("solve.program", program)
     problem = any_problem("solve", problem)
@@ -626,7 +897,28 @@ def solve(
 def check_size(
     where: str, problem: Problem, law: Law, steps: int, records: int, *, jump: bool
 ) -> None:
-    """Raise NQMError if so many steps of a phase would need more memory, or time, than there is."""
+    """Refuse a phase whose exact moments would take too much memory or time.
+
+    Parameters
+    ----------
+    where : str
+        Name of the phase in messages.
+    problem : Problem
+        Gives the number of directions.
+    law : Law
+        The phase.
+    steps : int
+        Steps to take.
+    records : int
+        Recorded steps among them.
+    jump : bool
+        Whether repeating steps are computed by powers.
+
+    Raises
+    ------
+    NQMError
+        If a limit of `nqm.limits` is exceeded.
+    """
     algorithm = law.algorithm
     n = max(len(mode.algorithm.coordinates) for mode in algorithm.modes())
     entries = float(problem.directions) * n**2

@@ -1,7 +1,7 @@
 """The long run of multiplicative late-phase weights: noise balances the two factors.
 
-w_k = theta phi_k leaves theta phi = w* undetermined along a valley. The exact drift of
-theta^2 / (gamma lr) - sum phi_k^2 / member_lr,
+The loss depends on w_k = theta phi_k alone, so all pairs with theta phi = w* form a valley. The
+exact drift of theta^2 / (gamma lr) - sum phi_k^2 / member_lr,
 
     gamma lr G^2 - member_lr theta^2 sum g_k^2,      G = sum phi_j g_j,
 
@@ -35,9 +35,11 @@ class Balance:
     ratio : ndarray, shape (d,)
         theta^2 / phi^2 at the balance point.
     effective_lr, effective_member_lr : ndarray, shape (d,)
-        lambda = a + K b of the mean model, and a of a member, at that point.
+        Effective rate lambda = a + K b of the mean model, and a of a member, at that point.
     loss, member_loss : float
         Steady loss of the mean model and of the average member there, to first order in v.
+    kind : Kind
+        LONG_RUN.
     """
 
     ratio: FloatArray
@@ -56,15 +58,33 @@ def balance_point(
     *,
     batch_size: float = 1,
 ) -> Balance:
-    """Where noise drives theta and phi in the long run, and the floor it leads to.
+    """Compute the point to which noise drives theta and phi in the long run, and its loss.
 
     At small rates a = b, so ``lambda -> (K + 1) |w*| sqrt(gamma lr member_lr)``: with
     gamma = 1 / K and equal rates the mean model's floor falls like K^(-1/2), not like 1 / K.
 
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem (not least squares) with minimum w* != 0 in every direction.
+    algorithm : MultiplicativeLatePhase
+        With coupling "elementwise" and gamma > 0.
+    lr : float
+        Constant learning rate of the base weights theta, > 0.
+    member_lr : float, optional
+        Constant learning rate of the members' factors phi_k, > 0; equal to `lr` by default.
+    batch_size : float
+        Examples of one minibatch, > 0.
+
+    Returns
+    -------
+    Balance
+        Balance point and steady losses there.
+
     Raises
     ------
     NQMError
-        For a scalar factor, w* = 0, or rates that leave no stable balance point.
+        For a scalar factor, gamma = 0, w* = 0, or rates without a stable balance point.
     """
     problem = additive_only("balance_point", problem)
     if not isinstance(algorithm, MultiplicativeLatePhase):
@@ -81,7 +101,7 @@ def balance_point(
     check_number("balance.batch_size", batch_size, low=0.0, closed_low=False)
     k, scaled = algorithm.members, algorithm.base_scale * lr
     if scaled == 0.0:
-        raise NQMError("the balance point needs gamma > 0; with gamma = 0 theta stays put")
+        raise NQMError("the balance point needs gamma > 0; with gamma = 0 theta does not change")
     ratio = np.array(
         [
             _ratio(h, abs(w), k, scaled, member_lr)

@@ -4,7 +4,7 @@ The scalar couples every direction, so the moments are dense. About theta0 phi0 
 
     xbar' = xbar - (b I + a theta0 theta0') (H xbar + ebar),    b = gamma K lr phi0^2, a = member_lr
 
-and a member departs from the mean only along theta0, by a scalar s with
+and a member differs from the mean model only along theta0, by s theta0 with
 s' = s - a theta0' (H theta0 s + e).
 """
 
@@ -22,17 +22,35 @@ from nqm.program import Phase, Program
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
 
-#: Dense powers lose one unit in the last place a step: 1e-9 after so many.
+#: Dense powers lose one unit in the last place per step: 1e-9 after this many steps.
 MOST_STEPS = 10**7
 #: Dense matrices beyond this many directions would take gigabytes and minutes.
 LARGEST = 1_000
 
 
 def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Trajectory:
-    """First-order expected loss of one phase of scalar factors, from the problem's start.
+    """Compute the first-order expected loss of one phase of scalar factors.
 
-    Valid for noise, spread and displacement small beside w*. Needs constant rates and batch size,
-    multiplicity 1 and at most 1000 directions.
+    Valid if noise, spread and displacement are small compared with w*.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of multiplicity 1 and at most 1000 directions; the phase begins at its start.
+    phase : Phase
+        `MultiplicativeLatePhase` with a scalar factor at constant rates and batch size.
+    at : sequence of int
+        Steps to record, at most 10^7.
+
+    Returns
+    -------
+    Trajectory
+        Of kind "first_order".
+
+    Raises
+    ------
+    NQMError
+        If a rate or the batch size is not constant, or a stated limit is exceeded.
     """
     algorithm, program = phase.algorithm, Program((phase,))
     assert isinstance(algorithm, MultiplicativeLatePhase)

@@ -1,7 +1,7 @@
 """Monte Carlo: the literal algorithm on many replicas, with standard errors.
 
-Replicas run in fixed blocks, each with a generator of its own, so the result is bitwise the same
-for any number of workers. A block holds its own state and nothing else; no array of
+Replicas run in fixed blocks, each with a random generator of its own, so the result is bitwise the
+same for any number of workers. A block stores its own state only; no array of
 (replicas x directions x steps) exists.
 """
 
@@ -56,33 +56,47 @@ def sample(  # noqa: PLR0913 - options, by keyword
     control: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
-    """Monte Carlo estimate of the expected loss at the recorded steps.
+    """Estimate the expected loss at the recorded steps by Monte Carlo.
 
     Parameters
     ----------
     problem : Problem or LeastSquares
-        A direction of multiplicity m is simulated once and counted m times: unbiased, with an
-        honest (larger) standard error. Use `Problem.expanded` for the loss's distribution.
-        Least squares is sampled example by example, in float64, on one thread.
+        A direction of multiplicity m is simulated once and counted m times: the mean is unbiased
+        and its standard error is that of this (larger) scatter. Use `Problem.expanded` for the
+        distribution of the loss. Least squares is sampled example by example, in float64, on one
+        thread.
     program : Program, Phase or sequence of Phase
+        Phases that are run from the problem's start.
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
     replicas : int
-        Independent runs, >= 2.
+        Independent runs, >= 2 (>= 3 with `control`).
     seed : int
-        The same seed gives the same numbers for any number of workers.
+        Seed of all draws, >= 0; the same seed gives the same numbers for any number of workers.
     workers : int, optional
         Threads; all processors by default.
     precision : {"float64", "float32"}
-        Of the normals. "float32" is for linear algorithms, several times as fast, and has no
-        normal beyond 6.66 (`nqm.solvers.fast_normals`); all else is float64 in both.
+        Precision of the normals; everything else is float64 in both cases. "float32" is for linear
+        algorithms, several times as fast, and draws no normal beyond 6.66
+        (`nqm.solvers.fast_normals`).
     control : bool
-        Adjust the mean losses by a control variate, for methods that are not linear: a linear twin
-        in the same noise, whose expected loss is exact (`nqm.solvers.control_variates`). The
-        result's `speed_up` says how many times as many replicas would else be needed. Linear phases
-        can come before, not after; factors must be elementwise.
+        Adjust the mean losses of a method that is not linear by a control variate: a linear twin
+        with the same noise, whose expected loss is exact (`nqm.solvers.control_variates`). The
+        result's `speed_up` is the factor by which more replicas would be needed without it. Linear
+        phases can come before such a method, not after; factors must be elementwise.
     progress : callable, optional
-        Told how many replicas have finished.
+        Called with the number of replicas finished since the last call.
+
+    Returns
+    -------
+    Trajectory
+        Mean losses with standard errors, of kind "sample".
+
+    Raises
+    ------
+    NQMError
+        If an argument is out of range, an option does not fit the program, or it would take too
+        much memory or time.
     """
     check_integer("replicas", replicas, 3 if control else 2)
     check_integer("seed", seed, 0)
@@ -107,7 +121,7 @@ def sample(  # noqa: PLR0913 - options, by keyword
         first = index * BLOCK
         rng = np.random.Generator(np.random.SFC64(seeds[index]))
         lanes = fast_normals.lanes(seeds[index]) if plan.fast else None
-        with np.errstate(over="ignore", invalid="ignore"):  # of this thread; status tells
+        with np.errstate(over="ignore", invalid="ignore"):  # of this thread; see `status`
             part, members, twin = plan.run(rng, lanes, sizes[index])
         loss[:, first : first + sizes[index]] = part
         member_loss[:, first : first + sizes[index]] = members
@@ -140,7 +154,7 @@ def sample(  # noqa: PLR0913 - options, by keyword
 def _check_sizes(
     problem: Problem, program: Program, records: int, replicas: int, copies: int
 ) -> None:
-    """Raise NQMError for what would not fit, or not end."""
+    """Raise NQMError if a run would take too much memory or time."""
     check_memory("replicas", replicas, float(copies) * records * replicas)
     stepped = "phase.0.steps" if len(program.phases) == 1 else "the sum of all phases' steps"
     check_walk(stepped, program.steps, "Monte Carlo takes each of them")
@@ -170,20 +184,20 @@ def _least_squares(  # noqa: PLR0913
     control: bool,
     progress: Callable[[int], None] | None,
 ) -> Trajectory:
-    """`sample` on least squares, which has one literal sampler."""
+    """`sample` for least squares, which has a sampler of its own."""
     if precision != "float64" or control:
         name = "control" if control else "precision"
         raise NQMError(f"sample.{name}: least squares is sampled literally, in float64; drop it")
     from nqm.solvers.least_squares import sample as least_squares_sample
 
-    found = least_squares_sample.sample(problem, program, at, replicas=replicas, seed=seed)
+    result = least_squares_sample.sample(problem, program, at, replicas=replicas, seed=seed)
     if progress is not None:
         progress(replicas)
-    return found
+    return result
 
 
 class _Plan:
-    """What every block does, worked out once: which steps, which rows they record."""
+    """Work that is the same for every block: checked phases and recorded steps."""
 
     def __init__(
         self,
@@ -198,8 +212,8 @@ class _Plan:
         self.start, self.root = start, _root(problem)
         if fast and self.root.size:
             raise NQMError(
-                "precision 'float32' draws each direction by itself, but those of this problem are "
-                "correlated; use 'float64'"
+                "precision 'float32' draws each direction independently, but the directions of "
+                "this problem are correlated; use 'float64'"
             )
         self.linear: dict[int, _Linear] = {}
         for index, phase in enumerate(program.phases):
@@ -284,14 +298,14 @@ class _Plan:
                 linear.advance(rng, lanes, problem, phase, state, age, rows, loss, member_loss)
                 age += phase.steps
                 weights, factors = state @ readout(linear.algorithm, age), None
-                if start is not None:  # until they part the twin is the run itself
+                if start is not None:  # in linear phases the twin is the run itself
                     here = [row for row, _ in rows]
                     twin.loss[here] = loss[here]
             offset = last
         return loss, member_loss, twin
 
     def _meet(self, twin: Twin, index: int, weights: FloatArray) -> None:
-        """The twin starts where the first phase that is not linear does."""
+        """Start the twin at the first phase that is not linear."""
         if self.start is not None and index == self.start.index:
             twin.delta[...] = weights - self.start.mean
 
@@ -322,7 +336,7 @@ class _Plan:
         return begun + self._origin(new), 0
 
     def _origin(self, algorithm: Algorithm, known: Sequence[str] = ()) -> FloatArray:
-        """What begins at the origin of weight space, (d, n)."""
+        """Start (d, n) of the coordinates that begin at the origin of weight space; others 0."""
         return np.outer(-self.problem.minimum, origins(algorithm, known))
 
     def _begun(
@@ -333,7 +347,7 @@ class _Plan:
         lift: FloatArray,
         normals: FloatArray,
     ) -> FloatArray:
-        """Lift @ sources + normals @ fresh noise, for every replica and direction."""
+        """Compute lift @ sources + normals @ fresh noise for every replica and direction."""
         start = sources @ lift.T
         if normals.shape[1]:
             noise = rng.standard_normal((*start.shape[:2], normals.shape[1])) @ normals.T
@@ -450,13 +464,13 @@ class _Plan:
 
 
 def _root(problem: Problem) -> FloatArray:
-    """Root of the noise's correlation, (d, r); r = 0 where directions are independent."""
+    """Root (d, r) of the noise's correlation matrix; r = 0 if directions are independent."""
     correlation = problem.noise_correlation
     return np.empty((problem.directions, 0)) if correlation is None else correlation.root
 
 
 def _take(rng: np.random.Generator) -> Any:
-    """SFC64 state (4,) for the kernels, which draw the same stream without calls."""
+    """SFC64 state (4,) for the kernels, which draw the same stream without calls to NumPy."""
     return rng.bit_generator.state["state"]["state"].copy()
 
 
@@ -486,7 +500,7 @@ class _Linear:
         loss: FloatArray,
         member_loss: FloatArray,
     ) -> None:
-        """All steps of the phase, in place."""
+        """Take all steps of the phase, in place."""
         algorithm = self.algorithm
         targets = {step: row for row, step in rows}
         if 0 in targets:
@@ -569,7 +583,7 @@ class _Linear:
             column = np.nonzero(used)[1].astype(np.int64)
             noise_columns = full.shape[3] - full.shape[2]
             values = full[:, :, used]
-            if self.fast:  # which runs through the steps of one direction
+            if self.fast:  # its kernel takes all steps of one direction at a time
                 values = values.transpose(1, 0, 2)
             self.cache = {key: (np.ascontiguousarray(values), column, row_start, noise_columns)}
         return (*self.cache[key], kind.reshape(-1).astype(np.int64))

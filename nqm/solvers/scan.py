@@ -1,4 +1,4 @@
-"""Many learning rates at once, at constant rates: the inner loop of every search."""
+"""Exact expected loss at many constant learning rates at once."""
 
 from __future__ import annotations
 
@@ -20,11 +20,20 @@ from nqm.transition import extract, noise_moment, readout
 
 @dataclass(frozen=True)
 class Scan:
-    """Expected loss after `steps` steps for every learning rate; arrays of shape (L,).
+    """Expected loss after a number of steps, for every learning rate; arrays of shape (L,).
 
-    `bias` (gradient noise off) and `variance` (what the noise adds) sum to `loss`; `member_loss`
-    is the average member's.
-    Overflowing (diverged) entries are inf or NaN.
+    Entries of rates that diverge are inf or NaN.
+
+    Attributes
+    ----------
+    lr : ndarray
+        Learning rates.
+    loss : ndarray
+        Expected loss of the evaluated weights (the mean model).
+    bias, variance : ndarray
+        Parts of `loss`: without gradient noise, and due to gradient noise.
+    member_loss : ndarray
+        Expected loss of the average member.
     """
 
     lr: FloatArray
@@ -43,20 +52,34 @@ def scan(
     batch_size: float = 1,
     member_lr: ArrayLike | None = None,
 ) -> Scan:
-    """Exact expected loss after `steps` steps from the problem's start, at constant rates.
+    """Compute the exact expected loss after `steps` steps at many constant learning rates.
 
     Costs O(log steps) per direction and rate (O(steps) for a method whose steps never repeat).
 
     Parameters
     ----------
     problem : Problem
+        Noisy quadratic problem (not least squares); the run begins at its start.
     algorithm : Algorithm
-        A linear one.
+        Linear method.
     lr : array_like, shape (L,)
+        Learning rates, > 0.
     steps : int
+        Number of steps, >= 0.
     batch_size : float
-    member_lr : array_like, shape (L,), optional
-        For late-phase weights; `lr` by default.
+        Examples of one minibatch, > 0.
+    member_lr : float or array_like, shape (L,), optional
+        Learning rates of late-phase members, > 0; equal to `lr` by default.
+
+    Returns
+    -------
+    Scan
+        Loss and its parts for each rate.
+
+    Raises
+    ------
+    NQMError
+        If the method is not linear or does not fit the problem, or an argument is out of range.
     """
     problem = additive_only("scan", problem)
     if not isinstance(algorithm, Algorithm):
@@ -111,7 +134,7 @@ def _power(
     steps: int,
     batch_size: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """(A, Q) of all steps, (L * d, n, n) each; `two` rates broadcast to (L, d)."""
+    """A and Q of all steps together, (L * d, n, n) each; the rates `two` broadcast to (L, d)."""
     algorithm = mode.algorithm
     v = mode.noise_share * problem.noise_variance / batch_size
     rates = two if algorithm.rate_count == 2 else two[0]
@@ -124,7 +147,7 @@ def _power(
         parts = step.matrix, noise_moment(step, v), step.low
         return Map(*(part.reshape(-1, n, n) for part in parts))
 
-    if algorithm.time.update_never_repeats:  # no two steps are alike
+    if algorithm.time.update_never_repeats:  # no two steps are equal
         check_walk("scan.steps", steps, "no two of them are alike")
         many, added = (np.zeros_like(part) for part in step_at(0)[:2])
         many += np.eye(many.shape[-1])

@@ -6,7 +6,7 @@ v' = (v / B) (N - B) / (N - 1) of a minibatch of B out of N. One epoch of z' = A
 
     v' n / (n - 1) [ sum_j A^j C C' A'^j - (1/n) (sum_j A^j C) (sum_j A^j C)' ],
 
-independent of other epochs. Directions that forget in less than an epoch hardly notice; slow ones
+independent of other epochs. Directions that relax in less than an epoch hardly change; slower ones
 lose most of their noise (the two regimes of Kuehn & Rosenow 2023).
 """
 
@@ -38,9 +38,9 @@ class ShuffledSteady:
     loss_at_end : float
         The same at the end of an epoch, where the noise has just cancelled.
     weight_variance : ndarray, shape (d,)
-        Of the evaluated weights, mean over the steps of an epoch.
+        Variance of the evaluated weights, mean over the steps of an epoch.
     radius : float
-        Largest spectral radius of one step; losses are infinite from 1 on.
+        Largest spectral radius of one step; losses are infinite if it is 1 or larger.
     """
 
     loss: float
@@ -50,17 +50,22 @@ class ShuffledSteady:
 
 
 def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSteady:
-    """Where the expected loss settles when every epoch is a permutation of the examples.
+    """Compute the steady state when every epoch is a random permutation of the examples.
 
     Parameters
     ----------
     problem : Problem
-        Its `noise_variance` is that of one example's gradient over the N examples.
+        Its `noise_variance` is the variance of one example's gradient over the N examples.
     phase : Phase
-        Of constant rates and batch size; K members, each with minibatches of its own from one
-        shuffled epoch, are one model on minibatches of K B.
+        Linear method at constant rates and batch size; its `steps` have no effect. K members, each
+        with minibatches of its own from one shuffled epoch, equal one model on minibatches of K B.
     examples : int
-        N, a multiple of the examples of one step.
+        N: examples of an epoch, a multiple of the examples of one step.
+
+    Returns
+    -------
+    ShuffledSteady
+        Losses and variances; infinite if the phase is unstable.
 
     Raises
     ------
@@ -101,7 +106,7 @@ def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSt
     if radius >= 1.0:
         diverged = np.full(problem.directions, np.inf)
         return ShuffledSteady(np.inf, np.inf, diverged, radius)
-    # What one step's minibatch is: mode.noise_share B examples' worth.
+    # The minibatch of one step has the noise of B / mode.noise_share examples.
     share = mode.noise_share / float(rates[-1])
     variance = problem.noise_variance * share * (examples - 1.0 / share) / (examples - 1.0)
     scale = (variance * steps / (steps - 1.0))[:, None, None]
@@ -119,14 +124,14 @@ def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSt
             (np.einsum("i,dij->dj", read, power), np.einsum("i,dij,j->d", read, added, read))
         )
     end = _fixed_point(power, added, problem.curvature > 0)
-    seen = [np.einsum("di,dij,dj->d", lift, end, lift) + fresh for lift, fresh in path]
-    mean = np.mean(seen, axis=0)
+    variances = [np.einsum("di,dij,dj->d", lift, end, lift) + fresh for lift, fresh in path]
+    mean = np.mean(variances, axis=0)
     weight = 0.5 * problem.curvature * problem.multiplicity
-    return ShuffledSteady(float(weight @ mean), float(weight @ seen[-1]), mean, radius)
+    return ShuffledSteady(float(weight @ mean), float(weight @ variances[-1]), mean, radius)
 
 
 def _fixed_point(a: FloatArray, q: FloatArray, curved: NDArray[np.bool_]) -> FloatArray:
-    """S = A S A' + Q for every curved direction, (d, n, n); zero along flat ones."""
+    """Solve S = A S A' + Q for every curved direction, (d, n, n); 0 along flat ones."""
     n = a.shape[-1]
     kron = np.einsum("dij,dkl->dikjl", a, a).reshape(-1, n * n, n * n)
     system = np.eye(n * n) - kron

@@ -1,4 +1,4 @@
-"""Steady states: where the expected loss settles at constant or cyclic rates."""
+"""Steady states: the limit of the expected loss at constant or cyclic rates."""
 
 from __future__ import annotations
 
@@ -41,16 +41,18 @@ class Steady:
         Expected loss of the mean model and of the average member; NaN where unstable.
     weight_variance, deviation_variance : ndarray, shape (d,)
         Variance of the evaluated weights, and of a member about them. NaN along flat directions,
-        which diffuse for ever but cost nothing.
+        which diffuse without end and have no loss.
     weight_mean : ndarray, shape (d,)
-        Where the evaluated weights settle: 0, the minimum, but for methods that pull elsewhere.
-        A pull to the phase's start is taken to be one to the problem's start.
+        Limit of the mean distance from the minimum: 0 except for methods that pull to another
+        point. A pull to the start of the phase counts as one to the start of the problem.
     status : Status
         FINISHED, or DIVERGED when some curved direction is unstable.
     radius : float
         Largest spectral radius of one cycle over curved directions.
     kind : Kind
         EXACT, or FIRST_ORDER for multiplicative late-phase weights.
+    problem, phase : Problem, Phase
+        The arguments of `steady`.
     """
 
     loss: float
@@ -66,13 +68,13 @@ class Steady:
 
     @cached_property
     def distribution(self) -> LossDistribution:
-        """Of the loss of the mean model from run to run: its sd, its quantiles.
+        """Distribution of the mean model's loss from run to run: standard deviation, quantiles.
 
         Raises
         ------
         NQMError
-            Where the phase is unstable, and where directions are correlated and so many that their
-            covariance is too dear (`nqm.solvers.correlated`).
+            If the phase is unstable, or if directions are correlated and too many for their
+            covariance to be computed (`nqm.solvers.correlated`).
         """
         from nqm.distribution import LossDistribution
         from nqm.solvers.correlated import steady_pairs
@@ -85,7 +87,13 @@ class Steady:
         return LossDistribution(self.problem, self.weight_mean, variance)
 
     def table(self) -> pd.DataFrame:
-        """One row."""
+        """Tabulate the losses.
+
+        Returns
+        -------
+        DataFrame
+            One row with columns loss, member_loss, radius, status, kind.
+        """
         return pd.DataFrame(
             {
                 "loss": [self.loss],
@@ -106,23 +114,30 @@ def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady: ...
 
 
 def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSteady:
-    """Steady state of a phase that goes on for ever; its `steps` are not looked at.
+    """Compute the steady state of a phase that is continued without end.
 
-    The fixed point of S = A S A' + Q over one cycle of rates, by doubling. For elementwise
-    multiplicative late-phase weights this is the quasi-steady state of the first order; the
-    long-run floor, reached after a time of order 1 / (lr^2 v), is `nqm.balance_point`.
+    Solves S = A S A' + Q over one cycle of rates, by doubling. For elementwise multiplicative
+    late-phase weights this is the quasi-steady state to first order; `nqm.balance_point` is their
+    long-run floor, reached after a time of order 1 / (lr^2 v).
 
     Parameters
     ----------
     problem : Problem or LeastSquares
-        Least squares returns a `nqm.solvers.least_squares.moments.CoupledSteady`.
+        Problem of d directions.
     phase : Phase
+        Constant or cyclic rates and batch size; its `steps` have no effect.
+
+    Returns
+    -------
+    Steady or `nqm.solvers.least_squares.moments.CoupledSteady`
+        The second one for least squares. An unstable phase has losses of NaN and says so in
+        `status`.
 
     Raises
     ------
     NQMError
-        For rates that never repeat, and for averages over all the past (SWA, schedule-free),
-        whose variance keeps falling as one over the number of steps.
+        If the rates never repeat, or if the method averages over all its past (SWA, schedule-free):
+        the variance of such an average keeps falling as one over the number of steps.
     """
     phase = one_phase("steady.phase", phase)
     problem = any_problem("steady", problem)
@@ -187,15 +202,28 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
 
 
 def _response(moving: FloatArray, low: FloatArray, pulled: FloatArray) -> FloatArray:
-    """Where the moving coordinates settle per unit of each constant one, (d, n, constants)."""
+    """Limit of the moving coordinates per unit of each constant one, (d, n, constants)."""
     identity = np.eye(moving.shape[-1])
     return np.asarray(np.linalg.solve((identity - moving) - low, pulled))
 
 
 def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
-    """`steady` as a table, with a second row for the long-run floor where there is one.
+    """Tabulate the steady state and, if there is one, the long-run floor.
 
     Elementwise multiplicative late-phase weights have one, at constant rates and batch size.
+
+    Parameters
+    ----------
+    problem : Problem or LeastSquares
+        Problem of d directions.
+    phase : Phase
+        Constant or cyclic rates and batch size; its `steps` have no effect.
+
+    Returns
+    -------
+    DataFrame
+        Columns loss, member_loss, radius (for least squares kappa as well), status, kind; one row
+        for the steady state and one of kind "long_run" for the floor.
     """
     now = steady(problem, phase)
     table = now.table()
@@ -208,10 +236,9 @@ def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
     try:
         floor = balance_point(problem, algorithm, lr, member_lr, batch_size=batch_size)
     except NQMError:  # no stable balance point
-        found = (np.nan, np.nan, Status.DIVERGED)
+        loss, member_loss, status = np.nan, np.nan, Status.DIVERGED
     else:
-        found = (floor.loss, floor.member_loss, Status.FINISHED)
-    loss, member_loss, status = found
+        loss, member_loss, status = floor.loss, floor.member_loss, Status.FINISHED
     row = table.assign(
         loss=loss,
         member_loss=member_loss,
@@ -223,7 +250,18 @@ def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
 
 
 def check_settles(algorithm: object) -> None:
-    """Raise NQMError for what averages over all its past and so has no steady state."""
+    """Refuse a method that averages over all its past and so has no steady state.
+
+    Parameters
+    ----------
+    algorithm : object
+        Any method, with its averages around it.
+
+    Raises
+    ------
+    NQMError
+        For SWA, and for methods each of whose steps differs from the last (schedule-free).
+    """
     if isinstance(algorithm, Algorithm) and algorithm.time.update_never_repeats:
         raise NQMError(
             f"{type(algorithm).__name__} has no steady state: each of its steps differs from the "

@@ -15,17 +15,26 @@ from numpy.typing import NDArray
 from nqm.problems.quadratic import FloatArray
 
 LAYERS = 256
-#: Where the tail begins: the root of "the topmost layer closes at f = 1" for 256 layers.
+#: Start r of the tail: the value at which the topmost of 256 layers ends at f = 1.
 TAIL_START = 3.6541528853610088
-#: 52 random bits choose the place inside a layer.
+#: 52 random bits choose the position inside a layer.
 BITS = 2.0**52
 
 
 def tables() -> tuple[NDArray[np.uint64], FloatArray, FloatArray]:
-    """(accept, width, height), each of shape (256,).
+    """Compute the tables of the ziggurat method.
 
     A draw of 52 bits b in layer i is x = b * width[i], accepted at once if b < accept[i], and
     otherwise if a uniform height between height[i - 1] and height[i] lies under the density.
+
+    Returns
+    -------
+    accept : ndarray of uint64, shape (256,)
+        Bits below which a draw is accepted at once.
+    width : ndarray, shape (256,)
+        Right edge of each layer over 2^52.
+    height : ndarray, shape (256,)
+        Density exp(-x^2 / 2) at the right edge of each layer; 1 for layer 0.
     """
     r = TAIL_START
     f = math.exp(-0.5 * r * r)

@@ -1,4 +1,4 @@
-"""What is best on a noisy quadratic, and how flat the optimum is.
+"""Optimal hyperparameters on a noisy quadratic problem, and how flat each optimum is.
 
 Schedules by exact gradients (`schedule`, `schedule_to_target`), batch sizes at equal data
 (`batch_sizes`), start and size of late-phase weights at equal data (`late_phase`), and the best

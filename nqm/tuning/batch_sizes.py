@@ -1,15 +1,15 @@
-"""Batch sizes that make the most of a data budget, alone or together with the rates.
+"""Batch sizes of least loss for a given number of examples, with or without optimised rates.
 
-At given rates the loss is bias + sum_k W_k / B_k, where W_k is what the noise of piece k adds at
-batch size 1 (`nqm.tuning.piecewise_loss`). With sum n_k B_k = N it is least where W_k / (n_k B_k^2)
-is the same for every piece,
+At given rates the loss is bias + sum_k W_k / B_k, where W_k is the loss that the noise of piece k
+adds at batch size 1 (`nqm.tuning.piecewise_loss`). With sum n_k B_k = N the loss is least where
+W_k / (n_k B_k^2) is the same for every piece,
 
     B_k = N sqrt(W_k / n_k) / sum_j sqrt(n_j W_j),      loss = bias + (sum_k sqrt(n_k W_k))^2 / N,
 
-so in one direction B_t is proportional to lr_t times the root of the adjoint. Pieces that would
-fall below the smallest batch stay there and leave the rest to the others. The problem is convex
-in B and this is the whole solution. Rates are optimised with the batch sizes put in: the
-derivative by a rate is then the one at fixed batch sizes (the envelope theorem).
+so in one direction B_t is proportional to lr_t times the root of the adjoint. Pieces whose batch
+would be smaller than `smallest` take `smallest`; the other pieces share the remaining examples.
+The problem is convex in B, so this is its only solution. Rates are optimised with the optimal batch
+sizes of each; the derivative by a rate is then that at fixed batch sizes (the envelope theorem).
 """
 
 from __future__ import annotations
@@ -37,26 +37,29 @@ from nqm.tuning.sensitivity import WITHIN, Flatness, flat_numbers, flatness
 
 @dataclass(frozen=True)
 class BestBatches:
-    """A schedule of batch sizes for a data budget, and the loss it ends with.
+    """Optimal schedule of batch sizes for a data budget, and its final loss.
 
     Attributes
     ----------
     batch_sizes : ndarray, shape (pieces,)
-        Continuous; sum of `lengths` times `batch_sizes` is `examples`.
+        Real-valued optimum; the sum of `lengths` times `batch_sizes` is `examples`.
     whole : ndarray of int, shape (pieces,)
-        Whole examples, within the budget.
+        Batch sizes in whole examples, within the budget.
     lr : ndarray, shape (pieces,)
+        Learning rate of each piece.
     lengths : ndarray of int, shape (pieces,)
         Steps of each piece.
     steps : int
+        Steps in all: the sum of `lengths`.
     examples : int
-        The budget N.
+        Data budget N.
     loss, whole_loss : float
         Exact expected loss at the end with `batch_sizes` and with `whole`, over every direction.
     flat : mapping
-        "batch_sizes": how far each may move while all others are scaled to keep the data;
-        "lr" and "scale" as in `BestSchedule`, where rates are optimised; "steps", where
-        searched: the rest optimised anew, among the numbers of steps looked at.
+        Intervals of near-optimal values. "batch_sizes": of each batch size, while all others are
+        scaled to keep the number of examples; "lr" and "scale" as in `BestSchedule`, where rates
+        are optimised; "steps", where searched: among the numbers of steps that were tried, with
+        everything else optimised for each.
     """
 
     batch_sizes: FloatArray
@@ -71,7 +74,7 @@ class BestBatches:
 
     @property
     def program(self) -> Program:
-        """SGD with batches of whole examples."""
+        """Program of SGD with the rates `lr` and the batch sizes `whole`."""
         lr, size = as_piecewise(self.lr, self.lengths), as_piecewise(self.whole, self.lengths)
         return Program((Phase(SGD(), lr, self.steps, size),))
 
@@ -87,33 +90,42 @@ def best_batches(  # noqa: PLR0913 - options, by keyword
     highest_lr: float | None = None,
     within: float = WITHIN,
 ) -> BestBatches:
-    """Batch sizes of `pieces` equal pieces with the least expected loss of SGD at equal data.
+    """Find the batch sizes of least expected loss of SGD for a given number of examples.
 
-    At a fixed rate the number of steps decides how much of the start is forgotten and what is left
-    for larger batches; it has an optimum of its own, which is searched where `steps` is None.
+    More steps forget more of the start but leave smaller batches. The number of steps therefore
+    has an optimum, which is searched if `steps` is None.
 
     Parameters
     ----------
     problem : Problem
+        Noisy quadratic problem (not least squares).
     pieces : int
-        With fewer steps than pieces, every step is one.
+        Number of pieces of equal length, each with a batch size of its own, >= 1. With fewer steps
+        than pieces every step is a piece.
     examples : int
-        Data budget N.
+        Data budget N: examples of all steps together.
     lr : float, optional
-        Constant rate; by default every piece has its own, optimised as in `best_piecewise`.
+        Constant learning rate; by default every piece has its own, optimised as in
+        `best_piecewise`.
     steps : int, optional
-        From 1 to `examples` / `smallest`.
+        Number of steps, from 1 to `examples` / `smallest`; searched by default.
     smallest : int
-        Least batch size.
+        Smallest batch size allowed, >= 1.
     highest_lr : float, optional
-        Of optimised rates, 2 / h of the largest curvature by default.
+        Upper bound of optimised rates; 2 / h of the largest curvature by default.
     within : float
-        Rise of the loss that `flat` allows.
+        Relative rise of the loss that the intervals in `flat` allow.
+
+    Returns
+    -------
+    BestBatches
+        Batch sizes, rates, number of steps, exact final loss and intervals of near-optimal values.
 
     Raises
     ------
     NQMError
-        If the examples do not pay for the steps.
+        If `steps` batches of the smallest size need more than `examples`, if SGD diverges, or if an
+        argument is out of range.
     """
     problem = additive_only("best_batches", problem)
     check_integer("best_batches.pieces", pieces, 1)
@@ -164,14 +176,24 @@ def best_batches(  # noqa: PLR0913 - options, by keyword
 def allocate(
     noise: FloatArray, lengths: NDArray[np.int64], examples: float, smallest: float
 ) -> FloatArray:
-    """Batch sizes B >= `smallest` of least sum noise / B with sum lengths * B = `examples`.
+    """Minimise sum noise / B over B >= `smallest` with sum lengths * B = `examples`.
 
     Parameters
     ----------
     noise : ndarray, shape (pieces,)
-        >= 0. Where it is 0 throughout all batches are alike, and equal ones are returned.
+        Loss that the noise of each piece adds at batch size 1, >= 0. If all are 0, every choice has
+        the same loss and equal batch sizes are returned.
     lengths : ndarray of int, shape (pieces,)
-        > 0.
+        Steps of each piece, > 0.
+    examples : float
+        Data budget N, at least `smallest` for every step.
+    smallest : float
+        Smallest batch size allowed.
+
+    Returns
+    -------
+    ndarray, shape (pieces,)
+        Real-valued batch sizes.
     """
     share = np.sqrt(noise / lengths if noise.any() else np.ones(noise.shape))
     free = share > 0
@@ -191,10 +213,29 @@ def allocate_whole(
     smallest: int,
     sizes: FloatArray,
 ) -> NDArray[np.int64]:
-    """Whole batch sizes near the continuous `sizes`, with sum lengths * B <= `examples`.
+    """Round batch sizes to whole examples with sum lengths * B <= `examples`.
 
-    From two below, one more example at a time goes where it lowers the loss most per example: the
-    best whole numbers where pieces are equally long, since what is summed is convex.
+    Starts two below the real-valued sizes and enlarges by 1, again and again, the batch that lowers
+    the loss most per example. For pieces of equal length this is the best choice of whole numbers,
+    because each term of the sum is convex.
+
+    Parameters
+    ----------
+    noise : ndarray, shape (pieces,)
+        Loss that the noise of each piece adds at batch size 1, >= 0.
+    lengths : ndarray of int, shape (pieces,)
+        Steps of each piece, > 0.
+    examples : int
+        Data budget N.
+    smallest : int
+        Smallest batch size allowed.
+    sizes : ndarray, shape (pieces,)
+        Real-valued batch sizes, as `allocate` returns them.
+
+    Returns
+    -------
+    ndarray of int, shape (pieces,)
+        Whole batch sizes.
     """
     gain_of_one = noise / lengths if noise.any() else np.ones(noise.shape)
     whole = np.maximum(np.floor(sizes).astype(np.int64) - 2, smallest)
@@ -211,7 +252,7 @@ def _balanced(
     examples: int,
     smallest: int,
 ) -> Evaluated:
-    """With the best batch sizes for these rates; at batch size 1 where the loss diverges."""
+    """Evaluate these rates at their best batch sizes; at batch size 1 if the loss diverges."""
     unit = evaluate(problem, rates, lengths)
     if not np.isfinite(unit.noise).all():
         return unit
@@ -221,7 +262,7 @@ def _balanced(
 def _rates(
     problem: Problem, pieces: int, steps: int, examples: int, smallest: int, high: float
 ) -> FloatArray:
-    """Best rates of equal pieces, each time with the best batch sizes for them."""
+    """Optimise the rates of equal pieces, each set of rates with its best batch sizes."""
 
     def objective(lengths: NDArray[np.int64]) -> Objective:
         def at(rates: FloatArray) -> tuple[float, FloatArray]:
@@ -235,9 +276,9 @@ def _rates(
 
 
 def _flat_batches(run: Evaluated, examples: int, smallest: int, within: float) -> Flatness:
-    """Each batch moved, all others scaled to keep the data."""
+    """Interval of each batch size while all others are scaled to keep the number of examples."""
     n, sizes = run.lengths, run.batch_size
-    if n.size == 1:  # nothing to trade with
+    if n.size == 1:  # the budget fixes a single batch size
         return Flatness(sizes, sizes, within)
     others, bias = examples - n * sizes, run.loss - run.noise.sum()
 

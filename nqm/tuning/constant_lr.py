@@ -1,4 +1,4 @@
-"""The best constant learning rate, and the best one together with a momentum."""
+"""Search for the best constant learning rate, alone or together with a momentum."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Best:
     Attributes
     ----------
     lr : float
+        Learning rate of least expected loss.
     loss : float
         Expected loss at `lr`.
     momentum : float
@@ -33,7 +34,7 @@ class Best:
     at_edge : bool
         Whether the best rate lies at an end of the searched range.
     evaluated : DataFrame
-        Columns lr, loss (and momentum): everything that was computed.
+        Columns lr, loss (and momentum): every setting that was evaluated.
     """
 
     lr: float
@@ -45,7 +46,13 @@ class Best:
     evaluated: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
 
     def table(self) -> pd.DataFrame:
-        """One row."""
+        """Tabulate the result without `evaluated`.
+
+        Returns
+        -------
+        DataFrame
+            One row with columns lr, momentum, loss, flat_low, flat_high, at_edge.
+        """
         names = ("lr", "momentum", "loss", "flat_low", "flat_high", "at_edge")
         return pd.DataFrame({name: [getattr(self, name)] for name in names})
 
@@ -58,25 +65,32 @@ def best_lr(
     *,
     points: int = 41,
 ) -> Best:
-    """Learning rate in [low, high] with the least expected loss at the end of the program.
+    """Find the learning rate in [low, high] of least expected loss at the end of a program.
 
-    A geometric grid, then a bounded search between the best point's neighbours. "At given steps"
-    or "at given data" is what `make_program` says (see `Program` and `nqm.program.steps_for`).
+    Evaluates a geometric grid, then searches between the neighbours of its best point.
+    `make_program` decides whether rates are compared at equal steps or at equal numbers of examples
+    (see `Program` and `nqm.program.steps_for`).
 
     Parameters
     ----------
     problem : Problem or LeastSquares
+        Problem whose exact expected loss is minimised.
     make_program : callable
-        From a learning rate to the program to run.
+        Takes a learning rate and returns the `Program` to evaluate at that rate.
     low, high : float
-        Range searched; `stability_edge` is a natural upper end.
+        Ends of the range, 0 < low <= high; `stability_edge` is a natural upper end.
     points : int
-        Size of the grid.
+        Number of rates of the grid, >= 3.
+
+    Returns
+    -------
+    Best
+        Best rate, its loss, and all evaluated rates.
 
     Raises
     ------
     NQMError
-        If every rate in the range diverges.
+        If every rate in the range diverges, or an argument is out of range or of a wrong type.
     """
     check_number("best_lr.low", low, low=0.0, closed_low=False)
     check_number("best_lr.high", high, low=low, closed_low=False)
@@ -128,14 +142,33 @@ def best_lr_and_momentum(
     momenta: Sequence[float] = tuple(1.0 - np.geomspace(1.0, 1e-3, 13)),
     points: int = 31,
 ) -> Best:
-    """Best (learning rate, momentum): `best_lr` for each momentum, then between the best two.
+    """Find the learning rate and momentum of least expected loss at the end of a program.
+
+    Calls `best_lr` for each momentum of `momenta`, then searches between the neighbours of the best
+    one, on the scale of log(1 - momentum).
 
     Parameters
     ----------
+    problem : Problem or LeastSquares
+        Problem whose exact expected loss is minimised.
     make_program : callable
-        From (learning rate, momentum) to the program to run.
+        Takes (learning rate, momentum) and returns the `Program` to evaluate.
+    low, high : float
+        Ends of the range of learning rates, 0 < low <= high.
     momenta : sequence of float
-        Values tried; refined once around the best.
+        Momenta of the grid, in [0, 1).
+    points : int
+        Number of rates of the grid of each momentum, >= 3.
+
+    Returns
+    -------
+    Best
+        Best rate and momentum, their loss, and all evaluated settings.
+
+    Raises
+    ------
+    NQMError
+        If every rate diverges at some momentum, or an argument is out of range or of a wrong type.
     """
     problem = any_problem("best_lr_and_momentum", problem)
     _callable("best_lr_and_momentum.make_program", make_program)

@@ -1,4 +1,4 @@
-"""The batch size beyond which larger batches save few steps."""
+"""Critical batch size: beyond it, larger batches save few steps."""
 
 from __future__ import annotations
 
@@ -50,15 +50,36 @@ def critical_batch_size(
     points: int = 25,
     max_steps: int = 10**7,
 ) -> CriticalBatch:
-    """Batch size beyond which more examples per step no longer save steps.
+    """Fit the batch size beyond which more examples per step save few steps.
 
-    For each batch size the constant learning rate that reaches `target` in the fewest steps is
+    For each batch size, the constant learning rate that reaches `target` in the fewest steps is
     searched below the stability edge.
+
+    Parameters
+    ----------
+    problem : Problem or LeastSquares
+        Problem whose exact expected loss must reach the target.
+    algorithm : Algorithm
+        Linear method that runs at constant rates.
+    target : float
+        Expected loss to reach, > 0 and below the loss at the start.
+    batch_sizes : sequence of float
+        Batch sizes to fit, > 0; at least three must reach the target.
+    points : int
+        Number of learning rates of the grid of each batch size.
+    max_steps : int
+        Largest number of steps considered.
+
+    Returns
+    -------
+    CriticalBatch
+        Fitted constants, and the best rate and step of every batch size.
 
     Raises
     ------
     NQMError
-        If fewer than three batch sizes reach the target.
+        If fewer than three batch sizes reach the target, if the start already does, or if the fit
+        fails.
     """
     problem = any_problem("critical_batch_size", problem)
     check_number("critical_batch_size.target", target, low=0.0, closed_low=False)

@@ -1,4 +1,4 @@
-"""The fewest steps to a target over a whole grid: problems x batch sizes x rates x algorithms.
+"""Search of a grid for the fewest steps to a target: problems x batch sizes x rates x algorithms.
 
 Three facts make this quick (the notation is that of `nqm.problems.quadratic`):
 
@@ -9,10 +9,10 @@ Three facts make this quick (the notation is that of `nqm.problems.quadratic`):
    directions is then a product of matrices, whose weights are the same for every rate.
 3. The sum over a spectrum is a quadrature (`nqm.condense`).
 
-The table is on a grid of steps 3 to 6 % apart and its interpolation in log u is good to a part in a
-thousand or so; it only says which settings deserve a look. These are then walked step by step on
-the condensed spectrum, and the crossing that is reported is confirmed on *every* direction: the
-loss there is at or below the target, and one step earlier it is above.
+The table is on a grid of steps 3 to 6 % apart, and its interpolation in log u has a relative error
+of about 1e-3; it only selects settings near the best. The loss of these is then computed at every
+step on the condensed spectrum, and the reported crossing is confirmed on all directions: the loss
+there is at or below the target, and one step earlier it is above.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ MOST_STEPS = 10**9
 SPACING, STENCIL = 0.02, 6
 #: Rates that share one block of the matrix product.
 BLOCK = 10
-#: Settings whose screened steps are within this factor of the best are walked, ...
+#: Settings whose screened steps are within this factor of the best are computed exactly, ...
 NEAR = 1.1
-#: ... or within this one where the crossing lies beyond so many steps and swings have died out.
+#: ... or within NEAR_LATE if the crossing is later than LATE steps, where oscillations are damped.
 NEAR_LATE, LATE = 1.03, 20_000
-#: How far before its screened crossing a setting is walked.
+#: First step that is computed, as a share of the screened crossing.
 BEFORE = 0.75
 BEFORE_LATE = 0.95
-#: What a setting that does not reach the target lacks.
+#: Columns that are NaN for a setting that does not reach the target.
 MEASURED = ("lr", "step", "examples", "loss", "loss_before")
-#: Steps of a winner that are walked from the very start, to exclude an earlier dip.
+#: Up to this step the best setting is computed from its start, to exclude an earlier crossing.
 FROM_START = 2 * 10**6
 
 
@@ -85,10 +85,10 @@ class _Chain:
 
     def step(self, u: FloatArray) -> tuple[FloatArray, FloatArray]:
         """A (d, 2, 2) and b (d, 2), for noise in units of the curvature."""
-        found = extract(self.algorithm, 1.0, u)
-        n = found.matrix.shape[-1]
+        transition = extract(self.algorithm, 1.0, u)
+        n = transition.matrix.shape[-1]
         matrix, kick = np.zeros((u.size, 2, 2)), np.zeros((u.size, 2))
-        matrix[:, :n, :n], kick[:, :n] = found.matrix, found.noise[..., 0]
+        matrix[:, :n, :n], kick[:, :n] = transition.matrix, transition.noise[..., 0]
         return matrix, kick
 
     def stable(self, u: FloatArray) -> NDArray[np.bool_]:
@@ -112,18 +112,24 @@ class _Run:
         self.start_weight, self.noise_weight = _weights(problem)
 
     def at(self, step: int) -> tuple[float, float]:
-        """(bias, noise) after `step` steps; the state stays there for `onwards`."""
+        """Compute (bias, noise) after `step` steps; `onwards` continues from this state."""
         d = len(self.matrix)
         self.state, self.impulse, seen = np.empty((d, 2)), np.empty((d, 2)), np.empty(d)
         _kernels.jump_responses(
-            self.matrix, self.kick, self.chain.start, self.chain.read, step,
-            self.state, self.impulse, seen,
-        )  # fmt: skip
+            self.matrix,
+            self.kick,
+            self.chain.start,
+            self.chain.read,
+            step,
+            self.state,
+            self.impulse,
+            seen,
+        )
         self.noise = float(self.noise_weight @ seen)
         return float(self.start_weight @ (self.state @ self.chain.read) ** 2), self.noise
 
     def onwards(self, steps: int) -> tuple[FloatArray, FloatArray]:
-        """(bias, noise) after each of the next `steps` steps."""
+        """Compute (bias, noise) after each of the next `steps` steps."""
         bias = self._seen(self.state, self.start_weight, steps + 1)[1:]
         noise = self._seen(self.impulse, self.noise_weight, steps + 1)[:-1]
         return bias, self.noise + np.cumsum(noise)
@@ -146,7 +152,7 @@ class _Run:
         return np.asarray(products @ coefficients.T).reshape(-1)[:steps]
 
     def losses(self, first: int, last: int, batch_size: float) -> FloatArray:
-        """Expected loss after each of first, ..., last steps."""
+        """Compute the expected loss after each of first, ..., last steps."""
         check_memory("search.horizon: the steps to the target", last, 4.0 * (last - first))
         bias, noise = self.at(first)
         path = np.empty(last - first + 1)
@@ -158,7 +164,18 @@ class _Run:
 
 
 def doubling_grid(horizon: int) -> NDArray[np.int64]:
-    """1, ..., 31, then 16, ..., 31 times each power of two, up to the first beyond `horizon`."""
+    """Steps of the coarse grid: 1, ..., 31, then 16, ..., 31 times each power of two.
+
+    Parameters
+    ----------
+    horizon : int
+        The grid ends with the first octave whose last step is >= `horizon`.
+
+    Returns
+    -------
+    ndarray of int
+        Rising numbers of steps.
+    """
     octave, grid = np.arange(16, 32), [np.arange(1, 32)]
     while grid[-1][-1] < horizon:
         octave = octave * 2
@@ -175,38 +192,42 @@ def search(
     *,
     horizon: int = 10**7,
 ) -> pd.DataFrame:
-    """Setting that first meets `target` soonest, for every problem and batch size.
+    """Find the setting that meets `target` in the fewest steps, for every problem and batch size.
 
     The step reported is the first at which the exact expected loss of that setting, over every
-    direction of the problem, is at or below the target. Only stable settings are entered.
+    direction of the problem, is at or below the target. Unstable settings are left out.
 
     Parameters
     ----------
     problems : Problem or sequence of Problem
-        For instance one problem under several preconditioners.
+        Noisy quadratic problems, for instance one with several preconditioners.
     algorithms : Algorithm or sequence of Algorithm
-        Settings of one or two coordinates: SGD, HeavyBall, Nesterov, EMA of SGD.
+        Methods of one or two coordinates: SGD, HeavyBall, Nesterov, EMA of SGD.
     lr : array_like, shape (L,)
-        A geometric grid.
+        Learning rates, > 0: a geometric grid, smallest first.
     batch_sizes : sequence of float
+        Examples of one minibatch, > 0.
     target : float
-        Expected loss, below that of the start.
+        Expected loss to reach, > 0 and below that of the start.
     horizon : int
-        Most steps looked at, up to 10^9, where losses are good to 1e-7 (1e-9 up to 10^7).
+        Largest number of steps considered, at most 10^9, where losses have a relative error of
+        1e-7 (1e-9 up to 10^7).
 
     Returns
     -------
     DataFrame
-        One row per problem and batch size: ``problem`` and ``algorithm`` (places in what was
-        given), ``batch_size``, ``lr``, ``step``, ``examples``, ``loss`` (there), ``loss_before``
-        (one step earlier), ``status`` (reached or not_reached within the horizon, then NaN),
-        ``scanned``: whether every earlier step of this setting was looked at, and
-        ``unstable``: how many settings (an algorithm at a rate) were left out as unstable.
+        One row per problem and batch size: ``problem`` and ``algorithm`` (positions in the
+        arguments), ``batch_size``, ``lr``, ``step``, ``examples``, ``loss`` (at that step),
+        ``loss_before`` (one step earlier), ``status`` (reached, or not_reached within the horizon,
+        with NaN), ``scanned`` (whether the loss was computed at every earlier step of this
+        setting), and ``unstable`` (number of settings, an algorithm at a rate, that were left out
+        as unstable).
 
     Raises
     ------
     NQMError
-        If the rates are no geometric grid, or an algorithm has more than two coordinates.
+        If the rates are no geometric grid, an algorithm has more than two coordinates, the start
+        meets the target, or an argument is out of range.
     """
     spectra = [
         additive_only("search", problem) for problem in _several("search.problems", problems)
@@ -255,7 +276,7 @@ def _screen(
     target: float,
     horizon: int,
 ) -> FloatArray:
-    """Approximate steps to the target, (problems, algorithms, rates, batch sizes); inf: none."""
+    """Approximate steps to the target, (problems, algorithms, rates, batch sizes); inf if none."""
     ratio = np.log(lr[1] / lr[0]) if lr.size > 1 else 1.0
     shift = int(np.ceil(ratio / SPACING))
     spacing = ratio / shift
@@ -264,8 +285,9 @@ def _screen(
     tops = np.array([problem.curvature[0] for problem in problems])
     for top in np.unique(tops):
         members = np.flatnonzero(tops == top)
-        weights = [_shared_weights(problems[i], spacing, shift, min(BLOCK, lr.size))
-                   for i in members]  # fmt: skip
+        weights = [
+            _shared_weights(problems[i], spacing, shift, min(BLOCK, lr.size)) for i in members
+        ]
         reach = max(len(start) for start, _ in weights)
         start_weight, noise_weight = (
             np.hstack([np.pad(w[part], ((0, reach - len(w[part])), (0, 0))) for w in weights])
@@ -273,7 +295,7 @@ def _screen(
         )
         u = descending[0] * top * np.exp(-spacing * np.arange((lr.size - 1) * shift + reach))
         for k, chain in enumerate(chains):
-            best = found[members].min(axis=(1, 2)).max()  # no use in looking further
+            best = found[members].min(axis=(1, 2)).max()  # later crossings cannot win
             grid = doubling_grid(int(min(horizon, 1.2 * best)))
             started, noisy = chain.table(u, grid.size)
             first = int(np.argmax(chain.stable(descending * top)))
@@ -350,9 +372,13 @@ def _settle(  # noqa: PLR0913
     horizon: int,
     screened: FloatArray,
 ) -> dict[str, object]:
-    """The winner among the settings near the best, and its crossing over every direction."""
-    nothing = {"algorithm": -1, **dict.fromkeys(MEASURED, np.nan),
-               "status": str(Status.NOT_REACHED), "scanned": False}  # fmt: skip
+    """Find the best of the settings near the best, and its crossing over every direction."""
+    nothing = {
+        "algorithm": -1,
+        **dict.fromkeys(MEASURED, np.nan),
+        "status": str(Status.NOT_REACHED),
+        "scanned": False,
+    }
     least = screened.min()
     if not np.isfinite(least):
         return nothing
@@ -380,14 +406,22 @@ def _settle(  # noqa: PLR0913
         path = _Run(small, chains[k], rate).losses(0, best, size)
         best = int(np.flatnonzero(path <= target)[0]) if (path <= target).any() else best
     step, loss, above = _confirm(_Run(problem, chains[k], rate), best, size, target)
-    return {"algorithm": k, "lr": rate, "step": float(step), "examples": step * size, "loss": loss,
-            "loss_before": above, "status": str(Status.REACHED), "scanned": scanned}  # fmt: skip
+    return {
+        "algorithm": k,
+        "lr": rate,
+        "step": float(step),
+        "examples": step * size,
+        "loss": loss,
+        "loss_before": above,
+        "status": str(Status.REACHED),
+        "scanned": scanned,
+    }
 
 
 def _confirm(run: _Run, step: int, size: float, target: float) -> tuple[int, float, float]:
-    """The crossing at or next to `step` on every direction: (step, loss, loss one step before).
+    """Find the crossing at or next to `step` over every direction: (step, loss, loss before).
 
-    Quadrature may have moved it where the loss comes within 1e-10 or so of the target.
+    Quadrature can shift it if the loss is within about 1e-10 of the target.
     """
     while True:
         above, loss = run.losses(max(step - 1, 0), max(step, 1), size)
@@ -411,7 +445,7 @@ def _weights(problem: Problem) -> tuple[FloatArray, FloatArray]:
 
 
 def _several(where: str, given: Any) -> list[Any]:
-    """One or several, as a list that is not empty."""
+    """Turn one or several objects into a list, which must not be empty."""
     several = list(given) if isinstance(given, list | tuple) else [given]
     if not several:
         raise NQMError(f"{where} must name at least one; got none")

@@ -1,4 +1,4 @@
-"""The whole number of least loss, looked for on a coarse grid first."""
+"""Search for the whole number of least loss, from a coarse grid to a fine one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ from collections.abc import Callable
 
 import numpy as np
 
-#: Numbers of the first grid, and into how many parts a gap beside the best is then cut.
+#: Size of the first grid, and number of parts into which a gap beside the best is divided.
 POINTS, PARTS = 25, 7
 
 
 def search_numbers(loss: Callable[[int], float], low: int, high: int) -> dict[int, float]:
-    """Losses of the whole numbers looked at, the best one's neighbours among them.
+    """Evaluate a loss at whole numbers until the best one and its two neighbours are known.
 
-    A geometric grid of [low, high], low >= 1; then, again and again, the gaps on both sides of the
-    best are cut into parts, until both its neighbours have been looked at.
+    Starts with a geometric grid of [low, high]; then divides the gaps on both sides of the best
+    number, again and again, until both its neighbours have been evaluated.
+
+    Parameters
+    ----------
+    loss : callable
+        Loss at a whole number; with several local minima only one of them may be found.
+    low, high : int
+        Ends of the range, 1 <= low <= high.
+
+    Returns
+    -------
+    dict of int to float
+        Loss of every number that was evaluated.
     """
     grid = np.unique(np.rint(np.geomspace(low, high, POINTS)).astype(np.int64)).tolist()
     losses = {number: loss(number) for number in grid}

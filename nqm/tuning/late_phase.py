@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BestLatePhase:
-    """The best start and number of late-phase members, and everything that was tried.
+    """The best start and number of late-phase members, and all settings that were evaluated.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class BestLatePhase:
 
     @property
     def program(self) -> Program:
-        """What was found, lambda split evenly between base weights and members."""
+        """Program of the best setting, as `late_program` writes it."""
         return late_program(
             self.members, self.start, self.late_steps, self.lr, self.late_lr, self.batch_size
         )
@@ -81,10 +81,30 @@ class BestLatePhase:
 def late_program(
     members: int, start: int, late_steps: int, lr: float, late_lr: float, batch_size: float
 ) -> Program:
-    """SGD, then late-phase weights (SGD again where `members` is 1).
+    """Program of SGD, then late-phase weights (SGD again if `members` is 1).
 
     Members and base weights have rate `late_lr` / 2 each, so that with gamma = 1 / K the mean model
     has lambda = `late_lr`.
+
+    Parameters
+    ----------
+    members : int
+        Number K of members, >= 1.
+    start : int
+        T0: steps of SGD before the late phase; 0 leaves them out.
+    late_steps : int
+        T1: steps of the late phase.
+    lr : float
+        Learning rate of SGD before the late phase.
+    late_lr : float
+        Effective learning rate lambda of the mean model in the late phase.
+    batch_size : float
+        Examples of one minibatch.
+
+    Returns
+    -------
+    Program
+        Of one phase if `start` is 0, otherwise of two.
     """
     half = 0.5 * late_lr
     late = (
@@ -106,25 +126,31 @@ def best_late_phase(
     late_lr: float | None = None,
     within: float = WITHIN,
 ) -> BestLatePhase:
-    """Start T0 and number K of additive late-phase members with the least loss at equal data.
+    """Find the start and number of additive late-phase members of least loss at equal data.
 
-    For every K all lengths of the late phase on a geometric grid are tried, then those around the
-    best (`nqm.tuning.integer_search`).
+    For every number of members K, lengths of the late phase on a geometric grid are evaluated, then
+    lengths around the best (`nqm.tuning.integer_search`).
 
     Parameters
     ----------
     problem : Problem
+        Noisy quadratic problem (not least squares).
     examples : float
-        Data budget; whole minibatches of it are used.
+        Data budget in examples; only whole minibatches of it are used.
     members : sequence of int
-        Numbers K to try. With 1 among them plain SGD is a row to compare with.
+        Numbers K to try. K = 1 adds plain SGD for comparison.
     batch_size : float
-        Examples in one minibatch.
+        Examples of one minibatch.
     lr, late_lr : float, optional
-        Rate of SGD, and lambda = member_lr + gamma K lr of the late phase. Optimised for every row
-        where not stated.
+        Learning rate of SGD, and lambda = member_lr + gamma K lr of the late phase. Each is
+        optimised for every setting unless it is stated.
     within : float
-        Rise of the loss that `flat` allows.
+        Relative rise of the loss that the intervals in `flat` allow.
+
+    Returns
+    -------
+    BestLatePhase
+        Best setting, its exact loss, the table of all settings and intervals of near-optimal ones.
 
     Raises
     ------
@@ -179,9 +205,17 @@ def best_late_phase(
     program = late_program(best, start, late_steps, rate, late_rate, batch_size)
     exact = solve(problem, program, [program.steps])
     return BestLatePhase(
-        best, start, late_steps, rate, late_rate, batch_size,
-        float(exact.loss[0]), float(exact.member_loss[0]), table, flat,
-    )  # fmt: skip
+        best,
+        start,
+        late_steps,
+        rate,
+        late_rate,
+        batch_size,
+        float(exact.loss[0]),
+        float(exact.member_loss[0]),
+        table,
+        flat,
+    )
 
 
 def _table(rows: Mapping[tuple[int, int], Evaluated], examples: float) -> pd.DataFrame:

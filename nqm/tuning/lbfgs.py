@@ -1,4 +1,4 @@
-"""Rates of least loss by bounded quasi-Newton in their logarithms, from coarse pieces to fine."""
+"""Optimisation of learning rates by L-BFGS-B in their logarithms, from few pieces to many."""
 
 from __future__ import annotations
 
@@ -15,16 +15,29 @@ from nqm.tuning.piecewise_loss import equal_pieces, maps
 
 #: Slowest rate of a schedule, relative to the fastest.
 SLOWEST = 1e-9
-#: Loss that counts as none: without noise one direction is learnt exactly.
+#: Smaller losses count as this one: without noise one direction is learnt exactly.
 LEAST = 1e-300
 #: Pieces of the coarsest grid, and by how much the next one is finer.
 COARSE, FINER = 12, 4
-#: Loss and its gradient by the rates.
+#: Takes rates (pieces,); returns the loss and its gradient by the rates (pieces,).
 Objective = Callable[[FloatArray], tuple[float, FloatArray]]
 
 
 def fastest(problem: Problem, highest_lr: float | None) -> float:
-    """Upper bound of the rates: as stated, or 2 / h of the largest curvature."""
+    """Upper bound of the learning rates.
+
+    Parameters
+    ----------
+    problem : Problem
+        Its largest curvature h sets the default bound.
+    highest_lr : float or None
+        Bound that the user states, > 0; None for 2 / h.
+
+    Returns
+    -------
+    float
+        `highest_lr`, or 2 / h.
+    """
     high = 2.0 / problem.curvature.max() if highest_lr is None else highest_lr
     check_number("highest_lr", high, low=0.0, closed_low=False)
     return float(high)
@@ -33,7 +46,22 @@ def fastest(problem: Problem, highest_lr: float | None) -> float:
 def descend(
     objective: Objective, starts: Sequence[FloatArray], low: FloatArray, high: FloatArray
 ) -> FloatArray:
-    """Best rates found by L-BFGS-B from each of `starts`, between `low` and `high`."""
+    """Minimise the logarithm of a loss over the logarithms of the rates by L-BFGS-B.
+
+    Parameters
+    ----------
+    objective : callable
+        Takes rates (pieces,); returns the loss and its gradient by the rates.
+    starts : sequence of ndarray, shape (pieces,)
+        Rates to begin with; the best result of all starts is returned.
+    low, high : ndarray, shape (pieces,)
+        Bounds of the rates, > 0.
+
+    Returns
+    -------
+    ndarray, shape (pieces,)
+        Rates of least loss: a local minimum.
+    """
 
     def logarithmic(z: FloatArray) -> tuple[float, FloatArray]:
         rates = np.exp(z)
@@ -44,7 +72,7 @@ def descend(
         return math.log(loss), gradient * rates / loss
 
     bounds = np.log(np.stack([low, high], axis=1))
-    found = [
+    results = [
         minimize(
             logarithmic,
             np.clip(np.log(rates), bounds[:, 0], bounds[:, 1]),
@@ -55,7 +83,7 @@ def descend(
         )
         for rates in starts
     ]
-    best = min(found, key=lambda result: float(result.fun))
+    best = min(results, key=lambda result: float(result.fun))
     return np.asarray(np.clip(np.exp(best.x), low, high))
 
 
@@ -66,14 +94,25 @@ def from_coarse(
     high: float,
     starts: Callable[[int], Sequence[FloatArray]],
 ) -> FloatArray:
-    """`descend` on few pieces first, then from what these found on four times as many.
+    """Optimise few pieces first, then start from their rates with four times as many.
 
     Parameters
     ----------
     objective : callable
-        From the lengths of pieces to what is minimised over their rates.
+        Takes the lengths of pieces in steps; returns the objective of `descend` for their rates.
+    steps : int
+        Steps of all pieces together.
+    pieces : int
+        Number of pieces of the result.
+    high : float
+        Upper bound of the rates; the lower one is `SLOWEST` times this.
     starts : callable
-        From the number of pieces of the coarsest grid to the rates to begin with.
+        Takes the number of pieces of the coarsest grid; returns the rates to begin with.
+
+    Returns
+    -------
+    ndarray, shape (pieces,)
+        Rates of least loss: a local minimum.
     """
     counts = [pieces]
     while counts[0] > COARSE:
@@ -94,9 +133,25 @@ def _middles(steps: int, pieces: int) -> FloatArray:
 def usual_starts(
     problem: Problem, steps: int, batch_size: float, high: float
 ) -> Callable[[int], list[FloatArray]]:
-    """The best constant rate of a grid, and rates that decay as the flattest direction is learnt.
+    """Rates to begin an optimisation with: constant ones, and ones that decay like 1 / t.
 
-    Returned as a function of the number of pieces.
+    The constant rate is the best of a grid. The decay has the time scale of the smallest curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    steps : int
+        Steps of the schedule.
+    batch_size : float
+        Examples of one minibatch.
+    high : float
+        Upper bound of the rates.
+
+    Returns
+    -------
+    callable
+        Takes the number of pieces; returns a list of two arrays of rates, shape (pieces,).
     """
     constant = best_constant(problem, steps, batch_size, high)
 
@@ -109,7 +164,24 @@ def usual_starts(
 
 
 def best_constant(problem: Problem, steps: int, batch_size: float, high: float) -> float:
-    """Best of a geometric grid of constant rates."""
+    """Constant rate of least expected loss on a geometric grid of 100 rates.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    steps : int
+        Steps of SGD.
+    batch_size : float
+        Examples of one minibatch.
+    high : float
+        Upper bound of the rates; the grid reaches from 1e-8 to 0.999 of it.
+
+    Returns
+    -------
+    float
+        Learning rate.
+    """
     rates = np.geomspace(1e-8 * high, 0.999 * high, 100)
     a, q, _, _ = maps(problem, rates, np.full(100, steps), np.full(100, batch_size))
     start = problem.initial_mean**2 + problem.initial_variance

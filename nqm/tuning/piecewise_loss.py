@@ -26,7 +26,25 @@ from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
 
 
 def equal_pieces(steps: int, pieces: int) -> NDArray[np.int64]:
-    """Lengths of `pieces` pieces of `steps` steps, as equal as whole numbers can be."""
+    """Lengths of pieces that are as equal as whole numbers of steps allow.
+
+    Parameters
+    ----------
+    steps : int
+        Steps of all pieces together.
+    pieces : int
+        Number of pieces; with fewer steps than pieces some lengths are 0.
+
+    Returns
+    -------
+    ndarray of int, shape (pieces,)
+        Steps of each piece; their sum is `steps`.
+
+    Raises
+    ------
+    NQMError
+        If so many pieces do not fit in memory.
+    """
     check_memory("pieces", pieces, 8.0 * pieces)
     edges = np.rint(np.linspace(0, steps, pieces + 1)).astype(np.int64)
     return np.diff(edges)
@@ -35,23 +53,30 @@ def equal_pieces(steps: int, pieces: int) -> NDArray[np.int64]:
 def piecewise_loss(
     problem: Problem, lr: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
 ) -> tuple[float, FloatArray, FloatArray]:
-    """Expected loss of SGD at the end of piecewise-constant rates, and its gradients.
+    """Compute the final expected loss of SGD at piecewise-constant rates, and its gradients.
 
     Parameters
     ----------
     problem : Problem
+        Noisy quadratic problem (not least squares).
     lr : array_like, shape (pieces,)
-        Any positive rates; beyond 2 / h a piece amplifies.
+        Learning rate of each piece, > 0; a rate above 2 / h amplifies the direction of curvature h.
     lengths : array_like, shape (pieces,)
-        Steps of each piece, >= 0.
+        Steps of each piece: whole numbers >= 0.
     batch_size : float or array_like, shape (pieces,)
-        Any positive numbers.
+        Examples of one minibatch, > 0.
 
     Returns
     -------
     loss : float
+        Expected loss after the last piece.
     by_lr, by_batch : ndarray, shape (pieces,)
-        d loss / d rate and d loss / d batch size, exact: one sweep forwards, one backwards.
+        Exact derivatives of the loss by each rate and by each batch size.
+
+    Raises
+    ------
+    NQMError
+        If an array has a wrong length or entries out of range, or the problem is least squares.
     """
     problem = additive_only("piecewise_loss", problem)
     rates = numbers_above_zero("piecewise_loss.lr", lr)
@@ -73,14 +98,20 @@ def piecewise_loss(
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One sweep forwards and one backwards.
+    """Results of the sweep forwards (moments) and the sweep backwards (adjoint).
 
     Attributes
     ----------
-    lr, lengths, batch_size, by_lr : ndarray, shape (pieces,)
+    problem : Problem
+        The problem evaluated.
+    lr, lengths, batch_size : ndarray, shape (pieces,)
+        Learning rate, steps and batch size of each piece.
     loss : float
+        Expected loss at the end.
+    by_lr : ndarray, shape (pieces,)
+        Derivative of `loss` by each rate.
     noise : ndarray, shape (pieces,)
-        What the gradient noise of each piece adds to the loss at the end; it falls as 1 / B.
+        Part of the final loss due to the gradient noise of each piece; proportional to 1 / B.
     moments : ndarray, shape (pieces + 1, d)
         E x^2 before each piece, and at the end.
     adjoint : ndarray, shape (pieces, d)
@@ -98,7 +129,18 @@ class Evaluated:
     adjoint: FloatArray
 
     def moved(self, lr: FloatArray) -> FloatArray:
-        """Loss at the end with piece k alone at lr[k], for every k at once."""
+        """Final loss with one rate changed, for every piece at once.
+
+        Parameters
+        ----------
+        lr : ndarray, shape (pieces,)
+            New rates.
+
+        Returns
+        -------
+        ndarray, shape (pieces,)
+            Entry k is the loss with piece k at lr[k] and all other rates unchanged.
+        """
         a, q, _, _ = maps(self.problem, lr, self.lengths, self.batch_size)
         change = a * self.moments[:-1] + q - self.moments[1:]
         return np.asarray(self.loss + np.einsum("kd,kd->k", self.adjoint, change))
@@ -107,7 +149,27 @@ class Evaluated:
 def evaluate(
     problem: Problem, lr: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
 ) -> Evaluated:
-    """`piecewise_loss` with all that the two sweeps computed."""
+    """Evaluate piecewise-constant SGD and keep moments and adjoint; arguments are not checked.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    lr, lengths : array_like, shape (pieces,)
+        Learning rate, > 0, and steps, >= 0, of each piece.
+    batch_size : float or array_like, shape (pieces,)
+        Examples of one minibatch, > 0.
+
+    Returns
+    -------
+    Evaluated
+        Loss and gradient, infinite or NaN where the rates diverge.
+
+    Raises
+    ------
+    NQMError
+        If so many pieces do not fit in memory.
+    """
     rates, n = np.asarray(lr, dtype=np.float64), np.asarray(lengths)
     check_memory("the number of pieces", rates.size, 10.0 * rates.size * problem.directions)
     size = np.array(np.broadcast_to(np.asarray(batch_size, dtype=np.float64), rates.shape))
@@ -129,7 +191,22 @@ def evaluate(
 def final_loss(
     problem: Problem, lr: ArrayLike, lengths: ArrayLike, batch_size: ArrayLike = 1.0
 ) -> float:
-    """The loss of `piecewise_loss` alone, with memory for one piece: for all directions."""
+    """Compute the loss of `piecewise_loss` without gradients, in the memory of one piece.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem; may have many directions.
+    lr, lengths : array_like, shape (pieces,)
+        Learning rate, > 0, and steps, >= 0, of each piece.
+    batch_size : float or array_like, shape (pieces,)
+        Examples of one minibatch, > 0.
+
+    Returns
+    -------
+    float
+        Expected loss after the last piece.
+    """
     rates, n = np.asarray(lr, dtype=np.float64), np.asarray(lengths)
     size = np.broadcast_to(np.asarray(batch_size, dtype=np.float64), rates.shape)
     s = problem.initial_mean**2 + problem.initial_variance
@@ -142,7 +219,20 @@ def final_loss(
 def maps(
     problem: Problem, lr: FloatArray, lengths: NDArray[Any], batch_size: FloatArray
 ) -> tuple[FloatArray, ...]:
-    """Both a and q of every piece, and their derivatives by its rate, (pieces, d) each."""
+    """Coefficients of the map s -> a s + q of the second moment over each piece.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    lr, lengths, batch_size : ndarray, shape (pieces,)
+        Learning rate, steps and batch size of each piece.
+
+    Returns
+    -------
+    tuple of ndarray, shape (pieces, d)
+        a, q, and their derivatives by the rate of the piece.
+    """
     rates, n = lr[:, None], lengths[:, None]
     h, v = problem.curvature, problem.noise_variance / batch_size[:, None]
     u = rates * h

@@ -1,4 +1,4 @@
-"""Tuning one phase of a program, with ranges chosen for it."""
+"""Search for the best constant rate (and momentum) of one phase of a program."""
 
 from __future__ import annotations
 
@@ -31,18 +31,33 @@ def best_phase_lr(
     momentum: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Best:
-    """Constant learning rate (and momentum) of one phase with the least final loss.
+    """Find the constant learning rate (and momentum) of one phase of least final loss.
+
+    The range is 1e-5 to 0.999 of the stability edge.
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or LeastSquares
+        Problem whose exact expected loss is minimised.
     program : Program
+        All phases are run; the chosen one needs a constant rate.
     index : int
-        Which phase; -1 is the last. Its ``member_lr``, where stated, stays as it is.
+        Position of the phase to tune; -1 is the last. A stated ``member_lr`` is not changed.
     momentum : bool
-        Search the momentum of the phase's optimizer as well.
+        Search the momentum of the phase's optimizer as well, from 0 to 0.999.
     progress : callable
-        Told of each setting tried.
+        Called with 1 before each setting is evaluated.
+
+    Returns
+    -------
+    Best
+        Best rate (and momentum), its loss, and all evaluated settings.
+
+    Raises
+    ------
+    NQMError
+        If there is no such phase, its rate is not constant, its method is not linear or has no
+        momentum to search, or every rate diverges.
     """
     program = as_program("best_phase_lr.program", program)
     phase = _phase(program, index)
@@ -75,12 +90,28 @@ def fastest_phase_lr(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """One row: the constant rate at which a one-phase program first reaches `target` soonest.
+    """Find the constant rate at which a one-phase program reaches `target` in the fewest steps.
+
+    Parameters
+    ----------
+    problem : Problem or LeastSquares
+        Problem whose exact expected loss must reach the target.
+    program : Program
+        One phase at a constant rate; its `steps` are the largest number considered.
+    target : float
+        Expected loss to reach, > 0.
+    progress : callable, optional
+        Called with 1 after each rate is evaluated.
+
+    Returns
+    -------
+    DataFrame
+        One row with columns lr, step, examples, loss, status.
 
     Raises
     ------
     NQMError
-        If no rate reaches it within the program's steps.
+        If the program has several phases, or no rate reaches the target within its steps.
     """
     program = as_program("fastest_phase_lr.program", program)
     if len(program.phases) != 1:

@@ -32,6 +32,7 @@ class BestSchedule:
         Learning rate and number of steps of each piece; with fewer steps than pieces some
         lengths are 0.
     steps : int
+        Steps in all: the sum of `lengths`.
     loss : float
         Exact expected loss at the end, over every direction.
     at_bound : bool
@@ -50,12 +51,25 @@ class BestSchedule:
 
     @property
     def schedule(self) -> Piecewise:
-        """For a `Phase`."""
+        """The rates as a `Piecewise` schedule, to be used in a `Phase`."""
         return as_piecewise(self.lr, self.lengths)
 
 
 def as_piecewise(values: ArrayLike, lengths: NDArray[np.int64]) -> Piecewise:
-    """Schedule with one of `values` for each stretch of `lengths` steps; empty ones left out."""
+    """Write values of pieces as a `Piecewise` schedule.
+
+    Parameters
+    ----------
+    values : array_like, shape (pieces,)
+        Value of each piece (a learning rate or a batch size).
+    lengths : ndarray of int, shape (pieces,)
+        Steps of each piece; pieces of 0 steps are left out.
+
+    Returns
+    -------
+    Piecewise
+        Schedule over the sum of `lengths` steps.
+    """
     used = lengths > 0
     edges = np.cumsum(lengths[used])[:-1]
     return Piecewise(tuple(map(float, np.asarray(values)[used])), tuple(map(int, edges)))
@@ -71,7 +85,7 @@ def best_piecewise(
     start: ArrayLike | None = None,
     within: float = WITHIN,
 ) -> BestSchedule:
-    """Rates of `pieces` equal pieces with the least expected loss of SGD after `steps` steps.
+    """Find the piecewise-constant rates of least expected loss of SGD after `steps` steps.
 
     Bounded quasi-Newton (L-BFGS-B) in the logarithms of the rates, on the condensed spectrum
     (`nqm.condense`), from the best constant rate and from rates that decay; many pieces start from
@@ -86,20 +100,30 @@ def best_piecewise(
     Parameters
     ----------
     problem : Problem
-        Preconditioned, if so wanted (`Problem.precondition`).
-    pieces, steps : int
+        Noisy quadratic problem; for a preconditioned one see `Problem.precondition`.
+    pieces : int
+        Number of pieces of equal length, each with a rate of its own, >= 1.
+    steps : int
+        Steps of SGD, >= 1.
     batch_size : float
+        Examples of one minibatch, > 0.
     highest_lr : float, optional
-        2 / h of the largest curvature by default, beyond which that direction is amplified.
+        Upper bound of the rates; by default 2 / h of the largest curvature h, beyond which that
+        direction is amplified.
     start : array_like, shape (pieces,), optional
-        Rates to begin with, in place of the starts above.
+        Rates to begin the optimisation with, > 0, in place of the starts above.
     within : float
-        Rise of the loss that `flat` allows.
+        Relative rise of the loss that the intervals in `flat` allow.
 
     Returns
     -------
     BestSchedule
         Its loss is exact, over every direction of `problem`.
+
+    Raises
+    ------
+    NQMError
+        If an argument is out of range, `start` has a wrong shape, or the problem is least squares.
     """
     problem = additive_only("best_piecewise", problem)
     check_integer("best_piecewise.pieces", pieces, 1)
@@ -119,7 +143,31 @@ def optimised(
     highest_lr: float | None,
     start: ArrayLike | None,
 ) -> BestSchedule:
-    """`best_piecewise` of a condensed problem, without flatness."""
+    """Optimise the rates on a condensed problem, without intervals of near-optimal values.
+
+    Parameters
+    ----------
+    problem : Problem
+        Condensed problem.
+    pieces, steps : int
+        Number of pieces and of steps.
+    batch_size : float
+        Examples of one minibatch.
+    highest_lr : float or None
+        Upper bound of the rates; None for 2 / h of the largest curvature.
+    start : array_like, shape (pieces,), or None
+        Rates to begin with; None for `nqm.tuning.lbfgs.usual_starts`.
+
+    Returns
+    -------
+    BestSchedule
+        Its loss is that of the condensed problem; `flat` is empty.
+
+    Raises
+    ------
+    NQMError
+        If `start` does not hold one rate > 0 for each piece.
+    """
     high = fastest(problem, highest_lr)
 
     def objective(lengths: NDArray[np.int64]) -> Objective:
@@ -145,7 +193,22 @@ def optimised(
 
 
 def on_all(found: BestSchedule, problem: Problem, batch_size: float) -> BestSchedule:
-    """With the loss over every direction."""
+    """Replace the loss of a schedule by the one over every direction of the full problem.
+
+    Parameters
+    ----------
+    found : BestSchedule
+        Schedule optimised on a condensed problem.
+    problem : Problem
+        The full problem.
+    batch_size : float
+        Examples of one minibatch.
+
+    Returns
+    -------
+    BestSchedule
+        The same rates with their exact loss.
+    """
     return replace(found, loss=final_loss(problem, found.lr, found.lengths, batch_size))
 
 
@@ -156,13 +219,48 @@ def with_flatness(
     highest_lr: float | None,
     within: float,
 ) -> BestSchedule:
-    """With how far the rates may move, on a condensed problem."""
+    """Add intervals of near-optimal rates to a schedule.
+
+    Parameters
+    ----------
+    found : BestSchedule
+        Optimised schedule.
+    problem : Problem
+        Condensed problem on which losses are compared.
+    batch_size : float
+        Examples of one minibatch.
+    highest_lr : float or None
+        Upper bound of the rates; None for 2 / h of the largest curvature.
+    within : float
+        Relative rise of the loss allowed.
+
+    Returns
+    -------
+    BestSchedule
+        The same schedule with `flat` filled in.
+    """
     run = evaluate(problem, found.lr, found.lengths, batch_size)
     return replace(found, flat=flat_rates(run, fastest(problem, highest_lr), within))
 
 
 def flat_rates(run: Evaluated, high: float, within: float) -> dict[str, Flatness]:
-    """How far each rate may move alone ("rates"), and by which factor all together ("scale")."""
+    """Intervals of near-optimal rates.
+
+    Parameters
+    ----------
+    run : Evaluated
+        The optimum.
+    high : float
+        Upper bound of the rates.
+    within : float
+        Relative rise of the loss allowed.
+
+    Returns
+    -------
+    dict of str to Flatness
+        "lr": interval of each rate while all others stay, shape (pieces,); "scale": interval of a
+        common factor on all rates.
+    """
 
     def scaled(factor: FloatArray) -> FloatArray:
         rates = np.minimum(factor * run.lr, high)

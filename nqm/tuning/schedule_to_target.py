@@ -1,4 +1,4 @@
-"""The schedule that meets a target loss in the fewest steps."""
+"""Search for the schedule that meets a target loss in the fewest steps."""
 
 from __future__ import annotations
 
@@ -23,25 +23,50 @@ def fewest_steps_piecewise(
     highest_lr: float | None = None,
     horizon: int = 10**8,
 ) -> BestSchedule:
-    """Schedule of the fewest steps whose expected loss at the end meets `target`.
+    """Find the piecewise-constant schedule of SGD that meets `target` in the fewest steps.
 
     The optimised loss falls with the number of steps (up to the rounding of lengths), so the number
     is bracketed and interpolated on logarithmic scales until it and one step fewer have both been
     optimised.
 
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem (not least squares).
+    pieces : int
+        Number of pieces of equal length, each with a rate of its own, >= 1.
+    batch_size : float
+        Examples of one minibatch, > 0.
+    target : float
+        Expected loss at the end, > 0 and below the loss at the start.
+    highest_lr : float, optional
+        Upper bound of the rates; 2 / h of the largest curvature by default.
+    horizon : int
+        Largest number of steps considered.
+
+    Returns
+    -------
+    BestSchedule
+        Its `steps` are the fewest; its loss is exact, over every direction of `problem`.
+
     Raises
     ------
     NQMError
-        If `horizon` steps do not suffice.
+        If `horizon` steps at a constant rate do not reach the target, or an argument is out of
+        range.
     """
     problem = additive_only("fewest_steps_piecewise", problem)
     check_integer("fewest_steps_piecewise.pieces", pieces, 1)
     check_memory("fewest_steps_piecewise.pieces", pieces, 10.0 * pieces)
     check_number("fewest_steps_piecewise.batch_size", batch_size, low=0.0, closed_low=False)
     check_number(
-        "fewest_steps_piecewise.target", target, low=0.0, high=problem.initial_loss,
-        closed_low=False, closed_high=False,
-    )  # fmt: skip
+        "fewest_steps_piecewise.target",
+        target,
+        low=0.0,
+        high=problem.initial_loss,
+        closed_low=False,
+        closed_high=False,
+    )
     small = condense(problem, width=WIDTH)
 
     def at(count: int) -> Callable[[int, BestSchedule | None], BestSchedule]:

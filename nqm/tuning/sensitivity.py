@@ -1,4 +1,4 @@
-"""How flat an optimum is, in one form for every parameter."""
+"""Flatness of an optimum: the interval of each parameter in which the loss stays close to it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from nqm.problems.quadratic import FloatArray
 
 #: Relative rise of the loss that still counts as flat.
 WITHIN = 0.01
-#: Share of the way to the bound at which the walk outwards looks, on the scale of logarithms.
+#: Distances from the optimum at which the loss is evaluated: shares of the logarithmic distance
+#: to the bound.
 _LOOKS = np.geomspace(1e-4, 1.0, 40)
 
 
 @dataclass(frozen=True)
 class Flatness:
-    """How far each parameter may move, alone, while the loss stays close to the optimum.
+    """Interval of each parameter, all others fixed, in which the loss stays close to the optimum.
 
     Attributes
     ----------
@@ -27,6 +28,7 @@ class Flatness:
         Ends of the interval around the optimum in which the loss stays below (1 + `within`) times
         the optimum; the bound of the search where it does so all the way there.
     within : float
+        Relative rise of the loss allowed.
     """
 
     low: FloatArray
@@ -42,21 +44,27 @@ def flatness(
     *,
     within: float = WITHIN,
 ) -> Flatness:
-    """Interval of each positive parameter in which the loss stays within a factor of the optimum.
+    """Find the interval of each positive parameter in which the loss stays close to the optimum.
 
-    Walks outwards in 40 steps, ever larger ones, and bisects the first that leaves.
+    Evaluates 40 points outwards, at growing distances, and bisects before the first one whose loss
+    exceeds the limit.
 
     Parameters
     ----------
     loss : callable
-        From an array x of the shape of `at` to losses of that shape: entry k is the loss with
-        parameter k at x[k] and all others at the optimum. `nqm.scan` over rates has this form.
+        Takes an array x of the shape of `at`; returns losses of that shape: entry k is the loss
+        with parameter k at x[k] and all others at the optimum. `nqm.scan` over rates has this form.
     at : array_like, > 0
         The optimum.
     low, high : array_like, > 0
         Bounds of the search, broadcast to `at`.
     within : float
-        Relative rise allowed, > 0.
+        Relative rise of the loss allowed, > 0.
+
+    Returns
+    -------
+    Flatness
+        Ends of the intervals, of the shape of `at`.
 
     Raises
     ------
@@ -94,9 +102,27 @@ def flatness(
 
 
 def flat_numbers(losses: Mapping[int, float], *, within: float = WITHIN) -> Flatness:
-    """The same for a whole number whose losses are known at some values.
+    """Interval of a whole number around its optimum, from losses known at some numbers.
 
-    The interval is the run of known values around the best that all stay below the limit.
+    It holds the known numbers around the best one, up to the first on each side whose loss exceeds
+    the limit.
+
+    Parameters
+    ----------
+    losses : mapping of int to float
+        Loss of each number evaluated.
+    within : float
+        Relative rise of the loss allowed, > 0.
+
+    Returns
+    -------
+    Flatness
+        Scalar ends of the interval.
+
+    Raises
+    ------
+    NQMError
+        If `within` is not > 0.
     """
     check_number("flatness.within", within, low=0.0, closed_low=False)
     values = np.array(sorted(losses))

@@ -22,7 +22,7 @@ def stability_edge(
     batch_size: float = 1,
     member_lr_ratio: float = 1.0,
 ) -> float:
-    """Smallest constant learning rate at which some direction is no longer stable.
+    """Compute the smallest constant learning rate at which some direction is not stable.
 
     All linear methods depend on lr and h through lr * h, so the edge is that of the largest
     curvature. SGD: 2 / h; heavy ball: 2 (1 + momentum) / h; late-phase: lambda h = 2 for the mean
@@ -34,15 +34,21 @@ def stability_edge(
         In least squares the noise grows with the weights' distance from the minimum, so that a
         small batch lowers the edge (`nqm.tuning.stability_least_squares.stability_edge`).
     algorithm : Algorithm
+        Linear method.
     batch_size : float
-        Of least squares; the edge of a `Problem` is the same for all.
+        Examples of one minibatch, > 0; has an effect in least squares only.
     member_lr_ratio : float
-        member_lr / lr, for late-phase weights.
+        member_lr / lr of late-phase weights, > 0.
 
     Returns
     -------
     float
-        ``inf`` if no rate up to 1e4 / h is unstable.
+        Learning rate; ``inf`` if no rate up to 1e4 / h is unstable.
+
+    Raises
+    ------
+    NQMError
+        If the method is not linear, does not fit the problem, or an argument is out of range.
     """
     check_number("stability_edge.member_lr_ratio", member_lr_ratio, low=0.0, closed_low=False)
     check_number("stability_edge.batch_size", batch_size, low=0.0, closed_low=False)
@@ -109,7 +115,26 @@ def _edge(algorithm: Algorithm, highest: float, member_lr_ratio: float) -> float
 
 
 def searched_edge(problem: Problem | LeastSquares, phase: Phase) -> float:
-    """Upper end of the learning rates worth a look when tuning a phase."""
+    """Upper end of the learning rates that a search over one phase tries.
+
+    Parameters
+    ----------
+    problem : Problem or LeastSquares
+        Its largest curvature sets the edge.
+    phase : Phase
+        Phase to tune. With `member_lr` stated only `lr` varies, so the edge is that of the base
+        weights.
+
+    Returns
+    -------
+    float
+        Stability edge of `lr`.
+
+    Raises
+    ------
+    NQMError
+        If the method is not linear, or its edge is 0 or infinite.
+    """
     if not isinstance(phase.algorithm, Algorithm):
         name = type(phase.algorithm).__name__
         raise NQMError(f"{name} has no exact moments to search with; sweep phase.lr instead")

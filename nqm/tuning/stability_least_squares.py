@@ -20,20 +20,32 @@ def stability_edge(
     *,
     member_lr_ratio: float = 1.0,
 ) -> float:
-    """Smallest constant learning rate at which the expected loss no longer settles.
+    """Compute the smallest constant learning rate at which the expected loss does not settle.
 
-    Below the edge of noise that does not depend on the state (2 / h for SGD), a small batch brings
-    a lower one: a direction's own map, lr h (1 + 1 / B) < 2 for SGD, or kappa = 1, where the
-    directions sustain each other.
+    With noise that does not depend on the state the edge is 2 / h for SGD. Here a small batch
+    lowers it: second moments of one direction diverge unless lr h (1 + 1 / B) < 2 (SGD), and all
+    directions together diverge unless kappa < 1 (`nqm.solvers.least_squares.packed.Cycle`).
 
     Parameters
     ----------
     problem : LeastSquares
+        One-pass least-squares problem.
     algorithm : Algorithm
-        One whose steps repeat.
+        Linear method whose steps repeat with some period.
     batch_size : float
+        Examples of one minibatch, > 0.
     member_lr_ratio : float
-        member_lr / lr, for late-phase weights.
+        member_lr / lr of late-phase weights, > 0.
+
+    Returns
+    -------
+    float
+        Learning rate; ``inf`` if none is unstable.
+
+    Raises
+    ------
+    NQMError
+        If the steps of the method never repeat, or an argument is out of range.
     """
     check_number("stability_edge.batch_size", batch_size, low=0.0, closed_low=False)
     if isinstance(algorithm, Algorithm) and algorithm.time.update_never_repeats:

@@ -1,4 +1,4 @@
-"""How many steps a target loss takes, at given rates and at the best ones."""
+"""Number of steps to a target loss, at given rates and at the best constant rate."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ SCAN_BUDGET = 2e8
 
 @dataclass(frozen=True)
 class Crossing:
-    """When the expected loss meets a target.
+    """Step at which the expected loss meets a target.
 
     Attributes
     ----------
     status : Status
         REACHED, NOT_REACHED (within the phase's steps) or DIVERGED.
     step, examples : float
-        Of the crossing; NaN unless reached.
+        Steps and examples up to the crossing; NaN unless reached.
     loss : float
         Expected loss at that step.
     floor : float
-        Steady-state loss, NaN where there is none: a target below it is out of reach but for a
-        dip on the way.
+        Steady-state loss; NaN if there is none. A target below it can be met only by a temporary
+        minimum of the loss.
     scanned : bool
-        Whether every step before the crossing was looked at (for a last crossing, every step to
-        the horizon). Otherwise only a grid of steps 5 % apart and the bracket (by a finer grid
-        where it is long) were, and a shorter swing across the target could have been missed.
+        Whether the loss was evaluated at every step before the crossing (for a last crossing, at
+        every step of the phase). Otherwise it was evaluated on a grid of steps 5 % apart and inside
+        the bracket, and a shorter oscillation across the target may have been missed.
     """
 
     status: Status
@@ -61,21 +61,33 @@ class Crossing:
 def steps_to_target(
     problem: Problem | LeastSquares, phase: Phase, target: float, *, crossing: str = "first"
 ) -> Crossing:
-    """First (or last) step at which the expected loss is at or below `target`.
+    """Find the first (or last) step at which the expected loss falls to `target` or below.
 
-    The loss need not fall monotonically (momentum, starts below the floor), so nothing is
-    bisected: jumps on a geometric grid of steps bracket the crossing, then steps are scanned.
+    The loss need not fall monotonically (momentum, starts below the floor), so bisection would be
+    wrong: a geometric grid of steps brackets the crossing, then every step inside is evaluated.
 
     Parameters
     ----------
     problem : Problem or LeastSquares
+        Problem whose exact expected loss is followed.
     phase : Phase
-        Its `steps` are the horizon; 10**9 is fine at constant rates, but least squares is walked
-        step by step.
+        Method and rates; its `steps` are the largest number considered. 10**9 is quick at constant
+        rates, but least squares takes each step one by one.
     target : float
-        Expected loss, > 0.
+        Expected loss to reach, > 0.
     crossing : {"first", "last"}
-        "last" asks from which step on the loss stays at or below the target until the horizon.
+        "first" is the first step at or below the target; "last" is the step from which the loss
+        stays at or below the target until the end of the phase.
+
+    Returns
+    -------
+    Crossing
+        Its `status` says whether the target was reached.
+
+    Raises
+    ------
+    NQMError
+        If an argument is out of range, or the method has no exact moments.
     """
     check_number("target", target, low=0.0, closed_low=False)
     if crossing not in ("first", "last"):
@@ -105,7 +117,7 @@ def steps_to_target(
             break
         if target < floor and abs(loss - floor) <= SETTLED * floor:
             break
-    # Dips between grid points count as crossings too, where looking is affordable.
+    # Minima between grid points count as crossings too, where a full scan is affordable.
     scanned = walk.cost(before) <= SCAN_BUDGET
     if scanned:
         path = walk.path(0, before)
@@ -137,7 +149,7 @@ def _last(
         return Crossing(lost, np.nan, np.nan, np.nan, floor, False)
     above = np.flatnonzero(~(losses <= target))
     bracket = (0, 0) if above.size == 0 else (int(grid[above[-1]]), int(grid[above[-1] + 1]))
-    # A swing above the target between grid points counts too, where looking is affordable.
+    # An excursion above the target between grid points counts too, where a scan is affordable.
     scanned = walk.cost(phase.steps) <= SCAN_BUDGET
     start, stop = (0, phase.steps) if scanned else bracket
     while stop - start > LONGEST_SCAN:
@@ -156,7 +168,7 @@ def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) 
 
 
 class OutOfReachError(NQMError):
-    """No rate reaches the target within the horizon."""
+    """No rate reaches the target within the steps of the phase."""
 
 
 def fewest_steps(
@@ -167,34 +179,46 @@ def fewest_steps(
     points: int = 41,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[float, Crossing]:
-    """Constant learning rate at which a phase first meets `target` soonest, and that crossing.
+    """Find the constant learning rate at which a phase meets `target` in the fewest steps.
 
-    A geometric grid below the stability edge, then 17 rates between the best one's neighbours.
+    Evaluates a geometric grid below the stability edge, then 17 rates between the neighbours of the
+    best one.
 
     Parameters
     ----------
+    problem : Problem or LeastSquares
+        Problem whose exact expected loss is followed.
     phase : Phase
-        Its `lr` is replaced by each rate tried; its `steps` are the horizon.
+        Its `lr` is replaced by each rate tried; its `steps` are the largest number considered.
+    target : float
+        Expected loss to reach, > 0.
     points : int
-        Size of the grid.
+        Number of rates of the grid.
     progress : callable, optional
-        Told of each rate tried.
+        Called with 1 after each rate is evaluated.
+
+    Returns
+    -------
+    lr : float
+        Best rate.
+    crossing : Crossing
+        First crossing of the target at that rate.
 
     Raises
     ------
     OutOfReachError
-        An NQMError: no rate reaches the target within the horizon.
+        An NQMError: no rate reaches the target within the steps of the phase.
     """
     phase = one_phase("fewest_steps.phase", phase)
     problem = any_problem("fewest_steps", problem)
     edge = searched_edge(problem, phase)
     best: tuple[float, Crossing] | None = None
-    # From fast to slow; nothing later than the best so far is of interest.
+    # From fast to slow; each next rate is followed only up to the best step so far.
     grid = np.geomspace(0.999 * edge, 1e-5 * edge, points)
-    told = progress or (lambda count: None)
+    report = progress or (lambda count: None)
     for lr in map(float, grid):
         best = _sooner(best, problem, phase, lr, target)
-        told(1)
+        report(1)
     if best is None:
         raise OutOfReachError(
             f"target {target:g} is below what any rate reaches in {phase.steps} steps; "
@@ -204,7 +228,7 @@ def fewest_steps(
     ends = grid[max(at - 1, 0)], grid[min(at + 1, points - 1)]
     for lr in map(float, np.geomspace(*ends, 17)):
         best = _sooner(best, problem, phase, lr, target)
-        told(1)
+        report(1)
     assert best is not None
     return best
 

@@ -1,4 +1,4 @@
-"""One-pass least squares, exactly: expected loss, steady state, stability edge."""
+"""Exact expected loss and steady state of one-pass least squares."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from nqm.transition import origins, readout
 
 #: Most entries of the maps of distinct steps held at once.
 CHUNK = 300_000
-#: Longest cycle whose stability is worked out while solving; a longer one shows in the loss alone.
+#: Longest cycle whose stability is computed while solving; beyond it only the loss shows it.
 LONGEST_CYCLE = 64
 
 
@@ -43,26 +43,33 @@ def solve(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
-    """Exact expected loss at the recorded steps, every step walked.
+    """Compute the exact expected loss at the recorded steps, taking every step.
 
-    `bias` is what the start leaves with noiseless labels, the noise of drawing inputs included;
-    `variance` what noisy labels make of a start at the minimum. Both follow the same linear map.
-    The weights are not Gaussian here, so `loss_sd` is NaN and there are no quantiles.
+    `bias` is the loss with noiseless labels, which includes the noise of drawing inputs;
+    `variance` is the loss of a start at the minimum, due to noisy labels. Both follow the same
+    linear map. The weights are not Gaussian here, so `loss_sd` is NaN and there are no quantiles.
 
     Parameters
     ----------
     problem : LeastSquares
+        One-pass least-squares problem of d directions.
     program : Program
-        Of linear methods that draw one minibatch per member and step.
+        Phases of linear methods that draw one minibatch per member and step.
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
     progress : callable, optional
-        Told the number of steps done after each advance.
+        Called with the number of steps done since the last call.
+
+    Returns
+    -------
+    Trajectory
+        Loss and its parts at each record, of kind "exact".
 
     Raises
     ------
     NQMError
-        For a method whose moments do not close.
+        If a method is not linear or draws several minibatches in a step, or if it would take too
+        much memory or time.
     """
     wanted = program.recorded(at)
     laws = [linear_law(phase, problem) for phase in program.phases]
@@ -86,7 +93,25 @@ def solve(
 
 
 def linear_law(phase: Phase, problem: LeastSquares) -> Law:
-    """Law of a phase's steps on the problem's additive part; NQMError for a non-linear method."""
+    """Reduce a phase to a linear algorithm on the problem with additive noise.
+
+    Parameters
+    ----------
+    phase : Phase
+        Method, rates and batch size.
+    problem : LeastSquares
+        Problem that the method must fit.
+
+    Returns
+    -------
+    Law
+        The linear algorithm and factors on its rates.
+
+    Raises
+    ------
+    NQMError
+        If the method is not linear, or does not fit the problem.
+    """
     if not isinstance(phase.algorithm, Algorithm):
         name = type(phase.algorithm).__name__
         raise NQMError(f"least squares needs a linear method; {name} has no exact moments")
@@ -94,10 +119,10 @@ def linear_law(phase: Phase, problem: LeastSquares) -> Law:
 
 
 class _Walk:
-    """All modes of one phase on their way: means (n, d) and second moments (2, N, d).
+    """State of all modes of one phase: means (n, d) and second moments (2, N, d).
 
-    Of the two parts of the moments, the first is what the start leaves, the second what noisy
-    labels (and a method's own noise) make.
+    The first part of the moments is due to the start, the second to noisy labels (and to the
+    method's own noise).
     """
 
     def __init__(self, problem: LeastSquares, law: Law, states: list[Moments], age: int):
@@ -112,7 +137,7 @@ class _Walk:
         )
 
     def walk(self, start: int, stop: int, path: FloatArray | None = None) -> None:
-        """Steps [start, stop) of the phase; `path` takes the first mode's loss after each."""
+        """Take steps [start, stop); write the first mode's loss after each into `path`."""
         here, chain = self.coupled.packed[0], self.coupled.modes[0].algorithm
         seen = self.problem.weight
         squares: dict[int, FloatArray] = {}
@@ -148,7 +173,7 @@ class _Walk:
             self.moment = moment
 
     def states(self) -> list[Moments]:
-        """The modes as the ordinary solver holds them, for handing over to a next phase."""
+        """State as `nqm.solvers.moments` stores it, for the start of the next phase."""
         out = []
         blocks = zip(self.coupled.modes, self.coupled.coordinates, self.coupled.packed, strict=True)
         for mode, where, here in blocks:
@@ -158,7 +183,7 @@ class _Walk:
         return out
 
     def losses(self, age: int) -> FloatArray:
-        """Expected loss of each mode by part, shape (M, 2)."""
+        """Expected loss (M, 2) of each mode: the part due to the start, and to noise."""
         weight = self.problem.weight
         return np.array(
             [
@@ -169,18 +194,42 @@ class _Walk:
 
 
 class CoupledPhaseWalk:
-    """Losses of one phase run from the problem's start; every step is walked."""
+    """Expected loss of one phase from the problem's start; every step is taken."""
 
     def __init__(self, problem: LeastSquares, phase: Phase):
         self.problem, self.law = problem, linear_law(phase, problem)
 
     def cost(self, steps: int) -> float:
-        """Multiplications of so many steps, to order of magnitude; a step costs 20 000 besides."""
+        """Estimate the cost of taking every step, to order of magnitude.
+
+        Parameters
+        ----------
+        steps : int
+            Number of steps.
+
+        Returns
+        -------
+        float
+            Multiplications, with 20 000 per step for overhead.
+        """
         size = sum(len(mode.algorithm.coordinates) ** 2 for mode in self.law.algorithm.modes())
         return float(steps) * (20_000 + self.problem.directions * size**2)
 
     def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
-        """(step, expected loss) at increasing steps, computed as they are asked for."""
+        """Compute the expected loss at chosen steps, lazily.
+
+        Parameters
+        ----------
+        steps : iterable of int
+            Increasing numbers of steps, >= 0.
+
+        Yields
+        ------
+        step : int
+            Number of steps.
+        loss : float
+            Expected loss after them.
+        """
         states = at_start(self.law.algorithm, self.problem.additive())
         walk, position = _Walk(self.problem, self.law, states, 0), 0
         for step in steps:
@@ -191,7 +240,18 @@ class CoupledPhaseWalk:
             yield step, loss
 
     def path(self, start: int, stop: int) -> FloatArray:
-        """Expected loss at every step start, start + 1, ..., stop."""
+        """Compute the expected loss at every step of a range.
+
+        Parameters
+        ----------
+        start, stop : int
+            First and last number of steps.
+
+        Returns
+        -------
+        ndarray, shape (stop - start + 1,)
+            Expected loss after start, start + 1, ..., stop steps.
+        """
         states = at_start(self.law.algorithm, self.problem.additive())
         walk, out = _Walk(self.problem, self.law, states, 0), np.empty(stop - start + 1)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -202,7 +262,7 @@ class CoupledPhaseWalk:
 
 
 def _second(state: Moments) -> FloatArray:
-    """Second moment of what the start leaves, (d, n, n)."""
+    """Second moment (d, n, n) due to the start."""
     return state.started + state.mean[:, :, None] * state.mean[:, None, :]
 
 
@@ -222,7 +282,7 @@ def _visit(
     additive = problem.additive()
     states, age, offset, pending = at_start(laws[0].algorithm, additive), 0, 0, list(wanted)
     if not any(origins(law.algorithm).any() for law in laws):
-        # Only a coordinate that begins at the origin asks how the rest is correlated with it.
+        # Means matter only if some coordinate begins at the origin: it correlates with the rest.
         for state in states:
             state.started = _second(state)
             state.mean = np.zeros_like(state.mean)
@@ -278,8 +338,8 @@ class CoupledSteady:
     radius, kappa : float
         Stable if both are below 1, see `nqm.solvers.least_squares.packed.Cycle`.
     second_moment, deviation : ndarray, shape (d,)
-        Of the evaluated weights' distance from the minimum, and of a member from the mean model.
-        NaN along flat directions.
+        Second moment of the evaluated weights' distance from the minimum, and of the distance of a
+        member from the mean model. NaN along flat directions.
     """
 
     loss: float
@@ -291,23 +351,41 @@ class CoupledSteady:
     deviation: FloatArray = field(repr=False)
 
     def table(self) -> pd.DataFrame:
-        """One row."""
+        """Tabulate the losses and the stability.
+
+        Returns
+        -------
+        DataFrame
+            One row with columns loss, member_loss, radius, kappa, status, kind.
+        """
         names = ("loss", "member_loss", "radius", "kappa")
         row: dict[str, Any] = {name: [getattr(self, name)] for name in names}
         return pd.DataFrame(row | {"status": [str(self.status)], "kind": [str(Kind.EXACT)]})
 
 
 def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady:
-    """Steady state of a phase that goes on for ever; its `steps` are not looked at.
+    """Compute the steady state of a phase that is continued without end.
 
-    Every direction is solved for a unit of each number 2 L of the cycle, which leaves one small
-    linear system for these numbers. SGD: E u_i^2 = w_i s2 / (1 - kappa) and
+    The response of every direction to a unit of each number 2 L of the cycle is computed first;
+    these numbers then solve one small linear system. SGD: E u_i^2 = w_i s2 / (1 - kappa) and
     2 L = kappa s2 / (1 - kappa).
+
+    Parameters
+    ----------
+    problem : LeastSquares
+        One-pass least-squares problem of d directions.
+    phase : Phase
+        Linear method at constant or cyclic rates and batch size; its `steps` have no effect.
+
+    Returns
+    -------
+    CoupledSteady
+        Losses of NaN, and `status` DIVERGED, if the phase is unstable.
 
     Raises
     ------
     NQMError
-        For rates that never repeat, and for averages over all the past.
+        If the rates never repeat, if the method is not linear, or if it averages over all its past.
     """
     check_settles(phase.algorithm)
     law = linear_law(phase, problem)

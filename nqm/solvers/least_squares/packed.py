@@ -1,4 +1,4 @@
-"""Second moments whose noise depends on the state: directions coupled through one number a mode.
+"""Second moments with noise that depends on the state: one number per mode couples all directions.
 
 One step of a linear method is z_i' = A_i z_i + C_i e_i in every direction i. In one-pass least
 squares its minibatch gradient, taken at the point p = P z, has the noise
@@ -9,15 +9,15 @@ squares its minibatch gradient, taken at the point p = P z, has the noise
 
     s_i' = D_i s_i + g_i (2 L + s2),          2 L = sum_j f_j s_j
 
-where D_i holds A_i and the direction's own noise: directions meet in one number, and a step costs
-O(d). K exchangeable members are a mean and a deviation, uncorrelated, each with a number 2 L of its
-own; a member's point is their sum, so with b the deviation's share of the noise
+where D_i contains A_i and the direction's own noise. One number couples all directions, so a step
+costs O(d). K exchangeable members are a mean and a deviation, uncorrelated, each with a number 2 L
+of its own; a member's point is their sum, so with b the deviation's share of the noise,
 
     noise of the mean      = (1 - b) (mean's + s2) +      b / (K - 1)  deviation's
     noise of the deviation =      b  (mean's + s2) + (1 - b / (K - 1)) deviation's
 
-for own, shared and partly shared minibatches alike: of what members share, e_k - mean_k e keeps
-only the dependence on where each of them stands.
+for own, shared and partly shared minibatches alike: on a shared minibatch, e_k - mean_k e depends
+only on the differences between the members' points.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Indices = NDArray[np.int64]
 
 
 class _Recorder:
-    """A gradient that notes where it is taken."""
+    """A gradient that records the points at which it is evaluated."""
 
     def __init__(self, gradient: Gradient):
         self.gradient = gradient
@@ -92,16 +92,16 @@ class _Probed(Algorithm):
 
 @dataclass(frozen=True)
 class Steps:
-    """R distinct steps of M modes with n coordinates and N packed moments in all.
+    """Maps of R distinct steps of M modes with n coordinates and N packed moments in all.
 
-    Directions run along the last axis, which is long.
+    Directions are the last axis, because it is the longest.
 
     Attributes
     ----------
     matrix : ndarray, shape (R, n, n, d)
-        A, by which means move.
+        A, the map of the means.
     moment : ndarray, shape (R, N, N, d)
-        D.
+        D, the map of the packed moments.
     gain, sight : ndarray, shape (R, M, N, d)
         g and f of each mode's number 2 L.
     own : ndarray, shape (R, N, d)
@@ -116,7 +116,18 @@ class Steps:
 
 
 def pair(form: FloatArray, other: FloatArray) -> FloatArray:
-    """Coefficients of E (form z)(other z) on the packed moments, (..., n, d) -> (..., N, d)."""
+    """Coefficients of E (form z)(other z) on the packed moments E z_k z_m, k <= m.
+
+    Parameters
+    ----------
+    form, other : ndarray, shape (..., n, d)
+        Coefficients of two linear forms of the n coordinates z.
+
+    Returns
+    -------
+    ndarray, shape (..., N, d)
+        N = n (n + 1) / 2 coefficients, in the order of `numpy.triu_indices`.
+    """
     k, m = np.triu_indices(form.shape[-2])
     crossed = form[..., m, :] * other[..., k, :]
     crossed *= (k != m)[:, None]
@@ -125,13 +136,37 @@ def pair(form: FloatArray, other: FloatArray) -> FloatArray:
 
 
 def pack(moment: FloatArray) -> FloatArray:
-    """(d, n, n), symmetric, to (N, d)."""
+    """Store the upper triangle of symmetric matrices.
+
+    Parameters
+    ----------
+    moment : ndarray, shape (d, n, n)
+        Symmetric second moments.
+
+    Returns
+    -------
+    ndarray, shape (N, d)
+        N = n (n + 1) / 2 packed moments, in the order of `numpy.triu_indices`.
+    """
     i, j = np.triu_indices(moment.shape[-1])
     return np.ascontiguousarray(moment[:, i, j].T)
 
 
 def unpack(packed: FloatArray, n: int) -> FloatArray:
-    """(N, d) to (d, n, n)."""
+    """Restore symmetric matrices from their packed form.
+
+    Parameters
+    ----------
+    packed : ndarray, shape (N, d)
+        Moments as `pack` returns them.
+    n : int
+        Size of the matrices; N = n (n + 1) / 2.
+
+    Returns
+    -------
+    ndarray, shape (d, n, n)
+        Symmetric second moments.
+    """
     out = np.empty((packed.shape[1], n, n))
     i, j = np.triu_indices(n)
     out[:, i, j] = packed.T
@@ -154,12 +189,12 @@ def _shares(modes: tuple[Mode, ...], members: int) -> FloatArray:
 
 
 class Coupled:
-    """A phase of one-pass least squares as maps of packed second moments.
+    """Maps of packed second moments for the steps of one phase of one-pass least squares.
 
     Attributes
     ----------
     coordinates, packed : list of slice
-        Where each mode's coordinates and packed moments are.
+        Position of each mode's coordinates among n, and of its packed moments among N.
     """
 
     def __init__(self, problem: LeastSquares, law: Law):
@@ -169,19 +204,32 @@ class Coupled:
         self.coordinates = _blocks(sizes)
         self.packed = _blocks([n * (n + 1) // 2 for n in sizes])
         self._shares = _shares(self.modes, law.algorithm.member_count)
-        check_memory(
-            f"the coordinates of {type(law.algorithm).__name__}", self.coordinates[-1].stop,
-            2.0 * self.entries,
-        )  # fmt: skip
+        name = f"the coordinates of {type(law.algorithm).__name__}"
+        check_memory(name, self.coordinates[-1].stop, 2.0 * self.entries)
         self._last: tuple[bytes, Steps] | None = None
 
     @property
     def entries(self) -> int:
-        """Numbers that one step's maps hold, to order of magnitude."""
+        """Number of entries of one step's maps, to order of magnitude."""
         return int(self.problem.directions * self.packed[-1].stop ** 2)
 
     def steps(self, start: int, stop: int, age: int) -> tuple[Steps, Indices]:
-        """Distinct steps among [start, stop) of the phase, and which step has which."""
+        """Compute the maps of the steps [start, stop) of the phase.
+
+        Parameters
+        ----------
+        start, stop : int
+            First step of the phase, and the last one plus 1.
+        age : int
+            Steps of the method before the phase.
+
+        Returns
+        -------
+        steps : Steps
+            Maps of the distinct steps.
+        kind : ndarray of int, shape (stop - start,)
+            Index of each step's maps.
+        """
         times = self.law.algorithm.time.reduced(age + np.arange(start, stop))
         rows = np.column_stack([self.law.phase.settings(start, stop), times])
         rows, kind = np.unique(rows, axis=0, return_inverse=True)
@@ -210,7 +258,7 @@ class Coupled:
                     gain[chosen, o, here] = felt
                     moment[chosen, here, self.packed[o]] += felt[:, :, None] * (h * viewed)[:, None]
         if self.law.scales is not None and modes > 1:
-            # Where members are not replicated their deviation is 0 and stays so.
+            # Along directions without members the deviation stays 0.
             moment[:, self.packed[1], :, self.law.scales[1] == 0] = 0.0
         return Steps(matrix, moment, gain, sight, own)
 
@@ -233,20 +281,20 @@ class Coupled:
 
 @dataclass(frozen=True)
 class Cycle:
-    """What repeating one cycle of steps for ever leads to.
+    """Stability of one cycle of steps that is repeated without end.
 
     The map of all directions is a sum of a cone-preserving D and of positive terms of rank one, so
-    it contracts if and only if every D_i does and so does the matrix that takes the numbers 2 L of
-    one cycle to those they breed: kappa = f (1 - D)^-1 g for a cycle of one step. For SGD
+    it contracts if and only if every D_i does and so does the matrix that maps the numbers 2 L of
+    one cycle to those that they cause: kappa = f (1 - D)^-1 g for a cycle of one step. For SGD
     kappa = sum_i m_i h_i w_i with w_i = lr / (B (2 - lr h_i (1 + 1 / B))).
 
     Attributes
     ----------
     radius : float
-        Largest spectral radius of a curved direction's D over the cycle, of what the gradient
-        depends on.
+        Largest spectral radius of D over the cycle, among curved directions and the moments on
+        which the gradient depends.
     kappa : float
-        Spectral radius of the breeding; infinite where `radius` is not below 1.
+        Spectral radius of the map of the numbers 2 L; infinite unless `radius` is below 1.
     """
 
     radius: float
@@ -254,23 +302,56 @@ class Cycle:
 
     @property
     def stable(self) -> bool:
-        """Whether second moments settle."""
+        """Whether second moments converge."""
         return self.radius < 1.0 and self.kappa < 1.0
 
 
 def cycle(coupled: Coupled, start: int, period: int, age: int) -> Cycle:
-    """Stability of the `period` steps from `start`, repeated for ever."""
+    """Compute the stability of a cycle of steps.
+
+    Parameters
+    ----------
+    coupled : Coupled
+        Phase of least squares.
+    start, period : int
+        First step of the cycle within the phase, and number of steps.
+    age : int
+        Steps of the method before the phase.
+
+    Returns
+    -------
+    Cycle
+        Spectral radii of the cycle.
+
+    Raises
+    ------
+    NQMError
+        If the maps of the period do not fit in memory.
+    """
     check_memory("the period", period, 3.0 * period * coupled.entries)
     steps, kind = coupled.steps(start, start + period, age)
     return Repeated(coupled.problem, steps, kind, moving(coupled, steps, driving=True)).judge()
 
 
 def moving(coupled: Coupled, steps: Steps, *, driving: bool) -> Indices:
-    """Packed moments that can change; if `driving`, of what the gradient depends on alone.
+    """Indices of the packed moments that can change.
 
-    What an average keeps drives nothing, and a running sum never settles.
+    Parameters
+    ----------
+    coupled : Coupled
+        Phase of least squares.
+    steps : Steps
+        Maps of its distinct steps.
+    driving : bool
+        Keep only moments of coordinates on which a gradient depends, now or later. An average has
+        no influence on the gradient, and a running sum would never converge.
+
+    Returns
+    -------
+    ndarray of int
+        Rising indices among the N packed moments.
     """
-    found = []
+    indices = []
     for m, mode in enumerate(coupled.modes):
         here, where = coupled.packed[m], coupled.coordinates[m]
         names, constants = mode.algorithm.coordinates, mode.algorithm.constants
@@ -283,8 +364,8 @@ def moving(coupled: Coupled, steps: Steps, *, driving: bool) -> Indices:
             for _ in names:  # a path to the gradient is no longer than this
                 seen = seen | links[seen].any(axis=0)
             chosen &= seen[i] & seen[j]
-        found.append(here.start + np.flatnonzero(chosen))
-    return np.concatenate(found)
+        indices.append(here.start + np.flatnonzero(chosen))
+    return np.concatenate(indices)
 
 
 class Repeated:
@@ -300,7 +381,13 @@ class Repeated:
             self.whole = np.moveaxis(self.moment[k], -1, 0) @ self.whole
 
     def judge(self) -> Cycle:
-        """Whether it is stable."""
+        """Compute the stability of the cycle.
+
+        Returns
+        -------
+        Cycle
+            Spectral radii; the loss converges if both are below 1.
+        """
         radius = float(spectral_radius(self.whole).max(initial=0.0))
         if not radius < 1.0:
             return Cycle(radius, np.inf)
@@ -308,19 +395,19 @@ class Repeated:
         return Cycle(radius, float(spectral_radius(bred[:, :-1])))
 
     def respond(self, forcing: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Periodic responses to a unit of each of the cycle's numbers 2 L, and to `forcing`.
+        """Compute the periodic responses to a unit of each number 2 L, and to `forcing`.
 
         Parameters
         ----------
         forcing : ndarray, shape (period, N, d)
-            What each step adds to the moments besides.
+            Second moments that each step adds independently of the state.
 
         Returns
         -------
         numbers : ndarray, shape (period * M, period * M + 1)
-            The numbers 2 L that each response shows; the last column is that of `forcing`.
+            The numbers 2 L of each response; the last column belongs to `forcing`.
         start : ndarray, shape (period * M + 1, N, d)
-            Moments at the start of the cycle.
+            Moments of each response at the start of the cycle.
         """
         modes = self.gain.shape[1]
         numbers = len(self.kind) * modes

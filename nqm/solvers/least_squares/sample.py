@@ -1,7 +1,7 @@
-"""One-pass least squares by literal Monte Carlo: inputs and labels are drawn, example by example.
+"""Literal Monte Carlo of one-pass least squares: inputs and labels are drawn, example by example.
 
-Nothing here knows a second moment or a transition: the algorithm's own `update` runs on numbers,
-with all its members, and every minibatch is a set of Gaussian inputs with noisy labels.
+This module uses no moments and no transitions: the algorithm's own `update` runs on numbers, with
+all its members, and every minibatch is a set of Gaussian inputs with noisy labels.
 """
 
 from __future__ import annotations
@@ -67,20 +67,33 @@ def sample(
     replicas: int = 1000,
     seed: int = 0,
 ) -> Trajectory:
-    """Monte Carlo estimate of the expected loss: the check on `solve`, for few directions.
+    """Estimate the expected loss by Monte Carlo, as a check of `solve` for few directions.
 
-    Each step costs replicas * members * batch size * directions normals.
+    Each step draws replicas * members * batch size * directions normals.
 
     Parameters
     ----------
     problem : LeastSquares
-        Of multiplicity 1: an input has one entry per direction.
+        With multiplicity 1, because an input has one entry per direction.
     program : Program
+        Phases of linear methods with batch sizes of whole examples.
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
     replicas : int
         Independent runs, >= 2.
     seed : int
+        Seed of all draws, >= 0.
+
+    Returns
+    -------
+    Trajectory
+        Mean losses with standard errors, of kind "sample".
+
+    Raises
+    ------
+    NQMError
+        If a direction has multiplicity > 1, a minibatch is not a whole number of examples, or it
+        would take too much memory or time.
     """
     check_integer("replicas", replicas, 2)
     check_integer("seed", seed, 0)
@@ -115,7 +128,7 @@ def _run(
     rng: np.random.Generator,
     rows: list[tuple[FloatArray, FloatArray]],
 ) -> None:
-    """All phases on all replicas; a pair (loss, member loss) of shape (replicas,) per record."""
+    """Run all phases on all replicas; append (loss, member loss), (replicas,) each, per record."""
     shape = (replicas, problem.directions)
 
     def draw() -> FloatArray:
