@@ -9,6 +9,7 @@ from .algorithms import Adam as Adam
 from .algorithms import Algorithm as Algorithm
 from .algorithms import Ensemble as Ensemble
 from .algorithms import Federated as Federated
+from .algorithms import FedProx as FedProx
 from .algorithms import HeavyBall as HeavyBall
 from .algorithms import LatePhase as LatePhase
 from .algorithms import LocalSGD as LocalSGD
@@ -19,11 +20,17 @@ from .algorithms import PolynomialAverage as PolynomialAverage
 from .algorithms import QuasiHyperbolicMomentum as QuasiHyperbolicMomentum
 from .algorithms import Rounded as Rounded
 from .algorithms import SampledSGD as SampledSGD
+from .algorithms import Scaffold as Scaffold
 from .algorithms import ScheduleFree as ScheduleFree
 from .algorithms import SignSGD as SignSGD
 from .algorithms import WeightDecay as WeightDecay
+from .amortized import AME as AME
+from .amortized import AMESample as AMESample
 from .distribution import LossDistribution as LossDistribution
 from .errors import NQMError as NQMError
+from .prediction_ensembles import PredictionEnsemble as PredictionEnsemble
+from .prediction_ensembles import rounding_cost as rounding_cost
+from .prediction_ensembles import rounding_error as rounding_error
 from .problems.least_squares import LeastSquares as LeastSquares
 from .problems.quadratic import Problem as Problem
 from .problems.quadrature import condense as condense

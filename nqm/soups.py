@@ -8,16 +8,17 @@ w' M w with M_ij = sum_d m h / 2 E x_i x_j, and the best weights that sum to one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import nnls
 
+from nqm.amortized import AME, AMESample, random_basis
 from nqm.errors import NQMError, check_integer, check_number, shown
-from nqm.limits import check_memory
+from nqm.limits import check_memory, check_work
 from nqm.problems.least_squares import additive_only
-from nqm.problems.quadratic import FloatArray, Problem
+from nqm.problems.quadratic import FloatArray, Problem, finite_numbers
 from nqm.program import Program, as_program
 from nqm.solvers.moments import check_own_starts, solve
 
@@ -52,12 +53,15 @@ class Soup:
         Ingredient i in direction d is ``response[d, i] @ sources[d]``.
     mean, variance : ndarray, shape (d, S)
         Means and variances of the independent sources.
+    curvatures : ndarray, shape (d, N), optional
+        Curvature of the loss that each ingredient was trained on; the problem's by default.
     """
 
     problem: Problem
     response: FloatArray
     mean: FloatArray
     variance: FloatArray
+    curvatures: FloatArray | None = None
 
     # --- ingredients ---------------------------------------------------------------------------
 
@@ -142,6 +146,52 @@ class Soup:
         return cls._from(problem, [(None, first), *[(0, other)] * (members - 1)])
 
     @classmethod
+    def of_clients(cls, target: Problem, clients: Sequence[tuple[Problem, Program]]) -> Soup:
+        """End points of runs on different losses, from a common start, evaluated on one of them.
+
+        Clients share the eigen-directions and differ in curvature, noise and minimum: a client's
+        ``minimum`` beside the target's says where its loss is lowest. Means of clients that have
+        converged are biased, unless their weights are `curvature_weighted`.
+
+        Parameters
+        ----------
+        target : Problem
+            The loss by which the soup is judged, and the common start: its ``initial_mean`` and
+            ``initial_variance`` about its own minimum. Those of the clients are not looked at.
+        clients : list of (Problem, Program)
+            The loss and the training of each client, e.g.
+            ``(target.replace(minimum=1.0, curvature=h), nqm.constant(nqm.SGD(), 0.1, 100))``.
+
+        Returns
+        -------
+        Soup
+
+        Raises
+        ------
+        NQMError
+            If `clients` is no list of such pairs, if a client has other directions than the
+            target, if directions are correlated or quadrature nodes, or if a program is not linear
+            or diverges.
+        """
+        where = "Soup.of_clients"
+        target = additive_only(f"{where}: the target", target)
+        if not isinstance(clients, list | tuple) or not clients:
+            raise NQMError(f"{where} needs a list of (problem, program); got {shown(clients)}")
+        runs: list[tuple[int | None, _Affine]] = []
+        losses = []
+        for k, client in enumerate(clients):
+            if not isinstance(client, list | tuple) or len(client) != 2:
+                raise NQMError(f"{where}: client {k} must be (problem, program); got "
+                               f"{shown(client)}")  # fmt: skip
+            problem = additive_only(f"{where}: client {k}", client[0])
+            _check_client(f"{where}: client {k}", target, problem)
+            run, away = _affine(problem, client[1]), problem.minimum - target.minimum
+            # The client's displacement is the target's less `away`, at the start and at the end.
+            runs.append((None, replace(run, shift=run.shift + (1.0 - run.gain) * away)))
+            losses.append(problem.curvature)
+        return replace(cls._from(target, runs), curvatures=np.stack(losses, axis=1))
+
+    @classmethod
     def _from(cls, problem: Problem, tree: list[tuple[int | None, _Affine]]) -> Soup:
         """Ingredients that each begin at the problem's start (None) or at an earlier one."""
         d, n = problem.directions, len(tree)
@@ -183,8 +233,8 @@ class Soup:
 
         Parameters
         ----------
-        weights : array_like, shape (N,)
-            They should sum to 1.
+        weights : array_like, shape (N,) or (d, N)
+            For all directions, or by direction; they should sum to 1.
 
         Returns
         -------
@@ -195,7 +245,10 @@ class Soup:
         NQMError
             If `weights` has another shape.
         """
-        w = np.asarray(weights, dtype=np.float64)
+        w = finite_numbers("a soup's weights", weights)
+        if w.shape == (self.problem.directions, self.ingredients):
+            soup = np.einsum("di,dis->ds", w, self.response)[:, None, :]
+            return float(self.problem.weight @ self._second_moment(soup)[:, 0])
         if w.shape != (self.ingredients,):
             raise NQMError(f"a soup's weights must have shape ({self.ingredients},); got {w.shape}")
         return float(w @ self.moment @ w)
@@ -262,6 +315,214 @@ class Soup:
         weights[chosen] = 1.0 / len(chosen)
         return weights
 
+    def curvature_weighted(self, shares: ArrayLike | None = None) -> FloatArray:
+        """Weights by direction in proportion to each ingredient's curvature there.
+
+        Of clients that have converged (`of_clients`) the mean is then the minimum of their summed
+        loss: sum_k p_k h_k m_k / sum_k p_k h_k, without the bias that plain means have. Merging by
+        the diagonal Fisher information (Matena & Raffel 2022) and by least squares (RegMean, Jin
+        et al. 2023) are this on a quadratic.
+
+        Parameters
+        ----------
+        shares : array_like, shape (N,), optional
+            Share p of each ingredient's loss in the sum, >= 0 and not all 0; equal by default.
+
+        Returns
+        -------
+        ndarray, shape (d, N)
+            Rows that sum to 1. Where no ingredient has curvature, the shares.
+
+        Raises
+        ------
+        NQMError
+            If `shares` has another shape, or a share is negative or not a number.
+        """
+        given = np.ones(self.ingredients) if shares is None else shares
+        p = finite_numbers("a soup's shares", given)
+        if p.shape != (self.ingredients,):
+            raise NQMError(f"a soup's shares must have shape ({self.ingredients},); got {p.shape}")
+        if not (np.all(p >= 0.0) and p.sum() > 0.0):
+            raise NQMError(f"a soup's shares must be >= 0 and not all 0; got {shown(p.tolist())}")
+        p = p / p.sum()
+        if self.curvatures is None:
+            return np.tile(p, (self.problem.directions, 1))
+        curved = p * self.curvatures
+        total = curved.sum(axis=1, keepdims=True)
+        flat = np.broadcast_to(p, curved.shape).copy()
+        return np.asarray(np.divide(curved, total, out=flat, where=total > 0.0))
+
+    # --- the soup and its members --------------------------------------------------------------
+
+    def member_loss(self, weights: ArrayLike | None = None) -> float:
+        """Expected loss of one ingredient, averaged over the ingredients.
+
+        Parameters
+        ----------
+        weights : array_like, shape (N,) or (d, N), optional
+            Weights that sum to 1, for all directions or by direction; uniform by default.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        NQMError
+            If `weights` has another shape or does not sum to 1.
+        """
+        w = self._by_direction(weights)
+        return float(self.problem.weight @ np.sum(w * self._second_moment(self.response), axis=1))
+
+    def ambiguity(self, weights: ArrayLike | None = None) -> float:
+        """How far the soup is below its mean ingredient: member_loss - loss, exactly.
+
+        It is the weighted mean of h/2 E (x_i - soup)^2 summed over directions, and so never
+        negative for weights >= 0 (Krogh & Vedelsby 1995). Computed as such, it keeps its digits
+        where the ingredients are nearly equal.
+
+        Parameters
+        ----------
+        weights : array_like, shape (N,) or (d, N), optional
+            Weights that sum to 1, for all directions or by direction; uniform by default.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        NQMError
+            If `weights` has another shape or does not sum to 1.
+        """
+        w = self._by_direction(weights)
+        soup = np.einsum("di,dis->ds", w, self.response)
+        apart = self._second_moment(self.response - soup[:, None, :])
+        return float(self.problem.weight @ np.sum(w * apart, axis=1))
+
+    def _second_moment(self, response: FloatArray) -> FloatArray:
+        """E x^2 of linear forms in the sources, shape (d, N) from (d, N, S)."""
+        place = np.einsum("dis,ds->di", response, self.mean)
+        return np.asarray(place**2 + np.einsum("dis,ds->di", response**2, self.variance))
+
+    def _by_direction(self, weights: ArrayLike | None) -> FloatArray:
+        """Weights that sum to 1 in every direction, shape (d, N)."""
+        given = self.uniform() if weights is None else weights
+        w = finite_numbers("a soup's weights", given)
+        shape = (self.problem.directions, self.ingredients)
+        if w.shape not in (shape, shape[1:]):
+            raise NQMError(
+                f"a soup's weights must have shape ({shape[1]},), or {shape} for weights by "
+                f"direction; got {w.shape}"
+            )
+        total = w.sum(axis=-1)
+        if not np.all(np.abs(total - 1.0) <= 1e-9):
+            raise NQMError(f"a soup's weights must sum to 1; got {np.ravel(total)[0]:g}")
+        return np.broadcast_to(w, shape)
+
+    # --- by Monte Carlo ------------------------------------------------------------------------
+
+    def _check_draws(self, where: str) -> None:
+        """Refuse to draw ingredients of a problem whose directions are not one and independent."""
+        self.problem.check_distribution(where)
+        if np.any(self.problem.multiplicity != 1.0):
+            raise NQMError(f"{where} needs multiplicity 1; use problem.expanded()")
+        if self.problem.correlated:
+            raise NQMError(
+                f"{where} draws directions independently, but those of this problem are "
+                "correlated; its expected losses (`loss`, `greedy`) hold"
+            )
+
+    def ame(
+        self,
+        rule: AME,
+        *,
+        pivot: str | ArrayLike = "first",
+        rotated: bool = True,
+        replicas: int = 1000,
+        seed: int = 0,
+    ) -> AMESample:
+        """Ingredients merged by amortized model ensembling, by Monte Carlo of their joint law.
+
+        Parameters
+        ----------
+        rule : AME
+        pivot : {"first", "soup"} or array_like, shape (d,) or scalar
+            Where the optimizer starts: the first ingredient, the uniform soup, or a displacement
+            from the minimum in the eigenbasis.
+        rotated : bool
+            Let the optimizer see the weights in a random orthogonal basis, as in a network, where
+            coordinates are no eigen-directions. Gradient descent does not depend on the basis.
+        replicas : int
+            Independent draws of the ingredients.
+        seed : int
+            Seed of the draws, the basis and the order; draws are the same in every basis.
+
+        Returns
+        -------
+        AMESample
+
+        Raises
+        ------
+        NQMError
+            Unless every multiplicity is 1 and no directions are correlated, and for a problem with
+            `expected_losses_only`.
+        """
+        self._check_draws("Soup.ame")
+        check_integer("replicas", replicas, 1)
+        check_integer("seed", seed, 0)
+        if not isinstance(rule, AME):
+            raise NQMError(f"Soup.ame needs a rule, e.g. AME('adam', 0.1); got {shown(rule)}")
+        d, n = self.problem.directions, self.ingredients
+        place = self._pivot(pivot)
+        turned = rotated and rule.optimizer != "gd"
+        drawn = 1.0 * replicas * n * d * (n + turned * d)
+        check_work("replicas", replicas, drawn, "to draw the ingredients")
+        # A step costs ten thousand besides.
+        stepped = rule.steps(n) * (10.0 * replicas * d + 10_000)
+        check_work("AME.passes", rule.passes, stepped, "in the optimizer's steps")
+        rule.lrs(n)  # refused before work starts
+        draws, basis, orders = (
+            np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)
+        )
+        if turned:
+            check_memory("Soup.ame of a rotated basis: the directions", d, 3.0 * d * d)
+        q = random_basis(d, basis) if turned else None
+        place = place if place is None or q is None else place @ q
+
+        def loss(seen: FloatArray) -> FloatArray:
+            return np.asarray((seen if q is None else seen @ q.T) ** 2 @ self.problem.weight)
+
+        block = max(1, 2_000_000 // (d * (2 * n + 2)))
+        parts = []
+        for first in range(0, replicas, block):
+            x = self._draw(min(block, replicas - first), draws)
+            x = x if q is None else x @ q
+            soup = x.mean(axis=1)
+            named = soup if place is None and pivot == "soup" else x[:, 0]
+            start = named if place is None else np.broadcast_to(place, soup.shape)
+            parts.append([loss(seen) for seen in (rule.merge(x, start, orders), soup, start)])
+        return AMESample(*(np.concatenate(losses) for losses in zip(*parts, strict=True)))
+
+    def _pivot(self, pivot: str | ArrayLike) -> FloatArray | None:
+        """The pivot that was given as a place, (d,); None where it is named."""
+        if isinstance(pivot, str) and pivot in ("first", "soup"):
+            return None
+        d = self.problem.directions
+        words = f"'first', 'soup' or a place of shape ({d},)"
+        if isinstance(pivot, str):
+            raise NQMError(f"Soup.ame: pivot must be {words}; got {shown(pivot)}")
+        place = finite_numbers("Soup.ame: pivot", pivot)
+        if place.shape not in ((), (d,)):
+            raise NQMError(f"Soup.ame: pivot must be {words}; got shape {place.shape}")
+        return np.array(np.broadcast_to(place, (d,)))
+
+    def _draw(self, replicas: int, rng: np.random.Generator) -> FloatArray:
+        """Draws of all ingredients, shape (replicas, N, d)."""
+        normal = rng.standard_normal((replicas, *self.mean.shape))
+        sources = self.mean + np.sqrt(self.variance) * normal
+        return np.asarray(np.einsum("dis,rds->rid", self.response, sources, optimize=True))
+
     def sample_greedy(
         self, validation_size: float, *, replicas: int = 1000, seed: int = 0
     ) -> GreedySample:
@@ -289,14 +550,7 @@ class Soup:
             Unless every multiplicity is 1 (the tilts of equal directions are independent) and no
             directions are correlated, and for a problem with `expected_losses_only`.
         """
-        self.problem.check_distribution("sample_greedy")
-        if np.any(self.problem.multiplicity != 1.0):
-            raise NQMError("sample_greedy needs multiplicity 1; use problem.expanded()")
-        if self.problem.correlated:
-            raise NQMError(
-                "sample_greedy draws directions independently, but those of this problem are "
-                "correlated; its expected losses (`loss`, `greedy`) hold"
-            )
+        self._check_draws("sample_greedy")
         if validation_size != np.inf:
             check_number("validation_size", validation_size, low=0.0, closed_low=False)
         check_integer("replicas", replicas, 1)
@@ -332,6 +586,27 @@ def _greedy(order: NDArray[np.int64], loss: Callable[[Sequence[int]], float]) ->
         if found < best:
             kept, best = [*kept, i], found
     return kept
+
+
+def _check_client(where: str, target: Problem, client: Problem) -> None:
+    """Refuse a client whose directions are not the target's, or whose joint law is not known."""
+    for problem in (target, client):
+        problem.check_distribution(where)
+    if client.directions != target.directions:
+        raise NQMError(
+            f"{where} has {client.directions} directions, the target {target.directions}; clients "
+            "share its eigen-directions"
+        )
+    if np.any(client.multiplicity != target.multiplicity):
+        raise NQMError(
+            f"{where} must have the target's multiplicity, as they share eigen-directions; use "
+            "target.replace(...) for clients"
+        )
+    if client.noise_correlation is not None:
+        raise NQMError(
+            f"{where} has correlated noise, which a soup of clients does not keep; where expected "
+            "losses are enough, drop that by client.replace(noise_correlation=None)"
+        )
 
 
 @dataclass(frozen=True)

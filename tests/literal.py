@@ -338,11 +338,12 @@ def local_sgd(
     outer_momentum: float = 0.0,
     curvatures: ArrayLike = 1.0,
     minima: ArrayLike = 0.0,
+    shares: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     """Local SGD, FedAvg and DiLoCo (Douillard et al. 2023), round by round.
 
     The outer gradient is ``server - mean of clients``. Clients may have their own `curvatures`
-    (clients,), in units of h, and `minima` (clients, d).
+    (clients,), in units of h, `minima` (clients, d), and `shares` (clients,) in the mean.
     """
     c = np.broadcast_to(curvatures, (clients,))[:, None, None]
     m = np.broadcast_to(minima, (clients, h.size))[:, None, :]
@@ -354,13 +355,87 @@ def local_sgd(
         b, direction = _step(inner, momentum, b, _gradient(c * (x - m), h, v, size, rng))
         x = x - eta * direction
         if t % local_steps == 0:
-            delta = server - x.mean(axis=0)
+            delta = server - np.average(x, axis=0, weights=shares)
             b_server, direction = _step(outer, outer_momentum, b_server, delta)
             server = server - outer_lr * direction
             x = np.stack([server] * clients)
         path.append(x)
     w = np.stack(path)
-    return w.mean(axis=1), w
+    return np.average(w, axis=1, weights=shares), w
+
+
+def fedprox(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    prox: float,
+    clients: int,
+    local_steps: int,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+    curvatures: ArrayLike = 1.0,
+    minima: ArrayLike = 0.0,
+    shares: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """FedProx (Li et al. 2020): each client descends ``F_k(w) + prox / 2 |w - server|^2``."""
+    c = np.broadcast_to(curvatures, (clients,))[:, None, None]
+    m = np.broadcast_to(minima, (clients, h.size))[:, None, :]
+    server = start
+    x = np.stack([start] * clients)
+    b = np.zeros_like(x)
+    path = [x]
+    for t, (eta, size) in enumerate(_plan(steps, lr, batch_size), 1):
+        g = _gradient(c * (x - m), h, v, size, rng) + prox * (x - server)
+        b, direction = _step(inner, momentum, b, g)
+        x = x - eta * direction
+        if t % local_steps == 0:
+            server = np.average(x, axis=0, weights=shares)
+            x = np.stack([server] * clients)
+        path.append(x)
+    w = np.stack(path)
+    return np.average(w, axis=1, weights=shares), w
+
+
+def scaffold(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: float,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    clients: int,
+    local_steps: int,
+    outer_lr: float = 1.0,
+    curvatures: ArrayLike = 1.0,
+    minima: ArrayLike = 0.0,
+    shares: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """SCAFFOLD (Karimireddy et al. 2020), algorithm 1, option II, all clients in every round."""
+    curved = np.broadcast_to(curvatures, (clients,))[:, None, None]
+    m = np.broadcast_to(minima, (clients, h.size))[:, None, :]
+    x = start
+    y = np.stack([start] * clients)
+    c_i = np.zeros_like(y)
+    c = np.zeros_like(start)
+    path = [y]
+    for t, (eta, size) in enumerate(_plan(steps, lr, batch_size), 1):
+        y = y - eta * (_gradient(curved * (y - m), h, v, size, rng) - c_i + c)
+        if t % local_steps == 0:
+            c_new = c_i - c + (x - y) / (local_steps * eta)
+            x = x + outer_lr * np.average(y - x, axis=0, weights=shares)
+            c = c + np.average(c_new - c_i, axis=0, weights=shares)
+            c_i = c_new
+            y = np.stack([x] * clients)
+        path.append(y)
+    w = np.stack(path)
+    return np.average(w, axis=1, weights=shares), w
 
 
 def weight_decay(

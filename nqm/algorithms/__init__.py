@@ -12,6 +12,8 @@ from nqm.algorithms.base import Mode as Mode
 from nqm.algorithms.base import Nonlinear as Nonlinear
 from nqm.algorithms.base import Optimizer as Optimizer
 from nqm.algorithms.decay import WeightDecay as WeightDecay
+from nqm.algorithms.federated import FedProx as FedProx
+from nqm.algorithms.federated import Scaffold as Scaffold
 from nqm.algorithms.local import Federated as Federated
 from nqm.algorithms.local import LocalSGD as LocalSGD
 from nqm.algorithms.lookahead import Lookahead as Lookahead
@@ -43,6 +45,8 @@ ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "lookahead": Lookahead,
     "local_sgd": LocalSGD,
     "federated": Federated,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
     "weight_decay": WeightDecay,
     "rounded": Rounded,
     "ensemble": Ensemble,

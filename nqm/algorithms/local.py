@@ -133,7 +133,7 @@ class LocalSGD(Algorithm):
             As many entries as `coordinates`.
         """
         if is_last_of_period(t, self.local_steps):
-            delta = server[0] - average(tuple(client[0] for client in clients))
+            delta = server[0] - self.mean_of(tuple(client[0] for client in clients))
             step, buffers = self.outer.direction(server[1:], delta)
             server = (server[0] - self.outer_lr * step, *buffers)
             clients = tuple((server[0], *client[1:]) for client in clients)
@@ -143,7 +143,21 @@ class LocalSGD(Algorithm):
         return tuple(client[0] for client in self.split(state)[1])
 
     def weights(self, state: State, t: int) -> Value:
-        return average(tuple(client[0] for client in self.split(state)[1]))
+        return self.mean_of(tuple(client[0] for client in self.split(state)[1]))
+
+    def mean_of(self, values: tuple[Value, ...]) -> Value:
+        """Mean over the clients, as the server takes it.
+
+        Parameters
+        ----------
+        values : tuple of Value
+            One for each client.
+
+        Returns
+        -------
+        Value
+        """
+        return average(values)
 
     def embed(self, draw: Draw, normal: Draw) -> State:
         x = draw()
@@ -254,30 +268,39 @@ class Federated(LocalSGD):
         Client k's curvature in units of the problem's, one for each client, >= 0.
     shifts : tuple of float
         Distance of client k's minimum from w*, in units of w* (``problem.minimum``).
+    shares : tuple of float
+        Weight of each client in the mean loss and in the server's mean, > 0, which sum to 1; equal
+        by default. All means above are then weighted.
     """
 
     curvatures: tuple[float, ...] = ()
     shifts: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, values in (("curvatures", self.curvatures), ("shifts", self.shifts)):
+        method = type(self).__name__
+        for name in ("curvatures", "shifts", "shares"):
+            values = getattr(self, name)
             object.__setattr__(self, name, tuple(values))
             if len(values) not in (0, self.clients):
                 raise NQMError(
-                    f"Federated.{name} must hold one number for each of the {self.clients} "
+                    f"{method}.{name} must hold one number for each of the {self.clients} "
                     f"clients; got {len(values)}"
                 )
-            low = 0.0 if name == "curvatures" else -math.inf
+            low = -math.inf if name == "shifts" else 0.0
             for value in values:
-                check_number(f"Federated.{name}", value, low=low)
-        mean = sum(self.client_curvatures) / self.clients
-        pull = sum(c * s for c, s in zip(self.client_curvatures, self.client_shifts, strict=True))
+                check_number(f"{method}.{name}", value, low=low, closed_low=name != "shares")
+        if self.shares and abs(sum(self.shares) - 1.0) > 1e-9:
+            raise NQMError(f"{method}.shares must sum to 1; got {sum(self.shares):g}")
+        mean = self.mean_of(self.client_curvatures)
+        pulls = (c * s for c, s in zip(self.client_curvatures, self.client_shifts, strict=True))
+        pull = self.mean_of(tuple(pulls)) * self.clients
         if abs(mean - 1.0) > 1e-9:
-            raise NQMError(f"Federated.curvatures must average to 1; got {mean:g}")
+            raise NQMError(f"{method}.curvatures must average to 1; got {mean:g}")
         if abs(pull) > 1e-9 * (1.0 + max(map(abs, self.client_shifts))):
             raise NQMError(
-                "Federated.shifts times curvatures must sum to 0, or w* is not the minimum of the "
+                f"{method}.shifts times curvatures must sum to 0, or w* is not the minimum of the "
                 f"clients' mean loss; got {pull:g}"
             )
 
@@ -294,9 +317,10 @@ class Federated(LocalSGD):
         NQMError
             If a shift is not 0 and `problem.minimum` is 0 in every direction.
         """
+        method = type(self).__name__
         if any(self.shifts) and not np.any(problem.minimum):
             raise NQMError(
-                "Federated.shifts are in units of problem.minimum, which is 0; set e.g. minimum = 1"
+                f"{method}.shifts are in units of problem.minimum, which is 0; set e.g. minimum = 1"
             )
 
     @property
@@ -308,6 +332,12 @@ class Federated(LocalSGD):
     def client_shifts(self) -> tuple[float, ...]:
         """Relative shift of each client's minimum; 0 by default."""
         return self.shifts or (0.0,) * self.clients
+
+    def mean_of(self, values: tuple[Value, ...]) -> Value:
+        if not self.shares:
+            return super().mean_of(values)
+        first, *others = (value * share for value, share in zip(values, self.shares, strict=True))
+        return sum(others, start=first)
 
     @property
     def member_count(self) -> int:
@@ -324,13 +354,48 @@ class Federated(LocalSGD):
     def update(self, state: State, gradient: Gradient, lr: Rate, t: int) -> State:
         *moving, origin = state
         server, clients = self.split(tuple(moving))
-        each = zip(clients, self.client_curvatures, self.client_shifts, strict=True)
-        # The origin is at -w*, and so client k's minimum at -shift_k times that.
         clients = tuple(
-            self.inner.update(state, _Client(gradient, c, -s * origin), lr, t)
-            for state, c, s in each
+            self.inner.update(client, self.local_gradient(own, server[0]), lr, t)
+            for client, own in zip(clients, self.client_gradients(gradient, origin), strict=True)
         )
         return (*self.shared(server, clients, t), origin)
+
+    def client_gradients(self, gradient: Gradient, origin: Value) -> tuple[Gradient, ...]:
+        """Gradient of each client's own loss.
+
+        Parameters
+        ----------
+        gradient : Gradient
+            Of the problem's loss.
+        origin : Value
+            The origin of weight space, -w*.
+
+        Returns
+        -------
+        tuple of Gradient
+            One for each client.
+        """
+        # Client k's minimum is at shift_k w*.
+        return tuple(
+            _Client(gradient, c, -s * origin)
+            for c, s in zip(self.client_curvatures, self.client_shifts, strict=True)
+        )
+
+    def local_gradient(self, gradient: Gradient, server: Value) -> Gradient:
+        """What a client's inner optimizer takes for its gradient; here its own loss's.
+
+        Parameters
+        ----------
+        gradient : Gradient
+            Of the client's own loss.
+        server : Value
+            The server's weights.
+
+        Returns
+        -------
+        Gradient
+        """
+        return gradient
 
     def member_weights(self, state: State, t: int) -> tuple[Value, ...]:
         return ()
@@ -342,7 +407,7 @@ class Federated(LocalSGD):
         return (Mode("mean", self, 1.0),)
 
     def limits(self) -> tuple[LimitingCase, ...]:
-        equal = replace(self, curvatures=(), shifts=())
+        equal = replace(self, curvatures=(), shifts=(), shares=())
         local = LocalSGD(self.clients, self.local_steps, self.inner, self.outer, self.outer_lr)
         return (LimitingCase("clients that do not differ", equal, local, members=False),)
 
@@ -356,7 +421,7 @@ class Federated(LocalSGD):
             return outer_edge / curvature
         # A round sees the curvature 2 u - m u^2, u = lr h, with m the mean of c_k^2: it is 0 again
         # at u = 2 / m, and before that it may rise to outer_edge.
-        mean_square = float(np.mean(np.square(self.client_curvatures)))
+        mean_square = float(self.mean_of(tuple(c * c for c in self.client_curvatures)))
         below = 1.0 - mean_square * outer_edge
         edge = 2.0 if below <= 0.0 else 1.0 - math.sqrt(below)
         return edge / mean_square / curvature

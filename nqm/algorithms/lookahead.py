@@ -87,7 +87,7 @@ class Lookahead(Algorithm):
 
 
 def edge_with_rounds(
-    inner: Optimizer, steps: int, outer_edge: float, curvature: FloatArray
+    inner: Optimizer, steps: int, outer_edge: float | FloatArray, curvature: FloatArray
 ) -> FloatArray | None:
     """Compute the edge of a method of `steps` inner steps and one outer step along their sum.
 
@@ -100,7 +100,7 @@ def edge_with_rounds(
         Optimizer of the inner steps.
     steps : int
         Inner steps of a round, >= 1.
-    outer_edge : float
+    outer_edge : float or ndarray, shape (d,)
         Curvature up to which the outer step is stable, > 0; 2 / alpha for a plain one.
     curvature : ndarray, shape (d,)
         Eigenvalues h > 0 of the Hessian.
@@ -113,9 +113,8 @@ def edge_with_rounds(
     if not isinstance(inner, SGD):
         return None
     if steps % 2:  # r^steps = 1 - outer_edge has one root
-        at_edge = np.copysign(abs(1.0 - outer_edge) ** (1.0 / steps), 1.0 - outer_edge)
-    elif outer_edge < 1.0:
-        at_edge = (1.0 - outer_edge) ** (1.0 / steps)
-    else:  # r^steps >= 0 > 1 - outer_edge: only r = -1, where r^steps = 1, is left
-        at_edge = -1.0
+        at_edge = np.copysign(np.abs(1.0 - outer_edge) ** (1.0 / steps), 1.0 - outer_edge)
+    else:  # where r^steps >= 0 >= 1 - outer_edge only r = -1, with r^steps = 1, is left
+        root = np.maximum(1.0 - outer_edge, 0.0) ** (1.0 / steps)
+        at_edge = np.where(np.less(outer_edge, 1.0), root, -1.0)
     return np.asarray((1.0 - at_edge) / curvature)

@@ -527,6 +527,32 @@ def numbers_above_zero(where: str, values: ArrayLike) -> FloatArray:
     return vector
 
 
+def finite_numbers(where: str, values: ArrayLike) -> FloatArray:
+    """Numbers as an array of their shape; NQMError unless all are finite.
+
+    Parameters
+    ----------
+    where : str
+        The field, for the message.
+    values : array_like
+
+    Returns
+    -------
+    ndarray
+
+    Raises
+    ------
+    NQMError
+    """
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.full(1, np.nan)
+    if not np.isfinite(array).all():
+        raise NQMError(f"{where} must hold finite numbers; got {shown(values)}")
+    return array
+
+
 def _vector(name: str, value: ArrayLike, size: int | None, *, low: float = -np.inf) -> FloatArray:
     """Read-only float64 copy of shape (size,), broadcast from a scalar."""
     try:

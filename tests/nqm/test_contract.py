@@ -24,6 +24,7 @@ from nqm import (
     Algorithm,
     Ensemble,
     Federated,
+    FedProx,
     HeavyBall,
     LatePhase,
     LocalSGD,
@@ -37,6 +38,7 @@ from nqm import (
     QuasiHyperbolicMomentum,
     Rounded,
     SampledSGD,
+    Scaffold,
     ScheduleFree,
     SignSGD,
     Status,
@@ -121,9 +123,11 @@ def on_top(average: Callable[..., Array], below: Callable[..., Path], **options:
     return path
 
 
-def clients(**options: Any) -> Callable[..., Path]:
+def clients(
+    simulate: Callable[..., Path] = literal.local_sgd, **options: Any
+) -> Callable[..., Path]:
     """Clients that differ: their models have no place in the member loss."""
-    together = many(literal.local_sgd, **options)
+    together = many(simulate, **options)
     return lambda *problem: (together(*problem)[0], None)
 
 
@@ -221,6 +225,14 @@ def _cases() -> list[Case]:
         Case("federated", Federated(2, 3, HeavyBall(0.6), HeavyBall(0.3), 0.8, (1.5, 0.5)),
              clients(clients=2, local_steps=3, inner="heavy_ball", momentum=0.6,
                      outer="heavy_ball", outer_lr=0.8, outer_momentum=0.3, curvatures=(1.5, 0.5))),
+        Case("federated-shares", Federated(2, 3, curvatures=(1.5, 0.75), shares=(1 / 3, 2 / 3)),
+             clients(clients=2, local_steps=3, curvatures=(1.5, 0.75), shares=(1 / 3, 2 / 3))),
+        Case("fedprox", FedProx(2, 3, HeavyBall(0.6), curvatures=(1.5, 0.5), prox=0.4),
+             clients(literal.fedprox, prox=0.4, clients=2, local_steps=3, inner="heavy_ball",
+                     momentum=0.6, curvatures=(1.5, 0.5))),
+        Case("scaffold", Scaffold(2, 3, outer_lr=0.8, curvatures=(1.5, 0.5)),
+             clients(literal.scaffold, clients=2, local_steps=3, outer_lr=0.8,
+                     curvatures=(1.5, 0.5))),
         Case("decay-coupled", WeightDecay(Nesterov(0.6), 0.2),
              single(literal.weight_decay, decay=0.2, anchor=np.zeros(3), inner="nesterov",
                     momentum=0.6)),
@@ -964,6 +976,20 @@ EDGED = {c.name: (c.algorithm, 1.0) for c in CASES} | {
     "federated-again-flat": (Federated(2, 2, curvatures=(1.5, 0.5)), 1.0),
     "federated-long-step": (Federated(2, 2, curvatures=(1.5, 0.5), outer_lr=3.0), 1.0),
     "federated-one-step": (Federated(2, 1, outer=HeavyBall(0.3), curvatures=(1.5, 0.5)), 1.0),
+    "fedprox-equal": (FedProx(3, 4, prox=0.3), 1.0),
+    "fedprox-odd": (FedProx(2, 3, prox=0.5), 1.0),
+    "fedprox-long-step": (FedProx(2, 4, outer_lr=2.5, prox=0.2), 1.0),
+    "fedprox-flat-beside-prox": (FedProx(2, 2, outer_lr=1.9, prox=0.01), 1.0),
+    "fedprox-differ": (FedProx(2, 2, curvatures=(1.5, 0.5), prox=0.2), 1.0),
+    "fedprox-differ-long-step": (FedProx(2, 2, outer_lr=3.0, curvatures=(1.5, 0.5), prox=0.2), 1.0),
+    "federated-shares": (Federated(2, 2, curvatures=(2.5, 0.5), shares=(0.25, 0.75)), 1.0),
+    "fedprox-shares":
+        (FedProx(2, 2, curvatures=(2.5, 0.5), shares=(0.25, 0.75), prox=0.2), 1.0),
+    "fedprox-one-step": (FedProx(2, 1, outer=HeavyBall(0.3), curvatures=(1.5, 0.5), prox=2.0), 1.0),
+    "scaffold-odd": (Scaffold(3, 3), 1.0),
+    "scaffold-even": (Scaffold(2, 4, outer=Nesterov(0.5)), 1.0),
+    "scaffold-one-step": (Scaffold(2, 1, outer=HeavyBall(0.3), curvatures=(1.5, 0.5)), 1.0),
+    "scaffold-alone": (Scaffold(1, 3, outer_lr=0.5), 1.0),
     "quasi_hyperbolic-sgd": (QuasiHyperbolicMomentum(0.7, 0.0), 1.0),
     "quasi_hyperbolic-default": (QuasiHyperbolicMomentum(), 1.0),
     "quasi_hyperbolic-nu-1": (QuasiHyperbolicMomentum(0.9, 1.0), 1.0),

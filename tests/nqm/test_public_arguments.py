@@ -27,6 +27,7 @@ GIVEN: dict[str, Any] = {
     "batch_sizes": [1, 2, 4, 8], "pieces": 2, "examples": 16,
     "programs": [Program((PHASE,))], "cycle": Program((PHASE,)), "batch_size": 1.0,
     "lengths": [2, 3, 3], "index": 0, "members": 2,
+    "clients": [(ADDITIVE, Program((PHASE,)))],
 }  # fmt: skip
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(nqm, name)
@@ -40,6 +41,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "of_runs": nqm.Soup.of_runs,
     "of_snapshots": nqm.Soup.of_snapshots,
     "of_star": nqm.Soup.of_star,
+    "of_clients": lambda problem, clients: nqm.Soup.of_clients(problem, clients),
     "fewest_steps_piecewise": nqm.tuning.fewest_steps_piecewise,
     "piecewise_loss": nqm.tuning.piecewise_loss,
     "best_phase_lr": nqm.tuning.program.best_phase_lr,
@@ -74,7 +76,7 @@ def _arguments(name: str) -> dict[str, Any]:
 def test_nonsense_is_one_line_that_is_no_traceback(name: str) -> None:
     given = _arguments(name)
     for parameter in set(given) & {"problem", "problems", "program", "phase", "algorithm", "lr",
-                                   "target", "batch_sizes", "programs"}:  # fmt: skip
+                                   "target", "batch_sizes", "programs", "clients"}:  # fmt: skip
         for value in NONSENSE:
             said = ""
             try:
