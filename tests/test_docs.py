@@ -182,7 +182,7 @@ def test_settings_and_rules_of_combining_are_all_listed() -> None:
     import tomllib
 
     from neural.combine.config import CombineConfig
-    from neural.combine.merge import RULES
+    from neural.combine.rules import RULES
 
     page = (ROOT / "docs" / "combining.md").read_text()
     rows = re.findall(r"^\| `combine\.(\w+)` \| `(.*?)` \| .+\. \|$", page, re.MULTILINE)

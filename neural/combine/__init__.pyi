@@ -1,5 +1,5 @@
 from .api import ensemble as ensemble
 from .api import merge as merge
-from .compare import compare as compare
+from .comparison import compare as compare
 from .members import Member as Member
 from .members import Members as Members

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from neural.combine.data import Parts
+from neural.combine.members import Members
 from neural.combine.permutations import (
     CONVOLUTIONS,
     Axis,
@@ -30,8 +32,6 @@ from neural.combine.permutations import (
 from neural.evaluate.predict import Batches, evaluating
 from neural.late_phase.duplicate import duplicate
 from nqm.errors import NQMError, check_integer
-
-__all__ = ["ALIGNS", "ActivationMatching", "Align", "Identity", "WeightMatching"]
 
 State = Mapping[str, Tensor]
 Floats = NDArray[np.float64]
@@ -193,6 +193,38 @@ class ActivationMatching(Align):
 ALIGNS: Mapping[str, type[Align]] = MappingProxyType(
     {rule.name: rule for rule in (Identity, WeightMatching, ActivationMatching)}
 )
+
+
+def aligned(members: Members, align: Align, parts: Parts) -> Members:
+    """Members whose hidden units are in the order of the first one's.
+
+    Parameters
+    ----------
+    members : Members
+    align : Align
+    parts : Parts
+        Needs `train` if the rule needs data.
+
+    Returns
+    -------
+    Members
+        Each computes what the member computed. They are held in memory.
+
+    Raises
+    ------
+    NQMError
+        If the units cannot be permuted, or data are missing.
+    """
+    if isinstance(align, Identity):
+        return members
+    train = parts.required("train", f"align = {align.name!r}") if align.needs_data else None
+    permutations_of(members.model)  # refused before any member is read
+    reference = members.state(0)
+
+    def change(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return align(members.model, reference, state, None if train is None else train())
+
+    return members.mapped(change)
 
 
 def assign(gain: Floats, cells: int = 1) -> Ints:

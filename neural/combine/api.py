@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from neural.combine.align import ALIGNS, aligned
 from neural.combine.data import Parts, Source
 from neural.combine.judge import log_probs, repaired
 from neural.combine.members import Members, check_weights
-from neural.combine.merge import RULES, Merge, given
 from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS, Nothing
+from neural.combine.rules import RULES, Merge, given
 from neural.evaluate.predict import Batches
 from nqm.errors import NQMError
 from nqm.runs.toml import lookup
@@ -23,6 +24,7 @@ def merge(
     rule: str | Merge = "uniform",
     *,
     weights: Sequence[float] | None = None,
+    align: str = "none",
     repair: str | None = None,
     parts: Parts | None = None,
 ) -> nn.Module:
@@ -32,10 +34,12 @@ def merge(
     ----------
     members : Members
     rule : str or Merge
-        A name of `neural.combine.merge.RULES`, or a rule.
+        A name of `neural.combine.rules.RULES`, or a rule.
     weights : sequence of float, optional
         Of the members, summing to 1, instead of a rule.
-    repair : {"statistics", "none"}, optional
+    align : {"none", "weights", "activations"}
+        How hidden units are put into the first member's order before merging.
+    repair : {"statistics", "rescale", "none"}, optional
         By default BatchNorm statistics are recomputed if there are several members and
         ``parts.train`` is given.
     parts : Parts, optional
@@ -55,10 +59,12 @@ def merge(
         rule = given(tuple(check_weights("merge", weights, len(members)).tolist()))
     made: Merge = lookup("rule", rule, RULES) if isinstance(rule, str) else rule
     data = parts or Parts(test=list)
-    state = made(members, data).state
+    members = aligned(members, lookup("align", align, ALIGNS)(), data)
+    merged = made(members, data)
     if repair is None:
         repair = "statistics" if len(members) > 1 and data.train is not None else "none"
-    return repaired(members, state, lookup("repair", repair, REPAIRS), data)
+    fix = lookup("repair", repair, REPAIRS)
+    return repaired(members, merged.state, fix, data, merged.weights)
 
 
 def ensemble(

@@ -104,8 +104,13 @@ def members(
     help="Share of the test images on which rules choose.",
 )  # fmt: skip
 @click.option(
-    "--repair", type=click.Choice(["statistics", "none"]), default="statistics", show_default=True,
-    help="statistics: BatchNorm statistics anew from training data.",
+    "--align", type=click.Choice(["none", "weights", "activations"]), default="none",
+    show_default=True, help="Put hidden units into the first member's order.",
+)  # fmt: skip
+@click.option(
+    "--repair", type=click.Choice(["statistics", "rescale", "none"]), default="statistics",
+    show_default=True,
+    help="statistics: BatchNorm statistics anew from training data; rescale: REPAIR.",
 )  # fmt: skip
 @click.option("--out", required=True, metavar="FILE.safetensors")
 def merge(
@@ -119,6 +124,7 @@ def merge(
     rule: str,
     weights: str | None,
     held_out: float,
+    align: str,
     repair: str,
     out: str,
 ) -> None:
@@ -132,7 +138,9 @@ def merge(
     check_alone("nqm neural merge")
     opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
     share = None if weights is None else _numbers(weights)
-    for line in write_merged(opened, out, rule, share, held_out=held_out, repair=repair):
+    for line in write_merged(
+        opened, out, rule, share, held_out=held_out, align=align, repair=repair
+    ):
         click.echo(line)
 
 

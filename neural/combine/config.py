@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from neural.combine.merge import RULES, Linear, Merge
+from neural.combine.align import ALIGNS
 from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS
+from neural.combine.rules import RULES, Linear, Merge
 from neural.combine.weigh import WEIGHTS
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.runs import toml
@@ -22,14 +23,17 @@ class CombineConfig:
     Attributes
     ----------
     rules : tuple of str
-        Rules that merge weights (`neural.combine.merge.RULES`).
+        Rules that merge weights (`neural.combine.rules.RULES`).
     pools : tuple of str
         How predictions are pooled: ``probabilities``, ``logits``.
     weights : tuple of str
         Weights of pooled predictions: ``uniform``, ``accuracy``, ``inverse_loss``.
+    align : str
+        How hidden units are put into the first member's order: ``none``, ``weights``,
+        ``activations``.
     repair : tuple of str
-        What is done to a merged model: ``statistics`` (BatchNorm statistics anew), ``none``. Each
-        is reported.
+        What is done to a merged model: ``statistics`` (BatchNorm statistics anew), ``rescale``
+        (REPAIR), ``none``. Each is reported.
     held_out : float
         Share of the test images on which rules and temperatures are chosen; results are those on
         the others. 0: none, and temperatures are tuned two-fold.
@@ -48,6 +52,7 @@ class CombineConfig:
     rules: tuple[str, ...] = ("uniform", "greedy")
     pools: tuple[str, ...] = ("probabilities",)
     weights: tuple[str, ...] = ("uniform",)
+    align: str = "none"
     repair: tuple[str, ...] = ("statistics",)
     held_out: float = 0.2
     shifts: tuple[str, ...] = ()
@@ -66,6 +71,7 @@ class CombineConfig:
                 check_word(f"CombineConfig.{name}", value, tuple(roster))
             if len(set(values)) < len(values):
                 raise NQMError(f"CombineConfig.{name} names one twice: {list(values)}")
+        check_word("CombineConfig.align", self.align, tuple(ALIGNS))
         if not self.repair:
             raise NQMError('CombineConfig.repair must name one at least, e.g. ["none"]; got []')
         check_number("CombineConfig.held_out", self.held_out, low=0.0, high=1.0, closed_high=False)

@@ -33,7 +33,11 @@ def judged(members: Members, state: Mapping[str, Tensor], repair: Repair, parts:
 
 
 def repaired(
-    members: Members, state: Mapping[str, Tensor], repair: Repair, parts: Parts
+    members: Members,
+    state: Mapping[str, Tensor],
+    repair: Repair,
+    parts: Parts,
+    weights: Tensor | None = None,
 ) -> nn.Module:
     """A model with merged weights, repaired.
 
@@ -44,6 +48,8 @@ def repaired(
         A state dict.
     repair : Repair
     parts : Parts
+    weights : Tensor, optional
+        Of the members, shape (N,), if the state is their weighted mean.
 
     Returns
     -------
@@ -51,7 +57,7 @@ def repaired(
         In evaluation mode.
     """
     model = members.with_state(state)
-    repair(model, parts)
+    repair(model, parts, members, weights)
     return model.eval()
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -188,6 +188,36 @@ class Members(Sequence[Member]):
         Members
         """
         return Members(self.model, [self._members[i] for i in indices], self.ancestor)
+
+    def mapped(self, change: Callable[[State], State]) -> Members:
+        """The same members with changed weights, which are computed once and held in memory.
+
+        Parameters
+        ----------
+        change : callable
+            Maps a state dict to another one of the same architecture.
+
+        Returns
+        -------
+        Members
+
+        Raises
+        ------
+        NQMError
+            If the state dicts of all members do not fit into memory.
+        """
+        size = sum(value.numel() for value in self._like.values())
+        check_size(f"members = {len(self)}", float(len(self)) * size, 4)
+
+        def reading(index: int) -> Callable[[], State]:
+            @cache
+            def read() -> State:
+                return change(self.state(index))
+
+            return read
+
+        made = [replace(member, read=reading(i)) for i, member in enumerate(self)]
+        return Members(self.model, made, self.ancestor)
 
     # --- weights -----------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     Parameters
     ----------
     table : DataFrame
-        See `neural.combine.compare.compare`.
+        See `neural.combine.comparison.compare`.
     folder : Path
         Folder for ``compare.png`` and ``compare.pdf``.
     title : str

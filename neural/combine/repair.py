@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from neural.combine.data import Parts
+from neural.combine.members import Members
 from neural.late_phase.averaging import recompute_statistics
 from nqm.errors import check_integer
 
@@ -27,7 +28,9 @@ class Repair(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def __call__(self, model: nn.Module, parts: Parts) -> None:
+    def __call__(
+        self, model: nn.Module, parts: Parts, members: Members, weights: Tensor | None
+    ) -> None:
         """Repair a merged model.
 
         Parameters
@@ -35,6 +38,16 @@ class Repair(ABC):
         model : Module
             Changed in place.
         parts : Parts
+            Needs `train` unless the model has nothing to repair.
+        members : Members
+            Those that were merged.
+        weights : Tensor or None
+            Their weights, shape (N,); None if the model is no weighted mean of them.
+
+        Raises
+        ------
+        NQMError
+            If there are no training data, or the model cannot be repaired.
         """
 
 
@@ -44,14 +57,10 @@ class Nothing(Repair):
 
     name: ClassVar[str] = "none"
 
-    def __call__(self, model: nn.Module, parts: Parts) -> None:
-        """Do nothing.
-
-        Parameters
-        ----------
-        model : Module
-        parts : Parts
-        """
+    def __call__(
+        self, model: nn.Module, parts: Parts, members: Members, weights: Tensor | None
+    ) -> None:
+        """Do nothing; see `Repair`."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +81,46 @@ class Statistics(Repair):
         if self.batches is not None:
             check_integer("Statistics.batches", self.batches, 1)
 
-    def __call__(self, model: nn.Module, parts: Parts) -> None:
-        """Recompute the statistics; a model without BatchNorm stays as it is.
-
-        Parameters
-        ----------
-        model : Module
-            Changed in place.
-        parts : Parts
-            Needs `train` if the model has BatchNorm.
-
-        Raises
-        ------
-        NQMError
-            If there are no training data.
-        """
+    def __call__(
+        self, model: nn.Module, parts: Parts, members: Members, weights: Tensor | None
+    ) -> None:
+        """Recompute the statistics; a model without BatchNorm stays as it is. See `Repair`."""
         if has_statistics(model):
             train = parts.required("train", "recomputing BatchNorm statistics")
             recompute_statistics(model, islice(train(), self.batches))
+
+
+@dataclass(frozen=True)
+class Rescale(Repair):
+    """Each hidden unit gets the mean and deviation of the members' (REPAIR, Jordan et al. 2022).
+
+    With BatchNorm this is what `Statistics` does. See `neural.combine.rescale`.
+
+    Attributes
+    ----------
+    batches : int
+        Minibatches of training data at most; each is read once for every member and layer.
+    """
+
+    name: ClassVar[str] = "rescale"
+
+    batches: int = 20
+
+    def __post_init__(self) -> None:
+        check_integer("Rescale.batches", self.batches, 1)
+
+    def __call__(
+        self, model: nn.Module, parts: Parts, members: Members, weights: Tensor | None
+    ) -> None:
+        """Rescale the units; see `Repair`. Without weights all members count alike."""
+        from neural.combine.rescale import rescale
+
+        train = parts.required("train", "rescaling hidden units")
+        count = len(members)
+        share = [1.0 / count] * count if weights is None else weights.tolist()
+        some = list(islice(train(), self.batches))
+        fixed = rescale(members.model, members.states(), share, model.state_dict(), some)
+        model.load_state_dict(fixed.state_dict())
 
 
 def has_statistics(model: nn.Module) -> bool:
@@ -110,4 +141,4 @@ def has_statistics(model: nn.Module) -> bool:
 
 
 #: Name -> repair.
-REPAIRS: dict[str, Repair] = {one.name: one for one in (Nothing(), Statistics())}
+REPAIRS: dict[str, Repair] = {one.name: one for one in (Nothing(), Statistics(), Rescale())}

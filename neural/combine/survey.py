@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from neural.combine.api import ensemble, merge
 from neural.combine.cells import Cells, described
-from neural.combine.compare import OUTSIDE, compare
+from neural.combine.comparison import OUTSIDE, compare
 from neural.combine.config import CombineConfig
 from neural.combine.data import Parts
-from neural.combine.merge import RULES, Merge
 from neural.combine.repair import REPAIRS
+from neural.combine.rules import RULES, Merge
 from neural.combine.sources import Opened
 from neural.evaluate import classification_metrics, predict
 from neural.training.config import describe
@@ -72,6 +72,7 @@ def write_merged(
     weights: tuple[float, ...] | None = None,
     *,
     held_out: float = 0.2,
+    align: str = "none",
     repair: str = "statistics",
 ) -> list[str]:
     """Merge members and write the model as safetensors.
@@ -82,12 +83,14 @@ def write_merged(
     out : str or Path
         Ends in .safetensors; an existing file is not overwritten.
     rule : str
-        A name of `neural.combine.merge.RULES`.
+        A name of `neural.combine.rules.RULES`.
     weights : tuple of float, optional
         Of the members, instead of a rule.
     held_out : float
         Share of the test images on which rules choose.
-    repair : {"statistics", "none"}
+    align : {"none", "weights", "activations"}
+        How hidden units are put into the first member's order.
+    repair : {"statistics", "rescale", "none"}
 
     Returns
     -------
@@ -104,10 +107,13 @@ def write_merged(
     lookup("repair", repair, REPAIRS)
     share = held_out if weights is None and made.selected_on == "held_out" else 0.0
     parts = Parts.of_task(_task(opened), held_out=share)
-    about = {"rule": rule, "members": [one.name for one in opened.members], "repair": repair}
+    names = [one.name for one in opened.members]
+    about = {"rule": rule, "members": names, "align": align, "repair": repair}
 
     def model() -> Mapping[str, object]:
-        merged = merge(opened.members, made, weights=weights, repair=repair, parts=parts)
+        merged = merge(
+            opened.members, made, weights=weights, align=align, repair=repair, parts=parts
+        )
         logits, labels = predict(merged, parts.test())
         lines.extend(f"{n} {v:.4f}" for n, v in classification_metrics(logits, labels).items())
         return merged.state_dict()
@@ -163,7 +169,7 @@ def run_compare(
     Returns
     -------
     table : DataFrame
-        See `neural.combine.compare.compare`.
+        See `neural.combine.comparison.compare`.
     lines : list of str
         What the table shows, and the files.
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from neural.combine import Members, merge
 from neural.combine.data import Parts
-from neural.combine.merge import RULES, Linear
 from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS
+from neural.combine.rules import RULES, Linear
 from neural.combine.weigh import WEIGHTS
 from nqm import NQMError
 
@@ -182,16 +182,18 @@ def test_pools_are_the_means_that_they_name() -> None:
 def test_repairs_leave_a_model_without_statistics_alone(name: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3))
     before = copy.deepcopy(model.state_dict())
-    REPAIRS[name](model, PARTS)
+    held = Members.of_states(model, [before, nn.Linear(50, 3).state_dict(prefix="1.")])
+    REPAIRS[name](model, PARTS, held, None)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_repaired_statistics_are_those_of_the_data() -> None:
     model = Net()
-    REPAIRS["statistics"](model, PARTS)
+    held = members()
+    REPAIRS["statistics"](model, PARTS, held, None)
     with torch.no_grad():
         seen = [model.conv(x).transpose(0, 1).flatten(1) for x, _ in data(2)]
     mean = torch.stack([rows.mean(1) for rows in seen]).mean(0)
     torch.testing.assert_close(model.norm.running_mean, mean)
     with pytest.raises(NQMError, match="BatchNorm statistics needs training data"):
-        REPAIRS["statistics"](model, Parts(test=lambda: data(1)))
+        REPAIRS["statistics"](model, Parts(test=lambda: data(1)), held, None)

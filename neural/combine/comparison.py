@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neural.combine.align import ALIGNS, aligned
 from neural.combine.cells import Arrays, Cells, described
 from neural.combine.config import CombineConfig
 from neural.combine.data import Parts, Source
@@ -18,9 +19,9 @@ from neural.combine.information import spread_examples
 from neural.combine.judge import log_probs, repaired
 from neural.combine.mean import mean_state
 from neural.combine.members import Members, State
-from neural.combine.merge import RULES, Merge, Merged
 from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS, Nothing, Repair, has_statistics
+from neural.combine.rules import RULES, Merge, Merged
 from neural.combine.surrogate import RANGE, Surrogate, make_surrogate
 from neural.combine.weigh import WEIGHTS
 from neural.evaluate import classification_metrics, nll
@@ -93,6 +94,7 @@ def compare(
     config = config or CombineConfig()
     chosen = {name: RULES[name] for name in config.rules} if rules is None else dict(rules)
     _check(members, parts, chosen)
+    members = aligned(members, ALIGNS[config.align](), parts)
     made = _Comparison(members, parts, config, cells or Cells(), about or {})
     return made.table(chosen, progress)
 
@@ -143,10 +145,15 @@ class _Comparison:
         self.sets: dict[str, Source] = dict(self.judged)
         if parts.held_out is not None:
             self.sets["held_out"] = parts.held_out
-        # Without BatchNorm there is nothing to repair, and one row is enough.
-        names = config.repair if has_statistics(members.model) else ("none",)
+        # Without BatchNorm there are no statistics, and one row is enough.
+        without = not has_statistics(members.model)
+        names = tuple(
+            dict.fromkeys("none" if name == "statistics" and without else name
+                          for name in config.repair)
+        )  # fmt: skip
         self.repairs = {name: REPAIRS[name] for name in names}
-        self.first_repair = names[0]
+        # Rescaling moves the weights, and the loss is expanded about the plain mean.
+        self.first_repair = next((name for name in names if name != "rescale"), "none")
         self.labels: dict[str, Tensor] = {}
         count = len(members)
         self.uniform = torch.full((count,), 1.0 / count, dtype=torch.float64)
@@ -190,7 +197,7 @@ class _Comparison:
     def _member(self, index: int) -> dict[str, Tensor]:
         """A member's log-probabilities on every set."""
         what = {"kind": "member", "member": self.keys[index]}
-        return self._on_sets(what, lambda: self.members.state(index), Nothing())
+        return self._on_sets(what, lambda: self.members.state(index), Nothing(), None)
 
     def _merged(self, name: str, rule: Merge, more: Callable[[int], None]) -> Iterator[_Model]:
         """A rule's model under every repair."""
@@ -213,7 +220,7 @@ class _Comparison:
             offset = len(self.members) + len(self.others)
             self.others.append((what["rule"], lambda: merged().state))
         for repair, repairing in self.repairs.items():
-            found = self._on_sets(what, lambda: merged().state, repairing)
+            found = self._on_sets(what, lambda: merged().state, repairing, weights)
             yield _Model(name, found, weights, "weights", repair, rule.selected_on, offset)
             more(1)
 
@@ -234,7 +241,11 @@ class _Comparison:
                 yield _Model(rule, found, weights, pool, selected_on=WEIGHTS[name].selected_on)
 
     def _on_sets(
-        self, what: Mapping[str, Any], state: Callable[[], State], repair: Repair
+        self,
+        what: Mapping[str, Any],
+        state: Callable[[], State],
+        repair: Repair,
+        weights: Tensor | None,
     ) -> dict[str, Tensor]:
         """Log-probabilities of a model on every set; it is built only if one is missing."""
         built: list[nn.Module] = []
@@ -243,7 +254,7 @@ class _Comparison:
 
             def compute(source: Source = source) -> Arrays:
                 if not built:
-                    built.append(repaired(self.members, state(), repair, self.parts))
+                    built.append(repaired(self.members, state(), repair, self.parts, weights))
                 rows, labels = log_probs(built[0], source)
                 return {"log_probs": rows.numpy(), "labels": labels.numpy()}
 
@@ -257,16 +268,16 @@ class _Comparison:
 
     def _surrogate(self, progress: Progress | None) -> Surrogate:
         """Second-order model about the uniform soup, along the members and the merged models."""
-        repair = self.repairs[self.first_repair]
+        repair = REPAIRS[self.first_repair]
         soup = {"kind": "merged", "rule": described(RULES["uniform"]), "members": self.keys}
-        found = self._on_sets(soup, lambda: mean_state(self.members), repair)
+        found = self._on_sets(soup, lambda: mean_state(self.members), repair, self.uniform)
 
         def measure() -> Arrays:
             state = mean_state(self.members)
             origin = self.members.flat(state)
             others = [(self.members.flat(one()) - origin)[None] for _, one in self.others]
             made = make_surrogate(
-                repaired(self.members, state, repair, self.parts),
+                repaired(self.members, state, repair, self.parts, self.uniform),
                 torch.cat([self.members.offsets(state), *others]),
                 spread_examples(self.parts.test(), self.config.predict_examples),
                 progress=progress,

@@ -331,7 +331,7 @@ class Learned(Merge):
         refuse_factors(members.weight_names)
         mean = mean_state(members)
         model = members.with_state(mean)
-        Statistics()(model, parts)
+        Statistics()(model, parts, members, None)
         model.eval()
         offsets = members.offsets(mean)
         shapes = [mean[name].shape for name in members.weight_names]

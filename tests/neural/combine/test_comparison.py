@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from neural.combine import Members, compare, ensemble
-from neural.combine import compare as _compare_function
+from neural.combine import Members, compare, ensemble, merge
 from neural.combine.cells import Cells
-from neural.combine.compare import OUTSIDE, SURROGATE, TABLE
+from neural.combine.comparison import OUTSIDE, SURROGATE, TABLE
 from neural.combine.config import CombineConfig, load_config
 from neural.combine.data import Parts
 from neural.combine.information import first_examples, spread_examples
@@ -154,6 +155,50 @@ def test_far_members_are_said_to_be_outside() -> None:
     assert (table.loc[table["predicted"].notna(), "predicted_from"] == OUTSIDE).all()
 
 
+def permuted(state: dict[str, Tensor], order: list[int]) -> dict[str, Tensor]:
+    """The same function with the six hidden units in another order."""
+    moved = dict(state)
+    for name in ("0.weight", "0.bias"):
+        moved[name] = state[name][order]
+    moved["2.weight"] = state["2.weight"][:, order]
+    return moved
+
+
+@pytest.mark.parametrize("align", ["weights", "activations"])
+def test_permuted_members_are_as_good_as_the_others_after_alignment(align: str) -> None:
+    one, two, *_ = scattered(0.05).states()
+    moved = Members.of_states(net(), [one, permuted(two, [3, 0, 5, 1, 4, 2])])
+    plain = Members.of_states(net(), [one, two])
+    config = CombineConfig(rules=("uniform",), repair=("none", "rescale"))
+    expected = compare(plain, PARTS, config)
+    found = compare(moved, PARTS, replace(config, align=align))
+    columns = ["rule", "repair", "data", "nll", "ambiguity", "predicted"]
+    pd.testing.assert_frame_equal(found[columns], expected[columns], rtol=1e-6)
+    lost = compare(moved, PARTS, config)
+    soup = (lost["rule"] == "uniform") & (lost["repair"] == "none") & (lost["data"] == "test")
+    assert abs(float((lost["nll"] - expected["nll"])[soup].iloc[0])) > 1e-3
+    torch.testing.assert_close(
+        merge(moved, align=align, parts=PARTS).state_dict(),
+        merge(plain).state_dict(),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_matching_activations_needs_data() -> None:
+    with pytest.raises(NQMError, match="'activations' needs training data"):
+        merge(scattered(0.1), align="activations")
+
+
+def test_rescaled_soups_have_no_prediction_and_the_others_do() -> None:
+    config = CombineConfig(rules=("uniform",), repair=("rescale", "none"))
+    table = compare(scattered(0.3), PARTS, config)
+    rows = table[(table["rule"] == "uniform") & (table["data"] == "test")].set_index("repair")
+    assert math.isnan(rows["predicted"]["rescale"])
+    assert rows["predicted"]["none"] == pytest.approx(rows["nll"]["none"], rel=1e-6)
+    assert rows["nll"]["rescale"] != rows["nll"]["none"]
+
+
 class Counting(Cells):
     """Cells that count what is computed."""
 
@@ -205,7 +250,6 @@ def test_mistakes_are_told_before_any_work() -> None:
     ):
         with pytest.raises(NQMError, match=words):
             compare(members, parts, CONFIG)
-    assert _compare_function is compare
 
 
 @pytest.mark.parametrize(

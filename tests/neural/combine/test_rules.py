@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from neural.combine import Members, merge
 from neural.combine.data import Parts
 from neural.combine.information import fisher_diagonal, input_grams
-from neural.combine.merge import AME, RULES, Fisher, Linear, ModelStock, RegMean, TaskArithmetic
+from neural.combine.rules import AME, RULES, Fisher, Linear, ModelStock, RegMean, TaskArithmetic
 from neural.combine.weigh import Greedy
 from nqm import NQMError
 
