@@ -200,7 +200,7 @@ class Fisher(Merge):
         Of the labels.
     """
 
-    examples: int = 1000
+    examples: int = 256
     floor: float = 1e-6
     normalise: bool = True
     seed: int = 0

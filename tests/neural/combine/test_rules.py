@@ -80,6 +80,28 @@ def test_adaptive_descent_is_the_same_in_any_unit() -> None:
     torch.testing.assert_close(1e3 * small, rule(members(values), NOTHING).state["weight"])
 
 
+# --- peers ---------------------------------------------------------------------------------------
+
+
+def test_the_uniform_soup_is_the_average_of_torch() -> None:
+    """`torch.optim.swa_utils.AveragedModel` and `update_bn`, on a network with BatchNorm."""
+    from torch.optim.swa_utils import AveragedModel, update_bn
+
+    from tests.neural.combine.test_contract import PARTS, Net, states
+
+    *held, _ = states(3)
+    peer = AveragedModel(Net())
+    for state in held:
+        one = Net()
+        one.load_state_dict(state)
+        peer.update_parameters(one)
+    update_bn((x for x, _ in PARTS.required("train", "torch")()), peer)
+    soup = merge(Members.of_states(Net(), held), parts=PARTS)
+    for name, value in peer.module.state_dict().items():
+        if name != "mask" and value.is_floating_point():
+            torch.testing.assert_close(soup.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
 # --- ancestors -----------------------------------------------------------------------------------
 
 
