@@ -1,4 +1,4 @@
-"""Parts of a comparison on disk, so that a killed one goes on and nothing is computed twice."""
+"""Parts of a comparison on disk: a killed one can continue, and nothing is computed twice."""
 
 from __future__ import annotations
 

@@ -272,6 +272,15 @@ class _Comparison:
         soup = {"kind": "merged", "rule": described(RULES["uniform"]), "members": self.keys}
         found = self._on_sets(soup, lambda: mean_state(self.members), repair, self.uniform)
 
+        key = {
+            **soup,
+            "kind": "surrogate",
+            "repair": repair.name,
+            "others": [rule for rule, _ in self.others],
+            "examples": self.config.predict_examples,
+            **self.about,
+        }
+
         def measure() -> Arrays:
             state = mean_state(self.members)
             origin = self.members.flat(state)
@@ -280,15 +289,12 @@ class _Comparison:
                 repaired(self.members, state, repair, self.parts, self.uniform),
                 torch.cat([self.members.offsets(state), *others]),
                 spread_examples(self.parts.test(), self.config.predict_examples),
+                keep=lambda name, make: self.cells.get({**key, "part": name}, make),
                 progress=progress,
             )
             return {n: getattr(made, n).numpy() for n in ("slope", "curvature", "second")}
 
-        key = {**soup, "kind": "surrogate", "repair": repair.name,
-               "others": [rule for rule, _ in self.others],
-               "examples": self.config.predict_examples, **self.about}  # fmt: skip
-        cell = self.cells.get(key, measure)
-        numbers = {name: torch.from_numpy(value) for name, value in cell.items()}
+        numbers = {n: torch.from_numpy(v) for n, v in self.cells.get(key, measure).items()}
         return Surrogate(nll(found["test"], self.labels["test"]), **numbers)
 
     def _believed(self, surrogate: Surrogate) -> bool:

@@ -14,16 +14,21 @@ of a member. The last line is the second order of log-mean-exp over members.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neural.combine.cells import Arrays
 from neural.curvature.risk import EmpiricalRisk
 from neural.late_phase.members import Batch
 from nqm.progress import Progress, counted
 
+#: Returns the arrays of a part of the work by its name; computes them if it must.
+Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 #: Mean error of the members' predicted losses, relative to their mean, up to which predictions of
 #: soups and ensembles are believed.
 RANGE = 0.1
@@ -114,6 +119,7 @@ def make_surrogate(
     offsets: Tensor,
     batches: Sequence[Batch],
     *,
+    keep: Keep = lambda name, make: make(),
     progress: Progress | None = None,
 ) -> Surrogate:
     """Measure the second-order model about a model's weights.
@@ -126,6 +132,9 @@ def make_surrogate(
         Displacements of all parameters, in the order of ``model.named_parameters()``.
     batches : sequence of (inputs, targets)
         Data on which the loss is predicted.
+    keep : callable
+        Called as ``keep(name, make)`` for each part of the work, and returns the arrays of
+        ``make()`` or what an earlier call with this name returned.
     progress : callable, optional
         Called as ``progress("derivatives", share)``.
 
@@ -146,19 +155,28 @@ def make_surrogate(
         for name, p in model.named_parameters():
             p.requires_grad_(trainable[name])
     risk.check()
-    more = counted(progress, "derivatives", 1.0 + 2.0 * len(offsets))
-    loss, gradient = risk.loss_and_gradient()
+    more = counted(progress, "derivatives", 1.0 + len(offsets))
+
+    def first() -> Arrays:
+        loss, gradient = risk.loss_and_gradient()
+        return {"loss": np.array(loss), "slope": (wide @ gradient.double().cpu()).numpy()}
+
+    def along(offset: Tensor) -> Arrays:
+        bent = risk.hessian_product(offset).double().cpu()
+        slopes = risk.example_slopes(offset).double().cpu()
+        return {"curvature": (0.5 * (wide @ bent)).numpy(), "slopes": slopes.numpy()}
+
+    wide = offsets.double()
+    start = keep("gradient", first)
     more(1)
-    curvature, slopes = [], []
-    for offset in offsets.to(gradient):
-        curvature.append(0.5 * (offsets.double() @ risk.hessian_product(offset).double().cpu()))
+    rows = []
+    for index, offset in enumerate(offsets.to(risk.weights)):
+        rows.append(keep(f"offset {index}", partial(along, offset)))
         more(1)
-        slopes.append(risk.example_slopes(offset).double().cpu())
-        more(1)
-    m, rows = torch.stack(curvature), torch.stack(slopes)
+    m, slopes = (np.stack([row[name] for row in rows]) for name in ("curvature", "slopes"))
     return Surrogate(
-        loss,
-        offsets.double() @ gradient.double().cpu(),
-        0.5 * (m + m.T),
-        rows @ rows.T / rows.shape[1],
+        float(start["loss"]),
+        torch.from_numpy(start["slope"]),
+        torch.from_numpy(0.5 * (m + m.T)),
+        torch.from_numpy(slopes @ slopes.T / slopes.shape[1]),
     )

@@ -153,7 +153,7 @@ def run_compare(
     *,
     progress: Progress | None = None,
 ) -> tuple[pd.DataFrame, list[str]]:
-    """`compare`, kept in a folder; a killed comparison goes on, a finished one is only read.
+    """`compare`, kept in a folder; a killed comparison continues, a finished one is only read.
 
     Parameters
     ----------
