@@ -62,7 +62,8 @@ def decomposition(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(y, [name_of(row) for _, row in rows.iterrows()])
     ax.set(xlabel="negative log-likelihood (nats)", title="what combining gains")
     _log_if_wide(ax, "x", pd.concat([rows["nll"], rows["mean_member_nll"]]))
-    ax.legend(loc="best")
+    # Below the axes: rows fill all of them.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.3, -0.14), ncol=2)
     return ax
 
 
@@ -105,7 +106,7 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     inside = bool((rows["predicted_from"] == "surrogate").all())
     ax.set(
         xlabel="measured loss (nats)", ylabel="predicted loss (nats)",
-        title="prediction" if inside else "prediction (outside the quadratic range)",
+        title="prediction" if inside else "prediction (outside its range)",
     )  # fmt: skip
     return ax
 
