@@ -69,7 +69,8 @@ def list_() -> None:
     click.echo("recipe:")
     for name in recipe_names():
         recipe = load_recipe(name)
-        click.echo(f"  {name}\n      {recipe.title}; arms {', '.join(recipe.arms)}")
+        arms = dict.fromkeys(arm.partition("/")[0] for arm in recipe.arms)
+        click.echo(f"  {name}\n      {recipe.title}; arms {', '.join(arms)}")
     models = {name: family.description for name, family in MODELS.items()}
     for title, entries in (("model", models), ("data", DATASETS), ("select", TERMS)):
         click.echo(f"{title}:")

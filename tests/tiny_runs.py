@@ -81,8 +81,12 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Everything two finished runs left, but for what tells their machines."""
-    names = sorted(path.name for path in one.iterdir() if not path.name.startswith("epoch"))
-    assert names == sorted(p.name for p in other.iterdir() if not p.name.startswith("epoch"))
+    names, others = (
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+               if path.is_file() and not path.name.startswith("epoch"))
+        for folder in (one, other)
+    )  # fmt: skip
+    assert names == others
     assert {"model.pt", "history.parquet", "result.parquet", "run.json"} <= set(names)
     for name in names:
         if name.endswith(".pt"):

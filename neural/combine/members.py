@@ -438,8 +438,10 @@ class Members(Sequence[Member]):
     @cached_property
     def epochs_total(self) -> float:
         """Epochs of training that all members took together; shared ones count once."""
-        own = sum(member.epochs for member in self)
-        return own + sum(dict(m.trunk for m in self if m.trunk is not None).values())
+        shared: dict[str, float] = {}
+        for name, epochs in (member.trunk for member in self if member.trunk is not None):
+            shared[name] = max(epochs, shared.get(name, 0.0))  # of a chain, up to its last member
+        return sum(member.epochs for member in self) + sum(shared.values())
 
 
 def state_key(state: Mapping[str, Tensor]) -> str:

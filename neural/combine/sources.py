@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,13 +18,12 @@ from neural.training.build import plain_model, read_weights
 from neural.training.config import RunConfig, describe
 from neural.training.load_run import open_finished, reopen
 from neural.training.recipe import load_recipe
+from neural.training.snapshots import FOLDER, LIST
 from neural.training.task import Runtime, Task, open_task
 from nqm.errors import NQMError
 from nqm.files import check_regular
 from nqm.keys import difference
 
-#: Folder of a run that holds models beside its single one, and the list of them.
-FOLDER, LIST = "members", "members.json"
 #: Files that Hugging Face's libraries write into a model's folder.
 _SHARDS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
 #: Ends of the names of files with weights.
@@ -286,28 +284,3 @@ def _named(members: Sequence[Member]) -> list[Member]:
         shared += 1
     names = ["/".join(Path(name).parts[shared:]) for name in names]
     return [replace(member, name=name) for member, name in zip(members, names, strict=True)]
-
-
-def kept_list(entries: Sequence[Mapping[str, Any]]) -> bytes:
-    """The list of the models that a run kept on its way.
-
-    Parameters
-    ----------
-    entries : sequence of mapping
-        Each with ``name``, ``file`` (beside the list), ``epochs`` (of this model alone) and
-        ``trunk`` (epochs of the training that it shares with the others).
-
-    Returns
-    -------
-    bytes
-        JSON.
-
-    Raises
-    ------
-    NQMError
-        If an entry has no finite number of epochs.
-    """
-    for entry in entries:
-        if not math.isfinite(entry["epochs"]):
-            raise NQMError(f"{entry['name']}: epochs must be finite; got {entry['epochs']}")
-    return json.dumps(list(entries), indent=1).encode()

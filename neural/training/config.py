@@ -1,4 +1,4 @@
-"""Configuration of a training run: data, model, optimisation, members, averaging, evaluation.
+"""Configuration of a training run: data, model, optimisation, members, averages, snapshots.
 
 Each section of a recipe is a frozen dataclass. `build` makes them from a mapping and reports every
 mistake with its dotted key. All times are in epochs.
@@ -15,6 +15,7 @@ from neural.data.augment import AUGMENTATIONS
 from neural.late_phase.options import MemberOptions
 from neural.models import option_defaults
 from neural.training.averages import AVERAGES, Average
+from neural.training.snapshots import SnapshotsConfig
 from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.runs import toml
@@ -327,11 +328,13 @@ class RunConfig:
     average: Average[Any] | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = 0
+    snapshots: SnapshotsConfig | None = None
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, 0)
         if self.seed > toml.LARGEST:
             raise NQMError(f"seed must be at most 2^53; got {self.seed}")
+        self._check_snapshots()
         epochs = self.train.epochs
         for name, section in (("late_phase", self.late_phase), ("average", self.average)):
             if section is not None and section.start_epoch >= epochs:
@@ -352,14 +355,30 @@ class RunConfig:
                 f"got {average.start_epoch}"
             )
 
+    def _check_snapshots(self) -> None:
+        """Raise NQMError unless snapshots fill the run, and nothing else is made of it."""
+        snapshots = self.snapshots
+        if snapshots is None:
+            return
+        for name in ("late_phase", "average"):
+            if getattr(self, name) is not None:
+                raise NQMError(f"snapshots and {name} exclude each other; use one of them in a run")
+        if (right := snapshots.epochs) != self.train.epochs:
+            raise NQMError(
+                f"train.epochs must be {right}, which snapshots.first_epochs and the cycles take; "
+                f"got {self.train.epochs}"
+            )
+        snapshots.cycle(self.train.lr)  # refuses a peak that is no number
+
 
 SECTIONS: dict[str, Any] = {
     "data": DataConfig,
     "train": TrainConfig,
     "late_phase": LatePhaseConfig,
     "evaluate": EvaluateConfig,
+    "snapshots": SnapshotsConfig,
 }
-_TOP = ("data", "model", "train", "late_phase", "average", "evaluate", "seed")
+_TOP = ("data", "model", "train", "late_phase", "average", "snapshots", "evaluate", "seed")
 
 
 def build(mapping: Mapping[str, Any]) -> RunConfig:

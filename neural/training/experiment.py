@@ -73,7 +73,7 @@ class Job:
         Returns
         -------
         Path
-            ``out/ARM/seedN``.
+            ``out/ARM/seedN``; of a branch ``out/ARM/branchI/seedN``.
         """
         return out / self.arm / f"seed{self.seed}"
 
@@ -100,7 +100,7 @@ def _seed_jobs(recipe: Recipe, seed: int) -> list[Job]:
     """Runs of one seed; each starts from the run with which it has the most epochs in common."""
     made: list[Job] = []
     for arm, config in recipe.arms.items():
-        run = replace(config, seed=seed)
+        run = replace(config, seed=recipe.run_seed(arm, seed))
         shared = {job.arm: _shared(job.run, run) for job in made}
         donor = max(shared, key=lambda name: shared[name], default=None)
         start = (donor, shared[donor]) if donor is not None and shared[donor] else None
@@ -114,7 +114,7 @@ def _seed_jobs(recipe: Recipe, seed: int) -> list[Job]:
 
 def _shared(first: RunConfig, second: RunConfig) -> int:
     """Number of epochs that two runs have in common."""
-    without = {"late_phase": None, "average": None}
+    without = {"late_phase": None, "average": None, "snapshots": None}
     lr = first.train.lr
     if describe(replace(first, **without)) != describe(  # type: ignore[arg-type]
         replace(second, **without, train=replace(second.train, lr=lr))  # type: ignore[arg-type]
@@ -131,8 +131,8 @@ def _shared(first: RunConfig, second: RunConfig) -> int:
 
 
 def _plain_epochs(run: RunConfig) -> int:
-    """Number of epochs before a run spawns members or begins to average."""
-    sections = (run.late_phase, run.average)
+    """Number of epochs before a run does anything but plain training."""
+    sections = (run.late_phase, run.average, run.snapshots)
     starts = (section.start_epoch for section in sections if section is not None)
     return min(starts, default=run.train.epochs)
 
@@ -158,7 +158,7 @@ def run_experiment(
     runtime : Runtime, optional
         Device and folder of data files; one CPU by default.
     arms : sequence of str
-        Names of the arms to train; all by default.
+        Names of the arms to train, or of an arm with all its branches; all by default.
     seeds : sequence of int, optional
         Seeds to train; those of the recipe by default.
     workers : int
@@ -186,9 +186,7 @@ def run_experiment(
         raise NQMError(
             f"workers must be 1 where {runtime.world} processes share a run; got {workers}"
         )
-    for arm in arms:
-        if arm not in recipe.arms:
-            raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, recipe.arms)}")
+    arms = [name for arm in arms for name in _named(recipe, arm)]
     check_no_run(out)
     target = out / "results.parquet"
     if target.exists() and read_metadata(target).get("recipe") != recipe.name:
@@ -198,6 +196,15 @@ def run_experiment(
         )
     with locked(out, folder=True) if runtime.rank == 0 else nullcontext():
         return _run_all(recipe, out, runtime, arms, seeds, workers, progress)
+
+
+def _named(recipe: Recipe, arm: str) -> list[str]:
+    """An arm, or all its branches."""
+    names = [name for name in recipe.arms if arm in (name, name.partition("/")[0])]
+    if not names:
+        known = dict.fromkeys(name.partition("/")[0] for name in recipe.arms)
+        raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, known)}")
+    return names
 
 
 def _run_all(
@@ -410,7 +417,7 @@ def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
         if len(predictions) < 2:
             continue
         labels = torch.from_numpy(predictions[0]["labels"])
-        for weights in ("iterate", "averaged", *AVERAGES):
+        for weights in ("iterate", "averaged", "snapshot_soup", *AVERAGES):
             if weights not in predictions[0]:
                 continue
             stacked = torch.stack([torch.from_numpy(arrays[weights]) for arrays in predictions])

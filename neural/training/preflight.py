@@ -18,6 +18,7 @@ from neural.late_phase.select import select
 from neural.training import report
 from neural.training.build import make_model
 from neural.training.config import RunConfig
+from neural.training.snapshots import plain_state
 from neural.training.state import TrainState
 from neural.training.task import DTYPES, Runtime, Stream, Task
 from nqm.errors import NQMError
@@ -124,12 +125,13 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
             + f": training them takes {needed / 2**30:,.1f} GiB at least, and there are "
             f"{limit / 2**30:,.1f} GiB; ask for less"
         )
-    draws = max(run.evaluate.mc_dropout, late.members if late is not None else 0)
+    counts = [part.members for part in (late, run.snapshots) if part is not None]
+    draws = max(run.evaluate.mc_dropout, *counts, 0)
     if task.images is not None and (logits := 8 * draws * len(task.images) * task.classes) > limit:
         raise NQMError(
             f"the predictions of {draws:,} models for {len(task.images):,} test images take "
             f"{logits / 2**30:,.1f} GiB, and there are {limit / 2**30:,.1f} GiB; lower "
-            "evaluate.mc_dropout, late_phase.members or data.test_examples"
+            "evaluate.mc_dropout, late_phase.members, snapshots.members or data.test_examples"
         )
 
 
@@ -184,7 +186,8 @@ def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Ima
         if not bool(torch.isfinite(torch.tensor(train_state.task.score(model).loss))):
             return
         report.during(train_state, 0)
-        report.final(train_state, {name: _first(images) for name, images in ood.items()})
+        kept = () if run.snapshots is None else [lambda: plain_state(train_state.model)] * 2
+        report.final(train_state, {name: _first(images) for name, images in ood.items()}, kept)
 
 
 def rehearsed_state(run: RunConfig, runtime: Runtime, task: Task) -> TrainState:

@@ -1,8 +1,9 @@
 """Recipes: an experiment as a TOML file, with several arms and seeds.
 
 The sections of a run (`neural.training.config`) are at the top level and shared by all arms, except
-that only arms that ``use`` them have ``[late_phase]`` and ``[average]``. Other entries of an arm
-change the shared ones::
+that only arms that ``use`` them have ``[late_phase]``, ``[average]``, ``[snapshots]`` and
+``[branches]``. Other entries of an arm change the shared ones. An arm that uses ``[branches]``
+stands for several, ``ARM/branch0`` and so on (see `neural.training.branches`)::
 
     title = "..."
     seeds = 5
@@ -20,11 +21,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from neural.training.branches import BranchesConfig, expanded
 from neural.training.config import RunConfig, build
 from nqm.errors import NQMError, check_integer, check_word, suggest
 from nqm.names import check_folder_names
@@ -33,7 +35,8 @@ from nqm.runs import toml
 SCALES = ("full", "cpu", "smoke")
 #: Largest number of seeds; every arm has a run for each.
 MOST_SEEDS = 10_000
-_OPTIONAL = ("late_phase", "average")
+#: Sections that arms have only if they use them.
+OPTIONAL = ("late_phase", "average", "snapshots", "branches")
 _OWN = ("title", "about", "seeds", "arm", "scale")
 #: Files of an experiment beside the folders of its arms.
 OUTPUTS = ("results.parquet", "history.parquet", "comparison.png", "comparison.pdf")
@@ -54,9 +57,12 @@ class Recipe:
     seeds : tuple of int
         Seeds of the runs.
     arms : mapping of str to RunConfig
-        Name of the arm -> run with seed 0. The others are compared with the first.
+        Name of the arm -> run with seed 0. The others are compared with the first. Branches of an
+        arm are arms.
     mapping : mapping
         Content of the TOML file with the changes of the scale.
+    branches : mapping of str to (int, int)
+        Branch of a checkpoint -> its number, and how many its arm has.
     """
 
     name: str
@@ -66,6 +72,24 @@ class Recipe:
     seeds: tuple[int, ...]
     arms: Mapping[str, RunConfig]
     mapping: Mapping[str, Any]
+    branches: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def run_seed(self, arm: str, seed: int) -> int:
+        """Seed of a run.
+
+        Parameters
+        ----------
+        arm : str
+        seed : int
+            Of the experiment.
+
+        Returns
+        -------
+        int
+            `seed` itself, but for branches of a checkpoint: each draws minibatches of its own.
+        """
+        branch, count = self.branches.get(arm, (0, 1))
+        return seed * count + branch
 
 
 def recipe_names() -> list[str]:
@@ -150,34 +174,67 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
     if not arms:
         raise NQMError(f"recipe {name} has no arm; add an [arm.NAME] table")
     check_folder_names("arm", arms, OUTPUTS)
+    runs: dict[str, RunConfig] = {}
+    branches: dict[str, tuple[int, int]] = {}
+    for arm, table in arms.items():
+        made = _runs(arm, top, table)
+        runs |= made
+        if arm not in made and next(iter(made.values())).model.checkpoint is not None:
+            branches |= {branch: (i, len(made)) for i, branch in enumerate(made)}
     return Recipe(
         name,
         toml.leaf("title", own.get("title", name), str),
         toml.leaf("about", own.get("about", ""), str),
         scale,
         _seeds(own.get("seeds", 1)),
-        {arm: _run(arm, top, table) for arm, table in arms.items()},
+        runs,
         mapping,
+        branches,
     )
 
 
-def _run(arm: str, top: Mapping[str, Any], table: Any) -> RunConfig:
+def _runs(arm: str, top: Mapping[str, Any], table: Any) -> dict[str, RunConfig]:
+    """The run of an arm, or those of its branches, by name."""
     changes = dict(toml.table_at(f"arm.{arm}", table))
     used = toml.leaf(f"arm.{arm}.use", changes.pop("use", []), tuple[str, ...])
     for section in used:
-        if section not in _OPTIONAL or section not in top:
+        if section not in OPTIONAL or section not in top:
             raise NQMError(
                 f"arm.{arm}.use: there is no section {section!r} to use"
-                f"{suggest(section, [name for name in _OPTIONAL if name in top])}"
+                f"{suggest(section, [name for name in OPTIONAL if name in top])}"
             )
-    unused = [name for name in _OPTIONAL if name not in used]
+    unused = [name for name in OPTIONAL if name not in used]
     mapping = {name: copy.deepcopy(entry) for name, entry in top.items() if name not in unused}
     merge(mapping, changes)
     try:
-        return build(mapping)
+        branches = mapping.pop("branches", None)
+        if branches is None:
+            return {arm: build(mapping)}
+        return _branches(arm, branches, mapping)
     except NQMError as error:
         # The key may be one of the arm or of the top level, so the arm is named before it.
         raise NQMError(f"arm.{arm}: {error}") from None
+
+
+def _branches(arm: str, section: Any, mapping: Mapping[str, Any]) -> dict[str, RunConfig]:
+    table = dict(toml.table_at("branches", section))
+    toml.require("branches", table, "vary")
+    vary = toml.table_at("branches.vary", table.pop("vary"))
+    config = toml.call(BranchesConfig, table, "branches", {"vary": vary})
+    runs: dict[str, RunConfig] = {}
+    for name, made in expanded(config, mapping):
+        try:
+            run = build(made)
+        except NQMError as error:
+            raise NQMError(f"{name}: {error}") from None
+        # A checkpoint's branches have seeds of their own; others start from their seed's weights.
+        if run.model.checkpoint is None and run in runs.values():
+            raise NQMError(
+                f"{name} is the same run as another branch; without model.checkpoint all of them "
+                "have one seed: lower branches.count, or let branches.vary differ more"
+            )
+        runs[f"{arm}/{name}"] = run
+    return runs
 
 
 def merge(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -9,22 +9,25 @@ swa, ema      the average over time (of the members' mean, if there are any), wi
               statistics recomputed; the names of `neural.training.averages.AVERAGES`
 member        one member, whose number is in the column `member`
 ensemble      mean prediction of the members
+snapshot      one snapshot (see `neural.training.snapshots`), `member` says which
 mc_dropout    mean prediction over dropout masks
 ============  ====================================================================================
 
-and, for models in which they may differ from these, ``averaged_outputs`` and ``swa_outputs``
-(BatchNorm averaged as in the official code), ``averaged_product`` and ``swa_product`` (rank-1
-factors averaged as matrices).
+Of snapshots there are ``snapshot_soup``, the mean of their weights with BatchNorm statistics
+recomputed, and ``snapshot_ensemble``, their mean prediction. For models in which they may differ
+from these, there are ``averaged_outputs`` and ``swa_outputs`` (BatchNorm averaged as in the
+official code), ``averaged_product`` and ``swa_product`` (rank-1 factors averaged as matrices).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -36,6 +39,7 @@ from neural.late_phase.members import LatePhase
 from neural.late_phase.reparametrize import fold
 from neural.training.averages import single_models
 from neural.training.config import EvaluateConfig
+from neural.training.snapshots import soup
 from neural.training.state import TrainState
 from neural.training.task import Task
 from nqm.errors import NQMError
@@ -124,7 +128,11 @@ def check(train_state: TrainState) -> None:
         )
 
 
-def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
+def final(
+    train_state: TrainState,
+    ood: Mapping[str, Images],
+    snapshots: Sequence[Callable[[], Mapping[str, Tensor]]] = (),
+) -> Report:
     """Measure all metrics at the end of a run.
 
     Parameters
@@ -133,6 +141,8 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
         State at the end of training.
     ood : mapping of str to Images
         Result of `ood_images`.
+    snapshots : sequence of callable
+        Each returns the plain state dict of one snapshot.
 
     Returns
     -------
@@ -140,6 +150,10 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
     """
     task, late = train_state.task, train_state.late
     models = _models(train_state)
+    if snapshots:
+        states = (read() for read in snapshots)
+        batches = task.stream.epoch(train_state.run.train.epochs)
+        models["snapshot_soup"] = soup(fold(duplicate(train_state.model)), states, batches)
     rows: list[Row] = []
     predicted: dict[str, tuple[Tensor, Tensor]] = {}
     for name, model in models.items():
@@ -149,8 +163,11 @@ def final(train_state: TrainState, ood: Mapping[str, Images]) -> Report:
             predicted[name] = logits_and_labels
     if late is not None:
         rows += _members(late, task)
+    if snapshots:
+        rows += _snapshots(models["snapshot_soup"], snapshots, task)
     average = train_state.run.average
     primary = average.method if average is not None else next(iter(models))
+    primary = "snapshot_soup" if snapshots else primary
     model = models[primary]
     extra = beyond(model, late, task, train_state.run.evaluate, ood)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
@@ -217,6 +234,25 @@ def _members(late: LatePhase, task: Task) -> list[Row]:
         rows += _named("member", evaluate.classification_metrics(own, labels), member=k)
     mean = evaluate.ensemble_log_probs(logits)
     return rows + _named("ensemble", evaluate.classification_metrics(mean, labels))
+
+
+def _snapshots(
+    model: nn.Module, snapshots: Sequence[Callable[[], Mapping[str, Tensor]]], task: Task
+) -> list[Row]:
+    """Every snapshot by itself, and the ensemble of their predictions."""
+    rows, logits, labels = [], [], None
+    one = duplicate(model)
+    for k, read in enumerate(snapshots):
+        one.load_state_dict(read())
+        measured, predicted = _metrics(one, task)
+        rows += _named("snapshot", measured, member=k)
+        if predicted is not None:
+            logits.append(predicted[0])
+            labels = predicted[1]
+    if labels is None:  # of text
+        return rows
+    mean = evaluate.ensemble_log_probs(torch.stack(logits))
+    return rows + _named("snapshot_ensemble", evaluate.classification_metrics(mean, labels))
 
 
 def _named(weights: str, metrics: dict[str, float], member: int = -1) -> list[Row]:

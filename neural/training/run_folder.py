@@ -10,14 +10,16 @@
     model.pt           the single model, a plain state dict
     late.pt            base and all members, if there are any
     predictions.npz    log-probabilities on the test set, and its labels
+    members/           snapshots, if there are any, and members.json, the list of them
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from neural.training import checkpoint
 from neural.training.config import RunConfig, describe, restore, run_key
 from neural.training.report import Report
+from neural.training.snapshots import FOLDER, LIST, file_name, kept_list
 from nqm import __version__, keys
 from nqm.errors import NQMError
 from nqm.files import check_regular, is_lock, is_temporary, locked, replacing, tidy_lock
@@ -178,6 +182,56 @@ class RunFolder:
             checkpoint.save(self.path / f"epoch{epoch}.pt", state)
             self.save(state)
 
+    def write_snapshot(self, member: int, state: Mapping[str, Tensor]) -> None:
+        """Write one snapshot.
+
+        Parameters
+        ----------
+        member : int
+            0 to M - 1.
+        state : mapping of str to Tensor
+            Plain state dict, on the CPU.
+        """
+        if not self.writes:
+            return
+        from safetensors.torch import save
+
+        (self.path / FOLDER).mkdir(exist_ok=True)
+        with replacing(self.path / FOLDER / file_name(member)) as stream:
+            stream.write(save(dict(state)))
+
+    def snapshots(self) -> list[Callable[[], dict[str, Tensor]]]:
+        """Readers of the run's snapshots, in order.
+
+        Returns
+        -------
+        list of callable
+            Each returns a state dict. Empty of a run without snapshots, and for processes that
+            write nothing.
+        """
+        kept = self.run.snapshots
+        if kept is None or not self.writes:
+            return []
+        files = [self.path / FOLDER / file_name(k) for k in range(kept.members)]
+        return [partial(checkpoint.load_foreign, file) for file in files]
+
+    def check_snapshots(self, taken: int) -> None:
+        """Check that snapshots which a checkpoint counts are there.
+
+        Parameters
+        ----------
+        taken : int
+            How many were taken.
+
+        Raises
+        ------
+        NQMError
+            If one is missing.
+        """
+        for k in range(taken if self.writes else 0):
+            if not (file := self.path / FOLDER / file_name(k)).is_file():
+                raise NQMError(f"{file} is missing; delete {self.path} and run again")
+
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the table of evaluations.
 
@@ -262,6 +316,9 @@ class RunFolder:
                 with replacing(self.path / "predictions.npz") as stream:
                     arrays: dict[str, Any] = dict(report.predictions)
                     np.savez_compressed(stream, **arrays)
+            if self.run.snapshots is not None:
+                with replacing(self.path / FOLDER / LIST) as stream:
+                    stream.write(kept_list(self.run.snapshots.entries()))
         self.stated["status"] = status
         self._write_json()
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
@@ -421,7 +478,7 @@ def open_run(path: str | Path) -> tuple[RunConfig, dict[str, Any]]:
 
 def _no_run(folder: Path) -> str:
     """Message that a folder is not that of a run, with the folder to use instead if known."""
-    for depth, kind in (("*", "an arm"), ("*/*", "an experiment")):
+    for depth, kind in (("*", "an arm"), ("*/*", "an experiment"), ("*/*/*", "an experiment")):
         runs = sorted(path.parent for path in folder.glob(f"{depth}/run.json"))
         if runs:
             return f"{folder} is {kind}; give one of its runs: {runs[0]}"

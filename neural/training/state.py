@@ -14,6 +14,7 @@ from neural.late_phase.members import Batch, LatePhase
 from neural.late_phase.pieces import Known, backward_in_pieces
 from neural.late_phase.ranks import average_gradients
 from neural.late_phase.select import select
+from neural.training import snapshots
 from neural.training.build import make_late, make_model
 from neural.training.config import RunConfig
 from neural.training.distributed import share_weights, summed
@@ -72,6 +73,10 @@ class TrainState:
         self.member_optimizer: Optimizer | None = None
         self.average: nn.Module | None = None
         self.known_pieces: Known = {}
+        #: Rate in the cycles of snapshots, snapshots taken, and what a star goes back to.
+        self.cycle = None if run.snapshots is None else run.snapshots.cycle(run.train.lr)
+        self.taken = 0
+        self.centre: dict[str, Any] | None = None
         self.done = 0
         self.rows: list[dict[str, Any]] = []
         #: Sum and count of the losses since the history's last row.
@@ -204,6 +209,11 @@ class TrainState:
     def _set_rates(self) -> None:
         train, late = self.run.train, self.run.late_phase
         now = self.epoch if train.lr_every == "step" else self.done // len(self.task.stream)
+        kept = self.run.snapshots
+        if self.cycle is not None and kept is not None and now >= kept.first_epochs:
+            # A triangle's lowest rate is met in mid-cycle only if it moves with every minibatch.
+            set_lr(self.optimizer, self.cycle(self.epoch if kept.kind == "triangle" else now))
+            return
         set_lr(self.optimizer, float(train.lr(now)))
         if self.member_optimizer is not None and late is not None:
             set_lr(self.member_optimizer, float((late.member_lr or train.lr)(now)))
@@ -245,6 +255,40 @@ class TrainState:
         if self.average is None and average.every_step:
             return  # there was no base step since the start of the average
         average.end_epoch(self._begun_average(), self.trained, epoch)
+
+    def snapshot(self) -> dict[str, Tensor] | None:
+        """Take the snapshot that is due after so many minibatches, and begin the next cycle.
+
+        Called between steps, and before the first one; a second call at one time does nothing.
+
+        Returns
+        -------
+        dict of str to Tensor, or None
+            Plain state dict of the snapshot; None if none is due.
+        """
+        settings = self.run.snapshots
+        if settings is None or self.taken == settings.members:
+            return None
+        if self.done != settings.taken_at(self.taken) * len(self.task.stream):
+            return None
+        self.taken += 1
+        state = snapshots.plain_state(self.model)
+        if self.taken < settings.members and settings.kind != "triangle":
+            self._begin_cycle(settings)
+        return state
+
+    def _begin_cycle(self, settings: snapshots.SnapshotsConfig) -> None:
+        """Go back to the first snapshot, if this is a star, and empty the optimizer's state."""
+        if settings.kind == "star" and self.centre is None:
+            self.centre = copy.deepcopy({"weights": self.model.state_dict()})
+            if not settings.reset_optimizer:
+                self.centre["optimizer"] = copy.deepcopy(self.optimizer.state_dict())
+        elif self.centre is not None:
+            self.model.load_state_dict(self.centre["weights"])
+            if not settings.reset_optimizer:
+                self.optimizer.load_state_dict(copy.deepcopy(self.centre["optimizer"]))
+        if settings.reset_optimizer:
+            self.optimizer.state.clear()
 
     def _begun_average(self) -> nn.Module:
         """State of the average, made at the first call."""
@@ -294,6 +338,10 @@ class TrainState:
             state["member_optimizer"] = self.member_optimizer.state_dict()
         if self.average is not None:
             state["average"] = self.average.state_dict()
+        if self.taken:
+            state["taken"] = self.taken
+        if self.centre is not None:
+            state["centre"] = self.centre
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -312,6 +360,7 @@ class TrainState:
             self.member_optimizer.load_state_dict(state["member_optimizer"])
         if "average" in state:
             self._begun_average().load_state_dict(state["average"])
+        self.taken, self.centre = state.get("taken", 0), state.get("centre")
         self.done = state["done"]
         self.rows = list(state["rows"])
         self.losses.copy_(state["losses"])

@@ -27,7 +27,7 @@ from neural.data import load
 from neural.data.catalog import data_root
 from neural.training import preflight
 from neural.training.config import RunConfig, describe, restore, run_key
-from neural.training.recipe import load_recipe, make_recipe, merge
+from neural.training.recipe import OPTIONAL, load_recipe, make_recipe, merge
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
 from nqm import keys
@@ -127,18 +127,19 @@ def build(
     changed = copy.deepcopy(dict(made.mapping))
     changes = {name: value for name, value in mapping.items() if name not in _OWN}
     merge(changed, changes)
-    arms = make_recipe(made.name, changed, made.scale).arms
-    arm = toml.leaf("arm", mapping.get("arm", list(arms)[-1]), str)
+    recipe = make_recipe(made.name, changed, made.scale)
+    arms = recipe.arms
+    arm = toml.leaf("arm", mapping.get("arm", list(changed["arm"])[-1]), str)
     if arm not in arms:
         raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
-    _check_effect(arm, changed["arm"][arm], changes)
+    _check_effect(arm, changed["arm"][arm.partition("/")[0]], changes)
     seed = toml.leaf("seed", mapping.get("seed", 0), int)
-    return Cell(replace(arms[arm], seed=seed), runtime or Runtime())
+    return Cell(replace(arms[arm], seed=recipe.run_seed(arm, seed)), runtime or Runtime())
 
 
 def _check_effect(arm: str, table: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Raise NQMError if a change has no effect on the arm."""
-    for name in ("late_phase", "average"):
+    """Raise NQMError if the arm does not use what is changed, or states it itself."""
+    for name in OPTIONAL:
         if name in changes and name not in table.get("use", ()):
             raise NQMError(f"{name} changes nothing: arm {arm!r} does not use it; choose another")
     pending = [("", table, changes)]

@@ -100,6 +100,7 @@ def train(
     with log.begun():
         if (state := log.checkpoint(runtime.device, start)) is not None:
             train_state.load_state_dict(state)
+            log.check_snapshots(train_state.taken)
         status = _go_on(train_state, ood, log, keep, progress)
     return Outcome(status, log.history(), log.result())
 
@@ -117,6 +118,7 @@ def _go_on(
     batches = len(task.stream)
     total = run.train.epochs * batches
     saved, status = time.monotonic(), "finished"
+    _take_snapshot(train_state, log)  # of a run that starts from another one's checkpoint
     for count, (group, after) in enumerate(_groups(train_state, total)):
         epochs_before = train_state.done // batches
         if group:
@@ -138,14 +140,22 @@ def _go_on(
                     board.add(train_state.rows[-1])
             if epoch in keep:
                 log.keep(epoch, train_state.state_dict())
+            _take_snapshot(train_state, log)
         if time.monotonic() - saved > CHECKPOINT_EVERY:
             log.save(train_state.state_dict())
             saved = time.monotonic()
     if status == "finished" and not math.isfinite(train_state.rows[-1]["loss"]):
         status = "diverged"  # by the last step
     log.write_history(train_state.rows)
-    log.finish(status, report.final(train_state, ood) if status == "finished" else None)
+    finished = status == "finished"
+    log.finish(status, report.final(train_state, ood, log.snapshots()) if finished else None)
     return status
+
+
+def _take_snapshot(train_state: TrainState, log: RunFolder) -> None:
+    """Write the snapshot that is due now, if any; checkpoints that know of it come later."""
+    if (state := train_state.snapshot()) is not None:
+        log.write_snapshot(train_state.taken - 1, state)
 
 
 def _groups(train_state: TrainState, total: int) -> Iterator[tuple[list[Batch], int]]:

@@ -41,6 +41,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "late-phase, GroupNorm": {
         "model": CNN | {"norm": "group"}, "late_phase": LATE | {"select": "groupnorm+head"},
     },
+    "star of snapshots": {
+        "snapshots": {"kind": "star", "members": 2, "first_epochs": 2, "cycle_epochs": 1},
+    },
 }  # fmt: skip
 
 

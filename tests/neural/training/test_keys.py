@@ -29,6 +29,7 @@ from neural.training.config import (
 )
 from neural.training.load_run import reopen
 from neural.training.run_folder import RunFolder, open_run
+from neural.training.snapshots import SnapshotsConfig
 from neural.training.sweep import work
 from neural.training.task import Runtime
 from neural.training.train import train
@@ -42,6 +43,8 @@ from tests.tiny_runs import LATE, mapping, tiny
 
 AVERAGE: dict[str, Any] = {"method": "swa", "start_epoch": 1}
 WHOLE: dict[str, Any] = {"late_phase": LATE, "average": AVERAGE}
+#: What no run has together with the parts of `WHOLE`.
+SNAPSHOTS: dict[str, Any] = {"kind": "chain", "members": 2, "first_epochs": 2, "cycle_epochs": 1}
 
 SPELLINGS: dict[str, dict[str, Any]] = {
     "a default": {"train": {"momentum": 0.9, "nesterov": True}},
@@ -67,6 +70,8 @@ def test_every_part_of_a_run_counts() -> None:
         tiny(model={"name": "mlp", "hidden": [8], "dropout": 0.1}), tiny(model={"name": "mlp"}),
         tiny(evaluate={"every": 2}), tiny(data={"train_examples": 99}),
         tiny(late_phase=LATE | {"members": 4}), tiny(late_phase={"start_epoch": 1}),
+        tiny(snapshots=SNAPSHOTS), tiny(snapshots=SNAPSHOTS | {"kind": "star"}),
+        tiny(snapshots=SNAPSHOTS | {"reset_optimizer": False}),
     ]  # fmt: skip
     assert len({run_key(run) for run in others}) == len(others)
 
@@ -128,6 +133,16 @@ def test_a_run_is_resumed_after_a_setting_was_added(
     assert train(run, trained).status == "finished"  # which only reads a finished run
     assert (trained / "result.parquet").stat().st_mtime_ns == stamp
     assert run_key(open_run(trained)[0]) == before
+
+
+def test_a_run_with_snapshots_is_found_after_a_setting_was_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = tiny(snapshots=SNAPSHOTS)
+    stated = describe(before)
+    section("snapshots", SnapshotsConfig)(monkeypatch)
+    assert run_key(restore(stated)) == run_key(build(mapping(snapshots=SNAPSHOTS)))
+    assert run_key(build(mapping(snapshots=SNAPSHOTS))) == run_key(before)
 
 
 def test_a_new_setting_counts_where_it_is_used(
@@ -289,6 +304,7 @@ def test_a_measurement_is_found_again(
 def test_types_of_sections_are_those_of_a_run() -> None:
     """What the additions above replace is what a run is built of."""
     run = tiny(**WHOLE)
+    other = tiny(snapshots=SNAPSHOTS)
     for name, cls in config.SECTIONS.items():
-        assert isinstance(getattr(run, name), cls)
+        assert isinstance(getattr(other if name == "snapshots" else run, name), cls)
     assert isinstance(run, RunConfig)
