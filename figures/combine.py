@@ -7,13 +7,18 @@ import math
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
 from matplotlib.ticker import NullFormatter
+from numpy.typing import NDArray
 
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new
+from figures.style import COLORMAP, MARKERS, PALETTE, REFERENCE, axes_or_new
+from nqm.table import label as axis_label
 
 #: Color of what is averaged.
 SPACES = {"weights": PALETTE[0], "probabilities": PALETTE[1], "logits": PALETTE[2]}
 MEMBER = "#888888"
+#: Ways to round, in the order of their colors.
+ROUNDING = ("stochastic", "nearest", "antithetic", "gaussian")
 
 
 def name_of(row: pd.Series) -> str:
@@ -201,3 +206,150 @@ def _log_if_wide(ax: Axes, axis: str, values: pd.Series) -> None:
     """A logarithmic axis where values span more than a factor of 8."""
     if len(values) and values.min() > 0 and values.max() / values.min() > 8:
         ax.set(**{f"{axis}scale": "log"})
+
+
+def budget(
+    table: pd.DataFrame, *, cost: str = "bits", metric: str = "nll", ax: Axes | None = None
+) -> Axes:
+    """A metric of low-precision ensembles against what they cost; hollow at tuned temperatures.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rule, rounding, grid_bits, bits, passes, and the metric; with ``nll_tuned`` as well
+        if the metric is ``nll``.
+    cost : {"bits", "passes"}
+        Bits held for each weight, or forward passes of a prediction.
+    metric : str
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    tuned = metric == "nll"
+    grids = sorted(set(table["grid_bits"].tolist()) - {0}, reverse=True)
+    shapes = dict(zip(grids, MARKERS * len(grids), strict=False))
+    colors = dict(zip(ROUNDING, PALETTE, strict=False))
+    shown = table[table["rule"].isin(["rtn", "ensemble"])]
+    for rounding, grid in (
+        shown[["rounding", "grid_bits"]].drop_duplicates().itertuples(index=False)
+    ):
+        # Noise without a grid is no way to save memory.
+        if cost == "bits" and rounding == "gaussian":
+            continue
+        color, shape = colors[rounding], shapes[grid]
+        line = shown[(shown["rounding"] == rounding) & (shown["grid_bits"] == grid)]
+        line = line.sort_values(cost)
+        name = f"{rounding} {grid}"
+        ax.plot(line[cost], line[metric], shape + "-", color=color, lw=0.8, gid=name)
+        if tuned:
+            ax.plot(
+                line[cost], line["nll_tuned"], shape + "--", color=color, lw=0.6, mfc="none",
+                gid=f"{name} tuned",
+            )  # fmt: skip
+    plain = table[table["rule"] == "float"].iloc[0]
+    ax.axhline(plain[metric], color=REFERENCE, lw=0.7, gid="float")
+    if tuned:
+        ax.axhline(plain["nll_tuned"], color=REFERENCE, lw=0.7, ls="--", gid="float tuned")
+    for rounding, color in colors.items():
+        if (table["rounding"] == rounding).any():
+            ax.plot([], [], "-", color=color, label=rounding)
+    for grid, shape in shapes.items():
+        ax.plot([], [], shape, color=MEMBER, label=f"{grid} bits")
+    ax.plot([], [], "-", color=REFERENCE, lw=0.7, label="the model")
+    if tuned:
+        ax.plot([], [], "--", color=MEMBER, lw=0.7, label="tuned temperature")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    words = {"bits": ("bits held for a weight", "memory"), "passes": ("forward passes", "time")}
+    ax.set(xlabel=words[cost][0], ylabel=axis_label(metric), title=words[cost][1])
+    ax.legend(loc="best", fontsize=6, ncols=2)
+    return ax
+
+
+def curve(
+    table: pd.DataFrame, *, data: str = "test", metric: str = "error", ax: Axes | None = None
+) -> Axes:
+    """A metric along a curve between two models, the straight line in grey.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns path, t, data, accuracy and nll.
+    data : {"test", "train"}
+    metric : {"error", "nll"}
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    rows = table[table["data"] == data].sort_values("t")
+    for path, color, name in (("line", MEMBER, "straight line"), ("curve", PALETTE[0], "curve")):
+        part = rows[rows["path"] == path]
+        values = _metric(part, metric)
+        ax.plot(part["t"], values, color=color, label=name, gid=path)
+        ends = [0, -1]
+        if path == "curve":
+            ax.plot(part["t"].iloc[ends], values.iloc[ends], "o", color=REFERENCE, label="ends",
+                    gid="ends")  # fmt: skip
+    ax.set(xlabel="position t", ylabel=_METRICS[metric], title=f"{data} {_SHORT[metric]}")
+    if metric == "nll":
+        _log_if_wide(ax, "y", rows["nll"])
+    ax.legend(loc="best")
+    return ax
+
+
+def plane(
+    table: pd.DataFrame,
+    *,
+    metric: str = "nll",
+    path: NDArray[np.float64] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Contours of a test metric on the plane through three models.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns corner (empty for points of the grid), x, y, accuracy and nll.
+    metric : {"nll", "error"}
+    path : ndarray, shape (points, 2), optional
+        A curve on the plane.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    rows = table[table["corner"] == ""]
+    values = _metric(rows, metric)
+    grid = pd.DataFrame({"x": rows["x"], "y": rows["y"], "z": values})
+    z = grid.pivot_table(index="y", columns="x", values="z")
+    # Levels by rank: loss far away is many times that between the models.
+    levels = np.unique(np.quantile(values[np.isfinite(values)], np.linspace(0.0, 1.0, 12)))
+    if len(levels) > 1:
+        norm = BoundaryNorm(levels, 256)
+        drawn = ax.contourf(z.columns, z.index, z, levels=levels, cmap=COLORMAP, norm=norm)
+        ax.figure.colorbar(drawn, ax=ax, format="%.3g")
+    corners = table[table["corner"] != ""]
+    ax.plot(corners["x"], corners["y"], "o", color="white", mec=REFERENCE, gid="corners")
+    if path is not None:
+        ax.plot(path[:, 0], path[:, 1], color="white", lw=1.2, gid="path")
+    ax.set(xlabel="distance", ylabel="distance", title=f"test {_SHORT[metric]}")
+    wide, high = np.ptp(rows["x"]), np.ptp(rows["y"])
+    if 0.4 < high / wide < 2.5:  # a flat strip would be too small to see
+        ax.set_aspect("equal")
+    return ax
+
+
+_METRICS = {"error": "share of wrong predictions", "nll": "negative log-likelihood (nats)"}
+_SHORT = {"error": "error", "nll": "loss"}
+
+
+def _metric(table: pd.DataFrame, metric: str) -> pd.Series:
+    return 1.0 - table["accuracy"] if metric == "error" else table["nll"]

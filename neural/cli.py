@@ -21,6 +21,9 @@ COMMANDS = {
     "merge": "neural.combine.cli",
     "ensemble": "neural.combine.cli",
     "compare": "neural.combine.cli",
+    "low-precision": "neural.combine.cli",
+    "curve": "neural.combine.cli",
+    "plane": "neural.combine.cli",
 }
 
 
@@ -31,7 +34,9 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+        command: click.Command = getattr(
+            import_module(COMMANDS[cmd_name]), cmd_name.replace("-", "_")
+        )
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -1,9 +1,9 @@
-"""``nqm neural members | merge | ensemble | compare``; only click loads at the top."""
+"""Commands of ``nqm neural`` that combine trained models; only click loads at the top."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -215,20 +215,17 @@ def compare(
     """
     from neural.combine.config import load_config
     from neural.combine.survey import run_compare
-    from nqm.names import folder_name
 
     check_alone("nqm neural compare")
     asked = {
-        "combine.rules": None if rules is None else [one.strip() for one in rules.split(",")],
-        "combine.shifts": list(shifts) or None,
-        "combine.predict": predict,
+        "rules": None if rules is None else [one.strip() for one in rules.split(",")],
+        "shifts": list(shifts) or None,
+        "predict": predict,
     }
-    own = [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
-    settings, chosen = load_config(config, [*overrides, *own])
+    settings, chosen = load_config(config, [*overrides, *_own("combine", asked)])
     runtime = make_runtime(device, root, threads)
     opened = _opened(where, like, scale, ancestor, runtime)
-    name = folder_name("-".join(Path(where[0].partition("#")[0]).parts[-3:]), "members")
-    folder = out or Path("out", "combine", name)
+    folder = out or _folder("combine", where)
     with progress_bar() as told:
         table, lines = run_compare(opened, settings, chosen, folder, progress=told)
     shown = ["rule", "space", "repair", "data", "members", "accuracy", "nll", "nll_tuned",
@@ -237,6 +234,192 @@ def compare(
     click.echo(text.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
     for line in lines:
         click.echo(line)
+
+
+@click.command("low-precision")
+@_sources
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with the table [low_precision].",
+)  # fmt: skip
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a setting, e.g. --set low_precision.held_out=0.1 (repeatable).",
+)  # fmt: skip
+@click.option("--bits", metavar="B,B,...", help="Bits of a weight, each studied.")
+@click.option("--draws", type=int, help="Most members of an ensemble.")
+@click.option("--rounding", metavar="R,R,...", help="Of stochastic, nearest, antithetic, gaussian.")
+@click.option(
+    "--granularity", type=click.Choice(["channel", "tensor"]), help="What has a pitch of its own."
+)
+@click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+def low_precision(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    bits: str | None,
+    draws: int | None,
+    rounding: str | None,
+    granularity: str | None,
+    predict: bool | None,
+    out: Path | None,
+) -> None:
+    """Pool low-precision draws of one MEMBER: its weights rounded at random, many times.
+
+    The table has the model itself, its rounding to nearest, ensembles and the mean of the draws,
+    with bits and passes that each costs, and losses that derivatives at the model predict. The
+    command can be killed at any moment; the same command then continues where it stopped.
+
+    \b
+    nqm neural low-precision out/neural/digits_bn-full/base/seed0 --bits 6,5,4 --draws 8
+    """
+    from neural.combine.config import load_section
+    from neural.combine.low_precision import LowPrecisionConfig
+    from neural.combine.survey import run_low_precision
+
+    check_alone("nqm neural low-precision")
+    asked = {
+        "bits": None if bits is None else [_whole("--bits", one) for one in bits.split(",")],
+        "draws": draws,
+        "rounding": None if rounding is None else [one.strip() for one in rounding.split(",")],
+        "granularity": granularity,
+        "predict": predict,
+    }
+    settings = load_section(
+        LowPrecisionConfig, "low_precision", config, [*overrides, *_own("low_precision", asked)]
+    )
+    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    folder = out or _folder("low_precision", where)
+    with progress_bar() as told:
+        table, lines = run_low_precision(opened, settings, folder, progress=told)
+    shown = ["rule", "rounding", "grid_bits", "members", "bits", "accuracy", "nll", "nll_tuned",
+             "ambiguity", "predicted", "predicted_ambiguity"]  # fmt: skip
+    text = table[shown]
+    click.echo(text.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
+    for line in lines:
+        click.echo(line)
+
+
+@click.command()
+@_sources
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with the table [curve].",
+)  # fmt: skip
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change a setting, e.g. --set curve.lr=0.1 (repeatable).",
+)  # fmt: skip
+@click.option("--kind", type=click.Choice(["bezier", "chain"]), help="Form of the curve.")
+@click.option("--bends", type=int, help="Control points between the ends.")
+@click.option("--epochs", type=int, help="Of training the bends.")
+@click.option("--points", type=int, help="Values of t at which the curve is judged.")
+@click.option("--plane", type=int, help="Points along a side of the plane through the bend.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+def curve(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    kind: str | None,
+    bends: int | None,
+    epochs: int | None,
+    points: int | None,
+    plane: int | None,
+    out: Path | None,
+) -> None:
+    """Train a curve of low loss between two MEMBERs, and judge it beside the straight line.
+
+    The command can be killed at any moment; the same command then continues bit for bit.
+
+    \b
+    nqm neural curve out/A out/B --kind bezier --bends 1 --epochs 30 --points 61 --out curve
+    """
+    from neural.combine.config import load_section
+    from neural.combine.curve import CurveConfig
+    from neural.combine.survey import run_curve
+
+    check_alone("nqm neural curve")
+    asked = {"kind": kind, "bends": bends, "epochs": epochs, "points": points, "plane": plane}
+    settings = load_section(CurveConfig, "curve", config, [*overrides, *_own("curve", asked)])
+    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    with progress_bar() as told:
+        table, lines = run_curve(opened, settings, out or _folder("curve", where), progress=told)
+    click.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
+    for line in lines:
+        click.echo(line)
+
+
+@click.command()
+@_sources
+@click.option("--points", type=click.IntRange(2), default=21, show_default=True,
+              help="Points along either side.")  # fmt: skip
+@click.option(
+    "--repair", type=click.Choice(["statistics", "none"]), default="statistics", show_default=True,
+    help="statistics: BatchNorm statistics anew at every point.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+def plane(
+    where: tuple[str, ...],
+    like: str | None,
+    scale: str,
+    ancestor: str | None,
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    points: int,
+    repair: str,
+    out: Path | None,
+) -> None:
+    """Test loss and error on the plane through three MEMBERs.
+
+    \b
+    nqm neural plane out/A out/B curve/bend1.safetensors --out plane
+    """
+    from neural.combine.survey import run_plane
+
+    check_alone("nqm neural plane")
+    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    with progress_bar() as told:
+        lines = run_plane(opened, points, repair, out or _folder("plane", where), progress=told)
+    for line in lines:
+        click.echo(line)
+
+
+def _own(section: str, asked: Mapping[str, Any]) -> list[str]:
+    """Options of the command as changes of settings."""
+    return [f"{section}.{n}={json.dumps(v)}" for n, v in asked.items() if v is not None]
+
+
+def _folder(kind: str, where: tuple[str, ...]) -> Path:
+    """Where results are kept if nothing is said."""
+    from nqm.names import folder_name
+
+    parts = Path(where[0].partition("#")[0]).parts[-3:]
+    return Path("out", kind, folder_name("-".join(parts), "members"))
+
+
+def _whole(option: str, text: str) -> int:
+    from nqm.errors import NQMError, shown
+
+    try:
+        return int(text)
+    except ValueError:
+        raise NQMError(
+            f"{option} must be whole numbers between commas, as 6,5,4; got {shown(text)}"
+        ) from None
 
 
 def _numbers(text: str) -> tuple[float, ...]:

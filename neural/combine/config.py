@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from neural.combine.align import ALIGNS
 from neural.combine.pool import POOLS
@@ -14,6 +14,8 @@ from neural.combine.rules import RULES, Linear, Merge
 from neural.combine.weigh import WEIGHTS
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.runs import toml
+
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,43 @@ class CombineConfig:
                 raise NQMError(f"CombineConfig.severities must be 1 to 5; got {severity}")
         check_integer("CombineConfig.predict_examples", self.predict_examples, 1)
         check_integer("CombineConfig.seed", self.seed, 0)
+
+
+def load_section(
+    kind: Callable[..., Section],
+    name: str,
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Section:
+    """Read settings that are one table.
+
+    Parameters
+    ----------
+    kind : callable
+        Dataclass of the settings.
+    name : str
+        Of the table.
+    path : Path, optional
+        TOML file with this table and no other.
+    overrides : sequence of str
+        ``key=value``, e.g. ``low_precision.draws=8``.
+
+    Returns
+    -------
+    object
+        The settings.
+
+    Raises
+    ------
+    NQMError
+        If a key or value is wrong; the message names the dotted key.
+    """
+    mapping: dict[str, Any] = {} if path is None else toml.load(path)
+    toml.override(mapping, overrides)
+    toml.check_sections(mapping, {name: tuple(toml.signature(kind)[0])})
+    toml.known_keys("", mapping, (name,))
+    made: Section = toml.call(kind, toml.table_at(name, mapping.get(name, {})), name)
+    return made
 
 
 def load_config(

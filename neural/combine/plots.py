@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from figures import combine, style
+from neural.combine.comparison import OUTSIDE
 
 
 def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -42,3 +45,95 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         style.panel_letters(list(axes.values()))
         figure.suptitle(title, fontsize=9, parse_math=False)
     return style.save(figure, folder / "compare", {"title": title})
+
+
+def draw_low_precision(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Draw a page about low precision, as PNG and PDF: loss against bits and passes, prediction.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `neural.combine.low_precision.low_precision`.
+    folder : Path
+        Folder for ``low_precision.png`` and ``low_precision.pdf``.
+    title : str
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    mpl.use("Agg")
+    with style.context():
+        figure = style.new_figure(style.PAGE, 3.2)
+        axes = figure.subplots(1, 3)
+        combine.budget(table, cost="bits", ax=axes[0])
+        combine.budget(table, cost="passes", ax=axes[1])
+        # Where they are not to be believed, they lie far off and hide those that are.
+        believed = table[table["predicted_from"] != OUTSIDE]
+        combine.predicted(believed, ax=axes[2])
+        for ax in axes[:2]:
+            ax.get_legend().remove()
+        shown = axes[1].get_legend_handles_labels()
+        figure.legend(*shown, loc="outside lower center", ncols=5)
+        style.panel_letters(list(axes))
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    return style.save(figure, folder / "low_precision", {"title": title})
+
+
+def draw_curve(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Draw a curve between two models, as PNG and PDF: train loss and test error along it.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `neural.combine.curve.judge_curve`.
+    folder : Path
+        Folder for ``curve.png`` and ``curve.pdf``.
+    title : str
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    mpl.use("Agg")
+    with style.context():
+        figure = style.new_figure(style.PAGE, 2.6)
+        axes = figure.subplots(1, 2)
+        combine.curve(table, data="train", metric="nll", ax=axes[0])
+        combine.curve(table, data="test", metric="error", ax=axes[1])
+        style.panel_letters(list(axes))
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    return style.save(figure, folder / "curve", {"title": title})
+
+
+def draw_plane(
+    table: pd.DataFrame, folder: Path, title: str, path: NDArray[np.float64] | None = None
+) -> list[Path]:
+    """Draw the plane through three models, as PNG and PDF: contours of test loss and error.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `neural.combine.curve.judge_plane`.
+    folder : Path
+        Folder for ``plane.png`` and ``plane.pdf``.
+    title : str
+    path : ndarray, shape (points, 2), optional
+        A curve on the plane.
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    mpl.use("Agg")
+    with style.context():
+        figure = style.new_figure(style.PAGE, 2.9)
+        axes = figure.subplots(1, 2)
+        combine.plane(table, metric="nll", path=path, ax=axes[0])
+        combine.plane(table, metric="error", path=path, ax=axes[1])
+        style.panel_letters(list(axes))
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    return style.save(figure, folder / "plane", {"title": title})

@@ -251,6 +251,18 @@ def test_text_losses_are_means_over_the_window() -> None:
     agree(cross_entropy(logits, targets), torch.stack(expected), IDENTITY)
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0, 30.0])
+def test_a_model_that_is_sure_of_its_labels_is_sound(scale: float) -> None:
+    """The gradient, p - y times the rest, has then no digits left in single precision."""
+    torch.manual_seed(0)
+    model = build("mlp", classes=3, channels=1, size=4, hidden=[64, 64])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale ** (1 / 3) * 2.0)
+    x = torch.randn(8, 1, 4, 4)
+    EmpiricalRisk(model, [(x, model(x).argmax(1))]).check()
+
+
 def test_a_landscape_needs_data() -> None:
     with pytest.raises(NQMError, match="needs data"):
         EmpiricalRisk(tanh_net(), [])

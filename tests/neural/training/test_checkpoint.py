@@ -36,6 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "under model": {"model": STATE, "iter_num": 4},
     "EMA": {"state_dict_ema": STATE, "arch": "x"},
     "averaged": prefixed("module.") | {"n_averaged": torch.tensor(3)},
+    "before 0.4.1, DataParallel": {  # BatchNorm did not count its batches
+        f"module.{n}": v for n, v in STATE.items() if not n.endswith("num_batches_tracked")
+    },
     "NumPy's numbers": {
         "state_dict": STATE, "best": np.float64(0.5), "step": np.int64(3), "acc": np.float32(0.1),
         "done": np.bool_(True),

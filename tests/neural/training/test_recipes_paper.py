@@ -209,7 +209,8 @@ def test_smoke_scale_needs_no_files(name):
         assert run.model.checkpoint is None
         if full.arms[arm].data.name != run.data.name:
             assert recipe.title.startswith("Wiring check of ")
-        assert run.train.epochs <= 4
+        # A triangle has cycles of two epochs, after a first run of two.
+        assert run.train.epochs <= (6 if "snapshots" in full.mapping else 4)
 
 
 @pytest.mark.parametrize(
