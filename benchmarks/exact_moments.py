@@ -20,7 +20,21 @@ BATCH, MOMENTUM = 64, 0.9
 
 
 def numpy_sgd(h: FloatArray, lr: FloatArray, steps: int) -> FloatArray:
-    """Loss by s' = (1 - lr h)^2 s + lr^2 v / B, in place; shape of `lr`."""
+    """Compute the loss of SGD by s' = (1 - lr h)^2 s + lr^2 v / B, in place.
+
+    Parameters
+    ----------
+    h : ndarray, shape (directions,)
+        Curvatures; the noise of one example is C = H.
+    lr : ndarray, shape (rates,)
+        Learning rates.
+    steps : int
+
+    Returns
+    -------
+    ndarray, shape (rates,)
+        Expected loss after the last step.
+    """
     r2, q = (1 - lr[:, None] * h) ** 2, lr[:, None] ** 2 * h / BATCH
     s = np.ones_like(r2)
     for _ in range(steps):
@@ -30,7 +44,21 @@ def numpy_sgd(h: FloatArray, lr: FloatArray, steps: int) -> FloatArray:
 
 
 def numpy_heavy_ball(h: FloatArray, lr: FloatArray, steps: int) -> FloatArray:
-    """Loss by the three second moments of (x, buffer), fused as far as NumPy allows."""
+    """Compute the loss of heavy ball by the second moments of iterate and buffer.
+
+    Parameters
+    ----------
+    h : ndarray, shape (directions,)
+        Curvatures; the noise of one example is C = H.
+    lr : ndarray, shape (rates,)
+        Learning rates.
+    steps : int
+
+    Returns
+    -------
+    ndarray, shape (rates,)
+        Expected loss after the last step.
+    """
     rate = lr[:, None]
     a = 1 - rate * h
     xx, xb, bb = np.ones_like(a), np.zeros_like(a), np.zeros_like(a)

@@ -24,7 +24,13 @@ MEMBERS, BATCH, ROUNDS = 10, 128, 7
 
 
 class Timer:
-    """Seconds of a call, the device's work included."""
+    """Wall-clock seconds of a call, after the device has finished.
+
+    Parameters
+    ----------
+    device : device
+        Device on which the call works.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -43,7 +49,18 @@ class Timer:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
+    """Measure the rate of a large matrix product.
+
+    Parameters
+    ----------
+    device : device
+    dtype : dtype
+
+    Returns
+    -------
+    float
+        FLOP/s, best of five.
+    """
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     timer = Timer(device)
@@ -51,7 +68,20 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops_per_example(model: torch.nn.Module, device: torch.device) -> float:
-    """Forward and backward, as torch counts them."""
+    """Count the operations of forward and backward pass for one image.
+
+    Parameters
+    ----------
+    model : Module
+        Takes images of 3 x 32 x 32.
+    device : device
+        Device of the model.
+
+    Returns
+    -------
+    float
+        FLOP, as torch counts them.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.randn(2, 3, 32, 32, device=device)
@@ -61,7 +91,16 @@ def flops_per_example(model: torch.nn.Module, device: torch.device) -> float:
 
 
 def compare(name: str, device: torch.device, *, compiled: bool) -> None:
-    """Print one network's figures."""
+    """Print the speed of base and late-phase training of one network.
+
+    Parameters
+    ----------
+    name : str
+        Name of the model, as `neural.models.build` takes it.
+    device : device
+    compiled : bool
+        Whether the forward passes are compiled.
+    """
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else None
     model = build(name, classes=10).to(device).to(memory_format=torch.channels_last)

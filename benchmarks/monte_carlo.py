@@ -31,11 +31,24 @@ LR, BATCH = 0.5, 8
 
 
 def generator() -> np.random.Generator:
+    """Return the generator of all draws here.
+
+    Returns
+    -------
+    Generator
+        SFC64 with seed 0.
+    """
     return np.random.Generator(np.random.SFC64(0))
 
 
 def draw(count: int) -> None:
-    """Draw `count` normals in compiled code, into a buffer that stays in the cache."""
+    """Draw normals in compiled code, into a buffer that stays in the cache.
+
+    Parameters
+    ----------
+    count : int
+        Number of normals, a multiple of `DIRECTIONS`.
+    """
     state = generator().bit_generator.state["state"]["state"]
     buffer = np.empty(DIRECTIONS)
     for _ in range(count // DIRECTIONS):
@@ -43,7 +56,18 @@ def draw(count: int) -> None:
 
 
 def least_processor_time(function: Callable[[], object]) -> float:
-    """Processor seconds of the quickest of five calls."""
+    """Measure the processor time of the fastest of five calls.
+
+    Parameters
+    ----------
+    function : callable
+        Called without arguments.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
     times = []
     for _ in range(5):
         start = time.process_time()
@@ -53,7 +77,13 @@ def least_processor_time(function: Callable[[], object]) -> float:
 
 
 def draw_single(count: int) -> None:
-    """Draw `count` normals of single precision in compiled code, a tile at a time."""
+    """Draw single-precision normals in compiled code, a tile at a time.
+
+    Parameters
+    ----------
+    count : int
+        Number of normals, rounded down to whole tiles.
+    """
     lanes = fast_normals.lanes(np.random.SeedSequence(0))
     buffer = np.empty((1024, fast_normals.LANES), dtype=np.float32)
     for _ in range(count // buffer.size):
@@ -61,7 +91,13 @@ def draw_single(count: int) -> None:
 
 
 def single_precision(problem: Problem) -> None:
-    """Processor time per normal of NumPy, of our draws alone and of `sample`."""
+    """Print the rates of NumPy's normals, of our normals alone, and of `sample`.
+
+    Parameters
+    ----------
+    problem : Problem
+        Has `DIRECTIONS` directions.
+    """
     rng, count, steps = generator(), 10**7, 100
     program = constant(SGD(), LR, steps, batch_size=BATCH)
     draw_single(2**15)
@@ -85,7 +121,19 @@ def single_precision(problem: Problem) -> None:
 
 
 def numpy_sgd(h: FloatArray, steps: int) -> FloatArray:
-    """Mean loss after every step, whole replicas-by-directions arrays at a time."""
+    """Run SGD in NumPy on arrays of (replicas, directions).
+
+    Parameters
+    ----------
+    h : ndarray, shape (directions,)
+        Curvatures; the noise of one example is C = H.
+    steps : int
+
+    Returns
+    -------
+    ndarray, shape (steps,)
+        Mean loss after every step.
+    """
     rng = generator()
     x = rng.standard_normal((REPLICAS, DIRECTIONS))
     keep, sd = 1 - LR * h, LR * np.sqrt(h / BATCH)

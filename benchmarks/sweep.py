@@ -23,7 +23,17 @@ HARMONIC = {"name": "harmonic", "directions": 2}
 
 
 def tiny(cells: int) -> Sweep:
-    """Two directions after 10^9 steps, as good as settled: one jump a cell."""
+    """Return a sweep of cheap cells: two directions, one jump of 10^9 steps.
+
+    Parameters
+    ----------
+    cells : int
+        Number of learning rates.
+
+    Returns
+    -------
+    Sweep
+    """
     base = {
         "problem": {"spectrum": HARMONIC, "noise": {}},
         "phase": [{"algorithm": "sgd", "lr": 0.1, "steps": 10**9}],
@@ -33,7 +43,20 @@ def tiny(cells: int) -> Sweep:
 
 
 def realistic(cells: int) -> Sweep:
-    """Heavy-ball late-phase weights, 300 cosine steps, 1000 directions, walked step by step."""
+    """Return a sweep of cells that take a second.
+
+    A cell has heavy-ball late-phase weights, 300 steps of a cosine schedule and 1000 directions,
+    computed step by step.
+
+    Parameters
+    ----------
+    cells : int
+        Number of ensemble sizes, from 1.
+
+    Returns
+    -------
+    Sweep
+    """
     rate = {"schedule": "cosine", "start": 0.5, "end": 0.05, "over": 300}
     late = {
         "algorithm": "late_phase",
@@ -53,7 +76,18 @@ def realistic(cells: int) -> Sweep:
 
 @contextmanager
 def dask(count: int) -> Iterator[Executor]:
-    """A scheduler and workers of one thread each, on this machine."""
+    """Start a Dask scheduler and workers of one thread each on this machine.
+
+    Parameters
+    ----------
+    count : int
+        Number of workers.
+
+    Yields
+    ------
+    Executor
+        Runs cells on the workers.
+    """
     from distributed import LocalCluster
 
     from nqm.runs.cluster import connected
@@ -67,7 +101,21 @@ def dask(count: int) -> Iterator[Executor]:
 
 
 def seconds(make: Callable[[int], Sweep], cells: int, executor: Executor | None) -> float:
-    """Best time of a whole sweep, table written, once the workers have loaded everything."""
+    """Measure a whole sweep, its table written, after the workers have loaded all modules.
+
+    Parameters
+    ----------
+    make : callable
+        Number of cells -> sweep.
+    cells : int
+    executor : Executor, optional
+        None: one cell after another in this process.
+
+    Returns
+    -------
+    float
+        Seconds, the best of several.
+    """
     with tempfile.TemporaryDirectory() as folder:
         make(8).run(executor=executor)  # a chunk each, enough for every worker to have had one
         paths = (Path(folder, f"{i}.parquet") for i in range(100))
@@ -89,10 +137,10 @@ def main() -> None:
             for count in (1, 2):
                 with workers(count) as executor:
                     took = seconds(make, cells, executor)
-                told = f"{cells / took:.4g} cells/s, {alone / took:.2f} times as fast"
+                text = f"{cells / took:.4g} cells/s, {alone / took:.2f} times as fast"
                 if count == 1:  # more workers than idle processors would only wait for each other
-                    told += f", {1e3 * (took - alone) / cells:+.3g} ms per cell"
-                print(f"  {count} {where}: {told} (load average {os.getloadavg()[0]:.1f})")
+                    text += f", {1e3 * (took - alone) / cells:+.3g} ms per cell"
+                print(f"  {count} {where}: {text} (load average {os.getloadavg()[0]:.1f})")
 
 
 if __name__ == "__main__":

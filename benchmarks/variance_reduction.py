@@ -1,4 +1,4 @@
-"""How many samples control variates and common random numbers are worth, and the torch path's rate.
+"""Gain of control variates and of common random numbers, and the speed of Monte Carlo in torch.
 
 Control variates: the ratio of squared standard errors, at equal replicas, of the plain mean and of
 the adjusted one, and the processor time of a controlled run over that of a plain one. Common
@@ -38,13 +38,33 @@ SHORT = 200
 
 
 def problem(noise: float, start: float) -> Problem:
-    """Harmonic curvature, noise covariance `noise` x H, w* = 1, a start of this variance."""
+    """Return a problem with harmonic curvature and minimum w* = 1.
+
+    Parameters
+    ----------
+    noise : float
+        Noise covariance of one example over H.
+    start : float
+        Variance of the start in each direction.
+
+    Returns
+    -------
+    Problem
+    """
     h = harmonic(DIRECTIONS)
     return Problem(h, noise * h, initial_mean=0.0, initial_variance=start, minimum=1.0)
 
 
 def cases() -> Iterator[tuple[str, Problem, Program]]:
-    """Multiplicative late-phase weights at several rates and noises, then the other rules."""
+    """Yield the compared programs: multiplicative late-phase weights, then other methods.
+
+    Yields
+    ------
+    name : str
+        What is varied.
+    problem : Problem
+    program : Program
+    """
     for noise in (0.01, 0.1, 1.0):
         for lr in (0.02, 0.1, 0.5):
             late = MultiplicativeLatePhase(4, gamma="mean")
@@ -79,7 +99,18 @@ def cases() -> Iterator[tuple[str, Problem, Program]]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Processor seconds of the quicker of two calls."""
+    """Measure the processor time of the faster of two calls.
+
+    Parameters
+    ----------
+    function : callable
+        Called without arguments.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
     times = []
     for _ in range(2):
         start = time.process_time()
@@ -135,7 +166,15 @@ def common_numbers() -> None:
 
 
 def torch_rate(device: str, precision: str) -> None:
-    """Coordinate-steps per second, best of three, and the fraction of `torch.randn`'s rate."""
+    """Print the rate of Monte Carlo in torch, best of three, and relative to `torch.randn`.
+
+    Parameters
+    ----------
+    device : str
+        ``cpu`` or ``cuda``.
+    precision : str
+        A key of `neural.quadratic.sample.DTYPES`.
+    """
     directions, replicas, steps = 1000, (8192 if device != "cpu" else 256), 20
     h = harmonic(directions)
     where = Problem(h, 0.1 * h, initial_mean=0.0, initial_variance=0.0, minimum=1.0)

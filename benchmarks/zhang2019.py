@@ -1,10 +1,10 @@
 """Search for the fewest steps of heavy ball, against the method of the published notebook.
 
-Work: 4 preconditioners x 10 batch sizes x 100 rates x 20 momenta, target 0.01 (the dearest figure
-of Zhang et al. 2019). Peer, written anew from its description: the spectrum squeezed into 100 bins,
-a 3 x 3 transition of second moments in each, its powers by eigendecomposition (anew at every
-evaluation), and bisection for the number of steps, for every setting and batch size on its own. The
-peer is timed on a slice of stable settings and extrapolated to their number. Times are those of
+Work: 4 preconditioners x 10 batch sizes x 100 rates x 20 momenta, target 0.01 (the most expensive
+figure of Zhang et al. 2019). Peer, reimplemented from its description: the spectrum binned into 100
+bins, a 3 x 3 transition of second moments in each, its powers by eigendecomposition (anew at every
+evaluation), and bisection for the number of steps, for every setting and batch size separately. The
+peer is timed on a part of the stable settings and extrapolated to their number. Times are those of
 this process on one thread, not of the wall clock.
 """
 
@@ -36,7 +36,26 @@ SLICE = (range(0, 20, 4), range(30, 100, 10), range(1, 10, 4))
 
 
 def peer_loss(problem: Problem, lr: float, mu: float, batch: float, steps: int) -> float:
-    """Second moments (xx, vv, xv) after `steps` steps by the eigendecomposition of one step."""
+    """Compute the expected loss by the eigendecomposition of one step's transition.
+
+    The state holds the second moments (xx, vv, xv) of each direction.
+
+    Parameters
+    ----------
+    problem : Problem
+    lr : float
+        Learning rate.
+    mu : float
+        Momentum.
+    batch : float
+        Batch size.
+    steps : int
+        Number of steps.
+
+    Returns
+    -------
+    float
+    """
     h = problem.curvature
     u, q = lr * h, lr**2 * problem.noise_variance / batch
     # v' = mu v - u x - lr e;  x' = x + v'
@@ -56,7 +75,23 @@ def peer_loss(problem: Problem, lr: float, mu: float, batch: float, steps: int) 
 
 
 def peer_steps(problem: Problem, lr: float, mu: float, batch: float) -> int:
-    """Last step above the target by bisection; the limit where it is never met."""
+    """Find the last step above the target by bisection.
+
+    Parameters
+    ----------
+    problem : Problem
+    lr : float
+        Learning rate.
+    mu : float
+        Momentum.
+    batch : float
+        Batch size.
+
+    Returns
+    -------
+    int
+        `LIMIT` - 1 if the target is never met.
+    """
     low, high = 0, LIMIT
     while high - low > 1:
         middle = (low + high) // 2
@@ -66,7 +101,20 @@ def peer_steps(problem: Problem, lr: float, mu: float, batch: float) -> int:
 
 
 def cpu(function: Callable[[], object], repeats: int = 1) -> float:
-    """Least seconds of this process's time."""
+    """Measure the least processor time of this process.
+
+    Parameters
+    ----------
+    function : callable
+        Called without arguments.
+    repeats : int
+        Number of calls.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -76,7 +124,18 @@ def cpu(function: Callable[[], object], repeats: int = 1) -> float:
 
 
 def stable(mu: FloatArray) -> FloatArray:
-    """Settings below heavy ball's edge, (momenta, rates); all problems have h up to 1."""
+    """Find the settings below heavy ball's stability edge 2 (1 + mu) / h, with h up to 1.
+
+    Parameters
+    ----------
+    mu : ndarray, shape (momenta,)
+        Momenta.
+
+    Returns
+    -------
+    ndarray of bool, shape (momenta, rates)
+        Rates are `RATES`.
+    """
     return 2 * (1 + mu[:, None]) > RATES
 
 

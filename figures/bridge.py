@@ -1,4 +1,4 @@
-"""A network beside its quadratic picture: spectrum, noise, and losses predicted and measured."""
+"""Pictures of the bridge: spectrum, gradient noise, predicted and measured losses."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
 
-#: A predicted and a measured rise within these factors agree well: drawn as bands.
+#: Factors around 1 that are drawn as bands: good agreement of prediction and measurement.
 BANDS = (1.2, 1.05)
-#: Ratios are drawn as far as this factor from 1.
+#: Largest factor from 1 on the axis of ratios.
 FAR = 3.0
-#: Shares of the largest below which a direction counts as noiseless, or a law is not drawn.
+#: Shares of the largest noise (curvature) below which a direction counts as noiseless (soft).
 NOISELESS, STIFF = 1e-9, 0.02
 
 
 def spectrum(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """How many directions there are, by size of their curvature.
+    """Draw a histogram of the absolute curvatures, by sign.
 
     Parameters
     ----------
     table : DataFrame
-        Columns curvature, count, kind; a row per eigenpair (``pair``) or node of the bulk
+        Columns curvature, count, kind: a row per eigenpair (``pair``) or node of the bulk
         (``bulk``).
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A histogram's gid is ``h > 0`` or ``h < 0``.
     """
     ax = axes_or_new(ax)
     counted = table[table["kind"] != "bulk noise"]
@@ -50,15 +56,23 @@ def spectrum(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def noise_against_curvature(
     table: pd.DataFrame, exponent: float = math.nan, *, ax: Axes | None = None
 ) -> Axes:
-    """Gradient noise of one example along the stiffest directions.
+    """Draw the gradient noise of one example against the curvature.
 
     Parameters
     ----------
     table : DataFrame
-        Columns curvature, noise_variance, kind.
+        Columns curvature, noise_variance, kind; eigenpairs (``pair``) of positive curvature are
+        drawn.
     exponent : float
-        Of a power law to be drawn through the stiffest of them; none if NaN.
+        Exponent of a power law drawn through the directions of largest curvature; none is drawn if
+        NaN.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Gids ``pairs`` and ``law``.
     """
     ax = axes_or_new(ax)
     rows = table[(table["kind"] == "pair") & (table["curvature"] > 0)]
@@ -79,13 +93,21 @@ def noise_against_curvature(
 
 
 def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """What noise adds to the loss of the mean of K, at the first batch size.
+    """Draw the rise of the loss by noise against K, a colour per learning rate.
 
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.api.compare` makes it.
+        As `neural.bridge.api.compare` makes it: columns lr, batch_size, members, weights,
+        predicted_rise, measured_rise, error, floor. Rows of the first batch size and of the iterate
+        are drawn.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Lines are predictions, markers measurements with two standard errors; dotted: the floor.
     """
     ax = axes_or_new(ax)
     rows = _first_size(table)
@@ -111,7 +133,22 @@ def _rate_axes(ax: Axes, rates: pd.Series[float]) -> None:
 
 
 def against_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """The same against the learning rate, for a few K."""
+    """Draw the rise of the loss by noise against the learning rate, for at most four K.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.api.compare` makes it: columns lr, batch_size, members, weights,
+        predicted_rise, measured_rise, error. Rows of the first batch size and of the iterate are
+        drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Lines are predictions, markers measurements with two standard errors.
+    """
     ax = axes_or_new(ax)
     rows = _first_size(table)
     sizes = sorted(rows["members"].unique())
@@ -124,7 +161,22 @@ def against_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def against_batch_size(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """The same against the batch size, at the learning rate that most sizes were tried with."""
+    """Draw the rise of the loss by noise against the batch size, for at most four K.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.api.compare` makes it: columns lr, batch_size, members, weights,
+        predicted_rise, measured_rise, error. Rows of the iterate at the learning rate with the most
+        batch sizes are drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Lines are predictions, markers measurements with two standard errors.
+    """
     ax = axes_or_new(ax)
     tried = table.groupby("lr")["batch_size"].nunique()
     lr = float(tried.index[int(tried.to_numpy().argmax())])
@@ -140,15 +192,20 @@ def against_batch_size(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Change of the loss after the checkpoint, for the fewest and the most members.
-
-    Of the first batch size, and of the rate in the middle of those tried.
+    """Draw the change of the loss over time, for the smallest and the largest K.
 
     Parameters
     ----------
     table : DataFrame
-        As the course of `neural.bridge.api.compare`, of all trainings.
+        The course of `neural.bridge.api.compare`: columns lr, batch_size, members, step, predicted,
+        measured, error. Rows of the first batch size and of the middle learning rate are drawn.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Lines are predictions, markers measurements with two standard errors.
     """
     ax = axes_or_new(ax)
     rows = table[_at_first_size(table)]
@@ -166,7 +223,22 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """What noise adds to the loss of the fewest members, and of their averages over time."""
+    """Draw the rise of the loss against the learning rate, for each average over time.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.api.compare` makes it: columns lr, batch_size, members, weights,
+        predicted_rise, measured_rise, error. Rows of the first batch size and of the smallest K are
+        drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A colour per kind of weights; lines are predictions, markers measurements.
+    """
     ax = axes_or_new(ax)
     rows = table[_at_first_size(table)]
     fewest = rows["members"].min()
@@ -179,16 +251,22 @@ def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) -> Axes:
-    """Measured over predicted rise of every cell, with two standard errors.
+    """Draw measured over predicted rise of every cell, with two standard errors.
 
     Parameters
     ----------
     table : DataFrame
-        As `neural.bridge.api.compare` makes it. From left to right K grows; the first batch
-        size is filled.
+        As `neural.bridge.api.compare` makes it: columns lr, momentum, batch_size, members, weights,
+        ratio, ratio_error. K grows from left to right; markers of the first batch size are filled.
     largest : float
-        Curvature h_max.
+        Largest curvature h_max.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A marker's gid is ``ratio/WEIGHTS/first`` or, for other batch sizes, ``.../other``.
     """
     ax = axes_or_new(ax)
     scaled = table["lr"] / (1.0 - table["momentum"]) * largest
@@ -233,7 +311,7 @@ def _at_first_size(table: pd.DataFrame) -> pd.Series[bool]:
 
 
 def _first_size(table: pd.DataFrame) -> pd.DataFrame:
-    """The weights themselves, at the first batch size."""
+    """Return the rows of the iterate at the first batch size."""
     held: pd.DataFrame = table[_at_first_size(table) & (table["weights"] == "iterate")]
     return held
 

@@ -27,7 +27,22 @@ def _points(table: pd.DataFrame, ax: Axes, x: str, scaled: bool, legend: bool) -
 
 
 def scattered(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Loss against the base learning rate: every setting its own point."""
+    """Draw the loss of every setting against the base learning rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns members, batch_size, gamma_rule, lr, effective_lr, kind, loss, stderr; rows of kind
+        ``sample`` are drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Colour is K, marker is gamma; points of one rate are shifted by K. A gid is
+        ``GAMMA/K/sample``.
+    """
     ax = axes_or_new(ax)
     # Points that share a rate are moved aside by K, so that each is seen.
     sizes = sorted(table["members"].unique())
@@ -46,7 +61,21 @@ def scattered(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Loss times K B against lambda, on plain SGD's closed form."""
+    """Draw loss times K B against lambda, with the closed form of plain SGD.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns members, batch_size, gamma_rule, lr, effective_lr, kind, loss, stderr; rows of kind
+        ``sample`` are drawn. Also curvature, noise_variance and directions, the same in all rows.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Colour is K, marker is gamma; the curve's gid is ``sgd``.
+    """
     ax = axes_or_new(ax)
     _points(table, ax, "effective_lr", scaled=True, legend=False)
     s = table.iloc[0]
@@ -65,7 +94,21 @@ def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def remainder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Monte Carlo over the closed form."""
+    """Draw the simulated loss over the closed form of plain SGD, against lambda.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns members, batch_size, gamma_rule, lr, effective_lr, kind, loss, stderr; rows of kind
+        ``sample`` are drawn. Also curve, the closed form.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Colour is K, marker is gamma.
+    """
     ax = axes_or_new(ax)
     run = table[table["kind"] == "sample"]
     ratio = run.assign(loss=run["loss"] / run["curve"], stderr=run["stderr"] / run["curve"])

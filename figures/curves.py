@@ -29,22 +29,29 @@ def curves(  # noqa: PLR0913 - options, by keyword
     labels: Mapping[Any, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """One colour per group; rows of kind ``sample`` as markers, all others as a line.
+    """Draw one colour per group: markers for rows of kind ``sample``, a line for all others.
 
     Parameters
     ----------
     table : DataFrame
         Columns `x`, `y`, `error`, `by` and ``kind``.
+    x, y : str
+        Columns of the coordinates.
+    error : str
+        Column with the standard error of `y`, for rows of kind ``sample``.
+    by : str
+        Column that names the groups.
     looks : mapping, optional
         Line properties by group; the palette in order of appearance by default.
     labels : mapping, optional
-        Legend entry by group; the group's name by default. "" leaves it out.
+        Legend entry by group; the group's name by default. "" gives no entry.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
 
     Returns
     -------
     Axes
-        Every line's gid is ``GROUP``, every set of markers' ``GROUP/sample``.
+        A line has the gid ``GROUP``, its markers ``GROUP/sample``.
     """
     ax = axes_or_new(ax)
     for index, (group, rows) in enumerate(table.groupby(by, sort=False)):
@@ -69,7 +76,21 @@ def curves(  # noqa: PLR0913 - options, by keyword
 def markers(
     points: pd.DataFrame, x: str, y: str, error: str, ax: Axes, *, gid: str, **look: Any
 ) -> None:
-    """Open markers with 95 % error bars; `gid` names the markers' line."""
+    """Draw open markers with 95 % error bars.
+
+    Parameters
+    ----------
+    points : DataFrame
+        One row per marker.
+    x, y, error : str
+        Columns of the coordinates, and of the standard error of `y`.
+    ax : Axes
+        Axes to draw on.
+    gid : str
+        Identifier of the markers' line.
+    **look
+        Passed to `Axes.errorbar`, e.g. color, marker, label.
+    """
     drawn = ax.errorbar(
         points[x],
         points[y],

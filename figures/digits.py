@@ -39,7 +39,22 @@ def _styles(ax: Axes) -> None:
 
 
 def transient(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Loss over cycles at one rate, a colour per K."""
+    """Draw the loss over cycles at one rate, a colour per K.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns kind (``additive``, ``exact``, ``sample``), loss, stderr, step, members; rows of one
+        rate.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        The additive theory is dashed, exact moments are solid, training has markers; a gid is
+        ``GROUP/KIND``.
+    """
     ax = _draw(table, "step", "members", "$K$", axes_or_new(ax))
     _styles(ax)
     ax.set(xscale="log", yscale="log", xlabel="cycles", ylabel="training loss - minimum")
@@ -48,7 +63,22 @@ def transient(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Loss at one time against K, a colour per rate."""
+    """Draw the loss at one time against K, a colour per rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns kind (``additive``, ``exact``, ``sample``), loss, stderr, members, lr; rows of one
+        step.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        The additive theory is dashed, exact moments are solid, training has markers; a gid is
+        ``GROUP/KIND``.
+    """
     ax = _draw(table, "members", "lr", r"$\eta$", axes_or_new(ax))
     ax.set(yscale="log", xlabel="members $K$", ylabel="training loss - minimum")
     members_axis(ax, sorted(int(k) for k in table["members"].unique()))
@@ -57,7 +87,23 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def ratio(table: pd.DataFrame, *, x: str, ax: Axes | None = None) -> Axes:
-    """Everything over the additive theory, against time (`x` = step) or rate (lr), by K."""
+    """Draw the loss over the additive theory, against time or rate, a colour per K.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns kind (``additive``, ``exact``, ``sample``), loss, stderr, additive_loss, members,
+        step, lr; rows of one rate (`x` = step) or one step (lr).
+    x : {"step", "lr"}
+        Column of the x axis.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Exact moments are solid, training has markers, set side by side for `x` = lr.
+    """
     table = table.assign(
         loss=table["loss"] / table["additive_loss"],
         stderr=table["stderr"] / table["additive_loss"],

@@ -42,7 +42,21 @@ def _finish(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def by_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Mean model of one family, a colour per learning rate; long-run floors dotted."""
+    """Draw the steady loss of the mean model against K, a colour per learning rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns series, kind, members, lr, loss, stderr; rows of one model and series ``mean model``
+        are drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Theory has lines, simulation markers; long-run floors are dotted.
+    """
     ax = axes_or_new(ax)
     chosen = table[table["series"] == "mean model"]
     rates = sorted(chosen["lr"].unique(), reverse=True)
@@ -59,7 +73,21 @@ def by_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def ratio(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Mean model, simulation over theory with 95 % intervals; rates are set side by side."""
+    """Draw simulation over theory of the mean model against K, with 95 % intervals.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns series, kind, members, lr, loss, stderr; rows of one model and series ``mean model``
+        are drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A colour per learning rate; points of one K are set side by side. A gid is ``LR/ratio``.
+    """
     ax = axes_or_new(ax)
     chosen = table[table["series"] == "mean model"]
     theory = chosen[chosen["kind"].isin(["exact", "first_order"])]
@@ -84,7 +112,21 @@ def ratio(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def compared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """All methods at one learning rate."""
+    """Draw the steady loss of all methods at one learning rate against K.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns series, kind, members, lr, loss, stderr; the series are the keys of `COMPARED`, rows
+        of one learning rate.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Theory has lines, simulation markers.
+    """
     ax = axes_or_new(ax)
     series = table["series"].where(table["kind"] != "long_run", table["series"] + ", long run")
     shown = table.assign(series=series)

@@ -68,11 +68,19 @@ class Entry:
 
     @property
     def digest(self) -> str:
-        """Of the code; a picture drawn from other code has another."""
+        """Digest of the code, which its picture holds as well."""
         return hashlib.sha256(self.code.encode()).hexdigest()[:16]
 
     def run(self) -> tuple[pd.DataFrame, str]:
-        """The block's table, and what it prints."""
+        """Execute the block.
+
+        Returns
+        -------
+        table : DataFrame
+            The block's variable ``table``.
+        printed : str
+            What the block prints.
+        """
         space: dict[str, Any] = {"__name__": "__main__"}
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(self.code, self.picture, "exec"), space)
@@ -80,7 +88,18 @@ class Entry:
 
 
 def entries(page: str) -> list[Entry]:
-    """All entries of a page's text, in order."""
+    """Find all entries of a page.
+
+    Parameters
+    ----------
+    page : str
+        Text of the page, in Markdown.
+
+    Returns
+    -------
+    list of Entry
+        In the order of the page.
+    """
     found = _ENTRY.finditer(page)
     return [Entry(**match.groupdict(), span=match.span("printed")) for match in found]
 
@@ -168,7 +187,20 @@ def _bars(table: pd.DataFrame, ax: Axes) -> None:
 
 
 def picture(table: pd.DataFrame, digest: str) -> bytes:
-    """The table drawn as a small PNG that carries its code's digest."""
+    """Draw a table as a small PNG whose metadata hold the digest of its code.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `draw` takes it.
+    digest : str
+        Digest of the entry's code.
+
+    Returns
+    -------
+    bytes
+        The PNG file.
+    """
     from PIL import Image, PngImagePlugin
 
     with context():
@@ -176,15 +208,15 @@ def picture(table: pd.DataFrame, digest: str) -> bytes:
         draw(table, ax=figure.subplots())
         raw, small = io.BytesIO(), io.BytesIO()
         figure.savefig(raw, format="png", dpi=DPI)
-    told = PngImagePlugin.PngInfo()
-    told.add_text(CHUNK, digest)
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text(CHUNK, digest)
     colors = _palette()
     pixels = np.asarray(Image.open(raw).convert("RGB"), dtype=np.int64)
     seen, where = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
     nearest = np.square(seen[:, None] - colors).sum(axis=-1).argmin(axis=1).astype(np.uint8)
     image = Image.fromarray(nearest[where.ravel()].reshape(pixels.shape[:2]))
     image.putpalette(colors.ravel().tolist())
-    image.save(small, format="png", optimize=True, pnginfo=told)
+    image.save(small, format="png", optimize=True, pnginfo=metadata)
     return small.getvalue()
 
 
@@ -197,7 +229,13 @@ def _palette() -> NDArray[np.int64]:
 
 
 def build(path: Path) -> None:
-    """Run the page's blocks, write its pictures, and put what they print into it."""
+    """Run the blocks of a page, and write its pictures and printed output.
+
+    Parameters
+    ----------
+    path : Path
+        The page; pictures are written beside it, the output into it.
+    """
     page = path.read_text(encoding="utf-8")
     for entry in reversed(entries(page)):  # from the end, so that places stay right
         table, printed = entry.run()

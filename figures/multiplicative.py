@@ -12,7 +12,21 @@ from nqm.table import label
 
 
 def floors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Quasi-steady and long-run floors against K, with short and long simulations."""
+    """Draw quasi-steady and long-run floors against K, with simulations.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns kind (``first_order``, ``long_run``, ``sample, short``, ``sample, long``), members,
+        loss, stderr.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A gid is the kind; ``guide`` is a line of slope -1/2.
+    """
     ax = axes_or_new(ax)
     by = {kind: rows.sort_values("members") for kind, rows in table.groupby("kind")}
     looks = (
@@ -36,7 +50,20 @@ def floors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Simulated loss in units of the quasi-steady floor over time; dashes: long-run floors."""
+    """Draw the simulated loss over time, in units of the quasi-steady floor.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns members, step, loss, stderr, quasi_steady, long_run.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A colour per K; dashed: the long-run floors.
+    """
     ax = axes_or_new(ax)
     for i, (k, rows) in enumerate(table.groupby("members")):
         rows = rows.sort_values("step")
@@ -55,11 +82,24 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def first_order_error(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Absolute relative error of the first order against the noise variance.
+    """Draw the absolute relative error of the first order against the noise variance.
 
-    Average member in open markers with lines proportional to v through their smallest v; the
-    mean model, at the largest rate, as crosses. Points within two standard errors of zero are
-    left out: a logarithmic axis cannot show them.
+    The average member has open markers, with lines proportional to v fitted to variances up to
+    3.1e-3; the mean model, at the largest rate, has crosses. Points within two standard errors of
+    zero are omitted: a logarithmic axis cannot show them.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns series (``mean model``, ``average member``), lr, variance, loss (the relative
+        error), stderr.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Gids ``LR/error``, ``LR/linear`` and ``mean/error``.
     """
     ax = axes_or_new(ax)
     seen = table[table["loss"].abs() > 2.0 * table["stderr"]]

@@ -35,7 +35,20 @@ def _finish(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def switch(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Expected loss of every method; the vertical line is the switch."""
+    """Draw the expected loss of every method against the examples seen.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns series (keys of `LOOKS`), kind, examples, loss, stderr.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Theory has lines, simulation markers; the vertical line is the switch.
+    """
     ax = axes_or_new(ax)
     curves(table, x="examples", looks=LOOKS, labels=LABELS, ax=ax)
     ax.set_ylabel(label("loss"))
@@ -44,7 +57,20 @@ def switch(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def parts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Bias (solid) and variance (dashed) of the late-phase mean model and of SGD going on."""
+    """Draw bias and variance of the late-phase mean model and of SGD without a switch.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns series, kind, examples, bias, variance; rows of kind ``exact`` are drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Bias is solid, variance dashed; a gid is ``SERIES/PART``.
+    """
     ax = axes_or_new(ax)
     exact = table[table["kind"] == "exact"]
     for series in ("SGD to T0", "SGD goes on", "mean model"):

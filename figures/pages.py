@@ -1,4 +1,4 @@
-"""Numbers of the documentation's pages, rendered from small tables and not typed.
+"""Numbers of the documentation's pages, inserted from small tables.
 
 The tables lie beside the pages as CSV, in ``tables/``, with every number as it was published. A
 page says where one goes::
@@ -37,11 +37,17 @@ UNCERTAINTY = " ±"
 
 
 def markdown(path: Path) -> str:
-    """A CSV file as a Markdown table, ending with a line break.
+    """Format a CSV file as a Markdown table.
 
     Parameters
     ----------
     path : Path
+        The CSV file, with a header.
+
+    Returns
+    -------
+    str
+        Ends with a line break.
 
     Raises
     ------
@@ -75,18 +81,23 @@ def _line(cells: list[str]) -> str:
 
 
 def ratios(folder: Path, name: str, where: str = "", columns: str = "K = *") -> pd.Series[float]:
-    """All numbers in those columns of a table whose name fits the pattern, without uncertainties.
+    """Return the numbers of some columns of a table, without their uncertainties.
 
     Parameters
     ----------
     folder : Path
-        Of the tables; given by `render`.
+        Folder of the tables; given by `render`.
     name : str
-        Of the table.
+        Name of the table.
     where : str
-        Its rows, as `DataFrame.query` takes it; all by default.
+        Condition on rows, as `DataFrame.query` takes it; all rows by default.
     columns : str
-        Pattern of their names, with ``*`` for anything.
+        Pattern of column names, with ``*`` for any characters.
+
+    Returns
+    -------
+    Series
+        Row by row; empty cells are omitted.
     """
     table = pd.read_csv(folder / f"{name}.csv")
     rows = table.query(where) if where else table
@@ -95,18 +106,58 @@ def ratios(folder: Path, name: str, where: str = "", columns: str = "K = *") -> 
 
 
 def within(values: pd.Series[float], percent: float) -> str:
-    """How many ratios lie within so many per cent of 1, as "33 of 35"."""
+    """Count the ratios that are within some per cent of 1.
+
+    Parameters
+    ----------
+    values : Series
+        Ratios.
+    percent : float
+        Largest distance from 1, in per cent.
+
+    Returns
+    -------
+    str
+        For example "33 of 35".
+    """
     close = (values - 1.0).abs() <= percent / 100.0 + 1e-9
     return f"{int(close.sum())} of {len(values)}"
 
 
 def off(*values: pd.Series[float]) -> str:
-    """The largest distance of a ratio from 1, in per cent."""
+    """Return the largest distance of a ratio from 1, in per cent.
+
+    Parameters
+    ----------
+    *values : Series
+        Ratios.
+
+    Returns
+    -------
+    str
+        A whole number.
+    """
     return f"{max(100.0 * (one - 1.0).abs().max() for one in values):.0f}"
 
 
 def entry(folder: Path, name: str, row: str, column: str) -> str:
-    """One cell as it stands: of the row whose first cell is `row`."""
+    """Return one cell of a table as it is written.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the tables; given by `render`.
+    name : str
+        Name of the table.
+    row : str
+        First cell of the row.
+    column : str
+        Name of the column.
+
+    Returns
+    -------
+    str
+    """
     table = pd.read_csv(folder / f"{name}.csv", dtype=str, index_col=0, keep_default_na=False)
     return str(table.loc[row, column])
 
@@ -121,13 +172,19 @@ VALUES: dict[str, Callable[..., Any]] = {
 
 
 def render(page: str, folder: Path) -> str:
-    """The page's text with its tables and values put in anew.
+    """Replace the tables and values of a page by those of the CSV files.
 
     Parameters
     ----------
     page : str
+        Text of the page, in Markdown.
     folder : Path
-        Of the tables.
+        Folder of the tables.
+
+    Returns
+    -------
+    str
+        Text of the page.
     """
     names = VALUES | {name: partial(VALUES[name], folder) for name in ("ratios", "entry")}
     page = _TABLE.sub(lambda at: at[1] + markdown(folder / f"{at[2]}.csv") + at[3], page)

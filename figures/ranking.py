@@ -28,7 +28,18 @@ COLORS = {"last iterate": REFERENCE, "mean over time": PALETTE[0], "mean over ru
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """Exact loss over that of SGD at a constant rate: methods by (spectrum, noise)."""
+    """Return exact losses over that of SGD at a constant rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns method, spectrum, noise, kind, loss; rows of kind ``exact`` are used.
+
+    Returns
+    -------
+    DataFrame
+        Index: method; columns: (spectrum, noise).
+    """
     exact = table[table["kind"] == "exact"]
     wide = exact.pivot_table(
         index="method", columns=["spectrum", "noise"], values="loss", sort=False
@@ -37,7 +48,18 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def order(table: pd.DataFrame) -> list[str]:
-    """Methods by mean rank over the problems, the best first; equal losses share a rank."""
+    """Order the methods by their mean rank over the problems.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns method, spectrum, noise, kind, loss, as for `ratios`.
+
+    Returns
+    -------
+    list of str
+        The best method first; equal losses share a rank.
+    """
     rank = ratios(table).round(6).rank().mean(axis=1)
     return [str(name) for name in rank.sort_values(kind="stable").index]
 
@@ -85,7 +107,15 @@ def panel(table: pd.DataFrame, rows: list[str], *, ax: Axes | None = None) -> Ax
 
 
 def page(table: pd.DataFrame, figure: Figure) -> None:
-    """A panel per problem, noise by row and spectrum by column, with one order of methods."""
+    """Draw a panel per problem, noise by row and spectrum by column.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns method, spectrum, noise, kind, loss, label, family, stderr.
+    figure : Figure
+        Empty figure to draw on. All panels have the same order of methods.
+    """
     noises, spectra = table["noise"].unique(), table["spectrum"].unique()
     grid = figure.subplots(len(noises), len(spectra), sharex="row", sharey=True, squeeze=False)
     rows = order(table)

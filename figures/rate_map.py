@@ -24,7 +24,7 @@ def rate_map(
     limits: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Loss as colour; unstable cells grey, the stability edge a line, the best rates dots.
+    """Draw the loss as colour over K and the learning rate.
 
     Parameters
     ----------
@@ -32,8 +32,14 @@ def rate_map(
         Columns members, lr, loss, kind: ``exact`` for the grid (NaN where unstable), ``best`` and
         ``edge`` with one row per K.
     limits : (float, float), optional
-        Colour range, to share between panels.
+        Range of the colours, to share between panels; by default the range of the losses.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Unstable cells are grey; gid ``edge`` is the stability edge, ``best`` the best rates.
     """
     ax = axes_or_new(ax)
     grid = table[table["kind"] == "exact"].pivot(index="lr", columns="members", values="loss")

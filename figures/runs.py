@@ -11,16 +11,22 @@ from nqm.table import label
 
 
 def comparison(table: pd.DataFrame, *, metric: str = "accuracy", ax: Axes | None = None) -> Axes:
-    """Every model of every arm on a line of its own: seeds as dots, mean and interval in front.
+    """Draw the result of every model of every arm, with seeds, mean and interval.
 
     Parameters
     ----------
     table : DataFrame
-        Columns arm, weights, seed, value, mean, low, high; a row per seed. The first arm's first
-        model is the reference line.
+        Columns arm, weights, seed, value, mean, low, high; a row per seed. The mean of the first
+        arm's first model is the reference line.
     metric : str
-        Names the axis.
+        Metric of the values, for the label of the axis.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A row per model; gids ``seeds``, ``interval`` and ``mean``.
     """
     ax = axes_or_new(ax)
     arms = list(dict.fromkeys(table["arm"]))
@@ -43,14 +49,21 @@ def comparison(table: pd.DataFrame, *, metric: str = "accuracy", ax: Axes | None
 
 
 def over_epochs(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = None) -> Axes:
-    """One column of the history against epochs: seeds thin, their mean in front, by arm.
+    """Draw one column of the history against epochs, a colour per arm.
 
     Parameters
     ----------
     table : DataFrame
         Columns arm, seed, epoch, and `column`.
     column : str
+        Name of a metric, or ``loss``.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Seeds are thin (gid ``ARM/seed``), their mean is thick (``ARM/mean``).
     """
     ax = axes_or_new(ax)
     for i, (arm, rows) in enumerate(table.groupby("arm", sort=False)):

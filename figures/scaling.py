@@ -20,13 +20,19 @@ def _ordered(values: list[Any]) -> dict[Any, dict[str, Any]]:
 
 
 def frontier(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Loss over compute, a colour per model size; the least loss within each budget, dotted.
+    """Draw the loss against compute, a colour per model size.
 
     Parameters
     ----------
     table : DataFrame
         Columns features, compute, loss, kind.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Gid ``least`` (dotted) is the least loss within each budget.
     """
     ax = axes_or_new(ax)
     looks = _ordered(sorted(table["features"].unique()))
@@ -43,13 +49,19 @@ def frontier(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def decay_start(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Final loss over the share of steps spent on the decay, relative to the best share (dots).
+    """Draw the final loss against the share of steps in the decay, over the best loss.
 
     Parameters
     ----------
     table : DataFrame
         Columns decay (share of all steps), noise, loss, kind: one curve per label noise.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Dots (gid ``NOISE/best``) are the best shares.
     """
     ax = axes_or_new(ax)
     best = table.groupby("noise")["loss"].transform("min")

@@ -77,13 +77,19 @@ def _power(exponent: float) -> str:
 
 
 def training_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Loss over steps by learning rate; floors dotted.
+    """Draw the loss against steps, a colour per learning rate.
 
     Parameters
     ----------
     table : DataFrame
         Columns step, loss, lr, kind: ``exact`` for the curves, ``floor`` with one row per rate.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Curves have the gid ``LR``, floors (dotted) ``LR/floor``.
     """
     ax = axes_or_new(ax)
     path, floor = table[table["kind"] == "exact"], table[table["kind"] == "floor"]
@@ -103,13 +109,19 @@ def training_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def targets(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Fewest steps against batch size, a line per target; a thin line has slope -1.
+    """Draw the fewest steps against the batch size, a colour per target.
 
     Parameters
     ----------
     table : DataFrame
         Columns batch_size, step, target.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A curve's gid is its target; a dotted line of slope -1 has ``TARGET/scaling``.
     """
     ax = axes_or_new(ax)
     levels = sorted(table["target"].unique(), reverse=True)
@@ -130,13 +142,19 @@ def targets(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def steps(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Fewest steps against batch size by method and preconditioner, over the bound.
+    """Draw the fewest steps against the batch size, with the bound.
 
     Parameters
     ----------
     table : DataFrame
         Columns batch_size, step, series, exponent, kind: ``bound`` for the reference line.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A colour per preconditioner, a line style per method; a gid is ``SERIES/EXPONENT``.
     """
     ax = axes_or_new(ax)
     line = table[table["kind"] == "bound"].sort_values("batch_size")
@@ -153,13 +171,19 @@ def steps(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def best_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Best constant rate against batch size by preconditioner.
+    """Draw the best constant rate against the batch size, a colour per preconditioner.
 
     Parameters
     ----------
     table : DataFrame
         Columns batch_size, lr, exponent, kind.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Gid ``edge`` is the stability edge.
     """
     ax = axes_or_new(ax)
     found = table[table["kind"] == "exact"].assign(series="SGD")
@@ -173,13 +197,19 @@ def best_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def effective_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Effective rate lr / (1 - momentum) of the best setting against batch size.
+    """Draw the best effective rate lr / (1 - momentum) against the batch size.
 
     Parameters
     ----------
     table : DataFrame
         Columns batch_size, effective_lr, series, exponent.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A colour per preconditioner, a line style per method; a gid is ``SERIES/EXPONENT``.
     """
     ax = axes_or_new(ax)
     handles = _curves(table, "effective_lr", ax)
@@ -190,7 +220,20 @@ def effective_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def memories(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """1 - momentum of the best setting against batch size."""
+    """Draw 1 - momentum of the best setting against the batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns batch_size, momentum, series, exponent.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A colour per preconditioner, a line style per method; a gid is ``SERIES/EXPONENT``.
+    """
     ax = axes_or_new(ax)
     _curves(table.assign(left=1.0 - table["momentum"]), "left", ax)
     ax.set(yscale="log", ylabel=r"best $1 - \mu$")
@@ -199,15 +242,21 @@ def memories(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def schedules(table: pd.DataFrame, *, share: bool = False, ax: Axes | None = None) -> Axes:
-    """Rates of optimised schedules as steps in time, a colour per batch size.
+    """Draw the rates of optimised schedules over time, a colour per batch size.
 
     Parameters
     ----------
     table : DataFrame
         Columns begin, length, lr, batch_size, step: one row per piece.
     share : bool
-        Against the share of training instead of steps.
+        Draw against the share of training, not against steps.
     ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A curve's gid is its batch size.
     """
     ax = axes_or_new(ax)
     sizes = sorted(table["batch_size"].unique())

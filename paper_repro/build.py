@@ -1,4 +1,4 @@
-"""From a figure's name to its table, pictures and claims; computing is skipped when it can be."""
+"""Compute and draw a figure by its name; an unchanged table is not computed again."""
 
 from __future__ import annotations
 
@@ -28,17 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """One figure, done.
+    """One computed and drawn figure.
 
     Attributes
     ----------
     name : str
+        Name of the figure.
     metadata : dict
-        What the table and both pictures carry: figure, scale, version, settings, key.
+        Metadata of the table and both pictures, as `stamp` returns it.
     table : DataFrame
+        Numbers that are drawn and checked.
     png, pdf : Path
+        Paths of the pictures.
     claims : list of Claim
+        Checks of the table.
     seconds : float
+        Time for computing and drawing.
     reused : bool
         Whether the table of an earlier run was drawn again.
     """
@@ -59,7 +64,26 @@ class Built:
 
 
 def stamp(name: str, scale: Scale) -> dict[str, Any]:
-    """Metadata of a figure's table; ``key`` changes with settings, version and code."""
+    """Return the metadata of a figure's table.
+
+    Parameters
+    ----------
+    name : str
+        Name of the figure.
+    scale : Scale
+        Full or smoke.
+
+    Returns
+    -------
+    dict
+        Figure, scale, settings, version, seed, a digest of the code, and ``key``, a digest of all
+        of these.
+
+    Raises
+    ------
+    NQMError
+        If there is no such figure.
+    """
     study = find(name)
     settings = json.loads(json.dumps(asdict(study.settings(scale))))
     content: dict[str, Any] = {"figure": name, "scale": str(scale), "settings": settings}
@@ -85,15 +109,30 @@ def _code(study: Study) -> str:
 
 
 def build(name: str, scale: Scale, out: Path) -> Built:
-    """Table, PNG and PDF of one figure under `out`; an equal table found there is only drawn.
+    """Compute a figure's table and draw it as PNG and PDF.
 
-    A table of another scale, version or code is computed anew and replaced: `out` holds results
-    of this command. A file that this command did not write is left alone.
+    A table in `out` with the same key is drawn again without computing. A table of another scale,
+    version or code is computed anew and replaced: `out` holds results of this command. A file that
+    this command did not write is never replaced.
+
+    Parameters
+    ----------
+    name : str
+        Name of the figure.
+    scale : Scale
+        Full or smoke.
+    out : Path
+        Folder of the files; it is made if it does not exist.
+
+    Returns
+    -------
+    Built
 
     Raises
     ------
     NQMError
-        For an unknown name, an unwritable folder, or a foreign file in the way.
+        For an unknown name, an unwritable folder, or a file of that name that another command
+        wrote.
     """
     began = time.perf_counter()
     study = find(name)
@@ -115,9 +154,28 @@ def build(name: str, scale: Scale, out: Path) -> Built:
 
 
 def build_all(names: Sequence[str], scale: Scale, out: Path) -> Generator[Built, None, None]:
-    """`build` for several names, in the order in which they are finished.
+    """Build several figures in two processes.
 
-    Two processes share the work: drawing holds Python's lock, so threads would not.
+    Drawing holds Python's lock, so that threads would not run at the same time.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of the figures.
+    scale : Scale
+        Full or smoke.
+    out : Path
+        Folder of the files; it is made if it does not exist.
+
+    Yields
+    ------
+    Built
+        In the order in which the figures are finished.
+
+    Raises
+    ------
+    NQMError
+        As `build`.
     """
     if len(names) == 1:
         yield build(names[0], scale, out)
@@ -130,12 +188,25 @@ def build_all(names: Sequence[str], scale: Scale, out: Path) -> Generator[Built,
 
 
 def redraw(name: str, path: Path, out: Path) -> tuple[Path, Path]:
-    """PNG and PDF under `out` from a table computed before.
+    """Draw a figure from a table that was computed before.
+
+    Parameters
+    ----------
+    name : str
+        Name of the figure.
+    path : Path
+        The table (Parquet or CSV).
+    out : Path
+        Folder of the pictures.
+
+    Returns
+    -------
+    png, pdf : Path
 
     Raises
     ------
     NQMError
-        If the table cannot be read or belongs to another figure.
+        If the table cannot be read, belongs to another figure, or lacks a column.
     """
     study = find(name)
     table, metadata = read_table(path), read_metadata(path)
@@ -152,7 +223,20 @@ def redraw(name: str, path: Path, out: Path) -> tuple[Path, Path]:
 
 
 def check_outputs(names: Sequence[str], out: Path) -> None:
-    """Raise NQMError if a file of these figures could not be replaced, or is not ours."""
+    """Check that the files of these figures can be written.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of the figures.
+    out : Path
+        Folder of the files.
+
+    Raises
+    ------
+    NQMError
+        If a file cannot be replaced, or was not written by this command.
+    """
     for name in names:
         for kind in ("parquet", "png", "pdf"):
             check_replaceable(out / f"{name}.{kind}")
@@ -160,7 +244,7 @@ def check_outputs(names: Sequence[str], out: Path) -> None:
 
 
 def _earlier(path: Path, key: str = "") -> pd.DataFrame | None:
-    """The table of this key, if it is there; NQMError if the file is not of this command."""
+    """Return the saved table if it has this key; NQMError if another command wrote the file."""
     if not path.exists():
         return None
     try:

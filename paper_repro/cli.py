@@ -10,7 +10,7 @@ import click
 
 
 class _Command(click.Command):
-    """Draws into files only; a user's mistake is reported by the group it is called from."""
+    """Draw into files only; the calling group reports a user's mistake."""
 
     def invoke(self, ctx: click.Context) -> Any:
         from nqm.errors import check_installed
@@ -34,7 +34,7 @@ _scale = click.option(
     type=click.Choice(["full", "smoke"]),
     default="full",
     show_default=True,
-    help="smoke: a small version of everything, in seconds.",
+    help="smoke: a small version of every figure, in seconds.",
 )
 
 
@@ -73,8 +73,8 @@ def reproduce(name: str, out: Path, scale: str) -> None:
 
     Groups are `all`, the figures of the paper on late-phase weights, and `zhang2019`.
 
-    A table that an earlier run left in the folder is used again if nothing it depends on has
-    changed. Ends with exit code 1 if a claim does not hold.
+    A table of an earlier run in the folder is used again if its settings, version and code are the
+    same. The exit code is 1 if a claim does not hold.
     """
     from nqm.files import check_replaceable
     from paper_repro.build import build_all, check_outputs
@@ -114,9 +114,9 @@ def reproduce(name: str, out: Path, scale: str) -> None:
 )
 @_out
 def tables(runs: Path, out: Path) -> None:
-    """Put the runs found so far beside the paper's tables, and write them as one page.
+    """Compare the paper's tables with the runs on disk, and write one page.
 
-    A row without a run at full scale says so.
+    Rows without a run at full scale are marked "not run".
     """
     from paper_repro.tables import load_tables
     from paper_repro.tables.collect import collect
@@ -131,7 +131,7 @@ def tables(runs: Path, out: Path) -> None:
 
 
 def _alone(out: Path) -> None:
-    """Keep every other command out of the folder until this one is over."""
+    """Lock the folder until this command ends."""
     from nqm.files import locked
 
     click.get_current_context().with_resource(locked(out, folder=True))

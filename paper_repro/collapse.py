@@ -47,20 +47,58 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has two ensemble sizes, two member rates and a third of the replicas.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(members=(1, 4), member_lr=(0.15, 1.0), replicas=200)
     return Settings()
 
 
 def sgd_floor(lr: float, examples: float, s: Settings) -> float:
-    """Plain SGD's steady-state loss, lr v / (2 (2 - lr h) batch) per direction."""
+    """Return plain SGD's steady-state loss, lr v / (2 (2 - lr h) batch) per direction.
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate, below 2 / h.
+    examples : float
+        Examples in a minibatch.
+    s : Settings
+        Curvature h, noise variance v and number of directions.
+
+    Returns
+    -------
+    float
+        Sum over the directions.
+    """
     loss = lr * s.noise_variance / (2.0 * (2.0 - lr * s.curvature) * examples)
     return s.directions * loss
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Exact and sampled steady states of every stable combination, and SGD's curve."""
+    """Compute exact and sampled steady states of every stable combination of settings.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        Two rows for each combination (kind ``exact`` and ``sample``): its settings,
+        ``effective_lr`` (lambda), ``loss``, ``stderr``, and ``curve``, the loss of plain SGD at
+        lambda on batch K B.
+    """
     s = settings(scale)
     problem = Problem(np.full(s.directions, s.curvature), s.noise_variance, initial_variance=0.0)
     rows = []
@@ -92,7 +130,18 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Before and after the collapse, and what is left."""
+    """Draw the losses before and after the collapse, and their ratio to the curve.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Three panels.
+    """
     with context():
         figure = new_figure(PAGE, 2.9)
         before, after, left = figure.subplots(1, 3)
@@ -104,7 +153,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Checks of the collapse."""
+    """Check that every setting lies on the curve of SGD.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     exact = table[table["kind"] == "exact"]
     run = table[table["kind"] == "sample"]
     spread = exact.groupby("lr")["loss"].agg(lambda loss: loss.max() / loss.min())

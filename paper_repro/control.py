@@ -20,21 +20,30 @@ def paired_error(
     replicas: int,
     seed: tuple[int, ...],
 ) -> dict[str, tuple[float, float]]:
-    """Relative difference of the losses, multiplicative over first order, minus one.
+    """Measure the relative error of the first order: its loss against the multiplicative one.
 
     One direction with h = w* = 1, theta = phi_k = 1 at the start, gamma = 1 / K, equal rates.
 
     Parameters
     ----------
+    members : int
+        K.
+    lr : float
+        Learning rate of base and members.
+    variance : float
+        Noise variance of a minibatch.
     settle, window : int
         Cycles left out, then cycles averaged over.
     replicas : int
         Independent pairs of runs.
+    seed : tuple of int
+        Seed of the noise.
 
     Returns
     -------
     dict
-        ``mean model`` and ``average member``: the relative difference and its standard error.
+        ``mean model`` and ``average member``: the loss of the multiplicative model over that of the
+        first order, minus one, and its standard error.
     """
     rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed)))
     theta, phi = np.ones(replicas), np.ones((members, replicas))

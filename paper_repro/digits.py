@@ -49,14 +49,35 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has two rates, two ensemble sizes, 40 cycles and a third of the runs.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(lrs=(0.01, 0.04), members=(1, 4), cycles=40, marks=5, runs=800)
     return Settings()
 
 
 def load(digit: int) -> Data:
-    """Pixels in [0, 1] with an intercept, and 1 where the image shows `digit`."""
+    """Load pixels in [0, 1] with an intercept, and the indicator of one digit.
+
+    Parameters
+    ----------
+    digit : int
+        0 to 9.
+
+    Returns
+    -------
+    Data
+        Features of shape (1797, 65); the target is 1 where the image shows `digit`, else 0.
+    """
     from sklearn.datasets import load_digits
 
     images = load_digits()
@@ -65,7 +86,20 @@ def load(digit: int) -> Data:
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Training (sample), its exact second moments (exact) and additive theory (additive)."""
+    """Compute training, its exact second moments, and the additive theory.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each kind (``sample``, ``exact``, ``additive``), rate, ensemble size and recorded
+        cycle (``step``): ``loss`` and ``member_loss`` above the minimum, their standard errors,
+        ``examples``, and ``additive_loss``, the additive theory at the same point.
+    """
     s = settings(scale)
     data = load(s.digit)
     problem = Problem.from_linear_regression(data.features, data.target)
@@ -130,7 +164,18 @@ def _case(  # noqa: PLR0913
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """The transient, where it ends, and both as a ratio to the additive theory."""
+    """Draw the loss over time, at the end, and both relative to the additive theory.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Four panels.
+    """
     with context():
         figure = new_figure(PAGE, 5.2)
         axes = figure.subplots(2, 2)
@@ -150,7 +195,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Checks of training against its exact moments, and of where the additive theory ends."""
+    """Check training against its exact moments, and where the additive theory fails.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     keys = ["lr", "members", "step"]
     known = table[table["kind"] == "exact"]
     wide = table[table["kind"] == "sample"].merge(known, on=keys, suffixes=("", "_exact"))

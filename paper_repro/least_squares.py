@@ -28,11 +28,25 @@ class Data:
     target: Array
 
     def minimum(self) -> Array:
-        """Weights of least loss (the shortest such vector)."""
+        """Return the weights of least loss (the shortest such vector).
+
+        Returns
+        -------
+        ndarray, shape (p,)
+        """
         return np.asarray(np.linalg.lstsq(self.features, self.target, rcond=None)[0])
 
     def loss(self, weights: Array) -> Array:
-        """Full training loss of weights (..., p)."""
+        """Return the full training loss, 1/(2 N) |X w - y|^2.
+
+        Parameters
+        ----------
+        weights : ndarray, shape (..., p)
+
+        Returns
+        -------
+        ndarray, shape (...)
+        """
         residual = weights @ self.features.T - self.target
         return np.asarray(0.5 * np.mean(residual**2, axis=-1))
 
@@ -48,9 +62,28 @@ def train(  # noqa: PLR0913
     replicas: int,
     rng: np.random.Generator,
 ) -> tuple[Array, Array]:
-    """Additive late-phase training with gamma = 1/K and equal rates, examples with replacement.
+    """Train additive late-phase weights, drawing examples with replacement.
 
-    K = 1 is plain SGD at rate 2 lr.
+    gamma is 1/K, and the base and the members have the same rate.
+
+    Parameters
+    ----------
+    data : Data
+        N examples with p features.
+    start : ndarray, shape (p,)
+        Weights of every replica and member at cycle 0.
+    members : int
+        K; 1 is plain SGD at rate 2 lr.
+    lr : float
+        Learning rate of the base and of the members.
+    batch_size : int
+        Examples in a member's minibatch.
+    at : sequence of int
+        Cycles after which losses are recorded; 0 is the start.
+    replicas : int
+        Number of independent runs.
+    rng : Generator
+        Source of the minibatches.
 
     Returns
     -------
@@ -79,7 +112,28 @@ def train(  # noqa: PLR0913
 def exact(
     data: Data, start: Array, *, members: int, lr: float, batch_size: int, at: Sequence[int]
 ) -> tuple[Array, Array]:
-    """Expected losses of `train`, from the data's own noise; shape (len(at),) each."""
+    """Compute the expected losses of `train` from the noise of the data.
+
+    Parameters
+    ----------
+    data : Data
+        N examples with p features.
+    start : ndarray, shape (p,)
+        Weights of every replica and member at cycle 0.
+    members : int
+        K; 1 is plain SGD at rate 2 lr.
+    lr : float
+        Learning rate of the base and of the members.
+    batch_size : int
+        Examples in a member's minibatch.
+    at : sequence of int
+        Cycles after which losses are recorded; 0 is the start.
+
+    Returns
+    -------
+    loss, member_loss : ndarray, shape (len(at),)
+        Expected full training loss minus its minimum: mean model, and average member.
+    """
     h, basis = np.linalg.eigh(data.features.T @ data.features / len(data.target))
     x = data.features @ basis
     optimum = data.minimum()

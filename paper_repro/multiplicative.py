@@ -53,7 +53,17 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer sampled ensemble sizes, variances, cycles and replicas.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(
             sampled=(1, 2, 4), long_cycles=60_000, replicas=64, error_lrs=(0.4,),
@@ -63,7 +73,21 @@ def settings(scale: Scale) -> Settings:
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Floors and courses (panel floors, course) and errors of the first order (panel error)."""
+    """Compute floors, losses over time, and errors of the first-order theory.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        Column ``panel`` names the panel of a row. ``floors`` and ``course`` have ``members``,
+        ``kind`` (``first_order``, ``long_run`` or one of the samples), ``loss`` and ``stderr``;
+        ``error`` has the relative error of the first order as ``loss``, by ``lr``, ``variance`` and
+        ``series``.
+    """
     s = settings(scale)
     problem = Problem([1.0], s.noise_variance, minimum=1.0, initial_variance=0.0)
     rows: list[dict[str, Any]] = []
@@ -124,7 +148,18 @@ def _nearest(course: list[dict[str, Any]], step: float) -> dict[str, Any]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Floors, courses and errors."""
+    """Draw the floors, the losses over time, and the errors of the first order.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Three panels.
+    """
     with context():
         figure = new_figure(PAGE, 2.9)
         axes = figure.subplots(1, 3)
@@ -136,7 +171,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Checks of floors, laws and errors."""
+    """Check the floors, their exponents in K, and the exponent of the error in the noise variance.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     floors = table[table["panel"] == "floors"]
     by = {kind: rows.set_index("members")["loss"] for kind, rows in floors.groupby("kind")}
     long_run, quasi = by["long_run"], by["first_order"]

@@ -78,7 +78,17 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has one spectrum, fewer directions, examples, rates and replicas.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(("harmonic",), 40, examples=800, points=5, replicas=20)
     return Settings()
@@ -107,7 +117,18 @@ class Method:
 
 
 def methods(s: Settings) -> dict[str, Method]:
-    """Every method by name; what has further parameters runs at the values usual for it."""
+    """Return every method by name; further parameters have their usual values.
+
+    Parameters
+    ----------
+    s : Settings
+        Budget of examples, batch size, and the parameters of the methods.
+
+    Returns
+    -------
+    dict of str to Method
+        In the order of the table.
+    """
     total = steps_for(SGD(), s.examples, batch_size=s.batch_size)
     late_steps = round(s.late_share * total)
     k, wide = s.members, s.members * s.batch_size
@@ -176,7 +197,18 @@ def methods(s: Settings) -> dict[str, Method]:
 
 
 def problems(s: Settings) -> dict[tuple[str, str], Problem]:
-    """Spectrum and noise by name; the largest curvature is 1 in all of them."""
+    """Return the problems by spectrum and noise; their largest curvature is 1.
+
+    Parameters
+    ----------
+    s : Settings
+        Names of the spectra and scales of the noise.
+
+    Returns
+    -------
+    dict of (str, str) to Problem
+        Key: name of the spectrum, name of the noise.
+    """
     bulk = s.directions - s.outliers
     every: dict[str, tuple[ArrayLike, ArrayLike]] = {
         "harmonic": (harmonic(s.directions), 1.0),
@@ -191,12 +223,35 @@ def problems(s: Settings) -> dict[tuple[str, str], Problem]:
 
 
 def final(problem: Problem, program: Program) -> float:
-    """Exact expected loss at the end."""
+    """Return the exact expected loss after the last step.
+
+    Parameters
+    ----------
+    problem : Problem
+    program : Program
+
+    Returns
+    -------
+    float
+    """
     return float(solve(problem, program, [program.steps]).loss[0])
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Best rate and final loss of every method on every problem, exact and sampled."""
+    """Compute the best rate and final loss of every method on every problem.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        Two rows (kind ``exact`` and ``sample``) for each method, spectrum and noise: ``lr``,
+        ``edge`` (the stability edge), ``steps``, ``examples``, ``loss``, ``stderr``, and in exact
+        rows ``twin``, the loss of SGD on minibatches of K B (NaN without members).
+    """
     s = settings(scale)
     rows: list[dict[str, Any]] = []
     # An edge is that of the largest curvature, which all problems share.
@@ -222,7 +277,18 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """One panel per problem, rows in the order of their mean rank."""
+    """Draw one panel per problem, with rows in the order of their mean rank.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Six panels at full scale.
+    """
     with context():
         figure = new_figure(PAGE, 6.2)
         panels.page(table, figure)
@@ -230,7 +296,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Simulation against theory, the identity of members and batch size, and who wins where."""
+    """Check simulation against theory, members against a larger batch, and the ranking.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     exact, run = (
         table[table["kind"] == kind].reset_index(drop=True) for kind in ("exact", "sample")
     )

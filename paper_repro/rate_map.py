@@ -50,14 +50,37 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, ensemble sizes and rates.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(directions=30, members=(1, 4, 16, 64), rates=24)
     return Settings()
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Exact losses on the grid (kind exact), best rates (best) and stability edges (edge)."""
+    """Compute exact losses on the grid, best rates and stability edges.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        Rows of kind ``exact`` (a cell of the grid; ``loss`` is NaN at and above the edge), ``best``
+        (the best rate of a column) and ``edge`` (``lr`` is the stability edge), by ``panel``,
+        ``members``, ``gamma_rule`` and ``lr``.
+    """
     s = settings(scale)
     h = harmonic(s.directions)
     problem = Problem(h, h)
@@ -89,7 +112,18 @@ def _runs(late: LatePhase, steps: int) -> Any:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """One map per way of counting, on one colour scale."""
+    """Draw one map per panel, on one colour scale.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Three panels and a colour bar.
+    """
     with context():
         figure = new_figure(PAGE, 2.8)
         axes = figure.subplots(1, 3, sharey=True)
@@ -109,7 +143,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Checks of edges and best rates (the largest curvature is 1)."""
+    """Check edges and best rates (the largest curvature is 1).
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     edge = table[table["kind"] == "edge"]
     closed = np.where(edge["gamma_rule"] == "1/K", 1.0, 2.0 / (1.0 + edge["members"]))
     best = table[table["kind"] == "best"].set_index(["panel", "members"])["loss"]

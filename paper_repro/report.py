@@ -14,14 +14,35 @@ from paper_repro.study import ZHANG2019, passed
 
 
 def report_name(figures: Sequence[str]) -> str:
-    """File name, without its ending, of the page of these figures."""
+    """Return the file name, without its suffix, of the page with these figures.
+
+    Parameters
+    ----------
+    figures : sequence of str
+        Names of the figures.
+
+    Returns
+    -------
+    str
+        ``zhang2019`` if all figures are from that paper, else ``report``.
+    """
     return "zhang2019" if all(name in ZHANG2019 for name in figures) else "report"
 
 
 def write_report(built: Sequence[Built], out: Path) -> Path:
-    """Write one page under `out`, all or nothing, and return its path.
+    """Write one HTML page with all figures, all or nothing.
 
-    Named by `report_name`.
+    Parameters
+    ----------
+    built : sequence of Built
+        The figures, in the order of the page.
+    out : Path
+        Folder of the page; `report_name` gives its file name.
+
+    Returns
+    -------
+    Path
+        Path of the page.
     """
     name = report_name([one.name for one in built])
     environment = Environment(

@@ -48,14 +48,37 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer features, directions, steps and decay lengths.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(features=(4, 8, 16), steps=1000, directions=60, horizon=200, shares=5)
     return Settings()
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Both panels' curves, and Monte Carlo of the smallest model."""
+    """Compute the curves of both panels, and Monte Carlo of the smallest model.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        Rows of ``panel`` ``frontier`` (by ``features`` and ``step``: ``compute``, ``loss`` with the
+        irreducible part, ``floor``, the steady loss) and ``decay`` (by ``noise`` and ``decay``, the
+        share of the steps in the decay: final ``loss``).
+    """
     s = settings(scale)
     at = np.unique(np.geomspace(1, s.steps, 60).astype(int)).tolist()
     frames = []
@@ -90,7 +113,18 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Loss over compute on the left, final loss over the length of the decay on the right."""
+    """Draw the loss over compute, and the final loss over the length of the decay.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
     with context():
         figure = new_figure(PAGE, 2.8)
         left, right = figure.subplots(1, 2)
@@ -104,7 +138,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Checks of both panels."""
+    """Check Monte Carlo, the floor, the best sizes, and the best lengths of the decay.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     size, decay = (table[table["panel"] == name] for name in ("frontier", "decay"))
     exact = size[size["kind"] == "exact"]
     both = size[size["kind"] == "sample"].merge(exact, on=["features", "step"])

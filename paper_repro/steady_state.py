@@ -48,14 +48,36 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer ensemble sizes, rates and replicas.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(members=(1, 4, 16), lrs=(0.15, 0.45), replicas=150)
     return Settings()
 
 
 def steps_for(lr: float, s: Settings) -> int:
-    """Cycles after which the flattest direction has forgotten all but e^(-2 settle)."""
+    """Return the cycles that reduce the start to e^(-2 settle) in the flattest direction.
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate of base and members.
+    s : Settings
+        Number of directions, and ``settle``.
+
+    Returns
+    -------
+    int
+    """
     return int(np.ceil(s.settle * s.directions / lr))
 
 
@@ -70,7 +92,20 @@ def _cases(lr: float, k: int) -> Iterator[tuple[str, str, Any, float, int]]:
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Steady states of every method for every (lr, K): theory, and Monte Carlo."""
+    """Compute steady states of every method for every (lr, K), by theory and Monte Carlo.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        By ``model`` (``additive``, ``multiplicative``, ``both``), ``series``, ``members`` and
+        ``lr``: ``loss``, ``stderr`` and ``kind`` (``exact``, ``first_order``, ``long_run`` or
+        ``sample``).
+    """
     s = settings(scale)
     h = harmonic(s.directions)
     problem = Problem(h, s.noise_scale * h, minimum=s.minimum, initial_variance=0.0)
@@ -126,7 +161,18 @@ def _rows(
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Mean models by learning rate, simulation over theory, and all methods at one rate."""
+    """Draw mean models by rate, simulation over theory, and all methods at one rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Six panels.
+    """
     with context():
         figure = new_figure(PAGE, 6.4)
         axes = figure.subplots(3, 2, sharex=True, sharey="row", height_ratios=(3, 1.6, 3))
@@ -149,7 +195,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Checks of the steady states."""
+    """Check simulation against theory, and identities between the methods.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     keys = ["model", "series", "members", "lr"]
     wide = table[table["kind"] == "sample"].merge(
         table[table["kind"].isin(["exact", "first_order"])], on=keys, suffixes=("", "_theory")

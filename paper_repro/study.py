@@ -1,4 +1,4 @@
-"""What a figure's module states: its settings, its claims, and where it is found."""
+"""Protocol of a figure's module, its numerical claims, and the names of all figures."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ SCALING = {"scaling": "paper_repro.scaling"}
 #: Every method at equal data.
 RANKING = {"ranking": "paper_repro.ranking"}
 
-#: Names on the command line that stand for several figures; each has a page of its own.
+#: Group name on the command line -> its figures; each group has its own page.
 GROUPS = {"all": STUDIES, "zhang2019": ZHANG2019, "scaling": SCALING, "ranking": RANKING}
 
 
 class Scale(StrEnum):
-    """How much is computed: what the page shows, or just enough to see everything run."""
+    """Amount of computation: the published figure, or a small version for a quick check."""
 
     FULL = "full"
     SMOKE = "smoke"
@@ -62,16 +62,18 @@ class Scale(StrEnum):
 
 @dataclass(frozen=True)
 class Claim:
-    """One numerical check that could have failed.
+    """One numerical check, passed or failed.
 
     Attributes
     ----------
     text : str
         What is claimed, in words.
     measured : float
+        Number that is checked.
     rule : str
-        What `measured` has to satisfy.
+        Condition on `measured`, in words.
     passed : bool
+        Whether `measured` satisfies the rule.
     """
 
     text: str
@@ -81,14 +83,14 @@ class Claim:
 
 
 class Study(Protocol):
-    """What every module in `GROUPS` provides."""
+    """Functions and constants that every module in `GROUPS` has."""
 
     TITLE: str
-    #: Two sentences: what the picture shows.
+    #: What the picture shows, in two sentences.
     SUMMARY: str
 
     def settings(self, scale: Scale) -> Any:
-        """All parameters of the computation.
+        """Return all parameters of the computation.
 
         Parameters
         ----------
@@ -138,16 +140,26 @@ class Study(Protocol):
         Returns
         -------
         list of Claim
+            In the order of the report.
         """
 
 
 def find(name: str) -> Study:
-    """Module of the figure called `name`.
+    """Return the module of a figure.
+
+    Parameters
+    ----------
+    name : str
+        Name on the command line, a key of a group in `GROUPS`.
+
+    Returns
+    -------
+    Study
 
     Raises
     ------
     NQMError
-        With a suggestion, if there is none.
+        If there is no such figure; the message suggests a similar name.
     """
     known = STUDIES | ZHANG2019 | SCALING | RANKING
     if name not in known:
@@ -156,7 +168,20 @@ def find(name: str) -> Study:
 
 
 def agrees(text: str, measured: ArrayLike, expected: ArrayLike, stderr: ArrayLike) -> Claim:
-    """Claim: every Monte Carlo estimate lies within `Z_LIMIT` standard errors of the theory."""
+    """Claim that every Monte Carlo estimate is within `Z_LIMIT` standard errors of theory.
+
+    Parameters
+    ----------
+    text : str
+        What is claimed, in words.
+    measured, expected, stderr : array_like, shape (n,)
+        Estimates, values of the theory, and standard errors of the estimates.
+
+    Returns
+    -------
+    Claim
+        Its number is the largest abs(z).
+    """
     difference = np.asarray(measured, dtype=float) - np.asarray(expected, dtype=float)
     z = np.atleast_1d(difference / np.asarray(stderr, dtype=float))
     worst = float(np.abs(z).max())
@@ -165,36 +190,111 @@ def agrees(text: str, measured: ArrayLike, expected: ArrayLike, stderr: ArrayLik
 
 
 def estimate(text: str, measured: float, expected: float, stderr: float) -> Claim:
-    """Claim: one Monte Carlo estimate, shown itself, agrees with the theory."""
+    """Claim that one Monte Carlo estimate agrees with theory within `Z_LIMIT` errors.
+
+    Parameters
+    ----------
+    text : str
+        What is claimed, in words.
+    measured, expected, stderr : float
+        Estimate, value of the theory, standard error of the estimate.
+
+    Returns
+    -------
+    Claim
+        Its number is the estimate.
+    """
     rule = f"{expected:.4g} within {Z_LIMIT:g} standard errors ({stderr:.2g})"
     return Claim(text, float(measured), rule, bool(abs(measured - expected) < Z_LIMIT * stderr))
 
 
 def close(text: str, measured: float, expected: float, tolerance: float) -> Claim:
-    """Claim: `measured` is within a relative `tolerance` of `expected`."""
+    """Claim that a number is close to its expected value.
+
+    Parameters
+    ----------
+    text : str
+        What is claimed, in words.
+    measured, expected : float
+    tolerance : float
+        Largest difference, relative to `expected`.
+
+    Returns
+    -------
+    Claim
+        Its number is `measured`.
+    """
     rule = f"{expected:.4g} within {tolerance:.2g} of it"
     error = abs(measured - expected)
     return Claim(text, float(measured), rule, bool(error <= tolerance * abs(expected)))
 
 
 def identical(text: str, measured: ArrayLike, expected: ArrayLike, limit: float = 1e-12) -> Claim:
-    """Claim: largest relative difference of two exact results is rounding."""
+    """Claim that two exact results agree up to rounding.
+
+    Parameters
+    ----------
+    text : str
+        What is claimed, in words.
+    measured, expected : array_like
+        Two results of one shape; `expected` is not 0.
+    limit : float
+        Largest relative difference.
+
+    Returns
+    -------
+    Claim
+        Its number is the largest relative difference.
+    """
     expected = np.asarray(expected, dtype=float)
     worst = float(np.max(np.abs(np.asarray(measured, dtype=float) / expected - 1.0)))
     return Claim(text, worst, f"largest relative difference <= {limit:g}", worst <= limit)
 
 
 def between(text: str, measured: float, low: float, high: float) -> Claim:
-    """Claim: low <= measured <= high; an infinite bound is left out of the rule."""
+    """Claim that low <= measured <= high.
+
+    Parameters
+    ----------
+    text : str
+        What is claimed, in words.
+    measured : float
+    low, high : float
+        Bounds; an infinite one is not stated in the rule.
+
+    Returns
+    -------
+    Claim
+        Its number is `measured`.
+    """
     parts = [f">= {low:.4g}"] * math.isfinite(low) + [f"<= {high:.4g}"] * math.isfinite(high)
     return Claim(text, float(measured), " and ".join(parts), bool(low <= measured <= high))
 
 
 def slope(x: ArrayLike, y: ArrayLike) -> float:
-    """Least-squares slope of log y against log x."""
+    """Return the least-squares slope of log y against log x.
+
+    Parameters
+    ----------
+    x, y : array_like, shape (n,)
+        Positive.
+
+    Returns
+    -------
+    float
+    """
     return float(np.polyfit(np.log(np.asarray(x)), np.log(np.asarray(y)), 1)[0])
 
 
 def passed(claims: Iterable[Claim]) -> int:
-    """How many claims hold."""
+    """Count the claims that hold.
+
+    Parameters
+    ----------
+    claims : iterable of Claim
+
+    Returns
+    -------
+    int
+    """
     return sum(claim.passed for claim in claims)

@@ -44,14 +44,36 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, cycles, marks and replicas.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(directions=40, cycles=60, marks=5, replicas=30)
     return Settings()
 
 
 def programs(s: Settings) -> dict[str, Program]:
-    """The three ways to spend the examples after T0."""
+    """Return the three programs that spend the same examples after T0.
+
+    Parameters
+    ----------
+    s : Settings
+        Rates, batch size, members, and steps before and after T0.
+
+    Returns
+    -------
+    dict of str to Program
+        ``mean model`` (late-phase weights), ``SGD goes on`` (the same rate and batch) and ``SGD,
+        lambda, K B``.
+    """
     first = Phase(SGD(), s.lr, s.switch_step, s.batch_size)
     late = Phase(LatePhase(s.members, gamma="mean"), s.lr, s.cycles, s.batch_size)
     goes_on = Phase(SGD(), s.lr, s.cycles * s.members, s.batch_size)
@@ -64,7 +86,20 @@ def programs(s: Settings) -> dict[str, Program]:
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Exact curves and Monte Carlo marks of every program."""
+    """Compute exact curves and Monte Carlo marks of every program.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        By ``series`` and ``step``: ``examples``, ``loss``, ``bias``, ``variance``, ``stderr``,
+        ``kind`` (``exact`` or ``sample``). Series ``SGD to T0`` is the common first phase,
+        ``average member`` has the loss of one member.
+    """
     s = settings(scale)
     h = harmonic(s.directions)
     problem = Problem(h, h, initial_mean=1.0, initial_variance=0.0)
@@ -101,7 +136,18 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Loss on the left, its two parts on the right."""
+    """Draw the loss, and its bias and variance.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
     with context():
         figure = new_figure(PAGE, 3.0)
         whole, parts = figure.subplots(1, 2)
@@ -116,7 +162,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Checks of the switch."""
+    """Check the simulation, and the loss after the switch against that of SGD.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     keys = ["series", "examples"]
     exact = table[table["kind"] == "exact"]
     wide = table[table["kind"] == "sample"].merge(exact, on=keys, suffixes=("", "_exact"))

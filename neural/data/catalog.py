@@ -76,12 +76,25 @@ def load(name: str, root: Path | str | None = None, *, download: bool = True) ->
 
 
 def load_images(name: str, root: Path | str | None = None, *, download: bool = True) -> ImageData:
-    """`load` for what needs images in memory.
+    """Load a data set of images in memory.
+
+    Parameters
+    ----------
+    name : str
+        Name of the set.
+    root : path, optional
+        Folder of data files, as for `load`.
+    download : bool
+        Whether missing public files are downloaded.
+
+    Returns
+    -------
+    ImageData
 
     Raises
     ------
     NQMError
-        If the set is a text or is streamed, or as `load`.
+        If the set is a text or is streamed from disk, or as `load`.
     """
     data = load(name, root, download=download)
     if not isinstance(data, ImageData):

@@ -1,6 +1,6 @@
 """Finding a published file, checking it against its published sum, and fetching it where it is not.
 
-A download goes on where an earlier one stopped, and appears under its name only when it is whole
+A download continues an earlier one that stopped, and appears under its name only when it is whole
 and its checksum is right. It takes no more than the size stated for the file, and follows a server
 nowhere but to http and https.
 """
@@ -90,7 +90,7 @@ def _opened(path: Path, file: File) -> BufferedIOBase:
 
 @dataclass(frozen=True)
 class Store:
-    """Where the files of one set are looked for, and put.
+    """Place of one set's files: folders that are searched, and the folder for downloads.
 
     Attributes
     ----------

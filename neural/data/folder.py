@@ -430,7 +430,7 @@ class FolderBatches:
         self.images, self.train, self.size, self.resize = images, train, size, resize
         self.mean, self.std = (torch.tensor(list(c), device=device) for c in (mean, std))
         self.seed, self.device, self.workers = seed, torch.device(device), workers
-        normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), mean, std)  # a mistake is told now
+        normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), mean, std)  # reports a mistake now
         self.dtype, self.memory_format = dtype, memory_format or torch.contiguous_format
 
     def __len__(self) -> int:
@@ -438,19 +438,27 @@ class FolderBatches:
         return self.plan.batches
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch from batch `start` on; the same bits as without a break.
+        """Return the batches of an epoch, from batch `start` on.
+
+        A run that resumes at batch `start` gets the same batches, bit for bit, as one without a
+        break.
 
         Parameters
         ----------
         epoch : int
-            From 0.
+            Number of the epoch, from 0.
         start : int
-            Batches already done; they are not decoded.
+            Number of batches already done; they are not decoded.
 
-        Yields
-        ------
-        (Tensor, Tensor)
+        Returns
+        -------
+        iterator of (Tensor, Tensor)
             (B, 3, size, size) images and (B,) int64 labels, on the device.
+
+        Raises
+        ------
+        NQMError
+            If `epoch` is not a whole number from 0 on.
         """
         check_integer("epoch", epoch, 0)
         return self._batches(epoch, self.plan.slices(start))

@@ -1,4 +1,4 @@
-"""How the files of each image set become tensors. The functions are named like the sets."""
+"""Loaders of image sets: from files to tensors. A function has the name of its set."""
 
 from __future__ import annotations
 
@@ -46,7 +46,18 @@ def images_of(pixels: Bytes, labels: NDArray[np.generic] | None = None) -> Image
 
 
 def digits(store: Store) -> ImageData:
-    """scikit-learn's digits, their 16 grey levels spread over a byte; always the same split."""
+    """Load scikit-learn's digits, with 16 grey levels scaled to 0 to 255.
+
+    Parameters
+    ----------
+    store : Store
+        Not used: scikit-learn contains the images.
+
+    Returns
+    -------
+    ImageData
+        1,347 training and 450 test images of 8x8; the split is always the same.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -64,7 +75,20 @@ def digits(store: Store) -> ImageData:
 
 
 def idx(label: str, mean: float, std: float) -> Callable[[Store], ImageData]:
-    """MNIST or a set in its format: four idx files, ten classes."""
+    """Return the loader of MNIST, or of a set in its format.
+
+    Parameters
+    ----------
+    label : str
+        Name of the set for people.
+    mean, std : float
+        Mean and standard deviation of the pixels, scaled to [0, 1].
+
+    Returns
+    -------
+    callable
+        ``build(store)`` returns `ImageData` from four idx files with ten classes.
+    """
 
     def build(store: Store) -> ImageData:
         arrays = [formats.read_idx_gz(path) for path in store.get_all(FILES[store.name])]
@@ -75,7 +99,23 @@ def idx(label: str, mean: float, std: float) -> Callable[[Store], ImageData]:
 
 
 def cifar10(store: Store) -> ImageData:
-    """CIFAR-10 from its python archive (Krizhevsky 2009)."""
+    """Load CIFAR-10 from its python archive (Krizhevsky 2009).
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    ImageData
+        50,000 training and 10,000 test images of 32x32, 10 classes.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     (path,) = store.get_all(FILES[store.name])
     folder = "cifar-10-batches-py"
     parts = [[f"{folder}/data_batch_{i}" for i in range(1, 6)], [f"{folder}/test_batch"]]
@@ -84,7 +124,23 @@ def cifar10(store: Store) -> ImageData:
 
 
 def cifar100(store: Store) -> ImageData:
-    """CIFAR-100, fine labels, from its python archive (Krizhevsky 2009)."""
+    """Load CIFAR-100 with fine labels from its python archive (Krizhevsky 2009).
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    ImageData
+        50,000 training and 10,000 test images of 32x32, 100 classes.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     (path,) = store.get_all(FILES[store.name])
     parts = [["cifar-100-python/train"], ["cifar-100-python/test"]]
     train, test = (images_of(*part) for part in formats.read_cifar(path, parts, b"fine_labels"))
@@ -92,7 +148,23 @@ def cifar100(store: Store) -> ImageData:
 
 
 def cifar10_q75(store: Store) -> ImageData:
-    """CIFAR-10, all images, after JPEG at quality 75: never to be called CIFAR-10 alone."""
+    """Load CIFAR-10 after JPEG at quality 75.
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    ImageData
+        All 60,000 images. Results on it must not be reported as CIFAR-10.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     (path,) = store.get_all(FILES[store.name])
     header, scans, lengths, *labels = formats.read_npz(
         path, ("header", "scans", "lengths", "y_train", "y_test")
@@ -117,7 +189,23 @@ def cifar10_q75(store: Store) -> ImageData:
 
 
 def cifar10_part(store: Store) -> ImageData:
-    """Some original images of CIFAR-10, in two lossless WebP mosaics."""
+    """Load some original images of CIFAR-10 from two lossless WebP mosaics.
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    ImageData
+        8,125 training and 932 test images.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     (path,) = store.get_all(FILES[store.name])
     parts = []
     for part in ("train", "test"):
@@ -129,7 +217,23 @@ def cifar10_part(store: Store) -> ImageData:
 
 
 def svhn(store: Store) -> ImageData:
-    """Street-view house numbers, cropped digits (Netzer et al. 2011), without the extra set."""
+    """Load the street-view house numbers (Netzer et al. 2011) without the extra set.
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    ImageData
+        Cropped digits of 32x32, 10 classes.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     paths = store.get_all(FILES[store.name])
     train, test = (images_of(*formats.read_svhn(path)) for path in paths)
     return ImageData(
@@ -138,7 +242,19 @@ def svhn(store: Store) -> ImageData:
 
 
 def odin(label: str) -> Callable[[Store], ImageData]:
-    """Out-of-distribution images of the ODIN paper (Liang et al. 2018), a folder in a .tar.gz."""
+    """Return the loader of a set of the ODIN paper (Liang et al. 2018).
+
+    Parameters
+    ----------
+    label : str
+        Name of the set for people.
+
+    Returns
+    -------
+    callable
+        ``build(store)`` returns `ImageData` with out-of-distribution test images only, from a
+        folder in a .tar.gz.
+    """
 
     def build(store: Store) -> ImageData:
         (path,) = store.get_all(FILES[store.name])
@@ -149,7 +265,26 @@ def odin(label: str) -> Callable[[Store], ImageData]:
 
 
 def emnist_letters(store: Store) -> ImageData:
-    """EMNIST letters (Cohen et al. 2017): the official archive, else a pack of its test images."""
+    """Load EMNIST letters (Cohen et al. 2017).
+
+    The official archive is used if it is there, else a pack of its test images; if neither is
+    there, the archive is fetched.
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    ImageData
+        Grey images of 28x28, 26 classes. The pack has no training images.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     archive, pack = FILES["emnist_letters"]
     train = None
     packed = store.find(pack)
@@ -168,7 +303,25 @@ def emnist_letters(store: Store) -> ImageData:
 
 
 def imagenet32(store: Store) -> ImageData:
-    """ImageNet at 32x32: the sample of one image for each class, else a folder of images."""
+    """Load ImageNet images at 32x32, without labels.
+
+    They come from the sample of one image per class if it is there, else from a folder of images.
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    ImageData
+        Test images only.
+
+    Raises
+    ------
+    NQMError
+        If neither the sample nor images are there, or an image is damaged.
+    """
     (file,) = FILES["imagenet_sample"]
     path = store.find(file)
     if path is not None:
@@ -188,7 +341,22 @@ def imagenet32(store: Store) -> ImageData:
 
 
 def imagenet(store: Store) -> StreamData:
-    """ImageNet (Russakovsky et al. 2015) as folders train and val of class folders."""
+    """Open ImageNet (Russakovsky et al. 2015) in folders train and val of class folders.
+
+    Parameters
+    ----------
+    store : Store
+        Folders in which train and val are searched; nothing is downloaded.
+
+    Returns
+    -------
+    StreamData
+
+    Raises
+    ------
+    NQMError
+        If the folders are missing, or have different classes.
+    """
     places = [place for place in store.places() if (place / "train").is_dir()]
     if not places:
         raise NQMError(
@@ -202,7 +370,24 @@ def imagenet(store: Store) -> StreamData:
 
 
 def imagenet_sample(store: Store) -> StreamData:
-    """A pack of one image for each class: for pipelines and throughput, not for accuracy."""
+    """Open a pack of one ImageNet image per class.
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    StreamData
+        Training and test images are the same: it is meant for pipelines and throughput, not for
+        accuracy.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     (path,) = store.get_all(FILES[store.name])
     pack = ImagePack.open(path)
     label = f"ImageNet sample ({len(pack.labels):,} images, train = test)"

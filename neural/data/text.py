@@ -119,19 +119,27 @@ class TextBatches:
         return self.plan.batches
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch from batch `start` on; the same bits as without a break.
+        """Return the batches of an epoch, from batch `start` on.
+
+        A run that resumes at batch `start` gets the same batches, bit for bit, as one without a
+        break.
 
         Parameters
         ----------
         epoch : int
-            From 0.
+            Number of the epoch, from 0.
         start : int
-            Batches already done.
+            Number of batches already done.
 
-        Yields
-        ------
-        (Tensor, Tensor)
+        Returns
+        -------
+        iterator of (Tensor, Tensor)
             (B, length) int64 symbols, and the symbol after each.
+
+        Raises
+        ------
+        NQMError
+            If `epoch` is not a whole number from 0 on.
         """
         check_integer("epoch", epoch, 0)
         return self._batches(epoch, self.plan.slices(start))

@@ -1,4 +1,4 @@
-"""How the files of each text become tensors. The functions are named like the sets."""
+"""Loaders of texts: from files to tensors. A function has the name of its set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,23 @@ def _text(name: str, label: str, raw: bytes, cuts: tuple[int, int]) -> TextData:
 
 
 def enwik8(store: Store) -> TextData:
-    """The first 10^8 bytes of a Wikipedia dump (Mahoney 2006), split 90/5/5 in order."""
+    """Load enwik8, the first 10^8 bytes of a Wikipedia dump (Mahoney 2006).
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    TextData
+        Bytes, split 90/5/5 per cent in order.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     (path,) = store.get_all(FILES[store.name])
     with zipfile.ZipFile(path) as archive:
         raw = archive.read(archive.namelist()[0])
@@ -28,7 +44,24 @@ def enwik8(store: Store) -> TextData:
 
 
 def wikitext2(store: Store) -> TextData:
-    """WikiText-2's valid and test files as bytes (Merity et al. 2016), without its train file."""
+    """Load WikiText-2's validation and test files as bytes (Merity et al. 2016).
+
+    Parameters
+    ----------
+    store : Store
+        Place of the files on disk; it downloads missing ones if it may.
+
+    Returns
+    -------
+    TextData
+        The first 95 % of the validation file for training, its rest for validation, and the test
+        file.
+
+    Raises
+    ------
+    NQMError
+        If a file is missing and cannot be fetched, or is damaged.
+    """
     valid, test = (path.read_bytes() for path in store.get_all(FILES[store.name]))
     cuts = (len(valid) * 95 // 100, len(valid))
     label = "WikiText-2 bytes (trained on its valid file, tested on its test file)"
@@ -36,7 +69,18 @@ def wikitext2(store: Store) -> TextData:
 
 
 def python_docs(store: Store) -> TextData:
-    """The help topics that come with Python, split 90/5/5 in order."""
+    """Load the help topics that come with Python.
+
+    Parameters
+    ----------
+    store : Store
+        Not used: Python contains the text.
+
+    Returns
+    -------
+    TextData
+        Bytes, split 90/5/5 per cent in order; the text depends on Python's version.
+    """
     from pydoc_data.topics import topics
 
     raw = "\n\n".join(topics[name] for name in sorted(topics)).encode()

@@ -20,14 +20,14 @@ __all__ = ["MODELS", "Family", "build"]
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: where its class is, and which options its name can carry.
+    """A family of models: its class, and the options in its name.
 
     Parameters
     ----------
     module, name : str
-        The class, imported when first built.
+        Module in `neural.models`, and class; imported when a model is first built.
     description : str
-        One line.
+        One line about the family.
     sizes : tuple of str
         Options set by numbers at the end of the name: ``wrn-28-10`` is depth 28, width 10.
     images : bool
@@ -41,14 +41,26 @@ class Family:
     images: bool = True
 
     def load(self) -> type[nn.Module]:
-        """Import the class."""
+        """Import the class.
+
+        Returns
+        -------
+        type
+            Class of the models.
+        """
         loaded: type[nn.Module] = getattr(
             importlib.import_module(f"neural.models.{self.module}"), self.name
         )
         return loaded
 
     def options(self) -> tuple[str, ...]:
-        """Names of the options `build` accepts, besides classes and channels."""
+        """Return the names of the options that `build` accepts.
+
+        Returns
+        -------
+        tuple of str
+            Without ``classes`` and ``channels``.
+        """
         names = inspect.signature(self.load()).parameters
         return tuple(name for name in names if name not in ("classes", "channels"))
 

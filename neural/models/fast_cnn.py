@@ -14,7 +14,15 @@ PATCH = 2
 
 
 class FastBlock(nn.Module):
-    """Conv, max-pool by 2, norm, GELU, conv, norm, GELU."""
+    """Conv, max-pool by 2, norm, GELU, conv, norm, GELU.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Channels of input and output.
+    momentum : float
+        Momentum of the BatchNorm statistics, in PyTorch's sense.
+    """
 
     def __init__(self, inputs: int, outputs: int, momentum: float) -> None:
         super().__init__()
@@ -27,7 +35,16 @@ class FastBlock(nn.Module):
             nn.init.dirac_(conv.weight.data[: conv.in_channels])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Half the size, `outputs` channels."""
+        """Apply the block, which halves the size.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, inputs, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, outputs, H // 2, W // 2)
+        """
         x = functional.max_pool2d(self.conv1(x), 2)
         x = functional.gelu(self.bn1(x))
         return functional.gelu(self.bn2(self.conv2(x)))

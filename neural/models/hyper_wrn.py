@@ -39,9 +39,16 @@ class TemplateBank(nn.Module):
         nn.init.normal_(self.templates, std=(2 / (inputs * kernel**2)) ** 0.5)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Weight (outputs, C * inputs, kernel, kernel) of embeddings (C, T).
+        """Mix the templates to the weight of a convolution.
 
-        Row c gives the weight that acts on the c-th stretch of `inputs` input channels.
+        Parameters
+        ----------
+        embedding : Tensor, shape (C, T)
+            Row c mixes the weight that acts on the c-th group of `inputs` input channels.
+
+        Returns
+        -------
+        Tensor, shape (outputs, C * inputs, kernel, kernel)
         """
         _, outputs, inputs, kernel, _ = self.templates.shape
         chunks = embedding @ self.templates.flatten(1)
@@ -86,17 +93,39 @@ class TemplateConv2d(nn.Module):
         return mixed
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve `x` (N, inputs, H, W)."""
+        """Convolve with the mixed weight.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, inputs, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, outputs, H', W')
+            H' = ceil(H / stride), and the same for W.
+        """
         weight = self.weight
         return functional.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2)
 
 
 def orthogonal_embeddings(chunks: int, templates: int) -> Tensor:
-    """Embeddings (chunks, templates) of all layers of a bank, as orthogonal as they can be.
+    """Draw the initial embeddings of all layers of a bank.
 
     The matrix with one *column* for each embedding is drawn (semi-)orthogonal and divided by the
     mean norm of its columns: embeddings then have unit length on average, and a mixed weight the
     variance of the templates.
+
+    Parameters
+    ----------
+    chunks : int
+        Number of embeddings.
+    templates : int
+        Length of an embedding.
+
+    Returns
+    -------
+    Tensor, shape (chunks, templates)
+        Orthogonal rows if chunks <= templates, else orthogonal columns.
     """
     columns = nn.init.orthogonal_(torch.empty(templates, chunks))
     length: Tensor = torch.linalg.vector_norm(columns, dim=0).mean()

@@ -1,4 +1,4 @@
-"""What the image models share: normalisation by name, initialisation, the head and its input."""
+"""Parts shared by the image models: normalisation, initialisation, the head and its input."""
 
 from __future__ import annotations
 

@@ -20,7 +20,15 @@ STEM = 16
 
 
 class PyramidBlock(nn.Module):
-    """BN-conv-BN-ReLU-conv-BN, added to the input padded with channels of zeros (figure 6d)."""
+    """BN-conv-BN-ReLU-conv-BN, added to the input padded with channels of zeros (figure 6d).
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Channels of input and output.
+    stride : int
+        Stride of the first convolution.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +40,17 @@ class PyramidBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One residual block."""
+        """Apply the residual block.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, inputs, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, outputs, H', W')
+            H' = ceil(H / stride), and the same for W.
+        """
         y: Tensor = self.conv1(self.bn1(x))
         y = self.bn3(self.conv2(torch.relu(self.bn2(y))))
         if self.stride > 1:

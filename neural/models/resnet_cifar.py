@@ -26,9 +26,16 @@ Shortcut = Literal["A", "B"]
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: every second pixel, and channels of zeros, half before and half after.
+    """Shortcut A: subsampling by the stride, and channels of zeros before and after.
 
-    It has no parameters. ``(N, C, H, W) -> (N, outputs, ceil(H / stride), ceil(W / stride))``.
+    It has no parameters.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Channels of input and output; half of the difference is padded on each side.
+    stride : int
+        Distance of the pixels that are kept.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -37,12 +44,36 @@ class PaddedShortcut(nn.Module):
         self.before = (outputs - inputs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Subsample and pad `x`."""
+        """Subsample and pad the channels.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, inputs, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, outputs, H', W')
+            H' = ceil(H / stride), and the same for W.
+        """
         return pad_channels(x[:, :, :: self.stride, :: self.stride], self.outputs, self.before)
 
 
 class BasicBlock(nn.Module):
-    """``relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut x)`` (He et al. 2016, figure 2)."""
+    """``relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut x)`` (He et al. 2016, figure 2).
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        Channels of input and output.
+    stride : int
+        Stride of the first convolution.
+    shortcut : {"A", "B"}
+        Shortcut where the shape changes, see `ResNetCifar`.
+    norm : str
+        Kind of normalisation, as `make_norm` takes it.
+    groups : int, optional
+        Groups of GroupNorm, as `make_norm` takes them.
+    """
 
     def __init__(
         self,
@@ -69,7 +100,17 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """One residual block."""
+        """Apply the residual block.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, inputs, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, outputs, H', W')
+            H' = ceil(H / stride), and the same for W.
+        """
         y = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 

@@ -156,6 +156,16 @@ class MLP(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, channels, size, size), or of rows of that length."""
+        """Compute logits of images.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, channels, size, size)
+            Or rows of that length, shape (N, channels * size^2).
+
+        Returns
+        -------
+        Tensor, shape (N, classes)
+        """
         logits: Tensor = self.linear(self.features(images))
         return logits

@@ -14,7 +14,19 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class TransformerBlock(nn.Module):
-    """Causal self-attention, then a perceptron, each on the normalised input and added to it."""
+    """Causal self-attention, then a perceptron, each on the normalised input and added to it.
+
+    Parameters
+    ----------
+    width : int
+        Length of a symbol's vector.
+    heads : int
+        Number of attention heads; it divides `width`.
+    norm : {"layer", "rms"}
+        Kind of normalisation.
+    dropout : float
+        Dropout probability, in attention and of both branches.
+    """
 
     def __init__(self, width: int, heads: int, norm: str, dropout: float) -> None:
         super().__init__()
@@ -28,7 +40,17 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def attend(self, x: Tensor) -> Tensor:
-        """Causal attention over `x` (B, L, width)."""
+        """Apply causal self-attention.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, L, width)
+            Normalised input.
+
+        Returns
+        -------
+        Tensor, shape (B, L, width)
+        """
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -39,7 +61,16 @@ class TransformerBlock(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """One block, (B, L, width) to the same."""
+        """Apply attention and perceptron, each added to its input.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, L, width)
+
+        Returns
+        -------
+        Tensor, shape (B, L, width)
+        """
         x = x + self.dropout(self.attend(self.norm1(x)))
         y: Tensor = self.dropout(self.down(functional.gelu(self.up(self.norm2(x)))))
         return x + y

@@ -21,8 +21,16 @@ from nqm.errors import check_integer
 class PreactivationBlock(nn.Module):
     """Norm-ReLU-conv-norm-ReLU-(dropout)-conv, added to its input.
 
-    Where the width changes the input of the sum is a 1x1 convolution of the *activated* input.
-    The convolutions are arguments, so that a hypernetwork can supply them.
+    Parameters
+    ----------
+    norm1, conv1, norm2, conv2 : Module
+        Layers of the branch; they are arguments, so that a hypernetwork can supply the
+        convolutions.
+    shortcut : Module, optional
+        1x1 convolution of the *activated* input, where the shape changes; None: the input is added
+        as it is.
+    dropout : float
+        Dropout probability; 0 adds no layer.
     """
 
     def __init__(
@@ -41,7 +49,17 @@ class PreactivationBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """One residual block."""
+        """Apply the residual block.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, inputs, H, W)
+
+        Returns
+        -------
+        Tensor, shape (N, outputs, H', W')
+            The size that the convolutions give.
+        """
         active = torch.relu(self.bn1(x))
         y = self.dropout(torch.relu(self.bn2(self.conv1(active))))
         shortcut: Tensor = x if self.shortcut is None else self.shortcut(active)

@@ -11,5 +11,11 @@ NAMES = ("cifar10", "cifar100", "other_networks", "imagenet", "enwik8", "ood", "
 
 
 def load_tables() -> list[Table]:
-    """All tables."""
+    """Return all tables of the paper.
+
+    Returns
+    -------
+    list of Table
+        In the order of `NAMES`.
+    """
     return [import_module(f"paper_repro.tables.{name}").TABLE for name in NAMES]

@@ -1,4 +1,4 @@
-"""What is replicated, when, how often, and with which decay."""
+"""Ablations: selected weights, T0, K and weight decay of late-phase weights."""
 
 from paper_repro.tables.rows import UNKNOWN, Published, Row, Source, Table
 

@@ -1,4 +1,4 @@
-"""Our side of the tables: what the runs on disk say, and what may be shown for which row.
+"""Our numbers for the paper's tables: results of the runs on disk that belong to a row.
 
 Only a recipe's full scale, with the settings the recipe states, stands beside a number of the
 paper. The scale ``cpu`` and related recipes have a column of their own, each under its own title;
@@ -20,26 +20,28 @@ from paper_repro.tables.rows import Row, Source, Table
 
 #: Scales that are shown, the largest first.
 SHOWN = ("full", "cpu")
-#: Settings that change how fast a run is, or what is measured besides, but not the training.
+#: Settings that change the speed of a run or its evaluation, but not the training.
 _FREE = {"evaluate": None, "train": ("channels_last", "compile"), "late_phase": ("fused",)}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number of ours.
+    """One measured value: mean and standard deviation over seeds.
 
     Attributes
     ----------
     title : str
-        Of the recipe at its scale.
+        Title of the recipe at its scale.
     scale : str
+        Scale of the recipe.
     mean, sd : float
         In the table's unit; sd is NaN for one seed.
     n : int
-        Seeds.
+        Number of seeds with a value.
     diverged : int
-        Further seeds, without a value.
+        Number of further seeds, which diverged.
     hardware : str
+        Hardware and version of torch of the runs.
     """
 
     title: str
@@ -53,14 +55,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """A row and what there is for it.
+    """A row of a paper's table with our values.
 
     Attributes
     ----------
     row : Row
+        Method, published value and source of ours.
     ours : Measured, optional
-        None: not run.
+        Our value at full scale; None if it was not run.
     smaller : tuple of Measured
+        Our values at a smaller scale or from related recipes.
     left_out : bool
         Whether there are runs at full scale whose settings are not the recipe's.
     """
@@ -73,7 +77,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Found:
-    """Values of one source at one scale; `measured` is None if no run has the right settings."""
+    """Value of one source at one scale; `measured` is None if no run has the recipe's settings."""
 
     measured: Measured | None
     left_out: bool
@@ -87,7 +91,17 @@ class Runs:
     _results: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict)
 
     def results(self, recipe: str, scale: str) -> pd.DataFrame | None:
-        """Table of an experiment, None where it was not run.
+        """Return the table of results of an experiment.
+
+        Parameters
+        ----------
+        recipe, scale : str
+            Names of the recipe and its scale.
+
+        Returns
+        -------
+        DataFrame or None
+            None if the experiment was not run.
 
         Raises
         ------
@@ -109,11 +123,40 @@ class Runs:
         return self._results[at]
 
     def folder(self, recipe: str, scale: str) -> Path:
-        """Where an experiment is."""
+        """Return the folder of an experiment.
+
+        Parameters
+        ----------
+        recipe, scale : str
+            Names of the recipe and its scale.
+
+        Returns
+        -------
+        Path
+        """
         return self.root / f"{recipe}-{scale}"
 
     def find(self, source: Source, scale: str, factor: float) -> Found:
-        """Mean over the seeds whose runs have the settings of the recipe."""
+        """Average a metric over the seeds whose runs have the settings of the recipe.
+
+        Parameters
+        ----------
+        source : Source
+            Recipe, arm, weights, metric and data.
+        scale : str
+            Scale of the recipe.
+        factor : float
+            From the metric's unit to the unit of the table.
+
+        Returns
+        -------
+        Found
+
+        Raises
+        ------
+        NQMError
+            As `results`.
+        """
         table = self.results(source.recipe, scale)
         table = None if table is None else table[table["arm"] == source.arm]
         if table is None or table.empty:
@@ -153,18 +196,24 @@ class Runs:
 
 
 def collect(root: str | Path, tables: list[Table]) -> list[tuple[Table, list[Line]]]:
-    """Every table with our numbers, as far as the runs in a folder go.
+    """Fill every table with the numbers of the runs on disk.
 
     Parameters
     ----------
     root : str or Path
-        Folder of the experiments; nothing in it is a valid answer.
+        Folder of the experiments; it may be empty or absent.
     tables : list of Table
+        Tables to fill.
+
+    Returns
+    -------
+    list of (Table, list of Line)
+        A line for each row of each table.
 
     Raises
     ------
     NQMError
-        On a table that is damaged or not where it belongs.
+        If a table of results is damaged, or in the folder of another experiment.
     """
     runs = Runs(Path(root))
     return [(table, [_line(runs, table, row) for row in table.rows]) for table in tables]

@@ -20,12 +20,24 @@ UNKNOWN, MISSING = "not established", "not run"
 
 
 def write_tables(filled: Filled, out: Path) -> list[Path]:
-    """Write ``tables.html`` and one CSV per table under `out`; return the paths.
+    """Write ``tables.html`` and one CSV file per table.
+
+    Parameters
+    ----------
+    filled : sequence of (Table, sequence of Line)
+        As `collect` returns it.
+    out : Path
+        Folder of the files; it is made if it does not exist.
+
+    Returns
+    -------
+    list of Path
+        Paths of the page and of the CSV files.
 
     Raises
     ------
     NQMError
-        When the folder cannot be written.
+        If the folder cannot be made or written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -44,7 +56,17 @@ def write_tables(filled: Filled, out: Path) -> list[Path]:
 
 
 def as_text(filled: Filled) -> str:
-    """All tables, a line for each row."""
+    """Format all tables for a terminal, one line per row.
+
+    Parameters
+    ----------
+    filled : sequence of (Table, sequence of Line)
+        As `collect` returns it.
+
+    Returns
+    -------
+    str
+    """
     parts = []
     for table, lines in filled:
         cells = [_cells(table, line) for line in lines]
@@ -58,7 +80,19 @@ def as_text(filled: Filled) -> str:
 
 
 def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
-    """One row per method; numbers that do not exist are NaN."""
+    """Return a table as a DataFrame with one row per method.
+
+    Parameters
+    ----------
+    lines : sequence of Line
+        Lines of one table.
+
+    Returns
+    -------
+    DataFrame
+        Numbers of the paper and ours, in the unit of the table (NaN if there are none), and their
+        source.
+    """
     return pd.DataFrame([_record(line) for line in lines])
 
 

@@ -8,5 +8,18 @@ _RECIPES = ("cifar10_q75_resnet8", "cifar10_q75_resnet20", "fashion_mnist_bn")
 
 
 def small_images(arm: str, weights: str) -> tuple[Source, ...]:
-    """The arm in every one of them."""
+    """Return an arm of each CIFAR-like recipe on data that are easier to obtain.
+
+    Parameters
+    ----------
+    arm : str
+        Name of the arm.
+    weights : str
+        Kind of weights, as in the results.
+
+    Returns
+    -------
+    tuple of Source
+        One per recipe.
+    """
     return tuple(Source(recipe, arm, weights) for recipe in _RECIPES)

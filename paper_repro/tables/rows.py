@@ -1,4 +1,4 @@
-"""What a table of the paper states: methods, published numbers, and the runs that answer them."""
+"""Rows of a table of the paper: methods, published numbers, and the runs to compare with."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A number of the paper.
+    """A published value.
 
     Attributes
     ----------
     mean, sd : float, optional
         In the table's unit; None where it could not be established.
     n : int, optional
-        Seeds.
+        Number of seeds.
     words : str
-        What the paper says where it gives no number.
+        The paper's statement where it gives no number.
     """
 
     mean: float | None = None
@@ -25,20 +25,20 @@ class Published:
     words: str = ""
 
 
-#: A row of the paper, or one of ours, of which no number of the paper could be established.
+#: For a row whose published value could not be established.
 UNKNOWN = Published()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a number of ours comes from: rows of an experiment's ``results.parquet``.
+    """Rows of an experiment's ``results.parquet`` that give one of our values.
 
     Attributes
     ----------
     recipe, arm, weights, metric : str
         As `neural.training.experiment.run_experiment` names them.
     data : tuple of str
-        Several: the mean over them, for each seed.
+        Names of the data sets; the value of a seed is the mean over them.
     """
 
     recipe: str
@@ -50,16 +50,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """One method.
+    """One method in a table.
 
     Attributes
     ----------
     method : str
+        Name of the method, as the paper has it.
     paper : Published
+        The published value.
     source : Source
-        The same experiment; only its full scale counts as ours.
+        The same experiment here; only its full scale is compared with the paper.
     related : tuple of Source
-        The same comparison on data that are easier to come by.
+        The same comparison on data that are easier to obtain.
     """
 
     method: str
@@ -70,22 +72,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One table.
+    """One table of the paper.
 
     Attributes
     ----------
     name, title : str
+        Name of the file, and title on the page.
     unit : str
-        Of all its numbers.
+        Unit of all numbers.
     rows : tuple of Row
+        In the order of the paper.
     digits : int
-        After the point, as the paper prints them.
+        Digits after the decimal point, as the paper prints them.
     factor : float
-        From a metric's own unit to the table's.
+        Factor from a metric's unit to the unit of the table.
     note : str
-        What a reader has to know.
+        Differences from the paper that a reader must know.
     reduced : bool
-        Whether the small version of a recipe says anything about the method.
+        Whether the scale ``cpu`` of a recipe is a meaningful comparison.
     """
 
     name: str

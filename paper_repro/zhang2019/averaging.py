@@ -47,12 +47,34 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, rates and decays.
+
+    Returns
+    -------
+    Settings
+    """
     return Settings(directions=200, rates=60, decays=10) if scale is Scale.SMOKE else Settings()
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """One row per method and batch size, the bound, and a direct solution of one winner."""
+    """Compute the fewest steps to the target with and without EMA.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row per method (``series``) and batch size (kind ``exact``), rows of the bound, and the
+        direct solution of one winner (kind ``solved``).
+    """
     s = settings(scale)
     rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
     decays, problem = slow_momenta(s.decays), model(s.directions)
@@ -78,7 +100,18 @@ def _solved(problem: Problem, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """One panel."""
+    """Draw steps against batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        One panel.
+    """
     with context():
         figure = new_figure(4.4, 3.0)
         panels.steps(table[table["kind"] != "solved"], ax=figure.subplots())
@@ -86,7 +119,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """What averaging saves, and where."""
+    """Check what averaging saves, and at which batch sizes.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     exact = table[table["kind"] == "exact"].sort_values("batch_size")
     ema, plain = (exact[exact["series"] == name] for name in ("EMA", "SGD"))
     gain = plain["step"].to_numpy() / ema["step"].to_numpy()

@@ -1,4 +1,4 @@
-"""What the eight figures share: the problem, its preconditioned forms, the published shortcuts."""
+"""Parts shared by the eight figures: the problem, preconditioners, the notebook's shortcuts."""
 
 from __future__ import annotations
 
@@ -22,31 +22,91 @@ NOTEBOOK_STEPS = 7447
 
 
 def model(directions: int) -> Problem:
-    """h_i = 1/i, C = H, start N(0, I)."""
+    """Return the problem h_i = 1/i, C = H, start N(0, I).
+
+    Parameters
+    ----------
+    directions : int
+        Number of directions.
+
+    Returns
+    -------
+    Problem
+    """
     h = harmonic(directions)
     return Problem(h, h)
 
 
 def preconditioned(directions: int, exponents: Sequence[float] = EXPONENTS) -> list[Problem]:
-    """The model under each preconditioner h^-exponent."""
+    """Return the model under each preconditioner h^-exponent.
+
+    Parameters
+    ----------
+    directions : int
+        Number of directions.
+    exponents : sequence of float
+
+    Returns
+    -------
+    list of Problem
+        One for each exponent.
+    """
     problem = model(directions)
     return [problem.precondition(problem.curvature**-g) for g in exponents]
 
 
 def powers_of_two(lowest: int, highest: int, every: int = 1) -> tuple[int, ...]:
-    """2^lowest, ..., 2^highest."""
+    """Return 2^lowest, ..., 2^highest.
+
+    Parameters
+    ----------
+    lowest, highest : int
+        Exponents, both included if `every` divides their difference.
+    every : int
+        Step of the exponent.
+
+    Returns
+    -------
+    tuple of int
+    """
     return tuple(2**k for k in range(lowest, highest + 1, every))
 
 
 def slow_momenta(count: int, smallest: float = 1e-5) -> FloatArray:
-    """1 - mu geometric from 1 down to `smallest`: 0 first, the longest memory last."""
+    """Return momenta mu with 1 - mu geometric from 1 to `smallest`.
+
+    Parameters
+    ----------
+    count : int
+        Number of momenta.
+    smallest : float
+        Last value of 1 - mu.
+
+    Returns
+    -------
+    ndarray, shape (count,)
+        From 0 (no memory) to the longest memory.
+    """
     momenta = 1.0 - np.geomspace(1.0, smallest, count)
     momenta[0] = 0.0
     return momenta
 
 
 def rounded_down(problem: Problem, bins: int = 100) -> Problem:
-    """Every curvature rounded down to the next of `bins` geometric edges, as the notebook does."""
+    """Round every curvature down to a geometric edge, as the published notebook does.
+
+    Parameters
+    ----------
+    problem : Problem
+        Must have C = H and multiplicity 1.
+    bins : int
+        Number of edges from the smallest to the largest curvature.
+
+    Returns
+    -------
+    Problem
+        One direction per occupied bin, with its multiplicity.
+    """
     h = problem.curvature
     edges = np.geomspace(h.min(), h.max(), bins)
     edges[0], edges[-1] = h.min(), h.max()
@@ -55,26 +115,76 @@ def rounded_down(problem: Problem, bins: int = 100) -> Problem:
 
 
 def bound(directions: int, target: float, batch_sizes: Sequence[int]) -> pd.DataFrame:
-    """Rows of the reference n / (2 C B): what a flat prior would have to learn by sampling."""
+    """Return the reference n / (2 C B) as rows of a table.
+
+    After N examples the posterior mean under a flat prior has expected loss n / (2 N): the
+    reference is the number of steps of B examples until this loss is C.
+
+    Parameters
+    ----------
+    directions : int
+        n.
+    target : float
+        Target loss C.
+    batch_sizes : sequence of int
+        Batch sizes B.
+
+    Returns
+    -------
+    DataFrame
+        ``batch_size``, ``step``, and ``series`` and ``kind``, both ``bound``.
+    """
     sizes = np.asarray(batch_sizes, dtype=np.float64)
     step = directions / (2.0 * target * sizes)
     return pd.DataFrame({"batch_size": sizes, "step": step, "series": "bound", "kind": "bound"})
 
 
 def over_bound(table: pd.DataFrame) -> float:
-    """Smallest ratio of steps to the bound's, over a table that holds both."""
+    """Return the smallest ratio of steps to the bound.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rows of kind ``exact`` and ``bound`` at the same batch sizes.
+
+    Returns
+    -------
+    float
+    """
     line = table[table["kind"] == "bound"].set_index("batch_size")["step"]
     exact = table[table["kind"] == "exact"].dropna(subset="step")
     return float((exact["step"] / exact["batch_size"].map(line)).min())
 
 
 def curves(table: pd.DataFrame, by: str | list[str]) -> dict[Any, pd.DataFrame]:
-    """Rows of each curve by batch size."""
+    """Split a table into curves, each sorted by batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+    by : str or list of str
+        Columns that identify a curve.
+
+    Returns
+    -------
+    dict
+        Value of `by` (a tuple for several columns) -> rows of the curve.
+    """
     return {key: rows.sort_values("batch_size") for key, rows in table.groupby(by)}
 
 
 def turning_point(rows: pd.DataFrame) -> float:
-    """Fewest examples over fewest steps: the batch size at which the two limits meet."""
+    """Return the batch size at which the curve turns: fewest examples over fewest steps.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        One curve, with ``examples`` and ``step``.
+
+    Returns
+    -------
+    float
+    """
     return float(rows["examples"].min() / rows["step"].min())
 
 
@@ -87,7 +197,30 @@ def fewest(
     batch_sizes: Sequence[int],
     target: float,
 ) -> pd.DataFrame:
-    """`nqm.search` with the exponent and the winner's memory (momentum, decay) by name."""
+    """Search the settings of fewest steps, with exponent and memory as columns.
+
+    Parameters
+    ----------
+    problems : sequence of Problem
+        One for each preconditioner.
+    exponents : sequence of float
+        Exponent of each problem's preconditioner.
+    algorithms : sequence of Algorithm
+        Candidates.
+    memories : sequence of float
+        Momentum or decay of each algorithm.
+    rates : ndarray
+        Learning rates, a geometric grid.
+    batch_sizes : sequence of int
+    target : float
+        Target loss.
+
+    Returns
+    -------
+    DataFrame
+        As `nqm.search` returns it, with ``exponent``, ``momentum`` (of the best algorithm; NaN if
+        the target is not reached), ``target`` and ``kind`` in place of indices.
+    """
     found = search(problems, algorithms, rates, batch_sizes, target, horizon=10**9)
     found["exponent"] = np.asarray(exponents, dtype=float)[found["problem"]]
     memory = np.asarray(memories, dtype=float)[found["algorithm"]]

@@ -22,18 +22,51 @@ SUMMARY = (
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure: those of the figure on momentum."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `momentum.settings`: this figure has the same parameters.
+
+    Returns
+    -------
+    Settings
+    """
     return momentum.settings(scale)
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """One row per method, preconditioner and batch size."""
+    """Compute the best effective rate of every method, preconditioner and batch size.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each, as `momentum.searched` returns it, with ``effective_lr`` = lr / (1 -
+        momentum).
+    """
     found = searched(settings(scale))
     return found.assign(effective_lr=found["lr"] / (1.0 - found["momentum"]))
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Effective rates, and momenta."""
+    """Draw effective rates and momenta against batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
     with context():
         figure = new_figure(PAGE, 2.9)
         axes = figure.subplots(1, 2)
@@ -44,7 +77,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Linear scaling, and no edge at 2."""
+    """Check linear scaling, and that the effective rate exceeds 2.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     curve = curves(table, ["series", "exponent"])
     heavy, plain = curve["momentum", 0.0], curve["SGD", 0.0]
     left = 1.0 - heavy["momentum"]

@@ -48,14 +48,36 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, preconditioners, rates and momenta.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(directions=200, exponents=(0.0, 0.5), rates=60, momenta=10)
     return Settings()
 
 
 def searched(s: Settings) -> pd.DataFrame:
-    """Rows of heavy ball (momentum 0 among the choices) and of SGD, each at its best."""
+    """Search the best settings of heavy ball (momentum 0 included) and of SGD.
+
+    Parameters
+    ----------
+    s : Settings
+        Grids, target and preconditioners.
+
+    Returns
+    -------
+    DataFrame
+        A row per ``series`` (``momentum``, ``SGD``), ``exponent`` and ``batch_size``, as `fewest`
+        returns it.
+    """
     rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
     problems = preconditioned(s.directions, s.exponents)
     momenta = slow_momenta(s.momenta).tolist()
@@ -70,14 +92,37 @@ def searched(s: Settings) -> pd.DataFrame:
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """One row per method, preconditioner and batch size, and the bound."""
+    """Compute the fewest steps with and without momentum, and the bound.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row per method (``series``), preconditioner (``exponent``) and batch size, and rows of the
+        bound.
+    """
     s = settings(scale)
     lines = bound(s.directions, s.target, s.batch_sizes)
     return pd.concat([searched(s), lines], ignore_index=True)
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """One panel."""
+    """Draw steps against batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        One panel.
+    """
     with context():
         figure = new_figure(5.0, 3.3)
         panels.steps(table, ax=figure.subplots())
@@ -85,7 +130,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Where momentum and preconditioning matter."""
+    """Check what momentum and preconditioning save, and at which batch sizes.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     exact = table[table["kind"] == "exact"]
     wide = exact.pivot(index=["exponent", "batch_size"], columns="series", values="step")
     gain = wide["SGD"] / wide["momentum"]

@@ -46,14 +46,35 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, batch sizes and rates.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(directions=200, batch_sizes=powers_of_two(2, 20, 2), rates=200)
     return Settings()
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """One row per preconditioner and batch size, and the bound."""
+    """Compute the best constant rate under every preconditioner, and the bound.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row per ``exponent`` and ``batch_size``, and rows of the bound.
+    """
     s = settings(scale)
     rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
     problems = preconditioned(s.directions, s.exponents)
@@ -63,7 +84,18 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Rates, and steps."""
+    """Draw best rates and fewest steps against batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
     with context():
         figure = new_figure(PAGE, 2.9)
         axes = figure.subplots(1, 2)
@@ -74,7 +106,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Linear scaling, saturation, and what preconditioning does."""
+    """Check linear scaling, saturation, and the effect of preconditioning.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     exact = table[(table["kind"] == "exact") & (table["status"] == "reached")]
     inside = exact[exact["lr"] > 1.02 * exact["lowest_lr"]]  # not at the end of the search
     by = curves(inside, "exponent")

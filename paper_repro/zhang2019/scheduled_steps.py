@@ -42,7 +42,17 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, preconditioners and batch sizes.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         sizes = powers_of_two(2, 20, 6)
         return Settings(directions=200, exponents=(0.0, 0.5), batch_sizes=sizes)
@@ -50,7 +60,19 @@ def settings(scale: Scale) -> Settings:
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """One row per kind of schedule, preconditioner and batch size, and the bound."""
+    """Compute the fewest steps with optimised schedules and constant rates, and the bound.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row per ``series`` (``schedule``, ``SGD``), ``exponent`` and ``batch_size``, and rows of
+        the bound.
+    """
     s = settings(scale)
     rows = []
     for g, problem in zip(s.exponents, preconditioned(s.directions, s.exponents), strict=True):
@@ -69,7 +91,18 @@ def _row(best: BestSchedule, series: str, exponent: float, size: int) -> dict[st
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """One panel."""
+    """Draw steps against batch size.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        One panel.
+    """
     with context():
         figure = new_figure(5.0, 3.3)
         panels.steps(table, ax=figure.subplots())
@@ -77,7 +110,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """What schedules save, and where."""
+    """Check what schedules save, and at which batch sizes.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     exact = table[table["kind"] == "exact"].sort_values("batch_size")
     wide = exact.pivot(index=["exponent", "batch_size"], columns="series", values="step")
     plain = (wide["SGD"] / wide["schedule"]).loc[0.0]

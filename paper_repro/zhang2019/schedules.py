@@ -37,14 +37,37 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, pieces and batch sizes.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(directions=200, pieces=10, batch_sizes=powers_of_two(4, 12, 4))
     return Settings()
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """One row per batch size and piece."""
+    """Compute the best schedule for every batch size.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row per batch size and piece: ``begin``, ``length`` (steps) and ``lr`` of the piece;
+        ``step``, ``loss``, ``direct`` (loss by the general solver), ``loss_before`` (best loss in
+        one step fewer) and ``constant_step`` of the batch size.
+    """
     s = settings(scale)
     problem = model(s.directions)
     frames = []
@@ -65,7 +88,18 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Rates against steps, and against the share of training."""
+    """Draw rates against steps, and against the share of training.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        Two panels.
+    """
     with context():
         figure = new_figure(PAGE, 2.9)
         axes = figure.subplots(1, 2, sharey=True)
@@ -77,7 +111,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """The schedules meet the target, save steps, and decay later at larger batches."""
+    """Check that schedules meet the target, save steps, and decay later at larger batches.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     runs = table.groupby("batch_size").first().sort_index()
     gain = runs["constant_step"] / runs["step"]
     held = table[table["lr"] > 1.0].groupby("batch_size")["length"].sum() / runs["step"]

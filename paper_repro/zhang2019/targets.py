@@ -46,14 +46,36 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions, targets and batch sizes.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(directions=200, targets=(0.1, 0.03, 0.01), batch_sizes=powers_of_two(2, 20))
     return Settings()
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """One row per target and batch size, and one of the binned spectrum (kind binned)."""
+    """Compute the fewest steps for every target and batch size.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        A row per ``target`` and ``batch_size`` (kind ``exact``), and one row for the binned
+        spectrum (kind ``binned``).
+    """
     s = settings(scale)
     problem = model(s.directions)
     rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
@@ -68,7 +90,18 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """One panel."""
+    """Draw steps against batch size, one curve per target.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        One panel.
+    """
     with context():
         figure = new_figure(4.4, 3.0)
         panels.targets(table[table["kind"] == "exact"], ax=figure.subplots())
@@ -76,7 +109,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Scaling at both ends, exactness of the crossing, and the notebook's number."""
+    """Check the scaling at both ends, the first crossing, and the notebook's number.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     exact = table[table["kind"] == "exact"]
     by = list(curves(exact, "target").values())  # from the lowest target up
     small = [slope(rows["batch_size"][:3], rows["step"][:3]) for rows in by]

@@ -43,14 +43,36 @@ class Settings:
 
 
 def settings(scale: Scale) -> Settings:
-    """Parameters of this figure."""
+    """Return the parameters of this figure.
+
+    Parameters
+    ----------
+    scale : Scale
+        `Scale.SMOKE` has fewer directions and recorded steps.
+
+    Returns
+    -------
+    Settings
+    """
     if scale is Scale.SMOKE:
         return Settings(directions=200, points=41, guard_directions=200)
     return Settings()
 
 
 def compute(scale: Scale) -> pd.DataFrame:
-    """Loss by rate and step (kind exact); each rate's floor, and the notebook's (kind floor)."""
+    """Compute the expected loss over time at every rate, and the floors.
+
+    Parameters
+    ----------
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        Rows of kind ``exact`` (by ``lr`` and ``step``), ``floor`` (the steady loss of a rate,
+        ``closed``: in closed form) and ``guard`` (the floor with the notebook's guard).
+    """
     s = settings(scale)
     problem = model(s.directions)
     at = sorted({0, EARLY} | {int(t) for t in np.geomspace(1, s.steps, s.points)})
@@ -71,13 +93,38 @@ def compute(scale: Scale) -> pd.DataFrame:
 
 
 def floor_of(problem: Problem, lr: float, guard: float = 0.0) -> float:
-    """Steady loss at B = 1 for C = H in closed form, 1/2 sum u^2 / (1 - (1 - u)^2 + guard)."""
+    """Return the steady loss at B = 1, C = H: 1/2 sum u^2 / (1 - (1 - u)^2 + guard).
+
+    Parameters
+    ----------
+    problem : Problem
+        Its curvature h; u = lr h.
+    lr : float
+        Learning rate, below 2 / h.
+    guard : float
+        Constant that the published notebook adds, against a division by zero.
+
+    Returns
+    -------
+    float
+    """
     u = lr * problem.curvature
     return 0.5 * float(np.sum(u**2 / (u * (2 - u) + guard)))
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """One panel."""
+    """Draw the loss against steps, one curve per rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    Figure
+        One panel.
+    """
     with context():
         figure = new_figure(4.6, 2.9)
         panels.training_curves(table, ax=figure.subplots())
@@ -85,7 +132,18 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """Floors, their order, and what the guard does to them."""
+    """Check the floors, their order, and the effect of the guard.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `compute` returns it.
+
+    Returns
+    -------
+    list of Claim
+        In the order of the report.
+    """
     floor = table[table["kind"] == "floor"].sort_values("lr", ascending=False)
     path = table[table["kind"] == "exact"]
     last = path[path["step"] == path["step"].max()].sort_values("lr", ascending=False)
