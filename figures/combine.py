@@ -110,9 +110,10 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.legend(loc="best")
     inside = bool((rows["predicted_from"] == "surrogate").all())
     ax.set(
-        xlabel="measured loss (nats)", ylabel="predicted loss (nats)",
+        xlabel="measured loss (nats)",
+        ylabel="predicted loss (nats)",
         title="prediction" if inside else "prediction (outside its range)",
-    )  # fmt: skip
+    )
     return ax
 
 
@@ -183,9 +184,14 @@ def soup_scatter(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         turn, place = divmod(int(str(index)), len(MARKERS))
         color = PALETTE[(place + turn) % len(PALETTE)]
         ax.plot(
-            row["test"], row["shift"], MARKERS[place], color=color, ms=6,
-            label=name_of(row), gid=name_of(row),
-        )  # fmt: skip
+            row["test"],
+            row["shift"],
+            MARKERS[place],
+            color=color,
+            ms=6,
+            label=name_of(row),
+            gid=name_of(row),
+        )
     ax.set(xlabel="accuracy, test", ylabel="accuracy, shifted (mean)", title="shift")
     ax.legend(loc="best", fontsize=6)
     return ax
@@ -246,9 +252,14 @@ def budget(
         ax.plot(line[cost], line[metric], shape + "-", color=color, lw=0.8, gid=name)
         if tuned:
             ax.plot(
-                line[cost], line["nll_tuned"], shape + "--", color=color, lw=0.6, mfc="none",
+                line[cost],
+                line["nll_tuned"],
+                shape + "--",
+                color=color,
+                lw=0.6,
+                mfc="none",
                 gid=f"{name} tuned",
-            )  # fmt: skip
+            )
     plain = table[table["rule"] == "float"].iloc[0]
     ax.axhline(plain[metric], color=REFERENCE, lw=0.7, gid="float")
     if tuned:
@@ -294,8 +305,14 @@ def curve(
         ax.plot(part["t"], values, color=color, label=name, gid=path)
         ends = [0, -1]
         if path == "curve":
-            ax.plot(part["t"].iloc[ends], values.iloc[ends], "o", color=REFERENCE, label="ends",
-                    gid="ends")  # fmt: skip
+            ax.plot(
+                part["t"].iloc[ends],
+                values.iloc[ends],
+                "o",
+                color=REFERENCE,
+                label="ends",
+                gid="ends",
+            )
     ax.set(xlabel="position t", ylabel=_METRICS[metric], title=f"{data} {_SHORT[metric]}")
     if metric == "nll":
         _log_if_wide(ax, "y", rows["nll"])

@@ -31,18 +31,20 @@ def _sources(command: Command) -> Command:
     options = (
         click.argument("where", metavar="MEMBER...", nargs=-1, required=True),
         click.option(
-            "--like", metavar="RUN|RECIPE",
+            "--like",
+            metavar="RUN|RECIPE",
             help="Run or recipe with the members' architecture and data, for files of weights.",
         ),
         scale_option,
         click.option(
-            "--ancestor", metavar="RUN|FILE",
+            "--ancestor",
+            metavar="RUN|FILE",
             help="Model from which all were fine-tuned; the recipe's checkpoint by default.",
         ),
         device_option,
         data_option,
         threads_option,
-    )  # fmt: skip
+    )
     for option in reversed(options):
         command = option(command)
     return command
@@ -100,18 +102,26 @@ def members(
 @click.option("--rule", default="uniform", show_default=True, help="How weights are merged.")
 @click.option("--weights", metavar="W,W,...", help="Weights of the members instead of a rule.")
 @click.option(
-    "--held-out", type=float, default=0.2, show_default=True,
+    "--held-out",
+    type=float,
+    default=0.2,
+    show_default=True,
     help="Share of the test images on which rules choose.",
-)  # fmt: skip
+)
 @click.option(
-    "--align", type=click.Choice(["none", "weights", "activations"]), default="none",
-    show_default=True, help="Put hidden units into the first member's order.",
-)  # fmt: skip
+    "--align",
+    type=click.Choice(["none", "weights", "activations"]),
+    default="none",
+    show_default=True,
+    help="Put hidden units into the first member's order.",
+)
 @click.option(
-    "--repair", type=click.Choice(["statistics", "rescale", "none"]), default="statistics",
+    "--repair",
+    type=click.Choice(["statistics", "rescale", "none"]),
+    default="statistics",
     show_default=True,
     help="statistics: BatchNorm statistics anew from training data; rescale: REPAIR.",
-)  # fmt: skip
+)
 @click.option("--out", required=True, metavar="FILE.safetensors")
 def merge(
     where: tuple[str, ...],
@@ -147,9 +157,12 @@ def merge(
 @click.command()
 @_sources
 @click.option(
-    "--pool", type=click.Choice(["probabilities", "logits"]), default="probabilities",
-    show_default=True, help="What is averaged.",
-)  # fmt: skip
+    "--pool",
+    type=click.Choice(["probabilities", "logits"]),
+    default="probabilities",
+    show_default=True,
+    help="What is averaged.",
+)
 @click.option("--weights", metavar="W,W,...", help="Weights of the members; equal by default.")
 def ensemble(
     where: tuple[str, ...],
@@ -179,13 +192,17 @@ def ensemble(
 @click.command()
 @_sources
 @click.option(
-    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
     help="TOML file with the table [combine] and, for options of rules, [rule.NAME].",
-)  # fmt: skip
+)
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
     help="Change a setting, e.g. --set combine.held_out=0.1 (repeatable).",
-)  # fmt: skip
+)
 @click.option("--rules", metavar="R,R,...", help="Rules that merge weights.")
 @click.option("--shift", "shifts", multiple=True, help="A corruption, or corruptions (repeatable).")
 @click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
@@ -228,8 +245,19 @@ def compare(
     folder = out or _folder("combine", where)
     with progress_bar() as told:
         table, lines = run_compare(opened, settings, chosen, folder, progress=told)
-    shown = ["rule", "space", "repair", "data", "members", "accuracy", "nll", "nll_tuned",
-             "ambiguity", "passes", "predicted"]  # fmt: skip
+    shown = [
+        "rule",
+        "space",
+        "repair",
+        "data",
+        "members",
+        "accuracy",
+        "nll",
+        "nll_tuned",
+        "ambiguity",
+        "passes",
+        "predicted",
+    ]
     text = table.loc[table["rule"] != "member", shown]
     click.echo(text.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
     for line in lines:
@@ -239,13 +267,17 @@ def compare(
 @click.command("low-precision")
 @_sources
 @click.option(
-    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
     help="TOML file with the table [low_precision].",
-)  # fmt: skip
+)
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
     help="Change a setting, e.g. --set low_precision.held_out=0.1 (repeatable).",
-)  # fmt: skip
+)
 @click.option("--bits", metavar="B,B,...", help="Bits of a weight, each studied.")
 @click.option("--draws", type=int, help="Most members of an ensemble.")
 @click.option("--rounding", metavar="R,R,...", help="Of stochastic, nearest, antithetic, gaussian.")
@@ -299,8 +331,19 @@ def low_precision(
     folder = out or _folder("low_precision", where)
     with progress_bar() as told:
         table, lines = run_low_precision(opened, settings, folder, progress=told)
-    shown = ["rule", "rounding", "grid_bits", "members", "bits", "accuracy", "nll", "nll_tuned",
-             "ambiguity", "predicted", "predicted_ambiguity"]  # fmt: skip
+    shown = [
+        "rule",
+        "rounding",
+        "grid_bits",
+        "members",
+        "bits",
+        "accuracy",
+        "nll",
+        "nll_tuned",
+        "ambiguity",
+        "predicted",
+        "predicted_ambiguity",
+    ]
     text = table[shown]
     click.echo(text.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
     for line in lines:
@@ -310,13 +353,17 @@ def low_precision(
 @click.command()
 @_sources
 @click.option(
-    "--config", type=click.Path(dir_okay=False, path_type=Path),
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
     help="TOML file with the table [curve].",
-)  # fmt: skip
+)
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
     help="Change a setting, e.g. --set curve.lr=0.1 (repeatable).",
-)  # fmt: skip
+)
 @click.option("--kind", type=click.Choice(["bezier", "chain"]), help="Form of the curve.")
 @click.option("--bends", type=int, help="Control points between the ends.")
 @click.option("--epochs", type=int, help="Of training the bends.")
@@ -364,12 +411,20 @@ def curve(
 
 @click.command()
 @_sources
-@click.option("--points", type=click.IntRange(2), default=21, show_default=True,
-              help="Points along either side.")  # fmt: skip
 @click.option(
-    "--repair", type=click.Choice(["statistics", "none"]), default="statistics", show_default=True,
+    "--points",
+    type=click.IntRange(2),
+    default=21,
+    show_default=True,
+    help="Points along either side.",
+)
+@click.option(
+    "--repair",
+    type=click.Choice(["statistics", "none"]),
+    default="statistics",
+    show_default=True,
     help="statistics: BatchNorm statistics anew at every point.",
-)  # fmt: skip
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
 def plane(
     where: tuple[str, ...],

@@ -34,10 +34,28 @@ if TYPE_CHECKING:
 
 #: Columns of the table, in order.
 TABLE = (
-    "rule", "space", "member", "members", "repair", "data", "accuracy", "nll", "nll_tuned",
-    "temperature", "ece", "brier", "mean_member_nll", "ambiguity", "barrier", "passes", "bits",
-    "epochs_total", "selected_on", "predicted", "predicted_from",
-)  # fmt: skip
+    "rule",
+    "space",
+    "member",
+    "members",
+    "repair",
+    "data",
+    "accuracy",
+    "nll",
+    "nll_tuned",
+    "temperature",
+    "ece",
+    "brier",
+    "mean_member_nll",
+    "ambiguity",
+    "barrier",
+    "passes",
+    "bits",
+    "epochs_total",
+    "selected_on",
+    "predicted",
+    "predicted_from",
+)
 #: Values of ``predicted_from``.
 SURROGATE, OUTSIDE, NONE = "surrogate", "outside the quadratic range", "none"
 
@@ -148,9 +166,10 @@ class _Comparison:
         # Without BatchNorm there are no statistics, and one row is enough.
         without = not has_statistics(members.model)
         names = tuple(
-            dict.fromkeys("none" if name == "statistics" and without else name
-                          for name in config.repair)
-        )  # fmt: skip
+            dict.fromkeys(
+                "none" if name == "statistics" and without else name for name in config.repair
+            )
+        )
         self.repairs = {name: REPAIRS[name] for name in names}
         # Rescaling moves the weights, and the loss is expanded about the plain mean.
         self.first_repair = next((name for name in names if name != "rescale"), "none")
@@ -337,13 +356,23 @@ class _Comparison:
             mean = float(self.member_nll[data] @ self.uniform)
             test = data == "test"
             yield {
-                "rule": "mean_member", "space": "", "member": "", "members": len(self.members),
-                "repair": "none", "data": data, "nll": mean, "mean_member_nll": mean,
-                "ambiguity": 0.0, "barrier": 0.0, "passes": 1, "bits": self._bits(1),
-                "epochs_total": self.members.epochs_total, "selected_on": "none",
+                "rule": "mean_member",
+                "space": "",
+                "member": "",
+                "members": len(self.members),
+                "repair": "none",
+                "data": data,
+                "nll": mean,
+                "mean_member_nll": mean,
+                "ambiguity": 0.0,
+                "barrier": 0.0,
+                "passes": 1,
+                "bits": self._bits(1),
+                "epochs_total": self.members.epochs_total,
+                "selected_on": "none",
                 "predicted": predicted if test else math.nan,
                 "predicted_from": told if test else NONE,
-            }  # fmt: skip
+            }
 
     def _rows(
         self,
@@ -369,16 +398,25 @@ class _Comparison:
             mean = metrics["nll"] if single is not None else mean
             here = data == "test" and not math.isnan(predicted)
             yield {
-                "rule": model.rule, "space": model.space,
-                "member": "" if single is None else single.name, "members": used,
-                "repair": model.repair, "data": data, **metrics, "nll_tuned": tuned,
-                "temperature": temperature, "mean_member_nll": mean,
-                "ambiguity": mean - metrics["nll"], "barrier": max(0.0, metrics["nll"] - mean),
-                "passes": passes, "bits": self._bits(passes),
+                "rule": model.rule,
+                "space": model.space,
+                "member": "" if single is None else single.name,
+                "members": used,
+                "repair": model.repair,
+                "data": data,
+                **metrics,
+                "nll_tuned": tuned,
+                "temperature": temperature,
+                "mean_member_nll": mean,
+                "ambiguity": mean - metrics["nll"],
+                "barrier": max(0.0, metrics["nll"] - mean),
+                "passes": passes,
+                "bits": self._bits(passes),
                 "epochs_total": self.members.epochs_total if single is None else single.epochs_all,
-                "selected_on": model.selected_on, "predicted": predicted if here else math.nan,
+                "selected_on": model.selected_on,
+                "predicted": predicted if here else math.nan,
                 "predicted_from": told if here else NONE,
-            }  # fmt: skip
+            }
 
     def _bits(self, models: int) -> int:
         first = next(iter(self.members.model.parameters()))

@@ -65,8 +65,11 @@ class CombineConfig:
 
     def __post_init__(self) -> None:
         known: dict[str, Mapping[str, Any]] = {
-            "rules": RULES, "pools": POOLS, "weights": WEIGHTS, "repair": REPAIRS
-        }  # fmt: skip
+            "rules": RULES,
+            "pools": POOLS,
+            "weights": WEIGHTS,
+            "repair": REPAIRS,
+        }
         for name, roster in known.items():
             values = getattr(self, name)
             for value in values:

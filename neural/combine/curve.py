@@ -51,8 +51,16 @@ PLATEAU, FLOOR, LAST = 0.5, 0.9, 0.01
 MARGIN = 0.2
 #: Columns of the table of a curve, in order.
 CURVE = (
-    "path", "t", "length", "data", "accuracy", "nll", "ece", "brier", "penalty",
-)  # fmt: skip
+    "path",
+    "t",
+    "length",
+    "data",
+    "accuracy",
+    "nll",
+    "ece",
+    "brier",
+    "penalty",
+)
 
 
 def bezier(t: float, bends: int) -> NDArray[np.float64]:
@@ -520,9 +528,15 @@ def judge_curve(
             penalty = 0.5 * config.weight_decay * float(flat @ flat)
             for data, metrics in judge(one.controls, weights).items():
                 rows.append(
-                    {"path": path, "t": t, "length": length, "data": data, **metrics,
-                     "penalty": penalty}
-                )  # fmt: skip
+                    {
+                        "path": path,
+                        "t": t,
+                        "length": length,
+                        "data": data,
+                        **metrics,
+                        "penalty": penalty,
+                    }
+                )
             more(1)
     return pd.DataFrame(rows, columns=list(CURVE))
 
@@ -551,8 +565,14 @@ class _Judge:
             model = repaired(members, weighted_mean(members, weights), repair, self.parts)
             return {data: _numbers(model, source, names) for data, source in self.sets.items()}
 
-        what = {"kind": "point", "members": keys, "weights": weights.tolist(),
-                "repair": repair.name, "sets": list(self.sets), **self.about}  # fmt: skip
+        what = {
+            "kind": "point",
+            "members": keys,
+            "weights": weights.tolist(),
+            "repair": repair.name,
+            "sets": list(self.sets),
+            **self.about,
+        }
         cell = self.cells.get(what, compute)
         return {data: dict(zip(names, cell[data].tolist(), strict=True)) for data in self.sets}
 
@@ -589,10 +609,20 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             whole = float(length[-1])
             integral = float(np.trapezoid(f, length) / whole) if whole > 0 else float(f[0])
             rows.append(
-                {"path": path, "data": data, "metric": metric, "start": f[0], "end": f[-1],
-                 "middle": float(np.interp(0.5, part["t"], f)), "min": f.min(), "max": f.max(),
-                 "mean": f.mean(), "integral": integral, "length": whole}
-            )  # fmt: skip
+                {
+                    "path": path,
+                    "data": data,
+                    "metric": metric,
+                    "start": f[0],
+                    "end": f[-1],
+                    "middle": float(np.interp(0.5, part["t"], f)),
+                    "min": f.min(),
+                    "max": f.max(),
+                    "mean": f.mean(),
+                    "integral": integral,
+                    "length": whole,
+                }
+            )
     return pd.DataFrame(rows)
 
 

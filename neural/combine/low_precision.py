@@ -47,10 +47,26 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 #: Columns of the table, in order.
 LOW_PRECISION = (
-    "rule", "space", "rounding", "grid_bits", "members", "data", "accuracy", "nll", "nll_tuned",
-    "temperature", "ece", "brier", "mean_member_nll", "ambiguity", "passes", "bits", "predicted",
-    "predicted_ambiguity", "predicted_from",
-)  # fmt: skip
+    "rule",
+    "space",
+    "rounding",
+    "grid_bits",
+    "members",
+    "data",
+    "accuracy",
+    "nll",
+    "nll_tuned",
+    "temperature",
+    "ece",
+    "brier",
+    "mean_member_nll",
+    "ambiguity",
+    "passes",
+    "bits",
+    "predicted",
+    "predicted_ambiguity",
+    "predicted_from",
+)
 
 
 @dataclass(frozen=True)
@@ -389,9 +405,13 @@ class _Draws:
     def stated(self, rule: str, members: int) -> dict[str, Any]:
         """Entries of a row that say what it is about."""
         return {
-            "rule": rule, "rounding": self.producer.rounding, "grid_bits": self.producer.bits,
-            "members": members, "data": "test", "predicted_from": self.told,
-        }  # fmt: skip
+            "rule": rule,
+            "rounding": self.producer.rounding,
+            "grid_bits": self.producer.bits,
+            "members": members,
+            "data": "test",
+            "predicted_from": self.told,
+        }
 
 
 class _Study:
@@ -422,11 +442,21 @@ class _Study:
         """Row of the model itself."""
         metrics = self._metrics(self.plain)
         return {
-            "rule": "float", "space": "weights", "rounding": "", "grid_bits": 0, "members": 1,
-            "data": "test", **metrics, "mean_member_nll": metrics["nll"], "ambiguity": 0.0,
-            "passes": 1, "bits": float(8 * next(self.base.model.parameters()).element_size()),
-            "predicted": math.nan, "predicted_ambiguity": math.nan, "predicted_from": NONE,
-        }  # fmt: skip
+            "rule": "float",
+            "space": "weights",
+            "rounding": "",
+            "grid_bits": 0,
+            "members": 1,
+            "data": "test",
+            **metrics,
+            "mean_member_nll": metrics["nll"],
+            "ambiguity": 0.0,
+            "passes": 1,
+            "bits": float(8 * next(self.base.model.parameters()).element_size()),
+            "predicted": math.nan,
+            "predicted_ambiguity": math.nan,
+            "predicted_from": NONE,
+        }
 
     def rows(
         self, producer: SeededRounding, members: Members, more: Callable[[int], None]
@@ -463,12 +493,16 @@ class _Study:
         mean = {name: math.fsum(one[name] for one in single) / count for name in single[0]}
         predicted = draws.surrogate and draws.surrogate.mean_member(_uniform(count, count))
         return {
-            **draws.stated("mean_member", count), "space": "", **mean,
-            "mean_member_nll": mean["nll"], "ambiguity": 0.0, "passes": 1,
+            **draws.stated("mean_member", count),
+            "space": "",
+            **mean,
+            "mean_member_nll": mean["nll"],
+            "ambiguity": 0.0,
+            "passes": 1,
             "bits": draws.producer.held_bits(self.base.model, 1),
             "predicted": math.nan if predicted is None else predicted,
             "predicted_ambiguity": math.nan if predicted is None else 0.0,
-        }  # fmt: skip
+        }
 
     def _row(
         self, draws: _Draws, rule: str, found: Mapping[str, Tensor], members: int
@@ -488,10 +522,16 @@ class _Study:
         if rule != "weight_mean":
             held = draws.producer.held_bits(self.base.model, passes)
         return {
-            **draws.stated(rule, members), "space": "probabilities" if pooled else "weights",
-            **metrics, "mean_member_nll": mean, "ambiguity": mean - metrics["nll"],
-            "passes": passes, "bits": held, "predicted": predicted, "predicted_ambiguity": gain,
-        }  # fmt: skip
+            **draws.stated(rule, members),
+            "space": "probabilities" if pooled else "weights",
+            **metrics,
+            "mean_member_nll": mean,
+            "ambiguity": mean - metrics["nll"],
+            "passes": passes,
+            "bits": held,
+            "predicted": predicted,
+            "predicted_ambiguity": gain,
+        }
 
     def _metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
         held = None
@@ -536,9 +576,15 @@ class _Study:
             )
             return {n: getattr(made, n).numpy() for n in ("slope", "curvature", "second")}
 
-        key = {"study": "low precision", "kind": "surrogate", "rule": what, "model": self.key,
-               "draws": len(members), "examples": self.config.predict_examples,
-               **self.about}  # fmt: skip
+        key = {
+            "study": "low precision",
+            "kind": "surrogate",
+            "rule": what,
+            "model": self.key,
+            "draws": len(members),
+            "examples": self.config.predict_examples,
+            **self.about,
+        }
         cell = self.cells.get(key, measure)
         surrogate = Surrogate(self.loss, **{n: torch.from_numpy(v) for n, v in cell.items()})
         units = torch.eye(len(losses), dtype=torch.float64)

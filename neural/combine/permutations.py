@@ -125,11 +125,25 @@ class Permutations:
     axes: tuple[Axis, ...]
 
     def identity(self) -> Ints:
-        """The permutation that changes nothing, shape (size,)."""
+        """Permutation that changes nothing.
+
+        Returns
+        -------
+        ndarray of int, shape (size,)
+        """
         return np.arange(self.size)
 
     def random(self, seed: int) -> Ints:
-        """A permutation drawn uniformly from all of them, shape (size,)."""
+        """Permutation drawn uniformly from all that leave the function as it is.
+
+        Parameters
+        ----------
+        seed : int
+
+        Returns
+        -------
+        ndarray of int, shape (size,)
+        """
         rng = np.random.default_rng(seed)
         source = self.identity()
         for group in self.groups:
@@ -288,7 +302,18 @@ def check_state(what: str, model: nn.Module, state: Mapping[str, Tensor], whose:
 
 
 def is_parameter(model: nn.Module, path: str) -> bool:
-    """Whether a path of a model is that of a parameter, not of a buffer."""
+    """Whether a tensor of a model is a parameter, and not a buffer.
+
+    Parameters
+    ----------
+    model : Module
+    path : str
+        Name of the tensor in the state dict.
+
+    Returns
+    -------
+    bool
+    """
     owner, _, name = path.rpartition(".")
     return name in model.get_submodule(owner)._parameters
 

@@ -210,13 +210,21 @@ def run_compare(
 
     def made() -> pd.DataFrame:
         parts = Parts.of_task(
-            task, held_out=config.held_out, seed=config.seed, shifts=config.shifts,
+            task,
+            held_out=config.held_out,
+            seed=config.seed,
+            shifts=config.shifts,
             severities=config.severities,
-        )  # fmt: skip
+        )
         return compare(
-            opened.members, parts, config, rules=rules, cells=Cells(out / "cells"),
-            about=about, progress=progress,
-        )  # fmt: skip
+            opened.members,
+            parts,
+            config,
+            rules=rules,
+            cells=Cells(out / "cells"),
+            about=about,
+            progress=progress,
+        )
 
     table = kept_table(out, "compare", stated, {"combine": keys.differing(config)}, made)
     target = str(out / "compare.parquet")
@@ -310,8 +318,12 @@ def run_low_precision(
         )
 
     SeededRounding().members(opened.members)  # told before any work
-    stated = {"low_precision": asdict(config), "model": opened.members.key(0), "data": data,
-              "members": len(opened.members)}  # fmt: skip
+    stated = {
+        "low_precision": asdict(config),
+        "model": opened.members.key(0),
+        "data": data,
+        "members": len(opened.members),
+    }
     keyed = {"low_precision": keys.differing(config)}
     table = kept_table(out, "low_precision", stated, keyed, made)
     pictures = draw_low_precision(table, out, task.label)
@@ -352,8 +364,12 @@ def run_curve(
     task, ends = _task(opened), opened.members
     straight(ends, config)  # told before any work
     batch_size = _batch_size(opened)
-    trained = {"curve": keys.differing(replace(config, **_OF_JUDGING)), **_stated(opened),
-               "batch_size": batch_size, "version": __version__}  # fmt: skip
+    trained = {
+        "curve": keys.differing(replace(config, **_OF_JUDGING)),
+        **_stated(opened),
+        "batch_size": batch_size,
+        "version": __version__,
+    }
     file = out / "cells" / f"{keys.key(trained)[:32]}.pt"
     parts, cells, about = Parts.of_task(task), Cells(out / "cells"), {"data": _data(opened)}
 
@@ -391,10 +407,15 @@ def run_curve(
             "plane",
             config,
             lambda: judge_plane(
-                _corners(curve()), parts, config.plane, repair=config.repair, cells=cells,
-                about=about, progress=progress,
+                _corners(curve()),
+                parts,
+                config.plane,
+                repair=config.repair,
+                cells=cells,
+                about=about,
+                progress=progress,
             ),
-        )  # fmt: skip
+        )
         path = path_on_plane(curve(), _corners(curve())) if config.bends == 1 else None
         files += [out / "plane.parquet", *draw_plane(grid, out, task.label, path)]
     return summarise(table), list(map(str, files))
@@ -435,9 +456,14 @@ def run_plane(
 
     def made() -> pd.DataFrame:
         return judge_plane(
-            opened.members, Parts.of_task(task), points, repair=repair, cells=Cells(out / "cells"),
-            about={"data": _data(opened)}, progress=progress,
-        )  # fmt: skip
+            opened.members,
+            Parts.of_task(task),
+            points,
+            repair=repair,
+            cells=Cells(out / "cells"),
+            about={"data": _data(opened)},
+            progress=progress,
+        )
 
     table = kept_table(out, "plane", stated, {}, made)
     corners = table[table["corner"] != ""]
