@@ -97,6 +97,10 @@ COLUMNS: dict[str, Column] = {
     "selected_on": Column("selected on", "", "none, train or held_out", "str"),
     "predicted": Column("predicted loss", "nats", "loss that theory predicts"),
     "predicted_from": Column("predicted from", "", "what the prediction rests on", "str"),
+    "round": Column("rounds", "rounds", "federated rounds done", "int64"),
+    "drift": Column("client drift", "", "mean distance of clients from their mean"),
+    "server_step": Column("server step", "", "step of the server to the clients' mean"),
+    "scope_kl": Column("scope divergence", "nats", "of clients' layers from their mean scope"),
     "bpc": Column("bits per character", "bits", "mean cross-entropy of a text"),
     "at_edge": Column(
         "at edge", "", "whether the best rate lies at an end of the searched range", "bool"

@@ -38,11 +38,13 @@ def theory() -> list[Target]:
 def networks() -> list[Target]:
     """All that a recipe or a bridge of `neural` calls."""
     from neural.bridge.config import BridgeConfig, Plan, Training
+    from neural.clients.config import ClientsConfig, ScopeConfig
     from neural.models import MODELS as FAMILIES
     from neural.training.config import SECTIONS, ModelConfig, RunConfig
 
     models = [family.load() for family in FAMILIES.values()]
-    return [RunConfig, ModelConfig, *SECTIONS.values(), BridgeConfig, Plan, Training, *models]
+    own = [BridgeConfig, Plan, Training, ClientsConfig, ScopeConfig]
+    return [RunConfig, ModelConfig, *SECTIONS.values(), *own, *models]
 
 
 def shown(value: Any) -> str:

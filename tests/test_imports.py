@@ -24,6 +24,7 @@ ROOMS = {
     "quadratic": ("late_phase", "training"),
     "bridge": ("curvature", "late_phase", "data", "training"),
     "combine": ("curvature", "data", "evaluate", "late_phase", "models", "training"),
+    "clients": ("data", "training"),
     "cli": ("data", "late_phase", "models", "training"),
 }
 #: package -> project modules it may import; nothing may import paper_repro.
