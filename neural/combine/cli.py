@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+_out = click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results."
+)
+
+
 def _sources(command: Command) -> Command:
     """Arguments and options by which members and their data are found."""
     options = (
@@ -48,6 +53,40 @@ def _sources(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _settings(tables: str, example: str) -> Callable[[Command], Command]:
+    """Options that read settings from a file and change them.
+
+    Parameters
+    ----------
+    tables : str
+        Tables of the file, for the help.
+    example : str
+        A change, for the help.
+
+    Returns
+    -------
+    callable
+        Decorator of a command.
+    """
+
+    def add(command: Command) -> Command:
+        change = click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help=f"Change a setting, e.g. --set {example} (repeatable).",
+        )
+        file = click.option(
+            "--config",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help=f"TOML file with the table {tables}.",
+        )
+        return file(change(command))
+
+    return add
 
 
 def _opened(
@@ -191,22 +230,11 @@ def ensemble(
 
 @click.command()
 @_sources
-@click.option(
-    "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="TOML file with the table [combine] and, for options of rules, [rule.NAME].",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a setting, e.g. --set combine.held_out=0.1 (repeatable).",
-)
+@_settings("[combine] and, for options of rules, [rule.NAME]", "combine.held_out=0.1")
 @click.option("--rules", metavar="R,R,...", help="Rules that merge weights.")
 @click.option("--shift", "shifts", multiple=True, help="A corruption, or corruptions (repeatable).")
 @click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+@_out
 def compare(
     where: tuple[str, ...],
     like: str | None,
@@ -266,18 +294,7 @@ def compare(
 
 @click.command("low-precision")
 @_sources
-@click.option(
-    "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="TOML file with the table [low_precision].",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a setting, e.g. --set low_precision.held_out=0.1 (repeatable).",
-)
+@_settings("[low_precision]", "low_precision.held_out=0.1")
 @click.option("--bits", metavar="B,B,...", help="Bits of a weight, each studied.")
 @click.option("--draws", type=int, help="Most members of an ensemble.")
 @click.option("--rounding", metavar="R,R,...", help="Of stochastic, nearest, antithetic, gaussian.")
@@ -285,7 +302,7 @@ def compare(
     "--granularity", type=click.Choice(["channel", "tensor"]), help="What has a pitch of its own."
 )
 @click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+@_out
 def low_precision(
     where: tuple[str, ...],
     like: str | None,
@@ -352,24 +369,13 @@ def low_precision(
 
 @click.command()
 @_sources
-@click.option(
-    "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="TOML file with the table [curve].",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a setting, e.g. --set curve.lr=0.1 (repeatable).",
-)
+@_settings("[curve]", "curve.lr=0.1")
 @click.option("--kind", type=click.Choice(["bezier", "chain"]), help="Form of the curve.")
 @click.option("--bends", type=int, help="Control points between the ends.")
 @click.option("--epochs", type=int, help="Of training the bends.")
 @click.option("--points", type=int, help="Values of t at which the curve is judged.")
 @click.option("--plane", type=int, help="Points along a side of the plane through the bend.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+@_out
 def curve(
     where: tuple[str, ...],
     like: str | None,
@@ -425,7 +431,7 @@ def curve(
     show_default=True,
     help="statistics: BatchNorm statistics anew at every point.",
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.")
+@_out
 def plane(
     where: tuple[str, ...],
     like: str | None,
