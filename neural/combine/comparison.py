@@ -232,7 +232,7 @@ class _Comparison:
             weights = merged().weights
             return {"weights": np.empty(0) if weights is None else weights.double().numpy()}
 
-        kept = self.cells.get({**what, "data": "", **self.about}, packed)["weights"]
+        kept = self.cells.get({**what, "data": "", "about": self.about}, packed)["weights"]
         weights = torch.from_numpy(kept) if kept.size else None
         offset = None
         if weights is None:
@@ -250,7 +250,7 @@ class _Comparison:
             def weigh(name: str = name) -> Arrays:
                 return {"weights": WEIGHTS[name](self.members, self.parts).numpy()}
 
-            kept = self.cells.get({**what, **self.about}, weigh)
+            kept = self.cells.get({**what, "about": self.about}, weigh)
             weights = torch.from_numpy(kept["weights"])
             for pool in self.config.pools:
                 found = {
@@ -277,7 +277,7 @@ class _Comparison:
                 rows, labels = log_probs(built[0], source)
                 return {"log_probs": rows.numpy(), "labels": labels.numpy()}
 
-            key = {**what, "repair": repair.name, "data": name, **self.about}
+            key = {**what, "repair": repair.name, "data": name, "about": self.about}
             cell = self.cells.get(key, compute)
             found[name] = torch.from_numpy(cell["log_probs"])
             self.labels[name] = torch.from_numpy(cell["labels"])
@@ -297,7 +297,7 @@ class _Comparison:
             "repair": repair.name,
             "others": [rule for rule, _ in self.others],
             "examples": self.config.predict_examples,
-            **self.about,
+            "about": self.about,
         }
 
         def measure() -> Arrays:

@@ -571,7 +571,7 @@ class _Judge:
             "weights": weights.tolist(),
             "repair": repair.name,
             "sets": list(self.sets),
-            **self.about,
+            "about": self.about,
         }
         cell = self.cells.get(what, compute)
         return {data: dict(zip(names, cell[data].tolist(), strict=True)) for data in self.sets}

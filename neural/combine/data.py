@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from functools import cache
 
 from neural import evaluate
 from neural.data import Images
@@ -14,6 +13,9 @@ from neural.training.task import Task
 from nqm.errors import NQMError, check_number, check_word
 
 Source = Callable[[], Iterable[Batch]]
+
+#: Bytes of corrupted images that are held at once, rather than made anew for every model.
+HELD = 2**30
 
 
 @dataclass(frozen=True)
@@ -142,20 +144,23 @@ def _batches(task: Task, images: Images) -> Source:
 def _shifted(
     task: Task, images: Images, names: tuple[str, ...], severities: tuple[int, ...]
 ) -> Iterator[tuple[str, Source]]:
-    """Corrupted test images, made when they are asked for."""
+    """Corrupted test images, made when they are first asked for."""
     every = tuple(evaluate.CORRUPTIONS)
-    for name in every if "corruptions" in names else names:
+    chosen = every if "corruptions" in names else names
+    # Every model is judged on every set: sets are held where all of them are small.
+    held = len(chosen) * len(severities) * images.pixels.numel() <= HELD
+    for name in chosen:
         check_word("shifts", name, every)
         for severity in severities:
-            yield f"{name} {severity}", _corrupted(task, images, name, severity)
+            yield f"{name} {severity}", _corrupted(task, images, name, severity, held=held)
 
 
-def _corrupted(task: Task, images: Images, name: str, severity: int) -> Source:
+def _corrupted(task: Task, images: Images, name: str, severity: int, *, held: bool) -> Source:
     normalised = task.normalised
     assert normalised is not None
 
-    def batches() -> Iterable[tuple[Tensor, Tensor]]:
-        pixels = evaluate.corrupt(images.pixels, name, severity)
-        return normalised(Images(pixels, images.labels))
+    def corrupted() -> Images:
+        return Images(evaluate.corrupt(images.pixels, name, severity), images.labels)
 
-    return batches
+    make = cache(corrupted) if held else corrupted
+    return lambda: normalised(make())

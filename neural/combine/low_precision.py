@@ -553,7 +553,13 @@ class _Study:
                 rows, labels = log_probs(built[0], self.sets[name])
                 return {"log_probs": rows.numpy(), "labels": labels.numpy()}
 
-            key = {"study": "low precision", **what, "model": self.key, "data": name, **self.about}
+            key = {
+                "study": "low precision",
+                **what,
+                "model": self.key,
+                "data": name,
+                "about": self.about,
+            }
             cell = self.cells.get(key, compute)
             found[name] = torch.from_numpy(cell["log_probs"])
             self.labels[name] = torch.from_numpy(cell["labels"])
@@ -583,7 +589,7 @@ class _Study:
             "model": self.key,
             "draws": len(members),
             "examples": self.config.predict_examples,
-            **self.about,
+            "about": self.about,
         }
         cell = self.cells.get(key, measure)
         surrogate = Surrogate(self.loss, **{n: torch.from_numpy(v) for n, v in cell.items()})

@@ -97,6 +97,12 @@ def test_compare_goes_on_and_is_read_again(runs: Path, tmp_path: Path) -> None:
     assert set(table["data"]) == {"test", "gaussian_noise 3"}
     assert set(table.loc[table["rule"] == "uniform", "repair"]) == {"statistics", "none"}
     assert (table["epochs_total"] == 3.0).all()  # members share the run's epochs
+    # Every set of data has predictions of its own.
+    test, noisy = (
+        table[(table["data"] == name) & (table["rule"] == "uniform")]["nll"].to_numpy()
+        for name in ("test", "gaussian_noise 3")
+    )
+    assert (np.abs(test - noisy) > 1e-3).all()
     # Killed after some cells were written: the same table, from what is there.
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     (tmp_path / "two" / "compare.parquet").unlink()

@@ -199,6 +199,21 @@ def test_rescaled_soups_have_no_prediction_and_the_others_do() -> None:
     assert rows["nll"]["rescale"] != rows["nll"]["none"]
 
 
+def test_sets_are_told_apart_whatever_the_caller_says_of_the_data(tmp_path: Path) -> None:
+    """The temperature is fitted on held-out data, also where `about` has entries of our names."""
+    held = scattered(0.3)
+    about = {"data": {"name": "x"}, "kind": "y", "repair": "z"}
+    table = compare(held, PARTS, CONFIG, cells=Cells(tmp_path), about=about)
+    assert table.equals(compare(held, PARTS, CONFIG))
+    rows, labels = predict(held.with_state(held.state(0)), batch(1))
+    apart = predict(held.with_state(held.state(0)), batch(3))
+    first = table[(table["member"] == "m0") & (table["data"] == "test")].iloc[0]
+    assert first["temperature"] == pytest.approx(fit_temperature(*apart), rel=1e-4)
+    assert first["nll_tuned"] == pytest.approx(tuned_nll(rows, labels, apart)[0], rel=1e-6)
+    noisy = table[(table["member"] == "m0") & (table["data"] == "noisy")].iloc[0]
+    assert abs(noisy["nll"] - first["nll"]) > 1e-3
+
+
 class Counting(Cells):
     """Cells that count what is computed."""
 
