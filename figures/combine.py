@@ -67,8 +67,8 @@ def decomposition(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(y, [name_of(row) for _, row in rows.iterrows()])
     ax.set(xlabel="negative log-likelihood (nats)", title="what combining gains")
     _log_if_wide(ax, "x", pd.concat([rows["nll"], rows["mean_member_nll"]]))
-    # Below the axes: rows fill all of them.
-    ax.legend(loc="upper center", bbox_to_anchor=(0.3, -0.14), ncol=2)
+    # Rows may fill all of the axes: the legend stays readable over them.
+    ax.legend(loc="best", frameon=True, framealpha=0.8, edgecolor="none")
     return ax
 
 

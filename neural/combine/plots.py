@@ -36,9 +36,12 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     with style.context():
         height = max(2.4, 0.9 + 0.17 * rules)
         figure = style.new_figure(style.PAGE, height * (2 if shifted else 1))
-        axes = figure.subplot_mosaic("abc;ddd" if shifted else "abc")
+        predicted = bool(test["predicted"].notna().any())
+        top = "abc" if predicted else "aac"
+        axes = figure.subplot_mosaic(f"{top};ddd" if shifted else top)
         combine.decomposition(test, ax=axes["a"])
-        combine.predicted(test, ax=axes["b"])
+        if predicted:
+            combine.predicted(test, ax=axes["b"])
         combine.passes(test, ax=axes["c"])
         if shifted:
             combine.soup_scatter(table, ax=axes["d"])
