@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neural.combine.align import ALIGNS, aligned
 from neural.combine.cells import Arrays, Cells, described
 from neural.combine.config import CombineConfig
 from neural.combine.data import Parts, Source
 from neural.combine.information import spread_examples
-from neural.combine.judge import log_probs, repaired
+from neural.combine.judge import Judge, repaired
 from neural.combine.mean import mean_state
 from neural.combine.members import Members, State
 from neural.combine.pool import POOLS
@@ -157,7 +157,6 @@ class _Comparison:
         about: Mapping[str, Any],
     ):
         self.members, self.parts, self.config = members, parts, config
-        self.cells, self.about = cells, dict(about)
         self.keys = [members.key(i) for i in range(len(members))]
         self.judged = parts.judged()
         self.sets: dict[str, Source] = dict(self.judged)
@@ -173,7 +172,8 @@ class _Comparison:
         self.repairs = {name: REPAIRS[name] for name in names}
         # Rescaling moves the weights, and the loss is expanded about the plain mean.
         self.first_repair = next((name for name in names if name != "rescale"), "none")
-        self.labels: dict[str, Tensor] = {}
+        self.judge = Judge(self.sets, cells, about)
+        self.labels = self.judge.labels
         count = len(members)
         self.uniform = torch.full((count,), 1.0 / count, dtype=torch.float64)
         #: Merged models that are no weighted means: their rules and their weights.
@@ -232,7 +232,7 @@ class _Comparison:
             weights = merged().weights
             return {"weights": np.empty(0) if weights is None else weights.double().numpy()}
 
-        kept = self.cells.get({**what, "data": "", "about": self.about}, packed)["weights"]
+        kept = self.judge.kept({**what, "data": ""}, packed)["weights"]
         weights = torch.from_numpy(kept) if kept.size else None
         offset = None
         if weights is None:
@@ -250,7 +250,7 @@ class _Comparison:
             def weigh(name: str = name) -> Arrays:
                 return {"weights": WEIGHTS[name](self.members, self.parts).numpy()}
 
-            kept = self.cells.get({**what, "about": self.about}, weigh)
+            kept = self.judge.kept(what, weigh)
             weights = torch.from_numpy(kept["weights"])
             for pool in self.config.pools:
                 found = {
@@ -267,21 +267,8 @@ class _Comparison:
         weights: Tensor | None,
     ) -> dict[str, Tensor]:
         """Log-probabilities of a model on every set; it is built only if one is missing."""
-        built: list[nn.Module] = []
-        found = {}
-        for name, source in self.sets.items():
-
-            def compute(source: Source = source) -> Arrays:
-                if not built:
-                    built.append(repaired(self.members, state(), repair, self.parts, weights))
-                rows, labels = log_probs(built[0], source)
-                return {"log_probs": rows.numpy(), "labels": labels.numpy()}
-
-            key = {**what, "repair": repair.name, "data": name, "about": self.about}
-            cell = self.cells.get(key, compute)
-            found[name] = torch.from_numpy(cell["log_probs"])
-            self.labels[name] = torch.from_numpy(cell["labels"])
-        return found
+        key = {**what, "repair": repair.name}
+        return self.judge(key, lambda: repaired(self.members, state(), repair, self.parts, weights))
 
     # --- prediction --------------------------------------------------------------------------
 
@@ -297,7 +284,6 @@ class _Comparison:
             "repair": repair.name,
             "others": [rule for rule, _ in self.others],
             "examples": self.config.predict_examples,
-            "about": self.about,
         }
 
         def measure() -> Arrays:
@@ -308,12 +294,12 @@ class _Comparison:
                 repaired(self.members, state, repair, self.parts, self.uniform),
                 torch.cat([self.members.offsets(state), *others]),
                 spread_examples(self.parts.test(), self.config.predict_examples),
-                keep=lambda name, make: self.cells.get({**key, "part": name}, make),
+                keep=lambda name, make: self.judge.kept({**key, "part": name}, make),
                 progress=progress,
             )
             return {n: getattr(made, n).numpy() for n in ("slope", "curvature", "second")}
 
-        numbers = {n: torch.from_numpy(v) for n, v in self.cells.get(key, measure).items()}
+        numbers = {n: torch.from_numpy(v) for n, v in self.judge.kept(key, measure).items()}
         return Surrogate(nll(found["test"], self.labels["test"]), **numbers)
 
     def _believed(self, surrogate: Surrogate) -> bool:

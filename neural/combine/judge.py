@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from neural.combine.cells import Arrays, Cells
 from neural.combine.data import Parts, Source
 from neural.combine.members import Members
 from neural.combine.repair import Repair
@@ -77,3 +81,72 @@ def log_probs(model: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
     """
     logits, labels = predict(model, source())
     return logits.log_softmax(-1), labels
+
+
+class Judge:
+    """Log-probabilities of models on several sets, each kept in a cell.
+
+    Parameters
+    ----------
+    sets : mapping of str to callable
+        Sets by name; each makes its batches.
+    cells : Cells
+        Where they are kept.
+    about : mapping
+        What identifies the data. It has an entry of its own in keys: names in it may be any.
+
+    Attributes
+    ----------
+    labels : dict of str to Tensor
+        Labels of every set that a model was judged on.
+    """
+
+    def __init__(self, sets: Mapping[str, Source], cells: Cells, about: Mapping[str, Any]):
+        self.sets, self.cells, self.about = dict(sets), cells, dict(about)
+        self.labels: dict[str, Tensor] = {}
+
+    def kept(self, what: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+        """Arrays of a cell that depends on the data.
+
+        Parameters
+        ----------
+        what : mapping
+            What else they depend on.
+        make : callable
+            Computes them.
+
+        Returns
+        -------
+        dict of str to ndarray
+        """
+        return self.cells.get({**what, "about": self.about}, make)
+
+    def __call__(
+        self, what: Mapping[str, Any], build: Callable[[], nn.Module]
+    ) -> dict[str, Tensor]:
+        """Log-probabilities of a model on every set.
+
+        Parameters
+        ----------
+        what : mapping
+            What the model is made of.
+        build : callable
+            Makes the model; called once, and only if a set is missing.
+
+        Returns
+        -------
+        dict of str to Tensor, shape (n, C)
+            By set.
+        """
+        built = cache(build)
+        found = {}
+        for name, source in self.sets.items():
+
+            def compute(source: Source = source) -> Arrays:
+                rows, labels = log_probs(built(), source)
+                return {"log_probs": rows.numpy(), "labels": labels.numpy()}
+
+            cell = self.kept({**what, "data": name}, compute)
+            found[name] = torch.from_numpy(cell["log_probs"])
+            self.labels[name] = torch.from_numpy(cell["labels"])
+        return found

@@ -22,7 +22,7 @@ from neural.combine.cells import Arrays, Cells, described
 from neural.combine.comparison import NONE, OUTSIDE, SURROGATE
 from neural.combine.data import Parts
 from neural.combine.information import spread_examples
-from neural.combine.judge import log_probs
+from neural.combine.judge import Judge
 from neural.combine.mean import mean_state
 from neural.combine.members import Member, Members, State
 from neural.combine.pool import POOLS
@@ -429,11 +429,11 @@ class _Study:
             raise NQMError(f"low precision is about one model; got {len(base)}, name one of them")
         rounded_axes(base.model)
         self.base, self.parts, self.config = base, parts, config
-        self.cells, self.about = cells, dict(about)
         self.sets = {"test": parts.test}
         if parts.held_out is not None:
             self.sets["held_out"] = parts.held_out
-        self.labels: dict[str, Tensor] = {}
+        self.judge = Judge(self.sets, cells, about)
+        self.labels = self.judge.labels
         self.key = base.key(0)
         self.plain = self._on_sets({"kind": "float"}, lambda: base.state(0))
         self.loss = self._metrics(self.plain)["nll"]
@@ -542,29 +542,9 @@ class _Study:
         return {**metrics, "nll_tuned": tuned, "temperature": temperature}
 
     def _on_sets(self, what: Mapping[str, Any], state: Callable[[], State]) -> dict[str, Tensor]:
-        """Log-probabilities of a model on every set; it is built only if one is missing."""
-        built: list[nn.Module] = []
-        found = {}
-        for name, source in self.sets.items():
-
-            def compute(name: str = name) -> Arrays:
-                if not built:
-                    built.append(self.base.with_state(state()))
-                rows, labels = log_probs(built[0], self.sets[name])
-                return {"log_probs": rows.numpy(), "labels": labels.numpy()}
-
-            key = {
-                "study": "low precision",
-                **what,
-                "model": self.key,
-                "data": name,
-                "about": self.about,
-            }
-            cell = self.cells.get(key, compute)
-            found[name] = torch.from_numpy(cell["log_probs"])
-            self.labels[name] = torch.from_numpy(cell["labels"])
-            del source
-        return found
+        """Log-probabilities of a model on every set."""
+        key = {"study": "low precision", **what, "model": self.key}
+        return self.judge(key, lambda: self.base.with_state(state()))
 
     def _surrogate(
         self, what: Mapping[str, Any], members: Members, losses: list[float]
@@ -589,9 +569,8 @@ class _Study:
             "model": self.key,
             "draws": len(members),
             "examples": self.config.predict_examples,
-            "about": self.about,
         }
-        cell = self.cells.get(key, measure)
+        cell = self.judge.kept(key, measure)
         surrogate = Surrogate(self.loss, **{n: torch.from_numpy(v) for n, v in cell.items()})
         units = torch.eye(len(losses), dtype=torch.float64)
         predicted = np.array([surrogate.soup(unit) for unit in units])
