@@ -22,7 +22,7 @@ from neural.combine.members import Members, State
 from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS, Nothing, Repair, has_statistics
 from neural.combine.rules import RULES, Merge, Merged
-from neural.combine.surrogate import RANGE, Surrogate, make_surrogate
+from neural.combine.surrogate import Surrogate, make_surrogate
 from neural.combine.weigh import WEIGHTS
 from neural.evaluate import classification_metrics, nll
 from neural.evaluate.temperature import tuned_nll
@@ -199,7 +199,7 @@ class _Comparison:
         models += self._ensembles(each)
         surrogate = self._surrogate(progress) if self.config.predict else None
         told = NONE if surrogate is None else OUTSIDE
-        if surrogate is not None and self._believed(surrogate):
+        if surrogate is not None and surrogate.holds(self.member_nll["test"].tolist()):
             told = SURROGATE
         rows: list[dict[str, Any]] = []
         for index, one in enumerate(each):
@@ -301,15 +301,6 @@ class _Comparison:
 
         numbers = {n: torch.from_numpy(v) for n, v in self.judge.kept(key, measure).items()}
         return Surrogate(nll(found["test"], self.labels["test"]), **numbers)
-
-    def _believed(self, surrogate: Surrogate) -> bool:
-        """Whether the members' own losses come out, each of them: their mean may by chance."""
-        measured = self.member_nll["test"].numpy()
-        units = np.eye(len(measured))
-        predicted = [
-            surrogate.soup(self._padded(torch.from_numpy(unit), surrogate)) for unit in units
-        ]
-        return bool(np.abs(predicted - measured).mean() <= RANGE * measured.mean())
 
     def _padded(self, weights: Tensor, surrogate: Surrogate) -> Tensor:
         """Weights of the members, and 0 for the merged models that follow them."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,7 +25,7 @@ from neural.combine.judge import Judge
 from neural.combine.mean import mean_state
 from neural.combine.members import Member, Members, State
 from neural.combine.pool import POOLS
-from neural.combine.surrogate import RANGE, Surrogate, make_surrogate
+from neural.combine.surrogate import Surrogate, make_surrogate
 from neural.data.sampling import keyed_generator
 from neural.evaluate import classification_metrics
 from neural.evaluate.temperature import tuned_nll
@@ -572,10 +571,7 @@ class _Study:
         }
         cell = self.judge.kept(key, measure)
         surrogate = Surrogate(self.loss, **{n: torch.from_numpy(v) for n, v in cell.items()})
-        units = torch.eye(len(losses), dtype=torch.float64)
-        predicted = np.array([surrogate.soup(unit) for unit in units])
-        close = np.abs(predicted - losses).mean() <= RANGE * np.mean(losses)
-        return surrogate, SURROGATE if close else OUTSIDE
+        return surrogate, SURROGATE if surrogate.holds(losses) else OUTSIDE
 
 
 def _reader(members: Members, index: int) -> Callable[[], State]:

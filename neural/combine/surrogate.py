@@ -99,6 +99,25 @@ class Surrogate:
         spread = self.second.diagonal() @ weights - weights @ self.second @ weights
         return self.mean_member(weights) - 0.5 * float(spread)
 
+    def holds(self, losses: Sequence[float]) -> bool:
+        """Whether the losses of the first models come out, each of them.
+
+        Their mean alone may by chance, far outside the quadratic range.
+
+        Parameters
+        ----------
+        losses : sequence of float
+            Measured losses of the models at the first offsets, in nats.
+
+        Returns
+        -------
+        bool
+            True if the mean error is at most `RANGE` times the mean loss.
+        """
+        units = torch.eye(len(self.slope), dtype=torch.float64)[: len(losses)]
+        predicted = np.array([self.soup(unit) for unit in units])
+        return bool(np.abs(predicted - losses).mean() <= RANGE * np.mean(losses))
+
     def measured_at(self, loss: float) -> Surrogate:
         """The same derivatives about a loss that was measured, on more data for example.
 
