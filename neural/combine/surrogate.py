@@ -15,7 +15,7 @@ of a member. The last line is the second order of log-mean-exp over members.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -117,20 +117,6 @@ class Surrogate:
         units = torch.eye(len(self.slope), dtype=torch.float64)[: len(losses)]
         predicted = np.array([self.soup(unit) for unit in units])
         return bool(np.abs(predicted - losses).mean() <= RANGE * np.mean(losses))
-
-    def measured_at(self, loss: float) -> Surrogate:
-        """The same derivatives about a loss that was measured, on more data for example.
-
-        Parameters
-        ----------
-        loss : float
-            In nats.
-
-        Returns
-        -------
-        Surrogate
-        """
-        return replace(self, loss=loss)
 
 
 def make_surrogate(
