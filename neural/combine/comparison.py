@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,14 +274,14 @@ class _Comparison:
     # --- prediction --------------------------------------------------------------------------
 
     def _surrogate(self, progress: Progress | None) -> Surrogate:
-        """Second-order model about the uniform soup, along the members and the merged models."""
+        """Model of the loss about the uniform soup, along the members and the merged models."""
         repair = REPAIRS[self.first_repair]
         soup = {"kind": "merged", "rule": described(RULES["uniform"]), "members": self.keys}
         found = self._on_sets(soup, lambda: mean_state(self.members), repair, self.uniform)
 
         key = {
             **soup,
-            "kind": "surrogate",
+            "kind": "expansion",
             "repair": repair.name,
             "others": [rule for rule, _ in self.others],
             "examples": self.config.predict_examples,
@@ -290,38 +291,45 @@ class _Comparison:
             state = mean_state(self.members)
             origin = self.members.flat(state)
             others = [(self.members.flat(one()) - origin)[None] for _, one in self.others]
+            # `members.model` is one module, whose buffers the next state overwrites.
+            model = copy.deepcopy(repaired(self.members, state, repair, self.parts, self.uniform))
             made = make_surrogate(
-                repaired(self.members, state, repair, self.parts, self.uniform),
+                model,
                 torch.cat([self.members.offsets(state), *others]),
                 spread_examples(self.parts.test(), self.config.predict_examples),
+                self.members.buffer_offsets(model.state_dict()),
                 keep=lambda name, make: self.judge.kept({**key, "part": name}, make),
                 progress=progress,
             )
-            return {n: getattr(made, n).numpy() for n in ("slope", "curvature", "second")}
+            return made.arrays()
 
-        numbers = {n: torch.from_numpy(v) for n, v in self.judge.kept(key, measure).items()}
-        return Surrogate(nll(found["test"], self.labels["test"]), **numbers)
+        loss = nll(found["test"], self.labels["test"])
+        return Surrogate.of_arrays(loss, self.judge.kept(key, measure))
 
     def _padded(self, weights: Tensor, surrogate: Surrogate) -> Tensor:
         """Weights of the members, and 0 for the merged models that follow them."""
-        return torch.cat((weights, weights.new_zeros(len(surrogate.slope) - len(weights))))
+        return torch.cat((weights, weights.new_zeros(surrogate.offsets - len(weights))))
 
     def _predicted(self, model: _Model, surrogate: Surrogate | None) -> float:
         if surrogate is None:
             return math.nan
-        if model.space == "probabilities":
+        if model.space in POOLS:
             assert model.weights is not None
-            return surrogate.ensemble(self._padded(model.weights, surrogate))
-        # Statistics are part of the point about which the loss was expanded.
-        other = model.rule != "member" and model.repair != self.first_repair
-        if model.space != "weights" or other:
-            return math.nan
-        if model.weights is not None:
-            return surrogate.soup(self._padded(model.weights, surrogate))
+            return surrogate.ensemble(self._padded(model.weights, surrogate), model.space)
+        if model.rule == "member":
+            return surrogate.soup(self._unit(model, surrogate))
+        as_origin = model.repair == self.first_repair
+        if model.weights is not None and (as_origin or model.repair == "none"):
+            weights = self._padded(model.weights, surrogate)
+            return surrogate.soup(weights, repaired=model.repair != "none")
+        if model.weights is None and as_origin:
+            return surrogate.soup(self._unit(model, surrogate), repaired=model.repair != "none")
+        return math.nan  # rescaled, or merged statistics of an unknown kind
+
+    def _unit(self, model: _Model, surrogate: Surrogate) -> Tensor:
+        """Weight 1 of the model at one offset."""
         assert model.offset is not None
-        unit = torch.zeros(len(surrogate.slope), dtype=torch.float64)
-        unit[model.offset] = 1.0
-        return surrogate.soup(unit)
+        return torch.eye(surrogate.offsets, dtype=torch.float64)[model.offset]
 
     # --- rows --------------------------------------------------------------------------------
 

@@ -548,7 +548,7 @@ class _Study:
     def _surrogate(
         self, what: Mapping[str, Any], members: Members, losses: list[float]
     ) -> tuple[Surrogate | None, str]:
-        """Second-order model about the float weights along the draws, and whether it holds."""
+        """Model of the loss about the float weights along the draws, and whether it holds."""
         if not self.config.predict:
             return None, NONE
 
@@ -559,18 +559,17 @@ class _Study:
                 members.offsets(origin),
                 spread_examples(self.parts.test(), self.config.predict_examples),
             )
-            return {n: getattr(made, n).numpy() for n in ("slope", "curvature", "second")}
+            return made.arrays()
 
         key = {
             "study": "low precision",
-            "kind": "surrogate",
+            "kind": "expansion",
             "rule": what,
             "model": self.key,
             "draws": len(members),
             "examples": self.config.predict_examples,
         }
-        cell = self.judge.kept(key, measure)
-        surrogate = Surrogate(self.loss, **{n: torch.from_numpy(v) for n, v in cell.items()})
+        surrogate = Surrogate.of_arrays(self.loss, self.judge.kept(key, measure))
         return surrogate, SURROGATE if surrogate.holds(losses) else OUTSIDE
 
 

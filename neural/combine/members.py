@@ -395,6 +395,25 @@ class Members(Sequence[Member]):
             torch.sub(self.flat(state), start, out=row)
         return rows
 
+    def buffer_offsets(self, origin: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Displacement of every member's buffers of real numbers, such as running statistics.
+
+        Parameters
+        ----------
+        origin : mapping of str to Tensor
+            A state dict.
+
+        Returns
+        -------
+        dict of str to Tensor, shape (N, ...)
+            By the name of the buffer; without those that are equal in all members and the origin.
+        """
+        saved = self.model.state_dict().keys()
+        names = [n for n, b in self.model.named_buffers() if n in saved and b.is_floating_point()]
+        rows = [{n: state[n] - origin[n] for n in names} for state in self.states()]
+        moved = {n: torch.stack([row[n] for row in rows]) for n in names}
+        return {n: row for n, row in moved.items() if row.any()}
+
     def geometry(self) -> pd.DataFrame:
         """Where the members lie.
 

@@ -1,30 +1,44 @@
 """The loss of soups and ensembles predicted from derivatives at one point.
 
-About some weights, the members' mean for example, with offsets d_i, everything to second order is
-in ``g_i = gradient . d_i``, ``M_ij = d_i' H d_j / 2`` and ``F_ij = mean_n (g_n . d_i)(g_n . d_j)``,
-g_n the gradient of one example's loss. For weights w that sum to 1 and cross-entropy::
+About some weights, the members' mean for example, with offsets d_i, the logits of every example
+are followed to first order, ``z_i = z + J d_i``, and the loss of these logits is computed as it is.
+What their curvature adds is followed to second order: it is ``R = M - G``, with the Hessian H in
+``M_ij = d_i' H d_j / 2``, and ``G_ij = mean_n (J d_i)' S (J d_j) / 2``, S = diag(p) - pp'.
+For weights w that sum to 1, and l the mean cross-entropy::
 
-    soup         = L + g.w + w' M w
-    mean member  = L + g.w + w . diag M
-    ensemble     = mean member - (w . diag F - w' F w) / 2
+    soup                  = L + l(z + sum_i w_i J d_i) - l(z) + w' R w
+    mean member           = sum_i w_i (soup of member i alone)
+    ensemble              = L + l(log sum_i w_i softmax(z_i)) - l(z) + w . diag R
+    ensemble of logits    = L + l(z + sum_i w_i J d_i) - l(z) + w . diag R
 
-It takes one gradient, N Hessian products and N forward derivatives, and no evaluation of a soup or
-of a member. The last line is the second order of log-mean-exp over members.
+To second order in d the third line is ``mean member - (w . diag F - w' F w) / 2``, F_ij the mean
+over examples of the product of their losses' slopes along d_i and d_j: the law of an ensemble of
+noisy weights. A model that is linear in its weights is predicted exactly, however far its members
+lie. It takes N Hessian products and N forward derivatives, and evaluates no soup and no member.
+
+BatchNorm statistics move the logits as weights do. A member has its own; those of a soup, computed
+anew, are taken to follow the weights linearly, as fitted to the members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neural.combine.cells import Arrays
+from neural.combine.pool import POOLS
 from neural.curvature.risk import EmpiricalRisk
+from neural.evaluate.metrics import IGNORED
 from neural.late_phase.members import Batch
+from neural.late_phase.swap import Place, places, swapped
 from nqm.progress import Progress, counted
 
 #: Returns the arrays of a part of the work by its name; computes them if it must.
@@ -32,43 +46,89 @@ Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 #: Mean error of the members' predicted losses, relative to their mean, up to which predictions of
 #: soups and ensembles are believed.
 RANGE = 0.1
+_TENSORS = ("logits", "labels", "moves", "repaired", "bend")
+#: Step for the derivative along statistics, which torch does not have; the error is its square.
+_STEP = 1.0 / 64.0
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """Second-order model of the loss about some weights, along N offsets.
+    """Model of the loss about some weights, along N offsets.
 
     Attributes
     ----------
     loss : float
         At these weights, in nats.
-    slope : Tensor of float64, shape (N,)
-        g_i.
-    curvature : Tensor of float64, shape (N, N)
-        M_ij.
-    second : Tensor of float64, shape (N, N)
-        F_ij.
+    logits : Tensor of float64, shape (n, C)
+        At these weights, of n examples.
+    labels : Tensor of int64, shape (n,)
+    moves : Tensor of float64, shape (N, n, C)
+        Derivatives of the logits along the offsets, J d_i, with each model's own statistics.
+    repaired : Tensor of float64, shape (N, n, C)
+        The same if statistics are computed anew for each model; equal to `moves` without BatchNorm.
+    bend : Tensor of float64, shape (N, N)
+        R_ij, the part of the second order that the logits' own curvature makes.
     """
 
     loss: float
-    slope: Tensor
-    curvature: Tensor
-    second: Tensor
+    logits: Tensor
+    labels: Tensor
+    moves: Tensor
+    repaired: Tensor
+    bend: Tensor
 
-    def soup(self, weights: Tensor) -> float:
+    def arrays(self) -> Arrays:
+        """All but the loss, as arrays.
+
+        Returns
+        -------
+        dict of str to ndarray
+        """
+        return {name: getattr(self, name).numpy() for name in _TENSORS}
+
+    @classmethod
+    def of_arrays(cls, loss: float, arrays: Arrays) -> Surrogate:
+        """Inverse of `arrays`.
+
+        Parameters
+        ----------
+        loss : float
+            In nats; on all data, where the derivatives are those of a part of it.
+        arrays : dict of str to ndarray
+
+        Returns
+        -------
+        Surrogate
+        """
+        return cls(loss, **{name: torch.from_numpy(arrays[name]) for name in _TENSORS})
+
+    @property
+    def offsets(self) -> int:
+        """Number of offsets, N."""
+        return len(self.bend)
+
+    def _at(self, logits: Tensor) -> float:
+        """Loss where the logits have changed to these, without their curvature."""
+        return self.loss + _loss(logits, self.labels) - _loss(self.logits, self.labels)
+
+    def soup(self, weights: Tensor, *, repaired: bool = False) -> float:
         """Loss of the weighted mean of models.
 
         Parameters
         ----------
         weights : Tensor of float64, shape (N,)
             Of the models at the offsets; sum to 1.
+        repaired : bool
+            Whether BatchNorm statistics are computed anew, instead of the mean of the models' own.
 
         Returns
         -------
         float
             In nats.
         """
-        return self.loss + float(self.slope @ weights + weights @ self.curvature @ weights)
+        moves = self.repaired if repaired else self.moves
+        moved = self.logits + torch.einsum("i,inc->nc", weights, moves)
+        return self._at(moved) + float(weights @ self.bend @ weights)
 
     def mean_member(self, weights: Tensor) -> float:
         """Weighted mean of the models' losses.
@@ -82,22 +142,28 @@ class Surrogate:
         float
             In nats.
         """
-        return self.loss + float((self.slope + self.curvature.diagonal()) @ weights)
+        units = torch.eye(self.offsets, dtype=torch.float64)
+        return math.fsum(
+            float(w) * self.soup(unit) for w, unit in zip(weights, units, strict=True) if w
+        )
 
-    def ensemble(self, weights: Tensor) -> float:
-        """Loss of the weighted mean of the models' probabilities.
+    def ensemble(self, weights: Tensor, pool: str = "probabilities") -> float:
+        """Loss of the models' pooled predictions.
 
         Parameters
         ----------
         weights : Tensor of float64, shape (N,)
+        pool : {"probabilities", "logits"}
+            What is averaged.
 
         Returns
         -------
         float
             In nats.
         """
-        spread = self.second.diagonal() @ weights - weights @ self.second @ weights
-        return self.mean_member(weights) - 0.5 * float(spread)
+        members = ((self.logits + move).log_softmax(-1) for move in self.moves)
+        pooled = POOLS[pool](members, weights)
+        return self._at(pooled) + float(weights @ self.bend.diagonal())
 
     def holds(self, losses: Sequence[float]) -> bool:
         """Whether the losses of the first models come out, each of them.
@@ -114,7 +180,7 @@ class Surrogate:
         bool
             True if the mean error is at most `RANGE` times the mean loss.
         """
-        units = torch.eye(len(self.slope), dtype=torch.float64)[: len(losses)]
+        units = torch.eye(self.offsets, dtype=torch.float64)[: len(losses)]
         predicted = np.array([self.soup(unit) for unit in units])
         return bool(np.abs(predicted - losses).mean() <= RANGE * np.mean(losses))
 
@@ -123,11 +189,12 @@ def make_surrogate(
     model: nn.Module,
     offsets: Tensor,
     batches: Sequence[Batch],
+    statistics: Mapping[str, Tensor] | None = None,
     *,
     keep: Keep = lambda name, make: make(),
     progress: Progress | None = None,
 ) -> Surrogate:
-    """Measure the second-order model about a model's weights.
+    """Measure the surrogate about a model's weights.
 
     Parameters
     ----------
@@ -137,6 +204,9 @@ def make_surrogate(
         Displacements of all parameters, in the order of ``model.named_parameters()``.
     batches : sequence of (inputs, targets)
         Data on which the loss is predicted.
+    statistics : mapping of str to Tensor, shape (M, ...), optional
+        Displacements of buffers of the models at the first M offsets; the others have none of their
+        own. See `neural.combine.members.Members.buffer_offsets`.
     keep : callable
         Called as ``keep(name, make)`` for each part of the work, and returns the arrays of
         ``make()`` or what an earlier call with this name returned.
@@ -162,26 +232,79 @@ def make_surrogate(
     risk.check()
     more = counted(progress, "derivatives", 1.0 + len(offsets))
 
-    def first() -> Arrays:
-        loss, gradient = risk.loss_and_gradient()
-        return {"loss": np.array(loss), "slope": (wide @ gradient.double().cpu()).numpy()}
-
     def along(offset: Tensor) -> Arrays:
         bent = risk.hessian_product(offset).double().cpu()
-        slopes = risk.example_slopes(offset).double().cpu()
-        return {"curvature": (0.5 * (wide @ bent)).numpy(), "slopes": slopes.numpy()}
+        moved = risk.output_slopes(offset)
+        return {"curvature": (0.5 * (wide @ bent)).numpy(), "move": moved.cpu().numpy()}
+
+    def shifted(index: int) -> Arrays:
+        moves = {name: rows[index] for name, rows in buffers.items()}
+        return {"shift": _statistics_slope(risk, where, moves).cpu().numpy()}
 
     wide = offsets.double()
-    start = keep("gradient", first)
+    buffers = statistics or {}
+    where = places(model, buffers)
+    start = keep("outputs", lambda: {"logits": risk.outputs().cpu().numpy()})
     more(1)
-    rows = []
+    rows, shifts = [], []
     for index, offset in enumerate(offsets.to(risk.weights)):
         rows.append(keep(f"offset {index}", partial(along, offset)))
+        if index < min(map(len, buffers.values()), default=0):
+            shifts.append(keep(f"statistics {index}", partial(shifted, index)))
         more(1)
-    m, slopes = (np.stack([row[name] for row in rows]) for name in ("curvature", "slopes"))
-    return Surrogate(
-        float(start["loss"]),
-        torch.from_numpy(start["slope"]),
-        torch.from_numpy(0.5 * (m + m.T)),
-        torch.from_numpy(slopes @ slopes.T / slopes.shape[1]),
-    )
+    labels = torch.cat([targets for _, targets in batches]).flatten().cpu()
+    judged = labels != IGNORED
+
+    def flat(one: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(one).flatten(0, -2).double()[judged]
+
+    logits, labels = flat(start["logits"]), labels[judged]
+    moves = torch.stack([flat(row["move"]) for row in rows])
+    m = torch.from_numpy(np.stack([row["curvature"] for row in rows]))
+    bend = 0.5 * (m + m.T) - _gauss_newton(logits, moves)
+    own = repaired = moves
+    if shifts:
+        shift = torch.stack([flat(one["shift"]) for one in shifts])
+        follow = torch.einsum("im,mnc->inc", _linear_fit(wide, len(shift)), shift)
+        repaired = moves + follow
+        own = torch.cat((moves[: len(shift)] + shift, repaired[len(shift) :]))
+    return Surrogate(_loss(logits, labels), logits, labels, own, repaired, bend)
+
+
+def _statistics_slope(
+    risk: EmpiricalRisk, where: Mapping[str, tuple[Place, ...]], moves: Mapping[str, Tensor]
+) -> Tensor:
+    """Derivative of the outputs along buffers, shape (n, ...)."""
+
+    def at(step: float) -> Tensor:
+        here = {name: getattr(*where[name][0]) for name in moves}
+        there = {name: here[name] + step * move.to(here[name]) for name, move in moves.items()}
+        with swapped(where, there):
+            return risk.outputs()
+
+    return (at(_STEP) - at(-_STEP)) / (2.0 * _STEP)
+
+
+def _linear_fit(offsets: Tensor, first: int) -> Tensor:
+    """What multiplies the first models' displacements so as to give all, fitted with a constant.
+
+    Shape (N, first): rows of P with ``P @ shift = S offset``, S the linear map of least norm that
+    fits ``shift_i = a + S offset_i`` at the first models.
+    """
+    centered = offsets[:first] - offsets[:first].mean(0)
+    gram = centered @ centered.T
+    fit = torch.linalg.pinv(gram, rtol=1e-9, hermitian=True)
+    fitted: Tensor = offsets @ centered.T @ fit
+    return fitted - fitted.mean(1, keepdim=True)
+
+
+def _gauss_newton(logits: Tensor, moves: Tensor) -> Tensor:
+    """G_ij, the second order that the softmax's curvature makes, shape (N, N)."""
+    p = logits.softmax(-1)
+    scaled = p.sqrt() * (moves - (p * moves).sum(-1, keepdim=True))
+    rows = scaled.flatten(1)
+    return 0.5 * (rows @ rows.T) / len(logits)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> float:
+    return float(nn.functional.cross_entropy(logits, labels))

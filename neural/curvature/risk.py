@@ -578,6 +578,33 @@ class EmpiricalRisk:
 
         return torch.cat(list(self._over_batches(term)))
 
+    def output_slopes(self, v: Tensor) -> Tensor:
+        """Derivative of the model's outputs along a direction.
+
+        Parameters
+        ----------
+        v : Tensor, shape (p,)
+
+        Returns
+        -------
+        Tensor, shape (N, ...)
+            Of every example's output, for example its logits.
+        """
+
+        def term(batch: Batch) -> Tensor:
+            return _slope(lambda w: self._output(w, batch[0]), self.weights, v)
+
+        return torch.cat(list(self._over_batches(term)))
+
+    def outputs(self) -> Tensor:
+        """Compute the model's outputs.
+
+        Returns
+        -------
+        Tensor, shape (N, ...)
+        """
+        return torch.cat(list(self._over_batches(lambda b: self._output(self.weights, b[0]))))
+
     def example_gradients(self) -> Iterator[Tensor]:
         """Gradient of every example's loss, without weight decay, in blocks of examples.
 

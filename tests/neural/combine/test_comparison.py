@@ -121,7 +121,7 @@ def test_predictions_are_right_to_second_order() -> None:
     assert errors[0].max() > 1e-5
 
 
-def test_surrogate_is_exact_for_a_quadratic_in_the_logits() -> None:
+def test_entries_of_the_surrogate() -> None:
     """Against derivatives by autograd, entry by entry."""
     model, data = start(), batch(1)
     p = sum(q.numel() for q in model.parameters())
@@ -131,23 +131,79 @@ def test_surrogate_is_exact_for_a_quadratic_in_the_logits() -> None:
     shapes = [q.shape for q in model.parameters()]
     flat = torch.cat([q.detach().flatten() for q in model.parameters()])
 
-    def losses(w: Tensor) -> Tensor:
+    def logits(w: Tensor) -> Tensor:
         parts = torch.split(w, [s.numel() for s in shapes])
         named = {n: v.view(s) for n, v, s in zip(names, parts, shapes, strict=True)}
-        out = torch.func.functional_call(model, named, (data[0][0],))
-        return nn.functional.cross_entropy(out, data[0][1], reduction="none")
+        return torch.func.functional_call(model, named, (data[0][0],))
 
-    slope = torch.autograd.functional.jacobian(losses, flat)
-    hessian = torch.autograd.functional.hessian(lambda w: losses(w).mean(), flat)
-    agree(made.slope, offsets @ slope.mean(0), 1e-9)
-    agree(made.curvature, 0.5 * offsets @ hessian @ offsets.T, 1e-9)
-    rows = offsets @ slope.T
-    agree(made.second, rows @ rows.T / rows.shape[1], 1e-9)
-    weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-    gap = made.mean_member(weights) - made.soup(weights)
-    center = offsets - weights @ offsets
-    spread = sum(w * 0.5 * d @ hessian @ d for w, d in zip(weights, center, strict=True))
-    assert gap == pytest.approx(float(spread), rel=1e-9)  # the ambiguity of a quadratic
+    def loss(w: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits(w), data[0][1])
+
+    jacobian = torch.autograd.functional.jacobian(logits, flat)
+    hessian = torch.autograd.functional.hessian(loss, flat)
+    moves = torch.einsum("ncp,ip->inc", jacobian, offsets)
+    agree(made.moves, moves, 1e-9)
+    assert made.repaired is made.moves  # no BatchNorm
+    q = logits(flat).detach().softmax(1)
+    softmax = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
+    gauss_newton = torch.einsum("inc,ncd,jnd->ij", moves, softmax, moves) / len(q)
+    agree(made.bend, 0.5 * (offsets @ hessian @ offsets.T - gauss_newton), 1e-9)
+
+
+def test_a_model_that_is_linear_in_its_weights_is_predicted_however_far() -> None:
+    torch.manual_seed(3)
+    model = nn.Linear(4, 3).double()
+    states = {}
+    for k in range(3):
+        one = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in one.parameters():
+                p.add_(3.0 * torch.randn_like(p))
+        states[f"m{k}"] = one.state_dict()
+    config = CombineConfig(
+        rules=("uniform", "inverse_loss"), pools=("probabilities", "logits"), weights=("accuracy",)
+    )
+    table = compare(Members.of_states(model, states), PARTS, config)
+    rows = table[(table["data"] == "test")]
+    assert (rows["predicted_from"] == SURROGATE).all()
+    assert rows["nll"].max() > 2.0 * rows["nll"].min()  # far, where second order is of no use
+    agree(rows["predicted"], rows["nll"], 1e-6)
+
+
+def test_statistics_of_members_and_of_soups_are_predicted() -> None:
+    """A BatchNorm of fixed weights: own statistics move the members, new ones every soup."""
+    variance = batch(2)[0][0].var(0)
+
+    def normed(mean: float) -> nn.Sequential:
+        model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)).double()
+        model.load_state_dict(
+            start_state
+            | {"0.running_mean": torch.full_like(variance, mean), "0.running_var": variance}
+        )
+        return model
+
+    torch.manual_seed(5)
+    start_state = nn.Sequential(
+        nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)
+    ).double().state_dict()  # fmt: skip
+    means = (-0.3, 0.1, 0.5)
+    states = {f"m{k}": normed(mean).state_dict() for k, mean in enumerate(means)}
+    config = CombineConfig(rules=("uniform", "inverse_loss"), repair=("statistics", "none"))
+    table = compare(Members.of_states(normed(0.0), states), PARTS, config)
+    rows = table[table["data"] == "test"]
+    # Logits are linear in the mean that BatchNorm subtracts; float32 rows of log-probabilities.
+    assert (rows["predicted_from"] == SURROGATE).all()
+    members = rows[rows["rule"] == "member"]
+    assert members["nll"].max() > 1.01 * members["nll"].min()
+    spread = float(members["nll"].max() - members["nll"].min())
+    agree(members["predicted"], members["nll"], 0.02 * spread)
+    soups = rows[rows["space"] == "weights"].drop(members.index)
+    # All have the same weights, so that all have the same statistics on the same data.
+    anew = soups[soups["repair"] == "statistics"]
+    agree(anew["predicted"], anew["nll"], 1e-6)
+    own = soups[soups["repair"] == "none"]
+    assert set(own["rule"]) == {"uniform", "inverse_loss"}
+    agree(own["predicted"], own["nll"], 0.02 * spread)
 
 
 def test_far_members_are_said_to_be_outside() -> None:
