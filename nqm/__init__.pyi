@@ -62,10 +62,13 @@ from .solvers.steady import Steady as Steady
 from .solvers.steady import steady as steady
 from .soups import GreedySample as GreedySample
 from .soups import Soup as Soup
+from .tuning import BestAverage as BestAverage
+from .tuning import best_average as best_average
 from .tuning import best_batches as best_batches
 from .tuning import best_late_phase as best_late_phase
 from .tuning import best_piecewise as best_piecewise
 from .tuning import flatness as flatness
+from .tuning import information_bound as information_bound
 from .tuning.constant_lr import Best as Best
 from .tuning.constant_lr import best_lr as best_lr
 from .tuning.constant_lr import best_lr_and_momentum as best_lr_and_momentum

@@ -56,6 +56,10 @@ COLUMNS: dict[str, Column] = {
     "member_loss": Column("member loss", "", "expected loss of the average member"),
     "bias": Column("bias", "", "loss without gradient noise"),
     "variance": Column("variance", "", "loss due to gradient noise alone"),
+    "bound": Column(
+        "information bound", "", "least loss that a linear method could reach with these examples"
+    ),
+    "regret": Column("regret", "", "loss above the bound"),
     "loss_sd": Column("sd of loss", "", "standard deviation of the loss from run to run"),
     "stderr": Column("standard error", "", "Monte Carlo standard error of loss; 0 if analytic"),
     "member_stderr": Column(

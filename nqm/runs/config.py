@@ -89,6 +89,9 @@ class Run:
         Steps to record; about 100 by default.
     quantiles : list of float
         Levels of the quantiles of the loss that the table contains.
+    bound : bool
+        Whether the table contains what no linear method could beat (`bound`), and the loss above
+        it (`regret`).
     method : {"jump", "moments", "sample"}
         Exact by powers, exact step by step, or Monte Carlo.
     replicas, seed : int
@@ -106,6 +109,7 @@ class Run:
     program: Program
     at: list[int] | None = None
     quantiles: tuple[float, ...] = ()
+    bound: bool = False
     method: str = "jump"
     replicas: int = 1000
     seed: int = 0
@@ -141,6 +145,11 @@ class Run:
             raise NQMError(
                 "record.quantiles: least squares has no exact ones, as its weights are not "
                 'Gaussian; use method = "sample"'
+            )
+        if self.bound:
+            raise NQMError(
+                "record.bound: no bound is known for least squares, whose noise depends on the "
+                "weights; drop record.bound"
             )
         if self.precision != "float64" or self.control:
             name = "control" if self.control else "precision"
@@ -283,7 +292,8 @@ class Run:
         Returns
         -------
         DataFrame
-            Columns of `Trajectory.table`, and one for each level of `quantiles`.
+            Columns of `Trajectory.table`, one for each level of `quantiles`, and bound and regret
+            if asked for.
         """
         from nqm.table import quantile_name
 
@@ -293,6 +303,11 @@ class Run:
             values = result.quantiles(self.quantiles)
             for level, column in zip(self.quantiles, values.T, strict=True):
                 frame[quantile_name(level)] = column
+        if self.bound:
+            from nqm.tuning.information import program_bound
+
+            least = program_bound(self.additive("record.bound"), self.program, self.at)
+            frame["bound"], frame["regret"] = least, frame["loss"] - least
         return frame
 
 
@@ -465,12 +480,14 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
     if not isinstance(phases, list):
         raise NQMError(f"phase must be a list of tables, [[phase]] in TOML; got {phases!r:.40}")
     record = table_at("record", mapping.get("record", {}))
-    known_keys("record", record, ("at", "quantiles"))
+    known_keys("record", record, ("at", "quantiles", "bound"))
     options: dict[str, Any] = {}
     if "at" in record:
         options["at"] = leaf("record.at", record["at"], list[int])
     if "quantiles" in record:
         options["quantiles"] = leaf("record.quantiles", record["quantiles"], tuple[float, ...])
+    if "bound" in record:
+        options["bound"] = leaf("record.bound", record["bound"], bool)
     hints: dict[str, Any] = {"method": str, "replicas": int, "seed": int, "precision": str}
     hints |= {"control": bool, "streams": str}
     for name, hint in hints.items():

@@ -479,7 +479,7 @@ def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> N
     for name, path in paths.items():
         if path[0] == "sweep":
             raise NQMError(f"sweep.{name}: the axes of a sweep are no axis; drop it")
-        if path == ("record",) or path[:2] == ("record", "quantiles"):
+        if path == ("record",) or path[:2] in (("record", "quantiles"), ("record", "bound")):
             raise NQMError(f"sweep.{name}: all cells have the same columns; set it in [record]")
         if path in owners:
             raise NQMError(f"sweep.{owners[path]} and sweep.{name} are the same entry; drop one")

@@ -333,7 +333,7 @@ def _carry(
     start.noisy = np.ascontiguousarray(noisy)
 
 
-class _Walker:
+class Walker:
     """Advances all modes through one phase."""
 
     def __init__(self, problem: Problem, law: Law, states: list[Moments], age: int):
@@ -666,11 +666,11 @@ class PhaseWalk:
         self.segments = list(phase.segments())
         check_size("phase", problem, self.law, phase.steps, 1, jump=True)
 
-    def _start(self) -> _Walker:
+    def _start(self) -> Walker:
         states = at_start(self.law.algorithm, self.problem)
-        return _Walker(self.problem, self.law, states[:1], 0)
+        return Walker(self.problem, self.law, states[:1], 0)
 
-    def _to(self, walker: _Walker, position: int, target: int) -> None:
+    def _to(self, walker: Walker, position: int, target: int) -> None:
         for start, stop, period in self.segments:
             until = min(stop, target)
             if position < until and start <= position:
@@ -773,7 +773,7 @@ def phase_cycles(
     """
     law = law_of(replace(phase, steps=FOREVER), problem)
     period = whole_period(phase)
-    walker = _Walker(problem, law, [], 0)
+    walker = Walker(problem, law, [], 0)
     modes = law.algorithm.modes()
     cycles = [walker.cycle(mode, 0, period) for mode in modes]
     return modes, at_start(law.algorithm, problem), cycles
@@ -960,7 +960,7 @@ def _visit(
         for index, law in enumerate(laws):
             if index:
                 states, age = hand_over(problem, states, laws[index - 1], law, age)
-            walker = _Walker(problem, law, states, age)
+            walker = Walker(problem, law, states, age)
             if index == 0 and pending and pending[0] == 0:
                 pending.pop(0)
                 yield _read(problem, states, age, unstable=False)
@@ -988,7 +988,7 @@ def _visit(
             offset, age = offset + law.phase.steps, age + law.phase.steps
 
 
-def _unstable(problem: Problem, walker: _Walker, law: Law, start: int, period: int | None) -> bool:
+def _unstable(problem: Problem, walker: Walker, law: Law, start: int, period: int | None) -> bool:
     """Whether a stretch at repeating rates amplifies some direction that has curvature."""
     never_repeats = law.algorithm.time.update_never_repeats
     if period is None and not (never_repeats and law.phase.constant):
