@@ -23,6 +23,7 @@ _MARKER: dict[str, Any] = {
     "marker": "o", "linestyle": "none", "markersize": 3.6,
     "markerfacecolor": "white", "markeredgewidth": 0.9,
 }  # fmt: skip
+_BOUND: dict[str, Any] = {"color": PALETTE[3], "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
 #: Colour of each family of methods.
 COLORS = {"last iterate": REFERENCE, "mean over time": PALETTE[0], "mean over runs": PALETTE[1]}
 
@@ -70,7 +71,7 @@ def panel(table: pd.DataFrame, rows: list[str], *, ax: Axes | None = None) -> Ax
     Parameters
     ----------
     table : DataFrame
-        Columns method, label, family, kind, loss, stderr; of one problem.
+        Columns method, label, family, kind, loss, stderr, bound; of one problem.
     rows : list of str
         Methods from the top down.
     ax : Axes, optional
@@ -78,7 +79,8 @@ def panel(table: pd.DataFrame, rows: list[str], *, ax: Axes | None = None) -> Ax
     Returns
     -------
     Axes
-        A tick's gid is ``METHOD``, its marker's ``METHOD/sample``.
+        A tick's gid is ``METHOD``, its marker's ``METHOD/sample``; the gid ``bound`` marks what no
+        linear method could reach.
     """
     ax = axes_or_new(ax)
     exact, run = (table[table["kind"] == kind].set_index("method") for kind in ("exact", "sample"))
@@ -88,6 +90,7 @@ def panel(table: pd.DataFrame, rows: list[str], *, ax: Axes | None = None) -> Ax
     ax.axvline(1.0, color="0.6", linewidth=0.8, zorder=1)
     dashes: Any = {"color": "0.6", "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
     ax.axvline(theory[HONEST] / unit, gid="honest", **dashes)
+    ax.axvline(exact["bound"].iloc[0] / unit, gid="bound", zorder=1, **_BOUND)
     for y, name in enumerate(rows):
         color = COLORS[exact["family"].to_dict()[name]]
         ratio = theory[name] / unit
@@ -112,7 +115,7 @@ def page(table: pd.DataFrame, figure: Figure) -> None:
     Parameters
     ----------
     table : DataFrame
-        Columns method, spectrum, noise, kind, loss, label, family, stderr.
+        Columns method, spectrum, noise, kind, loss, label, family, stderr, bound.
     figure : Figure
         Empty figure to draw on. All panels have the same order of methods.
     """
@@ -129,7 +132,7 @@ def page(table: pd.DataFrame, figure: Figure) -> None:
         subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
         ax.xaxis.set_major_locator(LogLocator(subs=subs))
     figure.supxlabel("final loss / that of SGD at its best constant rate, equal data", fontsize=8)
-    figure.legend(handles=_legend(), loc="outside upper center", ncols=5, fontsize=7)
+    figure.legend(handles=_legend(), loc="outside upper center", ncols=6, fontsize=7)
 
 
 def _legend() -> list[Line2D]:
@@ -139,4 +142,5 @@ def _legend() -> list[Line2D]:
         *(Line2D([], [], color=color, linewidth=2.5, label=name) for name, color in COLORS.items()),
         Line2D([], [], label="theory", **_TICK, **ink),
         Line2D([], [], label="simulation", **_MARKER, **ink),
+        Line2D([], [], label="bound", **_BOUND),
     ]

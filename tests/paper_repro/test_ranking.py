@@ -74,14 +74,25 @@ def test_claims_hold_and_can_fail(table):
     sampled = table["kind"] == "sample"
     for rows, column, expected in (
         (sampled, "loss", 1),
+        (table["method"] == "polyak", "bound", 1),
         (table["method"] == "late_phase", "twin", 1),
         (table["method"] == "swa", "examples", 1),
         ((table["method"] == "ensemble") & ~sampled, "loss", 3),
     ):
         wrong = table.copy()
-        wrong.loc[rows, column] *= 0.1 if expected == 3 else 1.5
+        wrong.loc[rows, column] *= {"bound": 20.0}.get(column, 0.1 if expected == 3 else 1.5)
         failed = sum(not claim.passed for claim in study.claims(wrong))
         assert failed >= expected
+
+
+def test_bound_by_the_posterior_of_all_examples(table):
+    """1/2 sum h / (1 + N h^2 / v) from a start of variance 1, whatever the method."""
+    s = study.settings(Scale.SMOKE)
+    h = 1.0 / np.arange(1, s.directions + 1)
+    for noise, scale in s.noise_scale:
+        bounds = table[table["noise"] == noise]["bound"]
+        expected = 0.5 * np.sum(h / (1.0 + s.examples * h / scale))
+        np.testing.assert_allclose(bounds, expected, rtol=1e-12)
 
 
 def test_order_is_by_mean_rank_and_ties_share():
@@ -100,12 +111,13 @@ def test_panel_shows_the_table():
     names = ["sgd", "sgd_linear", "ema"]
     exact = pd.DataFrame({"method": names, "kind": "exact", "loss": [2.0, 1.0, 0.5], "stderr": 0.0})
     drawn = exact.assign(kind="sample", loss=[2.2, 1.1, 0.4], stderr=0.1)
-    table = pd.concat([exact, drawn]).assign(label="name", family="mean over time")
+    table = pd.concat([exact, drawn]).assign(label="name", family="mean over time", bound=0.3)
     ax = panels.panel(table, ["ema", "sgd", "sgd_linear"])
     np.testing.assert_allclose(artist(ax, "ema"), [[0.25, 0]])
     np.testing.assert_allclose(artist(ax, "sgd"), [[1.0, 1]])
     np.testing.assert_allclose(artist(ax, "ema/sample"), [[0.2, 0]])
     np.testing.assert_allclose(artist(ax, "honest")[:, 0], 0.5)
+    np.testing.assert_allclose(artist(ax, "bound")[:, 0], 0.15)
     (container,) = [c for c in ax.containers if c[0].get_gid() == "ema/sample"]
     (segment,) = container[2][0].get_segments()
     np.testing.assert_allclose(segment[:, 0], 0.2 + 1.96 * 0.05 * np.array([-1, 1]))

@@ -131,10 +131,7 @@ def test_by_draws(problem):
         def moved(x, rate=rate):
             return x - rate * (h * x + rng.normal(size=(runs, 3)) * np.sqrt(v / batch))
 
-        if step < 6:
-            members = [moved(members[0])] * 2
-        else:
-            members = [moved(one) for one in members]
+        members = [moved(members[0])] * 2 if step < 6 else [moved(one) for one in members]
         average = average + best.weights[step + 1] * (members[0] + members[1]) / 2
     losses = 0.5 * average**2 @ h
     error = losses.std() / np.sqrt(runs)
