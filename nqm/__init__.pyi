@@ -43,11 +43,15 @@ from .result import Status as Status
 from .result import Trajectory as Trajectory
 from .runs.sweep import Sweep as Sweep
 from .schedule import Constant as Constant
+from .schedule import Cooldown as Cooldown
 from .schedule import Cosine as Cosine
 from .schedule import Cyclic as Cyclic
+from .schedule import Exponential as Exponential
 from .schedule import Joined as Joined
 from .schedule import Linear as Linear
+from .schedule import PerStep as PerStep
 from .schedule import Piecewise as Piecewise
+from .schedule import Power as Power
 from .schedule import Schedule as Schedule
 from .schedule import Warmup as Warmup
 from .schedule import WarmupStableDecay as WarmupStableDecay

@@ -16,8 +16,11 @@ from nqm.algorithms.base import Algorithm, Nonlinear, Optimizer
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
-from nqm.schedule import Schedule, Segment, as_schedule
+from nqm.schedule import PerStep, Schedule, Segment, as_schedule
 from nqm.transition import minibatches
+
+#: Number of steps that stands for a phase without end.
+FOREVER = 10**18
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class Phase:
     ----------
     algorithm : Algorithm or Nonlinear
         Training or averaging method.
-    lr : float or Schedule
-        Learning rate, > 0, by step of this phase.
+    lr : float, array_like or Schedule
+        Learning rate, > 0, by step of this phase; an array has one for every step.
     steps : int
         Number of steps, >= 0. One step of K members is one cycle: every member steps once.
-    batch_size : float or Schedule
+    batch_size : float, array_like or Schedule
         Examples of one minibatch, > 0.
     member_lr : float or Schedule, optional
         Learning rate of late-phase members; `lr` by default.
@@ -67,6 +70,13 @@ class Phase:
                 name = type(self.algorithm).__name__
                 raise NQMError(f"phase.member_lr is for late-phase weights; {name} has none")
             object.__setattr__(self, "member_lr", as_schedule(self.member_lr, "phase.member_lr"))
+        for name in ("lr", "member_lr", "batch_size"):
+            given = getattr(self, name)
+            if isinstance(given, PerStep) and len(given.values) < self.steps < FOREVER:
+                raise NQMError(
+                    f"phase.{name} holds {len(given.values)} values for {self.steps} steps; give "
+                    "one for every step"
+                )
 
     @property
     def minibatches(self) -> float:

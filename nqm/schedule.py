@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nqm.errors import NQMError, check_integer, check_number
+from nqm.errors import NQMError, check_integer, check_number, check_word, shown
 from nqm.problems.quadratic import FloatArray
 
 #: (start, stop, period): on [start, stop) the value repeats every `period` steps; never if None.
@@ -299,6 +299,178 @@ class Cyclic(Schedule):
 
 
 @dataclass(frozen=True)
+class Power(Schedule):
+    """``start * (1 + t / over)^-exponent``: a power of time, without end.
+
+    Exponent 1 is the inverse-time decay of Robbins & Monro (1951), 1/2 the inverse root; `over`
+    is the number of steps after which the value has fallen by a factor of 2^exponent.
+
+    Parameters
+    ----------
+    start : float
+        Value of the first step, > 0.
+    over : int
+        Scale of time in steps, >= 1.
+    exponent : float
+        > 0.
+    """
+
+    start: float
+    over: int
+    exponent: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("Power.start", self.start)
+        check_integer("Power.over", self.over, 1)
+        _positive("Power.exponent", self.exponent)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        passed = 1.0 + np.asarray(step, dtype=np.float64) / self.over
+        return np.asarray(self.start * passed**-self.exponent)
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """From `start` to `end` by an equal factor each step over `over` steps, then constant.
+
+    Parameters
+    ----------
+    start, end : float
+        First and final value, > 0.
+    over : int
+        Steps of the change, >= 1.
+    """
+
+    start: float
+    end: float
+    over: int
+
+    def __post_init__(self) -> None:
+        _positive("Exponential.start", self.start)
+        _positive("Exponential.end", self.end)
+        check_integer("Exponential.over", self.over, 1)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
+        return np.asarray(self.start ** (1.0 - done) * self.end**done)
+
+    @property
+    def least(self) -> float:
+        return min(self.start, self.end)
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        yield from _then_flat(self.over, steps)
+
+
+@dataclass(frozen=True)
+class PerStep(Schedule):
+    """An array of values, one for every step; a list in a phase is read as this.
+
+    Parameters
+    ----------
+    values : array_like
+        Value of each step, >= 0, not all 0. A phase with more steps is refused.
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            values = np.asarray(self.values, dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.full(1, np.nan)
+        if values.ndim != 1 or not values.size or not np.all(np.isfinite(values) & (values >= 0)):
+            raise NQMError(f"PerStep.values must hold numbers >= 0; got {shown(self.values)}")
+        _some_above_zero("PerStep.values", float(values.max()))
+        object.__setattr__(self, "values", tuple(values.tolist()))
+
+    @cached_property
+    def _array(self) -> FloatArray:
+        return np.array(self.values)
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        place = np.minimum(np.asarray(step).astype(np.int64), len(self.values) - 1)
+        return np.asarray(self._array[place])
+
+    @property
+    def least(self) -> float:
+        return min(self.values)
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        yield from _then_flat(len(self.values), steps)
+
+
+@dataclass(frozen=True)
+class Cooldown(Schedule):
+    """Any schedule, whose values fall to a share `end` of themselves in the steps after `begin`.
+
+    With done = (t - begin) / over the factor is 1 - (1 - end) f: f = done ("linear"), sqrt(done)
+    ("sqrt", the 1 - sqrt cooldown of Hägele et al. 2024, "Scaling laws and compute-optimal
+    training beyond fixed training durations"), or (1 - cos(pi done)) / 2 ("cosine").
+
+    Parameters
+    ----------
+    of : Schedule or float
+        Schedule whose values are multiplied by the factor.
+    begin : int
+        First step of the cooldown, which still has the factor 1, >= 0.
+    over : int
+        Steps of the cooldown, >= 1.
+    end : float
+        Factor at its end and later, in [0, 1].
+    shape : {"sqrt", "linear", "cosine"}
+        How the factor falls.
+    """
+
+    of: float | Schedule
+    begin: int
+    over: int
+    end: float = 0.0
+    shape: str = "sqrt"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", as_schedule(self.of, "Cooldown.of"))
+        check_integer("Cooldown.begin", self.begin, 0)
+        check_integer("Cooldown.over", self.over, 1)
+        check_number("Cooldown.end", self.end, low=0.0, high=1.0)
+        check_word("Cooldown.shape", self.shape, tuple(_FALLS))
+
+    @property
+    def _whole(self) -> Schedule:
+        """The schedule that is cooled down."""
+        assert isinstance(self.of, Schedule)
+        return self.of
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        t = np.asarray(step, dtype=np.float64)
+        done = np.clip((t - self.begin) / self.over, 0.0, 1.0)
+        return np.asarray((1.0 - (1.0 - self.end) * _FALLS[self.shape](done)) * self._whole(step))
+
+    @property
+    def least(self) -> float:
+        return self.end * self._whole.least
+
+    def segments(self, steps: int) -> Iterator[Segment]:
+        fallen = self.begin + self.over
+        for start, stop, period in self._whole.segments(steps):
+            edges = sorted({start, stop, *(e for e in (self.begin, fallen) if start < e < stop)})
+            for first, last in itertools.pairwise(edges):
+                cools = self.begin <= first < fallen
+                if cools and last - first > 1:
+                    yield first, last, None
+                else:
+                    yield first, last, period
+
+
+#: How far a cooldown has gone, by the share of its steps that is done.
+_FALLS: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "sqrt": np.sqrt,
+    "linear": np.asarray,
+    "cosine": lambda done: 0.5 * (1.0 - np.cos(np.pi * done)),
+}
+
+
+@dataclass(frozen=True)
 class Warmup(Schedule):
     """Linear warm-up over `steps` steps of any schedule, which is not delayed by it.
 
@@ -317,6 +489,7 @@ class Warmup(Schedule):
 
     def __post_init__(self) -> None:
         check_integer("Warmup.steps", self.steps, 1)
+        object.__setattr__(self, "then", as_schedule(self.then, "Warmup.then"))
 
     def __call__(self, step: ArrayLike) -> FloatArray:
         rise = np.minimum((np.asarray(step, dtype=np.float64) + 1.0) / self.steps, 1.0)
@@ -356,6 +529,8 @@ class Joined(Schedule):
                 f"Joined needs one part more than lengths; "
                 f"got {len(self.parts)} parts and {len(self.lengths)} lengths"
             )
+        parts = tuple(as_schedule(part, "Joined.parts") for part in self.parts)
+        object.__setattr__(self, "parts", parts)
         for length in self.lengths:
             check_integer("Joined.lengths", length, 1)
         check_number("the sum of Joined.lengths", sum(self.lengths), high=2**53)
@@ -391,27 +566,32 @@ class Joined(Schedule):
 
 
 def as_schedule(value: float | Schedule | Any, where: str) -> Schedule:
-    """Turn a number into a `Constant`; return a schedule unchanged.
+    """Turn a number into a `Constant` and a list into a `PerStep`; return a schedule unchanged.
 
     Parameters
     ----------
-    value : float or Schedule
-        Number > 0, or a schedule.
+    value : float, array_like or Schedule
+        Number > 0, one number for every step, or a schedule.
     where : str
         Name of the field, for the message.
 
     Returns
     -------
     Schedule
-        `Constant` for a number, else `value`.
+        `value` itself if it is one already.
 
     Raises
     ------
     NQMError
-        If it is neither a schedule nor a number > 0.
+        If it is none of these.
     """
     if isinstance(value, Schedule):
         return value
+    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) > 0:
+        try:
+            return PerStep(cast(Any, value))
+        except NQMError as error:
+            raise NQMError(f"{where}: {error}") from None
     _positive(where, value)
     return Constant(float(value))
 
@@ -438,6 +618,10 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "cosine": Cosine,
     "wsd": WarmupStableDecay,
     "cyclic": Cyclic,
+    "power": Power,
+    "exponential": Exponential,
+    "per_step": PerStep,
+    "cooldown": Cooldown,
     "warmup": Warmup,
     "joined": Joined,
 }

@@ -267,8 +267,8 @@ def schedule(where: str, value: Any) -> Schedule:
     ----------
     where : str
         Dotted key, for messages.
-    value : mapping or float
-        A table with the entry ``schedule``, or a number for a constant.
+    value : mapping, float or list of float
+        A table with the entry ``schedule``, a number for a constant, or one number a step.
 
     Returns
     -------
@@ -283,6 +283,8 @@ def schedule(where: str, value: Any) -> Schedule:
     if isinstance(value, Mapping):
         made: Schedule = named(where, value, "schedule", SCHEDULES)
         return made
+    if isinstance(value, list):
+        return as_schedule(list(leaf(where, value, tuple[float, ...])), where)
     return as_schedule(leaf(where, value, float), where)
 
 

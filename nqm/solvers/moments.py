@@ -18,7 +18,7 @@ from nqm.errors import NQMError
 from nqm.limits import check_memory, check_walk, check_work
 from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
-from nqm.program import Phase, Program, as_program, goes_on, resumes
+from nqm.program import FOREVER, Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
 from nqm.solvers.multiplicative_scalar import scalar_first_order
@@ -33,8 +33,6 @@ from nqm.transition import (
     spectral_radius,
 )
 
-#: Number of steps that stands for a phase without end.
-FOREVER = 10**18
 #: Coordinates of a chain up to which only the number of steps is limited, not the work in a step.
 SMALL = 16
 #: Most entries of the transition matrices held at once while walking: they stay in the cache.

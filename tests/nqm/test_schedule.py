@@ -16,13 +16,17 @@ import nqm
 from nqm import (
     SGD,
     Constant,
+    Cooldown,
     Cosine,
     Cyclic,
+    Exponential,
     Joined,
     Linear,
     NQMError,
+    PerStep,
     Phase,
     Piecewise,
+    Power,
     Program,
     Schedule,
     Warmup,
@@ -48,6 +52,17 @@ FORMULAS = {
     "cyclic linear": (Cyclic(1.0, 0.2, 5, "linear"), lambda t: 1.0 - 0.2 * (t % 5)),
     "cyclic triangle": (
         Cyclic(1.0, 0.2, 5, "triangle"), lambda t: [1.0, 0.6, 0.2, 0.6, 1.0][t % 5]),
+    "power": (Power(0.8, 5, 0.5), lambda t: 0.8 / math.sqrt(1 + t / 5)),
+    "inverse time": (Power(0.8, 5), lambda t: 0.8 / (1 + t / 5)),
+    "exponential": (Exponential(0.8, 0.1, 6), lambda t: 0.8 * 0.125 ** (min(t, 6) / 6)),
+    "per step": (PerStep((0.5, 0.2, 0.7)), lambda t: [0.5, 0.2, 0.7][min(t, 2)]),
+    "cooldown": (Cooldown(0.4, 5, 8), lambda t: 0.4 * (1 - math.sqrt(min(max(t - 5, 0) / 8, 1)))),
+    "cooldown to a share": (
+        Cooldown(Linear(1.0, 0.2, 10), 3, 8, 0.25, "linear"),
+        lambda t: (1.0 - 0.08 * min(t, 10)) * (1 - 0.75 * min(max(t - 3, 0) / 8, 1))),
+    "cooldown cosine": (
+        Cooldown(Constant(0.4), 5, 8, 0.5, "cosine"),
+        lambda t: 0.4 * (0.75 + 0.25 * math.cos(math.pi * min(max(t - 5, 0) / 8, 1)))),
     "warmup": (Warmup(4, Linear(1.0, 0.2, 10)),
                lambda t: min((t + 1) / 4, 1) * (1.0 - 0.08 * min(t, 10))),
     "joined": (
@@ -89,13 +104,27 @@ schedules = st.recursive(
             Cyclic, _value, _value, _length, st.sampled_from(["cosine", "linear", "triangle"])
         ),
         st.builds(WarmupStableDecay, _value, _value, st.integers(0, 9), st.integers(0, 9), _length),
+        st.builds(Power, _value, _length, st.floats(0.1, 2.0)),
+        st.builds(Exponential, _value, _value, _length),
+        st.builds(PerStep, st.lists(_value, min_size=1, max_size=9)),
         st.lists(st.tuples(_value, _length), min_size=1, max_size=4).map(
             lambda pairs: Piecewise(
                 tuple(v for v, _ in pairs), tuple(np.cumsum([n for _, n in pairs[1:]]).tolist())
             )
         ),
     ),
-    lambda parts: st.one_of(st.builds(Warmup, _length, parts), _joined(parts)),
+    lambda parts: st.one_of(
+        st.builds(Warmup, _length, parts),
+        st.builds(
+            Cooldown,
+            parts,
+            st.integers(0, 20),
+            _length,
+            st.floats(0.1, 1.0),
+            st.sampled_from(["sqrt", "linear", "cosine"]),
+        ),
+        _joined(parts),
+    ),
     max_leaves=4,
 )
 
@@ -128,6 +157,10 @@ def test_segments_tile_the_steps_and_really_repeat(schedule, steps):
             [(0, 2, None), (2, 5, 1), (5, 7, None), (7, 9, 1)],
         ),
         (Warmup(3, Cyclic(1.0, 0.1, 4)), 9, [(0, 3, None), (3, 9, 4)]),
+        (Cooldown(1.0, 3, 4), 12, [(0, 3, 1), (3, 7, None), (7, 12, 1)]),
+        (Cooldown(Cyclic(1.0, 0.1, 4), 9, 4), 9, [(0, 9, 4)]),
+        (Exponential(1.0, 0.1, 4), 9, [(0, 4, None), (4, 9, 1)]),
+        (PerStep((1.0, 2.0)), 2, [(0, 2, None)]),
         (Joined((Constant(1.0), Cyclic(1.0, 0.1, 2)), (5,)), 9, [(0, 5, 1), (5, 9, 2)]),
     ],
 )
@@ -251,3 +284,87 @@ def test_a_joined_schedule_asks_only_the_parts_of_its_steps() -> None:
 def test_a_joined_schedule_counts_its_steps_exactly() -> None:
     with pytest.raises(NQMError, match=r"sum of Joined\.lengths must be at most"):
         Joined((Constant(1.0),) * 3, (2**53, 2**53))
+
+
+def test_an_array_of_rates(problem):
+    """A list or array is a rate for every step: the recursion itself."""
+    rates = np.array([0.5, 0.0, 0.2, 0.7])
+    mean, variance = problem.initial_mean, problem.initial_variance
+    for rate in rates:
+        gain = 1 - rate * problem.curvature
+        mean, variance = gain * mean, gain**2 * variance + rate**2 * problem.noise_variance / 2
+    expected = 0.5 * problem.curvature @ (mean**2 + variance)
+    for lr in (rates, rates.tolist(), tuple(rates), PerStep(tuple(rates))):
+        loss = nqm.solve(problem, Phase(SGD(), lr, 4, [2] * 4), [4]).loss[0]
+        assert loss == pytest.approx(expected, rel=IDENTITY)
+    with pytest.raises(NQMError, match=r"phase\.lr holds 4 values for 5 steps"):
+        Phase(SGD(), rates, 5)
+    with pytest.raises(NQMError, match=r"phase\.batch_size holds 1"):
+        Phase(SGD(), 0.1, 2, [4])
+    with pytest.raises(NQMError, match=r"phase\.batch_size must be > 0 at every step"):
+        Phase(SGD(), 0.1, 2, [4, 0])
+    with pytest.raises(NQMError, match="steady state needs"):
+        nqm.steady(problem, Phase(SGD(), rates, 4))
+
+
+@pytest.mark.parametrize("values", [[], [0.1, -0.1], [0.1, float("nan")], ["a"], [[0.1], [0.2]]])
+def test_no_array_of_rates(values):
+    with pytest.raises(NQMError, match=r"phase\.lr"):
+        Phase(SGD(), values, 1)
+
+
+def test_rates_may_end_at_zero(problem):
+    """The step at rate 0 changes nothing: the loss after it is the loss before it."""
+    falling = [
+        Linear(0.5, 0.0, 9),
+        Cosine(0.5, 0.0, 9),
+        Cooldown(0.5, 3, 6),
+        WarmupStableDecay(0.5, 0.0, 2, 3, 4),
+        Warmup(2, Linear(0.5, 0.0, 9)),
+    ]
+    for schedule in falling:
+        losses = nqm.solve(problem, Phase(SGD(), schedule, 20), [9, 10, 20]).loss
+        assert losses[0] == pytest.approx(losses[2], rel=IDENTITY)
+        assert losses[0] == pytest.approx(losses[1], rel=IDENTITY)
+
+
+def test_parts_may_be_numbers():
+    assert Warmup(4, 0.2) == Warmup(4, Constant(0.2))
+    assert Joined((0.2, 0.1), (3,)) == Joined((Constant(0.2), Constant(0.1)), (3,))
+    for build in (lambda: Warmup(4, "x"), lambda: Joined((SGD(),), ()), lambda: Cooldown(-1, 2, 3)):
+        with pytest.raises(NQMError, match=r"Warmup\.then|Joined\.parts|Cooldown\.of"):
+            build()
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Power(0.0, 3), "Power.start"),
+        (lambda: Power(0.1, 3, 0.0), "Power.exponent"),
+        (lambda: Exponential(0.1, 0.0, 3), "Exponential.end"),
+        (lambda: Cooldown(0.1, -1, 3), "Cooldown.begin"),
+        (lambda: Cooldown(0.1, 1, 3, 1.5), "Cooldown.end"),
+        (lambda: Cooldown(0.1, 1, 3, 0.5, "square"), "Cooldown.shape"),
+    ],
+)
+def test_new_mistakes(build, words):
+    with pytest.raises(NQMError, match=words):
+        build()
+
+
+def test_lists_and_cooldowns_in_files():
+    from nqm.runs import config
+
+    def phase(lr):
+        return {
+            "problem": {"curvature": [1.0], "noise_variance": 0.5},
+            "phase": [{"algorithm": "sgd", "lr": lr, "steps": 3}],
+        }
+
+    run = config.build(phase([0.1, 0.2, 0.3]))
+    assert run.program.phases[0].lr == PerStep((0.1, 0.2, 0.3))
+    cool = {"schedule": "cooldown", "of": {"schedule": "cosine", "start": 1, "end": 0, "over": 9},
+            "begin": 1, "over": 2}  # fmt: skip
+    assert config.build(phase(cool)).program.phases[0].lr == Cooldown(Cosine(1, 0, 9), 1, 2)
+    with pytest.raises(NQMError, match=r"phase\.0\.lr"):
+        config.build(phase([0.1, "a", 0.3]))

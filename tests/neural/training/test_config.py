@@ -27,11 +27,15 @@ from nqm.errors import NQMError
 from nqm.schedule import (
     SCHEDULES,
     Constant,
+    Cooldown,
     Cosine,
     Cyclic,
+    Exponential,
     Joined,
     Linear,
+    PerStep,
     Piecewise,
+    Power,
     Warmup,
     WarmupStableDecay,
 )
@@ -66,7 +70,15 @@ simple = st.one_of(
     st.builds(WarmupStableDecay, rates, rates, flat, flat, counts),
     st.builds(Cyclic, rates, rates, counts, st.sampled_from(["cosine", "linear", "triangle"])),
 )
-schedules = st.one_of(simple, joined(), st.builds(Warmup, counts, simple))
+schedules = st.one_of(
+    simple,
+    joined(),
+    st.builds(Warmup, counts, simple),
+    st.builds(Cooldown, simple, counts, counts, st.floats(0.0, 1.0), st.sampled_from(["sqrt"])),
+    st.builds(Power, rates, counts, rates),
+    st.builds(Exponential, rates, rates, counts),
+    st.builds(PerStep, st.lists(rates, min_size=1, max_size=4)),
+)
 fractions = st.floats(0.0, 0.999)
 parts = st.none() | st.integers(1, 1000)
 
@@ -184,6 +196,7 @@ def test_description_survives_json(run: RunConfig) -> None:
 
 def test_every_schedule_is_generated() -> None:
     known = {Constant, Piecewise, Linear, Cosine, WarmupStableDecay, Cyclic, Joined, Warmup}
+    known |= {Cooldown, Power, Exponential, PerStep}
     assert known == set(SCHEDULES.values())
 
 
