@@ -307,15 +307,43 @@ def schedule_free(
     rng: Rng,
     *,
     beta: float,
+    warmup: int = 0,
 ) -> Array:
-    """Schedule-free SGD (Defazio et al. 2024): x is the plain mean of z_1 .. z_t."""
-    z, x, total = start, start, np.zeros_like(start)
+    """Schedule-free SGD (Defazio et al. 2024) with the warm-up and weights of the authors' code.
+
+    x is the mean of z_1 .. z_t weighted by the squares of the factors of their rates.
+    """
+    z, x, total, weights = start, start, np.zeros_like(start), 0.0
     path = [x]
     for t, (eta, size) in enumerate(_plan(steps, lr, batch_size), 1):
+        factor = t / warmup if t < warmup else 1.0
         y = (1 - beta) * z + beta * x
+        z = z - factor * eta * _gradient(y, h, v, size, rng)
+        total, weights = total + factor**2 * z, weights + factor**2
+        x = total / weights
+        path.append(x)
+    return np.stack(path)
+
+
+def primal_average(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    mu_x: float,
+    mu_y: float,
+) -> Array:
+    """Generalized primal averaging (Defazio et al. 2025) of SGD."""
+    z, x = start, start
+    path = [x]
+    for eta, size in _plan(steps, lr, batch_size):
+        y = mu_y * x + (1 - mu_y) * z
         z = z - eta * _gradient(y, h, v, size, rng)
-        total = total + z
-        x = total / t
+        x = mu_x * x + (1 - mu_x) * z
         path.append(x)
     return np.stack(path)
 

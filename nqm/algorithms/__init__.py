@@ -29,6 +29,7 @@ from nqm.algorithms.sampled import Adam as Adam
 from nqm.algorithms.sampled import Sampled as Sampled
 from nqm.algorithms.sampled import SampledSGD as SampledSGD
 from nqm.algorithms.sampled import SignSGD as SignSGD
+from nqm.algorithms.schedule_free import PrimalAverage as PrimalAverage
 from nqm.algorithms.schedule_free import ScheduleFree as ScheduleFree
 from nqm.algorithms.wrapper import Wrapper as Wrapper
 
@@ -42,6 +43,7 @@ ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "lawa": LAWA,
     "polynomial_average": PolynomialAverage,
     "schedule_free": ScheduleFree,
+    "primal_average": PrimalAverage,
     "lookahead": Lookahead,
     "local_sgd": LocalSGD,
     "federated": Federated,
