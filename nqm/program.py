@@ -16,7 +16,7 @@ from nqm.algorithms.base import Algorithm, Nonlinear, Optimizer
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
-from nqm.schedule import PerStep, Schedule, Segment, as_schedule
+from nqm.schedule import Constant, PerStep, Schedule, Segment, as_schedule
 from nqm.transition import minibatches
 
 #: Number of steps that stands for a phase without end.
@@ -431,7 +431,9 @@ def constant(
     return Program((Phase(algorithm, lr, steps, batch_size, **more),))
 
 
-def steps_for(algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: float = 1) -> int:
+def steps_for(
+    algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: float | Schedule = 1
+) -> int:
     """Count the whole steps that use at most `examples` examples, to compare at equal data.
 
     Parameters
@@ -440,7 +442,7 @@ def steps_for(algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: 
         Method; K members with minibatches of their own use K minibatches per step.
     examples : float
         Data budget, >= 0.
-    batch_size : float
+    batch_size : float, array_like or Schedule
         Examples of one minibatch, > 0.
 
     Returns
@@ -451,8 +453,24 @@ def steps_for(algorithm: Algorithm | Nonlinear, examples: float, *, batch_size: 
     Raises
     ------
     NQMError
-        If an argument is out of range.
+        If an argument is out of range, or an array of batch sizes is used up before the budget.
     """
     check_number("steps_for.examples", examples, low=0.0)
     phase = Phase(algorithm, 1.0, 1, batch_size)
-    return int(examples // phase.examples(1))
+    size: Any = phase.batch_size
+    if isinstance(size, Constant):
+        return int(examples // phase.examples(1))
+    low, high = 0, 1
+    while phase.examples(high) <= examples:
+        low, high = high, 2 * high
+        summed = sum(stop - start for start, stop, period in size.segments(high) if period is None)
+        check_memory("the number of steps in steps_for.examples", high, 3.0 * summed)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if phase.examples(middle) <= examples else (low, middle)
+    if isinstance(size, PerStep) and low > len(size.values):
+        raise NQMError(
+            f"phase.batch_size holds {len(size.values)} values, which are used up before "
+            f"{examples:g} examples; give more or lower examples"
+        )
+    return low

@@ -31,9 +31,9 @@ class ScheduleFree(Algorithm):
     Defazio et al. 2024, "The road less scheduled". The share c = r^2 / sum r^2 weighs every iterate
     with the square of its rate, as the authors' code does by default (``weight_lr_power`` = 2);
     r = min((t + 1) / warmup, 1) is the optimizer's own warm-up. Without it c = 1 / (t + 1), and
-    beta = 0 is Polyak-Ruppert averaging (SWA of every step), beta = 1 primal averaging. A schedule of the
-    phase changes the steps only; that code weighs by the largest rate so far, so a falling one
-    does not change its weights either. Late steps are stable if lr h (1 - beta) < 2, step t
+    beta = 0 is Polyak-Ruppert averaging (SWA of every step), beta = 1 primal averaging. A schedule
+    of the phase changes the steps only; that code weighs by the largest rate so far, so a falling
+    one does not change its weights either. Late steps are stable if lr h (1 - beta) < 2, step t
     (without warm-up) only if t > (1 + a + beta lr h) / (2 (1 + a)) with a = 1 - lr h (1 - beta):
     near that edge the first steps amplify. No two steps are equal, so solvers take each of them.
 

@@ -23,7 +23,7 @@ from nqm.files import check_regular
 from nqm.problems import spectra
 from nqm.problems.least_squares import LeastSquares, power_law, random_features
 from nqm.problems.quadratic import Problem
-from nqm.program import Phase, Program
+from nqm.program import Phase, Program, steps_for
 from nqm.result import check_level, check_sampled
 from nqm.runs import toml
 from nqm.runs.toml import Mapped, call, known_keys, leaf, located, lookup, named, require, table_at
@@ -482,8 +482,6 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
     record = table_at("record", mapping.get("record", {}))
     known_keys("record", record, ("at", "quantiles", "bound"))
     options: dict[str, Any] = {}
-    if "at" in record:
-        options["at"] = leaf("record.at", record["at"], list[int])
     if "quantiles" in record:
         options["quantiles"] = leaf("record.quantiles", record["quantiles"], tuple[float, ...])
     if "bound" in record:
@@ -495,6 +493,11 @@ def build(mapping: Mapped, folder: str | Path = ".") -> Run:
             options[name] = leaf(name, mapping[name], hint)
     problem = build_problem(table_at("problem", mapping["problem"]), folder)
     program = Program(tuple(_phase(f"phase.{i}", phase) for i, phase in enumerate(phases)))
+    if "at" in record:
+        stated = record["at"]
+        if isinstance(stated, list):
+            stated = [program.steps if step == "end" else step for step in stated]
+        options["at"] = leaf("record.at", stated, list[int])
     return Run(problem, program, **options)
 
 
@@ -616,12 +619,20 @@ def _one_of(table: Mapped, names: tuple[str, ...], what: str) -> str:
 def _phase(where: str, table: Any) -> Phase:
     table = table_at(where, table)
     own = [name for name in toml.signature(Phase)[0] if name != "algorithm"]
+    if "examples" in table and "steps" in table:
+        raise NQMError(f"{where}.examples and {where}.steps exclude each other; drop one")
     require(where, table, "algorithm")
     cls = lookup(f"{where}.algorithm", table["algorithm"], ROSTER)
     theirs = list(toml.signature(cls)[0])
-    known_keys(where, table, ("algorithm", *own, *theirs))
+    known_keys(where, table, ("algorithm", "examples", *own, *theirs))
     algorithm = call(cls, {n: v for n, v in table.items() if n in theirs}, where)
     rest = {name: value for name, value in table.items() if name in own}
+    if "examples" in table:
+        examples = leaf(f"{where}.examples", table["examples"], float)
+        check_number(f"{where}.examples", examples, low=0.0)
+        size = toml.schedule(f"{where}.batch_size", rest.get("batch_size", 1))
+        steps = located(where, lambda: steps_for(algorithm, examples, batch_size=size))
+        return call(Phase, rest, where, {"algorithm": algorithm, "steps": steps})  # type: ignore[no-any-return]
     phase: Phase = call(Phase, rest, where, {"algorithm": algorithm})
     return phase
 

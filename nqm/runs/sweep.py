@@ -106,6 +106,8 @@ class Sweep:
         Configuration, as `nqm.runs.toml.load` returns it.
     axes : mapping of str to sequence
         ``{"phase.0.lr": [0.1, 0.2], "phase.0.members": [1, 10]}``; the last axis varies fastest.
+        Keys between commas vary together:
+        ``{"phase.0.lr, phase.0.steps": [[0.1, 50], [0.2, 20]]}``.
     folder : str or Path
         Folder to which file names in `base` are relative.
     work : Work
@@ -124,6 +126,12 @@ class Sweep:
         for name, values in axes.items():
             if not values:
                 raise NQMError(f"sweep.{name} must hold at least one value; got none")
+            for value in values if len(_parts(name)) > 1 else ():
+                if not isinstance(value, list) or len(value) != len(_parts(name)):
+                    raise NQMError(
+                        f"sweep.{name} must hold lists of {len(_parts(name))} values, one for each "
+                        f"key; got {shown(value, 40)}"
+                    )
         _check_axes(self.base, axes)
         object.__setattr__(self, "axes", axes)
         if len(self) > MOST:
@@ -181,7 +189,7 @@ class Sweep:
     def _case(self, index: int, values: dict[str, Any]) -> Case:
         mapping = copied(self.base)
         for name, value in values.items():
-            toml.assign(mapping, name, copied(value))
+            _assign(mapping, name, copied(value))
         return Case(index, values, mapping)
 
     @property
@@ -191,7 +199,7 @@ class Sweep:
         for name, values in self.axes.items():
             alone: list[dict[str, Any]] = [{} for _ in values]
             for mapping, value in zip(alone, values, strict=True):
-                toml.assign(mapping, name, value)
+                _assign(mapping, name, value)
             axes.append([name, [self.work.key(mapping, self.folder) for mapping in alone]])
         return keys.key({"base": self.work.key(self.base, self.folder), "axes": axes})
 
@@ -333,12 +341,12 @@ class Sweep:
         """Tables of all results in the order of the cells, `CELLS` of them at a time."""
         own = known.columns.dtypes()
         axes = _Axes(self.axes, own)
-        numbered = enumerate(itertools.product(*axes.columns.values()))
+        numbered = enumerate(itertools.product(*axes.rows))
         while part := list(itertools.islice(numbered, CELLS)):
-            columns: dict[str, list[Any]] = {name: [] for name in (*axes.columns, *own)}
+            columns: dict[str, list[Any]] = {name: [] for name in (*axes.names, *own)}
             for index, front in part:
                 result = known[index]
-                for name, value in zip(axes.columns, front, strict=True):
+                for name, value in zip(axes.names, itertools.chain(*front), strict=True):
                     columns[name].extend([value] * len(result["case"]))
                 for name in own:
                     columns[name].extend(result[name])
@@ -349,20 +357,39 @@ class _Axes:
     """Axes as columns of the table.
 
     The name of a column is the last part of its key if that is unique. A column holds numbers,
-    texts, or any values as JSON text.
+    texts, or any values as JSON text. `rows` has, for every axis, its values by column.
     """
 
     def __init__(self, axes: Mapping[str, Sequence[Any]], taken: Collection[str]):
-        short = {axis: axis.rpartition(".")[2] for axis in axes}
+        short = {part: part.rpartition(".")[2] for axis in axes for part in _parts(axis)}
         count = list(short.values()).count
-        self.columns: dict[str, Sequence[Any]] = {}
-        for axis, name in short.items():
-            full = count(name) > 1 or name.isdigit() or name in taken
-            column = axis if full else name
-            self.columns[f"sweep.{axis}" if column in taken else column] = _column(axes[axis])
-        self.dtypes = {
-            name: str(pd.Series(list(values)).dtype) for name, values in self.columns.items()
-        }
+        self.dtypes: dict[str, str] = {}
+        self.rows: list[list[tuple[Any, ...]]] = []
+        for axis, values in axes.items():
+            parts = _parts(axis)
+            columns = [
+                _column(one) for one in (zip(*values, strict=True) if parts[1:] else [values])
+            ]
+            self.rows.append(list(zip(*columns, strict=True)))
+            for part, column in zip(parts, columns, strict=True):
+                name = short[part]
+                full = count(name) > 1 or name.isdigit() or name in taken
+                name = part if full else name
+                name = f"sweep.{part}" if name in taken else name
+                self.dtypes[name] = str(pd.Series(list(column)).dtype)
+        self.names = list(self.dtypes)
+
+
+def _parts(name: str) -> list[str]:
+    """Dotted keys of an axis: one, or several between commas."""
+    return [part.strip() for part in name.split(",")]
+
+
+def _assign(mapping: dict[str, Any], name: str, value: Any) -> None:
+    """Set the entries of one axis."""
+    parts = _parts(name)
+    for part, one in zip(parts, value if parts[1:] else [value], strict=True):
+        toml.assign(mapping, part, one)
 
 
 def _here(cases: Iterator[Case], folder: str | Path, work: Work) -> Iterator[tuple[int, Result]]:
@@ -398,8 +425,9 @@ def read_axes(table: Any) -> dict[str, list[Any]]:
     Parameters
     ----------
     table : mapping
-        Dotted keys, each with a list of values, or with ``{geomspace = [a, b, count]}``,
-        ``{linspace = [a, b, count]}`` or ``{range = [a, b, step]}``, which include both ends.
+        Dotted keys, or several between commas, each with a list of values, or with
+        ``{geomspace = [a, b, count]}``, ``{linspace = [a, b, count]}`` or
+        ``{range = [a, b, step]}``, which include both ends.
 
     Returns
     -------
@@ -474,7 +502,14 @@ def _check_count(where: str, count: float) -> None:
 
 def _check_axes(base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> None:
     """Raise NQMError unless every axis sets an entry of its own."""
-    paths = {name: toml.path_of(base, name) for name in axes}
+    paths: dict[str, tuple[str | int, ...]] = {}
+    for axis in axes:
+        for name in _parts(axis):
+            if not name:
+                raise NQMError(f"sweep.{axis}: a key is missing beside a comma")
+            if name in paths:
+                raise NQMError(f"sweep.{name} is there twice; drop one")
+            paths[name] = toml.path_of(base, name)
     owners: dict[tuple[str | int, ...], str] = {}
     for name, path in paths.items():
         if path[0] == "sweep":

@@ -273,3 +273,54 @@ def test_overrides_that_are_more_than_one_value() -> None:
             declare.override({}, [setting])
     with pytest.raises(NQMError, match="must be a text; got an integer of thousands of digits"):
         declare.leaf("name", -(10**5000), str)
+
+
+def equal_data(**phase):
+    return {
+        "problem": {"curvature": [1.0], "noise_variance": 0.5},
+        "phase": [{"algorithm": "sgd", "lr": 0.1} | phase],
+        "record": {"at": [0, "end"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("phase", "steps"),
+    [
+        ({"examples": 25, "batch_size": 4}, 6),
+        ({"examples": 0}, 0),
+        # 1 + 2 + 3 + 4 = 10 examples, and 15 with the next step.
+        ({"examples": 14, "batch_size": [1, 2, 3, 4, 5]}, 4),
+        ({"examples": 15, "batch_size": [1, 2, 3, 4, 5]}, 5),
+        # 2 and 4 by turns: 3 a step.
+        ({"examples": 3 * 10**9, "batch_size": {"schedule": "cyclic", "high": 4, "low": 2,
+                                                "period": 2}}, 10**9),
+        ({"examples": 60, "algorithm": "ensemble", "members": 3, "batch_size": 2}, 10),
+    ],
+)  # fmt: skip
+def test_examples_in_place_of_steps(phase, steps):
+    run = config.build(equal_data(**phase))
+    assert run.program.steps == steps
+    assert run.at == [0, steps]
+    assert run.program.examples([steps])[0] <= phase["examples"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        ({"examples": 10, "steps": 3}, "exclude each other"),
+        ({"examples": -1}, r"phase\.0\.examples"),
+        ({"examples": "x"}, r"phase\.0\.examples must be a number"),
+        ({"examples": 99, "batch_size": [1, 2]}, "used up before"),
+        ({"examples": 10, "batch_size": 0}, r"phase\.0\.batch_size"),
+        ({}, r"phase\.0\.steps is missing"),
+    ],
+)
+def test_mistakes_of_examples(phase, words):
+    with pytest.raises(NQMError, match=words):
+        config.build(equal_data(**phase))
+
+
+@pytest.mark.parametrize("at", ["end", ["last"], [0, "End"]])
+def test_only_end_is_a_named_step(at):
+    with pytest.raises(NQMError, match=r"record\.at"):
+        config.build(equal_data(steps=3) | {"record": {"at": at}})

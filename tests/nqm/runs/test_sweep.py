@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import nqm
 from nqm.errors import NQMError
 from nqm.runs.journal import Journal
 from nqm.runs.sweep import Sweep, Work, read_axes
@@ -508,3 +509,68 @@ def test_two_sweeps_at_once_make_one_table(tmp_path: Path) -> None:
         assert process.returncode == 0 or "is being written by process" in stderr
     assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "whole.csv"]
+
+
+EQUAL = {
+    "problem": {"curvature": [1.0, 0.2], "noise_variance": 0.5},
+    "phase": [{"algorithm": "sgd", "lr": 0.3, "steps": 6, "batch_size": 2}],
+    "record": {"at": ["end"]},
+}
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.parquet"])
+def test_axes_that_vary_together(tmp_path, name):
+    """Keys between commas: as many cells as rows, a column for each key."""
+    pairs = [[2, 12], [4, 6], [8, 3]]
+    axes = {"phase.0.batch_size, phase.0.steps": pairs, "phase.0.lr": [0.1, 0.4]}
+    table = nqm.Sweep(EQUAL, axes).run(tmp_path / name)
+    assert table[["batch_size", "steps", "lr"]].to_numpy().tolist() == [
+        [size, steps, lr] for size, steps in pairs for lr in (0.1, 0.4)
+    ]
+    assert (table["examples"] == 24).all()
+    problem = nqm.Problem([1.0, 0.2], 0.5)
+    for row in table.itertuples():
+        program = nqm.constant(nqm.SGD(), row.lr, row.steps, batch_size=row.batch_size)
+        assert row.loss == nqm.solve(problem, program, [row.steps]).loss[0]
+    again = nqm.Sweep(EQUAL, axes).run(tmp_path / name)  # found again by its content
+    pd.testing.assert_frame_equal(again, table)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"phase.0.lr, phase.0.steps": [[0.1, 5], [0.2]]}, "lists of 2 values"),
+        ({"phase.0.lr, phase.0.steps": [0.1, 0.2]}, "lists of 2 values"),
+        ({"phase.0.lr, phase.0.lr": [[0.1, 0.2]]}, "there twice"),
+        ({"phase.0.lr,": [[0.1, 0.2]]}, "a key is missing"),
+        ({"phase.0.lr, phase.0.steps": [[0.1, 5]], "phase.-1.lr": [0.1]}, "same entry"),
+        ({"phase.0.lr, seed": [[0.1, 1], [0.1, 1]]}, "same run"),
+    ],
+)
+def test_mistakes_of_axes_that_vary_together(axes, words):
+    with pytest.raises(NQMError, match=words):
+        nqm.Sweep(EQUAL, axes).run()
+
+
+def test_axes_over_whole_phases():
+    late = {"algorithm": "late_phase", "members": 2, "gamma": "mean", "lr": 0.1, "steps": 3}
+    plain = EQUAL["phase"][0]
+    table = nqm.Sweep(EQUAL, {"phase": [[plain], [plain, late]], "seed": [0]}).run()
+    assert table["step"].tolist() == [6, 9]
+    one = nqm.Sweep(EQUAL, {"phase.0": [plain, plain | {"algorithm": "swa"}]}).run()
+    assert len(one) == 2
+    assert one["loss"][0] == table["loss"][0]
+
+
+def test_members_at_equal_data():
+    """`examples` in place of steps: K members draw K minibatches a step."""
+    base = EQUAL | {
+        "phase": [
+            EQUAL["phase"][0],
+            {"algorithm": "late_phase", "gamma": "mean", "lr": 0.05, "batch_size": 2,
+             "examples": 120},
+        ]
+    }  # fmt: skip
+    table = nqm.Sweep(base, {"phase.1.members": [1, 2, 5]}).run()
+    assert table["examples"].tolist() == [132, 132, 132]
+    assert table["step"].tolist() == [6 + 60, 6 + 30, 6 + 12]
