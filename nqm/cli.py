@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -67,11 +67,18 @@ class _Commands(click.Group):
         return command if isinstance(command, click.Command) else None
 
     def invoke(self, ctx: click.Context) -> Any:
-        from nqm.errors import NQMError
+        import warnings
+
+        from nqm.errors import NQMError, NQMWarning
         from nqm.runs.interrupts import Interrupted, end_at_once, interruptible
 
+        def show(message: Warning | str, kind: type[Warning], *where: Any) -> None:
+            name = "" if issubclass(kind, NQMWarning) else f"{kind.__name__}: "
+            click.echo(f"warning: {name}{message}", err=True)
+
         try:
-            with interruptible():
+            with interruptible(), warnings.catch_warnings():
+                warnings.showwarning = cast(Any, show)
                 return super().invoke(ctx)
         except NQMError as error:
             raise _Failure(str(error)) from None

@@ -22,6 +22,10 @@ class NQMError(ValueError):
         super().__init__(" ".join(str(message).split()))
 
 
+class NQMWarning(UserWarning):
+    """A word on input that was changed to be usable; one line."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """End of a message about an unknown name: the closest known name, or all of them.
 

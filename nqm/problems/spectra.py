@@ -6,13 +6,15 @@ Each function returns eigenvalues, largest first; `two_cluster` returns multipli
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nqm.errors import NQMError, check_integer, check_number
+from nqm.errors import NQMError, NQMWarning, check_integer, check_number
+from nqm.files import check_regular
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray, Problem
 
@@ -175,12 +177,8 @@ def read_problem(path: str | Path) -> Problem:
     Parameters
     ----------
     path : str or Path
-        Table with one row per direction. The columns ``curvature`` and ``noise_variance`` are
-        required; ``multiplicity``, ``initial_mean``, ``initial_variance`` and ``minimum`` are
-        optional.
-        Correlated directions have d more columns ``noise_correlation.0``, ``noise_correlation.1``,
-        ... (and ``initial_correlation.0``, ...): the columns of that matrix. A column
-        ``expected_losses_only`` of true says that the rows are quadrature nodes.
+        Table with one row per direction, as `read_fields` reads it. The columns ``curvature`` and
+        ``noise_variance`` are required.
 
     Returns
     -------
@@ -192,18 +190,72 @@ def read_problem(path: str | Path) -> Problem:
     NQMError
         If the file cannot be read, a column is missing, or `Problem` refuses a value.
     """
+    fields = read_fields(path)
+    if "noise_variance" not in fields:
+        known = ", ".join(_COLUMNS)
+        raise NQMError(f"{path}: column 'noise_variance' is missing; known columns: {known}")
+    return Problem(**fields)
+
+
+#: Fields of `Problem` that are columns, and the names that tools for spectra give to two of them.
+_COLUMNS = (
+    "curvature",
+    "noise_variance",
+    "multiplicity",
+    "initial_mean",
+    "initial_variance",
+    "minimum",
+)
+_ALIASES = {"eigenvalue": "curvature", "weight": "multiplicity"}
+#: Eigenvalues below zero down to this share of the largest count as errors of their measurement.
+NEGATIVE = 0.01
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """Read fields of a problem: a table of columns, or an array of eigenvalues.
+
+    Parameters
+    ----------
+    path : str or Path
+        A ``.npy`` file of eigenvalues, or a CSV or Parquet table with one row per direction. Its
+        column ``curvature`` is required; ``noise_variance``, ``multiplicity``, ``initial_mean``,
+        ``initial_variance`` and ``minimum`` are optional. ``eigenvalue`` is another name of
+        ``curvature``, ``weight`` of ``multiplicity``. Correlated directions have d more columns
+        ``noise_correlation.0``, ``noise_correlation.1``, ... (and ``initial_correlation.0``, ...):
+        the columns of that matrix. A column ``expected_losses_only`` of true says that the rows
+        are quadrature nodes.
+
+    Returns
+    -------
+    dict of str to Any
+        Arguments of `Problem`. Eigenvalues from -1 % of the largest to 0, which measured spectra
+        have, are set to 0 with a warning.
+
+    Raises
+    ------
+    NQMError
+        If the file cannot be read, a column is missing or stated twice, or an eigenvalue is further
+        below 0.
+    """
+    path = Path(path)
+    fields = {"curvature": _array(path)} if path.suffix.lower() == ".npy" else _columns(path)
+    fields["curvature"] = _clipped(path, fields["curvature"])
+    return fields
+
+
+def _columns(path: Path) -> dict[str, Any]:
     from nqm.table import read_table
 
-    table = read_table(Path(path))
-    matrices = ("noise_correlation", "initial_correlation")
-    mark = "expected_losses_only"
-    others = ("irreducible_loss", *matrices, mark)
-    known = [name for name in Problem.__dataclass_fields__ if name not in others]
-    for name in ("curvature", "noise_variance"):
-        if name not in table.columns:
-            raise NQMError(f"{path}: column {name!r} is missing; known columns: {', '.join(known)}")
-    fields: dict[str, Any] = {n: table[n].to_numpy() for n in known if n in table.columns}
-    for name in matrices:
+    table = read_table(path)
+    for alias, name in _ALIASES.items():
+        if alias in table.columns and name in table.columns:
+            raise NQMError(f"{path}: columns {alias!r} and {name!r} are the same; drop one")
+    table = table.rename(columns=_ALIASES)
+    if "curvature" not in table.columns:
+        known = ", ".join((*_COLUMNS, *_ALIASES))
+        raise NQMError(f"{path}: column 'curvature' is missing; known columns: {known}")
+    fields: dict[str, Any] = {n: table[n].to_numpy() for n in _COLUMNS if n in table.columns}
+    for name in ("noise_correlation", "initial_correlation"):
         columns = [f"{name}.{i}" for i in range(len(table))]
         present = [column for column in table.columns if str(column).startswith(f"{name}.")]
         if present:
@@ -213,6 +265,45 @@ def read_problem(path: str | Path) -> Problem:
                     f"got {len(present)}"
                 )
             fields[name] = table[columns].to_numpy()
+    mark = "expected_losses_only"
     if mark in table.columns:
         fields[mark] = bool(table[mark].any())
-    return Problem(**fields)
+    return fields
+
+
+def _array(path: Path) -> FloatArray:
+    """Eigenvalues of a .npy file, largest first."""
+    size = check_regular(path)
+    check_memory(f"{path}: numbers", size / 8, 2.0 * size / 8)
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise NQMError(f"{path} is no array of numbers ({error!s:.80})") from None
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iuf":
+        shape = getattr(values, "shape", None)
+        raise NQMError(f"{path} must hold eigenvalues, an array of one axis; got shape {shape}")
+    return np.sort(values.astype(np.float64))[::-1]
+
+
+def _clipped(path: Path, curvature: Any) -> Any:
+    """Eigenvalues with slightly negative ones set to 0."""
+    try:
+        values = np.asarray(curvature, dtype=np.float64)
+    except (TypeError, ValueError):
+        return curvature  # `Problem` names the value that is no number
+    below = values < 0
+    if not below.any() or not np.isfinite(values).all():
+        return curvature
+    least, largest = float(values.min()), float(values.max())
+    if -least > NEGATIVE * largest:
+        raise NQMError(
+            f"{path}: eigenvalue {least:g} is below zero by more than 1 % of the largest, "
+            f"{largest:g}; a quadratic loss has a minimum: drop such directions"
+        )
+    warnings.warn(
+        f"{path}: {np.count_nonzero(below)} eigenvalues below zero, the least {least:g}, are set "
+        "to 0",
+        NQMWarning,
+        stacklevel=3,
+    )
+    return np.maximum(values, 0.0)

@@ -67,6 +67,13 @@ _TOP = (
     "streams",
     "sweep",
 )
+_PROBLEM = (
+    *("curvature", "spectrum", "file"),
+    *("noise_variance", "minimum_variance", "noise"),
+    *("initial_mean", "initial_variance", "minimum"),
+    *("inputs", "label_noise", "model"),
+    *("multiplicity", "precondition", "bins"),
+)
 _TABLES = ("problem", "phase", "record", "sweep")
 _START = ("initial_mean", "initial_variance", "minimum")
 _CURVATURE = ("curvature", "spectrum", "file")
@@ -521,7 +528,7 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSqu
     NQMError
         If an entry is unknown, missing or wrong; the message names its dotted key.
     """
-    known_keys("problem", table, (*_CURVATURE, *_NOISE, *_START, *_INPUTS, "multiplicity", "bins"))
+    known_keys("problem", table, _PROBLEM)
     if "inputs" in table:
         return _least_squares(table)
     for name in _INPUTS:
@@ -531,27 +538,9 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSqu
             )
     source = _one_of(table, _CURVATURE, "curvature")
     fields = _vectors(table)
-    if source == "file":
-        stated = [name for name in (*_NOISE, "multiplicity") if name in table]
-        if stated:
-            raise NQMError(f"problem.{stated[0]} and problem.file exclude each other; drop one")
-        path = Path(folder, leaf("problem.file", table["file"], str))
-        problem = spectra.read_problem(path).replace(**fields)
-    else:
-        noise = _one_of(table, _NOISE, "noise")
-        curvature = _curvature(table, source, fields)
-        if noise == "noise":
-            # `Problem` reports a negative or NaN curvature before its power is computed.
-            curvature = Problem(curvature, 0.0 * np.asarray(curvature)).curvature
-            settings = table_at("problem.noise", table["noise"])
-            variance = call(
-                spectra.power_noise, settings, "problem.noise", {"curvature": curvature}
-            )
-            problem = Problem(curvature, variance, **fields)
-        else:
-            stated_noise = leaf(f"problem.{noise}", table[noise], float | list[float])
-            make = Problem if noise == "noise_variance" else Problem.from_minimum_noise
-            problem = located("problem", lambda: make(curvature, stated_noise, **fields))
+    problem = (_from_file if source == "file" else _from_curvature)(table, source, fields, folder)
+    if "precondition" in table:
+        problem = _preconditioned(problem, table["precondition"])
     if "bins" in table:
         bins = leaf("problem.bins", table["bins"], int)
         check_integer("problem.bins", bins, 1)
@@ -559,10 +548,75 @@ def build_problem(table: Mapped, folder: str | Path = ".") -> Problem | LeastSqu
     return problem
 
 
+def _from_file(table: Mapped, source: str, fields: dict[str, Any], folder: str | Path) -> Problem:
+    """Problem of a file, with noise of its own or as the table states it."""
+    path = Path(folder, leaf("problem.file", table["file"], str))
+    read = spectra.read_fields(path)
+    for name in ("noise_variance", "multiplicity"):
+        noises = [one for one in (_NOISE if name in _NOISE else (name,)) if one in table]
+        if name in read and noises:
+            raise NQMError(
+                f"problem.{noises[0]} and the column {name!r} of problem.file exclude each other; "
+                "drop one"
+            )
+    if "noise_variance" in read:
+        return Problem(**read).replace(**fields)
+    if not any(name in table for name in _NOISE):
+        raise NQMError(
+            f"{path}: column 'noise_variance' is missing; add it, or state the noise by one of "
+            f"{', '.join(f'problem.{name}' for name in _NOISE)}"
+        )
+    return _with_noise(table, read.pop("curvature"), read | fields)
+
+
+def _from_curvature(
+    table: Mapped, source: str, fields: dict[str, Any], folder: str | Path
+) -> Problem:
+    """Problem of stated eigenvalues or a named spectrum."""
+    _one_of(table, _NOISE, "noise")
+    return _with_noise(table, _curvature(table, source, fields), fields)
+
+
+def _with_noise(table: Mapped, curvature: Any, fields: dict[str, Any]) -> Problem:
+    """Problem of known curvatures, with the noise that the table states."""
+    noise = _one_of(table, _NOISE, "noise")
+    if noise == "noise":
+        # `Problem` reports a negative or NaN curvature before its power is computed.
+        curvature = Problem(curvature, 0.0 * np.asarray(curvature)).curvature
+        settings = table_at("problem.noise", table["noise"])
+        variance = call(spectra.power_noise, settings, "problem.noise", {"curvature": curvature})
+        return Problem(curvature, variance, **fields)
+    stated = leaf(f"problem.{noise}", table[noise], float | list[float])
+    make = Problem if noise == "noise_variance" else Problem.from_minimum_noise
+    problem: Problem = located("problem", lambda: make(curvature, stated, **fields))
+    return problem
+
+
+def _preconditioned(problem: Problem, stated: Any) -> Problem:
+    """Problem in which SGD is SGD with gradients times stated numbers, or a power of curvature."""
+    where = "problem.precondition"
+    if not isinstance(stated, Mapping):
+        factors: Any = leaf(where, stated, float | list[float])
+    else:
+        known_keys(where, stated, ("exponent",))
+        require(where, stated, "exponent")
+        exponent = leaf(f"{where}.exponent", stated["exponent"], float)
+        check_number(f"{where}.exponent", exponent)
+        if np.any(problem.curvature == 0.0) and exponent != 0.0:
+            raise NQMError(
+                f"{where}.exponent: some curvature is 0, which has no power above 0 and below "
+                "infinity; drop flat directions, or list the numbers"
+            )
+        with np.errstate(over="ignore"):
+            factors = problem.curvature**exponent
+    made: Problem = located("problem", lambda: problem.precondition(factors))
+    return made
+
+
 def _least_squares(table: Mapped) -> LeastSquares:
     """One-pass least squares: Gaussian inputs, noisy labels."""
     check_word("problem.inputs", leaf("problem.inputs", table["inputs"], str), ("gaussian",))
-    for name in (*_NOISE, "file", "bins"):
+    for name in (*_NOISE, "file", "precondition", "bins"):
         if name in table:
             raise NQMError(f"problem.{name} and problem.inputs exclude each other; drop one")
     source = _one_of(table, ("curvature", "spectrum", "model"), "the inputs")

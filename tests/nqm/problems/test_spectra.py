@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from nqm import NQMError
+from nqm.errors import NQMWarning
 from nqm.problems import spectra
 from tests.tolerances import IDENTITY, agree_each
 
@@ -81,6 +82,58 @@ def test_problem_from_a_file_without_noise(tmp_path):
     pd.DataFrame({"curvature": [1.0]}).to_csv(path, index=False)
     with pytest.raises(NQMError, match=r"measured\.csv.*'noise_variance' is missing"):
         spectra.read_problem(path)
+
+
+def test_spectra_as_other_tools_write_them(tmp_path):
+    """Columns eigenvalue and weight, or a bare array; largest first from an array."""
+    path = tmp_path / "density.csv"
+    pd.DataFrame({"eigenvalue": [1.0, 0.1], "weight": [0.25, 0.75]}).to_csv(path, index=False)
+    fields = spectra.read_fields(path)
+    assert {name: list(values) for name, values in fields.items()} == {
+        "curvature": [1.0, 0.1],
+        "multiplicity": [0.25, 0.75],
+    }
+    np.save(tmp_path / "h.npy", np.array([1, 3, 2]))
+    assert spectra.read_fields(tmp_path / "h.npy")["curvature"].tolist() == [3.0, 2.0, 1.0]
+    with pytest.raises(NQMError, match=r"h\.npy: column 'noise_variance' is missing"):
+        spectra.read_problem(tmp_path / "h.npy")
+
+
+def test_slightly_negative_eigenvalues_become_zero_with_a_word(tmp_path):
+    path = tmp_path / "h.npy"
+    np.save(path, [2.0, -0.019, 0.5, -1e-9])
+    with pytest.warns(NQMWarning, match=r"2 eigenvalues below zero, the least -0\.019"):
+        fields = spectra.read_fields(path)
+    assert fields["curvature"].tolist() == [2.0, 0.5, 0.0, 0.0]
+    np.save(path, [2.0, -0.021])
+    with pytest.raises(NQMError, match=r"eigenvalue -0\.021 is below zero by more than 1 %"):
+        spectra.read_fields(path)
+
+
+@pytest.mark.parametrize("values", [np.ones((2, 2)), np.array(["a"]), np.array(1.0)])
+def test_arrays_that_are_no_spectrum(tmp_path, values):
+    np.save(tmp_path / "h.npy", values)
+    with pytest.raises(NQMError, match="must hold eigenvalues"):
+        spectra.read_fields(tmp_path / "h.npy")
+
+
+def test_files_that_are_no_spectrum(tmp_path):
+    path = tmp_path / "h.npy"
+    path.write_bytes(b"not an array")
+    with pytest.raises(NQMError, match="is no array of numbers"):
+        spectra.read_fields(path)
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(NQMError, match="is no array of numbers"):  # and nothing is unpickled
+        spectra.read_fields(path)
+    with pytest.raises(NQMError, match="no such file"):
+        spectra.read_fields(tmp_path / "none.npy")
+    table = tmp_path / "twice.csv"
+    table.write_text("curvature,eigenvalue\n1,2\n")
+    with pytest.raises(NQMError, match="are the same; drop one"):
+        spectra.read_fields(table)
+    table.write_text("lambda\n1\n")
+    with pytest.raises(NQMError, match="column 'curvature' is missing"):
+        spectra.read_fields(table)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nqm
 from nqm.algorithms import EMA, HeavyBall, LatePhase, Lookahead, Nesterov
 from nqm.errors import NQMError
 from nqm.problems import spectra
@@ -222,7 +223,8 @@ def test_spectra_and_files_are_checked(tmp_path: Path) -> None:
     fails("no such file", file="none.csv")
     (tmp_path / "p.csv").write_text("curvature\n1.0\n")
     fails("'noise_variance' is missing", file="p.csv")
-    fails("exclude each other", file="p.csv", noise_variance=1.0)
+    (tmp_path / "n.csv").write_text("curvature,noise_variance\n1.0,2.0\n")
+    fails("exclude each other", file="n.csv", noise_variance=1.0)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -324,3 +326,57 @@ def test_mistakes_of_examples(phase, words):
 def test_only_end_is_a_named_step(at):
     with pytest.raises(NQMError, match=r"record\.at"):
         config.build(equal_data(steps=3) | {"record": {"at": at}})
+
+
+def test_a_bare_spectrum_takes_its_noise_from_the_table(tmp_path: Path) -> None:
+    np.save(tmp_path / "h.npy", [0.5, 1.0])
+    (tmp_path / "h.csv").write_text("eigenvalue,weight,minimum\n1.0,3,1\n0.5,2,-1\n")
+    h = np.array([1.0, 0.5])
+
+    def read(**table: Any) -> Problem:
+        return config.build_problem(table, tmp_path)
+
+    same(read(file="h.npy", noise={"scale": 2.0}, initial_mean=[1, 2]),
+         Problem(h, 2 * h, initial_mean=[1.0, 2.0]))  # fmt: skip
+    counted = {"multiplicity": [3.0, 2.0], "minimum": [1.0, -1.0]}
+    same(read(file="h.csv", noise_variance=[0.1, 0.2]), Problem(h, [0.1, 0.2], **counted))
+    same(read(file="h.csv", minimum_variance=0.4),
+         Problem.from_minimum_noise(h, 0.4, **counted))  # fmt: skip
+    same(read(file="h.npy", noise={}, multiplicity=7), Problem(h, h, multiplicity=7.0))
+    for table, words in (
+        ({"file": "h.npy"}, r"noise_variance' is missing.*problem\.noise"),
+        ({"file": "h.npy", "noise": {}, "noise_variance": 1}, "exactly one of"),
+        (
+            {"file": "h.csv", "noise": {}, "multiplicity": 2},
+            r"problem\.multiplicity and the column",
+        ),
+    ):
+        with pytest.raises(NQMError, match=words):
+            read(**table)
+
+
+def test_a_preconditioned_problem(tmp_path: Path) -> None:
+    """SGD on it is SGD with gradients p g: by the recursion in each direction."""
+    h, v, p, lr = np.array([1.0, 0.25]), np.array([0.5, 2.0]), np.array([0.5, 3.0]), 0.2
+    for stated, factors in ((p.tolist(), p), (2.0, 2.0), ({"exponent": -0.5}, h**-0.5)):
+        table = {"curvature": h.tolist(), "noise_variance": v.tolist(), "precondition": stated}
+        problem = config.build_problem(table)
+        gain = 1 - lr * factors * h
+        second = gain**2 * (gain**2 + (lr * factors) ** 2 * v) + (lr * factors) ** 2 * v
+        loss = nqm.solve(problem, nqm.constant(nqm.SGD(), lr, 2), [2]).loss[0]
+        assert loss == pytest.approx(0.5 * h @ second, rel=1e-12)
+    for stated, words in (
+        (0.0, r"precondition.*must be > 0"),
+        ([1.0], "precondition|entries"),
+        ({"power": 1}, r"problem\.precondition\.power is not a known key"),
+        ({}, r"problem\.precondition\.exponent is missing"),
+        ("x", r"problem\.precondition must be"),
+    ):
+        with pytest.raises(NQMError, match=words):
+            config.build_problem(table | {"precondition": stated})
+    with pytest.raises(NQMError, match="some curvature is 0"):
+        config.build_problem(
+            {"curvature": [1.0, 0.0], "noise_variance": 1, "precondition": {"exponent": -1}}
+        )
+    with pytest.raises(NQMError, match="exclude each other"):
+        config.build_problem({"inputs": "gaussian", "curvature": [1.0], "precondition": 2})
