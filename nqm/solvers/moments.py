@@ -659,6 +659,9 @@ def power(step: Map, count: int, *, exact: bool = False) -> Map:
 class PhaseWalk:
     """Expected loss of one phase from the problem's start, at chosen steps or at every step."""
 
+    #: Most steps scanned one by one; a longer bracket is cut by a finer grid first.
+    longest_scan = 10**6
+
     def __init__(self, problem: Problem, phase: Phase):
         self.problem, self.law = problem, law_of(phase, problem)
         self.segments = list(phase.segments())

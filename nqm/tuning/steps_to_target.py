@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,18 +10,16 @@ import numpy as np
 
 from nqm.errors import NQMError, check_number
 from nqm.problems.least_squares import LeastSquares, any_problem
-from nqm.problems.quadratic import Problem
-from nqm.program import Phase, one_phase
+from nqm.problems.quadratic import FloatArray, Problem
+from nqm.program import Phase, Program, as_program, one_phase
 from nqm.result import Status
-from nqm.solvers.moments import PhaseWalk
+from nqm.solvers.moments import PhaseWalk, solve
 from nqm.solvers.steady import check_settles, steady
 
 if TYPE_CHECKING:
     from nqm.solvers.least_squares.moments import CoupledPhaseWalk
 from nqm.tuning.stability import searched_edge
 
-#: Most steps scanned one by one; a longer bracket is cut by a finer grid first.
-LONGEST_SCAN = 10**6
 #: Relative distance from the floor at which a loss has settled.
 SETTLED = 1e-9
 
@@ -59,7 +57,11 @@ class Crossing:
 
 
 def steps_to_target(
-    problem: Problem | LeastSquares, phase: Phase, target: float, *, crossing: str = "first"
+    problem: Problem | LeastSquares,
+    phase: Program | Phase | Sequence[Phase],
+    target: float,
+    *,
+    crossing: str = "first",
 ) -> Crossing:
     """Find the first (or last) step at which the expected loss falls to `target` or below.
 
@@ -70,9 +72,10 @@ def steps_to_target(
     ----------
     problem : Problem or LeastSquares
         Problem whose exact expected loss is followed.
-    phase : Phase
+    phase : Phase, Program or sequence of Phase
         Method and rates; its `steps` are the largest number considered. 10**9 is quick at constant
-        rates, but least squares takes each step one by one.
+        rates, but least squares takes each step one by one. Steps of a program of several phases
+        are counted from its start.
     target : float
         Expected loss to reach, > 0.
     crossing : {"first", "last"}
@@ -92,30 +95,31 @@ def steps_to_target(
     check_number("target", target, low=0.0, closed_low=False)
     if crossing not in ("first", "last"):
         raise NQMError(f"crossing must be 'first' or 'last'; got {crossing!r}")
-    phase = one_phase("steps_to_target.phase", phase)
+    program = as_program("steps_to_target.phase", phase)
     problem = any_problem("steps_to_target", problem)
-    floor = _floor(problem, phase)
-    walk = _walk(problem, phase)
+    floor = _floor(problem, program.phases[-1])
+    walk = _walk(problem, program)
     if crossing == "last":
-        return _last(walk, phase, target, floor)
+        return _last(walk, program, target, floor)
     before, lost = 0, Status.NOT_REACHED
-    for step, loss in walk.at(_grid(phase.steps)):
+    begun = program.steps - program.phases[-1].steps
+    for step, loss in walk.at(_grid(program)):
         if loss <= target:
             scanned = walk.cost(step) <= SCAN_BUDGET
             start = 0 if scanned else before
-            while step - start > LONGEST_SCAN:
+            while step - start > walk.longest_scan:
                 finer = [start + (step - start) * i // 100 for i in range(101)]
                 losses = [loss for _, loss in walk.at(finer)]
                 first = next(i for i, loss in enumerate(losses) if i and loss <= target)
                 start, step = finer[first - 1], finer[first]
             path = walk.path(start, step)
             hit = int(np.flatnonzero(path <= target)[0])
-            return _crossed(phase, start + hit, float(path[hit]), floor, scanned)
+            return _crossed(program, start + hit, float(path[hit]), floor, scanned)
         before = step
         if not np.isfinite(loss):
             lost = Status.DIVERGED
             break
-        if target < floor and abs(loss - floor) <= SETTLED * floor:
+        if step > begun and target < floor and abs(loss - floor) <= SETTLED * floor:
             break
     # Minima between grid points count as crossings too, where a full scan is affordable.
     scanned = walk.cost(before) <= SCAN_BUDGET
@@ -123,26 +127,90 @@ def steps_to_target(
         path = walk.path(0, before)
         dips = np.flatnonzero(path <= target)
         if dips.size:
-            return _crossed(phase, int(dips[0]), float(path[dips[0]]), floor, True)
+            return _crossed(program, int(dips[0]), float(path[dips[0]]), floor, True)
     return Crossing(lost, np.nan, np.nan, np.nan, floor, scanned)
 
 
-def _walk(problem: Problem | LeastSquares, phase: Phase) -> PhaseWalk | CoupledPhaseWalk:
-    """Losses of a phase at any steps."""
+class ProgramWalk:
+    """Expected loss of a program of several phases, at chosen steps or at every step."""
+
+    longest_scan = 10**4  #: every step of a scan is a record
+
+    def __init__(self, problem: Problem | LeastSquares, program: Program):
+        self.problem, self.program = problem, program
+
+    def cost(self, steps: int) -> float:
+        """Estimate the cost of evaluating every step; see `PhaseWalk.cost`.
+
+        Parameters
+        ----------
+        steps : int
+            Number of steps.
+
+        Returns
+        -------
+        float
+            Multiplications, to order of magnitude.
+        """
+        return float(steps) * (20_000 + 10 * self.problem.directions)
+
+    def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
+        """Compute the expected loss at chosen steps.
+
+        Parameters
+        ----------
+        steps : iterable of int
+            Increasing numbers of steps, >= 0.
+
+        Yields
+        ------
+        step : int
+            Number of steps.
+        loss : float
+            Expected loss after them.
+        """
+        found = solve(self.problem, self.program, list(steps))
+        yield from zip(found.steps.tolist(), found.loss.tolist(), strict=True)
+
+    def path(self, start: int, stop: int) -> FloatArray:
+        """Compute the expected loss at every step of a range.
+
+        Parameters
+        ----------
+        start, stop : int
+            First and last number of steps.
+
+        Returns
+        -------
+        ndarray, shape (stop - start + 1,)
+            Expected losses.
+        """
+        return solve(self.problem, self.program, range(start, stop + 1)).loss
+
+
+def _walk(
+    problem: Problem | LeastSquares, program: Program
+) -> PhaseWalk | CoupledPhaseWalk | ProgramWalk:
+    """Losses of a program at any steps."""
+    if len(program.phases) > 1:
+        return ProgramWalk(problem, program)
     if isinstance(problem, LeastSquares):
         from nqm.solvers.least_squares.moments import (
             CoupledPhaseWalk,  # which builds on this module
         )
 
-        return CoupledPhaseWalk(problem, phase)
-    return PhaseWalk(problem, phase)
+        return CoupledPhaseWalk(problem, program.phases[0])
+    return PhaseWalk(problem, program.phases[0])
 
 
 def _last(
-    walk: PhaseWalk | CoupledPhaseWalk, phase: Phase, target: float, floor: float
+    walk: PhaseWalk | CoupledPhaseWalk | ProgramWalk,
+    program: Program,
+    target: float,
+    floor: float,
 ) -> Crossing:
     """Step from which on the loss stays at or below the target until the horizon."""
-    grid = _grid(phase.steps)
+    grid = _grid(program)
     losses = np.array([loss for _, loss in walk.at(grid)])
     if not losses[-1] <= target:
         lost = Status.NOT_REACHED if np.isfinite(losses[-1]) else Status.DIVERGED
@@ -150,9 +218,9 @@ def _last(
     above = np.flatnonzero(~(losses <= target))
     bracket = (0, 0) if above.size == 0 else (int(grid[above[-1]]), int(grid[above[-1] + 1]))
     # An excursion above the target between grid points counts too, where a scan is affordable.
-    scanned = walk.cost(phase.steps) <= SCAN_BUDGET
-    start, stop = (0, phase.steps) if scanned else bracket
-    while stop - start > LONGEST_SCAN:
+    scanned = walk.cost(program.steps) <= SCAN_BUDGET
+    start, stop = (0, program.steps) if scanned else bracket
+    while stop - start > walk.longest_scan:
         finer = [start + (stop - start) * i // 100 for i in range(101)]
         losses = np.array([loss for _, loss in walk.at(finer)])
         last = int(np.flatnonzero(~(losses[:-1] <= target))[-1])
@@ -160,11 +228,12 @@ def _last(
     path = walk.path(start, stop)
     high = np.flatnonzero(~(path <= target))
     index = 0 if high.size == 0 else int(high[-1]) + 1
-    return _crossed(phase, start + index, float(path[index]), floor, scanned)
+    return _crossed(program, start + index, float(path[index]), floor, scanned)
 
 
-def _crossed(phase: Phase, step: int, loss: float, floor: float, scanned: bool) -> Crossing:
-    return Crossing(Status.REACHED, step, phase.examples(step), loss, floor, scanned)
+def _crossed(program: Program, step: int, loss: float, floor: float, scanned: bool) -> Crossing:
+    examples = float(program.examples([step])[0])
+    return Crossing(Status.REACHED, step, examples, loss, floor, scanned)
 
 
 class OutOfReachError(NQMError):
@@ -255,9 +324,13 @@ def _floor(problem: Problem | LeastSquares, phase: Phase) -> float:
         return float("nan")
 
 
-def _grid(steps: int) -> list[int]:
-    """0, 1, 2, ... then growing by 5 % to `steps`."""
-    points = [0]
-    while points[-1] < steps:
-        points.append(min(steps, max(points[-1] + 1, int(points[-1] * 1.05))))
-    return points
+def _grid(program: Program) -> list[int]:
+    """0, 1, 2, ... then growing by 5 %, from the start of every phase to its end."""
+    points, offset = {0}, 0
+    for phase in program.phases:
+        inside = 0
+        while inside < phase.steps:
+            inside = min(phase.steps, max(inside + 1, int(inside * 1.05)))
+            points.add(offset + inside)
+        offset += phase.steps
+    return sorted(points)

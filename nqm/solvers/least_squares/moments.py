@@ -26,7 +26,7 @@ from nqm.solvers.least_squares.packed import (
     pair,
     unpack,
 )
-from nqm.solvers.moments import Law, Moments, at_start, hand_over, law_of, whole_period
+from nqm.solvers.moments import Law, Moments, PhaseWalk, at_start, hand_over, law_of, whole_period
 from nqm.solvers.steady import LONG, check_settles
 from nqm.transition import origins, readout
 
@@ -195,6 +195,8 @@ class _Walk:
 
 class CoupledPhaseWalk:
     """Expected loss of one phase from the problem's start; every step is taken."""
+
+    longest_scan = PhaseWalk.longest_scan
 
     def __init__(self, problem: LeastSquares, phase: Phase):
         self.problem, self.law = problem, linear_law(phase, problem)

@@ -408,3 +408,50 @@ def test_critical_batch_size_of_late_phase_counts_members():
 def test_misuse_is_an_error(call, words, problem):
     with pytest.raises(NQMError, match=words):
         call(problem)
+
+
+# ------------------------------------------------------------------ whole programs
+
+
+def brute(problem, phases, target, crossing):
+    steps = sum(phase.steps for phase in phases)
+    losses = nqm.solve(problem, phases, range(steps + 1), jump=False).loss
+    if crossing == "first":
+        hits = np.flatnonzero(losses <= target)
+        return int(hits[0]) if hits.size else None
+    above = np.flatnonzero(losses > target)
+    return None if above.size and above[-1] == steps else int(above[-1]) + 1
+
+
+@pytest.mark.parametrize("crossing", ["first", "last"])
+@pytest.mark.parametrize("share", [0.99, 0.3, 0.06, 0.02, 0.001])
+def test_a_program_of_phases_by_trying_every_step(crossing, share, problem):
+    """SGD, then late-phase members with a drop of the rate, then a fast phase that rises again."""
+    phases = [
+        Phase(SGD(), 0.3, 60, 2),
+        Phase(LatePhase(4, gamma="mean"), 0.05, 300, 2),
+        Phase(SGD(), 0.6, 40, 2),
+    ]
+    target = share * problem.initial_loss
+    found = nqm.steps_to_target(problem, phases, target, crossing=crossing)
+    expected = brute(problem, phases, target, crossing)
+    if expected is None:
+        assert found.status == "not_reached"
+        return
+    assert found.step == expected
+    agree_each(found.loss, nqm.solve(problem, phases, [expected]).loss[0], 1e-9)
+    first, late = min(expected, 60), min(max(expected - 60, 0), 300)
+    assert found.examples == 2 * first + 8 * late + 2 * max(expected - 360, 0)
+
+
+def test_a_long_program_without_taking_every_step():
+    """Loss of the floor's approach: the first step after the drop of the rate, in closed form."""
+    problem = Problem([1.0], 1.0)
+    high, low, drop = 0.1, 1e-5, 10**7
+    settled, floor = high / (2 - high), low / (2 - low)
+    target = 0.5 * (floor + (settled - floor) * 1e-3)
+    phases = [Phase(SGD(), high, drop), Phase(SGD(), low, 10**7)]
+    found = nqm.steps_to_target(problem, phases, target)
+    assert found.step == drop + int(np.ceil(np.log(1e-3) / (2 * np.log1p(-low))))
+    assert not found.scanned
+    agree_each(found.floor, 0.5 * floor, 1e-9)
