@@ -4,6 +4,7 @@ from neural.data.augment import AUGMENTATIONS, augment_batch
 from neural.data.catalog import DATASETS, Data, load, load_images
 from neural.data.folder import FolderBatches, ImageFolder, ImagePack, StreamData
 from neural.data.images import ImageBatches, ImageData, Images, evaluation_batches
+from neural.data.opinions import Opinions, load_opinions
 from neural.data.text import TextBatches, TextData, evaluation_windows
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ImageFolder",
     "ImagePack",
     "Images",
+    "Opinions",
     "StreamData",
     "TextBatches",
     "TextData",
@@ -24,4 +26,5 @@ __all__ = [
     "evaluation_windows",
     "load",
     "load_images",
+    "load_opinions",
 ]

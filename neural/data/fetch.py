@@ -47,6 +47,8 @@ class File:
         compressed anew are in circulation, and the content is what counts.
     limit : int
         Bytes that are downloaded at most.
+    command : str
+        A command that fetches the file into the folder that is named after it, if there is one.
     """
 
     name: str
@@ -54,6 +56,7 @@ class File:
     md5: str = ""
     unpacked: bool = False
     limit: int = 2**30
+    command: str = ""
 
 
 def checksum(path: Path, file: File) -> str:
@@ -180,6 +183,8 @@ class Store:
                 f"{self.home}, or set NQM_DATA to the folder that has it"
             )
         by_hand = f"fetch {file.url} and put it in {self.home}"
+        if file.command:
+            by_hand = f"run `{file.command} {self.home}`"
         if not self.download:
             raise NQMError(f"{file.name} not found in {self.root}; {by_hand}")
         try:
