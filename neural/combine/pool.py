@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar
@@ -33,8 +32,9 @@ class Pool(ABC):
         ----------
         log_probs : iterable of N tensors, shape (n, C)
             Logits or log-probabilities of each member; may be a generator.
-        weights : Tensor, shape (N,)
-            >= 0, summing to 1.
+        weights : Tensor, shape (N,) or (n, N)
+            >= 0, summing to 1: of the members, or of the members at each example
+            (`neural.combine.gate`).
 
         Returns
         -------
@@ -46,21 +46,56 @@ class Pool(ABC):
         NQMError
             If weights are negative or do not fit, or probabilities are given.
         """
-        share = check_weights(f"pool {self.name!r}", weights, len(weights)).tolist()
-        if min(share) < 0.0:
-            raise NQMError(f"pool {self.name!r}: weights must be >= 0; got {min(share):g}")
+        where = f"pool {self.name!r}"
+        share = check_shares(where, weights)
         total: Tensor | None = None
-        for weight, rows in zip(share, log_probs, strict=True):
-            if weight == 0.0:
+        for weight, rows in zip(share.unbind(-1), log_probs, strict=True):
+            if weight.ndim and weight.shape != rows.shape[:1]:
+                raise NQMError(f"{where}: weights of {len(weight)} examples for {len(rows)}")
+            if not bool(weight.any()):
                 continue
-            refuse_probabilities(f"pool {self.name!r}", rows)
-            total = self._added(total, rows.double().log_softmax(-1), weight)
+            refuse_probabilities(where, rows)
+            total = self._added(total, rows.double().log_softmax(-1), weight[..., None])
         assert total is not None
         return total.log_softmax(-1)
 
     @abstractmethod
-    def _added(self, total: Tensor | None, rows: Tensor, weight: float) -> Tensor:
-        """The sum so far with one member more."""
+    def _added(self, total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+        """The sum so far with one member more; `weight` has shape (1,) or (n, 1)."""
+
+
+def check_shares(where: str, weights: Tensor) -> Tensor:
+    """Weights of predictions: one for each member, or one for each member at each example.
+
+    Parameters
+    ----------
+    where : str
+        What they are for, for the message.
+    weights : Tensor, shape (N,) or (n, N)
+
+    Returns
+    -------
+    Tensor of float64
+        Of the same shape.
+
+    Raises
+    ------
+    NQMError
+        If one is negative or not finite, or they do not sum to 1 over the members.
+    """
+    if weights.ndim != 2:
+        share = check_weights(where, weights, len(weights))
+    else:
+        share = weights.double()
+        apart = (share.sum(-1) - 1.0).abs()
+        if not share.numel() or not bool((apart <= 1e-6).all()):
+            raise NQMError(
+                f"{where}: weights must be finite and sum to 1 over the members at each of "
+                f"{len(share)} examples"
+            )
+    if bool((share < 0.0).any()):
+        raise NQMError(f"{where}: weights must be >= 0; got {float(share.min()):g}")
+    return share
 
 
 class Probabilities(Pool):
@@ -68,8 +103,8 @@ class Probabilities(Pool):
 
     name: ClassVar[str] = "probabilities"
 
-    def _added(self, total: Tensor | None, rows: Tensor, weight: float) -> Tensor:
-        rows = rows + math.log(weight)
+    def _added(self, total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+        rows = rows + weight.log()
         return rows if total is None else torch.logaddexp(total, rows)
 
 
@@ -78,8 +113,10 @@ class Logits(Pool):
 
     name: ClassVar[str] = "logits"
 
-    def _added(self, total: Tensor | None, rows: Tensor, weight: float) -> Tensor:
-        return weight * rows if total is None else total + weight * rows
+    def _added(self, total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+        # Of a weight of 0 nothing is left, be the logarithm infinite.
+        rows = torch.where(weight > 0.0, weight * rows, 0.0)
+        return rows if total is None else total + rows
 
 
 #: Name -> pool.

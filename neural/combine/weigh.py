@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -75,8 +76,35 @@ class Given(Weigh):
         return check_weights("given", self.weights, len(members))
 
 
+class ByScore(Weigh):
+    """A rule that looks at what each member achieves on held-out data, and at nothing else.
+
+    It thus weighs models of any kind: `of_scores` needs no weights of a network.
+    """
+
+    selected_on: ClassVar[str] = "held_out"
+
+    def __call__(self, members: Members, parts: Parts) -> Tensor:
+        """Weigh the members by their scores; see `Weigh`."""
+        return self.of_scores(_scores(members, parts))
+
+    @abstractmethod
+    def of_scores(self, scores: Sequence[Score]) -> Tensor:
+        """Weigh members by their held-out scores.
+
+        Parameters
+        ----------
+        scores : sequence of Score, length N
+
+        Returns
+        -------
+        Tensor of float64, shape (N,)
+            >= 0, summing to 1.
+        """
+
+
 @dataclass(frozen=True)
-class Best(Weigh):
+class Best(ByScore):
     """All weight on the member that is best on held-out data; the first of equals.
 
     Attributes
@@ -84,42 +112,35 @@ class Best(Weigh):
     criterion : {"accuracy", "nll"}
     """
 
-    selected_on: ClassVar[str] = "held_out"
-
     criterion: str = "accuracy"
 
     def __post_init__(self) -> None:
         check_word("Best.criterion", self.criterion, CRITERIA)
 
-    def __call__(self, members: Members, parts: Parts) -> Tensor:
-        """Weigh the best member 1; see `Weigh`."""
-        scores = _scores(members, parts)
-        weights = torch.zeros(len(members), dtype=torch.float64)
+    def of_scores(self, scores: Sequence[Score]) -> Tensor:
+        """Weigh the best member 1; see `ByScore`."""
+        weights = torch.zeros(len(scores), dtype=torch.float64)
         weights[_order(scores, self.criterion)[0]] = 1.0
         return weights
 
 
 @dataclass(frozen=True)
-class Accuracy(Weigh):
+class Accuracy(ByScore):
     """In proportion to the accuracy on held-out data (Tyagi et al. 2023, shallow ensembles)."""
 
-    selected_on: ClassVar[str] = "held_out"
-
-    def __call__(self, members: Members, parts: Parts) -> Tensor:
-        """Weigh the members by accuracy; equally where all have none. See `Weigh`."""
-        each = torch.tensor([s.accuracy for s in _scores(members, parts)], dtype=torch.float64)
+    def of_scores(self, scores: Sequence[Score]) -> Tensor:
+        """Weigh the members by accuracy; equally where all have none. See `ByScore`."""
+        each = torch.tensor([s.accuracy for s in scores], dtype=torch.float64)
         return each / each.sum() if each.sum() > 0 else torch.full_like(each, 1.0 / len(each))
 
 
 @dataclass(frozen=True)
-class InverseLoss(Weigh):
+class InverseLoss(ByScore):
     """In proportion to one over the negative log-likelihood on held-out data."""
 
-    selected_on: ClassVar[str] = "held_out"
-
-    def __call__(self, members: Members, parts: Parts) -> Tensor:
-        """Weigh the members by inverse loss; see `Weigh`."""
-        losses = torch.tensor([s.loss for s in _scores(members, parts)], dtype=torch.float64)
+    def of_scores(self, scores: Sequence[Score]) -> Tensor:
+        """Weigh the members by inverse loss; see `ByScore`."""
+        losses = torch.tensor([s.loss for s in scores], dtype=torch.float64)
         if not bool((losses > 0).all()):
             raise NQMError(f"inverse loss needs losses above 0; got {float(losses.min()):g}")
         return (1.0 / losses) / (1.0 / losses).sum()
@@ -172,7 +193,7 @@ def _scores(members: Members, parts: Parts) -> list[Score]:
     return [judged(members, state, Nothing(), parts) for state in members.states()]
 
 
-def _order(scores: list[Score], criterion: str) -> list[int]:
+def _order(scores: Sequence[Score], criterion: str) -> list[int]:
     """Indices of the members from the best to the worst; equals in their order."""
     signs = [-s.accuracy if criterion == "accuracy" else s.loss for s in scores]
     return sorted(range(len(scores)), key=lambda i: signs[i])

@@ -1,9 +1,10 @@
 """Evaluation of trained models: accuracy, calibration, OOD detection, robustness, flatness.
 
-`metrics`, `ood`, `intervals` and `corruption` are pure functions of tensors. `predict`, `flatness`
-and `line` run a model over batches and restore it afterwards.
+`metrics`, `agreement`, `ood`, `intervals` and `corruption` are pure functions of tensors.
+`predict`, `flatness` and `line` run a model over batches and restore it afterwards.
 """
 
+from neural.evaluate.agreement import McNemar, kappa, kappa_matrix, macro_f1, mcnemar
 from neural.evaluate.corruption import (
     CIFAR10C,
     CORRUPTIONS,
@@ -12,7 +13,7 @@ from neural.evaluate.corruption import (
     load_cifar10_c,
 )
 from neural.evaluate.flatness import LossRise, loss_rise
-from neural.evaluate.intervals import Interval, mean_interval, paired_difference
+from neural.evaluate.intervals import Interval, mean_interval, paired_bootstrap, paired_difference
 from neural.evaluate.line import Line, interpolate, loss_line
 from neural.evaluate.metrics import (
     accuracy,
@@ -40,6 +41,7 @@ __all__ = [
     "Interval",
     "Line",
     "LossRise",
+    "McNemar",
     "Score",
     "accuracy",
     "bits_per_character",
@@ -50,13 +52,18 @@ __all__ = [
     "ensemble_log_probs",
     "entropy_score",
     "interpolate",
+    "kappa",
+    "kappa_matrix",
     "load_cifar10_c",
     "loss_line",
     "loss_rise",
+    "macro_f1",
     "mc_dropout",
+    "mcnemar",
     "mean_interval",
     "nll",
     "ood_metrics",
+    "paired_bootstrap",
     "paired_difference",
     "predict",
     "predict_members",

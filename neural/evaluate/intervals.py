@@ -1,4 +1,4 @@
-"""Means over seeds with Student-t intervals."""
+"""Means over seeds with Student-t intervals, and over examples with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nqm.errors import NQMError, check_number
+from nqm.errors import NQMError, check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Interval:
     sd : float
         Sample standard deviation (n - 1); NaN for one run.
     low, high : float
-        Ends of the two-sided Student-t interval of the mean; NaN for one run.
+        Ends of the two-sided interval of the mean, Student's t or bootstrap; NaN for one run.
     n : int
         Number of runs.
     level : float
@@ -109,3 +109,50 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
             f"paired_difference: a and b must pair up by seed; got shapes {x.shape} and {y.shape}"
         )
     return mean_interval((x - y).tolist(), level)
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    level: float = 0.95,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Compute the percentile bootstrap interval of the mean of a - b over examples (Efron 1979).
+
+    Parameters
+    ----------
+    a, b : sequence of float, length n
+        One number for each example, e.g. its loss under two models.
+    level : float
+        Coverage, in (0, 1).
+    resamples : int
+        Draws of n examples with replacement.
+    seed : int
+
+    Returns
+    -------
+    Interval
+        Of the difference; `n` is the number of examples.
+
+    Raises
+    ------
+    NQMError
+        If the lengths differ, there is no value or one is not finite, or a setting is out of range.
+    """
+    check_integer("paired_bootstrap: resamples", resamples, 1)
+    check_integer("paired_bootstrap: seed", seed, 0)
+    plain = paired_difference(a, b, level)
+    if not math.isfinite(plain.mean):
+        raise NQMError("paired_bootstrap: a and b must be finite numbers")
+    if plain.n == 1:
+        return plain
+    from scipy.stats import bootstrap
+
+    apart = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    found = bootstrap(
+        (apart,), np.mean, n_resamples=resamples, confidence_level=level, method="percentile",
+        batch=max(1, 2**22 // apart.size), random_state=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Interval(plain.mean, plain.sd, float(found.low), float(found.high), plain.n, level)
