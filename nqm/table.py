@@ -101,6 +101,17 @@ COLUMNS: dict[str, Column] = {
     "selected_on": Column("selected on", "", "none, train or held_out", "str"),
     "predicted": Column("predicted loss", "nats", "loss that theory predicts"),
     "predicted_from": Column("predicted from", "", "what the prediction rests on", "str"),
+    "macro_f1": Column("macro F1", "", "F1 score of every class, averaged with equal weights"),
+    "kappa": Column("Cohen's kappa", "", "agreement beyond chance, 1 at most"),
+    "mcnemar_p": Column(
+        "McNemar's p", "", "chance of so uneven a split if both are right as often"
+    ),
+    "accuracy_gain": Column("gain in accuracy", "", "over the ensemble with equal weights"),
+    "nll_gain": Column("gain in NLL", "nats", "over the ensemble with equal weights"),
+    "nll_tuned_gain": Column("gain in tuned NLL", "nats", "as nll_gain, at tuned temperatures"),
+    "strength": Column(
+        "strength", "", "of a gate's pull to equal weights; inf if these are chosen"
+    ),
     "round": Column("rounds", "rounds", "federated rounds done", "int64"),
     "drift": Column("client drift", "", "mean distance of clients from their mean"),
     "server_step": Column("server step", "", "step of the server to the clients' mean"),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from figures import combine, style
+from figures import agreement, combine, style
 from neural.combine.comparison import OUTSIDE
 
 
@@ -140,3 +140,32 @@ def draw_plane(
         style.panel_letters(list(axes))
         figure.suptitle(title, fontsize=9, parse_math=False)
     return style.save(figure, folder / "plane", {"title": title})
+
+
+def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Draw ensembles of text classifiers, as PNG and PDF: kappa of every two, gains of weights.
+
+    Parameters
+    ----------
+    table, people : DataFrame
+        See `neural.combine.text_ensembles.compare_gates`.
+    folder : Path
+        Folder for ``gates.png`` and ``gates.pdf``.
+    title : str
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    mpl.use("Agg")
+    with style.context():
+        figure = style.new_figure(style.PAGE, 3.0)
+        axes = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
+        agreement.kappa(people, ax=axes[0])
+        agreement.gains(table, columns=("accuracy",), ax=axes[1])
+        agreement.gains(table, columns=("nll", "nll_tuned"), ax=axes[2])
+        axes[2].set_yticklabels([])
+        style.panel_letters(list(axes))
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    return style.save(figure, folder / "gates", {"title": title})

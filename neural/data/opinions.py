@@ -36,6 +36,7 @@ SDIST = File(
     command="pip download --no-binary :all: --no-deps vaderSentiment==3.3.2 -d",
 )
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_LEXICON = "vaderSentiment-3.3.2/vaderSentiment/vader_lexicon.txt"
 
 #: Name of a domain -> what it holds.
 DOMAINS: dict[str, str] = {
@@ -137,6 +138,36 @@ def load_opinions(
     check_word("domain", domain, tuple(DOMAINS))
     path = Store(data_root(root), "opinions", download=download).get(SDIST)
     return read_opinions(path, domain)
+
+
+def load_lexicon(root: Path | str | None = None, *, download: bool = True) -> dict[str, float]:
+    """Load the sentiment that people hear in a word by itself.
+
+    Parameters
+    ----------
+    root : Path or str, optional
+        See `load_opinions`.
+    download : bool
+        Whether a missing file may be fetched, into ``root/opinions``.
+
+    Returns
+    -------
+    dict of str to float
+        Mean of ten ratings in [-4, 4], by word or emoticon in lower case; about 7,500.
+
+    Raises
+    ------
+    NQMError
+        If the file is missing and cannot be fetched, or damaged.
+    """
+    path = Store(data_root(root), "opinions", download=download).get(SDIST)
+    try:
+        with tarfile.open(path, "r:gz") as outer:
+            lines = _content(outer, _LEXICON).decode("utf-8-sig").splitlines()
+        rows = [line.split("\t") for line in lines if line]
+        return {row[0].lower(): float(row[1]) for row in rows}
+    except Exception as error:  # a damaged archive makes a reader stumble in any way
+        raise damaged(path, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 def read_opinions(path: Path, domain: str) -> Opinions:

@@ -1,0 +1,94 @@
+"""Agreement of classifiers beyond chance, and what weights of an ensemble gain over equal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from figures.style import COLORMAP, PALETTE, REFERENCE, axes_or_new
+from nqm.table import label
+
+#: Cells darker than this carry white numbers.
+_DARK = 0.6
+
+
+def kappa(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Cohen's kappa of every two, as a matrix with its numbers.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns first, second and kappa; those that are second to none are named below.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    names = list(dict.fromkeys(table["second"]))
+    inside = table[table["first"].isin(names)]
+    order = list(dict.fromkeys(inside["first"]))
+    values = inside.pivot(index="first", columns="second", values="kappa").loc[order, order]
+    matrix = values.to_numpy(dtype=float)
+    apart = matrix[~np.eye(len(order), dtype=bool)]
+    low, high = float(np.nanmin(apart)), float(np.nanmax(apart))
+    # One's own agreement is 1 and tells nothing: left white.
+    shown = np.where(np.eye(len(order), dtype=bool), np.nan, matrix)
+    ax.imshow(shown, cmap=COLORMAP, vmin=low, vmax=high, gid="kappa")
+    for i, j in zip(*np.nonzero(np.isfinite(shown)), strict=True):
+        dark = (shown[i, j] - low) < _DARK * (high - low)
+        ax.text(j, i, f"{shown[i, j]:.2f}", ha="center", va="center", fontsize=6,
+                color="white" if dark else "black")  # fmt: skip
+    ax.set_xticks(range(len(order)), order, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(order)), order)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    others = table[~table["first"].isin(names)]
+    said = [f"{row['first'].replace('_', ' ')} {row['kappa']:.2f}" for _, row in others.iterrows()]
+    if said:
+        ax.set_xlabel("people with the label: " + ", ".join(said), fontsize=6)
+    ax.set_title("Cohen's kappa")
+    return ax
+
+
+def gains(
+    table: pd.DataFrame, *, columns: Sequence[str] = ("accuracy",), ax: Axes | None = None
+) -> Axes:
+    """Bars of what each rule gains over equal weights, with intervals; to the right is better.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rule, member and, for every name X of `columns`, X_gain, X_gain_low, X_gain_high.
+    columns : sequence of str
+        Metrics; one axis should have those of one unit.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    rows = table[table[f"{columns[0]}_gain"].notna()]
+    names = [row["member"] or row["rule"].replace("_", " ") for _, row in rows.iterrows()]
+    y = np.arange(len(rows))[::-1].astype(float)
+    height = 0.8 / len(columns)
+    for k, column in enumerate(columns):
+        value, low, high = (
+            rows[f"{column}_gain{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")
+        )
+        at = y + (len(columns) - 1 - 2 * k) * height / 2
+        ax.barh(at, value, height, color=PALETTE[k], label=label(f"{column}_gain"),
+                xerr=[value - low, high - value], gid=column,
+                error_kw={"lw": 0.7, "ecolor": REFERENCE, "capsize": 1.5})  # fmt: skip
+    ax.axvline(0.0, color=REFERENCE, lw=0.7)
+    ax.set_yticks(y, names)
+    ax.set_xlabel(label(f"{columns[0]}_gain"))
+    ax.set_title("gain over equal weights")
+    if len(columns) > 1:
+        ax.legend(loc="best", frameon=True, framealpha=0.8, edgecolor="none")
+    return ax
