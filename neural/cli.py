@@ -24,6 +24,7 @@ COMMANDS = {
     "low-precision": "neural.combine.cli",
     "curve": "neural.combine.cli",
     "plane": "neural.combine.cli",
+    "gates": "neural.combine.cli",
     "clients": "neural.clients.cli",
 }
 

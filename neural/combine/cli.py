@@ -459,6 +459,63 @@ def plane(
         click.echo(line)
 
 
+@click.command()
+@_settings("[gates]", "gates.domain=tweets")
+@click.option("--members", metavar="M,M,...", help="Classifiers that are weighed.")
+@click.option("--texts", type=int, help="Texts in use; 0: all.")
+@data_option
+@threads_option
+@_out
+def gates(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    members: str | None,
+    texts: int | None,
+    root: Path | None,
+    threads: int | None,
+    out: Path | None,
+) -> None:
+    """Weigh text classifiers: equally, by accuracy, and by gates that see the text.
+
+    Sentences with the sentiment that people hear in them are the data. The table has shallow, semi
+    and deep ensembles (Tyagi et al. 2023) beside equal weights, with paired intervals, and what
+    people achieve. The command can be killed at any moment; the same command then continues where
+    it stopped.
+
+    \b
+    nqm neural gates --set gates.domain=tweets --out out/gates
+    """
+    from neural.combine.config import load_section
+    from neural.combine.text_ensembles import GatesConfig, run_gates
+
+    check_alone("nqm neural gates")
+    asked = {
+        "members": None if members is None else [one.strip() for one in members.split(",")],
+        "texts": texts,
+    }
+    settings = load_section(GatesConfig, "gates", config, [*overrides, *_own("gates", asked)])
+    runtime = make_runtime(None, root, threads)
+    folder = out or Path("out", "gates", settings.domain)
+    with progress_bar() as told:
+        table, lines = run_gates(settings, folder, root=runtime.root, progress=told)
+    shown = [
+        "rule",
+        "member",
+        "accuracy",
+        "macro_f1",
+        "kappa",
+        "nll",
+        "nll_tuned",
+        "passes",
+        "accuracy_gain",
+        "mcnemar_p",
+    ]
+    text = table[shown]
+    click.echo(text.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
+    for line in lines:
+        click.echo(line)
+
+
 def _own(section: str, asked: Mapping[str, Any]) -> list[str]:
     """Options of the command as changes of settings."""
     return [f"{section}.{n}={json.dumps(v)}" for n, v in asked.items() if v is not None]

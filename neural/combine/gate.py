@@ -122,7 +122,7 @@ class Gate:
 
 def fit_gate(
     log_probs: Sequence[Tensor], labels: Tensor, features: Tensor, config: GateConfig | None = None
-) -> Gate:
+) -> tuple[Gate, Tensor]:
     """Train a gate on held-out data.
 
     A column of ones among the features is the gate's constant; without it and with features that
@@ -139,8 +139,12 @@ def fit_gate(
 
     Returns
     -------
-    Gate
+    gate : Gate
         Determined by the arguments, bit for bit on one machine.
+    weights : Tensor of float64, shape (n, N)
+        Weights on these data, each from a gate of this strength that was trained without the
+        example's fold. What is fitted next, e.g. a temperature, would trust the gate's own weights
+        on its training data too much.
 
     Raises
     ------
@@ -156,14 +160,16 @@ def fit_gate(
     center, scale = _standard(features.double())
     inputs = (features.double() - center) / scale
     data = _Data(inputs, at_label, rewards)
-    best = config.strengths[0]
-    if len(config.strengths) > 1:
-        losses = _cross_validated(data, config)
-        best = min(losses, key=lambda strength: (losses[strength], -strength))
+    equal = torch.full((n, members), -math.log(members), dtype=torch.float64)
+    apart = {strength: _cross_fitted(data, strength, config) for strength in config.strengths}
+    if len(apart) > 1:
+        apart[math.inf] = equal
+    losses = {strength: data.loss(rows) for strength, rows in apart.items()}
+    best = min(losses, key=lambda strength: (losses[strength], -strength))
     found = torch.zeros(inputs.shape[1], members, dtype=torch.float64)
     if math.isfinite(best):
         found = _trained(data, best, config)
-    return Gate(found, center, scale, best)
+    return Gate(found, center, scale, best), apart[best].exp()
 
 
 @dataclass(frozen=True)
@@ -178,27 +184,22 @@ class _Data:
         where = torch.from_numpy(index)
         return _Data(self.inputs[where], self.at_label[where], self.rewards[where])
 
-    def loss(self, coefficients: Tensor) -> float:
+    def loss(self, log_weights: Tensor) -> float:
         """Loss of the mixture, in nats."""
-        log_weights = (self.inputs @ coefficients).log_softmax(-1)
         return -float((log_weights + self.at_label).logsumexp(-1).mean())
 
 
-def _cross_validated(data: _Data, config: GateConfig) -> dict[float, float]:
-    """Mean loss on the folds left out, for every strength and for equal weights (infinite)."""
+def _cross_fitted(data: _Data, strength: float, config: GateConfig) -> Tensor:
+    """Logarithms of the weights, on each fold from a gate that was trained on the others."""
     from sklearn.model_selection import KFold
 
+    found = torch.empty_like(data.at_label)
     parts = KFold(config.folds, shuffle=True, random_state=config.seed)
-    splits = list(parts.split(data.inputs.numpy()))
-    equal = torch.zeros(data.inputs.shape[1], data.at_label.shape[1], dtype=torch.float64)
-    losses = {math.inf: data.loss(equal)}
-    for strength in dict.fromkeys(config.strengths):
-        total = 0.0
-        for inside, outside in splits:
-            apart = data.at(outside)
-            total += len(outside) * apart.loss(_trained(data.at(inside), strength, config))
-        losses[strength] = total / len(data.inputs)
-    return losses
+    for inside, outside in parts.split(data.inputs.numpy()):
+        coefficients = _trained(data.at(inside), strength, config)
+        where = torch.from_numpy(outside)
+        found[where] = (data.inputs[where] @ coefficients).log_softmax(-1)
+    return found
 
 
 def _trained(data: _Data, strength: float, config: GateConfig) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from neural.combine.text_members import (
     FEATURES,
     TEXT_MEMBERS,
     Seen,
+    embed_texts,
     fitted_log_probs,
     text_features,
 )
@@ -71,6 +73,8 @@ BY_SCORE: dict[str, ByScore] = {
     "shallow": Accuracy(),
     "inverse_loss": InverseLoss(),
 }
+#: Texts whose vectors are one cell.
+_CHUNK = 1000
 #: Why no loss is predicted: the surrogate needs members with weights in one space.
 PREDICTED = "none"
 
@@ -244,6 +248,7 @@ class _Study:
     ):
         self.config, self.cells, self.root = config, cells, root
         self.opinions = _chosen(opinions.decided(config.margin), config)
+        self.vectors = np.empty((0, 0), np.float32)
         self.splits = list(_splits(self.opinions.labels, config))
         self.about = {
             "data": SDIST.md5, "domain": opinions.domain, "margin": config.margin,
@@ -256,6 +261,8 @@ class _Study:
 
         config = self.config
         names = (*config.members, *config.controls)
+        if self._needs_vectors():
+            self.vectors = self._vectors(progress)
         more = counted(progress, "splits", float(len(self.splits) * (len(names) + len(GATES))))
         made: dict[tuple[str, str], _Rows] = {}
         for split in range(len(self.splits)):
@@ -282,6 +289,24 @@ class _Study:
         table = pd.DataFrame([*_finished(made, equal, labels_all, config)], columns=list(TABLE))
         return table, self._agreement(made, labels_all)
 
+    def _needs_vectors(self) -> bool:
+        """Whether somebody needs the texts' vectors."""
+        config = self.config
+        members = (TEXT_MEMBERS[name] for name in (*config.members, *config.controls))
+        named = "minilm" in (*config.features, *config.side)
+        return named or any(member.vectors is None for member in members)
+
+    def _vectors(self, progress: Progress | None) -> NDArray[np.float32]:
+        """Vectors of all texts, in their order."""
+        more = counted(progress, "vectors", float(len(self.opinions)))
+        made = []
+        for start in range(0, len(self.opinions), _CHUNK):
+            texts = self.opinions.texts[start : start + _CHUNK]
+            what = {"kind": "text_vectors", "start": start, "about": self.about}
+            made.append(self.cells.get(what, partial(_embedded, texts))["v"])
+            more(len(texts))
+        return np.concatenate(made)
+
     def _parts(self, split: int) -> dict[str, NDArray[np.int64]]:
         return dict(zip(("train", "held_out", "test"), self.splits[split], strict=True))
 
@@ -300,7 +325,10 @@ class _Study:
         member = TEXT_MEMBERS[name]
 
         def make() -> Arrays:
-            found = fitted_log_probs(member, self._texts(split), self._labels(split))
+            given: Mapping[str, Any] = self._texts(split)
+            if member.vectors is None:
+                given = {part: self.vectors[index] for part, index in self._parts(split).items()}
+            found = fitted_log_probs(member, given, self._labels(split))
             return {part: rows.numpy() for part, rows in found.items()}
 
         what = {"kind": "text_member", "member": name, "strengths": list(member.strengths),
@@ -339,13 +367,20 @@ class _Study:
         def make() -> Arrays:
             texts = self._texts(split)
             both = [torch.cat([one["held_out"], one["test"]]) for one in each]
-            seen = Seen(texts["train"], [*texts["held_out"], *texts["test"]], both, self.root)
+            parts = self._parts(split)
+            asked = np.concatenate([parts["held_out"], parts["test"]])
+            seen = Seen(
+                texts["train"], [*texts["held_out"], *texts["test"]], both,
+                lambda: (self.vectors[parts["train"]], self.vectors[asked]), self.root,
+            )  # fmt: skip
             features = text_features(names, seen)
             count = len(truth)
-            gate = fit_gate([one["held_out"] for one in each], truth, features[:count], settings)
-            weights = gate(features).numpy()
-            return {"held_out": weights[:count], "test": weights[count:],
-                    "strength": np.array(gate.strength)}  # fmt: skip
+            held = [one["held_out"] for one in each]
+            gate, apart = fit_gate(held, truth, features[:count], settings)
+            return {
+                "held_out": apart.numpy(), "test": gate(features[count:]).numpy(),
+                "strength": np.array(gate.strength),
+            }  # fmt: skip
 
         what = {"kind": "text_gate", "members": list(config.members), "features": list(names),
                 "gate": described(settings), "split": split, "about": self.about}  # fmt: skip
@@ -508,6 +543,10 @@ def _splits(
         yield np.sort(train), np.sort(held), test
 
 
+def _embedded(texts: Sequence[str]) -> Arrays:
+    return {"v": embed_texts(texts)}
+
+
 def _selected_on(rule: str) -> str:
     return "none" if rule == "ensemble" else "held_out"
 
@@ -606,7 +645,7 @@ def _words(table: pd.DataFrame, agreement: pd.DataFrame) -> list[str]:
         lines.append(
             f"{row['rule']}: accuracy {row['accuracy_gain']:+.4f} [{low:+.4f}, {high:+.4f}] "
             f"(McNemar p = {row['mcnemar_p']:.2g}), {side} equal weights; "
-            f"nll lower by {row['nll_gain']:.4f}, at tuned temperatures by {row['nll_tuned_gain']:.4f}"
+            f"nll lower by {row['nll_gain']:.4f}, tuned by {row['nll_tuned_gain']:.4f}"
         )
     people = agreement[(agreement["second"] == "label")].set_index("first")["kappa"]
     lines.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,10 @@ from neural.evaluate import nll
 
 #: Confidence beyond which a gate does not tell one from another, in nats of odds.
 _CERTAIN = 20.0
-#: Leading directions of a text's words that a gate sees.
+#: Leading directions of a text's words, or of its vectors, that a gate sees.
 _TOPICS = 16
 #: Words that turn the sense of what follows.
 _NEGATIONS = ("not", "no", "never", "none", "nothing", "neither", "nor", "without", "hardly")
-
-Vectors = Any  # a sparse matrix or an array, one row a text
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,9 @@ class TextMember:
     ----------
     about : str
         What it is, one line.
-    vectors : callable
-        Makes scikit-learn's transformer of texts; it is fitted on the training texts.
+    vectors : callable, optional
+        Makes scikit-learn's transformer of texts; it is fitted on the training texts. Without it
+        the member is given vectors (`embed_texts`).
     classifier : callable
         Makes scikit-learn's classifier from a strength.
     strengths : tuple of float
@@ -46,7 +46,7 @@ class TextMember:
     """
 
     about: str
-    vectors: Callable[[], Any]
+    vectors: Callable[[], Any] | None
     classifier: Callable[[float], Any]
     strengths: tuple[float, ...]
 
@@ -104,22 +104,48 @@ TEXT_MEMBERS: dict[str, TextMember] = {
     ),
     "bayes": TextMember("words that occur, naive Bayes", _counts, _bayes, (0.3, 1.0, 3.0, 10.0)),
     "hashed": TextMember("words hashed to 2,048, logistic regression", _hashed, _logistic, _C),
+    "minilm": TextMember("features of all-MiniLM-L6-v2, logistic regression", None, _logistic, _C),
     "joint": TextMember(
         "words and characters in one model, logistic regression", _joint, _logistic, _C
     ),
 }
 
 
+def embed_texts(texts: Sequence[str]) -> NDArray[np.float32]:
+    """Features of texts by all-MiniLM-L6-v2, scaled to a mean square of 1.
+
+    Parameters
+    ----------
+    texts : sequence of str, length n
+
+    Returns
+    -------
+    ndarray of float32, shape (n, 384)
+
+    Raises
+    ------
+    NQMError
+        If the package of its weights or ``tokenizers`` is missing.
+    """
+    from neural.models.minilm import embed, load_minilm
+
+    encoder, pieces = load_minilm()
+    rows = embed(encoder, pieces(texts))
+    # They have length 1; penalties of the classifiers suppose entries of size 1.
+    scaled: NDArray[np.float32] = (rows * rows.shape[1] ** 0.5).numpy()
+    return scaled
+
+
 def fitted_log_probs(
-    member: TextMember, texts: Mapping[str, Sequence[str]], labels: Mapping[str, Tensor]
+    member: TextMember, texts: Mapping[str, Any], labels: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Train a member and predict.
 
     Parameters
     ----------
     member : TextMember
-    texts : mapping of str to sequence of str
-        Parts by name; ``train`` and ``held_out`` are among them.
+    texts : mapping of str to sequence of str, or to ndarray
+        Parts by name, as texts or as vectors; ``train`` and ``held_out`` are among them.
     labels : mapping of str to Tensor
         Of these two at least.
 
@@ -128,9 +154,12 @@ def fitted_log_probs(
     dict of str to Tensor of float64, shape (n, C)
         Log-probabilities for every part but ``train``.
     """
-    transformer = member.vectors()
-    train = transformer.fit_transform(texts["train"])
-    others = {n: transformer.transform(part) for n, part in texts.items() if n != "train"}
+    train = texts["train"]
+    others = {n: part for n, part in texts.items() if n != "train"}
+    if member.vectors is not None:
+        transformer = member.vectors()
+        train = transformer.fit_transform(train)
+        others = {n: transformer.transform(part) for n, part in others.items()}
     best: dict[str, Tensor] = {}
     lowest = np.inf
     for strength in member.strengths:
@@ -162,14 +191,17 @@ class Seen:
         The texts in question.
     log_probs : sequence of N tensors, shape (n, C)
         Predictions of the members.
-    root : object
+    vectors : callable
+        Makes the vectors (`embed_texts`) of the training texts and of the texts in question.
+    root : Path or str, optional
         Folder of all data.
     """
 
     train: Sequence[str]
     texts: Sequence[str]
     log_probs: Sequence[Tensor]
-    root: Any = None
+    vectors: Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]]]
+    root: Path | str | None = None
 
 
 def _constant(seen: Seen) -> NDArray[np.float64]:
@@ -212,6 +244,15 @@ def _rated(text: str, lexicon: Mapping[str, float]) -> tuple[float, float, float
     )  # fmt: skip
 
 
+def _embedding(seen: Seen) -> NDArray[np.float64]:
+    """Leading directions of the training texts' features by all-MiniLM-L6-v2."""
+    from sklearn.decomposition import PCA
+
+    train, texts = seen.vectors()
+    made = PCA(_TOPICS, svd_solver="full").fit(train)
+    return np.asarray(made.transform(texts), dtype=np.float64)
+
+
 #: Name -> features of texts that a gate may see.
 FEATURES: dict[str, Callable[[Seen], NDArray[np.float64]]] = {
     "constant": _constant,
@@ -219,6 +260,7 @@ FEATURES: dict[str, Callable[[Seen], NDArray[np.float64]]] = {
     "length": _length,
     "topics": _topics,
     "lexicon": _lexicon,
+    "minilm": _embedding,
 }
 
 

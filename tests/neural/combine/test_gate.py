@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import approx_fprime, minimize
+from sklearn.model_selection import KFold
 from torch import Tensor
 
 from neural.combine.gate import (
@@ -45,7 +46,7 @@ def test_features_that_are_zero_leave_the_weights_equal(objective):
     rows, labels = members()
     config = GateConfig(objective=objective, steps=5)
     for features in (torch.zeros(N, 2), torch.zeros(N, 0)):
-        gate = fit_gate(rows, labels, features, config)
+        gate, _ = fit_gate(rows, labels, features, config)
         assert torch.equal(gate(features), torch.full((N, 3), 1 / 3, dtype=torch.float64))
     pooled = POOLS["probabilities"](rows, gate(features))
     equal = POOLS["probabilities"](rows, torch.full((3,), 1 / 3, dtype=torch.float64))
@@ -54,7 +55,7 @@ def test_features_that_are_zero_leave_the_weights_equal(objective):
 
 def test_a_constant_gate_finds_the_best_constant_weights():
     rows, labels = members(sharp=(1.5, 1.2, 0.9))
-    gate = fit_gate(rows, labels, ones(), GateConfig(strengths=(0.0,)))
+    gate, _ = fit_gate(rows, labels, ones(), GateConfig(strengths=(0.0,)))
 
     def loss(weights: np.ndarray) -> float:
         return nll(POOLS["probabilities"](rows, torch.from_numpy(weights)), labels)
@@ -77,7 +78,7 @@ def test_a_gate_learns_which_member_to_trust_where():
     swapped = torch.arange(N) % 2 == 0  # on the even examples the two change places
     first, second = (torch.where(swapped[:, None], *pair) for pair in (rows, rows[::-1]))
     features = torch.stack([torch.ones(N), swapped.float()], 1)
-    gate = fit_gate([first, second], labels, features)
+    gate, _ = fit_gate([first, second], labels, features)
     weights = gate(features)
     assert bool((weights[swapped, 0] > 0.9).all())
     assert bool((weights[~swapped, 1] > 0.9).all())
@@ -89,14 +90,38 @@ def test_noise_as_features_is_left_alone():
     rows, labels = members(sharp=(1.0, 1.0, 1.0))
     g = torch.Generator().manual_seed(5)
     features = torch.randn(N, 30, generator=g)
-    gate = fit_gate(rows, labels, features)
+    gate, _ = fit_gate(rows, labels, features)
     assert gate.strength >= 1.0
     assert float((gate(features) - 1 / 3).abs().max()) < 0.2
 
 
+def test_weights_on_the_held_out_data_come_from_gates_without_the_fold():
+    """On what a gate was trained on, its weights look better than they are."""
+    rows, labels = members(sharp=(1.0, 1.0, 1.0))
+    g = torch.Generator().manual_seed(6)
+    features = torch.randn(N, 40, generator=g)
+    equal = nll(POOLS["probabilities"](rows, torch.full((3,), 1 / 3, dtype=torch.float64)), labels)
+    gate, apart = fit_gate(rows, labels, features, GateConfig(strengths=(0.0,)))
+    own = nll(POOLS["probabilities"](rows, gate(features)), labels)
+    honest = nll(POOLS["probabilities"](rows, apart), labels)
+    assert own < equal - 0.05
+    assert honest > equal + 0.05
+    # Labels of a fold do not enter its own weights, and do enter the others'.
+    _, outside = next(iter(KFold(5, shuffle=True, random_state=0).split(features)))
+    changed = labels.clone()
+    changed[outside] = (labels[outside] + 1) % 3
+    _, again = fit_gate(rows, changed, features, GateConfig(strengths=(0.0,)))
+    assert torch.equal(again[outside], apart[outside])
+    inside = np.setdiff1d(np.arange(N), outside)
+    assert not torch.allclose(again[inside], apart[inside])
+    chosen, equally = fit_gate(rows, labels, features)
+    if math.isinf(chosen.strength):
+        agree(equally.numpy(), np.full((N, 3), 1 / 3), IDENTITY)
+
+
 def test_a_strong_pull_leaves_equal_weights():
     rows, labels = members()
-    gate = fit_gate(rows, labels, ones(), GateConfig(strengths=(1e6,)))
+    gate, _ = fit_gate(rows, labels, ones(), GateConfig(strengths=(1e6,)))
     assert float((gate(ones(1)) - 1 / 3).abs().max()) < 1e-5
 
 
@@ -106,8 +131,8 @@ def test_scale_and_shift_of_features_do_not_matter():
     features = torch.cat([ones(), torch.randn(N, 2, generator=g, dtype=torch.float64)], 1)
     moved = torch.cat([ones(), 1e3 * features[:, 1:] - 7.0], 1)
     config = GateConfig(strengths=(0.01,))
-    agree(fit_gate(rows, labels, features, config)(features).numpy(),
-          fit_gate(rows, labels, moved, config)(moved).numpy(), 1e-6)  # fmt: skip
+    agree(fit_gate(rows, labels, features, config)[0](features).numpy(),
+          fit_gate(rows, labels, moved, config)[0](moved).numpy(), 1e-6)  # fmt: skip
 
 
 def rewards_and_weights() -> tuple[Tensor, Tensor]:
@@ -147,7 +172,7 @@ def test_the_log_score_has_the_lower_loss_and_reinforce_the_noise():
     """The reward is linear in the weights: its gate leaves the ensemble for its best member."""
     rows, labels = members(sharp=(1.5, 1.2, 0.9))
     made = {
-        name: [fit_gate(rows, labels, ones(), GateConfig(name, strengths=(1e-3,), seed=seed))
+        name: [fit_gate(rows, labels, ones(), GateConfig(name, strengths=(1e-3,), seed=seed))[0]
                for seed in range(4)]
         for name in ("log_score", "reward", "reinforce")
     }  # fmt: skip
@@ -167,7 +192,7 @@ def test_the_log_score_has_the_lower_loss_and_reinforce_the_noise():
 def test_equal_seeds_give_equal_gates(objective):
     rows, labels = members()
     config = GateConfig(objective=objective, steps=20, seed=3)
-    one, two = (fit_gate(rows, labels, ones(), config) for _ in range(2))
+    one, two = (fit_gate(rows, labels, ones(), config)[0] for _ in range(2))
     assert torch.equal(one.coefficients, two.coefficients)
 
 
@@ -218,7 +243,7 @@ def test_bad_settings_are_named(change, says):
 
 def bad_cases() -> list[tuple[object, str]]:
     rows, labels = members()
-    gate = fit_gate(rows, labels, ones(), GateConfig(strengths=(1.0,)))
+    gate, _ = fit_gate(rows, labels, ones(), GateConfig(strengths=(1.0,)))
     nan = rows[0].clone()
     nan[3, 0] = math.nan
     never = torch.full((N, 3), -math.inf)
