@@ -11,6 +11,12 @@ from matplotlib.axes import Axes
 from figures.style import COLORMAP, PALETTE, REFERENCE, axes_or_new
 from nqm.table import label
 
+#: People in the table of kappa, as a line below the matrix names them.
+_PEOPLE = {
+    "rater": "one rater",
+    "rater_or_neutral": "one, with neutral answers",
+    "panel": "half of the raters",
+}
 #: Cells darker than this carry white numbers.
 _DARK = 0.6
 
@@ -48,9 +54,12 @@ def kappa(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     others = table[~table["first"].isin(names)]
-    said = [f"{row['first'].replace('_', ' ')} {row['kappa']:.2f}" for _, row in others.iterrows()]
-    if said:
-        ax.set_xlabel("people with the label: " + ", ".join(said), fontsize=6)
+    named = [
+        (_PEOPLE.get(row["first"], row["first"]), row["kappa"]) for _, row in others.iterrows()
+    ]
+    if named:
+        said = "\n".join(f"{name}: {value:.3f}" for name, value in named)
+        ax.set_xlabel(f"people and the label\n{said}", fontsize=6)
     ax.set_title("Cohen's kappa")
     return ax
 

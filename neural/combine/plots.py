@@ -159,13 +159,24 @@ def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: s
         The files.
     """
     mpl.use("Agg")
+    # Single models lose ten times what weights can gain, and have panels of their own.
+    alone = table["rule"].isin(["member", "control", "best"])
     with style.context():
-        figure = style.new_figure(style.PAGE, 3.0)
-        axes = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
-        agreement.kappa(people, ax=axes[0])
-        agreement.gains(table, columns=("accuracy",), ax=axes[1])
-        agreement.gains(table, columns=("nll", "nll_tuned"), ax=axes[2])
-        axes[2].set_yticklabels([])
-        style.panel_letters(list(axes))
-        figure.suptitle(title, fontsize=9, parse_math=False)
+        figure = style.new_figure(style.PAGE, 3.6)
+        axes = figure.subplot_mosaic("abc;ade", width_ratios=(1.5, 1.0, 1.0))
+        agreement.kappa(people, ax=axes["a"])
+        for (left, right), rows in (("bc", table[alone]), ("de", table[~alone])):
+            agreement.gains(rows, columns=("accuracy",), ax=axes[left])
+            agreement.gains(rows, columns=("nll", "nll_tuned"), ax=axes[right])
+            axes[right].set_yticklabels([])
+            axes[right].get_legend().remove()
+        for name, text in zip(
+            "bcde", ("one model", "one model", "weights", "weights"), strict=True
+        ):
+            axes[name].set_title(text)
+        shown = axes["e"].get_legend_handles_labels()
+        figure.legend(*shown, loc="outside lower right", ncols=2)
+        style.panel_letters(list(axes.values()))
+        text = f"{title}: agreement, and gains over equal weights"
+        figure.suptitle(text, fontsize=9, parse_math=False)
     return style.save(figure, folder / "gates", {"title": title})

@@ -331,8 +331,7 @@ class _Study:
             found = fitted_log_probs(member, given, self._labels(split))
             return {part: rows.numpy() for part, rows in found.items()}
 
-        what = {"kind": "text_member", "member": name, "strengths": list(member.strengths),
-                "split": split, "about": self.about}  # fmt: skip
+        what = {"kind": "text_member", **_identity(name), "split": split, "about": self.about}
         return {part: torch.from_numpy(rows) for part, rows in self.cells.get(what, make).items()}
 
     def _weights(
@@ -382,7 +381,8 @@ class _Study:
                 "strength": np.array(gate.strength),
             }  # fmt: skip
 
-        what = {"kind": "text_gate", "members": list(config.members), "features": list(names),
+        members = [_identity(name) for name in config.members]
+        what = {"kind": "text_gate", "members": members, "features": list(names),
                 "gate": described(settings), "split": split, "about": self.about}  # fmt: skip
         return self.cells.get(what, make)
 
@@ -541,6 +541,11 @@ def _splits(
                 f"of a class on one side ({error})"
             ) from None
         yield np.sort(train), np.sort(held), test
+
+
+def _identity(name: str) -> dict[str, Any]:
+    """What a member's predictions depend on, beside the texts."""
+    return {"member": name, "strengths": list(TEXT_MEMBERS[name].strengths)}
 
 
 def _embedded(texts: Sequence[str]) -> Arrays:

@@ -95,6 +95,8 @@ def _joint() -> Any:
 
 #: Inverse penalties of logistic regressions.
 _C = (0.3, 1.0, 3.0, 10.0, 30.0)
+#: The same where a text has 384 numbers of size 1, and not length 1.
+_C_VECTORS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 #: Name -> member.
 TEXT_MEMBERS: dict[str, TextMember] = {
@@ -104,7 +106,9 @@ TEXT_MEMBERS: dict[str, TextMember] = {
     ),
     "bayes": TextMember("words that occur, naive Bayes", _counts, _bayes, (0.3, 1.0, 3.0, 10.0)),
     "hashed": TextMember("words hashed to 2,048, logistic regression", _hashed, _logistic, _C),
-    "minilm": TextMember("features of all-MiniLM-L6-v2, logistic regression", None, _logistic, _C),
+    "minilm": TextMember(
+        "features of all-MiniLM-L6-v2, logistic regression", None, _logistic, _C_VECTORS
+    ),
     "joint": TextMember(
         "words and characters in one model, logistic regression", _joint, _logistic, _C
     ),

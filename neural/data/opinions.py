@@ -163,8 +163,8 @@ def load_lexicon(root: Path | str | None = None, *, download: bool = True) -> di
     path = Store(data_root(root), "opinions", download=download).get(SDIST)
     try:
         with tarfile.open(path, "r:gz") as outer:
-            lines = _content(outer, _LEXICON).decode("utf-8-sig").splitlines()
-        rows = [line.split("\t") for line in lines if line]
+            lines = _content(outer, _LEXICON).decode("utf-8-sig").split("\n")
+        rows = [line.split("\t") for line in lines if line.strip()]
         return {row[0].lower(): float(row[1]) for row in rows}
     except Exception as error:  # a damaged archive makes a reader stumble in any way
         raise damaged(path, " ".join(str(error).split()) or type(error).__name__) from error

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from neural.data.catalog import data_root
-from neural.data.opinions import DOMAINS, SDIST, load_opinions, read_opinions
+from neural.data.fetch import File
+from neural.data.opinions import DOMAINS, SDIST, load_lexicon, load_opinions, read_opinions
 from nqm.errors import NQMError
+from tests.tiny_opinions import packed, write_opinions
 
 TRUTH = "1\t1.5\tA caf\u00e9 to ''love''.\r\n2\t-0.5\tMeh\r\n3\t-3.0\tAwful"
 RATED = "1\t1.5\t0.5\t[1, 2]\r\n2\t-0.5\t0.5\t[0, -1, -1, 0]\r\n3\t-3.0\t1.0\t[-2, -4]"
 
 
-def packed(content: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
-        for name, raw in content.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(raw)
-            archive.addfile(entry, io.BytesIO(raw))
-    return stream.getvalue()
-
-
-def written(folder: Path, truth: str = TRUTH, rated: str = RATED, stem: str = "tweets") -> Path:
-    inner = packed(
-        {
-            f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": truth.encode(),
-            # One of the published files begins with a byte order mark.
-            f"hutto_ICWSM_2014/{stem}_anonDataRatings.txt": b"\xef\xbb\xbf" + rated.encode(),
-        }
-    )
-    name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    path = folder / SDIST.name
-    path.write_bytes(packed({name: inner}))
-    return path
-
-
 def test_texts_means_and_ratings_of_a_small_archive(tmp_path):
-    found = read_opinions(written(tmp_path), "tweets")
+    found = read_opinions(write_opinions(tmp_path, TRUTH, RATED), "tweets")
     assert found.texts == ("A caf\u00e9 to ''love''.", "Meh", "Awful")
     assert found.means.tolist() == [1.5, -0.5, -3.0]
     assert found.labels.tolist() == [1, 0, 0]
@@ -73,13 +49,13 @@ def test_texts_means_and_ratings_of_a_small_archive(tmp_path):
 )
 def test_damaged_content_is_told_in_one_line(tmp_path, truth, rated, says):
     with pytest.raises(NQMError, match=says) as caught:
-        read_opinions(written(tmp_path, truth, rated), "tweets")
+        read_opinions(write_opinions(tmp_path, truth, rated), "tweets")
     assert "\n" not in str(caught.value)
     assert SDIST.name in str(caught.value)
 
 
 def test_damaged_archives_are_told_in_one_line(tmp_path):
-    path = written(tmp_path)
+    path = write_opinions(tmp_path, TRUTH, RATED)
     whole = path.read_bytes()
     for raw in (whole[: len(whole) // 2], b"nothing", b"", packed({"other": b"1"})):
         path.write_bytes(raw)
@@ -89,6 +65,17 @@ def test_damaged_archives_are_told_in_one_line(tmp_path):
     # Another file under the published name is refused by its checksum.
     with pytest.raises(NQMError, match="is damaged or another file"):
         load_opinions("tweets", tmp_path, download=False)
+
+
+def test_the_lexicon(tmp_path, monkeypatch):
+    write_opinions(tmp_path, TRUTH, RATED)
+    monkeypatch.setattr("neural.data.opinions.SDIST", File(SDIST.name))
+    found = load_lexicon(tmp_path)
+    assert found["lovely"] == 2.5
+    assert found["awful"] == -2.5
+    (tmp_path / SDIST.name).write_bytes(packed({"other": b"1"}))
+    with pytest.raises(NQMError, match="cannot be read"):
+        load_lexicon(tmp_path)
 
 
 def test_missing_file_names_the_command_that_fetches_it(tmp_path):
