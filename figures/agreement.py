@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from figures.style import COLORMAP, PALETTE, REFERENCE, axes_or_new
 from nqm.table import label
@@ -74,7 +75,7 @@ def gains(
     table : DataFrame
         Columns rule, member and, for every name X of `columns`, X_gain, X_gain_low, X_gain_high.
     columns : sequence of str
-        Metrics; one axis should have those of one unit.
+        Metrics of one unit; the bars are labelled, and a legend is left to the caller.
     ax : Axes, optional
 
     Returns
@@ -94,10 +95,9 @@ def gains(
         ax.barh(at, value, height, color=PALETTE[k], label=label(f"{column}_gain"),
                 xerr=[value - low, high - value], gid=column,
                 error_kw={"lw": 0.7, "ecolor": REFERENCE, "capsize": 1.5})  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.axvline(0.0, color=REFERENCE, lw=0.7)
     ax.set_yticks(y, names)
     ax.set_xlabel(label(f"{columns[0]}_gain"))
     ax.set_title("gain over equal weights")
-    if len(columns) > 1:
-        ax.legend(loc="best", frameon=True, framealpha=0.8, edgecolor="none")
     return ax
