@@ -44,6 +44,7 @@ from neural.evaluate import (
     nll,
     paired_bootstrap,
 )
+from neural.evaluate.intervals import MOST_RESAMPLES
 from neural.evaluate.temperature import fit_temperature
 from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -60,8 +61,10 @@ TABLE = (
     "nll_gain", "nll_gain_low", "nll_gain_high",
     "nll_tuned_gain", "nll_tuned_gain_low", "nll_tuned_gain_high", "strength", "predicted_from",
 )  # fmt: skip
-#: Rule -> objective of its gate; "semi" sees the text, the others outside knowledge as well.
+#: Rule -> objective of its gate. "learned" sees nothing: its weights are the same for all texts;
+#: "semi" sees the text, the others outside knowledge as well.
 GATES = {
+    "learned": "log_score",
     "semi": "log_score",
     "deep": "log_score",
     "deep_reward": "reward",
@@ -160,6 +163,10 @@ class GatesConfig:
             "GatesConfig.level", self.level, low=0.0, high=1.0, closed_low=False, closed_high=False
         )
         check_integer("GatesConfig.resamples", self.resamples, 1)
+        if self.resamples > MOST_RESAMPLES:
+            raise NQMError(
+                f"GatesConfig.resamples must be at most {MOST_RESAMPLES:,}; got {self.resamples:,}"
+            )
         self.gate("semi")
 
     def gate(self, rule: str) -> GateConfig:
@@ -222,8 +229,9 @@ def compare_gates(
 
         - ``rule``: ``member``; ``mean_member``; ``control``, in no ensemble; ``best``, the member
           that held-out accuracy chooses; ``ensemble``, with equal weights; ``shallow``, by held-out
-          accuracy; ``inverse_loss``; ``semi``, ``deep`` and with other objectives ``deep_reward``
-          and ``deep_reinforce``, with gates.
+          accuracy; ``inverse_loss``; ``learned``, the same for all texts, by the log score;
+          ``semi``, ``deep`` and with other objectives ``deep_reward`` and ``deep_reinforce``, with
+          gates.
         - ``predicted_from`` is ``none``: `neural.combine.surrogate` expands the loss about the mean
           of the members' weights, and these members have no common weights.
     agreement : DataFrame
@@ -250,9 +258,12 @@ class _Study:
         self.opinions = _chosen(opinions.decided(config.margin), config)
         self.vectors = np.empty((0, 0), np.float32)
         self.splits = list(_splits(self.opinions.labels, config))
-        self.about = {
+        self.about_texts = {
             "data": SDIST.md5, "domain": opinions.domain, "margin": config.margin,
-            "texts": config.texts, "splits": config.splits, "held_out": config.held_out,
+            "texts": config.texts, "texts_seed": config.seed if config.texts else 0,
+        }  # fmt: skip
+        self.about = {
+            **self.about_texts, "splits": config.splits, "held_out": config.held_out,
             "seed": config.seed,
         }  # fmt: skip
 
@@ -302,7 +313,7 @@ class _Study:
         made = []
         for start in range(0, len(self.opinions), _CHUNK):
             texts = self.opinions.texts[start : start + _CHUNK]
-            what = {"kind": "text_vectors", "start": start, "about": self.about}
+            what = {"kind": "text_vectors", "start": start, "about": self.about_texts}
             made.append(self.cells.get(what, partial(_embedded, texts))["v"])
             more(len(texts))
         return np.concatenate(made)
@@ -360,7 +371,8 @@ class _Study:
         self, split: int, rule: str, each: Sequence[Mapping[str, Tensor]], truth: Tensor
     ) -> Arrays:
         config = self.config
-        names = config.features if rule == "semi" else (*config.features, *config.side)
+        seen_by = {"learned": ("constant",), "semi": config.features}
+        names = seen_by.get(rule, (*config.features, *config.side))
         settings = config.gate(rule)
 
         def make() -> Arrays:
@@ -504,7 +516,7 @@ def _chosen(opinions: Opinions, config: GatesConfig) -> Opinions:
     """The texts in use."""
     count = config.texts or len(opinions)
     if count > len(opinions):
-        raise NQMError(f"GatesConfig.texts must be at most {len(opinions)}; got {config.texts}")
+        raise NQMError(f"gates.texts must be at most {len(opinions)}; got {config.texts}")
     if count < len(opinions):
         g = torch.Generator().manual_seed(config.seed)
         kept = torch.randperm(len(opinions), generator=g)[:count].sort().values
@@ -537,7 +549,7 @@ def _splits(
             )
         except ValueError as error:
             raise NQMError(
-                f"GatesConfig.held_out = {config.held_out:g} of {len(others)} texts leaves no text "
+                f"gates.held_out = {config.held_out:g} of {len(others)} texts leaves no text "
                 f"of a class on one side ({error})"
             ) from None
         yield np.sort(train), np.sort(held), test

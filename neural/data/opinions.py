@@ -30,7 +30,8 @@ from nqm.errors import NQMError, check_number, check_word
 #: The source package, as published; of a wheel the ratings are no part.
 SDIST = File(
     "vaderSentiment-3.3.2.tar.gz",
-    "https://files.pythonhosted.org/packages/source/v/vaderSentiment/vaderSentiment-3.3.2.tar.gz",
+    "https://files.pythonhosted.org/packages/77/8c/"
+    "4a48c10a50f750ae565e341e697d74a38075a3e43ff0df6f1ab72e186902/vaderSentiment-3.3.2.tar.gz",
     md5="a04f43dfcc57119bcabaa12f356c8c40",
     limit=10 * 10**6,
     command="pip download --no-binary :all: --no-deps vaderSentiment==3.3.2 -d",

@@ -10,6 +10,9 @@ import numpy as np
 
 from nqm.errors import NQMError, check_integer, check_number
 
+#: Beyond so many resamples an interval's ends do not change any more.
+MOST_RESAMPLES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -142,6 +145,10 @@ def paired_bootstrap(
         If the lengths differ, there is no value or one is not finite, or a setting is out of range.
     """
     check_integer("paired_bootstrap: resamples", resamples, 1)
+    if resamples > MOST_RESAMPLES:
+        raise NQMError(
+            f"paired_bootstrap: resamples must be at most {MOST_RESAMPLES:,}; got {resamples:,}"
+        )
     check_integer("paired_bootstrap: seed", seed, 0)
     plain = paired_difference(a, b, level)
     if not math.isfinite(plain.mean):

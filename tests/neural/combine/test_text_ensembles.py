@@ -94,7 +94,7 @@ def test_a_member_and_the_equal_ensemble_by_hand(opinions, found):
 def test_rows_and_what_each_was_chosen_on(found):
     table, _ = found
     rules = ["member", "member", "mean_member", "ensemble", "best", "shallow", "inverse_loss",
-             "semi", "deep", "deep_reward", "deep_reinforce"]  # fmt: skip
+             "learned", "semi", "deep", "deep_reward", "deep_reinforce"]  # fmt: skip
     assert list(table["rule"]) == rules
     equal = row(table, "ensemble")
     assert equal["selected_on"] == "none"
@@ -110,7 +110,7 @@ def test_rows_and_what_each_was_chosen_on(found):
     mean = table[table["rule"] == "member"]["nll"].mean()
     agree(row(table, "mean_member")["nll"], mean, 1e-12)
     agree(equal["mean_member_nll"], mean, 1e-12)
-    assert list(table["passes"]) == [1, 1, 1, 2, 1, 2, 2, 2, 2, 2, 2]
+    assert list(table["passes"]) == [1, 1, 1, 2, 1, 2, 2, 2, 2, 2, 2, 2]
     assert set(table["predicted_from"]) == {"none"}
 
 
@@ -228,6 +228,7 @@ def test_the_command_writes_tables_and_a_picture(folder, found, tmp_path):
         ("gates.held_out=0.001", "held_out = 0.001"),
         ("gates.folds=1000", "each of 1000 folds"),
         ("gates.level=1", "level must"),
+        ("gates.resamples=100000000", "resamples must be at most 1,000,000"),
         ("gates.foo=1", "foo"),
     ],
 )
