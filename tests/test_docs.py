@@ -183,15 +183,18 @@ def test_settings_and_rules_of_combining_are_all_listed() -> None:
 
     from neural.combine.config import CombineConfig
     from neural.combine.rules import RULES
+    from neural.combine.text_ensembles import GatesConfig
 
     page = (ROOT / "docs" / "combining.md").read_text()
-    rows = re.findall(r"^\| `combine\.(\w+)` \| `(.*?)` \| .+\. \|$", page, re.MULTILINE)
-    listed = {name: tomllib.loads(f"x = {text}")["x"] for name, text in rows}
-    stated = {
-        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
-        for field in dataclasses.fields(CombineConfig)
-    }
-    assert listed == stated
+    for section, config in (("combine", CombineConfig), ("gates", GatesConfig)):
+        setting = rf"^\| `{section}\.(\w+)` \| `(.*?)` \| .+\. \|$"
+        rows = re.findall(setting, page, re.MULTILINE)
+        listed = {name: tomllib.loads(f"x = {text}")["x"] for name, text in rows}
+        stated = {
+            field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+            for field in dataclasses.fields(config)
+        }
+        assert listed == stated
     rules = page.partition("## Rules")[2].partition("Options of a rule")[0]
     first = [row.split("|")[1] for row in rules.splitlines() if row.startswith("| `")]
     assert [name for cell in first for name in re.findall(r"`(\w+)`", cell)] == list(RULES)

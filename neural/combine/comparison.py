@@ -14,8 +14,9 @@ from torch import Tensor
 
 from neural.combine.align import ALIGNS, aligned
 from neural.combine.cells import Arrays, Cells, described
-from neural.combine.config import CombineConfig
+from neural.combine.config import GATE, CombineConfig
 from neural.combine.data import Parts, Source
+from neural.combine.gate import confidences, fit_gate
 from neural.combine.information import spread_examples
 from neural.combine.judge import Judge, repaired
 from neural.combine.mean import mean_state
@@ -26,6 +27,7 @@ from neural.combine.rules import RULES, Merge, Merged
 from neural.combine.surrogate import Surrogate, make_surrogate
 from neural.combine.weigh import WEIGHTS
 from neural.evaluate import classification_metrics, nll
+from neural.evaluate.metrics import losses
 from neural.evaluate.temperature import tuned_nll
 from nqm.errors import NQMError
 from nqm.progress import Progress, counted
@@ -103,7 +105,7 @@ def compare(
           architecture; ``epochs_total``: epochs of training that it took.
         - ``selected_on``: data on which it was chosen (none, train, held_out).
         - ``predicted``: its loss on the test set by `neural.combine.surrogate`, and
-          ``predicted_from``: whether that is to be believed.
+          ``predicted_from``: whether that is to be believed; a gate's loss is not predicted.
 
     Raises
     ------
@@ -111,6 +113,8 @@ def compare(
         If there is one member only, or a rule lacks what it needs; told before any work.
     """
     config = config or CombineConfig()
+    if GATE in config.weights:
+        parts.required("held_out", "a gate")
     chosen = {name: RULES[name] for name in config.rules} if rules is None else dict(rules)
     _check(members, parts, chosen)
     members = aligned(members, ALIGNS[config.align](), parts)
@@ -144,6 +148,8 @@ class _Model:
     selected_on: str = "none"
     #: Row of the surrogate's offsets, for a merged model that is no weighted mean.
     offset: int | None = None
+    #: Loss of the members by data, averaged with weights that differ by example.
+    mean_member: Mapping[str, float] | None = None
 
 
 class _Comparison:
@@ -246,6 +252,9 @@ class _Comparison:
 
     def _ensembles(self, each: Sequence[Mapping[str, Tensor]]) -> Iterator[_Model]:
         for name in self.config.weights:
+            if name == GATE:
+                yield from self._gated(each)
+                continue
             what = {"kind": "weights", "rule": described(WEIGHTS[name]), "members": self.keys}
 
             def weigh(name: str = name) -> Arrays:
@@ -259,6 +268,25 @@ class _Comparison:
                 }
                 rule = "ensemble" if name == "uniform" else f"ensemble_{name}"
                 yield _Model(rule, found, weights, pool, selected_on=WEIGHTS[name].selected_on)
+
+    def _gated(self, each: Sequence[Mapping[str, Tensor]]) -> Iterator[_Model]:
+        """Ensembles with a gate's weights, which sees how sure each member is."""
+        rows = {part: [one[part] for one in each] for part in self.sets}
+        seen = {part: _with_constant(confidences(found)) for part, found in rows.items()}
+        gate, apart = fit_gate(rows["held_out"], self.labels["held_out"], seen["held_out"])
+        weights = {part: gate(seen[part]) for part in self.judged} | {"held_out": apart}
+        mean = {
+            part: sum(
+                float(weights[part][:, k] @ losses(one, self.labels[part])) / len(one)
+                for k, one in enumerate(rows[part])
+            )
+            for part in self.judged
+        }
+        for pool in self.config.pools:
+            found = {part: POOLS[pool](rows[part], weights[part]) for part in self.sets}
+            yield _Model(
+                "ensemble_gate", found, None, pool, selected_on="held_out", mean_member=mean
+            )
 
     def _on_sets(
         self,
@@ -311,7 +339,7 @@ class _Comparison:
         return torch.cat((weights, weights.new_zeros(surrogate.offsets - len(weights))))
 
     def _predicted(self, model: _Model, surrogate: Surrogate | None) -> float:
-        if surrogate is None:
+        if surrogate is None or model.mean_member is not None:
             return math.nan
         if model.space in POOLS:
             assert model.weights is not None
@@ -380,6 +408,8 @@ class _Comparison:
             metrics = classification_metrics(found, labels)
             tuned, temperature = tuned_nll(found, labels, held)
             mean = float(self.member_nll[data] @ weights)
+            if model.mean_member is not None:
+                mean = model.mean_member[data]
             mean = metrics["nll"] if single is not None else mean
             here = data == "test" and not math.isnan(predicted)
             yield {
@@ -406,3 +436,7 @@ class _Comparison:
     def _bits(self, models: int) -> int:
         first = next(iter(self.members.model.parameters()))
         return 8 * first.element_size() * models
+
+
+def _with_constant(features: Tensor) -> Tensor:
+    return torch.cat([features.new_ones(len(features), 1), features], 1)

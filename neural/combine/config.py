@@ -17,6 +17,9 @@ from nqm.runs import toml
 
 Section = TypeVar("Section")
 
+#: Weights of predictions that differ by example (`neural.combine.gate`).
+GATE = "gate"
+
 
 @dataclass(frozen=True)
 class CombineConfig:
@@ -29,7 +32,8 @@ class CombineConfig:
     pools : tuple of str
         How predictions are pooled: ``probabilities``, ``logits``.
     weights : tuple of str
-        Weights of pooled predictions: ``uniform``, ``accuracy``, ``inverse_loss``.
+        Weights of pooled predictions: ``uniform``, ``accuracy``, ``inverse_loss``, ``best``, or
+        ``gate``, by how sure the members are of an example.
     align : str
         How hidden units are put into the first member's order: ``none``, ``weights``,
         ``activations``.
@@ -67,7 +71,7 @@ class CombineConfig:
         known: dict[str, Mapping[str, Any]] = {
             "rules": RULES,
             "pools": POOLS,
-            "weights": WEIGHTS,
+            "weights": {**WEIGHTS, GATE: None},
             "repair": REPAIRS,
         }
         for name, roster in known.items():

@@ -28,6 +28,8 @@ from torch import Tensor
 from neural.evaluate.metrics import refuse_probabilities
 from nqm.errors import NQMError, check_integer, check_number, check_word
 
+#: Confidence beyond which a gate does not tell one from another, in nats of odds.
+CERTAIN = 20.0
 #: What a gate is trained by.
 OBJECTIVES = ("log_score", "reward", "reinforce")
 
@@ -170,6 +172,23 @@ def fit_gate(
     if math.isfinite(best):
         found = _trained(data, best, config)
     return Gate(found, center, scale, best), apart[best].exp()
+
+
+def confidences(log_probs: Sequence[Tensor]) -> Tensor:
+    """How sure each member is of the class that it predicts: features of a gate for any data.
+
+    Parameters
+    ----------
+    log_probs : sequence of N tensors, shape (n, C)
+        Logits or log-probabilities of each member.
+
+    Returns
+    -------
+    Tensor of float64, shape (n, N)
+        Log-odds of the predicted class, 20 at most.
+    """
+    top = torch.stack([rows.double().log_softmax(-1).amax(-1) for rows in log_probs], 1)
+    return (top - torch.log(-torch.expm1(top))).clamp(max=CERTAIN)
 
 
 @dataclass(frozen=True)

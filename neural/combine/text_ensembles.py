@@ -45,6 +45,7 @@ from neural.evaluate import (
     paired_bootstrap,
 )
 from neural.evaluate.intervals import MOST_RESAMPLES
+from neural.evaluate.metrics import losses
 from neural.evaluate.temperature import fit_temperature
 from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -580,19 +581,15 @@ def _add(
     rows.log_probs.append(test)
     rows.tuned.append((test.double() / temperature).log_softmax(-1))
     rows.log_temperature.append(math.log(temperature))
-    own = _losses(test, labels["test"])
+    own = losses(test, labels["test"])
     if pooled is None:
         rows.mean_member.append(own)
         return
     inside, weights, strength = pooled
-    each = torch.stack([_losses(one["test"], labels["test"]) for one in inside], 1)
+    each = torch.stack([losses(one["test"], labels["test"]) for one in inside], 1)
     # A member of weight 0 does not count, be its loss infinite.
     rows.mean_member.append(torch.where(weights > 0, weights * each, 0.0).sum(1))
     rows.strength.append(strength)
-
-
-def _losses(log_probs: Tensor, labels: Tensor) -> Tensor:
-    return -log_probs.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
 def _finished(
@@ -603,7 +600,7 @@ def _finished(
     single = [torch.cat(rows.log_probs) for (rule, _), rows in made.items() if rule == "member"]
     for place, ((rule, member), rows) in enumerate(made.items()):
         if place == len(single):
-            each = torch.stack([_losses(one, labels) for one in single])
+            each = torch.stack([losses(one, labels) for one in single])
             yield {
                 "rule": "mean_member", "member": "", "members": len(single),
                 "accuracy": float(np.mean([accuracy(one, labels) for one in single])),
@@ -628,9 +625,9 @@ def _finished(
             row["mcnemar_p"] = mcnemar(found, base, labels).p_value
             gains = {
                 "accuracy": (_right(found, labels), _right(base, labels)),
-                "nll": (-_losses(found, labels), -_losses(base, labels)),
+                "nll": (-losses(found, labels), -losses(base, labels)),
                 "nll_tuned": (
-                    -_losses(tuned, labels), -_losses(torch.cat(equal.tuned), labels)
+                    -losses(tuned, labels), -losses(torch.cat(equal.tuned), labels)
                 ),
             }  # fmt: skip
             for name, (a, b) in gains.items():

@@ -17,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from neural.combine.gate import confidences
 from neural.data.opinions import load_lexicon
 from neural.evaluate import nll
 
-#: Confidence beyond which a gate does not tell one from another, in nats of odds.
-_CERTAIN = 20.0
 #: Leading directions of a text's words, or of its vectors, that a gate sees.
 _TOPICS = 16
 #: Words that turn the sense of what follows.
@@ -214,9 +213,7 @@ def _constant(seen: Seen) -> NDArray[np.float64]:
 
 def _confidence(seen: Seen) -> NDArray[np.float64]:
     """Log-odds of each member's predicted class."""
-    top = torch.stack([rows.double().log_softmax(-1).amax(-1) for rows in seen.log_probs], 1)
-    rest = torch.log(-torch.expm1(top))
-    return (top - rest).clamp(max=_CERTAIN).numpy()
+    return confidences(seen.log_probs).numpy()
 
 
 def _length(seen: Seen) -> NDArray[np.float64]:

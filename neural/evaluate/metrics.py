@@ -55,8 +55,24 @@ def nll(log_probs: Tensor, labels: Tensor) -> float:
     float
         In nats.
     """
+    return float(losses(log_probs, labels).mean())
+
+
+def losses(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Compute the negative log-likelihood of each label.
+
+    Parameters
+    ----------
+    log_probs, labels
+        See `accuracy`.
+
+    Returns
+    -------
+    Tensor of float64, shape (N,)
+        In nats; without the examples that are left out.
+    """
     log_probs, labels = _checked(log_probs, labels)
-    return float(-log_probs.gather(1, labels[:, None]).mean())
+    return -log_probs.gather(1, labels[:, None])[:, 0]
 
 
 def brier(log_probs: Tensor, labels: Tensor) -> float:

@@ -20,6 +20,7 @@ from neural.combine.cells import Cells
 from neural.combine.comparison import OUTSIDE, SURROGATE, TABLE
 from neural.combine.config import CombineConfig, load_config
 from neural.combine.data import Parts
+from neural.combine.gate import fit_gate
 from neural.combine.information import first_examples, spread_examples
 from neural.combine.surrogate import make_surrogate
 from neural.evaluate import brier, ece, nll, predict
@@ -99,6 +100,37 @@ def test_every_number_by_hand() -> None:
     assert set(table["data"]) == {"test", "noisy"}
     assert table.loc[table["data"] == "noisy", "predicted"].isna().all()
     agree(ensemble(held, batch(1)).exp(), mixture, 1e-6)
+
+
+def test_a_gate_weighs_members_by_how_sure_they_are() -> None:
+    held = scattered(0.5)
+    config = CombineConfig(rules=("uniform",), weights=("uniform", "gate"), predict_examples=10)
+    table = compare(held, PARTS, config)
+    test = table[table["data"] == "test"].set_index("rule")
+
+    def seen(seed: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        each = [predict(held.with_state(state), batch(seed)) for state in held.states()]
+        rows = [one.log_softmax(1).float().double() for one, _ in each]  # cells hold float32
+        top = torch.stack([one.softmax(1).amax(1) for one in rows], 1)
+        features = torch.cat([torch.ones(len(top), 1), (top / (1 - top)).log()], 1)
+        return rows, each[0][1], features
+
+    gate, _ = fit_gate(*seen(3))
+    rows, labels, features = seen(1)
+    weights = gate(features)
+    assert weights.std(0).min() > 0
+    mixture = sum(weights[:, [k]] * rows[k].softmax(1) for k in range(4))
+    assert isinstance(mixture, Tensor)
+    row = test.loc["ensemble_gate"]
+    assert row["nll"] == pytest.approx(nll(mixture.log(), labels), rel=1e-5)
+    mean = -torch.stack([one.gather(1, labels[:, None])[:, 0] for one in rows], 1)
+    assert row["mean_member_nll"] == pytest.approx(float((weights * mean).sum(1).mean()), rel=1e-5)
+    assert row["ambiguity"] > 0
+    assert (row["passes"], row["selected_on"], row["predicted_from"]) == (4, "held_out", "none")
+    assert math.isnan(row["predicted"])
+    assert not math.isnan(test.loc["ensemble", "predicted"])
+    with pytest.raises(NQMError, match="a gate needs held-out data"):
+        compare(held, Parts(test=lambda: batch(1)), config)
 
 
 def test_predictions_are_right_to_second_order() -> None:

@@ -102,6 +102,7 @@ def test_bootstrap_of_equal_differences_has_no_width():
         (lambda: paired_bootstrap([1.0, 2.0], [1.0]), "must pair up"),
         (lambda: paired_bootstrap([1.0, math.nan], [1.0, 2.0]), "must be finite"),
         (lambda: paired_bootstrap([1.0], [1.0], resamples=0), "resamples must be"),
+        (lambda: paired_bootstrap([1.0], [1.0], resamples=10**9), "at most 1,000,000"),
         (lambda: paired_bootstrap([1.0], [1.0], level=1.0), "level must"),
         (lambda: kappa(torch.full((2, 3), math.nan), torch.tensor([0, 1])), "2 of 2 rows"),
         (lambda: macro_f1(torch.zeros(2, 3), torch.tensor([0, 3])), "labels must lie in 0..2"),
