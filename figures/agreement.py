@@ -15,8 +15,8 @@ from nqm.table import label
 #: People in the table of kappa, as a line below the matrix names them.
 _PEOPLE = {
     "rater": "one rater",
-    "rater_or_neutral": "one, with neutral answers",
-    "panel": "half of the raters",
+    "rater_or_neutral": "with neutral answers",
+    "panel": "half of them",
 }
 #: Cells darker than this carry white numbers.
 _DARK = 0.6
@@ -59,8 +59,8 @@ def kappa(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         (_PEOPLE.get(row["first"], row["first"]), row["kappa"]) for _, row in others.iterrows()
     ]
     if named:
-        said = "\n".join(f"{name}: {value:.3f}" for name, value in named)
-        ax.set_xlabel(f"people and the label\n{said}", fontsize=6)
+        said = ", ".join(f"{name} {value:.2f}" for name, value in named)
+        ax.set_xlabel(f"people with the label\n{said}", fontsize=6)
     ax.set_title("Cohen's kappa")
     return ax
 

@@ -162,7 +162,7 @@ def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: s
     # Single models lose ten times what weights can gain, and have panels of their own.
     alone = table["rule"].isin(["member", "control", "best"])
     with style.context():
-        figure = style.new_figure(style.PAGE, 3.4)
+        figure = style.new_figure(style.PAGE, 3.9)
         axes = figure.subplot_mosaic("abc;ade", width_ratios=(1.5, 1.0, 1.0))
         agreement.kappa(people, ax=axes["a"])
         for (left, right), rows in (("bc", table[alone]), ("de", table[~alone])):

@@ -39,7 +39,7 @@ def test_kappa_of_every_two() -> None:
     assert np.isnan(np.diag(shown)).all()  # one's agreement with oneself tells nothing
     assert [text.get_text() for text in ax.texts] == ["0.25", "0.25"]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "label"]
-    assert "one rater: 0.875" in ax.get_xlabel()
+    assert "one rater 0.88" in ax.get_xlabel()
 
 
 def test_gains_and_their_intervals(tmp_path: Path) -> None:
