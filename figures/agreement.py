@@ -1,4 +1,4 @@
-"""Agreement of classifiers beyond chance, and what weights of an ensemble gain over equal ones."""
+"""Agreement of classifiers beyond chance, and what some weights of an ensemble gain over others."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def kappa(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def gains(
     table: pd.DataFrame, *, columns: Sequence[str] = ("accuracy",), ax: Axes | None = None
 ) -> Axes:
-    """Bars of what each rule gains over equal weights, with intervals; to the right is better.
+    """Bars of what each rule gains over another one, with intervals; to the right is better.
 
     Parameters
     ----------
@@ -99,5 +99,5 @@ def gains(
     ax.axvline(0.0, color=REFERENCE, lw=0.7)
     ax.set_yticks(y, names)
     ax.set_xlabel(label(f"{columns[0]}_gain"))
-    ax.set_title("gain over equal weights")
+    ax.set_title("gains")
     return ax

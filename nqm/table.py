@@ -106,8 +106,8 @@ COLUMNS: dict[str, Column] = {
     "mcnemar_p": Column(
         "McNemar's p", "", "chance of so uneven a split if both are right as often"
     ),
-    "accuracy_gain": Column("gain in accuracy", "", "over the ensemble with equal weights"),
-    "nll_gain": Column("gain in NLL", "nats", "over the ensemble with equal weights"),
+    "accuracy_gain": Column("gain in accuracy", "", "over the rule that is the baseline"),
+    "nll_gain": Column("gain in NLL", "nats", "over the rule that is the baseline"),
     "nll_tuned_gain": Column("gain in tuned NLL", "nats", "as nll_gain, at tuned temperatures"),
     "strength": Column(
         "strength", "", "of a gate's pull to equal weights; inf if these are chosen"

@@ -176,6 +176,5 @@ def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: s
         shown = axes["e"].get_legend_handles_labels()
         figure.legend(*shown, loc="outside lower right", ncols=2)
         style.panel_letters(list(axes.values()))
-        text = f"{title}: agreement, and gains over equal weights"
-        figure.suptitle(text, fontsize=9, parse_math=False)
+        figure.suptitle(title, fontsize=9, parse_math=False)
     return style.save(figure, folder / "gates", {"title": title})

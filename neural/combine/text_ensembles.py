@@ -109,6 +109,9 @@ class GatesConfig:
         What deep gates see as well: knowledge from elsewhere.
     penalty, strengths, folds, steps, lr
         Of the gates, see `neural.combine.gate.GateConfig`.
+    baseline : str
+        Rule that the others are compared with: ``ensemble`` (equal weights), ``best``, ``learned``
+        or another.
     level : float
         Coverage of intervals.
     resamples : int
@@ -131,6 +134,7 @@ class GatesConfig:
     folds: int = 5
     steps: int = 200
     lr: float = 0.05
+    baseline: str = "ensemble"
     level: float = 0.95
     resamples: int = 2000
     seed: int = 0
@@ -160,6 +164,7 @@ class GatesConfig:
                 raise NQMError(f"GatesConfig: {one} and {two} name {twice[0]!r} twice")
         if len(self.members) < 2:
             raise NQMError(f"GatesConfig.members must name two at least; got {list(self.members)}")
+        check_word("GatesConfig.baseline", self.baseline, ("ensemble", *BY_SCORE, *GATES))
         check_number(
             "GatesConfig.level", self.level, low=0.0, high=1.0, closed_low=False, closed_high=False
         )
@@ -225,8 +230,8 @@ def compare_gates(
     Returns
     -------
     table : DataFrame
-        One row a rule, with the columns `TABLE`; gains are over equal weights, positive where the
-        rule is better.
+        One row a rule, with the columns `TABLE`; gains are over ``config.baseline``, positive where
+        the rule is better.
 
         - ``rule``: ``member``; ``mean_member``; ``control``, in no ensemble; ``best``, the member
           that held-out accuracy chooses; ``ensemble``, with equal weights; ``shallow``, by held-out
@@ -297,8 +302,8 @@ class _Study:
                 _add(rows, pooled, labels, (inside, weights["test"], strength))
         order = torch.from_numpy(np.concatenate([test for _, _, test in self.splits]))
         labels_all = self.opinions.labels[order]
-        equal = made["ensemble", ""]
-        table = pd.DataFrame([*_finished(made, equal, labels_all, config)], columns=list(TABLE))
+        base = made[config.baseline, ""]
+        table = pd.DataFrame([*_finished(made, base, labels_all, config)], columns=list(TABLE))
         return table, self._agreement(made, labels_all)
 
     def _needs_vectors(self) -> bool:
@@ -508,9 +513,11 @@ def run_gates(
     table = kept_table(out, "gates", stated, keyed, lambda: part(0))
     agreement = kept_table(out, "agreement", stated, keyed, lambda: part(1))
     files = [out / "gates.parquet", out / "agreement.parquet"]
-    title = f"{len(_chosen(opinions.decided(config.margin), config)):,} {DOMAINS[config.domain]}"
+    count = len(_chosen(opinions.decided(config.margin), config))
+    base = _name(config.baseline)
+    title = f"{count:,} {DOMAINS[config.domain]}: agreement, and gains over {base}"
     files += draw_gates(table, agreement, out, title)
-    return table, [*_words(table, agreement), *map(str, files)]
+    return table, [*_words(table, agreement, base), *map(str, files)]
 
 
 def _chosen(opinions: Opinions, config: GatesConfig) -> Opinions:
@@ -593,10 +600,10 @@ def _add(
 
 
 def _finished(
-    made: Mapping[tuple[str, str], _Rows], equal: _Rows, labels: Tensor, config: GatesConfig
+    made: Mapping[tuple[str, str], _Rows], base: _Rows, labels: Tensor, config: GatesConfig
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table."""
-    base = torch.cat(equal.log_probs)
+    reference = torch.cat(base.log_probs)
     single = [torch.cat(rows.log_probs) for (rule, _), rows in made.items() if rule == "member"]
     for place, ((rule, member), rows) in enumerate(made.items()):
         if place == len(single):
@@ -621,13 +628,13 @@ def _finished(
             "selected_on": rows.selected_on,
             "strength": _geometric(rows.strength), "predicted_from": PREDICTED,
         }  # fmt: skip
-        if rows is not equal:
-            row["mcnemar_p"] = mcnemar(found, base, labels).p_value
+        if rows is not base:
+            row["mcnemar_p"] = mcnemar(found, reference, labels).p_value
             gains = {
-                "accuracy": (_right(found, labels), _right(base, labels)),
-                "nll": (-losses(found, labels), -losses(base, labels)),
+                "accuracy": (_right(found, labels), _right(reference, labels)),
+                "nll": (-losses(found, labels), -losses(reference, labels)),
                 "nll_tuned": (
-                    -losses(tuned, labels), -losses(torch.cat(equal.tuned), labels)
+                    -losses(tuned, labels), -losses(torch.cat(base.tuned), labels)
                 ),
             }  # fmt: skip
             for name, (a, b) in gains.items():
@@ -650,15 +657,20 @@ def _geometric(values: Sequence[float]) -> float:
     return math.exp(float(np.mean(np.log(values)))) if values else math.nan
 
 
-def _words(table: pd.DataFrame, agreement: pd.DataFrame) -> list[str]:
+def _name(rule: str) -> str:
+    return "equal weights" if rule == "ensemble" else rule.replace("_", " ")
+
+
+def _words(table: pd.DataFrame, agreement: pd.DataFrame, base: str) -> list[str]:
     """What the table shows, in sentences."""
     lines = []
-    for _, row in table[table["rule"].isin(["best", "shallow", *GATES])].iterrows():
+    told = table["rule"].isin(["ensemble", "best", "shallow", *GATES])
+    for _, row in table[told & table["accuracy_gain"].notna()].iterrows():
         low, high = row["accuracy_gain_low"], row["accuracy_gain_high"]
         side = "above" if low > 0 else "below" if high < 0 else "within noise of"
         lines.append(
-            f"{row['rule']}: accuracy {row['accuracy_gain']:+.4f} [{low:+.4f}, {high:+.4f}] "
-            f"(McNemar p = {row['mcnemar_p']:.2g}), {side} equal weights; "
+            f"{_name(row['rule'])}: accuracy {row['accuracy_gain']:+.4f} [{low:+.4f}, {high:+.4f}] "
+            f"(McNemar p = {row['mcnemar_p']:.2g}), {side} {base}; "
             f"nll lower by {row['nll_gain']:.4f}, tuned by {row['nll_tuned_gain']:.4f}"
         )
     people = agreement[(agreement["second"] == "label")].set_index("first")["kappa"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_rows_and_what_each_was_chosen_on(found):
     agree(equal["mean_member_nll"], mean, 1e-12)
     assert list(table["passes"]) == [1, 1, 1, 2, 1, 2, 2, 2, 2, 2, 2, 2]
     assert set(table["predicted_from"]) == {"none"}
+
+
+def test_gains_over_another_baseline_are_differences(opinions, folder, found):
+    config = replace(CONFIG, baseline="learned")
+    table, _ = compare_gates(opinions, config, root=folder)
+    base = row(table, "learned")
+    assert math.isnan(base["accuracy_gain"])
+    for rule in ("ensemble", "deep"):
+        one = row(table, rule)
+        assert one["nll"] == row(found[0], rule)["nll"]
+        assert one["nll_gain"] == pytest.approx(base["nll"] - one["nll"], abs=1e-12)
 
 
 def test_a_killed_study_goes_on_with_what_is_done(opinions, folder, found, tmp_path, monkeypatch):
@@ -228,6 +240,7 @@ def test_the_command_writes_tables_and_a_picture(folder, found, tmp_path):
         ("gates.held_out=0.001", "held_out = 0.001"),
         ("gates.folds=1000", "each of 1000 folds"),
         ("gates.level=1", "level must"),
+        ("gates.baseline=equal", "baseline"),
         ("gates.resamples=100000000", "resamples must be at most 1,000,000"),
         ("gates.foo=1", "foo"),
     ],
