@@ -18,6 +18,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from neural.combine import text_ensembles
 from neural.combine.cells import Cells
+from neural.combine.config import load_section
 from neural.combine.text_ensembles import GatesConfig, compare_gates, human_kappa
 from neural.combine.text_members import FEATURES, Seen, text_features
 from neural.data import Opinions
@@ -222,6 +223,13 @@ def test_the_command_writes_tables_and_a_picture(folder, found, tmp_path):
     agree(table["nll"], found[0]["nll"], 1e-12)
     assert call(*words) == told  # read, not computed
     assert "gates.seed = 0, you ask for 1" in call(*words, "--set", "gates.seed=1")
+
+
+def test_the_settings_of_the_page_are_read():
+    path = Path(__file__).parents[3] / "docs/examples/gates.toml"
+    config = load_section(GatesConfig, "gates", path)
+    assert config.members == ("words", "characters", "bayes", "minilm")
+    assert config.side == ("lexicon", "minilm")
 
 
 @pytest.mark.parametrize(
