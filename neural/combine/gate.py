@@ -45,8 +45,8 @@ class GateConfig:
         drawn by the gate, by its exact gradient. ``reinforce``: the same from one draw at each
         example and step, with equal weights as the baseline (Williams 1992).
     penalty : float
-        A member's reward is ``correct - penalty |confidence - correct|``, with ``correct`` 1 or 0 and
-        the probability of its class as confidence. Not used by ``log_score``.
+        A member's reward is ``correct - penalty |confidence - correct|``, with ``correct`` 1 or 0
+        and the probability of its class as confidence. Not used by ``log_score``.
     strengths : tuple of float
         Strengths of the L2 pull to equal weights, of which cross-validation on the held-out data
         chooses one by the mixture's loss; equal weights themselves are among the choices. One alone
