@@ -204,6 +204,8 @@ class _Comparison:
         for name, rule in rules.items():
             models += self._merged(name, rule, more)
         models += self._ensembles(each)
+        if GATE in self.config.weights:
+            models += self._gated(each)
         surrogate = self._surrogate(progress) if self.config.predict else None
         told = NONE if surrogate is None else OUTSIDE
         if surrogate is not None and surrogate.holds(self.member_nll["test"].tolist()):
@@ -252,8 +254,7 @@ class _Comparison:
 
     def _ensembles(self, each: Sequence[Mapping[str, Tensor]]) -> Iterator[_Model]:
         for name in self.config.weights:
-            if name == GATE:
-                yield from self._gated(each)
+            if name == GATE:  # its weights differ by example: see `_gated`
                 continue
             what = {"kind": "weights", "rule": described(WEIGHTS[name]), "members": self.keys}
 
