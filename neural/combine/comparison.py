@@ -25,7 +25,7 @@ from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS, Nothing, Repair, has_statistics
 from neural.combine.rules import RULES, Merge, Merged
 from neural.combine.surrogate import Surrogate, make_surrogate
-from neural.combine.weigh import WEIGHTS
+from neural.combine.weigh import WEIGHTS, Weigh
 from neural.evaluate import classification_metrics, nll
 from neural.evaluate.metrics import losses
 from neural.evaluate.temperature import tuned_nll
@@ -63,12 +63,13 @@ TABLE = (
 SURROGATE, OUTSIDE, NONE = "surrogate", "outside the quadratic range", "none"
 
 
-def compare(
+def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is kept
     members: Members,
     parts: Parts,
     config: CombineConfig | None = None,
     *,
     rules: Mapping[str, Merge] | None = None,
+    weights: Mapping[str, Weigh] | None = None,
     cells: Cells | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -85,6 +86,8 @@ def compare(
         What is compared.
     rules : mapping of str to Merge, optional
         Rules by name, instead of ``config.rules``.
+    weights : mapping of str to Weigh, optional
+        Weights of pooled predictions by name, instead of ``config.weights``.
     cells : Cells, optional
         Where parts of the work are kept; in memory by default.
     about : mapping, optional
@@ -116,10 +119,13 @@ def compare(
     if GATE in config.weights:
         parts.required("held_out", "a gate")
     chosen = {name: RULES[name] for name in config.rules} if rules is None else dict(rules)
+    pooled = (
+        {n: WEIGHTS[n] for n in config.weights if n != GATE} if weights is None else dict(weights)
+    )
     _check(members, parts, chosen)
     members = aligned(members, ALIGNS[config.align](), parts)
     made = _Comparison(members, parts, config, cells or Cells(), about or {})
-    return made.table(chosen, progress)
+    return made.table(chosen, pooled, progress)
 
 
 def _check(members: Members, parts: Parts, rules: Mapping[str, Merge]) -> None:
@@ -186,7 +192,9 @@ class _Comparison:
         #: Merged models that are no weighted means: their rules and their weights.
         self.others: list[tuple[Any, Callable[[], State]]] = []
 
-    def table(self, rules: Mapping[str, Merge], progress: Progress | None) -> pd.DataFrame:
+    def table(
+        self, rules: Mapping[str, Merge], pooled: Mapping[str, Weigh], progress: Progress | None
+    ) -> pd.DataFrame:
         """All rows."""
         import pandas as pd
 
@@ -203,7 +211,7 @@ class _Comparison:
         models: list[_Model] = []
         for name, rule in rules.items():
             models += self._merged(name, rule, more)
-        models += self._ensembles(each)
+        models += self._ensembles(each, pooled)
         if GATE in self.config.weights:
             models += self._gated(each)
         surrogate = self._surrogate(progress) if self.config.predict else None
@@ -252,23 +260,23 @@ class _Comparison:
             yield _Model(name, found, weights, "weights", repair, rule.selected_on, offset)
             more(1)
 
-    def _ensembles(self, each: Sequence[Mapping[str, Tensor]]) -> Iterator[_Model]:
-        for name in self.config.weights:
-            if name == GATE:  # its weights differ by example: see `_gated`
-                continue
-            what = {"kind": "weights", "rule": described(WEIGHTS[name]), "members": self.keys}
+    def _ensembles(
+        self, each: Sequence[Mapping[str, Tensor]], pooled: Mapping[str, Weigh]
+    ) -> Iterator[_Model]:
+        for name, weigh in pooled.items():
+            what = {"kind": "weights", "rule": described(weigh), "members": self.keys}
 
-            def weigh(name: str = name) -> Arrays:
-                return {"weights": WEIGHTS[name](self.members, self.parts).numpy()}
+            def weighed(weigh: Weigh = weigh) -> Arrays:
+                return {"weights": weigh(self.members, self.parts).numpy()}
 
-            kept = self.judge.kept(what, weigh)
+            kept = self.judge.kept(what, weighed)
             weights = torch.from_numpy(kept["weights"])
             for pool in self.config.pools:
                 found = {
                     part: POOLS[pool]((one[part] for one in each), weights) for part in self.sets
                 }
                 rule = "ensemble" if name == "uniform" else f"ensemble_{name}"
-                yield _Model(rule, found, weights, pool, selected_on=WEIGHTS[name].selected_on)
+                yield _Model(rule, found, weights, pool, selected_on=weigh.selected_on)
 
     def _gated(self, each: Sequence[Mapping[str, Tensor]]) -> Iterator[_Model]:
         """Ensembles with a gate's weights, which sees how sure each member is."""

@@ -150,7 +150,8 @@ class BertEncoder(nn.Module):
         """
         real = (tokens != 0).unsqueeze(-1).to(self.words.weight.dtype)
         vectors: Tensor = (self(tokens) * real).sum(1) / real.sum(1)
-        return normalize(vectors, dim=1)
+        unit: Tensor = normalize(vectors, dim=1)
+        return unit
 
 
 #: Part of a name in Hugging Face's files -> ours.
