@@ -26,6 +26,7 @@ COMMANDS = {
     "plane": "neural.combine.cli",
     "gates": "neural.combine.cli",
     "clients": "neural.clients.cli",
+    "modules": "neural.modules.cli",
 }
 
 

@@ -1,0 +1,52 @@
+"""Modules combined for a domain that none of them has seen: what each score gains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from figures.combine import SPACES
+from figures.style import REFERENCE, axes_or_new
+from nqm.table import label
+
+
+def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = None) -> Axes:
+    """Draw one metric of every way of combining, with its interval over splits.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns score, top_k, weighting, space, `column` and the half width of its interval.
+    column : str
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    rows = table[table[column].notna()]
+    names = [
+        f"{row.score} {row.top_k} {row.weighting}".replace("_", " ")
+        if row.weighting
+        else str(row.score).replace("_", " ")
+        for row in rows.itertuples()
+    ]
+    places = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    y = np.array([places[name] for name in names], dtype=float)
+    for shift, (space, color) in zip((-0.2, 0.0, 0.2), SPACES.items(), strict=True):
+        held = (rows["space"] == space).to_numpy()
+        if held.any():
+            ax.errorbar(
+                rows[column][held], y[held] + shift, xerr=rows[f"{column}_half"][held],
+                fmt=".", color=color, label=space, elinewidth=0.8, gid=space,
+            )  # fmt: skip
+    none = rows[rows["score"] == "no_module"]
+    if len(none):
+        ax.axvline(float(none[column].iloc[0]), color=REFERENCE, lw=0.7, zorder=0)
+    ax.set_yticks(list(places.values()), list(places))
+    ax.invert_yaxis()
+    ax.set_xlabel(label(column))
+    ax.legend(loc="best")
+    return ax
