@@ -27,11 +27,10 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
     """
     ax = axes_or_new(ax)
     rows = table[table[column].notna()]
+    parts = zip(rows["score"], rows["top_k"], rows["weighting"], strict=True)
     names = [
-        f"{row.score} {row.top_k} {row.weighting}".replace("_", " ")
-        if row.weighting
-        else str(row.score).replace("_", " ")
-        for row in rows.itertuples()
+        (f"{score} {top_k} {how}" if how else str(score)).replace("_", " ")
+        for score, top_k, how in parts
     ]
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
     y = np.array([places[name] for name in names], dtype=float)

@@ -112,6 +112,11 @@ COLUMNS: dict[str, Column] = {
     "strength": Column(
         "strength", "", "of a gate's pull to equal weights; inf if these are chosen"
     ),
+    "split": Column("split", "", "draw of training and test parts", "int64"),
+    "target": Column("target", "", "domain that no module has seen", "str"),
+    "score": Column("score", "", "by what modules are weighed", "str"),
+    "top_k": Column("modules kept", "", "modules with the highest scores", "int64"),
+    "weighting": Column("weighting", "", "linear in the score, or uniform", "str"),
     "round": Column("rounds", "rounds", "federated rounds done", "int64"),
     "drift": Column("client drift", "", "mean distance of clients from their mean"),
     "server_step": Column("server step", "", "step of the server to the clients' mean"),

@@ -25,6 +25,7 @@ ROOMS = {
     "bridge": ("curvature", "late_phase", "data", "training"),
     "combine": ("curvature", "data", "evaluate", "late_phase", "models", "training"),
     "clients": ("data", "training"),
+    "modules": ("combine", "data", "evaluate", "late_phase", "models", "training"),
     "cli": ("data", "late_phase", "models", "training"),
 }
 #: package -> project modules it may import; nothing may import paper_repro.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize, scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from nqm.errors import NQMError, check_integer
 
@@ -150,8 +150,7 @@ class BertEncoder(nn.Module):
         """
         real = (tokens != 0).unsqueeze(-1).to(self.words.weight.dtype)
         vectors: Tensor = (self(tokens) * real).sum(1) / real.sum(1)
-        unit: Tensor = normalize(vectors, dim=1)
-        return unit
+        return vectors / vectors.norm(dim=1, keepdim=True)
 
 
 #: Part of a name in Hugging Face's files -> ours.

@@ -50,7 +50,7 @@ class Domain:
 
         Returns
         -------
-        Examples
+        neural.modules.networks.Examples
         """
         return Examples(self.vectors[index] * self.vectors.shape[1] ** 0.5, self.labels[index])
 
@@ -166,4 +166,4 @@ def split(domain: Domain, sizes: Sequence[int], *key: int) -> list[Tensor]:
             f"{len(domain.texts)}; lower one of them"
         )
     order = torch.randperm(len(domain.texts), generator=keyed_generator(*key))
-    return list(order[: sum(sizes)].split(list(sizes)))
+    return list(torch.split(order[: sum(sizes)], list(sizes)))

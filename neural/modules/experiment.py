@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,22 +265,28 @@ def _members(parts: list[_Parts], others: list[int], key: tuple[int, int, int],
         return Examples(*(torch.cat([getattr(one, n) for one in several])
                           for n in ("inputs", "labels")))  # fmt: skip
 
-    start, _ = kept("head", lambda: train_head(
-        net, joined("train"), joined("held_out"), config.fit, keyed_generator(*key, _HEAD)
-    ))  # fmt: skip
+    def head() -> tuple[State, float]:
+        return train_head(
+            net, joined("train"), joined("held_out"), config.fit, keyed_generator(*key, _HEAD)
+        )
+
+    def module(k: int) -> tuple[State, float]:
+        part, order = parts[k], keyed_generator(*key, _MODULE, k)
+        return train_module(net, part.train, part.held_out, config.fit, order)
+
+    start, _ = kept("head", head)
     net.load_state_dict(start)
     made = []
     for k in others:
-        part = parts[k]
-        state, epochs = kept(part.domain.name, lambda part=part, k=k: train_module(
-            net, part.train, part.held_out, config.fit, keyed_generator(*key, _MODULE, k)
-        ))  # fmt: skip
-        made.append(Member(part.domain.name, lambda state=state: state, epochs))
+        name = parts[k].domain.name
+        state, epochs = kept(name, partial(module, k))
+        made.append(Member(name, partial(dict, state), epochs))
     return Members(net.requires_grad_(True), made, Member("no_module", lambda: start))
 
 
 def _batches(examples: Examples, size: int = 500) -> list[Batch]:
-    return list(zip(examples.inputs.split(size), examples.labels.split(size), strict=True))
+    at = range(0, len(examples), size)
+    return [(examples.inputs[i : i + size], examples.labels[i : i + size]) for i in at]
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -338,6 +345,7 @@ def run_modules(
     NQMError
         If data or the encoder are missing, or the folder holds another run.
     """
+
     def made() -> pd.DataFrame:
         domains = load_domains(config.domains, config.encoder, config.margin, root)
         return compare_modules(domains, config, cells=Cells(out / "cells"), progress=progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,8 +183,10 @@ def train_module(net: ModuleNet, train: Examples, held_out: Examples, config: Fi
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed() & 0xFFFFFFFF)
             add_lora(made, net.rank, where="module.weight")
-        chosen = made.module.parametrizations["weight"][0]  # type: ignore[index]
-        return _trained(made, lambda made: chosen, train, held_out, config, generator)
+        chosen = cast(Any, made.module).parametrizations["weight"][0]
+        return _trained(
+            made, lambda made: cast(nn.Module, chosen), train, held_out, config, generator
+        )
     return _trained(made, lambda made: made.module, train, held_out, config, generator)
 
 
@@ -194,9 +197,7 @@ def _trained(net: ModuleNet, part: Callable[[ModuleNet], nn.Module], train: Exam
         raise NQMError("a module needs examples to train on, and others to stop by; got none")
     net.requires_grad_(False)
     chosen = part(net).requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        chosen.parameters(), config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(chosen.parameters(), config.lr, weight_decay=config.weight_decay)
 
     def loss() -> float:
         with torch.no_grad():
@@ -205,15 +206,16 @@ def _trained(net: ModuleNet, part: Callable[[ModuleNet], nn.Module], train: Exam
     best, kept, when = loss(), copy.deepcopy(net.state_dict()), 0
     for epoch in range(1, config.epochs + 1):
         order = torch.randperm(len(train), generator=generator)
-        for index in order.split(config.batch_size):
+        for index in torch.split(order, config.batch_size):
             optimizer.zero_grad()
-            cross_entropy(net(train.inputs[index]), train.labels[index]).backward()
+            now: Tensor = cross_entropy(net(train.inputs[index]), train.labels[index])
+            torch.autograd.backward(now)
             optimizer.step()
-        now = loss()
-        if not now < float("inf"):
+        reached = loss()
+        if not reached < float("inf"):
             raise NQMError(f"training a module diverged in epoch {epoch}; lower the learning rate")
-        if now < best:
-            best, kept, when = now, copy.deepcopy(net.state_dict()), epoch
+        if reached < best:
+            best, kept, when = reached, copy.deepcopy(net.state_dict()), epoch
         elif epoch - when >= config.patience:
             break
     net.load_state_dict(kept)

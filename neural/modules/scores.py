@@ -12,7 +12,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -327,7 +326,9 @@ def selected(score: Score, values: Tensor | Sequence[float], top_k: int, weighti
     """
     scores = torch.as_tensor(values, dtype=torch.float64)
     if not bool(scores.isfinite().all()):
-        raise NQMError(f"{type(score).__name__}: scores must be finite; got {scores.tolist()!s:.80}")
+        raise NQMError(
+            f"{type(score).__name__}: scores must be finite; got {scores.tolist()!s:.80}"
+        )
     order = sorted(range(len(scores)), key=lambda i: -float(scores[i]))
     kept = sorted(order[: top_k or len(order)])
     linear = score.linear(scores[kept]) if weighting == "linear" else torch.ones(len(kept)).double()
