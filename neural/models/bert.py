@@ -131,7 +131,7 @@ class BertEncoder(nn.Module):
         """
         mask = (tokens != 0)[:, None, None, :]
         at = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.norm(self.words(tokens) + self.positions(at) + self.segments.weight[0])
+        x: Tensor = self.norm(self.words(tokens) + self.positions(at) + self.segments.weight[0])
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -150,7 +150,8 @@ class BertEncoder(nn.Module):
         """
         real = (tokens != 0).unsqueeze(-1).to(self.words.weight.dtype)
         vectors: Tensor = (self(tokens) * real).sum(1) / real.sum(1)
-        return vectors / vectors.norm(dim=1, keepdim=True)
+        length: Tensor = vectors.norm(dim=1, keepdim=True)
+        return vectors / length
 
 
 #: Part of a name in Hugging Face's files -> ours.
