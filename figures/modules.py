@@ -17,7 +17,7 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
     Parameters
     ----------
     table : DataFrame
-        Columns score, top_k, weighting, space, `column` and the half width of its interval.
+        Columns score, kept, weighting, space, `column` and the half width of its interval.
     column : str
     ax : Axes, optional
 
@@ -27,10 +27,10 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
     """
     ax = axes_or_new(ax)
     rows = table[table[column].notna()]
-    parts = zip(rows["score"], rows["top_k"], rows["weighting"], strict=True)
+    parts = zip(rows["score"], rows["kept"], rows["weighting"], strict=True)
     names = [
-        (f"{score} {top_k} {how}" if how else str(score)).replace("_", " ")
-        for score, top_k, how in parts
+        (f"{score} {kept} {how}" if how else str(score)).replace("_", " ")
+        for score, kept, how in parts
     ]
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
     y = np.array([places[name] for name in names], dtype=float)

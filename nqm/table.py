@@ -115,7 +115,7 @@ COLUMNS: dict[str, Column] = {
     "split": Column("split", "", "draw of training and test parts", "int64"),
     "target": Column("target", "", "domain that no module has seen", "str"),
     "score": Column("score", "", "by what modules are weighed", "str"),
-    "top_k": Column("modules kept", "", "modules with the highest scores", "int64"),
+    "kept": Column("modules kept", "", "modules with the highest scores", "int64"),
     "weighting": Column("weighting", "", "linear in the score, or uniform", "str"),
     "round": Column("rounds", "rounds", "federated rounds done", "int64"),
     "drift": Column("client drift", "", "mean distance of clients from their mean"),

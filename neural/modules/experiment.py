@@ -156,7 +156,7 @@ def compare_modules(
     Returns
     -------
     DataFrame
-        Columns of `neural.combine.compare` after ``split``, ``target``, ``score``, ``top_k`` and
+        Columns of `neural.combine.compare` after ``split``, ``target``, ``score``, ``kept`` and
         ``weighting``. Scores are those of `SCORES`, and ``no_module``, ``best`` (by the target's
         held-out labels), ``inverse_loss`` (likewise), ``member``, ``mean_member``.
 
@@ -205,10 +205,10 @@ def _one(
     weights: dict[str, Weigh] = {"inverse_loss": WEIGHTS["inverse_loss"]}
     stated = {name: (name, len(others), "") for name in (*rules, *weights)}
     for name in config.scores:
-        for top_k, weighting in _ways(name, len(others)):
-            label = f"{name} {top_k} {weighting}"
-            stated[label] = name, top_k, weighting
-            weights[label] = Scored(SCORES[name], top_k, weighting)
+        for kept, weighting in _ways(name, len(others)):
+            label = f"{name} {kept} {weighting}"
+            stated[label] = name, kept, weighting
+            weights[label] = Scored(SCORES[name], kept, weighting)
     rules |= {name: Linear(weigh) for name, weigh in weights.items()}
     content = [state_key({"vectors": part.domain.vectors}) for part in parts]
     about = {"keys": content, "split": number, "target": target, **keys.differing(config)}
@@ -223,7 +223,7 @@ def _one(
     )
     names = [rule.removeprefix("ensemble_") for rule in table["rule"]]
     kinds = [stated.get(name, (name, 1, "")) for name in names]
-    for at, column in enumerate(("score", "top_k", "weighting")):
+    for at, column in enumerate(("score", "kept", "weighting")):
         table.insert(at, column, [kind[at] for kind in kinds])
     return table.drop(columns=["rule", "repair", "data", "bits"])
 
@@ -233,11 +233,11 @@ def _ways(score: str, count: int) -> Iterator[tuple[int, str]]:
     if score == "uniform":
         yield count, "uniform"
         return
-    for top_k in range(1, count + 1):
-        if top_k < count:
-            yield top_k, "uniform"
-        if top_k > 1:
-            yield top_k, "linear"
+    for kept in range(1, count + 1):
+        if kept < count:
+            yield kept, "uniform"
+        if kept > 1:
+            yield kept, "linear"
 
 
 def _members(parts: list[_Parts], others: list[int], key: tuple[int, int, int],
@@ -300,14 +300,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row for each way of combining: score, top_k, weighting, space, then mean and half width
+        One row for each way of combining: score, kept, weighting, space, then mean and half width
         of accuracy, nll, nll_tuned, mean predicted loss, and the share of predictions that are to
         be believed. Splits share texts, so that intervals are too narrow rather than too wide.
     """
     import pandas as pd
 
     rows = []
-    by = ["score", "top_k", "weighting", "space"]
+    by = ["score", "kept", "weighting", "space"]
     # A member of another name for each target: their mean.
     for key, group in table.groupby(by, sort=False):
         row: dict[str, Any] = dict(zip(by, key, strict=True))

@@ -272,18 +272,18 @@ class Scored(Weigh):
     Attributes
     ----------
     score : Score
-    top_k : int
+    kept : int
         Modules that are kept; 0: all.
     weighting : {"linear", "uniform"}
         Weights in proportion to the score, or equal, over the modules that are kept.
     """
 
     score: Score = Equal()
-    top_k: int = 0
+    kept: int = 0
     weighting: str = "linear"
 
     def __post_init__(self) -> None:
-        check_integer("Scored.top_k", self.top_k, 0)
+        check_integer("Scored.kept", self.kept, 0)
         check_word("Scored.weighting", self.weighting, WEIGHTINGS)
 
     def __call__(self, members: Members, parts: Parts) -> Tensor:
@@ -297,12 +297,12 @@ class Scored(Weigh):
                 f"scores need a sample of texts for each of {count} modules; got "
                 f"{len(evidence.domains)}"
             )
-        if self.top_k > count:
-            raise NQMError(f"Scored.top_k must be at most the {count} modules; got {self.top_k}")
-        return selected(self.score, self.score(members, evidence), self.top_k, self.weighting)
+        if self.kept > count:
+            raise NQMError(f"Scored.kept must be at most the {count} modules; got {self.kept}")
+        return selected(self.score, self.score(members, evidence), self.kept, self.weighting)
 
 
-def selected(score: Score, values: Tensor | Sequence[float], top_k: int, weighting: str) -> Tensor:
+def selected(score: Score, values: Tensor | Sequence[float], kept: int, weighting: str) -> Tensor:
     """Weights from scores.
 
     Parameters
@@ -310,7 +310,7 @@ def selected(score: Score, values: Tensor | Sequence[float], top_k: int, weighti
     score : Score
         Says how weights are linear in scores.
     values : array_like, shape (N,)
-    top_k : int
+    kept : int
         Modules that are kept; 0: all.
     weighting : {"linear", "uniform"}
 
@@ -330,12 +330,14 @@ def selected(score: Score, values: Tensor | Sequence[float], top_k: int, weighti
             f"{type(score).__name__}: scores must be finite; got {scores.tolist()!s:.80}"
         )
     order = sorted(range(len(scores)), key=lambda i: -float(scores[i]))
-    kept = sorted(order[: top_k or len(order)])
-    linear = score.linear(scores[kept]) if weighting == "linear" else torch.ones(len(kept)).double()
+    chosen = sorted(order[: kept or len(order)])
+    linear = (
+        score.linear(scores[chosen]) if weighting == "linear" else torch.ones(len(chosen)).double()
+    )
     if not float(linear.sum()) > 0.0:
         linear = torch.ones_like(linear)
     weights = torch.zeros_like(scores)
     # One module alone has weight 1 to the last bit.
-    weights[kept] = linear / linear.sum() if len(kept) > 1 else torch.ones_like(linear)
+    weights[chosen] = linear / linear.sum() if len(chosen) > 1 else torch.ones_like(linear)
     assert math.isclose(float(weights.sum()), 1.0, rel_tol=1e-9)
     return weights

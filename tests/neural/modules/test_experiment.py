@@ -47,14 +47,14 @@ def test_the_table_has_every_way_and_a_killed_run_goes_on(tmp_path: Path) -> Non
     table = read_table(tmp_path / "a" / "modules.parquet")
     assert set(table["target"]) == {"tweets", "amazon", "films"}
     one = table[(table["split"] == 0) & (table["target"] == "films")]
-    kept = {(row.score, row.top_k, row.weighting, row.space) for row in one.itertuples()}
+    kept = {(row.score, row.kept, row.weighting, row.space) for row in one.itertuples()}
     for space in ("weights", "probabilities", "logits"):
         assert ("uniform", 2, "uniform", space) in kept
         assert {(score, k, how, space) for score in ("similarity", "entropy")
                 for k, how in ((1, "uniform"), (2, "linear"))} <= kept  # fmt: skip
     assert set(one.loc[one["score"] == "member", "member"]) == {"tweets", "amazon"}
     # One module alone is the same whatever is averaged, and is one of the members.
-    first = one[(one["score"] == "similarity") & (one["top_k"] == 1)]
+    first = one[(one["score"] == "similarity") & (one["kept"] == 1)]
     assert first["nll"].max() - first["nll"].min() < 1e-6
     single = one.loc[one["score"] == "member", "nll"]
     assert (single - first["nll"].iloc[0]).abs().min() < 1e-6
@@ -73,7 +73,7 @@ def test_the_table_has_every_way_and_a_killed_run_goes_on(tmp_path: Path) -> Non
         ('modules.domains=["tweets","nyt"]', "must be three at least"),
         ('modules.scores=["tf"]', "modules.scores 'tf' is unknown"),
         ("modules.encoder=bert", "modules.encoder 'bert' is unknown"),
-        ("modules.top_k=2", "top_k"),
+        ("modules.kept=2", "kept"),
         ("modules.lr=0", "lr"),
     ],
 )
