@@ -33,8 +33,9 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
         for score, kept, how in parts
     ]
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    y = np.array([places[name] for name in names], dtype=float)
-    for shift, (space, color) in zip((-0.2, 0.0, 0.2), SPACES.items(), strict=True):
+    # The first row on top; axes of two panels may be shared.
+    y = -np.array([places[name] for name in names], dtype=float)
+    for shift, (space, color) in zip((0.2, 0.0, -0.2), SPACES.items(), strict=True):
         held = (rows["space"] == space).to_numpy()
         if held.any():
             ax.errorbar(
@@ -44,8 +45,7 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
     none = rows[rows["score"] == "no_module"]
     if len(none):
         ax.axvline(float(none[column].iloc[0]), color=REFERENCE, lw=0.7, zorder=0)
-    ax.set_yticks(list(places.values()), list(places))
-    ax.invert_yaxis()
+    ax.set_yticks([-i for i in places.values()], list(places))
     ax.set_xlabel(label(column))
-    ax.legend(loc="best")
+    ax.legend(loc="upper right", frameon=True, framealpha=0.8, edgecolor="none")
     return ax
