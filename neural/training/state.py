@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neural.late_phase.members import Batch, LatePhase
-from neural.late_phase.pieces import Known, backward_in_pieces
+from neural.late_phase.pieces import Known, backward_in_pieces, mean_over_rows
 from neural.late_phase.ranks import average_gradients
 from neural.late_phase.select import select
 from neural.training import snapshots
@@ -134,6 +134,7 @@ class TrainState:
                 fused=self.run.late_phase.fused,
                 micro_batches=self.run.train.micro_batches,
                 autocast=self.autocast,
+                loss_weight=mean_over_rows,
             )
         self.losses[0] += losses.sum()
         self.losses[1] += len(losses)
@@ -202,7 +203,9 @@ class TrainState:
                 return learn(self.forward(*args, **kwargs))
 
         count = self.run.train.micro_batches
-        loss = backward_in_pieces(self.model, batch, count, self.task.loss, run, self.known_pieces)
+        loss = backward_in_pieces(
+            self.model, batch, count, self.task.loss, run, self.known_pieces, mean_over_rows
+        )
         self.optimizer.step()
         return loss.reshape(1)
 

@@ -1,0 +1,156 @@
+"""Training steps of full size: what they wait for, launch, lay out and hold in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from full_size import RECIPES, state
+from meter import gpu
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from neural.training import checkpoint
+from neural.training.config import RunConfig
+from neural.training.run_folder import RunFolder
+
+#: Kernels of a late-phase minibatch over those of a base minibatch.
+MOST_KERNELS = 3.2
+#: Enough members for a cycle; with all of them in the slow tests.
+FEW = "late_phase.members=3"
+#: A recipe for each kind of layers; all recipes in the slow tests.
+KINDS = ["cifar10_bn", "imagenet_resnet50", "enwik8_lstm_rank1", "transformer_python_docs"]
+
+
+def steps_wait_for_nothing(recipe: str, *changes: str) -> None:
+    with gpu() as meter:
+        train_state = state(recipe, *changes)
+        stream = train_state.task.stream.epoch(0)
+        batch = next(stream)
+        train_state.step([batch])  # makes the optimizer's state, and checks the pieces
+        meter.clear()
+        train_state.step([next(stream)])
+        assert not meter.waits
+        base = meter.launched
+        train_state.spawn()
+        assert train_state.late is not None
+        group = [batch] * train_state.late.members
+        train_state.step(group)
+        meter.clear()
+        train_state.step(group)
+        assert not meter.waits
+        assert meter.launched < MOST_KERNELS * base * len(group)
+
+
+@pytest.mark.parametrize("recipe", KINDS)
+def test_steps_wait_for_nothing(recipe: str) -> None:
+    steps_wait_for_nothing(recipe, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_steps_of_all_members_wait_for_nothing(recipe: str) -> None:
+    steps_wait_for_nothing(recipe)
+
+
+@pytest.mark.parametrize("recipe", ["enwik8_lstm_rank1", "transformer_python_docs", "cifar10_bn"])
+def test_a_resumed_run_waits_for_nothing(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Adam reads its counts of steps: on the GPU every weight would be waited for."""
+    changes = (FEW, 'model.name="wrn-10-1"') if recipe == "cifar10_bn" else (FEW,)
+
+    def load(path: Path, device: Any = "cpu") -> dict[str, Any]:
+        def put(value: Any) -> Any:
+            return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+        moved: dict[str, Any] = pytree.tree_map(put, saved)
+        return moved
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr(RunFolder, "__init__", _bare)
+    with gpu() as meter:
+        train_state = state(recipe, *changes)
+        group = [next(train_state.task.stream.epoch(0))] * 3
+        train_state.step(group[:1])
+        train_state.spawn()
+        train_state.step(group)
+        saved = train_state.state_dict()
+        again = state(recipe, *changes)
+        loaded = RunFolder(tmp_path, again.run).checkpoint(None)
+        assert loaded is not None
+        again.load_state_dict(loaded)
+        again.step(group)  # the rehearsal of the new members' optimizer
+        meter.clear()
+        again.step(group)
+        assert not meter.waits
+
+
+def _bare(self: RunFolder, path: Path, run: RunConfig) -> None:
+    self.path, self.run = path, run
+
+
+#: Upper bounds in GiB; a lower bound of half of each shows that memory is counted at all.
+MEMORY = [
+    ("late_phase.members=10", 3.2),
+    ("late_phase.fused=true", 8.5),
+    ('late_phase.fused=true train.precision="bfloat16"', 4.5),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [MEMORY[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in MEMORY[1:])],
+)
+def test_memory_of_wrn_28_10(changes: str, bound: float) -> None:
+    """Weights, gradients and momentum of 36.5M weights, and the activations of 128 images a member.
+
+    Members share the base's activations one after another, or all have theirs if fused.
+    """
+    fused = "fused" in changes
+    few = ("late_phase.members=3",) if fused else ()
+    with gpu() as meter:
+        train_state = state("cifar10_bn", *changes.split(" "), *few)
+        batch = next(train_state.task.stream.epoch(0))
+        train_state.spawn()
+        assert train_state.late is not None
+        group = [batch] * (train_state.late.members if fused else 2)
+        train_state.step(group)
+        train_state.step(group)
+        assert bound / 2 < meter.peak / 2**30 < bound
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arm"),
+    [
+        ("cifar10_bn", "late_phase"),
+        pytest.param("cifar10_pyramidnet", "late_phase", marks=pytest.mark.slow),
+    ],
+)
+def test_convolutions_keep_channels_last(recipe: str, arm: str) -> None:
+    changes = () if recipe == "cifar10_pyramidnet" else ('model.name="wrn-10-1"',)
+    with gpu() as meter:
+        train_state = state(recipe, FEW, *changes, arm=arm)
+        batch = next(train_state.task.stream.epoch(0))
+        train_state.step([batch])
+        train_state.spawn()
+        assert train_state.late is not None
+        train_state.step([batch] * 3)
+        train_state.late.averaged().eval()(batch[0])
+        assert not meter.layouts
+
+
+def test_minibatches_of_an_incomplete_cycle_go_back_to_the_gpu() -> None:
+    with gpu():
+        train_state = state("cifar10_bn", FEW, 'model.name="wrn-10-1"')
+        batch = next(train_state.task.stream.epoch(0))
+        train_state.spawn()
+        assert train_state.late is not None
+        late = train_state.late
+        assert list(late.cycles([batch] * 2, "carry")) == []
+        on_host = pytree.tree_map_only(Tensor, Tensor.cpu, late.state_dict())
+        late.load_state_dict(on_host)
+        (group,) = late.cycles([batch], "carry")
+        train_state.step(group)
