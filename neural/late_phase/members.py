@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from neural.late_phase import fused as fused_forward
 from neural.late_phase import merge as merging
@@ -318,11 +319,15 @@ class LatePhase(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        self._carried = list(state_dict.pop(f"{prefix}carried", []))
+        carried = state_dict.pop(f"{prefix}carried", [])
+        self._carried = list(pytree.tree_map_only(Tensor, self._on_device, carried))
         turns = state_dict.pop(f"{prefix}had_turn", None)
         if turns is not None:
             self._had_turn = turns.tolist()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        return value.to(self.index.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatePhase:
         memo[id(self)] = twin = type(self).__new__(type(self))

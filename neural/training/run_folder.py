@@ -132,13 +132,14 @@ class RunFolder:
             if is_temporary(path) or (path.name == "checkpoint.pt" and self.status is not None):
                 path.unlink(missing_ok=True)
 
-    def checkpoint(self, device: torch.device, start: Path | None) -> dict[str, Any] | None:
+    def checkpoint(self, start: Path | None) -> dict[str, Any] | None:
         """Read the checkpoint from which training continues.
+
+        Its tensors are on the CPU. On a GPU they would need the memory a second time, and so would
+        counts of steps, which Adam reads: it would then wait for the GPU once for every weight.
 
         Parameters
         ----------
-        device : torch.device
-            Device for its tensors.
         start : Path, optional
             Checkpoint of another run, used if this run has none of its own.
 
@@ -154,8 +155,8 @@ class RunFolder:
         """
         own = self.path / "checkpoint.pt"
         if own.exists():
-            return checkpoint.load(own, device)
-        return None if start is None else checkpoint.load(start, device)
+            return checkpoint.load(own)
+        return None if start is None else checkpoint.load(start)
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint.

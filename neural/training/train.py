@@ -98,11 +98,16 @@ def train(
         preflight.rehearse(run, runtime, task, ood)
     train_state = TrainState(run, task, runtime)
     with log.begun():
-        if (state := log.checkpoint(runtime.device, start)) is not None:
-            train_state.load_state_dict(state)
-            log.check_snapshots(train_state.taken)
+        _resume(train_state, log, start)
         status = _go_on(train_state, ood, log, keep, progress)
     return Outcome(status, log.history(), log.result())
+
+
+def _resume(train_state: TrainState, log: RunFolder, start: Path | None) -> None:
+    """Load the checkpoint, if there is one; its tensors are freed at the end."""
+    if (state := log.checkpoint(start)) is not None:
+        train_state.load_state_dict(state)
+        log.check_snapshots(train_state.taken)
 
 
 def _go_on(
