@@ -78,7 +78,7 @@ def clients(
     folder = out or Path(
         "out/clients", folder_name(f"{made.name}-{scale}", "recipe"), f"seed{seed}"
     )
-    runtime = make_runtime(device, root, threads)
+    runtime = make_runtime(device, root, threads, trains=True)
     with progress_bar() as progress:
         table = run_clients(run, rounds, folder, scope=scope, runtime=runtime, progress=progress)
     for line in words(table, rounds):

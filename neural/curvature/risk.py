@@ -22,6 +22,7 @@ from neural.curvature.examples import EachRow, MakeBatch, rows
 from neural.curvature.ggn import ggn_matrix, ggn_product
 from neural.curvature.plain_kernels import plain_kernels, through_detach
 from neural.evaluate.metrics import IGNORED
+from neural.evaluate.precision import full_float32
 from neural.late_phase.members import Batch
 from neural.late_phase.rows import arguments
 from neural.late_phase.select import select as resolve
@@ -288,6 +289,8 @@ class EmpiricalRisk:
     def evaluating(self) -> Iterator[None]:
         """Put the model into evaluation mode with plain kernels inside the block, then restore it.
 
+        Float32 is computed in full, as errors of TF32 would be per cents of a Hessian product.
+
         Attributes that a forward pass sets on its modules are removed at the end: they would refer
         to a derivative that is finished.
 
@@ -298,7 +301,7 @@ class EmpiricalRisk:
         saved = [(m, dict(vars(m)), dict(m._buffers)) for m in self.model.modules()]
         try:
             self.model.eval()
-            with plain_kernels():
+            with plain_kernels(), full_float32():
                 yield
         finally:
             for module, attributes, buffers in saved:

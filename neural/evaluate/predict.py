@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neural.evaluate.metrics import IGNORED, correct, refuse_probabilities
+from neural.evaluate.precision import full_float32
 from nqm.errors import NQMError, check_integer
 
 #: Pairs (inputs, labels). Logits of shape (B, ..., C) and labels (B, ...) are flattened to
@@ -60,6 +61,8 @@ class Score(NamedTuple):
 def evaluating(model: object) -> Iterator[None]:
     """Switch to eval mode without autograd inside the block; restore every module's mode after it.
 
+    Float32 is computed in full (see `full_float32`).
+
     Torch's inference mode is not used: a tensor that a model stores in one pass for the next, like
     rotary angles, could not be used in training afterwards.
 
@@ -76,7 +79,7 @@ def evaluating(model: object) -> Iterator[None]:
     try:
         if isinstance(model, nn.Module):
             model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             yield
     finally:
         for module, mode in modes.items():

@@ -83,7 +83,8 @@ def train(
         check_alone("--workers")
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
-    runtime = replace(make_runtime(device, root, threads), tensorboard=tensorboard)
+    runtime = make_runtime(device, root, threads, trains=True)
+    runtime = replace(runtime, tensorboard=tensorboard)
     with progress_bar(hidden=runtime.rank > 0) as progress:
         table = run_experiment(
             made,
@@ -221,7 +222,7 @@ def sweep(
     from nqm.runs.sweep import Sweep
 
     check_alone("nqm neural sweep")
-    runtime = make_runtime(device, root, threads)
+    runtime = make_runtime(device, root, threads, trains=True)
     cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
     with progress_bar() as progress:
         cells.write(out, progress=counted(progress, "cells", len(cells), exact=True))

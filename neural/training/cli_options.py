@@ -68,7 +68,9 @@ def check_alone(what: str) -> None:
         )
 
 
-def make_runtime(device: str | None, root: Path | None, threads: int | None) -> Runtime:
+def make_runtime(
+    device: str | None, root: Path | None, threads: int | None, *, trains: bool = False
+) -> Runtime:
     """Make the runtime of a command from its options.
 
     Parameters
@@ -79,6 +81,8 @@ def make_runtime(device: str | None, root: Path | None, threads: int | None) -> 
         Folder of the data files; with None that of the environment variable NQM_DATA.
     threads : int or None
         Number of threads of torch; with None torch's own choice.
+    trains : bool
+        Whether float32 may be TF32 on a GPU, as in training; measurements need all digits.
 
     Returns
     -------
@@ -110,7 +114,8 @@ def make_runtime(device: str | None, root: Path | None, threads: int | None) -> 
         reason = str(error).partition("\n")[0]
         raise NQMError(f"device {name!r} cannot be used: {reason:.100}; use cpu or cuda") from None
     if chosen.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if trains else "highest")
+        torch.backends.cudnn.allow_tf32 = trains
         torch.backends.cudnn.benchmark = True
     return Runtime(chosen, root, rank, world)
 

@@ -311,6 +311,7 @@ def _flags() -> dict[str, Any]:
     """Settings of torch for the whole process that change numbers or speed."""
     return {
         "matmul": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cudnn.allow_tf32,
         "benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.backends.cudnn.deterministic,
         "algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -319,6 +320,7 @@ def _flags() -> dict[str, Any]:
 
 def _set_flags(flags: dict[str, Any]) -> None:
     torch.set_float32_matmul_precision(flags["matmul"])
+    torch.backends.cudnn.allow_tf32 = flags["tf32"]
     torch.backends.cudnn.benchmark = flags["benchmark"]
     torch.backends.cudnn.deterministic = flags["deterministic"]
     torch.use_deterministic_algorithms(flags["algorithms"])
