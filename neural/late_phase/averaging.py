@@ -132,25 +132,25 @@ def recompute_statistics(
     momenta = {layer: layer.momentum for layer in layers}
     training = {layer: layer.training for layer in module.modules()}
     saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    seen = 0
+    counting = _Counting()
+    hooks: list[Any] = [layer.register_forward_pre_hook(counting) for layer in layers]
+    compiled = module._compiled if isinstance(module, LatePhase) else None
     try:
         module.eval()
         for layer in module.modules():
             if isinstance(layer, _BatchNorm):
                 layer.reset_running_stats()
                 layer.train()
-                layer.momentum = None  # cumulative
             elif dropout and isinstance(layer, _DropoutNd):
                 layer.train()
         if isinstance(module, LatePhase):
-            _reset_members(module)
+            counting.members = _reset_members(module)
+            module._compiled = None  # it would be compiled anew for every momentum
         for inputs, _ in batches:
-            size = _size(inputs) if by_size else 1
-            seen += size
-            for layer in layers if by_size else ():
-                layer.momentum = size / seen
-            _run(module, inputs)
-        if not seen:
+            counting.weight = _size(inputs) if by_size else 1
+            counting.empty = False
+            _run(module, inputs, counting)
+        if counting.empty:
             raise NQMError(
                 "recompute_statistics: there is no batch, and the statistics stay as they are; an "
                 "iterator is empty after its first use, so give a list or a loader"
@@ -160,10 +160,34 @@ def recompute_statistics(
             buffer.copy_(value)
         raise
     finally:
+        if isinstance(module, LatePhase):
+            module._compiled = compiled
+        for hook in hooks:
+            hook.remove()
         for layer, momentum in momenta.items():
             layer.momentum = momentum
         for submodule, mode in training.items():
             submodule.training = mode
+
+
+class _Counting:
+    """Gives a layer, before it runs, the momentum that makes its statistics a cumulative mean.
+
+    Torch's own cumulative mean (momentum None) reads a counter of every layer in every minibatch,
+    and a GPU would be waited for each time.
+    """
+
+    def __init__(self) -> None:
+        self.weight, self.empty = 1, True
+        #: Layers with statistics for each member, and the member that runs.
+        self.members: set[nn.Module] = set()
+        self.member = 0
+        self._seen: dict[tuple[nn.Module, int], int] = {}
+
+    def __call__(self, layer: _BatchNorm, args: Any) -> None:
+        key = (layer, self.member if layer in self.members else 0)
+        self._seen[key] = self._seen.get(key, 0) + self.weight
+        layer.momentum = self.weight / self._seen[key]
 
 
 def _size(inputs: Any) -> int:
@@ -174,19 +198,24 @@ def _size(inputs: Any) -> int:
     raise NQMError("recompute_statistics: by_size needs a tensor in the inputs of every minibatch")
 
 
-def _run(module: nn.Module, inputs: Any) -> None:
+def _run(module: nn.Module, inputs: Any, counting: _Counting) -> None:
     args, kwargs = arguments(inputs)
     if not isinstance(module, LatePhase):
         with checked_statistics():
             module(*args, **kwargs)
         return
     module.training = True  # of `LatePhase` alone: it then stores the members' new statistics
-    for k in range(module.members):
-        module(*args, member=k, **kwargs)
+    for counting.member in range(module.members):
+        module(*args, member=counting.member, **kwargs)
 
 
-def _reset_members(late: LatePhase) -> None:
+def _reset_members(late: LatePhase) -> set[nn.Module]:
+    """Reset the members' statistics; return the layers that have them."""
+    layers: set[nn.Module] = set()
     for key, value in late.statistics.named_buffers():
         path, _, name = key.replace("/", ".").rpartition(".")
-        if isinstance(late.model.get_submodule(path), _BatchNorm):
+        layer = late.model.get_submodule(path)
+        if isinstance(layer, _BatchNorm):
             value.fill_(1.0 if name == "running_var" else 0.0)
+            layers.add(layer)
+    return layers

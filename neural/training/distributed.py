@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from neural.late_phase.members import Batch
 from nqm.errors import NQMError
 
 
@@ -89,6 +92,47 @@ def share_weights(module: nn.Module) -> None:
     with torch.no_grad():
         for value in [*module.parameters(), *module.buffers()]:
             dist.broadcast(value, 0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Training data of which every process of a run has its part.
+
+    Attributes
+    ----------
+    make : callable
+        Returns the minibatches of one epoch, this process's part of each.
+    world : int
+        Number of processes of the run.
+    """
+
+    make: Callable[[], Iterable[Batch]]
+    world: int
+
+    def __call__(self) -> Iterable[Batch]:
+        """Minibatches of one epoch.
+
+        Returns
+        -------
+        iterable of (inputs, targets)
+        """
+        return self.make()
+
+    def average_statistics(self, module: nn.Module) -> None:
+        """Replace statistics of the parts by their mean over all processes.
+
+        Parameters
+        ----------
+        module : Module
+            Its buffers of floating-point numbers are changed in place.
+        """
+        if self.world == 1:
+            return
+        with torch.no_grad():
+            for value in module.buffers():
+                if value.is_floating_point():
+                    dist.all_reduce(value)
+                    value /= self.world
 
 
 def local_rank() -> int:

@@ -183,7 +183,7 @@ def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Ima
             images=None if task.images is None else _first(task.images),
         )
         model = train_state.model if train_state.late is None else train_state.late.averaged()
-        if not bool(torch.isfinite(torch.tensor(train_state.task.score(model).loss))):
+        if not train_state.all_finite(train_state.task.score(model).loss):
             return
         report.during(train_state, 0)
         kept = () if run.snapshots is None else [lambda: plain_state(train_state.model)] * 2

@@ -39,6 +39,7 @@ from neural.late_phase.members import LatePhase
 from neural.late_phase.reparametrize import fold
 from neural.training.averages import single_models
 from neural.training.config import EvaluateConfig
+from neural.training.distributed import Parts
 from neural.training.snapshots import soup
 from neural.training.state import TrainState
 from neural.training.task import Task
@@ -150,10 +151,12 @@ def final(
     """
     task, late = train_state.task, train_state.late
     models = _models(train_state)
-    if snapshots:
+    kept = train_state.run.snapshots is not None
+    if kept:  # under torchrun the first process alone reads them, and all compute statistics
         states = (read() for read in snapshots)
-        batches = task.stream.epoch(train_state.run.train.epochs)
-        models["snapshot_soup"] = soup(fold(duplicate(train_state.model)), states, batches)
+        models["snapshot_soup"] = soup(
+            fold(duplicate(train_state.model)), states, _parts(train_state)
+        )
     rows: list[Row] = []
     predicted: dict[str, tuple[Tensor, Tensor]] = {}
     for name, model in models.items():
@@ -167,7 +170,7 @@ def final(
         rows += _snapshots(models["snapshot_soup"], snapshots, task)
     average = train_state.run.average
     primary = average.method if average is not None else next(iter(models))
-    primary = "snapshot_soup" if snapshots else primary
+    primary = "snapshot_soup" if kept else primary
     model = models[primary]
     extra = beyond(model, late, task, train_state.run.evaluate, ood)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
@@ -184,12 +187,16 @@ def _models(train_state: TrainState) -> dict[str, nn.Module]:
     """Models of a run by their names in the results: from the weights, and from its average."""
     name = "iterate" if train_state.late is None else "averaged"
     models = single_models(train_state.trained, name)
-    average, stream = train_state.run.average, train_state.task.stream
+    average = train_state.run.average
     if average is not None and train_state.average is not None:
-        models |= average.models(
-            train_state.average, lambda: stream.epoch(train_state.run.train.epochs)
-        )
+        models |= average.models(train_state.average, _parts(train_state))
     return models
+
+
+def _parts(train_state: TrainState) -> Parts:
+    """Training data, in an order that training did not have."""
+    stream, epoch = train_state.task.stream, train_state.run.train.epochs
+    return Parts(lambda: stream.epoch(epoch), train_state.runtime.world)
 
 
 def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:

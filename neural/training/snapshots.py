@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from neural.late_phase import averaging
 from neural.late_phase.duplicate import duplicate
-from neural.late_phase.members import Batch
 from neural.late_phase.reparametrize import fold
+from neural.training.distributed import Parts, share_weights
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.schedule import Cosine, Schedule
 
@@ -250,9 +250,7 @@ def plain_state(model: nn.Module) -> State:
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
-def soup(
-    model: nn.Module, states: Iterable[Mapping[str, Tensor]], batches: Iterable[Batch]
-) -> nn.Module:
+def soup(model: nn.Module, states: Iterable[Mapping[str, Tensor]], parts: Parts) -> nn.Module:
     """Mean of the snapshots' weights, all counted alike; BatchNorm statistics are recomputed.
 
     Parameters
@@ -260,9 +258,10 @@ def soup(
     model : Module
         The architecture, with plain weights; it is copied.
     states : iterable of mapping
-        Plain state dicts; one is in memory at a time.
-    batches : iterable of (inputs, targets)
-        Minibatches of one epoch of training data.
+        Plain state dicts; one is in memory at a time. Under ``torchrun`` those of the first process
+        are used, and statistics are means over the parts of all.
+    parts : Parts
+        Training data.
 
     Returns
     -------
@@ -273,6 +272,9 @@ def soup(
     for state in states:
         one.load_state_dict(state)
         mean.update_parameters(one)
-    averaging.recompute_statistics(mean.module, batches)
     made: nn.Module = mean.module
+    if parts.world > 1:
+        share_weights(made)
+    averaging.recompute_statistics(made, parts())
+    parts.average_statistics(made)
     return made

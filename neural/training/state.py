@@ -229,8 +229,23 @@ class TrainState:
         bool
             The same in all processes.
         """
-        total = self.losses[0]
-        return bool((total if self.runtime.world == 1 else summed(total)).isfinite())
+        return self.all_finite(self.losses[0])
+
+    def all_finite(self, value: Tensor | float) -> bool:
+        """Tell whether a number is finite in all processes, which must call this together.
+
+        Parameters
+        ----------
+        value : Tensor or float
+            The number of this process.
+
+        Returns
+        -------
+        bool
+            The same in all processes.
+        """
+        value = torch.as_tensor(value, dtype=torch.float64, device=self.runtime.device)
+        return bool((value if self.runtime.world == 1 else summed(value)).isfinite())
 
     def take_mean_loss(self) -> float:
         """Return the mean training loss since the previous call, and start a new mean.
@@ -238,9 +253,10 @@ class TrainState:
         Returns
         -------
         float
-            In nats; NaN if there was no step.
+            In nats, over the minibatches of all processes; NaN if there was no step.
         """
-        total, count = self.losses.tolist()
+        losses = self.losses if self.runtime.world == 1 else summed(self.losses)
+        total, count = losses.tolist()
         self.losses.zero_()
         return total / count if count else float("nan")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -149,7 +148,7 @@ def _go_on(
         if time.monotonic() - saved > CHECKPOINT_EVERY:
             log.save(train_state.state_dict())
             saved = time.monotonic()
-    if status == "finished" and not math.isfinite(train_state.rows[-1]["loss"]):
+    if status == "finished" and not train_state.all_finite(train_state.rows[-1]["loss"]):
         status = "diverged"  # by the last step
     log.write_history(train_state.rows)
     finished = status == "finished"

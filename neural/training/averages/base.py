@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.members import Batch, LatePhase
 from neural.late_phase.reparametrize import RankOne, parametrized
+from neural.training.distributed import Parts
 from nqm.errors import check_integer
 
 State = TypeVar("State", bound=nn.Module)
@@ -132,6 +133,8 @@ class MeanWeights(Average[AveragedModel]):
             Name in the results -> network (see `single_models`).
         """
         recompute_statistics(state.module, batches())
+        if isinstance(batches, Parts):
+            batches.average_statistics(state.module)
         return single_models(state.module, self.method)
 
 

@@ -11,6 +11,7 @@ from meter import gpu
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from neural.late_phase.averaging import recompute_statistics
 from neural.training import checkpoint
 from neural.training.config import RunConfig
 from neural.training.run_folder import RunFolder
@@ -154,3 +155,16 @@ def test_minibatches_of_an_incomplete_cycle_go_back_to_the_gpu() -> None:
         late.load_state_dict(on_host)
         (group,) = late.cycles([batch], "carry")
         train_state.step(group)
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_recomputed_statistics_wait_for_nothing(members: bool) -> None:
+    """Torch's cumulative mean would read one number for every layer and minibatch."""
+    with gpu() as meter:
+        train_state = state("cifar10_bn", FEW, 'model.name="wrn-10-1"')
+        if members:
+            train_state.spawn()
+        data = [next(train_state.task.stream.epoch(0))] * 2
+        meter.clear()
+        recompute_statistics(train_state.trained, data)
+        assert not meter.waits

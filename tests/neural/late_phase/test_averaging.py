@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -554,3 +555,37 @@ def test_dropout_is_off_unless_it_is_asked_for() -> None:
     assert cast(Tensor, model[1].running_var).item() == pytest.approx(1.0, abs=0.01)
     assert cast(Tensor, model[1].running_mean).item() == pytest.approx(1.0, abs=0.1)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("by_size", "weights"), [(False, [1.0, 1.0, 1.0]), (True, [8.0, 8.0, 2.0])]
+)
+def test_statistics_that_members_share_are_means_over_members_too(by_size, weights):
+    """A first layer without members of its own gets the same input from each of them."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2), nn.BatchNorm1d(2)).double()
+    late = LatePhase(model, members=2, select="head", noise=0.5)
+    parts = [torch.randn(n, 4, dtype=torch.float64) for n in (8, 8, 2)]
+    recompute_statistics(late, [(part, None) for part in parts], by_size=by_size)
+    first = np.average([part.mean(0).numpy() for part in parts], axis=0, weights=weights)
+    np.testing.assert_allclose(model[0].running_mean.numpy(), first, rtol=1e-12)
+    seen = [[functional.linear(functional.batch_norm(part, None, None, training=True, eps=1e-5),
+                               late.stacked["1/weight"][k], late.stacked["1/bias"][k]).mean(0)
+             for k in range(2)] for part in parts]  # fmt: skip
+    last = np.average([torch.stack(both).mean(0).detach().numpy() for both in seen], axis=0,
+                      weights=weights)  # fmt: skip
+    np.testing.assert_allclose(model[2].running_mean.numpy(), last, rtol=1e-10)
+
+
+def test_a_layer_that_runs_twice_counts_both():
+    layer = nn.BatchNorm1d(3)
+    module = nn.Sequential(layer, layer).double()
+    data = torch.randn(8, 3, dtype=torch.float64) * 2.0
+    recompute_statistics(module, [(data, None)])
+    # The second pass sees the result of the first: mean 0 and variance v / (v + eps).
+    v = data.var(0)
+    biased = data.var(0, correction=0)
+    second = v / (biased + layer.eps)
+    torch.testing.assert_close(layer.running_var, (v + second) / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(layer.running_mean, data.mean(0) / 2, rtol=1e-12, atol=1e-15)
+    assert int(layer.num_batches_tracked) == 2

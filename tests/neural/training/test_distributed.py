@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
+from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.ranks import average_gradients
 from neural.training import train as training
+from neural.training.build import plain_model
 from neural.training.config import RunConfig
 from neural.training.distributed import join, local_rank, summed
 from neural.training.experiment import run_experiment
 from neural.training.state import TrainState
-from neural.training.task import Runtime
+from neural.training.task import Runtime, open_task
 from neural.training.train import train
 from nqm.cli import main
 from nqm.errors import NQMError
@@ -107,8 +110,6 @@ def test_experiment_of_two_processes(tmp_path: Path) -> None:
 
 
 def step_with_a_bad_example(rank: int, world: int) -> tuple[bool, bool]:
-    from neural.training.task import open_task
-
     run = tiny(**BASE)
     runtime = Runtime(rank=rank, world=world)
     task = open_task(run, runtime)
@@ -122,6 +123,63 @@ def step_with_a_bad_example(rank: int, world: int) -> tuple[bool, bool]:
 
 def test_all_processes_stop_when_one_diverges() -> None:
     assert together(2, step_with_a_bad_example) == [(True, False)] * 2
+
+
+def mean_loss_of_two_steps(rank: int, world: int) -> tuple[list[float], float]:
+    run = tiny(**BASE)
+    runtime = Runtime(rank=rank, world=world)
+    task = open_task(run, runtime)
+    train_state = TrainState(run, task, runtime)
+    losses = [float(train_state.step([batch])[0]) for batch in task.stream.epoch(0)][:2]
+    train_state.losses.copy_(torch.tensor([sum(losses), 2.0], dtype=torch.float64))
+    return losses, train_state.take_mean_loss()
+
+
+def test_training_loss_is_that_of_all_processes() -> None:
+    (first, told), (second, other) = together(2, mean_loss_of_two_steps)
+    assert first != second
+    assert told == other == pytest.approx(sum(first + second) / 4, rel=1e-14)
+
+
+#: BatchNorm, and averages whose statistics are computed once more from the training data.
+STATISTICS: dict[str, dict[str, Any]] = {
+    "swa": {"average": {"method": "swa", "start_epoch": 0}},
+    "late swa": {"average": {"method": "swa", "start_epoch": 1}, "late_phase": LATE},
+    "soup": {"snapshots": {"kind": "star", "members": 2, "first_epochs": 1, "cycle_epochs": 1}},
+}
+
+
+def with_statistics(name: str) -> RunConfig:
+    train = {"precision": "float64", "epochs": 2}
+    return tiny(train=train, model=CNN, data={"test_examples": 20}, **STATISTICS[name])
+
+
+def train_with_statistics(rank: int, world: int, folder: Path) -> list[str]:
+    return [
+        train(with_statistics(name), folder / name, Runtime(rank=rank, world=world)).status
+        for name in STATISTICS
+    ]
+
+
+@pytest.mark.slow
+def test_statistics_are_those_of_the_data_of_all_processes(tmp_path: Path) -> None:
+    """As one process finds them from the parts, which are minibatches of half the size there."""
+    assert together(2, train_with_statistics, tmp_path) == [["finished"] * len(STATISTICS)] * 2
+    for name in STATISTICS:
+        run = with_statistics(name)
+        saved = weights(tmp_path / name)
+        model = plain_model(run.model, open_task(run, Runtime())).double()
+        means: dict[str, list[Tensor]] = {}
+        for rank in range(2):
+            model.load_state_dict(saved)
+            stream = open_task(run, Runtime(rank=rank, world=2)).stream
+            recompute_statistics(model, stream.epoch(run.train.epochs))
+            for key, value in model.named_buffers():
+                means.setdefault(key, []).append(value.clone())
+        for key, (first, second) in means.items():
+            if "running" in key and name != "late swa":  # whose members have their own
+                assert not torch.equal(first, second)
+                torch.testing.assert_close(saved[key], (first + second) / 2, rtol=SAME, atol=SAME)
 
 
 def train_and_be_killed(rank: int, world: int, folder: Path, after: int) -> str:
@@ -182,8 +240,6 @@ def test_process_of_its_own_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 def whitened(rank: int, world: int) -> list[Any]:
     """First weights of a net whose first layer is made of what its process sees of the data."""
-    from neural.training.task import open_task
-
     run = tiny(model={"name": "fast_cnn", "width": 8}, data={"train_examples": 64})
     runtime = Runtime(rank=rank, world=world)
     task = open_task(run, runtime)
