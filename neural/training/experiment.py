@@ -241,12 +241,12 @@ def _run_all(
 
 def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
     """Check every arm that has incomplete runs, before the first of them is trained."""
-    incomplete = {
-        job.arm: job.run
-        for group in groups
-        for job in group
-        if RunFolder(job.folder(out), job.run, writes=False).status is None
-    }
+    incomplete: dict[str, RunConfig] = {}
+    for job in (job for group in groups for job in group):
+        folder = RunFolder(job.folder(out), job.run, writes=False, world=runtime.world)
+        if folder.status is None:
+            folder.check_world(None)
+            incomplete[job.arm] = job.run
     data: dict[str, Data] = {}
     ood: dict[str, Images] = {}
     for arm, run in incomplete.items():

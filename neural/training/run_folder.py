@@ -63,6 +63,8 @@ class RunFolder:
         Configuration of the run that the folder holds, or will hold.
     writes : bool
         False to change nothing on disk, as in all but the first of several processes.
+    world : int
+        Number of processes that train the run.
 
     Attributes
     ----------
@@ -77,8 +79,8 @@ class RunFolder:
         If the folder holds another run, or anything else, or cannot be written.
     """
 
-    def __init__(self, path: Path, run: RunConfig, *, writes: bool = True):
-        self.path, self.run, self.writes = path, run, writes
+    def __init__(self, path: Path, run: RunConfig, *, writes: bool = True, world: int = 1):
+        self.path, self.run, self.writes, self.world = path, run, writes, world
         mapping = describe(run)
         self.key = run_key(run)
         stated = read_json(path)
@@ -122,6 +124,7 @@ class RunFolder:
         with locked(self.path, folder=True):
             if RunFolder(self.path, self.run).status is not None:
                 raise NQMError(f"{self.path} was finished just now by another process; run again")
+            self.stated["world"] = self.world
             self._write_json()
             self._tidy()
             yield
@@ -153,10 +156,38 @@ class RunFolder:
         NQMError
             If the file is damaged.
         """
+        file = self._first_checkpoint(start)
+        return None if file is None else checkpoint.load(file)
+
+    def _first_checkpoint(self, start: Path | None) -> Path | None:
         own = self.path / "checkpoint.pt"
-        if own.exists():
-            return checkpoint.load(own)
-        return None if start is None else checkpoint.load(start)
+        return own if own.exists() else start
+
+    def check_world(self, start: Path | None) -> None:
+        """Check that the checkpoint is that of as many processes as now.
+
+        Each process normalises its own part of a minibatch, so that another number of processes
+        trains another model with BatchNorm.
+
+        Parameters
+        ----------
+        start : Path, optional
+            See `checkpoint`.
+
+        Raises
+        ------
+        NQMError
+            If it was written by another number of processes.
+        """
+        file = self._first_checkpoint(start)
+        stated = None if file is None else read_json(file.parent)
+        before = self.world if stated is None else stated.get("world", self.world)
+        if before != self.world:
+            how = "without torchrun" if before == 1 else f"by torchrun --nproc-per-node {before}"
+            raise NQMError(
+                f"{file} was written by {before} process{'es' * (before > 1)}, and now there are {self.world}; go on "
+                f"{how}, or delete it"
+            )
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint.
@@ -409,6 +440,8 @@ def _check_stated(content: Any) -> None:
             raise ValueError(f"it has no {name}")
         if not isinstance(content[name], kind):
             raise ValueError(f"its {name} is {content[name]!r:.40}")
+    if not isinstance(world := content.get("world", 1), int) or world < 1:
+        raise ValueError(f"its world is {world!r:.40}")
     if content["status"] not in TABLES:
         raise ValueError(f"its status is {content['status']!r:.40}")
 

@@ -84,12 +84,14 @@ def train(
     Raises
     ------
     NQMError
-        If the folder holds another configuration, or the run cannot be trained.
+        If the folder holds another configuration or the checkpoint of another number of processes,
+        or the run cannot be trained.
     """
     runtime = runtime or Runtime()
-    log = RunFolder(Path(folder), run, writes=runtime.rank == 0)
+    log = RunFolder(Path(folder), run, writes=runtime.rank == 0, world=runtime.world)
     if log.status is not None:
         return Outcome(log.status, log.history(), log.result())
+    log.check_world(start)
     task = open_task(run, runtime)
     ood = report.ood_images(task, run.evaluate.ood, runtime.root)
     if not rehearsed:

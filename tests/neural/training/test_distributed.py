@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -19,6 +20,7 @@ from neural.training.build import plain_model
 from neural.training.config import RunConfig
 from neural.training.distributed import join, local_rank, summed
 from neural.training.experiment import run_experiment
+from neural.training.run_folder import RunFolder
 from neural.training.state import TrainState
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
@@ -203,10 +205,41 @@ def test_two_processes_go_on_after_a_kill(tmp_path: Path) -> None:
         together(2, train_and_be_killed, tmp_path / "killed", 5)
     assert (tmp_path / "killed/checkpoint.pt").exists()
     assert together(2, train_and_be_killed, tmp_path / "killed", 99) == ["finished"] * 2
+    assert json.loads((tmp_path / "killed/run.json").read_text())["world"] == 2
     train(cases()["late-phase"], tmp_path / "one")
     for key, tensor in weights(tmp_path / "one", "late").items():
         found = weights(tmp_path / "killed", "late")[key]
         torch.testing.assert_close(found, tensor, rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize(("before", "now", "how"), [
+    (1, 2, "written by 1 process, and now there are 2; go on without torchrun"),
+    (4, 1, "written by 4 processes, and now there are 1; go on by torchrun --nproc-per-node 4"),
+])  # fmt: skip
+@pytest.mark.parametrize("donor", [False, True])
+def test_another_number_of_processes_does_not_go_on(
+    tmp_path: Path, before: int, now: int, how: str, donor: bool
+) -> None:
+    """BatchNorm sees other parts of the minibatches, so that it would be another training."""
+    run, folder = tiny(), tmp_path / "run"
+    with RunFolder(folder, run, world=before).begun():
+        pass
+    name = "epoch1.pt" if donor else "checkpoint.pt"
+    (folder / name).write_bytes(b"not read")
+    start = folder / name if donor else None
+    asked = tmp_path / "other" if donor else folder
+    with pytest.raises(NQMError, match=how):
+        train(run, asked, Runtime(world=now), start=start)
+    assert (folder / name).read_bytes() == b"not read"
+
+
+def test_a_run_without_a_checkpoint_begins_with_any_number(tmp_path: Path) -> None:
+    run = tiny()
+    with RunFolder(tmp_path, run, world=4).begun():
+        pass
+    RunFolder(tmp_path, run, world=1).check_world(None)
+    train(run, tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["world"] == 1
 
 
 def reduce(rank: int, world: int) -> list[Any]:
