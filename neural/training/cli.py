@@ -75,6 +75,7 @@ def train(
     """
     from dataclasses import replace
 
+    from neural.training.distributed import leave
     from neural.training.experiment import run_experiment
     from neural.training.recipe import load_recipe
     from nqm.names import folder_name
@@ -95,6 +96,7 @@ def train(
             workers=workers,
             progress=progress,
         )
+    leave()
     if runtime.rank == 0:
         _show(table, made.title, folder)
 

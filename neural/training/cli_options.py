@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    import torch
+
     from neural.training.task import Runtime
     from nqm.progress import Progress
 
@@ -98,26 +100,44 @@ def make_runtime(
     from neural.training import distributed
     from neural.training._malloc import keep_freed_memory
     from neural.training.task import Runtime
-    from nqm.errors import NQMError
 
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
-    rank, world = distributed.join()
-    cuda = torch.cuda.is_available()
-    name = device or (f"cuda:{distributed.local_rank()}" if cuda else "cpu")
-    try:
-        chosen = torch.device(name)
-        # A device without numbers, like "meta", cannot train.
-        float(torch.ones(1, device=chosen).double().sum().item())
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise NQMError(f"device {name!r} cannot be used: {reason:.100}; use cpu or cuda") from None
+    chosen = _device(device)
+    rank, world = distributed.join(chosen)
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high" if trains else "highest")
         torch.backends.cudnn.allow_tf32 = trains
         torch.backends.cudnn.benchmark = True
     return Runtime(chosen, root, rank, world)
+
+
+def _device(asked: str | None) -> torch.device:
+    """The device of this process; under ``torchrun`` each process has a GPU of its own."""
+    import torch
+
+    from neural.training.distributed import local_rank, processes
+    from nqm.errors import NQMError
+
+    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+        if chosen.type == "cuda":
+            if ":" in name and processes() > 1:
+                raise NQMError(
+                    f"--device {name} would put all {processes()} processes on one GPU; "
+                    "leave it out, and each process takes its own"
+                )
+            if ":" not in name:
+                chosen = torch.device("cuda", local_rank())
+            torch.cuda.set_device(chosen)  # kernels and NCCL of a process use this GPU alone
+        # A device without numbers, like "meta", cannot train.
+        float(torch.ones(1, device=chosen).double().sum().item())
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise NQMError(f"device {name!r} cannot be used: {reason:.100}; use cpu or cuda") from None
+    return chosen
 
 
 @contextmanager

@@ -14,8 +14,13 @@ from neural.late_phase.members import Batch
 from nqm.errors import NQMError
 
 
-def join() -> tuple[int, int]:
+def join(device: torch.device | None = None) -> tuple[int, int]:
     """Join the processes that ``torchrun`` started.
+
+    Parameters
+    ----------
+    device : torch.device, optional
+        Device of this process: GPUs talk by NCCL, and a CPU by Gloo, which is the default.
 
     Returns
     -------
@@ -31,13 +36,20 @@ def join() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            on_gpu = device is not None and device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo")
         except (ValueError, RuntimeError) as error:  # a missing variable, or no connection
             raise NQMError(
                 f"WORLD_SIZE = {processes()} asks for several processes, and they cannot be joined "
                 f"({error!s:.150}); start them by torchrun, or unset WORLD_SIZE"
             ) from None
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """End the connection to the other processes, if there is one, at the end of the work."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def processes() -> int:

@@ -184,8 +184,9 @@ class RunFolder:
         before = self.world if stated is None else stated.get("world", self.world)
         if before != self.world:
             how = "without torchrun" if before == 1 else f"by torchrun --nproc-per-node {before}"
+            many = "process" if before == 1 else "processes"
             raise NQMError(
-                f"{file} was written by {before} process{'es' * (before > 1)}, and now there are {self.world}; go on "
+                f"{file} was written by {before} {many}, and now there are {self.world}; go on "
                 f"{how}, or delete it"
             )
 

@@ -1,0 +1,50 @@
+"""Processes of ``torchrun`` and of ``--workers``: a GPU for each, and what they talk by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from meter import gpu
+
+from neural.training.cli_options import make_runtime
+from nqm.errors import NQMError
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """As the fourth of eight processes on one machine; what they do to begin."""
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    done: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    monkeypatch.setattr(dist, "init_process_group", done.append)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield done
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.parametrize("asked", [None, "cuda"])
+def test_each_process_has_its_gpu(joined: list[Any], asked: str | None) -> None:
+    with gpu():
+        runtime = make_runtime(asked, None, None, trains=True)
+    assert (runtime.device, runtime.rank, runtime.world) == (torch.device("cuda:3"), 3, 8)
+    assert joined == ["cuda:3", "nccl"]  # the GPU first: NCCL uses the one that is set
+
+
+def test_processes_on_the_cpu_of_a_machine_with_gpus(joined: list[Any]) -> None:
+    assert make_runtime("cpu", None, None).device == torch.device("cpu")
+    assert joined == ["gloo"]
+
+
+def test_one_gpu_for_all_is_refused(joined: list[Any]) -> None:
+    with pytest.raises(NQMError, match="--device cuda:1 would put all 8 processes on one GPU"):
+        make_runtime("cuda:1", None, None)
+    assert joined == []
