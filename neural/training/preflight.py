@@ -45,9 +45,14 @@ def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
     Raises
     ------
     NQMError
-        If the late phase completes no cycle, the memory is too small, or a selection matches no
-        weight.
+        If the late phase completes no cycle, the memory is too small, a selection matches no
+        weight, or a fused pass would have to be compiled.
     """
+    late = run.late_phase
+    if run.train.compile and late is not None and late.fused:
+        raise NQMError(
+            "train.compile does not compile the pass of late_phase.fused; set one of them to false"
+        )
     check_cycles(run, len(task.stream))
     check_size(run, runtime, task)
 

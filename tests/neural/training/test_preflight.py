@@ -44,6 +44,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "too many": ({"data": {"train_examples": 10**6}}, "train_examples must be at most 1347"),
     "checkpoint": ({"model": {"name": "mlp", "checkpoint": "no.pt"}}, "no.pt: no such file"),
     "weights": ({"model": {"name": "mlp", "hidden": [10**9]}}, "weights.* GiB at least"),
+    "compile": (
+        {"late_phase": LATE | {"fused": True}, "train": {"compile": True}},
+        "train.compile does not compile the pass of late_phase.fused",
+    ),
     "members": (
         {"data": {"batch_size": 1}, "late_phase": LATE | {"members": 10**6}},
         "members must be at most the 200 minibatches from epoch 1 on",
