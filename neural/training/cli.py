@@ -43,7 +43,7 @@ from neural.training.cli_options import (
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Processes; each trains one seed at a time.",
+    help="Processes; each trains one seed at a time, and takes the next GPU if there are several.",
 )
 @click.option(
     "--tensorboard", is_flag=True, help="Write curves for TensorBoard into each run's folder."

@@ -163,7 +163,7 @@ def run_experiment(
         Seeds to train; those of the recipe by default.
     workers : int
         Number of processes. The runs of a seed are trained by one of them. The number does not
-        change any result.
+        change any result. On GPUs they take one each in turn, from that of `runtime` on.
     progress : callable, optional
         Called with the stage, "training", and the fraction of all runs that is done.
 
@@ -305,6 +305,8 @@ def _run_group(
 
 #: In a worker: fraction of each seed's runs that is done, in memory shared by all processes.
 _SHARES: Any = None
+#: In a worker: its device.
+_DEVICE = torch.device("cpu")
 
 
 def _flags() -> dict[str, Any]:
@@ -326,27 +328,44 @@ def _set_flags(flags: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(flags["algorithms"])
 
 
-def _start_worker(shares: Any, threads: int, flags: dict[str, Any]) -> None:
-    global _SHARES
+def _start_worker(
+    shares: Any, started: Any, devices: list[torch.device], threads: int, flags: dict[str, Any]
+) -> None:
+    global _SHARES, _DEVICE
     _SHARES = shares
+    with started.get_lock():
+        _DEVICE = devices[started.value % len(devices)]
+        started.value += 1
+    if _DEVICE.type == "cuda":
+        torch.cuda.set_device(_DEVICE)
     torch.set_num_threads(threads)
     keep_freed_memory()
     _set_flags(flags)
+
+
+def _devices(first: torch.device) -> list[torch.device]:
+    """Devices that workers take in turn: a GPU each, from the first one on, or the CPU."""
+    if first.type != "cuda":
+        return [first]
+    count, start = torch.cuda.device_count(), first.index or 0
+    return [torch.device("cuda", (start + i) % count) for i in range(count)]
 
 
 def _work(index: int, group: list[Job], out: Path, runtime: Runtime) -> None:
     def progress(stage: str, share: float) -> None:
         _SHARES[index] = share
 
-    _run_group(group, out, runtime, progress)
+    _run_group(group, out, replace(runtime, device=_DEVICE), progress)
 
 
 def _run_parallel(
     groups: list[list[Job]], out: Path, runtime: Runtime, workers: int, progress: Progress | None
 ) -> None:
-    shares = multiprocessing.get_context("spawn").Array("d", len(groups))
+    spawn = multiprocessing.get_context("spawn")
+    shares, started = spawn.Array("d", len(groups)), spawn.Value("i", 0)
     threads = max(1, torch.get_num_threads() // workers)
-    with processes(workers, _start_worker, (shares, threads, _flags())) as pool:
+    given = (shares, started, _devices(runtime.device), threads, _flags())
+    with processes(workers, _start_worker, given) as pool:
         pending = {pool.submit(_work, i, group, out, runtime) for i, group in enumerate(groups)}
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 import torch.distributed as dist
 from meter import gpu
 
+from neural.training import experiment
 from neural.training.cli_options import make_runtime
+from neural.training.task import Runtime
 from nqm.errors import NQMError
 
 
@@ -48,3 +52,45 @@ def test_one_gpu_for_all_is_refused(joined: list[Any]) -> None:
     with pytest.raises(NQMError, match="--device cuda:1 would put all 8 processes on one GPU"):
         make_runtime("cuda:1", None, None)
     assert joined == []
+
+
+class Pool:
+    """Three workers in this process, which take work in turn."""
+
+    def __init__(self, count: int, start: Any, given: Any) -> None:
+        self.starts = [(start, given)] * count
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Any, *args: Any) -> Future[None]:
+        start, given = self.starts.pop()
+        start(*given)
+        work(*args)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [("cuda:0", ["cuda:0", "cuda:1", "cuda:0"]), ("cuda:1", ["cuda:1", "cuda:0", "cuda:1"]),
+     ("cpu", ["cpu"] * 3)],
+)  # fmt: skip
+def test_workers_take_gpus_in_turn(
+    monkeypatch: pytest.MonkeyPatch, first: str, expected: list[str]
+) -> None:
+    used: list[str] = []
+    made_current: list[str] = []
+    monkeypatch.setattr(experiment, "processes", Pool)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made_current.append(str(device)))
+    monkeypatch.setattr(
+        experiment, "_run_group", lambda group, out, runtime, _: used.append(str(runtime.device))
+    )
+    experiment._run_parallel([[], [], []], Path(), Runtime(torch.device(first)), 3, None)
+    assert used == expected
+    assert made_current == [device for device in expected if device != "cpu"]
