@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from neural.data import Images
 from neural.late_phase.members import Batch
@@ -98,7 +99,7 @@ def check_cycles(run: RunConfig, batches: int) -> None:
 
 
 def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
-    """Check that the training state fits the memory and that selections match weights.
+    """Check that the training state fits the memory, selections match, and the model compiles.
 
     Parameters
     ----------
@@ -108,11 +109,17 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
     Raises
     ------
     NQMError
-        If the memory is too small or a selection matches no weight.
+        If the memory is too small, a selection matches no weight, or recurrent layers would have to
+        be compiled.
     """
     late = run.late_phase
     with _named(run, "built"), torch.device("meta"):
         model = make_model(_without_weights(run).model, task, start=False)
+    if run.train.compile and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+        raise NQMError(
+            f"train.compile does not compile the recurrent layers of {run.model.name}, which have "
+            "kernels of their own; leave it out"
+        )
     item = torch.empty((), dtype=DTYPES[run.train.precision]).element_size()
     count = sum(p.numel() for p in model.parameters())
     if run.train.no_decay:

@@ -48,6 +48,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"late_phase": LATE | {"fused": True}, "train": {"compile": True}},
         "train.compile does not compile the pass of late_phase.fused",
     ),
+    "compiled LSTM": (
+        {"data": {"name": "python_docs", "length": 50}, "model": {"name": "lstm_lm"},
+         "train": {"compile": True}},
+        "train.compile does not compile the recurrent layers of lstm_lm",
+    ),
     "members": (
         {"data": {"batch_size": 1}, "late_phase": LATE | {"members": 10**6}},
         "members must be at most the 200 minibatches from epoch 1 on",
