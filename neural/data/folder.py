@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -326,30 +326,52 @@ def evaluation_view(image: Image, size: int, resize: int) -> Image:
     return image.crop((left, top, left + size, top + size))
 
 
+#: Batches that each worker process decodes ahead.
+PREFETCHED = 4
+#: Number of an epoch, and of an image.
+_Index = tuple[int, int]
+
+
 class _Views(torch.utils.data.Dataset[tuple[Tensor, int] | str]):
     """Decoded views of the images; a failure is returned as its message, see `FolderBatches`."""
 
     def __init__(
-        self, images: EncodedImages, *, train: bool, size: int, resize: int, key: tuple[int, int]
+        self, images: EncodedImages, *, train: bool, size: int, resize: int, seed: int
     ) -> None:
         self.images, self.train, self.size, self.resize = images, train, size, resize
-        self.key = key
+        self.seed = seed
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, index: _Index) -> tuple[Tensor, int] | str:
         from PIL import Image
 
+        epoch, number = index
         try:
-            with Image.open(io.BytesIO(self.images.read(index))) as opened:
+            with Image.open(io.BytesIO(self.images.read(number))) as opened:
                 image = opened.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return str(damaged(self.images.where(index), str(error).partition("\n")[0]))
+            return str(damaged(self.images.where(number), str(error).partition("\n")[0]))
         if self.train:
-            generator = keyed_generator(*self.key, 1, index)
+            generator = keyed_generator(self.seed, epoch, 1, number)
             view = training_view(image, self.size, generator)
         else:
             view = evaluation_view(image, self.size, self.resize)
         pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)
-        return pixels, int(self.images.labels[index])
+        return pixels, int(self.images.labels[number])
+
+
+@dataclass
+class _Asked(torch.utils.data.Sampler[list[_Index]]):
+    """The batches that were asked for last; worker processes go on from one epoch to the next."""
+
+    epoch: int = 0
+    batches: Sequence[Tensor] = ()
+
+    def __iter__(self) -> Iterator[list[_Index]]:
+        for batch in self.batches:
+            yield [(self.epoch, number) for number in batch.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def _collate(examples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -389,7 +411,7 @@ class FolderBatches:
     rank, world : int
         Rank r of w gets the r-th of w parts of every global batch.
     workers : int
-        Processes; 0 decodes in this one.
+        Processes, which stay from the first epoch on; 0 decodes in this one.
     dtype : torch.dtype
         Of the images yielded; arithmetic is in float32.
     memory_format : torch.memory_format, optional
@@ -432,6 +454,9 @@ class FolderBatches:
         self.seed, self.device, self.workers = seed, torch.device(device), workers
         normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), mean, std)  # reports a mistake now
         self.dtype, self.memory_format = dtype, memory_format or torch.contiguous_format
+        self._asked = _Asked()
+        self._kept: torch.utils.data.DataLoader[Any] | None = None
+        self._busy = False
 
     def __len__(self) -> int:
         """Batches of one epoch."""
@@ -468,17 +493,38 @@ class FolderBatches:
         order = torch.arange(count)
         if self.train:
             order = epoch_order(count, "shuffle", keyed_generator(self.seed, epoch, 0))
-        loader = torch.utils.data.DataLoader(
-            _Views(self.images, train=self.train, size=self.size, resize=self.resize,
-                   key=(self.seed, epoch)),
-            batch_sampler=[order[part].tolist() for part in parts],
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
-        for batch in loader:
+        for batch in self._decoded(_Asked(epoch, [order[part] for part in parts])):
             if isinstance(batch, str):  # raised in a worker, it would be a page of traceback
                 raise NQMError(batch)
             pixels, labels = (part.to(self.device, non_blocking=True) for part in batch)
             inputs = normalise(pixels, self.mean, self.std)
             yield inputs.to(self.dtype, memory_format=self.memory_format), labels
+
+    def _decoded(self, asked: _Asked) -> Iterator[tuple[Tensor, Tensor] | str]:
+        """Decode batches; a second iteration at the same time has worker processes of its own."""
+        if self._busy:
+            yield from self._loader(asked)
+            return
+        self._busy = True
+        try:
+            if self._kept is None:
+                self._kept = self._loader(self._asked)
+            self._asked.epoch, self._asked.batches = asked.epoch, asked.batches
+            yield from self._kept
+        finally:
+            self._busy = False
+
+    def _loader(self, asked: _Asked) -> torch.utils.data.DataLoader[Any]:
+        return torch.utils.data.DataLoader(
+            _Views(self.images, train=self.train, size=self.size, resize=self.resize,
+                   seed=self.seed),
+            batch_sampler=asked,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.workers > 0,
+            prefetch_factor=PREFETCHED if self.workers else None,
+            # Seeds of processes are not drawn from torch's own generator: dropout uses that one,
+            # and a resumed run begins another iteration.
+            generator=torch.Generator(),
+        )  # fmt: skip

@@ -10,6 +10,7 @@ import click
 from neural.training.cli_options import (
     check_alone,
     data_option,
+    data_workers_option,
     device_option,
     make_runtime,
     progress_bar,
@@ -50,6 +51,7 @@ from neural.training.cli_options import (
 )
 @device_option
 @data_option
+@data_workers_option
 @threads_option
 def train(
     recipe: str,
@@ -62,6 +64,7 @@ def train(
     tensorboard: bool,
     device: str | None,
     root: Path | None,
+    data_workers: int | None,
     threads: int | None,
 ) -> None:
     """Train every arm of RECIPE with every seed, and compare them.
@@ -84,7 +87,7 @@ def train(
         check_alone("--workers")
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
-    runtime = make_runtime(device, root, threads, trains=True)
+    runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
     runtime = replace(runtime, tensorboard=tensorboard)
     with progress_bar(hidden=runtime.rank > 0) as progress:
         table = run_experiment(
@@ -149,6 +152,7 @@ def _show(table: Any, title: str, folder: Path) -> None:
 @click.option("--out", metavar="TABLE", help="Also write the results to a .parquet or .csv table.")
 @device_option
 @data_option
+@data_workers_option
 @threads_option
 def evaluate(
     run: Path,
@@ -160,6 +164,7 @@ def evaluate(
     out: str | None,
     device: str | None,
     root: Path | None,
+    data_workers: int | None,
     threads: int | None,
 ) -> None:
     """Measure the single model of a finished RUN, the folder of one arm and seed.
@@ -171,7 +176,7 @@ def evaluate(
     from neural.training.load_run import evaluate_run, reopen
 
     check_alone("nqm neural evaluate")
-    runtime = make_runtime(device, root, threads)
+    runtime = make_runtime(device, root, threads, data_workers=data_workers)
     asked = EvaluateConfig(
         ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
     )
@@ -203,6 +208,7 @@ def export(run: Path, out: str, member: int | None) -> None:
 @click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
 @device_option
 @data_option
+@data_workers_option
 @threads_option
 def sweep(
     file: str,
@@ -210,6 +216,7 @@ def sweep(
     out: str,
     device: str | None,
     root: Path | None,
+    data_workers: int | None,
     threads: int | None,
 ) -> None:
     """Train one arm of a recipe over the grid of FILE's [sweep] table: seeds, K, T0, ...
@@ -224,7 +231,7 @@ def sweep(
     from nqm.runs.sweep import Sweep
 
     check_alone("nqm neural sweep")
-    runtime = make_runtime(device, root, threads, trains=True)
+    runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
     cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
     with progress_bar() as progress:
         cells.write(out, progress=counted(progress, "cells", len(cells), exact=True))

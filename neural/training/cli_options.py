@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,12 @@ scale_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads of torch.  [default: all processors]"
 )
+data_workers_option = click.option(
+    "--data-workers",
+    type=click.IntRange(0, 1024),
+    help="Processes that decode images of a folder or of ImageNet for each process that trains.  "
+    "[default: on a GPU the processors of the machine, at most 16; on the CPU 0]",
+)
 
 
 def check_alone(what: str) -> None:
@@ -56,8 +63,6 @@ def check_alone(what: str) -> None:
     NQMError
         In the first of several processes; the others exit with the same code without a message.
     """
-    import os
-
     from neural.training.distributed import processes
     from nqm.errors import NQMError
 
@@ -71,7 +76,12 @@ def check_alone(what: str) -> None:
 
 
 def make_runtime(
-    device: str | None, root: Path | None, threads: int | None, *, trains: bool = False
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+    *,
+    trains: bool = False,
+    data_workers: int | None = None,
 ) -> Runtime:
     """Make the runtime of a command from its options.
 
@@ -85,6 +95,9 @@ def make_runtime(
         Number of threads of torch; with None torch's own choice.
     trains : bool
         Whether float32 may be TF32 on a GPU, as in training; measurements need all digits.
+    data_workers : int or None
+        Number of processes that decode images; with None this process's share of the processors of
+        the machine, at most 16, if it has a GPU to wait for them, and 0 else.
 
     Returns
     -------
@@ -110,7 +123,10 @@ def make_runtime(
         torch.set_float32_matmul_precision("high" if trains else "highest")
         torch.backends.cudnn.allow_tf32 = trains
         torch.backends.cudnn.benchmark = True
-    return Runtime(chosen, root, rank, world)
+    if data_workers is None:
+        share = (os.cpu_count() or 1) // distributed.local_world()
+        data_workers = max(1, min(16, share)) if chosen.type == "cuda" else 0
+    return Runtime(chosen, root, rank, world, data_workers)
 
 
 def _device(asked: str | None) -> torch.device:

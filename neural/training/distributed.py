@@ -156,3 +156,15 @@ def local_rank() -> int:
         From 0; 0 without ``torchrun``.
     """
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world() -> int:
+    """Number of processes of ``torchrun`` on this machine.
+
+    Returns
+    -------
+    int
+        At least 1; 1 without ``torchrun``.
+    """
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isascii() and text.isdigit() else 1

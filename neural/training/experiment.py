@@ -364,6 +364,8 @@ def _run_parallel(
     spawn = multiprocessing.get_context("spawn")
     shares, started = spawn.Array("d", len(groups)), spawn.Value("i", 0)
     threads = max(1, torch.get_num_threads() // workers)
+    if runtime.workers:  # those that decode images are shared out as well
+        runtime = replace(runtime, workers=max(1, runtime.workers // workers))
     given = (shares, started, _devices(runtime.device), threads, _flags())
     with processes(workers, _start_worker, given) as pool:
         pending = {pool.submit(_work, i, group, out, runtime) for i, group in enumerate(groups)}

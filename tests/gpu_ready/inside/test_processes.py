@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ def test_each_process_has_its_gpu(joined: list[Any], asked: str | None) -> None:
 def test_processes_on_the_cpu_of_a_machine_with_gpus(joined: list[Any]) -> None:
     assert make_runtime("cpu", None, None).device == torch.device("cpu")
     assert joined == ["gloo"]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [("cuda", None, 3), ("cuda", 0, 0), ("cuda", 7, 7), ("cpu", None, 0), ("cpu", 2, 2)],
+)
+def test_images_are_decoded_beside_a_gpu(
+    joined: list[Any], monkeypatch: pytest.MonkeyPatch, device: str, asked: int, expected: int
+) -> None:
+    """24 processors for the 8 processes of this machine."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    with gpu():
+        assert make_runtime(device, None, None, data_workers=asked).workers == expected
 
 
 def test_one_gpu_for_all_is_refused(joined: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,29 @@ def test_an_epoch_is_a_permutation_and_views_are_new_each_time(tree):
         assert sorted(y.tolist()) == list(range(12))
         views.append(torch.cat([x for x, _ in batches])[y.argsort()])
     assert not any(torch.equal(a, b) for a, b in zip(*views, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_stay_and_an_epoch_that_is_left_is_forgotten(tree, workers):
+    """A rehearsal takes one batch of an epoch, and evaluation may run beside training."""
+    images = ImageFolder.scan(tree)
+    kept = stream(images, workers=workers)
+    rng = torch.get_rng_state()
+    first = next(kept.epoch(0))
+    processes = set(multiprocessing.active_children())
+    beside = kept.epoch(1)
+    seen = [next(beside)]
+    within = list(kept.epoch(2))  # while the other one goes on
+    seen += list(beside)
+    again = list(kept.epoch(0, start=0))
+    assert processes <= set(multiprocessing.active_children())
+    assert len(processes) >= workers
+    for found, epoch in ((within, 2), (seen, 1), (again, 0), ([first], 0)):
+        for (x, y), (x2, y2) in zip(found, stream(images).epoch(epoch), strict=False):
+            assert torch.equal(x, x2)
+            assert torch.equal(y, y2)
+    assert len(within) == len(seen) == len(again) == 3
+    assert torch.equal(torch.get_rng_state(), rng)  # dropout draws what it would have drawn
 
 
 @pytest.mark.parametrize("workers", [0, 1])
