@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from nqm.errors import NQMError
 from nqm.files import check_regular
@@ -36,6 +38,59 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     torch.save(dict(content), written)
     with replacing(path) as stream:
         stream.write(written.getbuffer())
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread while training goes on; one at a time."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Copy tensors to the host now, and write the file later; see `save`.
+
+        Parameters
+        ----------
+        path : Path
+            The file.
+        content : mapping
+            See `save`.
+
+        Raises
+        ------
+        NQMError
+            If the last file could not be written.
+        """
+        self.wait()
+        copies = pytree.tree_map_only(torch.Tensor, _copy_on_host, dict(content))
+        self._thread = threading.Thread(target=self._write, args=(path, copies))
+        self._thread.start()
+
+    def _write(self, path: Path, content: Mapping[str, Any]) -> None:
+        try:
+            save(path, content)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait until the last file is written.
+
+        Raises
+        ------
+        NQMError
+            If it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _copy_on_host(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", copy=True)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -65,6 +65,9 @@ class RunFolder:
         False to change nothing on disk, as in all but the first of several processes.
     world : int
         Number of processes that train the run.
+    background : bool
+        True to write ``checkpoint.pt`` while training goes on. Its tensors are then copied first,
+        which takes memory of the host.
 
     Attributes
     ----------
@@ -79,8 +82,17 @@ class RunFolder:
         If the folder holds another run, or anything else, or cannot be written.
     """
 
-    def __init__(self, path: Path, run: RunConfig, *, writes: bool = True, world: int = 1):
+    def __init__(
+        self,
+        path: Path,
+        run: RunConfig,
+        *,
+        writes: bool = True,
+        world: int = 1,
+        background: bool = False,
+    ):
         self.path, self.run, self.writes, self.world = path, run, writes, world
+        self._writer = checkpoint.BackgroundWriter() if background else None
         mapping = describe(run)
         self.key = run_key(run)
         stated = read_json(path)
@@ -127,7 +139,14 @@ class RunFolder:
             self.stated["world"] = self.world
             self._write_json()
             self._tidy()
-            yield
+            try:
+                yield
+            finally:
+                self._wait()
+
+    def _wait(self) -> None:
+        if self._writer is not None:
+            self._writer.wait()
 
     def _tidy(self) -> None:
         """Remove temporary files of a killed process, and the checkpoint of a complete run."""
@@ -198,8 +217,10 @@ class RunFolder:
         state : mapping
             State of the run, from `TrainState.state_dict`.
         """
-        if self.writes:
-            checkpoint.save(self.path / "checkpoint.pt", state)
+        if not self.writes:
+            return
+        write = checkpoint.save if self._writer is None else self._writer.save
+        write(self.path / "checkpoint.pt", state)
 
     def keep(self, epoch: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint for other runs, and replace that of this run.
@@ -340,6 +361,7 @@ class RunFolder:
         """
         if not self.writes:
             return
+        self._wait()
         if report is not None:
             self._write_table("result", report.table)
             checkpoint.save(self.path / "model.pt", report.model)

@@ -88,7 +88,13 @@ def train(
         or the run cannot be trained.
     """
     runtime = runtime or Runtime()
-    log = RunFolder(Path(folder), run, writes=runtime.rank == 0, world=runtime.world)
+    log = RunFolder(
+        Path(folder),
+        run,
+        writes=runtime.rank == 0,
+        world=runtime.world,
+        background=runtime.device.type == "cuda",  # which would wait for the disk
+    )
     if log.status is not None:
         return Outcome(log.status, log.history(), log.result())
     log.check_world(start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from safetensors.torch import save_file
 from neural.models import build
 from neural.models.libraries import OPTIONS, _plain_tensors
 from neural.training import checkpoint
+from neural.training import train as training
 from neural.training.build import load_weights
+from neural.training.run_folder import RunFolder
+from neural.training.state import TrainState
+from neural.training.train import train
 from nqm.errors import NQMError
+from tests.tiny_runs import LATE, assert_same_run, tiny
 
 STATE = build("digits_cnn", classes=10, channels=1).state_dict()
 
@@ -153,3 +159,67 @@ def test_options_that_name_files_or_code_are_refused(library: str, option: str) 
 def test_options_are_plain(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(NQMError, match=next(iter(options))):
         build(name, classes=10, **options)
+
+
+def test_a_checkpoint_written_later_holds_the_numbers_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, may_write = checkpoint.save, threading.Event()
+
+    def later(path: Path, content: Any) -> None:
+        assert may_write.wait(60)
+        save(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", later)
+    weights, rows = torch.zeros(3), [{"epoch": 1}]
+    writer = checkpoint.BackgroundWriter()
+    writer.save(tmp_path / "c.pt", {"weights": weights, "rows": rows, "nested": {"w": weights}})
+    weights += 1.0  # training goes on
+    rows.append({"epoch": 2})
+    assert not (tmp_path / "c.pt").exists()
+    may_write.set()
+    writer.save(tmp_path / "d.pt", {"weights": weights})  # waits for the first
+    content = checkpoint.load(tmp_path / "c.pt")
+    assert content["weights"].tolist() == content["nested"]["w"].tolist() == [0.0] * 3
+    assert content["rows"] == [{"epoch": 1}]
+    writer.wait()
+    assert checkpoint.load(tmp_path / "d.pt")["weights"].tolist() == [1.0] * 3
+
+
+def test_a_checkpoint_that_cannot_be_written_later_is_told_once(tmp_path: Path) -> None:
+    writer = checkpoint.BackgroundWriter()
+    writer.save(tmp_path / "no" / "such" / "c.pt", {"a": 1})
+    with pytest.raises(NQMError, match=r"c\.pt"):
+        writer.wait()
+    writer.save(tmp_path / "c.pt", {"a": 1})
+    writer.wait()
+    assert checkpoint.load(tmp_path / "c.pt") == {"a": 1}
+
+
+def test_a_run_with_background_checkpoints_is_resumed_and_ends_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RunFolder.__init__
+
+    def in_background(self: RunFolder, *args: Any, **options: Any) -> None:
+        original(self, *args, **options | {"background": True})
+
+    run = tiny(late_phase=LATE)
+    train(run, tmp_path / "plain")
+    monkeypatch.setattr(RunFolder, "__init__", in_background)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", -1.0)
+    step, left = TrainState.step, 6
+
+    def stopped(self: TrainState, batches: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    monkeypatch.setattr(TrainState, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "later")
+    assert checkpoint.load(tmp_path / "later/checkpoint.pt")["done"] > 0  # complete
+    train(run, tmp_path / "later")
+    assert_same_run(tmp_path / "plain", tmp_path / "later")
