@@ -81,7 +81,7 @@ def test_commands_that_train_may_use_tf32(
 def test_the_train_command_asks_for_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def note(*_: object, trains: bool = False) -> Runtime:
+    def note(*_: object, trains: bool = False, **others: object) -> Runtime:
         asked.append(trains)
         raise KeyboardInterrupt
 
