@@ -14,12 +14,12 @@ import click
 COMMANDS = {
     "train": "neural.training.cli",
     "evaluate": "neural.training.cli",
-    "export": "neural.training.cli",
     "sweep": "neural.training.cli",
     "bridge": "neural.bridge.cli",
     "members": "neural.combine.cli",
     "merge": "neural.combine.cli",
     "ensemble": "neural.combine.cli",
+    "export": "neural.combine.cli",
     "compare": "neural.combine.cli",
     "low-precision": "neural.combine.cli",
     "curve": "neural.combine.cli",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +23,6 @@ from neural.training.cli_options import (
 
 if TYPE_CHECKING:
     from neural.combine.sources import Opened
-    from neural.training.task import Runtime
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -31,7 +32,40 @@ _out = click.option(
 )
 
 
-def _sources(command: Command) -> Command:
+@dataclass(frozen=True)
+class _Sources:
+    """Where members and their data are, as options say it."""
+
+    where: tuple[str, ...]
+    like: str | None
+    scale: str
+    ancestor: str | None
+    device: str | None
+    root: Path | None
+    threads: int | None
+
+    def open(self) -> Opened:
+        """Find the members."""
+        from neural.combine.sources import open_members
+
+        runtime = make_runtime(self.device, self.root, self.threads)
+        return open_members(
+            self.where,
+            like=self.like,
+            ancestor=self.ancestor,
+            runtime=runtime,
+            scale=self.scale,
+        )
+
+    def folder(self, kind: str) -> Path:
+        """Where results are kept if nothing is said."""
+        from nqm.names import folder_name
+
+        parts = Path(self.where[0].partition("#")[0]).parts[-3:]
+        return Path("out", kind, folder_name("-".join(parts), "members"))
+
+
+def _sources(command: Callable[..., None]) -> Callable[..., None]:
     """Arguments and options by which members and their data are found."""
     options = (
         click.argument("where", metavar="MEMBER...", nargs=-1, required=True),
@@ -50,9 +84,16 @@ def _sources(command: Command) -> Command:
         data_option,
         threads_option,
     )
+
+    @wraps(command)
+    def given(**values: Any) -> None:
+        own = {field.name: values.pop(field.name) for field in fields(_Sources)}
+        command(_Sources(**own), **values)
+
+    made: Callable[..., None] = given
     for option in reversed(options):
-        command = option(command)
-    return command
+        made = option(made)
+    return made
 
 
 def _settings(tables: str, example: str) -> Callable[[Command], Command]:
@@ -89,32 +130,11 @@ def _settings(tables: str, example: str) -> Callable[[Command], Command]:
     return add
 
 
-def _opened(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    runtime: Runtime,
-    overrides: tuple[str, ...] = (),
-) -> Opened:
-    from neural.combine.sources import open_members
-
-    return open_members(
-        where, like=like, ancestor=ancestor, runtime=runtime, scale=scale, overrides=overrides
-    )
-
-
 @click.command()
 @_sources
 @click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
 def members(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    device: str | None,
-    root: Path | None,
-    threads: int | None,
+    sources: _Sources,
     out: str | None,
 ) -> None:
     """Show where members lie: norm, distance from their mean, cosine, and test metrics of each.
@@ -129,7 +149,7 @@ def members(
     from nqm.table import write_table
 
     check_alone("nqm neural members")
-    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    opened = sources.open()
     table = survey(opened)
     if out is not None:
         write_table(out, table, {"members": [one.name for one in opened.members]})
@@ -163,13 +183,7 @@ def members(
 )
 @click.option("--out", required=True, metavar="FILE.safetensors")
 def merge(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    device: str | None,
-    root: Path | None,
-    threads: int | None,
+    sources: _Sources,
     rule: str,
     weights: str | None,
     held_out: float,
@@ -185,7 +199,7 @@ def merge(
     from neural.combine.survey import write_merged
 
     check_alone("nqm neural merge")
-    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    opened = sources.open()
     share = None if weights is None else _numbers(weights)
     for line in write_merged(
         opened, out, rule, share, held_out=held_out, align=align, repair=repair
@@ -204,13 +218,7 @@ def merge(
 )
 @click.option("--weights", metavar="W,W,...", help="Weights of the members; equal by default.")
 def ensemble(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    device: str | None,
-    root: Path | None,
-    threads: int | None,
+    sources: _Sources,
     pool: str,
     weights: str | None,
 ) -> None:
@@ -222,10 +230,79 @@ def ensemble(
     from neural.combine.survey import pooled_metrics
 
     check_alone("nqm neural ensemble")
-    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    opened = sources.open()
     share = None if weights is None else _numbers(weights)
     for name, value in pooled_metrics(opened, pool, share).items():
         click.echo(f"{name:12s} {value:.4f}")
+
+
+@click.command()
+@_sources
+@click.option(
+    "--out", required=True, metavar="FILE|FOLDER", help="File to write; a folder with --for."
+)
+@click.option(
+    "--member", type=int, help="Write this member of a RUN, counted from 0, not its single model."
+)
+@click.option(
+    "--for", "tool", type=click.Choice(["mergekit"]), help="Write files for this software."
+)
+@click.option("--method", help="Method of mergekit.  [default: linear]")
+@click.option("--weights", metavar="W,W,...", help="Weights of the members; the method's own else.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a parameter of the method, e.g. --set density=0.3 (repeatable).",
+)
+def export(
+    sources: _Sources,
+    out: str,
+    member: int | None,
+    tool: str | None,
+    method: str | None,
+    weights: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Write the single model of a finished run as safetensors, or MEMBERs for other software.
+
+    Names of weights are those of the architecture. With --for mergekit, members and ancestor are
+    written into a folder with the file by which mergekit-pytorch merges them.
+
+    \b
+    nqm neural export out/neural/digits_bn-full/late_phase/seed0 --out digits.safetensors
+    nqm neural export "out/x/base/seed*" --for mergekit --method ties --out out/mergekit
+    """
+    from nqm.errors import NQMError
+
+    check_alone("nqm neural export")
+    if tool is None:
+        from neural.training.load_run import export as write
+
+        unused = {"--method": method, "--weights": weights, "--set": overrides or None}
+        unused |= {"--like": sources.like, "--ancestor": sources.ancestor}
+        given = next((name for name, value in unused.items() if value is not None), None)
+        if given is not None:
+            raise NQMError(
+                f"{given} is for exporting with --for; add --for mergekit or leave it out"
+            )
+        if len(sources.where) != 1:
+            raise NQMError(f"one RUN is exported to one file; got {len(sources.where)}; add --for")
+        click.echo(write(sources.where[0], out, member))
+        return
+    if member is not None:
+        raise NQMError("--member is for one file of a RUN; members of a run are RUN#members")
+    from neural.combine.export import for_mergekit
+
+    share = None if weights is None else _numbers(weights)
+    settings = dict(map(_setting, overrides))
+    opened = sources.open()
+    written = for_mergekit(
+        opened.members, out, method or "linear", weights=share, settings=settings
+    )
+    for path in written:
+        click.echo(path)
 
 
 @click.command()
@@ -236,13 +313,7 @@ def ensemble(
 @click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
 @_out
 def compare(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    device: str | None,
-    root: Path | None,
-    threads: int | None,
+    sources: _Sources,
     config: Path | None,
     overrides: tuple[str, ...],
     rules: str | None,
@@ -268,9 +339,8 @@ def compare(
         "predict": predict,
     }
     settings, chosen = load_config(config, [*overrides, *_own("combine", asked)])
-    runtime = make_runtime(device, root, threads)
-    opened = _opened(where, like, scale, ancestor, runtime)
-    folder = out or _folder("combine", where)
+    opened = sources.open()
+    folder = out or sources.folder("combine")
     with progress_bar() as told:
         table, lines = run_compare(opened, settings, chosen, folder, progress=told)
     shown = [
@@ -304,13 +374,7 @@ def compare(
 @click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
 @_out
 def low_precision(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    device: str | None,
-    root: Path | None,
-    threads: int | None,
+    sources: _Sources,
     config: Path | None,
     overrides: tuple[str, ...],
     bits: str | None,
@@ -344,8 +408,8 @@ def low_precision(
     settings = load_section(
         LowPrecisionConfig, "low_precision", config, [*overrides, *_own("low_precision", asked)]
     )
-    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
-    folder = out or _folder("low_precision", where)
+    opened = sources.open()
+    folder = out or sources.folder("low_precision")
     with progress_bar() as told:
         table, lines = run_low_precision(opened, settings, folder, progress=told)
     shown = [
@@ -377,13 +441,7 @@ def low_precision(
 @click.option("--plane", type=int, help="Points along a side of the plane through the bend.")
 @_out
 def curve(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    device: str | None,
-    root: Path | None,
-    threads: int | None,
+    sources: _Sources,
     config: Path | None,
     overrides: tuple[str, ...],
     kind: str | None,
@@ -407,9 +465,9 @@ def curve(
     check_alone("nqm neural curve")
     asked = {"kind": kind, "bends": bends, "epochs": epochs, "points": points, "plane": plane}
     settings = load_section(CurveConfig, "curve", config, [*overrides, *_own("curve", asked)])
-    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    opened = sources.open()
     with progress_bar() as told:
-        table, lines = run_curve(opened, settings, out or _folder("curve", where), progress=told)
+        table, lines = run_curve(opened, settings, out or sources.folder("curve"), progress=told)
     click.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
     for line in lines:
         click.echo(line)
@@ -433,13 +491,7 @@ def curve(
 )
 @_out
 def plane(
-    where: tuple[str, ...],
-    like: str | None,
-    scale: str,
-    ancestor: str | None,
-    device: str | None,
-    root: Path | None,
-    threads: int | None,
+    sources: _Sources,
     points: int,
     repair: str,
     out: Path | None,
@@ -452,9 +504,9 @@ def plane(
     from neural.combine.survey import run_plane
 
     check_alone("nqm neural plane")
-    opened = _opened(where, like, scale, ancestor, make_runtime(device, root, threads))
+    opened = sources.open()
     with progress_bar() as told:
-        lines = run_plane(opened, points, repair, out or _folder("plane", where), progress=told)
+        lines = run_plane(opened, points, repair, out or sources.folder("plane"), progress=told)
     for line in lines:
         click.echo(line)
 
@@ -521,14 +573,6 @@ def _own(section: str, asked: Mapping[str, Any]) -> list[str]:
     return [f"{section}.{n}={json.dumps(v)}" for n, v in asked.items() if v is not None]
 
 
-def _folder(kind: str, where: tuple[str, ...]) -> Path:
-    """Where results are kept if nothing is said."""
-    from nqm.names import folder_name
-
-    parts = Path(where[0].partition("#")[0]).parts[-3:]
-    return Path("out", kind, folder_name("-".join(parts), "members"))
-
-
 def _whole(option: str, text: str) -> int:
     from nqm.errors import NQMError, shown
 
@@ -549,3 +593,13 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise NQMError(
             f"--weights must be numbers between commas, as 0.5,0.5; got {shown(text)}"
         ) from None
+
+
+def _setting(text: str) -> tuple[str, float]:
+    from nqm.errors import NQMError, shown
+
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise NQMError(f"--set must be NAME=NUMBER, as density=0.3; got {shown(text)}") from None

@@ -1,4 +1,4 @@
-"""``nqm neural train | evaluate | export | sweep``; only click loads at the top."""
+"""``nqm neural train | evaluate | sweep``; only click loads at the top."""
 
 from __future__ import annotations
 
@@ -182,24 +182,6 @@ def evaluate(
     )
     table = evaluate_run(reopen(run, runtime), asked, out, root)
     click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
-
-
-@click.command()
-@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--out", required=True, metavar="FILE.safetensors", help="The file to write.")
-@click.option(
-    "--member", type=int, help="Write this member, counted from 0, instead of the single model."
-)
-def export(run: Path, out: str, member: int | None) -> None:
-    """Write the single model of a finished RUN as safetensors, under its architecture's names.
-
-    \b
-    nqm neural export out/neural/digits_bn-full/late_phase/seed0 --out digits.safetensors
-    """
-    from neural.training.load_run import export as write
-
-    check_alone("nqm neural export")
-    click.echo(write(run, out, member))
 
 
 @click.command()
