@@ -94,6 +94,7 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ("mean member", rows[mean], REFERENCE, MARKERS[4]),
         ("soup", rows[~single & ~mean & (rows["space"] == "weights")], PALETTE[0], MARKERS[0]),
         ("ensemble", rows[rows["space"] == "probabilities"], PALETTE[1], MARKERS[1]),
+        ("ensemble of logits", rows[rows["space"] == "logits"], PALETTE[2], MARKERS[2]),
     ]
     for label, part, color, marker in groups:
         if len(part):

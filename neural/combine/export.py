@@ -56,7 +56,7 @@ class Method:
 
 _SUM = {"lambda": 1.0}
 _HALF = {"density": 0.5}
-#: Method of mergekit -> what it needs. Defaults are those of the papers where these state any.
+#: Method of mergekit -> what it needs. Every default can be changed by `parameters`.
 METHODS: dict[str, Method] = {
     "linear": Method(base=""),
     "task_arithmetic": Method(weight="one", shared={"lambda": 0.3}),

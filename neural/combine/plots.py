@@ -45,6 +45,13 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         combine.passes(test, ax=axes["c"])
         if shifted:
             combine.soup_scatter(table, ax=axes["d"])
+        # Rows may fill all of a panel: what both name alike stands below.
+        named = {}
+        for one in "ac":
+            handles, labels = axes[one].get_legend_handles_labels()
+            named.update(zip(labels, handles, strict=True))
+            axes[one].get_legend().remove()
+        figure.legend(named.values(), named, loc="outside lower center", ncols=len(named))
         style.panel_letters(list(axes.values()))
         figure.suptitle(title, fontsize=9, parse_math=False)
     return style.save(figure, folder / "compare", {"title": title})
