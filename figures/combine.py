@@ -118,6 +118,47 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def ways(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Predicted against measured loss of every way of combining, over several comparisons.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns comparison, space, nll, predicted and mean_member_nll: a row a way.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        Both losses relative to the mean member's, so that all comparisons fit; one color a
+        comparison, one marker for what is averaged.
+    """
+    ax = axes_or_new(ax)
+    markers = dict(zip(SPACES, MARKERS, strict=False))
+    names = list(dict.fromkeys(table["comparison"]))
+    for place, name in enumerate(names):
+        color = PALETTE[place % len(PALETTE)]
+        here = table[table["comparison"] == name]
+        # Colors come again after the last one, then hollow.
+        face = color if place < len(PALETTE) else "none"
+        for space, marker in markers.items():
+            part = here[here["space"] == space]
+            x, y = part["nll"], part["predicted"]
+            mean = part["mean_member_nll"]
+            ax.plot(x / mean, y / mean, marker, color=color, mfc=face, gid=f"{name} {space}")
+        ax.plot([], [], "s", color=color, mfc=face, label=name)
+    for space, marker in markers.items():
+        ax.plot([], [], marker, color=MEMBER, label=f"mean of {space}")
+    both = pd.concat([table["nll"], table["predicted"]]) / pd.concat([table["mean_member_nll"]] * 2)
+    ends = [float(both.min()) * 0.97, float(both.max()) * 1.03]
+    ax.plot(ends, ends, color=REFERENCE, lw=0.7, zorder=0, gid="identity")
+    ax.axvline(1.0, color=REFERENCE, lw=0.5, ls=":", zorder=0)
+    for axis in "xy":
+        _log_if_wide(ax, axis, both)
+    ax.set(xlabel="measured loss / mean member", ylabel="predicted loss / mean member")
+    return ax
+
+
 def passes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Loss against what a prediction costs.
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "ensemble": "neural.combine.cli",
     "export": "neural.combine.cli",
     "compare": "neural.combine.cli",
+    "ranking": "neural.combine.cli",
     "low-precision": "neural.combine.cli",
     "curve": "neural.combine.cli",
     "plane": "neural.combine.cli",

@@ -73,6 +73,8 @@ class _Commands(click.Group):
         from nqm.runs.interrupts import Interrupted, end_at_once, interruptible
 
         def show(message: Warning | str, kind: type[Warning], *where: Any) -> None:
+            if issubclass(kind, DeprecationWarning):  # for those who write code, not for its users
+                return
             name = "" if issubclass(kind, NQMWarning) else f"{kind.__name__}: "
             click.echo(f"warning: {name}{message}", err=True)
 

@@ -98,6 +98,15 @@ COLUMNS: dict[str, Column] = {
     "passes": Column("forward passes", "", "forward passes of one prediction", "int64"),
     "bits": Column("bits per weight", "bits", "held for each weight of the architecture", "int64"),
     "epochs_total": Column("epochs of training", "epochs", "of all members, shared ones once"),
+    "comparison": Column("comparison", "", "name of a comparison of combined models", "str"),
+    "best": Column("best way", "", "way of combining with the lowest measured loss", "str"),
+    "best_nll": Column("its loss", "nats", "loss of the best way"),
+    "chosen": Column("predicted best", "", "way with the lowest predicted loss", "str"),
+    "chosen_nll": Column("its measured loss", "nats", "measured loss of the predicted best"),
+    "pairs": Column("pairs", "", "pairs of ways whose losses differ", "int64"),
+    "right": Column(
+        "in the right order", "", "those that are predicted in the right order", "int64"
+    ),
     "selected_on": Column("selected on", "", "none, train or held_out", "str"),
     "predicted": Column("predicted loss", "nats", "loss that theory predicts"),
     "predicted_from": Column("predicted from", "", "what the prediction rests on", "str"),

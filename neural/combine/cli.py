@@ -603,3 +603,23 @@ def _setting(text: str) -> tuple[str, float]:
         return name.strip(), float(value)
     except ValueError:
         raise NQMError(f"--set must be NAME=NUMBER, as density=0.3; got {shown(text)}") from None
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, metavar="COMPARISON...")
+@_out
+def ranking(folders: tuple[str, ...], out: Path | None) -> None:
+    """How often theory has the right order of ways, over finished COMPARISONs.
+
+    A COMPARISON is the folder of `nqm neural compare`.
+
+    \b
+    nqm neural ranking out/combined out/snapshots --out out/ranking
+    """
+    from neural.combine.survey import run_ranking
+
+    check_alone("nqm neural ranking")
+    table, lines = run_ranking(folders, out)
+    click.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+    for line in lines:
+        click.echo(line)

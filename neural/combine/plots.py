@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from figures import agreement, combine, style
 from neural.combine.comparison import OUTSIDE
+from neural.combine.ranking import candidates
 
 
 def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -46,15 +49,45 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         if shifted:
             combine.soup_scatter(table, ax=axes["d"])
         # Rows may fill all of a panel: what both name alike stands below.
-        named = {}
+        named: dict[Any, Any] = {}
         for one in "ac":
             handles, labels = axes[one].get_legend_handles_labels()
             named.update(zip(labels, handles, strict=True))
-            axes[one].get_legend().remove()
-        figure.legend(named.values(), named, loc="outside lower center", ncols=len(named))
+            legend = axes[one].get_legend()
+            assert legend is not None
+            legend.remove()
+        shown = list(named.values()), list(named)
+        figure.legend(*shown, loc="outside lower center", ncols=len(named))
         style.panel_letters(list(axes.values()))
         figure.suptitle(title, fontsize=9, parse_math=False)
     return style.save(figure, folder / "compare", {"title": title})
+
+
+def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -> list[Path]:
+    """Draw predicted against measured losses of several comparisons, as PNG and PDF.
+
+    Parameters
+    ----------
+    tables : mapping of str to DataFrame
+        Name -> table of `neural.combine.comparison.compare`.
+    folder : Path
+        Folder for ``ranking.png`` and ``ranking.pdf``.
+    title : str
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    mpl.use("Agg")
+    rows = pd.concat(candidates(table).assign(comparison=name) for name, table in tables.items())
+    with style.context():
+        figure = style.new_figure(style.PAGE, 3.6)
+        ax = figure.subplots()
+        combine.ways(rows, ax=ax)
+        figure.legend(loc="outside right upper")
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    return style.save(figure, folder / "ranking", {"title": title})
 
 
 def draw_low_precision(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from neural.combine.api import ensemble, merge
 from neural.combine.cells import Cells, described
-from neural.combine.comparison import OUTSIDE, compare
+from neural.combine.comparison import OUTSIDE, TABLE, compare
 from neural.combine.config import CombineConfig
 from neural.combine.curve import (
     Curve,
@@ -27,6 +27,7 @@ from neural.combine.curve import (
 from neural.combine.data import Parts
 from neural.combine.low_precision import LowPrecisionConfig, SeededRounding, low_precision
 from neural.combine.members import Members
+from neural.combine.ranking import ordered, ranking
 from neural.combine.repair import REPAIRS
 from neural.combine.rules import RULES, Merge
 from neural.combine.sources import Opened
@@ -40,7 +41,7 @@ from nqm.errors import NQMError
 from nqm.files import locked
 from nqm.progress import Progress
 from nqm.runs.toml import lookup
-from nqm.table import Stamp, finished, write_table
+from nqm.table import Stamp, finished, read_metadata, read_table, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -229,6 +230,58 @@ def run_compare(
     table = kept_table(out, "compare", stated, {"combine": keys.differing(config)}, made)
     target = str(out / "compare.parquet")
     return table, [*_words(table), target, *map(str, draw(table, out, task.label))]
+
+
+def run_ranking(folders: Sequence[str], out: Path | None) -> tuple[pd.DataFrame, list[str]]:
+    """Rank finished comparisons by measurement and by prediction.
+
+    Parameters
+    ----------
+    folders : sequence of str
+        Folders of `run_compare`, or the tables in them.
+    out : Path, optional
+        Folder for ``ranking.csv`` and its picture.
+
+    Returns
+    -------
+    table : DataFrame
+        See `neural.combine.ranking.ranking`.
+    lines : list of str
+        What the table shows, and the files.
+
+    Raises
+    ------
+    NQMError
+        If a folder holds no comparison, or one without predictions.
+    """
+    paths = [Path(one) / "compare.parquet" if Path(one).is_dir() else Path(one) for one in folders]
+    named = [path.parent.name if path.stem == "compare" else path.stem for path in paths]
+    double = next((name for name in named if named.count(name) > 1), None)
+    if double is not None:
+        raise NQMError(f"two comparisons are called {double!r}; rename one folder")
+    tables = {name: read_table(path) for name, path in zip(named, paths, strict=True)}
+    for name, table in tables.items():
+        missing = next((c for c in TABLE if c not in table), None)
+        if missing is not None:
+            raise NQMError(f"{name} is no table of `nqm neural compare`: it lacks {missing!r}")
+    table = ranking(tables)
+    right, pairs = int(table["right"].sum()), int(table["pairs"].sum())
+    lost = (table["chosen_nll"] / table["best_nll"] - 1.0).max()
+    lines = [
+        f"theory puts {right} of {pairs} pairs of ways into the right order; the way that it "
+        f"prefers has a loss at most {lost:.1%} above the best"
+    ]
+    if out is not None:
+        from neural.combine.plots import draw_ranking
+
+        out.mkdir(parents=True, exist_ok=True)
+        target = out / "ranking.csv"
+        keyed = {"tables": {n: read_metadata(p) for n, p in zip(named, paths, strict=True)}}
+        stamp = Stamp(keys.key(keyed), __version__, keyed)
+        if finished(target, stamp) is None:
+            write_table(target, table, stamp.metadata())
+        lines += [str(target), *map(str, draw_ranking(tables, out, "ways of combining"))]
+    return table, lines
 
 
 def kept_table(
@@ -537,6 +590,9 @@ def _words(table: pd.DataFrame) -> list[str]:
                 f"the uniform soup (repair: {row['repair']}) is worse than its mean member by "
                 f"{row['barrier']:.4f}: the members do not lie in one basin"
             )
+    right, pairs = ordered(table)
+    if pairs:
+        lines.append(f"theory puts {right} of {pairs} pairs of ways into the right order")
     if (test["predicted_from"] == OUTSIDE).any():
         lines.append(
             "predictions are not to be believed: the members lie outside the quadratic range "
