@@ -44,8 +44,9 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
             )  # fmt: skip
     none = rows[rows["score"] == "no_module"]
     if len(none):
-        ax.axvline(float(none[column].iloc[0]), color=REFERENCE, lw=0.7, zorder=0)
+        here = float(none[column].iloc[0])
+        ax.axvline(here, color=REFERENCE, lw=0.7, zorder=0, label="no module")
     ax.set_yticks([-i for i in places.values()], list(places))
     ax.set_xlabel(label(column))
-    ax.legend(loc="upper right", frameon=True, framealpha=0.8, edgecolor="none")
+    ax.legend(loc="best")
     return ax

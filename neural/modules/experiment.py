@@ -382,5 +382,8 @@ def draw(means: pd.DataFrame, out: Path) -> list[Path]:
         axes = figure.subplots(1, 2, sharey=True)
         pictures.scores(means, column="accuracy", ax=axes[0])
         pictures.scores(means, column="nll_tuned", ax=axes[1])
-        axes[0].get_legend().remove()
+        for ax in axes:  # rows fill the panels
+            ax.get_legend().remove()
+        shown = axes[0].get_legend_handles_labels()
+        figure.legend(*shown, loc="outside lower center", ncols=4)
     return style.save(figure, out / "modules", {"table": "modules_summary"})
