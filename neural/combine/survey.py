@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 #: Share of the mean member's loss by which a soup must exceed it before anything is said of it.
 CLEAR = 0.05
+#: Said of comparisons whose predictions are to be believed.
+INSIDE = "inside the quadratic range"
 
 
 def _task(opened: Opened) -> Task:
@@ -265,12 +267,17 @@ def run_ranking(folders: Sequence[str], out: Path | None) -> tuple[pd.DataFrame,
         if missing is not None:
             raise NQMError(f"{name} is no table of `nqm neural compare`: it lacks {missing!r}")
     table = ranking(tables)
-    right, pairs = int(table["right"].sum()), int(table["pairs"].sum())
-    lost = (table["chosen_nll"] / table["best_nll"] - 1.0).max()
-    lines = [
-        f"theory puts {right} of {pairs} pairs of ways into the right order; the way that it "
-        f"prefers has a loss at most {lost:.1%} above the best"
-    ]
+    lines = []
+    for inside in (True, False):
+        rows = table[(table["predicted_from"] != OUTSIDE) == inside]
+        if rows.empty:
+            continue
+        right, pairs = int(rows["right"].sum()), int(rows["pairs"].sum())
+        lost = float((rows["chosen_nll"] / rows["best_nll"] - 1.0).max())
+        lines.append(
+            f"{INSIDE if inside else OUTSIDE}: theory puts {right} of {pairs} pairs of ways into "
+            f"the right order; the way it prefers has a loss at most {lost:.1%} above the best"
+        )
     if out is not None:
         from neural.combine.plots import draw_ranking
 

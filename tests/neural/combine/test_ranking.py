@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from neural.combine.comparison import TABLE
+from neural.combine.comparison import OUTSIDE, TABLE
 from neural.combine.ranking import RANKING, candidates, ordered, ranking
 from nqm import NQMError
 from nqm.cli import main
@@ -65,8 +65,14 @@ def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(main, ["neural", "ranking", one, two, "--out", str(out)])
     assert done.exit_code == 0, done.output
-    assert "theory puts 3 of 4 pairs of ways into the right order" in done.output
+    assert "inside the quadratic range: theory puts 3 of 4 pairs" in done.output
     assert "at most 20.0% above the best" in done.output
+    assert "outside" not in done.output
+    far = stored("far", table([1.0, 1.5], [1.2, 1.1]).assign(predicted_from=OUTSIDE))
+    apart = CliRunner().invoke(main, ["neural", "ranking", one, far]).output
+    assert "inside the quadratic range: theory puts 2 of 3 pairs" in apart
+    assert "outside the quadratic range: theory puts 0 of 1 pairs" in apart
+    assert "at most 50.0% above the best" in apart
     assert {"ranking.csv", "ranking.png", "ranking.pdf"} <= {p.name for p in out.iterdir()}
     again = CliRunner().invoke(main, ["neural", "ranking", one, two, "--out", str(out)])
     assert again.exit_code == 0, again.output
