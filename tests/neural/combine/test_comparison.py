@@ -238,6 +238,19 @@ def test_statistics_of_members_and_of_soups_are_predicted() -> None:
     agree(own["predicted"], own["nll"], 0.02 * spread)
 
 
+def test_a_member_of_a_much_larger_variance_has_a_prediction() -> None:
+    """A step away from it would make the variance negative."""
+    torch.manual_seed(5)
+    states = {}
+    for k, variance in enumerate((1.0, 1.0, 4000.0)):
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+        model[0].running_var.fill_(variance)  # type: ignore[union-attr, operator]
+        states[f"m{k}"] = model.state_dict()
+    table = compare(Members.of_states(model, states), PARTS, CombineConfig(rules=("uniform",)))
+    rows = table[(table["data"] == "test") & (table["rule"] != "uniform")]
+    assert np.isfinite(rows["predicted"]).all()
+
+
 def test_far_members_are_said_to_be_outside() -> None:
     table = compare(scattered(6.0), PARTS, CONFIG)
     assert (table.loc[table["predicted"].notna(), "predicted_from"] == OUTSIDE).all()
