@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -65,7 +66,16 @@ def context() -> AbstractContextManager[None]:
     return mpl.rc_context(settings)
 
 
-def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
+class HouseFigure(Figure):
+    """A figure that shows itself at the end of a notebook's cell, with no window or backend."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
+
+
+def new_figure(width: float = COLUMN, height: float = 2.6) -> HouseFigure:
     """Make an empty figure with constrained layout; no window, no change of backend.
 
     Parameters
@@ -75,10 +85,10 @@ def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
 
     Returns
     -------
-    Figure
+    HouseFigure
         A figure without axes.
     """
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return HouseFigure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
@@ -92,9 +102,15 @@ def axes_or_new(ax: Axes | None) -> Axes:
     Returns
     -------
     Axes
-        `ax` itself, or the axes of the new figure.
+        `ax` itself, or the axes of the new figure. A notebook's cell that ends with these shows the
+        figure.
     """
-    return new_figure().subplots() if ax is None else ax
+    if ax is not None:
+        return ax
+    figure = new_figure()
+    made: Axes = figure.subplots()
+    made._repr_png_ = figure._repr_png_  # type: ignore[attr-defined]
+    return made
 
 
 def panel_letters(axes: list[Axes]) -> None:

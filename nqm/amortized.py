@@ -14,6 +14,7 @@ import numpy as np
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
+from nqm.words import short_repr
 
 #: Buffers of an optimizer, in the order of its function below.
 Buffers = tuple[FloatArray, ...]
@@ -164,6 +165,8 @@ class AMESample:
     loss: FloatArray
     soup_loss: FloatArray
     pivot_loss: FloatArray
+
+    __repr__ = short_repr
 
 
 def random_basis(directions: int, rng: np.random.Generator) -> FloatArray:

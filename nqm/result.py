@@ -20,6 +20,7 @@ from nqm.algorithms.rounding import Rounded
 from nqm.algorithms.sampled import Sampled, SampledSGD
 from nqm.errors import NQMError, check_number
 from nqm.problems.quadratic import FloatArray, Problem, Quadratic
+from nqm.words import short_repr
 
 if TYPE_CHECKING:
     from nqm.distribution import LossDistribution
@@ -206,6 +207,8 @@ class Trajectory:
     runaway: float = math.inf
     controlled: bool = False
     pairs: Callable[[], Iterator[FloatArray]] | None = field(default=None, repr=False)
+
+    __repr__ = short_repr
 
     @classmethod
     def of_samples(

@@ -21,6 +21,7 @@ from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem, finite_numbers
 from nqm.program import Program, as_program
 from nqm.solvers.moments import check_own_starts, solve
+from nqm.words import short_repr
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class GreedySample:
     loss: FloatArray
     single_loss: FloatArray
     size: NDArray[np.int64]
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,8 @@ class Soup:
     mean: FloatArray
     variance: FloatArray
     curvatures: FloatArray | None = None
+
+    __repr__ = short_repr
 
     # --- ingredients ---------------------------------------------------------------------------
 

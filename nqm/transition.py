@@ -21,6 +21,7 @@ from nqm.algorithms.base import Algorithm, State, Value
 from nqm.double_double import DoubleDouble
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
+from nqm.words import short_repr
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Transition:
     noise: FloatArray
     own: FloatArray
     low: FloatArray
+
+    __repr__ = short_repr
 
 
 class _Tally:

@@ -26,3 +26,16 @@ def test_notebook_runs(path: Path) -> None:
         if "image/png" in output.get("data", {})
     ]
     assert pictures, "nothing was drawn"
+
+
+def test_axes_at_the_end_of_a_cell_show_their_figure() -> None:
+    source = """
+import pandas as pd
+from figures.combine import predicted
+row = {"rule": "uniform", "space": "weights", "predicted_from": "surrogate"}
+predicted(pd.DataFrame([row | {"nll": 0.4, "predicted": 0.41}]))
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    shown = [output.get("data", {}) for output in notebook.cells[0]["outputs"]]
+    assert any("image/png" in data for data in shown)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nqm.errors import NQMError
+from nqm.words import short_repr
 
 FloatArray = NDArray[np.float64]
 
@@ -30,6 +31,8 @@ class Correlation:
     """
 
     matrix: FloatArray
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self.matrix.flags.writeable = False

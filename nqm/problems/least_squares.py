@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.limits import check_memory, check_work
 from nqm.problems.quadratic import FloatArray, Problem, Quadratic
+from nqm.words import short_repr
 
 _VECTORS = ("curvature", "multiplicity", "initial_mean", "initial_variance", "minimum")
 
@@ -57,6 +58,8 @@ class LeastSquares(Quadratic):
     initial_variance: FloatArray
     multiplicity: FloatArray
     minimum: FloatArray
+
+    __repr__ = short_repr
 
     def __init__(
         self,

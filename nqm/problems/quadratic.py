@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.limits import check_memory
 from nqm.problems.correlation import Correlation
+from nqm.words import short_repr
 
 FloatArray = NDArray[np.float64]
 
@@ -149,6 +150,8 @@ class Problem(Quadratic):
     noise_correlation: Correlation | None
     initial_correlation: Correlation | None
     expected_losses_only: bool
+
+    __repr__ = short_repr
 
     def __init__(  # noqa: PLR0913 - options, by keyword
         self,

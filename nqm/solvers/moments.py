@@ -32,6 +32,7 @@ from nqm.transition import (
     resumption,
     spectral_radius,
 )
+from nqm.words import short_repr
 
 #: Coordinates of a chain up to which only the number of steps is limited, not the work in a step.
 SMALL = 16
@@ -68,6 +69,8 @@ class Moments:
     mean: FloatArray
     started: FloatArray
     noisy: FloatArray
+
+    __repr__ = short_repr
 
     def weights(self, age: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Moments of the evaluated weights.

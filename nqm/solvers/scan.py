@@ -16,6 +16,7 @@ from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
 from nqm.solvers import _kernels
 from nqm.solvers.moments import CHUNK, Map, at_start, compose_span, power, then
 from nqm.transition import extract, noise_moment, readout
+from nqm.words import short_repr
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Scan:
     bias: FloatArray
     variance: FloatArray
     member_loss: FloatArray
+
+    __repr__ = short_repr
 
 
 def scan(

@@ -25,6 +25,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, one_phase
 from nqm.solvers.moments import whole_period
 from nqm.transition import extract, readout, spectral_radius
+from nqm.words import short_repr
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class ShuffledSteady:
     loss_at_end: float
     weight_variance: FloatArray
     radius: float
+
+    __repr__ = short_repr
 
 
 def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSteady:

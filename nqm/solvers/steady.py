@@ -22,6 +22,7 @@ from nqm.solvers import _kernels
 from nqm.solvers.moments import phase_cycles, whole_period
 from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.transition import readout, spectral_radius
+from nqm.words import short_repr
 
 if TYPE_CHECKING:
     from nqm.distribution import LossDistribution
@@ -65,6 +66,8 @@ class Steady:
     weight_mean: FloatArray = field(repr=False)
     problem: Problem = field(repr=False)
     phase: Phase = field(repr=False)
+
+    __repr__ = short_repr
 
     @cached_property
     def distribution(self) -> LossDistribution:

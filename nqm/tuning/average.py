@@ -31,6 +31,7 @@ from nqm.solvers.moments import (
 )
 from nqm.transition import embedding, origins, readout, resumption
 from nqm.tuning.information import program_bound
+from nqm.words import short_repr
 
 #: Share of the iterates' second moments that is added to them, in place of their rounding errors.
 RIDGE = 1e-13
@@ -64,6 +65,8 @@ class BestAverage:
     last_loss: float
     bound: float
     moment: FloatArray
+
+    __repr__ = short_repr
 
     @property
     def iterate_weights(self) -> FloatArray:

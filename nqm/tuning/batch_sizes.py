@@ -33,6 +33,7 @@ from nqm.tuning.lbfgs import Objective, fastest, from_coarse, usual_starts
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
 from nqm.tuning.schedule import WIDTH, as_piecewise, flat_rates
 from nqm.tuning.sensitivity import WITHIN, Flatness, flat_numbers, flatness
+from nqm.words import short_repr
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class BestBatches:
     loss: float
     whole_loss: float
     flat: Mapping[str, Flatness] = field(default_factory=dict, repr=False)
+
+    __repr__ = short_repr
 
     @property
     def program(self) -> Program:

@@ -17,6 +17,7 @@ from nqm.schedule import Piecewise
 from nqm.tuning.lbfgs import SLOWEST, Objective, descend, fastest, from_coarse, usual_starts
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
 from nqm.tuning.sensitivity import WITHIN, Flatness, flatness
+from nqm.words import short_repr
 
 #: Blocks of the condensed spectrum: SGD's responses are smooth, and 1e-13 is reached by wide ones.
 WIDTH = 0.5
@@ -48,6 +49,8 @@ class BestSchedule:
     loss: float
     at_bound: bool
     flat: Mapping[str, Flatness] = field(default_factory=dict, repr=False)
+
+    __repr__ = short_repr
 
     @property
     def schedule(self) -> Piecewise:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.errors import check_number
 from nqm.problems.quadratic import FloatArray
+from nqm.words import short_repr
 
 #: Relative rise of the loss that still counts as flat.
 WITHIN = 0.01
@@ -34,6 +35,8 @@ class Flatness:
     low: FloatArray
     high: FloatArray
     within: float
+
+    __repr__ = short_repr
 
 
 def flatness(
