@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS, Nothing, Repair, has_statistics
 from neural.combine.rules import RULES, Merge, Merged
 from neural.combine.surrogate import Surrogate, make_surrogate
+from neural.combine.swag import SWAG
 from neural.combine.weigh import WEIGHTS, Weigh
 from neural.evaluate import classification_metrics, nll
 from neural.evaluate.metrics import losses
@@ -123,6 +123,8 @@ def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is
         {n: WEIGHTS[n] for n in config.weights if n != GATE} if weights is None else dict(weights)
     )
     _check(members, parts, chosen)
+    if config.swag:
+        members = SWAG(config.swag, seed=config.seed).members(members, parts)
     members = aligned(members, ALIGNS[config.align](), parts)
     made = _Comparison(members, parts, config, cells or Cells(), about or {})
     return made.table(chosen, pooled, progress)
@@ -328,8 +330,7 @@ class _Comparison:
             state = mean_state(self.members)
             origin = self.members.flat(state)
             others = [(self.members.flat(one()) - origin)[None] for _, one in self.others]
-            # `members.model` is one module, whose buffers the next state overwrites.
-            model = copy.deepcopy(repaired(self.members, state, repair, self.parts, self.uniform))
+            model = repaired(self.members, state, repair, self.parts, self.uniform)
             made = make_surrogate(
                 model,
                 torch.cat([self.members.offsets(state), *others]),

@@ -51,8 +51,11 @@ class CombineConfig:
         Whether losses are predicted from derivatives at the mean (`neural.combine.surrogate`).
     predict_examples : int
         Test examples at which the derivatives are taken.
+    swag : int
+        Draws of SWAG (`neural.combine.swag`) that take the place of the members, the snapshots of
+        one run; 0: the members themselves.
     seed : int
-        Of the held-out part.
+        Of the held-out part, and of these draws.
     """
 
     rules: tuple[str, ...] = ("uniform", "greedy")
@@ -65,6 +68,7 @@ class CombineConfig:
     severities: tuple[int, ...] = (3,)
     predict: bool = True
     predict_examples: int = 1000
+    swag: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +92,9 @@ class CombineConfig:
             if severity not in range(1, 6):
                 raise NQMError(f"CombineConfig.severities must be 1 to 5; got {severity}")
         check_integer("CombineConfig.predict_examples", self.predict_examples, 1)
+        check_integer("CombineConfig.swag", self.swag, 0)
+        if self.swag == 1:
+            raise NQMError("CombineConfig.swag must be 0, or at least 2 draws; got 1")
         check_integer("CombineConfig.seed", self.seed, 0)
 
 
