@@ -5,8 +5,8 @@ and sends its weights back; the server steps to their mean, weighted by examples
 leave open:
 
 - Clients train by SGD with momentum 0 at the start of each round, and none is averaged.
-- Buffers (BatchNorm's statistics) are averaged as weights are, by a full step; integers (counters)
-  are those of the round's first client.
+- Buffers (BatchNorm's statistics) are averaged as weights are, by a full step; of integers
+  (counters) the largest is taken. Sums are in double precision.
 - A client's control is the mean of its gradients in the round. At a constant rate without momentum
   or decay that is option II of SCAFFOLD, ``control_k - control + (server - x_k) / (steps lr)``. The
   common control is the mean of all clients' controls, weighted by examples.
@@ -32,6 +32,7 @@ from neural.training import checkpoint
 from neural.training.config import TrainConfig
 from neural.training.optim import make_optimizer, set_lr
 from neural.training.task import Stream
+from neural.training.weighted_sum import add_weighted
 from nqm.errors import NQMError, check_integer
 from nqm.progress import Progress
 
@@ -181,6 +182,80 @@ def federated_rounds(  # noqa: PLR0913 - options, by keyword
     return rounds.rows
 
 
+def train_client(  # noqa: PLR0913 - options, by keyword
+    model: nn.Module,
+    client: Client,
+    config: ClientsConfig,
+    train: TrainConfig,
+    *,
+    number: int,
+    done: int,
+    seed: int = 0,
+    scope: ScopeConfig | None = None,
+    targets: Mapping[str, Tensor] | None = None,
+    corrections: Mapping[str, Tensor] | None = None,
+) -> State:
+    """Train a model as one client does in one round.
+
+    Parameters
+    ----------
+    model : Module
+        Starts with the server's weights, and ends with the client's.
+    client : Client
+        Its examples and loss.
+    config : ClientsConfig
+        Gives ``local_epochs`` and ``prox``, the pull to the weights with which the model starts.
+    train : TrainConfig
+        Of the SGD.
+    number : int
+        Of the client; with `done` and `seed` the key of dropout's draws.
+    done : int
+        Number of complete rounds.
+    seed : int
+    scope : ScopeConfig, optional
+        Gives the strength of scope alignment.
+    targets : mapping of str to Tensor, shape (2,), optional
+        Scopes to which layers are pulled.
+    corrections : mapping of str to Tensor, optional
+        SCAFFOLD's ``common control - own``, added to the gradients of all trainable weights.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Mean of the gradients without corrections and FedProx's pull, by name of the weight; empty
+        if there are no corrections.
+    """
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(trainable.values())).device
+    origin = {n: p.detach().clone() for n, p in trainable.items()} if config.prox else {}
+    gathered = {n: torch.zeros_like(p) for n, p in trainable.items()} if corrections else {}
+    strength = 0.0 if scope is None else scope.strength
+    pulled = targets if targets is not None and strength else {}
+    optimizer = make_optimizer(model, train)
+    steps = 0
+    model.train()
+    with _seeded(device, seed, done, _TRAIN, number):
+        for index in range(config.local_epochs):
+            epoch = done * config.local_epochs + index
+            set_lr(optimizer, float(train.lr(epoch)))
+            for inputs, labels in client.stream.epoch(epoch):
+                optimizer.zero_grad()
+                torch.autograd.backward(client.loss(model(inputs), labels))
+                for name, p in trainable.items():
+                    if p.grad is None:
+                        continue
+                    if name in pulled:
+                        p.grad.add_(divergence_gradient(p.detach(), pulled[name]), alpha=strength)
+                    if corrections:
+                        gathered[name] += p.grad
+                        p.grad += corrections[name]
+                    if origin:
+                        p.grad.add_(p.detach() - origin[name], alpha=config.prox)
+                optimizer.step()
+                steps += 1
+    return {name: total / steps for name, total in gathered.items()}
+
+
 class _Rounds:
     """The server between two rounds."""
 
@@ -258,7 +333,7 @@ class _Rounds:
             states.append(_copy(self.model.state_dict()))
         self.controls = controls
         scope_kl = self._scopes(states, shares)
-        mean = weighted_mean(states, shares)
+        mean = _mean(states, shares)
         moves = [self._distance(state, start) for state in states]
         step = self._server_step(moves, shares, self._distance(mean, start))
         away = [self._distance(state, mean) for state in states]
@@ -275,40 +350,17 @@ class _Rounds:
     def _common_control(self) -> State:
         if not self.config.control:
             return {}
-        return weighted_mean(self.controls, [client.share for client in self.clients])
+        return _mean(self.controls, [client.share for client in self.clients])
 
     def _train(self, k: int, common: State) -> State:
         """Train the model as client k; returns the mean of its gradients if there are controls."""
-        client, config = self.clients[k], self.config
-        origin = {n: p.detach().clone() for n, p in self.trainable.items()} if config.prox else {}
-        gathered = {n: torch.zeros_like(p) for n, p in self.trainable.items()} if common else {}
         own = self.controls[k] if common else {}
-        strength = 0.0 if self.scope is None else self.scope.strength
-        optimizer = make_optimizer(self.model, self.train)
-        steps = 0
-        self.model.train()
-        with _seeded(self.device, self.seed, self.done, _TRAIN, k):
-            for index in range(config.local_epochs):
-                epoch = self.done * config.local_epochs + index
-                set_lr(optimizer, float(self.train.lr(epoch)))
-                for inputs, targets in client.stream.epoch(epoch):
-                    optimizer.zero_grad()
-                    loss = client.loss(self.model(inputs), targets)
-                    torch.autograd.backward(loss)
-                    for name, p in self.trainable.items():
-                        if p.grad is None:
-                            continue
-                        if strength and name in self.targets:
-                            pull = divergence_gradient(p.detach(), self.targets[name])
-                            p.grad.add_(pull, alpha=strength)
-                        if gathered:
-                            gathered[name] += p.grad
-                            p.grad += common[name] - own[name]
-                        if origin:
-                            p.grad.add_(p.detach() - origin[name], alpha=config.prox)
-                    optimizer.step()
-                    steps += 1
-        return {name: total / steps for name, total in gathered.items()}
+        return train_client(
+            self.model, self.clients[k], self.config, self.train,
+            number=k, done=self.done, seed=self.seed,
+            scope=self.scope, targets=self.targets,
+            corrections={n: common[n] - value for n, value in own.items()},
+        )  # fmt: skip
 
     def _scopes(self, states: list[State], shares: tuple[float, ...]) -> float:
         """Compare the clients' scopes; rescale the clients, and set the next target, if asked."""
@@ -355,32 +407,9 @@ class _Rounds:
         return made
 
 
-def weighted_mean(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> State:
-    """Average state dicts with weights; sums are in double precision.
-
-    Parameters
-    ----------
-    states : sequence of mapping of str to Tensor
-        With the same names and shapes.
-    shares : sequence of float
-        Weights, which sum to one.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Tensors of integers are those of the first.
-    """
-    made = {}
-    for name, first in states[0].items():
-        if not (first.is_floating_point() or first.is_complex()):
-            made[name] = first.clone()
-            continue
-        wide = torch.promote_types(first.dtype, torch.float64)
-        total = first.to(wide) * shares[0]
-        for state, share in zip(states[1:], shares[1:], strict=True):
-            total += state[name].to(wide) * share
-        made[name] = total.to(first.dtype)
-    return made
+def _mean(states: Sequence[State], shares: Sequence[float]) -> State:
+    total = add_weighted(zip(shares, states, strict=True), double=True)
+    return {name: value.to(states[0][name].dtype) for name, value in total.items()}
 
 
 def _copy(state: Mapping[str, Tensor]) -> State:

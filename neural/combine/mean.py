@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from neural.combine.members import Members, State, check_weights
+from neural.training.weighted_sum import add_weighted
 from nqm.errors import NQMError
-
-#: Means of half-precision numbers are formed in these.
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 def mean_state(members: Members) -> State:
@@ -73,20 +72,9 @@ def combined(terms: Iterable[tuple[float, Mapping[str, Tensor]]]) -> State:
     dict of str to Tensor
         In the types of the first term.
     """
-    total: State = {}
-    first: State = {}
-    for factor, state in terms:
-        if not first:
-            first = dict(state)
-        for name, value in state.items():
-            if not (value.is_floating_point() or value.is_complex()):
-                total[name] = torch.maximum(total[name], value) if name in total else value.clone()
-                continue
-            wide = value.to(_WIDER.get(value.dtype, value.dtype))
-            if name in total:
-                total[name].add_(wide, alpha=factor)
-            else:
-                total[name] = wide * factor
+    others = iter(terms)
+    factor, first = next(others)
+    total = add_weighted(chain([(factor, first)], others))
     return {
         # A mask of -inf is no number to average.
         name: torch.where(value.isfinite(), value, first[name]).to(first[name].dtype)

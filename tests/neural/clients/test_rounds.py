@@ -253,16 +253,17 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Blobs:
-    """Random inputs with labels, 3 minibatches of 6."""
+    """Random inputs with labels, in minibatches of 6."""
 
     seed: int
+    steps: int = 3
 
     def __len__(self) -> int:
-        return 3
+        return self.steps
 
     def epoch(self, epoch: int, start: int = 0, /) -> Iterator[tuple[Tensor, Tensor]]:
         generator = keyed_generator(self.seed, epoch)
-        for _ in range(start, 3):
+        for _ in range(start, self.steps):
             inputs = torch.randn(6, 5, generator=generator) + self.seed
             yield inputs, torch.randint(3, (6,), generator=generator)
 
@@ -347,7 +348,7 @@ def test_stopped_rounds_go_on_bit_for_bit(
         federated_rounds(net(), blobs(*shares), config, train, path=file, key="b")
 
 
-def test_buffers_are_averaged_by_a_full_step_and_counters_are_taken() -> None:
+def test_buffers_are_averaged_by_a_full_step_and_the_largest_counter_is_taken() -> None:
     seen: list[Round] = []
     config = ClientsConfig(count=2, rounds=1, server_lr=0.5)
 
@@ -357,13 +358,16 @@ def test_buffers_are_averaged_by_a_full_step_and_counters_are_taken() -> None:
 
     model = net()
     start = {n: v.clone() for n, v in model.state_dict().items()}
-    federated_rounds(model, blobs(0.75, 0.25), config, settings(), after=after)
+    first_client, second_client = blobs(0.75, 0.25)
+    clients = [first_client, replace(second_client, stream=Blobs(1, steps=4))]
+    federated_rounds(model, clients, config, settings(), after=after)
     first, second = seen[0].states
     state = model.state_dict()
     for name in ("norm.running_mean", "norm.running_var"):
         assert not torch.equal(first[name], second[name])
         torch.testing.assert_close(state[name], 0.75 * first[name] + 0.25 * second[name])
-    assert state["norm.num_batches_tracked"] == first["norm.num_batches_tracked"] == 3
+    assert first["norm.num_batches_tracked"] == 3
+    assert state["norm.num_batches_tracked"] == 4
     mean = 0.75 * first["last.weight"] + 0.25 * second["last.weight"]
     torch.testing.assert_close(state["last.weight"], (mean + start["last.weight"]) / 2)
 
