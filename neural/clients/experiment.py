@@ -149,7 +149,7 @@ def run_clients(
         return table
     task = open_task(run, runtime)
     clients = make_clients(run, task, config)
-    model = _model(run, task, runtime)
+    model = start_model(run, task, runtime)
     _check(run, runtime, task, clients, model, config, scope)
     finished(target, stamp)  # makes the folder, or says why it cannot
     with locked(out, folder=True):
@@ -176,7 +176,23 @@ def _stamp(run: RunConfig, config: ClientsConfig, scope: ScopeConfig | None) -> 
     return Stamp(key, __version__, stated | {n: asdict(part) for n, part in parts.items()})
 
 
-def _model(run: RunConfig, task: Task, runtime: Runtime) -> nn.Module:
+def start_model(run: RunConfig, task: Task, runtime: Runtime | None = None) -> nn.Module:
+    """Make the server's model of the first round.
+
+    Parameters
+    ----------
+    run : RunConfig
+        Gives architecture, precision and seed.
+    task : Task
+        Its data.
+    runtime : Runtime, optional
+        Device and folder of checkpoints; one CPU by default.
+
+    Returns
+    -------
+    Module
+    """
+    runtime = runtime or Runtime()
     torch.manual_seed(run.seed)
     model = make_model(run.model, task, root=runtime.root)
     model = model.to(runtime.device, DTYPES[run.train.precision])

@@ -20,7 +20,7 @@ def test_sums_in_double_precision_do_not_lose_small_terms() -> None:
 
 
 def test_half_precision_is_summed_in_float32() -> None:
-    """Three of 0.1 with weights that float16 would round: exact to half a unit of float32."""
+    """A third of 0.1, three times: its error is less than two units of float32."""
     value = torch.tensor([0.1], dtype=torch.float16)
     total = add_weighted((1 / 3, {"w": value}) for _ in range(3))["w"]
     assert total.dtype == torch.float32
