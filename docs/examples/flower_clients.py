@@ -134,7 +134,7 @@ def on_loopback(run: RunConfig, config: ClientsConfig) -> nn.Module:
     """Server here, each client in a process of its own; returns the model after the last round."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:{}".format(free.getsockname()[1])
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     spawn = multiprocessing.get_context("spawn")
     processes = [
         spawn.Process(target=join, args=(run, config, address, k), daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from neural.clients.config import ClientsConfig
 from neural.training.recipe import load_recipe
 from neural.training.task import Runtime, open_task
 
-EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "flower_clients.py"
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "docs" / "examples" / "flower_clients.py"
 SETTINGS = ("train.precision=float64", "data.train_examples=90", "data.test_examples=60")
 #: Relative to the largest weight: in double precision sums differ only in their last bits.
 LAST_BITS = 1e-12
@@ -30,7 +32,7 @@ def test_flower_on_loopback_is_fedavg_in_one_process(tmp_path: Path, prox: float
     done = subprocess.run(
         [sys.executable, EXAMPLE, "digits_bn", "--scale", "smoke", *words, "--rounds", "3",
          "--clients", "2", "--prox", str(prox), "--out", out],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = torch.load(out, weights_only=True)
