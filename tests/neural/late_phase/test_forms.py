@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from neural import LatePhase, add_rank1, ema, swa
+from neural import LatePhase, add_lora, add_rank1, ema, swa
+from neural.late_phase.merge import mean_products
 from nqm import NQMError
 from tests.literal_torch import LiteralLatePhase
 from tests.tiny_nets import batches, net
@@ -247,6 +248,27 @@ def test_factors_of_another_library_are_averaged_when_asked_for():
     name = "0.lora_A.default.weight"
     agree(single.get_parameter(name).detach(), late._weights()[name].detach().mean(0), IDENTITY)
     late.member(0)
+
+
+def test_the_mean_of_low_rank_updates_is_that_of_concatenated_factors():
+    """Sum w_k s B_k A_k = [B_1 ... B_K] [w_1 s A_1; ...; w_K s A_K], peft's combination "cat"."""
+    model = nn.Sequential(nn.Linear(5, 4))
+    base = model[0].weight.detach().clone()
+    (name,) = add_lora(model, rank=2, alpha=6.0)
+    scale = 3.0
+    down, up = torch.randn(3, 2, 5), torch.randn(3, 4, 2)
+    prefix = "0.parametrizations.weight.0"
+    with torch.no_grad():
+        found = mean_products(model, {f"{prefix}.A": down, f"{prefix}.B": up})[name]
+    wide_down = torch.cat([scale / 3 * one for one in down], 0)
+    wide_up = torch.cat(list(up), 1)
+    assert wide_down.shape == (6, 5)
+    agree(found, base + wide_up @ wide_down, IDENTITY)
+    # The product of mean factors lacks their covariance, sum (B_k - mean B) (A_k - mean A) / 3.
+    of_means = base + scale * up.mean(0) @ down.mean(0)
+    covariance = sum((b - up.mean(0)) @ (a - down.mean(0)) for a, b in zip(down, up, strict=True))
+    agree(found - of_means, scale / 3 * covariance, IDENTITY)
+    assert (found - of_means).norm() > 0.1 * (found - base).norm()
 
 
 # ------------------------------------------------------------------ data that does not divide
