@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neural.combine.members import Member, Members
 from neural.data.catalog import data_root
 from neural.training.build import plain_model, read_weights
-from neural.training.config import RunConfig, describe
+from neural.training.config import RunConfig, describe, restore
 from neural.training.load_run import open_finished, reopen
 from neural.training.recipe import load_recipe
 from neural.training.snapshots import FOLDER, LIST
@@ -23,6 +23,7 @@ from neural.training.task import Runtime, Task, open_task
 from nqm.errors import NQMError
 from nqm.files import check_regular
 from nqm.keys import difference
+from nqm.table import read_metadata, read_table
 
 #: Files that Hugging Face's libraries write into a model's folder.
 _SHARDS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
@@ -63,7 +64,8 @@ def open_members(
     ----------
     where : sequence of str or Path
         Each one of: the folder of a finished run (its single model), ``RUN#members`` (its
-        late-phase members), ``RUN#snapshots`` (models that it kept on its way), a pattern such as
+        late-phase members, or the clients of federated rounds), ``RUN#snapshots`` (models that it
+        kept on its way), a pattern such as
         ``"out/x/base/seed*"``, a file of weights (.safetensors, .pt, .pth, .ckpt, .th, .bin), or a
         folder with ``model.safetensors``.
     like : str or Path, optional
@@ -92,9 +94,9 @@ def open_members(
     runtime = runtime or Runtime()
     places = [place for one in where for place in _expand(str(one))]
     runs = {
-        folder: open_finished(folder)
+        folder: run
         for folder in dict.fromkeys(Path(place.partition("#")[0]) for place in places)
-        if (folder / "run.json").is_file()
+        if (run := _run_at(folder)) is not None
     }
     for place in places:
         if Path(place).is_dir() and Path(place) not in runs and _weights_in(Path(place)) is None:
@@ -143,9 +145,33 @@ def _stated(
     """The run that states architecture and data."""
     if like is None:
         return next(iter(runs.values()), None)
-    if (Path(like) / "run.json").is_file():
-        return open_finished(like)
+    if (run := _run_at(Path(like))) is not None:
+        return run
     return next(iter(load_recipe(str(like), scale, overrides).arms.values()))
+
+
+def _run_at(folder: Path) -> RunConfig | None:
+    """Configuration of a finished run or of finished federated rounds; None: the folder has none.
+
+    Of rounds it is the clients' configuration, without a number of epochs of its own.
+    """
+    if (folder / "run.json").is_file():
+        return open_finished(folder)
+    if (file := _rounds_in(folder)) is None:
+        return None
+    try:
+        stated = dict(read_metadata(file)["config"])
+        parts = {name: part for name, part in stated.items() if name not in ("clients", "scope")}
+        return restore(parts | {"train": {**parts["train"], "epochs": 1}})
+    except (KeyError, TypeError) as error:
+        raise NQMError(f"{file} does not state what clients trained ({error!s:.60})") from None
+
+
+def _rounds_in(folder: Path) -> Path | None:
+    """Table of the finished federated rounds in a folder."""
+    file = folder / "history.parquet"
+    found = file.is_file() and (folder / FOLDER / LIST).is_file()
+    return file if found and not (folder / "run.json").exists() else None
 
 
 def _check_alike(folder: Path, other: RunConfig, run: RunConfig | None) -> None:
@@ -168,15 +194,14 @@ def _members(
         raise NQMError(f"{place}: after # comes members or snapshots; got {what!r}")
     if mark and path not in runs:
         raise NQMError(f"{place}: {where} is not the folder of a finished run")
+    rounds = _rounds_in(path)
     if what == "members":
-        return _late_members(path, runs[path])
+        return _late_members(path, runs[path]) if rounds is None else _kept(path, what, names)
     if what == "snapshots":
-        return _kept(path, runs[path], names)
-    if path in runs or (path / "run.json").is_file():
-        run = runs.get(path) or open_finished(path)
-        return [
-            Member(where, _reader(path / "model.pt", names), float(run.train.epochs), source=path)
-        ]
+        return _kept(path, what, names)
+    if (run := runs.get(path) or _run_at(path)) is not None:
+        epochs = run.train.epochs if rounds is None else read_table(rounds)["epochs_total"].iloc[-1]
+        return [Member(where, _reader(path / "model.pt", names), float(epochs), source=path)]
     if path.is_dir():
         file = _weights_in(path)
         if file is None:
@@ -241,11 +266,11 @@ def _late_members(folder: Path, run: RunConfig) -> list[Member]:
     ]
 
 
-def _kept(folder: Path, run: RunConfig, names: set[str]) -> list[Member]:
-    """Models that a run kept on its way, by their list."""
+def _kept(folder: Path, what: str, names: set[str]) -> list[Member]:
+    """Models that a run kept on its way, or clients of the last round, by their list."""
     file = folder / FOLDER / LIST
     if not file.is_file():
-        raise NQMError(f"{folder}#snapshots: this run kept none; it has no {FOLDER}/{LIST}")
+        raise NQMError(f"{folder}#{what}: this run kept none; it has no {FOLDER}/{LIST}")
     check_regular(file)
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 from neural.clients.config import ClientsConfig, load_config
 from neural.clients.experiment import make_clients
+from neural.combine.mean import weighted_mean
+from neural.combine.sources import open_members
 from neural.data import ImageBatches
 from neural.evaluate import classification_metrics, predict
 from neural.training.build import plain_model
@@ -18,7 +22,7 @@ from neural.training.recipe import load_recipe
 from neural.training.task import Runtime, open_task
 from nqm import NQMError
 from nqm.cli import main
-from nqm.table import read_table
+from nqm.table import read_table, write_table
 
 RECIPE = ("digits_bn", "--scale", "smoke")
 SMALL = (
@@ -86,6 +90,39 @@ def test_the_clients_of_the_last_round_can_be_combined(done: Path) -> None:
     members = call("members", f"{done}/members/*.pt", "--like", "digits_bn", "--scale", "smoke")
     assert members.exit_code == 0, members.output
     assert "client2" in members.output
+
+
+def test_a_folder_of_rounds_opens_as_its_clients_and_as_its_server(done: Path) -> None:
+    """Without a recipe: the folder states architecture and data."""
+    opened = open_members([f"{done}#members", done])
+    entries = json.loads((done / "members" / "members.json").read_text())
+    assert len(entries) == 3
+    assert len(opened.members) == 4
+    files = [*(done / "members" / entry["file"] for entry in entries), done / "model.pt"]
+    for index, file in enumerate(files):
+        expected = torch.load(file, weights_only=True)
+        state = opened.members.state(index)
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    assert opened.run is not None
+    assert opened.run.model.name == "digits_cnn"
+    assert opened.run.data.test_examples == 60
+    assert [one.epochs for one in opened.members] == [*(entry["share"] for entry in entries), 2.0]
+    # The mean of the clients, weighted by examples, is the server's model.
+    mean = weighted_mean(opened.members, [*(entry["share"] for entry in entries), 0.0])
+    server = opened.members.state(3)
+    assert any(name.endswith("running_var") for name in server)
+    for name, value in server.items():
+        torch.testing.assert_close(mean[name], value)
+    shown = call("members", f"{done}#members")
+    assert shown.exit_code == 0, shown.output
+    assert "client2" in shown.output
+
+
+def test_a_table_that_states_no_clients_is_told(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "a")
+    write_table(tmp_path / "a" / "history.parquet", pd.DataFrame({"round": [1]}), {})
+    with pytest.raises(NQMError, match=r"history\.parquet does not state what clients trained"):
+        open_members([f"{tmp_path}/a#members"])
 
 
 def test_every_client_has_its_own_examples_and_order() -> None:
