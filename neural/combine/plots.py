@@ -80,12 +80,18 @@ def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -
         The files.
     """
     mpl.use("Agg")
-    rows = pd.concat(candidates(table).assign(comparison=name) for name, table in tables.items())
+    rows = pd.concat([candidates(table).assign(comparison=name) for name, table in tables.items()])
+    far = rows["predicted_from"] == OUTSIDE
+    panels = {"inside the quadratic range": rows[~far], OUTSIDE: rows[far]}
+    panels = {name: part for name, part in panels.items() if len(part)}
     with style.context():
-        figure = style.new_figure(style.PAGE, 3.6)
-        ax = figure.subplots()
-        combine.ways(rows, ax=ax)
-        figure.legend(loc="outside right upper")
+        figure = style.new_figure(style.PAGE, 4.3)
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (name, part) in zip(axes, panels.items(), strict=True):
+            combine.ways(part, ax=ax)
+            ax.set_title(name)
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+        style.panel_letters(list(axes))
         figure.suptitle(title, fontsize=9, parse_math=False)
     return style.save(figure, folder / "ranking", {"title": title})
 
