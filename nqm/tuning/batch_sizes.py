@@ -29,7 +29,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
 from nqm.program import Phase, Program
 from nqm.tuning.integer_search import search_numbers
-from nqm.tuning.lbfgs import Objective, fastest, from_coarse, usual_starts
+from nqm.tuning.lbfgs import Objective, fastest, optimise
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
 from nqm.tuning.schedule import WIDTH, as_piecewise, flat_rates
 from nqm.tuning.sensitivity import WITHIN, Flatness, flat_numbers, flatness
@@ -115,7 +115,7 @@ def best_batches(  # noqa: PLR0913 - options, by keyword
     smallest : int
         Smallest batch size allowed, >= 1.
     highest_lr : float, optional
-        Upper bound of optimised rates; 2 / h of the largest curvature by default.
+        Upper bound of optimised rates; 1 / h of the smallest curvature by default.
     within : float
         Relative rise of the loss that the intervals in `flat` allow.
 
@@ -274,8 +274,7 @@ def _rates(
 
         return at
 
-    starts = usual_starts(problem, steps, examples / steps, high)
-    return from_coarse(objective, steps, min(pieces, steps), high, starts)
+    return optimise(objective, problem, steps, min(pieces, steps), examples / steps, high)
 
 
 def _flat_batches(run: Evaluated, examples: int, smallest: int, within: float) -> Flatness:

@@ -26,7 +26,7 @@ from nqm.problems.quadrature import condense
 from nqm.program import Phase, Program
 from nqm.solvers.moments import solve
 from nqm.tuning.integer_search import search_numbers
-from nqm.tuning.lbfgs import SLOWEST, best_constant, descend, fastest
+from nqm.tuning.lbfgs import SLOWEST, best_constant, descend, stable
 from nqm.tuning.piecewise_loss import Evaluated, evaluate
 from nqm.tuning.schedule import WIDTH
 from nqm.tuning.sensitivity import WITHIN, Flatness, flat_numbers, flatness
@@ -174,7 +174,7 @@ def best_late_phase(
             "members; raise examples or lower members"
         )
     small = condense(problem, width=WIDTH)
-    high = fastest(small, None)
+    high = stable(small)
     constant = best_constant(small, budget, batch_size, high)
     rows: dict[tuple[int, int], Evaluated] = {}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigvalsh_tridiagonal
 from scipy.optimize import minimize
 
 from nqm.errors import check_number
@@ -23,24 +24,147 @@ COARSE, FINER = 12, 4
 Objective = Callable[[FloatArray], tuple[float, FloatArray]]
 
 
-def fastest(problem: Problem, highest_lr: float | None) -> float:
-    """Upper bound of the learning rates.
+def stable(problem: Problem) -> float:
+    """Rate 2 / h of the largest curvature h, beyond which that direction is amplified.
 
     Parameters
     ----------
     problem : Problem
-        Its largest curvature h sets the default bound.
-    highest_lr : float or None
-        Bound that the user states, > 0; None for 2 / h.
+        Noisy quadratic problem.
 
     Returns
     -------
     float
-        `highest_lr`, or 2 / h.
+        The rate.
     """
-    high = 2.0 / problem.curvature.max() if highest_lr is None else highest_lr
+    return float(2.0 / problem.curvature.max())
+
+
+def fastest(problem: Problem, highest_lr: float | None) -> float:
+    """Upper bound of the learning rates.
+
+    No rate of an optimal schedule exceeds 1 / h of the smallest curvature: above it every factor
+    (1 - lr h)^2 and the noise lr^2 v grow with the rate. Rates beyond 2 / h of the largest
+    curvature are of use: they amplify sharp directions, which later steps contract.
+
+    Parameters
+    ----------
+    problem : Problem
+        Its smallest curvature h > 0 that has a loss sets the default bound.
+    highest_lr : float or None
+        Bound that the user states, > 0; None for 1 / h, or 2 / h of the largest curvature where
+        that is larger.
+
+    Returns
+    -------
+    float
+        `highest_lr`, or the default bound.
+    """
+    if highest_lr is None:
+        lost = problem.curvature[(problem.curvature > 0) & (problem.weight > 0)]
+        smallest = lost.min(initial=problem.curvature.max())
+        high = max(float(1.0 / smallest), stable(problem))
+    else:
+        high = highest_lr
     check_number("highest_lr", high, low=0.0, closed_low=False)
     return float(high)
+
+
+def optimise(
+    objective: Callable[[NDArray[np.int64]], Objective],
+    problem: Problem,
+    steps: int,
+    pieces: int,
+    batch_size: float,
+    high: float,
+) -> FloatArray:
+    """Optimise rates up to `high`, from stable ones, from a decay and from the noiseless optimum.
+
+    Parameters
+    ----------
+    objective : callable
+        Takes the lengths of pieces in steps; returns the objective of `descend` for their rates.
+    problem : Problem
+        Condensed problem.
+    steps, pieces : int
+        Steps of all pieces together, and their number.
+    batch_size : float
+        Examples of one minibatch, for the starts.
+    high : float
+        Upper bound of the rates.
+
+    Returns
+    -------
+    ndarray, shape (pieces,)
+        Rates of least loss: a local minimum, no worse than the one with stable rates.
+    """
+    capped = min(high, stable(problem))
+    starts = usual_starts(problem, steps, batch_size, capped)
+    rates = from_coarse(objective, steps, pieces, capped, starts)
+    if high <= capped:
+        return rates
+    begins = [rates]
+    decays = usual_starts(problem, steps, batch_size, high)
+    begins.append(from_coarse(objective, steps, pieces, high, decays))
+    if pieces >= steps:
+        lengths = equal_pieces(steps, pieces)
+        free = rates.copy()
+        free[lengths > 0] = noiseless_rates(problem, steps, 0.5 * capped)
+        begins.append(free)
+    ends = np.full(pieces, SLOWEST * capped), np.full(pieces, high)
+    return descend(objective(equal_pieces(steps, pieces)), begins, *ends)
+
+
+def noiseless_rates(problem: Problem, steps: int, rest: float) -> FloatArray:
+    """Rates of least loss without gradient noise, the highest first.
+
+    Their reciprocals are the roots of the polynomial prod (1 - lr_t x) of least
+    sum w s prod (1 - lr_t h)^2, which is orthogonal to all lower degrees in the measure w s h: the
+    eigenvalues of its Jacobi matrix, by Lanczos (Fischer 1996, "Polynomial based iteration methods
+    for symmetric linear systems"). Chebyshev's steps are the case of his measure.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    steps : int
+        Number of rates.
+    rest : float
+        Rate of the steps that are left when every direction has one of its own.
+
+    Returns
+    -------
+    ndarray, shape (steps,)
+        Learning rates, > 0.
+    """
+    h = problem.curvature
+    measure = problem.weight * h * (problem.initial_mean**2 + problem.initial_variance)
+    h, measure = h[measure > 0], measure[measure > 0]
+    nodes, place = np.unique(h, return_inverse=True)
+    if nodes.size <= steps:
+        rates = 1.0 / nodes
+    else:
+        summed = np.bincount(place, measure).astype(np.float64)
+        roots = eigvalsh_tridiagonal(*_jacobi(nodes, summed, steps))
+        rates = np.asarray(1.0 / roots, dtype=np.float64)
+    filled = np.full(steps, rest)
+    filled[: rates.size] = rates
+    return np.asarray(np.sort(filled)[::-1])
+
+
+def _jacobi(nodes: FloatArray, measure: FloatArray, size: int) -> tuple[FloatArray, FloatArray]:
+    """Diagonal and off-diagonal of the Jacobi matrix of a discrete measure."""
+    basis, diagonal, beside = np.zeros((size, nodes.size)), np.zeros(size), np.zeros(size)
+    q = np.sqrt(measure / measure.sum())
+    for k in range(size):
+        basis[k] = q
+        diagonal[k] = q @ (nodes * q)
+        q = nodes * q
+        for _ in range(2):  # twice keeps the basis orthogonal to rounding
+            q = q - basis[: k + 1].T @ (basis[: k + 1] @ q)
+        beside[k] = np.linalg.norm(q)
+        q = q / beside[k]
+    return diagonal, beside[:-1]
 
 
 def descend(
@@ -185,4 +309,6 @@ def best_constant(problem: Problem, steps: int, batch_size: float, high: float) 
     rates = np.geomspace(1e-8 * high, 0.999 * high, 100)
     a, q, _, _ = maps(problem, rates, np.full(100, steps), np.full(100, batch_size))
     start = problem.initial_mean**2 + problem.initial_variance
-    return float(rates[int(np.argmin((a * start + q) @ problem.weight))])
+    with np.errstate(over="ignore", invalid="ignore"):  # where rates diverge
+        losses = (a * start + q) @ problem.weight
+    return float(rates[int(np.argmin(np.where(np.isnan(losses), np.inf, losses)))])

@@ -14,13 +14,16 @@ from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
 from nqm.schedule import Piecewise
-from nqm.tuning.lbfgs import SLOWEST, Objective, descend, fastest, from_coarse, usual_starts
+from nqm.tuning.lbfgs import SLOWEST, Objective, descend, fastest, optimise, stable
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
 from nqm.tuning.sensitivity import WITHIN, Flatness, flatness
 from nqm.words import short_repr
 
 #: Blocks of the condensed spectrum: SGD's responses are smooth, and 1e-13 is reached by wide ones.
 WIDTH = 0.5
+#: Relative distance of the exact loss from that on the blocks above which the blocks are narrowed,
+#: while directions times pieces are not above this number.
+FITS, MOST = 1e-4, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,11 @@ def best_piecewise(
     """Find the piecewise-constant rates of least expected loss of SGD after `steps` steps.
 
     Bounded quasi-Newton (L-BFGS-B) in the logarithms of the rates, on the condensed spectrum
-    (`nqm.condense`), from the best constant rate and from rates that decay; many pieces start from
-    the optimum of a quarter as many. The optimum is a local one: the loss is not convex in the
-    rates. With ``pieces = steps`` every step has a rate of its own, and at the optimum
+    (`nqm.condense`), from the best constant rate, from rates that decay and, for a rate for every
+    step, from the optimum without noise; many pieces start from the optimum of a quarter as many.
+    The optimum is a local one: the loss is not convex in the rates. Steps beyond 2 / h of the
+    largest curvature h amplify that direction, and are part of the best schedules at low noise.
+    With ``pieces = steps`` every step has a rate of its own, and at the optimum
 
         lr_t = sum p h s / sum p (h^2 s + v / B)
 
@@ -111,8 +116,8 @@ def best_piecewise(
     batch_size : float
         Examples of one minibatch, > 0.
     highest_lr : float, optional
-        Upper bound of the rates; by default 2 / h of the largest curvature h, beyond which that
-        direction is amplified.
+        Upper bound of the rates; by default 1 / h of the smallest curvature h, which no optimal
+        rate exceeds. A bound of 2 / h of the largest curvature keeps every step stable by itself.
     start : array_like, shape (pieces,), optional
         Rates to begin the optimisation with, > 0, in place of the starts above.
     within : float
@@ -133,9 +138,17 @@ def best_piecewise(
     check_memory("best_piecewise.pieces", pieces, 10.0 * pieces)
     check_integer("best_piecewise.steps", steps, 1)
     check_number("best_piecewise.batch_size", batch_size, low=0.0, closed_low=False)
-    small = condense(problem, width=WIDTH)
-    found = optimised(small, pieces, steps, batch_size, highest_lr, start)
-    return with_flatness(on_all(found, problem, batch_size), small, batch_size, highest_lr, within)
+    high, width, best = fastest(problem, highest_lr), WIDTH, None
+    while True:
+        small = condense(problem, width=width)
+        found = optimised(small, pieces, steps, batch_size, high, start)
+        exact = on_all(found, problem, batch_size)
+        best = exact if best is None or exact.loss < best.loss else best
+        # Many steps and little noise fit the nodes of a block rather than its directions.
+        fits = abs(exact.loss - found.loss) <= FITS * exact.loss
+        if fits or small.directions * pieces > MOST or small.directions == problem.directions:
+            return with_flatness(best, small, batch_size, high, within)
+        width /= 8.0
 
 
 def optimised(
@@ -157,9 +170,9 @@ def optimised(
     batch_size : float
         Examples of one minibatch.
     highest_lr : float or None
-        Upper bound of the rates; None for 2 / h of the largest curvature.
+        Upper bound of the rates; None for the one of `nqm.tuning.lbfgs.fastest`.
     start : array_like, shape (pieces,), or None
-        Rates to begin with; None for `nqm.tuning.lbfgs.usual_starts`.
+        Rates to begin with; None for those of `nqm.tuning.lbfgs.optimise`.
 
     Returns
     -------
@@ -182,13 +195,13 @@ def optimised(
 
     lengths = equal_pieces(steps, pieces)
     if start is None:
-        starts = usual_starts(problem, steps, batch_size, high)
-        rates = from_coarse(objective, steps, pieces, high, starts)
+        rates = optimise(objective, problem, steps, pieces, batch_size, high)
     else:
         begin = np.asarray(start, dtype=np.float64)
         if begin.shape != (pieces,) or not np.all(begin > 0):
             raise NQMError(f"best_piecewise.start must hold {pieces} rates > 0; got {start!r:.60}")
-        ends = np.full(pieces, SLOWEST * high), np.full(pieces, high)
+        low = SLOWEST * min(high, stable(problem))
+        ends = np.full(pieces, low), np.full(pieces, high)
         rates = descend(objective(lengths), [begin], *ends)
     at_bound = bool(np.any(rates[lengths > 0] >= high * (1 - 1e-9)))
     loss = evaluate(problem, rates, lengths, batch_size).loss
@@ -233,7 +246,7 @@ def with_flatness(
     batch_size : float
         Examples of one minibatch.
     highest_lr : float or None
-        Upper bound of the rates; None for 2 / h of the largest curvature.
+        Upper bound of the rates; None for the one of `nqm.tuning.lbfgs.fastest`.
     within : float
         Relative rise of the loss allowed.
 

@@ -10,6 +10,7 @@ from nqm.limits import check_memory
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import Problem
 from nqm.problems.quadrature import condense
+from nqm.tuning.lbfgs import fastest
 from nqm.tuning.schedule import WIDTH, BestSchedule, on_all, optimised, with_flatness
 from nqm.tuning.sensitivity import WITHIN
 
@@ -40,7 +41,7 @@ def fewest_steps_piecewise(
     target : float
         Expected loss at the end, > 0 and below the loss at the start.
     highest_lr : float, optional
-        Upper bound of the rates; 2 / h of the largest curvature by default.
+        Upper bound of the rates; 1 / h of the smallest curvature by default.
     horizon : int
         Largest number of steps considered.
 
@@ -67,12 +68,12 @@ def fewest_steps_piecewise(
         closed_low=False,
         closed_high=False,
     )
-    small = condense(problem, width=WIDTH)
+    small, fastest_lr = condense(problem, width=WIDTH), fastest(problem, highest_lr)
 
     def at(count: int) -> Callable[[int, BestSchedule | None], BestSchedule]:
         def best(steps: int, near: BestSchedule | None) -> BestSchedule:
             start = None if near is None else near.lr
-            return optimised(small, count, steps, batch_size, highest_lr, start)
+            return optimised(small, count, steps, batch_size, fastest_lr, start)
 
         return best
 
@@ -95,7 +96,7 @@ def fewest_steps_piecewise(
     found = on_all(high, problem, batch_size)
     while found.loss > target:  # by rounding, where the loss all but equals the target
         found = on_all(at(pieces)(found.steps + 1, found), problem, batch_size)
-    return with_flatness(found, small, batch_size, highest_lr, WITHIN)
+    return with_flatness(found, small, batch_size, fastest_lr, WITHIN)
 
 
 def _narrow(

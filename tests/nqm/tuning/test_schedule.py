@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,7 +129,7 @@ def test_free_rates_obey_the_equation_of_the_optimum(problem, noise):
     steps, batch = 300, 2.0
     noisy = problem.replace(noise_variance=noise * problem.noise_variance)
     found = best_piecewise(noisy, steps, steps, batch)
-    rates, loss = coordinate_sweep(noisy, found.lr, batch, 2.0)
+    rates, loss = coordinate_sweep(noisy, found.lr, batch, 30.0)
     assert found.loss * (1 - 1e-7) < loss <= found.loss * (1 + IDENTITY)
     np.testing.assert_allclose(found.lr, rates, rtol=5e-3)
     coarse = best_piecewise(noisy, 20, steps, batch)
@@ -143,10 +144,10 @@ def test_flatness_of_a_schedule_is_the_literal_losses(problem):
             rates = found.lr.copy()
             rates[k] = end
             risen = literal_loss(problem, rates, found.lengths, 8.0) / found.loss
-            assert risen == pytest.approx(1.05, rel=1e-6) or (end == 2.0 and risen < 1.05)
+            assert risen == pytest.approx(1.05, rel=1e-6) or (end == 30.0 and risen < 1.05)
     scale = found.flat["scale"]
     for factor in (scale.low, scale.high):
-        rates = np.minimum(factor * found.lr, 2.0)
+        rates = np.minimum(factor * found.lr, 30.0)
         risen = literal_loss(problem, rates, found.lengths, 8.0) / found.loss
         assert risen == pytest.approx(1.05, rel=1e-6)
     assert scale.low < 1 < scale.high
@@ -171,10 +172,74 @@ def test_optimum_beats_constant_rates_and_its_neighbours(problem):
     loss, gradient, _ = piecewise_loss(problem, found.lr, found.lengths, batch)
     agree_each(loss, found.loss, IDENTITY)
     slope = gradient * found.lr / loss
-    inside = found.lr < 2.0 * (1 - 1e-9)
+    assert np.all(np.abs(slope) < 1e-5)
+    assert not found.at_bound
+    capped = best_piecewise(problem, 20, 20, 1e4, highest_lr=2.0)
+    loss, gradient, _ = piecewise_loss(problem, capped.lr, capped.lengths, 1e4)
+    slope, inside = gradient * capped.lr / loss, capped.lr < 2.0 * (1 - 1e-9)
     assert np.all(np.abs(slope[inside]) < 1e-5)
     assert np.all(slope[~inside] < 1e-5)
-    assert found.at_bound == (not inside.all())
+    assert capped.at_bound
+    assert not inside.all()
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("noise", [1.0, 0.01, 0.0])
+def test_few_steps_against_a_search_over_all_rates(steps, noise):
+    """Differential evolution knows neither gradients nor starts; rates beyond 2 / h are found."""
+    h, v = np.array([1.0, 0.3, 0.11, 0.05]), noise * np.array([1.0, 0.2, 0.3, 0.05])
+    problem = Problem(h, v, initial_mean=np.array([0.5, 1.0, 0.0, 2.0]))
+    found = best_piecewise(problem, steps, steps)
+
+    def loss(rates):
+        return literal_loss(problem, rates, [1] * steps, 1.0)
+
+    searched = scipy.optimize.differential_evolution(
+        loss, [(0.0, 40.0)] * steps, tol=1e-12, seed=1, popsize=20, maxiter=400
+    )
+    assert found.loss == pytest.approx(searched.fun, rel=1e-6)
+    assert found.loss == pytest.approx(loss(found.lr), rel=1e-12)
+    if noise < 1:
+        assert found.lr.max() > 2.0
+        assert found.loss < 0.75 * best_piecewise(problem, steps, steps, highest_lr=2.0).loss
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9, 24])
+def test_without_noise_the_steps_are_chebyshevs(steps):
+    """Starts h^-2 at the nodes of Chebyshev's own discrete measure make his polynomials optimal."""
+    count, low, high = 40, 0.02, 1.0
+    z = np.cos((2 * np.arange(count) + 1) * np.pi / (2 * count))
+    h = 0.5 * (high + low) + 0.5 * (high - low) * z
+    problem = Problem(h, 0.0, initial_variance=h**-2.0)
+    found = best_piecewise(problem, steps, steps)
+    roots = np.cos((2 * np.arange(steps) + 1) * np.pi / (2 * steps))
+    rates = 1 / (0.5 * (high + low) + 0.5 * (high - low) * roots)
+    np.testing.assert_allclose(np.sort(found.lr), np.sort(rates), rtol=1e-4)
+    start = -(high + low) / (high - low)
+    ratio = np.cos(steps * np.arccos(z)) / np.cosh(steps * np.arccosh(-start))
+    assert found.loss == pytest.approx(0.5 * np.sum(ratio**2 / h), rel=1e-6)
+
+
+def test_the_published_cost_of_stable_rates():
+    """Harmonic spectrum, C = noise H, B = 4; figures of an independent optimiser."""
+    h = harmonic(100)
+    for steps, noise, low, high in ((1000, 0.1, 1.035, 1.045), (100, 1e-3, 12.5, 14.5)):
+        problem = Problem(h, noise * h)
+        free = best_piecewise(problem, steps, steps, 4.0)
+        capped = best_piecewise(problem, steps, steps, 4.0, highest_lr=2.0)
+        assert low < capped.loss / free.loss < high
+        assert free.loss > nqm.information_bound(problem, 4.0, steps)
+        assert not free.at_bound
+
+
+def test_no_rate_above_the_reciprocal_of_the_smallest_curvature_is_of_use(problem):
+    """There the loss rises with every rate, whatever the others are."""
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        rates = np.exp(rng.uniform(-3, 4, 5))
+        k = rng.integers(5)
+        rates[k] = 30.0 * (1 + rng.random())
+        assert piecewise_loss(problem, rates, rng.integers(1, 4, 5), 2.0)[1][k] > 0
 
 
 def test_one_piece_is_the_best_constant_rate(problem):
