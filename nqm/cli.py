@@ -1,4 +1,4 @@
-"""The command line: ``nqm list | run | sweep | steady | tune``, and commands of plug-ins.
+"""The command line: ``nqm list | run | sweep | steady | tune``, and commands of other files.
 
 This module imports only click at the top, so that ``nqm --help`` is quick.
 """
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nqm.runs.config import Run
+    from nqm.table import Stamp
 
 
+#: Commands in a module of their own, which is read when they are asked for.
+ELSEWHERE = dict.fromkeys(("bound", "critical-batch", "edge", "optimize", "soup"), "nqm.commands")
 #: Largest number of characters of a message.
 LONGEST = 2000
 
@@ -55,9 +58,15 @@ class _Commands(click.Group):
     """Commands of this file, and those of the entry-point group ``nqm.commands``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*self.commands, *sorted(_plugins().keys() - self.commands.keys())]
+        own = [*self.commands, *ELSEWHERE]
+        return [*own, *sorted(_plugins().keys() - set(own))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ELSEWHERE:
+            from importlib import import_module
+
+            found = getattr(import_module(ELSEWHERE[cmd_name]), cmd_name.replace("-", "_"))
+            return cast(click.Command, found)
         if cmd_name in self.commands or cmd_name not in (plugins := _plugins()):
             return super().get_command(ctx, cmd_name)
         try:
@@ -123,9 +132,9 @@ def main() -> None:
     """Noisy quadratic theory of SGD, weight averaging and late-phase weights."""
 
 
-def _options(*names: str) -> Callable[[Any], Any]:
+def options(*names: str) -> Callable[[Any], Any]:
     """Options that several commands share."""
-    options = {
+    known = {
         "file": click.argument("file", metavar="FILE.toml"),
         "set": click.option(
             "--set",
@@ -133,6 +142,9 @@ def _options(*names: str) -> Callable[[Any], Any]:
             multiple=True,
             metavar="KEY=VALUE",
             help="Change an entry of the file, e.g. --set phase.0.lr=0.1 (repeatable).",
+        ),
+        "out": click.option(
+            "--out", metavar="TABLE", help="Write the result to this .parquet or .csv table."
         ),
         "json": click.option(
             "--json", "as_json", is_flag=True, help="Write one JSON document to standard output."
@@ -148,7 +160,7 @@ def _options(*names: str) -> Callable[[Any], Any]:
 
     def decorate(command: Any) -> Any:
         for name in reversed(names):
-            command = options[name](command)
+            command = known[name](command)
         return command
 
     return decorate
@@ -199,7 +211,7 @@ def _summary(target: Callable[..., Any]) -> str:
 
 
 @main.command()
-@_options("file", "set")
+@options("file", "set")
 @click.option(
     "--method", help="jump (exact, by powers), moments (exact, every step) or sample (Monte Carlo)."
 )
@@ -209,8 +221,7 @@ def _summary(target: Callable[..., Any]) -> str:
 @click.option(
     "--quantiles", metavar="Q,Q,...", help="Add quantiles of the loss, e.g. 0.05,0.5,0.95."
 )
-@click.option("--out", metavar="TABLE", help="Write the result to this .parquet or .csv table.")
-@_options("workers", "json")
+@options("out", "workers", "json")
 def run(
     file: str,
     overrides: tuple[str, ...],
@@ -233,13 +244,12 @@ def run(
 
     from nqm.errors import NQMError
     from nqm.runs import config, toml
-    from nqm.table import read_table, write_table, writing
 
-    options = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
-    short = [f"{name}={value}" for name, value in options.items() if value is not None]
+    stated = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
+    short = [f"{name}={value}" for name, value in stated.items() if value is not None]
     mapping = toml.load(file, [*overrides, *short])
     if quantiles is not None:
-        toml.assign(mapping, "record.quantiles", _levels(quantiles))
+        toml.assign(mapping, "record.quantiles", numbers("--quantiles", quantiles))
     if "sweep" in mapping:
         raise NQMError(f"{file} has a [sweep] table; use nqm sweep")
     folder = Path(file).parent
@@ -247,13 +257,21 @@ def run(
 
     def compute() -> pd.DataFrame:
         unit = "replicas" if job.method == "sample" else "steps"
-        with _progress(job.work, unit) as progress:
+        with progress_bar(job.work, unit) as progress:
             return job.table(workers, progress)
+
+    deliver(compute, config.stamp(mapping, folder), as_json, out)
+
+
+def deliver(
+    compute: Callable[[], pd.DataFrame], stamp: Stamp, as_json: bool, out: str | None
+) -> None:
+    """Print a table, or write it where a finished one of the same stamp is not computed again."""
+    from nqm.table import read_table, write_table, writing
 
     if out is None:
         _show(compute(), as_json)
         return
-    stamp = config.stamp(mapping, folder)
     with writing(out, stamp) as missing:
         if missing:
             write_table(out, compute(), stamp.metadata())
@@ -261,27 +279,27 @@ def run(
     _show(table, as_json, out)
 
 
-def _levels(text: str) -> list[float]:
-    """Quantile levels from a text with commas."""
+def numbers(option: str, text: str) -> list[float]:
+    """Numbers from a text with commas."""
     from nqm.errors import NQMError, shown
 
     try:
         return [float(level) for level in text.split(",")]
     except ValueError:
         raise NQMError(
-            f"--quantiles must be numbers between commas, as 0.05,0.5; got {shown(text)}"
+            f"{option} must be numbers between commas, as 0.05,0.5; got {shown(text)}"
         ) from None
 
 
 @main.command()
-@_options("file", "set")
+@options("file", "set")
 @click.option(
     "--out", metavar="TABLE", required=True, help="Write the result to this .parquet or .csv table."
 )
 @click.option(
     "--scheduler", metavar="ADDRESS", help="Run on a Dask cluster, e.g. tcp://127.0.0.1:8786."
 )
-@_options("workers", "json")
+@options("workers", "json")
 def sweep(
     file: str,
     overrides: tuple[str, ...],
@@ -305,7 +323,7 @@ def sweep(
     if scheduler is not None and workers > 1:
         raise NQMError("--scheduler brings its own workers; drop --workers")
     cells = Sweep.from_file(file, overrides)
-    with _executor(scheduler, workers) as executor, _progress(len(cells), "cells") as progress:
+    with _executor(scheduler, workers) as executor, progress_bar(len(cells), "cells") as progress:
         cells.write(out, executor, progress)
     if as_json:
         _show(read_table(out), as_json)
@@ -331,7 +349,7 @@ def _executor(scheduler: str | None, workers: int) -> Iterator[Executor | None]:
 
 
 @main.command()
-@_options("file", "set", "json")
+@options("file", "set", "json")
 def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Compute the steady-state loss of the last phase.
 
@@ -345,7 +363,7 @@ def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @main.command()
-@_options("file", "set")
+@options("file", "set")
 @click.option(
     "--phase",
     "index",
@@ -358,7 +376,7 @@ def steady(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--target", type=float, help="Find the rate that reaches this loss in the fewest steps."
 )
-@_options("json")
+@options("json")
 def tune(
     file: str,
     overrides: tuple[str, ...],
@@ -385,7 +403,7 @@ def tune(
         raise NQMError(
             "tune searches momentum for the final loss only; drop --momentum or --target"
         )
-    with _progress(None, "settings") as report:
+    with progress_bar(None, "settings") as report:
         if target is None:
             best = best_phase_lr(problem, job.program, index, momentum=momentum, progress=report)
             table = best.table()
@@ -423,7 +441,7 @@ def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:
 
 
 @contextmanager
-def _progress(total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """Progress bar for work of more than two seconds, on a terminal only."""
     from tqdm import tqdm
 

@@ -60,6 +60,23 @@ COLUMNS: dict[str, Column] = {
         "information bound", "", "least loss that a linear method could reach with these examples"
     ),
     "regret": Column("regret", "", "loss above the bound"),
+    "bound_any": Column(
+        "bound of any method", "", "least loss of any method that knows noise and eigenvectors"
+    ),
+    "phase": Column("phase", "", "number of the phase, from 0", "int64"),
+    "algorithm": Column("algorithm", "", "method of the phase", "str"),
+    "edge": Column("stability edge", "", "least constant rate at which a direction is unstable"),
+    "peak_lr": Column("peak rate", "", "largest learning rate of the phase"),
+    "first": Column("first step", "steps", "first step of a piece, from 0", "int64"),
+    "last": Column("last step", "steps", "last step of a piece", "int64"),
+    "lr_low": Column("lowest good rate", "", "smallest rate within the stated rise of the loss"),
+    "lr_high": Column("highest good rate", "", "largest rate within the stated rise of the loss"),
+    "fit": Column("fitted steps", "steps", "least_steps (1 + critical / batch_size)"),
+    "critical": Column("critical batch size", "examples", "where steps are twice their least"),
+    "least_steps": Column("least steps", "steps", "limit of large batches"),
+    "least_examples": Column("least examples", "examples", "limit of small batches"),
+    "ingredient": Column("ingredient", "", "model of a soup, by what distinguishes its run", "str"),
+    "ingredients": Column("ingredients", "", "models with a weight other than 0", "int64"),
     "loss_sd": Column("sd of loss", "", "standard deviation of the loss from run to run"),
     "stderr": Column("standard error", "", "Monte Carlo standard error of loss; 0 if analytic"),
     "member_stderr": Column(

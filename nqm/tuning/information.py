@@ -117,9 +117,13 @@ def bound(
 
 
 def program_bound(
-    problem: Problem, program: Program | Phase | Sequence[Phase], at: Sequence[int] | None = None
+    problem: Problem,
+    program: Program | Phase | Sequence[Phase],
+    at: Sequence[int] | None = None,
+    *,
+    methods: str = "linear",
 ) -> FloatArray:
-    """Compute the bound of linear methods after some steps of a program.
+    """Compute the bound after some steps of a program.
 
     Parameters
     ----------
@@ -130,6 +134,8 @@ def program_bound(
         `Ensemble` draws with ``starts = "own"``.
     at : sequence of int, optional
         Steps of the whole program; about 100 by default.
+    methods : {"linear", "any"}
+        As in `information_bound`.
 
     Returns
     -------
@@ -144,6 +150,7 @@ def program_bound(
         If an argument is wrong, or the problem is least squares.
     """
     problem = additive_only("program_bound", problem)
+    check_word("program_bound.methods", methods, METHODS)
     program = as_program("program_bound.program", program)
     wanted = program.recorded(at)
     algorithms = [phase.algorithm for phase in program.phases]
@@ -153,7 +160,7 @@ def program_bound(
     if known or len(linear) < len(algorithms) or not isinstance(first, Algorithm):
         return np.full(len(wanted), np.nan)
     starts = embedding(first)[0].shape[1]
-    return bound(problem, program.examples(wanted), methods="linear", starts=starts)
+    return bound(problem, program.examples(wanted), methods=methods, starts=starts)
 
 
 def _numbers(name: str, value: ArrayLike) -> FloatArray:

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 import figures.zhang2019 as panels
 from figures.style import context, new_figure
+from nqm.algorithms import SGD
 from nqm.tuning import BestSchedule, fewest_steps_piecewise
+from nqm.tuning.stability import stability_edge
 from paper_repro.study import Claim, Scale, between
 from paper_repro.zhang2019.common import (
     EXPONENTS,
@@ -78,7 +80,8 @@ def compute(scale: Scale) -> pd.DataFrame:
     for g, problem in zip(s.exponents, preconditioned(s.directions, s.exponents), strict=True):
         for size in s.batch_sizes:
             for series, pieces in (("schedule", s.pieces), ("SGD", 1)):
-                best = fewest_steps_piecewise(problem, pieces, size, s.target)
+                edge = stability_edge(problem, SGD())
+                best = fewest_steps_piecewise(problem, pieces, size, s.target, highest_lr=edge)
                 rows.append(_row(best, series, g, size))
     found = pd.DataFrame(rows).assign(target=s.target, kind="exact")
     return pd.concat([found, bound(s.directions, s.target, s.batch_sizes)], ignore_index=True)

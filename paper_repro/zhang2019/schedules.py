@@ -14,6 +14,7 @@ from nqm.algorithms import SGD
 from nqm.program import Phase, Program
 from nqm.solvers.moments import solve
 from nqm.tuning import best_piecewise, fewest_steps_piecewise
+from nqm.tuning.stability import stability_edge
 from paper_repro.study import Claim, Scale, between, identical
 from paper_repro.zhang2019.common import model, powers_of_two
 
@@ -70,11 +71,14 @@ def compute(scale: Scale) -> pd.DataFrame:
     """
     s = settings(scale)
     problem = model(s.directions)
+    edge = stability_edge(problem, SGD())  # the figures are of stable rates
     frames = []
     for size in s.batch_sizes:
-        best = fewest_steps_piecewise(problem, s.pieces, size, s.target)
-        shorter = best_piecewise(problem, s.pieces, best.steps - 1, size, start=best.lr)
-        constant = fewest_steps_piecewise(problem, 1, size, s.target)
+        best = fewest_steps_piecewise(problem, s.pieces, size, s.target, highest_lr=edge)
+        shorter = best_piecewise(
+            problem, s.pieces, best.steps - 1, size, start=best.lr, highest_lr=edge
+        )
+        constant = fewest_steps_piecewise(problem, 1, size, s.target, highest_lr=edge)
         program = Program((Phase(SGD(), best.schedule, best.steps, size),))
         direct = solve(problem, program, [best.steps]).loss[0]
         begins = np.cumsum(best.lengths) - best.lengths

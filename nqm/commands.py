@@ -1,0 +1,354 @@
+"""Commands on what is best and what is possible: edge, critical-batch, optimize, soup and bound.
+
+They read the same files as ``nqm run``. This module imports only click at the top.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nqm.cli import deliver, numbers, options, progress_bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nqm.program import Phase
+    from nqm.runs.config import Run
+    from nqm.soups import Soup
+    from nqm.table import Stamp
+
+
+def _opened(file: str, overrides: tuple[str, ...], command: dict[str, Any]) -> tuple[Run, Stamp]:
+    """The run that a file describes, and the stamp of a table of this command."""
+    from nqm.errors import NQMError
+    from nqm.runs import config, toml
+
+    mapping = toml.load(file, overrides)
+    if "sweep" in mapping:
+        raise NQMError(f"{file} has a [sweep] table; nqm sweep and nqm soup read those")
+    folder = Path(file).parent
+    job = config.build(mapping, folder)
+    return job, config.stamp({**mapping, "command": command}, folder)
+
+
+def _one_phase(job: Run, command: str) -> Phase:
+    from nqm.errors import NQMError
+
+    if len(job.program.phases) != 1:
+        raise NQMError(f"{command} needs a program of one phase; got {len(job.program.phases)}")
+    return job.program.phases[0]
+
+
+@click.command("edge")
+@options("file", "set", "out", "json")
+def edge(file: str, overrides: tuple[str, ...], out: str | None, as_json: bool) -> None:
+    """Compute the stability edge of every phase.
+
+    It is the least constant learning rate at which some direction is unstable. Late-phase weights
+    keep their ratio of member_lr to lr.
+
+    \b
+    nqm edge late.toml
+    nqm edge late.toml --set phase.0.algorithm=heavy_ball --json
+    """
+    job, stamp = _opened(file, overrides, {"name": "edge"})
+    deliver(lambda: _edges(job), stamp, as_json, out)
+
+
+def _edges(job: Run) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    from nqm.algorithms import ROSTER
+    from nqm.errors import NQMError
+    from nqm.limits import check_memory
+    from nqm.tuning.stability import stability_edge
+
+    names = {kind: name for name, kind in ROSTER.items()}
+    rows = []
+    for index, phase in enumerate(job.program.phases):
+        if not phase.constant:
+            check_memory(f"phase.{index}.steps", phase.steps, 4.0 * phase.steps)
+        rates = phase.settings(0, 1 if phase.constant else phase.steps)
+        ratio = 1.0
+        if phase.algorithm.rate_count == 2:
+            ratios = rates[:, 1][rates[:, 0] > 0] / rates[:, 0][rates[:, 0] > 0]
+            ratio = float(ratios[0])
+            if not np.allclose(ratios, ratio, rtol=1e-9):
+                raise NQMError(
+                    f"phase.{index}: the edge needs member_lr in proportion to lr; their ratio "
+                    f"ranges from {ratios.min():g} to {ratios.max():g}"
+                )
+        found = stability_edge(
+            job.problem,
+            phase.algorithm,  # type: ignore[arg-type]  # others are refused there
+            batch_size=float(rates[:, -1].min()),
+            member_lr_ratio=ratio,
+        )
+        name = names[type(phase.algorithm)]
+        rows.append((index, name, found, float(rates[:, 0].max())))
+    return pd.DataFrame(rows, columns=["phase", "algorithm", "edge", "peak_lr"])
+
+
+@click.command("critical-batch")
+@options("file", "set")
+@click.option("--target", type=float, required=True, help="Expected loss to reach.")
+@click.option(
+    "--batch-sizes",
+    metavar="B,B,...",
+    default="1,4,16,64,256,1024,4096",
+    show_default=True,
+    help="Batch sizes to fit; at least three must reach the target.",
+)
+@options("out", "json")
+def critical_batch(
+    file: str,
+    overrides: tuple[str, ...],
+    target: float,
+    batch_sizes: str,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Find the batch size beyond which larger batches save few steps.
+
+    For every batch size the constant rate that reaches the target in the fewest steps; then the fit
+    steps = least_steps (1 + critical / B). The phase's algorithm counts, and its steps are the
+    largest number considered.
+
+    \b
+    nqm critical-batch sgd.toml --target 0.01
+    nqm critical-batch sgd.toml --target 0.01 --batch-sizes 8,32,128 --out steps.csv
+    """
+    from nqm.tuning.critical_batch import critical_batch_size
+
+    sizes = numbers("--batch-sizes", batch_sizes)
+    stated = {"name": "critical-batch", "target": target, "batch_sizes": sizes}
+    job, stamp = _opened(file, overrides, stated)
+    phase = _one_phase(job, "critical-batch")
+
+    def compute() -> pd.DataFrame:
+        found = critical_batch_size(
+            job.problem,
+            phase.algorithm,  # type: ignore[arg-type]  # others are refused there
+            target,
+            sizes,
+            max_steps=phase.steps,
+        )
+        return found.table.assign(
+            critical=found.critical,
+            least_steps=found.least_steps,
+            least_examples=found.least_examples,
+        )
+
+    deliver(compute, stamp, as_json, out)
+
+
+@click.command("optimize")
+@options("file", "set")
+@click.option(
+    "--pieces", type=int, default=10, show_default=True, help="Pieces of equal length, a rate each."
+)
+@click.option(
+    "--highest-lr",
+    type=float,
+    help="Upper bound of the rates, e.g. the stability edge; free by default.",
+)
+@click.option(
+    "--within",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Relative rise of the loss that the interval of each rate allows.",
+)
+@options("out", "json")
+def optimize(
+    file: str,
+    overrides: tuple[str, ...],
+    pieces: int,
+    highest_lr: float | None,
+    within: float,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Find the piecewise-constant learning rates of SGD with the least final loss.
+
+    The file has one phase of SGD, whose steps and batch size count; its rate does not. The regret
+    is the loss above what no linear method could beat.
+
+    \b
+    nqm optimize sgd.toml --pieces 5
+    nqm optimize sgd.toml --pieces 5 --highest-lr 2 --out schedule.csv
+    """
+    from nqm.algorithms.optimizers import SGD
+    from nqm.errors import NQMError
+    from nqm.schedule import Constant
+    from nqm.tuning.schedule import best_piecewise
+
+    stated = {"name": "optimize", "pieces": pieces, "highest_lr": highest_lr, "within": within}
+    job, stamp = _opened(file, overrides, {k: v for k, v in stated.items() if v is not None})
+    problem, phase = job.additive("optimize"), _one_phase(job, "optimize")
+    if phase.algorithm != SGD():
+        name = type(phase.algorithm).__name__
+        raise NQMError(f"optimize knows schedules of sgd only; got phase.0.algorithm = {name}")
+    if not isinstance(phase.batch_size, Constant):
+        raise NQMError("optimize needs a constant phase.0.batch_size; give a number")
+    batch_size = float(phase.batch_size(0))
+
+    def compute() -> pd.DataFrame:
+        import numpy as np
+        import pandas as pd
+
+        from nqm.tuning.information import information_bound
+
+        best = best_piecewise(
+            problem, pieces, phase.steps, batch_size, highest_lr=highest_lr, within=within
+        )
+        bound = information_bound(problem, batch_size, phase.steps, methods="linear")
+        ends, flat = np.cumsum(best.lengths), best.flat["lr"]
+        table = pd.DataFrame(
+            {"first": ends - best.lengths, "last": ends - 1, "lr": best.lr, "lr_low": flat.low,
+             "lr_high": flat.high, "loss": best.loss, "bound": bound, "regret": best.loss - bound}
+        )  # fmt: skip
+        return table[best.lengths > 0].reset_index(drop=True)
+
+    deliver(compute, stamp, as_json, out)
+
+
+@click.command("bound")
+@options("file", "set", "out", "workers", "json")
+def bound(
+    file: str, overrides: tuple[str, ...], out: str | None, workers: int, as_json: bool
+) -> None:
+    """Compare a program with what no method could beat.
+
+    At every record: the loss, the least loss of any linear method with the same examples, the loss
+    above it (regret), and the least loss of any method at all.
+
+    \b
+    nqm bound late.toml
+    nqm bound late.toml --set record.at=[300] --json
+    """
+    job, stamp = _opened(file, overrides, {"name": "bound"})
+    problem = job.additive("bound")
+
+    def compute() -> pd.DataFrame:
+        from nqm.tuning.information import program_bound
+
+        with progress_bar(job.work, "replicas" if job.method == "sample" else "steps") as progress:
+            losses = job.solve(workers, progress).table()
+        table = losses[["step", "examples", "loss"]].copy()
+        least = program_bound(problem, job.program, job.at)
+        table["bound"], table["regret"] = least, table["loss"] - least
+        table["bound_any"] = program_bound(problem, job.program, job.at, methods="any")
+        return table
+
+    deliver(compute, stamp, as_json, out)
+
+
+@click.command("soup")
+@options("file", "set")
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    help="Independent runs of the program, or of every cell of [sweep] (1).",
+)
+@click.option(
+    "--snapshots", type=int, metavar="N", help="Ends of N cycles of the program, one after another."
+)
+@click.option(
+    "--star", type=int, metavar="N", help="End of one cycle, and of N - 1 more that start there."
+)
+@click.option("--weights", is_flag=True, help="Show each ingredient's loss and weights instead.")
+@options("out", "json")
+def soup(
+    file: str,
+    overrides: tuple[str, ...],
+    runs: int | None,
+    snapshots: int | None,
+    star: int | None,
+    weights: bool,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Average the ends of several runs: the uniform, greedy and best soup.
+
+    Ingredients are the cells of the file's [sweep] table, e.g. over phase.0.lr, or --runs
+    independent runs of its program. All start from the same weights.
+
+    \b
+    nqm soup rates.toml
+    nqm soup late.toml --runs 8
+    nqm soup cycle.toml --snapshots 6 --out soup.csv
+    """
+    from nqm.errors import NQMError
+    from nqm.runs import config, toml
+    from nqm.runs.sweep import Sweep
+
+    if sum(one is not None for one in (runs, snapshots, star)) > 1:
+        raise NQMError("--runs, --snapshots and --star exclude each other; give one")
+    mapping = toml.load(file, overrides)
+    folder = Path(file).parent
+    labels = [""]
+    if "sweep" in mapping:
+        if snapshots is not None or star is not None:
+            raise NQMError("--snapshots and --star are of one program; drop them or [sweep]")
+        cells = Sweep.from_file(file, overrides)
+        if any(
+            part.strip().startswith("problem") for name in cells.axes for part in name.split(",")
+        ):
+            raise NQMError("the ingredients of a soup have one problem; sweep over phases only")
+        cases = list(cells.cases())
+        jobs = [config.build(case.mapping, folder) for case in cases]
+        labels = [", ".join(f"{k}={v}" for k, v in case.values.items()) for case in cases]
+    else:
+        if runs is None and snapshots is None and star is None:
+            raise NQMError(f"{file} has no [sweep] table; give --runs, --snapshots or --star")
+        jobs = [config.build(mapping, folder)]
+    problem, programs = jobs[0].additive("soup"), [job.program for job in jobs]
+    copies = runs or 1
+
+    def compute() -> pd.DataFrame:
+        from nqm.soups import Soup
+
+        if snapshots is not None:
+            made = Soup.of_snapshots(problem, programs[0], snapshots)
+        elif star is not None:
+            made = Soup.of_star(problem, programs[0], star)
+        else:
+            made = Soup.of_runs(problem, [one for one in programs for _ in range(copies)])
+        named = [label for label in labels for _ in range(made.ingredients // len(labels))]
+        return _ingredients(made, named) if weights else _recipes(made)
+
+    options = {"runs": copies, "snapshots": snapshots, "star": star, "weights": weights}
+    stated = {"name": "soup"} | {k: v for k, v in options.items() if v is not None}
+    deliver(compute, config.stamp({**mapping, "command": stated}, folder), as_json, out)
+
+
+def _rules(made: Soup) -> dict[str, Any]:
+    """Weights of each rule, shape (N,); of one ingredient there is no choice."""
+    found = {"uniform": made.uniform(), "greedy": made.greedy()}
+    if made.ingredients == 1:
+        return found
+    return found | {"nonnegative": made.optimal(nonnegative=True), "optimal": made.optimal()}
+
+
+def _recipes(made: Soup) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    own = np.diag(made.moment)
+    rows = [("mean_ingredient", 1, own.mean()), ("best_ingredient", 1, own.min())]
+    for rule, share in _rules(made).items():
+        rows.append((rule, int(np.count_nonzero(share)), made.loss(share)))
+    return pd.DataFrame(rows, columns=["rule", "ingredients", "loss"])
+
+
+def _ingredients(made: Soup, names: list[str]) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    numbered = [f"{i}: {name}" if name else str(i) for i, name in enumerate(names)]
+    return pd.DataFrame({"ingredient": numbered, "loss": np.diag(made.moment), **_rules(made)})
