@@ -387,7 +387,8 @@ def tune(
 ) -> None:
     """Find the best learning rate of one phase.
 
-    By default the rate of least final loss of the program. With --target, for a program of one
+    By default the rate of least final loss of the program; of a scheduled rate its peak, which may
+    lie beyond the stability edge, while the shape stays. With --target, for a program of one
     phase, the rate that reaches this loss in the fewest steps.
 
     \b

@@ -231,6 +231,31 @@ def test_tune(file: str) -> None:
     fails(call("tune", file, "--target", "0.05"), "one phase")
 
 
+def test_tune_the_peak_of_a_schedule(file: str) -> None:
+    few = "phase=[{algorithm='sgd', lr={schedule='linear', start=0.2, end=0.0, over=30}, steps=30, "
+    few += "batch_size=8}]"
+    arguments = ["tune", file, "--json", "--set", few, "--set", "record={}"]
+    flat = "problem={curvature=[1.0, 0.05, 0.02], noise_variance=[0.01, 0.0005, 0.0002]}"
+    (best,) = rows(call(*arguments, "--set", flat))
+
+    def loss(peak: float) -> float:
+        total = 0.0
+        for h in (1.0, 0.05, 0.02):
+            s = 1.0
+            for t in range(30):
+                lr = peak * (1 - t / 30)
+                s = (1 - lr * h) ** 2 * s + lr**2 * 0.01 * h / 8
+            total += h * s / 2
+        return total
+
+    assert best["loss"] == pytest.approx(loss(best["lr"]), rel=1e-9)
+    assert best["loss"] <= min(loss(peak) for peak in np.geomspace(0.01, 15.0, 2000)) * (1 + 1e-6)
+    assert best["lr"] > 2.0  # a few steps beyond the edge pay
+    fails(call(*arguments, "--target", "0.05"), "a target needs a constant rate", "Linear")
+    empty = few.replace("steps=30", "steps=0")
+    fails(call(*arguments[:3], "--set", empty, "--set", "record={}"), "has no steps")
+
+
 def test_tune_momentum(file: str) -> None:
     few = "phase=[{algorithm='heavy_ball', lr=0.1, steps=9, batch_size=8}]"
     arguments = ["tune", file, "--json", "--set", few, "--set", "record={}"]
