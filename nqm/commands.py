@@ -284,6 +284,7 @@ def soup(
     nqm soup cycle.toml --snapshots 6 --out soup.csv
     """
     from nqm.errors import NQMError
+    from nqm.limits import check_memory
     from nqm.runs import config, toml
     from nqm.runs.sweep import Sweep
 
@@ -308,7 +309,8 @@ def soup(
             raise NQMError(f"{file} has no [sweep] table; give --runs, --snapshots or --star")
         jobs = [config.build(mapping, folder)]
     problem, programs = jobs[0].additive("soup"), [job.program for job in jobs]
-    copies = runs or 1
+    copies, n = runs or 1, len(programs) * (runs or 1)
+    check_memory("--runs", copies, 3.0 * problem.directions * n * (n + 2.0))
 
     def compute() -> pd.DataFrame:
         from nqm.soups import Soup

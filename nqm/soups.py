@@ -95,8 +95,10 @@ class Soup:
             raise NQMError(f"Soup.of_runs needs a list of programs; got {shown(programs)}")
         if not programs:
             raise NQMError("a soup needs at least one program; got none")
-        runs = [_affine(problem, program) for program in programs]
-        return cls._from(problem, [(None, run) for run in runs])
+        n = len(programs)
+        check_memory("Soup: the ingredients", n, 3.0 * problem.directions * n * (n + 2.0))
+        runs = {id(program): _affine(problem, program) for program in _distinct(programs)}
+        return cls._from(problem, [(None, runs[id(program)]) for program in programs])
 
     @classmethod
     def of_snapshots(cls, problem: Problem, cycle: Program, members: int) -> Soup:
@@ -591,6 +593,11 @@ def _greedy(order: NDArray[np.int64], loss: Callable[[Sequence[int]], float]) ->
         if found < best:
             kept, best = [*kept, i], found
     return kept
+
+
+def _distinct(programs: Sequence[Program]) -> list[Program]:
+    """Each object once: copies of a program are solved once."""
+    return list({id(program): program for program in programs}.values())
 
 
 def _check_client(where: str, target: Problem, client: Problem) -> None:

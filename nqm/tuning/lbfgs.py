@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from scipy.linalg import eigvalsh_tridiagonal
 from scipy.optimize import minimize
 
-from nqm.errors import check_number
+from nqm.errors import NQMError, check_number
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.tuning.piecewise_loss import equal_pieces, maps
 
 #: Slowest rate of a schedule, relative to the fastest.
 SLOWEST = 1e-9
+#: Largest default bound of the rates, in units of 2 / h of the largest curvature.
+LARGEST = 1e100
 #: Smaller losses count as this one: without noise one direction is learnt exactly.
 LEAST = 1e-300
 #: Pieces of the coarsest grid, and by how much the next one is finer.
@@ -36,8 +38,16 @@ def stable(problem: Problem) -> float:
     -------
     float
         The rate.
+
+    Raises
+    ------
+    NQMError
+        If no direction has a curvature above 0.
     """
-    return float(2.0 / problem.curvature.max())
+    largest = float(problem.curvature.max())
+    if largest == 0.0:
+        raise NQMError("no direction has a curvature above 0, so that no rate changes the loss")
+    return 2.0 / largest
 
 
 def fastest(problem: Problem, highest_lr: float | None) -> float:
@@ -61,9 +71,10 @@ def fastest(problem: Problem, highest_lr: float | None) -> float:
         `highest_lr`, or the default bound.
     """
     if highest_lr is None:
-        lost = problem.curvature[(problem.curvature > 0) & (problem.weight > 0)]
-        smallest = lost.min(initial=problem.curvature.max())
-        high = max(float(1.0 / smallest), stable(problem))
+        edge, curved = stable(problem), problem.curvature[problem.weight > 0]
+        with np.errstate(over="ignore"):
+            high = max(float(1.0 / curved.min(initial=problem.curvature.max())), edge)
+        high = min(high, LARGEST * edge)
     else:
         high = highest_lr
     check_number("highest_lr", high, low=0.0, closed_low=False)
@@ -101,18 +112,19 @@ def optimise(
     capped = min(high, stable(problem))
     starts = usual_starts(problem, steps, batch_size, capped)
     rates = from_coarse(objective, steps, pieces, capped, starts)
-    if high <= capped:
-        return rates
-    begins = [rates]
-    decays = usual_starts(problem, steps, batch_size, high)
-    begins.append(from_coarse(objective, steps, pieces, high, decays))
+    begins, lengths = [rates], equal_pieces(steps, pieces)
+    if high > capped:
+        decays = usual_starts(problem, steps, batch_size, high)
+        begins.append(from_coarse(objective, steps, pieces, high, decays))
     if pieces >= steps:
-        lengths = equal_pieces(steps, pieces)
-        free = rates.copy()
-        free[lengths > 0] = noiseless_rates(problem, steps, 0.5 * capped)
-        begins.append(free)
+        free = noiseless_rates(problem, steps, 0.5 * capped)
+        if free.max() <= high:
+            begins.append(rates.copy())
+            begins[-1][lengths > 0] = free
+    if len(begins) == 1:
+        return rates
     ends = np.full(pieces, SLOWEST * capped), np.full(pieces, high)
-    return descend(objective(equal_pieces(steps, pieces)), begins, *ends)
+    return descend(objective(lengths), begins, *ends)
 
 
 def noiseless_rates(problem: Problem, steps: int, rest: float) -> FloatArray:

@@ -282,7 +282,8 @@ def flat_rates(run: Evaluated, high: float, within: float) -> dict[str, Flatness
         rates = np.minimum(factor * run.lr, high)
         return np.asarray(evaluate(run.problem, rates, run.lengths, run.batch_size).loss)
 
+    low = SLOWEST * min(high, stable(run.problem))
     return {
-        "lr": flatness(run.moved, run.lr, SLOWEST * high, high, within=within),
+        "lr": flatness(run.moved, run.lr, low, high, within=within),
         "scale": flatness(scaled, 1.0, SLOWEST, high / run.lr.min(), within=within),
     }
