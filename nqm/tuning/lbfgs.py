@@ -18,6 +18,8 @@ from nqm.tuning.piecewise_loss import equal_pieces, maps
 SLOWEST = 1e-9
 #: Largest default bound of the rates, in units of 2 / h of the largest curvature.
 LARGEST = 1e100
+#: Largest number of times that the bound of the rates is raised fourfold.
+RAISES = 8
 #: Smaller losses count as this one: without noise one direction is learnt exactly.
 LEAST = 1e-300
 #: Pieces of the coarsest grid, and by how much the next one is finer.
@@ -89,7 +91,9 @@ def optimise(
     batch_size: float,
     high: float,
 ) -> FloatArray:
-    """Optimise rates up to `high`, from stable ones, from a decay and from the noiseless optimum.
+    """Optimise rates up to `high`: stable ones first, then under bounds that are raised fourfold.
+
+    A rate for every step also starts from optima without noise of all steps and of the first few.
 
     Parameters
     ----------
@@ -112,19 +116,23 @@ def optimise(
     capped = min(high, stable(problem))
     starts = usual_starts(problem, steps, batch_size, capped)
     rates = from_coarse(objective, steps, pieces, capped, starts)
-    begins, lengths = [rates], equal_pieces(steps, pieces)
-    if high > capped:
-        decays = usual_starts(problem, steps, batch_size, high)
-        begins.append(from_coarse(objective, steps, pieces, high, decays))
+    lengths = equal_pieces(steps, pieces)
+    low, last = np.full(pieces, SLOWEST * capped), objective(lengths)
+    # Many local minima differ in their highest rate: it is raised step by step.
+    caps = [4.0**k * capped for k in range(1, RAISES) if 4.0**k * capped < high]
+    for cap in [*caps, high] if high > capped else []:
+        decays = usual_starts(problem, steps, batch_size, cap)
+        found = from_coarse(objective, steps, pieces, cap, decays)
+        rates = descend(last, [rates, found], low, np.full(pieces, cap))
     if pieces >= steps:
-        free = noiseless_rates(problem, steps, 0.5 * capped)
-        if free.max() <= high:
-            begins.append(rates.copy())
-            begins[-1][lengths > 0] = free
-    if len(begins) == 1:
-        return rates
-    ends = np.full(pieces, SLOWEST * capped), np.full(pieces, high)
-    return descend(objective(lengths), begins, *ends)
+        begins = [rates]
+        for count in sorted({steps, *(-(-steps // n) for n in (2, 4, 8))}):
+            free = noiseless_rates(problem, count, 0.5 * capped)
+            if free.max() <= high:
+                begins.append(rates.copy())
+                begins[-1][np.flatnonzero(lengths)[:count]] = free
+        rates = descend(last, begins, low, np.full(pieces, high))
+    return rates
 
 
 def noiseless_rates(problem: Problem, steps: int, rest: float) -> FloatArray:

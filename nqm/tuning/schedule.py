@@ -96,8 +96,9 @@ def best_piecewise(
     Bounded quasi-Newton (L-BFGS-B) in the logarithms of the rates, on the condensed spectrum
     (`nqm.condense`), from the best constant rate, from rates that decay and, for a rate for every
     step, from the optimum without noise; many pieces start from the optimum of a quarter as many.
-    The optimum is a local one: the loss is not convex in the rates. Steps beyond 2 / h of the
-    largest curvature h amplify that direction, and are part of the best schedules at low noise.
+    The optimum is a local one: the loss is not convex in the rates. On wide spectra at low noise
+    local minima differ much, and another `highest_lr` may find a better one. Steps beyond 2 / h of
+    the largest curvature h amplify that direction; the best schedules at low noise have them.
     With ``pieces = steps`` every step has a rate of its own, and at the optimum
 
         lr_t = sum p h s / sum p (h^2 s + v / B)

