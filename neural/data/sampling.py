@@ -132,6 +132,25 @@ class EpochPlan:
             parts.append(slice(low + first, low + last))
         return parts
 
+    def weight(self, batch: int) -> float:
+        """Factor of the mean loss of this rank's share of a batch.
+
+        The mean over ranks of the weighted losses is then the mean over the batch's examples.
+
+        Parameters
+        ----------
+        batch : int
+            Number of the batch in the epoch.
+
+        Returns
+        -------
+        float
+            World times the share's part of the batch: 1 unless the batch does not divide.
+        """
+        size = min(self.batch_size, self.count - batch * self.batch_size)
+        first, last = (size * r // self.world for r in (self.rank, self.rank + 1))
+        return self.world * (last - first) / size
+
 
 def check_sampling(sampling: str, known: tuple[str, ...] = SAMPLINGS) -> None:
     """Check the name of a way of sampling.

@@ -55,6 +55,14 @@ class _Settings(NamedTuple):
     micro_batches: int
     autocast: torch.dtype | None
     loss_weight: LossWeight | None
+    batch_weights: Sequence[float] | None
+
+    def loss_of(self, member: int) -> Loss:
+        """Loss of a member's minibatch, times the minibatch's weight."""
+        if self.batch_weights is None or self.batch_weights[member] == 1.0:
+            return self.loss
+        loss, weight = self.loss, self.batch_weights[member]
+        return lambda outputs, targets: loss(outputs, targets) * weight
 
 
 class LatePhase(nn.Module):
@@ -477,6 +485,7 @@ class LatePhase(nn.Module):
         micro_batches: int = 1,
         autocast: torch.dtype | None = None,
         loss_weight: LossWeight | None = None,
+        batch_weights: Sequence[float] | None = None,
     ) -> Tensor:
         """Do one cycle: every member steps with its own minibatch, the base with all of them.
 
@@ -502,6 +511,9 @@ class LatePhase(nn.Module):
         loss_weight : callable, optional
             ``loss_weight(inputs, targets)`` of a piece returns the number of items that its loss is
             a mean of, e.g. of labels that are not ignored; by default its number of rows.
+        batch_weights : sequence of float, optional
+            Factor of each minibatch's loss, e.g. where several processes have shares of unequal
+            size; by default 1.
 
         Returns
         -------
@@ -528,6 +540,7 @@ class LatePhase(nn.Module):
                 micro_batches=micro_batches,
                 autocast=autocast,
                 loss_weight=loss_weight,
+                batch_weights=batch_weights,
             )
             step_members(member_optimizer, self.member_parameters(), range(len(batches)))
         else:
@@ -535,7 +548,7 @@ class LatePhase(nn.Module):
             if fused:
                 # Idle members step within a cycle, so their passes cannot be done together.
                 raise NQMError(f"fused needs idle_steps='none'; got {self.idle_steps!r}")
-            settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
+            settings = _Settings(loss_fn, micro_batches, autocast, loss_weight, batch_weights)
             losses = self._step_with_idle(batches, member_optimizer, settings)
         if len(batches) == self.members:
             for base in bases:
@@ -551,6 +564,7 @@ class LatePhase(nn.Module):
         micro_batches: int = 1,
         autocast: torch.dtype | None = None,
         loss_weight: LossWeight | None = None,
+        batch_weights: Sequence[float] | None = None,
     ) -> Tensor:
         """Compute the gradients of one cycle without a step, e.g. to clip them first.
 
@@ -559,7 +573,7 @@ class LatePhase(nn.Module):
 
         Parameters
         ----------
-        batches, loss_fn, fused, micro_batches, autocast, loss_weight
+        batches, loss_fn, fused, micro_batches, autocast, loss_weight, batch_weights
             See `step`.
 
         Returns
@@ -573,14 +587,14 @@ class LatePhase(nn.Module):
             If there are no batches or more than K, if `fused` is combined with `micro_batches`, or
             if the loss of the pieces is not that of the minibatch.
         """
-        self._check_batches(batches)
+        self._check_batches(batches, batch_weights)
         check_integer("micro_batches", micro_batches, 1)
         if fused and micro_batches > 1:
             raise NQMError(
                 "fused runs whole minibatches; set micro_batches to 1, or fused to False"
             )
         self.zero_grad(set_to_none=True)
-        settings = _Settings(loss_fn, micro_batches, autocast, loss_weight)
+        settings = _Settings(loss_fn, micro_batches, autocast, loss_weight, batch_weights)
         losses = None
         if fused and len(batches) == self.members:
             losses = self._backward_fused(batches, settings)
@@ -617,7 +631,9 @@ class LatePhase(nn.Module):
 
             def learn(outputs: list[Any]) -> Tensor:
                 pairs = zip(outputs, batches, strict=True)
-                losses = torch.stack([settings.loss(out, targets) for out, (_, targets) in pairs])
+                losses = torch.stack(
+                    [settings.loss_of(k)(out, y) for k, (out, (_, y)) in enumerate(pairs)]
+                )
                 with torch.autocast(self.index.device.type, enabled=False):
                     torch.autograd.backward(losses.sum())
                 return losses.detach()
@@ -642,7 +658,7 @@ class LatePhase(nn.Module):
                 self.model,
                 batch,
                 settings.micro_batches,
-                settings.loss,
+                settings.loss_of(member),
                 run,
                 self._pieces,
                 settings.loss_weight,
@@ -661,7 +677,7 @@ class LatePhase(nn.Module):
     def _step_with_idle(
         self, batches: Sequence[Batch], optimizer: Optimizer, settings: _Settings
     ) -> Tensor:
-        self._check_batches(batches)
+        self._check_batches(batches, settings.batch_weights)
         self.zero_grad(set_to_none=True)
         losses = []
         for k, batch in enumerate(batches):
@@ -677,11 +693,18 @@ class LatePhase(nn.Module):
         self._scale_base()
         return torch.stack(losses)
 
-    def _check_batches(self, batches: Sequence[Batch]) -> None:
+    def _check_batches(
+        self, batches: Sequence[Batch], weights: Sequence[float] | None = None
+    ) -> None:
         if not 0 < len(batches) <= self.members:
             raise NQMError(
                 f"a cycle takes 1 .. {self.members} minibatches, one per member; "
                 f"got {len(batches)}; see LatePhase.cycles"
+            )
+        if weights is not None and len(weights) != len(batches):
+            raise NQMError(
+                f"batch_weights must have one number for each of the {len(batches)} minibatches; "
+                f"got {len(weights)}"
             )
 
     def _check_reached(self) -> None:

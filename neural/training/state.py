@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neural.data.sampling import keyed_generator
 from neural.late_phase.members import Batch, LatePhase
 from neural.late_phase.pieces import Known, backward_in_pieces, mean_over_rows
 from neural.late_phase.ranks import average_gradients
@@ -97,6 +98,8 @@ class TrainState:
         """Make the members, and their optimizer with empty momentum, at T0."""
         settings = self.run.late_phase
         assert settings is not None
+        if self.runtime.world > 1:  # the same members in all processes
+            torch.manual_seed(_keyed_seed(self.run.seed, self.done, self.runtime.world))
         self.late = make_late(self.model, self.run)
         own = self.late.optimizer_like(self.optimizer)
         for group in own.param_groups if settings.weight_decay is not None else ():
@@ -121,8 +124,9 @@ class TrainState:
         """
         self._set_rates()
         self.trained.train()
+        weights = self._begin_shares(len(batches))
         if self.late is None:
-            losses = self._base_step(batches[0])
+            losses = self._base_step(batches[0], 1.0 if weights is None else weights[0])
         else:
             assert self.member_optimizer is not None
             assert self.run.late_phase is not None
@@ -135,6 +139,7 @@ class TrainState:
                 micro_batches=self.run.train.micro_batches,
                 autocast=self.autocast,
                 loss_weight=mean_over_rows,
+                batch_weights=weights,
             )
         self.losses[0] += losses.sum()
         self.losses[1] += len(losses)
@@ -194,7 +199,7 @@ class TrainState:
             average.step(self._begun_average(), self.trained)
             average.end_epoch(self._begun_average(), self.trained, self.run.train.epochs)
 
-    def _base_step(self, batch: Batch) -> Tensor:
+    def _base_step(self, batch: Batch, weight: float = 1.0) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         enabled = self.autocast is not None
 
@@ -202,12 +207,25 @@ class TrainState:
             with torch.autocast(self.runtime.device.type, self.autocast, enabled=enabled):
                 return learn(self.forward(*args, **kwargs))
 
+        def loss(output: Tensor, targets: Tensor) -> Tensor:
+            mean = self.task.loss(output, targets)
+            return mean if weight == 1.0 else mean * weight
+
         count = self.run.train.micro_batches
-        loss = backward_in_pieces(
-            self.model, batch, count, self.task.loss, run, self.known_pieces, mean_over_rows
+        value = backward_in_pieces(
+            self.model, batch, count, loss, run, self.known_pieces, mean_over_rows
         )
         self.optimizer.step()
-        return loss.reshape(1)
+        return value.reshape(1)
+
+    def _begin_shares(self, count: int) -> list[float] | None:
+        """Seed this process for a step, and weigh the shares of its minibatches by examples."""
+        if self.runtime.world == 1:
+            return None
+        # By step instead of from a stored state: only the first process writes checkpoints.
+        torch.manual_seed(_keyed_seed(self.run.seed, self.done, self.runtime.rank))
+        stream = self.task.stream
+        return [stream.plan.weight((self.done + k) % len(stream)) for k in range(count)]
 
     def _set_rates(self) -> None:
         train, late = self.run.train, self.run.late_phase
@@ -386,6 +404,10 @@ class TrainState:
         torch.set_rng_state(state["random"].cpu())
         if "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.runtime.device)
+
+
+def _keyed_seed(*key: int) -> int:
+    return keyed_generator(*key).initial_seed() >> 1
 
 
 def _channels_last(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from neural.data import (
     evaluation_windows,
     load,
 )
+from neural.data.sampling import EpochPlan
 from neural.evaluate import Score, score, score_text
 from neural.late_phase.members import Batch
 from neural.training.config import RunConfig, refuse_unused
@@ -33,6 +34,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.
 
 class Stream(Protocol):
     """Training batches that depend on (seed, epoch, index) alone."""
+
+    @property
+    def plan(self) -> EpochPlan:
+        """Sizes of the minibatches, and this process's share of each."""
 
     def __len__(self) -> int:
         """Number of minibatches of an epoch."""

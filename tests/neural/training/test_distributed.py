@@ -330,3 +330,65 @@ def test_variables_that_torchrun_did_not_set(
     monkeypatch.setenv(name, text)
     with pytest.raises(NQMError, match=words):
         join()
+
+
+#: 99 examples: the last minibatch has three, one for the first process and two for the second.
+UNEQUAL: dict[str, Any] = {
+    "train": {"precision": "float64", "epochs": 2},
+    "data": {"test_examples": 20, "train_examples": 99},
+}
+
+
+def unequal() -> dict[str, RunConfig]:
+    late: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "late": {"late_phase": LATE | {"leftover": "carry"}},
+        "fused": {"late_phase": LATE | {"fused": True, "leftover": "members"}},
+    }
+    return {name: tiny(**UNEQUAL | extra) for name, extra in late.items()}
+
+
+def train_unequal(rank: int, world: int, folder: Path) -> list[float]:
+    """Training losses of all runs, as the history tells them."""
+    return [
+        row["loss"]
+        for name, run in unequal().items()
+        for row in train(run, folder / name, Runtime(rank=rank, world=world)).history.to_dict(
+            "records"
+        )
+    ]
+
+
+def test_examples_weigh_the_same_where_a_minibatch_does_not_divide(tmp_path: Path) -> None:
+    together(2, train_unequal, tmp_path / "two")
+    for name, run in unequal().items():
+        train(run, tmp_path / "one" / name)
+        file = "model" if name == "plain" else "late"
+        for key, tensor in weights(tmp_path / "one" / name, file).items():
+            found = weights(tmp_path / "two" / name, file)[key]
+            torch.testing.assert_close(found, tensor, rtol=SAME, atol=SAME)
+
+
+def masks(rank: int, world: int) -> list[list[float]]:
+    """What dropout would draw in each of two steps, and again in the second after a resume."""
+    run = tiny(**BASE)
+    runtime = Runtime(rank=rank, world=world)
+    task = open_task(run, runtime)
+    train_state = TrainState(run, task, runtime)
+    drawn = []
+    train_state.model.register_forward_pre_hook(lambda *_: drawn.append(torch.rand(4).tolist()))
+    first, second = list(task.stream.epoch(0))[:2]
+    train_state.step([first])
+    state = train_state.state_dict()
+    train_state.step([second])
+    torch.manual_seed(7)
+    train_state.load_state_dict(state | {"done": 1})
+    train_state.step([second])
+    return drawn
+
+
+def test_each_process_draws_its_own_dropout_masks() -> None:
+    first, second = together(2, masks)
+    assert len({tuple(mask) for mask in [*first, *second]}) == 4
+    assert first[1] == first[2]
+    assert second[1] == second[2]
