@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from neural.data.sampling import EpochPlan
 from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.ranks import average_gradients
 from neural.training import train as training
@@ -392,3 +393,10 @@ def test_each_process_draws_its_own_dropout_masks() -> None:
     assert len({tuple(mask) for mask in [*first, *second]}) == 4
     assert first[1] == first[2]
     assert second[1] == second[2]
+
+
+def test_weights_of_shares_of_143_images_on_eight_processes() -> None:
+    """Seventeen images for the first, eighteen for each other one: 8 * 17 / 143, 8 * 18 / 143."""
+    plans = [EpochPlan(1143, 1000, rank=rank, world=8) for rank in range(8)]
+    assert [plan.weight(0) for plan in plans] == [1.0] * 8
+    assert [plan.weight(1) for plan in plans] == [136 / 143] + [144 / 143] * 7
