@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from neural.data import Images
+from neural.data.sampling import EpochPlan
 from neural.late_phase.members import Batch
 from neural.late_phase.select import select
 from neural.training import report
@@ -233,6 +234,7 @@ class _Again:
     """A stream of one minibatch."""
 
     batch: Batch
+    plan = EpochPlan(1, 1)
 
     def __len__(self) -> int:
         return 1
