@@ -552,15 +552,6 @@ class _Study:
         if not self.config.predict:
             return None, NONE
 
-        def measure() -> Arrays:
-            origin = self.base.state(0)
-            made = make_surrogate(
-                self.base.with_state(origin),
-                members.offsets(origin),
-                spread_examples(self.parts.test(), self.config.predict_examples),
-            )
-            return made.arrays()
-
         key = {
             "study": "low precision",
             "kind": "expansion",
@@ -569,6 +560,17 @@ class _Study:
             "draws": len(members),
             "examples": self.config.predict_examples,
         }
+
+        def measure() -> Arrays:
+            origin = self.base.state(0)
+            made = make_surrogate(
+                self.base.with_state(origin),
+                members.offsets(origin),
+                spread_examples(self.parts.test(), self.config.predict_examples),
+                keep=lambda name, make: self.judge.kept({**key, "part": name}, make),
+            )
+            return made.arrays()
+
         surrogate = Surrogate.of_arrays(self.loss, self.judge.kept(key, measure))
         return surrogate, SURROGATE if surrogate.holds(losses) else OUTSIDE
 

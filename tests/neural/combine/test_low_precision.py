@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,6 +25,7 @@ from neural.combine.low_precision import (
     rounded_axes,
 )
 from neural.combine.members import Members
+from neural.curvature.risk import EmpiricalRisk
 from nqm import NQMError
 from nqm.cli import main
 from nqm.table import read_table
@@ -258,6 +261,34 @@ def test_more_draws_use_those_that_are_there(tmp_path: Path) -> None:
 
 
 # --- mistakes, and the command -------------------------------------------------------------------
+
+
+def test_a_killed_study_keeps_the_derivatives_of_each_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = problem()
+    config = LowPrecisionConfig(bits=(5,), draws=4, rounding=("stochastic",))
+    product, calls, stop = EmpiricalRisk.hessian_product, [0], [4]
+
+    def counted(risk: EmpiricalRisk, *given: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            raise KeyboardInterrupt
+        return product(risk, *given)
+
+    def made() -> Any:
+        cells = Cells(tmp_path)
+        return low_precision(base(model), Parts(test=lambda: batches), config, cells=cells)
+
+    monkeypatch.setattr(EmpiricalRisk, "hessian_product", counted)
+    with pytest.raises(KeyboardInterrupt):
+        made()
+    calls[0], stop[0] = 0, 0
+    continued = made()
+    # The check of the model takes one; the first two draws of four were kept.
+    assert calls[0] == 1 + 2
+    plain = low_precision(base(model), Parts(test=lambda: batches), config)
+    pd.testing.assert_frame_equal(continued, plain, check_exact=True)
 
 
 def test_mistakes() -> None:
