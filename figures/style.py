@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,7 @@ def context() -> AbstractContextManager[None]:
     return mpl.rc_context(settings)
 
 
-class HouseFigure(Figure):
-    """A figure that shows itself at the end of a notebook's cell, with no window or backend."""
-
-    def _repr_png_(self) -> bytes:
-        content = io.BytesIO()
-        self.savefig(content, format="png")
-        return content.getvalue()
-
-
-def new_figure(width: float = COLUMN, height: float = 2.6) -> HouseFigure:
+def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
     """Make an empty figure with constrained layout; no window, no change of backend.
 
     Parameters
@@ -85,10 +77,18 @@ def new_figure(width: float = COLUMN, height: float = 2.6) -> HouseFigure:
 
     Returns
     -------
-    HouseFigure
-        A figure without axes.
+    Figure
+        A figure without axes. A notebook's cell that ends with it shows it.
     """
-    return HouseFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
@@ -109,7 +109,7 @@ def axes_or_new(ax: Axes | None) -> Axes:
         return ax
     figure = new_figure()
     made: Axes = figure.subplots()
-    made._repr_png_ = figure._repr_png_  # type: ignore[attr-defined]
+    made._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
     return made
 
 

@@ -67,7 +67,6 @@ from .solvers.steady import Steady as Steady
 from .solvers.steady import steady as steady
 from .soups import GreedySample as GreedySample
 from .soups import Soup as Soup
-from .tuning import BestAverage as BestAverage
 from .tuning import best_average as best_average
 from .tuning import best_batches as best_batches
 from .tuning import best_late_phase as best_late_phase
