@@ -836,3 +836,19 @@ def test_multiplicative_members_follow_the_recursion_and_its_samples():
     )
     drawn = nqm.sample(problem, program, [1, 5, STEPS], replicas=4000, seed=2)
     check_law(path, expected, drawn, problem)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_minibatches_multiply_their_losses(fused: bool) -> None:
+    """Every gradient is linear in its member's loss, and the base's in the weighted sum."""
+    late = LatePhase(perceptron(), 2, gamma="sum", select="head")
+    batches = points(2)
+    grads = []
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.5, 3.0)):
+        losses = late.accumulate(batches, loss_fn, fused=fused, batch_weights=weights)
+        assert losses.shape == (2,)
+        grads.append([p.grad.clone() for p in late.parameters() if p.grad is not None])
+    for first, second, both in zip(*grads, strict=True):
+        agree(both, 0.5 * first + 3.0 * second, IDENTITY)
+    with pytest.raises(NQMError, match="one number for each of the 2 minibatches; got 1"):
+        late.accumulate(batches, loss_fn, batch_weights=(1.0,))
