@@ -95,7 +95,7 @@ class Soup:
             raise NQMError(f"Soup.of_runs needs a list of programs; got {shown(programs)}")
         if not programs:
             raise NQMError("a soup needs at least one program; got none")
-        n = len(programs)
+        n, problem = len(programs), additive_only("Soup.of_runs", problem)
         check_memory("Soup: the ingredients", n, 3.0 * problem.directions * n * (n + 2.0))
         runs = {id(program): _affine(problem, program) for program in _distinct(programs)}
         return cls._from(problem, [(None, runs[id(program)]) for program in programs])
