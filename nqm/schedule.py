@@ -136,30 +136,23 @@ class Piecewise(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
-    """From `start` to `end` in a straight line over `over` steps, then constant.
-
-    Parameters
-    ----------
-    start, end : float
-        First and final value, >= 0, not both 0.
-    over : int
-        Steps of the change, >= 1.
-    """
+class _Ramp(Schedule):
+    """From `start` to `end` over `over` steps, then constant; subclasses state the way."""
 
     start: float
     end: float
     over: int
 
     def __post_init__(self) -> None:
-        check_number("Linear.start", self.start, low=0.0)
-        check_number("Linear.end", self.end, low=0.0)
-        _some_above_zero("Linear.start and Linear.end", self.start, self.end)
-        check_integer("Linear.over", self.over, 1)
+        name = type(self).__name__
+        check_number(f"{name}.start", self.start, low=0.0)
+        check_number(f"{name}.end", self.end, low=0.0)
+        _some_above_zero(f"{name}.start and {name}.end", self.start, self.end)
+        check_integer(f"{name}.over", self.over, 1)
 
-    def __call__(self, step: ArrayLike) -> FloatArray:
-        done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
-        return self.start + (self.end - self.start) * done
+    def _done(self, step: ArrayLike) -> FloatArray:
+        """Share of the change that is over."""
+        return np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
 
     @property
     def least(self) -> float:
@@ -170,7 +163,24 @@ class Linear(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
+class Linear(_Ramp):
+    """From `start` to `end` in a straight line over `over` steps, then constant.
+
+    Parameters
+    ----------
+    start, end : float
+        First and final value, >= 0, not both 0.
+    over : int
+        Steps of the change, >= 1.
+    """
+
+    def __call__(self, step: ArrayLike) -> FloatArray:
+        done = self._done(step)
+        return self.start + (self.end - self.start) * done
+
+
+@dataclass(frozen=True)
+class Cosine(_Ramp):
     """Half a cosine from `start` down to `end` over `over` steps, then constant (SGDR, 2017).
 
     Parameters
@@ -181,26 +191,9 @@ class Cosine(Schedule):
         Steps of the change, >= 1.
     """
 
-    start: float
-    end: float
-    over: int
-
-    def __post_init__(self) -> None:
-        check_number("Cosine.start", self.start, low=0.0)
-        check_number("Cosine.end", self.end, low=0.0)
-        _some_above_zero("Cosine.start and Cosine.end", self.start, self.end)
-        check_integer("Cosine.over", self.over, 1)
-
     def __call__(self, step: ArrayLike) -> FloatArray:
-        done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
+        done = self._done(step)
         return self.end + (self.start - self.end) * 0.5 * (1.0 + np.cos(np.pi * done))
-
-    @property
-    def least(self) -> float:
-        return min(self.start, self.end)
-
-    def segments(self, steps: int) -> Iterator[Segment]:
-        yield from _then_flat(self.over, steps)
 
 
 @dataclass(frozen=True)
@@ -330,7 +323,7 @@ class Power(Schedule):
 
 
 @dataclass(frozen=True)
-class Exponential(Schedule):
+class Exponential(_Ramp):
     """From `start` to `end` by an equal factor each step over `over` steps, then constant.
 
     Parameters
@@ -341,25 +334,14 @@ class Exponential(Schedule):
         Steps of the change, >= 1.
     """
 
-    start: float
-    end: float
-    over: int
-
     def __post_init__(self) -> None:
         _positive("Exponential.start", self.start)
         _positive("Exponential.end", self.end)
         check_integer("Exponential.over", self.over, 1)
 
     def __call__(self, step: ArrayLike) -> FloatArray:
-        done = np.minimum(np.asarray(step, dtype=np.float64) / self.over, 1.0)
+        done = self._done(step)
         return np.asarray(self.start ** (1.0 - done) * self.end**done)
-
-    @property
-    def least(self) -> float:
-        return min(self.start, self.end)
-
-    def segments(self, steps: int) -> Iterator[Segment]:
-        yield from _then_flat(self.over, steps)
 
 
 @dataclass(frozen=True)
