@@ -284,9 +284,9 @@ def soup(
     nqm soup cycle.toml --snapshots 6 --out soup.csv
     """
     from nqm.errors import NQMError
-    from nqm.limits import check_memory
     from nqm.runs import config, toml
     from nqm.runs.sweep import Sweep
+    from nqm.soups import check_ingredients
 
     if sum(one is not None for one in (runs, snapshots, star)) > 1:
         raise NQMError("--runs, --snapshots and --star exclude each other; give one")
@@ -310,7 +310,7 @@ def soup(
         jobs = [config.build(mapping, folder)]
     problem, programs = jobs[0].additive("soup"), [job.program for job in jobs]
     copies, n = runs or 1, len(programs) * (runs or 1)
-    check_memory("--runs", copies, 3.0 * problem.directions * n * (n + 2.0))
+    check_ingredients("--runs", copies, problem, n)
 
     def compute() -> pd.DataFrame:
         from nqm.soups import Soup

@@ -24,6 +24,28 @@ from nqm.solvers.moments import check_own_starts, solve
 from nqm.words import short_repr
 
 
+def check_ingredients(where: str, value: int, problem: Problem, ingredients: int) -> None:
+    """Refuse more ingredients than fit into memory.
+
+    Parameters
+    ----------
+    where : str
+        Name of the setting, for the message.
+    value : int
+        Its value.
+    problem : Problem
+    ingredients : int
+        Their number in all.
+
+    Raises
+    ------
+    NQMError
+        If what a soup holds of them does not fit.
+    """
+    held = 3.0 * problem.directions * ingredients * (ingredients + 2.0)
+    check_memory(where, value, held)
+
+
 @dataclass(frozen=True)
 class GreedySample:
     """Greedy soups chosen on a finite validation set, by Monte Carlo; arrays of shape (replicas,).
@@ -96,7 +118,7 @@ class Soup:
         if not programs:
             raise NQMError("a soup needs at least one program; got none")
         n, problem = len(programs), additive_only("Soup.of_runs", problem)
-        check_memory("Soup: the ingredients", n, 3.0 * problem.directions * n * (n + 2.0))
+        check_ingredients("Soup: the ingredients", n, problem, n)
         runs = {id(program): _affine(problem, program) for program in _distinct(programs)}
         return cls._from(problem, [(None, runs[id(program)]) for program in programs])
 
