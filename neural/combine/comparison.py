@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neural.combine.align import ALIGNS, aligned
 from neural.combine.cells import Arrays, Cells, described
@@ -23,7 +23,7 @@ from neural.combine.members import Members, State
 from neural.combine.pool import POOLS
 from neural.combine.repair import REPAIRS, Nothing, Repair, has_statistics
 from neural.combine.rules import RULES, Merge, Merged
-from neural.combine.surrogate import Surrogate, make_surrogate
+from neural.combine.surrogate import Surrogate
 from neural.combine.swag import SWAG
 from neural.combine.weigh import WEIGHTS, Weigh
 from neural.evaluate import classification_metrics, nll
@@ -61,6 +61,8 @@ TABLE = (
 )
 #: Values of ``predicted_from``.
 SURROGATE, OUTSIDE, NONE = "surrogate", "outside the quadratic range", "none"
+#: Said of comparisons whose predictions are to be believed.
+INSIDE = "inside the quadratic range"
 
 
 def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is kept
@@ -320,29 +322,27 @@ class _Comparison:
 
         key = {
             **soup,
-            "kind": "expansion",
             "repair": repair.name,
             "others": [rule for rule, _ in self.others],
             "examples": self.config.predict_examples,
         }
 
-        def measure() -> Arrays:
+        def build() -> tuple[nn.Module, Tensor, Mapping[str, Tensor]]:
             state = mean_state(self.members)
             origin = self.members.flat(state)
             others = [(self.members.flat(one()) - origin)[None] for _, one in self.others]
             model = repaired(self.members, state, repair, self.parts, self.uniform)
-            made = make_surrogate(
-                model,
-                torch.cat([self.members.offsets(state), *others]),
-                spread_examples(self.parts.test(), self.config.predict_examples),
-                self.members.buffer_offsets(model.state_dict()),
-                keep=lambda name, make: self.judge.kept({**key, "part": name}, make),
-                progress=progress,
-            )
-            return made.arrays()
+            offsets = torch.cat([self.members.offsets(state), *others])
+            return model, offsets, self.members.buffer_offsets(model.state_dict())
 
-        loss = nll(found["test"], self.labels["test"])
-        return Surrogate.of_arrays(loss, self.judge.kept(key, measure))
+        examples = self.config.predict_examples
+        return self.judge.surrogate(
+            key,
+            nll(found["test"], self.labels["test"]),
+            build,
+            lambda: spread_examples(self.parts.test(), examples),
+            progress,
+        )
 
     def _padded(self, weights: Tensor, surrogate: Surrogate) -> Tensor:
         """Weights of the members, and 0 for the merged models that follow them."""

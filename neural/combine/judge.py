@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,10 @@ from neural.combine.cells import Arrays, Cells
 from neural.combine.data import Parts, Source
 from neural.combine.members import Members
 from neural.combine.repair import Repair
+from neural.combine.surrogate import Surrogate, make_surrogate
 from neural.evaluate import Score, predict, score
+from neural.late_phase.members import Batch
+from nqm.progress import Progress
 
 
 def judged(members: Members, state: Mapping[str, Tensor], repair: Repair, parts: Parts) -> Score:
@@ -120,6 +123,50 @@ class Judge:
         dict of str to ndarray
         """
         return self.cells.get({**what, "about": self.about}, make)
+
+    def surrogate(
+        self,
+        what: Mapping[str, Any],
+        loss: float,
+        build: Callable[[], tuple[nn.Module, Tensor, Mapping[str, Tensor]]],
+        batches: Callable[[], Sequence[Batch]],
+        progress: Progress | None = None,
+    ) -> Surrogate:
+        """Model of the loss about a model, each direction kept in a cell.
+
+        Parameters
+        ----------
+        what : mapping
+            What it is about.
+        loss : float
+            Loss of the model on all data, in nats.
+        build : callable
+            Makes the model, the offsets of its weights and those of its statistics; called only if
+            the whole is missing.
+        batches : callable
+            Makes the data of the derivatives.
+        progress : callable, optional
+            See `neural.combine.surrogate.make_surrogate`.
+
+        Returns
+        -------
+        Surrogate
+        """
+        key = {**what, "kind": "expansion"}
+
+        def measure() -> Arrays:
+            model, offsets, statistics = build()
+            made = make_surrogate(
+                model,
+                offsets,
+                batches(),
+                statistics,
+                keep=lambda name, make: self.kept({**key, "part": name}, make),
+                progress=progress,
+            )
+            return made.arrays()
+
+        return Surrogate.of_arrays(loss, self.kept(key, measure))
 
     def __call__(
         self, what: Mapping[str, Any], build: Callable[[], nn.Module]

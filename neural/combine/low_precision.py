@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from neural.combine.cells import Arrays, Cells, described
+from neural.combine.cells import Cells, described
 from neural.combine.comparison import NONE, OUTSIDE, SURROGATE
 from neural.combine.data import Parts
 from neural.combine.information import spread_examples
@@ -25,7 +25,7 @@ from neural.combine.judge import Judge
 from neural.combine.mean import mean_state
 from neural.combine.members import Member, Members, State
 from neural.combine.pool import POOLS
-from neural.combine.surrogate import Surrogate, make_surrogate
+from neural.combine.surrogate import Surrogate
 from neural.data.sampling import keyed_generator
 from neural.evaluate import classification_metrics
 from neural.evaluate.temperature import tuned_nll
@@ -554,24 +554,20 @@ class _Study:
 
         key = {
             "study": "low precision",
-            "kind": "expansion",
             "rule": what,
             "model": self.key,
             "draws": len(members),
             "examples": self.config.predict_examples,
         }
 
-        def measure() -> Arrays:
+        def build() -> tuple[nn.Module, Tensor, Mapping[str, Tensor]]:
             origin = self.base.state(0)
-            made = make_surrogate(
-                self.base.with_state(origin),
-                members.offsets(origin),
-                spread_examples(self.parts.test(), self.config.predict_examples),
-                keep=lambda name, make: self.judge.kept({**key, "part": name}, make),
-            )
-            return made.arrays()
+            return self.base.with_state(origin), members.offsets(origin), {}
 
-        surrogate = Surrogate.of_arrays(self.loss, self.judge.kept(key, measure))
+        examples = self.config.predict_examples
+        surrogate = self.judge.surrogate(
+            key, self.loss, build, lambda: spread_examples(self.parts.test(), examples)
+        )
         return surrogate, SURROGATE if surrogate.holds(losses) else OUTSIDE
 
 
