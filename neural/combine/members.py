@@ -371,6 +371,24 @@ class Members(Sequence[Member]):
         """
         return torch.cat([state[name].flatten() for name in self.weight_names])
 
+    def named(self, vector: Tensor) -> State:
+        """The inverse of `flat`: parameters by name, in the types of the model.
+
+        Parameters
+        ----------
+        vector : Tensor, shape (p,)
+
+        Returns
+        -------
+        dict of str to Tensor
+        """
+        like = {name: self.model.get_parameter(name) for name in self.weight_names}
+        parts = torch.split(vector, [one.numel() for one in like.values()])
+        return {
+            name: part.view(one.shape).to(one)
+            for (name, one), part in zip(like.items(), parts, strict=True)
+        }
+
     def offsets(self, origin: Mapping[str, Tensor]) -> Tensor:
         """Displacement of every member from given weights; all are held in memory at once.
 

@@ -13,6 +13,7 @@ from neural.combine.data import Parts
 from neural.combine.mean import mean_state
 from neural.combine.members import Member, Members, State
 from neural.combine.repair import Statistics, has_statistics
+from neural.data.sampling import keyed_generator
 from nqm.errors import NQMError, check_integer, check_number
 
 
@@ -101,7 +102,7 @@ class SWAG:
         -------
         Tensor of float64, shape (p,)
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        generator = keyed_generator(self.seed, index)
         rank, size = moments.deviations.shape
         own = torch.randn(size, generator=generator, dtype=torch.float64)
         common = torch.randn(rank, generator=generator, dtype=torch.float64)
@@ -137,7 +138,7 @@ class SWAG:
 
         def drawn(index: int) -> Callable[[], State]:
             def read() -> State:
-                state = base.updated(center, self._named(base, moments, index))
+                state = base.updated(center, base.named(self.weights(moments, index)))
                 if has_statistics(base.model):
                     if index not in statistics:
                         model = base.with_state(state)
@@ -156,12 +157,3 @@ class SWAG:
             for index in range(self.draws)
         ]
         return Members(base.model, found, base.ancestor)
-
-    def _named(self, base: Members, moments: Moments, index: int) -> State:
-        flat, start, named = self.weights(moments, index), 0, {}
-        for name in base.weight_names:
-            like = base.model.get_parameter(name)
-            stop = start + like.numel()
-            named[name] = flat[start:stop].view(like.shape).to(like)
-            start = stop
-        return named
