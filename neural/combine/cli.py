@@ -334,7 +334,7 @@ def compare(
 
     check_alone("nqm neural compare")
     asked = {
-        "rules": None if rules is None else [one.strip() for one in rules.split(",")],
+        "rules": _listed(rules),
         "shifts": list(shifts) or None,
         "predict": predict,
     }
@@ -401,7 +401,7 @@ def low_precision(
     asked = {
         "bits": None if bits is None else [_whole("--bits", one) for one in bits.split(",")],
         "draws": draws,
-        "rounding": None if rounding is None else [one.strip() for one in rounding.split(",")],
+        "rounding": _listed(rounding),
         "granularity": granularity,
         "predict": predict,
     }
@@ -542,7 +542,7 @@ def gates(
 
     check_alone("nqm neural gates")
     asked = {
-        "members": None if members is None else [one.strip() for one in members.split(",")],
+        "members": _listed(members),
         "texts": texts,
     }
     settings = load_section(GatesConfig, "gates", config, [*overrides, *_own("gates", asked)])
@@ -566,6 +566,11 @@ def gates(
     click.echo(text.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
     for line in lines:
         click.echo(line)
+
+
+def _listed(text: str | None) -> list[str] | None:
+    """Names that a comma divides."""
+    return None if text is None else [one.strip() for one in text.split(",")]
 
 
 def _own(section: str, asked: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from figures import agreement, combine, style
-from neural.combine.comparison import OUTSIDE
+from neural.combine.comparison import INSIDE, OUTSIDE
 from neural.combine.ranking import candidates
 
 
@@ -82,7 +82,7 @@ def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -
     mpl.use("Agg")
     rows = pd.concat([candidates(table).assign(comparison=name) for name, table in tables.items()])
     far = rows["predicted_from"] == OUTSIDE
-    panels = {"inside the quadratic range": rows[~far], OUTSIDE: rows[far]}
+    panels = {INSIDE: rows[~far], OUTSIDE: rows[far]}
     panels = {name: part for name, part in panels.items() if len(part)}
     with style.context():
         figure = style.new_figure(style.PAGE, 4.3)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from neural.combine.api import ensemble, merge
 from neural.combine.cells import Cells, described
-from neural.combine.comparison import OUTSIDE, TABLE, compare
+from neural.combine.comparison import INSIDE, OUTSIDE, TABLE, compare
 from neural.combine.config import CombineConfig
 from neural.combine.curve import (
     Curve,
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 #: Share of the mean member's loss by which a soup must exceed it before anything is said of it.
 CLEAR = 0.05
-#: Said of comparisons whose predictions are to be believed.
-INSIDE = "inside the quadratic range"
 
 
 def _task(opened: Opened) -> Task:
@@ -281,13 +279,12 @@ def run_ranking(folders: Sequence[str], out: Path | None) -> tuple[pd.DataFrame,
     if out is not None:
         from neural.combine.plots import draw_ranking
 
-        out.mkdir(parents=True, exist_ok=True)
-        target = out / "ranking.csv"
-        keyed = {"tables": {n: read_metadata(p) for n, p in zip(named, paths, strict=True)}}
-        stamp = Stamp(keys.key(keyed), __version__, keyed)
-        if finished(target, stamp) is None:
-            write_table(target, table, stamp.metadata())
-        lines += [str(target), *map(str, draw_ranking(tables, out, "ways of combining"))]
+        stated = {"tables": {n: read_metadata(p) for n, p in zip(named, paths, strict=True)}}
+        kept_table(out, "ranking.csv", stated, {}, lambda: table)
+        lines += [
+            str(out / "ranking.csv"),
+            *map(str, draw_ranking(tables, out, "ways of combining")),
+        ]
     return table, lines
 
 
@@ -305,7 +302,7 @@ def kept_table(
     out : Path
         The folder.
     name : str
-        Of the table, without its extension.
+        Of the table; its extension is .parquet unless it has one.
     stated : mapping
         All it is computed from, for messages.
     keyed : mapping
@@ -324,7 +321,7 @@ def kept_table(
     """
     check_no_run(out)
     stamp = Stamp(keys.key({**stated, **keyed}), __version__, stated)
-    target = out / f"{name}.parquet"
+    target = out / (name if Path(name).suffix else f"{name}.parquet")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, folder=True):
         table = finished(target, stamp)
