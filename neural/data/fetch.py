@@ -177,15 +177,15 @@ class Store:
         path = self.find(file)
         if path is not None:
             return path
-        if not file.url:
+        by_hand = f"fetch {file.url} and put it in {self.home}"
+        if file.command:
+            by_hand = f"run `{file.command} {self.home}`"
+        elif not file.url:
             raise NQMError(
                 f"{file.name} not found in {self.root}; it has no public address: put it in "
                 f"{self.home}, or set NQM_DATA to the folder that has it"
             )
-        by_hand = f"fetch {file.url} and put it in {self.home}"
-        if file.command:
-            by_hand = f"run `{file.command} {self.home}`"
-        if not self.download:
+        if not (file.url and self.download):
             raise NQMError(f"{file.name} not found in {self.root}; {by_hand}")
         try:
             with locked(self.home / file.name):

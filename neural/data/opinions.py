@@ -27,13 +27,10 @@ from neural.data.fetch import File, Store
 from neural.data.formats import damaged
 from nqm.errors import NQMError, check_number, check_word
 
-#: The source package, as published; of a wheel the ratings are no part.
+#: The source package, as published, which pip fetches; of a wheel the ratings are no part.
 SDIST = File(
     "vaderSentiment-3.3.2.tar.gz",
-    "https://files.pythonhosted.org/packages/77/8c/"
-    "4a48c10a50f750ae565e341e697d74a38075a3e43ff0df6f1ab72e186902/vaderSentiment-3.3.2.tar.gz",
     md5="a04f43dfcc57119bcabaa12f356c8c40",
-    limit=10 * 10**6,
     command="pip download --no-binary :all: --no-deps vaderSentiment==3.3.2 -d",
 )
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -110,9 +107,7 @@ class Opinions:
         return Opinions(self.domain, texts, self.means[kept], self.ratings[kept])
 
 
-def load_opinions(
-    domain: str, root: Path | str | None = None, *, download: bool = True
-) -> Opinions:
+def load_opinions(domain: str, root: Path | str | None = None) -> Opinions:
     """Load all sentences of one domain.
 
     Parameters
@@ -124,8 +119,6 @@ def load_opinions(
         Folder of all data; else the environment variable NQM_DATA, else
         ``~/.cache/late-phase-nqm``. ``vaderSentiment-3.3.2.tar.gz`` is searched in
         ``root/opinions`` and in the root itself.
-    download : bool
-        Whether a missing file may be fetched, into ``root/opinions``.
 
     Returns
     -------
@@ -134,22 +127,20 @@ def load_opinions(
     Raises
     ------
     NQMError
-        For an unknown domain, or a file that is missing and cannot be fetched, or damaged.
+        For an unknown domain, or a file that is missing or damaged.
     """
     check_word("domain", domain, tuple(DOMAINS))
-    path = Store(data_root(root), "opinions", download=download).get(SDIST)
+    path = Store(data_root(root), "opinions").get(SDIST)
     return read_opinions(path, domain)
 
 
-def load_lexicon(root: Path | str | None = None, *, download: bool = True) -> dict[str, float]:
+def load_lexicon(root: Path | str | None = None) -> dict[str, float]:
     """Load the sentiment that people hear in a word by itself.
 
     Parameters
     ----------
     root : Path or str, optional
         See `load_opinions`.
-    download : bool
-        Whether a missing file may be fetched, into ``root/opinions``.
 
     Returns
     -------
@@ -159,9 +150,9 @@ def load_lexicon(root: Path | str | None = None, *, download: bool = True) -> di
     Raises
     ------
     NQMError
-        If the file is missing and cannot be fetched, or damaged.
+        If the file is missing or damaged.
     """
-    path = Store(data_root(root), "opinions", download=download).get(SDIST)
+    path = Store(data_root(root), "opinions").get(SDIST)
     try:
         with tarfile.open(path, "r:gz") as outer:
             lines = _content(outer, _LEXICON).decode("utf-8-sig").split("\n")

@@ -64,7 +64,7 @@ def test_damaged_archives_are_told_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     # Another file under the published name is refused by its checksum.
     with pytest.raises(NQMError, match="is damaged or another file"):
-        load_opinions("tweets", tmp_path, download=False)
+        load_opinions("tweets", tmp_path)
 
 
 def test_the_lexicon(tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_the_lexicon(tmp_path, monkeypatch):
 
 def test_missing_file_names_the_command_that_fetches_it(tmp_path):
     with pytest.raises(NQMError) as caught:
-        load_opinions("films", tmp_path, download=False)
+        load_opinions("films", tmp_path)
     command = "pip download --no-binary :all: --no-deps vaderSentiment==3.3.2 -d"
     assert f"run `{command} {tmp_path / 'opinions'}`" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -108,7 +108,7 @@ def test_an_unknown_domain_is_named(tmp_path):
 )
 def test_published_counts(domain, count, decided, raters):
     assert domain in DOMAINS
-    found = load_opinions(domain, download=False)
+    found = load_opinions(domain)
     assert (len(found), len(found.decided())) == (count, decided)
     assert int((~found.ratings.isnan()).sum(1).min()) == raters
     # The published mean is that of the published ratings, but for one tweet in twenty.
