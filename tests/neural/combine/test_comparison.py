@@ -136,7 +136,8 @@ def test_a_gate_weighs_members_by_how_sure_they_are() -> None:
 def test_predictions_are_right_to_second_order() -> None:
     """Halving the distance divides the error of every soup and ensemble by eight, near enough."""
     errors = []
-    for scale in (0.1, 0.05, 0.025):
+    # Nearer, an error may pass through 0 between two distances, and what is left is rounding.
+    for scale in (0.2, 0.1, 0.05):
         table = compare(scattered(scale), PARTS, CONFIG)
         rows = table[table["predicted"].notna()]
         assert set(rows["rule"]) == {
