@@ -12,6 +12,9 @@ from neural.evaluate.predict import evaluating
 from neural.late_phase.members import Batch
 from nqm.errors import NQMError
 
+#: Examples in one batch of second derivatives, which hold about 5 MB for each image in a ResNet-20.
+BATCH = 128
+
 
 def first_examples(batches: Iterable[Batch], count: int) -> list[Batch]:
     """The first examples of some batches.
@@ -57,6 +60,7 @@ def spread_examples(batches: Iterable[Batch], count: int) -> list[Batch]:
     Returns
     -------
     list of (inputs, targets)
+        Of at most `BATCH` examples each.
 
     Raises
     ------
@@ -72,8 +76,9 @@ def spread_examples(batches: Iterable[Batch], count: int) -> list[Batch]:
     for inputs, targets in held:
         inside = wanted[(wanted >= low) & (wanted < low + len(targets))] - low
         low += len(targets)
-        if len(inside):
-            taken.append((inputs[inside.to(targets.device)], targets[inside.to(targets.device)]))
+        for rows in inside.to(targets.device).split(BATCH):
+            if len(rows):
+                taken.append((inputs[rows], targets[rows]))
     return taken
 
 

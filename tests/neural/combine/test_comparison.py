@@ -21,7 +21,7 @@ from neural.combine.comparison import OUTSIDE, SURROGATE, TABLE
 from neural.combine.config import CombineConfig, load_config
 from neural.combine.data import Parts
 from neural.combine.gate import fit_gate
-from neural.combine.information import first_examples, spread_examples
+from neural.combine.information import BATCH, first_examples, spread_examples
 from neural.combine.surrogate import make_surrogate
 from neural.evaluate import brier, ece, nll, predict
 from neural.evaluate.temperature import fit_temperature, tuned_nll
@@ -409,6 +409,10 @@ def test_examples_are_spread_over_all_batches() -> None:
     assert taken.tolist() == [0, 5, 10, 14, 19]
     assert torch.cat([y for _, y in first_examples(batches, 8)]).tolist() == list(range(8))
     assert len(torch.cat([y for _, y in spread_examples(batches, 99)])) == 20
+    large = [(torch.zeros(2 * BATCH, 1), torch.arange(2 * BATCH))]
+    pieces = [y for _, y in spread_examples(large, 2 * BATCH - 1)]
+    assert [len(y) for y in pieces] == [BATCH, BATCH - 1]  # bounds what second derivatives hold
+    assert torch.cat(pieces).unique().numel() == 2 * BATCH - 1
     for take in (first_examples, spread_examples):
         with pytest.raises(NQMError, match="no batch"):
             take([], 3)
