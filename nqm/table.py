@@ -112,6 +112,12 @@ COLUMNS: dict[str, Column] = {
     "mean_member_nll": Column("mean member's NLL", "nats", "mean of the members' cross-entropies"),
     "ambiguity": Column("ambiguity", "nats", "mean member's loss less the combined model's"),
     "barrier": Column("barrier", "nats", "combined model's loss above the mean member's, or 0"),
+    "barrier_to_mean": Column(
+        "barrier to the mean", "nats", "largest excess of the loss on the line to the members' mean"
+    ),
+    "barrier_to_first": Column(
+        "barrier to the first", "nats", "largest excess of the loss on the line to the first member"
+    ),
     "passes": Column("forward passes", "", "forward passes of one prediction", "int64"),
     "bits": Column("bits per weight", "bits", "held for each weight of the architecture", "int64"),
     "epochs_total": Column("epochs of training", "epochs", "of all members, shared ones once"),

@@ -132,9 +132,23 @@ def _settings(tables: str, example: str) -> Callable[[Command], Command]:
 
 @click.command()
 @_sources
+@click.option(
+    "--barrier",
+    type=click.Choice(["mean", "first"]),
+    help="Measure the barrier on the line from each to the members' mean, or to the first.",
+)
+@click.option(
+    "--repair",
+    type=click.Choice(["statistics", "none"]),
+    default="statistics",
+    show_default=True,
+    help="statistics: on these lines BatchNorm statistics are computed anew.",
+)
 @click.option("--out", metavar="TABLE", help="Write a .parquet or .csv table.")
 def members(
     sources: _Sources,
+    barrier: str | None,
+    repair: str,
     out: str | None,
 ) -> None:
     """Show where members lie: norm, distance from their mean, cosine, and test metrics of each.
@@ -150,7 +164,8 @@ def members(
 
     check_alone("nqm neural members")
     opened = sources.open()
-    table = survey(opened)
+    with progress_bar() as bar:
+        table = survey(opened, barrier, repair=repair, progress=bar)
     if out is not None:
         write_table(out, table, {"members": [one.name for one in opened.members]})
     click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))

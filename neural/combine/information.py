@@ -76,7 +76,7 @@ def spread_examples(batches: Iterable[Batch], count: int) -> list[Batch]:
     for inputs, targets in held:
         inside = wanted[(wanted >= low) & (wanted < low + len(targets))] - low
         low += len(targets)
-        for rows in inside.to(targets.device).split(BATCH):
+        for rows in torch.split(inside.to(targets.device), BATCH):
             if len(rows):
                 taken.append((inputs[rows], targets[rows]))
     return taken

@@ -26,12 +26,14 @@ from neural.combine.curve import (
 )
 from neural.combine.data import Parts
 from neural.combine.low_precision import LowPrecisionConfig, SeededRounding, low_precision
+from neural.combine.mean import mean_state
 from neural.combine.members import Members
 from neural.combine.ranking import ordered, ranking
 from neural.combine.repair import REPAIRS
 from neural.combine.rules import RULES, Merge
 from neural.combine.sources import Opened
-from neural.evaluate import classification_metrics, predict
+from neural.evaluate import Score, classification_metrics, loss_line, predict, score
+from neural.evaluate.line import TENTHS
 from neural.training.config import describe
 from neural.training.load_run import write_weights
 from neural.training.run_folder import check_no_run
@@ -39,12 +41,13 @@ from neural.training.task import Task
 from nqm import __version__, keys
 from nqm.errors import NQMError
 from nqm.files import locked
-from nqm.progress import Progress
+from nqm.progress import Progress, counted
 from nqm.runs.toml import lookup
 from nqm.table import Stamp, finished, read_metadata, read_table, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
 
 #: Share of the mean member's loss by which a soup must exceed it before anything is said of it.
@@ -62,27 +65,69 @@ def _task(opened: Opened) -> Task:
     return opened.task
 
 
-def survey(opened: Opened) -> pd.DataFrame:
+def survey(
+    opened: Opened,
+    barrier: str | None = None,
+    *,
+    repair: str = "statistics",
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """Where members lie, and how good each is.
 
     Parameters
     ----------
     opened : Opened
+    barrier : {"mean", "first"}, optional
+        Whether the loss is measured on the straight line from each member to the members' mean, or
+        to the first member.
+    repair : {"statistics", "none"}
+        How models on these lines, the ends included, are repaired before they are judged.
+    progress : callable, optional
+        Called repeatedly as ``progress("members", share)``.
 
     Returns
     -------
     DataFrame
-        One row a member: the columns of `neural.combine.members.Members.geometry`, and accuracy,
-        nll, brier and ece on the test set.
+        One row a member: the columns of `neural.combine.members.Members.geometry`; accuracy, nll,
+        brier and ece on the test set; and with `barrier` the column ``barrier_to_mean`` or
+        ``barrier_to_first``, see `neural.evaluate.Line.barrier`.
+
+    Raises
+    ------
+    NQMError
+        If there is but one member, which has no line to another.
     """
     import pandas as pd
 
-    task = _task(opened)
+    task, members = _task(opened), opened.members
+    if barrier is not None and len(members) == 1:
+        raise NQMError(f"a barrier to the {barrier} needs two members; got one")
+    more = counted(
+        progress, "members", len(members) * (1.0 if barrier is None else 1 + len(TENTHS))
+    )
     rows = []
-    for state in opened.members.states():
-        logits, labels = predict(opened.members.with_state(state), task.test())
+    for state in members.states():
+        logits, labels = predict(members.with_state(state), task.test())
         rows.append(classification_metrics(logits, labels))
-    return pd.concat([opened.members.geometry(), pd.DataFrame(rows)], axis=1)
+        more(1)
+    table = pd.concat([members.geometry(), pd.DataFrame(rows)], axis=1)
+    if barrier is None:
+        return table
+
+    parts, end = Parts.of_task(task), mean_state(members) if barrier == "mean" else members.state(0)
+
+    def judge(model: nn.Module) -> Score:
+        more(1)
+        return score(model, task.test())
+
+    def recompute(model: nn.Module) -> None:
+        REPAIRS[repair](model, parts, members, None)
+
+    table[f"barrier_to_{barrier}"] = [
+        loss_line(members.with_state(end), state, end, judge, recompute=recompute).barrier
+        for state in members.states()
+    ]
+    return table
 
 
 def write_merged(

@@ -56,6 +56,33 @@ def test_members_of_a_pattern(runs: Path, tmp_path: Path) -> None:
     assert "seed2" in out
 
 
+def test_barriers_are_those_of_merges_along_the_line(runs: Path, tmp_path: Path) -> None:
+    members = [runs / "base" / f"seed{k}" for k in range(2)]
+    shown(
+        "members", *members, "--barrier", "first", "--repair", "none", "--out", tmp_path / "m.csv"
+    )
+    found = read_table(tmp_path / "m.csv")["barrier_to_first"]
+    first, second = (reopen(one).model.state_dict() for one in members)
+    run = reopen(members[0])
+    images = torch.cat([x for x, _ in run.task.test()])
+    labels = torch.cat([y for _, y in run.task.test()])
+
+    def loss(t: float) -> float:
+        mixed = {n: (1 - t) * first[n] + t * second[n] for n in first if "num_" not in n}
+        run.model.load_state_dict(mixed, strict=False)
+        with torch.no_grad():
+            logits = run.model.eval()(images).double()
+        return float(-logits.log_softmax(1).gather(1, labels[:, None]).mean())
+
+    ends = loss(0.0), loss(1.0)
+    excess = [loss(k / 10) - (1 - k / 10) * ends[0] - k / 10 * ends[1] for k in range(11)]
+    agree(found, np.array([0.0, max(excess)]), 1e-4)
+    assert found[1] > 0.01  # seeds apart do not share a basin
+
+    shown("members", *members, "--barrier", "mean", "--out", tmp_path / "mean.csv")
+    assert (read_table(tmp_path / "mean.csv")["barrier_to_mean"] >= 0).all()
+
+
 def test_merge_writes_the_mean_with_its_own_statistics(runs: Path, tmp_path: Path) -> None:
     members = [runs / "base" / f"seed{k}" for k in range(3)]
     file = tmp_path / "soup.safetensors"
@@ -130,6 +157,7 @@ def test_statistics_of_a_soup_matter_and_predictions_are_near(runs: Path, tmp_pa
     ("words", "told"),
     [
         (("members", "nowhere.pt"), "nothing states the architecture"),
+        (("members", "RUN", "--barrier", "mean"), "needs two members; got one"),
         (("compare", "RUN"), "at least two members"),
         (("compare", "RUN", "RUN2", "--rules", "stock"), "needs the model from which"),
         (("compare", "RUN", "RUN2", "--rules", "best_of_all"), "combine.rules"),
