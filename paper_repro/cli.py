@@ -114,7 +114,7 @@ def reproduce(name: str, out: Path, scale: str) -> None:
 )
 @_out
 def tables(runs: Path, out: Path) -> None:
-    """Compare the paper's tables with the runs on disk, and write one page.
+    """Compare tables of papers with the runs on disk, and write one page.
 
     Rows without a run at full scale are marked "not run".
     """

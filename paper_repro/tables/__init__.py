@@ -1,4 +1,4 @@
-"""The paper's tables beside our runs: one module per table, each a list of rows as data."""
+"""Tables of papers beside our runs: one module per table, each a list of rows as data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from importlib import import_module
 from paper_repro.tables.rows import Table
 
 #: In the order of the page.
-NAMES = ("cifar10", "cifar100", "other_networks", "imagenet", "enwik8", "ood", "ablations")
+NAMES = (
+    "cifar10", "cifar100", "other_networks", "imagenet", "enwik8", "ood", "ablations", "fge",
+    "snapshots",
+)  # fmt: skip
 
 
 def load_tables() -> list[Table]:
-    """Return all tables of the paper.
+    """Return all tables: those of the paper, then those of other papers.
 
     Returns
     -------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pandas as pd
@@ -263,6 +263,9 @@ def _training(config: Mapping[str, Any]) -> str:
         if free is not None:
             inner = isinstance(part, Mapping) and free
             kept[name] = {k: v for k, v in part.items() if k not in free} if inner else part
+    if (checkpoint := kept["model"].get("checkpoint")) is not None:
+        # Where a file of published weights lies changes nothing; its name says which it is.
+        kept["model"] = {**kept["model"], "checkpoint": PurePath(checkpoint).name}
     return key(kept)
 
 

@@ -71,7 +71,7 @@ def as_text(filled: Filled) -> str:
     for table, lines in filled:
         cells = [_cells(table, line) for line in lines]
         widths = [max(len(row[column]) for row in cells) for column in range(3)]
-        parts.append(f"{table.title} ({table.unit}): paper | ours | smaller scale")
+        parts.append(f"{table.title} ({table.unit}): {table.paper} | ours | smaller scale")
         for *first, smaller in cells:
             padded = (cell.ljust(width) for cell, width in zip(first, widths, strict=True))
             parts.append("  " + "  ".join((*padded, "; ".join(smaller))).rstrip())
@@ -159,6 +159,7 @@ def _page(filled: Filled) -> str:
         {
             "name": table.name,
             "title": table.title,
+            "paper": table.paper,
             "unit": table.unit,
             "note": table.note,
             "rows": [

@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the paper.
+    """One table of a paper.
 
     Attributes
     ----------
@@ -90,6 +90,8 @@ class Table:
         Differences from the paper that a reader must know.
     reduced : bool
         Whether the scale ``cpu`` of a recipe is a meaningful comparison.
+    paper : str
+        Whose table it is.
     """
 
     name: str
@@ -100,3 +102,4 @@ class Table:
     factor: float = 100.0
     note: str = ""
     reduced: bool = True
+    paper: str = "von Oswald et al. 2021"

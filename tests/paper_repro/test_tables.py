@@ -37,6 +37,8 @@ PRINTED = {
     "enwik8": ["1.695", "1.626", "1.663", "1.616", "1.633", "1.615"],
     "ood": [],
     "ablations": [],
+    "fge": ["80.8", "82.3", "83.0"],
+    "snapshots": [],
 }  # fmt: skip
 
 
@@ -67,6 +69,8 @@ def test_every_source_can_be_produced():
                 late, settings = run.late_phase is not None, run.evaluate
                 possible = {
                     "iterate": not late,
+                    "snapshot_ensemble": run.snapshots is not None,
+                    "snapshot_soup": run.snapshots is not None,
                     "averaged": late,
                     "ensemble": late,
                     "swa": run.average is not None and run.average.method == "swa",
@@ -205,6 +209,15 @@ def test_what_does_not_touch_training_may_differ(experiment, tmp_path):
     line = line_of(tmp_path, Row("m", UNKNOWN, BASE))
     assert line.ours.mean == pytest.approx(90.0)
     assert not line.left_out
+
+
+def test_a_checkpoint_is_known_by_its_name_wherever_it_lies(experiment, tmp_path):
+    cycles = Source("cifar10_q75_resnet20_cycles", "base", "iterate")
+    for seed, path in enumerate(("/far/away/resnet20-12fca82f.th", "/far/away/other.th")):
+        changes = {"model": {"checkpoint": path}}
+        experiment("cifar10_q75_resnet20_cycles", "full", "base", {seed: 0.8}, to=changes)
+    line = line_of(tmp_path, Row("m", UNKNOWN, cycles))
+    assert (line.ours.n, line.left_out) == (1, True)
 
 
 def test_deep_ensemble_is_one_value(experiment, tmp_path):
