@@ -29,6 +29,7 @@ from .amortized import AME as AME
 from .amortized import AMESample as AMESample
 from .distribution import LossDistribution as LossDistribution
 from .errors import NQMError as NQMError
+from .explorer.widgets import explore as explore
 from .prediction_ensembles import PredictionEnsemble as PredictionEnsemble
 from .prediction_ensembles import rounding_cost as rounding_cost
 from .prediction_ensembles import rounding_error as rounding_error

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 #: Commands in a module of their own, which is read when they are asked for.
-ELSEWHERE = dict.fromkeys(("bound", "critical-batch", "edge", "optimize", "soup"), "nqm.commands")
+ELSEWHERE = {
+    **dict.fromkeys(("bound", "critical-batch", "edge", "optimize", "soup"), "nqm.commands"),
+    "explore": "nqm.explorer.cli",
+}
 #: Largest number of characters of a message.
 LONGEST = 2000
 

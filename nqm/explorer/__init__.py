@@ -1,0 +1,1 @@
+"""Controls over one experiment: SGD until T0, then a method with members or averages."""
