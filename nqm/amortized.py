@@ -14,7 +14,7 @@ import numpy as np
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 #: Buffers of an optimizer, in the order of its function below.
 Buffers = tuple[FloatArray, ...]
@@ -167,6 +167,7 @@ class AMESample:
     pivot_loss: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def random_basis(directions: int, rng: np.random.Generator) -> FloatArray:

@@ -18,6 +18,7 @@ from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
 from nqm.schedule import Constant, PerStep, Schedule, Segment, as_schedule
 from nqm.transition import minibatches
+from nqm.words import html_table
 
 #: Number of steps that stands for a phase without end.
 FOREVER = 10**18
@@ -77,6 +78,10 @@ class Phase:
                     f"phase.{name} holds {len(given.values)} values for {self.steps} steps; give "
                     "one for every step"
                 )
+
+    def _repr_html_(self) -> str:
+        """Table that a notebook shows."""
+        return _phases_html("Phase", [self])
 
     @property
     def minibatches(self) -> float:
@@ -206,6 +211,22 @@ def _check_batch_sizes(schedule: Any, steps: int) -> None:
         )
 
 
+def _phases_html(title: str, phases: Sequence[Phase]) -> str:
+    """A row for each phase; of a constant schedule its value."""
+
+    def words(schedule: Any) -> Any:
+        return schedule.value if isinstance(schedule, Constant) else schedule
+
+    rows = []
+    for number, one in enumerate(phases):
+        two = one.algorithm.rate_count == 2
+        member_lr = words(one.lr if one.member_lr is None else one.member_lr) if two else ""
+        row = (number, one.algorithm, one.steps, words(one.lr), member_lr, words(one.batch_size))
+        rows.append(row)
+    header = ("phase", "method", "steps", "lr", "member_lr", "batch_size")
+    return html_table(title, header, rows)
+
+
 def _size(of: Sized) -> int:
     """``len``, which a range of 2^63 steps or more does not have."""
     return (of.stop - of.start) // of.step if isinstance(of, range) else len(of)
@@ -272,6 +293,10 @@ class Program:
             raise NQMError("a program needs at least one phase; got none")
         for index, phase in enumerate(self.phases):
             one_phase(f"program.phases[{index}]", phase)
+
+    def _repr_html_(self) -> str:
+        """Table that a notebook shows."""
+        return _phases_html(f"Program of {self.steps} steps", self.phases)
 
     @property
     def steps(self) -> int:

@@ -20,7 +20,7 @@ from nqm.algorithms.rounding import Rounded
 from nqm.algorithms.sampled import Sampled, SampledSGD
 from nqm.errors import NQMError, check_number
 from nqm.problems.quadratic import FloatArray, Problem, Quadratic
-from nqm.words import short_repr
+from nqm.words import html_list, short_repr
 
 if TYPE_CHECKING:
     from nqm.distribution import LossDistribution
@@ -209,6 +209,31 @@ class Trajectory:
     pairs: Callable[[], Iterator[FloatArray]] | None = field(default=None, repr=False)
 
     __repr__ = short_repr
+
+    def _repr_html_(self) -> str:
+        """Table that a notebook shows."""
+        title = f"{type(self).__name__} ({self.kind})"
+        if not len(self.steps):
+            return html_list(title, {"records": 0})
+        drawn = self.samples is not None
+
+        def last(value: FloatArray, error: FloatArray) -> str:
+            return f"{value[-1]:.6g}" + (f" ± {error[-1]:.2g} (standard error)" if drawn else "")
+
+        entries = {
+            "problem": f"{self.problem.directions} directions",
+            "records": f"{len(self.steps)}, steps {self.steps[0]} to {self.steps[-1]}",
+            "examples": self.examples[-1],
+            "replicas": None if self.samples is None else self.samples.shape[1],
+            "first loss": self.loss[0],
+            "last loss": last(self.loss, self.stderr),
+            "average member's": None
+            if np.array_equal(self.member_loss, self.loss, equal_nan=True)
+            else last(self.member_loss, self.member_stderr),
+            "bias and variance": None if drawn else f"{self.bias[-1]:.6g}, {self.variance[-1]:.6g}",
+            "status": self.status[-1],
+        }
+        return html_list(title, entries)
 
     @classmethod
     def of_samples(

@@ -21,7 +21,7 @@ from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem, finite_numbers
 from nqm.program import Program, as_program
 from nqm.solvers.moments import check_own_starts, solve
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 
 def check_ingredients(where: str, value: int, problem: Problem, ingredients: int) -> None:
@@ -65,6 +65,7 @@ class GreedySample:
     size: NDArray[np.int64]
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,7 @@ class Soup:
     curvatures: FloatArray | None = None
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     # --- ingredients ---------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from nqm.algorithms.base import Algorithm, State, Value
 from nqm.double_double import DoubleDouble
 from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Transition:
     low: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 class _Tally:

@@ -28,14 +28,30 @@ def test_notebook_runs(path: Path) -> None:
     assert pictures, "nothing was drawn"
 
 
-def test_axes_at_the_end_of_a_cell_show_their_figure() -> None:
-    source = """
+#: Sources of cells, each of which ends with an object that shows itself, and the kind of output.
+SHOWN = {
+    """
 import pandas as pd
 from figures.combine import predicted
 row = {"rule": "uniform", "space": "weights", "predicted_from": "surrogate"}
 predicted(pd.DataFrame([row | {"nll": 0.4, "predicted": 0.41}]))
-"""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+""": "image/png",
+    """
+import nqm
+from nqm.problems.spectra import harmonic
+problem = nqm.Problem(harmonic(1000), harmonic(1000))
+problem
+""": "text/html",
+    "program = nqm.constant(nqm.LatePhase(5), 0.1, 20)\nprogram": "text/html",
+    "nqm.solve(problem, program)": "text/html",
+}
+
+
+def test_an_object_at_the_end_of_a_cell_shows_itself() -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in SHOWN]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    shown = [output.get("data", {}) for output in notebook.cells[0]["outputs"]]
-    assert any("image/png" in data for data in shown)
+    for cell, kind in zip(notebook.cells, SHOWN.values(), strict=True):
+        (shown,) = [output.get("data", {}) for output in cell["outputs"]]
+        assert kind in shown
+        assert len(shown["text/plain"]) < 1000

@@ -44,6 +44,7 @@ from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import places, swapped
 from nqm.errors import NQMError, check_integer, check_word
 from nqm.gamma import base_scale
+from nqm.words import html_list
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -183,6 +184,22 @@ class LatePhase(nn.Module):
         device = next(iter(self.stacked.values())).device
         self.index: Tensor
         self.register_buffer("index", torch.arange(members, device=device), persistent=False)
+
+    def _repr_html_(self) -> str:
+        """Table that a notebook shows."""
+        held = sum(one.numel() for one in self.model.parameters())
+        own = sum(one[0].numel() for one in self.stacked.values())
+        entries = {
+            "model": type(self.model).__name__,
+            "weights": f"{held:,}",
+            "of which each member has its own": f"{own:,} ({own / held:.2%})",
+            "these are": ", ".join(self.selection.parameters),
+            "gamma": self.gamma,
+            "idle_steps": self.idle_steps,
+            "leftover": self.leftover,
+            "device": str(self.index.device),
+        }
+        return html_list(f"LatePhase of {self.members} members", entries)
 
     # --- running ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nqm.errors import NQMError
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 FloatArray = NDArray[np.float64]
 
@@ -33,6 +33,7 @@ class Correlation:
     matrix: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     def __post_init__(self) -> None:
         self.matrix.flags.writeable = False

@@ -83,6 +83,10 @@ class LeastSquares(Quadratic):
         """Loss s2 / 2 of the best weights; no reported loss includes it."""
         return 0.5 * self.label_noise
 
+    def _noise_words(self) -> dict[str, str]:
+        """What a notebook shows of the gradient noise."""
+        return {"label noise": f"{self.label_noise:.6g}"}
+
     def additive(self) -> Problem:
         """Replace the noise by its value at the minimum, v_i = h_i s2, for all weights.
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from nqm.errors import NQMError, check_integer, check_number, shown
 from nqm.limits import check_memory
 from nqm.problems.correlation import Correlation
-from nqm.words import short_repr
+from nqm.words import html_list, range_words, short_repr
 
 FloatArray = NDArray[np.float64]
 
@@ -36,6 +36,7 @@ class Quadratic:
     multiplicity: FloatArray
     initial_mean: FloatArray
     initial_variance: FloatArray
+    minimum: FloatArray
     expected_losses_only: bool = False
 
     @property
@@ -60,6 +61,26 @@ class Quadratic:
     def initial_loss(self) -> float:
         """Expected loss of the start."""
         return float(self.weight @ (self.initial_mean**2 + self.initial_variance))
+
+    def _noise_words(self) -> dict[str, str]:
+        """What a notebook shows of the gradient noise."""
+        return {}
+
+    def _repr_html_(self) -> str:
+        """Table that a notebook shows."""
+        total = float(self.multiplicity.sum())
+        stand = "" if np.all(self.multiplicity == 1.0) else f", which stand for {total:.6g}"
+        start = {"mean": self.initial_mean, "variance": self.initial_variance}
+        entries = {
+            "directions": f"{self.directions}{stand}",
+            "curvature h": range_words(self.curvature),
+            **self._noise_words(),
+            "start": ", ".join(f"{name} {range_words(value)}" for name, value in start.items()),
+            "initial loss": self.initial_loss,
+            "minimum": range_words(self.minimum) if np.any(self.minimum) else None,
+            "only expected losses": "yes" if self.expected_losses_only else None,
+        }
+        return html_list(type(self).__name__, entries)
 
     def check_distribution(self, where: str) -> None:
         """Refuse what needs more than expected losses, if this problem has no more.
@@ -194,6 +215,20 @@ class Problem(Quadratic):
     def correlated(self) -> bool:
         """Whether directions are correlated, by the noise or by the start."""
         return self.noise_correlation is not None or self.initial_correlation is not None
+
+    def _noise_words(self) -> dict[str, str]:
+        """What a notebook shows of the gradient noise."""
+        entries = {"noise variance v": range_words(self.noise_variance)}
+        scale = float(self.noise_variance @ self.curvature) / max(
+            float(self.curvature @ self.curvature), np.finfo(float).tiny
+        )
+        if scale > 0.0 and np.allclose(self.noise_variance, scale * self.curvature, 1e-9, 0.0):
+            entries["noise variance v"] += f" (v = {scale:.6g} h)"
+        if self.correlated:
+            entries["correlated directions"] = "yes"
+        if self.irreducible_loss:
+            entries["irreducible loss"] = f"{self.irreducible_loss:.6g}"
+        return entries
 
     def key(self) -> str:
         """Content key, equal for equal problems only.

@@ -28,6 +28,7 @@ from nqm.runs.executors import Workers
 from nqm.runs.journal import Columns, Journal, Known, Memory, Result
 from nqm.runs.toml import copied
 from nqm.table import Stamp, read_table, write_frames, writing
+from nqm.words import WRITTEN, html_table
 
 #: Up to this number of cells, all of them are built and checked before the first is computed.
 BUILT_FIRST = 2000
@@ -174,6 +175,11 @@ class Sweep:
 
     def __len__(self) -> int:
         return math.prod(len(values) for values in self.axes.values())
+
+    def _repr_html_(self) -> str:
+        """Table that a notebook shows."""
+        rows = [(name, len(values), _first_values(values)) for name, values in self.axes.items()]
+        return html_table(f"Sweep of {len(self)} cells", ("axis", "values", "which are"), rows)
 
     def cases(self) -> Iterator[Case]:
         """Make every cell, in order.
@@ -378,6 +384,14 @@ class _Axes:
                 name = f"sweep.{part}" if name in taken else name
                 self.dtypes[name] = str(pd.Series(list(column)).dtype)
         self.names = list(self.dtypes)
+
+
+def _first_values(values: Sequence[Any]) -> str:
+    """Values of an axis in words: all of them if they are few, else the ends."""
+    texts = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in values]
+    if len(values) > WRITTEN:
+        texts = [*texts[:2], "...", texts[-1]]
+    return ", ".join(texts)
 
 
 def _parts(name: str) -> list[str]:

@@ -32,7 +32,7 @@ from nqm.transition import (
     resumption,
     spectral_radius,
 )
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 #: Coordinates of a chain up to which only the number of steps is limited, not the work in a step.
 SMALL = 16
@@ -71,6 +71,7 @@ class Moments:
     noisy: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     def weights(self, age: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Moments of the evaluated weights.

@@ -16,7 +16,7 @@ from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
 from nqm.solvers import _kernels
 from nqm.solvers.moments import CHUNK, Map, at_start, compose_span, power, then
 from nqm.transition import extract, noise_moment, readout
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Scan:
     member_loss: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def scan(

@@ -25,7 +25,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, one_phase
 from nqm.solvers.moments import whole_period
 from nqm.transition import extract, readout, spectral_radius
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class ShuffledSteady:
     radius: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def shuffled_steady(problem: Problem, phase: Phase, examples: int) -> ShuffledSteady:

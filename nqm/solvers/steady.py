@@ -22,7 +22,7 @@ from nqm.solvers import _kernels
 from nqm.solvers.moments import phase_cycles, whole_period
 from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.transition import readout, spectral_radius
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 if TYPE_CHECKING:
     from nqm.distribution import LossDistribution
@@ -68,6 +68,7 @@ class Steady:
     phase: Phase = field(repr=False)
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @cached_property
     def distribution(self) -> LossDistribution:

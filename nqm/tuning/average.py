@@ -31,7 +31,7 @@ from nqm.solvers.moments import (
 )
 from nqm.transition import embedding, origins, readout, resumption
 from nqm.tuning.information import program_bound
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 #: Share of the iterates' second moments that is added to them, in place of their rounding errors.
 RIDGE = 1e-13
@@ -67,6 +67,7 @@ class BestAverage:
     moment: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @property
     def iterate_weights(self) -> FloatArray:

@@ -33,7 +33,7 @@ from nqm.tuning.lbfgs import Objective, fastest, optimise
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
 from nqm.tuning.schedule import WIDTH, as_piecewise, flat_rates
 from nqm.tuning.sensitivity import WITHIN, Flatness, flat_numbers, flatness
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class BestBatches:
     flat: Mapping[str, Flatness] = field(default_factory=dict, repr=False)
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @property
     def program(self) -> Program:

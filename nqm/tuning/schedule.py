@@ -17,7 +17,7 @@ from nqm.schedule import Piecewise
 from nqm.tuning.lbfgs import SLOWEST, Objective, descend, fastest, optimise, stable
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
 from nqm.tuning.sensitivity import WITHIN, Flatness, flatness
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 #: Blocks of the condensed spectrum: SGD's responses are smooth, and 1e-13 is reached by wide ones.
 WIDTH = 0.5
@@ -54,6 +54,7 @@ class BestSchedule:
     flat: Mapping[str, Flatness] = field(default_factory=dict, repr=False)
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @property
     def schedule(self) -> Piecewise:

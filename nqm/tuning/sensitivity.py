@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.errors import check_number
 from nqm.problems.quadratic import FloatArray
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 #: Relative rise of the loss that still counts as flat.
 WITHIN = 0.01
@@ -37,6 +37,7 @@ class Flatness:
     within: float
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def flatness(

@@ -852,3 +852,12 @@ def test_weights_of_minibatches_multiply_their_losses(fused: bool) -> None:
         agree(both, 0.5 * first + 3.0 * second, IDENTITY)
     with pytest.raises(NQMError, match="one number for each of the 2 minibatches; got 1"):
         late.accumulate(batches, loss_fn, batch_weights=(1.0,))
+
+
+def test_a_notebook_shows_what_each_member_has_of_its_own():
+    """Linear 4-6 has 30 weights, 6-6 has 42, 6-3 has 21."""
+    shown = LatePhase(perceptron(), 5, "head", gamma="mean")._repr_html_()
+    assert "<b>LatePhase of 5 members</b>" in shown
+    for text in ("Sequential", ">93<", ">21 (22.58%)<", "4.weight, 4.bias", ">mean<"):
+        assert text in shown
+    assert len(shown) < 2000
