@@ -13,6 +13,7 @@ import click
 #: Command -> the module that has it, under the same name.
 COMMANDS = {
     "train": "neural.training.cli",
+    "watch": "neural.training.cli",
     "evaluate": "neural.training.cli",
     "sweep": "neural.training.cli",
     "bridge": "neural.bridge.cli",

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,9 @@ from nqm.errors import NQMError
 
 #: Errors of a file system that has no locks of its own.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+#: Times that a lock is asked for again, 10 ms apart, before it counts as taken.
+LOOKS = 3
 
 
 @contextmanager
@@ -65,6 +69,31 @@ def locked(output: str | Path, *, folder: bool = False) -> Iterator[None]:
                 path.parent.rmdir()
 
 
+def is_locked(output: str | Path, *, folder: bool = False) -> bool:
+    """Tell whether a process has the lock of an output now; nothing is written.
+
+    Parameters
+    ----------
+    output, folder
+        As in `locked`.
+
+    Returns
+    -------
+    bool
+        False also if there is no lock file, or the lock is that of a process that ended. On a file
+        system without locks, the lock of a killed process counts.
+    """
+    path = _lock_of(Path(output), folder)
+    if path.with_name(f"{path.name}.held").exists():
+        return True
+    try:
+        check_regular(path)  # to open a pipe would wait for its other end
+        with open(path, "rb") as stream:
+            return _flock(stream, shared=True) is False
+    except (NQMError, OSError):
+        return False
+
+
 def tidy_lock(output: str | Path, *, folder: bool = False) -> None:
     """Remove the lock that a killed process left beside an output that was finished.
 
@@ -84,6 +113,7 @@ def _lock_of(output: Path, folder: bool) -> Path:
 
 def _take(path: Path) -> IO[bytes] | None:
     """Open and lock the file at `path`; None if another process has the lock."""
+    tries = 0
     while True:
         check_replaceable(path)  # to open a pipe would wait for its other end
         stream: IO[bytes] = open(path, "ab")  # noqa: SIM115  closed with the lock
@@ -99,20 +129,25 @@ def _take(path: Path) -> IO[bytes] | None:
                 return None
             break
         if not free:
-            return None
-        # Its holder removed the file between the two calls; try again.
+            # `is_locked` holds a lock for the moment in which it looks.
+            if tries == LOOKS:
+                return None
+            tries += 1
+            time.sleep(0.01)
+        # Or its holder removed the file between the two calls; try again.
     with suppress(OSError):  # only for information: on a full disk the lock holds as well
         stream.truncate(0)
         os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return stream
 
 
-def _flock(stream: IO[bytes]) -> bool | None:
+def _flock(stream: IO[bytes], *, shared: bool = False) -> bool | None:
     """Whether the file could be locked at once; None if the file system has no locks."""
     try:
         import fcntl
 
-        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(stream.fileno(), kind | fcntl.LOCK_NB)
     except ImportError:  # Windows
         return None
     except OSError as error:
@@ -189,7 +224,7 @@ def check_replaceable(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Write a file completely or not at all.
 
     The stream is a temporary file in the same folder, which is renamed to `path` once everything is
@@ -199,6 +234,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     ----------
     path : Path
         File to write.
+    durable : bool
+        False not to wait for the disk; the file may then be lost with the machine's power.
 
     Yields
     ------
@@ -216,13 +253,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             try:
                 yield stream
                 stream.flush()
-                os.fsync(stream.fileno())
+                if durable:
+                    os.fsync(stream.fileno())
                 os.replace(stream.name, path)
             except BaseException:
                 with suppress(OSError):
                     os.unlink(stream.name)
                 raise
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         raise NQMError(f"cannot write {path}: {error.strerror or error}") from None
 

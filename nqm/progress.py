@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
+from datetime import datetime
 
 #: Called with the name of a stage and the share of it that is done, from 0 to 1.
 Progress = Callable[[str, float], None]
@@ -61,3 +64,70 @@ def within(progress: Progress | None, index: int, count: int) -> Progress | None
     if progress is None:
         return None
     return lambda stage, share: progress(stage, (index + share) / count)
+
+
+def duration(seconds: float) -> str:
+    """Write a length of time.
+
+    Parameters
+    ----------
+    seconds : float
+        The time; NaN if not known.
+
+    Returns
+    -------
+    str
+        As ``0:42``, ``3:07:10`` or ``2 d 03:10``; empty if not known.
+    """
+    if not math.isfinite(seconds):
+        return ""
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02d}:{minutes:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{round(seconds) % 60:02d}"
+    return f"{minutes}:{round(seconds) % 60:02d}"
+
+
+class Lines:
+    """Tell the progress of long work in lines, where there is no terminal for a bar.
+
+    There is no line in the first two seconds; then one at the beginning of each stage, and within
+    a stage one in ten seconds at most, with its share and an estimate of the time that is left.
+
+    Parameters
+    ----------
+    write : callable
+        Takes one line.
+    clock : callable
+        Returns the time in seconds.
+    """
+
+    FIRST, EVERY = 2.0, 10.0
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+        self._write, self._clock = write, clock
+        self._begun = clock()
+        self._stage: str | None = None
+        self._told = -math.inf
+        self._origin = (self._begun, 0.0)
+
+    def __call__(self, stage: str, share: float) -> None:
+        """Report a stage and the share of it that is done, from 0 to 1.
+
+        Parameters
+        ----------
+        stage, share
+            See `Progress`.
+        """
+        now = self._clock()
+        new = stage != self._stage
+        if new:
+            self._stage, self._origin, self._told = stage, (now, share), -math.inf
+        if now - self._begun < self.FIRST or now - self._told < self.EVERY:
+            return
+        self._told = now
+        begun, at = self._origin
+        left = (now - begun) / (share - at) * (1.0 - share) if share > at else math.nan
+        said = f", {text} left" if (text := duration(left)) else ""
+        self._write(f"{datetime.now():%H:%M:%S} {stage}: {100 * share:.0f} %{said}")

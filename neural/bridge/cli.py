@@ -106,7 +106,7 @@ def bridge(
     check_no_run(out)
     opened = open_target(target, runtime, scale, others)
     click.get_current_context().with_resource(locked(out, folder=True))
-    with progress_bar(lines=True) as progress:
+    with progress_bar() as progress:
         results = run_bridge(opened, settings, plan, runtime, out, progress=progress)
     columns = ["lr", "batch_size", "members", "weights"]
     columns += ["predicted", "measured", "error", "ratio"]

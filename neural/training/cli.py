@@ -1,7 +1,8 @@
-"""``nqm neural train | evaluate | sweep``; only click loads at the top."""
+"""``nqm neural train | watch | evaluate | sweep``; only click loads at the top."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,12 @@ from neural.training.cli_options import (
     help="Processes; each trains one seed at a time, and takes the next GPU if there are several.",
 )
 @click.option(
-    "--tensorboard", is_flag=True, help="Write curves for TensorBoard into each run's folder."
+    "--log",
+    "loggers",
+    multiple=True,
+    metavar="NAME",
+    help="Log losses, rates and metrics of each run: csv, tensorboard, wandb, or the entry point "
+    "of a package (repeatable).",
 )
 @device_option
 @data_option
@@ -61,7 +67,7 @@ def train(
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
     workers: int,
-    tensorboard: bool,
+    loggers: tuple[str, ...],
     device: str | None,
     root: Path | None,
     data_workers: int | None,
@@ -73,7 +79,7 @@ def train(
 
     \b
     nqm neural train digits_bn
-    nqm neural train fashion_mnist_bn --workers 2 --threads 2
+    nqm neural train fashion_mnist_bn --workers 2 --threads 2 --log tensorboard
     torchrun --nproc-per-node 8 $(which nqm) neural train cifar10_bn
     """
     from dataclasses import replace
@@ -81,6 +87,7 @@ def train(
     from neural.training.distributed import leave
     from neural.training.experiment import run_experiment
     from neural.training.recipe import load_recipe
+    from neural.training.watch import Display
     from nqm.names import folder_name
 
     if workers > 1:
@@ -88,19 +95,24 @@ def train(
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
     runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
-    runtime = replace(runtime, tensorboard=tensorboard)
-    with progress_bar(hidden=runtime.rank > 0) as progress:
-        table = run_experiment(
-            made,
-            folder,
-            runtime,
-            arms=arms,
-            seeds=seeds or None,
-            workers=workers,
-            progress=progress,
-        )
+    runtime = replace(runtime, loggers=tuple(dict.fromkeys(loggers)))
+    display = Display(
+        folder,
+        live=sys.stderr.isatty(),
+        write=lambda text: click.echo(text, err=True, nl=False),
+    )
+    table = run_experiment(
+        made,
+        folder,
+        runtime,
+        arms=arms,
+        seeds=seeds or None,
+        workers=workers,
+        progress=display if runtime.rank == 0 else None,
+    )
     leave()
     if runtime.rank == 0:
+        display.update()
         _show(table, made.title, folder)
 
 
@@ -123,6 +135,40 @@ def _show(table: Any, title: str, folder: Path) -> None:
         click.echo(f"diverged: {arm}, seed {seed}")
     for path in draw(table, read_table(folder / "history.parquet"), folder, title):
         click.echo(path)
+
+
+@click.command()
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--once", is_flag=True, help="Print the table once, and end.")
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+def watch(out: Path, once: bool, every: float) -> None:
+    """Show the state of all runs below the folder OUT, again and again until all are complete.
+
+    It reads what runs write and changes nothing: it can be started and stopped at any moment, also
+    on another machine that sees the folder. Without a terminal the table is printed once.
+
+    \b
+    nqm neural watch out/neural/digits_bn-full
+    nqm neural watch out --once
+    """
+    from neural.training.watch import Watch, follow, table
+    from nqm.errors import NQMError
+
+    if not out.is_dir():
+        raise NQMError(f"{out}: no such folder; give the --out of a training")
+    states = Watch(out).look()
+    if not states:
+        raise NQMError(f"there is no run below {out}; give the --out of a training")
+    if once or not sys.stdout.isatty():
+        click.echo("\n".join(table(states)))
+    else:
+        follow(out, every, write=lambda text: click.echo(text, nl=False))
 
 
 @click.command()
@@ -180,7 +226,9 @@ def evaluate(
     asked = EvaluateConfig(
         ood=ood, corruptions=corruptions, flatness=flatness, line=line, mc_dropout=mc_dropout
     )
-    table = evaluate_run(reopen(run, runtime), asked, out, root)
+    opened = reopen(run, runtime)
+    with progress_bar() as progress:
+        table = evaluate_run(opened, asked, out, root, progress)
     click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nqm.progress import Lines
+
 if TYPE_CHECKING:
     import torch
 
@@ -157,27 +159,33 @@ def _device(asked: str | None) -> torch.device:
 
 
 @contextmanager
-def progress_bar(*, hidden: bool = False, lines: bool = False) -> Iterator[Progress]:
-    """Show a progress bar for each stage, one after the other, if there is a terminal.
+def progress_bar(*, hidden: bool = False) -> Iterator[Progress]:
+    """Tell how far long work is: a bar for each stage on a terminal, and lines else.
 
     Parameters
     ----------
     hidden : bool
-        True to show no bar, e.g. in all but the first of several processes.
-    lines : bool
-        True to print a line with the time at the beginning of each stage if there is no terminal.
+        True to show nothing, e.g. in all but the first of several processes.
 
     Yields
     ------
     Progress
         Called with the name of a stage and the fraction of it that is done.
     """
-    from datetime import datetime
+    if hidden:
+        yield lambda stage, share: None
+    elif sys.stderr.isatty():
+        with _bars() as progress:
+            yield progress
+    else:
+        yield Lines(lambda text: click.echo(text, err=True))
 
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
     from tqdm import tqdm
 
     form = "{desc}: {percentage:5.1f}%|{bar}| {elapsed}<{remaining}"
-    hidden = hidden or not sys.stderr.isatty()
     bar: Any = None
 
     def progress(stage: str, share: float) -> None:
@@ -185,9 +193,7 @@ def progress_bar(*, hidden: bool = False, lines: bool = False) -> Iterator[Progr
         if bar is None or bar.desc != stage:
             if bar is not None:
                 bar.close()
-            if hidden and lines:
-                click.echo(f"{datetime.now():%H:%M:%S} {stage}", err=True)
-            bar = tqdm(total=1.0, bar_format=form, delay=2, disable=hidden, file=sys.stderr)
+            bar = tqdm(total=1.0, bar_format=form, delay=2, file=sys.stderr)
             bar.desc = stage
         bar.update(share - bar.n)
 

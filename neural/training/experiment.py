@@ -25,11 +25,13 @@ from neural.training import preflight
 from neural.training._malloc import keep_freed_memory
 from neural.training.averages import AVERAGES
 from neural.training.config import RunConfig, describe
+from neural.training.loggers import load_logger
 from neural.training.recipe import Recipe, check_seeds
 from neural.training.report import ood_images
 from neural.training.run_folder import RunFolder, check_no_run
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
+from neural.training.watch import Planned, write_plan
 from nqm import __version__, keys
 from nqm.errors import NQMError, suggest
 from nqm.files import locked
@@ -187,6 +189,8 @@ def run_experiment(
             f"workers must be 1 where {runtime.world} processes share a run; got {workers}"
         )
     arms = [name for arm in arms for name in _named(recipe, arm)]
+    for name in runtime.loggers:
+        load_logger(name)
     check_no_run(out)
     target = out / "results.parquet"
     if target.exists() and read_metadata(target).get("recipe") != recipe.name:
@@ -222,6 +226,8 @@ def _run_all(
     if seeds is not None:
         check_seeds("seed", seeds)
     groups = jobs(replace(recipe, arms=chosen), seeds)
+    if runtime.rank == 0:
+        write_plan(out, [_planned(job, out) for group in groups for job in group])
     _rehearse(groups, out, runtime)
     if workers == 1:
         for index, group in enumerate(groups):
@@ -237,6 +243,11 @@ def _run_all(
     write_table(target, table, metadata)
     write_table(out / "history.parquet", histories(runs, out), metadata)
     return table
+
+
+def _planned(job: Job, out: Path) -> Planned:
+    first = 0 if job.start is None else job.start[1]
+    return Planned(job.folder(out).relative_to(out).as_posix(), first, job.run.train.epochs)
 
 
 def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:

@@ -20,6 +20,7 @@ from neural.training.task import Runtime, Task, open_task
 from nqm import __version__, keys
 from nqm.errors import NQMError
 from nqm.keys import differing
+from nqm.progress import Progress, counted
 from nqm.table import Stamp, read_table, replacing, write_table, writing
 
 
@@ -138,7 +139,12 @@ def reopen(folder: str | Path, runtime: Runtime | None = None) -> Opened:
     return Opened(run, task, model.to(runtime.device), late)
 
 
-def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) -> pd.DataFrame:
+def measure(
+    opened: Opened,
+    settings: EvaluateConfig,
+    root: Path | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """Measure the single model of a run.
 
     Parameters
@@ -149,6 +155,8 @@ def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) 
         What to measure beside test metrics.
     root : Path, optional
         Folder of the data files.
+    progress : callable, optional
+        Called as ``progress("evaluation", share)``.
 
     Returns
     -------
@@ -160,12 +168,17 @@ def measure(opened: Opened, settings: EvaluateConfig, root: Path | None = None) 
     NQMError
         If the settings do not fit the run's data.
     """
+    more = counted(progress, "evaluation", float(1 + report.rows_beyond(settings)))
+    more(0)
     ood = report.ood_images(opened.task, settings.ood, root)
     rows: list[dict[str, Any]] = [
         {"data": "test", "metric": name, "value": value}
         for name, value in report.test_metrics(opened.model, opened.task).items()
     ]
-    rows += report.beyond(opened.model, opened.late, opened.task, settings, ood)
+    more(1)
+    for row in report.beyond(opened.model, opened.late, opened.task, settings, ood):
+        rows.append(row)
+        more(1)
     return pd.DataFrame(rows, columns=["data", "metric", "value"])
 
 
@@ -174,6 +187,7 @@ def evaluate_run(
     settings: EvaluateConfig,
     out: str | Path | None = None,
     root: Path | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Measure the single model of a run and write a table, or read the table if it is complete.
 
@@ -188,6 +202,8 @@ def evaluate_run(
         not at all. If it holds the results of the same settings already, it is read.
     root : Path, optional
         Folder of the data files.
+    progress : callable, optional
+        Called as ``progress("evaluation", share)``.
 
     Returns
     -------
@@ -203,13 +219,13 @@ def evaluate_run(
     if settings.line and opened.late is None:
         raise NQMError("--line goes from a member to the average, and this run has no members")
     if out is None:
-        return measure(opened, settings, root)
+        return measure(opened, settings, root, progress)
     key = keys.key({"run": run_key(opened.run), "asked": differing(settings)})
     config = {"run": describe(opened.run), "evaluate": asdict(settings)}
     stamp = Stamp(key, __version__, config)
     with writing(out, stamp) as missing:
         if missing:
-            write_table(out, measure(opened, settings, root), stamp.metadata())
+            write_table(out, measure(opened, settings, root, progress), stamp.metadata())
         return read_table(out)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ from nqm.errors import NQMError
 
 #: Relative sizes of the weight noise under which the rise of the loss is measured.
 NOISES = (0.01, 0.02, 0.05, 0.1, 0.2)
+#: Minibatches that give the average its BatchNorm statistics during training.
+FEW = 20
 Row = dict[str, Any]
 
 
@@ -87,7 +90,9 @@ def during(train_state: TrainState, epoch: int) -> Row:
     -------
     dict of str to object
         One row of the history: epoch, step and examples done, lr, mean training loss since the last
-        row, weights, spread of the members, test loss (nats) and test accuracy.
+        row, weights, spread of the members, test loss (nats) and test accuracy; of a run with an
+        average over time from its start on also average_loss and average_accuracy. BatchNorm
+        statistics of the average are those of `FEW` minibatches there, and of all at the end.
     """
     late = train_state.late
     model = train_state.model if late is None else late.averaged()
@@ -102,7 +107,19 @@ def during(train_state: TrainState, epoch: int) -> Row:
         "spread": 0.0 if late is None else late.spread(),
         "loss": score.loss,
         "accuracy": score.accuracy,
-    }
+    } | _average_during(train_state)
+
+
+def _average_during(train_state: TrainState) -> Row:
+    """Test loss and accuracy of the average so far; it and the training stay as they are."""
+    average, stream = train_state.run.average, train_state.task.stream
+    if average is None or train_state.average is None:
+        return {}
+    epoch = train_state.run.train.epochs  # an order that training does not have
+    few = Parts(lambda: islice(stream.epoch(epoch), FEW), train_state.runtime.world)
+    models = average.models(duplicate(train_state.average), few)
+    score = train_state.task.score(models[average.method])
+    return {"average_loss": score.loss, "average_accuracy": score.accuracy}
 
 
 def check(train_state: TrainState) -> None:
@@ -328,6 +345,23 @@ def beyond(
         line = evaluate.loss_line(plain, *ends, task.score)
         for t, loss in zip(line.position, line.loss, strict=True):
             yield {"data": f"line {t:g}", "metric": "nll", "value": float(loss)}
+
+
+def rows_beyond(settings: EvaluateConfig) -> int:
+    """Estimate the number of rows of `beyond`, by which its progress is told.
+
+    Parameters
+    ----------
+    settings : EvaluateConfig
+        What to measure.
+
+    Returns
+    -------
+    int
+    """
+    images = 70 if settings.corruptions else 0  # 14 kinds at 5 severities
+    few = len(settings.ood) + bool(settings.mc_dropout) + bool(settings.flatness) + settings.line
+    return images + 4 * few
 
 
 def ood_images(task: Task, names: Iterable[str], root: Path | None) -> dict[str, Images]:

@@ -4,6 +4,7 @@
 
     run.json           configuration, its key, versions, hardware, status
     checkpoint.pt      state from which training continues; deleted at the end
+    progress.json      how far training is, written every second; deleted at the end
     epoch120.pt        checkpoint for runs with the same beginning
     history.parquet    one row per evaluation during training
     result.parquet     one row per metric at the end
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 from neural.training import checkpoint
 from neural.training.config import RunConfig, describe, restore, run_key
 from neural.training.report import Report
+from neural.training.run_progress import FILE, RunProgress, write_progress
 from neural.training.snapshots import FOLDER, LIST, file_name, kept_list
 from nqm import __version__, keys
 from nqm.errors import NQMError
@@ -50,6 +52,8 @@ _COLUMNS = {
     "history": {"epoch"},
     "result": {"weights", "member", "data", "metric", "value"},
 }
+#: Files that a complete run does not have.
+PASSING = ("checkpoint.pt", FILE)
 
 
 class RunFolder:
@@ -149,9 +153,10 @@ class RunFolder:
             self._writer.wait()
 
     def _tidy(self) -> None:
-        """Remove temporary files of a killed process, and the checkpoint of a complete run."""
+        """Remove temporary files of a killed process, and what a complete run needs no more."""
         for path in self.path.iterdir() if self.writes else ():
-            if is_temporary(path) or (path.name == "checkpoint.pt" and self.status is not None):
+            over = path.name in PASSING and self.status is not None
+            if is_temporary(path) or over:
                 path.unlink(missing_ok=True)
 
     def checkpoint(self, start: Path | None) -> dict[str, Any] | None:
@@ -376,7 +381,20 @@ class RunFolder:
                     stream.write(kept_list(self.run.snapshots.entries()))
         self.stated["status"] = status
         self._write_json()
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        for name in PASSING:
+            (self.path / name).unlink(missing_ok=True)
+
+    def write_progress(self, progress: RunProgress) -> None:
+        """Replace ``progress.json``.
+
+        Parameters
+        ----------
+        progress : RunProgress
+            How far the run is.
+        """
+        if self.writes:
+            with suppress(NQMError):  # it is only looked at
+                write_progress(self.path, progress)
 
     def _write_table(self, name: str, table: pd.DataFrame) -> None:
         metadata = {"key": self.key, "version": __version__}

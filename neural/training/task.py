@@ -73,8 +73,8 @@ class Runtime:
         Number of this process, and number of all processes that share every minibatch.
     workers : int
         Number of processes that decode images.
-    tensorboard : bool
-        Whether to write the history for TensorBoard as well.
+    loggers : tuple of str
+        Names of the loggers that are told of a run (see `neural.training.loggers`).
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -82,7 +82,7 @@ class Runtime:
     rank: int = 0
     world: int = 1
     workers: int = 0
-    tensorboard: bool = False
+    loggers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from neural.data import Images
 from neural.late_phase.members import Batch
 from neural.training import preflight, report
 from neural.training.config import RunConfig
+from neural.training.loggers import load_logger
+from neural.training.monitor import Monitor
 from neural.training.run_folder import RunFolder
 from neural.training.state import TrainState
 from neural.training.task import Runtime, Stream, open_task
-from neural.training.tensorboard import Board
 from nqm.progress import Progress
 
 #: Seconds between two checkpoints.
@@ -88,6 +89,8 @@ def train(
         or the run cannot be trained.
     """
     runtime = runtime or Runtime()
+    for name in runtime.loggers:
+        load_logger(name)
     log = RunFolder(
         Path(folder),
         run,
@@ -106,7 +109,11 @@ def train(
     train_state = TrainState(run, task, runtime)
     with log.begun():
         _resume(train_state, log, start)
-        status = _go_on(train_state, ood, log, keep, progress)
+        monitor, status = Monitor(train_state, log), "killed"
+        try:
+            status = _go_on(train_state, ood, log, keep, progress, monitor)
+        finally:
+            monitor.close(status)
     return Outcome(status, log.history(), log.result())
 
 
@@ -123,11 +130,11 @@ def _go_on(
     log: RunFolder,
     keep: Collection[int],
     progress: Progress | None,
+    monitor: Monitor,
 ) -> str:
     """Train to the end and write the results; return the status."""
-    run, task, runtime = train_state.run, train_state.task, train_state.runtime
-    board = Board(log.path, train_state.done) if runtime.tensorboard and runtime.rank == 0 else None
-    batches = len(task.stream)
+    run = train_state.run
+    batches = len(train_state.task.stream)
     total = run.train.epochs * batches
     saved, status = time.monotonic(), "finished"
     _take_snapshot(train_state, log)  # of a run that starts from another one's checkpoint
@@ -141,6 +148,7 @@ def _go_on(
             if not train_state.finite():
                 status = "diverged"
                 break
+            monitor.point()
             if progress is not None:
                 progress("training", after / total)
         for epoch in ended:
@@ -148,8 +156,7 @@ def _go_on(
             if epoch % run.evaluate.every == 0 or epoch == run.train.epochs:
                 train_state.rows.append(report.during(train_state, epoch))
                 log.write_history(train_state.rows)
-                if board is not None:
-                    board.add(train_state.rows[-1])
+                monitor.evaluated(train_state.rows[-1])
             if epoch in keep:
                 log.keep(epoch, train_state.state_dict())
             _take_snapshot(train_state, log)

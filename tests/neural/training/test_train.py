@@ -269,7 +269,7 @@ def test_averaging_does_not_disturb_training(tmp_path: Path) -> None:
     for name, extra in {"with": {"average": {"method": "ema"}}, "without": {}}.items():
         train(tiny(model=CNN, **extra), tmp_path / name)
     one, other = (train_history(tmp_path / name) for name in ("with", "without"))
-    assert one.equals(other)
+    assert one.drop(columns=["average_loss", "average_accuracy"]).equals(other)
 
 
 def train_history(folder: Path) -> Any:
