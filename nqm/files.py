@@ -19,7 +19,7 @@ from nqm.errors import NQMError
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 #: Times that a lock is asked for again, 10 ms apart, before it counts as taken.
-LOOKS = 3
+LOOKS = 10
 
 
 @contextmanager

@@ -226,9 +226,9 @@ def _run_all(
     if seeds is not None:
         check_seeds("seed", seeds)
     groups = jobs(replace(recipe, arms=chosen), seeds)
+    _rehearse(groups, out, runtime)
     if runtime.rank == 0:
         write_plan(out, [_planned(job, out) for group in groups for job in group])
-    _rehearse(groups, out, runtime)
     if workers == 1:
         for index, group in enumerate(groups):
             _run_group(group, out, runtime, within(progress, index, len(groups)))

@@ -42,19 +42,19 @@ class Monitor:
         self._loggers = make_loggers(names, _logged(train_state, log)) if names else []
 
     def point(self) -> None:
-        """Tell of the steps since the last point; called between steps."""
-        if self._loggers:
-            total, count = self._losses()
-            new, steps = total - self._counted[0], count - self._counted[1]
-            self._counted = (total, count)
-            if steps:
-                state = self._state
-                lr = float(state.optimizer.param_groups[0]["lr"])
-                self._tell({"epoch": state.epoch, "train_loss": new / steps, "lr": lr})
-        self._write()
+        """Tell loggers of the steps since the last point; called between steps."""
+        if not self._loggers:
+            return
+        total, count = self._losses()
+        new, steps = total - self._counted[0], count - self._counted[1]
+        self._counted = (total, count)
+        if steps:
+            state = self._state
+            lr = float(state.optimizer.param_groups[0]["lr"])
+            self._tell({"epoch": state.epoch, "train_loss": new / steps, "lr": lr})
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
-        """Tell of an evaluation, with which a new mean of the training loss begins.
+        """Tell loggers of an evaluation, with which a new mean of the training loss begins.
 
         Parameters
         ----------
@@ -63,7 +63,29 @@ class Monitor:
         """
         self._counted = (0.0, 0.0)
         self._tell({name: row[name] for name in EVALUATION if name in row})
-        self._write()
+
+    def write(self) -> None:
+        """Replace ``progress.json``, unless that was done just now."""
+        now, state = time.monotonic(), self._state
+        if not self._log.writes or now - self._written < WRITE_EVERY:
+            return
+        self._written = now
+        done, batches = state.done - self._first, len(state.task.stream)
+        total, count = self._losses()
+        last = state.rows[-1] if state.rows else {}
+        nan = float("nan")
+        self._log.write_progress(
+            RunProgress(
+                epoch=state.epoch,
+                epochs=state.run.train.epochs,
+                # Right after an evaluation there is no step yet of which to tell.
+                train_loss=total / count if count else last.get("train_loss", nan),
+                evaluated=last.get("epoch", 0),
+                loss=last.get("loss", nan),
+                accuracy=last.get("accuracy", nan),
+                seconds_per_epoch=(now - self._begun) / done * batches if done else nan,
+            )
+        )
 
     def close(self, status: str) -> None:
         """Close the loggers.
@@ -92,28 +114,6 @@ class Monitor:
             except Exception as error:  # a full disk, somebody else's code: training goes on
                 self._loggers.remove(logger)
                 _warn(logger, error)
-
-    def _write(self) -> None:
-        now, state = time.monotonic(), self._state
-        if not self._log.writes or now - self._written < WRITE_EVERY:
-            return
-        self._written = now
-        done, batches = state.done - self._first, len(state.task.stream)
-        total, count = self._losses()
-        last = state.rows[-1] if state.rows else {}
-        nan = float("nan")
-        self._log.write_progress(
-            RunProgress(
-                epoch=state.epoch,
-                epochs=state.run.train.epochs,
-                # Right after an evaluation there is no step yet of which to tell.
-                train_loss=total / count if count else last.get("train_loss", nan),
-                evaluated=last.get("epoch", 0),
-                loss=last.get("loss", nan),
-                accuracy=last.get("accuracy", nan),
-                seconds_per_epoch=(now - self._begun) / done * batches if done else nan,
-            )
-        )
 
 
 def _logged(train_state: TrainState, log: RunFolder) -> LoggedRun:

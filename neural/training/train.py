@@ -144,13 +144,12 @@ def _go_on(
             train_state.step(group)
         train_state.done = after
         ended = range(epochs_before + 1, after // batches + 1)
-        if ended or count % LOOK_EVERY == 0:
+        look = bool(ended) or count % LOOK_EVERY == 0
+        if look:
             if not train_state.finite():
                 status = "diverged"
                 break
             monitor.point()
-            if progress is not None:
-                progress("training", after / total)
         for epoch in ended:
             train_state.end_epoch(epoch)
             if epoch % run.evaluate.every == 0 or epoch == run.train.epochs:
@@ -160,6 +159,10 @@ def _go_on(
             if epoch in keep:
                 log.keep(epoch, train_state.state_dict())
             _take_snapshot(train_state, log)
+        if look:
+            monitor.write()
+            if progress is not None:
+                progress("training", after / total)
         if time.monotonic() - saved > CHECKPOINT_EVERY:
             log.save(train_state.state_dict())
             saved = time.monotonic()

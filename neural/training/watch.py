@@ -188,7 +188,7 @@ def _names(folder: Path, out: Path) -> tuple[str, str]:
 def _stated(folder: Path) -> Mapping[str, Any] | None:
     """Content of ``run.json``; None if there is none, an empty mapping if it is damaged."""
     try:
-        text = (folder / "run.json").read_text(encoding="utf-8")
+        text = (folder / "run.json").read_bytes()
     except OSError:
         return None
     with suppress(ValueError, RecursionError):

@@ -14,7 +14,7 @@ import pytest
 
 from nqm import files
 from nqm.errors import NQMError
-from nqm.files import locked, replacing
+from nqm.files import is_locked, locked, replacing
 
 HOLDER = """
 import sys
@@ -52,6 +52,35 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path, kind
     assert left == []
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_one_can_look_whether_there_is_a_writer(tmp_path: Path, kind: str) -> None:
+    output, folder = tmp_path / "out", kind == "folder"
+    assert not is_locked(output, folder=folder)
+    with holder(output, kind) as process:
+        assert is_locked(output, folder=folder)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not is_locked(output, folder=folder)  # its file is still there
+    with locked(output, folder=folder):
+        assert is_locked(output, folder=folder)
+    before = sorted(tmp_path.rglob("*"))
+    assert not is_locked(output, folder=folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_who_looks_hinders_no_writer(tmp_path: Path) -> None:
+    """A lock file that a killed process left, which another process looks at just now."""
+    import fcntl
+    import threading
+
+    (tmp_path / ".out.lock").touch()
+    with open(tmp_path / ".out.lock", "rb") as stream:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_SH)  # as `is_locked` does for a moment
+        threading.Timer(0.005, fcntl.flock, (stream.fileno(), fcntl.LOCK_UN)).start()
+        with locked(tmp_path / "out"):
+            pass
+
+
 def test_one_process_is_refused_as_well(tmp_path: Path) -> None:
     with locked(tmp_path / "a"), locked(tmp_path / "b"):
         refuses(tmp_path / "a", f"process {os.getpid()} ")
@@ -60,8 +89,10 @@ def test_one_process_is_refused_as_well(tmp_path: Path) -> None:
 
 
 def test_where_the_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_flock", lambda stream: None)
+    monkeypatch.setattr(files, "_flock", lambda stream, shared=False: None)
+    assert not is_locked(tmp_path / "a")
     with locked(tmp_path / "a"):
+        assert is_locked(tmp_path / "a")
         refuses(tmp_path / "a", r"no such process, delete .*held")
         with replacing(tmp_path / "a") as stream:
             stream.write(b"whole")
@@ -72,6 +103,7 @@ def test_what_cannot_be_locked(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     refuses(tmp_path / "plain" / "t", r"cannot write .*plain")
     os.mkfifo(tmp_path / ".a.lock")  # to open it would wait for a reader
+    assert not is_locked(tmp_path / "a")
     refuses(tmp_path / "a", r"\.a\.lock is a pipe or a device")
 
 

@@ -1,6 +1,10 @@
 """Progress of work that is counted, by an estimate or exactly."""
 
-from nqm.progress import counted
+import math
+
+import pytest
+
+from nqm.progress import Lines, counted, duration
 
 
 def test_an_exact_count_reaches_1_and_an_estimate_does_not() -> None:
@@ -14,3 +18,34 @@ def test_an_exact_count_reaches_1_and_an_estimate_does_not() -> None:
 
 def test_work_is_counted_without_anything_to_tell() -> None:
     counted(None, "cells", 4)(1)
+
+
+def test_lines_say_the_stage_its_share_and_the_time_left() -> None:
+    now = 0.0
+    said: list[str] = []
+    lines = Lines(said.append, clock=lambda: now)
+    # A stage within the first two seconds, one of 40 seconds at even pace, and one after it.
+    moments = [(0.0, "curvature", 0.0), (1.0, "curvature", 0.9)]
+    moments += [(1.0 + k, "training", k / 40) for k in range(41)]
+    moments += [(41.5, "drift", 0.5), (42.0, "drift", 1.0)]
+    for now, stage, share in moments:  # noqa: B007  the clock reads it
+        lines(stage, share)
+    assert [text.split(" ", 1)[1] for text in said] == [
+        "training: 2 %, 0:39 left",
+        "training: 28 %, 0:29 left",
+        "training: 52 %, 0:19 left",
+        "training: 78 %, 0:09 left",
+        "drift: 50 %",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"),
+        (86399, "23:59:59"), (2 * 86400 + 3 * 3600 + 600, "2 d 03:10"), (math.nan, ""),
+        (math.inf, ""),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

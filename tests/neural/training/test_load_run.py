@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from neural.training.load_run import export, open_finished, reopen
 from nqm import keys
 from nqm.cli import main
 from nqm.errors import NQMError
+from nqm.progress import Lines
 from tests.tiny_runs import LATE, recipe
 
 
@@ -126,3 +128,17 @@ def test_a_finished_run_is_opened(runs: Path, tmp_path: Path) -> None:
     assert opened.late is not None
     written = export(runs / "base" / "seed0", tmp_path / "x.safetensors")
     assert written.stat().st_size > 0
+
+
+def test_an_evaluation_tells_how_far_it_is(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lines, "FIRST", 0.0)
+    monkeypatch.setattr(Lines, "EVERY", 0.0)
+    command = ["neural", "evaluate", str(runs / "late" / "seed0"), "--flatness", "--line"]
+    done = CliRunner().invoke(main, [*command, "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    shares = [int(share) for share in re.findall(r" evaluation: (\d+) %", done.stderr)]
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert 60 < shares[-1] < 100
+    assert len(shares) > 5
+    assert "evaluation" not in done.stdout
