@@ -162,11 +162,12 @@ def watch(out: Path, once: bool, every: float) -> None:
 
     if not out.is_dir():
         raise NQMError(f"{out}: no such folder; give the --out of a training")
-    states = Watch(out).look()
+    looking = Watch(out)
+    states = looking.look()
     if not states:
         raise NQMError(f"there is no run below {out}; give the --out of a training")
     if once or not sys.stdout.isatty():
-        click.echo("\n".join(table(states)))
+        click.echo("\n".join(table(states, busy=looking.busy)))
     else:
         follow(out, every, write=lambda text: click.echo(text, nl=False))
 

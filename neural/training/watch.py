@@ -102,10 +102,17 @@ class Watch:
     ----------
     out : Path
         The folder: of one run, of an experiment, or of several.
+
+    Attributes
+    ----------
+    busy : bool
+        Whether, at the last look, a process had the lock of an experiment: it checks arms, trains,
+        or writes tables.
     """
 
     def __init__(self, out: Path):
         self.out = out
+        self.busy = False
         self._complete: dict[Path, RunState] = {}
 
     def look(self) -> list[RunState]:
@@ -116,8 +123,9 @@ class Watch:
         list of RunState
             Runs of an experiment in the order of its plan, others by name.
         """
-        states = []
-        for folder, planned in _folders(self.out).items():
+        states, (folders, experiments) = [], _folders(self.out)
+        self.busy = any(is_locked(experiment, folder=True) for experiment in experiments)
+        for folder, planned in folders.items():
             state = self._complete.get(folder) or _state(folder, self.out, planned)
             if state.complete:
                 self._complete[folder] = state
@@ -125,19 +133,21 @@ class Watch:
         return states
 
 
-def _folders(out: Path) -> dict[Path, Planned | None]:
-    """Folders of runs at or below a folder, those of plans first."""
+def _folders(out: Path) -> tuple[dict[Path, Planned | None], list[Path]]:
+    """Folders of runs at or below a folder, those of plans first; folders with a plan."""
     found: dict[Path, Planned | None] = {}
     on_disk: list[Path] = []
+    experiments: list[Path] = []
     for place, folders, files in os.walk(out):
         folders.sort()
         folder = Path(place)
         if PLAN in files:
+            experiments.append(folder)
             found |= {folder / run.folder: run for run in _plan(folder)}
         if "run.json" in files:
             on_disk.append(folder)
             folders.clear()
-    return found | {folder: found.get(folder) for folder in on_disk}
+    return found | {folder: found.get(folder) for folder in on_disk}, experiments
 
 
 def _plan(folder: Path) -> list[Planned]:
@@ -285,13 +295,17 @@ def _epoch(progress: RunProgress) -> str:
     return f"epoch {progress.epoch:.{0 if whole else 1}f} of {progress.epochs}"
 
 
-def table(states: Sequence[RunState], *, rows: int | None = None, style: bool = True) -> list[str]:
+def table(
+    states: Sequence[RunState], *, busy: bool = False, rows: int | None = None, style: bool = True
+) -> list[str]:
     """Write the states of all runs as lines of a table.
 
     Parameters
     ----------
     states : sequence of RunState
         The runs.
+    busy : bool
+        See `Watch`.
     rows : int, optional
         Most runs to show; those that are running come first. All by default.
     style : bool
@@ -323,7 +337,7 @@ def table(states: Sequence[RunState], *, rows: int | None = None, style: bool = 
         lines.append("  ".join(texts).rstrip())
     if len(chosen) < len(states):
         lines.append(f"... and {len(states) - len(chosen)} more runs")
-    return [*lines, summary(states)]
+    return [*lines, summary(states, busy=busy)]
 
 
 _HEADER = ("run", "seed", "state", "epoch", "train loss", "test loss", "accuracy", "left")
@@ -332,10 +346,10 @@ _COLOURS = {"running": "cyan", "finished": "green", "killed": "yellow", "diverge
 
 def _cells(state: RunState) -> tuple[str, ...]:
     progress = state.progress
-    share = min(1.0, progress.epoch / progress.epochs) if progress.epochs else 0.0
-    full = math.floor(_BAR * share)
+    # Of a run that waits, epochs of another one with the same beginning do not count.
+    done = 0 if state.state == "waiting" else math.floor(progress.epoch)
+    full = _BAR * min(done, progress.epochs) // max(1, progress.epochs)
     bar = "#" * full + "." * (_BAR - full)
-    done = math.floor(progress.epoch)
     left = duration(progress.left) if state.state == "running" else ""
     return (
         state.name,
@@ -349,13 +363,15 @@ def _cells(state: RunState) -> tuple[str, ...]:
     )
 
 
-def summary(states: Sequence[RunState]) -> str:
+def summary(states: Sequence[RunState], *, busy: bool = False) -> str:
     """Count the runs by state, and say what is left.
 
     Parameters
     ----------
     states : sequence of RunState
         The runs.
+    busy : bool
+        See `Watch`.
 
     Returns
     -------
@@ -367,7 +383,7 @@ def summary(states: Sequence[RunState]) -> str:
     if counts["running"]:
         left = duration(time_left(states))
         return f"{said}; about {left} left" if left else said
-    if counts["killed"] or counts["waiting"]:
+    if not busy and (counts["killed"] or counts["waiting"]):
         return f"{said}; no process trains now: the command that began them goes on with them"
     return said
 
@@ -427,10 +443,13 @@ class Display:
     def _draw(self, states: Sequence[RunState]) -> None:
         """Write the table over the one before."""
         width, height = _size()
-        lines = [_cut(text, width) for text in table(states, rows=max(1, height - 4))]
+        lines = [_cut(text, width) for text in self._table(states, height)]
         up = f"\x1b[{self._drawn}F" if self._drawn else ""
         self._write(up + "\x1b[J" + "\n".join(lines) + "\n")
         self._drawn = len(lines)
+
+    def _table(self, states: Sequence[RunState], height: int) -> list[str]:
+        return table(states, busy=self._watch.busy, rows=max(1, height - 4))
 
     def _lines(self, states: Sequence[RunState]) -> Iterator[str]:
         now = self._looked

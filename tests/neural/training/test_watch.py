@@ -231,13 +231,21 @@ def test_the_live_table_is_drawn_over_the_one_before(
     assert second == f"\x1b[{len(shown)}F{first}"
 
 
+def test_an_experiment_that_is_locked_goes_on_by_itself(tmp_path: Path) -> None:
+    write_plan(tmp_path, [Planned("base/seed0", 0, 3)])
+    looking = Watch(tmp_path)
+    with locked(tmp_path, folder=True):  # its workers are just starting
+        assert table(looking.look(), busy=looking.busy)[-1] == "1 waiting"
+    assert "no process trains now" in table(looking.look(), busy=looking.busy)[-1]
+
+
 def test_all_runs_are_in_the_whole_table(tmp_path: Path) -> None:
     for seed in range(12):
         begun(tmp_path / f"base/seed{seed}", HALF)
     lines = table(Watch(tmp_path).look(), style=False)
     assert len(lines) == 1 + 12 + 1
     assert lines[1].split() == [
-        "base", "0", "killed", "#####.....", "1/3", "0.7500", "0.5000", "87.50", "%",
+        "base", "0", "killed", "###.......", "1/3", "0.7500", "0.5000", "87.50", "%",
     ]  # fmt: skip
 
 
