@@ -34,8 +34,10 @@ class LiteralLatePhase:
         *,
         gamma: float = 1.0,
         idle: str = "none",
+        clip: float | None = None,
     ):
-        self.model, self.gamma, self.idle = model, gamma, idle
+        self.model, self.gamma, self.idle, self.clip = model, gamma, idle, clip
+        self.norms: list[float] = []
         self.own, self.own_buffers = set(parameters), set(buffers)
         self.copies = [copy.deepcopy(model) for _ in range(members)]
         self.had_turn: set[int] = set()
@@ -57,6 +59,8 @@ class LiteralLatePhase:
             loss = loss_fn(member(inputs), targets)
             loss.backward()
             losses.append(loss.item())
+            if self.clip is not None:  # the whole network of this member, as in plain training
+                self.norms.append(float(nn.utils.clip_grad_norm_(member.parameters(), self.clip)))
             for name, parameter in self._shared(member).items():
                 total[name] += parameter.grad
             self.optimizers[k].step()

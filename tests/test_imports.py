@@ -15,10 +15,11 @@ ROOT = Path(nqm.__file__).parents[1]
 PACKAGES = ("nqm", "neural", "figures", "paper_repro")
 #: room of `neural` -> rooms it may import; the lower ones are libraries that know no recipe.
 ROOMS = {
-    "late_phase": (),
+    "batches": (),
+    "late_phase": ("batches",),
     "data": (),
     "models": (),
-    "evaluate": (),
+    "evaluate": ("batches",),
     "curvature": ("late_phase", "evaluate"),
     "training": ("late_phase", "data", "models", "evaluate"),
     "quadratic": ("late_phase", "training"),

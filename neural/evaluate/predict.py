@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from neural.batches import Adapter, Batch, arguments, map_tensors, pairs
 from neural.evaluate.metrics import IGNORED, correct, refuse_probabilities
 from neural.evaluate.precision import full_float32
 from nqm.errors import NQMError, check_integer
 
 #: Pairs (inputs, labels). Logits of shape (B, ..., C) and labels (B, ...) are flattened to
-#: (N, C) and (N,), so a language model's positions count as examples.
-Batches = Iterable[tuple[Tensor, Tensor]]
+#: (N, C) and (N,), so a language model's positions count as examples. Inputs may be a dict or tuple
+#: of arguments; `batch` makes pairs of minibatches of other forms.
+Batches = Iterable[Any]
 Device = torch.device | str | None
 
 
 class MemberForward(Protocol):
     """Module or callable that computes the logits of one member."""
 
-    def __call__(self, x: Tensor, /, *, member: int) -> Tensor:
+    def __call__(self, x: Any, /, *, member: int) -> Any:
         """Compute the logits of one member.
 
         Parameters
@@ -86,17 +88,22 @@ def evaluating(model: object) -> Iterator[None]:
             module.training = mode
 
 
-def predict(model: nn.Module, batches: Batches, device: Device = None) -> tuple[Tensor, Tensor]:
+def predict(
+    model: nn.Module, batches: Batches, device: Device = None, *, batch: Adapter | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute the logits of all batches in eval mode, and collect the labels.
 
     Parameters
     ----------
     model : Module
-        Maps inputs to logits (B, ..., C).
+        Maps inputs to logits (B, ..., C), or to an object or dict with ``logits``.
     batches : iterable of (inputs, labels)
-        Labels have shape (B, ...); logits and labels are flattened to (N, C) and (N,).
+        Labels have shape (B, ...); logits and labels are flattened to (N, C) and (N,). Inputs are
+        one tensor, or a dict or tuple of arguments.
     device : device, optional
         Device that inputs are moved to; by default that of the model's first parameter.
+    batch : callable, optional
+        Makes a pair (inputs, labels) of a batch as `batches` yields it.
 
     Returns
     -------
@@ -109,12 +116,18 @@ def predict(model: nn.Module, batches: Batches, device: Device = None) -> tuple[
         If there is no batch, or logits and labels do not fit.
     """
     with evaluating(model):
-        logits, labels = _collect(lambda x: [model(x)], batches, _device(model, device))
+        given = pairs("predict", batches, batch)
+        logits, labels = _collect(lambda x: [_logits(model, x)], given, _device(model, device))
     return logits[0], labels
 
 
 def predict_members(
-    forward_k: MemberForward, members: int, batches: Batches, device: Device = None
+    forward_k: MemberForward,
+    members: int,
+    batches: Batches,
+    device: Device = None,
+    *,
+    batch: Adapter | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the logits of every member; each batch is loaded once.
 
@@ -124,7 +137,7 @@ def predict_members(
         ``forward_k(x, member=k)`` returns logits (B, ..., C). A module is run in eval mode.
     members : int
         Number of members, K.
-    batches, device
+    batches, device, batch
         See `predict`.
 
     Returns
@@ -140,8 +153,8 @@ def predict_members(
     check_integer("predict_members: members", members, 1)
     with evaluating(forward_k):
         return _collect(
-            lambda x: [forward_k(x, member=k) for k in range(members)],
-            batches,
+            lambda x: [_logits(forward_k, x, member=k) for k in range(members)],
+            pairs("predict_members", batches, batch),
             _device(forward_k, device),
         )
 
@@ -175,7 +188,13 @@ def ensemble_log_probs(member_logits: Tensor) -> Tensor:
 
 
 def mc_dropout(
-    model: nn.Module, batches: Batches, samples: int, seed: int = 0, device: Device = None
+    model: nn.Module,
+    batches: Batches,
+    samples: int,
+    seed: int = 0,
+    device: Device = None,
+    *,
+    batch: Adapter | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute logits under random dropout masks (Gal & Ghahramani 2016).
 
@@ -192,7 +211,7 @@ def mc_dropout(
         Number of masks for each batch, at least 1.
     seed : int
         Seed of the masks; the global random state is not changed.
-    device
+    device, batch
         See `predict`.
 
     Returns
@@ -218,16 +237,20 @@ def mc_dropout(
         for module in dropouts:
             module.training = True
         return _collect(
-            lambda x: [model(x) for _ in range(samples)], batches, _device(model, device)
+            lambda x: [_logits(model, x) for _ in range(samples)],
+            pairs("mc_dropout", batches, batch),
+            _device(model, device),
         )
 
 
-def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
+def score(
+    model: nn.Module, batches: Batches, device: Device = None, *, batch: Adapter | None = None
+) -> Score:
     """Compute mean loss and accuracy in eval mode, without storing logits.
 
     Parameters
     ----------
-    model, batches, device
+    model, batches, device, batch
         See `predict`.
 
     Returns
@@ -241,10 +264,12 @@ def score(model: nn.Module, batches: Batches, device: Device = None) -> Score:
     """
     target = _device(model, device)
     with evaluating(model):
-        return _scored("score", ((model(x.to(target)), y.to(target)) for x, y in batches))
+        given = pairs("score", batches, batch)
+        moved = ((_moved(x, target), _moved(y, target)) for x, y in given)
+        return _scored("score", ((_logits(model, x), y) for x, y in moved))
 
 
-def score_text(model: nn.Module, batches: Batches) -> Score:
+def score_text(model: nn.Module, batches: Batches, *, batch: Adapter | None = None) -> Score:
     """Compute `score` of a language model; a recurrent one keeps its state between windows.
 
     Parameters
@@ -255,6 +280,8 @@ def score_text(model: nn.Module, batches: Batches) -> Score:
     batches : iterable of (symbols, next symbols)
         Each row continues the same row of the previous batch if both have the same number of rows
         (see `neural.data.evaluation_windows`).
+    batch : callable, optional
+        Makes a pair (symbols, next symbols) of a batch as `batches` yields it.
 
     Returns
     -------
@@ -266,12 +293,12 @@ def score_text(model: nn.Module, batches: Batches) -> Score:
         See `score`.
     """
     if "return_state" not in inspect.signature(model.forward).parameters:
-        return score(model, batches)
+        return score(model, batches, batch=batch)
 
     def outputs() -> Iterator[tuple[Tensor, Tensor]]:
         state: Any = None
         rows = 0
-        for x, y in batches:
+        for x, y in pairs("score_text", batches, batch):
             state = state if len(x) == rows else None
             rows = len(x)
             output, state = model(x, state, return_state=True)
@@ -318,7 +345,28 @@ def _device(model: object, device: Device) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _flat(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _moved(tree: Any, device: torch.device) -> Any:
+    return map_tensors(lambda x: x.to(device), tree)
+
+
+def _logits(forward: Callable[..., Any], inputs: Any, **options: Any) -> Tensor:
+    """Logits of a model that returns them, or returns an object or dict that holds them."""
+    args, kwargs = arguments(inputs)
+    output = forward(*args, **kwargs, **options)
+    if isinstance(output, Mapping):
+        output = output.get("logits", output)
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise NQMError(
+            "predict: the model must return a tensor of logits, or an object or dict with logits; "
+            f"got a {type(output).__name__}"
+        )
+    return output
+
+
+def _flat(logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(labels, Tensor):
+        raise NQMError(f"predict: labels must be a tensor; got a {type(labels).__name__}")
     if logits.shape[:-1] != labels.shape:
         raise NQMError(
             "predict: expected logits (B, ..., C) and labels (B, ...); got shapes "
@@ -328,13 +376,16 @@ def _flat(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _collect(
-    forwards: Callable[[Tensor], list[Tensor]], batches: Batches, device: torch.device
+    forwards: Callable[[Any], list[Tensor]], batches: Iterator[Batch], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Stack the outputs of all forwards: logits (K, N, C) in float32 and labels (N,)."""
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     for x, y in batches:
-        outputs = [_flat(out.float().cpu(), y.cpu()) for out in forwards(x.to(device))]
+        outputs = [
+            _flat(out.float().cpu(), _moved(y, torch.device("cpu")))
+            for out in forwards(_moved(x, device))
+        ]
         logits.append(torch.stack([out for out, _ in outputs]))
         labels.append(outputs[0][1])
     if not labels:

@@ -16,10 +16,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 
+from neural.batches import Adapter, arguments, pairs
 from neural.late_phase.duplicate import duplicate
-from neural.late_phase.members import Batch, LatePhase
+from neural.late_phase.members import LatePhase
 from neural.late_phase.ready import check_ready, checked_statistics
-from neural.late_phase.rows import arguments
 from nqm.errors import NQMError, check_number
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -95,10 +95,11 @@ def ema(module: nn.Module, decay: float) -> AveragedModel:
 @torch.no_grad()
 def recompute_statistics(
     module: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     *,
     by_size: bool = False,
     dropout: bool = False,
+    batch: Adapter | None = None,
 ) -> None:
     """Recompute BatchNorm statistics as means over one pass of the data.
 
@@ -117,12 +118,15 @@ def recompute_statistics(
         length of the first axis of the first tensor of the inputs.
     dropout : bool
         True: run with dropout, as in the official code. False: without, as in evaluation.
+    batch : callable, optional
+        Makes a pair (inputs, targets) of a minibatch as `batches` yields it; see
+        `LatePhase.cycles`. For inputs alone: ``lambda b: (b, None)``.
 
     Raises
     ------
     NQMError
-        If there is no batch (an iterator is empty after its first use), or if `by_size` is True and
-        the inputs hold no tensor.
+        If there is no batch (an iterator is empty after its first use), if a batch is no pair and
+        `batch` makes none of it, or if `by_size` is True and the inputs hold no tensor.
     """
     if isinstance(module, AveragedModel):
         module = module.module
@@ -146,7 +150,7 @@ def recompute_statistics(
         if isinstance(module, LatePhase):
             counting.members = _reset_members(module)
             module._compiled = None  # it would be compiled anew for every momentum
-        for inputs, _ in batches:
+        for inputs, _ in pairs("recompute_statistics", batches, batch):
             counting.weight = _size(inputs) if by_size else 1
             counting.empty = False
             _run(module, inputs, counting)

@@ -18,31 +18,33 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
+from neural.batches import Adapter, arguments, as_pair, map_tensors, pairs, safe_to_keep
+from neural.batches import Batch as Batch
 from neural.late_phase import fused as fused_forward
 from neural.late_phase import merge as merging
 from neural.late_phase import optimizers
-from neural.late_phase.cycles import Batch as Batch
-from neural.late_phase.cycles import safe_to_keep
+from neural.late_phase.clip import clipped
 from neural.late_phase.duplicate import results_by_value
 from neural.late_phase.member_steps import step_members
 from neural.late_phase.options import LEFTOVERS, MemberOptions
 from neural.late_phase.pieces import Known, LossWeight, backward_in_pieces
-from neural.late_phase.ranks import average_gradients
+from neural.late_phase.ranks import average, average_gradients
 from neural.late_phase.ready import check_ready, checked_statistics
-from neural.late_phase.rows import UnclearRowsError, arguments
+from neural.late_phase.rows import UnclearRowsError
+from neural.late_phase.scaler import check_scaler, unscale
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import places, swapped
-from nqm.errors import NQMError, check_integer, check_word
+from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.gamma import base_scale
 from nqm.words import html_list
 
@@ -57,13 +59,23 @@ class _Settings(NamedTuple):
     autocast: torch.dtype | None
     loss_weight: LossWeight | None
     batch_weights: Sequence[float] | None
+    clip_norm: float | None = None
+    scaler: GradScaler | None = None
 
     def loss_of(self, member: int) -> Loss:
-        """Loss of a member's minibatch, times the minibatch's weight."""
-        if self.batch_weights is None or self.batch_weights[member] == 1.0:
-            return self.loss
-        loss, weight = self.loss, self.batch_weights[member]
-        return lambda outputs, targets: loss(outputs, targets) * weight
+        """Loss of a member's minibatch, times the minibatch's weight and the scaler's scale."""
+        loss, scaler = self.loss, self.scaler
+        weight = 1.0 if self.batch_weights is None else self.batch_weights[member]
+        if weight == 1.0 and scaler is None:
+            return loss
+        if scaler is None:
+            return lambda outputs, targets: loss(outputs, targets) * weight
+        return lambda outputs, targets: scaler.scale(loss(outputs, targets) * weight)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the losses and gradients that the scaler gives them."""
+        return 1.0 if self.scaler is None else self.scaler.get_scale()
 
 
 class LatePhase(nn.Module):
@@ -236,6 +248,60 @@ class LatePhase(nn.Module):
         with checked_statistics():
             return run(member.reshape(1), args, kwargs)
 
+    @contextmanager
+    def as_member(self, member: int) -> Iterator[nn.Module]:
+        """Let the model compute with the weights of one member inside the block.
+
+        For loops in which something else calls the model and the backward pass, e.g. a trainer.
+        Every backward pass adds to the member's row of the stacked weights' gradients, and to those
+        of the shared weights. Scaling the latter by gamma, clipping, averaging over processes and
+        all optimizer steps are the caller's; `step` does them. The member optimizer must step
+        after the block.
+
+        Parameters
+        ----------
+        member : int
+            Number of the member, 0 to K - 1.
+
+        Yields
+        ------
+        Module
+            The model.
+
+        Raises
+        ------
+        NQMError
+            If `member` is no whole number from 0 to K - 1.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> from neural import LatePhase
+        >>> model = nn.Linear(4, 3)
+        >>> late = LatePhase(model, members=2, select="bias", noise=0.1)
+        >>> for k in range(2):
+        ...     with late.as_member(k):
+        ...         model(torch.ones(5, 4)).square().mean().backward()
+        >>> late.member_parameters()[0].grad.shape
+        torch.Size([2, 3])
+        """
+        k = self._check_member(member)
+        # `select` keeps no tensor for the backward pass, which may thus run several times.
+        state = {n: self._cast(n, w.select(0, k)) for n, w in self._weights().items()}
+        with torch.no_grad():
+            state |= {n: v[k].clone() for n, v in self._statistics().items()}
+        with swapped(self._places, state), checked_statistics():
+            yield self.model
+        self._store_statistics(self.index[k].reshape(1), state)
+
+    def _store_statistics(self, index: Tensor, state: dict[str, Tensor]) -> None:
+        # A trainer switches the mode of the model alone.
+        if self.training or self.model.training:
+            with torch.no_grad():
+                for name, value in self._statistics().items():
+                    value.index_copy_(0, index, state[name][None])
+
     def _check_member(self, member: Any) -> int:
         if isinstance(member, bool) or not isinstance(member, Integral):
             raise NQMError(f"member must be an integer; got {member!r}")
@@ -345,7 +411,7 @@ class LatePhase(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         carried = state_dict.pop(f"{prefix}carried", [])
-        self._carried = list(pytree.tree_map_only(Tensor, self._on_device, carried))
+        self._carried = [map_tensors(self._on_device, batch) for batch in carried]
         turns = state_dict.pop(f"{prefix}had_turn", None)
         if turns is not None:
             self._had_turn = turns.tolist()
@@ -381,10 +447,7 @@ class LatePhase(nn.Module):
                 # Activation checkpoints run layers again in the backward pass: the member's
                 # weights must still be in place.
                 output = learn(output)
-        if self.training:
-            with torch.no_grad():
-                for name, value in self._statistics().items():
-                    value.index_copy_(0, index, state[name][None])
+        self._store_statistics(index, state)
         return output
 
     def _weights(self) -> dict[str, Tensor]:
@@ -416,7 +479,9 @@ class LatePhase(nn.Module):
         """
         return list(self.stacked.values())
 
-    def optimizer_like(self, base_optimizer: Optimizer, **changes: Any) -> Optimizer:
+    def optimizer_like(
+        self, base_optimizer: Optimizer, *, follow: bool = False, **changes: Any
+    ) -> Optimizer:
         """Make the optimizer of the members with parameter groups and settings of the base's.
 
         Parameters
@@ -425,8 +490,13 @@ class LatePhase(nn.Module):
             Optimizer of the model's parameters. Members of weights that it does not have get its
             default settings. If it wraps an optimizer, like that of accelerate, the inner one is
             used.
+        follow : bool
+            True: before each of its steps the members' optimizer takes over the settings that the
+            base's has then, so that a scheduler of the base's optimizer drives the members' rates
+            (and momentum, where it changes that) as well. False: it keeps those of now.
         **changes
-            Settings that differ, e.g. ``weight_decay=5e-3``.
+            Settings that differ, e.g. ``weight_decay=5e-3``; they do not follow. With `follow`,
+            `lr` is the members' rate now, and its ratio to the base's is kept.
 
         Returns
         -------
@@ -436,14 +506,20 @@ class LatePhase(nn.Module):
         Raises
         ------
         NQMError
-            If several optimizers are given, or none can be made from these settings.
+            If several optimizers are given, or none can be made from these settings, or there is
+            nothing that the members could follow.
         """
         return optimizers.another(
-            base_optimizer, self.model.get_parameter, self._weights(), changes
+            base_optimizer, self.model.get_parameter, self._weights(), changes, follow=follow
         )
 
     def cycles(
-        self, loader: Iterable[Batch], leftover: str | None = None, *, last: bool = False
+        self,
+        loader: Iterable[Any],
+        leftover: str | None = None,
+        *,
+        last: bool = False,
+        batch: Adapter | None = None,
     ) -> Iterator[list[Batch]]:
         """Group the minibatches of a loader into cycles of K.
 
@@ -453,29 +529,33 @@ class LatePhase(nn.Module):
         Parameters
         ----------
         loader : iterable of batches
-            Minibatches (inputs, targets).
+            Minibatches (inputs, targets), or of another form with `batch`.
         leftover : {"carry", "members", "drop"}, optional
             What is done with the last minibatches if they are fewer than K, in this call; by
             default that of the object (see `LatePhase`).
         last : bool
             True if no other call follows, so that nothing is carried over.
+        batch : callable, optional
+            Makes a pair (inputs, targets) of a minibatch as the loader yields it, e.g.
+            ``lambda b: (b["image"].to(device), b["label"].to(device))``. A dict or tuple of inputs
+            is unpacked into arguments of the model.
 
         Yields
         ------
         list of batches
-            K minibatches; fewer only at the end, and only with ``leftover="members"``.
+            K minibatches, as pairs; fewer only at the end, and only with ``leftover="members"``.
 
         Raises
         ------
         NQMError
-            If `leftover` is another word.
+            If `leftover` is another word, or a minibatch is no pair and `batch` makes none of it.
         """
         leftover = self.leftover if leftover is None else leftover
         check_word("leftover", leftover, LEFTOVERS)
         waiting, self._carried = self._carried, []
         complete = False
-        for batch in safe_to_keep(loader, self.members):
-            waiting.append(batch)
+        for one in safe_to_keep(pairs("cycles", loader, batch), self.members):
+            waiting.append(one)
             if len(waiting) == self.members:
                 yield waiting
                 waiting, complete = [], True
@@ -503,6 +583,8 @@ class LatePhase(nn.Module):
         autocast: torch.dtype | None = None,
         loss_weight: LossWeight | None = None,
         batch_weights: Sequence[float] | None = None,
+        clip_norm: float | None = None,
+        scaler: GradScaler | None = None,
     ) -> Tensor:
         """Do one cycle: every member steps with its own minibatch, the base with all of them.
 
@@ -531,21 +613,30 @@ class LatePhase(nn.Module):
         batch_weights : sequence of float, optional
             Factor of each minibatch's loss, e.g. where several processes have shares of unequal
             size; by default 1.
+        clip_norm : float, optional
+            Largest norm of each minibatch's gradient over the weights that its member computes
+            with, the shared ones and its own. It is what `torch.nn.utils.clip_grad_norm_` does to
+            the whole model in plain training. It acts before gamma and the sum over members; the
+            base's gradient is then at most gamma K clip_norm long.
+        scaler : GradScaler, optional
+            Scales losses, e.g. with ``autocast=torch.float16``. `step` also unscales the gradients
+            and updates the scale. If a gradient is not finite, neither base nor members step.
 
         Returns
         -------
         Tensor, shape (len(batches),)
-            Losses of the members, detached.
+            Losses of the members, detached and unscaled.
 
         Raises
         ------
         NQMError
             If there are no batches or more than K, if an optimizer has other weights or mixes
-            members, if `fused` is combined with `idle_steps` or `micro_batches`, or if the loss of
-            the pieces is not that of the minibatch (rows along another axis, a loss that ignores
-            some of them).
+            members, if `fused` is combined with `idle_steps`, `micro_batches` or `clip_norm`, or
+            `scaler` with `idle_steps`, or if the loss of the pieces is not that of the minibatch
+            (rows along another axis, a loss that ignores some of them).
         """
         bases = optimizers.listed(base_optimizer, "base_optimizer")
+        scaler = check_scaler(scaler, bases)
         chosen = set(self.selection.parameters)
         shared = [p for name, p in self.model.named_parameters() if name not in chosen]
         optimizers.check(bases, member_optimizer, shared, self.member_parameters())
@@ -558,21 +649,36 @@ class LatePhase(nn.Module):
                 autocast=autocast,
                 loss_weight=loss_weight,
                 batch_weights=batch_weights,
+                clip_norm=clip_norm,
+                scaler=scaler,
             )
+            if scaler is not None:
+                # The scale is taken out here: what wraps an optimizer must not do it again.
+                member_optimizer = optimizers.unwrapped(member_optimizer)
+                full = len(batches) == self.members
+                bases = [optimizers.unwrapped(base) for base in bases if full]
+                if not unscale(scaler, [member_optimizer, *bases]):
+                    return losses
             step_members(member_optimizer, self.member_parameters(), range(len(batches)))
         else:
             check_integer("micro_batches", micro_batches, 1)
+            _check_norm(clip_norm)
+            if scaler is not None:
+                # A member would have stepped before a later minibatch overflows.
+                raise NQMError(f"scaler needs idle_steps='none'; got {self.idle_steps!r}")
             if fused:
                 # Idle members step within a cycle, so their passes cannot be done together.
                 raise NQMError(f"fused needs idle_steps='none'; got {self.idle_steps!r}")
-            settings = _Settings(loss_fn, micro_batches, autocast, loss_weight, batch_weights)
+            settings = _Settings(
+                loss_fn, micro_batches, autocast, loss_weight, batch_weights, clip_norm
+            )
             losses = self._step_with_idle(batches, member_optimizer, settings)
         if len(batches) == self.members:
             for base in bases:
                 base.step()
         return losses
 
-    def accumulate(
+    def accumulate(  # noqa: PLR0913 - options, by keyword
         self,
         batches: Sequence[Batch],
         loss_fn: Loss,
@@ -582,6 +688,8 @@ class LatePhase(nn.Module):
         autocast: torch.dtype | None = None,
         loss_weight: LossWeight | None = None,
         batch_weights: Sequence[float] | None = None,
+        clip_norm: float | None = None,
+        scaler: GradScaler | None = None,
     ) -> Tensor:
         """Compute the gradients of one cycle without a step, e.g. to clip them first.
 
@@ -604,14 +712,28 @@ class LatePhase(nn.Module):
             If there are no batches or more than K, if `fused` is combined with `micro_batches`, or
             if the loss of the pieces is not that of the minibatch.
         """
-        self._check_batches(batches, batch_weights)
+        batches = self._checked(batches, batch_weights)
         check_integer("micro_batches", micro_batches, 1)
+        _check_norm(clip_norm)
         if fused and micro_batches > 1:
             raise NQMError(
                 "fused runs whole minibatches; set micro_batches to 1, or fused to False"
             )
+        if fused and clip_norm is not None:
+            raise NQMError(
+                "fused computes the base's gradient of all minibatches at once, but clip_norm "
+                "needs that of each; set fused to False"
+            )
         self.zero_grad(set_to_none=True)
-        settings = _Settings(loss_fn, micro_batches, autocast, loss_weight, batch_weights)
+        settings = _Settings(
+            loss_fn,
+            micro_batches,
+            autocast,
+            loss_weight,
+            batch_weights,
+            clip_norm,
+            check_scaler(scaler, ()),
+        )
         losses = None
         if fused and len(batches) == self.members:
             losses = self._backward_fused(batches, settings)
@@ -619,9 +741,9 @@ class LatePhase(nn.Module):
             losses = torch.stack(
                 [self._backward(k, batch, settings) for k, batch in enumerate(batches)]
             )
-        self._average_over_ranks(self.parameters())
+        self._average_over_ranks(() if clip_norm is not None else self.parameters())
         self._scale_base()
-        return losses
+        return losses / settings.scale if settings.scaler is not None else losses
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -661,6 +783,15 @@ class LatePhase(nn.Module):
         return cast(Tensor, losses)
 
     def _backward(self, member: int, batch: Batch, settings: _Settings) -> Tensor:
+        if settings.clip_norm is None:
+            return self._unclipped_backward(member, batch, settings)
+        shared, stacked = list(self.model.parameters()), self.member_parameters()
+        norm = settings.clip_norm * settings.scale
+        average_ = average if self._ranks_average else _nothing
+        with clipped(shared, stacked, member, norm, average_):
+            return self._unclipped_backward(member, batch, settings)
+
+    def _unclipped_backward(self, member: int, batch: Batch, settings: _Settings) -> Tensor:
         def run(
             args: tuple[Any, ...], kwargs: dict[str, Any], learn: Callable[[Any], Tensor]
         ) -> Tensor:
@@ -694,25 +825,27 @@ class LatePhase(nn.Module):
     def _step_with_idle(
         self, batches: Sequence[Batch], optimizer: Optimizer, settings: _Settings
     ) -> Tensor:
-        self._check_batches(batches, settings.batch_weights)
+        batches = self._checked(batches, settings.batch_weights)
         self.zero_grad(set_to_none=True)
         losses = []
         for k, batch in enumerate(batches):
             losses.append(self._backward(k, batch, settings))
-            self._average_over_ranks(self.member_parameters())
+            clips = settings.clip_norm is not None  # it has averaged them already
+            self._average_over_ranks(() if clips else self.member_parameters())
             self._had_turn[k] = True
             everyone = self.idle_steps == "every" or k == 0
             # Before its first own turn a member has no gradient, and torch does not step it.
             ready = [j for j in range(self.members) if self._had_turn[j]]
             step_members(optimizer, self.member_parameters(), ready if everyone else [k])
             self.stacked.zero_grad(set_to_none=True)
-        self._average_over_ranks(self.model.parameters())
+        self._average_over_ranks(() if clips else self.model.parameters())
         self._scale_base()
         return torch.stack(losses)
 
-    def _check_batches(
+    def _checked(
         self, batches: Sequence[Batch], weights: Sequence[float] | None = None
-    ) -> None:
+    ) -> list[Batch]:
+        """The minibatches of a cycle, which must be pairs."""
         if not 0 < len(batches) <= self.members:
             raise NQMError(
                 f"a cycle takes 1 .. {self.members} minibatches, one per member; "
@@ -723,6 +856,7 @@ class LatePhase(nn.Module):
                 f"batch_weights must have one number for each of the {len(batches)} minibatches; "
                 f"got {len(weights)}"
             )
+        return [as_pair("a cycle is a list of minibatches", one) for one in batches]
 
     def _check_reached(self) -> None:
         for name in self.selection.parameters:
@@ -862,6 +996,15 @@ class _DenseGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.to_dense() if grad.is_sparse else grad
+
+
+def _check_norm(norm: float | None) -> None:
+    if norm is not None:
+        check_number("clip_norm", norm, low=0.0, closed_low=False)
+
+
+def _nothing(tensors: list[Tensor]) -> None:
+    """Average over one process."""
 
 
 def _key(name: str) -> str:

@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 
 from nqm.errors import NQMError
 
+#: Entry of a parameter group of the members' optimizer that follows the base's: index of the base's
+#: group, and ratio of the rates. There the optimizer's `state_dict` saves them.
+FOLLOWS = "follows"
 #: Optimizers that have passed `check_apart`.
 _APART: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -97,6 +100,8 @@ def another(
     base_weight: Callable[[str], nn.Parameter],
     stacked: Mapping[str, Tensor],
     changes: Mapping[str, Any],
+    *,
+    follow: bool = False,
 ) -> Optimizer:
     """Make an optimizer of stacked weights with parameter groups and settings of the base's.
 
@@ -111,6 +116,8 @@ def another(
         of the same name, its default settings are used.
     changes : mapping of str to object
         Settings that differ.
+    follow : bool
+        Whether it takes over the other settings of `base` before each of its steps.
 
     Returns
     -------
@@ -120,7 +127,8 @@ def another(
     Raises
     ------
     NQMError
-        If `base` is several optimizers, or none can be made from these settings.
+        If `base` is several optimizers, or none can be made from these settings; with `follow` also
+        if `base` lacks a weight, or its rate is 0 and another one is to follow it.
     """
     if isinstance(base, list | tuple):
         raise NQMError(
@@ -130,27 +138,68 @@ def another(
     base = unwrapped(base)
     groups: list[dict[str, Any]] = []
     remaining = dict(stacked)
-    for group in base.param_groups:
+    for index, group in enumerate(base.param_groups):
         in_group = {id(p) for p in group["params"]}
         names = [name for name in remaining if id(base_weight(name)) in in_group]
         if names:
             # A scheduler's entry "initial_lr" belongs to the base optimizer.
             other = ("params", "param_names", "initial_lr")
             own = {n: copy.deepcopy(v) for n, v in group.items() if n not in other}
+            if follow:
+                own[FOLLOWS] = [index, _ratio(changes.get("lr"), group.get("lr"))]
             groups.append({**own, "params": [remaining.pop(name) for name in names]})
+    if remaining and follow:
+        raise NQMError(
+            f"optimizer_like: base_optimizer does not have {next(iter(remaining))}, so that its "
+            "members have no rate to follow; make it on all parameters of the model, or set follow "
+            "to False"
+        )
     if remaining:
         groups.append({**copy.deepcopy(base.defaults), "params": list(remaining.values())})
     for group in groups:
         group.update(changes)
     make = cast(Callable[..., Optimizer], type(base))
     try:
-        return make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
+        own_optimizer = make(groups, **({"lr": groups[0]["lr"]} if "lr" in groups[0] else {}))
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(
             f"optimizer_like cannot make another {type(base).__name__} "
             f"({reason:.100}); make it on late.member_parameters()"
         ) from None
+    if follow:
+        fixed = {*changes, "params", "param_names"} - {"lr"}
+
+        def take_over(optimizer: Optimizer, *_: Any) -> None:
+            _take_over(base, optimizer, fixed)
+
+        own_optimizer.register_step_pre_hook(take_over)
+    return own_optimizer
+
+
+def _ratio(own: Any, base: Any) -> float:
+    if own is None or base is None:
+        return 1.0
+    if not float(base):
+        raise NQMError(
+            "optimizer_like: lr follows the base's rate in its present ratio, and that rate is 0 "
+            "now; make the members' optimizer at another time, or leave lr out"
+        )
+    return float(own) / float(base)
+
+
+def _take_over(base: Optimizer, own: Optimizer, fixed: set[str]) -> None:
+    """Take over the settings that the groups of the base's optimizer have now."""
+    for group in own.param_groups:
+        index, ratio = group[FOLLOWS]
+        for name, value in base.param_groups[index].items():
+            if name in fixed or name not in group:
+                continue
+            new = value * ratio if name == "lr" else value
+            if isinstance(group[name], Tensor):
+                group[name].copy_(new)  # in place, as captured steps read it there
+            else:
+                group[name] = copy.deepcopy(new)
 
 
 def check(

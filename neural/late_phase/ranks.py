@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -18,12 +18,22 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         Parameters, the same in every process; their gradients are changed in place. Those without
         a gradient are left out.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
+    average([p.grad for p in parameters if p.grad is not None])
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over the processes.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+        Of the same shapes in every process; changed in place.
+    """
+    if not tensors:
         return
-    # All gradients in one message: many small messages would be slower.
-    flat = torch.cat([g.flatten() for g in grads])
+    # All in one message: many small messages would be slower.
+    flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for g, mean in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
-        g.copy_(mean.view_as(g))
+    for x, mean in zip(tensors, torch.split(flat, [x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))

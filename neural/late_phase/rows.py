@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from neural.batches import arguments as arguments
 
 #: Row axis of a tensor, and number of entries along it per row; None if it has no rows.
 Rows = tuple[int, int] | None
@@ -44,24 +46,6 @@ DISPLACEMENTS = (0.5, 0.05)
 
 class UnclearRowsError(Exception):
     """The rows of minibatches cannot be distinguished; the message says where."""
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Convert a batch's inputs to positional and keyword arguments of the model.
-
-    Parameters
-    ----------
-    inputs : object
-        A mapping of keyword arguments, a tuple or list of positional arguments, or one argument.
-
-    Returns
-    -------
-    (tuple of object, dict of str to object)
-        Positional and keyword arguments.
-    """
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def count(tree: Any) -> int:

@@ -17,6 +17,7 @@ from tests.tiny_runs import together
 SAME = 1e-12
 KINDS: dict[str, dict[str, Any]] = {
     "inside": {}, "outside": {}, "mean": {"gamma": "mean"}, "idle": {"idle_steps": "every"},
+    "clipped": {}, "clipped idle": {"idle_steps": "first"},
 }  # fmt: skip
 
 
@@ -41,7 +42,9 @@ def train_kind(kind: str, rank: int, world: int) -> list[Tensor]:
             y = torch.randint(3, (8,), generator=draw)
             part = slice(rank * 8 // world, (rank + 1) * 8 // world)
             batches.append((x[part], y[part]))
-        late.step(batches, functional.cross_entropy, base, own)
+        # Between the smallest and the largest norm of these minibatches.
+        norm = 0.6 if kind.startswith("clipped") else None
+        late.step(batches, functional.cross_entropy, base, own, clip_norm=norm)
     assert type(late.averaged()) is nn.Sequential
     return [p.detach() for p in (*late.stacked.values(), *model.parameters())]
 
