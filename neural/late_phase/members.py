@@ -254,9 +254,7 @@ class LatePhase(nn.Module):
 
         For loops in which something else calls the model and the backward pass, e.g. a trainer.
         Every backward pass adds to the member's row of the stacked weights' gradients, and to those
-        of the shared weights. Scaling the latter by gamma, clipping, averaging over processes and
-        all optimizer steps are the caller's; `step` does them. The member optimizer must step
-        after the block.
+        of the shared weights. Afterwards `finish_cycle` steps the members.
 
         Parameters
         ----------
@@ -279,12 +277,15 @@ class LatePhase(nn.Module):
         >>> from torch import nn
         >>> from neural import LatePhase
         >>> model = nn.Linear(4, 3)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> late = LatePhase(model, members=2, select="bias", noise=0.1)
+        >>> own = late.optimizer_like(base)
         >>> for k in range(2):
         ...     with late.as_member(k):
         ...         model(torch.ones(5, 4)).square().mean().backward()
-        >>> late.member_parameters()[0].grad.shape
-        torch.Size([2, 3])
+        >>> if late.finish_cycle(own, 2):
+        ...     base.step()
+        >>> base.zero_grad()
         """
         k = self._check_member(member)
         # `select` keeps no tensor for the backward pass, which may thus run several times.
@@ -294,6 +295,58 @@ class LatePhase(nn.Module):
         with swapped(self._places, state), checked_statistics():
             yield self.model
         self._store_statistics(self.index[k].reshape(1), state)
+
+    def finish_cycle(
+        self, member_optimizer: Optimizer, count: int, *, divided_by: float = 1.0
+    ) -> bool:
+        """Step the members with the gradients that were computed in `as_member`.
+
+        The base's gradient is left for a step of its optimizer, times gamma, and averaged over
+        processes where torch's data parallelism is used. Gradients of the members are freed.
+
+        Parameters
+        ----------
+        member_optimizer : Optimizer
+            Optimizer of `member_parameters`. It must be elementwise.
+        count : int
+            Number of members that have had a minibatch: members 0 to count - 1.
+        divided_by : float
+            Number by which a trainer has divided every loss, e.g. as it accumulates gradients.
+
+        Returns
+        -------
+        bool
+            Whether the cycle is complete, so that the base is to step. Else the base's gradient is
+            freed.
+
+        Raises
+        ------
+        NQMError
+            If the optimizer has other weights or mixes members, `count` is not in 1 .. K, a member
+            has no gradient, or idle members are to be stepped.
+        """
+        if self.idle_steps != "none":
+            raise NQMError(f"finish_cycle needs idle_steps='none'; got {self.idle_steps!r}")
+        check_integer("finish_cycle: count", count, 1)
+        check_number("finish_cycle: count", count, high=self.members)
+        check_number("finish_cycle: divided_by", divided_by, low=0.0, closed_low=False)
+        optimizers.check_members(member_optimizer, self.member_parameters())
+        if all(p.grad is None for p in self.member_parameters() if p.requires_grad):
+            raise NQMError(
+                "finish_cycle: the members have no gradient; run forward and backward passes "
+                "inside `with late.as_member(k)`"
+            )
+        complete = count == self.members
+        if not complete:
+            self.model.zero_grad(set_to_none=True)
+        self._average_over_ranks(self.parameters())
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if divided_by != 1.0:
+            torch._foreach_mul_(grads, divided_by)
+        self._scale_base()
+        step_members(member_optimizer, self.member_parameters(), range(count))
+        self.stacked.zero_grad(set_to_none=True)
+        return complete
 
     def _store_statistics(self, index: Tensor, state: dict[str, Tensor]) -> None:
         # A trainer switches the mode of the model alone.

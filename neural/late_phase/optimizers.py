@@ -226,14 +226,16 @@ def check(
     NQMError
         If an optimizer does not have its weights, has weights of the other, or mixes members.
     """
+    for optimizer in (*bases, member):
+        # That of accelerate does nothing inside `accumulate` but at its last minibatch.
+        state = getattr(optimizer, "gradient_state", None)
+        if not getattr(state, "sync_gradients", True):
+            raise NQMError(
+                "base_optimizer would skip this step; leave accelerator.accumulate out: a cycle "
+                "accumulates by itself, and micro_batches cuts its minibatches into pieces"
+            )
+    check_members(member, stacked)
     own = {id(p) for p in stacked}
-    listed([member], "member_optimizer")
-    stepped = {id(p) for p in parameters([member])}
-    if not stepped or not stepped <= own:
-        raise NQMError(
-            "member_optimizer must be made on late.member_parameters(); see optimizer_like"
-        )
-    check_apart(member, len(stacked[0]))
     base = {id(p) for p in parameters(bases)}
     if own & base:
         raise NQMError("base_optimizer must be made on the model's parameters, not on late's")
@@ -243,6 +245,30 @@ def check(
             "base_optimizer holds no shared weight of late.model, so that none would be trained; "
             "make it on the parameters of the very model that LatePhase was given"
         )
+
+
+def check_members(member: Optimizer, stacked: Sequence[nn.Parameter]) -> None:
+    """Check that the members' optimizer has their weights and does not mix them.
+
+    Parameters
+    ----------
+    member : Optimizer
+        Optimizer of the members.
+    stacked : sequence of Parameter, shape (K, ...)
+        Weights of the members.
+
+    Raises
+    ------
+    NQMError
+        If it has other weights, or mixes members.
+    """
+    listed([member], "member_optimizer")
+    stepped = {id(p) for p in parameters([member])}
+    if not stepped or not stepped <= {id(p) for p in stacked}:
+        raise NQMError(
+            "member_optimizer must be made on late.member_parameters(); see optimizer_like"
+        )
+    check_apart(member, len(stacked[0]))
 
 
 def check_apart(optimizer: Optimizer, members: int) -> None:

@@ -443,3 +443,32 @@ def test_a_members_weights_in_place_are_its_forward_pass():
     with pytest.raises(RuntimeError, match="shapes cannot"), late.as_member(1):
         model(torch.ones(2, 3))
     assert model[2].weight is weight
+
+
+@pytest.mark.parametrize("gamma", ["sum", "mean"])
+def test_a_loop_by_hand_is_step(gamma):
+    """Also where a trainer has divided the losses, and where a cycle is not complete."""
+    late, base, own = begun(net(), 2, gamma=gamma)
+    other, other_base, other_own = begun(copy.deepcopy(late.model), 2, gamma=gamma)
+    for count in (2, 1, 2):
+        given = batches(count)
+        other.step(given, functional.cross_entropy, other_base, other_own)
+        for k, (x, y) in enumerate(given):
+            with late.as_member(k):
+                (functional.cross_entropy(late.model(x), y) / 4.0).backward()
+        if late.finish_cycle(own, count, divided_by=4.0):
+            base.step()
+        base.zero_grad()
+        for p, q in zip(late.parameters(), other.parameters(), strict=True):
+            agree(p.detach(), q.detach(), IDENTITY)
+    for wrong, told in (
+        ((own, 3), "finish_cycle: count must be at most 2; got 3"),
+        ((own, 0), "finish_cycle: count must be"),
+        ((base, 2), r"member_optimizer must be made on late\.member_parameters"),
+        ((own, 2), "finish_cycle: the members have no gradient"),
+    ):
+        with pytest.raises(NQMError, match=told):
+            late.finish_cycle(*wrong)
+    late, base, own = begun(net(), 2, idle_steps="every")
+    with pytest.raises(NQMError, match="finish_cycle needs idle_steps='none'"):
+        late.finish_cycle(own, 2)
