@@ -10,6 +10,7 @@ like cross-entropy, G has no negative eigenvalue.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from neural.curvature.examples import EachRow, rows
 
-#: Rows of the examples' Jacobians that are computed together; memory is proportional to them.
+#: Rows or columns of the examples' Jacobians that are computed together; memory is proportional to
+#: them.
 JACOBIAN_ROWS = 160
 
 
@@ -42,7 +44,7 @@ def ggn_product(
     -------
     Tensor, shape (p,)
     """
-    moved: Tensor = jvp(output, (w,), (v,))[1]
+    moved = _slope(output, w, v)
     pulled: tuple[Any, ...] = vjp(output, w)
     here, back = pulled
     product: Tensor = back(_bent(loss, here, moved))[0]
@@ -58,9 +60,9 @@ def ggn_matrix(
 ) -> Tensor:
     """Compute the dense matrix G, summed over a batch; for few weights.
 
-    An example takes as many backward passes as its output has entries: 10 for an image of ten
-    classes, symbols times alphabet for a window of text. Besides G, the Jacobians of a few examples
-    are in memory.
+    An example takes one backward pass for each entry of its output (10 for an image of ten
+    classes), or one forward pass for each weight, whichever are fewer: a window of text has symbols
+    times alphabet entries. Besides G, the Jacobians of a few examples are in memory.
 
     Parameters
     ----------
@@ -83,26 +85,37 @@ def ggn_matrix(
         """J and H J of one example, shape (entries of the output, p) each."""
         x, y = make([tensor[None] for tensor in row])
 
-        def output_twice(w: Tensor) -> tuple[Tensor, Tensor]:
-            out = output(w, x)[0]
-            return out, out
+        def of_weights(w: Tensor) -> Tensor:
+            return output(w, x)[0]
 
         def of_output(out: Tensor) -> Tensor:
             return loss(out[None], y)[0]
 
-        jacobian, here = jacrev(output_twice, has_aux=True, chunk_size=JACOBIAN_ROWS)(w)
+        here = of_weights(w)
+        if here.numel() <= len(w):
+            jacobian = jacrev(of_weights, chunk_size=JACOBIAN_ROWS)(w)
+        else:
+            units = torch.eye(len(w)).to(w)
+            along = partial(_slope, of_weights, w)
+            jacobian = vmap(along, out_dims=-1, chunk_size=JACOBIAN_ROWS)(units)
         bent = vmap(lambda u: _bent(of_output, here, u), in_dims=-1, out_dims=-1)(jacobian)
         return jacobian.reshape(-1, len(w)), bent.reshape(-1, len(w))
 
     each = EachRow(jacobian_of)
     with torch.no_grad():
         entries = output(w, make([tensor[:1] for tensor in tensors])[0]).numel()
-        count = max(JACOBIAN_ROWS // entries, 1)
+        count = max(JACOBIAN_ROWS // min(entries, len(w)), 1)
         total = w.new_zeros(len(w), len(w), dtype=torch.float64)
         for block in zip(*(torch.split(tensor, count) for tensor in tensors), strict=True):
             jacobian, bent = each(*block)
             total += jacobian.flatten(0, 1).double().T @ bent.flatten(0, 1).double()
     return 0.5 * (total + total.T)
+
+
+def _slope(output: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
+    """Differentiate an output along a direction."""
+    slope: Tensor = jvp(output, (w,), (v,))[1]
+    return slope
 
 
 def _bent(loss: Callable[[Tensor], Tensor], at: Tensor, along: Tensor) -> Tensor:

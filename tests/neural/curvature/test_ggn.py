@@ -19,6 +19,7 @@ from neural.curvature.cache import Cache, fingerprint
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import eigenpairs, trace_estimate
+from neural.late_phase.reparametrize import add_rank1
 from neural.models import build
 from nqm.errors import NQMError
 from tests.tiny_risks import Bowl, tanh_risk
@@ -44,11 +45,19 @@ def text() -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randint(5, (14, 6)), torch.randint(5, (14, 6))
 
 
+def recurrent() -> tuple[nn.Module, Tensor, Tensor]:
+    model = build("lstm_lm", classes=5, embedding=3, hidden=2)
+    add_rank1(model, "lstm.*")
+    return model, torch.randint(5, (14, 6)), torch.randint(5, (14, 6))
+
+
 KINDS = {
     "mlp": (mlp, "all"),
     "convolutions and BatchNorm": (batchnorm, "all"),
     "late-phase coordinates": (batchnorm, "batchnorm+head"),
-    "text": (text, "head"),
+    "text, fewer weights than entries of an output": (text, "head"),
+    "text, more weights": (text, "layernorm+head"),
+    "text, rank-1 factors of an LSTM": (recurrent, "rank1"),
 }
 
 
