@@ -30,6 +30,9 @@ from .amortized import AMESample as AMESample
 from .distribution import LossDistribution as LossDistribution
 from .errors import NQMError as NQMError
 from .explorer.widgets import explore as explore
+from .loss_curves import FittedCurve as FittedCurve
+from .loss_curves import Log as Log
+from .loss_curves import fit_loss_curves as fit_loss_curves
 from .prediction_ensembles import PredictionEnsemble as PredictionEnsemble
 from .prediction_ensembles import rounding_cost as rounding_cost
 from .prediction_ensembles import rounding_error as rounding_error

@@ -1,4 +1,4 @@
-"""Commands on what is best and what is possible: edge, critical-batch, optimize, soup and bound.
+"""Commands on what is best and possible: edge, critical-batch, optimize, soup, bound and fit.
 
 They read the same files as ``nqm run``. This module imports only click at the top.
 """
@@ -354,3 +354,90 @@ def _ingredients(made: Soup, names: list[str]) -> pd.DataFrame:
 
     numbered = [f"{i}: {name}" if name else str(i) for i, name in enumerate(names)]
     return pd.DataFrame({"ingredient": numbered, "loss": np.diag(made.moment), **_rules(made)})
+
+
+@click.command("fit")
+@click.argument("logs", nargs=-1, required=True, metavar="LOG.csv PROGRAM.toml ...")
+@click.option(
+    "--forecast",
+    "other",
+    type=click.Path(dir_okay=False),
+    metavar="PROGRAM.toml",
+    help="Forecast the loss of this program from the same start.",
+)
+@click.option("--level", type=float, default=0.95, show_default=True, help="Of the band.")
+@click.option("--problem", metavar="TABLE", help="Write the problem for `problem.file`.")
+@options("out", "json")
+def fit(
+    logs: tuple[str, ...],
+    other: str | None,
+    level: float,
+    problem: str | None,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Fit a noisy quadratic problem to logged loss curves, and forecast another program.
+
+    Each LOG has columns step and loss, and is followed by the file whose phases it ran. Logs of one
+    start under two schedules say more than one log: the band shows what they leave open. Without
+    --forecast the records stand beside the fit.
+
+    \b
+    nqm fit constant.csv constant.toml cosine.csv cosine.toml --forecast wsd.toml
+    """
+    from nqm.errors import NQMError
+    from nqm.loss_curves import Log, fit_loss_curves
+    from nqm.table import write_table
+
+    if len(logs) % 2:
+        raise NQMError(f"each LOG is followed by its PROGRAM.toml; got {len(logs)} files")
+    read = []
+    stated: dict[str, Any] = {"name": "fit", "level": level, "logs": [], "forecast": None}
+    for table, file in zip(logs[::2], logs[1::2], strict=True):
+        steps, losses, frame = _logged(table)
+        program, mapping = _program(file)
+        read.append(Log(steps, losses, program.program))
+        stated["logs"].append({"program": mapping, "records": frame})
+    target = None
+    if other is not None:
+        target, stated["forecast"] = _program(other)
+    from nqm import __version__, keys
+    from nqm.table import Stamp
+
+    found = fit_loss_curves(*read)
+    click.echo(
+        f"a record's relative error {found.error:.2g}, floor {found.floor:.4g}, sharpest direction "
+        f"with noise {found.sharpest_noise:.3g}",
+        err=True,
+    )
+    if problem is not None:
+        write_table(problem, found.problem_table(), {"floor": found.floor})
+    stamp = Stamp(keys.key(stated), __version__, stated)
+
+    def compute() -> pd.DataFrame:
+        if target is None:
+            return found.table()
+        return found.forecast(target.program, target.at, level=level)
+
+    deliver(compute, stamp, as_json, out)
+
+
+def _logged(path: str) -> tuple[Any, Any, list[list[float]]]:
+    """Steps and losses of a table, and both as lists."""
+    from nqm.errors import NQMError
+    from nqm.table import read_table
+
+    frame = read_table(path)
+    for name in ("step", "loss"):
+        if name not in frame:
+            raise NQMError(f"{path} has no column {name!r}; it has {', '.join(frame.columns)}")
+    rows = frame[["step", "loss"]].dropna()
+    return rows["step"], rows["loss"], rows.to_numpy(dtype=float).tolist()
+
+
+def _program(file: str) -> tuple[Run, dict[str, Any]]:
+    """A file's phases and records; its problem, if it has one, does not count."""
+    from nqm.runs import config, toml
+
+    mapping = toml.load(file) | {"problem": {"curvature": [1.0], "noise_variance": 1.0}}
+    return config.build(mapping), mapping
