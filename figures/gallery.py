@@ -23,10 +23,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, context, new_figure
+from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, context, new_figure, plain_log
 from nqm.table import COLUMNS
 
 #: Inches, and dots per inch: 480 x 300 pixels.
@@ -158,11 +158,7 @@ def _curves(table: pd.DataFrame, ax: Axes) -> None:
         ax.plot(rows.index, rows, label=str(name), gid=str(name), **look)
     if _wide(table):
         ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        if high < 100.0 * low:  # one power of ten or two are too few ticks
-            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+        plain_log(ax.yaxis)
     if len(table.columns) > 1:
         ax.legend(loc="best", handlelength=1.4)
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nqm.table import replacing
 
@@ -23,7 +25,11 @@ DPI = 200
 #: Okabe & Ito (2008): told apart with any colour vision. Black is kept for references.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE = "#333333"
+#: Further colours, for more arms than the palette has (Tol 2021); never for two meanings of one.
+MORE = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0, (7, 2)),
+                          (0, (3, 1, 1, 1, 1, 1)))  # fmt: skip
 #: A sequential map that is monotone in lightness.
 COLORMAP = "viridis"
 UNSTABLE = "#d9d9d9"
@@ -65,6 +71,29 @@ def context() -> AbstractContextManager[None]:
     """
     settings: Any = STYLE  # the stubs ask for a literal type of every key
     return mpl.rc_context(settings)
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour, marker and line style of the curve with this number.
+
+    Parameters
+    ----------
+    index : int
+        From 0.
+
+    Returns
+    -------
+    dict
+        ``color``, ``marker`` and ``linestyle``. The first 12 colours differ, and so do the pairs of
+        marker and line style of the first 36 curves: they are told apart without colour.
+    """
+    colors = PALETTE + MORE
+    turn = index // len(MARKERS)
+    return {
+        "color": colors[index % len(colors)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[(index + turn) % len(LINES)],
+    }
 
 
 def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
@@ -142,6 +171,21 @@ def members_axis(ax: Axes, values: list[int]) -> None:
     ax.minorticks_off() if ax.get_yscale() != "log" else ax.xaxis.minorticks_off()
 
 
+def plain_log(axis: Axis) -> None:
+    """Label a logarithmic axis of less than two decades at 1, 2 and 5, with plain numbers.
+
+    Parameters
+    ----------
+    axis : Axis
+        Its limits are final; a longer axis, or one that is not logarithmic, stays as it is.
+    """
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and 0.0 < high < 100.0 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Figure, stem: Path, parameters: Mapping[str, Any]) -> list[Path]:
     """Write a figure as PNG and as PDF, with its parameters inside the files.
 
@@ -162,17 +206,35 @@ def save(figure: Figure, stem: Path, parameters: Mapping[str, Any]) -> list[Path
     list of Path
         The paths of the PNG and of the PDF, in this order.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(parameters, sort_keys=True)
-    kinds: dict[str, dict[str, Any]] = {
-        "png": {"Title": stem.name, "Parameters": text},
-        "pdf": {"Title": stem.name, "Keywords": text, "CreationDate": None},
-    }
-    paths = []
-    for kind, metadata in kinds.items():
-        path = stem.with_suffix(f".{kind}")
-        with replacing(path) as stream, context():
-            figure.savefig(stream, format=kind, metadata=metadata)
-            figure.set_layout_engine("none")  # the second file keeps the layout of the first
-        paths.append(path)
+    paths = [stem.with_suffix(f".{kind}") for kind in ("png", "pdf")]
+    for path in paths:
+        write(figure, path, stem.name, parameters)
+        figure.set_layout_engine("none")  # the second file keeps the layout of the first
     return paths
+
+
+def write(figure: Figure, path: Path, title: str, parameters: Mapping[str, Any]) -> None:
+    """Write a figure in the format of the path's ending, all or nothing.
+
+    Parameters
+    ----------
+    figure : Figure
+        Figure to write.
+    path : Path
+        PNG, PDF or SVG; missing folders are made.
+    title : str
+        Title in the file.
+    parameters : mapping of str to value
+        What the figure was made from, kept in the file as JSON.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(parameters, sort_keys=True)
+    kind = path.suffix.lower().removeprefix(".")
+    kinds: dict[str, dict[str, Any]] = {
+        "png": {"Title": title, "Parameters": text},
+        "pdf": {"Title": title, "Keywords": text, "CreationDate": None},
+        "svg": {"Title": title, "Description": text, "Date": None},
+    }
+    # The same figure is the same bytes: no date, and names in SVG by content.
+    with replacing(path) as stream, context(), mpl.rc_context({"svg.hashsalt": "nqm"}):
+        figure.savefig(stream, format=kind, metadata=kinds[kind])

@@ -1,4 +1,4 @@
-"""``nqm figure``, ``nqm reproduce`` and ``nqm tables``: only click is loaded at the top."""
+"""``nqm figure``, ``reproduce``, ``tables`` and ``plot``: only click is loaded at the top."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import click
 class _Command(click.Command):
     """Draw into files only; the calling group reports a user's mistake."""
 
+    needs: tuple[str, ...] = ("jinja2", "matplotlib", "sklearn")
+
     def invoke(self, ctx: click.Context) -> Any:
         from nqm.errors import check_installed
 
-        check_installed(f"nqm {self.name}", "figures", "jinja2", "matplotlib", "sklearn")
+        check_installed(f"nqm {self.name}", "figures", *self.needs)
         import matplotlib as mpl
 
         mpl.use("Agg")  # the command line opens no window
@@ -128,6 +130,64 @@ def tables(runs: Path, out: Path) -> None:
     click.echo(as_text(filled))
     for path in paths:
         click.echo(path)
+
+
+class _Plot(_Command):
+    needs = ("matplotlib", "seaborn")
+
+
+@click.command(cls=_Plot)
+@click.argument("table", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--x", metavar="COLUMN", help="Column of the x axis.")
+@click.option("--y", metavar="COLUMN", help="Column of the y axis.")
+@click.option("--hue", metavar="COLUMN", help="Column shown by colour; of a heatmap its value.")
+@click.option("--col", metavar="COLUMN", help="Column with one panel for each value.")
+@click.option("--style", metavar="COLUMN", help="Column shown by line style and marker.")
+@click.option("--kind", metavar="KIND", help="line, scatter or heatmap.")
+@click.option("--logx/--no-logx", default=None, help="Logarithmic x axis.")
+@click.option("--logy/--no-logy", default=None, help="Logarithmic y axis.")
+@click.option(
+    "--where",
+    "conditions",
+    multiple=True,
+    metavar="COLUMN=VALUE",
+    help="Draw the rows with this value, or with one of several between commas (repeatable).",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture to write: .png, .pdf or .svg.  [default: the table's name with .png]",
+)
+def plot(table: Path, conditions: tuple[str, ...], out: Path | None, **stated: Any) -> None:
+    """Draw columns of a TABLE of a run, a sweep or an experiment (.parquet or .csv).
+
+    What is not stated follows from the table: time or the swept value on the x axis, the loss or
+    another measured column on the y axis, and colours, panels and line styles for what else tells
+    rows apart. Rows that differ by their seed alone are averaged, with a 95 % interval by Student's
+    t; rows that differ otherwise never are.
+
+    \b
+    nqm plot out/sweep.parquet
+    nqm plot out/sweep.parquet --x lr --hue members --logx
+    nqm plot out/sweep.parquet --kind heatmap
+    nqm plot out/neural/digits_bn-full/results.parquet --where metric=nll,accuracy
+    """
+    from figures.columns import Choice, swept, where
+    from figures.plot import check_picture, save
+    from figures.plot import plot as draw
+    from nqm.errors import NQMError
+    from nqm.table import read_metadata, read_table
+
+    pairs = [(name, value) for name, _, value in (one.partition("=") for one in conditions)]
+    if not all("=" in one for one in conditions):
+        raise NQMError(f"--where must be COLUMN=VALUE; got {', '.join(conditions)}")
+    choice = Choice(**stated)
+    out = table.with_suffix(".png") if out is None else out
+    check_picture(out)
+    frame, axes = read_table(table), read_metadata(table).get("axes", {})
+    kept = where(frame, pairs)
+    save(draw(kept, choice, swept(frame, axes)), out, table.name, choice)
+    click.echo(out)
 
 
 def _alone(out: Path) -> None:

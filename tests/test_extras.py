@@ -64,8 +64,8 @@ def test_a_plain_install_runs_sweeps_settles_and_tunes(tmp_path: Path) -> None:
     extras = packages(
         [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
     )
-    absent = extras - packages(PROJECT["dependencies"]) | {"seaborn"}
-    assert {"matplotlib", "jinja2", "sklearn", "torch"} <= absent
+    absent = extras - packages(PROJECT["dependencies"])
+    assert {"matplotlib", "jinja2", "seaborn", "sklearn", "torch"} <= absent
     commands = [
         ["run", EXAMPLE, "--out", str(tmp_path / "run.parquet")],
         ["sweep", str(ROOT / "docs/examples/sweep.toml"), "--out", str(tmp_path / "sweep.parquet")],
@@ -94,9 +94,22 @@ def test_pictures_name_their_extra(missing: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("missing", ["matplotlib", "seaborn"])
+def test_plot_names_its_extra(missing: str) -> None:
+    assert PROJECT["entry-points"]["nqm.commands"]["plot"] == "paper_repro.cli:plot"
+    code = CALLS.replace(
+        "main\nfor", "main\nfrom paper_repro.cli import plot\nmain.add_command(plot)\nfor"
+    )
+    code = code.format(absent=[missing], calls=[["plot", "none.csv"]])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (
+        done.stderr == f"error: nqm plot needs {missing}: pip install 'late-phase-nqm[figures]'\n"
+    )
+
+
 def test_extras_hold_what_their_commands_need() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert packages(extras["figures"]) == {"matplotlib", "jinja2", "sklearn"}
+    assert packages(extras["figures"]) == {"matplotlib", "jinja2", "seaborn", "sklearn"}
     own = f"{PROJECT['name']}[figures]"
     assert own in extras["neural"], "nqm neural train draws pictures"
     assert own in extras["test"], "make test, make reproduce"
