@@ -77,19 +77,19 @@ class Choice:
         measured = "hue" if self.kind == "heatmap" else "y"
         return [column for place, column in self.columns.items() if place != measured]
 
-    def given(self, place: str, column: str) -> Choice:
+    def given(self, role: str, column: str) -> Choice:
         """The same with a column at a place.
 
         Parameters
         ----------
-        place : {"x", "y", "hue", "col", "style"}
+        role : {"x", "y", "hue", "col", "style"}
         column : str
 
         Returns
         -------
         Choice
         """
-        changes: dict[str, Any] = {place: column}
+        changes: dict[str, Any] = {role: column}
         return replace(self, **changes)
 
 
