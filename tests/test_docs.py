@@ -67,7 +67,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(given))
 
 
-#: What trains the run that the pages call RUN.
+#: What trains the run that the pages call RUN, and the folder that they call OUT.
 TRAIN = "nqm neural train digits_bn"
 #: Run as a user does, in a process of its own; the others here, where all is imported already.
 FROM_A_SHELL = "nqm list"
@@ -112,6 +112,8 @@ def test_commands_run(
     for index, word in enumerate(words):
         if word.partition("#")[0] == "RUN":
             words[index] = word.replace("RUN", str(request.getfixturevalue("trained")))
+        elif word == "OUT" and words[:2] != ["neural", "train"]:
+            words[index] = str(request.getfixturevalue("trained").parents[1])
     if words[:2] == ["neural", "train"]:
         words += ["--scale", "smoke", "--threads", "1"]
     if words[:2] == ["neural", "bridge"]:
