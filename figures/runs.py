@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new
 from nqm.table import label
+
+#: Line style of averages over time.
+AVERAGED = (0, (4, 1.5))
 
 
 def comparison(table: pd.DataFrame, *, metric: str = "accuracy", ax: Axes | None = None) -> Axes:
@@ -48,22 +54,34 @@ def comparison(table: pd.DataFrame, *, metric: str = "accuracy", ax: Axes | None
     return ax
 
 
-def over_epochs(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = None) -> Axes:
+def over_epochs(
+    table: pd.DataFrame,
+    *,
+    column: str = "accuracy",
+    ax: Axes | None = None,
+    starts: Mapping[str, int] | None = None,
+) -> Axes:
     """Draw one column of the history against epochs, a colour per arm.
+
+    An arm that averages over time has a second, dashed curve: that of the average.
 
     Parameters
     ----------
     table : DataFrame
-        Columns arm, seed, epoch, and `column`.
+        Columns arm, seed, epoch, and `column`; optionally ``average_{column}``, NaN where there is
+        no average.
     column : str
         Name of a metric, or ``loss``.
     ax : Axes, optional
         Axes to draw on; by default those of a new figure.
+    starts : mapping of str to int, optional
+        Arm -> T0, epochs done when its members begin: a dotted line.
 
     Returns
     -------
     Axes
-        Seeds are thin (gid ``ARM/seed``), their mean is thick (``ARM/mean``).
+        Seeds are thin (gid ``ARM/seed``), their mean is thick (``ARM/mean``), that of the average
+        is dashed (``ARM/average``), T0 is dotted (``ARM/T0``).
     """
     ax = axes_or_new(ax)
     for i, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
@@ -73,10 +91,29 @@ def over_epochs(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | Non
         mean = rows.groupby("epoch")[column].mean()
         name = str(arm).replace("_", " ")
         ax.plot(mean.index, mean, color=color, label=name, gid=f"{arm}/mean")
+        averaged = _averaged(rows, f"average_{column}")
+        if len(averaged):
+            ax.plot(averaged.index, averaged, color=color, ls=AVERAGED, gid=f"{arm}/average")
+        if starts and str(arm) in starts:
+            ax.axvline(starts[str(arm)], color=color, lw=0.8, ls=":", zorder=0, gid=f"{arm}/T0")
     said = "cross-entropy (nats)" if column == "loss" else label(column)
     ax.set(xlabel="epochs", ylabel=f"test {said}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if column == "loss" and table[column].max() > 10.0 * table[column].min():
         ax.set_yscale("log")
-    ax.legend(loc="best")
+    extra = []
+    if f"average_{column}" in table and table[f"average_{column}"].notna().any():
+        extra.append(Line2D([], [], color=REFERENCE, ls=AVERAGED, label="average over time"))
+    if starts:
+        extra.append(Line2D([], [], color=REFERENCE, lw=0.8, ls=":", label="T0: members begin"))
+    handles = [*ax.get_legend_handles_labels()[0], *extra]
+    # Above the axes: curves and T0 may be anywhere within.
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
     return ax
+
+
+def _averaged(rows: pd.DataFrame, column: str) -> pd.Series[float]:
+    """Mean over seeds of the average's curve; empty of an arm that does not average."""
+    if column not in rows:
+        return pd.Series(dtype=float)
+    return rows.groupby("epoch")[column].mean().dropna()

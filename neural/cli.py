@@ -14,6 +14,7 @@ import click
 COMMANDS = {
     "train": "neural.training.cli",
     "watch": "neural.training.cli",
+    "results": "neural.training.cli",
     "evaluate": "neural.training.cli",
     "sweep": "neural.training.cli",
     "bridge": "neural.bridge.cli",

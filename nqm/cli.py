@@ -427,17 +427,9 @@ def _load(file: str, overrides: tuple[str, ...]) -> Run:
 def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:
     """Print a table as JSON or as text; of a table in a file print the name and number of rows."""
     if as_json:
-        import json
-        import math
+        from nqm.table import to_json
 
-        def strict(value: Any) -> Any:
-            # JSON has neither NaN nor infinity; the column status names the reason.
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        columns = [table[name].tolist() for name in table.columns]
-        rows = [[strict(value) for value in row] for row in zip(*columns, strict=True)]
-        document = {"columns": list(table.columns), "rows": rows}
-        click.echo(json.dumps(document, allow_nan=False))
+        click.echo(to_json(table))
     elif out is None:
         click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.6g}"))
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -204,6 +205,29 @@ def label(name: str) -> str:
     column = COLUMNS[name]
     repeats = column.unit in ("", column.label)
     return column.label if repeats else f"{column.label} ({column.unit})"
+
+
+def to_json(table: pd.DataFrame) -> str:
+    """Write a table as the JSON document that ``--json`` prints.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The table.
+
+    Returns
+    -------
+    str
+        An object with the lists ``columns`` and ``rows``; numbers that are not finite are null.
+    """
+
+    def strict(value: Any) -> Any:
+        # JSON has neither NaN nor infinity; the column status names the reason.
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    columns = [table[name].tolist() for name in table.columns]
+    rows = [[strict(value) for value in row] for row in zip(*columns, strict=True)]
+    return json.dumps({"columns": list(table.columns), "rows": rows}, allow_nan=False)
 
 
 def write_table(path: str | Path, frame: pd.DataFrame, metadata: Mapping[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""``nqm neural train | watch | evaluate | sweep``; only click loads at the top."""
+"""``nqm neural train | watch | results | evaluate | sweep``; only click loads at the top."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +19,9 @@ from neural.training.cli_options import (
     set_option,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @click.command()
@@ -89,6 +92,7 @@ def train(
     from neural.training.recipe import load_recipe
     from neural.training.watch import Display
     from nqm.names import folder_name
+    from nqm.table import read_table
 
     if workers > 1:
         check_alone("--workers")
@@ -113,28 +117,88 @@ def train(
     leave()
     if runtime.rank == 0:
         display.update()
-        _show(table, made.title, folder)
+        _show(table, made.title)
+        starts = {
+            arm: run.late_phase.start_epoch for arm, run in made.arms.items() if run.late_phase
+        }
+        _draw(table, read_table(folder / "history.parquet"), folder, starts, made.title)
 
 
-def _show(table: Any, title: str, folder: Path) -> None:
-    """Print a summary over seeds, the runs that diverged, and the names of the figures."""
+@click.command()
+@click.argument(
+    "paths",
+    metavar="RUN|OUT...",
+    nargs=-1,
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+)
+@click.option(
+    "--reference",
+    metavar="ARM",
+    help="Arm with which the others are compared.  [default: the first arm]",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for comparison.png and comparison.pdf: curves over epochs, and the results.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON document to standard output.")
+def results(
+    paths: tuple[Path, ...], reference: str | None, out: Path | None, as_json: bool
+) -> None:
+    """Compare finished trainings: the runs in the folders RUN, or all runs below OUT.
+
+    A table of all models in percent, and for every arm in words whether it is better than the
+    reference, by the differences of runs with the same seed. nqm neural train prints the same at
+    its end. (nqm neural compare is about ways to combine models, not about trainings.)
+
+    \b
+    nqm neural results out/neural/digits_bn-full
+    nqm neural results out/neural/digits_bn-full out/mine --reference digits_bn-full/base --json
+    """
+    from neural.training.results import collect, find_runs, histories, starts
+    from neural.training.results_table import compare
+    from neural.training.run_folder import check_no_run
+    from neural.training.watch import read_plan
+    from nqm.errors import NQMError
+    from nqm.table import to_json
+
+    runs, incomplete = find_runs(paths)
+    if incomplete:
+        count = f"{incomplete} run{'s are' if incomplete > 1 else ' is'}"
+        click.echo(f"{count} not complete and left out; nqm neural watch shows them", err=True)
+    if not runs:
+        raise NQMError("no run is complete yet")
+    table = collect(runs)
+    compared = compare(table, reference)  # also checks the reference
+    if as_json:
+        click.echo(to_json(compared))
+    else:
+        title = read_plan(paths[0]).title if len(paths) == 1 else ""
+        _show(table, title, reference)
+    if out is not None:
+        check_no_run(out)
+        _draw(table, histories(runs), out, starts(runs), ", ".join(path.name for path in paths))
+
+
+def _show(table: pd.DataFrame, title: str, reference: str | None = None) -> None:
+    """Print results as a table, verdicts, and the runs that diverged."""
+    from neural.training.results_table import text
+
+    if title:
+        click.echo(title)
+    for line in text(table, reference=reference, style=sys.stdout.isatty()):
+        click.echo(line)
+
+
+def _draw(
+    table: pd.DataFrame, history: pd.DataFrame, out: Path, starts: dict[str, int], title: str
+) -> None:
+    """Draw the comparison of arms, and print the names of its files."""
     from neural.training.plots import draw
-    from neural.training.summary import summarise
-    from nqm.table import read_table
 
-    click.echo(title)
-    metrics = [
-        name for name in ("accuracy", "nll", "ece", "bpc") if (table["metric"] == name).any()
-    ]
-    for metric in metrics:
-        click.echo(f"\n{metric}")
-        summary = summarise(table, metric)
-        shown = summary.to_string(index=False, float_format=lambda value: f"{value:.4f}", na_rep="")
-        click.echo(shown)
-    for arm, seed in table.loc[table["status"] == "diverged", ["arm", "seed"]].to_numpy():
-        click.echo(f"diverged: {arm}, seed {seed}")
-    for path in draw(table, read_table(folder / "history.parquet"), folder, title):
-        click.echo(path)
+    for path in draw(table, history, out, title, starts):
+        click.echo(path, err=True)
 
 
 @click.command()

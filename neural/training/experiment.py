@@ -8,7 +8,7 @@ On a CPU the results are bit for bit those of separate runs.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,18 +20,17 @@ import pandas as pd
 import torch
 
 from neural.data import Data, Images, load
-from neural.evaluate import classification_metrics, ensemble_log_probs
 from neural.training import preflight
 from neural.training._malloc import keep_freed_memory
-from neural.training.averages import AVERAGES
 from neural.training.config import RunConfig, describe
 from neural.training.loggers import load_logger
 from neural.training.recipe import Recipe, check_seeds
 from neural.training.report import ood_images
+from neural.training.results import Finished, collect, histories
 from neural.training.run_folder import RunFolder, check_no_run
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
-from neural.training.watch import Planned, write_plan
+from neural.training.watch import Plan, Planned, write_plan
 from nqm import __version__, keys
 from nqm.errors import NQMError, suggest
 from nqm.files import locked
@@ -228,7 +227,8 @@ def _run_all(
     groups = jobs(replace(recipe, arms=chosen), seeds)
     _rehearse(groups, out, runtime)
     if runtime.rank == 0:
-        write_plan(out, [_planned(job, out) for group in groups for job in group])
+        planned = tuple(_planned(job, out) for group in groups for job in group)
+        write_plan(out, Plan(recipe.title, tuple(recipe.arms), planned))
     if workers == 1:
         for index, group in enumerate(groups):
             _run_group(group, out, runtime, within(progress, index, len(groups)))
@@ -237,11 +237,11 @@ def _run_all(
     if runtime.rank > 0:
         return pd.DataFrame()
     runs = _done(recipe, [*recipe.seeds, *(seeds or ())], out)
-    table = collect(runs, out)
+    table = collect(runs)
     key = keys.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
     metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
     write_table(target, table, metadata)
-    write_table(out / "history.parquet", histories(runs, out), metadata)
+    write_table(out / "history.parquet", histories(runs), metadata)
     return table
 
 
@@ -274,18 +274,18 @@ def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
             raise NQMError(f"arm {arm}: {error}") from error
 
 
-def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Job]:
+def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Finished]:
     """Runs of a recipe, of any arm and these seeds, that are complete."""
     done = []
     for group in jobs(recipe, sorted(set(seeds))):
         for job in group:
             try:
-                status = RunFolder(job.folder(out), job.run, writes=False).status
+                folder = RunFolder(job.folder(out), job.run, writes=False)
             except NQMError:  # the folder holds another configuration
                 continue
-            if status is not None:
-                done.append(job)
-    return sorted(done, key=lambda job: list(recipe.arms).index(job.arm))
+            if folder.status is not None:
+                done.append(Finished(job.arm, job.seed, folder))
+    return sorted(done, key=lambda run: list(recipe.arms).index(run.arm))
 
 
 def _run_group(
@@ -386,77 +386,3 @@ def _run_parallel(
                 progress("training", sum(shares[:]) / len(groups))
             for future in done:
                 future.result()
-
-
-def collect(runs: Sequence[Job], out: Path) -> pd.DataFrame:
-    """Read the results of runs into one table, and add deep ensembles.
-
-    Parameters
-    ----------
-    runs : sequence of Job
-        Complete runs.
-    out : Path
-        Folder of the experiment.
-
-    Returns
-    -------
-    DataFrame
-        See `run_experiment`.
-    """
-    frames: list[pd.DataFrame] = []
-    for job in runs:
-        log = RunFolder(job.folder(out), job.run, writes=False)
-        result = log.result()
-        if result.empty:
-            blank = {"weights": "", "member": -1, "data": "", "metric": "", "value": np.nan}
-            result = pd.DataFrame([blank])
-        lead = {"arm": job.arm, "seed": job.seed, "status": log.status}
-        frames.append(pd.DataFrame({**lead, **{n: result[n] for n in result.columns}}))
-    table: pd.DataFrame = pd.concat(frames, ignore_index=True)
-    ensembles = pd.DataFrame(list(_deep_ensembles(runs, out)))
-    return pd.concat([table, ensembles], ignore_index=True)
-
-
-def histories(runs: Sequence[Job], out: Path) -> pd.DataFrame:
-    """Read the evaluations during training of several runs into one table.
-
-    Parameters
-    ----------
-    runs : sequence of Job
-        Complete runs.
-    out : Path
-        Folder of the experiment.
-
-    Returns
-    -------
-    DataFrame
-        Columns arm, seed, and those of a run's history (see `neural.training.report.during`).
-    """
-    frames = []
-    for job in runs:
-        history = RunFolder(job.folder(out), job.run, writes=False).history()
-        history.insert(0, "arm", job.arm)
-        history.insert(1, "seed", job.seed)
-        frames.append(history)
-    return pd.concat(frames, ignore_index=True)
-
-
-def _deep_ensembles(runs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
-    """Metrics of the mean prediction over an arm's seeds, for every single model."""
-    for arm in dict.fromkeys(job.arm for job in runs):
-        folders = [
-            RunFolder(job.folder(out), job.run, writes=False) for job in runs if job.arm == arm
-        ]
-        predictions = [arrays for folder in folders if (arrays := folder.predictions())]
-        if len(predictions) < 2:
-            continue
-        labels = torch.from_numpy(predictions[0]["labels"])
-        for weights in ("iterate", "averaged", "snapshot_soup", *AVERAGES):
-            if weights not in predictions[0]:
-                continue
-            stacked = torch.stack([torch.from_numpy(arrays[weights]) for arrays in predictions])
-            metrics = classification_metrics(ensemble_log_probs(stacked), labels)
-            lead = {"arm": arm, "seed": -1, "status": "finished", "member": -1, "data": "test"}
-            for metric, value in metrics.items():
-                name = f"deep_ensemble_{weights}"
-                yield {**lead, "weights": name, "metric": metric, "value": value}

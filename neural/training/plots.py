@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,7 +12,13 @@ from figures import runs, style
 from neural.training.summary import per_seed
 
 
-def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+def draw(
+    results: pd.DataFrame,
+    history: pd.DataFrame,
+    folder: Path,
+    title: str,
+    starts: Mapping[str, int] | None = None,
+) -> list[Path]:
     """Draw curves over epochs, and the test metric of every model, as PNG and PDF.
 
     Parameters
@@ -24,6 +31,8 @@ def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str)
         Folder for ``comparison.png`` and ``comparison.pdf``.
     title : str
         Title of the figure; plain text, not mathematics.
+    starts : mapping of str to int, optional
+        Arm -> T0, epochs done when its members begin; marked on the curves.
 
     Returns
     -------
@@ -40,10 +49,11 @@ def draw(results: pd.DataFrame, history: pd.DataFrame, folder: Path, title: str)
         figure = style.new_figure(style.PAGE, 1.0 + 0.16 * max(models, 10))
         left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.15])
         column = "loss" if metric == "bpc" else "accuracy"
-        runs.over_epochs(history, column=column, ax=left)
+        runs.over_epochs(history, column=column, ax=left, starts=starts)
         runs.comparison(compared, metric=metric, ax=right)
         if column == "accuracy":  # leave early epochs out of the range of the axis
             settled = history.loc[history["epoch"] >= history["epoch"].max() / 3, column]
-            left.set_ylim(float(settled.min()) - 0.005, float(history[column].max()) + 0.005)
+            drawn = history[[name for name in (column, f"average_{column}") if name in history]]
+            left.set_ylim(float(settled.min()) - 0.005, float(drawn.max().max()) + 0.005)
         figure.suptitle(title, fontsize=9, parse_math=False)  # show a "$" of a title as such
     return style.save(figure, folder / "comparison", {"title": title})

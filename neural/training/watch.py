@@ -81,18 +81,69 @@ class RunState:
         return self.state in ("finished", "diverged")
 
 
-def write_plan(out: Path, runs: Sequence[Planned]) -> None:
-    """Write the runs of an experiment, in the order of its arms and seeds.
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment trains.
+
+    Attributes
+    ----------
+    title : str
+        Title of its recipe.
+    arms : tuple of str
+        All arms of its recipe, in order.
+    runs : tuple of Planned
+        Runs that the last command trains.
+    """
+
+    title: str = ""
+    arms: tuple[str, ...] = ()
+    runs: tuple[Planned, ...] = ()
+
+
+def write_plan(out: Path, plan: Plan) -> None:
+    """Write the plan of an experiment.
 
     Parameters
     ----------
     out : Path
         Folder of the experiment.
-    runs : sequence of Planned
-        Its runs.
+    plan : Plan
+        What it trains.
     """
     with replacing(out / PLAN) as stream:
-        stream.write(json.dumps({"runs": [asdict(run) for run in runs]}, indent=1).encode())
+        stream.write(json.dumps(asdict(plan), indent=1).encode())
+
+
+def read_plan(out: Path) -> Plan:
+    """Read the plan of an experiment.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the experiment.
+
+    Returns
+    -------
+    Plan
+        An empty one if the file is missing or damaged. Runs outside of the folder are left out.
+    """
+    try:
+        check_regular(out / PLAN)
+        content = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        runs = [
+            Planned(str(run["folder"]), int(run["first"]), int(run["epochs"]))
+            for run in content["runs"]
+        ]
+        arms = tuple(str(arm) for arm in content["arms"])
+        title = str(content["title"])
+    except (NQMError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return Plan()
+    inside = (run for run in runs if _inside(Path(run.folder)))
+    return Plan(title, arms, tuple(inside))
+
+
+def _inside(path: Path) -> bool:
+    return not path.is_absolute() and ".." not in path.parts
 
 
 class Watch:
@@ -123,7 +174,7 @@ class Watch:
         list of RunState
             Runs of an experiment in the order of its plan, others by name.
         """
-        states, (folders, experiments) = [], _folders(self.out)
+        states, (folders, experiments) = [], run_folders(self.out)
         self.busy = any(is_locked(experiment, folder=True) for experiment in experiments)
         for folder, planned in folders.items():
             state = self._complete.get(folder) or _state(folder, self.out, planned)
@@ -133,8 +184,21 @@ class Watch:
         return states
 
 
-def _folders(out: Path) -> tuple[dict[Path, Planned | None], list[Path]]:
-    """Folders of runs at or below a folder, those of plans first; folders with a plan."""
+def run_folders(out: Path) -> tuple[dict[Path, Planned | None], list[Path]]:
+    """Find the runs at or below a folder.
+
+    Parameters
+    ----------
+    out : Path
+        The folder.
+
+    Returns
+    -------
+    runs : dict of Path to Planned or None
+        Folders of runs that exist or are planned, those of plans first.
+    experiments : list of Path
+        Folders that have a plan.
+    """
     found: dict[Path, Planned | None] = {}
     on_disk: list[Path] = []
     experiments: list[Path] = []
@@ -143,28 +207,15 @@ def _folders(out: Path) -> tuple[dict[Path, Planned | None], list[Path]]:
         folder = Path(place)
         if PLAN in files:
             experiments.append(folder)
-            found |= {folder / run.folder: run for run in _plan(folder)}
+            found |= {folder / run.folder: run for run in read_plan(folder).runs}
         if "run.json" in files:
             on_disk.append(folder)
             folders.clear()
     return found | {folder: found.get(folder) for folder in on_disk}, experiments
 
 
-def _plan(folder: Path) -> list[Planned]:
-    """Runs of an experiment; none if its file is damaged."""
-    try:
-        check_regular(folder / PLAN)
-        content = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        runs = [
-            Planned(str(r["folder"]), int(r["first"]), int(r["epochs"])) for r in content["runs"]
-        ]
-    except (NQMError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return []
-    return [run for run in runs if not Path(run.folder).is_absolute() and ".." not in run.folder]
-
-
 def _state(folder: Path, out: Path, planned: Planned | None) -> RunState:
-    name, seed = _names(folder, out)
+    name, seed = arm_and_seed(folder, out)
     stated = _stated(folder)
     if stated is None or stated.get("status") is None:
         running = is_locked(folder, folder=True)
@@ -184,8 +235,23 @@ def _state(folder: Path, out: Path, planned: Planned | None) -> RunState:
     return RunState(name, seed, state, progress)
 
 
-def _names(folder: Path, out: Path) -> tuple[str, str]:
-    """Arm and seed of a run, from the last parts of its path: ``ARM/seedN``."""
+def arm_and_seed(folder: Path, out: Path) -> tuple[str, str]:
+    """Arm and seed of a run, from the last parts of its path: ``ARM/seedN``.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the run.
+    out : Path
+        Folder at or above it, from which one looks.
+
+    Returns
+    -------
+    arm : str
+        Path of the arm below `out`, or the run's own folder if it is not called ``seedN``.
+    seed : str
+        Digits; empty if the folder does not tell.
+    """
     parts = folder.relative_to(out).parts
     if len(parts) < 2:  # `out` is an arm, or the run itself
         parts = folder.resolve().parts[-2:]

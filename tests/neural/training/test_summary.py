@@ -60,10 +60,8 @@ def line(table: pd.DataFrame, arm: str, weights: str) -> pd.Series[Any]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    found: tuple[float, float] = stats.t.interval(
-        0.95, len(values) - 1, np.mean(values), stats.sem(values)
-    )
-    return found
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    return max(low, 0.0), min(high, 1.0)  # no accuracy lies beyond
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -15,9 +16,11 @@ from click.testing import CliRunner
 from neural.training import monitor, watch
 from neural.training.experiment import run_experiment
 from neural.training.run_progress import FILE, RunProgress, read_progress, write_progress
+from neural.training.state import TrainState
 from neural.training.train import train
 from neural.training.watch import (
     Display,
+    Plan,
     Planned,
     RunState,
     Watch,
@@ -30,7 +33,7 @@ from neural.training.watch import (
 from nqm.cli import main
 from nqm.files import locked
 from nqm.table import read_table
-from tests.tiny_runs import LATE, in_process, recipe, tiny, train_until_killed
+from tests.tiny_runs import LATE, recipe, tiny
 
 HALF = RunProgress(1.5, 3, 0.75, 1, 0.5, 0.875, 40.0)
 
@@ -57,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_state_is_told_from_the_files(tmp_path: Path, finished: Path) -> None:
     planned = [Planned(f"{arm}/seed{k}", 1, 3) for k in (0, 1) for arm in ("base", "late")]
-    write_plan(tmp_path, planned)
+    write_plan(tmp_path, Plan(runs=tuple(planned)))
     (tmp_path / "base").mkdir()
     (tmp_path / "base/seed0").symlink_to(finished)
     begun(tmp_path / "late/seed0", HALF)
@@ -83,15 +86,33 @@ def test_every_state_is_told_from_the_files(tmp_path: Path, finished: Path) -> N
     assert seen(tmp_path)["late", "0"].state == "killed"  # the lock is free
 
 
-def test_a_killed_training_is_told_with_what_it_had_done(tmp_path: Path) -> None:
-    in_process(train_until_killed, tiny(), tmp_path / "base/seed4", 30)
+def test_a_killed_training_is_told_with_what_it_had_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception for a signal: either frees the lock and leaves the files as they are."""
+    folder = tmp_path / "base/seed4"
+    original = TrainState.step
+
+    def step(self: TrainState, batches: Any) -> Any:
+        if self.done == 6:
+            raise KeyboardInterrupt
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainState, "step", step)
+        patch.setattr(monitor, "WRITE_EVERY", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), folder)
     (state,) = Watch(tmp_path).look()
     assert (state.name, state.seed, state.state) == ("base", "4", "killed")
-    assert 0 < state.progress.epoch < state.progress.epochs == 3
-    train(tiny(), tmp_path / "base/seed4")
+    assert state.progress.epoch == 1.0  # four minibatches; nothing was written since
+    assert state.progress.epochs == 3
+    history = read_table(folder / "history.parquet")
+    assert state.progress.accuracy == history["accuracy"].iloc[-1]
+    train(tiny(), folder)
     (state,) = Watch(tmp_path).look()
     assert state.state == "finished"
-    assert not (tmp_path / "base/seed4" / FILE).exists()
+    assert not (folder / FILE).exists()
 
 
 @pytest.mark.parametrize("where", ["", "base", "base/seed3"])
@@ -120,7 +141,7 @@ def test_a_plan_leads_nowhere_else(tmp_path: Path) -> None:
     begun(tmp_path / "other/seed0")
     (tmp_path / "out").mkdir()
     away = [str(tmp_path / "other/seed0"), "../other/seed0"]
-    write_plan(tmp_path / "out", [Planned(folder, 0, 3) for folder in away])
+    write_plan(tmp_path / "out", Plan(runs=tuple(Planned(folder, 0, 3) for folder in away)))
     assert Watch(tmp_path / "out").look() == []
 
 
@@ -232,7 +253,7 @@ def test_the_live_table_is_drawn_over_the_one_before(
 
 
 def test_an_experiment_that_is_locked_goes_on_by_itself(tmp_path: Path) -> None:
-    write_plan(tmp_path, [Planned("base/seed0", 0, 3)])
+    write_plan(tmp_path, Plan(runs=(Planned("base/seed0", 0, 3),)))
     looking = Watch(tmp_path)
     with locked(tmp_path, folder=True):  # its workers are just starting
         assert table(looking.look(), busy=looking.busy)[-1] == "1 waiting"
