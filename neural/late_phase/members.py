@@ -484,24 +484,46 @@ class LatePhase(nn.Module):
         # A compiled function would use the weights of the module that it was compiled for.
         self._compiled = None
 
-    def _member_forward(
-        self,
-        index: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        learn: Callable[[Any], Tensor] | None = None,
-    ) -> Any:
-        state = {n: self._cast(n, w.index_select(0, index)[0]) for n, w in self._weights().items()}
+    def _member_forward(self, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = {n: self._cast(n, _row(w, index)) for n, w in self._weights().items()}
         with torch.no_grad():
             state |= {n: v.index_select(0, index)[0] for n, v in self._statistics().items()}
         with swapped(self._places, state):
             output = self.model(*args, **kwargs)
-            if learn is not None:
-                # Activation checkpoints run layers again in the backward pass: the member's
-                # weights must still be in place.
-                output = learn(output)
         self._store_statistics(index, state)
         return output
+
+    def _member_backward(
+        self,
+        k: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        learn: Callable[[Any], Tensor],
+    ) -> Tensor:
+        """Run a member and its backward pass on views of its rows; nothing of size (K, ...) moves.
+
+        Its weights stay in the model until the backward pass is done, since activation checkpoints
+        run layers again.
+        """
+        stacked = self._weights()
+        rows = {n: w.detach()[k].requires_grad_(w.requires_grad) for n, w in stacked.items()}
+        # In evaluation mode layers must not write to the statistics.
+        views = {n: v[k] if self.training else v[k].clone() for n, v in self._statistics().items()}
+        state = {n: self._cast(n, row) for n, row in rows.items()} | views
+        with swapped(self._places, state):
+            loss = learn(self.model(*args, **kwargs))
+        with torch.no_grad():
+            for name, view in views.items():
+                if state[name] is not view:  # a layer has replaced a buffer
+                    view.copy_(state[name])
+            reached = [name for name, row in rows.items() if row.grad is not None]
+            for name in reached:
+                if stacked[name].grad is None:
+                    stacked[name].grad = torch.zeros_like(stacked[name])
+            into = [cast(Tensor, stacked[name].grad)[k] for name in reached]
+            if reached:
+                torch._foreach_add_(into, [cast(Tensor, rows[name].grad) for name in reached])
+        return loss
 
     def _weights(self) -> dict[str, Tensor]:
         stacked = self.stacked._parameters
@@ -850,8 +872,7 @@ class LatePhase(nn.Module):
         ) -> Tensor:
             with self._autocast(settings.autocast):
                 if self._compiled is None:
-                    index = self.index[member].reshape(1)
-                    return cast(Tensor, self._member_forward(index, args, kwargs, learn))
+                    return self._member_backward(member, args, kwargs, learn)
                 return learn(self(*args, member=member, **kwargs))
 
         with checked_statistics():
@@ -1037,6 +1058,16 @@ def _spawn(
         normal = torch.randn(stacked.shape, generator=generator, dtype=stacked.dtype)
         stacked = stacked + sigma * size * normal.to(stacked.device)
     return stacked
+
+
+def _row(stacked: Tensor, index: Tensor) -> Tensor:
+    """Row of a stacked weight, in the layout of the others: channels-last kernels remain so.
+
+    `index_select` alone writes its result, and the gradient, in row-major order.
+    """
+    order = sorted(range(1, stacked.ndim), key=lambda axis: -stacked.stride(axis))
+    row = stacked.permute(0, *order).index_select(0, index)[0]
+    return row.permute([order.index(axis) for axis in range(1, stacked.ndim)])
 
 
 class _DenseGradient(torch.autograd.Function):

@@ -21,7 +21,10 @@ struct CUDAHooks final : CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool hasCuDNN() const override { return true; }
   bool compiledWithCuDNN() const override { return true; }
+  bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return true; }
   bool supportsBFloat16RNNWithCuDNN() const override { return true; }
+  bool supportsDilatedConvolutionWithCuDNN() const override { return true; }
+  bool supportsDepthwiseConvolutionWithCuDNN() const override { return true; }
   long versionCuDNN() const override { return 91000; }
   long versionRuntimeCuDNN() const override { return 91000; }
   double batchnormMinEpsilonCuDNN() const override { return 0.0; }

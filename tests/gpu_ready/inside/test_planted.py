@@ -10,6 +10,7 @@ from full_size import state
 from meter import CUDA, Meter, gpu
 from torch import Tensor, nn
 
+from neural.late_phase import members
 from neural.training.task import Task
 
 
@@ -61,6 +62,21 @@ def test_a_wait_is_seen(change: Any, words: str) -> None:
 
 def test_another_layout_is_seen() -> None:
     assert planted(plain_layout).layouts
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_another_layout_of_stacked_kernels_is_seen(
+    monkeypatch: pytest.MonkeyPatch, fused: str
+) -> None:
+    spawn = members._spawn
+    monkeypatch.setattr(members, "_spawn", lambda *args: spawn(*args).contiguous())
+    changes = ['model.name="wrn-10-1"', "late_phase.members=2", f"late_phase.fused={fused}"]
+    with gpu() as meter:
+        train_state = state("cifar10_baselines", *changes, arm="late_phase_all")
+        batch = next(train_state.task.stream.epoch(0))
+        train_state.spawn()
+        train_state.step([batch] * 2)
+        assert any(name.startswith("weights") for name in meter.layouts)
 
 
 def test_a_tensor_on_the_host_is_an_error() -> None:
