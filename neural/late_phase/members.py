@@ -1065,7 +1065,7 @@ def _row(stacked: Tensor, index: Tensor) -> Tensor:
 
     `index_select` alone writes its result, and the gradient, in row-major order.
     """
-    order = sorted(range(1, stacked.ndim), key=lambda axis: -stacked.stride(axis))
+    order = sorted(range(1, stacked.ndim), key=lambda axis: -stacked.stride()[axis])
     row = stacked.permute(0, *order).index_select(0, index)[0]
     return row.permute([order.index(axis) for axis in range(1, stacked.ndim)])
 
