@@ -85,8 +85,8 @@ class EpochPlan:
             raise NQMError(f"rank must be below world = {world}; got {rank}")
         if batch_size % world:
             raise NQMError(
-                f"batch_size must be a multiple of world = {world}, so that every rank's mean "
-                f"gradient weighs the same; got {batch_size}"
+                f"batch_size must be a multiple of world = {world}, so that all ranks have as "
+                f"many examples; got {batch_size}"
             )
         self.count, self.batch_size, self.rank, self.world = count, batch_size, rank, world
         self.batches = count // batch_size if drop_last else -(-count // batch_size)

@@ -6,7 +6,7 @@ weights of a `LatePhase`: ``swa(late)`` is SWA of late-phase weights as in the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ def recompute_statistics(
     by_size: bool = False,
     dropout: bool = False,
     batch: Adapter | None = None,
+    batch_weights: Sequence[float] | None = None,
 ) -> None:
     """Recompute BatchNorm statistics as means over one pass of the data.
 
@@ -121,6 +122,9 @@ def recompute_statistics(
     batch : callable, optional
         Makes a pair (inputs, targets) of a minibatch as `batches` yields it; see
         `LatePhase.cycles`. For inputs alone: ``lambda b: (b, None)``.
+    batch_weights : sequence of float, optional
+        Another weight > 0 of each minibatch, e.g. where several processes have shares of unequal
+        size.
 
     Raises
     ------
@@ -130,6 +134,8 @@ def recompute_statistics(
     """
     if isinstance(module, AveragedModel):
         module = module.module
+    for weight in batch_weights or ():
+        check_number("batch_weights", weight, low=0.0, closed_low=False)
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
         return
@@ -150,8 +156,14 @@ def recompute_statistics(
         if isinstance(module, LatePhase):
             counting.members = _reset_members(module)
             module._compiled = None  # it would be compiled anew for every momentum
-        for inputs, _ in pairs("recompute_statistics", batches, batch):
+        for number, (inputs, _) in enumerate(pairs("recompute_statistics", batches, batch)):
             counting.weight = _size(inputs) if by_size else 1
+            if batch_weights is not None:
+                if number == len(batch_weights):
+                    raise NQMError(
+                        f"batch_weights must have one number for each minibatch; got {number}"
+                    )
+                counting.weight = batch_weights[number]
             counting.empty = False
             _run(module, inputs, counting)
         if counting.empty:
@@ -182,11 +194,12 @@ class _Counting:
     """
 
     def __init__(self) -> None:
-        self.weight, self.empty = 1, True
+        self.weight: float = 1
+        self.empty = True
         #: Layers with statistics for each member, and the member that runs.
         self.members: set[nn.Module] = set()
         self.member = 0
-        self._seen: dict[tuple[nn.Module, int], int] = {}
+        self._seen: dict[tuple[nn.Module, int], float] = {}
 
     def __call__(self, layer: _BatchNorm, args: Any) -> None:
         key = (layer, self.member if layer in self.members else 0)

@@ -182,6 +182,9 @@ class TrainConfig:
         Compile the model with `torch.compile`.
     micro_batches : int
         Number of pieces in which a minibatch is run, to save memory.
+    sync_batchnorm : bool
+        Whether BatchNorm takes its statistics from the minibatches of all processes of ``torchrun``
+        instead of each process's part.
     """
 
     epochs: int
@@ -199,6 +202,7 @@ class TrainConfig:
     channels_last: bool = False
     compile: bool = False
     micro_batches: int = 1
+    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         check_integer("TrainConfig.epochs", self.epochs, 1)

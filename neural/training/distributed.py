@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,10 +116,14 @@ class Parts:
         Returns the minibatches of one epoch, this process's part of each.
     world : int
         Number of processes of the run.
+    weights : sequence of float
+        Weight of the part of each minibatch: the mean over processes of weighted means over parts
+        is the mean over examples (see `neural.data.sampling.EpochPlan.weight`).
     """
 
     make: Callable[[], Iterable[Batch]]
     world: int
+    weights: Sequence[float]
 
     def __call__(self) -> Iterable[Batch]:
         """Minibatches of one epoch.
@@ -131,7 +135,7 @@ class Parts:
         return self.make()
 
     def average_statistics(self, module: nn.Module) -> None:
-        """Replace statistics of the parts by their mean over all processes.
+        """Replace weighted means of the parts' statistics by the mean over all processes.
 
         Parameters
         ----------
@@ -143,6 +147,7 @@ class Parts:
         with torch.no_grad():
             for value in module.buffers():
                 if value.is_floating_point():
+                    value *= sum(self.weights) / len(self.weights)
                     dist.all_reduce(value)
                     value /= self.world
 

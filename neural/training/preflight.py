@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from neural.data import Images
 from neural.data.sampling import EpochPlan
@@ -48,13 +50,22 @@ def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
     ------
     NQMError
         If the late phase completes no cycle, the memory is too small, a selection matches no
-        weight, or a fused pass would have to be compiled.
+        weight, a fused pass would have to be compiled, or BatchNorm cannot be synchronised.
     """
     late = run.late_phase
     if run.train.compile and late is not None and late.fused:
         raise NQMError(
             "train.compile does not compile the pass of late_phase.fused; set one of them to false"
         )
+    if run.train.sync_batchnorm and runtime.world > 1:
+        # Processes with parts of different sizes would not run the layers equally often.
+        for name, used in (
+            ("train.compile", run.train.compile),
+            ("late_phase.fused", late is not None and late.fused),
+            ("train.micro_batches", run.train.micro_batches > 1),
+        ):
+            if used:
+                raise NQMError(f"train.sync_batchnorm does not work with {name}; leave one out")
     check_cycles(run, len(task.stream))
     check_size(run, runtime, task)
 
@@ -121,6 +132,8 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
             f"train.compile does not compile the recurrent layers of {run.model.name}, which have "
             "kernels of their own; leave it out"
         )
+    if runtime.world > 1 and runtime.rank == 0:
+        _tell_parts(run, runtime, model)
     item = torch.empty((), dtype=DTYPES[run.train.precision]).element_size()
     count = sum(p.numel() for p in model.parameters())
     if run.train.no_decay:
@@ -146,6 +159,18 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
             f"{logits / 2**30:,.1f} GiB, and there are {limit / 2**30:,.1f} GiB; lower "
             "evaluate.mc_dropout, late_phase.members, snapshots.members or data.test_examples"
         )
+
+
+def _tell_parts(run: RunConfig, runtime: Runtime, model: nn.Module) -> None:
+    """Warn that BatchNorm sees a part of each minibatch."""
+    if run.train.sync_batchnorm or not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return
+    size = run.data.batch_size
+    warnings.warn(
+        f"BatchNorm takes its statistics from the {size // runtime.world} of {size} examples that "
+        f"each of {runtime.world} processes has; with train.sync_batchnorm = true from all",
+        stacklevel=2,
+    )
 
 
 def memory(device: torch.device) -> int:

@@ -213,7 +213,8 @@ def _models(train_state: TrainState) -> dict[str, nn.Module]:
 def _parts(train_state: TrainState) -> Parts:
     """Training data, in an order that training did not have."""
     stream, epoch = train_state.task.stream, train_state.run.train.epochs
-    return Parts(lambda: stream.epoch(epoch), train_state.runtime.world)
+    weights = [stream.plan.weight(batch) for batch in range(len(stream))]
+    return Parts(lambda: stream.epoch(epoch), train_state.runtime.world, weights)
 
 
 def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:

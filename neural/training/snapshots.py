@@ -275,6 +275,6 @@ def soup(model: nn.Module, states: Iterable[Mapping[str, Tensor]], parts: Parts)
     made: nn.Module = mean.module
     if parts.world > 1:
         share_weights(made)
-    averaging.recompute_statistics(made, parts())
+    averaging.recompute_statistics(made, parts(), batch_weights=parts.weights)
     parts.average_statistics(made)
     return made

@@ -20,6 +20,7 @@ from neural.training.build import make_late, make_model
 from neural.training.config import RunConfig
 from neural.training.distributed import share_weights, summed
 from neural.training.optim import clip_rows, make_optimizer, set_lr
+from neural.training.sync_batchnorm import synchronise
 from neural.training.task import DTYPES, Runtime, Task
 from nqm.errors import NQMError
 
@@ -61,6 +62,8 @@ class TrainState:
             runtime.device, DTYPES[run.train.precision]
         )
         if runtime.world > 1:
+            if run.train.sync_batchnorm:
+                self.model = synchronise(self.model)
             # Initial weights may differ between processes, e.g. by whitening, which uses the
             # process's part of the data. All must start with the same weights.
             share_weights(self.model)

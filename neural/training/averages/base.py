@@ -132,9 +132,11 @@ class MeanWeights(Average[AveragedModel]):
         dict of str to Module
             Name in the results -> network (see `single_models`).
         """
-        recompute_statistics(state.module, batches())
-        if isinstance(batches, Parts):
-            batches.average_statistics(state.module)
+        parts = batches if isinstance(batches, Parts) else None
+        weights = None if parts is None else parts.weights
+        recompute_statistics(state.module, batches(), batch_weights=weights)
+        if parts is not None:
+            parts.average_statistics(state.module)
         return single_models(state.module, self.method)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from neural.data.sampling import EpochPlan
 from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.ranks import average_gradients
+from neural.training import preflight
 from neural.training import train as training
 from neural.training.build import plain_model
 from neural.training.config import RunConfig
@@ -23,6 +25,7 @@ from neural.training.distributed import join, local_rank, summed
 from neural.training.experiment import run_experiment
 from neural.training.run_folder import RunFolder
 from neural.training.state import TrainState
+from neural.training.sync_batchnorm import synchronise
 from neural.training.task import Runtime, open_task
 from neural.training.train import train
 from nqm.cli import main
@@ -368,6 +371,127 @@ def test_examples_weigh_the_same_where_a_minibatch_does_not_divide(tmp_path: Pat
         for key, tensor in weights(tmp_path / "one" / name, file).items():
             found = weights(tmp_path / "two" / name, file)[key]
             torch.testing.assert_close(found, tensor, rtol=SAME, atol=SAME)
+
+
+def test_statistics_of_unequal_parts_are_weighted(tmp_path: Path) -> None:
+    """Of the first layer, whose inputs do not depend on other statistics: those of all data."""
+    assert together(2, train_unequal_average, tmp_path) == ["finished"] * 2
+    run = unequal_average()
+    model = plain_model(run.model, task := open_task(run, Runtime())).double()
+    model.load_state_dict(weights(tmp_path))
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert first.running_mean is not None
+    found = first.running_mean.clone()
+    recompute_statistics(model, task.stream.epoch(run.train.epochs))
+    torch.testing.assert_close(found, first.running_mean, rtol=SAME, atol=SAME)
+
+
+def unequal_average() -> RunConfig:
+    return tiny(**UNEQUAL | {"model": CNN, "average": {"method": "swa", "start_epoch": 0}})
+
+
+def train_unequal_average(rank: int, world: int, folder: Path) -> str:
+    return train(unequal_average(), folder, Runtime(rank=rank, world=world)).status
+
+
+#: BatchNorm whose statistics are those of all processes: as one process trains.
+SYNCED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "late": {"late_phase": LATE | {"select": "batchnorm+head", "leftover": "members"}},
+    "swa": {"average": {"method": "swa", "start_epoch": 1}},
+}
+
+
+def synced() -> dict[str, RunConfig]:
+    train = {"precision": "float64", "epochs": 2, "sync_batchnorm": True}
+    shared = {"model": CNN, "train": train, "data": UNEQUAL["data"]}
+    return {name: tiny(**shared | extra) for name, extra in SYNCED.items()}
+
+
+def train_synced(rank: int, world: int, folder: Path) -> list[str]:
+    return [
+        train(run, folder / name, Runtime(rank=rank, world=world)).status
+        for name, run in synced().items()
+    ]
+
+
+def test_synchronised_batchnorm_is_that_of_one_process(tmp_path: Path) -> None:
+    assert together(2, train_synced, tmp_path / "two") == [["finished"] * len(SYNCED)] * 2
+    for name, run in synced().items():
+        train(run, tmp_path / "one" / name)
+        file = "late" if name == "late" else "model"
+        expected = weights(tmp_path / "one" / name, file)
+        found = weights(tmp_path / "two" / name, file)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=SAME, atol=SAME)
+
+
+def layer_of_a_part(rank: int, world: int, momentum: float | None) -> list[Any]:
+    """Outputs, gradients and statistics of a layer for three and two rows, as lists."""
+    x = rows()[:3] if rank == 0 else rows()[3:]
+    layer = synchronise(torch.nn.BatchNorm1d(4, momentum=momentum).double())
+    return [value.tolist() for value in run_layer(layer, x)]
+
+
+def rows() -> Tensor:
+    return torch.linspace(-2.0, 3.0, 60, dtype=torch.float64).view(5, 4, 3).square()
+
+
+def run_layer(layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    layer(x)
+    y = layer(x)
+    (y.sin() + y**3).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronised_layer_of_unequal_parts(momentum: float | None) -> None:
+    one, two = (
+        [torch.tensor(value, dtype=torch.float64) for value in values]
+        for values in together(2, layer_of_a_part, momentum)
+    )
+    expected = run_layer(torch.nn.BatchNorm1d(4, momentum=momentum).double(), rows())
+    for index in (0, 1):
+        joined = torch.cat([one[index], two[index]])
+        torch.testing.assert_close(joined, expected[index], rtol=1e-12, atol=1e-12)
+    for index in (2, 3):  # each process's loss is its own: gradients are averaged later
+        both = one[index] + two[index]
+        torch.testing.assert_close(both, expected[index], rtol=1e-12, atol=1e-12)
+    for found in (one[4:], two[4:]):
+        wide = [value.double() for value in expected[4:]]
+        torch.testing.assert_close(found, wide, rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_synchronised_is_refused() -> None:
+    class Own(torch.nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(NQMError, match="sync_batchnorm does not know the layer Own"):
+        synchronise(torch.nn.Sequential(torch.nn.Sequential(Own(3))))
+    for words, sections in (
+        ("late_phase.fused", {"late_phase": LATE | {"fused": True}}),
+        ("train.micro_batches", {"train": {"micro_batches": 2, "sync_batchnorm": True}}),
+        ("train.compile", {"train": {"compile": True, "sync_batchnorm": True}}),
+    ):
+        run = tiny(**{"model": CNN, "train": {"sync_batchnorm": True}} | sections)
+        task = open_task(run, Runtime())
+        with pytest.raises(NQMError, match=f"sync_batchnorm does not work with {words}"):
+            preflight.check_run(run, Runtime(world=2), task)
+        preflight.check_run(run, Runtime(), task)
+
+
+def test_the_part_that_batchnorm_sees_is_told() -> None:
+    run = tiny(model=CNN)
+    task = open_task(run, Runtime())
+    with pytest.warns(UserWarning, match="from the 8 of 32 examples that each of 4 processes has"):
+        preflight.check_run(run, Runtime(world=4), task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preflight.check_run(run, Runtime(world=4, rank=1), task)
+        preflight.check_run(tiny(), Runtime(world=4), task)
+        preflight.check_run(tiny(model=CNN, train={"sync_batchnorm": True}), Runtime(world=4), task)
 
 
 def masks(rank: int, world: int) -> list[list[float]]:
