@@ -1,4 +1,6 @@
-"""Callbacks of docs/examples in the trainers of other libraries, against plain loops in torch.
+"""Loops and callbacks of docs/examples, in several processes and under trainers of other libraries.
+
+All against plain loops in torch that know nothing of the library.
 
 Lightning, transformers and accelerate are installed in environments of their own; without one of
 them its tests are skipped.
@@ -48,6 +50,16 @@ def data() -> TensorDataset:
     return TensorDataset(torch.randn(28, 4), torch.randint(3, (28,)))
 
 
+def averaged(literal: LiteralLatePhase, own: list[str]) -> list[Tensor]:
+    """Parameters of the base, and the mean over members of those in `own`."""
+    return [
+        torch.stack([one.get_parameter(n).detach() for one in literal.copies]).mean(0)
+        if n in own
+        else p.detach()
+        for n, p in literal.model.named_parameters()
+    ]
+
+
 def by_hand(
     model: nn.Module, examples: TensorDataset, plain: int, late: int, scale: float = 1.0
 ) -> list[Tensor]:
@@ -78,12 +90,7 @@ def by_hand(
                 one.param_groups[0]["lr"] = 0.5 * base.param_groups[0]["lr"]
             literal.step(group, functional.cross_entropy, base)
             schedule.step()  # trainers count the incomplete cycle as a step
-    return [
-        torch.stack([one.get_parameter(n).detach() for one in literal.copies]).mean(0)
-        if n in own
-        else p.detach()
-        for n, p in model.named_parameters()
-    ]
+    return averaged(literal, own)
 
 
 def alike(model: nn.Module, expected: list[Tensor]) -> None:
@@ -213,6 +220,37 @@ def test_a_trainer_of_transformers_is_the_plain_loop(gamma: str, tmp_path: Path)
             run.train()
 
 
+def ddp_run(rank: int, world: int) -> list[Any]:
+    torch.set_default_dtype(torch.float64)
+    return [p.tolist() for p in example("late_phase_ddp").train().parameters()]
+
+
+@pytest.mark.slow
+def test_data_parallel_processes_are_the_plain_loop_on_all_examples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+    examples = TensorDataset(torch.randn(96, 4), torch.randint(3, (96,)))
+    groups = list(DataLoader(examples, batch_size=16))
+    base = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x, y in 2 * groups:
+        base.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        base.step()
+
+    def make(one: nn.Module, names: Any) -> optim.Optimizer:
+        return optim.SGD([p for n, p in one.named_parameters() if n in names], lr=0.1, momentum=0.9)
+
+    own = [name for name, _ in model.named_parameters() if not name.startswith("0.")]
+    literal = LiteralLatePhase(model, 3, own, [], make, clip=0.5)
+    for start in (0, 3, 0, 3):
+        literal.step(groups[start : start + 3], functional.cross_entropy, base)
+    assert min(literal.norms) < 0.5 < max(literal.norms)
+    expected = averaged(literal, own)
+    for found in together(2, ddp_run):
+        for p, q in zip(found, expected, strict=True):
+            agree(p, q, IDENTITY)
+
+
 def accelerated(clip: float | None, processes: int = 1) -> list[Tensor]:
     """What the example of accelerate trains, in plain torch: all minibatches, in one process."""
     torch.manual_seed(0)
@@ -234,12 +272,7 @@ def accelerated(clip: float | None, processes: int = 1) -> list[Tensor]:
                 one.param_groups[0]["lr"] = base.param_groups[0]["lr"]
             literal.step(groups[start : start + 3], functional.cross_entropy, base)
             schedule.step()
-    return [
-        torch.stack([one.get_parameter(n).detach() for one in literal.copies]).mean(0)
-        if n in own
-        else p.detach()
-        for n, p in model.named_parameters()
-    ]
+    return averaged(literal, own)
 
 
 def accelerate_run(rank: int, world: int, precision: str, clip: float | None) -> list[Any]:
