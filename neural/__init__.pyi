@@ -5,3 +5,6 @@ from .late_phase.members import LatePhase as LatePhase
 from .late_phase.reparametrize import add_lora as add_lora
 from .late_phase.reparametrize import add_rank1 as add_rank1
 from .late_phase.reparametrize import fold as fold
+from .serving.folder import Exported as Exported
+from .serving.folder import export_model as export_model
+from .serving.folder import load_exported as load_exported

@@ -65,6 +65,10 @@ class _Sources:
         return Path("out", kind, folder_name("-".join(parts), "members"))
 
 
+#: Ends of names of files that are not written, and that no folder has.
+OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".th", ".pt2", ".onnx", ".npz")
+
+
 def _sources(command: Callable[..., None]) -> Callable[..., None]:
     """Arguments and options by which members and their data are found."""
     options = (
@@ -254,10 +258,25 @@ def ensemble(
 @click.command()
 @_sources
 @click.option(
-    "--out", required=True, metavar="FILE|FOLDER", help="File to write; a folder with --for."
+    "--out",
+    required=True,
+    metavar="FOLDER|FILE",
+    help="Folder to make; or a file that ends in .safetensors.",
 )
 @click.option(
     "--member", type=int, help="Write this member of a RUN, counted from 0, not its single model."
+)
+@click.option(
+    "--license",
+    metavar="NAME",
+    help="Licence of the weights for the model card, e.g. apache-2.0.  [default: unknown]",
+)
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["pt2", "onnx"]),
+    help="Also write the model as a program: torch.export, or ONNX (repeatable).",
 )
 @click.option(
     "--for", "tool", type=click.Choice(["mergekit"]), help="Write files for this software."
@@ -275,39 +294,61 @@ def export(
     sources: _Sources,
     out: str,
     member: int | None,
+    license: str | None,
+    formats: tuple[str, ...],
     tool: str | None,
     method: str | None,
     weights: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Write the single model of a finished run as safetensors, or MEMBERs for other software.
+    """Write the single model of a finished run to be served, or MEMBERs for other software.
 
+    The folder holds weights (safetensors), preprocessing, metrics and a model card, and
+    neural.load_exported loads it. If --out ends in .safetensors, the weights alone are written.
     Names of weights are those of the architecture. With --for mergekit, members and ancestor are
     written into a folder with the file by which mergekit-pytorch merges them.
 
     \b
+    nqm neural export out/neural/digits_bn-full/late_phase/seed0 --out digits --license mit
     nqm neural export out/neural/digits_bn-full/late_phase/seed0 --out digits.safetensors
     nqm neural export "out/x/base/seed*" --for mergekit --method ties --out out/mergekit
     """
     from nqm.errors import NQMError
 
     check_alone("nqm neural export")
+    served = {"--license": license, "--format": formats or None}
     if tool is None:
-        from neural.training.load_run import export as write
-
-        unused = {"--method": method, "--weights": weights, "--set": overrides or None}
-        unused |= {"--like": sources.like, "--ancestor": sources.ancestor}
-        given = next((name for name, value in unused.items() if value is not None), None)
-        if given is not None:
+        merging = {"--method": method, "--weights": weights, "--set": overrides or None}
+        merging |= {"--like": sources.like, "--ancestor": sources.ancestor}
+        if given := _given(merging):
             raise NQMError(
                 f"{given} is for exporting with --for; add --for mergekit or leave it out"
             )
         if len(sources.where) != 1:
-            raise NQMError(f"one RUN is exported to one file; got {len(sources.where)}; add --for")
-        click.echo(write(sources.where[0], out, member))
+            raise NQMError(f"one RUN is exported at a time; got {len(sources.where)}; add --for")
+        if Path(out).suffix in (".safetensors", *OTHER_FILES):
+            if given := _given(served):
+                raise NQMError(f"{given} is for a folder; got --out {out}")
+            from neural.training.load_run import export as write
+
+            click.echo(write(sources.where[0], out, member))
+            return
+        from neural.training.export import export_run
+
+        path = export_run(
+            sources.where[0],
+            out,
+            member=member,
+            license=license or "unknown",
+            formats=formats,
+            root=sources.root,
+        )
+        click.echo(path)
         return
     if member is not None:
-        raise NQMError("--member is for one file of a RUN; members of a run are RUN#members")
+        raise NQMError("--member is for one RUN; members of a run are RUN#members")
+    if given := _given(served):
+        raise NQMError(f"{given} is for exporting one RUN; leave it or --for out")
     from neural.combine.export import for_mergekit
 
     share = None if weights is None else _numbers(weights)
@@ -318,6 +359,11 @@ def export(
     )
     for path in written:
         click.echo(path)
+
+
+def _given(options: dict[str, Any]) -> str | None:
+    """The first option that has a value."""
+    return next((name for name, value in options.items() if value is not None), None)
 
 
 @click.command()

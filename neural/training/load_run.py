@@ -12,6 +12,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from neural.late_phase.members import LatePhase
+from neural.serving.folder import misfit
 from neural.training import checkpoint, report
 from neural.training.build import make_late, make_model, plain_model
 from neural.training.config import EvaluateConfig, RunConfig, describe, run_key
@@ -84,27 +85,10 @@ def load_state(module: nn.Module, path: Path) -> None:
     NQMError
         If the file is not a state dict of this module: other names, shapes or kinds of numbers.
     """
-    content, expected = checkpoint.load(path), module.state_dict()
-    wrong = [_misfit(name, content, expected) for name in {**expected, **content}]
-    for misfit in filter(None, wrong):
-        raise NQMError(f"{path} does not fit the model of its run.json: {misfit}; train it again")
+    content = checkpoint.load(path)
+    if reason := misfit(content, module):
+        raise NQMError(f"{path} does not fit the model of its run.json: {reason}; train it again")
     module.load_state_dict(content)
-
-
-def _misfit(name: object, content: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
-    if not isinstance(name, str) or name not in expected:
-        return f"it holds {name!r}, which the model does not have"
-    if name not in content:
-        return f"{name!r} is missing"
-    value, own = content[name], expected[name]
-    if not isinstance(value, Tensor):
-        return f"{name!r} holds a {type(value).__name__}, no tensor"
-    if value.shape != own.shape:
-        return f"{name!r} has shape {tuple(value.shape)}, not {tuple(own.shape)}"
-    real = value.is_floating_point() == own.is_floating_point()
-    if not real or value.is_complex() != own.is_complex():
-        return f"{name!r} is {value.dtype}, not {own.dtype}"
-    return None
 
 
 def reopen(folder: str | Path, runtime: Runtime | None = None) -> Opened:

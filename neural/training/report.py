@@ -39,7 +39,7 @@ from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import LatePhase
 from neural.late_phase.reparametrize import fold
 from neural.training.averages import single_models
-from neural.training.config import EvaluateConfig
+from neural.training.config import EvaluateConfig, RunConfig
 from neural.training.distributed import Parts
 from neural.training.snapshots import soup
 from neural.training.state import TrainState
@@ -185,9 +185,7 @@ def final(
         rows += _members(late, task)
     if snapshots:
         rows += _snapshots(models["snapshot_soup"], snapshots, task)
-    average = train_state.run.average
-    primary = average.method if average is not None else next(iter(models))
-    primary = "snapshot_soup" if kept else primary
+    primary = single_name(train_state.run)
     model = models[primary]
     extra = beyond(model, late, task, train_state.run.evaluate, ood)
     rows += [{"weights": primary, "member": -1} | row for row in extra]
@@ -198,6 +196,26 @@ def final(
     return Report(
         pd.DataFrame(rows), plain, None if late is None else late.state_dict(), predictions
     )
+
+
+def single_name(run: RunConfig) -> str:
+    """Name of a run's single model in its results.
+
+    Parameters
+    ----------
+    run : RunConfig
+        The run.
+
+    Returns
+    -------
+    str
+        An entry of the column ``weights``.
+    """
+    if run.snapshots is not None:
+        return "snapshot_soup"
+    if run.average is not None:
+        return run.average.method
+    return "iterate" if run.late_phase is None else "averaged"
 
 
 def _models(train_state: TrainState) -> dict[str, nn.Module]:

@@ -182,7 +182,7 @@ def test_odd_names_stay_in_their_comment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a", "b", "--out", "c.safetensors"], "one RUN is exported to one file; got 2"),
+        (["a", "b", "--out", "c.safetensors"], "one RUN is exported at a time; got 2"),
         (["a", "--method", "ties", "--out", "c.safetensors"], "--method is for exporting with"),
         (["a", "--for", "mergekit", "--member", "1", "--out", "c"], "RUN#members"),
         (["a", "--for", "mergekit", "--set", "density", "--out", "c"], "NAME=NUMBER"),

@@ -1,0 +1,1 @@
+"""Trained models as folders that can be served: weights, preprocessing, metrics, a model card."""
