@@ -112,12 +112,10 @@ def during(train_state: TrainState, epoch: int) -> Row:
 
 def _average_during(train_state: TrainState) -> Row:
     """Test loss and accuracy of the average so far; it and the training stay as they are."""
-    average, stream = train_state.run.average, train_state.task.stream
+    average = train_state.run.average
     if average is None or train_state.average is None:
         return {}
-    epoch = train_state.run.train.epochs  # an order that training does not have
-    few = Parts(lambda: islice(stream.epoch(epoch), FEW), train_state.runtime.world)
-    models = average.models(duplicate(train_state.average), few)
+    models = average.models(duplicate(train_state.average), _parts(train_state, FEW))
     score = train_state.task.score(models[average.method])
     return {"average_loss": score.loss, "average_accuracy": score.accuracy}
 
@@ -228,11 +226,11 @@ def _models(train_state: TrainState) -> dict[str, nn.Module]:
     return models
 
 
-def _parts(train_state: TrainState) -> Parts:
-    """Training data, in an order that training did not have."""
+def _parts(train_state: TrainState, most: int | None = None) -> Parts:
+    """Training data, at most so many minibatches, in an order that training did not have."""
     stream, epoch = train_state.task.stream, train_state.run.train.epochs
-    weights = [stream.plan.weight(batch) for batch in range(len(stream))]
-    return Parts(lambda: stream.epoch(epoch), train_state.runtime.world, weights)
+    weights = [stream.plan.weight(batch) for batch in range(len(stream))][:most]
+    return Parts(lambda: islice(stream.epoch(epoch), most), train_state.runtime.world, weights)
 
 
 def _metrics(model: nn.Module, task: Task) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
