@@ -365,12 +365,28 @@ def _ingredients(made: Soup, names: list[str]) -> pd.DataFrame:
     metavar="PROGRAM.toml",
     help="Forecast the loss of this program from the same start.",
 )
+@click.option("--column", default="loss", show_default=True, help="Column of the logged losses.")
+@click.option(
+    "--averaged",
+    is_flag=True,
+    help="Each loss is a mean over the steps since the record before; it counts in their middle.",
+)
+@click.option(
+    "--first",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Step before which records are left out.",
+)
 @click.option("--level", type=float, default=0.95, show_default=True, help="Of the band.")
 @click.option("--problem", metavar="TABLE", help="Write the problem for `problem.file`.")
 @options("out", "json")
 def fit(
     logs: tuple[str, ...],
     other: str | None,
+    column: str,
+    averaged: bool,
+    first: int,
     level: float,
     problem: str | None,
     out: str | None,
@@ -378,12 +394,13 @@ def fit(
 ) -> None:
     """Fit a noisy quadratic problem to logged loss curves, and forecast another program.
 
-    Each LOG has columns step and loss, and is followed by the file whose phases it ran. Logs of one
-    start under two schedules say more than one log: the band shows what they leave open. Without
-    --forecast the records stand beside the fit.
+    Each LOG has a column step and one of losses, and is followed by the file whose phases it ran.
+    Logs of one start under two schedules say more than one log: the band shows what they leave
+    open. Without --forecast the records stand beside the fit.
 
     \b
     nqm fit constant.csv constant.toml cosine.csv cosine.toml --forecast wsd.toml
+    nqm fit RUN/log.csv constant.toml --column train_loss --averaged --first 100
     """
     from nqm.errors import NQMError
     from nqm.loss_curves import Log, fit_loss_curves
@@ -394,13 +411,14 @@ def fit(
     read = []
     stated: dict[str, Any] = {"name": "fit", "level": level, "logs": [], "forecast": None}
     for table, file in zip(logs[::2], logs[1::2], strict=True):
-        steps, losses, frame = _logged(table)
-        program, mapping = _program(file)
+        steps, losses = logged(table, column, averaged=averaged, first=first)
+        program, mapping = program_of(file)
         read.append(Log(steps, losses, program.program))
-        stated["logs"].append({"program": mapping, "records": frame})
+        records = [list(map(float, steps)), list(map(float, losses))]
+        stated["logs"].append({"program": mapping, "records": records})
     target = None
     if other is not None:
-        target, stated["forecast"] = _program(other)
+        target, stated["forecast"] = program_of(other)
     from nqm import __version__, keys
     from nqm.table import Stamp
 
@@ -422,21 +440,66 @@ def fit(
     deliver(compute, stamp, as_json, out)
 
 
-def _logged(path: str) -> tuple[Any, Any, list[list[float]]]:
-    """Steps and losses of a table, and both as lists."""
+def logged(
+    path: str, column: str = "loss", *, averaged: bool = False, first: int = 0
+) -> tuple[Any, Any]:
+    """Read steps and losses of a log.
+
+    Parameters
+    ----------
+    path : str
+        A .csv or .parquet table.
+    column : str
+        Column of the losses; rows without one are left out.
+    averaged : bool
+        Whether a loss is a mean over the steps since the record before, to whose middle it then
+        belongs. Means over less than half the usual number of steps are left out.
+    first : int
+        Step before which records are left out.
+
+    Returns
+    -------
+    steps, losses : ndarray, shape (n,)
+
+    Raises
+    ------
+    NQMError
+        If a column is missing.
+    """
+    import numpy as np
+
     from nqm.errors import NQMError
     from nqm.table import read_table
 
     frame = read_table(path)
-    for name in ("step", "loss"):
+    for name in ("step", column):
         if name not in frame:
             raise NQMError(f"{path} has no column {name!r}; it has {', '.join(frame.columns)}")
-    rows = frame[["step", "loss"]].dropna()
-    return rows["step"], rows["loss"], rows.to_numpy(dtype=float).tolist()
+    rows = frame[["step", column]].dropna()
+    steps, losses = rows["step"].to_numpy(), rows[column].to_numpy()
+    if averaged:
+        before = np.concatenate(([0], steps[:-1]))
+        lengths = steps - before
+        kept = 2 * lengths >= np.median(lengths)
+        steps, losses = (before + steps + 1)[kept] // 2, losses[kept]
+    return steps[steps >= first], losses[steps >= first]
 
 
-def _program(file: str) -> tuple[Run, dict[str, Any]]:
-    """A file's phases and records; its problem, if it has one, does not count."""
+def program_of(file: str) -> tuple[Run, dict[str, Any]]:
+    """Read a file's phases and records; its problem, if it has one, does not count.
+
+    Parameters
+    ----------
+    file : str
+        A TOML file.
+
+    Returns
+    -------
+    run : Run
+        With a problem of no meaning.
+    mapping : dict of str to Any
+        What it was built from.
+    """
     from nqm.runs import config, toml
 
     mapping = toml.load(file) | {"problem": {"curvature": [1.0], "noise_variance": 1.0}}
