@@ -132,7 +132,8 @@ def page(table: pd.DataFrame, figure: Figure) -> None:
         subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
         ax.xaxis.set_major_locator(LogLocator(subs=subs))
     figure.supxlabel("final loss / that of SGD at its best constant rate, equal data", fontsize=8)
-    figure.legend(handles=_legend(), loc="outside upper center", ncols=6, fontsize=7)
+    columns = 6 if len(spectra) > 1 else 3
+    figure.legend(handles=_legend(), loc="outside upper center", ncols=columns, fontsize=7)
 
 
 def _legend() -> list[Line2D]:

@@ -100,7 +100,7 @@ def training_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(rows["step"], rows["loss"], color=colors[lr], gid=f"{lr:g}")
         level = float(floor.loc[floor["lr"] == lr, "loss"].iloc[0])
         ax.axhline(level, color=colors[lr], linestyle=":", linewidth=0.9, gid=f"{lr:g}/floor")
-        ax.annotate(rf"$\eta$ = {lr:g}", (1.0, level), xycoords=ax.get_yaxis_transform(),
+        ax.annotate(rf"$\eta$ = {lr:.3g}", (1.0, level), xycoords=ax.get_yaxis_transform(),
                     xytext=(4, 0), textcoords="offset points", va="center", fontsize=7,
                     color=colors[lr])  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="training step", ylabel="expected loss")

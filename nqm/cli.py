@@ -171,7 +171,7 @@ def options(*names: str) -> Callable[[Any], Any]:
 
 @main.command("list")
 def list_() -> None:
-    """Show algorithms, schedules, spectra and columns."""
+    """Show algorithms, schedules, spectra, columns and figures."""
     from nqm.algorithms import ROSTER
     from nqm.runs.config import MODELS, SPECTRA
     from nqm.schedule import SCHEDULES
@@ -190,6 +190,17 @@ def list_() -> None:
     for name, column in COLUMNS.items():
         unit = f" [{column.unit}]" if column.unit else ""
         click.echo(f"  {name}{unit}: {column.doc}")
+    for title, lines in _lists().items():
+        click.echo(f"{title}:")
+        for name, text in lines.items():
+            click.echo(f"  {name}: {text}")
+
+
+def _lists() -> dict[str, dict[str, str]]:
+    """What other packages add to `nqm list`: entry points whose functions return lines by name."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point.load()() for point in entry_points(group="nqm.lists")}
 
 
 def _parameters(target: Callable[..., Any]) -> str:

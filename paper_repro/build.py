@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +20,12 @@ from nqm.errors import NQMError
 from nqm.files import check_replaceable
 from nqm.runs.executors import processes
 from nqm.table import read_metadata, read_table, write_table
-from paper_repro.study import Claim, Scale, Study, find
+from paper_repro.study import Claim, Scale, Study, find, on_problem
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from nqm.problems.quadratic import Problem
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Built:
     png, pdf : Path
         Paths of the pictures.
     claims : list of Claim
-        Checks of the table.
+        Checks of the table; none for another problem than the figure's own.
     seconds : float
         Time for computing and drawing.
     reused : bool
@@ -63,7 +65,7 @@ class Built:
         return find(self.name)
 
 
-def stamp(name: str, scale: Scale) -> dict[str, Any]:
+def stamp(name: str, scale: Scale, problem: Problem | None = None) -> dict[str, Any]:
     """Return the metadata of a figure's table.
 
     Parameters
@@ -72,12 +74,14 @@ def stamp(name: str, scale: Scale) -> dict[str, Any]:
         Name of the figure.
     scale : Scale
         Full or smoke.
+    problem : Problem, optional
+        Another problem than the figure's own.
 
     Returns
     -------
     dict
-        Figure, scale, settings, version, seed, a digest of the code, and ``key``, a digest of all
-        of these.
+        Figure, scale, settings, version, seed, a digest of the code, the key of another problem,
+        and ``key``, a digest of all of these.
 
     Raises
     ------
@@ -88,6 +92,7 @@ def stamp(name: str, scale: Scale) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(study.settings(scale))))
     content: dict[str, Any] = {"figure": name, "scale": str(scale), "settings": settings}
     content |= {"version": nqm.__version__, "seed": settings.get("seed"), "code": _code(study)}
+    content |= {} if problem is None else {"problem": problem.key()}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return content | {"key": key}
 
@@ -108,7 +113,18 @@ def _code(study: Study) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(name: str, scale: Scale, out: Path) -> Built:
+def _stem(name: str, metadata: Mapping[str, Any]) -> str:
+    """Name of the files: a figure of another problem never has that of the paper's."""
+    problem = metadata.get("problem")
+    return name if problem is None else f"{name}-{str(problem)[:8]}"
+
+
+def build(
+    name: str,
+    scale: Scale = Scale.FULL,
+    out: str | Path = "out/paper",
+    problem: Problem | None = None,
+) -> Built:
     """Compute a figure's table and draw it as PNG and PDF.
 
     A table in `out` with the same key is drawn again without computing. A table of another scale,
@@ -121,8 +137,11 @@ def build(name: str, scale: Scale, out: Path) -> Built:
         Name of the figure.
     scale : Scale
         Full or smoke.
-    out : Path
+    out : str or Path
         Folder of the files; it is made if it does not exist.
+    problem : Problem, optional
+        Draw the figure of this problem instead of the paper's. Its learning rates are in units of
+        1 / its largest curvature, no claim is checked, and the files are called NAME-KEY.
 
     Returns
     -------
@@ -131,26 +150,29 @@ def build(name: str, scale: Scale, out: Path) -> Built:
     Raises
     ------
     NQMError
-        For an unknown name, an unwritable folder, or a file of that name that another command
-        wrote.
+        For an unknown name, an unwritable folder, a file of that name that another command
+        wrote, or a figure that is of its own problem only.
     """
     began = time.perf_counter()
-    study = find(name)
-    check_outputs([name], out)
+    study, out = find(name), Path(out)
+    compute = study.compute if problem is None else on_problem(name, problem)
+    metadata = stamp(name, scale, problem)
+    stem = _stem(name, metadata)
+    check_outputs([stem], out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NQMError(f"cannot write {out}: {error.strerror or error}") from None
-    metadata = stamp(name, scale)
-    path = out / f"{name}.parquet"
+    path = out / f"{stem}.parquet"
     table = _earlier(path, metadata["key"])
     reused = table is not None
     if table is None:
-        write_table(path, study.compute(scale), metadata)
+        write_table(path, compute(scale), metadata)
         table = read_table(path)
-    png, pdf = _picture(study, table, out / name, metadata)
+    png, pdf = _picture(study, table, out / stem, metadata)
+    claims = study.claims(table) if problem is None else []
     seconds = time.perf_counter() - began
-    return Built(name, metadata, table, png, pdf, study.claims(table), seconds, reused)
+    return Built(name, metadata, table, png, pdf, claims, seconds, reused)
 
 
 def build_all(names: Sequence[str], scale: Scale, out: Path) -> Generator[Built, None, None]:
@@ -214,7 +236,7 @@ def redraw(name: str, path: Path, out: Path) -> tuple[Path, Path]:
     if other != name:
         raise NQMError(f"{path} is the table of figure {other!r}; asked to draw {name!r}")
     try:
-        return _picture(study, table, out / name, metadata)
+        return _picture(study, table, out / _stem(name, metadata), metadata)
     except NQMError:
         raise
     except Exception as error:  # a table from elsewhere may hold anything

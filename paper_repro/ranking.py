@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -256,11 +256,35 @@ def compute(scale: Scale) -> pd.DataFrame:
         on minibatches of K B (NaN without members).
     """
     s = settings(scale)
+    return _ranked(problems(s), s)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem; rates are in units of 1 / its largest curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    s = replace(settings(scale), directions=problem.directions)
+    return _ranked({("the given problem", "its noise"): problem}, s)
+
+
+def _ranked(every: dict[tuple[str, str], Problem], s: Settings) -> pd.DataFrame:
+    """Table of `compute` for these problems, which share their largest curvature."""
     rows: list[dict[str, Any]] = []
-    # An edge is that of the largest curvature, which all problems share.
-    sharpest = Problem([1.0], 0.0)
+    largest = max(float(problem.curvature.max()) for problem in every.values())
+    sharpest = Problem([largest], 0.0)
     edges = {name: stability_edge(sharpest, m.algorithm) for name, m in methods(s).items()}
-    for (spectrum, noise), problem in problems(s).items():
+    for (spectrum, noise), problem in every.items():
         expanded = problem.expanded()
         points = s.points if problem.directions > 2 else s.cluster_points
         for name, method in methods(s).items():
@@ -294,7 +318,8 @@ def draw(table: pd.DataFrame) -> Figure:
         Six panels at full scale.
     """
     with context():
-        figure = new_figure(PAGE, 6.2)
+        wide, high = table["spectrum"].nunique(), table["noise"].nunique()
+        figure = new_figure(PAGE if wide > 1 else 5.2, 0.4 + 2.9 * high)
         panels.page(table, figure)
     return figure
 

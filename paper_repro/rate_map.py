@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,9 +81,28 @@ def compute(scale: Scale) -> pd.DataFrame:
         (the best rate of a column) and ``edge`` (``lr`` is the stability edge), by ``panel``,
         ``members``, ``gamma_rule`` and ``lr``.
     """
-    s = settings(scale)
-    h = harmonic(s.directions)
-    problem = Problem(h, h)
+    h = harmonic(settings(scale).directions)
+    return compute_on(Problem(h, h), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem; rates are in units of 1 / its largest curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    s, sharpest = settings(scale), float(problem.curvature.max())
+    s = replace(s, lowest_lr=s.lowest_lr / sharpest, highest_lr=s.highest_lr / sharpest,
+                directions=problem.directions)  # fmt: skip
     rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
     frames: list[pd.DataFrame] = []
     for panel, (rule, _) in PANELS.items():

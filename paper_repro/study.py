@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -17,6 +18,8 @@ from nqm.errors import NQMError, suggest
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from nqm.problems.quadratic import Problem
 
 #: Largest |z| of a Monte Carlo comparison that still counts as agreement.
 Z_LIMIT = 4.5
@@ -51,6 +54,19 @@ RANKING = {"ranking": "paper_repro.ranking"}
 
 #: Group name on the command line -> its figures; each group has its own page.
 GROUPS = {"all": STUDIES, "zhang2019": ZHANG2019, "scaling": SCALING, "ranking": RANKING}
+
+
+#: Figures of any problem; `on_problem` computes them.
+ON_ANY = ("switch", "rate_map", "ranking", "zhang2019_training")
+#: Why the others are of their own problem.
+OWN_ONLY = {
+    "collapse": "it is copies of one curvature",
+    "steady_state": "multiplicative members need noise that is small beside the minimum",
+    "multiplicative": "it is one direction with its minimum at 1",
+    "digits": "it is a regression on images",
+    "scaling": "it is a least-squares problem with its own inputs",
+    **dict.fromkeys(ZHANG2019, "its target losses are those of h_i = 1/i with C = H"),
+}
 
 
 class Scale(StrEnum):
@@ -165,6 +181,65 @@ def find(name: str) -> Study:
     if name not in known:
         raise NQMError(f"no figure is called {name!r}{suggest(name, known)}")
     return cast(Study, import_module(known[name]))
+
+
+def on_problem(name: str, problem: Problem) -> Callable[[Scale], pd.DataFrame]:
+    """Return the computation of a figure on another problem.
+
+    Parameters
+    ----------
+    name : str
+        Name of the figure.
+    problem : Problem
+        Its learning rates become multiples of 1 / its largest curvature.
+
+    Returns
+    -------
+    callable
+        Takes a `Scale`, returns the table.
+
+    Raises
+    ------
+    NQMError
+        If the figure is of its own problem only, or the problem is not one of additive noise with
+        some curvature.
+    """
+    from nqm.problems.quadratic import Problem as Additive
+
+    compute_on = getattr(find(name), "compute_on", None)
+    if compute_on is None:
+        raise NQMError(
+            f"figure {name!r} is of its own problem only ({OWN_ONLY[name]}); "
+            f"those of any problem are {', '.join(ON_ANY)}"
+        )
+    if not isinstance(problem, Additive) or not problem.curvature.max() > 0.0:
+        raise NQMError(
+            f"figure {name!r} needs a problem with additive noise and a curvature > 0; got a "
+            f"{type(problem).__name__}"
+        )
+    return lambda scale: cast("pd.DataFrame", compute_on(problem, scale))
+
+
+def listed() -> dict[str, str]:
+    """Describe every figure in one line, without loading what draws it.
+
+    Returns
+    -------
+    dict of str to str
+        First line of each module's docstring, by the figure's name.
+    """
+    import ast
+    from importlib.util import find_spec
+
+    found = {}
+    for name, module in (STUDIES | ZHANG2019 | SCALING | RANKING).items():
+        spec = find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+        mark = "; --set problem.file=FILE" if name in ON_ANY else ""
+        found[name] = doc.partition("\n")[0].removeprefix("Figure: ").removesuffix(".") + mark
+    return found
 
 
 def agrees(text: str, measured: ArrayLike, expected: ArrayLike, stderr: ArrayLike) -> Claim:

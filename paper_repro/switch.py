@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -100,9 +100,27 @@ def compute(scale: Scale) -> pd.DataFrame:
         ``kind`` (``exact`` or ``sample``). Series ``SGD to T0`` is the common first phase,
         ``average member`` has the loss of one member.
     """
+    h = harmonic(settings(scale).directions)
+    return compute_on(Problem(h, h, initial_mean=1.0, initial_variance=0.0), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem; rates are in units of 1 / its largest curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
     s = settings(scale)
-    h = harmonic(s.directions)
-    problem = Problem(h, h, initial_mean=1.0, initial_variance=0.0)
+    s = replace(s, lr=s.lr / float(problem.curvature.max()), directions=problem.directions)
     frames = []
     for index, (series, program) in enumerate(programs(s).items()):
         pace = (program.steps - s.switch_step) // s.cycles

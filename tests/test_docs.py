@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from nqm.cli import main
+from paper_repro.cli import plot
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -120,6 +121,9 @@ def test_commands_run(
         words += SMALL_BRIDGE
     if words[0] in ("figure", "reproduce"):
         words += ["--scale", "smoke", "--out", str(tmp_path / "out")]
+    if words[0] == "plot":
+        monkeypatch.setitem(main.commands, "plot", plot)
+        call(["sweep", "docs/examples/sweep.toml", "--out", words[1]])
     if command == FROM_A_SHELL:
         shell = [str(Path(sys.executable).with_name("nqm")), *words]
         out = subprocess.run(shell, capture_output=True, text=True, check=True).stdout

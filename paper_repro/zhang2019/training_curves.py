@@ -73,15 +73,33 @@ def compute(scale: Scale) -> pd.DataFrame:
         Rows of kind ``exact`` (by ``lr`` and ``step``), ``floor`` (the steady loss of a rate,
         ``closed``: in closed form) and ``guard`` (the floor with the notebook's guard).
     """
-    s = settings(scale)
-    problem = model(s.directions)
+    return compute_on(model(settings(scale).directions), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem; rates are in units of 1 / its largest curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    s, sharpest = settings(scale), float(problem.curvature.max())
     at = sorted({0, EARLY} | {int(t) for t in np.geomspace(1, s.steps, s.points)})
     frames = []
-    for lr in s.rates:
+    for rate in s.rates:
+        lr = rate / sharpest
         path = solve(problem, constant(SGD(), lr, s.steps, batch_size=s.batch_size), at)
         found = path.table()[["step", "loss", "bias", "variance", "kind"]].assign(lr=lr)
         floor = steady(problem, Phase(SGD(), lr, 1, s.batch_size)).loss
-        row = {"lr": lr, "loss": floor, "closed": floor_of(problem, lr), "kind": "floor"}
+        row = {"lr": lr, "loss": floor, "closed": sgd_floor(problem, lr), "kind": "floor"}
         frames += [found, pd.DataFrame([row])]
     wide = model(s.guard_directions)
     frames += [
@@ -90,6 +108,23 @@ def compute(scale: Scale) -> pd.DataFrame:
         for lr in s.guard_rates
     ]  # fmt: skip
     return pd.concat(frames, ignore_index=True).assign(guard_directions=s.guard_directions)
+
+
+def sgd_floor(problem: Problem, lr: float) -> float:
+    """Return the steady loss at B = 1 in closed form, 1/2 sum m lr v / (2 - lr h) over h > 0.
+
+    Parameters
+    ----------
+    problem : Problem
+    lr : float
+        Learning rate, below 2 / h.
+
+    Returns
+    -------
+    float
+    """
+    h, v, m = problem.curvature, problem.noise_variance, problem.multiplicity
+    return 0.5 * float(np.sum(np.where(h > 0.0, m * lr * v / (2.0 - lr * h), 0.0)))
 
 
 def floor_of(problem: Problem, lr: float, guard: float = 0.0) -> float:
