@@ -171,14 +171,15 @@ def results(
         raise NQMError("no run is complete yet")
     table = collect(runs)
     compared = compare(table, reference)  # also checks the reference
+    title = read_plan(paths[0]).title if len(paths) == 1 else ""
     if as_json:
         click.echo(to_json(compared))
     else:
-        title = read_plan(paths[0]).title if len(paths) == 1 else ""
         _show(table, title, reference)
     if out is not None:
         check_no_run(out)
-        _draw(table, histories(runs), out, starts(runs), ", ".join(path.name for path in paths))
+        named = ", ".join(path.resolve().name for path in paths)
+        _draw(table, histories(runs), out, starts(runs), title or named)
 
 
 def _show(table: pd.DataFrame, title: str, reference: str | None = None) -> None:

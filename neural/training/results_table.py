@@ -231,8 +231,8 @@ def _line(
     said = []
     for column, (word, width) in enumerate(zip(row, widths, strict=True)):
         marked = column in bold
-        padded = word.ljust(width) if column < 2 else word.rjust(width)
-        if style and marked:
-            padded = click.style(padded, bold=True)
-        said.append(padded + (BEST if star and marked else " "))
+        gap = " " * (width - len(word))
+        shown = click.style(word, bold=True) if style and marked else word
+        shown += BEST if star and marked else " "
+        said.append(shown + gap if column < 2 else gap + shown)
     return " ".join(said).rstrip()
