@@ -170,8 +170,10 @@ def another(
     if follow:
         fixed = {*changes, "params", "param_names"} - {"lr"}
 
+        begun = [group[FOLLOWS] for group in groups]
+
         def take_over(optimizer: Optimizer, *_: Any) -> None:
-            _take_over(base, optimizer, fixed)
+            _take_over(base, optimizer, fixed, begun)
 
         own_optimizer.register_step_pre_hook(take_over)
     return own_optimizer
@@ -188,10 +190,13 @@ def _ratio(own: Any, base: Any) -> float:
     return float(own) / float(base)
 
 
-def _take_over(base: Optimizer, own: Optimizer, fixed: set[str]) -> None:
+def _take_over(
+    base: Optimizer, own: Optimizer, fixed: set[str], begun: Sequence[list[Any]]
+) -> None:
     """Take over the settings that the groups of the base's optimizer have now."""
-    for group in own.param_groups:
-        index, ratio = group[FOLLOWS]
+    for group, first in zip(own.param_groups, begun, strict=True):
+        # A state that was saved without `follow` has no such entry.
+        index, ratio = group.setdefault(FOLLOWS, first)
         for name, value in base.param_groups[index].items():
             if name in fixed or name not in group:
                 continue

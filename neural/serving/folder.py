@@ -32,6 +32,8 @@ from nqm import __version__
 from nqm.errors import NQMError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+#: Options of models of other libraries that fetch weights, which are replaced anyway.
+FETCH = ("weights", "pretrained")
 #: Entries of ``config.json`` that are read.
 ENTRIES = ("name", "architecture", "architectures", "preprocessing", "labels", "metrics")
 
@@ -112,7 +114,8 @@ def export_model(  # noqa: PLR0913 - options, by keyword
         options. Without it, `load_exported` must be given a module.
     preprocessing : mapping, optional
         Of images: ``{"kind": "images", "mean": (...), "std": (...), "size": (height, width)}``,
-        constants in units of full brightness. Of a text: ``{"kind": "text", "symbols": (...)}``,
+        constants in units of full brightness; ``"resize"`` is the shorter side before the centre
+        is cut, where images are of any size. Of a text: ``{"kind": "text", "symbols": (...)}``,
         the byte of each symbol.
     labels : sequence of str
         Names of the classes, in the order of the logits.
@@ -157,6 +160,8 @@ def export_model(  # noqa: PLR0913 - options, by keyword
     example = sample(preprocessing) if example is None else example
     if formats and example is None:
         raise NQMError("formats need example, a function of a number of rows, or preprocessing")
+    if architecture is not None:
+        architecture = {n: value for n, value in architecture.items() if n not in FETCH}
     twin = None if architecture is None else build(**architecture)
     state = {n: value.detach().cpu() for n, value in model.state_dict().items()}
     if twin is not None and (reason := misfit(state, twin)):

@@ -14,7 +14,8 @@ from nqm.errors import NQMError
 
 #: Kind of preprocessing -> its entries.
 KINDS = {"images": {"mean", "std", "size"}, "text": {"symbols"}}
-#: Entries that images may have besides.
+#: Entry that images may have besides: the shorter side, pixels, to which an image is scaled before
+#: its central part is cut.
 RESIZE = {"resize"}
 
 
@@ -154,14 +155,19 @@ def image_processor(preprocessing: Mapping[str, Any] | None) -> dict[str, Any] |
     if preprocessing is None or preprocessing["kind"] != "images":
         return None
     height, width = preprocessing["size"]
-    resize = preprocessing.get("resize")
-    return {
-        "image_processor_type": "ViTImageProcessor",
+    size, resize = {"height": height, "width": width}, preprocessing.get("resize")
+    constants = {
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(preprocessing["mean"]),
         "image_std": list(preprocessing["std"]),
-        "do_resize": resize is not None,
-        "size": {"height": height, "width": width},
     }
+    if resize is None:
+        return {"image_processor_type": "ViTImageProcessor", "do_resize": False, "size": size} | (
+            constants
+        )
+    # The one that scales the shorter side and cuts the central square; 2 is PIL's bilinear.
+    cut = {"do_center_crop": True, "crop_size": size, "do_resize": True, "resample": 2}
+    scaled = {"size": {"shortest_edge": resize}}
+    return {"image_processor_type": "CLIPImageProcessor"} | cut | scaled | constants

@@ -18,9 +18,6 @@ from neural.training.task import Runtime
 from nqm.errors import NQMError
 from nqm.table import read_table
 
-#: Options of models of other libraries that fetch weights, which are replaced anyway.
-FETCH = ("weights", "pretrained")
-
 
 def export_run(
     folder: str | Path,
@@ -66,11 +63,11 @@ def export_run(
             raise NQMError(f"the run in {folder} has no members; leave --member out")
         model = opened.late.member(member)
     run, task = opened.run, opened.task
-    options = {n: v for n, v in run.model.options.items() if n not in FETCH}
     part = run.data.test_examples  # all of them by default
     label = task.label if part is None else f"{task.label} (first {part} test examples)"
     architecture = {
-        "name": run.model.name, "classes": task.classes, "channels": task.channels, **options,
+        "name": run.model.name, "classes": task.classes, "channels": task.channels,
+        **run.model.options,
     }  # fmt: skip
     return export_model(
         model.eval(),

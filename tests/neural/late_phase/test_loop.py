@@ -317,6 +317,10 @@ def test_members_that_have_nothing_to_follow():
     cold.param_groups[0]["lr"] = 0.3
     late.step(batches(), functional.cross_entropy, cold, own)
     assert own.param_groups[0]["lr"] == 0.3
+    own.load_state_dict(late.optimizer_like(cold).state_dict())  # saved without following
+    cold.param_groups[0]["lr"] = 0.2
+    late.step(batches(), functional.cross_entropy, cold, own)
+    assert own.param_groups[0]["lr"] == 0.2
     capturable = optim.Adam(model.parameters(), lr=torch.tensor(0.1))
     own = late.optimizer_like(capturable, follow=True)
     held = own.param_groups[0]["lr"]

@@ -347,3 +347,29 @@ def test_onnx_is_the_model(tmp_path: Path):
 def test_onnx_names_its_extra(tmp_path: Path):
     with pytest.raises(NQMError, match=r"format onnx needs onnx\w*: pip install .*\[onnx\]"):
         export_model(net(), tmp_path / "out", formats=["onnx"], example=lambda n: torch.ones(n, 4))
+
+
+@pytest.mark.parametrize("resize", [None, 40])
+def test_image_processors_of_transformers_do_the_same(resize: int | None, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from neural.data.folder import evaluation_view
+    from neural.serving.preprocessing import prepared
+
+    images = {
+        "kind": "images", "mean": [0.5, 0.3, 0.2], "std": [0.2, 0.4, 0.3], "size": [32, 32],
+    } | ({} if resize is None else {"resize": resize})  # fmt: skip
+    out = export_model(net(), tmp_path / "m", preprocessing=images)
+    processor = transformers.AutoImageProcessor.from_pretrained(str(out))
+    shape = (32, 32, 3) if resize is None else (57, 80, 3)
+    smooth = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 5, 5), shape[:2], mode="bicubic").clamp(0, 1)  # fmt: skip
+    array = (255 * smooth[0].permute(1, 2, 0)).byte().numpy()
+    view = array
+    if resize is not None:
+        view = np.asarray(evaluation_view(Image.fromarray(array), 32, resize))
+    expected = prepared(images, torch.from_numpy(view.copy()).permute(2, 0, 1))
+    found = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
+    # One of 255 steps of brightness, where rounding after a resize differs.
+    assert (found - expected).abs().max() <= (1e-5 if resize is None else 1.01 / 255 / 0.2)
