@@ -2,6 +2,7 @@
 
 ::
 
+    model.accepts_loss_kwargs = False  # every minibatch's loss is its own mean
     settings = TrainingArguments(gradient_accumulation_steps=5, max_grad_norm=0.0, ...)
     trainer = Trainer(model, settings, callbacks=[LatePhaseCallback(select="layernorm+head")])
     trainer.train()  # model is then the averaged model
@@ -10,11 +11,13 @@ A Trainer accumulates as many minibatches in its whole life, so that the late ph
 `train` of its own, after the plain training: K is `gradient_accumulation_steps`, and one step of
 the Trainer is one cycle. Minibatches at the end of an epoch that make no cycle move their members
 only. Evaluation, saved models and the end of training see the mean of the members. One device;
-checkpoints do not hold the members, and training cannot go on from them.
+checkpoints do not hold the members, and training cannot go on from them. A `compute_loss_func` must
+not divide by the number of labels that the Trainer counts over all minibatches.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from contextlib import ExitStack
 from typing import Any
@@ -42,6 +45,32 @@ class LatePhaseCallback(TrainerCallback):  # type: ignore[misc]
         self.member_settings, self.options = member_settings or {}, options
         self.turn = ExitStack()
 
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **others: Any,
+    ) -> None:
+        """Refuse what this callback does not handle as soon as the Trainer is made."""
+        named = inspect.signature(model.forward).parameters.values()
+        counted = any(one.kind is one.VAR_KEYWORD for one in named)  # as the Trainer decides
+        settings = {
+            "several devices": args.world_size > 1 or args.n_gpu > 1,
+            "fp16=True": args.fp16,
+            "max_grad_norm": args.max_grad_norm > 0,
+            "gradient_accumulation_steps=1": args.gradient_accumulation_steps == 1,
+        }
+        for name, given in settings.items():
+            if given:
+                raise NQMError(f"LatePhaseCallback does not handle {name}; use late.step instead")
+        if getattr(model, "accepts_loss_kwargs", counted):
+            raise NQMError(
+                "LatePhaseCallback: the Trainer would divide losses by the number of labels of all "
+                "minibatches; set model.accepts_loss_kwargs = False before the Trainer is made"
+            )
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -51,17 +80,10 @@ class LatePhaseCallback(TrainerCallback):  # type: ignore[misc]
         optimizer: Optimizer,
         **others: Any,
     ) -> None:
-        """Refuse what this callback does not handle, and make the members."""
-        settings = {
-            "several devices": args.world_size > 1 or args.n_gpu > 1,
-            "fp16=True": args.fp16,
-            "max_grad_norm": args.max_grad_norm > 0,
-            "gradient_accumulation_steps=1": args.gradient_accumulation_steps == 1,
-            "resume_from_checkpoint": state.global_step > 0,
-        }
-        for name, given in settings.items():
-            if given:
-                raise NQMError(f"LatePhaseCallback does not handle {name}; use late.step instead")
+        """Make the members."""
+        self.on_init_end(args, state, control, model)
+        if state.global_step > 0:
+            raise NQMError("LatePhaseCallback does not handle resume_from_checkpoint")
         # The Trainer logs the norm of the model's gradients; those of the members are elsewhere.
         warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", UserWarning)
         self.late = LatePhase(model, args.gradient_accumulation_steps, **self.options)

@@ -174,6 +174,15 @@ class Classifier(nn.Module):
         return {**loss, "logits": logits}
 
 
+class Counting(Classifier):
+    """As models of transformers, it takes whatever the Trainer gives, and may not use it."""
+
+    accepts_loss_kwargs: bool
+
+    def forward(self, pixels: Tensor, labels: Tensor, **others: Any) -> dict[str, Tensor]:
+        return super().forward(pixels, labels)
+
+
 @pytest.mark.parametrize("gamma", ["sum", "mean"])
 def test_a_trainer_of_transformers_is_the_plain_loop(gamma: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -215,9 +224,15 @@ def test_a_trainer_of_transformers_is_the_plain_loop(gamma: str, tmp_path: Path)
         ({"max_grad_norm": 1.0}, "max_grad_norm"),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1"),
     ):
-        _, run = trainer(Classifier(net()), **options)
         with pytest.raises(NQMError, match=f"LatePhaseCallback does not handle {told}"):
-            run.train()
+            trainer(Classifier(net()), **options)
+    counted = Counting(net())
+    with pytest.raises(
+        NQMError, match=r"set model\.accepts_loss_kwargs = False before the Trainer"
+    ):
+        trainer(counted)
+    counted.accepts_loss_kwargs = False
+    trainer(counted)
 
 
 def ddp_run(rank: int, world: int) -> list[Any]:
