@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,6 +375,12 @@ class _Asked(torch.utils.data.Sampler[list[_Index]]):
         return len(self.batches)
 
 
+def _ignore_stops(worker: int) -> None:
+    """A batch system signals every process; the one that trains still needs images to stop."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _collate(examples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
     pixels, labels = [], []
     for example in examples:
@@ -524,6 +531,7 @@ class FolderBatches:
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.workers > 0,
             prefetch_factor=PREFETCHED if self.workers else None,
+            worker_init_fn=_ignore_stops,
             # Seeds of processes are not drawn from torch's own generator: dropout uses that one,
             # and a resumed run begins another iteration.
             generator=torch.Generator(),

@@ -78,7 +78,8 @@ def train(
 ) -> None:
     """Train every arm of RECIPE with every seed, and compare them.
 
-    The command can be killed at any moment; the same command then continues where it stopped.
+    The command can be killed at any moment; the same command then continues where it stopped. At
+    SIGTERM or SIGUSR1 it writes a checkpoint and exits with 75.
 
     \b
     nqm neural train digits_bn
@@ -92,6 +93,7 @@ def train(
     from neural.training.recipe import load_recipe
     from neural.training.watch import Display
     from nqm.names import folder_name
+    from nqm.runs.interrupts import stops_later
     from nqm.table import read_table
 
     if workers > 1:
@@ -105,15 +107,16 @@ def train(
         live=sys.stderr.isatty(),
         write=lambda text: click.echo(text, err=True, nl=False),
     )
-    table = run_experiment(
-        made,
-        folder,
-        runtime,
-        arms=arms,
-        seeds=seeds or None,
-        workers=workers,
-        progress=display if runtime.rank == 0 else None,
-    )
+    with stops_later():
+        table = run_experiment(
+            made,
+            folder,
+            runtime,
+            arms=arms,
+            seeds=seeds or None,
+            workers=workers,
+            progress=display if runtime.rank == 0 else None,
+        )
     leave()
     if runtime.rank == 0:
         display.update()
@@ -324,11 +327,12 @@ def sweep(
     """
     from neural.training.sweep import work
     from nqm.progress import counted
+    from nqm.runs.interrupts import stops_later
     from nqm.runs.sweep import Sweep
 
     check_alone("nqm neural sweep")
     runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
     cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
-    with progress_bar() as progress:
+    with progress_bar() as progress, stops_later():
         cells.write(out, progress=counted(progress, "cells", len(cells), exact=True))
     click.echo(f"{out}: {len(cells)} cells", err=True)

@@ -8,9 +8,10 @@ On a CPU the results are bit for bit those of separate runs.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ from nqm import __version__, keys
 from nqm.errors import NQMError, suggest
 from nqm.files import locked
 from nqm.progress import Progress, within
-from nqm.runs.executors import processes
+from nqm.runs.executors import Workers, processes
+from nqm.runs.interrupts import note_signals, stop, stop_asked
 from nqm.table import read_metadata, write_table
+
+#: Seconds to wait for another process that writes the folder's tables.
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -197,30 +202,6 @@ def run_experiment(
             f"{target} does not hold results of recipe {recipe.name}; choose another folder; "
             "nothing was overwritten"
         )
-    with locked(out, folder=True) if runtime.rank == 0 else nullcontext():
-        return _run_all(recipe, out, runtime, arms, seeds, workers, progress)
-
-
-def _named(recipe: Recipe, arm: str) -> list[str]:
-    """An arm, or all its branches."""
-    names = [name for name in recipe.arms if arm in (name, name.partition("/")[0])]
-    if not names:
-        known = dict.fromkeys(name.partition("/")[0] for name in recipe.arms)
-        raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, known)}")
-    return names
-
-
-def _run_all(
-    recipe: Recipe,
-    out: Path,
-    runtime: Runtime,
-    arms: Sequence[str],
-    seeds: Sequence[int] | None,
-    workers: int,
-    progress: Progress | None,
-) -> pd.DataFrame:
-    """Train the runs and write the tables, with the folder locked."""
-    target = out / "results.parquet"
     chosen = {arm: run for arm, run in recipe.arms.items() if not arms or arm in arms}
     if seeds is not None:
         check_seeds("seed", seeds)
@@ -236,7 +217,39 @@ def _run_all(
         _run_parallel(groups, out, runtime, min(workers, len(groups)), progress)
     if runtime.rank > 0:
         return pd.DataFrame()
-    runs = _done(recipe, [*recipe.seeds, *(seeds or ())], out)
+    with _locked_soon(out):
+        return _write_tables(recipe, [*recipe.seeds, *(seeds or ())], out)
+
+
+@contextmanager
+def _locked_soon(out: Path) -> Iterator[None]:
+    """Lock the tables, after other processes that train other runs of the folder."""
+    until = time.monotonic() + PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(out, folder=True))
+                break
+            except NQMError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
+        yield
+
+
+def _named(recipe: Recipe, arm: str) -> list[str]:
+    """An arm, or all its branches."""
+    names = [name for name in recipe.arms if arm in (name, name.partition("/")[0])]
+    if not names:
+        known = dict.fromkeys(name.partition("/")[0] for name in recipe.arms)
+        raise NQMError(f"recipe {recipe.name} has no arm {arm!r}{suggest(arm, known)}")
+    return names
+
+
+def _write_tables(recipe: Recipe, seeds: Sequence[int], out: Path) -> pd.DataFrame:
+    """Join the results of all complete runs, those that other processes have trained included."""
+    target = out / "results.parquet"
+    runs = _done(recipe, [*seeds, *_trained_seeds(recipe, out)], out)
     table = collect(runs)
     key = keys.key({"recipe": dict(recipe.mapping), "scale": recipe.scale})
     metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
@@ -272,6 +285,13 @@ def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
             preflight.rehearse(run, runtime, task, few)
         except NQMError as error:
             raise NQMError(f"arm {arm}: {error}") from error
+
+
+def _trained_seeds(recipe: Recipe, out: Path) -> list[int]:
+    """Seeds of all folders of runs."""
+    folders = (path for arm in recipe.arms for path in (out / arm).glob("seed*"))
+    digits = (path.name.removeprefix("seed") for path in folders)
+    return [int(text) for text in digits if text.isascii() and text.isdigit() and len(text) < 20]
 
 
 def _done(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[Finished]:
@@ -349,6 +369,7 @@ def _start_worker(
         started.value += 1
     if _DEVICE.type == "cuda":
         torch.cuda.set_device(_DEVICE)
+    note_signals()
     torch.set_num_threads(threads)
     keep_freed_memory()
     _set_flags(flags)
@@ -382,7 +403,17 @@ def _run_parallel(
         pending = {pool.submit(_work, i, group, out, runtime) for i, group in enumerate(groups)}
         while pending:
             done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
+            if stop_asked():
+                _stop_workers(pool)
             if progress is not None:
                 progress("training", sum(shares[:]) / len(groups))
             for future in done:
                 future.result()
+
+
+def _stop_workers(pool: Workers) -> None:
+    """Let all workers write their checkpoints, and end the work."""
+    for process in multiprocessing.active_children():
+        process.terminate()  # sends SIGTERM, which the worker notes
+    pool.shutdown(cancel_futures=True)
+    stop()

@@ -146,9 +146,16 @@ class RunFolder:
             try:
                 yield
             finally:
-                self._wait()
+                self.wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises
+        ------
+        NQMError
+            If it could not be written.
+        """
         if self._writer is not None:
             self._writer.wait()
 
@@ -366,7 +373,7 @@ class RunFolder:
         """
         if not self.writes:
             return
-        self._wait()
+        self.wait()
         if report is not None:
             self._write_table("result", report.table)
             checkpoint.save(self.path / "model.pt", report.model)

@@ -20,9 +20,12 @@ from neural.training.run_folder import RunFolder
 from neural.training.state import TrainState
 from neural.training.task import Runtime, Stream, open_task
 from nqm.progress import Progress
+from nqm.runs.interrupts import stop, stop_asked
 
 #: Seconds between two checkpoints.
 CHECKPOINT_EVERY = 60.0
+#: Base steps after which several processes agree whether a signal has asked one of them to stop.
+AGREE_EVERY = 10
 #: Base steps between two checks that the losses are finite; a check waits for the GPU.
 LOOK_EVERY = 50
 
@@ -87,6 +90,8 @@ def train(
     NQMError
         If the folder holds another configuration or the checkpoint of another number of processes,
         or the run cannot be trained.
+    Stopped
+        If a signal asked for it inside `nqm.runs.interrupts.stops_later`; a checkpoint is written.
     """
     runtime = runtime or Runtime()
     for name in runtime.loggers:
@@ -163,15 +168,29 @@ def _go_on(
             monitor.write()
             if progress is not None:
                 progress("training", after / total)
-        if time.monotonic() - saved > CHECKPOINT_EVERY:
+        asked = _stop_asked(train_state, count)
+        if asked or time.monotonic() - saved > CHECKPOINT_EVERY:
             log.save(train_state.state_dict())
             saved = time.monotonic()
+        if asked:
+            log.wait()
+            train_state.all_finite(0.0)  # all processes wait until the first has written
+            stop()
     if status == "finished" and not train_state.all_finite(train_state.rows[-1]["loss"]):
         status = "diverged"  # by the last step
     log.write_history(train_state.rows)
     finished = status == "finished"
     log.finish(status, report.final(train_state, ood, log.snapshots()) if finished else None)
     return status
+
+
+def _stop_asked(train_state: TrainState, count: int) -> bool:
+    """Whether all processes stop now; they agree on it, as each waits for the others in a step."""
+    if train_state.runtime.world == 1:
+        return stop_asked()
+    if count % AGREE_EVERY:
+        return False
+    return not train_state.all_finite(float("inf") if stop_asked() else 0.0)
 
 
 def _take_snapshot(train_state: TrainState, log: RunFolder) -> None:

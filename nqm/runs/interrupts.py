@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM: one line, the exit code of the signal, and no process left running.
 
-Files on disk are complete at any time, so a process may end at any time.
+Files on disk are complete at any time, so a process may end at any time. Work that takes days stops
+at its next checkpoint instead (`stops_later`): a batch system sends SIGTERM or SIGUSR1 before it
+takes the machine away, and runs the command again if the exit code says so.
 """
 
 from __future__ import annotations
@@ -16,6 +18,13 @@ from typing import Any
 
 #: Seconds after a signal in which the process must end.
 GRACE = 5.0
+#: Exit code of work that has written a checkpoint and asks to be run again: EX_TEMPFAIL of
+#: sysexits.h.
+AGAIN = 75
+_LATER = (signal.SIGTERM, signal.SIGUSR1)
+#: The first signal since `stops_later` began, if any, and whether one is running.
+_asked: signal.Signals | None = None
+_waits = False
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -31,6 +40,74 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(_WORDS[signal.Signals(number)])
         self.code = 128 + number
+
+
+class Stopped(Interrupted):
+    """Work ended at a checkpoint because a signal asked for it; it can be continued."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.SIGTERM)
+        name = signal.Signals(number).name
+        self.args = (f"stopped by {name}; the same command continues from its checkpoint",)
+        self.code = AGAIN
+
+
+@contextmanager
+def stops_later() -> Iterator[None]:
+    """Note SIGTERM and SIGUSR1 inside the block, which asks `stop_asked` when it can stop.
+
+    Further ones are ignored: batch systems repeat them. In a thread this does nothing.
+
+    Yields
+    ------
+    None
+    """
+    global _waits
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _LATER}
+    note_signals()
+    try:
+        yield
+    finally:
+        _waits = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def note_signals() -> None:
+    """As `stops_later`, to the end of the process, e.g. of a worker."""
+    global _asked, _waits
+    _asked, _waits = None, True
+    for number in _LATER:
+        signal.signal(number, _note)
+
+
+def stop_asked() -> bool:
+    """Tell whether a signal has asked the work inside `stops_later` to stop.
+
+    Returns
+    -------
+    bool
+    """
+    return _asked is not None
+
+
+def stop() -> None:
+    """End the work.
+
+    Raises
+    ------
+    Stopped
+        Always; the command then exits with `AGAIN`.
+    """
+    raise Stopped(_asked or signal.SIGTERM)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = _asked or signal.Signals(number)
 
 
 @contextmanager
@@ -86,7 +163,7 @@ def _watch(ours: socket.socket) -> None:
     asked: signal.Signals | None = None
     try:
         while data := ours.recv(1):
-            if data[0] not in _WORDS:
+            if data[0] not in _WORDS or (_waits and data[0] in _LATER):
                 continue
             if asked is not None:
                 break

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +136,19 @@ def test_workers_and_ranks_change_nothing(tree):
              for r in (0, 1)]  # fmt: skip
     for (x, _), (a, _), (b, _) in zip(whole, *ranks, strict=True):
         assert torch.equal(torch.cat([a, b]), x)
+
+
+def test_workers_leave_signals_to_the_process_that_trains(tree):
+    """A batch system signals all processes; without images the training could not stop itself."""
+    kept = stream(ImageFolder.scan(tree), workers=1)
+    before = set(multiprocessing.active_children())
+    next(kept.epoch(0))
+    own = set(multiprocessing.active_children()) - before
+    assert own
+    for process, number in itertools.product(own, (signal.SIGTERM, signal.SIGUSR1)):
+        os.kill(process.pid, number)
+    assert len(list(kept.epoch(1))) == 3
+    assert all(process.is_alive() for process in own)
 
 
 def test_an_epoch_is_a_permutation_and_views_are_new_each_time(tree):

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from neural.training.task import Runtime, Task, open_task
 from neural.training.train import train
 from nqm.cli import main
 from nqm.errors import NQMError
+from nqm.files import locked
 from nqm.table import read_metadata, read_table, write_table
 from tests.tiny_runs import CNN, LATE, assert_same_run, mapping, recipe, tiny, value, weights
 
@@ -588,15 +590,49 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         nonlocal asked
         assert stage == "training"
         asked += 1
-        with pytest.raises(NQMError, match="out is being written by process"):
-            run_experiment(made, tmp_path / "out")
         if share < 1.0:  # in the middle of a run
+            with pytest.raises(NQMError, match="seed0 is being written by process"):
+                run_experiment(made, tmp_path / "out")
             with pytest.raises(NQMError, match="seed0 is being written by process"):
                 train(made.arms["base"], tmp_path / "out/base/seed0")
 
     run_experiment(made, tmp_path / "out", progress=second)
     assert asked > 1
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_jobs_of_different_seeds_share_a_folder(tmp_path: Path) -> None:
+    """As the jobs of an array do: the last one's table has the runs of all."""
+    made = recipe({"base": {}}, train={"epochs": 1})
+    others = iter([11])
+
+    def second(stage: str, share: float) -> None:
+        for seed in others:
+            run_experiment(made, tmp_path, seeds=[seed])
+
+    run_experiment(made, tmp_path, seeds=[10], progress=second)
+    table = run_experiment(made, tmp_path, seeds=[12])
+    assert set(table["seed"]) == {-1, 10, 11, 12}
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_tables_wait_for_another_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe({"base": {}}, train={"epochs": 1})
+    monkeypatch.setattr(experiment, "PATIENCE", 0.0)
+    with locked(tmp_path, folder=True), pytest.raises(NQMError, match="is being written by"):
+        run_experiment(made, tmp_path)
+    monkeypatch.setattr(experiment, "PATIENCE", 60.0)
+    sleeps = []
+    with ExitStack() as stack:
+        stack.enter_context(locked(tmp_path, folder=True))
+
+        def sleep(seconds: float) -> None:
+            sleeps.append(seconds)
+            stack.close()
+
+        monkeypatch.setattr(experiment.time, "sleep", sleep)
+        assert not run_experiment(made, tmp_path).empty
+    assert len(sleeps) == 1
 
 
 # --- damaged folders -----------------------------------------------------------------------------
