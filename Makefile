@@ -10,7 +10,7 @@ LOWEST := .venv-lowest
 # Tests to run, e.g. PYTEST=tests/nqm/test_table.py; all by default.
 PYTEST ?=
 
-.PHONY: reproduce test test-all test-portable test-lowest lint docs bench gallery clean setup setup-neural
+.PHONY: reproduce test test-all test-portable test-lowest lint docs bench bench-gpu gallery clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
@@ -46,6 +46,9 @@ bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.late_phase
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.allocator
+
+bench-gpu: setup-neural  ## on a GPU: speed, memory and a comparison over seeds, in ten minutes
+	$(BIN)/python -m benchmarks.gpu
 
 gallery: setup  ## run the gallery's code, draw its pictures, note what it prints; render docs/tables
 	$(BIN)/python -m figures.gallery docs/gallery.md
