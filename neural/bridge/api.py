@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from neural.bridge.comparison import Outcome, compare_training, joined, predict_training
 from neural.bridge.config import BridgeConfig, Plan
@@ -16,6 +13,7 @@ from neural.bridge.gaussian import (
     measure_averages,
     measure_gaussian,
 )
+from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
@@ -145,7 +143,13 @@ def measure_checkpoint(
     )
 
 
-def predict(measured: Measured, plan: Plan | None = None) -> Outcome:
+def predict(
+    measured: Measured,
+    plan: Plan | None = None,
+    *,
+    test: TestLoss | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
     """Predict the losses of every training and average.
 
     Parameters
@@ -154,6 +158,10 @@ def predict(measured: Measured, plan: Plan | None = None) -> Outcome:
         Result of `measure`.
     plan : Plan, optional
         Group sizes, and which averages of the runs are predicted.
+    test : EmpiricalRisk or callable, optional
+        Test loss, a risk or a function of a weight vector of shape (p,), which is predicted too.
+    progress : callable, optional
+        Called with the name of a stage and the fraction of it that is done.
 
     Returns
     -------
@@ -161,14 +169,38 @@ def predict(measured: Measured, plan: Plan | None = None) -> Outcome:
         The columns of `compare`; the measured ones are NaN.
     """
     plan = plan or Plan()
-    return joined([predict_training(gaussian, plan) for gaussian in measured.gaussians])
+    held_out = _held_out(measured, plan, test, progress)
+    return joined(
+        [
+            predict_training(gaussian, plan, own)
+            for gaussian, own in zip(measured.gaussians, held_out, strict=True)
+        ]
+    )
+
+
+def _held_out(
+    measured: Measured,
+    plan: Plan,
+    test: TestLoss | None,
+    progress: Progress | None,
+) -> list[dict[str, HeldOut]]:
+    """The test loss over the Gaussian of every training; empty without a test loss."""
+    gaussians = measured.gaussians
+    if test is None:
+        return [{} for _ in gaussians]
+    work = sum(evaluations(gaussian, plan) for gaussian in gaussians)
+    told = counted(progress, "test loss", float(work))
+    return [
+        measure_held_out(test, measured.risk, gaussian, plan, cache=measured.cache, progress=told)
+        for gaussian in gaussians
+    ]
 
 
 def compare(
     measured: Measured,
     plan: Plan | None = None,
     *,
-    test: Callable[[Tensor], float] | None = None,
+    test: TestLoss | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Train from the checkpoint, and tabulate measured and predicted losses.
@@ -179,8 +211,9 @@ def compare(
         Result of `measure`.
     plan : Plan, optional
         Number of runs, group sizes, and which averages of the runs are evaluated.
-    test : callable, optional
-        Test loss of a weight vector of shape (p,); computed once, after the last step.
+    test : EmpiricalRisk or callable, optional
+        Test loss, a risk or a function of a weight vector of shape (p,): predicted, and measured
+        after the last step.
     progress : callable, optional
         Called with the name of a stage and the fraction of it that is done.
 
@@ -190,8 +223,9 @@ def compare(
         Columns: see `neural.bridge.comparison.compare_training`.
     """
     plan = plan or Plan()
+    held_out = _held_out(measured, plan, test, progress)
     count, outcomes = len(measured.gaussians), []
-    for i, gaussian in enumerate(measured.gaussians, 1):
+    for i, (gaussian, own) in enumerate(zip(measured.gaussians, held_out, strict=True), 1):
         total = float(gaussian.training.steps * plan.runs)
         outcomes.append(
             compare_training(
@@ -199,6 +233,7 @@ def compare(
                 gaussian,
                 plan,
                 test=test,
+                held_out=own,
                 cache=measured.cache,
                 progress=counted(progress, f"train {i} of {count}", total),
             )

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from neural.bridge.comparison import ITERATE
-from neural.bridge.config import Training
+from neural.bridge.config import ITERATE, Training
 from neural.bridge.gaussian import WeightGaussian, nearest_gaussians
 from neural.bridge.prediction import Prediction, predict_loss, weighted
 from neural.bridge.scatter import largest_stable_lr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.bridge.config import Plan, Training
+from neural.bridge.config import ITERATE, Plan, Training
 from neural.bridge.control_variate import ControlVariate, measure_control_variate
 from neural.bridge.gaussian import WeightGaussian
+from neural.bridge.held_out import HeldOut, TestLoss, loss_of, measure_held_out
 from neural.bridge.iterate_averages import Running, TimeAverage
 from neural.bridge.prediction import predict_each, predict_loss
 from neural.bridge.sgd_chains import group_losses, noise_free, train_late_phase, train_runs
@@ -29,9 +30,18 @@ FloatArray = NDArray[np.float64]
 #: If noise-free descent changes the loss by more than this fraction of the excess, its loss is
 #: computed by training without noise instead of predicted.
 STILL = 0.01
-#: Entry of the column `weights` for the weights themselves, as opposed to averages over time.
-ITERATE = "iterate"
-MEASURED = ["measured", "error", "gain", "gain_error", "plain", "plain_error", "test"]
+MEASURED = [
+    "measured",
+    "error",
+    "gain",
+    "gain_error",
+    "plain",
+    "plain_error",
+    "test_loss",
+    "test_error",
+    "test_gain",
+    "test_gain_error",
+]
 COLUMNS = [
     "way",
     "lr",
@@ -65,7 +75,14 @@ COLUMNS = [
     "noise_change_on_path",
     "plain",
     "plain_error",
-    "test",
+    "predicted_test_loss",
+    "predicted_test_error",
+    "test_loss",
+    "test_error",
+    "predicted_test_gain",
+    "predicted_test_gain_error",
+    "test_gain",
+    "test_gain_error",
 ]
 COURSE = [
     "way",
@@ -100,13 +117,14 @@ class Outcome:
     course: pd.DataFrame
 
 
-def measure_training(
+def measure_training(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     training: Training,
     plan: Plan,
     *,
     control: ControlVariate | None = None,
-    test: Callable[[Tensor], float] | None = None,
+    held_out: Mapping[str, HeldOut] | None = None,
+    test: TestLoss | None = None,
     cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
@@ -123,9 +141,12 @@ def measure_training(
     control : ControlVariate, optional
         Control variate of this training, subtracted from the measured losses; the table has the
         values with and without it.
-    test : callable, optional
-        Test loss of a weight vector of shape (p,); computed once, after the last step. Its value at
-        the checkpoint is part of the cache key.
+    test : EmpiricalRisk or callable, optional
+        Test loss, a risk or a function of a weight vector of shape (p,); computed once, after the
+        last step. Its value at the checkpoint is part of the cache key.
+    held_out : mapping of str to HeldOut, optional
+        The test loss over the Gaussian of the weights. With it the control variate is subtracted
+        from measured test losses as well.
     cache : Cache, optional
         Stores the result.
     progress : callable, optional
@@ -138,19 +159,21 @@ def measure_training(
         from the checkpoint's, averaged over groups (and recorded steps), and its standard error
         over groups. The table also has gain, gain_error: the mean loss of a group's single runs
         less the loss of their mean weights; plain, plain_error: the measured change without the
-        control variate; and test, the mean test loss.
+        control variate; test_loss, test_error: the mean test loss; and test_gain, test_gain_error:
+        the mean test loss of a group's single runs, of their last weights, less that of the row.
     """
     at, late = training.course_steps(plan.records), training.record_steps(plan.records)
     ends = {min(plan.members), max(plan.members)}
     start = risk.loss()
+    test_loss = None if test is None else loss_of(test)
 
     def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
         arrays = {}
         for weights, taken in snapshots.items():
             chosen = taken if weights != ITERATE or k in ends else taken[-len(late) :]
             arrays[f"{weights}{k}"] = group_losses(risk.loss, chosen, groups_of) - start
-            if test is not None:
-                arrays[f"test-{weights}{k}"] = group_losses(test, taken[-1:], groups_of)
+            if test_loss is not None:
+                arrays[f"test-{weights}{k}"] = group_losses(test_loss, taken[-1:], groups_of)
         return arrays
 
     def independent() -> dict[str, Any]:
@@ -181,13 +204,17 @@ def measure_training(
         independent if plan.late_phase is None else members,
         training=training,
         plan=plan,
-        test=None if test is None else f"{test(risk.weights):.6g}",
+        test=None if test_loss is None else f"{test_loss(risk.weights):.6g}",
     )
-    return _tabulate(known, training, plan, control)
+    return _tabulate(known, training, plan, control, held_out or {})
 
 
 def _tabulate(
-    known: dict[str, Any], training: Training, plan: Plan, control: ControlVariate | None
+    known: dict[str, Any],
+    training: Training,
+    plan: Plan,
+    control: ControlVariate | None,
+    held_out: Mapping[str, HeldOut],
 ) -> Outcome:
     """Means and standard errors over groups of runs (or over late-phase runs)."""
     import pandas as pd
@@ -196,7 +223,18 @@ def _tabulate(
     averages = plan.averages(training)
     columns = {ITERATE: slice(0, len(at))}
     columns |= {average.name: slice(i, i + 1) for i, average in enumerate(averages, len(at))}
-    controls = {} if control is None else _controls(control, plan, [*at, *averages])
+    controls: dict[int, FloatArray] = {}
+    if control is not None:
+        keys = {k: _keys(plan, k) for k in plan.members}
+        when: list[int | TimeAverage] = [*at, *averages]
+        z = {own: control.responses(own, when) for own in set(keys.values())}
+        controls = {k: control.of(z[own], when, k) for k, own in keys.items()}
+        known = dict(known)
+        for k, own in keys.items():
+            for weights, i in zip(columns, range(len(at) - 1, len(when)), strict=True):
+                if (name := f"test-{weights}{k}") in known and weights in held_out:
+                    variate = control.of_test(z[own][i], when[i], k, held_out[weights])
+                    known[name] = known[name] - variate[:, None]
     rows, course = [], []
     for weights, times in columns.items():
         losses = {k: known[f"{weights}{k}"] for k in plan.members}
@@ -207,15 +245,15 @@ def _tabulate(
             }
         for k, groups in losses.items():
             plain = known[f"{weights}{k}"]
-            scores = known.get(f"test-{weights}{k}")
+            gain = (np.nan, np.nan) if k == 1 else _gain(losses.get(1), groups, k, count)
             rows.append(
                 (
                     k,
                     weights,
                     *_mean(groups[:, -count:].mean(1)),
-                    *_gain(losses.get(1), groups, k, count),
+                    *gain,
                     *_mean(plain[:, -count:].mean(1)),
-                    np.nan if scores is None else float(scores.mean()),
+                    *_test(known, weights, k),
                 )
             )
             if weights == ITERATE:
@@ -239,20 +277,21 @@ def _runs(plan: Plan, members: int) -> list[int]:
     return [1000 * plan.seed + group for group in range(max(plan.runs // members, 2))]
 
 
-def _controls(
-    control: ControlVariate, plan: Plan, when: list[int | TimeAverage]
-) -> dict[int, FloatArray]:
-    """The control variate of every K, shape (groups, times)."""
-    keys = {k: _keys(plan, k) for k in plan.members}
-    z = {own: control.responses(own, when) for own in set(keys.values())}
-    return {k: control.of(z[own], when, k) for k, own in keys.items()}
+def _test(known: dict[str, Any], weights: str, members: int) -> tuple[float, float, float, float]:
+    """Test loss and gain with their errors; NaN where there is none."""
+    scores, single = known.get(f"test-{weights}{members}"), known.get(f"test-{ITERATE}1")
+    if scores is None:
+        return np.nan, np.nan, np.nan, np.nan
+    if weights == ITERATE and members == 1:
+        return *_mean(scores[:, 0]), np.nan, np.nan
+    return *_mean(scores[:, 0]), *_gain(single, scores, members, 1)
 
 
 def _gain(
     single: FloatArray | None, mean: FloatArray, members: int, late: int
 ) -> tuple[float, float]:
     """Loss of a group's single runs minus that of their mean; NaN for late-phase members."""
-    if single is None or members == 1:
+    if single is None:
         return np.nan, np.nan
     own = single[: len(mean) * members].reshape(len(mean), members, -1).mean(1)
     return _mean((own[:, -late:] - mean[:, -late:]).mean(1))
@@ -264,7 +303,9 @@ def _mean(each: FloatArray) -> tuple[float, float]:
     return float(each.mean()), error
 
 
-def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
+def predict_training(
+    gaussian: WeightGaussian, plan: Plan, held_out: Mapping[str, HeldOut] | None = None
+) -> Outcome:
     """Predict the losses of one training, as a table with the columns of `compare_training`.
 
     Parameters
@@ -273,6 +314,8 @@ def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
         Gaussian of the weights in the training.
     plan : Plan
         Group sizes, recorded steps, and which averages are predicted.
+    held_out : mapping of str to HeldOut, optional
+        Result of `neural.bridge.held_out.measure_held_out`; without it no test loss is predicted.
 
     Returns
     -------
@@ -294,6 +337,7 @@ def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
         | {"predicted": prediction.change(k), "predicted_rise": prediction.rise(k)}
         | {"predicted_gain": prediction.rise(1) - prediction.rise(k)}
         | validity
+        | _predicted_test(held_out or {}, weights, k, plan)
         for weights, prediction in predictions.items()
         for k in plan.members
     ]
@@ -309,12 +353,28 @@ def predict_training(gaussian: WeightGaussian, plan: Plan) -> Outcome:
     )
 
 
+def _predicted_test(
+    held_out: Mapping[str, HeldOut], weights: str, members: int, plan: Plan
+) -> dict[str, float]:
+    """Predicted test loss and gain, with the columns of the table."""
+    if weights not in held_out:
+        return {}
+    own, single = held_out[weights], held_out[ITERATE]
+    loss, error = own.loss(members)
+    found = {"predicted_test_loss": loss, "predicted_test_error": error}
+    if plan.late_phase is None and (weights, members) != (ITERATE, 1):
+        gain, error = own.gain(members, single)
+        found |= {"predicted_test_gain": gain, "predicted_test_gain_error": error}
+    return found
+
+
 def compare_training(
     risk: EmpiricalRisk,
     gaussian: WeightGaussian,
     plan: Plan,
     *,
-    test: Callable[[Tensor], float] | None = None,
+    test: TestLoss | None = None,
+    held_out: Mapping[str, HeldOut] | None = None,
     cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
@@ -328,6 +388,8 @@ def compare_training(
         Gaussian of the weights in the training.
     plan, test, cache, progress
         See `measure_training`.
+    held_out : mapping of str to HeldOut, optional
+        Test loss over the Gaussian; measured here by default.
 
     Returns
     -------
@@ -339,14 +401,26 @@ def compare_training(
         prediction (see `neural.bridge.prediction.Prediction`); the relative increase of the noise
         by scatter (``noise_growth``); the curvature added by kinks (``kink_fraction``); the
         relative change of the noise at the end of the noise-free path (``noise_change_on_path``,
-        NaN where that path is not trained); the test loss. The course has the predicted and
-        measured change at every recorded step.
+        NaN where that path is not trained); the test loss and what averaging saves of it, predicted
+        and measured, with standard errors (``predicted_test_loss``, ``predicted_test_error``,
+        ``test_loss``, ``test_error``, ``predicted_test_gain``, ``test_gain``, ...; see
+        `neural.bridge.held_out`). The course has the predicted and measured change at every
+        recorded step.
     """
     training, local = gaussian.training, gaussian.checkpoint
-    predicted = predict_training(gaussian, plan)
+    if held_out is None and test is not None:
+        held_out = measure_held_out(test, risk, gaussian, plan, cache=cache)
+    predicted = predict_training(gaussian, plan, held_out)
     control = measure_control_variate(risk, local, training, cache)
     measured = measure_training(
-        risk, training, plan, control=control, test=test, cache=cache, progress=progress
+        risk,
+        training,
+        plan,
+        control=control,
+        held_out=held_out,
+        test=test,
+        cache=cache,
+        progress=progress,
     )
     table = predicted.table
     table[MEASURED] = measured.table[MEASURED]

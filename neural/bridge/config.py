@@ -9,6 +9,8 @@ from neural.curvature.risk import CURVATURES
 from nqm import SGD, HeavyBall
 from nqm.errors import NQMError, check_integer, check_number, check_word
 
+#: Entry of the column `weights` for the weights themselves, as opposed to averages over time.
+ITERATE = "iterate"
 SAMPLING = ("with replacement", "shuffled")
 #: Largest number of runs, and largest seed: late-phase runs multiply the seed by a thousand.
 MOST = 10**9

@@ -14,7 +14,7 @@ leaves the expectation unchanged and removes most of the variance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neural.bridge.config import Training
+from neural.bridge.held_out import HeldOut
 from neural.bridge.iterate_averages import Running, TimeAverage, power
 from neural.bridge.prediction import expected_excess
 from neural.bridge.scatter import largest_stable_lr
@@ -50,12 +51,15 @@ class ControlVariate:
         Curvature and slope of the loss along the directions of the control variate.
     slopes : Tensor of float64, shape (N, k)
         Slope of every example's loss along these directions, minus the mean over examples.
+    vectors : ndarray, shape (p, k)
+        The directions, orthonormal.
     """
 
     training: Training
     curvature: FloatArray
     slope: FloatArray
     slopes: Tensor
+    vectors: FloatArray
 
     def responses(
         self, keys: Sequence[tuple[int, int]], when: Sequence[int | TimeAverage]
@@ -110,19 +114,54 @@ class ControlVariate:
         ndarray, shape (groups, times)
             In units of the loss; the expectation is zero.
         """
-        groups = len(z[0]) // members
-        training, h = self.training, self.curvature
-        noise = self.slopes.square().mean(0).numpy()
-        problem = Problem(h, noise, initial_mean=0.0, initial_variance=0.0)
-        expected = expected_excess(problem, training, len(self.slopes), when)
-        u = training.effective_lr * h
+        u = self.training.effective_lr * self.curvature
         variates = []
-        for at_moment, moment, mean_loss in zip(z, when, expected, strict=True):
-            means = at_moment[: groups * members].view(groups, members, -1).mean(1).numpy()
+        for (means, loss), moment in zip(self._groups(z, when, members), when, strict=True):
             left = power(u, moment) if isinstance(moment, int) else moment.left(u)
-            loss = 0.5 * means**2 @ h - mean_loss / members
             variates.append(loss + means @ (self.slope * left))
         return np.stack(variates, 1)
+
+    def of_test(
+        self, z: Tensor, when: int | TimeAverage, members: int, held_out: HeldOut
+    ) -> FloatArray:
+        """Control variate of the test loss of the mean weights of groups of K runs.
+
+        It has the test loss's own slope, and the training loss's quadratic form times
+        `HeldOut.curvature_ratio`.
+
+        Parameters
+        ----------
+        z : Tensor, shape (runs, k)
+            Result of `responses` at one time.
+        when : int or TimeAverage
+            This time.
+        members : int
+            Number of runs in a group, K.
+        held_out : HeldOut
+            Test loss over the Gaussian of the weights at this time.
+
+        Returns
+        -------
+        ndarray, shape (groups,)
+            In units of the loss; the expectation is zero.
+        """
+        ((means, loss),) = self._groups([z], [when], members)
+        variate = held_out.curvature_ratio * loss
+        if held_out.gradient is not None:
+            variate = variate + means @ (self.vectors.T @ held_out.gradient)
+        return np.asarray(variate)
+
+    def _groups(
+        self, z: Sequence[Tensor], when: Sequence[int | TimeAverage], members: int
+    ) -> Iterator[tuple[FloatArray, FloatArray]]:
+        """Mean displacements of the groups, and their quadratic loss minus its expectation."""
+        groups, h = len(z[0]) // members, self.curvature
+        noise = self.slopes.square().mean(0).numpy()
+        problem = Problem(h, noise, initial_mean=0.0, initial_variance=0.0)
+        expected = expected_excess(problem, self.training, len(self.slopes), when)
+        for at_moment, mean_loss in zip(z, expected, strict=True):
+            means = at_moment[: groups * members].view(groups, members, -1).mean(1).numpy()
+            yield means, 0.5 * means**2 @ h - mean_loss / members
 
 
 def measure_control_variate(
@@ -164,4 +203,5 @@ def measure_control_variate(
     stored = (cache or Cache()).of(risk)
     each = stored("example_slopes", slopes, directions=len(chosen), local=local.key())["slopes"]
     slope = np.concatenate([local.slope, rest.amplitudes])[chosen]
-    return ControlVariate(training, curvature[chosen], slope, torch.from_numpy(each - each.mean(0)))
+    centred = torch.from_numpy(each - each.mean(0))
+    return ControlVariate(training, curvature[chosen], slope, centred, vectors)

@@ -159,13 +159,32 @@ class Drift:
         -------
         ndarray, shape (p,)
         """
+        first, second = self.displacement_twice(training, when)
+        return np.asarray(0.5 * (first + second))
+
+    def displacement_twice(
+        self, training: Training, when: When | None = None
+    ) -> tuple[FloatArray, FloatArray]:
+        """`displacement` by each of the two measurements of the force.
+
+        Parameters
+        ----------
+        training, when
+            See `displacement`.
+
+        Returns
+        -------
+        first, second : ndarray, shape (p,)
+        """
         psi = response(training.effective_lr, training.steps if when is None else when)
-        local = self.local
-        along = psi(local.pairs.values) * (self.force_top[0] + self.force_top[1])
-        total = local.pairs.vectors @ along
-        if len(self.force_rest[0].values):
-            total = total + sum(half.apply(psi) for half in self.force_rest)
-        return np.asarray(-0.5 * total * training.noise_ratio(self.training))
+        pairs, scale = self.local.pairs, -training.noise_ratio(self.training)
+        moved = []
+        for top, rest in zip(self.force_top, self.force_rest, strict=True):
+            total = pairs.vectors @ (psi(pairs.values) * top)
+            if len(rest.values):
+                total = total + rest.apply(psi)
+            moved.append(np.asarray(scale * total))
+        return moved[0], moved[1]
 
 
 def response(lr: float, when: When) -> Function:
@@ -219,7 +238,7 @@ def descent(local: LocalQuadratic, training: Training, when: When) -> float:
     return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
 
 
-def descended(local: LocalQuadratic, training: Training) -> FloatArray:
+def descended(local: LocalQuadratic, training: Training, when: When | None = None) -> FloatArray:
     """Displacement by noise-free gradient descent on the quadratic after a training, -psi g.
 
     Negative curvature is replaced by zero: the loss, unlike the quadratic, is bounded from below.
@@ -231,13 +250,15 @@ def descended(local: LocalQuadratic, training: Training) -> FloatArray:
         Slope and curvature at the checkpoint.
     training : Training
         Gives the effective learning rate and the number of steps.
+    when : float or TimeAverage, optional
+        Number of steps, or an average over time; by default the training's number of steps.
 
     Returns
     -------
     ndarray, shape (p,)
     """
     lr = training.effective_lr
-    psi = response(lr, training.steps)
+    psi = response(lr, training.steps if when is None else when)
 
     def bounded(h: FloatArray) -> FloatArray:
         within = psi(np.clip(h, 0.0, 2.0 / lr))
@@ -309,7 +330,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
         moved, differences, beyond = [], [], np.zeros(3)
         middle = risk.loss(centre)
         for i in range(displacements):
-            draw = _draw_of(local, i)
+            draw = draw_index(local, i)
             d = displacement(local, training, rng, draw)
             odd, even, loss = _both_ends(risk, centre, d)
             _, near_even, near_loss = _both_ends(risk, centre, 0.5 * d)
@@ -362,7 +383,7 @@ def _both_ends(
     return 0.5 * (plus - minus), 0.5 * (plus + minus), 0.5 * (loss + other_loss)
 
 
-def _draw_of(local: LocalQuadratic, sample: int) -> int | None:
+def draw_index(local: LocalQuadratic, sample: int) -> int | None:
     """Index of the noise draw for a displacement; the two halves share none if there are two."""
     count = len(local.draws)
     if not count or not len(local.draws[0].values):

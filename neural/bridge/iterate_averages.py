@@ -59,6 +59,18 @@ class TimeAverage(ABC):
             In [0, 1].
         """
 
+    def weights(self) -> FloatArray:
+        """Weight of every step's weights in the average after the last step.
+
+        Returns
+        -------
+        ndarray, shape (T,)
+            Of w_1 ... w_T; what is missing to a sum of 1 is the weight of the checkpoint.
+        """
+        shares = np.array([self.share(step) for step in range(1, self.steps + 1)])
+        kept = np.append(np.cumprod(1.0 - shares[:0:-1])[::-1], 1.0)
+        return np.asarray(shares * kept)
+
     @abstractmethod
     def left(self, u: FloatArray) -> FloatArray:
         """Mean of (1 - u)^t over t = 0 ... T with the average's weights.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neural.bridge.api import (
     Measured,
@@ -31,6 +31,7 @@ from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import grouped
 from neural.curvature.spectrum import density
 from neural.late_phase.members import Batch
+from neural.late_phase.reparametrize import RankOne, add_rank1
 from neural.late_phase.select import select
 from neural.training.build import make_model
 from neural.training.config import RunConfig, describe, run_key
@@ -283,11 +284,9 @@ def _tables(
     """All tables by name, in the order in which they are written."""
     risk, gaussians = measured.risk, measured.gaussians
     task = opened.task
-    if config.train:
-        test = held_out_loss(risk, task, config.test_examples, config.batchnorm_group)
-        outcome = compare(measured, plan, test=test, progress=progress)
-    else:
-        outcome = predict(measured, plan)
+    test = held_out_risk(risk, task, config.test_examples, config.batchnorm_group)
+    found = compare if config.train else predict
+    outcome = found(measured, plan, test=test, progress=progress)
     search = counted(progress, "best learning rates", POINTS + 8.0 * len(plan.members))
     best = best_lrs(outcome.table, gaussians, records=plan.records, progress=search)
     epoch = len(task.stream) * opened.run.data.batch_size
@@ -328,6 +327,7 @@ def _risk(
     progress: Progress | None,
 ) -> EmpiricalRisk:
     """The network's loss on its training data, at a minimum near by if `minimise` is set."""
+    _add_factors(opened, f"{config.select}+{plan.late_phase or ''}")
     risk = risk_of_run(
         opened.run,
         opened.model,
@@ -361,10 +361,24 @@ def _risk(
     return risk.at(torch.from_numpy(stored["weights"]).to(risk.weights))
 
 
-def held_out_loss(
+def _add_factors(opened: Opened, selected: str) -> None:
+    """Give a finished run's model its rank-1 factors again, if they are selected.
+
+    The factors of the training were multiplied into the saved weights. New ones, all 1, describe
+    the same model.
+    """
+    where, model = opened.run.model.rank1, opened.model
+    terms = [term.strip() for term in selected.split("+")]
+    if where is None or "rank1" not in terms:
+        return
+    if not any(isinstance(module, RankOne) for module in model.modules()):
+        add_rank1(model, where)
+
+
+def held_out_risk(
     risk: EmpiricalRisk, task: Task, examples: int = 0, group: int | None = None
-) -> Callable[[Tensor], float]:
-    """Make a function that computes the mean cross-entropy on test examples at given weights.
+) -> EmpiricalRisk:
+    """Make the mean cross-entropy on test examples, as a function of the risk's weights.
 
     For a text, only windows of full length are used: the mean over windows would give a symbol of a
     shorter one a larger weight.
@@ -382,8 +396,8 @@ def held_out_loss(
 
     Returns
     -------
-    callable
-        Maps a weight vector of shape (p,) to the loss in nats.
+    EmpiricalRisk
+        Test loss in nats, without weight decay.
     """
     batches: list[Batch] = []
     left = examples or None
@@ -395,7 +409,7 @@ def held_out_loss(
         left = None if left is None else left - len(x)
         if left == 0:
             break
-    return risk.on(batches if group is None else grouped(batches, group)).loss
+    return risk.on(batches if group is None else grouped(batches, group))
 
 
 def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFrame:

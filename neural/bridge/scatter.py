@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
+from neural.bridge.iterate_averages import TimeAverage
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
@@ -19,7 +20,9 @@ FloatArray = NDArray[np.float64]
 ROUNDING = 1e-12
 
 
-def covariance(local: LocalQuadratic, training: Training) -> FloatArray:
+def covariance(
+    local: LocalQuadratic, training: Training, average: TimeAverage | None = None
+) -> FloatArray:
     """Covariance of the weights along the eigenpairs after the training's steps.
 
     Parameters
@@ -28,6 +31,9 @@ def covariance(local: LocalQuadratic, training: Training) -> FloatArray:
         Gives curvature and noise.
     training : Training
         Gives learning rate, batch size, momentum and number of steps.
+    average : TimeAverage, optional
+        Average over the steps of the training whose covariance is computed; by default it is that
+        of the last weights.
 
     Returns
     -------
@@ -35,7 +41,9 @@ def covariance(local: LocalQuadratic, training: Training) -> FloatArray:
     """
     lr, steps = training.effective_lr, training.steps
     u = lr * local.pairs.values
-    if training.momentum:
+    if average is not None:
+        sums = _averaged_sums(u, training, average, joint=True)
+    elif training.momentum:
         sums = _heavy_ball_sums(u, training, joint=True)
     else:
         joint = np.outer(1.0 - u, 1.0 - u)
@@ -65,7 +73,11 @@ def rest_trace(local: LocalQuadratic, training: Training) -> float:
 
 
 def displacement(
-    local: LocalQuadratic, training: Training, rng: np.random.Generator, draw: int | None = None
+    local: LocalQuadratic,
+    training: Training,
+    rng: np.random.Generator,
+    draw: int | None = None,
+    average: TimeAverage | None = None,
 ) -> FloatArray:
     """Draw a random displacement of the weights with the training's covariance.
 
@@ -81,13 +93,15 @@ def displacement(
         Source of the random numbers.
     draw : int, optional
         Index of one of the local model's draws; a random one by default.
+    average : TimeAverage, optional
+        See `covariance`.
 
     Returns
     -------
     ndarray, shape (p,)
     """
     vectors = local.pairs.vectors
-    size, turn = np.linalg.eigh(_symmetric(covariance(local, training)))
+    size, turn = np.linalg.eigh(_symmetric(covariance(local, training, average)))
     root = np.sqrt(np.where(size > ROUNDING * size[-1], size, 0.0))
     normal = vectors.T @ rng.standard_normal(len(vectors))
     moved = vectors @ (turn @ (root * (turn.T @ normal)))
@@ -95,7 +109,8 @@ def displacement(
         drawn = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
         lr = training.effective_lr
         scale = local.draw_scale * lr**2 / training.batch_size
-        moved = moved + drawn.apply(lambda h: np.sqrt(scale * noise_sums(lr * h, training)))
+        sums = noise_sums(lr * drawn.values, training, average)
+        moved = moved + drawn.vectors @ (np.sqrt(scale * sums) * drawn.amplitudes)
     return np.asarray(moved)
 
 
@@ -117,7 +132,7 @@ def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
     return float(stability_edge(local.problem(), training.algorithm))
 
 
-def noise_sums(u: FloatArray, training: Training) -> FloatArray:
+def noise_sums(u: FloatArray, training: Training, average: TimeAverage | None = None) -> FloatArray:
     """Variance that the training's noisy steps accumulate, in units of the variance of one step.
 
     For SGD it is the sum over t < steps of (1 - lr h)^(2t).
@@ -128,11 +143,15 @@ def noise_sums(u: FloatArray, training: Training) -> FloatArray:
         Effective learning rate times curvature, lr h.
     training : Training
         Gives momentum and number of steps.
+    average : TimeAverage, optional
+        See `covariance`.
 
     Returns
     -------
     ndarray, shape of `u`
     """
+    if average is not None:
+        return _averaged_sums(u, training, average, joint=False)
     if training.momentum:
         return _heavy_ball_sums(u, training, joint=False)
     r, steps = (1.0 - u) ** 2, training.steps
@@ -158,6 +177,30 @@ def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArr
                 before, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * before
             total += block.T @ block if joint else (block**2).sum(0)
             left -= len(block)
+    return total
+
+
+def _averaged_sums(
+    u: FloatArray, training: Training, average: TimeAverage, joint: bool
+) -> FloatArray:
+    """`noise_sums` of an average over time; `joint` for all pairs of directions.
+
+    Noise of size 1 in step s moves the average by the effective rate times y_s, the sum over
+    t >= s of the weight of w_t times r_(t - s + 1) (see `_heavy_ball_sums`). The recursion of r
+    gives y_s from the two steps after it.
+    """
+    beta = training.momentum
+    after, now = np.zeros(len(u)), np.zeros(len(u))
+    total = np.zeros((len(u), len(u)) if joint else len(u))
+    weights = average.weights()[::-1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        for part in np.array_split(weights, max(len(weights) // 512, 1)):
+            block = np.empty((len(part), len(u)))
+            for row, weight in zip(block, part, strict=True):
+                own = (1.0 - beta) * weight
+                after, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * after + own
+                row[:] = now
+            total += block.T @ block if joint else (block**2).sum(0)
     return total
 
 

@@ -16,6 +16,7 @@ STAGES = {
     "curvature and noise": ("eigenpairs", "gradient", "noise_sample", "noise_trace"),
     "averages": ("averages",),
     "third derivatives": ("slopes", "force"),
+    "test loss": ("test_loss",),
     "training": ("training", "noise_free_path", "example_slopes"),
 }
 

@@ -197,7 +197,7 @@ def test_the_test_loss_is_that_of_the_last_weights() -> None:
     last = compare(measured, replace(PLAN, records=1)).table
     iterate = found["weights"] == "iterate"
     expected = last.loc[iterate, "plain"] + risk.loss()
-    np.testing.assert_allclose(found.loc[iterate, "test"], expected, rtol=1e-9)
+    np.testing.assert_allclose(found.loc[iterate, "test_loss"], expected, rtol=1e-9)
 
 
 def test_best_rates_are_found_among_the_gaussians() -> None:

@@ -220,11 +220,11 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
         run(other, way)
         assert not told
     # Losses on test data are not among what was kept.
-    assert first["test"].isna().all()
-    tested = run(short, plan, 1.0)["test"]
+    assert first["test_loss"].isna().all()
+    tested = run(short, plan, 1.0)["test_loss"]
     assert tested.notna().all()
     # Nor are those of another test loss.
-    np.testing.assert_allclose(run(short, plan, 3.0)["test"], 3.0 * tested, rtol=1e-12)
+    np.testing.assert_allclose(run(short, plan, 3.0)["test_loss"], 3.0 * tested, rtol=1e-12)
 
 
 def test_a_prediction_alone_has_the_same_form(bowl: Bowl) -> None:
@@ -251,9 +251,9 @@ def test_members_share_their_test_losses(bowl: Bowl) -> None:
     ).table
     # A linear loss: the mean over groups is the same for every K.
     for weights, rows in table.groupby("weights"):
-        one, other = rows["test"]
+        one, other = rows["test_loss"]
         assert one == pytest.approx(other, rel=IDENTITY), weights
-    assert table["test"].nunique() > 2  # the averages are others
+    assert table["test_loss"].nunique() > 2  # the averages are others
     assert np.isnan(table["error"][1])  # of one group
 
 

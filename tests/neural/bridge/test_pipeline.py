@@ -17,7 +17,7 @@ from neural.bridge.comparison import COLUMNS
 from neural.bridge.config import BridgeConfig, Plan
 from neural.bridge.from_run import risk_of_run
 from neural.bridge.pipeline import (
-    held_out_loss,
+    held_out_risk,
     load_config,
     open_target,
     run_bridge,
@@ -68,7 +68,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     # Two rates at the first size, the second size at one rate; two K, and averages over time.
     assert len(found.table) == 3 * 2 * 3
     assert set(found.course["step"]) == {1, 2, 5, 15, 20}
-    assert found.table[["measured", "predicted", "test"]].notna().all(axis=None)
+    assert found.table[["measured", "predicted", "test_loss"]].notna().all(axis=None)
     assert {"curvature and noise", "averages", "third derivatives", "train 1 of 3"} <= set(stages)
     assert (tmp_path / "verdict.md").read_text() == "".join(f"- {w}\n" for w in found.words)
     parts = ["curvature and noise", "averages", "third derivatives", "training"]
@@ -143,7 +143,7 @@ def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     found = run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert found.local.examples == 10, "sixty examples in groups of six"
-    assert found.table[["predicted", "measured", "test"]].notna().all(axis=None)
+    assert found.table[["predicted", "measured", "test_loss"]].notna().all(axis=None)
     late = replace(PLAN, late_phase="head", members=(2,))
     with pytest.raises(NQMError, match="drop batchnorm_group"):
         run_bridge(open_target(str(run), Runtime()), config, late, Runtime(), tmp_path / "late")
@@ -219,7 +219,7 @@ def test_loss_of_so_much_of_the_test_set(run: Path, examples: int) -> None:
     x, y = x[: examples or None].double(), y[: examples or None]
     with torch.no_grad():
         expected = float(nn.functional.cross_entropy(opened.model(x), y))
-    found = held_out_loss(risk, opened.task, examples)(risk.weights)
+    found = held_out_risk(risk, opened.task, examples).loss()
     assert found == pytest.approx(expected, rel=1e-12)
 
 

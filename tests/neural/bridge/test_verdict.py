@@ -28,7 +28,8 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "ratio": ratios, "ratio_error": 0.1, "descent": 0.0, "noise_free": 0.0, "cross": 0.0,
         "floor": 0.5, "excess": 10.0, "curvature_change_part": 0.0, "effective_runs": 1.0,
         "noise_growth": np.nan, "kink_fraction": 0.0, "nonsmooth_excess": 0.0, "log2_slope": 0.0,
-        "noise_change_on_path": np.nan, "plain": np.nan, "plain_error": np.nan, "test": np.nan,
+        "noise_change_on_path": np.nan, "plain": np.nan, "plain_error": np.nan, "predicted_test_loss": np.nan, "predicted_test_error": np.nan, "test_loss": np.nan, "test_error": np.nan,
+        "predicted_test_gain": np.nan, "predicted_test_gain_error": np.nan, "test_gain": np.nan, "test_gain_error": np.nan,
         "predicted_gain": 2.0, "gain": [np.nan, 3.0, 3.0][: len(ratios)], "gain_error": 0.1,
     }  # fmt: skip
     return pd.DataFrame(rows).assign(**changes)[COLUMNS]
@@ -63,7 +64,7 @@ def test_the_verdict_counts(local: LocalQuadratic) -> None:
     assert f"{saves} to 1.50." in lines
     assert not any("Test losses" in line or "Cost" in line for line in lines)
     assert not any("scatter" in line or "Unreliable" in line for line in lines)
-    assert "Test losses" in verdict(cells(0.1, (1.0,), test=0.3), local)[-1]
+    assert "Test losses" in verdict(cells(0.1, (1.0,), test_loss=0.3), local)[-1]
 
 
 def test_rank_order_counts_what_is_sure() -> None:
