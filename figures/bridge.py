@@ -213,7 +213,14 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     lr = rates[len(rates) // 2]
     rows = rows[rows["lr"] == lr]
     for i, k in enumerate(sorted({rows["members"].min(), rows["members"].max()})):
-        _lines(ax, rows[rows["members"] == k], "step", i, f"K = {k}", "predicted", "measured")
+        _lines(
+            ax,
+            rows[rows["members"] == k],
+            "step",
+            i,
+            f"K = {k}",
+            ("predicted", "measured", "error"),
+        )
     ax.axhline(0.0, color=REFERENCE, lw=0.6, zorder=0)
     ax.set(xscale="log", xlabel="step", ylabel="change of the loss", title=f"course, lr {lr:.2g}")
     low, high = ax.get_ylim()
@@ -247,6 +254,36 @@ def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     _rate_axes(ax, rows["lr"])
     ax.set_title(f"averages over time, K = {fewest}")
     ax.legend(loc="best")
+    return ax
+
+
+def held_out(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw what averaging K runs saves of the test loss, a colour per learning rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `neural.bridge.api.compare` makes it: columns lr, batch_size, members, weights,
+        predicted_test_gain, test_gain, test_gain_error. Rows of the first batch size and of the
+        iterate are drawn.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Lines are predictions, markers measurements with two standard errors.
+    """
+    ax = axes_or_new(ax)
+    rows = _first_size(table)
+    rows = rows[rows["predicted_test_gain"].notna()]
+    for i, (lr, one) in enumerate(rows.groupby("lr")):
+        columns = ("predicted_test_gain", "test_gain", "test_gain_error")
+        _lines(ax, one, "members", i, f"{lr:.2g}", columns)
+    members_axis(ax, sorted(map(int, rows["members"].unique())))
+    ax.axhline(0.0, color=REFERENCE, lw=0.6, zorder=0)
+    ax.set(xlabel="K", ylabel="test loss saved", title="test loss")
+    ax.legend(loc="best", title="lr", title_fontsize=7, ncols=2, columnspacing=1.0)
     return ax
 
 
@@ -322,14 +359,14 @@ def _lines(
     x: str,
     i: int,
     name: str,
-    predicted: str = "predicted_rise",
-    measured: str = "measured_rise",
+    columns: tuple[str, str, str] = ("predicted_rise", "measured_rise", "error"),
 ) -> None:
     """Prediction as a line, measurement as markers with two standard errors."""
+    predicted, measured, error = columns
     rows = rows.sort_values(x)
     color = PALETTE[i % len(PALETTE)]
     ax.plot(rows[x], rows[predicted], color=color, label=name, gid=f"{name}/predicted")
     ax.errorbar(
-        rows[x], rows[measured], 2.0 * rows["error"], fmt=MARKERS[i % len(MARKERS)],
+        rows[x], rows[measured], 2.0 * rows[error], fmt=MARKERS[i % len(MARKERS)],
         color=color, ms=3.0, lw=0.7, gid=f"{name}/measured",
     )  # fmt: skip

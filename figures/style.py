@@ -148,9 +148,9 @@ def panel_letters(axes: list[Axes]) -> None:
     Parameters
     ----------
     axes : list of Axes
-        The panels in their order; those after the eighth get no letter.
+        The panels in their order; those after the ninth get no letter.
     """
-    for letter, ax in zip("abcdefgh", axes, strict=False):
+    for letter, ax in zip("abcdefghi", axes, strict=False):
         title = ax.get_title() or ax.get_title(loc="left")
         ax.set_title("")
         ax.set_title(f"({letter}) {title}".rstrip(), loc="left")

@@ -34,7 +34,9 @@ def draw_bridge(
     with style.context():
         figure = style.new_figure(style.PAGE, 6.6)
         several = table["batch_size"].nunique() > 1
-        axes = figure.subplot_mosaic("abc;def;ghh" if several else "abc;def;ggg")
+        tested = bool(table["predicted_test_gain"].notna().any())
+        last_row = ("ghi" if tested else "ghh") if several else ("ggi" if tested else "ggg")
+        axes = figure.subplot_mosaic(f"abc;def;{last_row}")
         pairs = spectrum[spectrum["kind"] == "pair"]
         h, noise = (pairs[name].to_numpy(float) for name in ("curvature", "noise_variance"))
         bridge.spectrum(spectrum, ax=axes["a"])
@@ -47,6 +49,8 @@ def draw_bridge(
             bridge.against_batch_size(table, ax=axes["f"])
         bridge.averages(table, ax=axes[last[0]])
         bridge.residuals(table, float(h.max()), ax=axes[last[1]])
+        if tested:
+            bridge.held_out(table, ax=axes["i"])
         style.panel_letters(list(axes.values()))
         figure.suptitle(title, fontsize=9, parse_math=False)  # show a "$" of a name as such
     return style.save(figure, folder / "bridge", {"title": title})

@@ -182,8 +182,9 @@ def _test_loss(table: pd.DataFrame) -> Iterator[str]:
             yield "Test losses are in the table; there is no prediction of them."
         return
     for weights, rows in known.groupby("weights", sort=False):
-        most = rows[rows["members"] == rows["members"].max()]["predicted_test_gain"]
-        of = f"the mean of {rows['members'].max()} runs"
+        members = rows["members"].max()
+        most = rows[rows["members"] == members]["predicted_test_gain"]
+        of = "one run" if members == 1 else f"the mean of {members} runs"
         of = of if weights == ITERATE else f"{weights} of {of}"
         yield (
             f"Test loss of a single run less that of {of}: {most.min():+.2g} to "

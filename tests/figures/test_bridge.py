@@ -80,6 +80,22 @@ def test_averages_are_lines_of_their_own(table: pd.DataFrame) -> None:
     assert len(line(bridge.against_batch_size(table), "K = 1/predicted").get_xdata()) == 2
 
 
+def test_what_is_saved_of_the_test_loss(table: pd.DataFrame) -> None:
+    ks = np.array([np.nan, 2.0, 3.0])
+    table = table.assign(
+        predicted_test_gain=np.tile(0.1 * ks, len(table) // 3),
+        test_gain=np.tile(-0.2 * ks, len(table) // 3),
+        test_gain_error=0.01,
+    )
+    ax = bridge.held_out(table)
+    for lr in ("0.1", "0.2", "0.4"):
+        x, y = line(ax, f"{lr}/predicted").get_data()
+        agree(x, [2, 3], IDENTITY)
+        agree(y, [0.2, 0.3], IDENTITY)
+    drawn = [np.asarray(c.lines[0].get_ydata(), dtype=float) for c in ax.containers]
+    agree(drawn, [[-0.4, -0.6]] * 3, IDENTITY)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -100,6 +116,8 @@ def test_the_page_is_drawn_of_any_table(
         course = course.assign(measured=np.nan, error=np.nan)
     else:
         table = table.assign(predicted_rise=-table["predicted_rise"], ratio=-table["ratio"])
+    if case.startswith("rises below zero"):  # and with a panel of the test loss
+        table = table.assign(predicted_test_gain=-0.1, test_gain=0.1, test_gain_error=0.01)
     if case.endswith("alone"):
         table = table[table["batch_size"] == table["batch_size"].iloc[0]]
     paths = draw_bridge(table, course, spectrum, tmp_path, case)

@@ -68,10 +68,11 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     # Two rates at the first size, the second size at one rate; two K, and averages over time.
     assert len(found.table) == 3 * 2 * 3
     assert set(found.course["step"]) == {1, 2, 5, 15, 20}
-    assert found.table[["measured", "predicted", "test_loss"]].notna().all(axis=None)
+    names = ["measured", "predicted", "test_loss", "test_error", "predicted_test_loss"]
+    assert found.table[names].notna().all(axis=None)
     assert {"curvature and noise", "averages", "third derivatives", "train 1 of 3"} <= set(stages)
     assert (tmp_path / "verdict.md").read_text() == "".join(f"- {w}\n" for w in found.words)
-    parts = ["curvature and noise", "averages", "third derivatives", "training"]
+    parts = ["curvature and noise", "averages", "third derivatives", "test loss", "training"]
     assert list(found.cost["stage"]) == parts
     assert (found.cost["epochs"] > 0.0).all()
     # A stage takes as long as all of its results did, each counted once.
@@ -131,6 +132,8 @@ def test_prediction_alone_and_a_minimum(run: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     found = run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert found.table["measured"].isna().all()
+    assert found.table["test_loss"].isna().all()
+    assert found.table["predicted_test_loss"].notna().all()
     assert (found.table["predicted_rise"] > 0).all()
     assert np.abs(found.table["descent"]).max() < 1e-9, "at a minimum there is no descent"
     assert not any("measured" in line for line in found.words)
@@ -143,7 +146,8 @@ def test_batchnorm_in_training_mode(run: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     found = run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert found.local.examples == 10, "sixty examples in groups of six"
-    assert found.table[["predicted", "measured", "test_loss"]].notna().all(axis=None)
+    names = ["predicted", "measured", "test_loss", "predicted_test_loss"]
+    assert found.table[names].notna().all(axis=None)
     late = replace(PLAN, late_phase="head", members=(2,))
     with pytest.raises(NQMError, match="drop batchnorm_group"):
         run_bridge(open_target(str(run), Runtime()), config, late, Runtime(), tmp_path / "late")
@@ -209,6 +213,45 @@ def test_cost_is_told_in_epochs_of_training(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["stage"].tolist() == ["curvature and noise", "third derivatives"]
     assert found["seconds"].tolist() == [8.0, 23.0]
     assert found["epochs"].tolist() == [1.0, 2.875]
+
+
+TEXTS: dict[str, tuple[dict[str, Any], str]] = {
+    "transformer": (
+        {"name": "transformer_lm", "context": 8, "width": 8, "heads": 2, "layers": 1},
+        "layernorm+head",
+    ),
+    "LSTM": ({"name": "lstm_lm", "embedding": 4, "hidden": 4, "rank1": "lstm.*"}, "rank1"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_networks_that_read_a_text(kind: str, tmp_path: Path) -> None:
+    model, select = TEXTS[kind]
+    data = {
+        "name": "python_docs", "length": 8, "batch_size": 16, "train_examples": 600,
+        "test_examples": 300,
+    }  # fmt: skip
+    run_experiment(
+        recipe({"base": {}}, data=data, model=model, train={"epochs": 1, "lr": 0.1}),
+        tmp_path, seeds=[0],
+    )  # fmt: skip
+    target, out = str(tmp_path / "base" / "seed0"), tmp_path / "bridge"
+    config = replace(
+        SMALL, select=select, examples=12, batch_sizes=(4,), lr_times_sharpness=(0.1,), steps=4,
+        eigenpairs=4, averaging_displacements=1, test_examples=8,
+    )  # fmt: skip
+    opened = open_target(target, Runtime())
+    found = run_bridge(opened, config, PLAN, Runtime(), out)
+    names = ["predicted", "measured", "predicted_test_loss", "test_loss"]
+    assert np.isfinite(found.table[names]).all(axis=None)
+    # The measured weights are the model's own: their loss is that of the run's model.
+    plain = open_target(target, Runtime())
+    risk = risk_of_run(plain.run, plain.model, Runtime(), select="head", examples=12)
+    assert found.local.loss == pytest.approx(risk.loss(), rel=1e-5)
+    if select == "rank1":  # factors of both LSTM weights: 16 + 4 each
+        assert len(found.local.pairs.vectors) == 40
+        again = run_bridge(opened, config, PLAN, Runtime(), tmp_path / "again")
+        assert len(again.local.pairs.vectors) == 40
 
 
 @pytest.mark.parametrize("examples", [3, 0])
@@ -295,7 +338,8 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     stages = [line.partition(" ")[2] for line in done.stderr.strip().splitlines()]
     trained = [f"train {i} of 3" for i in (1, 2, 3)]
-    assert stages == ["curvature and noise", "third derivatives", *trained, "best learning rates"]
+    before = ["curvature and noise", "third derivatives", "test loss"]
+    assert stages == [*before, *trained, "best learning rates"]
     stated = read_metadata(out / "bridge.parquet")["config"]
     expected = {
         "select": "head", "examples": 60, "steps": 5, "test_examples": 10, "eigenpairs": 6,

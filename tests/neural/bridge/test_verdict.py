@@ -11,6 +11,8 @@ from neural.bridge.verdict import rank_order, verdict
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from tests.tiny_risks import Bowl
 
+TEST_COLUMNS = [name for name in COLUMNS if "test" in name]
+
 
 @pytest.fixture(scope="module")
 def local() -> LocalQuadratic:
@@ -28,10 +30,10 @@ def cells(lr: float, ratios: tuple[float, ...], **changes: object) -> pd.DataFra
         "ratio": ratios, "ratio_error": 0.1, "descent": 0.0, "noise_free": 0.0, "cross": 0.0,
         "floor": 0.5, "excess": 10.0, "curvature_change_part": 0.0, "effective_runs": 1.0,
         "noise_growth": np.nan, "kink_fraction": 0.0, "nonsmooth_excess": 0.0, "log2_slope": 0.0,
-        "noise_change_on_path": np.nan, "plain": np.nan, "plain_error": np.nan, "predicted_test_loss": np.nan, "predicted_test_error": np.nan, "test_loss": np.nan, "test_error": np.nan,
-        "predicted_test_gain": np.nan, "predicted_test_gain_error": np.nan, "test_gain": np.nan, "test_gain_error": np.nan,
+        "noise_change_on_path": np.nan, "plain": np.nan, "plain_error": np.nan,
         "predicted_gain": 2.0, "gain": [np.nan, 3.0, 3.0][: len(ratios)], "gain_error": 0.1,
     }  # fmt: skip
+    rows |= dict.fromkeys(TEST_COLUMNS, np.nan)
     return pd.DataFrame(rows).assign(**changes)[COLUMNS]
 
 
@@ -65,6 +67,34 @@ def test_the_verdict_counts(local: LocalQuadratic) -> None:
     assert not any("Test losses" in line or "Cost" in line for line in lines)
     assert not any("scatter" in line or "Unreliable" in line for line in lines)
     assert "Test losses" in verdict(cells(0.1, (1.0,), test_loss=0.3), local)[-1]
+
+
+def test_what_averaging_saves_of_the_test_loss(local: LocalQuadratic) -> None:
+    gains: dict[str, object] = {
+        "predicted_test_gain": [np.nan, 0.2, 0.4], "test_gain": [np.nan, 0.24, -0.1],
+        "test_gain_error": [np.nan, 0.01, 0.1], "test_loss": 1.0,
+    }  # fmt: skip
+    table = pd.concat(
+        [
+            cells(0.1, (1.0, 1.0, 1.0), **gains),
+            cells(0.1, (1.0,), weights="swa", predicted_test_gain=-0.1, test_gain=-0.3,
+                  test_gain_error=0.05),
+        ]
+    )  # fmt: skip
+    lines = verdict(table, local)
+    assert (
+        "Test loss of a single run less that of the mean of 3 runs: +0.4 to +0.4 predicted."
+    ) in lines
+    assert (
+        "Test loss of a single run less that of swa of one run: -0.1 to -0.1 predicted."
+    ) in lines
+    (told,) = [line for line in lines if line.startswith("What averaging saves of the test loss")]
+    # Ratios 1.2, -0.25 and 3; of the three signs one is wrong, in a cell one error from 0.
+    assert "sign right in 2 of 3 cells, in 2 of the 2 that are two standard errors from 0" in told
+    assert "size within 25% in 1" in told
+    assert not any("there is no prediction" in line for line in lines)
+    alone = verdict(table.assign(test_gain=np.nan), local)
+    assert not any("What averaging saves of the test" in line for line in alone)
 
 
 def test_rank_order_counts_what_is_sure() -> None:
