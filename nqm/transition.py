@@ -68,7 +68,7 @@ class _Tally:
         return 0.0
 
 
-class _UnitGradient:
+class UnitGradient:
     """Gradient of linear forms: h times the form, plus a new unit vector for each minibatch."""
 
     def __init__(
@@ -79,6 +79,7 @@ class _UnitGradient:
         self.shared: dict[int, int] = {}
 
     def __call__(self, x: Value, batch: int | None = None, size: float = 1.0) -> Value:
+        """Compute the gradient at a linear form; see `Gradient`."""
         if batch is not None and batch in self.shared:
             column = self.shared[batch]
         else:
@@ -88,6 +89,7 @@ class _UnitGradient:
         return self.curvature * x + self._unit(column, 1.0 / math.sqrt(size))
 
     def normal(self) -> Value:
+        """Return the unit vector of a fresh normal."""
         column, self.next_normal = self.next_normal, self.next_normal + 1
         return self._unit(column)
 
@@ -97,7 +99,19 @@ class _UnitGradient:
         return self.as_form(unit)
 
 
-def _tally(algorithm: Algorithm) -> _Tally:
+def count_draws(algorithm: Algorithm) -> _Tally:
+    """Count what one step of the literal algorithm draws.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Linear method.
+
+    Returns
+    -------
+    _Tally
+        Its `minibatches`, their `examples` in batch sizes, and the method's own `normals`.
+    """
     tally = _Tally()
     rates: Any = 0.0 if algorithm.rate_count == 1 else (0.0, 0.0)
     algorithm.update((0.0,) * len(algorithm.coordinates), tally, rates, 0)
@@ -119,7 +133,7 @@ def minibatches(algorithm: Algorithm) -> float:
         Examples of one step over the batch size: a whole number unless members share a part of
         their examples.
     """
-    return _tally(algorithm).examples
+    return count_draws(algorithm).examples
 
 
 def minibatch_count(algorithm: Algorithm) -> int:
@@ -135,7 +149,7 @@ def minibatch_count(algorithm: Algorithm) -> int:
     int
         Number m of columns.
     """
-    return _tally(algorithm).minibatches
+    return count_draws(algorithm).minibatches
 
 
 def extract(
@@ -163,7 +177,7 @@ def extract(
     Transition
         Leading axes of its arrays are the common shape of `curvature`, `lr` and `t`.
     """
-    tally = _tally(algorithm)
+    tally = count_draws(algorithm)
     n, m, r = len(algorithm.coordinates), tally.minibatches, tally.normals
     h = np.asarray(curvature, dtype=np.float64)
     rates = tuple(np.asarray(r, dtype=np.float64) for r in (lr if isinstance(lr, tuple) else (lr,)))
@@ -171,7 +185,7 @@ def extract(
     # The axis of coefficients goes first, so that arithmetic runs along the long axes.
     unit = np.eye(n, n + m + r).reshape(n, n + m + r, *(1 for _ in shape))
     as_form = DoubleDouble if exact else np.asarray
-    gradient = _UnitGradient(h, n + m + r, n, n + m, len(shape), as_form)
+    gradient = UnitGradient(h, n + m + r, n, n + m, len(shape), as_form)
     forms = tuple(as_form(form) for form in unit)
     new = algorithm.update(forms, gradient, rates if len(rates) > 1 else rates[0], t)
     rows, low = np.zeros((2, *shape, n, n + m + r))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from nqm.program import FOREVER, Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
 from nqm.solvers.multiplicative_scalar import scalar_first_order
+from nqm.solvers.polynomial_walk import Seen, State, Steps, walk
 from nqm.transition import (
     Transition,
     embedding,
@@ -38,6 +40,8 @@ from nqm.words import short_html, short_repr
 SMALL = 16
 #: Most entries of the transition matrices held at once while walking: they stay in the cache.
 CHUNK = 400_000
+#: Most coefficients of steps that are polynomials, and most numbers walked over, at once.
+TABLE, WALKED = 400_000, 200_000_000
 
 Progress = Callable[[int], None]
 
@@ -344,23 +348,112 @@ class Walker:
         self.cycles: list[Map] = []
         self.many, self.powers = 0, self.cycles
 
-    def walk(self, start: int, stop: int, losses: FloatArray | None = None) -> None:
-        """Take steps [start, stop) one by one; add the first mode's losses to `losses`."""
+    def walk(
+        self,
+        start: int,
+        stop: int,
+        losses: FloatArray | None = None,
+        at: Sequence[int] = (),
+    ) -> list[Seen]:
+        """Take steps [start, stop) one by one.
+
+        Parameters
+        ----------
+        start, stop : int
+            First step of the phase, and the last one plus 1.
+        losses : ndarray, shape (stop - start,), optional
+            The first mode's losses are added to it.
+        at : sequence of int
+            Steps to record, rising, in (start, stop].
+
+        Returns
+        -------
+        list of Seen
+            The records of each mode; moments by direction of the first one only.
+        """
+        return [
+            self._walk_mode(i, start, stop, losses if i == 0 else None, at)
+            for i in range(len(self.states))
+        ]
+
+    def _walk_mode(
+        self, index: int, start: int, stop: int, losses: FloatArray | None, at: Sequence[int]
+    ) -> Seen:
+        """Take steps [start, stop) of one mode."""
+        state = self.states[index]
+        n = len(state.mode.algorithm.coordinates)
+        chunk = max(1, min(TABLE // n**2, WALKED // (self.problem.directions * n**2)))
+        seen = []
+        wanted = np.asarray(at, dtype=np.int64)
+        for first in range(start, stop, chunk):
+            last = min(first + chunk, stop)
+            here = wanted[(wanted > first) & (wanted <= last)]
+            out = None if losses is None else losses[first - start : last - start]
+            found = self._walk_polynomial(state, first, last, out, here, moments=index == 0)
+            if found is None:
+                found = self._walk_piecewise(state, first, last, out, here)
+            seen.append(found)
+        return Seen.joined(seen, self.problem.directions)
+
+    def _walk_polynomial(
+        self,
+        state: Moments,
+        start: int,
+        stop: int,
+        losses: FloatArray | None,
+        at: NDArray[np.int64],
+        *,
+        moments: bool,
+    ) -> Seen | None:
+        """Take steps whose matrices are polynomials; None, with nothing done, if they are not."""
+        algorithm = state.mode.algorithm
+        t = self.age + np.arange(start, stop)
+        readout = np.zeros((t.size, len(algorithm.coordinates)))
+        record = np.full(t.size, -1)
+        record[at - start - 1] = np.arange(at.size)
+        asked = at - start - 1 if losses is None else np.arange(t.size)
+        if asked.size:
+            readout[asked] = _readouts(algorithm, t[asked] + 1)
+        settings = self.law.phase.settings(start, stop)
+        steps = Steps(settings, self.law.algorithm.time.reduced(t), readout, record)
+        scales, mutable = self.law.scales, State(state.mean, state.started, state.noisy)
+        return walk(self.problem, state.mode, scales, mutable, steps, losses, moments=moments)
+
+    def _walk_piecewise(
+        self,
+        state: Moments,
+        start: int,
+        stop: int,
+        losses: FloatArray | None,
+        at: NDArray[np.int64],
+    ) -> Seen:
+        """Take steps of any method: their matrices are extracted first, for each distinct step."""
+        seen, begin = [], start
+        for step in [*at, stop]:
+            self._extract_and_walk(
+                state, begin, step, None if losses is None else losses[begin - start :]
+            )
+            seen.append(Seen.of(self.problem, *state.weights(self.age + step)))
+            begin = step
+        return Seen.joined(seen[:-1], self.problem.directions)
+
+    def _extract_and_walk(
+        self, state: Moments, start: int, stop: int, losses: FloatArray | None
+    ) -> None:
         begun = start
-        size = max(len(s.mode.algorithm.coordinates) for s in self.states)
+        size = len(state.mode.algorithm.coordinates)
         chunk = max(1, CHUNK // (self.problem.directions * size * size))
         while start < stop:
             until = min(stop, start + chunk)
             settings = self.law.phase.settings(start, until)
             residue = self.law.algorithm.time.reduced(self.age + np.arange(start, until))
-            for i, state in enumerate(self.states):
-                (matrix, noise, _), kind = self.kinds(state.mode, settings, residue)
-                read, out = None, None
-                if losses is not None and i == 0:
-                    t = self.age + np.arange(start, until) + 1
-                    read = _readouts(state.mode.algorithm, t)
-                    out = losses[start - begun : until - begun]
-                self.apply(state, matrix, noise, kind, read, out)
+            (matrix, noise, _), kind = self.kinds(state.mode, settings, residue)
+            read, out = None, None
+            if losses is not None:
+                t = self.age + np.arange(start, until) + 1
+                read = _readouts(state.mode.algorithm, t)
+                out = losses[start - begun : until - begun]
+            self.apply(state, matrix, noise, kind, read, out)
             start = until
 
     def apply(
@@ -407,6 +500,41 @@ class Walker:
         for state in self.states:
             step = self.step_at(state.mode, start)
             self.leap(state, compose_span(step, algorithm.time, self.age + start, self.age + stop))
+
+    def march(self, start: int, at: Sequence[int], *, jump: bool) -> list[Seen]:
+        """Take the steps of a stretch whose rates do not repeat, to the last of the steps `at`.
+
+        Parameters
+        ----------
+        start : int
+            First step.
+        at : sequence of int
+            Steps to record, rising, > `start`.
+        jump : bool
+            Compute equal steps by powers where that is quicker.
+
+        Returns
+        -------
+        list of Seen
+            As `walk` returns them.
+        """
+        phase, products = self.law.phase, self.law.algorithm.time.products
+        length = at[-1] - start
+        if not jump or products(length) > length / 8 or not phase.still(start, at[-1]):
+            return self.walk(start, at[-1], at=at)
+        seen: list[list[Seen]] = []
+        for step in at:
+            self.stretch(start, step)
+            start = step
+            seen.append(_seen(self.problem, self.states, self.age + step))
+        return [Seen.joined(rows, self.problem.directions) for rows in zip(*seen, strict=True)]
+
+    def reach(self, jump: bool) -> int:
+        """Steps that are taken at once; fewer in many directions, so that progress is told."""
+        if jump and self.law.phase.constant:
+            return FOREVER
+        size = max(len(state.mode.algorithm.coordinates) for state in self.states)
+        return max(1, WALKED // (self.problem.directions * size**2))
 
     def step_at(self, mode: Mode, start: int) -> Step:
         """Function from an age to the transition of its step, at the settings of step `start`."""
@@ -878,8 +1006,10 @@ def solve(
         check_size(f"phase.{index}", problem, law, steps, len(wanted), jump=jump)
         left -= steps
     rows = list(_visit(problem, laws, wanted, jump, progress))
-    columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    zeros = np.zeros(len(rows))
+    columns: dict[str, Any] = {
+        name: np.concatenate([row[name] for row in rows]) for name in rows[0]
+    }
+    zeros = np.zeros(len(wanted))
     pairs = None
     if problem.correlated:
         from nqm.solvers.correlated import pair_covariances  # which is built on this module
@@ -958,9 +1088,10 @@ def _visit(
     jump: bool,
     progress: Progress | None,
 ) -> Iterator[dict[str, Any]]:
-    """One row per wanted step, in order; the end of a phase belongs to that phase."""
+    """Columns of the wanted steps, in order; the end of a phase belongs to that phase."""
     states = at_start(laws[0].algorithm, problem)
     offset, age, pending = 0, 0, list(wanted)
+    batch = max(1, CHUNK // max(problem.directions, _kernels.WIDE))
     with np.errstate(over="ignore", invalid="ignore"):
         for index, law in enumerate(laws):
             if index:
@@ -968,29 +1099,38 @@ def _visit(
             walker = Walker(problem, law, states, age)
             if index == 0 and pending and pending[0] == 0:
                 pending.pop(0)
-                yield _read(problem, states, age, unstable=False)
+                yield _read(_seen(problem, states, age), unstable=False)
             for start, stop, period in law.phase.segments():
                 position, before = start, _loss(problem, states, age + start)
                 unsteady: bool | None = None
                 while position < stop and pending:
-                    inside = pending[0] <= offset + stop
-                    target = pending[0] - offset if inside else stop
-                    if jump and period is not None:
+                    walked = not jump or period is None
+                    end = min(stop, position + walker.reach(jump)) if walked else stop
+                    count = bisect_right(pending, offset + end, hi=min(batch, len(pending)))
+                    records = [step - offset for step in pending[: count if walked else 1]]
+                    target = records[-1] if count else end
+                    if walked:
+                        at = records if count else [end]
+                        seen = walker.march(position, at, jump=jump)
+                    elif jump and period is not None:
                         walker.jump(position, target, start, period)
-                    elif jump:
-                        walker.stretch(position, target)
-                    else:
-                        walker.walk(position, target)
+                        seen = _seen(problem, states, age + target)
                     if progress is not None:
                         progress(target - position)
                     position = target
-                    if inside:
-                        pending.pop(0)
+                    if count:
+                        del pending[: len(records)]
                         if unsteady is None:
                             unsteady = _unstable(problem, walker, law, start, period)
-                        grown = not _loss(problem, states, age + position) <= before
-                        yield _read(problem, states, age + position, unstable=unsteady and grown)
+                        columns = _read(seen, unstable=unsteady)
+                        columns["unstable"] &= ~(columns["loss"] <= before)
+                        yield columns
             offset, age = offset + law.phase.steps, age + law.phase.steps
+
+
+def _seen(problem: Problem, states: list[Moments], age: int) -> list[Seen]:
+    """Record the evaluated weights of each mode now."""
+    return [Seen.of(problem, *state.weights(age)) for state in states]
 
 
 def _unstable(problem: Problem, walker: Walker, law: Law, start: int, period: int | None) -> bool:
@@ -1014,22 +1154,19 @@ def _loss(problem: Problem, states: list[Moments], age: int) -> float:
     return float(problem.weight @ (mean**2 + started + noisy))
 
 
-def _read(problem: Problem, states: list[Moments], age: int, *, unstable: bool) -> dict[str, Any]:
-    weight = problem.weight
-    mean, started, noisy = states[0].weights(age)
-    variance = started + noisy
-    bias, added = float(weight @ (mean**2 + started)), float(weight @ noisy)
+def _read(seen: list[Seen], *, unstable: bool) -> dict[str, Any]:
+    """Columns of some records of each mode."""
+    bias, added = seen[0].sums[:, :2].sum(axis=1), seen[0].sums[:, 2]
     member = bias + added
-    for state in states[1:]:
-        member += _loss(problem, [state], age)
-    squared = problem.multiplicity * problem.curvature**2 * variance
+    for other in seen[1:]:
+        member = member + other.sums[:, :3].sum(axis=1)
     return {
         "loss": bias + added,
         "bias": bias,
         "variance": added,
         "member_loss": member,
-        "stated_sd": float(np.sqrt(np.sum(squared * (0.5 * variance + mean**2)))),
-        "weight_mean": mean,
-        "weight_variance": variance,
-        "unstable": unstable,
+        "stated_sd": np.sqrt(seen[0].sums[:, 3]),
+        "weight_mean": seen[0].mean,
+        "weight_variance": seen[0].variance,
+        "unstable": np.full(len(bias), unstable),
     }

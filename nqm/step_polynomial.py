@@ -1,0 +1,287 @@
+"""One step of a linear method as polynomials in its rates and the curvature.
+
+A step's matrix A and noise factors C, D (`nqm.transition`) are polynomials in (lr, member_lr, h)
+for every method whose `update` only adds and multiplies. Their coefficients do not depend on the
+problem or the schedule, so that they are extracted once: by the literal `update` on polynomials.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nqm.algorithms.base import Algorithm
+from nqm.problems.quadratic import FloatArray
+from nqm.transition import UnitGradient, count_draws
+from nqm.words import short_repr
+
+#: Highest power of a rate or of h in one step, and most different products of powers.
+DEGREE, TERMS = 2, 12
+#: Most coordinates of a chain whose steps are polynomials.
+COORDINATES = 128
+#: Most different steps of one period.
+KINDS = 256
+
+#: Powers of (lr, member_lr, h).
+Powers = tuple[int, int, int]
+
+
+class NotPolynomialError(TypeError):
+    """The update of a method does more than add and multiply, or its degree is too high."""
+
+
+class _Polynomial:
+    """Polynomial in (lr, member_lr, h); its coefficients are numbers or linear forms."""
+
+    __array_ufunc__ = None  # so that NumPy calls our operators for an array on the left
+    __hash__ = None  # type: ignore[assignment]  # `==` has no answer before the rates are known
+
+    def __init__(self, terms: dict[Powers, Any]):
+        self.terms = terms
+
+    def __add__(self, other: Any) -> _Polynomial:
+        added = other.terms if isinstance(other, _Polynomial) else {(0, 0, 0): other}
+        total = dict(self.terms)
+        for powers, value in added.items():
+            total[powers] = total[powers] + value if powers in total else value
+        return _Polynomial(total)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> _Polynomial:
+        return _Polynomial({powers: -value for powers, value in self.terms.items()})
+
+    def __sub__(self, other: Any) -> _Polynomial:
+        return self.__add__(-other)
+
+    def __rsub__(self, other: Any) -> _Polynomial:
+        return self.__neg__().__add__(other)
+
+    def __mul__(self, other: Any) -> _Polynomial:
+        if not isinstance(other, _Polynomial):
+            return _Polynomial({powers: value * other for powers, value in self.terms.items()})
+        total = _Polynomial({})
+        for (a, b, c), x in self.terms.items():
+            for (i, j, k), y in other.terms.items():
+                powers = a + i, b + j, c + k
+                if max(powers) > DEGREE:
+                    raise NotPolynomialError(f"a power above {DEGREE}")
+                total = total + _Polynomial({powers: x * y})
+        return total
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> _Polynomial:
+        if isinstance(other, _Polynomial):
+            raise NotPolynomialError("a quotient of polynomials")
+        return _Polynomial({powers: value / other for powers, value in self.terms.items()})
+
+    def _refuse(self, *_: object) -> Any:
+        raise NotPolynomialError("a decision about rates or curvatures")
+
+    __bool__ = __eq__ = __ne__ = _refuse  # Python would answer these by identity
+
+
+@dataclass(frozen=True)
+class StepPolynomial:
+    """Coefficients of A, C and D of the steps at some times.
+
+    Attributes
+    ----------
+    powers : ndarray of int, shape (k, 3)
+        Powers of (lr, member_lr, h) of each term.
+    row, column : ndarray of int, shape (e,)
+        Place in A of each entry that is not always 0, row by row.
+    matrix : ndarray, shape (times, k, e)
+        Coefficients of these entries.
+    driven : ndarray of int, shape (w,)
+        Coordinates that noise drives.
+    noise, own : ndarray, shape (times, k, w, m) and (times, k, w, r)
+        Coefficients of their rows of C and D; those of terms with h are 0.
+    """
+
+    powers: NDArray[np.int64]
+    row: NDArray[np.int64]
+    column: NDArray[np.int64]
+    matrix: FloatArray
+    driven: NDArray[np.int64]
+    noise: FloatArray
+    own: FloatArray
+
+    __repr__ = short_repr
+
+
+def step_polynomial(algorithm: Algorithm, times: NDArray[np.int64]) -> StepPolynomial | None:
+    """Extract the polynomials of the steps at several times.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Linear method of a single chain.
+    times : ndarray of int, shape (T,)
+        As `TimeDependence.reduced` returns them, distinct.
+
+    Returns
+    -------
+    StepPolynomial or None
+        None if the steps are not such polynomials: the method divides by its rate or decides by it,
+        the noise of one step is itself multiplied by h, or the degree or the number of coordinates
+        is too high.
+    """
+    if len(algorithm.coordinates) > COORDINATES:
+        return None
+    if algorithm.time.update_never_repeats:
+        parts = [_extracted(algorithm, times)] if algorithm.time.period == 1 else None
+        return _joined(parts)
+    return _same(algorithm, tuple(int(t) for t in times)) if times.size <= KINDS else None
+
+
+@functools.lru_cache(maxsize=256)
+def _same(algorithm: Algorithm, times: tuple[int, ...]) -> StepPolynomial | None:
+    """As `step_polynomial`, kept from one call to the next."""
+    return _joined([_extracted(algorithm, np.array([t]), t) for t in times])
+
+
+#: Coefficients by product of powers, each of shape (T or 1, n, n + m + r), and m.
+_Terms = tuple[dict[Powers, FloatArray], int]
+
+
+def _extracted(
+    algorithm: Algorithm, times: NDArray[np.int64], t: int | None = None
+) -> _Terms | None:
+    """Run `update` on polynomials; `t` in place of an array of times for most methods."""
+    drawn = count_draws(algorithm)
+    n, m, r = len(algorithm.coordinates), drawn.minibatches, drawn.normals
+    size = n + m + r
+
+    def as_form(unit: FloatArray) -> _Polynomial:
+        return _Polynomial({(0, 0, 0): unit})
+
+    gradient = UnitGradient(_Polynomial({(0, 0, 1): 1.0}), size, n, n + m, 1, as_form)
+    rates = [_Polynomial({(1, 0, 0): 1.0}), _Polynomial({(0, 1, 0): 1.0})][: algorithm.rate_count]
+    forms = tuple(as_form(form) for form in np.eye(n, size).reshape(n, size, 1))
+    lr: Any = tuple(rates) if algorithm.rate_count == 2 else rates[0]
+    when: Any = times if t is None else t
+    try:
+        new = algorithm.update(forms, gradient, lr, when)
+    except TypeError:  # also of a function of NumPy or of math on a rate
+        return None
+    terms: dict[Powers, FloatArray] = {}
+    for i, form in enumerate(new):
+        # A plain number is the zero form.
+        for powers, value in form.terms.items() if isinstance(form, _Polynomial) else ():
+            rows = terms.setdefault(powers, np.zeros((times.size, n, size)))
+            rows[:, i, :] = np.broadcast_to(value, (size, times.size)).T
+    return terms, m
+
+
+def _joined(found: list[_Terms | None] | None) -> StepPolynomial | None:
+    """One array over all times, of the entries that are not 0 in all of them."""
+    parts = [part for part in found or [None] if part is not None]
+    if found is None or len(parts) < len(found):
+        return None
+    powers = sorted({key for terms, _ in parts for key, value in terms.items() if value.any()})
+    if not powers or len(powers) > TERMS:
+        return None
+    zero = np.zeros_like(next(iter(parts[0][0].values())))
+    # (times, k, n, n + m + r)
+    whole = np.concatenate(
+        [np.stack([terms.get(key, zero) for key in powers], axis=1) for terms, _ in parts]
+    )
+    n, m = whole.shape[2], parts[0][1]
+    used = whole[..., :n].any(axis=(0, 1))
+    row, column = np.nonzero(used)
+    noise, own = whole[..., n : n + m], whole[..., n + m :]
+    for power, term in zip(powers, np.moveaxis(whole[..., n:], 1, 0), strict=True):
+        if power[2] and term.any():
+            return None  # noise that is multiplied by h
+    driven = np.flatnonzero(whole[..., n:].any(axis=(0, 1, 3)))
+    return StepPolynomial(
+        powers=np.array(powers, dtype=np.int64),
+        row=row,
+        column=column,
+        matrix=np.ascontiguousarray(whole[:, :, row, column]),
+        driven=driven,
+        noise=noise[:, :, driven],
+        own=own[:, :, driven],
+    )
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Steps at given rates, still as polynomials in h: arrays for the kernel.
+
+    Attributes
+    ----------
+    matrix : ndarray, shape (T, degree + 1, e)
+        Coefficients of 1, h, h^2 of each entry of A.
+    fixed : ndarray of bool, shape (e,)
+        Whether an entry is the same in all T steps.
+    first : ndarray of int, shape (n + 1,)
+        Index of the first entry of each row of A.
+    column : ndarray of int, shape (e,)
+        Column of each entry.
+    driven : ndarray of int, shape (p, 2)
+        Pairs of coordinates (i, j <= i) to whose covariance noise adds.
+    drive, own : ndarray, shape (T, p)
+        What a unit of gradient-noise variance, and the method's own noise, add to each pair.
+    """
+
+    matrix: FloatArray
+    fixed: NDArray[np.bool_]
+    first: NDArray[np.int64]
+    column: NDArray[np.int64]
+    driven: NDArray[np.int64]
+    drive: FloatArray
+    own: FloatArray
+
+    __repr__ = short_repr
+
+
+def step_table(
+    polynomial: StepPolynomial, kind: NDArray[np.int64], rates: FloatArray, coordinates: int
+) -> StepTable:
+    """Evaluate the polynomials at the rates of every step.
+
+    Parameters
+    ----------
+    polynomial : StepPolynomial
+        Coefficients at some times.
+    kind : ndarray of int, shape (T,)
+        Which of these times each step has.
+    rates : ndarray, shape (T, 2)
+        lr and member_lr of each step (any number for a method without the second).
+    coordinates : int
+        n, the number of coordinates.
+
+    Returns
+    -------
+    StepTable
+        Arrays over the T steps.
+    """
+    powers = polynomial.powers
+    factor = np.prod(rates[:, None, :] ** powers[None, :, :2], axis=2)  # (T, k)
+    degree = powers[:, 2].max()
+    matrix = np.zeros((len(rates), degree + 1, polynomial.row.size))
+    shape = polynomial.noise.shape[2:]
+    noise = np.zeros((len(rates), *shape))
+    own = np.zeros((len(rates), shape[0], polynomial.own.shape[3]))
+    for k, (_, _, c) in enumerate(powers):
+        matrix[:, c] += factor[:, [k]] * polynomial.matrix[kind, k]
+        if c == 0:
+            noise += factor[:, [k], None] * polynomial.noise[kind, k]
+            own += factor[:, [k], None] * polynomial.own[kind, k]
+    i, j = np.tril_indices(shape[0])
+    return StepTable(
+        matrix=matrix,
+        fixed=(matrix == matrix[:1]).all(axis=(0, 1)),
+        first=np.searchsorted(polynomial.row, np.arange(coordinates + 1)),
+        column=polynomial.column,
+        driven=np.stack([polynomial.driven[i], polynomial.driven[j]], axis=1),
+        drive=np.einsum("tpm,tpm->tp", noise[:, i], noise[:, j]),
+        own=np.einsum("tpm,tpm->tp", own[:, i], own[:, j]),
+    )
