@@ -143,6 +143,12 @@ class ModelConfig:
             raise NQMError(
                 f"ModelConfig.checkpoint must be the path of a file; got {self.checkpoint!r}"
             )
+        for name in ("weights", "pretrained"):
+            if self.checkpoint is not None and self.options.get(name):
+                raise NQMError(
+                    f"ModelConfig.{name} would be ignored (checkpoint replaces all weights); leave "
+                    f"it out; got {self.options[name]!r:.60}"
+                )
 
 
 @dataclass(frozen=True)
@@ -265,6 +271,8 @@ class LatePhaseConfig(MemberOptions):
             raise NQMError(
                 f"LatePhaseConfig.fused needs idle_steps = 'none'; got {self.idle_steps!r}"
             )
+        if self.noise == 0.0:
+            refuse_unused(self, "LatePhaseConfig", ("noise_rule",), "noise = 0")
 
 
 @dataclass(frozen=True)
@@ -339,6 +347,9 @@ class RunConfig:
         if self.seed > toml.LARGEST:
             raise NQMError(f"seed must be at most 2^53; got {self.seed}")
         self._check_snapshots()
+        late = self.late_phase
+        if not self.train.weight_decay and not (late is not None and late.weight_decay):
+            refuse_unused(self.train, "train", ("no_decay",), "weight_decay = 0")
         epochs = self.train.epochs
         for name, section in (("late_phase", self.late_phase), ("average", self.average)):
             if section is not None and section.start_epoch >= epochs:

@@ -181,6 +181,10 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
         runs |= made
         if arm not in made and next(iter(made.values())).model.checkpoint is not None:
             branches |= {branch: (i, len(made)) for i, branch in enumerate(made)}
+    _check_used(top, arms)
+    measured = next(iter(runs.values())).evaluate
+    if measured.line and not any(run.late_phase for run in runs.values()):
+        raise NQMError("evaluate.line would be ignored, as no arm has members; leave it out")
     return Recipe(
         name,
         toml.leaf("title", own.get("title", name), str),
@@ -191,6 +195,17 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
         mapping,
         branches,
     )
+
+
+def _check_used(top: Mapping[str, Any], arms: Mapping[str, Any]) -> None:
+    """Raise NQMError if no arm uses an optional section."""
+    used = {section for table in arms.values() for section in table.get("use", ())}
+    for section in OPTIONAL:
+        if section in top and section not in used:
+            raise NQMError(
+                f'{section} would be ignored, as no arm uses it; add use = ["{section}"] to an '
+                "arm, or leave it out"
+            )
 
 
 def _runs(arm: str, top: Mapping[str, Any], table: Any) -> dict[str, RunConfig]:

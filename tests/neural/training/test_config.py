@@ -400,6 +400,15 @@ def test_clipping_without_gradients_is_nothing() -> None:
     [
         ({"train": {"optimizer": "adam", "momentum": 0.5}}, "train.momentum would be ignored"),
         ({"train": {"betas": [0.5, 0.9]}}, "train.betas would be ignored"),
+        (
+            {"train": {"no_decay": "bias", "weight_decay": 0.0}},
+            r"train.no_decay would be ignored \(weight_decay = 0\)",
+        ),
+        ({"late_phase": LATE | {"noise_rule": "fan_in"}}, "late_phase.noise_rule would be ignored"),
+        (
+            {"model": {"name": "timm:resnet18", "pretrained": True, "checkpoint": "a.pt"}},
+            "model.pretrained would be ignored",
+        ),
         ({"late_phase": {"T0": 1}}, "late_phase.T0 is not a known key; T0 is late_phase.start"),
         ({"late_phase": LATE | {"K": 4}}, "late_phase.K .*; K is late_phase.members"),
         ({"T0": 3}, "^T0 is not a known key; T0 is late_phase.start_epoch"),

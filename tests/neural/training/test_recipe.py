@@ -210,6 +210,8 @@ def test_scale_changes_the_recipe_and_overrides_come_last(file: Path) -> None:
         ({"a": {}}, {"seeds": True}, ("seeds", "True")),
         ({"a": {}}, {"title": 3}, ("title", "text")),
         ({"a": {}}, {"titel": "x"}, ("titel is not a known key",)),
+        ({"a": {}}, {"late_phase": LATE}, ("late_phase would be ignored", 'use = ["late_phase"]')),
+        ({"a": {}}, {"evaluate": {"line": True}}, ("evaluate.line would be ignored",)),
     ],
 )
 def test_mistake_is_one_line(
