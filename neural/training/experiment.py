@@ -208,6 +208,7 @@ def run_experiment(
     groups = jobs(replace(recipe, arms=chosen), seeds)
     _rehearse(groups, out, runtime)
     if runtime.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
         planned = tuple(_planned(job, out) for group in groups for job in group)
         write_plan(out, Plan(recipe.title, tuple(recipe.arms), planned))
     if workers == 1:

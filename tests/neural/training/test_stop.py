@@ -84,9 +84,10 @@ def test_a_stopped_command_goes_on_bit_for_bit(tmp_path: Path, after: int, numbe
     assert command(tmp_path / "whole")[0] == 0
     code, (status, told) = in_process(killed_command, tmp_path / "stopped", after, number)
     assert (code, status) == (0, 75)
-    assert told.splitlines() == [
+    # Before it there may be lines of epochs.
+    assert told.splitlines()[-1] == (
         f"stopped by {signal.Signals(number).name}; the same command continues from its checkpoint"
-    ]
+    )
     assert len(list(tmp_path.glob("stopped/out/*/seed0/checkpoint.pt"))) == 1
     assert command(tmp_path / "stopped")[0] == 0
     for arm in ("base", "late"):
