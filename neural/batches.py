@@ -93,7 +93,14 @@ def as_pair(who: str, one: Any, batch: Adapter | None = None) -> Batch:
     if batch is not None:
         if not callable(batch):
             raise NQMError(f"{who}: batch must be a function of one minibatch; got {batch!r:.60}")
-        given, one = one, batch(one)
+        given = one
+        try:
+            one = batch(given)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise NQMError(
+                f"{who}: batch fails on {_described(given)} ({type(error).__name__}: "
+                f"{' '.join(str(error).split()):.100})"
+            ) from error
         if not _is_pair(one):
             raise NQMError(
                 f"{who}: batch must return a pair (inputs, targets); got {_described(one)} "

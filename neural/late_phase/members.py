@@ -173,6 +173,7 @@ class LatePhase(nn.Module):
         self._had_turn = [False] * members
         self._plans: dict[Any, fused_forward.Plan | None] = {}
         self._warned: set[str] = set()
+        self._in_place = 0  # blocks of `as_member` that are open
         self._pieces: Known = {}
         #: The compiled `_member_forward`; None until `compile` is called.
         self._compiled: Callable[..., Any] | None = None
@@ -292,9 +293,20 @@ class LatePhase(nn.Module):
         state = {n: self._cast(n, w.select(0, k)) for n, w in self._weights().items()}
         with torch.no_grad():
             state |= {n: v[k].clone() for n, v in self._statistics().items()}
-        with swapped(self._places, state), checked_statistics():
-            yield self.model
+        self._in_place += 1
+        try:
+            with swapped(self._places, state), checked_statistics():
+                yield self.model
+        finally:
+            self._in_place -= 1
         self._store_statistics(self.index[k].reshape(1), state)
+
+    def _check_outside(self, what: str) -> None:
+        if self._in_place:
+            raise NQMError(
+                f"{what} inside `with late.as_member(k)`, where the model has the weights of one "
+                "member; call it after the block"
+            )
 
     def finish_cycle(
         self, member_optimizer: Optimizer, count: int, *, divided_by: float = 1.0
@@ -325,6 +337,7 @@ class LatePhase(nn.Module):
             If the optimizer has other weights or mixes members, `count` is not in 1 .. K, a member
             has no gradient, or idle members are to be stepped.
         """
+        self._check_outside("finish_cycle")
         if self.idle_steps != "none":
             raise NQMError(f"finish_cycle needs idle_steps='none'; got {self.idle_steps!r}")
         check_integer("finish_cycle: count", count, 1)
@@ -454,6 +467,7 @@ class LatePhase(nn.Module):
         return cast(LatePhase, super()._apply(fn, recurse=False))  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._check_outside("state_dict")
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._carried:
             destination[f"{prefix}carried"] = list(self._carried)
@@ -474,6 +488,7 @@ class LatePhase(nn.Module):
         return value.to(self.index.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatePhase:
+        self._check_outside("deepcopy")
         memo[id(self)] = twin = type(self).__new__(type(self))
         with results_by_value():
             twin.__setstate__(copy.deepcopy(vars(self), memo))
@@ -584,6 +599,7 @@ class LatePhase(nn.Module):
             If several optimizers are given, or none can be made from these settings, or there is
             nothing that the members could follow.
         """
+        self._check_outside("optimizer_like")
         return optimizers.another(
             base_optimizer, self.model.get_parameter, self._weights(), changes, follow=follow
         )
@@ -920,6 +936,7 @@ class LatePhase(nn.Module):
         self, batches: Sequence[Batch], weights: Sequence[float] | None = None
     ) -> list[Batch]:
         """The minibatches of a cycle, which must be pairs."""
+        self._check_outside("step")
         if not 0 < len(batches) <= self.members:
             raise NQMError(
                 f"a cycle takes 1 .. {self.members} minibatches, one per member; "
@@ -969,6 +986,7 @@ class LatePhase(nn.Module):
             If an option is out of range, or members have the factors of another library's updates
             and `rank1` is not given.
         """
+        self._check_outside("averaged")
         check_word("batchnorm", batchnorm, ("weights", "outputs"))
         if rank1 is None:
             merging.check_factors(self.model, self.selection.parameters)
@@ -1007,6 +1025,7 @@ class LatePhase(nn.Module):
         NQMError
             If `k` is no whole number from 0 to K - 1.
         """
+        self._check_outside("member")
         k = self._check_member(k)
         state = {n: value[k] for n, value in (self._weights() | self._statistics()).items()}
         state |= merging.singular_vectors(self.model, state)

@@ -130,6 +130,8 @@ def test_what_is_no_adapter_is_told():
         list(late.cycles(batches(), batch=3))
     with pytest.raises(NQMError, match=r"batch must return a pair .*; got a Tensor for a tuple"):
         list(late.cycles(batches(), batch=lambda b: b[0]))
+    with pytest.raises(NQMError, match=r"cycles: batch fails on a tuple of 2 \(KeyError: 'x'\)"):
+        list(late.cycles(batches(), batch=lambda b: {}["x"]))
     with pytest.raises(NQMError, match=r"a cycle is a list of minibatches: .*; got a Tensor"):
         late.accumulate(batches(1)[0], functional.cross_entropy)
     with pytest.raises(NQMError, match="predict: labels must be a tensor; got a NoneType"):
@@ -424,7 +426,7 @@ def test_a_members_weights_in_place_are_its_forward_pass():
     """Gradients and running statistics of a hand-written loop are those of `accumulate`."""
     # No bias before BatchNorm: its gradient would be 0, and rounding alone be compared.
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 3))
-    late, *_ = begun(model, 2)
+    late, base, own = begun(model, 2)
     other, *_ = begun(copy.deepcopy(model), 2)
     given = batches()
     other.accumulate(given, functional.cross_entropy)
@@ -447,6 +449,22 @@ def test_a_members_weights_in_place_are_its_forward_pass():
     with pytest.raises(RuntimeError, match="shapes cannot"), late.as_member(1):
         model(torch.ones(2, 3))
     assert model[2].weight is weight
+    for name, use in (
+        ("averaged", late.averaged),
+        ("member", lambda: late.member(0)),
+        ("state_dict", late.state_dict),
+        ("deepcopy", lambda: copy.deepcopy(late)),
+        ("optimizer_like", lambda: late.optimizer_like(base)),
+        ("finish_cycle", lambda: late.finish_cycle(own, 2)),
+        ("step", lambda: late.accumulate(given, functional.cross_entropy)),
+    ):
+        with (
+            pytest.raises(NQMError, match=f"^{name} inside `with late.as_member"),
+            late.as_member(1),
+        ):
+            use()
+        assert model[2].weight is weight
+    late.averaged()
 
 
 @pytest.mark.parametrize("gamma", ["sum", "mean"])
