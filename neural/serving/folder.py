@@ -116,7 +116,7 @@ def export_model(  # noqa: PLR0913 - options, by keyword
         Of images: ``{"kind": "images", "mean": (...), "std": (...), "size": (height, width)}``,
         constants in units of full brightness; ``"resize"`` is the shorter side before the centre
         is cut, where images are of any size. Of a text: ``{"kind": "text", "symbols": (...)}``,
-        the byte of each symbol.
+        the byte of each symbol; ``"length"`` is that of a window in training.
     labels : sequence of str
         Names of the classes, in the order of the logits.
     metrics : mapping of str to float, optional
@@ -216,8 +216,8 @@ def _write(
         assert example is not None
         what = {"pt2": "`torch.export.load(...).module()`", "onnx": "ONNX"}[one]
         path = folder / programs.FORMATS[one]
-        programs.write(one, _on_cpu(model), example, path)
-        files[path.name] = f"{what}: prepared inputs, any number of rows -> logits"
+        takes = programs.write(one, _on_cpu(model), example, path)
+        files[path.name] = f"{what}: prepared inputs -> logits; {takes}"
     (folder / "README.md").write_text(card(config, config["license"], files))
 
 

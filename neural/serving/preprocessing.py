@@ -14,9 +14,9 @@ from nqm.errors import NQMError
 
 #: Kind of preprocessing -> its entries.
 KINDS = {"images": {"mean", "std", "size"}, "text": {"symbols"}}
-#: Entry that images may have besides: the shorter side, pixels, to which an image is scaled before
-#: its central part is cut.
-RESIZE = {"resize"}
+#: Kind -> entries that it may have besides: the shorter side, pixels, to which an image is scaled
+#: before its central part is cut; symbols of a window in training.
+MORE = {"images": {"resize"}, "text": {"length"}}
 
 
 def check_preprocessing(preprocessing: Mapping[str, Any] | None) -> None:
@@ -39,9 +39,7 @@ def check_preprocessing(preprocessing: Mapping[str, Any] | None) -> None:
             f"preprocessing.kind must be one of {', '.join(KINDS)}; got {preprocessing!r:.80}"
         )
     kind = preprocessing["kind"]
-    given, known = set(preprocessing) - {"kind"}, KINDS[kind]
-    if kind == "images":
-        given -= RESIZE
+    given, known = set(preprocessing) - {"kind"} - MORE[kind], KINDS[kind]
     if given != known:
         raise NQMError(
             f"preprocessing of {kind} has the entries {', '.join(sorted(known))}; "
@@ -134,7 +132,8 @@ def sample(preprocessing: Mapping[str, Any] | None) -> Callable[[int], Tensor] |
         return normalise(pixels, preprocessing["mean"], preprocessing["std"])
 
     def text(rows: int) -> Tensor:
-        return torch.randint(len(preprocessing["symbols"]), (rows, 16), generator=generator)
+        shape = (rows, preprocessing.get("length", 16))
+        return torch.randint(len(preprocessing["symbols"]), shape, generator=generator)
 
     return images if preprocessing["kind"] == "images" else text
 

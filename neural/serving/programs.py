@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def check_format(name: str) -> None:
             raise NQMError(f"format onnx needs {package}: pip install 'late-phase-nqm[onnx]'")
 
 
-def write(name: str, model: nn.Module, inputs: Callable[[int], Tensor], path: Path) -> None:
+def write(name: str, model: nn.Module, inputs: Callable[[int], Tensor], path: Path) -> str:
     """Write a model as a program, and compare the two.
 
     Parameters
@@ -62,6 +63,11 @@ def write(name: str, model: nn.Module, inputs: Callable[[int], Tensor], path: Pa
         Makes inputs of so many rows.
     path : Path
         File to write.
+
+    Returns
+    -------
+    str
+        What the program takes.
 
     Raises
     ------
@@ -77,9 +83,10 @@ def write(name: str, model: nn.Module, inputs: Callable[[int], Tensor], path: Pa
         raise NQMError(
             f"format {name}: {type(model).__name__} cannot be written ({reason:.150})"
         ) from None
-    if run is None:
-        return
     given = inputs(OTHER_ROWS)
+    rows = "any number of rows"
+    if run is None:
+        return rows
     with torch.no_grad():
         expected, found = model(given), run(given)
     size = float(expected.abs().max())
@@ -91,11 +98,27 @@ def write(name: str, model: nn.Module, inputs: Callable[[int], Tensor], path: Pa
             f"format {name}: the program's logits of {OTHER_ROWS} rows are not the model's; the "
             "model may depend on the number of rows"
         )
+    if not _is_text(given):
+        return rows
+    try:
+        run(given[:, 1:])
+    except Exception:  # whatever the runtime says of a length it was not made for
+        return f"{rows}, each of {given.shape[1]} symbols"
+    return f"{rows}, of any length"
+
+
+def _is_text(inputs: Tensor) -> bool:
+    return inputs.ndim == 2 and not inputs.is_floating_point()
+
+
+def _shapes(example: Tensor) -> tuple[dict[int, Any]]:
+    """The axes whose length may change; of a text's length the tracer finds out by itself."""
+    shapes: dict[int, Any] = {0: torch.export.Dim("rows", min=1)}
+    return (shapes | {1: torch.export.Dim.AUTO} if _is_text(example) else shapes,)
 
 
 def _pt2(model: nn.Module, example: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    rows = torch.export.Dim("rows", min=1)
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: rows},))
+    program = torch.export.export(model, (example,), dynamic_shapes=_shapes(example))
     torch.export.save(program, path)
     loaded: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return loaded
@@ -108,7 +131,7 @@ def _onnx(model: nn.Module, example: Tensor, path: Path) -> Callable[[Tensor], T
         path,
         input_names=["inputs"],
         output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("rows", min=1)},),
+        dynamic_shapes=_shapes(example),
         external_data=False,
         verbose=False,
     )

@@ -93,7 +93,8 @@ def _preprocessing(opened: Opened, root: Path | None) -> dict[str, Any]:
     if isinstance(stream, FolderBatches):
         square = (stream.size, stream.size)
         return _images(stream.mean, stream.std, square) | {"resize": stream.resize}
-    return {"kind": "text", "symbols": _symbols(opened.run, root)}
+    length = opened.run.data.length
+    return {"kind": "text", "symbols": _symbols(opened.run, root), "length": length}
 
 
 def _images(mean: Tensor, std: Tensor, size: Sequence[int]) -> dict[str, Any]:

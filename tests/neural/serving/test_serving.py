@@ -120,6 +120,10 @@ def test_a_text_model_of_a_run(tmp_path: Path):
     with torch.no_grad():
         expected = reopen(run).model.eval()(numbered[None].long())
         assert torch.equal(served.model(served.prepare(raw)), expected)
+        # Torch unrolls a recurrent layer: the program is one of eight symbols, those of training.
+        assert "any number of rows, each of 8 symbols" in (tmp_path / "text/README.md").read_text()
+        program = torch.export.load(tmp_path / "text" / "model.pt2").module()
+        torch.testing.assert_close(program(numbered[None, :8].long()), expected[:, :8])
     with pytest.raises(NQMError, match=r"text has the byte b'\\x00', which did not occur"):
         served.prepare(b"a\0")
     with pytest.raises(NQMError, match="text must be str or bytes; got list"):
@@ -184,6 +188,20 @@ def test_images_are_prepared_by_hand():
     ):
         with pytest.raises(NQMError, match=told):
             prepared(IMAGES, wrong)
+
+
+def test_a_program_of_a_transformer_takes_texts_of_any_length(tmp_path: Path):
+    made = {"name": "transformer_lm", "classes": 9, "layers": 1, "width": 8, "heads": 2}
+    model = build(**made)
+    text = {"kind": "text", "symbols": list(b"abcdefghi")}
+    out = export_model(model, tmp_path / "t", architecture=made, preprocessing=text,
+                       formats=["pt2"])  # fmt: skip
+    assert "any number of rows, of any length" in (out / "README.md").read_text()
+    given = load_exported(out).prepare("badge")
+    assert given.tolist() == [[1, 0, 3, 6, 4]]
+    with torch.no_grad():
+        program = torch.export.load(out / "model.pt2").module()
+        torch.testing.assert_close(program(given), model.eval()(given))
 
 
 # ------------------------------------------------------------------ strict
