@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -44,6 +45,38 @@ class _Failure(click.ClickException):
         # Names and values may contain control characters of the terminal.
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         click.echo(f"error: {line}", file=file, err=True)
+
+
+class OutFolder(click.Path):
+    """A folder for results, as an option's type; the root of the file system is none."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check the value of an option.
+
+        Parameters
+        ----------
+        value, param, ctx
+            See `click.ParamType.convert`.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        UsageError
+            If it is a file or the root of a file system.
+        """
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        whole = path.resolve()
+        if whole == whole.parent:
+            self.fail(
+                f"{path} is the root of the file system; name a folder for results", param, ctx
+            )
+        return path
 
 
 class _Unavailable(click.Command):
@@ -254,8 +287,6 @@ def run(
     nqm run late.toml --json
     nqm run late.toml --set phase.1.members=20 --method sample --out late.parquet
     """
-    from pathlib import Path
-
     from nqm.errors import NQMError
     from nqm.runs import config, toml
 
@@ -428,8 +459,6 @@ def tune(
 
 
 def _load(file: str, overrides: tuple[str, ...]) -> Run:
-    from pathlib import Path
-
     from nqm.runs import config, toml
 
     return config.build(toml.load(file, overrides), Path(file).parent)

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from nqm.cli import OutFolder
+
 
 class _Command(click.Command):
     """Draw into files only; the calling group reports a user's mistake."""
@@ -26,7 +28,7 @@ class _Command(click.Command):
 
 _out = click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     default=Path("out/paper"),
     show_default=True,
     help="Folder for tables, pictures and the report.",

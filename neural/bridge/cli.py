@@ -16,6 +16,7 @@ from neural.training.cli_options import (
     scale_option,
     threads_option,
 )
+from nqm.cli import OutFolder
 
 
 @click.command()
@@ -50,7 +51,7 @@ from neural.training.cli_options import (
 @click.option("--seed", type=int, help="Seed of all random draws.  [default: 0]")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     help="Folder for results.  [default: out/bridge/NAME]",
 )
 @device_option

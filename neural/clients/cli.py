@@ -15,6 +15,7 @@ from neural.training.cli_options import (
     scale_option,
     threads_option,
 )
+from nqm.cli import OutFolder
 
 
 @click.command()
@@ -32,7 +33,7 @@ from neural.training.cli_options import (
 @click.option("--arm", help="Arm of the recipe.  [default: the first]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and shards.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path),
+    "--out", type=OutFolder(),
     help="Folder of the results.  [default: out/clients/RECIPE-SCALE/seedN]",
 )  # fmt: skip
 @device_option

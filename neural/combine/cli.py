@@ -20,6 +20,7 @@ from neural.training.cli_options import (
     scale_option,
     threads_option,
 )
+from nqm.cli import OutFolder
 
 if TYPE_CHECKING:
     from neural.combine.sources import Opened
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-_out = click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results."
-)
+_out = click.option("--out", type=OutFolder(), help="Folder for results.")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from neural.training.cli_options import (
     progress_bar,
     threads_option,
 )
+from nqm.cli import OutFolder
 
 
 @click.command()
@@ -22,7 +23,7 @@ from neural.training.cli_options import (
     help="Change a setting, e.g. --set modules.splits=2 (repeatable).",
 )  # fmt: skip
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/modules"),
+    "--out", type=OutFolder(), default=Path("out/modules"),
     show_default=True, help="Folder of the results.",
 )  # fmt: skip
 @data_option

@@ -19,6 +19,7 @@ from neural.training.cli_options import (
     set_option,
     threads_option,
 )
+from nqm.cli import OutFolder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @set_option
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     help="Folder of the runs.  [default: out/neural/RECIPE-SCALE]",
 )
 @click.option(
@@ -142,7 +143,7 @@ def train(
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     help="Folder for comparison.png and comparison.pdf: curves over epochs, and the results.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON document to standard output.")

@@ -9,9 +9,11 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pandas as pd
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from nqm import cli
@@ -405,3 +407,58 @@ def test_a_second_run_of_one_table_is_refused(file: str, tmp_path: Path) -> None
     with locked(out):
         fails(call("run", file, "--out", str(out)), "is being written by process", str(os.getpid()))
     assert not out.exists()
+
+
+# --- how it is called ----------------------------------------------------------------------------
+
+
+def every_command(group: click.Group = cli.main, path: tuple[str, ...] = ()) -> list[Any]:
+    """Words and object of all commands."""
+    found: list[Any] = []
+    with click.Context(group) as context:
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            if isinstance(command, click.Group):
+                found += every_command(command, (*path, name))
+            else:
+                found.append(((*path, name), command))
+    return found
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "nqm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("python -m nqm, version ")
+
+
+@pytest.mark.parametrize("root", ["/", "//", "/usr/.."])
+def test_no_results_go_to_the_root_of_the_file_system(root: str) -> None:
+    pytest.importorskip("torch")
+    seen = 0
+    for words, command in every_command():
+        for option in command.params:
+            kind = option.type
+            if option.name != "out" or not isinstance(kind, click.Path) or kind.file_okay:
+                continue
+            if not isinstance(option, click.Option):
+                continue  # what `nqm neural watch OUT` reads
+            seen += 1
+            with pytest.raises(click.BadParameter, match="root of the file system"):
+                kind.convert(root, option, None)
+            assert str(kind.convert("out", option, None)) == "out", words
+    assert seen > 8
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["swee"], {"sweep"}),
+        (["neural", "wat"], {"watch"}),
+        (["neural", "train", "--sca"], {"--scale"}),
+        (["neural", "results", "--j"], {"--json"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(typed: list[str], offered: set[str]) -> None:
+    *before, last = typed
+    complete = ShellComplete(cli.main, {}, "nqm", "_NQM_COMPLETE")
+    assert {item.value for item in complete.get_completions(before, last)} == offered
