@@ -7,10 +7,13 @@ SCALE ?= full
 
 # Where the tests run with the lowest versions that pyproject.toml allows.
 LOWEST := .venv-lowest
+# Where they run with another Python, named by PYTHON, and where releases are built.
+OTHER := .venv-$(notdir $(PYTHON))
+RELEASE := .venv-release
 # Tests to run, e.g. PYTEST=tests/nqm/test_table.py; all by default.
 PYTEST ?=
 
-.PHONY: reproduce test test-all test-portable test-lowest lint docs bench bench-gpu gallery clean setup setup-neural
+.PHONY: reproduce test test-all test-portable test-lowest test-python release lint docs bench bench-gpu gallery clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
@@ -27,6 +30,17 @@ test-portable: setup-neural  ## every test as on another processor, with another
 # Without PyTorch, of which one version is pinned: the tests of neural are left out.
 test-lowest: $(LOWEST)/.installed  ## every test of nqm with the lowest versions allowed
 	$(LOWEST)/bin/python -m pytest -n auto --dist worksteal $(PYTEST)
+
+# Without PyTorch as well; e.g. PYTHON=python3.13.
+test-python: $(OTHER)/.installed  ## every test of nqm with another Python
+	$(OTHER)/bin/python -m pytest -n auto --dist worksteal $(PYTEST)
+
+release:  ## archives in dist/, checked
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet build twine
+	rm -rf dist
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/python -m twine check --strict dist/*
 
 lint: setup-neural
 	$(BIN)/ruff check .
@@ -71,11 +85,16 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
 	touch $@
 
+$(OTHER)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --editable '.[test]' --constraint constraints-lowest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) out build dist docs/reference/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(OTHER) $(RELEASE) out build dist docs/reference/generated .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -68,8 +68,9 @@ def commands() -> list[str]:
     return list(dict.fromkeys(given))
 
 
-#: What trains the run that the pages call RUN, and the folder that they call OUT.
+#: What trains the run that the pages call RUN, and the folder that they call OUT; where that is.
 TRAIN = "nqm neural train digits_bn"
+PLACE = "out/neural/digits_bn-full/"
 #: Run as a user does, in a process of its own; the others here, where all is imported already.
 FROM_A_SHELL = "nqm list"
 #: The bridge's command in seconds.
@@ -113,6 +114,9 @@ def test_commands_run(
     for index, word in enumerate(words):
         if word.partition("#")[0] == "RUN":
             words[index] = word.replace("RUN", str(request.getfixturevalue("trained")))
+        elif word.startswith(PLACE):
+            out = request.getfixturevalue("trained").parents[1]
+            words[index] = str(out / word.removeprefix(PLACE))
         elif word == "OUT" and words[:2] != ["neural", "train"]:
             words[index] = str(request.getfixturevalue("trained").parents[1])
     if words[:2] == ["neural", "train"]:

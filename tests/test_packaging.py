@@ -42,3 +42,21 @@ def test_tested_versions_lie_within_the_bounds(extra: str) -> None:
     for name, bound in bounds(EXTRAS[extra] if extra else PROJECT["dependencies"]).items():
         if name in tested:  # not all extras are installed for the tests
             assert number(tested[name]) >= number(bound), name
+
+
+def test_classifiers_name_the_pythons_that_are_allowed() -> None:
+    named = [
+        int(match[1])
+        for one in PROJECT["classifiers"]
+        if (match := re.fullmatch(r"Programming Language :: Python :: 3\.(\d+)", one))
+    ]
+    assert PROJECT["requires-python"] == f">=3.{named[0]}"
+    assert named == list(range(named[0], named[0] + len(named)))
+
+
+def test_pages_install_from_the_clone() -> None:
+    """No index has the package: `pip install` of its name works where it is installed already."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if re.search(r"pip install \S*late-phase-nqm", line):
+                assert "adds an extra" in line or "is installed" in line, f"{page.name}: {line}"
