@@ -454,8 +454,7 @@ def test_no_results_go_to_the_root_of_the_file_system(root: str) -> None:
     [
         (["swee"], {"sweep"}),
         (["neural", "wat"], {"watch"}),
-        (["neural", "train", "--sca"], {"--scale"}),
-        (["neural", "results", "--j"], {"--json"}),
+        (["run", "--meth"], {"--method"}),
     ],
 )
 def test_a_shell_completes_commands_and_options(typed: list[str], offered: set[str]) -> None:

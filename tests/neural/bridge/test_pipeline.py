@@ -30,6 +30,7 @@ from nqm import SGD, Phase, Program, solve
 from nqm.cli import main
 from nqm.errors import NQMError
 from nqm.problems.spectra import read_problem
+from nqm.progress import Lines
 from nqm.table import read_metadata
 from tests.tiny_risks import tanh_risk
 from tests.tiny_runs import recipe
@@ -323,7 +324,8 @@ def test_a_mistake_is_one_line(run: Path, tmp_path: Path, words: list[str], told
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_command(run: Path, tmp_path: Path) -> None:
+def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lines, "FIRST", 0.0)
     path, out = tmp_path / "bridge.toml", tmp_path / "out"
     path.write_text(
         "[bridge]\nexamples = 600\neigenpairs = 6\nnoise_samples = 2\nlanczos_steps = 4\n"
@@ -336,7 +338,8 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
         main, ["neural", "bridge", str(run), *words.split(), "--out", str(out), "--threads", "1"]
     )
     assert done.exit_code == 0, done.output
-    stages = [line.partition(" ")[2] for line in done.stderr.strip().splitlines()]
+    lines = [line.partition(" ")[2] for line in done.stderr.strip().splitlines()]
+    stages = list(dict.fromkeys(line.partition(":")[0] for line in lines))
     trained = [f"train {i} of 3" for i in (1, 2, 3)]
     before = ["curvature and noise", "third derivatives", "test loss"]
     assert stages == [*before, *trained, "best learning rates"]
