@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
@@ -15,8 +16,14 @@ from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.members import Batch
 from neural.training.config import RunConfig
 from neural.training.task import Runtime
-from nqm.errors import NQMError, check_integer
+from nqm.errors import NQMError, NQMWarning, check_integer
+from nqm.limits import memory_limit
 
+#: Number of examples that are evaluated together.
+BATCH = 512
+#: Memory of a Hessian product over that which one forward pass keeps: values, their tangents, and
+#: the backward pass of both.
+PASSES = 4
 #: Largest number of weights for which derivatives are computed in double precision.
 DOUBLE = 5000
 
@@ -31,7 +38,7 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
     weight_decay: float | None = None,
     curvature: str = "hessian",
     group: int | None = None,
-    batch_size: int = 512,
+    batch_size: int | None = None,
 ) -> EmpiricalRisk:
     """Training loss of a run's model as a function of its weights.
 
@@ -58,8 +65,10 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
     group : int, optional
         Number of examples that share BatchNorm statistics, as in training. The result is then a
         `BatchNormRisk`, whose examples are such groups.
-    batch_size : int
-        Number of examples that are evaluated together.
+    batch_size : int, optional
+        Number of examples that are evaluated together; by default `BATCH`, or fewer if derivatives
+        would not fit the memory otherwise, with a warning that tells their number. It changes
+        results by rounding only.
 
     Returns
     -------
@@ -73,16 +82,87 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
     dtype = torch.float64 if sum(p.numel() for p in model.parameters()) <= DOUBLE else torch.float32
     batches = [
         (x.to(dtype) if x.is_floating_point() else x, y)
-        for x, y in training_batches(run, runtime, examples, batch_size)
+        for x, y in training_batches(run, runtime, examples, batch_size or BATCH)
     ]
     model.to(runtime.device, dtype)
     recompute_statistics(model, batches)
     decay = run.train.weight_decay if weight_decay is None else weight_decay
     kind = EmpiricalRisk if group is None else BatchNormRisk
-    data = batches if group is None else grouped(batches, group)
-    risk = kind(model.eval(), data, select, weight_decay=decay, curvature=curvature)
+    model.eval()
+    if group is not None:
+        batches = grouped(batches, group)
+    elif batch_size is None:
+        batches = fitting(model, batches, runtime.device)
+    risk = kind(model, batches, select, weight_decay=decay, curvature=curvature)
     risk.check()
     return risk
+
+
+def fitting(model: nn.Module, batches: list[Batch], device: torch.device) -> list[Batch]:
+    """Split batches so that derivatives of the loss fit the memory.
+
+    Parameters
+    ----------
+    model : Module
+        On the device of the batches.
+    batches : list of (inputs, targets)
+    device : torch.device
+
+    Returns
+    -------
+    list of (inputs, targets)
+        The same examples in the same order.
+
+    Warns
+    -----
+    NQMWarning
+        If they are split.
+    """
+    budget = memory_limit()
+    if device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0] // 2
+    largest = max(len(x) for x, _ in batches)
+    few = batches[0][0][:2].clone()
+    each = PASSES * kept_bytes(model, few) / len(few)
+    if largest * each <= budget:
+        return batches
+    count = max(1, int(budget / each))
+    warnings.warn(
+        f"derivatives of the loss are computed for {count} examples at a time: {largest} would "
+        f"take about {largest * each / 2**30:.1f} GiB, and {budget / 2**30:.1f} GiB are allowed",
+        NQMWarning,
+        stacklevel=2,
+    )
+    parts = (zip(torch.split(x, count), torch.split(y, count), strict=True) for x, y in batches)
+    return [pair for of_batch in parts for pair in of_batch]
+
+
+def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
+    """Measure what a forward pass keeps for its backward pass, weights excluded.
+
+    Parameters
+    ----------
+    model : Module
+    inputs : Tensor
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    kept: dict[int, int] = {}
+    held = []  # storages that are freed could be counted as one
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(inputs)
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    return sum(size for key, size in kept.items() if key not in own)
 
 
 def training_batches(
