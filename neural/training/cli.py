@@ -306,6 +306,11 @@ def evaluate(
 @click.argument("file", metavar="FILE.toml")
 @set_option
 @click.option("--out", metavar="TABLE", required=True, help="The .parquet or .csv table to write.")
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Train on a Dask cluster, a worker for each GPU, e.g. tcp://127.0.0.1:8786.",
+)
 @device_option
 @data_option
 @data_workers_option
@@ -314,6 +319,7 @@ def sweep(
     file: str,
     overrides: tuple[str, ...],
     out: str,
+    scheduler: str | None,
     device: str | None,
     root: Path | None,
     data_workers: int | None,
@@ -325,15 +331,32 @@ def sweep(
 
     \b
     nqm neural sweep members.toml --out members.parquet
+    nqm neural sweep members.toml --out members.parquet --scheduler tcp://127.0.0.1:8786
     """
-    from neural.training.sweep import work
+    from contextlib import nullcontext
+
+    from neural.training.sweep import Remote, work
     from nqm.progress import counted
     from nqm.runs.interrupts import stops_later
     from nqm.runs.sweep import Sweep
 
     check_alone("nqm neural sweep")
-    runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
-    cells = Sweep.from_file(file, overrides, work(Path(f"{out}.runs"), runtime))
-    with progress_bar() as progress, stops_later():
-        cells.write(out, progress=counted(progress, "cells", len(cells), exact=True))
+    runs = Path(f"{out}.runs")
+    connection: Any = nullcontext()
+    if scheduler is None:
+        runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
+        cells = Sweep.from_file(file, overrides, work(runs, runtime))
+    else:
+        from nqm.runs.cluster import connected
+
+        # The workers have other working folders, and devices that this process need not have.
+        root = None if root is None else root.resolve()
+        remote = Remote(device, root, threads, data_workers)
+        runtime = make_runtime("cpu", root, threads)
+        cells = Sweep.from_file(
+            Path(file).resolve(), overrides, work(runs.resolve(), runtime, remote)
+        )
+        connection = connected(scheduler)
+    with connection as executor, progress_bar() as progress, stops_later():
+        cells.write(out, executor, counted(progress, "cells", len(cells), exact=True))
     click.echo(f"{out}: {len(cells)} cells", err=True)

@@ -15,6 +15,10 @@ entries of the recipe.
 from __future__ import annotations
 
 import copy
+import os
+import platform
+import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from neural.data import load
 from neural.data.catalog import data_root
@@ -32,6 +37,7 @@ from neural.training.task import Runtime, open_task
 from neural.training.train import train
 from nqm import keys
 from nqm.errors import NQMError, suggest
+from nqm.files import locked
 from nqm.runs import toml
 from nqm.runs.sweep import Work
 
@@ -75,7 +81,78 @@ _SOUND: set[str] = set()
 _loaded = lru_cache(maxsize=1)(load)
 
 
-def work(runs: Path, runtime: Runtime) -> Work:
+@dataclass(frozen=True)
+class Remote:
+    """Where a worker of a cluster trains: each has a GPU of its own machine, if there is one.
+
+    Attributes
+    ----------
+    device : str, optional
+        Name of the device; by default a GPU that no other worker of the machine has taken, or the
+        CPU.
+    root : Path, optional
+        Folder of data files; by default that of the worker's NQM_DATA.
+    threads, data_workers : int, optional
+        See `neural.training.cli_options.make_runtime`.
+    """
+
+    device: str | None = None
+    root: Path | None = None
+    threads: int | None = None
+    data_workers: int | None = None
+
+    def runtime(self) -> Runtime:
+        """Make the runtime, in the worker.
+
+        Returns
+        -------
+        Runtime
+
+        Raises
+        ------
+        NQMError
+            If the device cannot be used.
+        """
+        from neural.training.cli_options import make_runtime
+
+        device = self.device or _own_gpu()
+        return make_runtime(
+            device, self.root, self.threads, trains=True, data_workers=self.data_workers
+        )
+
+
+#: Locks of the GPU that this process has taken, held to its end.
+_GPU: list[Any] = []
+#: Torch's random state is that of the process: a worker with several threads trains one run at a
+#: time.
+_ONE = threading.Lock()
+
+
+def _own_gpu() -> str:
+    """Take a GPU that no other process of this machine has taken so; ``cpu`` if there is none."""
+    count = torch.cuda.device_count()
+    if not count:
+        return "cpu"
+    if not _GPU:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        for index in range(count):
+            named = keys.key({"visible": visible, "gpu": index})
+            lock = locked(Path(tempfile.gettempdir(), f"nqm-gpu-{os.getuid()}-{named[:16]}"))
+            try:
+                lock.__enter__()
+            except NQMError:
+                continue
+            _GPU.extend([f"cuda:{index}", lock])
+            break
+        else:
+            raise NQMError(
+                f"all {count} GPUs of {platform.node()} are taken by other workers; start one "
+                "worker for each GPU"
+            )
+    return str(_GPU[0])
+
+
+def work(runs: Path, runtime: Runtime, remote: Remote | None = None) -> Work:
     """Functions by which a sweep builds, names and trains its cells.
 
     Parameters
@@ -85,6 +162,8 @@ def work(runs: Path, runtime: Runtime) -> Work:
         cell.
     runtime : Runtime
         Device and folder of data files.
+    remote : Remote, optional
+        Where the workers of a cluster train; by default by `runtime`.
 
     Returns
     -------
@@ -92,7 +171,8 @@ def work(runs: Path, runtime: Runtime) -> Work:
         Argument of `nqm.runs.sweep.Sweep.from_file`.
     """
     made = partial(build, runtime=runtime)
-    return Work(made, key, partial(_train, runs=runs, runtime=runtime), _describe, _comparable)
+    solve = partial(_train, runs=runs, runtime=remote or runtime)
+    return Work(made, key, solve, _describe, _comparable)
 
 
 def build(
@@ -185,8 +265,10 @@ def _comparable(described: Mapping[str, Any]) -> Mapping[str, Any]:
         return described
 
 
-def _train(cell: Cell, key: str, *, runs: Path, runtime: Runtime) -> pd.DataFrame:
-    outcome = train(cell.run, runs / key[:16], runtime)
+def _train(cell: Cell, key: str, *, runs: Path, runtime: Runtime | Remote) -> pd.DataFrame:
+    with _ONE:
+        here = runtime.runtime() if isinstance(runtime, Remote) else runtime
+        outcome = train(cell.run, runs / key[:16], here)
     if outcome.result.empty:
         blank = {"weights": "", "member": -1, "data": "", "metric": "", "value": float("nan")}
         return pd.DataFrame([{"status": outcome.status, **blank}])
