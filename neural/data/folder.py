@@ -6,6 +6,7 @@ import io
 import math
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,11 @@ from neural.data.augment import normalise
 from neural.data.formats import Bytes, damaged, is_image, read_npz
 from neural.data.sampling import EpochPlan, epoch_order, keyed_generator
 from nqm.errors import NQMError, check_integer
+
+try:
+    import simplejpeg as _simplejpeg
+except ImportError:  # it belongs to the extra `vision`
+    _simplejpeg = None
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -333,6 +339,36 @@ PREFETCHED = 4
 _Index = tuple[int, int]
 
 
+def decoded(content: bytes) -> Image:
+    """Decode an image, by simplejpeg if it is installed: the same pixels in less time.
+
+    Parameters
+    ----------
+    content : bytes
+        Of a file of any format that Pillow reads.
+
+    Returns
+    -------
+    Image
+        In RGB.
+
+    Raises
+    ------
+    OSError, ValueError, SyntaxError, DecompressionBombError
+        If it is damaged or too large.
+    """
+    from PIL import Image
+
+    if _simplejpeg is not None:
+        # What it refuses, e.g. another format, is Pillow's.
+        with suppress(ValueError):
+            height, width, colours, _ = _simplejpeg.decode_jpeg_header(content)
+            if colours == "YCbCr" and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+                return Image.fromarray(_simplejpeg.decode_jpeg(content))
+    with Image.open(io.BytesIO(content)) as opened:
+        return opened.convert("RGB")
+
+
 class _Views(torch.utils.data.Dataset[tuple[Tensor, int] | str]):
     """Decoded views of the images; a failure is returned as its message, see `FolderBatches`."""
 
@@ -347,8 +383,7 @@ class _Views(torch.utils.data.Dataset[tuple[Tensor, int] | str]):
 
         epoch, number = index
         try:
-            with Image.open(io.BytesIO(self.images.read(number))) as opened:
-                image = opened.convert("RGB")
+            image = decoded(self.images.read(number))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return str(damaged(self.images.where(number), str(error).partition("\n")[0]))
         if self.train:

@@ -25,7 +25,7 @@ from neural.training.config import RunConfig
 from neural.training.snapshots import plain_state
 from neural.training.state import TrainState
 from neural.training.task import DTYPES, Runtime, Stream, Task
-from nqm.errors import NQMError
+from nqm.errors import NQMError, NQMWarning
 from nqm.limits import available_memory
 
 #: Largest number of rows of a rehearsed minibatch.
@@ -169,6 +169,7 @@ def _tell_parts(run: RunConfig, runtime: Runtime, model: nn.Module) -> None:
     warnings.warn(
         f"BatchNorm takes its statistics from the {size // runtime.world} of {size} examples that "
         f"each of {runtime.world} processes has; with train.sync_batchnorm = true from all",
+        NQMWarning,
         stacklevel=2,
     )
 

@@ -17,6 +17,7 @@ from scipy import stats
 
 from neural.data import FolderBatches, ImageFolder, ImagePack, load
 from neural.data import folder as streaming
+from neural.data.folder import decoded
 from neural.models._torchvision import import_torchvision
 from nqm.errors import NQMError
 
@@ -264,3 +265,37 @@ def test_imagenet_by_name(tree, tmp_path):
         (home / part).symlink_to(tree)
     data = load("imagenet", tmp_path)
     assert (data.classes, len(data.train.labels), data.resize) == (3, 12, 256)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_jpegs_have_the_pixels_of_pillow(subsampling, progressive):
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    for size in ((37, 53, 3), (64, 64, 3), (1, 9, 3)):
+        content = io.BytesIO()
+        pixels = rng.integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(
+            content, "JPEG", quality=75, subsampling=subsampling, progressive=progressive
+        )
+        with Image.open(content) as opened:
+            expected = np.array(opened.convert("RGB"))
+        assert np.array_equal(np.array(decoded(content.getvalue())), expected)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("L", "JPEG"), ("RGBA", "PNG")])
+def test_other_images_are_decoded_by_pillow(mode, kind):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5).convert(mode)
+    content = io.BytesIO()
+    image.save(content, kind)
+    with Image.open(content) as opened:
+        expected = np.array(opened.convert("RGB"))
+    assert np.array_equal(np.array(decoded(content.getvalue())), expected)
+
+
+def test_half_a_jpeg_is_an_error():
+    content = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content, "JPEG")
+    with pytest.raises(OSError, match="truncated"):
+        decoded(content.getvalue()[:-60])
