@@ -327,7 +327,8 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     ends = pd.concat(
         [table["ratio"] - 2.0 * table["ratio_error"], table["ratio"] + 2.0 * table["ratio_error"]]
     )
-    ax.set(xscale="log", yscale="log", xlabel="lr h_max", ylabel="measured / predicted")
+    unit = r"lr $h_{\max}$" + (" / (1 - momentum)" if table["momentum"].any() else "")
+    ax.set(xscale="log", yscale="log", xlabel=unit, ylabel="measured / predicted")
     ax.set_ylim(
         max(np.nanmin([ends.min(), 0.75]), 1.0 / FAR), min(np.nanmax([ends.max(), 1.33]), FAR)
     )

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from figures.style import PALETTE, axes_or_new
+from figures.style import axes_or_new, look
 from nqm.table import label
 
 
@@ -29,8 +29,8 @@ def over_rounds(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | Non
     for i, arm in enumerate(arms):
         rows = table[table["arm"] == arm] if "arm" in table else table
         mean = rows.groupby("round")[column].mean()
-        color = PALETTE[i % len(PALETTE)]
-        ax.plot(mean.index, mean, color=color, label=arm, gid=f"mean {arm}")
+        own = {name: value for name, value in look(i).items() if name != "marker"}
+        ax.plot(mean.index, mean, label=arm, gid=f"mean {arm}", **own)
     ax.set(xlabel="rounds", ylabel=label(column))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if "arm" in table:

@@ -9,18 +9,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from figures.curves import markers
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new
+from figures.style import MARKERS, REFERENCE, axes_or_new, plain_log, shades
 
 
 def _points(table: pd.DataFrame, ax: Axes, x: str, scaled: bool, legend: bool) -> None:
     """Monte Carlo points: colour is K, marker is gamma."""
     run = table[table["kind"] == "sample"]
+    colors = shades(run["members"].nunique())
     for i, (gamma, of_gamma) in enumerate(run.groupby("gamma_rule", sort=False)):
         for j, (k, rows) in enumerate(of_gamma.groupby("members")):
             factor = rows["members"] * rows["batch_size"] if scaled else 1.0
             points = rows.assign(loss=rows["loss"] * factor, stderr=rows["stderr"] * factor)
-            label = f"K = {k}" if legend and i == 0 else "_"
-            look = {"color": PALETTE[j % len(PALETTE)], "marker": MARKERS[i], "label": label}
+            label = f"$K$ = {k}" if legend and i == 0 else "_"
+            look = {"color": colors[j], "marker": MARKERS[i], "label": label}
             markers(
                 points, x, "loss", "stderr", ax, markersize=3.5, **look, gid=f"{gamma}/{k}/sample"
             )
@@ -89,6 +90,7 @@ def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xscale="log", yscale="log", title="in SGD's own terms")
     ax.set(xlabel=r"$\lambda = \eta_\phi + \gamma K \eta_\theta$")
     ax.set(ylabel=r"expected loss $\times\ K B$")
+    plain_log(ax.xaxis)
     ax.legend(loc="upper left")
     return ax
 
@@ -117,4 +119,5 @@ def remainder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     reach = 1.25 * float((np.abs(ratio["loss"] - 1.0) + 1.96 * ratio["stderr"]).max())
     ax.set(xscale="log", ylim=(1 - reach, 1 + reach), title="what is left over")
     ax.set(xlabel=r"$\lambda$", ylabel="simulation / SGD's closed form")
+    plain_log(ax.xaxis)
     return ax

@@ -11,7 +11,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
-from figures.style import COLORMAP, MARKERS, PALETTE, REFERENCE, axes_or_new
+from figures.style import COLORMAP, MARKERS, PALETTE, REFERENCE, axes_or_new, look
 from nqm.table import label as axis_label
 
 #: Color of what is averaged.
@@ -137,9 +137,9 @@ def ways(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     markers = dict(zip(SPACES, MARKERS, strict=False))
     names = list(dict.fromkeys(table["comparison"]))
     for place, name in enumerate(names):
-        color = PALETTE[place % len(PALETTE)]
+        color = look(place)["color"]
         here = table[table["comparison"] == name]
-        # Colors come again after the last one, then hollow.
+        # Those after the palette are hollow as well.
         face = color if place < len(PALETTE) else "none"
         for space, marker in markers.items():
             part = here[here["space"] == space]
@@ -223,13 +223,12 @@ def soup_scatter(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     others = both[both["rule"] != "member"].reset_index(drop=True)
     others["several_repairs"] = _several(others)
     for index, row in others.iterrows():
-        turn, place = divmod(int(str(index)), len(MARKERS))
-        color = PALETTE[(place + turn) % len(PALETTE)]
+        own = look(int(str(index)))
         ax.plot(
             row["test"],
             row["shift"],
-            MARKERS[place],
-            color=color,
+            own["marker"],
+            color=own["color"],
             ms=6,
             label=name_of(row),
             gid=name_of(row),

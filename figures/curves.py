@@ -67,6 +67,10 @@ def curves(  # noqa: PLR0913 - options, by keyword
         if sampled.any():
             points = rows[sampled].sort_values(x)
             label = "_" if len(theory) or not name else name
+            if len(theory) and name:  # the legend shows line and marker of a group together
+                ax.lines[-1].set_label("_")
+                both = look | {"marker": marker, "markerfacecolor": "white", "label": name}
+                ax.plot([], [], **both)
             color, zorder = look["color"], 3 + float(look.get("zorder", 0.0))
             own = {"label": label, "marker": marker, "color": color, "zorder": zorder}
             markers(points, x, y, error, ax, gid=f"{group}/sample", **own)

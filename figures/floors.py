@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from figures.curves import curves, markers
 from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
 
+#: Learning rates of the mean model: shades of its colour, which has no other meaning.
+BLUES = ("#002B45", PALETTE[0], PALETTE[5])
 #: Everything compared at one learning rate: how it looks, and what it is called.
 COMPARED: dict[str, tuple[dict[str, Any], str]] = {
     "mean model": ({"color": PALETTE[0], "marker": "o"}, "mean model"),
@@ -42,7 +44,7 @@ def _finish(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def by_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the steady loss of the mean model against K, a colour per learning rate.
+    """Draw the steady loss of the mean model against K, a shade per learning rate.
 
     Parameters
     ----------
@@ -60,7 +62,7 @@ def by_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     chosen = table[table["series"] == "mean model"]
     rates = sorted(chosen["lr"].unique(), reverse=True)
-    looks: dict[Any, dict[str, Any]] = {lr: {"color": PALETTE[i]} for i, lr in enumerate(rates)}
+    looks: dict[Any, dict[str, Any]] = {lr: {"color": BLUES[i % 3]} for i, lr in enumerate(rates)}
     chosen = chosen.sort_values("lr", ascending=False)
     labels = {lr: rf"$\eta$ = {lr:g}" for lr in rates}
     curves(chosen[chosen["kind"] != "long_run"], x="members", by="lr", looks=looks, labels=labels,
@@ -86,7 +88,7 @@ def ratio(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
-        A colour per learning rate; points of one K are set side by side. A gid is ``LR/ratio``.
+        A shade per learning rate; points of one K are set side by side. A gid is ``LR/ratio``.
     """
     ax = axes_or_new(ax)
     chosen = table[table["series"] == "mean model"]
@@ -103,7 +105,7 @@ def ratio(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             loss=rows["loss"] / rows["loss_theory"],
             stderr=rows["stderr"] / rows["loss_theory"],
         )
-        look = {"color": PALETTE[i], "marker": MARKERS[i], "markersize": 3.0}
+        look = {"color": BLUES[i % 3], "marker": MARKERS[i], "markersize": 3.0}
         markers(points, "members", "loss", "stderr", ax, **look, gid=f"{lr}/ratio")
     ax.axhline(1.0, color=REFERENCE, linewidth=1.0, zorder=1)
     ax.set(xlabel="members $K$", ylabel="simulation / theory")

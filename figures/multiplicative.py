@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from figures.curves import markers
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
+from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis, shades
 from nqm.table import label
 
 
@@ -35,8 +35,8 @@ def floors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     )
     for i, (theory, run, name, style) in enumerate(looks):
         rows = by[theory]
-        ax.plot(rows["members"], rows["loss"], style, color=PALETTE[i], label=name, gid=theory)
-        look = {"color": PALETTE[i], "marker": MARKERS[i]}
+        ax.plot(rows["members"], rows["loss"], style, color=REFERENCE, label=name, gid=theory)
+        look = {"color": REFERENCE, "marker": MARKERS[i]}
         markers(by[run], "members", "loss", "stderr", ax, label="_", **look, gid=run)
     late = by["long_run"]
     k = late["members"].to_numpy(dtype=float)
@@ -65,19 +65,23 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         A colour per K; dashed: the long-run floors.
     """
     ax = axes_or_new(ax)
+    colors = shades(table["members"].nunique())
     for i, (k, rows) in enumerate(table.groupby("members")):
         rows = rows.sort_values("step")
         unit = rows["quasi_steady"]
         points = rows.assign(loss=rows["loss"] / unit, stderr=rows["stderr"] / unit)
-        look = {"color": PALETTE[i], "marker": MARKERS[i], "markersize": 3.2, "label": f"K = {k}"}
+        look = {"color": colors[i], "marker": MARKERS[i], "markersize": 3.2}
+        look["label"] = f"$K$ = {k}"
         markers(points, "step", "loss", "stderr", ax, **look, gid=f"{k}/course")
-        ax.plot(points["step"], points["loss"], color=PALETTE[i], linewidth=0.6)
+        ax.plot(points["step"], points["loss"], color=colors[i], linewidth=0.6)
         end = float(rows["long_run"].iloc[0] / unit.iloc[0])
         last = float(table["step"].max())
-        ax.plot([last / 3, 1.6 * last], [end, end], "--", color=PALETTE[i], linewidth=1.0)
+        ax.plot([last / 3, 1.6 * last], [end, end], "--", color=colors[i], linewidth=1.0)
     ax.axhline(1.0, color=REFERENCE, linewidth=1.0, zorder=1)
     ax.set(xscale="log", xlabel="cycles", ylabel="loss / quasi-steady floor", title="the way there")
-    ax.legend(loc="upper left", handletextpad=0.3)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+    ax.legend(loc="upper left", handletextpad=0.3, ncols=2, columnspacing=0.8)
     return ax
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new
+from figures.style import REFERENCE, axes_or_new, look
 from nqm.table import label
 
 #: Line style of averages over time.
@@ -39,13 +39,14 @@ def comparison(table: pd.DataFrame, *, metric: str = "accuracy", ax: Axes | None
     models = list(dict.fromkeys(zip(table["arm"], table["weights"], strict=True)))
     for place, (arm, weights) in enumerate(models):
         rows = table[(table["arm"] == arm) & (table["weights"] == weights)]
-        color = PALETTE[arms.index(arm) % len(PALETTE)]
+        own = look(arms.index(arm))
+        color = own["color"]
         heights = [place] * len(rows)
         ax.plot(rows["value"], heights, "o", color=color, alpha=0.35, ms=2.5, gid="seeds")
         mean, low, high = (float(rows[name].iloc[0]) for name in ("mean", "low", "high"))
         if low == low:  # not NaN: more than one seed
             ax.plot([low, high], [place, place], "-", color=color, lw=1.0, gid="interval")
-        ax.plot([mean], [place], MARKERS[arms.index(arm) % len(MARKERS)], color=color, gid="mean")
+        ax.plot([mean], [place], own["marker"], color=color, gid="mean")
     ax.axvline(float(table["mean"].iloc[0]), color=REFERENCE, lw=0.7, ls=(0, (2, 2)), zorder=0)
     names = [f"{arm}: {weights}".replace("_", " ") for arm, weights in models]
     ax.set_yticks(range(len(models)), names)
@@ -85,12 +86,13 @@ def over_epochs(
     """
     ax = axes_or_new(ax)
     for i, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
-        color = PALETTE[i % len(PALETTE)]
+        own = look(i)
+        color, line = own["color"], own["linestyle"]
         for _, one in rows.groupby("seed"):
             ax.plot(one["epoch"], one[column], color=color, alpha=0.25, lw=0.6, gid=f"{arm}/seed")
         mean = rows.groupby("epoch")[column].mean()
         name = str(arm).replace("_", " ")
-        ax.plot(mean.index, mean, color=color, label=name, gid=f"{arm}/mean")
+        ax.plot(mean.index, mean, color=color, ls=line, label=name, gid=f"{arm}/mean")
         averaged = _averaged(rows, f"average_{column}")
         if len(averaged):
             ax.plot(averaged.index, averaged, color=color, ls=AVERAGED, gid=f"{arm}/average")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -96,6 +96,23 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
+def shades(count: int) -> list[Any]:
+    """Colours of ordered numbers, from dark to light, told apart by their lightness.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+
+    Returns
+    -------
+    list of tuple
+        RGBA; the light end of the map, which is faint on white, is left out.
+    """
+    colors = mpl.colormaps[COLORMAP]
+    return [colors(0.75 * i / max(count - 1, 1)) for i in range(count)]
+
+
 def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
     """Make an empty figure with constrained layout; no window, no change of backend.
 
@@ -169,6 +186,30 @@ def members_axis(ax: Axes, values: list[int]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(values, [str(value) for value in values])
     ax.minorticks_off() if ax.get_yscale() != "log" else ax.xaxis.minorticks_off()
+
+
+def finish(figure: Figure, stem: Path, title: str, axes: Iterable[Axes] = ()) -> list[Path]:
+    """Give a page its letters and its title, and write it as PNG and as PDF.
+
+    Parameters
+    ----------
+    figure : Figure
+    stem : Path
+        Path without the ending.
+    title : str
+        Title of the page; plain text, not mathematics. Kept in the files.
+    axes : iterable of Axes
+        Panels that get a letter, in their order.
+
+    Returns
+    -------
+    list of Path
+        As `save` returns it.
+    """
+    with context():
+        panel_letters(list(axes))
+        figure.suptitle(title, fontsize=9, parse_math=False)  # show a "$" of a name as such
+    return save(figure, stem, {"title": title})
 
 
 def plain_log(axis: Axis) -> None:

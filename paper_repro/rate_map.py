@@ -44,9 +44,9 @@ class Settings:
     members: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     cycles: int = 256
     examples: int = 16384
-    lowest_lr: float = 3e-3
+    lowest_lr: float = 1e-3
     highest_lr: float = 2.0
-    rates: int = 60
+    rates: int = 70
 
 
 def settings(scale: Scale) -> Settings:
@@ -62,7 +62,7 @@ def settings(scale: Scale) -> Settings:
     Settings
     """
     if scale is Scale.SMOKE:
-        return Settings(directions=30, members=(1, 4, 16, 64), rates=24)
+        return Settings(directions=30, members=(1, 4, 16, 64), rates=28)
     return Settings()
 
 

@@ -58,6 +58,7 @@ def write_report(built: Sequence[Built], out: Path) -> Path:
             "settings": {key: _shown(value) for key, value in one.metadata["settings"].items()},
             "claims": [vars(claim) | {"measured": f"{claim.measured:.4g}"} for claim in one.claims],
             "key": one.metadata["key"],
+            "files": [one.pdf.name, one.png.name, one.png.with_suffix(".parquet").name],
             "rows": len(one.table),
         }
         for one in built

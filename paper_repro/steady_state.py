@@ -23,10 +23,11 @@ from paper_repro.study import Claim, Scale, agrees, between, close, identical
 
 TITLE = "Steady-state loss against ensemble size"
 SUMMARY = (
-    "At a fixed learning rate eta the mean model's steady loss falls with K, and so does the mean "
-    "of K independent runs (or, the same thing at steady state, SGD at eta on a K-fold minibatch), "
-    "while the average member and SGD at equal data (rate eta, batch B, K steps in place of one) "
-    "stay where they are; SGD at lambda = 2 eta on batch K B coincides with the mean model. "
+    "At a fixed learning rate eta the mean model's steady loss falls like 1/K, and so does that of "
+    "the mean of K independent runs (or, the same thing at steady state, of SGD at eta on a K-fold "
+    "minibatch), while the average member's falls only towards the loss of SGD at equal data (rate "
+    "eta, batch B, K steps in place of one), which does not depend on K; SGD on batch K B at "
+    "lambda = eta_phi + gamma K eta_theta, here 2 eta, coincides with the mean model. "
     "Multiplicative members follow the same lines to first order in the noise, until their balance "
     "drifts to the long-run floors (dotted), higher for the mean model and lower for its members."
 )

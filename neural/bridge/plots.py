@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 
 from figures import bridge, style
@@ -30,7 +29,6 @@ def draw_bridge(
     list of Path
         The files that were written.
     """
-    mpl.use("Agg")
     with style.context():
         figure = style.new_figure(style.PAGE, 6.6)
         several = table["batch_size"].nunique() > 1
@@ -51,6 +49,4 @@ def draw_bridge(
         bridge.residuals(table, float(h.max()), ax=axes[last[1]])
         if tested:
             bridge.held_out(table, ax=axes["i"])
-        style.panel_letters(list(axes.values()))
-        figure.suptitle(title, fontsize=9, parse_math=False)  # show a "$" of a name as such
-    return style.save(figure, folder / "bridge", {"title": title})
+    return style.finish(figure, folder / "bridge", title, axes.values())

@@ -313,19 +313,15 @@ def draw(table: pd.DataFrame, out: Path, title: str) -> list[Path]:
     list of Path
         The files.
     """
-    import matplotlib as mpl
-
     from figures import clients as pictures
     from figures import style
 
-    mpl.use("Agg")
     with style.context():
         figure = style.new_figure(style.PAGE, 2.2)
         left, right = figure.subplots(1, 2)
         pictures.over_rounds(table, column="accuracy", ax=left)
         pictures.over_rounds(table, column="drift", ax=right)
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    return style.save(figure, out / "clients", {"title": title})
+    return style.finish(figure, out / "clients", title)
 
 
 def words(table: pd.DataFrame, config: ClientsConfig) -> list[str]:

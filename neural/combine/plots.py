@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -32,7 +31,6 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     list of Path
         The files.
     """
-    mpl.use("Agg")
     test = table[table["data"] == "test"]
     shifted = bool((table["data"] != "test").any())
     rules = int((~test["rule"].isin(["member", "mean_member"])).sum())
@@ -58,9 +56,7 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
             legend.remove()
         shown = list(named.values()), list(named)
         figure.legend(*shown, loc="outside lower center", ncols=len(named))
-        style.panel_letters(list(axes.values()))
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    return style.save(figure, folder / "compare", {"title": title})
+    return style.finish(figure, folder / "compare", title, axes.values())
 
 
 def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -> list[Path]:
@@ -79,7 +75,6 @@ def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -
     list of Path
         The files.
     """
-    mpl.use("Agg")
     rows = pd.concat([candidates(table).assign(comparison=name) for name, table in tables.items()])
     far = rows["predicted_from"] == OUTSIDE
     panels = {INSIDE: rows[~far], OUTSIDE: rows[far]}
@@ -91,9 +86,7 @@ def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -
             combine.ways(part, ax=ax)
             ax.set_title(name)
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-        style.panel_letters(list(axes))
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    return style.save(figure, folder / "ranking", {"title": title})
+    return style.finish(figure, folder / "ranking", title, axes)
 
 
 def draw_low_precision(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -112,7 +105,6 @@ def draw_low_precision(table: pd.DataFrame, folder: Path, title: str) -> list[Pa
     list of Path
         The files.
     """
-    mpl.use("Agg")
     with style.context():
         figure = style.new_figure(style.PAGE, 3.2)
         axes = figure.subplots(1, 3)
@@ -125,9 +117,7 @@ def draw_low_precision(table: pd.DataFrame, folder: Path, title: str) -> list[Pa
             ax.get_legend().remove()
         shown = axes[1].get_legend_handles_labels()
         figure.legend(*shown, loc="outside lower center", ncols=5)
-        style.panel_letters(list(axes))
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    return style.save(figure, folder / "low_precision", {"title": title})
+    return style.finish(figure, folder / "low_precision", title, axes)
 
 
 def draw_curve(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -146,15 +136,12 @@ def draw_curve(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     list of Path
         The files.
     """
-    mpl.use("Agg")
     with style.context():
         figure = style.new_figure(style.PAGE, 2.6)
         axes = figure.subplots(1, 2)
         combine.curve(table, data="train", metric="nll", ax=axes[0])
         combine.curve(table, data="test", metric="error", ax=axes[1])
-        style.panel_letters(list(axes))
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    return style.save(figure, folder / "curve", {"title": title})
+    return style.finish(figure, folder / "curve", title, axes)
 
 
 def draw_plane(
@@ -177,15 +164,12 @@ def draw_plane(
     list of Path
         The files.
     """
-    mpl.use("Agg")
     with style.context():
         figure = style.new_figure(style.PAGE, 2.9)
         axes = figure.subplots(1, 2)
         combine.plane(table, metric="nll", path=path, ax=axes[0])
         combine.plane(table, metric="error", path=path, ax=axes[1])
-        style.panel_letters(list(axes))
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    return style.save(figure, folder / "plane", {"title": title})
+    return style.finish(figure, folder / "plane", title, axes)
 
 
 def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -204,7 +188,6 @@ def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: s
     list of Path
         The files.
     """
-    mpl.use("Agg")
     # Single models lose ten times what weights can gain, and have panels of their own.
     alone = table["rule"].isin(["member", "control", "best"])
     with style.context():
@@ -221,6 +204,4 @@ def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: s
             axes[name].set_title(text)
         shown = axes["e"].get_legend_handles_labels()
         figure.legend(*shown, loc="outside lower right", ncols=2)
-        style.panel_letters(list(axes.values()))
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    return style.save(figure, folder / "gates", {"title": title})
+    return style.finish(figure, folder / "gates", title, axes.values())

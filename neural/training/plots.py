@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 
 from figures import runs, style
@@ -39,7 +38,6 @@ def draw(
     list of Path
         The files that were written; empty if every run diverged.
     """
-    mpl.use("Agg")  # draws to files, needs no display
     metric = "bpc" if (results["metric"] == "bpc").any() else "accuracy"
     compared = per_seed(results, metric)
     if compared.empty:
@@ -55,5 +53,4 @@ def draw(
             settled = history.loc[history["epoch"] >= history["epoch"].max() / 3, column]
             drawn = history[[name for name in (column, f"average_{column}") if name in history]]
             left.set_ylim(float(settled.min()) - 0.005, float(drawn.max().max()) + 0.005)
-        figure.suptitle(title, fontsize=9, parse_math=False)  # show a "$" of a title as such
-    return style.save(figure, folder / "comparison", {"title": title})
+    return style.finish(figure, folder / "comparison", title)

@@ -12,7 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from figures import collapse, curves, digits, floors, multiplicative, over_time, rate_map, style
+from figures import (
+    clients,
+    collapse,
+    curves,
+    digits,
+    floors,
+    multiplicative,
+    over_time,
+    rate_map,
+    runs,
+    style,
+)
 
 
 def artist(ax, gid):
@@ -231,3 +242,43 @@ def test_style_leaves_the_users_settings_alone():
     with style.context():
         assert mpl.rcParams["font.size"] == 8
     assert dict(mpl.rcParams) == before
+
+
+def test_curves_and_arms_are_told_apart_without_colour():
+    looks = [style.look(i) for i in range(36)]
+    assert len({(one["marker"], str(one["linestyle"])) for one in looks}) == 36
+    assert len({one["color"] for one in looks[:12]}) == 12
+    # Ordered numbers: lightness grows from one to the next.
+    light = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b, _ in style.shades(7)]
+    assert light == sorted(light)
+    table = pd.DataFrame(
+        [{"arm": f"arm_{i}", "seed": 0, "epoch": e, "accuracy": 0.1 * i, "drift": 1.0, "round": e}
+         for i in range(9) for e in (1, 2)]
+    )  # fmt: skip
+    for ax in (runs.over_epochs(table), clients.over_rounds(table)):
+        drawn = ax.get_legend().get_lines()
+        assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn}) == 9
+        assert len({line.get_color() for line in drawn}) == 9
+
+
+def test_a_page_has_letters_and_its_title_as_plain_text(tmp_path):
+    figure = style.new_figure()
+    axes = figure.subplots(1, 2)
+    axes[1].set_title("right")
+    paths = style.finish(figure, tmp_path / "page", "cost in $ and {", axes)
+    assert [path.name for path in paths] == ["page.png", "page.pdf"]
+    assert [ax.get_title(loc="left") for ax in axes] == ["(a)", "(b) right"]
+    with Image.open(paths[0]) as image:
+        assert json.loads(image.text["Parameters"]) == {"title": "cost in $ and {"}
+
+
+def test_the_legend_shows_line_and_marker_of_theory_and_simulation():
+    table = pd.DataFrame(
+        {"x": [1, 2, 1, 2], "loss": [1.0, 2.0, 1.1, 2.1], "stderr": [0, 0, 0.1, 0.1],
+         "kind": ["exact", "exact", "sample", "sample"], "series": "one"}
+    )  # fmt: skip
+    ax = curves.curves(table, x="x")
+    (handle,), (text,) = ax.get_legend_handles_labels()
+    assert text == "one"
+    assert handle.get_marker() == "o"
+    assert handle.get_linestyle() == "-"

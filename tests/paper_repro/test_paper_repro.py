@@ -82,7 +82,14 @@ def test_claims_can_fail(out, name):
 def test_report_is_one_self_contained_page(out):
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(STUDIES)
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert not re.search(r'src="(?!data:)', page)
+    beside = re.findall(r'href="([^#"]+)"', page)
+    assert beside == [f"{name}.{kind}" for name in STUDIES for kind in ("pdf", "png", "parquet")]
+    assert all((out / name).is_file() for name in beside)
+    # Parameters are folded, pictures can be enlarged, and the page has a dark form.
+    assert page.count("<details>") == page.count("</details>") == len(STUDIES)
+    assert page.count('type="checkbox"') == len(STUDIES)
+    assert "prefers-color-scheme: dark" in page
     assert "our own study" in page
     for name in STUDIES:
         study = find(name)
