@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
+from figures.style import (
+    REFERENCE,
+    axes_or_new,
+    legend_above,
+    look,
+    members_axis,
+    plain_log,
+    shades,
+)
 
 #: Factors around 1 that are drawn as bands: good agreement of prediction and measurement.
 BANDS = (1.2, 1.05)
@@ -40,12 +49,12 @@ def spectrum(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     size = counted["curvature"].abs()
     low = max(float(size.max()) * 1e-6, float(size[size > 0].min()))
     edges = np.geomspace(low, float(size.max()) * 1.01, 25)
-    for sign, name, color in ((1, "h > 0", PALETTE[0]), (-1, "h < 0", PALETTE[1])):
+    for sign, name, line in ((1, "h > 0", "-"), (-1, "h < 0", (0, (3, 1)))):
         rows = counted[np.sign(counted["curvature"]) == sign]
         if rows.empty:
             continue
         heights, _ = np.histogram(rows["curvature"].abs(), edges, weights=rows["count"])
-        ax.stairs(heights, edges, color=color, label=name, gid=name)
+        ax.stairs(heights, edges, color=REFERENCE, ls=line, label=name, gid=name)
     ax.set(
         xscale="log", yscale="log", xlabel="|curvature h|", ylabel="directions", title="spectrum"
     )
@@ -79,7 +88,7 @@ def noise_against_curvature(
     # Directions of weight decay alone carry rounding in place of noise.
     rows = rows[rows["noise_variance"] > NOISELESS * rows["noise_variance"].max()]
     h, c = rows["curvature"], rows["noise_variance"]
-    ax.plot(h, c, "o", color=PALETTE[0], ms=2.5, gid="pairs")
+    ax.plot(h, c, "o", color="0.55", ms=2.5, gid="pairs")
     if math.isfinite(exponent):
         stiff = h > STIFF * h.max()
         ends = np.array([h[stiff].min(), h.max()])
@@ -89,11 +98,12 @@ def noise_against_curvature(
     ax.set(xscale="log", yscale="log", xlabel="curvature h", ylabel="noise variance", title="noise")
     for axis in (ax.xaxis, ax.yaxis):  # names of ticks between decades would overlap
         axis.set_minor_formatter(NullFormatter())
+        plain_log(axis)
     return ax
 
 
 def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the rise of the loss by noise against K, a colour per learning rate.
+    """Draw the rise of the loss by noise against K, a shade for each learning rate.
 
     Parameters
     ----------
@@ -111,16 +121,14 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     rows = _first_size(table)
+    colors = shades(rows["lr"].nunique(), "plasma")  # those of K are another map
     for i, (lr, one) in enumerate(rows.groupby("lr")):
-        _lines(ax, one, "members", i, f"{lr:.2g}")
+        _lines(ax, one, "members", i, f"{lr:.2g}", color=colors[i])
         if (one["floor"] > 0).all():
-            ax.axhline(one["floor"].iloc[0], color=PALETTE[i % len(PALETTE)], lw=0.6, ls=":")
+            ax.axhline(one["floor"].iloc[0], color=colors[i], lw=0.6, ls=":")
     members_axis(ax, sorted(map(int, table["members"].unique())))
     ax.set(yscale="log", xlabel="K", ylabel="rise of the loss", title="members (dots: floor)")
-    ax.legend(
-        loc="lower left", title="lr", title_fontsize=7, ncols=2, columnspacing=1.0, frameon=True,
-        framealpha=0.9, edgecolor="none",
-    )  # fmt: skip
+    legend_above(ax, 3, "lr")
     return ax
 
 
@@ -152,11 +160,13 @@ def against_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     rows = _first_size(table)
     sizes = sorted(rows["members"].unique())
+    colors = _of_members(table)
     for i, k in enumerate(sizes[:: max(1, (len(sizes) + 1) // 3)]):
-        _lines(ax, rows[rows["members"] == k], "lr", i, f"K = {k}")
+        _lines(ax, rows[rows["members"] == k], "lr", i, f"$K$ = {k}", color=colors[k])
     _rate_axes(ax, rows["lr"])
     ax.set_title("learning rate")
-    ax.legend(loc="best")
+    legend_above(ax, 3)
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -182,12 +192,14 @@ def against_batch_size(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     lr = float(tried.index[int(tried.to_numpy().argmax())])
     rows = table[(table["lr"] == lr) & (table["weights"] == "iterate")]
     sizes = sorted(rows["members"].unique())
+    colors = _of_members(table)
     for i, k in enumerate(sizes[:: max(1, (len(sizes) + 1) // 3)]):
-        _lines(ax, rows[rows["members"] == k], "batch_size", i, f"K = {k}")
+        _lines(ax, rows[rows["members"] == k], "batch_size", i, f"$K$ = {k}", color=colors[k])
     members_axis(ax, sorted(map(int, rows["batch_size"].unique())))
     ax.set(yscale="log", xlabel="batch size", ylabel="rise of the loss")
     ax.set_title(f"batch size, lr {lr:.2g}")
-    ax.legend(loc="best")
+    legend_above(ax, 3)
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -212,20 +224,16 @@ def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     rates = sorted(rows["lr"].unique())
     lr = rates[len(rates) // 2]
     rows = rows[rows["lr"] == lr]
+    colors = _of_members(table)
     for i, k in enumerate(sorted({rows["members"].min(), rows["members"].max()})):
+        own = rows[rows["members"] == k]
         _lines(
-            ax,
-            rows[rows["members"] == k],
-            "step",
-            i,
-            f"K = {k}",
-            ("predicted", "measured", "error"),
+            ax, own, "step", i, f"$K$ = {k}", ("predicted", "measured", "error"), color=colors[k]
         )
     ax.axhline(0.0, color=REFERENCE, lw=0.6, zorder=0)
     ax.set(xscale="log", xlabel="step", ylabel="change of the loss", title=f"course, lr {lr:.2g}")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.2 * (high - low))  # a legend over the markers would hide them
-    ax.legend(loc="upper center", ncols=2)
+    legend_above(ax)
+    plain_log(ax.xaxis)
     return ax
 
 
@@ -244,7 +252,7 @@ def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
-        A colour per kind of weights; lines are predictions, markers measurements.
+        A colour for each kind of weights; lines are predictions, markers measurements.
     """
     ax = axes_or_new(ax)
     rows = table[_at_first_size(table)]
@@ -252,8 +260,9 @@ def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for i, (weights, one) in enumerate(rows.groupby("weights", sort=False)):
         _lines(ax, one[one["members"] == fewest], "lr", i, str(weights))
     _rate_axes(ax, rows["lr"])
-    ax.set_title(f"averages over time, K = {fewest}")
-    ax.legend(loc="best")
+    ax.set_title(f"averages over time, $K$ = {fewest}")
+    legend_above(ax, 3)
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -277,13 +286,14 @@ def held_out(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     rows = _first_size(table)
     rows = rows[rows["predicted_test_gain"].notna()]
+    colors = shades(rows["lr"].nunique())
+    columns = ("predicted_test_gain", "test_gain", "test_gain_error")
     for i, (lr, one) in enumerate(rows.groupby("lr")):
-        columns = ("predicted_test_gain", "test_gain", "test_gain_error")
-        _lines(ax, one, "members", i, f"{lr:.2g}", columns)
+        _lines(ax, one, "members", i, f"{lr:.2g}", columns, color=colors[i])
     members_axis(ax, sorted(map(int, rows["members"].unique())))
     ax.axhline(0.0, color=REFERENCE, lw=0.6, zorder=0)
     ax.set(xlabel="K", ylabel="test loss saved", title="test loss")
-    ax.legend(loc="best", title="lr", title_fontsize=7, ncols=2, columnspacing=1.0)
+    legend_above(ax, 3, "lr")
     return ax
 
 
@@ -317,7 +327,7 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
             held = at_first[one.index] == first
             ax.errorbar(
                 x[held], one["ratio"][held], 2.0 * one["ratio_error"][held],
-                fmt=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)], ms=2.5, lw=0.7,
+                fmt=look(i)["marker"], color=look(i)["color"], ms=2.5, lw=0.7,
                 mfc=None if first else "white", mew=0.7, label=str(weights) if first else None,
                 gid=f"ratio/{weights}/{'first' if first else 'other'}",
             )  # fmt: skip
@@ -338,8 +348,8 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     ax.set_yticks(shown, [f"{tick:g}" for tick in shown])
     ax.minorticks_off()
     names = " and ".join(f"{band:g}" for band in reversed(BANDS))
-    ax.set_title(f"all cells, K from left to right (hollow: other B; bands: {names})")
-    ax.legend(loc="best", ncols=3, columnspacing=1.2)
+    ax.set_title(f"all cells, $K$ from left to right (hollow: other B; bands: {names})")
+    legend_above(ax, 3)
     return ax
 
 
@@ -361,13 +371,23 @@ def _lines(
     i: int,
     name: str,
     columns: tuple[str, str, str] = ("predicted_rise", "measured_rise", "error"),
+    *,
+    color: Any = None,
 ) -> None:
     """Prediction as a line, measurement as markers with two standard errors."""
-    predicted, measured, error = columns
-    rows = rows.sort_values(x)
-    color = PALETTE[i % len(PALETTE)]
-    ax.plot(rows[x], rows[predicted], color=color, label=name, gid=f"{name}/predicted")
+    rows, own = rows.sort_values(x), look(i)
+    color = own["color"] if color is None else color
+    line: dict[str, Any] = {"color": color, "ls": own["linestyle"]}
+    gid = name.replace("$", "")
+    ax.plot(rows[x], rows[columns[0]], gid=f"{gid}/predicted", **line)
     ax.errorbar(
-        rows[x], rows[measured], 2.0 * rows[error], fmt=MARKERS[i % len(MARKERS)],
-        color=color, ms=3.0, lw=0.7, gid=f"{name}/measured",
+        rows[x], rows[columns[1]], 2.0 * rows[columns[2]], fmt=own["marker"], color=color, ms=3.0,
+        lw=0.7, gid=f"{gid}/measured",
     )  # fmt: skip
+    ax.plot([], [], marker=own["marker"], ms=3.0, label=name, **line)
+
+
+def _of_members(table: pd.DataFrame) -> dict[int, Any]:
+    """Shade of every K of a page."""
+    sizes = sorted(table["members"].unique())
+    return dict(zip(sizes, shades(len(sizes)), strict=True))

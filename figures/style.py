@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from nqm.table import replacing
 
@@ -96,20 +96,22 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
-def shades(count: int) -> list[Any]:
+def shades(count: int, colormap: str = COLORMAP) -> list[Any]:
     """Colours of ordered numbers, from dark to light, told apart by their lightness.
 
     Parameters
     ----------
     count : int
         How many.
+    colormap : str
+        Another map for another quantity of the same page.
 
     Returns
     -------
     list of tuple
         RGBA; the light end of the map, which is faint on white, is left out.
     """
-    colors = mpl.colormaps[COLORMAP]
+    colors = mpl.colormaps[colormap]
     return [colors(0.75 * i / max(count - 1, 1)) for i in range(count)]
 
 
@@ -173,6 +175,32 @@ def panel_letters(axes: list[Axes]) -> None:
         ax.set_title(f"({letter}) {title}".rstrip(), loc="left")
 
 
+def legend_above(ax: Axes, columns: int = 2, title: str = "") -> None:
+    """Put the legend at the top of the axes, and make room for it above the data.
+
+    Parameters
+    ----------
+    ax : Axes
+        With all of its data, and its scale.
+    columns : int
+        Columns of the legend.
+    title : str
+        Title of the legend.
+    """
+    entries = len(ax.get_legend_handles_labels()[1])
+    rows = -(-entries // columns) + bool(title)
+    share = 0.05 + 0.11 * rows
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log":
+        ax.set_ylim(low, high * (high / low) ** (share / (1.0 - share)))
+    else:
+        ax.set_ylim(low, high + (high - low) * share / (1.0 - share))
+    ax.legend(
+        loc="upper center", ncols=columns, title=title or None, title_fontsize=7,
+        columnspacing=0.7, handlelength=1.7, handletextpad=0.4, fontsize=6.5,
+    )  # fmt: skip
+
+
 def members_axis(ax: Axes, values: list[int]) -> None:
     """Make the x axis logarithmic (base 2) with one tick at each ensemble size.
 
@@ -222,7 +250,8 @@ def plain_log(axis: Axis) -> None:
     """
     low, high = axis.get_view_interval()
     if axis.get_scale() == "log" and 0.0 < high < 100.0 * low:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        short = high < 5.0 * low  # which may hold no more than one of 1, 2 and 5
+        axis.set_major_locator(MaxNLocator(4) if short else LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 

@@ -1,5 +1,6 @@
 """Figures show the numbers of their tables: data are read back from the artists."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -282,3 +283,34 @@ def test_the_legend_shows_line_and_marker_of_theory_and_simulation():
     assert text == "one"
     assert handle.get_marker() == "o"
     assert handle.get_linestyle() == "-"
+
+
+@pytest.mark.parametrize(("scale", "columns"), [("linear", 1), ("log", 3)])
+def test_a_legend_above_covers_no_data(scale, columns):
+    figure = style.new_figure(2.3, 2.2)
+    ax = figure.subplots()
+    for i in range(4):
+        ax.plot([1, 2, 3], [1.0 + i, 100.0 + i, 1000.0], label=f"arm {i}")
+    ax.set_yscale(scale)
+    style.legend_above(ax, columns)
+    figure.draw_without_rendering()
+    box = ax.get_legend().get_window_extent()
+    points = np.vstack([ax.transData.transform(line.get_xydata()) for line in ax.lines])
+    assert points[:, 1].max() < box.y0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.35), (1.0, 40.0), (0.011, 0.5)])
+def test_a_short_logarithmic_axis_has_a_few_plain_numbers(low, high):
+    with style.context():
+        figure = style.new_figure(2.3, 2.0)
+        ax = figure.subplots()
+        ax.plot([low, high], [1, 2])
+        ax.set_xscale("log")
+        style.plain_log(ax.xaxis)
+        figure.draw_without_rendering()
+    shown = [text for text in ax.get_xticklabels() if text.get_text()]
+    seen = [one for one in shown if low <= float(one.get_text()) <= high]
+    assert 2 <= len(seen) <= 6
+    boxes = [one.get_window_extent() for one in seen]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert not [text for text in ax.get_xticklabels(minor=True) if text.get_text()]
