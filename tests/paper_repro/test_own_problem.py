@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +112,14 @@ def test_the_list_has_every_figure() -> None:
     assert [name for name, text in listed().items() if "problem.file" in text] == [
         name for name in NAMES if name in ON_ANY
     ]
+
+
+def test_nqm_list_shows_what_other_packages_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (where,) = project["entry-points"]["nqm.lists"].values()
+    module, _, function = where.partition(":")
+    point = EntryPoint("figures", f"{module}:{function}", "nqm.lists")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
+    shown = CliRunner().invoke(main, ["list"]).output
+    for name, text in listed().items():
+        assert f"\n  {name}: {text}" in shown.partition("\nfigures:")[2]
