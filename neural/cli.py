@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "neural.training.cli",
     "sweep": "neural.training.cli",
     "bridge": "neural.bridge.cli",
+    "advise": "neural.bridge.cli",
     "members": "neural.combine.cli",
     "merge": "neural.combine.cli",
     "ensemble": "neural.combine.cli",

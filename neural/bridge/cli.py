@@ -118,3 +118,31 @@ def bridge(
     title = f"{name}, {settings.select}"
     for path in draw_bridge(results.table, results.course, results.spectrum, out, title):
         click.echo(path)
+
+
+@click.command()
+@click.argument("folder", metavar="BRIDGE", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--members", type=int, help="Largest K that you would pay for.  [default: that of the bridge]"
+)
+@click.option(
+    "--worth",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Least saving of one more member, relative to what noise costs a single run.",
+)
+def advise(folder: Path, members: int | None, worth: float) -> None:
+    """Advise on learning rate, average and K from the results of a bridge.
+
+    BRIDGE is the folder that nqm neural bridge has written. Only predictions within the validity
+    of the theory count; without any there is no advice.
+
+    \b
+    nqm neural advise out/bridge/digits_mlp-full-base-seed0
+    """
+    from neural.bridge.advise import advise as advice
+    from neural.bridge.advise import read_bridge
+
+    for line in advice(read_bridge(folder), members, worth).words:
+        click.echo(f"- {line}")

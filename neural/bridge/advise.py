@@ -1,0 +1,227 @@
+"""Advice from a bridge: which learning rate and average to train with, and when more members end.
+
+Only cells that were predicted within the validity of the theory count, and no cell that training
+has contradicted. Without any there is no advice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neural.bridge.config import ITERATE
+from neural.bridge.prediction import Prediction
+from neural.bridge.verdict import FEEDBACK
+from nqm.errors import NQMError, check_integer, check_number
+from nqm.table import read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Factor between measured and predicted rise from which on training contradicts a prediction.
+CONTRADICTED = 1.5
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to train, and what it rests on.
+
+    Attributes
+    ----------
+    lr : float
+        Learning rate.
+    batch_size : int
+        Examples of one minibatch.
+    weights : str
+        The weights themselves, or an average over time.
+    members : int
+        Number of runs whose weights are averaged, K.
+    change, single : float
+        Predicted change of the training loss from the checkpoint's: with this average, and of a
+        single run's last weights at the same rate.
+    words : tuple of str
+        The advice in sentences.
+    """
+
+    lr: float
+    batch_size: int
+    weights: str
+    members: int
+    change: float
+    single: float
+    words: tuple[str, ...]
+
+
+def read_bridge(folder: Path) -> pd.DataFrame:
+    """Read the table of losses of a bridge.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder that ``nqm neural bridge`` has written.
+
+    Returns
+    -------
+    DataFrame
+
+    Raises
+    ------
+    NQMError
+        If the folder holds no finished bridge.
+    """
+    path = folder / "bridge.parquet"
+    if not path.exists():
+        raise NQMError(
+            f"{folder} holds no bridge.parquet; measure first: nqm neural bridge RUN --out {folder}"
+        )
+    return read_table(path)
+
+
+def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01) -> Advice:
+    """Choose learning rate, batch size and average of least predicted training loss.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Made by `neural.bridge.api.compare` or `predict`.
+    members : int, optional
+        Largest number of runs that may be averaged; by default the largest of the table.
+    worth : float
+        Smallest saving for which one more run is advised, relative to what noise costs a single
+        run at the same rate.
+
+    Returns
+    -------
+    Advice
+
+    Raises
+    ------
+    NQMError
+        If no cell of the table is reliable, or a number is out of range.
+    """
+    most = int(table["members"].max()) if members is None else members
+    check_integer("members", most, 1)
+    check_number("worth", worth, low=0.0, closed_low=False)
+    cells = table[table["members"] == table["members"].min()]
+    left = cells[_reliable(cells)]
+    if left.empty:
+        raise NQMError(
+            f"no advice: none of the {len(cells)} trainings and averages is predicted reliably "
+            f"(noise changes by more than {FEEDBACK:.0%}, the rate is unstable, or training "
+            "contradicts it); lower bridge.lr_times_sharpness, raise the batch size, or minimise "
+            "further"
+        )
+    best: tuple[float, pd.Series, Prediction, int] | None = None
+    for _, row in left.iterrows():
+        prediction = Prediction(*(float(row[term.name]) for term in fields(Prediction)))
+        whole = _single(left, row)
+        count = next(
+            (
+                k
+                for k in range(1, most)
+                if prediction.rise(k) - prediction.rise(k + 1) < worth * whole.rise(1)
+            ),
+            most,
+        )
+        count = max(count, int(row["members"]))
+        change = prediction.change(count)
+        if best is None or change < best[0]:
+            best = change, row, prediction, count
+    assert best is not None
+    change, row, prediction, count = best
+    single = _single(left, row).change(1)
+    words = [*_choice(row, count, change, single)]
+    words += _stop(prediction, _single(left, row), count, most)
+    words += _ends(left, row)
+    words += _test(table, row, count)
+    words += _rests_on(table, cells, left)
+    chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
+    return Advice(*chosen, count, change, single, tuple(words))
+
+
+def _reliable(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Rows whose prediction is within the validity of first order, and not contradicted."""
+    known = np.isfinite(rows["predicted"]) & (rows["predicted_rise"] > 0)
+    for name in ("noise_growth", "noise_change_on_path"):
+        known &= ~(rows[name].abs() > FEEDBACK)
+    room = 2.0 * rows["ratio_error"].fillna(0.0)
+    high = rows["ratio"] - room > CONTRADICTED
+    low = rows["ratio"] + room < 1.0 / CONTRADICTED
+    reliable: pd.Series[bool] = known & ~high & ~low
+    return reliable
+
+
+def _single(rows: pd.DataFrame, row: pd.Series[float]) -> Prediction:
+    """Prediction of the last weights at a row's rate and batch size; the row's own without one."""
+    same = (rows["lr"] == row["lr"]) & (rows["batch_size"] == row["batch_size"])
+    iterate = rows[same & (rows["weights"] == ITERATE)]
+    chosen = row if iterate.empty else iterate.iloc[0]
+    return Prediction(*(float(chosen[term.name]) for term in fields(Prediction)))
+
+
+def _what(weights: str, members: int) -> str:
+    runs = "a single run" if members == 1 else f"the mean of {members} runs"
+    return runs if weights == ITERATE else f"{weights} of {runs}"
+
+
+def _choice(row: pd.Series[float], count: int, change: float, single: float) -> list[str]:
+    what = _what(str(row["weights"]), count)
+    return [
+        f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
+        f"and take {what}: the training loss is predicted to change by {change:+.3g} from the "
+        f"checkpoint's, a single run's last weights by {single:+.3g}."
+    ]
+
+
+def _stop(own: Prediction, single: Prediction, count: int, most: int) -> list[str]:
+    buys = (own.rise(count) - own.rise(count + 1)) / single.rise(1)
+    if count == most:
+        return [f"K = {count} is the largest asked for; one more would buy {buys:.1%}."]
+    return [
+        f"Stop at K = {count}: one more member buys {buys:.1%} of what noise costs a single run."
+    ]
+
+
+def _ends(rows: pd.DataFrame, row: pd.Series[float]) -> list[str]:
+    """Tell if the best rate is at an end of the grid of reliable rates."""
+    same = (rows["batch_size"] == row["batch_size"]) & (rows["weights"] == row["weights"])
+    rates = rows.loc[same, "lr"]
+    if rates.nunique() < 2 or rates.min() < row["lr"] < rates.max():
+        return []
+    end = "lowest" if row["lr"] == rates.min() else "highest"
+    return [f"This is the {end} of the reliable rates: a better one may lie beyond."]
+
+
+def _test(table: pd.DataFrame, row: pd.Series[float], count: int) -> list[str]:
+    """What the chosen average does to the test loss."""
+    same = np.logical_and.reduce(
+        [table[name] == row[name] for name in ("lr", "batch_size", "weights")]
+    )
+    rows = table[same & table["predicted_test_gain"].notna()]
+    if rows.empty:
+        return ["The test loss is not predicted for it."]
+    near = rows.iloc[int((rows["members"] - count).abs().to_numpy().argmin())]
+    gain, error = near["predicted_test_gain"], near["predicted_test_gain_error"]
+    what = f"the test loss by {gain:.2g} ± {error:.1g} (K = {int(near['members'])})"
+    if abs(gain) <= 2.0 * error:
+        return [f"It is not clear whether it lowers the test loss: by {gain:+.2g} ± {error:.1g}."]
+    if gain < 0:
+        return [f"It is predicted to raise {what.replace(f'{gain:.2g}', f'{-gain:.2g}')}."]
+    return [f"It is predicted to lower {what}."]
+
+
+def _rests_on(table: pd.DataFrame, cells: pd.DataFrame, left: pd.DataFrame) -> list[str]:
+    """Tell what the advice rests on."""
+    words = [f"{len(left)} of {len(cells)} trainings and averages are predicted reliably."]
+    ratio = table.loc[_reliable(table), "ratio"].dropna()
+    if ratio.empty:
+        return [*words, "Nothing was trained: this rests on the prediction alone."]
+    low, high = ratio.quantile(0.1), ratio.quantile(0.9)
+    return [
+        *words,
+        f"Measured over predicted rise of their {len(ratio)} trained cells: {low:.2f} to "
+        f"{high:.2f} (80% of them).",
+    ]
