@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neural.bridge.config import Training
 from neural.bridge.iterate_averages import TimeAverage, power
-from neural.bridge.scatter import displacement
+from neural.bridge.scatter import displacements as displacements_of
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.local_quadratic import LocalQuadratic, vector
@@ -325,13 +325,13 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     centre = risk.weights + vector(risk, descended(local, training))
 
     def sampled() -> dict[str, Any]:
-        rng = np.random.default_rng([seed, 3])
+        rng, drawn = np.random.default_rng([seed, 3]), displacements_of(local, training)
         halves, rises = np.zeros((2, risk.size)), np.zeros(2)
         moved, differences, beyond = [], [], np.zeros(3)
         middle = risk.loss(centre)
         for i in range(displacements):
             draw = draw_index(local, i)
-            d = displacement(local, training, rng, draw)
+            d = drawn(rng, draw)
             odd, even, loss = _both_ends(risk, centre, d)
             _, near_even, near_loss = _both_ends(risk, centre, 0.5 * d)
             rises += loss - middle, near_loss - middle

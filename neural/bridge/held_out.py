@@ -29,7 +29,7 @@ from neural.bridge.config import ITERATE, Plan
 from neural.bridge.drift import descended, draw_index
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
-from neural.bridge.scatter import covariance, displacement
+from neural.bridge.scatter import covariance, displacements
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import vector
 from neural.curvature.risk import EmpiricalRisk
@@ -253,8 +253,9 @@ def measure_held_out(
         mean = descent + 0.5 * (pushes[0] + pushes[1])
         centre = np.array([at(mean), *(at(descent + push) for push in pushes)])
         rng, rises, forms = np.random.default_rng([plan.seed, 5]), [], []
+        draw = displacements(local, training, average)
         for i in range(count):
-            d = displacement(local, training, rng, draw_index(local, i), average)
+            d = draw(rng, draw_index(local, i))
             row = []
             for k in members:
                 ends = [at(mean + sign / np.sqrt(k) * d) for sign in (1.0, -1.0)]

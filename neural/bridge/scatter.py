@@ -7,6 +7,8 @@ response of heavy ball to one step's noise after s further steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,17 +75,9 @@ def rest_trace(local: LocalQuadratic, training: Training) -> float:
 
 
 def displacement(
-    local: LocalQuadratic,
-    training: Training,
-    rng: np.random.Generator,
-    draw: int | None = None,
-    average: TimeAverage | None = None,
+    local: LocalQuadratic, training: Training, rng: np.random.Generator, draw: int | None = None
 ) -> FloatArray:
     """Draw a random displacement of the weights with the training's covariance.
-
-    The covariance is exact along the eigenpairs. Beyond them the displacement is made from one draw
-    of the noise, whose diagonal is exact. The symmetric root of the covariance is used: the signs
-    of eigenvectors differ between processors, and so the displacement does not depend on them.
 
     Parameters
     ----------
@@ -93,25 +87,49 @@ def displacement(
         Source of the random numbers.
     draw : int, optional
         Index of one of the local model's draws; a random one by default.
-    average : TimeAverage, optional
-        See `covariance`.
 
     Returns
     -------
     ndarray, shape (p,)
     """
+    return displacements(local, training)(rng, draw)
+
+
+def displacements(
+    local: LocalQuadratic, training: Training, average: TimeAverage | None = None
+) -> Callable[[np.random.Generator, int | None], FloatArray]:
+    """Make a function that draws random displacements of the weights (`displacement`).
+
+    The covariance is exact along the eigenpairs. Beyond them a displacement is made from one draw
+    of the noise, whose diagonal is exact. The symmetric root of the covariance is used: the signs
+    of eigenvectors differ between processors, and so the displacement does not depend on them.
+
+    Parameters
+    ----------
+    local, training, average
+        See `covariance`.
+
+    Returns
+    -------
+    callable
+        Takes a generator, and the index of a draw or None for a random one.
+    """
     vectors = local.pairs.vectors
     size, turn = np.linalg.eigh(_symmetric(covariance(local, training, average)))
     root = np.sqrt(np.where(size > ROUNDING * size[-1], size, 0.0))
-    normal = vectors.T @ rng.standard_normal(len(vectors))
-    moved = vectors @ (turn @ (root * (turn.T @ normal)))
-    if local.draws and len(local.draws[0].values):
-        drawn = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
-        lr = training.effective_lr
-        scale = local.draw_scale * lr**2 / training.batch_size
-        sums = noise_sums(lr * drawn.values, training, average)
-        moved = moved + drawn.vectors @ (np.sqrt(scale * sums) * drawn.amplitudes)
-    return np.asarray(moved)
+    lr = training.effective_lr
+    scale = local.draw_scale * lr**2 / training.batch_size
+
+    def drawn(rng: np.random.Generator, draw: int | None = None) -> FloatArray:
+        normal = vectors.T @ rng.standard_normal(len(vectors))
+        moved = vectors @ (turn @ (root * (turn.T @ normal)))
+        if local.draws and len(local.draws[0].values):
+            noise = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
+            sums = noise_sums(lr * noise.values, training, average)
+            moved = moved + noise.vectors @ (np.sqrt(scale * sums) * noise.amplitudes)
+        return np.asarray(moved)
+
+    return drawn
 
 
 def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:

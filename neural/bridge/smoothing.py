@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, descended
-from neural.bridge.scatter import covariance, displacement, rest_trace
+from neural.bridge.scatter import covariance, rest_trace
+from neural.bridge.scatter import displacements as displacements_of
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
@@ -416,10 +417,10 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         centre, pushed = descent_end + vector(risk, by_noise), float(np.linalg.norm(by_noise))
 
     def averages() -> dict[str, Any]:
-        rng = np.random.default_rng([seed, 4])
+        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(local, training)
         at_ends = []
         for _ in range(displacements):
-            moved = vector(risk, displacement(local, training, rng))
+            moved = vector(risk, drawn(rng, None))
             for sign in (1.0, -1.0):
                 at_ends.append(_along(risk.at(centre + sign * moved), vectors))
                 if progress is not None:

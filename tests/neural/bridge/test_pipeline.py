@@ -239,7 +239,7 @@ def test_networks_that_read_a_text(kind: str, tmp_path: Path) -> None:
     target, out = str(tmp_path / "base" / "seed0"), tmp_path / "bridge"
     config = replace(
         SMALL, select=select, examples=12, batch_sizes=(4,), lr_times_sharpness=(0.1,), steps=4,
-        eigenpairs=4, averaging_displacements=1, test_examples=8,
+        eigenpairs=4, averaging_displacements=1, test_examples=8, weight_decay=0.0,
     )  # fmt: skip
     opened = open_target(target, Runtime())
     found = run_bridge(opened, config, PLAN, Runtime(), out)
@@ -247,7 +247,8 @@ def test_networks_that_read_a_text(kind: str, tmp_path: Path) -> None:
     assert np.isfinite(found.table[names]).all(axis=None)
     # The measured weights are the model's own: their loss is that of the run's model.
     plain = open_target(target, Runtime())
-    risk = risk_of_run(plain.run, plain.model, Runtime(), select="head", examples=12)
+    options: dict[str, Any] = {"select": "head", "examples": 12, "weight_decay": 0.0}
+    risk = risk_of_run(plain.run, plain.model, Runtime(), **options)
     assert found.local.loss == pytest.approx(risk.loss(), rel=1e-5)
     if select == "rank1":  # factors of both LSTM weights: 16 + 4 each
         assert len(found.local.pairs.vectors) == 40
