@@ -5,6 +5,7 @@ Every message names the field, its value, the memory or work that it needs, and 
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -27,14 +28,21 @@ def available_memory() -> int:
     int
         The smallest of the machine's memory, the process limit and the container limit.
     """
-    limits = []
-    with suppress(OSError, ValueError, AttributeError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limits = [_machine_memory()]
     with suppress(ImportError):
         import resource
 
         soft = resource.getrlimit(resource.RLIMIT_AS)[0]
         limits += [] if soft == resource.RLIM_INFINITY else [soft]
+    return min(limits)
+
+
+@functools.cache
+def _machine_memory() -> int:
+    """Memory of the machine or the container: files that every short run would read again."""
+    limits = []
+    with suppress(OSError, ValueError, AttributeError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
         with suppress(OSError, ValueError):
             limits.append(int(Path("/sys/fs/cgroup", name).read_text()))

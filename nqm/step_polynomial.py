@@ -264,7 +264,8 @@ def step_table(
         Arrays over the T steps.
     """
     powers = polynomial.powers
-    factor = np.prod(rates[:, None, :] ** powers[None, :, :2], axis=2)  # (T, k)
+    powered = np.stack([np.ones_like(rates), rates, rates * rates])  # DEGREE is 2
+    factor = powered[powers[:, 0], :, 0].T * powered[powers[:, 1], :, 1].T  # (T, k)
     degree = powers[:, 2].max()
     matrix = np.zeros((len(rates), degree + 1, polynomial.row.size))
     shape = polynomial.noise.shape[2:]

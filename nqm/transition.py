@@ -201,6 +201,7 @@ def extract(
     return Transition(*(np.ascontiguousarray(part) for part in parts))
 
 
+@functools.lru_cache(maxsize=256)
 def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
     """Extract the start of a phase from plain weights: draws @ starts + normals @ noise.
 
@@ -244,6 +245,7 @@ def embedding(algorithm: Algorithm) -> tuple[FloatArray, FloatArray]:
     check_memory(name, draws, 2.0 * draws * max(draws, len(algorithm.coordinates)))
     state, _, _ = run(draws, normals)
     rows = np.array([np.broadcast_to(form, draws + normals) for form in state])
+    rows.flags.writeable = False  # one array for all that ask
     return rows[:, :draws], rows[:, draws:]
 
 

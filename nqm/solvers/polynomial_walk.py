@@ -6,6 +6,7 @@ whose rate never repeats costs as little as one that does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -301,13 +302,13 @@ class _Rows:
     @classmethod
     def of(cls, state: State, chosen: slice | NDArray[np.int64]) -> _Rows:
         mean = state.mean[chosen]
-        i, j = np.tril_indices(mean.shape[1])
+        i, j = _lower(mean.shape[1])
         started, noisy = state.started[chosen][:, i, j], state.noisy[chosen][:, i, j]
         moving = np.array([mean.any(), started.any(), True])
         return cls(len(mean), _blocks(mean), _blocks(started), _blocks(noisy), moving)
 
     def store(self, state: State, chosen: slice | NDArray[np.int64]) -> None:
-        i, j = np.tril_indices(self.mean.shape[1])
+        i, j = _lower(self.mean.shape[1])
         state.mean[chosen] = self._unblocked(self.mean)
         for whole, rows in ((state.started, self.started), (state.noisy, self.noisy)):
             packed, square = self._unblocked(rows), whole[chosen]
@@ -324,3 +325,9 @@ def _blocks(values: FloatArray) -> FloatArray:
     whole = np.zeros((-(-len(values) // wide) * wide, values.shape[1]))
     whole[: len(values)] = values
     return np.ascontiguousarray(whole.reshape(-1, wide, values.shape[1]).swapaxes(1, 2))
+
+
+@functools.cache
+def _lower(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places (i, j <= i) of a packed covariance, in order."""
+    return np.tril_indices(n)
