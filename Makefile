@@ -58,6 +58,7 @@ bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.variance_reduction
 	$(BIN)/python -m benchmarks.zhang2019
 	$(BIN)/python -m benchmarks.late_phase
+	$(BIN)/python -m benchmarks.scheduled
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.allocator
 
