@@ -286,7 +286,7 @@ def held_out(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     rows = _first_size(table)
     rows = rows[rows["predicted_test_gain"].notna()]
-    colors = shades(rows["lr"].nunique())
+    colors = shades(rows["lr"].nunique(), "plasma")
     columns = ("predicted_test_gain", "test_gain", "test_gain_error")
     for i, (lr, one) in enumerate(rows.groupby("lr")):
         _lines(ax, one, "members", i, f"{lr:.2g}", columns, color=colors[i])

@@ -60,6 +60,7 @@ from .schedule import Power as Power
 from .schedule import Schedule as Schedule
 from .schedule import Warmup as Warmup
 from .schedule import WarmupStableDecay as WarmupStableDecay
+from .solvers.closure import moment_closure as moment_closure
 from .solvers.moments import solve as solve
 from .solvers.multiplicative_long_run import Balance as Balance
 from .solvers.multiplicative_long_run import balance_point as balance_point

@@ -43,6 +43,7 @@ class Kind(StrEnum):
     SAMPLE = "sample"
     FIRST_ORDER = "first_order"
     LONG_RUN = "long_run"
+    CLOSURE = "closure"
 
 
 #: A finite loss counts as diverged if it exceeds the bound of a stable run by this factor.

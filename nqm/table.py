@@ -84,9 +84,9 @@ COLUMNS: dict[str, Column] = {
         "member standard error", "", "Monte Carlo standard error of member_loss; 0 if analytic"
     ),
     "status": Column("status", "", "finished, reached, not_reached or diverged", "str"),
-    "kind": Column("kind", "", "exact, sample, first_order or long_run", "str"),
     "curvature": Column("curvature h", "", "eigenvalue of the Hessian"),
     "noise_variance": Column("noise variance v", "", "of the gradient of one example"),
+    "kind": Column("kind", "", "exact, sample, first_order, long_run or closure", "str"),
     "radius": Column("spectral radius", "", "largest spectral radius of one cycle"),
     "lr": Column("learning rate", "", "learning rate (of the base weights)"),
     "member_lr": Column("member learning rate", "", "learning rate of late-phase weights"),
