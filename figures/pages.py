@@ -30,7 +30,8 @@ from typing import Any
 
 import pandas as pd
 
-_TABLE = re.compile(r"(<!-- table: (\w+) -->\n\n).*?(\n<!-- end of table -->)", re.DOTALL)
+#: Only lines of a table may stand in it: a page whose markers do not fit loses nothing.
+_TABLE = re.compile(r"(<!-- table: (\w+) -->)\n(?:\n|\|[^\n]*\n)*(<!-- end of table -->)")
 _VALUE = re.compile(r"(<!-- = (.+?) -->).*?(<!-- end -->)", re.DOTALL)
 PERCENT = " [%]"
 UNCERTAINTY = " ±"
@@ -187,7 +188,7 @@ def render(page: str, folder: Path) -> str:
         Text of the page.
     """
     names = VALUES | {name: partial(VALUES[name], folder) for name in ("ratios", "entry")}
-    page = _TABLE.sub(lambda at: at[1] + markdown(folder / f"{at[2]}.csv") + at[3], page)
+    page = _TABLE.sub(lambda at: f"{at[1]}\n\n{markdown(folder / f'{at[2]}.csv')}\n{at[3]}", page)
     return _VALUE.sub(lambda at: f"{at[1]}{eval(at[2], names)}{at[3]}", page)
 
 

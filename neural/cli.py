@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "neural.training.cli",
     "watch": "neural.training.cli",
     "results": "neural.training.cli",
+    "show": "neural.training.cli",
     "evaluate": "neural.training.cli",
     "sweep": "neural.training.cli",
     "bridge": "neural.bridge.cli",

@@ -19,6 +19,29 @@ Data = ImageData | StreamData | TextData
 
 
 @dataclass(frozen=True)
+class Size:
+    """Size of a set of data, as published.
+
+    Attributes
+    ----------
+    train, test : int
+        Numbers of images, or of symbols of a text.
+    classes : int
+        Number of classes; of a text, of different symbols.
+    image : tuple of int
+        Channels, height and width; empty for a text.
+    streamed : bool
+        Whether the images are read from disk as they are needed.
+    """
+
+    train: int
+    test: int
+    classes: int
+    image: tuple[int, ...] = ()
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
 class Entry:
     """One set: what it is, who makes it, and where else its files may lie."""
 
@@ -143,3 +166,20 @@ _ENTRIES: dict[str, Entry] = {
 
 #: name -> one line.
 DATASETS: dict[str, str] = {name: entry.description for name, entry in _ENTRIES.items()}
+
+_SMALL, _COLOUR, _LARGE = (1, 28, 28), (3, 32, 32), (3, 224, 224)
+#: Sizes of sets that runs train on, so that a run's cost is known without its data.
+SIZES: dict[str, Size] = {
+    "digits": Size(1347, 450, 10, (1, 8, 8)),
+    "fashion_mnist": Size(60_000, 10_000, 10, _SMALL),
+    "mnist": Size(60_000, 10_000, 10, _SMALL),
+    "cifar10": Size(50_000, 10_000, 10, _COLOUR),
+    "cifar100": Size(50_000, 10_000, 100, _COLOUR),
+    "cifar10_q75": Size(50_000, 10_000, 10, _COLOUR),
+    "cifar10_lossless_part": Size(8125, 932, 10, _COLOUR),
+    "svhn": Size(73_257, 26_032, 10, _COLOUR),
+    "imagenet": Size(1_281_167, 50_000, 1000, _LARGE, streamed=True),
+    "imagenet_sample": Size(1000, 1000, 1000, _LARGE, streamed=True),
+    "enwik8": Size(90_000_000, 5_000_000, 205),
+    "wikitext2_bytes": Size(1_065_599, 1_256_452, 138),
+}

@@ -1,4 +1,4 @@
-"""``nqm neural train | watch | results | evaluate | sweep``; only click loads at the top."""
+"""``nqm neural train | watch | results | show | evaluate | sweep``; click alone loads at the top."""
 
 from __future__ import annotations
 
@@ -239,6 +239,66 @@ def watch(out: Path, once: bool, every: float) -> None:
         click.echo("\n".join(table(states, busy=looking.busy)))
     else:
         follow(out, every, write=lambda text: click.echo(text, nl=False))
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@scale_option
+@set_option
+@click.option("--all", "every", is_flag=True, help="One table of all recipes of the package.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0.0, 1.0, min_open=True),
+    default=0.25,
+    show_default=True,
+    help="Share of an H100's peak rate that training is assumed to reach.",
+)
+@click.option("--names", is_flag=True, help="Print the name of every weight of every selection.")
+@click.option("--csv", metavar="FILE", help="Also write the table of all recipes to a CSV file.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON document to standard output.")
+@data_option
+def show(
+    recipe: str | None,
+    scale: str,
+    overrides: tuple[str, ...],
+    every: bool,
+    share: float,
+    names: bool,
+    csv: str | None,
+    as_json: bool,
+    root: Path | None,
+) -> None:
+    """Print the configuration of RECIPE and estimate its FLOPs, hours, memory and disk.
+
+    Nothing is trained or downloaded. Without RECIPE, or with --all: one table of all recipes.
+
+    \b
+    nqm neural show digits_bn
+    nqm neural show cifar10_bn --set late_phase.members=20 --json
+    """
+    import json
+
+    from neural.training.recipe import load_recipe
+    from neural.training.show import describe_recipe, note, overview, text
+    from nqm.errors import NQMError
+
+    if every or recipe is None:
+        if recipe is not None or overrides:
+            raise NQMError("--all shows the recipes as they are; leave out RECIPE and --set")
+        table = overview(scale, share, root)
+        if csv is not None:
+            table.to_csv(csv, index=False)
+        if as_json:
+            rows = table.to_numpy().tolist()
+            click.echo(json.dumps({"columns": list(table.columns), "rows": rows}))
+        else:
+            click.echo(table.to_string(index=False))
+            click.echo(f"\n{note(share)}")
+        return
+    if csv is not None:
+        raise NQMError("--csv writes the table of all recipes; leave out RECIPE")
+    content = describe_recipe(load_recipe(recipe, scale, overrides), share, root)
+    click.echo(json.dumps(content) if as_json else text(content, names))
 
 
 @click.command()

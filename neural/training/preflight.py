@@ -126,7 +126,7 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
     """
     late = run.late_phase
     with _named(run, "built"), torch.device("meta"):
-        model = make_model(_without_weights(run).model, task, start=False)
+        model = make_model(without_weights(run).model, task, start=False)
     if run.train.compile and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
         raise NQMError(
             f"train.compile does not compile the recurrent layers of {run.model.name}, which have "
@@ -288,8 +288,18 @@ def _first(images: Images) -> Images:
     return Images(images.pixels[:ROWS], images.labels[:ROWS])
 
 
-def _without_weights(run: RunConfig) -> RunConfig:
-    """The run without pretrained weights of a library's model, which would be downloaded."""
+def without_weights(run: RunConfig) -> RunConfig:
+    """Leave out pretrained weights of a library's model, which would be downloaded.
+
+    Parameters
+    ----------
+    run : RunConfig
+        The run.
+
+    Returns
+    -------
+    RunConfig
+    """
     options = {n: v for n, v in run.model.options.items() if n not in ("weights", "pretrained")}
     return replace(run, model=replace(run.model, options=options))
 
