@@ -1,4 +1,4 @@
-"""``nqm neural train | watch | results | show | evaluate | sweep``; click alone loads at the top."""
+"""``nqm neural train | show | watch | results | evaluate | sweep``; only click is loaded."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     help="Processes; each trains one seed at a time, and takes the next GPU if there are several.",
 )
 @click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Run one minibatch of every arm through training and evaluation, and write nothing.",
+)
+@click.option(
     "--log",
     "loggers",
     multiple=True,
@@ -71,6 +76,7 @@ def train(
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
     workers: int,
+    dry_run: bool,
     loggers: tuple[str, ...],
     device: str | None,
     root: Path | None,
@@ -84,13 +90,14 @@ def train(
 
     \b
     nqm neural train digits_bn
+    nqm neural train digits_bn --dry-run
     nqm neural train fashion_mnist_bn --workers 2 --threads 2 --log tensorboard
     torchrun --nproc-per-node 8 $(which nqm) neural train cifar10_bn
     """
     from dataclasses import replace
 
+    from neural.training import experiment
     from neural.training.distributed import leave
-    from neural.training.experiment import run_experiment
     from neural.training.recipe import load_recipe
     from neural.training.watch import Display
     from nqm.names import folder_name
@@ -101,6 +108,12 @@ def train(
         check_alone("--workers")
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
+    if dry_run:
+        check_alone("--dry-run")
+        runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
+        for arm in experiment.dry_run(made, runtime, arms=arms):
+            click.echo(f"arm {arm}: one minibatch trained and evaluated")
+        return
     runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
     runtime = replace(runtime, loggers=tuple(dict.fromkeys(loggers)))
     display = Display(
@@ -109,7 +122,7 @@ def train(
         write=lambda text: click.echo(text, err=True, nl=False),
     )
     with stops_later():
-        table = run_experiment(
+        table = experiment.run_experiment(
             made,
             folder,
             runtime,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -238,6 +238,41 @@ def _locked_soon(out: Path) -> Iterator[None]:
         yield
 
 
+def dry_run(
+    recipe: Recipe, runtime: Runtime | None = None, *, arms: Sequence[str] = ()
+) -> list[str]:
+    """Run one whole minibatch of every arm through training and evaluation; write nothing.
+
+    That is a base step, a step of the members, the average, and all measurements of the end on
+    a few test examples, at learning rate 0.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The experiment.
+    runtime : Runtime, optional
+        Device and folder of data files; one CPU by default.
+    arms : sequence of str
+        Names of the arms, as in `run_experiment`.
+
+    Returns
+    -------
+    list of str
+        Names of the arms that were run.
+
+    Raises
+    ------
+    NQMError
+        If an arm is unknown or cannot be trained.
+    """
+    runtime = runtime or Runtime()
+    chosen = [name for arm in arms for name in _named(recipe, arm)] or list(recipe.arms)
+    seed = recipe.seeds[0]
+    runs = {arm: replace(recipe.arms[arm], seed=recipe.run_seed(arm, seed)) for arm in chosen}
+    _rehearse_arms(runs, runtime, whole=True)
+    return list(runs)
+
+
 def _named(recipe: Recipe, arm: str) -> list[str]:
     """An arm, or all its branches."""
     names = [name for name in recipe.arms if arm in (name, name.partition("/")[0])]
@@ -272,9 +307,13 @@ def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
         if folder.status is None:
             folder.check_world(None)
             incomplete[job.arm] = job.run
+    _rehearse_arms(incomplete, runtime)
+
+
+def _rehearse_arms(arms: Mapping[str, RunConfig], runtime: Runtime, whole: bool = False) -> None:
     data: dict[str, Data] = {}
     ood: dict[str, Images] = {}
-    for arm, run in incomplete.items():
+    for arm, run in arms.items():
         try:
             if run.data.name not in data:
                 data = {run.data.name: load(run.data.name, runtime.root)}
@@ -283,7 +322,7 @@ def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
             ood |= ood_images(task, new, runtime.root)
             preflight.check_run(run, runtime, task)
             few = {name: ood[name] for name in run.evaluate.ood}
-            preflight.rehearse(run, runtime, task, few)
+            preflight.rehearse(run, runtime, task, few, whole=whole)
         except NQMError as error:
             raise NQMError(f"arm {arm}: {error}") from error
 

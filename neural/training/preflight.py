@@ -192,7 +192,14 @@ def memory(device: torch.device) -> int:
     return available_memory()
 
 
-def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Images]) -> None:
+def rehearse(
+    run: RunConfig,
+    runtime: Runtime,
+    task: Task,
+    ood: Mapping[str, Images],
+    *,
+    whole: bool = False,
+) -> None:
     """Do everything that the run will do once, on a few examples and at learning rate 0.
 
     Parameters
@@ -201,15 +208,22 @@ def rehearse(run: RunConfig, runtime: Runtime, task: Task, ood: Mapping[str, Ima
         See `check_run`.
     ood : mapping of str to Images
         Result of `neural.training.report.ood_images`.
+    whole : bool
+        Train on a whole minibatch, in pieces and compiled as the run says, instead of a few rows.
 
     Raises
     ------
     NQMError
         If any step of training or evaluation fails.
     """
-    train_state = rehearsed_state(run, runtime, task)
+    if whole:
+        with _named(run, "built"):
+            train_state = TrainState(run, task, runtime)
+        few = next(iter(task.stream.epoch(0)))
+    else:
+        train_state = rehearsed_state(run, runtime, task)
+        few = _few(task.stream, run.train.micro_batches)
     report.check(train_state)
-    few = _few(task.stream, run.train.micro_batches)
     with _named(run, "trained as asked"):
         train_state.try_out(few)
         if not all(bool(p.isfinite().all()) for p in train_state.trained.parameters()):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from neural.models import small_cnn
 from neural.training import preflight
-from neural.training.experiment import run_experiment
+from neural.training.experiment import dry_run, run_experiment
 from neural.training.state import TrainState
 from neural.training.task import Runtime
 from neural.training.train import train
@@ -215,3 +215,38 @@ def test_a_sweep_trains_its_cells(tmp_path: Path) -> None:
     assert set(table["seed"]) == {0, 1}
     assert (table["status"] == "finished").all()
     assert len(list(tmp_path.glob("s.csv.runs/*/model.pt"))) == 2
+
+
+@pytest.mark.usefixtures("no_steps")
+def test_dry_run_trains_a_whole_minibatch_of_every_arm_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, str | None]] = []
+    try_out = TrainState.try_out
+
+    def tried(self: TrainState, batch: Any) -> None:
+        late = self.run.late_phase
+        seen.append((len(batch[0]), None if late is None else late.select))
+        before = {n: p.clone() for n, p in self.model.named_parameters()}
+        try_out(self, batch)
+        for name, p in self.model.named_parameters():
+            assert torch.equal(p, before[name])
+
+    monkeypatch.setattr(TrainState, "try_out", tried)
+    monkeypatch.chdir(tmp_path)
+    words = ["neural", "train", "digits_bn", "--scale", "smoke", "--dry-run"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert [line.split(":")[0] for line in done.output.splitlines()] == [
+        "arm base", "arm late_phase",
+    ]  # fmt: skip
+    assert seen == [(32, None), (32, "batchnorm+head")]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_steps")
+def test_dry_run_tells_the_mistake_of_the_last_arm() -> None:
+    made = recipe({"first": {}, "second": {"late_phase": LATE | {"select": "groupnorm"}}})
+    with pytest.raises(NQMError, match=r"^arm second: .*'groupnorm' matches nothing"):
+        dry_run(made)
+    assert dry_run(made, arms=["first"]) == ["first"]
