@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes; each trains one seed at a time, and takes the next GPU if there are several.",
+    help="Processes; each trains one seed at a time, and takes the next GPU if there are several.  "
+    "[default: for small nets on the CPU one of one thread for each processor, unless --threads is "
+    "given; else 1]",
 )
 @click.option(
     "--dry-run",
@@ -75,7 +75,7 @@ def train(
     out: Path | None,
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
-    workers: int,
+    workers: int | None,
     dry_run: bool,
     loggers: tuple[str, ...],
     device: str | None,
@@ -104,7 +104,7 @@ def train(
     from nqm.runs.interrupts import stops_later
     from nqm.table import read_table
 
-    if workers > 1:
+    if workers is not None and workers > 1:
         check_alone("--workers")
     made = load_recipe(recipe, scale, overrides)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
@@ -115,6 +115,8 @@ def train(
             click.echo(f"arm {arm}: one minibatch trained and evaluated")
         return
     runtime = make_runtime(device, root, threads, trains=True, data_workers=data_workers)
+    if workers is None and threads is None and (runtime.device.type, runtime.world) == ("cpu", 1):
+        workers = _one_thread_each(made, len(seeds or made.seeds), root)
     runtime = replace(runtime, loggers=tuple(dict.fromkeys(loggers)))
     display = Display(
         folder,
@@ -128,7 +130,7 @@ def train(
             runtime,
             arms=arms,
             seeds=seeds or None,
-            workers=workers,
+            workers=workers or 1,
             progress=display if runtime.rank == 0 else None,
         )
     leave()
@@ -139,6 +141,24 @@ def train(
             arm: run.late_phase.start_epoch for arm, run in made.arms.items() if run.late_phase
         }
         _draw(table, read_table(folder / "history.parquet"), folder, starts, made.title)
+
+
+def _one_thread_each(recipe: Any, seeds: int, root: Path | None) -> int | None:
+    """Number of processes for small nets, with torch set to one thread; None if they are large.
+
+    The number of threads does not depend on that of processes, nor do results then.
+    """
+    import os
+
+    import torch
+
+    from neural.training.cost import side_by_side
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = side_by_side(recipe, seeds, cores or 1, root)
+    if workers is not None:
+        torch.set_num_threads(1)
+    return workers
 
 
 @click.command()

@@ -28,10 +28,17 @@ from neural.training.preflight import without_weights
 from neural.training.recipe import Recipe
 from neural.training.task import DTYPES, Stream, Task
 from nqm.errors import NQMError
+from nqm.limits import available_memory
 
 #: Peak rate of an H100 SXM without sparsity, FLOP/s: of BF16, of TF32 (which float32 training uses)
 #: and of float64 tensor cores (NVIDIA, H100 datasheet).
 H100_PEAK = {"bfloat16": 989e12, "float32": 494.7e12, "float64": 67e12}
+#: FLOPs of a minibatch below which a second thread mostly waits for the first.
+SMALL = 10**10
+#: Minibatches of a seed below which starting a process takes longer than training.
+FEW = 300
+#: Bytes of a process before it holds a run: Python, torch and the data.
+PROCESS = 2**30
 #: Symbols of a window at which recurrent layers are counted.
 SHORT = 8
 #: Tensors of a weight's size in the optimizer's state.
@@ -408,3 +415,38 @@ def hours(costs: Sequence[Cost], precision: str, share: float) -> float:
     float
     """
     return sum(cost.flops for cost in costs) / (share * H100_PEAK[precision]) / 3600
+
+
+def side_by_side(recipe: Recipe, seeds: int, cores: int, root: Path | None = None) -> int | None:
+    """Number of processes of one thread each that train small nets fastest on a CPU.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The experiment.
+    seeds : int
+        Number of its seeds.
+    cores : int
+        Number of processors.
+    root : Path, optional
+        Folder of data files.
+
+    Returns
+    -------
+    int or None
+        At most one for each seed and processor, as memory allows; 1 if training is over sooner
+        than processes start. None if a net is large enough for several threads.
+
+    Raises
+    ------
+    NQMError
+        If an arm cannot be built.
+    """
+    costs = estimate(recipe, root).values()
+    minibatches = sum(cost.epochs * cost.minibatches for cost in costs)
+    if sum(cost.flops for cost in costs) > SMALL * minibatches:
+        return None
+    if minibatches < FEW:
+        return 1
+    fitting = available_memory() // 2 // (PROCESS + max(cost.memory for cost in costs))
+    return max(1, min(seeds, cores, fitting))

@@ -13,7 +13,16 @@ from click.testing import CliRunner
 
 from neural.data import StreamData, TextData, load
 from neural.data.catalog import SIZES, Size
-from neural.training.cost import Cost, count_pass, estimate, hours, network, shares, size_of
+from neural.training.cost import (
+    Cost,
+    count_pass,
+    estimate,
+    hours,
+    network,
+    shares,
+    side_by_side,
+    size_of,
+)
 from neural.training.recipe import load_recipe
 from neural.training.show import describe_recipe, overview
 from neural.training.state import TrainState
@@ -187,3 +196,46 @@ def test_mistakes_of_show_are_one_line() -> None:
         message = str(done.exception) if isinstance(done.exception, NQMError) else done.output
         assert done.exit_code != 0
         assert told in message
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "seeds", "cores", "expected"),
+    [
+        ("digits_bn", "full", 5, 3, 3),
+        ("digits_bn", "full", 2, 16, 2),
+        ("digits_bn", "smoke", 2, 2, 1),  # over before a process has started
+        ("cifar10_bn", "full", 5, 16, None),  # large: threads of one process
+    ],
+)
+def test_small_nets_train_side_by_side(
+    name: str, scale: str, seeds: int, cores: int, expected: int | None
+) -> None:
+    assert side_by_side(load_recipe(name, scale), seeds, cores) == expected
+
+
+def test_processes_are_limited_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neural.training.cost.available_memory", lambda: 5 * 2**30)
+    assert side_by_side(load_recipe("digits_bn"), 5, 16) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [((), (2, 1)), (("--threads", "1"), (1, 1)), (("--workers", "3"), (3, None))],
+)
+def test_train_chooses_processes_unless_it_is_told(
+    words: tuple[str, ...],
+    expected: tuple[int, int | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    threads: list[int] = []
+
+    def run(*_: Any, workers: int, **__: Any) -> None:
+        asked.append(workers)
+        raise NQMError("enough")
+
+    monkeypatch.setattr("neural.training.experiment.run_experiment", run)
+    monkeypatch.setattr("neural.training.cost.side_by_side", lambda *_: 2)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    CliRunner().invoke(main, ["neural", "train", "digits_bn", "--device", "cpu", *words])
+    assert (asked, threads) == ([expected[0]], [] if expected[1] is None else [expected[1]])
