@@ -1,7 +1,7 @@
 """Error of the moment closure and of the first order of multiplicative weights, by Monte Carlo.
 
 One direction of curvature 1 with minimum 1 and a start there; gamma = 1 / K and equal rates.
-Printed are errors in per cent of the loss of the mean model, with the standard error of Monte Carlo;
+Printed are errors in per cent of the mean model's loss, with the standard error of Monte Carlo;
 docs/tables/closure_error.csv holds those after 1000 steps.
 """
 

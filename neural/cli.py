@@ -75,6 +75,7 @@ def neural() -> None:
 def list_() -> None:
     """Show recipes, models, data sets and selections."""
     from neural.data import DATASETS
+    from neural.data.own import OWN
     from neural.late_phase.select import TERMS
     from neural.models import MODELS
     from neural.training.recipe import load_recipe, recipe_names
@@ -85,7 +86,8 @@ def list_() -> None:
         arms = dict.fromkeys(arm.partition("/")[0] for arm in recipe.arms)
         click.echo(f"  {name}\n      {recipe.title}; arms {', '.join(arms)}")
     models = {name: family.description for name, family in MODELS.items()}
-    for title, entries in (("model", models), ("data", DATASETS), ("select", TERMS)):
+    sets = DATASETS | {name: text for name, (text, _) in OWN.items()}
+    for title, entries in (("model", models), ("data", sets), ("select", TERMS)):
         click.echo(f"{title}:")
         for name, text in entries.items():
             click.echo(f"  {name}\n      {text}")

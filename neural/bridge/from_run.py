@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
-from neural.data import TextData, evaluation_batches, evaluation_windows, load
+from neural.data import TextData, evaluation_batches, evaluation_windows
 from neural.data.images import ImageData
 from neural.late_phase.averaging import recompute_statistics
 from neural.late_phase.members import Batch
 from neural.training.config import RunConfig
-from neural.training.task import Runtime
+from neural.training.task import Runtime, load_data
 from nqm.errors import NQMError, NQMWarning, check_integer
 from nqm.limits import memory_limit
 
@@ -193,7 +193,7 @@ def training_batches(
     """
     if examples is not None:
         check_integer("examples", examples, 2)
-    data = load(run.data.name, runtime.root)
+    data = load_data(run.data, runtime.root)
     if isinstance(data, TextData):
         data = data.compact()
         length = run.data.length

@@ -237,6 +237,8 @@ class StreamData:
         Normalisation per channel.
     resize : int
         Shorter side, pixels, to which a test image is brought before its centre is cropped.
+    size : int
+        Side of the square that a network sees, pixels.
     """
 
     name: str
@@ -247,6 +249,7 @@ class StreamData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: int = 256
+    size: int = 224
 
 
 def random_crop_box(

@@ -136,7 +136,8 @@ def build(name: str, *, classes: int, channels: int = 3, **options: Any) -> nn.M
     ----------
     name : str
         A key of `MODELS`, with sizes after it where the family takes them (``resnet20``,
-        ``wrn-28-10``); or ``torchvision:NAME`` or ``timm:NAME`` for a model of those libraries.
+        ``wrn-28-10``); ``torchvision:NAME`` or ``timm:NAME`` for a model of those libraries; or
+        ``package.module:Class`` for a class of one's own.
     classes : int
         Outputs: classes of images, symbols of a text.
     channels : int
@@ -161,6 +162,10 @@ def build(name: str, *, classes: int, channels: int = 3, **options: Any) -> nn.M
     269722
     """
     library, colon, rest = name.partition(":")
+    if colon and rest.isidentifier() and library not in ("torchvision", "timm"):
+        from neural.models.own import build_own
+
+        return build_own(library, rest, classes=classes, channels=channels, **options)
     if colon:
         from neural.models.libraries import build_from_library
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neural.data.augment import AUGMENTATIONS
+from neural.data.own import OWN
 from neural.late_phase.options import MemberOptions
 from neural.models import option_defaults
 from neural.training.averages import AVERAGES, Average
@@ -80,6 +81,10 @@ class DataConfig:
     mean, std : tuple of float, optional
         Normalisation of each channel, e.g. that of a published checkpoint; by default that of the
         data set.
+    path : str, optional
+        Folder or file of own data, where `name` is "folder", "npz" or "huggingface".
+    size : int, optional
+        Side of own images in pixels.
     """
 
     name: str
@@ -92,8 +97,17 @@ class DataConfig:
     length: int = 100
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    path: str | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.name in OWN:
+            if not self.path:
+                raise NQMError(f"DataConfig.path is missing: where the data of {self.name!r} lie")
+        else:
+            refuse_unused(self, "DataConfig", ("path", "size"), f"name = {self.name!r}")
+        if self.size is not None:
+            check_integer("DataConfig.size", self.size, 1)
         check_integer("DataConfig.batch_size", self.batch_size, 1)
         check_integer("DataConfig.length", self.length, 1)
         check_integer("DataConfig.cutout", self.cutout, 0)

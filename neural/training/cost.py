@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from neural.data import ImageData, TextData, load
+from neural.data import ImageData, TextData
 from neural.data.catalog import SIZES, Size
 from neural.late_phase.select import TERMS, select
 from neural.training.build import make_model
@@ -26,7 +26,7 @@ from neural.training.config import RunConfig
 from neural.training.experiment import jobs
 from neural.training.preflight import without_weights
 from neural.training.recipe import Recipe
-from neural.training.task import DTYPES, Stream, Task
+from neural.training.task import DTYPES, Stream, Task, load_data
 from nqm.errors import NQMError
 from nqm.limits import available_memory
 
@@ -134,7 +134,7 @@ def size_of(run: RunConfig, root: Path | None = None) -> Size:
     """
     size = SIZES.get(run.data.name)
     if size is None:
-        data = load(run.data.name, root)
+        data = load_data(run.data, root)
         if isinstance(data, TextData):
             data = data.compact()
             size = Size(len(data.train), len(data.test), data.symbols)
@@ -143,10 +143,8 @@ def size_of(run: RunConfig, root: Path | None = None) -> Size:
                 raise NQMError(f"data.name {run.data.name!r} has no training part")
             size = Size(len(data.train), len(data.test), data.classes, data.shape)
         else:
-            side = 224
-            size = Size(
-                len(data.train.labels), len(data.test.labels), data.classes, (3, side, side)
-            )
+            counts = (len(data.train.labels), len(data.test.labels), data.classes)
+            size = Size(*counts, (3, data.size, data.size), streamed=True)
     for name in ("train", "test"):
         asked = getattr(run.data, f"{name}_examples")
         if asked is not None and asked > getattr(size, name):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from neural.data import Data, Images, load
+from neural.data import Data, Images
 from neural.training import preflight
 from neural.training._malloc import keep_freed_memory
 from neural.training.config import RunConfig, describe
@@ -29,7 +29,7 @@ from neural.training.recipe import Recipe, check_seeds
 from neural.training.report import ood_images
 from neural.training.results import Finished, collect, histories
 from neural.training.run_folder import RunFolder, check_no_run
-from neural.training.task import Runtime, open_task
+from neural.training.task import Runtime, load_data, open_task
 from neural.training.train import train
 from neural.training.watch import Plan, Planned, write_plan
 from nqm import __version__, keys
@@ -311,13 +311,14 @@ def _rehearse(groups: list[list[Job]], out: Path, runtime: Runtime) -> None:
 
 
 def _rehearse_arms(arms: Mapping[str, RunConfig], runtime: Runtime, whole: bool = False) -> None:
-    data: dict[str, Data] = {}
+    data: dict[tuple[str, str | None, int | None], Data] = {}
     ood: dict[str, Images] = {}
     for arm, run in arms.items():
         try:
-            if run.data.name not in data:
-                data = {run.data.name: load(run.data.name, runtime.root)}
-            task = open_task(run, runtime, data[run.data.name])
+            source = (run.data.name, run.data.path, run.data.size)
+            if source not in data:
+                data = {source: load_data(run.data, runtime.root)}
+            task = open_task(run, runtime, data[source])
             new = [name for name in run.evaluate.ood if name not in ood]
             ood |= ood_images(task, new, runtime.root)
             preflight.check_run(run, runtime, task)

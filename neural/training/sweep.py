@@ -28,12 +28,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from neural.data import load
+from neural.data import Data
 from neural.data.catalog import data_root
 from neural.training import preflight
-from neural.training.config import RunConfig, describe, restore, run_key
+from neural.training.config import DataConfig, RunConfig, describe, restore, run_key
 from neural.training.recipe import OPTIONAL, load_recipe, make_recipe, merge
-from neural.training.task import Runtime, open_task
+from neural.training.task import Runtime, load_data, open_task
 from neural.training.train import train
 from nqm import keys
 from nqm.errors import NQMError, suggest
@@ -70,15 +70,21 @@ class Cell:
         run = replace(self.run, seed=0)
         asked = keys.key({"run": run_key(run), "root": str(data_root(self.runtime.root))})
         if asked not in _SOUND:
-            data = _loaded(run.data.name, data_root(self.runtime.root))
+            data = _loaded(
+                run.data.name, run.data.path, run.data.size, data_root(self.runtime.root)
+            )
             preflight.check_run(run, self.runtime, open_task(run, self.runtime, data))
             _SOUND.add(asked)
 
 
 #: Keys of runs that passed the check. Cells that differ by their seed only are checked once.
 _SOUND: set[str] = set()
+
+
 #: Of one data set, since the cells of a sweep usually share it.
-_loaded = lru_cache(maxsize=1)(load)
+@lru_cache(maxsize=1)
+def _loaded(name: str, path: str | None, size: int | None, root: Path) -> Data:
+    return load_data(DataConfig(name, path=path, size=size), root)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,11 @@ from neural.data import (
     evaluation_windows,
     load,
 )
+from neural.data.own import OWN
 from neural.data.sampling import EpochPlan
 from neural.evaluate import Score, score, score_text
 from neural.late_phase.members import Batch
-from neural.training.config import RunConfig, refuse_unused
+from neural.training.config import DataConfig, RunConfig, refuse_unused
 from nqm.errors import NQMError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -159,6 +160,35 @@ class Task:
         return kind(model, self.test() if batches is None else batches)
 
 
+def load_data(config: DataConfig, root: Path | None) -> Data:
+    """Load the data set of a run, one of the catalogue or the user's own.
+
+    Parameters
+    ----------
+    config : DataConfig
+        Its name, and path and size of own data.
+    root : Path, optional
+        Folder of data files.
+
+    Returns
+    -------
+    ImageData, StreamData or TextData
+
+    Raises
+    ------
+    NQMError
+        If the data set is unknown, missing or damaged.
+    """
+    if config.path is None:
+        return load(config.name, root)
+    path = Path(config.path).expanduser()
+    if not path.exists():
+        raise NQMError(f"data.path {config.path}: no such file or folder")
+    data = OWN[config.name][1](path, config.size)
+    # Metrics of a run are named by its data.
+    return replace(data, name=config.name)
+
+
 def open_task(run: RunConfig, runtime: Runtime, data: Data | None = None) -> Task:
     """Open the data, loss and score of a run.
 
@@ -181,7 +211,7 @@ def open_task(run: RunConfig, runtime: Runtime, data: Data | None = None) -> Tas
     NQMError
         If the data set is missing, does not fit the run, or would not use one of its settings.
     """
-    data = load(run.data.name, runtime.root) if data is None else data
+    data = load_data(run.data, runtime.root) if data is None else data
     if isinstance(data, TextData):
         return _text(run, data, runtime)
     if isinstance(data, StreamData):
@@ -264,6 +294,7 @@ def _folder(run: RunConfig, data: StreamData, runtime: Runtime) -> Task:
     shared: dict[str, Any] = {
         "mean": settings.mean or data.mean,
         "std": settings.std or data.std,
+        "size": data.size,
         "device": runtime.device,
         "workers": runtime.workers,
         "memory_format": layout,
