@@ -143,8 +143,8 @@ class TransformerLanguageModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next symbol at every position.
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the output layer sees at every position.
 
         Parameters
         ----------
@@ -153,7 +153,7 @@ class TransformerLanguageModel(nn.Module):
 
         Returns
         -------
-        Tensor, shape (B, L, classes)
+        Tensor, shape (B, L, width)
 
         Raises
         ------
@@ -168,5 +168,20 @@ class TransformerLanguageModel(nn.Module):
             )
         positions = torch.arange(length, device=tokens.device)
         x = self.dropout(self.embedding(tokens) + self.position(positions))
-        logits: Tensor = self.linear(self.norm(self.blocks(x)))
+        y: Tensor = self.norm(self.blocks(x))
+        return y
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next symbol at every position.
+
+        Parameters
+        ----------
+        tokens : Tensor, shape (B, L)
+            Symbol numbers.
+
+        Returns
+        -------
+        Tensor, shape (B, L, classes)
+        """
+        logits: Tensor = self.linear(self.features(tokens))
         return logits

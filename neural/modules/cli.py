@@ -37,20 +37,33 @@ def modules(
 ) -> None:
     """Combine modules of text domains for a domain that none of them has seen.
 
-    Each domain of rated sentences is left out in turn. CONFIG is a TOML file with the table
-    [modules]. The command can be killed at any moment; the same command then continues.
+    Each domain is left out in turn. CONFIG is a TOML file with the table [modules]. With task =
+    "opinions" there sentences are classified, with "language" bytes are predicted. The command can
+    be killed at any moment; the same command then continues.
 
     \b
     nqm neural modules --set modules.splits=5 --out out/modules
+    nqm neural modules --set modules.task=language --out out/language
     """
     from neural.combine.config import load_section
     from neural.modules.experiment import ModulesConfig, run_modules
+    from neural.modules.language import LanguageConfig, run_language_modules
+    from nqm.errors import check_word
+    from nqm.runs import toml
 
     check_alone("nqm neural modules")
-    settings = load_section(ModulesConfig, "modules", config, overrides)
+    mapping = {} if config is None else toml.load(config)
+    toml.override(mapping, overrides)
+    task = toml.table_at("modules", mapping.get("modules", {})).get("task", "opinions")
+    check_word("modules.task", task, ("opinions", "language"))
     make_runtime("cpu", root, threads)
-    with progress_bar() as progress:
-        means, files = run_modules(settings, out, root=root, progress=progress)
+    with progress_bar() as told:
+        if task == "opinions":
+            opinions = load_section(ModulesConfig, "modules", config, overrides)
+            means, lines = run_modules(opinions, out, root=root, progress=told)
+        else:
+            language = load_section(LanguageConfig, "modules", config, overrides)
+            means, lines = run_language_modules(language, out, root=root, progress=told)
     click.echo(means.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
-    for path in files:
-        click.echo(path)
+    for line in lines:
+        click.echo(line)

@@ -140,12 +140,15 @@ def load_domains(
     return made
 
 
-def split(domain: Domain, sizes: Sequence[int], *key: int) -> list[Tensor]:
+def split(name: str, count: int, sizes: Sequence[int], *key: int) -> list[Tensor]:
     """Disjoint parts of a domain's texts, drawn at random.
 
     Parameters
     ----------
-    domain : Domain
+    name : str
+        Of the domain, for the message.
+    count : int
+        Texts that it has.
     sizes : sequence of int
         Of the parts.
     *key : int
@@ -160,10 +163,10 @@ def split(domain: Domain, sizes: Sequence[int], *key: int) -> list[Tensor]:
     NQMError
         If there are too few texts.
     """
-    if sum(sizes) > len(domain.texts):
+    if sum(sizes) > count:
         raise NQMError(
-            f"train + held_out + sample + test take {sum(sizes)} texts, and {domain.name} has "
-            f"{len(domain.texts)}; lower one of them"
+            f"train + held_out + sample + test take {sum(sizes)} texts, and {name} has {count}; "
+            "lower one of them"
         )
-    order = torch.randperm(len(domain.texts), generator=keyed_generator(*key))
+    order = torch.randperm(count, generator=keyed_generator(*key))
     return list(torch.split(order[: sum(sizes)], list(sizes)))

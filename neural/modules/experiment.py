@@ -10,31 +10,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from neural.combine.cells import Cells
-from neural.combine.comparison import SURROGATE, compare
 from neural.combine.config import CombineConfig
 from neural.combine.members import Member, Members, State, state_key
 from neural.combine.pool import POOLS
-from neural.combine.rules import RULES, Linear, Merge, TaskArithmetic
 from neural.combine.survey import kept_table
-from neural.combine.weigh import WEIGHTS, Weigh
 from neural.data.opinions import DOMAINS
 from neural.data.sampling import keyed_generator
-from neural.evaluate.intervals import mean_interval
 from neural.late_phase.members import Batch
+from neural.modules.composition import compositions
 from neural.modules.data import ENCODERS, Domain, load_domains, split
 from neural.modules.networks import KINDS, Examples, FitConfig, ModuleNet, train_head, train_module
-from neural.modules.scores import SCORES, Evidence, Scored, TextParts
+from neural.modules.report import reported
+from neural.modules.scores import SCORES, Evidence, TextParts
 from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.progress import Progress, counted
@@ -52,6 +49,8 @@ class ModulesConfig:
 
     Attributes
     ----------
+    task : {"opinions"}
+        Language models have settings of their own: `neural.modules.language.LanguageConfig`.
     domains : tuple of str
         Of `neural.data.opinions.DOMAINS`; each is left out once.
     encoder : {"minilm", "hashing"}
@@ -78,6 +77,7 @@ class ModulesConfig:
     seed : int
     """
 
+    task: str = "opinions"
     domains: tuple[str, ...] = tuple(DOMAINS)
     encoder: str = "minilm"
     margin: float = 0.5
@@ -98,6 +98,7 @@ class ModulesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_word("ModulesConfig.task", self.task, ("opinions",))
         for name, known in (("domains", DOMAINS), ("scores", SCORES), ("pools", POOLS)):
             values = getattr(self, name)
             for value in values:
@@ -174,7 +175,7 @@ def compare_modules(
     for number in range(config.splits):
         parts = []
         for k, domain in enumerate(domains):
-            at = split(domain, sizes, config.seed, _SPLIT, number, k)
+            at = split(domain.name, len(domain.texts), sizes, config.seed, _SPLIT, number, k)
             a, b, c = (domain.examples(at[i]) for i in (0, 1, 3))
             parts.append(_Parts(domain, a, b, at[2], c))
         for target in range(len(domains)):
@@ -201,43 +202,16 @@ def _one(
     judged = TextParts(
         lambda: _batches(own.test), held_out=lambda: _batches(own.held_out), evidence=evidence
     )
-    rules: dict[str, Merge] = {"no_module": TaskArithmetic(0.0), "best": RULES["best"]}
-    weights: dict[str, Weigh] = {"inverse_loss": WEIGHTS["inverse_loss"]}
-    stated = {name: (name, len(others), "") for name in (*rules, *weights)}
-    for name in config.scores:
-        for kept, weighting in _ways(name, len(others)):
-            label = f"{name} {kept} {weighting}"
-            stated[label] = name, kept, weighting
-            weights[label] = Scored(SCORES[name], kept, weighting)
-    rules |= {name: Linear(weigh) for name, weigh in weights.items()}
     content = [state_key({"vectors": part.domain.vectors}) for part in parts]
     about = {"keys": content, "split": number, "target": target, **keys.differing(config)}
-    table = compare(
+    return compositions(
         members,
         judged,
+        {name: SCORES[name] for name in config.scores},
         CombineConfig(pools=config.pools, repair=("none",), predict=config.predict),
-        rules=rules,
-        weights=weights,
         cells=cells,
         about=about,
     )
-    names = [rule.removeprefix("ensemble_") for rule in table["rule"]]
-    kinds = [stated.get(name, (name, 1, "")) for name in names]
-    for at, column in enumerate(("score", "kept", "weighting")):
-        table.insert(at, column, [kind[at] for kind in kinds])
-    return table.drop(columns=["rule", "repair", "data", "bits"])
-
-
-def _ways(score: str, count: int) -> Iterator[tuple[int, str]]:
-    """Numbers of modules kept and weightings that differ from each other."""
-    if score == "uniform":
-        yield count, "uniform"
-        return
-    for kept in range(1, count + 1):
-        if kept < count:
-            yield kept, "uniform"
-        if kept > 1:
-            yield kept, "linear"
 
 
 def _members(parts: list[_Parts], others: list[int], key: tuple[int, int, int],
@@ -289,39 +263,6 @@ def _batches(examples: Examples, size: int = 500) -> list[Batch]:
     return [(examples.inputs[i : i + size], examples.labels[i : i + size]) for i in at]
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over targets, then over splits, with 95 % intervals over splits.
-
-    Parameters
-    ----------
-    table : DataFrame
-        See `compare_modules`.
-
-    Returns
-    -------
-    DataFrame
-        One row for each way of combining: score, kept, weighting, space, then mean and half width
-        of accuracy, nll, nll_tuned, mean predicted loss, and the share of predictions that are to
-        be believed. Splits share texts, so that intervals are too narrow rather than too wide.
-    """
-    import pandas as pd
-
-    rows = []
-    by = ["score", "kept", "weighting", "space"]
-    # A member of another name for each target: their mean.
-    for key, group in table.groupby(by, sort=False):
-        row: dict[str, Any] = dict(zip(by, key, strict=True))
-        for name in ("accuracy", "nll", "nll_tuned"):
-            values = group.groupby("split")[name].mean().dropna()
-            found = mean_interval(values.tolist()) if len(values) else None
-            row[name] = found.mean if found else math.nan
-            row[f"{name}_half"] = found.half_width if found else math.nan
-        row["predicted"] = group["predicted"].mean()
-        row["believed"] = float((group["predicted_from"] == SURROGATE).mean())
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def run_modules(
     config: ModulesConfig, out: Path, *, root: Path | None = None, progress: Progress | None = None
 ) -> tuple[pd.DataFrame, list[str]]:
@@ -338,7 +279,8 @@ def run_modules(
     Returns
     -------
     summary : DataFrame
-    files : list of str
+    lines : list of str
+        What the table shows, and the files.
 
     Raises
     ------
@@ -351,36 +293,4 @@ def run_modules(
         return compare_modules(domains, config, cells=Cells(out / "cells"), progress=progress)
 
     stated, keyed = {"modules": asdict(config)}, {"modules": keys.differing(config)}
-    table = kept_table(out, "modules", stated, keyed, made)
-    means = summary(table)
-    target = out / "modules_summary.csv"
-    means.to_csv(target, index=False)
-    return means, [str(out / "modules.parquet"), str(target), *map(str, draw(means, out))]
-
-
-def draw(means: pd.DataFrame, out: Path) -> list[Path]:
-    """Draw the summary, as PNG and PDF.
-
-    Parameters
-    ----------
-    means : DataFrame
-        See `summary`.
-    out : Path
-
-    Returns
-    -------
-    list of Path
-    """
-    from figures import modules as pictures
-    from figures import style
-
-    with style.context():
-        figure = style.new_figure(style.PAGE, 4.6)
-        axes = figure.subplots(1, 2, sharey=True)
-        pictures.scores(means, column="accuracy", ax=axes[0])
-        pictures.scores(means, column="nll_tuned", ax=axes[1])
-        for ax in axes:  # rows fill the panels
-            ax.get_legend().remove()
-        shown = axes[0].get_legend_handles_labels()
-        figure.legend(*shown, loc="outside lower center", ncols=4)
-    return style.save(figure, out / "modules", {"table": "modules_summary"})
+    return reported(kept_table(out, "modules", stated, keyed, made), out)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from neural.combine.members import State
-from neural.late_phase.reparametrize import add_lora, fold
+from neural.late_phase.reparametrize import add_lora, fold, parametrized
 from nqm.errors import NQMError, check_integer, check_number, check_word
 
 KINDS = ("bottleneck", "lora")
@@ -101,12 +100,14 @@ class ModuleNet(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Features and labels, in memory.
+    """Inputs and labels, in memory.
 
     Attributes
     ----------
     inputs : Tensor, shape (n, d)
-    labels : Tensor of int64, shape (n,)
+        Features; of a language model the symbols of n windows, int64.
+    labels : Tensor of int64, shape (n,) or (n, d)
+        Classes; of a language model the symbol after each.
     """
 
     inputs: Tensor
@@ -149,7 +150,8 @@ class FitConfig:
 def train_head(net: ModuleNet, train: Examples, held_out: Examples, config: FitConfig,
                generator: torch.Generator) -> tuple[State, float]:  # fmt: skip
     """Train the head alone, the module as it is; see `train_module`."""
-    return _trained(copy.deepcopy(net), lambda made: made.head, train, held_out, config, generator)
+    made = copy.deepcopy(net)
+    return _trained(made, made.head.parameters(), train, held_out, config, generator)
 
 
 def train_module(net: ModuleNet, train: Examples, held_out: Examples, config: FitConfig,
@@ -178,38 +180,65 @@ def train_module(net: ModuleNet, train: Examples, held_out: Examples, config: Fi
     NQMError
         If training diverges, or there are no examples.
     """
-    made = copy.deepcopy(net)
     if net.kind == "lora":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed() & 0xFFFFFFFF)
-            add_lora(made, net.rank, where="module.weight")
-        chosen = cast(Any, made.module).parametrizations["weight"][0]
-        return _trained(
-            made, lambda made: cast(nn.Module, chosen), train, held_out, config, generator
-        )
-    return _trained(made, lambda made: made.module, train, held_out, config, generator)
+        return train_lora(net, net.rank, "module.weight", train, held_out, config, generator)
+    made = copy.deepcopy(net)
+    return _trained(made, made.module.parameters(), train, held_out, config, generator)
 
 
-def _trained(net: ModuleNet, part: Callable[[ModuleNet], nn.Module], train: Examples,
+def train_lora(net: nn.Module, rank: int, where: str, train: Examples, held_out: Examples,
+               config: FitConfig, generator: torch.Generator) -> tuple[State, float]:  # fmt: skip
+    """Train updates of low rank alone, under frozen weights; see `train_module`.
+
+    Parameters
+    ----------
+    net : Module
+        The start, which returns logits of shape (B, ..., C); it is not changed.
+    rank : int
+    where : str
+        Glob over the names of the weights that get an update (`neural.late_phase.add_lora`).
+    train, held_out : Examples
+    config : FitConfig
+    generator : Generator
+
+    Returns
+    -------
+    state : dict of str to Tensor
+        With the updates added to the weights.
+    epochs : float
+
+    Raises
+    ------
+    NQMError
+        If no weight matches, training diverges, or there are no examples.
+    """
+    made = copy.deepcopy(net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed() & 0xFFFFFFFF)
+        add_lora(made, rank, where=where)
+    chosen = [p for _, _, _, update in parametrized(made) for p in update.parameters()]
+    return _trained(made, chosen, train, held_out, config, generator)
+
+
+def _trained(net: nn.Module, chosen: Iterable[nn.Parameter], train: Examples,
              held_out: Examples, config: FitConfig,
              generator: torch.Generator) -> tuple[State, float]:  # fmt: skip
     if not len(train) or not len(held_out):
         raise NQMError("a module needs examples to train on, and others to stop by; got none")
     net.requires_grad_(False)
-    chosen = part(net).requires_grad_(True)
-    optimizer = torch.optim.AdamW(chosen.parameters(), config.lr, weight_decay=config.weight_decay)
+    parameters = [p.requires_grad_(True) for p in chosen]
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
 
     def loss() -> float:
         with torch.no_grad():
-            return float(cross_entropy(net(held_out.inputs), held_out.labels))
+            return float(_loss(net, held_out.inputs, held_out.labels))
 
     best, kept, when = loss(), copy.deepcopy(net.state_dict()), 0
     for epoch in range(1, config.epochs + 1):
         order = torch.randperm(len(train), generator=generator)
         for index in torch.split(order, config.batch_size):
             optimizer.zero_grad()
-            now: Tensor = cross_entropy(net(train.inputs[index]), train.labels[index])
-            torch.autograd.backward(now)
+            torch.autograd.backward(_loss(net, train.inputs[index], train.labels[index]))
             optimizer.step()
         reached = loss()
         if not reached < float("inf"):
@@ -221,3 +250,8 @@ def _trained(net: ModuleNet, part: Callable[[ModuleNet], nn.Module], train: Exam
     net.load_state_dict(kept)
     folded = fold(net).state_dict()
     return {name: value.detach().clone() for name, value in folded.items()}, float(when)
+
+
+def _loss(net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of all labels."""
+    return cross_entropy(net(inputs).flatten(0, -2), labels.flatten())

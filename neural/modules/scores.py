@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class Sample:
 class Evidence:
     """All that scores may look at; none of it has labels, and none of it is evaluated.
 
+    The symbol after each is a label of a language model, and a part of the text.
+
     Attributes
     ----------
     domains : tuple of Sample, length N
@@ -60,7 +63,7 @@ class Evidence:
     target : Sample
         Of the new domain.
     batches : tuple of (inputs, labels)
-        The target's texts as the modules take them; the labels are not looked at.
+        The target's texts as the modules take them; labels that are no text are not looked at.
     """
 
     domains: tuple[Sample, ...]
@@ -143,24 +146,37 @@ class TfIdf(Score):
 
     TF-IDF weights are fitted on the two documents, without English stop words (scikit-learn). Words
     are not stemmed.
+
+    Attributes
+    ----------
+    characters : int
+        Terms are all sequences of up to so many characters, lower case; 0: words.
     """
+
+    characters: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("TfIdf.characters", self.characters, 0)
 
     def __call__(self, members: Members, evidence: Evidence) -> Tensor:
         """Score the modules by TF-IDF; see `Score`."""
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
         target = "\n".join(evidence.target.texts)
         cosines = []
         for domain in evidence.domains:
             try:
-                rows = TfidfVectorizer(stop_words="english").fit_transform(
-                    ["\n".join(domain.texts), target]
-                )
+                rows = self._vectorizer().fit_transform(["\n".join(domain.texts), target])
             except ValueError:  # no word is left: nothing in common
                 cosines.append(0.0)
                 continue
             cosines.append(float((rows[0] @ rows[1].T).toarray()[0, 0]))
         return torch.tensor(cosines, dtype=torch.float64)
+
+    def _vectorizer(self) -> Any:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        if self.characters:
+            return TfidfVectorizer(analyzer="char", ngram_range=(1, self.characters))
+        return TfidfVectorizer(stop_words="english")
 
 
 @dataclass(frozen=True)
@@ -185,28 +201,59 @@ class Entropy(Score):
 
 
 @dataclass(frozen=True)
-class Posterior(Score):
-    """Mean posterior probability of a domain, given a text of the target: Bayes' theorem.
-
-    A text's likelihood is that of its words in a unigram model of the domain, with `prior` counts
-    added for every word that any domain has; other words are left out. Its log-likelihood is summed
-    over words and divided by ``words ** length_power``: 0 is the posterior of independent words, 1
-    that of one average word. Domains are equally likely beforehand. (The cluster-branch-train-merge
-    of Gururangan et al. 2023 averages posteriors exponentially, which depends on the texts' order.)
+class Bayes(Score):
+    """Posterior probability of a domain, domains being equally likely beforehand.
 
     Attributes
     ----------
     length_power : float
-        In [0, 1].
+        In [0, 1]. Log-likelihoods are divided by ``length ** length_power``: 0 is the posterior of
+        independent words or tokens, 1 that of one average word.
+    """
+
+    length_power: float = 0.5
+
+    def __post_init__(self) -> None:
+        name = f"{type(self).__name__}.length_power"
+        check_number(name, self.length_power, low=0.0, high=1.0)
+
+    def posterior(self, log_likelihood: Tensor, lengths: Tensor) -> Tensor:
+        """Posterior probability of every domain, for each text.
+
+        Parameters
+        ----------
+        log_likelihood : Tensor of float64, shape (n, N)
+            Of each text under each domain, summed over its words or tokens.
+        lengths : Tensor, shape (n,)
+            Words or tokens of each text, >= 1.
+
+        Returns
+        -------
+        Tensor of float64, shape (n, N)
+        """
+        tempered = log_likelihood / lengths.unsqueeze(1).double() ** self.length_power
+        return tempered.softmax(1)
+
+
+@dataclass(frozen=True)
+class Posterior(Bayes):
+    """Mean posterior probability of a domain, given a text of the target: Bayes' theorem.
+
+    A text's likelihood is that of its words in a unigram model of the domain, with `prior` counts
+    added for every word that any domain has; other words are left out. (The
+    cluster-branch-train-merge of Gururangan et al. 2023 averages posteriors exponentially, which
+    depends on the texts' order.)
+
+    Attributes
+    ----------
     prior : float
         Above 0.
     """
 
-    length_power: float = 0.5
     prior: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("Posterior.length_power", self.length_power, low=0.0, high=1.0)
+        super().__post_init__()
         check_number("Posterior.prior", self.prior, low=0.0, closed_low=False)
 
     def __call__(self, members: Members, evidence: Evidence) -> Tensor:
@@ -227,22 +274,24 @@ class Posterior(Score):
             torch.from_numpy(counts @ words.numpy().T), _totals(counts.T).clamp(min=1.0)
         ).mean(0)
 
-    def posterior(self, log_likelihood: Tensor, lengths: Tensor) -> Tensor:
-        """Posterior probability of every domain, for each text.
 
-        Parameters
-        ----------
-        log_likelihood : Tensor of float64, shape (n, N)
-            Of each text under each domain, summed over its words or tokens.
-        lengths : Tensor, shape (n,)
-            Words or tokens of each text, >= 1.
+@dataclass(frozen=True)
+class ExpertPosterior(Bayes):
+    """Mean posterior probability of a domain, given a window of the target's text.
 
-        Returns
-        -------
-        Tensor of float64, shape (n, N)
-        """
-        tempered = log_likelihood / lengths.unsqueeze(1).double() ** self.length_power
-        return tempered.softmax(1)
+    A window's likelihood is that of its tokens, summed over all of them, by the language model with
+    the domain's module (Gururangan et al. 2023, whose average is exponential).
+    """
+
+    def __call__(self, members: Members, evidence: Evidence) -> Tensor:
+        """Score the modules by posterior probability; see `Score`."""
+        lengths = torch.cat([torch.full((len(y),), y[0].numel()) for _, y in evidence.batches])
+        rows = []
+        for state in members.states():
+            found, tokens = log_probs(members.with_state(state), lambda: evidence.batches)
+            each = found.double().gather(1, tokens[:, None])[:, 0]
+            rows.append(torch.stack([one.sum() for one in torch.split(each, lengths.tolist())]))
+        return self.posterior(torch.stack(rows, 1), lengths).mean(0)
 
 
 def _middle(sample: Sample) -> Tensor:
@@ -255,13 +304,22 @@ def _totals(counts: object) -> Tensor:
     return torch.tensor(summed, dtype=torch.float64).flatten()
 
 
-#: Name -> score.
+#: Name -> score, for classifiers of texts.
 SCORES: dict[str, Score] = {
     "uniform": Equal(),
     "similarity": Similarity(),
     "tfidf": TfIdf(),
     "entropy": Entropy(),
     "posterior": Posterior(),
+}
+#: Name -> score, for language models.
+LANGUAGE_SCORES: dict[str, Score] = {
+    "uniform": Equal(),
+    "similarity": Similarity(),
+    "tfidf": TfIdf(),
+    "tfidf_characters": TfIdf(4),
+    "entropy": Entropy(),
+    "posterior": ExpertPosterior(),
 }
 
 

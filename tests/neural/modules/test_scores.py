@@ -78,6 +78,20 @@ def test_tfidf_of_two_documents_by_hand() -> None:
     assert TfIdf()(members(), evidence(("the of and", "to"))).tolist() == [0.0, 0.0]
 
 
+def test_tfidf_of_characters_counts_short_sequences() -> None:
+    """Of "ab" and "ba!" terms are a, b, ab and ba, ! and a!; a and b are in both documents."""
+    one = 1.0 + math.log(3 / 2)
+    first = np.array([1.0, 1.0, one, 0.0, 0.0, 0.0])
+    target = np.array([1.0, 1.0, 0.0, one, one, one])
+    expected = first @ target / np.linalg.norm(first) / np.linalg.norm(target)
+    vectors = torch.ones(1, 3)
+    known = Evidence((Sample(("ab",), vectors),), Sample(("BA!",), vectors), ())
+    found = TfIdf(2)(members(count=1), known)
+    assert float(found[0]) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(NQMError, match=r"TfIdf\.characters"):
+        TfIdf(-1)
+
+
 def test_entropy_of_modules_and_its_weights() -> None:
     known, both = evidence(), members()
     found = Entropy()(both, known)
