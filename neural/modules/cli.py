@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -35,35 +36,40 @@ def modules(
     root: Path | None,
     threads: int | None,
 ) -> None:
-    """Combine modules of text domains for a domain that none of them has seen.
+    """Combine modules of several domains for a domain that none of them has seen.
 
     Each domain is left out in turn. CONFIG is a TOML file with the table [modules]. With task =
-    "opinions" there sentences are classified, with "language" bytes are predicted. The command can
-    be killed at any moment; the same command then continues.
+    "opinions" there sentences are classified, with "language" bytes are predicted, with
+    "corruptions" images are classified. The command can be killed at any moment; the same command
+    then continues.
 
     \b
     nqm neural modules --set modules.splits=5 --out out/modules
     nqm neural modules --set modules.task=language --out out/language
+    nqm neural modules --set modules.task=corruptions --out out/corruptions
     """
     from neural.combine.config import load_section
+    from neural.modules.corruptions import CorruptionsConfig, run_corruption_modules
     from neural.modules.experiment import ModulesConfig, run_modules
     from neural.modules.language import LanguageConfig, run_language_modules
     from nqm.errors import check_word
     from nqm.runs import toml
 
+    tasks: dict[str, tuple[Any, Any]] = {
+        "opinions": (ModulesConfig, run_modules),
+        "language": (LanguageConfig, run_language_modules),
+        "corruptions": (CorruptionsConfig, run_corruption_modules),
+    }
     check_alone("nqm neural modules")
     mapping = {} if config is None else toml.load(config)
     toml.override(mapping, overrides)
     task = toml.table_at("modules", mapping.get("modules", {})).get("task", "opinions")
-    check_word("modules.task", task, ("opinions", "language"))
+    check_word("modules.task", task, tuple(tasks))
+    kind, run = tasks[task]
+    settings = load_section(kind, "modules", config, overrides)
     make_runtime("cpu", root, threads)
     with progress_bar() as told:
-        if task == "opinions":
-            opinions = load_section(ModulesConfig, "modules", config, overrides)
-            means, lines = run_modules(opinions, out, root=root, progress=told)
-        else:
-            language = load_section(LanguageConfig, "modules", config, overrides)
-            means, lines = run_language_modules(language, out, root=root, progress=told)
+        means, lines = run(settings, out, root=root, progress=told)
     click.echo(means.to_string(index=False, float_format=lambda v: f"{v:.4f}", na_rep=""))
     for line in lines:
         click.echo(line)

@@ -50,7 +50,8 @@ def compositions(
     -------
     DataFrame
         Columns of `neural.combine.compare` after ``score``, ``kept`` and ``weighting``. Scores are
-        those of `scores`, and ``no_module``, ``best`` (by the target's held-out labels),
+        those of `scores`, with ``, new statistics`` after the name where BatchNorm statistics were
+        computed anew, and ``no_module``, ``best`` (by the target's held-out labels),
         ``inverse_loss`` (likewise), ``member``, ``mean_member``.
 
     Raises
@@ -71,6 +72,8 @@ def compositions(
     table = compare(members, parts, config, rules=rules, weights=weights, cells=cells, about=about)
     names = [rule.removeprefix("ensemble_") for rule in table["rule"]]
     kinds = [stated.get(name, (name, 1, "")) for name in names]
+    anew = [", new statistics" if repair == "statistics" else "" for repair in table["repair"]]
+    kinds = [(name + more, *rest) for (name, *rest), more in zip(kinds, anew, strict=True)]
     for at, column in enumerate(("score", "kept", "weighting")):
         table.insert(at, column, [kind[at] for kind in kinds])
     return table.drop(columns=["rule", "repair", "data", "bits"])

@@ -141,14 +141,14 @@ def load_domains(
 
 
 def split(name: str, count: int, sizes: Sequence[int], *key: int) -> list[Tensor]:
-    """Disjoint parts of a domain's texts, drawn at random.
+    """Disjoint parts of a domain's texts, windows or images, drawn at random.
 
     Parameters
     ----------
     name : str
         Of the domain, for the message.
     count : int
-        Texts that it has.
+        Examples that it has.
     sizes : sequence of int
         Of the parts.
     *key : int
@@ -161,11 +161,11 @@ def split(name: str, count: int, sizes: Sequence[int], *key: int) -> list[Tensor
     Raises
     ------
     NQMError
-        If there are too few texts.
+        If there are too few.
     """
     if sum(sizes) > count:
         raise NQMError(
-            f"train + held_out + sample + test take {sum(sizes)} texts, and {name} has {count}; "
+            f"train + held_out + sample + test take {sum(sizes)} examples, and {name} has {count}; "
             "lower one of them"
         )
     order = torch.randperm(count, generator=keyed_generator(*key))

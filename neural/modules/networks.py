@@ -220,9 +220,39 @@ def train_lora(net: nn.Module, rank: int, where: str, train: Examples, held_out:
     return _trained(made, chosen, train, held_out, config, generator)
 
 
+def train_weights(net: nn.Module, names: Iterable[str], train: Examples, held_out: Examples,
+                  config: FitConfig,
+                  generator: torch.Generator) -> tuple[State, float]:  # fmt: skip
+    """Train some weights with BatchNorm in training mode; see `train_module`.
+
+    Parameters
+    ----------
+    net : Module
+        The start; it is not changed.
+    names : iterable of str
+        Of the parameters that are trained; running statistics follow the data in any case.
+    train, held_out : Examples
+    config : FitConfig
+    generator : Generator
+
+    Returns
+    -------
+    state : dict of str to Tensor
+    epochs : float
+
+    Raises
+    ------
+    NQMError
+        If training diverges, or there are no examples.
+    """
+    made = copy.deepcopy(net)
+    chosen = [made.get_parameter(name) for name in names]
+    return _trained(made, chosen, train, held_out, config, generator, statistics=True)
+
+
 def _trained(net: nn.Module, chosen: Iterable[nn.Parameter], train: Examples,
-             held_out: Examples, config: FitConfig,
-             generator: torch.Generator) -> tuple[State, float]:  # fmt: skip
+             held_out: Examples, config: FitConfig, generator: torch.Generator, *,
+             statistics: bool = False) -> tuple[State, float]:  # fmt: skip
     if not len(train) or not len(held_out):
         raise NQMError("a module needs examples to train on, and others to stop by; got none")
     net.requires_grad_(False)
@@ -230,11 +260,13 @@ def _trained(net: nn.Module, chosen: Iterable[nn.Parameter], train: Examples,
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
 
     def loss() -> float:
+        net.eval()
         with torch.no_grad():
             return float(_loss(net, held_out.inputs, held_out.labels))
 
     best, kept, when = loss(), copy.deepcopy(net.state_dict()), 0
     for epoch in range(1, config.epochs + 1):
+        net.train(statistics)
         order = torch.randperm(len(train), generator=generator)
         for index in torch.split(order, config.batch_size):
             optimizer.zero_grad()

@@ -12,11 +12,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from neural.combine.data import Parts
 from neural.combine.judge import log_probs
@@ -30,24 +31,39 @@ WEIGHTINGS = ("linear", "uniform")
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Texts of one domain that scores look at.
+    """Texts, or images, of one domain that scores look at.
 
     Attributes
     ----------
     texts : tuple of str, length n
+        Empty for images.
     vectors : Tensor, shape (n, d)
-        A feature vector of each text, of any length above 0.
+        A feature vector of each, of any length above 0.
     """
 
     texts: tuple[str, ...]
     vectors: Tensor
 
     def __post_init__(self) -> None:
-        if not self.texts or self.vectors.shape[:1] != (len(self.texts),):
+        count = len(self.texts) or len(self.vectors)
+        if not count or self.vectors.shape[:1] != (count,):
             raise NQMError(
                 f"a sample needs texts and a vector of each; got {len(self.texts)} texts and "
                 f"vectors of shape {tuple(self.vectors.shape)}"
             )
+
+    @property
+    def joined(self) -> str:
+        """All texts as one document.
+
+        Raises
+        ------
+        NQMError
+            If there are none.
+        """
+        if not self.texts:
+            raise NQMError("this score looks at texts, and the sample has none; choose another")
+        return "\n".join(self.texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +176,11 @@ class TfIdf(Score):
 
     def __call__(self, members: Members, evidence: Evidence) -> Tensor:
         """Score the modules by TF-IDF; see `Score`."""
-        target = "\n".join(evidence.target.texts)
+        target = evidence.target.joined
         cosines = []
         for domain in evidence.domains:
             try:
-                rows = self._vectorizer().fit_transform(["\n".join(domain.texts), target])
+                rows = self._vectorizer().fit_transform([domain.joined, target])
             except ValueError:  # no word is left: nothing in common
                 cosines.append(0.0)
                 continue
@@ -261,8 +277,9 @@ class Posterior(Bayes):
         from sklearn.feature_extraction.text import CountVectorizer
 
         count = CountVectorizer()
+        documents = [domain.joined for domain in evidence.domains]
         try:
-            count.fit([text for domain in evidence.domains for text in domain.texts])
+            count.fit(documents)
         except ValueError:  # no word at all
             return torch.full((len(members),), 1.0 / len(members), dtype=torch.float64)
         seen = torch.stack(
@@ -294,6 +311,47 @@ class ExpertPosterior(Bayes):
         return self.posterior(torch.stack(rows, 1), lengths).mean(0)
 
 
+@dataclass(frozen=True)
+class Statistics(Score):
+    """One over the distance between BatchNorm statistics: a module's own, and the target's in it.
+
+    The distance is ``((m - m')^2 + (s - s')^2) / s^2``, averaged over channels, then over layers:
+    m and s are a channel's running mean and standard deviation, m' and s' those of the target's
+    images as they pass through the network with the module (the squared Wasserstein distance of
+    normal distributions, in units of the module's variance).
+    """
+
+    def __call__(self, members: Members, evidence: Evidence) -> Tensor:
+        """Score the modules by their statistics; see `Score`."""
+        inputs = torch.cat([batch[0] for batch in evidence.batches])
+        return torch.tensor(
+            [1.0 / _distance(members.with_state(state), inputs) for state in members.states()],
+            dtype=torch.float64,
+        )
+
+
+def _distance(model: nn.Module, inputs: Tensor) -> float:
+    found: list[float] = []
+
+    def seen(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        mean, variance = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
+        rows = args[0].transpose(0, 1).flatten(1)
+        apart = (rows.mean(1) - mean).square() + (rows.std(1, correction=0) - variance.sqrt()) ** 2
+        found.append(float((apart / variance.clamp(min=1e-12)).mean()))
+
+    layers = [one for one in model.modules() if isinstance(one, _BatchNorm)]
+    hooks = [layer.register_forward_pre_hook(seen) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise NQMError("the score by statistics needs BatchNorm layers, and the network has none")
+    return max(sum(found) / len(found), 1e-12)
+
+
 def _middle(sample: Sample) -> Tensor:
     return normalize(sample.vectors.double(), dim=1).mean(0)
 
@@ -320,6 +378,15 @@ LANGUAGE_SCORES: dict[str, Score] = {
     "tfidf_characters": TfIdf(4),
     "entropy": Entropy(),
     "posterior": ExpertPosterior(),
+}
+
+
+#: Name -> score, for networks of images.
+IMAGE_SCORES: dict[str, Score] = {
+    "uniform": Equal(),
+    "similarity": Similarity(),
+    "statistics": Statistics(),
+    "entropy": Entropy(),
 }
 
 

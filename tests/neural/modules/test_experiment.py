@@ -69,7 +69,7 @@ def test_the_table_has_every_way_and_a_killed_run_goes_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("modules.train=60", "take 96 texts, and tweets has 64; lower one of them"),
+        ("modules.train=60", "take 96 examples, and tweets has 64; lower one of them"),
         ('modules.domains=["tweets","nyt"]', "must be three at least"),
         ('modules.scores=["tf"]', "modules.scores 'tf' is unknown"),
         ("modules.encoder=bert", "modules.encoder 'bert' is unknown"),

@@ -85,7 +85,7 @@ def test_the_table_has_every_way_and_a_killed_run_goes_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("modules.test=900", "take 915 texts, and python_docs has 62; lower one of them"),
+        ("modules.test=900", "take 915 examples, and python_docs has 62; lower one of them"),
         ('modules.domains=["nyt","emails"]', "modules.domains must be three at least"),
         ("modules.trunk=nyt", "must not name the trunk's text, 'nyt'"),
         ("modules.trunk=wikitext", "modules.trunk 'wikitext' is unknown"),
