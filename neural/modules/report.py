@@ -117,12 +117,9 @@ def draw(means: pd.DataFrame, out: Path) -> list[Path]:
     -------
     list of Path
     """
-    import matplotlib as mpl
-
     from figures import modules as pictures
     from figures import style
 
-    mpl.use("Agg")
     with style.context():
         figure = style.new_figure(style.PAGE, 4.6)
         axes = figure.subplots(1, 2, sharey=True)
