@@ -89,6 +89,17 @@ def test_render_replaces_what_is_stale(folder: Path) -> None:
     assert render(fresh, folder) == fresh
 
 
+def test_a_page_loses_nothing_between_markers(folder: Path) -> None:
+    """An empty block, and one whose end was forgotten, before another table."""
+    name = next(folder.glob("*.csv")).stem
+    begin, end = f"<!-- table: {name} -->", "<!-- end of table -->"
+    page = f"{begin}\n\n{end}\n\nWords.\n\n## More\n\n{begin}\n\nstray\n\n{end}\n"
+    shown = render(page, folder)
+    assert "Words.\n\n## More" in shown
+    assert "stray" in shown
+    assert shown.count("| ") > 0
+
+
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10_q75"])
 def test_differences_are_those_of_the_means(name: str) -> None:
     """What a row says of its difference in points is its accuracy less the base's."""
