@@ -48,7 +48,7 @@ MARK = "nqm plot"
 ENDINGS = (".png", ".pdf", ".svg")
 
 #: Colour, marker and dashes of every value of a column.
-Looks = dict[Any, dict[str, Any]]
+_Looks = dict[Any, dict[str, Any]]
 
 
 def plot(table: pd.DataFrame, choice: Choice | None = None, axes: Sequence[str] = ()) -> Figure:
@@ -114,7 +114,7 @@ def _curves(table: pd.DataFrame, chosen: Choice) -> Figure:
     return figure
 
 
-def _one_panel(rows: pd.DataFrame, chosen: Choice, ax: Axes, looks: dict[str, Looks]) -> None:
+def _one_panel(rows: pd.DataFrame, chosen: Choice, ax: Axes, looks: dict[str, _Looks]) -> None:
     import seaborn as sns
 
     named: dict[str, Any] = {"data": rows, "x": chosen.x, "y": chosen.y, "ax": ax, "legend": False}
@@ -289,9 +289,9 @@ def _panels(table: pd.DataFrame, chosen: Choice) -> list[_Panel]:
     return panels
 
 
-def _looks(table: pd.DataFrame, chosen: Choice) -> dict[str, Looks]:
+def _looks(table: pd.DataFrame, chosen: Choice) -> dict[str, _Looks]:
     """Colour, marker and line of each value of `hue` and of `style`."""
-    looks: dict[str, Looks] = {}
+    looks: dict[str, _Looks] = {}
     for place in ("hue", "style"):
         column = getattr(chosen, place)
         if column is None:
@@ -322,7 +322,7 @@ def _dashes(one: dict[str, Any]) -> Any:
 
 
 def _finish(
-    figure: Figure, axes: list[Axes], table: pd.DataFrame, chosen: Choice, looks: dict[str, Looks]
+    figure: Figure, axes: list[Axes], table: pd.DataFrame, chosen: Choice, looks: dict[str, _Looks]
 ) -> None:
     if chosen.col != "metric":
         for ax in axes:

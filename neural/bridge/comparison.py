@@ -141,12 +141,12 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
     control : ControlVariate, optional
         Control variate of this training, subtracted from the measured losses; the table has the
         values with and without it.
-    test : EmpiricalRisk or callable, optional
-        Test loss, a risk or a function of a weight vector of shape (p,); computed once, after the
-        last step. Its value at the checkpoint is part of the cache key.
     held_out : mapping of str to HeldOut, optional
         The test loss over the Gaussian of the weights. With it the control variate is subtracted
         from measured test losses as well.
+    test : EmpiricalRisk or callable, optional
+        Test loss, a risk or a function of a weight vector of shape (p,); computed once, after the
+        last step. Its value at the checkpoint is part of the cache key.
     cache : Cache, optional
         Stores the result.
     progress : callable, optional
@@ -386,10 +386,12 @@ def compare_training(
         The network's training loss.
     gaussian : WeightGaussian
         Gaussian of the weights in the training.
-    plan, test, cache, progress
+    plan, test
         See `measure_training`.
     held_out : mapping of str to HeldOut, optional
         Test loss over the Gaussian; measured here by default.
+    cache, progress
+        See `measure_training`.
 
     Returns
     -------

@@ -43,10 +43,12 @@ def test_plain_parts_are_taken_and_decoded() -> None:
     assert body("From: a\n\n") == ""
 
 
+# Identifiers of their own: archives hold the time, so that processes would collect other tests.
 @pytest.mark.parametrize(
     "raw",
     [b"nothing", b"", packed({"other": b"1"}), packed({FOLDER + "1.json": b"{"}),
      packed({FOLDER + "1.json": b"{}"}), packed({FOLDER + "1.json": mail("From: a\n\n")})],
+    ids=("no archive", "empty", "no e-mail", "no JSON", "no text", "no body"),
 )  # fmt: skip
 def test_damaged_archives_are_told_in_one_line(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / PACKAGE.name
