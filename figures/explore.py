@@ -44,14 +44,14 @@ def over_examples(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def against_rate(table: pd.DataFrame, rate: float, members: int, *, ax: Axes | None = None) -> Axes:
+def against_rate(table: pd.DataFrame, lr: float, members: int, *, ax: Axes | None = None) -> Axes:
     """Draw the loss at the end against the learning rate, a line for each K.
 
     Parameters
     ----------
     table : DataFrame
         Columns members, lr, loss.
-    rate : float
+    lr : float
         The chosen rate: a vertical line.
     members : int
         The chosen K: its line is the thickest.
@@ -70,7 +70,7 @@ def against_rate(table: pd.DataFrame, rate: float, members: int, *, ax: Axes | N
             "linewidth": 2.2 if size == members else 1.0,
         }
         ax.plot(rows["lr"], rows["loss"], label=f"K = {size}", gid=f"K{size}", **look)
-    ax.axvline(rate, color=REFERENCE, linewidth=0.8, zorder=0)
+    ax.axvline(lr, color=REFERENCE, linewidth=0.8, zorder=0)
     ax.set(xscale="log", yscale="log", xlabel="learning rate after T0", ylabel="loss at the end")
     if table["members"].nunique() > 1:
         ax.legend()

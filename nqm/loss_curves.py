@@ -28,7 +28,7 @@ from nqm.algorithms import Algorithm
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.problems.quadratic import Problem
 from nqm.program import Phase, Program, as_program
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +68,7 @@ class Log:
     program: Program
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     def __init__(
         self,
@@ -119,6 +120,7 @@ class FittedCurve:
     _fit: _Fit = field(repr=False)
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @cached_property
     def problem(self) -> Problem:

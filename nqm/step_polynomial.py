@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nqm.algorithms.base import Algorithm
 from nqm.problems.quadratic import FloatArray
 from nqm.transition import UnitGradient, count_draws
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 #: Highest power of a rate or of h in one step, and most different products of powers.
 DEGREE, TERMS = 2, 12
@@ -113,6 +113,7 @@ class StepPolynomial:
     own: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def step_polynomial(algorithm: Algorithm, times: NDArray[np.int64]) -> StepPolynomial | None:
@@ -240,6 +241,7 @@ class StepTable:
     own: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 def step_table(

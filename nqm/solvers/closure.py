@@ -30,7 +30,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers.moments import solve
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 _Z, _WEIGHT = np.polynomial.hermite_e.hermegauss(5)  # exact up to degree 9
 _FIRST, _SECOND = (part.reshape(-1, 1) for part in np.meshgrid(_Z, _Z, indexing="ij"))
@@ -49,6 +49,7 @@ class _Moments:
     apart: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     def nodes(self) -> tuple[FloatArray, FloatArray]:
         """Values of theta and phibar at the nodes, (25, d)."""

@@ -17,7 +17,7 @@ from nqm.algorithms.base import Mode
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.solvers import _kernels
 from nqm.step_polynomial import StepPolynomial, step_polynomial, step_table
-from nqm.words import short_repr
+from nqm.words import short_html, short_repr
 
 #: Most different factors on the rates of a phase: directions of one factor are walked together.
 GROUPS = 4
@@ -45,6 +45,7 @@ class Steps:
     record: NDArray[np.int64]
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class State:
     noisy: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Seen:
     variance: FloatArray
 
     __repr__ = short_repr
+    _repr_html_ = short_html
 
     @classmethod
     def of(cls, problem: Problem, mean: FloatArray, started: FloatArray, noisy: FloatArray) -> Seen:

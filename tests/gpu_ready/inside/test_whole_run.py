@@ -26,11 +26,14 @@ CHANGES = [
     'model.name="wrn-10-1"', "train.epochs=4",
     "late_phase.start_epoch=2", "late_phase.members=2", "evaluate.ood=[]", "evaluate.every=1",
 ]  # fmt: skip
-AVERAGES = {
+AVERAGES: dict[str, list[str]] = {
     "plain": [],
     "bfloat16": ['train.precision="bfloat16"'],
-    "SWA": ['average.method="swa"', "average.start_epoch=2"],
-}
+    "SWA": [
+        'average.method="swa"', "average.start_epoch=2",
+        'arm.late_phase.use=["late_phase","average"]',
+    ],
+}  # fmt: skip
 
 
 def few() -> ImageData:

@@ -115,7 +115,7 @@ def text_run(monkeypatch: pytest.MonkeyPatch, length: int) -> tuple[RunConfig, T
     """A text of 100 symbols, of which bytes 40, 41 and 42 occur."""
     text = torch.randint(40, 43, (100,), generator=torch.Generator().manual_seed(0)).byte()
     data = TextData("t", "T", text, text[:30], text[:30])
-    monkeypatch.setattr(risks, "load", lambda name, root: data)
+    monkeypatch.setattr(risks, "load_data", lambda config, root: data)
     settings = {"name": "python_docs", "length": length, "train_examples": None}
     changes = {"test_examples": None, "batch_size": 2}
     model = {"name": "transformer_lm"}
@@ -142,7 +142,7 @@ def test_windows_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_of_images_is_refused(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = cast(Any, None)
     folder = StreamData("imagenet", "ImageNet", nothing, nothing, 10, (0.0,), (1.0,), 256)
-    monkeypatch.setattr(risks, "load", lambda name, root: folder)
+    monkeypatch.setattr(risks, "load_data", lambda config, root: folder)
     with pytest.raises(NQMError, match="'digits' does not fit into memory") as told:
         risk_of_run(run, network(run), PLACE)
     assert "\n" not in str(told.value)
