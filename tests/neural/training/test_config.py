@@ -95,8 +95,15 @@ def runs(draw: st.DrawFn) -> RunConfig:
             members=st.integers(2, 50),
             select=st.sampled_from(["batchnorm+head", "name:*.weight"]),
             gamma=st.sampled_from(["sum", "mean", 1.0, 0.3]),
-            noise=st.floats(0.0, 2.0),
-            noise_rule=st.sampled_from(["rms", "fan_in"]),
+            **draw(  # without noise its rule is refused
+                st.fixed_dictionaries({"noise": st.just(st.just(0.0))})
+                | st.fixed_dictionaries(
+                    {
+                        "noise": st.just(st.floats(0.01, 2.0)),
+                        "noise_rule": st.just(st.sampled_from(["rms", "fan_in"])),
+                    }
+                )
+            ),
             idle_steps=st.just(idle),
             leftover=st.sampled_from(["carry", "members", "drop"]),
             fused=st.booleans() if idle == "none" else st.just(False),
@@ -122,6 +129,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
         max_leaves=3,
     )
     names = st.sampled_from(["width", "norm", "dropout", "hidden", "options"])
+    decay = draw(st.floats(0.0, 1.0))
     return RunConfig(
         draw(
             st.builds(
@@ -154,8 +162,8 @@ def runs(draw: st.DrawFn) -> RunConfig:
                 lr_every=st.sampled_from(["epoch", "step"]),
                 **{name: st.just(value) for name, value in optimizer.items()},
                 nesterov=st.booleans(),
-                weight_decay=st.floats(0.0, 1.0),
-                no_decay=st.sampled_from(["", "norm+bias"]),
+                weight_decay=st.just(decay),
+                no_decay=st.sampled_from(["", "norm+bias"] if decay else [""]),
                 label_smoothing=fractions,
                 clip_norm=st.none() | rates,
                 precision=st.sampled_from(["float32", "bfloat16", "float64"]),
