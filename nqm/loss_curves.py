@@ -227,12 +227,10 @@ class FittedCurve:
         centre = np.concatenate((self.start, self.noise, [self.floor]))
         bands = [self._fit.range(row, centre, self.error, slack) for row in rows]
         low, high = np.array(bands).T
-        from nqm.solvers.moments import solve
-
         return pd.DataFrame(
             {
                 "step": wanted,
-                "examples": solve(self.problem, program, wanted).examples,
+                "examples": program.examples(wanted),
                 "loss": rows @ centre,
                 "lower": low,
                 "upper": high,

@@ -30,9 +30,8 @@ from neural.models import build
 from neural.modules.composition import compositions
 from neural.modules.data import split
 from neural.modules.networks import Examples, FitConfig, train_weights
-from neural.modules.report import reported
+from neural.modules.report import reported, settings_key
 from neural.modules.scores import IMAGE_SCORES, Evidence, Sample, TextParts
-from nqm import keys
 from nqm.errors import NQMError, check_integer, check_word
 from nqm.progress import Progress, counted
 
@@ -190,13 +189,13 @@ def compare_corruption_modules(
         raise NQMError(f"modules.data {data.name!r} has no labels; choose another")
     clean, *domains = _domains(data, config)
     sizes = config.train, config.held_out, config.sample, config.test
-    count, found = len(clean.images), keys.differing(config)
+    count = len(clean.images)
     splits = [
         split(data.name, count, sizes, config.seed, _SPLIT, number)
         for number in range(config.splits)
     ]
     about: dict[str, Any] = {
-        "config": {"task": config.task, **{n: v for n, v in found.items() if n != "splits"}},
+        "config": settings_key(config, "splits"),
         "data": state_key({"x": clean.images.inputs, "y": clean.images.labels}),
     }
     more = counted(progress, "modules", float(config.splits * len(domains)))
@@ -327,6 +326,5 @@ def run_corruption_modules(
         data, cells = load_images(config.data, root), Cells(out / "cells")
         return compare_corruption_modules(data, config, cells=cells, progress=progress)
 
-    stated = {"modules": asdict(config)}
-    keyed = {"modules": {"task": config.task, **keys.differing(config)}}
+    stated, keyed = {"modules": asdict(config)}, {"modules": settings_key(config)}
     return reported(kept_table(out, "modules", stated, keyed, made), out)

@@ -35,9 +35,8 @@ from neural.models.transformer import TransformerLanguageModel
 from neural.modules.composition import compositions
 from neural.modules.data import split
 from neural.modules.networks import Examples, FitConfig, train_lora
-from neural.modules.report import reported
+from neural.modules.report import reported, settings_key
 from neural.modules.scores import LANGUAGE_SCORES, Evidence, Sample, TextParts
-from nqm import keys
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.progress import Progress, counted
 
@@ -363,9 +362,12 @@ def compare_language_modules(
     ]  # fmt: skip
     digests = [state_key({"x": trunk}), *(state_key({"x": one.tokens}) for one in domains)]
     # More splits go on from those that are there; modules do not depend on what they are used for.
-    of_table: dict[str, Any] = {"config": _key(config, "splits"), "data": digests}
-    of_module: dict[str, Any] = {"config": _key(config, *_OF_TABLE), "data": digests}
-    of_trunk: dict[str, Any] = {"config": _key(config, *_OF_TABLE, *_OF_MODULE), "data": digests[0]}
+    of_table: dict[str, Any] = {"config": settings_key(config, "splits"), "data": digests}
+    of_module: dict[str, Any] = {"config": settings_key(config, *_OF_TABLE), "data": digests}
+    of_trunk: dict[str, Any] = {
+        "config": settings_key(config, *_OF_TABLE, *_OF_MODULE),
+        "data": digests[0],
+    }
 
     def kept(what: dict[str, Any], make: Callable[[], State]) -> State:
         cell = cells.get(what, lambda: {n: v.numpy() for n, v in make().items()})
@@ -391,12 +393,6 @@ def compare_language_modules(
             tables.append(table)
             more(1)
     return pd.concat(tables, ignore_index=True)
-
-
-def _key(config: LanguageConfig, *without: str) -> dict[str, Any]:
-    """What differs from the defaults, but for some settings; the task is always stated."""
-    found = keys.differing(config)
-    return {"task": config.task, **{n: v for n, v in found.items() if n not in without}}
 
 
 def _module(net: TransformerLanguageModel, domain: Windows, parts: Sequence[Tensor],
@@ -487,5 +483,5 @@ def run_language_modules(
         trunk, cells = load_text(config.trunk, root), Cells(out / "cells")
         return compare_language_modules(trunk, domains, config, cells=cells, progress=progress)
 
-    stated, keyed = {"modules": asdict(config)}, {"modules": _key(config)}
+    stated, keyed = {"modules": asdict(config)}, {"modules": settings_key(config)}
     return reported(kept_table(out, "modules", stated, keyed, made), out)

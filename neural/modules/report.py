@@ -9,9 +9,28 @@ from typing import TYPE_CHECKING, Any
 from neural.combine.comparison import SURROGATE
 from neural.combine.pool import POOLS
 from neural.evaluate.intervals import mean_interval
+from nqm import keys
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def settings_key(config: Any, *without: str) -> dict[str, Any]:
+    """What differs from the defaults, but for some settings; the task is always stated.
+
+    Parameters
+    ----------
+    config : dataclass
+        Settings with a `task`.
+    *without : str
+        Names that are left out.
+
+    Returns
+    -------
+    dict of str to object
+    """
+    found = keys.differing(config)
+    return {"task": config.task, **{n: v for n, v in found.items() if n not in without}}
 
 
 def reported(table: pd.DataFrame, out: Path) -> tuple[pd.DataFrame, list[str]]:

@@ -167,15 +167,16 @@ class Exploration:
         """
         import pandas as pd
 
-        start = self.switch
-        parts = [_series(self, "mean model", start), _series(self, "average member", start)]
+        whole = self.built().solve().table()
+        late = whole["step"] >= self.switch
+        parts = [_series(whole[late], "mean model")]
+        if self.size > 1:
+            parts.append(_series(whole[late], "average member", "member_loss"))
         if self.method != "sgd":
-            parts.append(_series(replace(self, method="sgd"), "sgd", start))
-        if start:
-            before = _series(self, "before", 0)
-            parts.insert(0, before[before["examples"] <= start * self.batch_size])
-        if self.size == 1:
-            parts = [one for one in parts if one["series"].iloc[0] != "average member"]
+            plain = replace(self, method="sgd").built().solve().table()
+            parts.append(_series(plain[plain["step"] >= self.switch], "sgd"))
+        if self.switch:
+            parts.insert(0, _series(whole[whole["step"] <= self.switch], "before"))
         return pd.concat(parts, ignore_index=True)
 
     def rates(self) -> pd.DataFrame:
@@ -293,13 +294,9 @@ def problem_table(problem: Problem) -> dict[str, Any]:
     return table
 
 
-def _series(settings: Exploration, name: str, start: int) -> pd.DataFrame:
-    """Loss of the mean model, or of the average member, from a step on."""
-    result = settings.built().solve()
-    table = result.table()
-    column = "member_loss" if name == "average member" else "loss"
-    rows = table[table["step"] >= start][["examples", column]]
-    return rows.rename(columns={column: "loss"}).assign(series=name)
+def _series(table: pd.DataFrame, name: str, column: str = "loss") -> pd.DataFrame:
+    """Rows of one curve, of the mean model or of the average member."""
+    return table[["examples", column]].rename(columns={column: "loss"}).assign(series=name)
 
 
 def _ratio(loss: float, other: float) -> str:
