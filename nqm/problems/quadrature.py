@@ -10,15 +10,23 @@ nodes.
 
 from __future__ import annotations
 
+from typing import overload
+
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problems.least_squares import additive_only
+from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 
 
-def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Problem:
+@overload
+def condense(problem: Problem, *, points: int = ..., width: float = ...) -> Problem: ...
+@overload
+def condense(problem: LeastSquares, *, points: int = ..., width: float = ...) -> LeastSquares: ...
+def condense(
+    problem: Problem | LeastSquares, *, points: int = 8, width: float = 0.2
+) -> Problem | LeastSquares:
     """Replace the directions of a problem by few nodes with the same expected losses.
 
     It keeps sixteen moments of a block, `Problem.binned` only two: with the defaults 10^4
@@ -31,7 +39,7 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
 
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or LeastSquares
         Directions of zero curvature, which have no loss, are dropped.
     points : int
         Number of nodes of a block, >= 1; a block of at most as many directions is not changed.
@@ -40,15 +48,15 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
 
     Returns
     -------
-    Problem
-        Largest curvature first, with fractional multiplicities.
+    Problem or LeastSquares
+        Of the same class, largest curvature first, with fractional multiplicities.
 
     Raises
     ------
     NQMError
         If no direction has a curvature above 0, or `points` or `width` is out of range.
     """
-    problem = additive_only("condense", problem)
+    problem = any_problem("condense", problem)
     check_integer("condense: points", points, 1)
     check_number("condense: width", width, low=0.0, closed_low=False)
     kept = np.flatnonzero(problem.curvature > 0)
@@ -58,13 +66,16 @@ def condense(problem: Problem, *, points: int = 8, width: float = 0.2) -> Proble
     log_h = np.log(problem.curvature[order])
     count = problem.multiplicity[order]
     start = problem.initial_mean[order] ** 2 + problem.initial_variance[order]
-    noise = problem.noise_variance[order]
+    additive = problem if isinstance(problem, Problem) else problem.additive()
+    noise = additive.noise_variance[order]
     label = ((log_h[0] - log_h) / width).astype(np.int64)
     blocks: list[tuple[FloatArray, ...]] = []
     for block in np.split(np.arange(order.size), np.flatnonzero(np.diff(label)) + 1):
         entry = log_h[block], count[block], start[block], noise[block]
         blocks.append(_gauss(*entry, points) if block.size > points else entry)
     x, m, s, v = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    if isinstance(problem, LeastSquares):  # whose noise follows from the curvature
+        return LeastSquares(np.exp(x), problem.label_noise, 0.0, s, m)
     return Problem(
         np.exp(x),
         v,

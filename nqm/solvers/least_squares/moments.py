@@ -16,6 +16,7 @@ from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray
 from nqm.program import Phase, Program
 from nqm.result import Kind, Status, Trajectory, runaway
+from nqm.solvers.least_squares.jump import Jump, pays, step_cost
 from nqm.solvers.least_squares.packed import (
     Coupled,
     Cycle,
@@ -26,7 +27,7 @@ from nqm.solvers.least_squares.packed import (
     pair,
     unpack,
 )
-from nqm.solvers.moments import Law, Moments, PhaseWalk, at_start, hand_over, law_of, whole_period
+from nqm.solvers.moments import Law, Moments, at_start, hand_over, law_of, whole_period
 from nqm.solvers.steady import LONG, check_settles
 from nqm.transition import origins, readout
 
@@ -34,6 +35,7 @@ from nqm.transition import origins, readout
 CHUNK = 300_000
 #: Longest cycle whose stability is computed while solving; beyond it only the loss shows it.
 LONGEST_CYCLE = 64
+WHY_WALKED = "their maps do not repeat, or are too large to be multiplied (condense the problem)"
 
 
 def solve(
@@ -43,7 +45,10 @@ def solve(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
-    """Compute the exact expected loss at the recorded steps, taking every step.
+    """Compute the exact expected loss at the recorded steps.
+
+    Steps that repeat go together by powers of their map where that is cheaper than one by one
+    (`nqm.solvers.least_squares.jump`); `condense` makes that so for a problem of many directions.
 
     `bias` is the loss with noiseless labels, which includes the noise of drawing inputs;
     `variance` is the loss of a start at the minimum, due to noisy labels. Both follow the same
@@ -74,8 +79,8 @@ def solve(
     wanted = program.recorded(at)
     laws = [linear_law(phase, problem) for phase in program.phases]
     check_memory("the number of steps in record.at", len(wanted), 8.0 * len(wanted))
-    check_walk("phase.steps", wanted[-1], "directions are coupled in least squares")
-    with np.errstate(over="ignore", invalid="ignore"):
+    check_walk("phase.steps", _walked(problem, laws, wanted[-1]), WHY_WALKED)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         rows = list(_visit(problem, laws, wanted, progress))
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     zeros = np.zeros(len(rows))
@@ -125,9 +130,18 @@ class _Walk:
     method's own noise).
     """
 
-    def __init__(self, problem: LeastSquares, law: Law, states: list[Moments], age: int):
-        self.problem, self.age = problem, age
+    def __init__(
+        self,
+        problem: LeastSquares,
+        law: Law,
+        states: list[Moments],
+        age: int,
+        jumps: dict[int, Jump] | None = None,
+    ):
+        self.problem, self.age, self.phase = problem, age, law.phase
         self.coupled = Coupled(problem, law)
+        #: By first step of a stretch on which steps repeat; another walk of the phase may share it.
+        self._jumps = {} if jumps is None else jumps
         self.mean = np.concatenate([state.mean.T for state in states])
         self.moment = np.stack(
             [
@@ -135,6 +149,32 @@ class _Walk:
                 np.concatenate([pack(state.noisy) for state in states]),
             ]
         )
+
+    def advance(self, start: int, stop: int, horizon: int) -> None:
+        """Take steps [start, stop) of a phase of which `horizon` steps are wanted in all."""
+        for first, last, period in self.phase.segments():
+            here, there = max(start, first), min(stop, last)
+            if not here < there:
+                continue
+            if period is not None and pays(self.coupled, min(last, horizon) - first, period):
+                aligned = min(there, first + -(-(here - first) // period) * period)
+                cycles = (there - aligned) // period
+                self.walk(here, aligned)
+                here = aligned
+                if cycles:
+                    self._jump(first, period, cycles)
+                    here += cycles * period
+            self.walk(here, there)
+
+    def _jump(self, first: int, period: int, cycles: int) -> None:
+        """Take whole cycles of the stretch that begins at step `first`."""
+        if first not in self._jumps:
+            self._jumps.clear()  # stretches follow each other, and one takes memory
+            self._jumps[first] = Jump(self.coupled, first, period, self.age)
+        jump = self._jumps[first]
+        self.moment = jump.moments(cycles, self.moment)
+        if self.mean.any():
+            self.mean = jump.means(cycles, self.mean)
 
     def walk(self, start: int, stop: int, path: FloatArray | None = None) -> None:
         """Take steps [start, stop); write the first mode's loss after each into `path`."""
@@ -194,12 +234,13 @@ class _Walk:
 
 
 class CoupledPhaseWalk:
-    """Expected loss of one phase from the problem's start; every step is taken."""
+    """Expected loss of one phase from the problem's start."""
 
-    longest_scan = PhaseWalk.longest_scan
+    longest_scan = 10**4  #: a step costs as much as a record that powers reach
 
     def __init__(self, problem: LeastSquares, phase: Phase):
         self.problem, self.law = problem, linear_law(phase, problem)
+        self._jumps: dict[int, Jump] = {}
 
     def cost(self, steps: int) -> float:
         """Estimate the cost of taking every step, to order of magnitude.
@@ -214,8 +255,11 @@ class CoupledPhaseWalk:
         float
             Multiplications, with 20 000 per step for overhead.
         """
-        size = sum(len(mode.algorithm.coordinates) ** 2 for mode in self.law.algorithm.modes())
-        return float(steps) * (20_000 + self.problem.directions * size**2)
+        return float(steps) * step_cost(Coupled(self.problem, self.law))
+
+    def _walk(self) -> _Walk:
+        states = at_start(self.law.algorithm, self.problem.additive())
+        return _Walk(self.problem, self.law, states, 0, self._jumps)
 
     def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
         """Compute the expected loss at chosen steps, lazily.
@@ -232,11 +276,10 @@ class CoupledPhaseWalk:
         loss : float
             Expected loss after them.
         """
-        states = at_start(self.law.algorithm, self.problem.additive())
-        walk, position = _Walk(self.problem, self.law, states, 0), 0
+        walk, position = self._walk(), 0
         for step in steps:
-            with np.errstate(over="ignore", invalid="ignore"):
-                walk.walk(position, step)
+            with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+                walk.advance(position, step, self.law.phase.steps)
                 loss = float(walk.losses(step)[0].sum())
             position = step
             yield step, loss
@@ -254,13 +297,25 @@ class CoupledPhaseWalk:
         ndarray, shape (stop - start + 1,)
             Expected loss after start, start + 1, ..., stop steps.
         """
-        states = at_start(self.law.algorithm, self.problem.additive())
-        walk, out = _Walk(self.problem, self.law, states, 0), np.empty(stop - start + 1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            walk.walk(0, start)
+        walk, out = self._walk(), np.empty(stop - start + 1)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            walk.advance(0, start, self.law.phase.steps)
             out[0] = walk.losses(start)[0].sum()
             walk.walk(start, stop, out[1:])
         return out
+
+
+def _walked(problem: LeastSquares, laws: list[Law], horizon: int) -> int:
+    """Number of steps of `horizon` that are taken one by one."""
+    walked = 0
+    for law in laws:
+        coupled = Coupled(problem, law)
+        for start, stop, period in law.phase.segments():
+            steps = min(stop, horizon) - start
+            if steps > 0 and (period is None or not pays(coupled, steps, period)):
+                walked += steps
+        horizon -= law.phase.steps
+    return walked
 
 
 def _second(state: Moments) -> FloatArray:
@@ -301,7 +356,7 @@ def _visit(
             while position < stop and pending:
                 inside = pending[0] <= offset + stop
                 target = pending[0] - offset if inside else stop
-                walk.walk(position, target)
+                walk.advance(position, target, wanted[-1] - offset)
                 if progress is not None:
                     progress(target - position)
                 position = target

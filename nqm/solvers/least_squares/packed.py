@@ -36,7 +36,7 @@ from nqm.limits import check_memory
 from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray
 from nqm.solvers.moments import Law
-from nqm.transition import extract, spectral_radius
+from nqm.transition import Transition, extract, spectral_radius
 
 Indices = NDArray[np.int64]
 
@@ -207,6 +207,11 @@ class Coupled:
         name = f"the coordinates of {type(law.algorithm).__name__}"
         check_memory(name, self.coordinates[-1].stop, 2.0 * self.entries)
         self._last: tuple[bytes, Steps] | None = None
+        self._rows: FloatArray = np.empty((0, 0))
+        #: Directions without members: there the deviation stays 0.
+        self._still: NDArray[np.bool_] | None = None
+        if law.scales is not None and len(self.modes) > 1:
+            self._still = law.scales[1] == 0
 
     @property
     def entries(self) -> int:
@@ -235,8 +240,44 @@ class Coupled:
         rows, kind = np.unique(rows, axis=0, return_inverse=True)
         key = rows.tobytes()
         if self._last is None or self._last[0] != key:
-            self._last = key, self._distinct(rows)
+            self._last, self._rows = (key, self._distinct(rows)), rows
         return self._last[1], kind.reshape(-1)
+
+    def excess(self, start: int, stop: int, age: int) -> tuple[FloatArray, FloatArray]:
+        """Compute the diagonals of D and A less 1, to the last digit where they are small.
+
+        Parameters
+        ----------
+        start, stop, age : int
+            As for `steps`, in whose order the distinct steps are.
+
+        Returns
+        -------
+        moment : ndarray, shape (R, N, d)
+            Diagonal of D, less 1.
+        mean : ndarray, shape (R, n, d)
+            Diagonal of A, less 1.
+        """
+        steps, _ = self.steps(start, stop, age)
+        moment = np.empty_like(steps.own)
+        mean = np.empty(steps.matrix[:, 0].shape)
+        for chosen, t in self.law.algorithm.time.groups(self._rows[:, -1]):
+            for m, mode in enumerate(self.modes):
+                here, where = self.packed[m], self.coordinates[m]
+                step = self._extract(mode.algorithm, self._rows[chosen, :-1], t, exact=True)
+                a = np.moveaxis(step.matrix, 1, -1)[:, :-1, :-1]
+                low = np.moveaxis(step.low, 1, -1)[:, :-1, :-1]
+                less = np.einsum("rnnd->rnd", a - 1.0) + np.einsum("rnnd->rnd", low)
+                i, j = np.triu_indices(less.shape[1])
+                crossed = a[:, i, j] * a[:, j, i] * (i != j)[:, None]
+                own = steps.gain[chosen, m, here] * steps.sight[chosen, m, here]
+                own /= self.problem.multiplicity
+                moment[chosen, here] = less[:, i] + less[:, j] + less[:, i] * less[:, j]
+                moment[chosen, here] += crossed + own
+                mean[chosen, where] = less
+        if self._still is not None:
+            moment[:, self.packed[1], self._still] = -1.0
+        return moment, mean
 
     def _distinct(self, rows: FloatArray) -> Steps:
         d, n, size = self.problem.directions, self.coordinates[-1].stop, self.packed[-1].stop
@@ -257,18 +298,13 @@ class Coupled:
                     felt = self._shares[m, o] * h * kick
                     gain[chosen, o, here] = felt
                     moment[chosen, here, self.packed[o]] += felt[:, :, None] * (h * viewed)[:, None]
-        if self.law.scales is not None and modes > 1:
-            # Along directions without members the deviation stays 0.
-            moment[:, self.packed[1], :, self.law.scales[1] == 0] = 0.0
+        if self._still is not None:
+            moment[:, self.packed[1], :, self._still] = 0.0
         return Steps(matrix, moment, gain, sight, own)
 
     def _mode(self, chain: Algorithm, settings: FloatArray, t: Any) -> tuple[FloatArray, ...]:
         """A, C C' / B, P P' and D D' of one mode, the last three packed, (R, ..., d)."""
-        rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
-        if self.law.scales is not None:
-            rates = tuple(rate * scale for rate, scale in zip(rates, self.law.scales, strict=True))
-        lr = rates if chain.rate_count == 2 else rates[0]
-        step = extract(_Probed(chain), self.problem.curvature[None, :], lr, t)
+        step = self._extract(chain, settings, t)
         full, c, own = (
             np.ascontiguousarray(np.moveaxis(part, 1, -1))
             for part in (step.matrix, step.noise, step.own)
@@ -277,6 +313,16 @@ class Coupled:
         i, j = np.triu_indices(a.shape[1])
         kick = c[:, i, 0] * c[:, j, 0] / settings[:, [-1], None]
         return a, kick, pair(point, point), np.sum(own[:, i] * own[:, j], axis=2)
+
+    def _extract(
+        self, chain: Algorithm, settings: FloatArray, t: Any, *, exact: bool = False
+    ) -> Transition:
+        """Transition of one mode, (R, d, ...), whose last coordinate is the gradient's point."""
+        rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
+        if self.law.scales is not None:
+            rates = tuple(rate * scale for rate, scale in zip(rates, self.law.scales, strict=True))
+        lr = rates if chain.rate_count == 2 else rates[0]
+        return extract(_Probed(chain), self.problem.curvature[None, :], lr, t, exact=exact)
 
 
 @dataclass(frozen=True)
