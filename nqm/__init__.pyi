@@ -78,6 +78,8 @@ from .tuning import best_late_phase as best_late_phase
 from .tuning import best_piecewise as best_piecewise
 from .tuning import flatness as flatness
 from .tuning import information_bound as information_bound
+from .tuning.compute_optimal import ComputeOptimal as ComputeOptimal
+from .tuning.compute_optimal import compute_optimal as compute_optimal
 from .tuning.constant_lr import Best as Best
 from .tuning.constant_lr import best_lr as best_lr
 from .tuning.constant_lr import best_lr_and_momentum as best_lr_and_momentum

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from figures.scaling import decay_start, frontier
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD
-from nqm.problems.least_squares import power_law, random_features
+from nqm.problems.least_squares import power_law
+from nqm.problems.random_features import random_features
 from nqm.program import Phase, Program, constant
 from nqm.schedule import WarmupStableDecay
 from nqm.solvers.least_squares.moments import solve, steady

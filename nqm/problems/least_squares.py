@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nqm.errors import NQMError, check_integer, check_number, shown
-from nqm.limits import check_memory, check_work
+from nqm.limits import check_memory
 from nqm.problems.quadratic import FloatArray, Problem, Quadratic
 from nqm.words import short_repr
 
@@ -206,77 +206,32 @@ def power_law(
     """
     check_integer("power_law.directions", directions, 1)
     check_memory("power_law.directions", directions, 6.0 * directions)
-    curvature, target = _laws(directions, alpha, beta, "power_law")
+    curvature, target = power_laws(directions, alpha, beta, "power_law")
     return LeastSquares(curvature, label_noise, -target, 0.0, minimum=target)
 
 
-def random_features(
-    features: int,
-    hidden: int,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    label_noise: float = 0.0,
-    seed: int = 0,
-) -> LeastSquares:
-    """Power-law random features: linear regression on ``W'x``, start at zero weights.
-
-    Data x in R^hidden with Var x_j = j^(-2 alpha), target y = sum_j j^(-beta) x_j + e, and a fixed
-    W of independent N(0, 1 / features) (Maloney, Roberts & Sully 2022; Paquette et al. 2024,
-    "4+3 phases of compute-optimal neural scaling laws", section 1.1).
-
-    The part of the target that the features cannot express is a Gaussian independent of all
-    features, so it acts exactly as label noise: `label_noise` of the result is the variance of this
-    misfit plus that of e, and `irreducible_loss` is the loss that no training removes.
+def power_laws(size: int, alpha: float, beta: float, where: str) -> tuple[FloatArray, FloatArray]:
+    """Compute a spectrum and a target that fall as powers of their index j = 1 ... size.
 
     Parameters
     ----------
-    features : int
-        Number of trained weights, >= 1.
-    hidden : int
-        Dimension of the data, >= 1.
+    size : int
+        Number of entries.
     alpha, beta : float
-        Exponents of the data's spectrum and of the target, >= 0.
-    label_noise : float
-        Variance of e, >= 0.
-    seed : int
-        Seed of the draw of W.
+        Exponents, >= 0.
+    where : str
+        Name of the calling function, for the error message.
 
     Returns
     -------
-    LeastSquares
-        In the eigenbasis of the features' covariance.
+    spectrum, target : ndarray, shape (size,)
+        j^(-2 alpha) and j^(-beta).
 
     Raises
     ------
     NQMError
-        If an argument is out of range, or the decomposition would take too much memory or time.
+        If an exponent is negative, or the last entry of the spectrum would underflow to 0.
     """
-    check_integer("random_features.features", features, 1)
-    check_integer("random_features.hidden", hidden, 1)
-    check_integer("random_features.seed", seed, 0)
-    check_number("random_features.label_noise", label_noise, low=0.0)
-    # The matrix, its copy and its two factors, then some 4 m n min(m, n) multiplications.
-    small, large = sorted((features, hidden))
-    where = "random_features.features" if features >= hidden else "random_features.hidden"
-    check_memory(where, large, 3.0 * features * hidden + 2.0 * small**2)
-    check_work(where, large, 4.0 * large * small**2, "of a singular value decomposition")
-    variance, target = _laws(hidden, alpha, beta, "random_features")
-    draw = np.random.default_rng(seed).standard_normal((hidden, features))
-    scaled = np.sqrt(variance)[:, None] * draw / np.sqrt(features)
-    # Lambda^1/2 W = U S V': the features' covariance is V S^2 V', and w* = V S^-1 U' Lambda^1/2 b.
-    basis, singular, _ = np.linalg.svd(scaled, full_matrices=False)
-    kept = singular > np.finfo(np.float64).eps * max(scaled.shape) * singular[0]
-    basis, singular = basis[:, kept], singular[kept]
-    signal = np.sqrt(variance) * target
-    seen = basis.T @ signal
-    misfit = signal - basis @ seen
-    optimum = seen / singular
-    total = label_noise + float(misfit @ misfit)
-    return LeastSquares(singular**2, total, -optimum, 0.0, minimum=optimum)
-
-
-def _laws(size: int, alpha: float, beta: float, where: str) -> tuple[FloatArray, FloatArray]:
-    """(j^(-2 alpha), j^(-beta)) for j = 1..size."""
     check_number(f"{where}.alpha", alpha, low=0.0)
     check_number(f"{where}.beta", beta, low=0.0)
     j = np.arange(1.0, size + 1)

@@ -86,6 +86,38 @@ def condense(
     )
 
 
+def condensed_measure(
+    atom: FloatArray, share: FloatArray, *, points: int = 8, width: float = 0.2
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Reatom atoms by few, with the same integrals of what is smooth in their logarithm.
+
+    Parameters
+    ----------
+    atom : ndarray, shape (d,)
+        Positions, > 0, largest first.
+    share : ndarray, shape (d,)
+        A second measure on the same atoms, >= 0.
+    points, width : int, float
+        As for `condense`.
+
+    Returns
+    -------
+    atom, count, share : ndarray
+        Atoms, largest first: how many each stands for, and its part of the second measure.
+    """
+    if not atom.size:
+        return atom, atom, atom
+    log = np.log(atom)
+    label = ((log[0] - log) / width).astype(np.int64)
+    blocks: list[tuple[FloatArray, ...]] = []
+    for block in np.split(np.arange(log.size), np.flatnonzero(np.diff(label)) + 1):
+        ones, each = np.ones(block.size), share[block] / atom[block]
+        entry = log[block], ones, each, np.zeros(block.size)
+        blocks.append(_gauss(*entry, points) if block.size > points else entry)
+    x, count, each, _ = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    return np.exp(x), count, count * each * np.exp(x)
+
+
 def _gauss(
     x: FloatArray, count: FloatArray, start: FloatArray, noise: FloatArray, points: int
 ) -> tuple[FloatArray, ...]:

@@ -21,8 +21,9 @@ from nqm.algorithms.base import Algorithm, Nonlinear
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.files import check_regular
 from nqm.problems import spectra
-from nqm.problems.least_squares import LeastSquares, power_law, random_features
+from nqm.problems.least_squares import LeastSquares, power_law
 from nqm.problems.quadratic import Problem
+from nqm.problems.random_features import random_features, random_features_equivalent
 from nqm.program import Phase, Program, steps_for
 from nqm.result import check_level, check_sampled
 from nqm.runs import toml
@@ -49,6 +50,7 @@ SPECTRA: dict[str, Callable[..., Any]] = {
 MODELS: dict[str, Callable[..., LeastSquares]] = {
     "power_law": power_law,
     "random_features": random_features,
+    "random_features_equivalent": random_features_equivalent,
 }
 
 METHODS = ("jump", "moments", "sample")
@@ -228,11 +230,12 @@ class Run:
     def _solve_least_squares(
         self, problem: LeastSquares, progress: Callable[[int], None] | None
     ) -> Trajectory:
-        """Solve least squares: every step for any exact method, or its own sampler."""
+        """Solve least squares by its exact moments, or by its own sampler."""
         if self.method != "sample":
             from nqm.solvers.least_squares.moments import solve
 
-            return solve(problem, self.program, self.at, progress=progress)
+            jump = self.method == "jump"
+            return solve(problem, self.program, self.at, jump=jump, progress=progress)
         from nqm.solvers.least_squares.sample import sample
 
         result = sample(problem, self.program, self.at, replicas=self.replicas, seed=self.seed)

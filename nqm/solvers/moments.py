@@ -965,7 +965,7 @@ def solve(
         Steps of the whole program to record; about 100 by default.
     jump : bool
         Compute repeating steps by powers of their transition, in O(log steps); if False, take every
-        step. Least squares, whose directions are coupled, takes every step in any case.
+        step. Least squares, whose directions are coupled, also does where that is cheaper.
     progress : callable, optional
         Called with the number of steps done since the last call.
 
@@ -987,7 +987,7 @@ def solve(
             moments as least_squares,  # which builds on this module
         )
 
-        return least_squares.solve(problem, program, at, progress=progress)
+        return least_squares.solve(problem, program, at, jump=jump, progress=progress)
     wanted = program.recorded(at)
     only = program.phases[0]
     if (

@@ -32,7 +32,8 @@ from nqm import (
     Soup,
     constant,
 )
-from nqm.problems.least_squares import power_law, random_features
+from nqm.problems.least_squares import power_law
+from nqm.problems.random_features import random_features
 from nqm.problems.spectra import harmonic, log_uniform, marchenko_pastur
 from nqm.solvers.moments import Map, compose_span
 from nqm.transition import extract, noise_moment

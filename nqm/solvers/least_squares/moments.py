@@ -43,6 +43,7 @@ def solve(
     program: Program,
     at: Sequence[int] | None = None,
     *,
+    jump: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
     """Compute the exact expected loss at the recorded steps.
@@ -62,6 +63,8 @@ def solve(
         Phases of linear methods that draw one minibatch per member and step.
     at : sequence of int, optional
         Steps of the whole program to record; about 100 by default.
+    jump : bool
+        Take repeating steps together where that is cheaper; if False, take every step.
     progress : callable, optional
         Called with the number of steps done since the last call.
 
@@ -79,9 +82,9 @@ def solve(
     wanted = program.recorded(at)
     laws = [linear_law(phase, problem) for phase in program.phases]
     check_memory("the number of steps in record.at", len(wanted), 8.0 * len(wanted))
-    check_walk("phase.steps", _walked(problem, laws, wanted[-1]), WHY_WALKED)
+    check_walk("phase.steps", _walked(problem, laws, wanted[-1], jump), WHY_WALKED)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        rows = list(_visit(problem, laws, wanted, progress))
+        rows = list(_visit(problem, laws, wanted, jump, progress))
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     zeros = np.zeros(len(rows))
     return Trajectory(
@@ -151,7 +154,7 @@ class _Walk:
         )
 
     def advance(self, start: int, stop: int, horizon: int) -> None:
-        """Take steps [start, stop) of a phase of which `horizon` steps are wanted in all."""
+        """Take steps [start, stop), together where the first `horizon` steps make that cheaper."""
         for first, last, period in self.phase.segments():
             here, there = max(start, first), min(stop, last)
             if not here < there:
@@ -305,8 +308,10 @@ class CoupledPhaseWalk:
         return out
 
 
-def _walked(problem: LeastSquares, laws: list[Law], horizon: int) -> int:
+def _walked(problem: LeastSquares, laws: list[Law], horizon: int, jump: bool) -> int:
     """Number of steps of `horizon` that are taken one by one."""
+    if not jump:
+        return horizon
     walked = 0
     for law in laws:
         coupled = Coupled(problem, law)
@@ -333,6 +338,7 @@ def _visit(
     problem: LeastSquares,
     laws: list[Law],
     wanted: list[int],
+    jump: bool,
     progress: Callable[[int], None] | None,
 ) -> Iterator[dict[str, Any]]:
     """One row per wanted step, in order; the end of a phase belongs to that phase."""
@@ -356,7 +362,7 @@ def _visit(
             while position < stop and pending:
                 inside = pending[0] <= offset + stop
                 target = pending[0] - offset if inside else stop
-                walk.advance(position, target, wanted[-1] - offset)
+                walk.advance(position, target, wanted[-1] - offset if jump else 0)
                 if progress is not None:
                     progress(target - position)
                 position = target

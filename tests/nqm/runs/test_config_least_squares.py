@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from nqm.cli import main
 from nqm.errors import NQMError
-from nqm.problems.least_squares import LeastSquares, power_law, random_features
+from nqm.problems.least_squares import LeastSquares, power_law
+from nqm.problems.random_features import random_features, random_features_equivalent
 from nqm.problems.spectra import harmonic
 from nqm.runs import config
 from nqm.runs import toml as declare
@@ -71,6 +72,8 @@ def test_a_file_is_the_problem_it_says(path: Path) -> None:
          power_law(6, beta=0.7, label_noise=0.1)),
         ({"model": {"name": "random_features", "features": 3, "hidden": 9, "seed": 2}},
          random_features(3, 9, label_noise=0.1, seed=2)),
+        ({"model": {"name": "random_features_equivalent", "features": 3, "hidden": 9}},
+         random_features_equivalent(3, 9, label_noise=0.1)),
     ]  # fmt: skip
     for table, wanted in cases:
         assert config.build_problem(base | table).key() == wanted.key()

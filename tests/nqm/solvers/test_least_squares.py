@@ -39,7 +39,8 @@ from nqm import (
     WarmupStableDecay,
     WeightDecay,
 )
-from nqm.problems.least_squares import LeastSquares, power_law, random_features
+from nqm.problems.least_squares import LeastSquares, power_law
+from nqm.problems.random_features import random_features
 from nqm.solvers.least_squares.moments import solve, steady
 from nqm.solvers.least_squares.sample import sample
 from nqm.tuning.stability_least_squares import stability_edge
