@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,14 +26,15 @@ from nqm.errors import NQMError, shown
 from nqm.runs import config, toml
 from nqm.runs.executors import Workers
 from nqm.runs.journal import Columns, Journal, Known, Memory, Result
+from nqm.runs.rates import Alike, Grid, lone_keys
 from nqm.runs.toml import copied
 from nqm.table import Stamp, read_table, write_frames, writing
 from nqm.words import WRITTEN, html_table
 
 #: Up to this number of cells, all of them are built and checked before the first is computed.
 BUILT_FIRST = 2000
-#: Largest number of cells that are sent to a worker together.
-CHUNK = 32
+#: Largest number of cells that are sent to a worker together, and of those alike in all but rates.
+CHUNK, TOGETHER = 32, 1000
 #: Largest number of chunks that an executor has at a time.
 WAITING = 256
 #: Number of cells whose rows are in memory together while the table is written.
@@ -61,6 +62,9 @@ class Work:
         are compared.
     absent : str
         Text in messages for an entry that such a form lacks.
+    alike : callable, optional
+        ``alike(mapping, folder, names)`` returns what computes cells that differ in the rates
+        `names` alone, together and with the results of `solve`; None if they cannot be.
     """
 
     build: Callable[[Mapping[str, Any], str | Path], Any]
@@ -69,6 +73,7 @@ class Work:
     describe: Callable[[Mapping[str, Any], str | Path], dict[str, Any]]
     plain: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     absent: str = "none"
+    alike: Callable[[Mapping[str, Any], str | Path, Sequence[str]], Alike | None] | None = None
 
 
 def _solve(run: config.Run, key: str) -> pd.DataFrame:
@@ -80,7 +85,13 @@ def _solve(run: config.Run, key: str) -> pd.DataFrame:
 
 
 THEORY = Work(
-    config.build, config.key, _solve, config.resolve_files, config.without_defaults, config.ABSENT
+    config.build,
+    config.key,
+    _solve,
+    config.resolve_files,
+    config.without_defaults,
+    config.ABSENT,
+    Alike.of,
 )
 
 
@@ -95,6 +106,64 @@ class Case:
     def __str__(self) -> str:
         settings = ", ".join(f"{name} = {value!r:.40}" for name, value in self.values.items())
         return f"case {self.index} ({settings})"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that differ in rates alone, of which `case` is the first.
+
+    Attributes
+    ----------
+    case : Case
+    alike : Alike
+        Computes them.
+    grid : Grid
+        Their rates.
+    """
+
+    case: Case
+    alike: Alike
+    grid: Grid
+
+    @property
+    def index(self) -> list[int]:
+        """Indices of all cells, rising."""
+        found: list[int] = (self.case.index + self.grid.offset).tolist()
+        return found
+
+    def keys(self, cells: Sequence[int]) -> list[str]:
+        """Content keys of the cells at these positions in `index`."""
+        return self.alike.keys(self.grid.texts_of(cells))
+
+    def part(self, cells: Sequence[int]) -> Together:
+        """The cells at these positions in `index`, for a worker."""
+        index = (self.case.index + self.grid.offset[cells]).tolist()
+        values = self.grid.values_of(cells)
+        return Together(self.case.mapping, index, self.keys(cells), self.grid.names, values)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Cells that are computed in one call.
+
+    Attributes
+    ----------
+    mapping : dict
+        Configuration of a cell that differs from them in rates alone.
+    index : list of int
+    keys : list of str
+        Content keys.
+    names : sequence of str
+        Dotted keys of the rates.
+    values : list of list of float
+        For each of `names` the rate of every cell.
+    """
+
+    mapping: dict[str, Any]
+    index: list[int]
+    keys: list[str]
+    names: Sequence[str]
+    values: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -192,6 +261,53 @@ class Sweep:
         for index, values in enumerate(itertools.product(*self.axes.values())):
             yield self._case(index, dict(zip(self.axes, values, strict=True)))
 
+    @cached_property
+    def _strides(self) -> dict[str, int]:
+        """By how much the index of a cell rises along each axis."""
+        stride, strides = 1, {}
+        for name, values in reversed(list(self.axes.items())):
+            strides[name], stride = stride, stride * len(values)
+        return strides
+
+    @cached_property
+    def _grid(self) -> Grid | None:
+        """The axes of rates, if cells that differ in them alone can be computed together."""
+        if self.work.alike is None:
+            return None
+        axes = {name: (_parts(name), values) for name, values in self.axes.items()}
+        return Grid.of(self.base, axes, self._strides)
+
+    def _grouped(self) -> tuple[Iterator[Group], Iterable[Case]]:
+        """Cells that are computed together; and all others, to be asked for afterwards."""
+        grid = self._grid
+        if grid is None:
+            return iter(()), self.cases()
+        alone: list[int] = []
+        return self._groups(grid, alone), self._others(grid, alone)
+
+    def _groups(self, grid: Grid, alone: list[int]) -> Iterator[Group]:
+        assert self.work.alike is not None
+        axes = self.axes
+        first = {name: values[:1] if name in grid.axes else values for name, values in axes.items()}
+        for place in itertools.product(*(range(len(values)) for values in first.values())):
+            at = dict(zip(axes, place, strict=True))
+            index = sum(i * self._strides[name] for name, i in at.items())
+            case = self._case(index, {name: axes[name][i] for name, i in at.items()})
+            alike = self.work.alike(case.mapping, self.folder, grid.names)
+            if alike is None:
+                alone.append(index)
+            else:
+                yield Group(case, alike, grid)
+
+    def _others(self, grid: Grid, alone: list[int]) -> Iterator[Case]:
+        for index in np.sort(np.add.outer(alone, grid.offset), axis=None).tolist():
+            yield self._at(int(index))
+
+    def _at(self, index: int) -> Case:
+        """The cell of this index."""
+        places = {n: index // stride % len(self.axes[n]) for n, stride in self._strides.items()}
+        return self._case(index, {name: self.axes[name][places[name]] for name in self.axes})
+
     def _case(self, index: int, values: dict[str, Any]) -> Case:
         mapping = copied(self.base)
         for name, value in values.items():
@@ -201,8 +317,12 @@ class Sweep:
     @property
     def key(self) -> str:
         """Content key of the whole sweep."""
-        axes = []
+        axes, grid = [], self._grid
+        rates = dict(zip(grid.names, grid.texts, strict=True)) if grid is not None else {}
         for name, values in self.axes.items():
+            if name in rates:
+                axes.append([name, list(lone_keys(name, rates[name]))])
+                continue
             alone: list[dict[str, Any]] = [{} for _ in values]
             for mapping, value in zip(alone, values, strict=True):
                 _assign(mapping, name, value)
@@ -302,26 +422,39 @@ class Sweep:
 
         No two cells may be the same run, because then one of the values has no effect.
         """
-        groups: Iterable[Iterable[Case]] = [self.cases()]
-        if len(self) > BUILT_FIRST:
+        grid = self._grid
+        axes = {name: v for name, v in self.axes.items() if grid is None or name not in grid.axes}
+        if len(self) > BUILT_FIRST and math.prod(map(len, axes.values())) > BUILT_FIRST:
             first = {name: values[0] for name, values in self.axes.items()}
-            groups = (
-                (self._case(-1, first | {name: value}) for value in values)
-                for name, values in self.axes.items()
-            )
-        for group in groups:
-            seen: dict[str, Case] = {}
-            for case in group:
-                _build(case, self.folder, self.work, checked=True)
-                twin = seen.setdefault(self.work.key(case.mapping, self.folder), case)
-                if twin is not case:
-                    raise NQMError(
-                        f"{case} is the same run as {twin}; drop the values that change nothing"
-                    )
+            for name, values in self.axes.items():
+                self._check_group(self._case(-1, first | {name: value}) for value in values)
+            return
+        groups, others = self._grouped()
+        # An error is told of the first cell that has it, as if there were no groups.
+        cases = [group.case for group in groups]
+        self._check_group(sorted([*cases, *others], key=lambda case: case.index))
+
+    def _check_group(self, cases: Iterable[Case]) -> None:
+        seen: dict[str, Case] = {}
+        for case in cases:
+            _build(case, self.folder, self.work, checked=True)
+            twin = seen.setdefault(self.work.key(case.mapping, self.folder), case)
+            if twin is not case:
+                raise NQMError(
+                    f"{case} is the same run as {twin}; drop the values that change nothing"
+                )
 
     def _check_known(self, journal: Journal) -> None:
         """Raise NQMError unless every line of the journal has the case of its cell."""
-        for case in self.cases() if len(journal) else ():
+        if not len(journal):
+            return
+        groups, others = self._grouped()
+        for group in groups:
+            index = group.index
+            known = [i for i, cell in enumerate(index) if cell in journal]
+            for i, key in zip(known, group.keys(known), strict=True):
+                journal.check(index[i], key[:16])
+        for case in others:
             if case.index in journal:
                 journal.check(case.index, self.work.key(case.mapping, self.folder)[:16])
 
@@ -329,13 +462,26 @@ class Sweep:
         self, known: Known, executor: Executor | None, progress: Callable[[int], None] | None
     ) -> None:
         """Compute the cells that have no result yet."""
-        left = (case for case in self.cases() if case.index not in known)
-        size = max(1, min(CHUNK, (len(self) - len(known)) // 64))
-        done = _here if executor is None else partial(_by, executor, size)
-        for index, result in done(left, self.folder, self.work):
+        share = (len(self) - len(known)) // 64
+        sizes = (1, TOGETHER) if executor is None else (CHUNK, max(CHUNK, min(TOGETHER, share)))
+        tasks = self._tasks(known, max(1, min(sizes[0], share)), sizes[1])
+        done = _here if executor is None else partial(_by, executor)
+        for index, result in done(tasks, self.folder, self.work):
             known.add(index, result)
             if progress is not None:
                 progress(1)
+
+    def _tasks(self, known: Known, size: int, together: int) -> Iterator[Task]:
+        """Divide the cells without a result into calls of `compute`."""
+        groups, others = self._grouped()
+        for group in groups:
+            index = group.index
+            left = [i for i, cell in enumerate(index) if cell not in known]
+            for first in range(0, len(left), together):
+                yield group.part(left[first : first + together])
+        cases = (case for case in others if case.index not in known)
+        while chunk := list(itertools.islice(cases, size)):
+            yield chunk
 
     def _dtypes(self, columns: Columns) -> dict[str, str]:
         """Types of all columns, axes first."""
@@ -406,22 +552,24 @@ def _assign(mapping: dict[str, Any], name: str, value: Any) -> None:
         toml.assign(mapping, part, one)
 
 
-def _here(cases: Iterator[Case], folder: str | Path, work: Work) -> Iterator[tuple[int, Result]]:
-    for case in cases:
-        yield compute([case], folder, work)[0]
+#: Cells of one call of `compute`.
+Task = Sequence[Case] | Together
+
+
+def _here(tasks: Iterator[Task], folder: str | Path, work: Work) -> Iterator[tuple[int, Result]]:
+    for task in tasks:
+        yield from compute(task, folder, work)
 
 
 def _by(
-    executor: Executor, size: int, cases: Iterator[Case], folder: str | Path, work: Work
+    executor: Executor, tasks: Iterator[Task], folder: str | Path, work: Work
 ) -> Iterator[tuple[int, Result]]:
-    """Results in the order in which they finish; at most `WAITING` chunks are submitted."""
+    """Results in the order in which they finish; at most `WAITING` tasks are submitted."""
     pending: set[Future[list[tuple[int, Result]]]] = set()
     try:
         while True:
-            for _ in range(WAITING - len(pending)):
-                if not (chunk := list(itertools.islice(cases, size))):
-                    break
-                pending.add(executor.submit(compute, chunk, folder, work))
+            for task in itertools.islice(tasks, WAITING - len(pending)):
+                pending.add(executor.submit(compute, task, folder, work))
             if not pending:
                 return
             done, pending = wait(pending, return_when="FIRST_COMPLETED")
@@ -547,14 +695,12 @@ def _whole(value: float) -> float:
     return near if abs(value - near) <= 1e-12 * abs(value) else value
 
 
-def compute(
-    cases: Sequence[Case], folder: str | Path, work: Work = THEORY
-) -> list[tuple[int, Result]]:
+def compute(task: Task, folder: str | Path, work: Work = THEORY) -> list[tuple[int, Result]]:
     """Compute some cells, in this process or in a worker.
 
     Parameters
     ----------
-    cases : sequence of Case
+    task : sequence of Case, or Together
         The cells.
     folder : str or Path
         Folder to which file names are relative.
@@ -571,8 +717,10 @@ def compute(
     NQMError
         If a cell cannot be computed; the message names it.
     """
+    if isinstance(task, Together):
+        return _together(task, folder, work)
     results = []
-    for case in cases:
+    for case in task:
         run = _build(case, folder, work)
         key = work.key(case.mapping, folder)
         try:
@@ -582,6 +730,17 @@ def compute(
         result = {str(name): table[name].tolist() for name in table.columns}
         results.append((case.index, {"case": [key[:16]] * len(table)} | result))
     return results
+
+
+def _together(task: Together, folder: str | Path, work: Work) -> list[tuple[int, Result]]:
+    """Cells that differ in rates alone."""
+    alike = work.alike and work.alike(task.mapping, folder, task.names)
+    assert alike is not None  # as it was when the task was made
+    columns = alike.results(task.values)
+    return [
+        (index, {"case": [key[:16]] * len(result["step"])} | result)
+        for index, key, result in zip(task.index, task.keys, columns, strict=True)
+    ]
 
 
 def _build(case: Case, folder: str | Path, work: Work, *, checked: bool = False) -> Any:

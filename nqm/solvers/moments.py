@@ -91,10 +91,21 @@ class Moments:
             Mean, and the variance due to the start and to gradient noise.
         """
         c = readout(self.mode.algorithm, age)
-        started, noisy = (
-            np.einsum("i,dij,j->d", c, part, c) for part in (self.started, self.noisy)
-        )
-        return self.mean @ c, started, noisy
+        used = np.flatnonzero(c)
+        if used.size > SMALL:
+            started, noisy = (
+                np.einsum("i,dij,j->d", c, part, c) for part in (self.started, self.noisy)
+            )
+            return self.mean @ c, started, noisy
+        # Term by term, so that a direction's numbers do not depend on how many others there are.
+        mean, started, noisy = np.zeros((3, len(self.mean)))
+        for i in used:
+            mean += c[i] * self.mean[:, i]
+            for j in used[used <= i]:
+                factor = c[i] * c[j] * (1.0 if i == j else 2.0)
+                started += factor * self.started[:, i, j]
+                noisy += factor * self.noisy[:, i, j]
+        return mean, started, noisy
 
 
 @dataclass(frozen=True)
@@ -997,14 +1008,7 @@ def solve(
     ):
         return scalar_first_order(problem, only, wanted)
     laws = [law_of(phase, problem) for phase in program.phases]
-    check_memory(
-        "the number of steps in record.at", len(wanted), 2.0 * len(wanted) * problem.directions
-    )
-    left = wanted[-1]
-    for index, law in enumerate(laws):
-        steps = min(left, law.phase.steps)
-        check_size(f"phase.{index}", problem, law, steps, len(wanted), jump=jump)
-        left -= steps
+    check_sizes(problem, laws, wanted, jump=jump)
     rows = list(_visit(problem, laws, wanted, jump, progress))
     columns: dict[str, Any] = {
         name: np.concatenate([row[name] for row in rows]) for name in rows[0]
@@ -1027,6 +1031,35 @@ def solve(
         runaway=runaway(problem, program),
         **columns,
     )
+
+
+def check_sizes(problem: Problem, laws: Sequence[Law], wanted: list[int], *, jump: bool) -> None:
+    """Refuse a program whose exact moments would take too much memory or time.
+
+    Parameters
+    ----------
+    problem : Problem
+        Gives the number of directions.
+    laws : sequence of Law
+        Its phases.
+    wanted : list of int
+        Steps to record, rising.
+    jump : bool
+        Whether repeating steps are computed by powers.
+
+    Raises
+    ------
+    NQMError
+        If a limit of `nqm.limits` is exceeded.
+    """
+    check_memory(
+        "the number of steps in record.at", len(wanted), 2.0 * len(wanted) * problem.directions
+    )
+    left = wanted[-1]
+    for index, law in enumerate(laws):
+        steps = min(left, law.phase.steps)
+        check_size(f"phase.{index}", problem, law, steps, len(wanted), jump=jump)
+        left -= steps
 
 
 def check_size(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import nqm
 from nqm.errors import NQMError
 from nqm.runs.journal import Journal
-from nqm.runs.sweep import Sweep, Work, read_axes
+from nqm.runs.sweep import THEORY, Sweep, Work, read_axes
 from nqm.table import Stamp, read_metadata, read_table
 
 BASE: dict[str, Any] = {
@@ -394,6 +395,95 @@ def test_more_cells_than_there_may_be() -> None:
         read_axes({"phase.0.lr": [0.1], "phase": {"0": {"lr": [0.2]}}})
 
 
+# --- cells that differ in rates alone are computed together ---------------------------------
+
+#: Methods of one step to the next: plain, with momentum, averages, members, clients.
+ALIKE: dict[str, list[dict[str, Any]]] = {
+    "sgd": [{"algorithm": "sgd"}],
+    "decay": [{"algorithm": "weight_decay", "decay": 0.1}],
+    "heavy_ball": [{"algorithm": "heavy_ball", "momentum": 0.9}],
+    "ema": [{"algorithm": "ema", "decay": 0.9, "inner": {"algorithm": "heavy_ball"}}],
+    "late": [{"algorithm": "late_phase", "members": 3, "gamma": 0.4, "member_lr": 0.02}],
+    "two": [
+        {"algorithm": "sgd", "batch_size": 2},
+        {"algorithm": "late_phase", "members": 5, "inner": {"algorithm": "nesterov"}},
+    ],
+    "multiplicative": [{"algorithm": "late_phase_multiplicative", "members": 2}],
+    "ensemble": [{"algorithm": "ensemble", "members": 3, "starts": "own"}],
+}
+#: Rates from tiny to far beyond the edge.
+MANY_RATES = [0.001, 0.1, 0.3, 0.5, 1.0, 1.5, 2, 2.5, 4.0, 1e40]
+
+
+def one_by_one(sweep: Sweep) -> Sweep:
+    return Sweep(sweep.base, sweep.axes, work=replace(THEORY, alike=None))
+
+
+def spectrum(directions: int) -> dict[str, Any]:
+    problem: dict[str, Any] = {"spectrum": {"name": "harmonic", "directions": directions}}
+    return problem | {"noise": {}, "minimum": 0.7, "initial_mean": 0.2}
+
+
+@pytest.mark.parametrize("directions", [1, 5])
+@pytest.mark.parametrize("name", ALIKE)
+def test_cells_together_are_cells_one_by_one(name: str, directions: int) -> None:
+    phases = [{"lr": 0.5, "steps": 40} | phase for phase in ALIKE[name]]
+    axes: dict[str, list[Any]] = {"phase.0.lr": MANY_RATES}
+    if len(phases) > 1:
+        axes |= {"phase.1.batch_size": [2, 1], "phase.1.lr, phase.1.member_lr": [[0.1, 2], [3, 1]]}
+    base = {"problem": spectrum(directions), "phase": phases, "record": {"at": [0, 1, 17, 40]}}
+    if len(phases) > 1:
+        base["record"] = {"at": [3, 40, 60, 80]}
+    sweep = Sweep(base, axes)
+    group = next(iter(sweep._grouped()[0]))
+    assert len(group.index) == len(MANY_RATES) * (2 if len(phases) > 1 else 1)
+    table = sweep.run()
+    assert {"finished", "diverged"} == set(table["status"])
+    pd.testing.assert_frame_equal(table, one_by_one(sweep).run(), check_exact=True)
+
+
+def test_a_chain_at_rest_stays_there_beside_others_that_move() -> None:
+    """Lr h = 1 takes the start to 0 exactly; the matrix of the next phase overflows."""
+    base = BASE | {"phase": [BASE["phase"][0], {"algorithm": "sgd", "lr": 9.0, "steps": 10**4}]}
+    rates = [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    sweep = Sweep(base | {"record": {"at": [10**4 + 5]}}, {"phase.0.lr": rates})
+    assert sweep.run()["bias"].iloc[-1] == 0.0
+    pd.testing.assert_frame_equal(sweep.run(), one_by_one(sweep).run(), check_exact=True)
+
+
+@pytest.mark.parametrize("method", ["jump", "moments"])
+def test_cells_together_give_the_same_bytes_by_any_way(tmp_path: Path, method: str) -> None:
+    base = BASE | {"method": method}
+    axes = {"phase.0.batch_size": [1, 4], "phase.0.lr": [0.1 + i / 50 for i in range(40)]}
+    sweep = Sweep(base, axes | {"problem.noise_variance": [[0.5], [2.0]]})
+    names = [tmp_path / f"{i}.csv" for i in range(4)]
+    one_by_one(sweep).run(names[0])
+    sweep.run(names[1])
+    with ThreadPoolExecutor(2) as threads:
+        sweep.run(names[2], threads)
+    kill(sweep, names[3], 70)
+    told: list[int] = []
+    sweep.run(names[3], progress=told.append)
+    assert told == [70] + [1] * 90
+    assert len({name.read_bytes() for name in names}) == 1
+    assert read_metadata(names[1])["key"] == read_metadata(names[0])["key"]
+
+
+def test_mistakes_among_cells_together_name_the_cell() -> None:
+    rates = [0.1 * i for i in range(1, 12)]
+    for axes, words in (
+        ({"phase.0.lr": [*rates, -1.0]}, r"case 11 .*phase\.0\.lr must lie in \(0, inf\)"),
+        ({"phase.0.lr": [*rates, 0.1]}, r"case 11 .* is the same run as case 0"),
+        ({"phase.0.member_lr": rates}, "case 0 .*SGD has none"),
+        (
+            {"phase.0.lr": rates, "phase.0.batch_size": [1, -1]},
+            r"case 1 .*batch_size must lie in \(0",
+        ),
+    ):
+        with pytest.raises(NQMError, match=words):
+            Sweep(BASE, axes).run()
+
+
 # --- the journal -----------------------------------------------------------------------------
 
 DAMAGED = {
@@ -470,6 +560,11 @@ def test_a_cell_that_is_not_where_it_was(tmp_path: Path) -> None:
         (tmp_path / "j").write_bytes(content.replace(b"[1,", b"[0,"))
         with pytest.raises(NQMError, match="should hold cell 1, not 0"):
             journal[1]
+    with Journal(tmp_path / "k", STAMP, 6) as journal:
+        journal.add(0, {"case": ["z"], "loss": [1.0]})
+        (tmp_path / "k").write_bytes((tmp_path / "k").read_bytes().replace(b"[1.0]", b"[2.0]"))
+        with pytest.raises(NQMError, match="it has changed"):
+            journal[0]
 
 
 # --- two at once -----------------------------------------------------------------------------

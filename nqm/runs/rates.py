@@ -1,0 +1,317 @@
+"""Cells of a sweep that differ in constant rates alone, which are computed together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nqm import keys
+from nqm.errors import NQMError
+from nqm.problems.quadratic import FloatArray
+from nqm.runs import config
+from nqm.runs.journal import Result
+from nqm.runs.toml import path_of
+
+#: Entries of a phase that are rates.
+ENTRIES = ("lr", "member_lr")
+#: Least number of cells for which it is worth while.
+FEW = 8
+
+
+def place_of(base: Mapping[str, Any], name: str) -> tuple[int, int] | None:
+    """Find the rate that a dotted key states.
+
+    Parameters
+    ----------
+    base : mapping
+        Configuration.
+    name : str
+        Dotted key.
+
+    Returns
+    -------
+    tuple of int, or None
+        Number of the phase, and of the rate in `ENTRIES`; None if it is no rate.
+    """
+    path = path_of(base, name)
+    if len(path) != 3 or path[0] != "phase" or path[2] not in ENTRIES:
+        return None
+    return (path[1], ENTRIES.index(path[2])) if isinstance(path[1], int) else None
+
+
+def are_rates(values: Sequence[Any]) -> bool:
+    """Tell whether all values are numbers that a rate may have, no two of them equal.
+
+    Parameters
+    ----------
+    values : sequence
+        Values of an axis.
+
+    Returns
+    -------
+    bool
+        False for schedules.
+    """
+    plain = all(type(value) in (int, float) and 0.0 < value < math.inf for value in values)
+    return plain and max(values) < 1e300 and len(set(values)) == len(values)
+
+
+def lone_keys(name: str, texts: Sequence[str]) -> Iterator[str]:
+    """Make the content keys of configurations of nothing but a rate.
+
+    Parameters
+    ----------
+    name : str
+        Dotted key of the rate.
+    texts : sequence of str
+        Canonical text of each rate.
+
+    Yields
+    ------
+    str
+        As `nqm.runs.config.key` makes it.
+    """
+    parts = [json.dumps(part) for part in name.split(".")]
+    before, after = "".join(f"{{{part}: " for part in parts), "}" * len(parts)
+    for text in texts:
+        yield hashlib.sha256(f"{before}{text}{after}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The axes of a sweep that are rates, and the L cells that they make of one.
+
+    Attributes
+    ----------
+    axes : tuple of str
+        Their names.
+    names : tuple of str
+        Dotted keys of all rates; an axis may set several together.
+    values : tuple of list
+        For each of `names` its values along its axis.
+    texts : tuple of list of str
+        The same in their canonical text.
+    offset : ndarray of int, shape (L,)
+        Indices of the cells, rising, less that of the first.
+    rows : ndarray of int, shape (names, L)
+        Which of `values` each cell has.
+    """
+
+    axes: tuple[str, ...]
+    names: tuple[str, ...]
+    values: tuple[list[float], ...]
+    texts: tuple[list[str], ...]
+    offset: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        base: Mapping[str, Any],
+        axes: Mapping[str, tuple[Sequence[str], Sequence[Any]]],
+        strides: Mapping[str, int],
+    ) -> Self | None:
+        """Find the axes of rates.
+
+        Parameters
+        ----------
+        base : mapping
+            Configuration.
+        axes : mapping of str to (sequence of str, sequence)
+            For each axis its dotted keys, and its values: lists, if there are several keys.
+        strides : mapping of str to int
+            By how much the index of a cell rises along each axis.
+
+        Returns
+        -------
+        Grid or None
+            None if so few cells differ in rates alone that it is not worth while.
+        """
+        offset, rows = np.zeros(1, np.int64), np.zeros((0, 1), np.int64)
+        names: list[str] = []
+        columns: list[list[float]] = []
+        chosen = []
+        for axis, (parts, values) in axes.items():
+            split = [list(one) for one in zip(*values, strict=True)] if parts[1:] else [values]
+            known = all(place_of(base, part) is not None for part in parts)
+            if not known or not all(are_rates(column) for column in split):
+                continue
+            step = np.arange(len(values))
+            rows = np.repeat(rows, step.size, axis=1)
+            rows = np.vstack([rows, *[np.tile(step, offset.size)] * len(parts)])
+            offset = (offset[:, None] + strides[axis] * step).reshape(-1)
+            names.extend(parts)
+            columns.extend(list(column) for column in split)
+            chosen.append(axis)
+        if offset.size < FEW:
+            return None
+        texts = tuple([keys.text(value) for value in column] for column in columns)
+        return cls(tuple(chosen), tuple(names), tuple(columns), texts, offset, rows)
+
+    def values_of(self, cells: Sequence[int]) -> list[list[float]]:
+        """Rates of some cells.
+
+        Parameters
+        ----------
+        cells : sequence of int
+            Positions in `offset`.
+
+        Returns
+        -------
+        list of list of float
+            For each of `names`.
+        """
+        return self._of(self.values, cells)
+
+    def texts_of(self, cells: Sequence[int]) -> list[list[str]]:
+        """Canonical texts of the rates of some cells; parameters as in `values_of`.
+
+        Parameters
+        ----------
+        cells : sequence of int
+            Positions in `offset`.
+
+        Returns
+        -------
+        list of list of str
+            For each of `names`.
+        """
+        return self._of(self.texts, cells)
+
+    def _of(self, held: tuple[list[Any], ...], cells: Sequence[int]) -> list[list[Any]]:
+        picked = self.rows[:, cells].tolist()
+        return [[one[i] for i in row] for one, row in zip(held, picked, strict=True)]
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Cells that differ in rates alone.
+
+    Attributes
+    ----------
+    run : Run
+        One of them.
+    places : tuple of (int, int)
+        The rates in which they differ, as `place_of` returns them.
+    order : tuple of int
+        Order of these rates in the canonical text of a configuration.
+    pieces : tuple of str
+        This text before, between and after them.
+    """
+
+    run: config.Run
+    places: tuple[tuple[int, int], ...]
+    order: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, mapping: Mapping[str, Any], folder: str | Path, names: Sequence[str]
+    ) -> Self | None:
+        """Find out whether cells can be computed together.
+
+        Parameters
+        ----------
+        mapping : mapping
+            Configuration of one of them.
+        folder : str or Path
+            Folder to which file names in it are relative.
+        names : sequence of str
+            Dotted keys of the rates in which they differ.
+
+        Returns
+        -------
+        Alike or None
+            None if they must be computed one by one, also if their configuration is wrong.
+        """
+        # The solver's compiled code is loaded only where it is needed.
+        from nqm.solvers.many_rates import fits
+
+        places = [place_of(mapping, name) for name in names]
+        try:
+            run = config.build(mapping, folder)
+            at = run.program.recorded(run.at)
+            if run.method != "jump" or run.quantiles or run.bound:
+                return None
+            if None in places or not fits(run.problem, run.program, at):
+                return None
+        except NQMError:
+            return None
+        known = tuple(place for place in places if place is not None)
+        plain = config.without_defaults(config.resolve_files(mapping, folder))
+        marks = [f"\0rate {number}" for number in range(len(known))]
+        own = []
+        for mark, (phase, entry) in zip(marks, known, strict=True):
+            table = plain["phase"][phase]
+            own.append(table[ENTRIES[entry]])
+            table[ENTRIES[entry]] = mark
+        text = keys.text(plain)
+        order = sorted(range(len(known)), key=lambda i: text.find(json.dumps(marks[i])))
+        pieces = []
+        for i in order:
+            before, _, text = text.partition(json.dumps(marks[i]))
+            pieces.append(before)
+        made = cls(run, known, tuple(order), (*pieces, text))
+        stated = [[keys.text(value)] for value in own]
+        return made if made.keys(stated) == [config.key(mapping, folder)] else None
+
+    def keys(self, texts: Sequence[Sequence[str]]) -> list[str]:
+        """Content keys of cells.
+
+        Parameters
+        ----------
+        texts : sequence of sequence of str
+            For each of `places` the canonical text of each cell's rate.
+
+        Returns
+        -------
+        list of str
+            As `nqm.runs.config.key` makes them.
+        """
+        first, *rest = self.pieces
+        made = []
+        for row in zip(*(texts[i] for i in self.order), strict=True):
+            whole = first + "".join(a + b for a, b in zip(row, rest, strict=True))
+            made.append(hashlib.sha256(whole.encode()).hexdigest())
+        return made
+
+    def results(self, values: Sequence[Sequence[float]]) -> Iterator[Result]:
+        """Compute cells.
+
+        Parameters
+        ----------
+        values : sequence of sequence of float
+            For each of `places` each cell's rate.
+
+        Yields
+        ------
+        dict of str to list
+            Columns of its table.
+        """
+        from nqm.solvers.many_rates import most, solve_rates
+
+        problem, program = self.run.additive("sweep"), self.run.program
+        at, size = program.recorded(self.run.at), most(problem)
+        for first in range(0, len(values[0]), size):
+            columns = [np.array(one[first : first + size], dtype=np.float64) for one in values]
+            yield from solve_rates(problem, program, self._rates(columns), at).columns()
+
+    def _rates(self, columns: Sequence[FloatArray]) -> list[FloatArray]:
+        """Both rates of every phase, for each cell."""
+        stated = dict(zip(self.places, columns, strict=True))
+        rates = []
+        for index, phase in enumerate(self.run.program.phases):
+            own: Any = phase.lr
+            lr = stated.get((index, 0), np.full(len(columns[0]), own.value))
+            member: Any = phase.member_lr
+            other = lr if member is None else np.full(len(lr), member.value)
+            rates.append(np.stack([lr, stated.get((index, 1), other)], axis=1))
+        return rates
