@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from statistics import NormalDist
 
 import numpy as np
 from scipy.optimize import brentq
@@ -25,17 +26,20 @@ from scipy.optimize import brentq
 from nqm.errors import NQMError
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.result import check_level
+from nqm.solvers import _kernels
 
 #: Relative agreement of two orders of the rule that is asked for. The higher order is far better.
 AGREEMENT = 1e-9
+#: How far, over the width of its saddle, a contour's rule is as good as where it was made.
+NEAR = 0.1
 #: Logarithm of a tail that is below all that quantiles ask for.
 SURELY = -60.0
 #: Logarithm of the relative size of the part that is neglected at the end of a contour.
 LOST = -36.0
 #: Most sides of a contour, and most halvings of one.
 SIDES, HALVINGS = 1000, 12
-#: Directions with |2 spread t| below this are summed by so many terms of a series, exact to 1e-16.
-SMALL, TERMS = 0.1, 15
+#: Terms of the series of directions with small |2 spread t|, exact to 1e-16.
+TERMS = 30
 #: Most complex numbers held at once.
 CHUNK = 1_000_000
 
@@ -67,54 +71,77 @@ class _Sum:
     place: FloatArray
     mean: float
 
+    @classmethod
+    def of(cls, count: FloatArray, spread: FloatArray, place: FloatArray) -> _Sum:
+        """Sort directions, the largest spread first."""
+        order = np.argsort(-spread, kind="stable")
+        return cls(count[order], spread[order], place[order], float(count @ (spread + place)))
+
     @property
     def edge(self) -> float:
         """First singularity of the generating function."""
-        return float(0.5 / self.spread.max())
+        return float(0.5 / self.spread[0])
+
+    def guess(self, level: float) -> float:
+        """Quantile, less the mean, of a chi-square of equal skewness by Wilson & Hilferty."""
+        third = self.count @ (self.spread**2 * (8.0 * self.spread + 24.0 * self.place))
+        degrees = 8.0 / max(float(third) ** 2, 1e-12)
+        root = math.sqrt(2.0 / 9.0 / degrees)
+        cube = max(1.0 - root * root + root * NormalDist().inv_cdf(level), 0.0) ** 3
+        return math.sqrt(0.5 * degrees) * (cube - 1.0)
+
+    @cached_property
+    def series(self) -> FloatArray:
+        """Power series in t of the sum over the directions from each on, (terms, d + 1)."""
+        doubled, total = 2.0 * self.spread, np.zeros((TERMS + 1, self.spread.size + 1))
+        power = self.count.copy()  # n (2 spread)^(k - 1)
+        for k in range(1, TERMS + 1):
+            added = power * self.place
+            power = power * doubled
+            total[k, :-1] = np.cumsum((added + power * (0.5 / k))[::-1])[::-1]
+        return total
 
     def slope(self, t: float, centred: bool) -> float:
         """K'(t), less the mean if `centred`."""
-        u = 2.0 * self.spread * t
-        r = 1.0 / (1.0 - u)
-        if centred:
-            terms = self.spread * u * r + self.place * u * (2.0 - u) * r * r
-        else:
-            terms = (self.spread + self.place * r) * r
-        return float(self.count @ terms)
+        return float(_kernels.cumulant_slope(self.count, self.spread, self.place, t, centred))
 
-    def around(self, t: complex, centred: bool = False) -> tuple[Any, Any, Any, float]:
-        """K(t), K'(t) (both less the mean's part if `centred`), K''(t), way to a singularity."""
-        u = 2.0 * self.spread * t
-        r = 1.0 / (1.0 - u)
+    def _beyond(self, largest: float) -> bool:
+        """Whether t is too large for the compiled code, which takes squares of numbers like it."""
+        return not 2.0 * self.spread[0] * largest < _kernels.LARGEST_U
+
+    def around(self, t: complex, centred: bool = False) -> tuple[float, complex, complex, float]:
+        """Re K(t), K'(t) (less the mean's part if `centred`), K''(t), way to a singularity."""
+        t = complex(t)
+        if not self._beyond(abs(t)):
+            out = np.empty(7)
+            _kernels.cumulants_around(self.count, self.spread, self.place, t.real, t.imag, out)
+            value, mean = (out[5], self.mean) if centred else (out[0], 0.0)
+            return value, complex(out[1] - mean, out[2]), complex(out[3], out[4]), out[6]
+        r = 1.0 / (1.0 - 2.0 * self.spread * t)
         s, p = self.spread * r, self.place * r
         value, slope = 0.5 * np.log(r) + t * p, s + p * r
         mean = self.mean if centred else 0.0
         second = 2.0 * s * (s + 2.0 * p * r)
         room = float(np.min(0.5 / np.abs(s)))
         total = self.count @ np.stack([value, slope, second], axis=1)
-        return total[0] - mean * t, total[1] - mean, total[2], room
+        return float((total[0] - mean * t).real), total[1] - mean, total[2], room
 
     def generating(self, t: FloatArray, centred: bool) -> FloatArray:
         """K(t) of complex t, shape (k,), less mean t if `centred`."""
-        far = 2.0 * np.abs(t).max() * self.spread < SMALL
-        total = np.zeros(t.size, dtype=complex)
-        if far.any():
-            # Few numbers stand for many directions: sums of powers, as log and 1 / (1 - u) in u.
-            a, b, n = self.spread[far], self.place[far], self.count[far]
-            power = n.copy()
-            series = np.zeros(TERMS + 2)
-            for k in range(TERMS + 1):
-                series[k] += 0.5 * 2.0**k * power.sum() / k if k else 0.0
-                series[k + 1] += 2.0**k * (power @ b)
-                power = power * a
-            if centred:
-                series[1] = 0.0
-            total += np.polynomial.polynomial.polyval(t, series)
-        near = _Sum(self.count[~far], self.spread[~far], self.place[~far], 0.0)
-        rows = max(1, CHUNK // max(1, near.spread.size))
-        for first in range(0, t.size if near.spread.size else 0, rows):
-            total[first : first + rows] += near._each(t[first : first + rows, None], centred)
-        return total
+        if self._beyond(float(np.abs(t).max())):
+            total = np.zeros(t.size, dtype=complex)
+            rows = max(1, CHUNK // self.spread.size)
+            for first in range(0, t.size, rows):
+                total[first : first + rows] = self._each(t[first : first + rows, None], centred)
+            return total
+        nodes = _kernels.NODES
+        padded = np.full(-(-t.size // nodes) * nodes, t[-1])
+        padded[: t.size] = t
+        parts = np.empty((2, padded.size))
+        x, y = padded.real.copy(), padded.imag.copy()
+        directions = self.count, self.spread, self.place
+        _kernels.cumulants(*directions, self.series, centred, x, y, *parts)
+        return np.asarray(parts[0] + 1j * parts[1])[: t.size]
 
     def _each(self, t: FloatArray, centred: bool) -> FloatArray:
         """`generating` of few t, shape (k, 1), summed over directions one by one."""
@@ -168,7 +195,7 @@ class LossDistribution:
         s, p = spread / scale, place / scale
         self.sd = scale * math.sqrt(float(count @ (2.0 * s * s + 4.0 * s * p)))
         unit = self.sd or 1.0
-        self._sum = _Sum(count, spread / unit, place / unit, varying / unit)
+        self._sum = _Sum.of(count, spread / unit, place / unit)
 
     def cdf(self, loss: float) -> float:
         """Probability that the loss is at most `loss`.
@@ -205,7 +232,7 @@ class LossDistribution:
     def _log_tail(self, y: float, centred: bool, upper: bool) -> float:
         """Logarithm of the probability beyond y (in sd, less the mean if `centred`)."""
         t = _saddle(self._sum, y, centred, upper)
-        bound = float(self._sum.around(t, centred)[0]) - t * y
+        bound = self._sum.around(t, centred)[0] - t * y
         if bound < math.log(np.finfo(float).tiny):
             return -math.inf  # by Chernoff's bound
         return _contour(self._sum, y, centred, t).at(y)[0]
@@ -243,8 +270,7 @@ class LossDistribution:
         left = -0.5 * middle * middle > log_level
         if left and self._log_tail(middle, False, False) > log_level:
             return self.offset + self.sd * _solve(form, log_level, middle, False, False)
-        normal = math.sqrt(-2.0 * goal) - 0.8  # roughly
-        y = normal if upper else max(-normal, -middle)
+        y = max(form.guess(level), -middle)
         return self.mean + self.sd * _solve(form, goal, y, True, upper)
 
 
@@ -336,7 +362,7 @@ def _solve(form: _Sum, goal: float, y: float, centred: bool, upper: bool) -> flo
     """Where the tail's logarithm is `goal`, by bracketed Newton steps from y.
 
     Near zero (not `centred`) they are steps in log y: the tail's logarithm is all but linear in
-    it. On each contour Newton is run to its end, so that two or three contours are enough.
+    it. On each contour Newton is run to its end, so that one or two contours are enough.
     """
     if not centred:
         low, high = 0.0, y
@@ -353,7 +379,7 @@ def _solve(form: _Sum, goal: float, y: float, centred: bool, upper: bool) -> flo
 
     for _ in range(100):
         t = _saddle(form, y, centred, upper)
-        bound = float(form.around(t, centred)[0]) - t * y
+        bound = form.around(t, centred)[0] - t * y
         if bound < SURELY:  # Chernoff's bound: no need to know it better
             gap, new = bound - goal, step(bound - goal, abs(t), y)
         else:
@@ -367,6 +393,8 @@ def _solve(form: _Sum, goal: float, y: float, centred: bool, upper: bool) -> flo
                 here, slope = contour.at(new)
                 after = step(here - goal, slope, new)
                 if not abs(after - new) > 1e-15 * abs(new):
+                    if abs(new - y) * contour.width < NEAR and low <= new <= high:
+                        return new
                     break
                 new = after
         low, high = (y, high) if (gap < 0.0) != upper else (low, y)
@@ -457,14 +485,14 @@ def _descend(
     every singularity. It may go astray a little, as any contour gives the same integral.
     """
     _, _, second, room = form.around(t)
-    width = abs(second + t**-2) ** -0.5
+    width = float(abs(second + t**-2) ** -0.5)
     corners = [0j, 1j * min(1.2 * width, 0.4 * room, 0.4 * abs(t))]
     while len(corners) < SIDES:
         away = corners[-1]
         z = t + away
         value, slope, second, room = form.around(z, centred)
         slope, second = slope - y - 1.0 / z, second + z**-2
-        level = (value - start - away * y).real - math.log(abs(z / t))
+        level = value - start - (away * y).real - math.log(abs(z / t))
         if level - math.log(abs(slope) * width) < LOST:
             break
         way = -slope.conjugate() / abs(slope)

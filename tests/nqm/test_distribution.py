@@ -10,7 +10,7 @@ from scipy import stats
 
 import nqm
 from nqm import SGD, LatePhase, MultiplicativeLatePhase, NQMError, Problem
-from nqm.distribution import LossDistribution, loss_quantile
+from nqm.distribution import LossDistribution, _Sum, loss_quantile
 from tests import literal
 from tests.tolerances import IDENTITY, SIGMAS, agree_each
 
@@ -217,3 +217,64 @@ def test_quantiles_need_weights_by_direction():
     scalar = nqm.constant(MultiplicativeLatePhase(2, coupling="scalar", gamma="mean"), 0.1, 3)
     with pytest.raises(NQMError, match="Gaussian weights"):
         nqm.solve(problem, scalar).quantiles()
+
+
+# --- the cumulant generating function ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["equal", "harmonic", "counted"])
+def test_the_generating_function_is_the_sum_of_its_logarithms(kind, shift, centred):
+    """Also where the angle of the product of all factors has turned many times."""
+    d = 700
+    spread = np.full(d, 0.9) if kind == "equal" else 1.0 / np.arange(1, d + 1)
+    count = np.repeat([1.0, 2.5], d // 2) if kind == "counted" else np.ones(d)
+    form = _Sum.of(count, spread, shift * spread)
+    # Left of the first singularity, far up, and above all singularities.
+    t = np.concatenate([-(10.0 ** np.arange(-3, 4)), [0.3, 0.54]])[:, None]
+    t = (t + 1j * np.array([0.0, 1e-3, 0.1, 1.0, 30.0, 1e4])).reshape(-1)
+    t = t[(t.imag > 0.0) | (t.real < 0.5)]
+    u = 2.0 * form.spread * t[:, None]
+    terms = -0.5 * (np.log1p(-u) + (u if centred else 0.0))
+    terms = terms + form.place * t[:, None] / (1.0 - u) * (u if centred else 1.0)
+    right = terms @ form.count
+    np.testing.assert_allclose(form.generating(t, centred), right, rtol=1e-12, atol=1e-12)
+    for one, value in zip(t, right, strict=True):
+        found = form.around(complex(one), centred)
+        assert found[0] == pytest.approx(value.real, rel=1e-11, abs=1e-11)
+        a, b, r = form.spread, form.place, 1.0 / (1.0 - 2.0 * form.spread * one)
+        slope = (a * r + b * r**2) @ form.count - (form.mean if centred else 0.0)
+        second = (2.0 * a**2 * r**2 + 4.0 * a * b * r**3) @ form.count
+        assert found[1] == pytest.approx(slope, rel=1e-11, abs=1e-11)
+        assert found[2] == pytest.approx(second, rel=1e-11)
+        nearest = np.abs(0.5 / form.spread - one).min()
+        assert found[3] == pytest.approx(nearest, rel=1e-12)
+
+
+@pytest.mark.parametrize("level", [1e-6, 0.02, 0.5, 0.9, 1 - 1e-6])
+def test_the_probability_is_imhofs_integral(level):
+    """P(Q > x) = 1/2 + the integral of sin(theta(u)) / (pi u rho(u)) over u > 0 (Imhof 1961)."""
+    h, variance, mean = np.array([3.0, 1.0, 0.4, 0.1]), np.array([1.0, 2.0, 0.5, 3.0]), 0.6
+    found = LossDistribution(Problem(h, 1.0, [1, 2, 1, 3]), np.full(4, mean), variance)
+    x, w, n = found.quantile(level), 0.5 * h * variance, np.array([1, 2, 1, 3])
+    moved = mean**2 / variance
+
+    nodes, weights = np.polynomial.legendre.leggauss(12)
+    u = (np.arange(4000)[:, None] + 0.5 + 0.5 * nodes) * 0.5  # sides of length 1/2
+    wu = w * u[..., None]
+    theta = 0.5 * (np.arctan(wu) + moved * wu / (1 + wu**2)) @ n - 0.5 * x * u
+    rho = np.exp((0.25 * np.log1p(wu**2) + 0.5 * moved * wu**2 / (1 + wu**2)) @ n)
+    tail = 0.5 + 0.25 * np.sum(np.sin(theta) / (np.pi * u * rho) @ weights)
+    # The oscillating integral itself is right to about 1e-9.
+    assert tail == pytest.approx(1.0 - level, abs=3e-9)
+
+
+def test_directions_that_stand_for_several_are_several():
+    h, n = np.array([2.0, 0.7, 0.3]), np.array([1, 3, 50])
+    binned = LossDistribution(Problem(h, 1.0, n), np.array([0.1, 0.2, 0.3]), 0.5 / h)
+    single = LossDistribution(
+        Problem(np.repeat(h, n), 1.0), np.repeat([0.1, 0.2, 0.3], n), np.repeat(0.5 / h, n)
+    )
+    for level in LEVELS:
+        assert binned.quantile(level) == pytest.approx(single.quantile(level), rel=CDF)
