@@ -8,6 +8,7 @@ problem or the schedule, so that they are extracted once: by the literal `update
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nqm.algorithms.base import Algorithm
+from nqm.double_double import DoubleDouble
 from nqm.problems.quadratic import FloatArray
 from nqm.transition import UnitGradient, count_draws
 from nqm.words import short_html, short_repr
@@ -151,6 +153,60 @@ def _same(algorithm: Algorithm, times: tuple[int, ...]) -> StepPolynomial | None
 _Terms = tuple[dict[Powers, FloatArray], int]
 
 
+def exact_matrix(algorithm: Algorithm) -> tuple[NDArray[np.int64], FloatArray] | None:
+    """Extract the matrix A of one step as polynomials with coefficients of two doubles.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Linear method of a single chain, whose steps are all the same.
+
+    Returns
+    -------
+    powers : ndarray of int, shape (k, 3)
+        Powers of (lr, member_lr, h) of each term.
+    matrix : ndarray, shape (2, k, n, n)
+        Coefficients, and their parts below the precision of a double.
+        None in place of both as for `step_polynomial`.
+    """
+    n = len(algorithm.coordinates)
+    new = _updated(algorithm, 0, DoubleDouble)
+    if new is None:
+        return None
+    terms: dict[Powers, FloatArray] = {}
+    for i, form in enumerate(new):
+        for powers, value in form.terms.items() if isinstance(form, _Polynomial) else ():
+            whole = value if isinstance(value, DoubleDouble) else DoubleDouble(value)
+            rows = terms.setdefault(powers, np.zeros((2, n, n)))
+            for part, number in zip(rows, (whole.high, whole.low), strict=True):
+                part[i] = np.broadcast_to(number, (len(number), 1) if np.ndim(number) else (n, 1))[
+                    :n, 0
+                ]
+    keys = sorted(terms)
+    if not keys or len(keys) > TERMS:
+        return None
+    return np.array(keys, dtype=np.int64), np.stack([terms[key] for key in keys], axis=1)
+
+
+def _updated(algorithm: Algorithm, t: Any, as_value: Callable[[FloatArray], Any]) -> Any:
+    """New state after one `update` on polynomials; None if it is none."""
+    drawn = count_draws(algorithm)
+    n, m, r = len(algorithm.coordinates), drawn.minibatches, drawn.normals
+    size = n + m + r
+
+    def as_form(unit: FloatArray) -> _Polynomial:
+        return _Polynomial({(0, 0, 0): as_value(unit)})
+
+    gradient = UnitGradient(_Polynomial({(0, 0, 1): 1.0}), size, n, n + m, 1, as_form)
+    rates = [_Polynomial({(1, 0, 0): 1.0}), _Polynomial({(0, 1, 0): 1.0})][: algorithm.rate_count]
+    forms = tuple(as_form(form) for form in np.eye(n, size).reshape(n, size, 1))
+    lr: Any = tuple(rates) if algorithm.rate_count == 2 else rates[0]
+    try:
+        return algorithm.update(forms, gradient, lr, t)
+    except TypeError:  # also of a function of NumPy or of math on a rate
+        return None
+
+
 def _extracted(
     algorithm: Algorithm, times: NDArray[np.int64], t: int | None = None
 ) -> _Terms | None:
@@ -158,18 +214,8 @@ def _extracted(
     drawn = count_draws(algorithm)
     n, m, r = len(algorithm.coordinates), drawn.minibatches, drawn.normals
     size = n + m + r
-
-    def as_form(unit: FloatArray) -> _Polynomial:
-        return _Polynomial({(0, 0, 0): unit})
-
-    gradient = UnitGradient(_Polynomial({(0, 0, 1): 1.0}), size, n, n + m, 1, as_form)
-    rates = [_Polynomial({(1, 0, 0): 1.0}), _Polynomial({(0, 1, 0): 1.0})][: algorithm.rate_count]
-    forms = tuple(as_form(form) for form in np.eye(n, size).reshape(n, size, 1))
-    lr: Any = tuple(rates) if algorithm.rate_count == 2 else rates[0]
-    when: Any = times if t is None else t
-    try:
-        new = algorithm.update(forms, gradient, lr, when)
-    except TypeError:  # also of a function of NumPy or of math on a rate
+    new = _updated(algorithm, times if t is None else t, np.asarray)
+    if new is None:
         return None
     terms: dict[Powers, FloatArray] = {}
     for i, form in enumerate(new):

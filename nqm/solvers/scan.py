@@ -6,15 +6,18 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from nqm.algorithms.base import Algorithm, Mode
+from nqm.double_double import DoubleDouble
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.limits import check_walk
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
 from nqm.solvers import _kernels
-from nqm.solvers.moments import CHUNK, Map, at_start, compose_span, power, then
+from nqm.solvers.fast_normals import LANES
+from nqm.solvers.moments import CHUNK, Map, Moments, at_start, compose_span, power, then
+from nqm.step_polynomial import DEGREE, exact_matrix, step_polynomial, step_table
 from nqm.transition import extract, noise_moment, readout
 from nqm.words import short_html, short_repr
 
@@ -109,6 +112,11 @@ def scan(
     d = problem.directions
     with np.errstate(over="ignore", invalid="ignore"):
         for i, (mode, start) in enumerate(zip(modes, starts, strict=True)):
+            if mask is None and steps:
+                found = _in_lanes(problem, mode, start, (rates, member_rates), steps, batch_size)
+                if found is not None:
+                    bias[i], variance[i] = found
+                    continue
             size = max(1, CHUNK // (d * start.mean.shape[1] ** 2))
             for first in range(0, rates.size, size):
                 part = slice(first, first + size)
@@ -129,6 +137,70 @@ def scan(
             variance=variance[0],
             member_loss=bias.sum(axis=0) + variance.sum(axis=0),
         )
+
+
+def _in_lanes(
+    problem: Problem,
+    mode: Mode,
+    start: Moments,
+    two: tuple[FloatArray, FloatArray],
+    steps: int,
+    batch_size: float,
+) -> tuple[FloatArray, FloatArray] | None:
+    """Bias and variance (L,) of one or two coordinates whose equal steps are polynomials.
+
+    None for other methods.
+    """
+    algorithm = mode.algorithm
+    n = len(algorithm.coordinates)
+    if n > 2 or algorithm.time.period > 1 or algorithm.time.update_never_repeats:
+        return None
+    found, polynomial = exact_matrix(algorithm), step_polynomial(algorithm, np.zeros(1, np.int64))
+    if found is None or polynomial is None:
+        return None
+    count = two[0].size
+    table = step_table(polynomial, np.zeros(count, np.int64), np.stack(two, axis=1), n)
+    drive, own = np.zeros((2, count, n * (n + 1) // 2))
+    place = table.driven[:, 0] * (table.driven[:, 0] + 1) // 2 + table.driven[:, 1]
+    drive[:, place], own[:, place] = table.drive * (mode.noise_share / batch_size), table.own
+    rows, columns = np.tril_indices(n)
+    start_mean, spread = _lanes(start.mean), _lanes(start.started[:, rows, columns])
+    given = _coefficients(*found, two), drive, own, steps
+    directions = _lanes(problem.curvature[:, None])[0], _lanes(problem.noise_variance[:, None])[0]
+    read = readout(algorithm, steps)
+    bias, noisy = np.zeros((2, count))
+    if n == 1:
+        square = read[0] ** 2
+        second = square * (start_mean[0] ** 2 + spread[0])
+        _kernels.scan1(*given, *directions, second, problem.weight, bias, noisy)
+        return bias, square * noisy
+    _kernels.scan2(*given, *directions, start_mean, spread, read, problem.weight, bias, noisy)
+    return bias, noisy
+
+
+def _lanes(values: FloatArray) -> FloatArray:
+    """Values (d, k) of directions as (k, blocks, LANES), filled up with 0."""
+    d, k = values.shape
+    whole = np.zeros((k, -(-d // LANES) * LANES))
+    whole[:, :d] = values.T
+    return whole.reshape(k, -1, LANES)
+
+
+def _coefficients(
+    powers: NDArray[np.int64], matrix: FloatArray, two: tuple[FloatArray, FloatArray]
+) -> FloatArray:
+    """Coefficients of 1, h, h^2 in each entry of A in two doubles, (2, L, 3, n n)."""
+    count = two[0].size
+    size = matrix.shape[2] ** 2
+    out = np.zeros((2, count, DEGREE + 1, size))
+    for (i, j, c), high, low in zip(powers, *matrix, strict=True):
+        term = DoubleDouble(high.reshape(1, size), low.reshape(1, size))
+        for rate, times in zip(two, (i, j), strict=True):
+            for _ in range(times):
+                term = term * rate[:, None]
+        whole = DoubleDouble(out[0, :, c], out[1, :, c]) + term
+        out[0, :, c], out[1, :, c] = whole.high, whole.low
+    return out
 
 
 def _power(

@@ -20,10 +20,13 @@ from nqm import (
     LatePhase,
     Lookahead,
     MultiplicativeLatePhase,
+    Nesterov,
     NQMError,
     Phase,
     Problem,
+    Rounded,
     Status,
+    WeightDecay,
 )
 from tests import literal
 from tests.tolerances import IDENTITY, JUMP, agree_each
@@ -206,3 +209,31 @@ def test_diverged_rates_are_not_finite_and_warn_of_nothing(problem):
 def test_bad_scans_are_errors(call, words, problem):
     with pytest.raises(NQMError, match=words):
         call(problem)
+
+
+LANES = {
+    "sgd": SGD(),
+    "decay": WeightDecay(SGD(), 0.2),
+    "rounded": Rounded(SGD(), 0.01),
+    "heavy_ball": HeavyBall(0.9),
+    "nesterov": Nesterov(0.8),
+    "ema": EMA(decay=0.98),
+    "late": LatePhase(3, 0.2, spread=0.3),
+}
+
+
+@pytest.mark.parametrize("name", LANES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 1000, 70_001])
+def test_scan_of_many_directions_at_once_is_that_of_one_by_one(name, steps, monkeypatch):
+    """40 directions fill a block of lanes and a part of the next; some rates diverge."""
+    h = np.concatenate([np.geomspace(1e-6, 2.0, 39), [0.0]])
+    problem = Problem(h, 0.3 + h, initial_mean=0.4, minimum=-0.7)
+    rates = np.concatenate([np.geomspace(1e-4, 0.4, 7), [5.0]])
+    found = nqm.scan(problem, LANES[name], rates, steps, batch_size=3)
+    monkeypatch.setattr("nqm.solvers.scan._in_lanes", lambda *_: None)
+    right = nqm.scan(problem, LANES[name], rates, steps, batch_size=3)
+    for one, other in ((found.bias, right.bias), (found.variance, right.variance)):
+        finite = np.isfinite(other)
+        assert finite[:-1].all()
+        agree_each(one[finite], other[finite], JUMP)
+        assert not np.isfinite(one[~finite]).any()
