@@ -1117,24 +1117,127 @@ def _correlate(root, normal, columns):
             normal[i * columns + c] = total
 
 
-@_jit
-def _step_single(keep, push, normal, x):
-    for i in range(keep.size):
-        x[i, 0] = keep[i] * x[i, 0] + push[i] * normal[i]
+#: Directions and replicas that a step takes together: what it reads stays in the cache.
+_PIECE, _GROUP = 256, 4
 
 
 @_jit
-def _sum_squares(weight, x):
-    """Sum of weight x^2, in four interleaved sums that the processor can add in parallel."""
+def _rows_of(count, a, p, x, k0, k1, k2, b, new, j):
+    """Row j of `new` = rows p, p + 1, ... of a times rows k0, k1, k2 of x, up to `count` terms."""
+    if count == 0:
+        for i in range(x.shape[2]):
+            new[j, i] = 0.0
+    elif count == 1:
+        for i in range(x.shape[2]):
+            new[j, i] = a[p, b, i] * x[k0, b, i]
+    elif count == 2:
+        for i in range(x.shape[2]):
+            new[j, i] = a[p, b, i] * x[k0, b, i] + a[p + 1, b, i] * x[k1, b, i]
+    else:
+        for i in range(x.shape[2]):
+            new[j, i] = (
+                a[p, b, i] * x[k0, b, i]
+                + a[p + 1, b, i] * x[k1, b, i]
+                + a[p + 2, b, i] * x[k2, b, i]
+            )
+
+
+@_jit
+def _step_rows(a, column, row, x, at, noise, b, new):
+    """Set rows `at`, at + 1, ... of x to A x + C e, with e in its rows from `noise` on."""
+    n = row.size - 1
+    for j in range(n):
+        p, count = row[j], row[j + 1] - row[j]
+        c0, c1, c2 = (
+            column[p],
+            column[min(p + 1, column.size - 1)],
+            column[min(p + 2, column.size - 1)],
+        )
+        k0 = at + c0 if c0 < n else noise + c0 - n
+        k1 = at + c1 if c1 < n else noise + c1 - n
+        k2 = at + c2 if c2 < n else noise + c2 - n
+        _rows_of(count, a, p, x, k0, k1, k2, b, new, j)
+        for e in range(p + 3, p + count):
+            c0 = column[e]
+            k0 = at + c0 if c0 < n else noise + c0 - n
+            for i in range(x.shape[2]):
+                new[j, i] += a[e, b, i] * x[k0, b, i]
+    for j in range(n):
+        for i in range(x.shape[2]):
+            x[at + j, b, i] = new[j, i]
+
+
+@_jit
+def _step_single(a, x, at, noise, b):
+    """As `_step_rows`, of one coordinate and normal: no other row is needed."""
+    for i in range(x.shape[2]):
+        x[at, b, i] = a[0, b, i] * x[at, b, i] + a[1, b, i] * x[noise, b, i]
+
+
+@_jit
+def _step_pair(a, x, at, noise, b):
+    """As `_step_rows`, of two coordinates and a normal, A and C without gaps."""
+    for i in range(x.shape[2]):
+        x0, x1, e = x[at, b, i], x[at + 1, b, i], x[noise, b, i]
+        x[at, b, i] = a[0, b, i] * x0 + a[1, b, i] * x1 + a[2, b, i] * e
+        x[at + 1, b, i] = a[3, b, i] * x0 + a[4, b, i] * x1 + a[5, b, i] * e
+
+
+@_jit
+def _step_triple(a, x, at, noise, b):
+    """As `_step_pair`, of three coordinates."""
+    for i in range(x.shape[2]):
+        x0, x1, x2, e = x[at, b, i], x[at + 1, b, i], x[at + 2, b, i], x[noise, b, i]
+        x[at, b, i] = a[0, b, i] * x0 + a[1, b, i] * x1 + a[2, b, i] * x2 + a[3, b, i] * e
+        x[at + 1, b, i] = a[4, b, i] * x0 + a[5, b, i] * x1 + a[6, b, i] * x2 + a[7, b, i] * e
+        x[at + 2, b, i] = a[8, b, i] * x0 + a[9, b, i] * x1 + a[10, b, i] * x2 + a[11, b, i] * e
+
+
+@_jit
+def _step_directions(a, column, row, x, at, noise, noise_columns, new):
+    """Take one step of a group of replicas: rows at[g] on of x, and its normals noise[g] on."""
+    n = row.size - 1
+    whole = noise_columns == 1 and a.shape[0] == n * (n + 1) and n <= 3
+    for b in range(x.shape[1]):
+        for g in range(at.size):
+            if whole and n == 1:
+                _step_single(a, x, at[g], noise[g], b)
+            elif whole and n == 2:
+                _step_pair(a, x, at[g], noise[g], b)
+            elif whole:
+                _step_triple(a, x, at[g], noise[g], b)
+            else:
+                _step_rows(a, column, row, x, at[g], noise[g], b, new)
+
+
+@_jit
+def _read_loss(readout, weight, x, at, read):
+    """Sum of weight (readout x)^2 of the state in rows `at` on, in four interleaved sums.
+
+    The processor can add these at the same time.
+    """
+    d = weight.size
+    one = True
+    for j in range(readout.size):
+        if readout[j] != 0.0:
+            if one:
+                for i in range(d):
+                    read[i] = readout[j] * x[at + j, i]
+            else:
+                for i in range(d):
+                    read[i] += readout[j] * x[at + j, i]
+            one = False
+    if one:
+        return 0.0
     s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
-    whole = weight.size - weight.size % 4
+    whole = d - d % 4
     for i in range(0, whole, 4):
-        s0 += weight[i] * (x[i, 0] * x[i, 0])
-        s1 += weight[i + 1] * (x[i + 1, 0] * x[i + 1, 0])
-        s2 += weight[i + 2] * (x[i + 2, 0] * x[i + 2, 0])
-        s3 += weight[i + 3] * (x[i + 3, 0] * x[i + 3, 0])
-    for i in range(whole, weight.size):
-        s0 += weight[i] * (x[i, 0] * x[i, 0])
+        s0 += weight[i] * (read[i] * read[i])
+        s1 += weight[i + 1] * (read[i + 1] * read[i + 1])
+        s2 += weight[i + 2] * (read[i + 2] * read[i + 2])
+        s3 += weight[i + 3] * (read[i + 3] * read[i + 3])
+    for i in range(whole, d):
+        s0 += weight[i] * (read[i] * read[i])
     return (s0 + s1) + (s2 + s3)
 
 
@@ -1187,42 +1290,58 @@ def sample_linear(
     """
     replicas, d, n = state.shape
     rank, shared = root.shape[1], np.empty(d * drawn)
-    z = np.empty(n + noise_columns)
     normal = np.empty(d * noise_columns)
-    single = n == 1 and noise_columns == 1 and column.size == 2
-    # Contiguous coefficients for the fast path, which is bound by memory and by the draws.
-    keep, push = values[:, :, 0].copy(), values[:, :, values.shape[2] - 1].copy()
+    # Directions run along the last axis of all that a step reads and writes. One array holds the
+    # states and a group's normals: no part of it needs an array of its own, which would cost time.
+    pieces = -(-d // _PIECE)
+    width = -(-d // pieces)
+    across = np.zeros((values.shape[0], values.shape[2], pieces * width))
+    for k in range(values.shape[0]):
+        for i in range(d):
+            for p in range(values.shape[2]):
+                across[k, p, i] = values[k, i, p]
+    x = np.zeros((replicas * n + _GROUP * noise_columns, pieces * width))
+    pieced, new = x.reshape(x.shape[0], pieces, width), np.empty((n, width))
+    steps = across.reshape(values.shape[0], values.shape[2], pieces, width)
+    for r in range(replicas):
+        for i in range(d):
+            for j in range(n):
+                x[r * n + j, i] = state[r, i, j]
     for t in range(kind.size):
-        v, out = values[kind[t]], record[t]
-        for r in range(replicas):
-            fill_normals(generator, normal)
-            if rank > 0:
-                for i in range(d):
-                    for j in range(drawn):
-                        shared[i * drawn + j] = normal[i * noise_columns + j]
-                _correlate(root, shared, drawn)
-                for i in range(d):
-                    for j in range(drawn):
-                        normal[i * noise_columns + j] = shared[i * drawn + j]
-            if single:
-                _step_single(keep[kind[t]], push[kind[t]], normal, state[r])
-                if out >= 0:
-                    square = readout[out, 0] ** 2
-                    loss[out, r] = square * _sum_squares(weight, state[r])
-                    member_loss[out, r] = loss[out, r]  # one coordinate: at most one member
-                continue
-            for i in range(d):
-                for j in range(n):
-                    z[j] = state[r, i, j]
+        v, out = steps[kind[t]], record[t]
+        for begin in range(0, replicas, _GROUP):
+            group = np.arange(min(_GROUP, replicas - begin))
+            at, noise = (begin + group) * n, replicas * n + group * noise_columns
+            for g in group:
+                if noise_columns == 1:
+                    fill_normals(generator, x[noise[g], :d])
+                    _correlate(root, x[noise[g], :d], drawn)
+                    continue
+                fill_normals(generator, normal)
+                if rank > 0:
+                    for i in range(d):
+                        for j in range(drawn):
+                            shared[i * drawn + j] = normal[i * noise_columns + j]
+                    _correlate(root, shared, drawn)
+                    for i in range(d):
+                        for j in range(drawn):
+                            normal[i * noise_columns + j] = shared[i * drawn + j]
                 for j in range(noise_columns):
-                    z[n + j] = normal[i * noise_columns + j]
-                for j in range(n):
-                    total = 0.0
-                    for p in range(row[j], row[j + 1]):
-                        total += v[i, p] * z[column[p]]
-                    state[r, i, j] = total
-        if out >= 0 and not single:
-            evaluate(state, readout[out], members[out], weight, loss[out], member_loss[out])
+                    for i in range(d):
+                        x[noise[g] + j, i] = normal[i * noise_columns + j]
+            _step_directions(v, column, row, pieced, at, noise, noise_columns, new)
+        if out < 0:
+            continue
+        for r in range(replicas):
+            loss[out, r] = _read_loss(readout[out], weight, x, r * n, normal)
+            total = 0.0
+            for k in range(members.shape[1]):
+                total += _read_loss(members[out, k], weight, x, r * n, normal)
+            member_loss[out, r] = total / members.shape[1] if members.shape[1] else np.nan
+    for r in range(replicas):
+        for i in range(d):
+            for j in range(n):
+                state[r, i, j] = x[r * n + j, i]
 
 
 @_jit

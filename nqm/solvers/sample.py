@@ -40,6 +40,8 @@ from nqm.transition import (
 
 #: Replicas of one block: its state stays in the cache for some thousand directions.
 BLOCK = fast_normals.LANES
+#: Coordinates up to which a step with one normal also takes the entries that are 0.
+WHOLE = 3
 #: Most transition entries prepared at once (16 MB).
 CHUNK = 2_000_000
 
@@ -577,8 +579,8 @@ class _Linear:
                     blocks[i] = block
             full = np.array(blocks)
             used = (full != 0.0).any(axis=(0, 1))
-            if used.shape == (1, 2):
-                used[:] = True  # the one-coordinate fast path wants both entries
+            if len(used) <= WHOLE and used.shape[1] == len(used) + 1:
+                used[:] = True  # a short state is stepped without gaps
             row_start = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int64)
             column = np.nonzero(used)[1].astype(np.int64)
             noise_columns = full.shape[3] - full.shape[2]
