@@ -1118,7 +1118,7 @@ def _correlate(root, normal, columns):
 
 
 #: Directions and replicas that a step takes together: what it reads stays in the cache.
-_PIECE, _GROUP = 256, 4
+_PIECE, _GROUP = 256, 2
 
 
 @_jit

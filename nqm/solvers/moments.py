@@ -21,7 +21,7 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import FOREVER, Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
-from nqm.solvers import _kernels
+from nqm.solvers import _kernels, moving_window
 from nqm.solvers.multiplicative_scalar import scalar_first_order
 from nqm.solvers.polynomial_walk import Seen, State, Steps, walk
 from nqm.transition import (
@@ -1007,6 +1007,8 @@ def solve(
         and only.algorithm.scalar
     ):
         return scalar_first_order(problem, only, wanted)
+    if jump and moving_window.fits(problem, program):
+        return moving_window.solve(problem, program, wanted, partial(solve, problem))
     laws = [law_of(phase, problem) for phase in program.phases]
     check_sizes(problem, laws, wanted, jump=jump)
     rows = list(_visit(problem, laws, wanted, jump, progress))
