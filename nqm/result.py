@@ -416,12 +416,25 @@ class Trajectory:
         """
         from nqm.distribution import LossDistribution
 
-        for mean, variance in self._weights():
+        for mean, variance in self.weight_moments():
             finite = np.isfinite(mean).all() and np.isfinite(variance).all()
             yield LossDistribution(self.problem, mean, variance) if finite else None
 
-    def _weights(self) -> Iterator[tuple[FloatArray, FloatArray]]:
-        """Mean (d,) and variance (d,) or covariance (d, d) of the evaluated weights by record."""
+    def weight_moments(self) -> Iterator[tuple[FloatArray, FloatArray]]:
+        """Compute the moments of the evaluated weights at each record, lazily.
+
+        Yields
+        ------
+        mean : ndarray, shape (d,)
+            Mean of the distance from the minimum.
+        covariance : ndarray, shape (d,) or (d, d)
+            Variances, or for correlated directions the whole covariance.
+
+        Raises
+        ------
+        NQMError
+            If the result has no Gaussian weights, or the covariance would take too much work.
+        """
         if self.weight_mean is None or self.weight_variance is None:
             raise NQMError(f"quantiles need Gaussian weights; a {self.kind} result has none")
         moments = zip(self.weight_mean, self.weight_variance, strict=True)
@@ -446,7 +459,7 @@ class Trajectory:
             return self.stated_sd
         with np.errstate(over="ignore", invalid="ignore"):
             try:
-                square = [self._variance(*moments) for moments in self._weights()]
+                square = [self._variance(*moments) for moments in self.weight_moments()]
             except NQMError:
                 return np.full(len(self.steps), np.nan)
             return np.sqrt(square)

@@ -20,7 +20,8 @@ from nqm import (
     solve,
 )
 from nqm.schedule import Cosine
-from nqm.solvers.closure import _Moments, _step
+from nqm.solvers.closure_elementwise import Elementwise
+from nqm.solvers.closure_scalar import Scalar
 from tests.tolerances import IDENTITY, JUMP, agree, agree_each
 
 H, V, MINIMUM, LR, MEMBER_LR, K = 0.8, 0.3, 1.3, 0.2, 0.15, 3
@@ -47,13 +48,97 @@ def test_one_step_is_the_step_of_all_members_by_quadrature():
     second -= np.outer(first, first)
 
     problem = Problem([H], [2 * V], minimum=MINIMUM)
-    start = _Moments(*(np.array([x]) for x in (1.2, 1.1, 0.05, -0.01, 0.02 + 0.03 / 3, 0.03)))
-    new = _step(problem, MultiplicativeLatePhase(K, gamma="mean"), start, LR, MEMBER_LR, 2.0)
+    start = Elementwise(*(np.array([x]) for x in (1.2, 1.1, 0.05, -0.01, 0.02 + 0.03 / 3, 0.03)))
+    new = start.step(problem, MultiplicativeLatePhase(K, gamma="mean"), LR, MEMBER_LR, 2.0)
     agree([new.theta[0], new.phi[0]], first[:2], IDENTITY)
     agree(new.var_theta, second[:1, 0], IDENTITY)
     agree(new.cross, second[0, 1:2], IDENTITY)
     agree(new.apart, [second[1, 1] - second[1, 2]], IDENTITY)
     agree(new.var_phi, [second[1, 2] + (second[1, 1] - second[1, 2]) / K], IDENTITY)
+
+
+def test_one_step_of_a_scalar_factor_is_the_step_of_all_members_by_quadrature():
+    """Nodes of (theta_1, theta_2, phi_1, phi_2), correlated noise in both directions."""
+    h, w, members = np.array([0.8, 0.3]), np.array([1.3, -0.9]), 2
+    noise = np.array([[0.3, 0.1], [0.1, 0.2]])
+    mean = np.array([1.2, -0.8, 1.1, 1.1])
+    covariance = np.array(
+        [
+            [0.05, 0.02, -0.01, -0.01],
+            [0.02, 0.04, 0.015, 0.015],
+            [-0.01, 0.015, 0.05, 0.02],
+            [-0.01, 0.015, 0.02, 0.05],
+        ]
+    )
+    nodes, weights = np.polynomial.hermite_e.hermegauss(6)
+    root = np.linalg.cholesky(covariance)
+    first, second, loss, member = np.zeros(4), np.zeros((4, 4)), 0.0, 0.0
+    scale = LR / members
+    for place in itertools.product(range(6), repeat=4):
+        share = np.prod(weights[list(place)]) / (2 * np.pi) ** 2
+        state = mean + root @ nodes[list(place)]
+        theta, phi = state[:2], state[2:]
+        loss += share * 0.5 * h @ (theta * phi.mean() - w) ** 2
+        member += share * np.mean([0.5 * h @ (theta * one - w) ** 2 for one in phi])
+        g = [h * (theta * one - w) for one in phi]
+        pulls = [MEMBER_LR * theta @ one for one in g]
+        new = np.concatenate([theta - scale * (phi[0] * g[0] + phi[1] * g[1]), phi - pulls])
+        first += share * new
+        second += share * np.outer(new, new)
+        for k, one in enumerate(phi):  # noise of each member's own minibatch
+            push = np.zeros((4, 2))
+            push[:2] = -scale * one * np.eye(2)
+            push[2 + k] = -MEMBER_LR * theta
+            second += share * push @ noise @ push.T
+    second -= np.outer(first, first)
+
+    variance = np.diag(noise)
+    correlation = noise / np.sqrt(np.outer(variance, variance))
+    problem = Problem(h, 2 * variance, minimum=w, noise_correlation=correlation)
+    start = Scalar(mean[:2], 1.1, covariance[:2, :2], covariance[:2, 2], 0.035, 0.03)
+    algorithm = MultiplicativeLatePhase(members, gamma="mean", coupling="scalar")
+    agree(start.losses(problem, algorithm)[:2], [loss, member], IDENTITY)
+    new = start.step(problem, algorithm, LR, MEMBER_LR, 2.0)
+    agree([*new.theta, new.phi], first[:3], IDENTITY)
+    agree(new.var_theta, second[:2, :2], IDENTITY)
+    agree(new.cross, second[:2, 2], IDENTITY)
+    agree(new.apart, second[2, 2] - second[2, 3], IDENTITY)
+    agree(new.var_phi, 0.5 * (second[2, 2] + second[2, 3]), IDENTITY)
+
+
+def test_a_scalar_factor_is_near_monte_carlo_where_the_first_order_is_not():
+    problem = Problem([1.0, 0.5, 0.2], 0.1, initial_variance=0.01, minimum=[1.0, -0.7, 0.5])
+    late = MultiplicativeLatePhase(4, gamma="mean", spread=0.01, coupling="scalar")
+    program = constant(late, 0.3, 300)
+    drawn = sample(problem, program, [5, 300], replicas=12_000, seed=4)
+    closed, first = moment_closure(problem, program, [5, 300]), solve(problem, program, [5, 300])
+    for which in ("loss", "member_loss"):
+        error = getattr(drawn, "stderr" if which == "loss" else "member_stderr")
+        off = np.abs(getattr(closed, which) - getattr(drawn, which))
+        assert np.all(off < 0.01 * getattr(drawn, which) + 3 * error)
+    agree_each(closed.loss_sd, drawn.loss_sd, 0.05)  # 3 % is its standard error
+    assert abs(first.loss[1] / drawn.loss[1] - 1) > 0.05
+
+
+def test_a_scalar_factor_begins_with_the_covariance_of_the_phases_before():
+    """With noise and rates near 0 the first order is exact, and it is dense as well."""
+    problem = Problem(
+        [1.0, 0.5], [1e-10, 2e-10], initial_variance=1e-10, minimum=[1.0, -0.7],
+        noise_correlation=[[1.0, 0.8], [0.8, 1.0]],
+    )  # fmt: skip
+    before = Phase(SGD(), 0.3, 20)
+    late = Phase(MultiplicativeLatePhase(3, gamma="mean", coupling="scalar"), 0.1, 15)
+    closed = moment_closure(problem, [before, late], [20, 35])
+    exact = solve(problem, before, [20])
+    ((mean, covariance),) = exact.weight_moments()
+    variance = np.diag(covariance)
+    later = problem.replace(
+        initial_mean=mean,
+        initial_variance=variance,
+        initial_correlation=covariance / np.sqrt(np.outer(variance, variance)),
+    )
+    agree_each(closed.loss, solve(later, late, [0, 15]).loss, 1e-4)  # of the order of the noise
+    agree_each(closed.loss_sd, solve(later, late, [0, 15]).loss_sd, 1e-4)
 
 
 def test_it_is_near_monte_carlo_where_the_first_order_is_not():
@@ -121,7 +206,13 @@ def test_phases_go_on():
     [
         ([Phase(SGD(), 0.1, 5)], "use nqm.solve"),
         ([Phase(MultiplicativeLatePhase(2), 0.1, 5), Phase(SGD(), 0.1, 5)], "got SGD"),
-        ([Phase(MultiplicativeLatePhase(2, coupling="scalar"), 0.1, 5)], "'scalar'"),
+        (
+            [
+                Phase(MultiplicativeLatePhase(2, coupling="scalar"), 0.1, 5),
+                Phase(MultiplicativeLatePhase(2), 0.1, 5),
+            ],
+            "one coupling",
+        ),
     ],
 )
 def test_what_it_does_not_handle_is_refused(phases, said):
