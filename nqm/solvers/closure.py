@@ -22,7 +22,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers.closure_elementwise import Elementwise
-from nqm.solvers.closure_scalar import Scalar
+from nqm.solvers.closure_scalar import Mixture
 from nqm.solvers.moments import solve
 from nqm.solvers.multiplicative_scalar import LARGEST
 
@@ -114,14 +114,14 @@ def _late(
     """Losses of multiplicative phases at steps `pending`, from weights of given moments."""
     found: list[tuple[float, float, float]] = []
     position, old = 0, None
-    moments: Elementwise | Scalar | None = None
+    moments: Elementwise | Mixture | None = None
     with np.errstate(over="ignore", invalid="ignore"):
         for phase in phases:
             algorithm = phase.algorithm
             assert isinstance(algorithm, MultiplicativeLatePhase)
             if moments is None or old is None or not goes_on(old, phase):
                 weights = weights if moments is None else moments.weights(problem)
-                make = Scalar if algorithm.scalar else Elementwise
+                make = Mixture if algorithm.scalar else Elementwise
                 moments = make.start(problem, algorithm, *weights)
             if pending and pending[0] == position and old is None:
                 found.append(moments.losses(problem, algorithm))
@@ -183,6 +183,6 @@ def _check(problem: Problem, late: Sequence[Phase], steps: int) -> bool:
             f"the closure of scalar factors needs multiplicity 1 and at most {LARGEST} "
             f"directions; got {d}; use nqm.sample (method 'sample')"
         )
-    check_work("moment_closure: the phases' steps", steps, 40.0 * steps * d**2,
+    check_work("moment_closure: the phases' steps", steps, 200.0 * steps * d**2,
                "of a dense covariance")  # fmt: skip
     return True

@@ -22,6 +22,7 @@ import numpy as np
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.problems import correlation
 from nqm.problems.quadratic import FloatArray, Problem
+from nqm.solvers.closure_elementwise import start_nodes
 from nqm.words import short_html, short_repr
 
 _Z, _WEIGHT = np.polynomial.hermite_e.hermegauss(5)  # exact up to degree 9
@@ -57,14 +58,17 @@ class Scalar:
     _repr_html_ = short_html
 
     @classmethod
-    def start(
+    def starts(
         cls,
         problem: Problem,
         algorithm: MultiplicativeLatePhase,
         mean: FloatArray,
         covariance: FloatArray,
-    ) -> Scalar:
+    ) -> tuple[FloatArray, list[Scalar]]:
         """Begin members: theta = w / factor, phi_k = factor (1 + sqrt(spread) normal).
+
+        Descent takes every start to theta phibar = w*, to a place that depends on w*' w and on
+        phibar. Both are conditioned on.
 
         Parameters
         ----------
@@ -79,19 +83,32 @@ class Scalar:
 
         Returns
         -------
-        Scalar
+        share : ndarray, shape (starts,)
+            Probabilities.
+        list of Scalar
+            Moments for each start.
         """
-        factor = algorithm.factor
-        spread = factor**2 * algorithm.spread
+        factor, spread = algorithm.factor, algorithm.spread
         dense = covariance if covariance.ndim == 2 else np.diag(covariance)
-        return cls(
-            theta=(problem.minimum + mean) / factor,
-            phi=factor,
-            var_theta=dense / factor**2,
-            cross=np.zeros(problem.directions),
-            var_phi=spread / algorithm.members,
-            apart=spread,
-        )
+        with np.errstate(invalid="ignore"):
+            toward = dense @ problem.minimum / np.sqrt(problem.minimum @ dense @ problem.minimum)
+        drawn = bool(np.isfinite(toward).all())
+        toward = toward if drawn else np.zeros(problem.directions)
+        share, x, offset = start_nodes(drawn, spread > 0.0)
+        size = np.sqrt(spread / algorithm.members)
+        rest = (dense - np.outer(toward, toward)) / factor**2
+        zeros = np.zeros(problem.directions)
+        return share, [
+            cls(
+                theta=(problem.minimum + mean + toward * along) / factor,
+                phi=factor * (1.0 + size * of_phi),
+                var_theta=rest,
+                cross=zeros,
+                var_phi=0.0,
+                apart=factor**2 * spread,
+            )
+            for along, of_phi in zip(x.ravel().tolist(), offset.ravel().tolist(), strict=True)
+        ]
 
     def _given_phi(self) -> tuple[FloatArray, Iterator[tuple[float, float, FloatArray]]]:
         """P, and by node its probability, phibar and the mean of theta given phibar."""
@@ -198,7 +215,7 @@ class Scalar:
     def losses(
         self, problem: Problem, algorithm: MultiplicativeLatePhase
     ) -> tuple[float, float, float]:
-        """Loss of the mean model and of the average member, and the first's standard deviation.
+        """Loss of the mean model and of the average member, and the mean square of the first.
 
         Parameters
         ----------
@@ -209,7 +226,8 @@ class Scalar:
 
         Returns
         -------
-        loss, member_loss, loss_sd : float
+        loss, member_loss, square : float
+            The last is the mean square of the first.
         """
         h = problem.curvature
         rest, nodes = self._given_phi()
@@ -224,4 +242,105 @@ class Scalar:
             square += share * (mean**2 + variance)
         theta_square = self.theta**2 + np.diag(self.var_theta)
         apart = (1.0 - 1.0 / algorithm.members) * self.apart * 0.5 * float(h @ theta_square)
-        return float(loss), float(loss + apart), float(np.sqrt(max(square - loss**2, 0.0)))
+        return float(loss), float(loss + apart), float(square)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Moments for several starts, with their probabilities.
+
+    Attributes
+    ----------
+    share : ndarray, shape (starts,)
+        Probabilities.
+    parts : list of Scalar
+        Moments for each start.
+    """
+
+    share: FloatArray
+    parts: list[Scalar]
+
+    __repr__ = short_repr
+    _repr_html_ = short_html
+
+    @classmethod
+    def start(
+        cls,
+        problem: Problem,
+        algorithm: MultiplicativeLatePhase,
+        mean: FloatArray,
+        covariance: FloatArray,
+    ) -> Mixture:
+        """Begin members from weights of given moments; parameters as in `Scalar.starts`.
+
+        Parameters
+        ----------
+        problem, algorithm, mean, covariance
+            See `Scalar.starts`.
+
+        Returns
+        -------
+        Mixture
+        """
+        return cls(*Scalar.starts(problem, algorithm, mean, covariance))
+
+    def step(
+        self,
+        problem: Problem,
+        algorithm: MultiplicativeLatePhase,
+        lr: float,
+        member_lr: float,
+        batch_size: float,
+    ) -> Mixture:
+        """Take one step; parameters as in `Scalar.step`.
+
+        Parameters
+        ----------
+        problem, algorithm, lr, member_lr, batch_size
+            See `Scalar.step`.
+
+        Returns
+        -------
+        Mixture
+        """
+        settings = algorithm, lr, member_lr, batch_size
+        return Mixture(self.share, [part.step(problem, *settings) for part in self.parts])
+
+    def weights(self, problem: Problem) -> tuple[FloatArray, FloatArray]:
+        """Moments of the mean model's distance from the minimum.
+
+        Parameters
+        ----------
+        problem : Problem
+            Gives the minimum.
+
+        Returns
+        -------
+        mean : ndarray, shape (d,)
+        covariance : ndarray, shape (d, d)
+        """
+        means, covariances = zip(*(part.weights(problem) for part in self.parts), strict=True)
+        mean = self.share @ np.array(means)
+        between = np.array(means) - mean
+        inside = np.tensordot(self.share, np.array(covariances), axes=1)
+        return mean, inside + (between.T * self.share) @ between
+
+    def losses(
+        self, problem: Problem, algorithm: MultiplicativeLatePhase
+    ) -> tuple[float, float, float]:
+        """Loss of the mean model and of the average member, and the first's standard deviation.
+
+        Parameters
+        ----------
+        problem : Problem
+            Noisy quadratic problem.
+        algorithm : MultiplicativeLatePhase
+            Gives the number of members.
+
+        Returns
+        -------
+        loss, member_loss, loss_sd : float
+        """
+        each = np.array([part.losses(problem, algorithm) for part in self.parts])
+        loss, member_loss, square = self.share @ each
+        return float(loss), float(member_loss), float(np.sqrt(max(square - loss**2, 0.0)))

@@ -363,7 +363,7 @@ class _Plan:
         """Base weights (replicas, d) and members' factors (replicas, K, d or 1) at the start."""
         theta = np.ascontiguousarray((self.problem.minimum + start) / algorithm.factor)
         wide = 1 if algorithm.scalar else self.problem.directions
-        phi = np.full((len(start), algorithm.members, wide), algorithm.factor)
+        phi = np.full((len(start), algorithm.members, wide), float(algorithm.factor))
         if algorithm.spread:
             phi *= 1.0 + np.sqrt(algorithm.spread) * rng.standard_normal(phi.shape)
         return theta, phi

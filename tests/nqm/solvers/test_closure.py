@@ -48,13 +48,16 @@ def test_one_step_is_the_step_of_all_members_by_quadrature():
     second -= np.outer(first, first)
 
     problem = Problem([H], [2 * V], minimum=MINIMUM)
-    start = Elementwise(*(np.array([x]) for x in (1.2, 1.1, 0.05, -0.01, 0.02 + 0.03 / 3, 0.03)))
+    start = Elementwise(
+        np.ones(1),
+        *(np.array([[x]]) for x in (1.2, 1.1, 0.05, -0.01, 0.02 + 0.03 / 3, 0.03)),
+    )
     new = start.step(problem, MultiplicativeLatePhase(K, gamma="mean"), LR, MEMBER_LR, 2.0)
-    agree([new.theta[0], new.phi[0]], first[:2], IDENTITY)
-    agree(new.var_theta, second[:1, 0], IDENTITY)
-    agree(new.cross, second[0, 1:2], IDENTITY)
-    agree(new.apart, [second[1, 1] - second[1, 2]], IDENTITY)
-    agree(new.var_phi, [second[1, 2] + (second[1, 1] - second[1, 2]) / K], IDENTITY)
+    agree([new.theta[0, 0], new.phi[0, 0]], first[:2], IDENTITY)
+    agree(new.var_theta[0], second[:1, 0], IDENTITY)
+    agree(new.cross[0], second[0, 1:2], IDENTITY)
+    agree(new.apart[0], [second[1, 1] - second[1, 2]], IDENTITY)
+    agree(new.var_phi[0], [second[1, 2] + (second[1, 1] - second[1, 2]) / K], IDENTITY)
 
 
 def test_one_step_of_a_scalar_factor_is_the_step_of_all_members_by_quadrature():
