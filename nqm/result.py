@@ -48,6 +48,8 @@ class Kind(StrEnum):
 
 #: A finite loss counts as diverged if it exceeds the bound of a stable run by this factor.
 RUNAWAY = 1e12
+#: Largest estimated relative error at which a first-order loss counts as within its range.
+WITHIN_RANGE = 0.05
 
 
 def runaway(problem: Problem, program: Program) -> float:
@@ -188,6 +190,9 @@ class Trajectory:
     pairs : callable, optional
         Returns an iterator of covariances between directions, (d, d) with a zero diagonal, one per
         record; called only when the distribution of the loss is needed.
+    range_errors : callable, optional
+        Returns the estimated relative error of a first-order result at each record; called only
+        when `in_range` is needed.
     """
 
     problem: Problem
@@ -208,6 +213,7 @@ class Trajectory:
     runaway: float = math.inf
     controlled: bool = False
     pairs: Callable[[], Iterator[FloatArray]] | None = field(default=None, repr=False)
+    range_errors: Callable[[], FloatArray] | None = field(default=None, repr=False)
 
     __repr__ = short_repr
 
@@ -293,6 +299,18 @@ class Trajectory:
             lost |= self.unstable
         return [Status.DIVERGED if bad else Status.FINISHED for bad in lost]
 
+    @cached_property
+    def in_range(self) -> NDArray[np.bool_]:
+        """Whether a first-order loss is estimated to be within 5 % of the true one, by record.
+
+        The estimate (`nqm.solvers.first_order_range`) counts the mean model's and the average
+        member's loss. True for results of every other kind; of these, those of a moment closure
+        are approximations without an estimate of their error.
+        """
+        if self.range_errors is None:
+            return np.ones(len(self.steps), dtype=bool)
+        return np.asarray(self.range_errors() <= WITHIN_RANGE)
+
     def table(self) -> pd.DataFrame:
         """Tabulate the result.
 
@@ -300,7 +318,7 @@ class Trajectory:
         -------
         DataFrame
             One row per recorded step with columns step, examples, loss, member_loss, bias,
-            variance, loss_sd, stderr, member_stderr, status, kind.
+            variance, loss_sd, stderr, member_stderr, status, kind, in_range.
         """
         return pd.DataFrame(
             {
@@ -315,6 +333,7 @@ class Trajectory:
                 "member_stderr": self.member_stderr,
                 "status": [str(status) for status in self.status],
                 "kind": str(self.kind),
+                "in_range": self.in_range,
             }
         )
 

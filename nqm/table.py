@@ -87,6 +87,12 @@ COLUMNS: dict[str, Column] = {
     "curvature": Column("curvature h", "", "eigenvalue of the Hessian"),
     "noise_variance": Column("noise variance v", "", "of the gradient of one example"),
     "kind": Column("kind", "", "exact, sample, first_order, long_run or closure", "str"),
+    "in_range": Column(
+        "within range",
+        "",
+        "false where a first order is estimated to be off by 5 % and more",
+        "bool",
+    ),
     "radius": Column("spectral radius", "", "largest spectral radius of one cycle"),
     "lr": Column("learning rate", "", "learning rate (of the base weights)"),
     "member_lr": Column("member learning rate", "", "learning rate of late-phase weights"),

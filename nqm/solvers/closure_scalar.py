@@ -157,8 +157,8 @@ class Scalar:
         raw = self.var_theta + np.outer(self.theta, self.theta)  # E theta theta'
 
         means, shares = [], []
-        var_theta, cross, var_phi = np.zeros_like(raw), np.zeros_like(h), 0.0
-        square_kept = square_phi = 0.0
+        var_theta, cross = np.zeros_like(raw), np.zeros_like(h)
+        var_phi = square_kept = square_phi = 0.0
         phi_theta = np.zeros_like(h)
         for share, phi, mu in nodes:
             moved = bent @ mu  # P H mu
@@ -171,8 +171,8 @@ class Scalar:
             shares.append(share)
             var_theta += share * np.outer(r, r) * rest
             cross += share * r * (a * pulled - 2.0 * a * phi * moved)
-            var_phi += share * a**2 * (phi**2 * n_square - 2.0 * phi * n_c + c_square)
-            square_kept += share * ((1.0 - a * n_mean) ** 2 + a**2 * n_square)
+            var_phi += float(share * a**2 * (phi**2 * n_square - 2.0 * phi * n_c + c_square))
+            square_kept += float(share * ((1.0 - a * n_mean) ** 2 + a**2 * n_square))
             square_phi += share * phi**2
             phi_theta += share * phi * mu
         between = np.array(means)

@@ -22,6 +22,7 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import FOREVER, Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels, moving_window
+from nqm.solvers.first_order_range import first_order_errors
 from nqm.solvers.multiplicative_scalar import scalar_first_order
 from nqm.solvers.polynomial_walk import Seen, State, Steps, walk
 from nqm.transition import (
@@ -1022,10 +1023,15 @@ def solve(
 
         columns["stated_sd"] = None
         pairs = partial(pair_covariances, problem, program, wanted)
+    errors = None
+    if not program.linear:
+        second = columns["weight_mean"] ** 2 + columns["weight_variance"]
+        errors = partial(first_order_errors, problem, program, wanted, second)
     return Trajectory(
         problem=problem,
         kind=Kind.EXACT if program.linear else Kind.FIRST_ORDER,
         pairs=pairs,
+        range_errors=errors,
         steps=np.array(wanted, dtype=np.int64),
         examples=program.examples(wanted),
         stderr=zeros,

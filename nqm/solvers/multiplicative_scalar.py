@@ -11,6 +11,8 @@ s' = s - a theta0' (H theta0 s + e).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -21,6 +23,8 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program
 from nqm.result import Kind, Trajectory, runaway
 from nqm.solvers import _kernels
+from nqm.solvers.closure_elementwise import start_nodes
+from nqm.solvers.first_order_range import NOISE, NUDGE, arrival
 
 #: Dense powers lose one unit in the last place per step: 1e-9 after this many steps.
 MOST_STEPS = 10**7
@@ -67,15 +71,9 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
             f"the first order of scalar factors loses digits beyond {MOST_STEPS:.0e} steps; "
             f"got {max(at)}; record earlier ones"
         )
-    lr, member_lr, batch_size = phase.settings(0, 1)[0]
-    k, h, theta = algorithm.members, problem.curvature, problem.minimum / algorithm.factor
-    v = covariance(problem.noise_correlation, problem.noise_variance) / batch_size
-    pull = algorithm.base_scale * k * lr * algorithm.factor**2 * np.eye(h.size)
-    pull += member_lr * np.outer(theta, theta)
-    mean_step = (np.eye(h.size) - pull * h, pull @ (v / k) @ pull.T)
+    mean_step, member_step, theta = step_maps(problem, phase)
+    k, h = algorithm.members, problem.curvature
     moment = theta**2 @ h
-    noise = member_lr**2 * (theta @ v @ theta) * (1.0 - 1.0 / k)
-    member_step = np.array([[1.0 - member_lr * moment]]), np.array([[noise]])
     spread = algorithm.factor**2 * algorithm.spread
     start = covariance(problem.initial_correlation, problem.initial_variance)
     start = start + spread / k * np.outer(theta, theta)
@@ -83,11 +81,11 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
 
     rows = []
     for step in at:
-        many, added = _power(mean_step, step)
+        many, added = power(mean_step, step)
         mean = many @ problem.initial_mean
         started = many @ start @ many.T
         whole = started + added
-        decay, kick = _power(member_step, step)
+        decay, kick = power(member_step, step)
         deviation = float((decay @ start_member @ decay.T + kick)[0, 0])
         curved = h[:, None] * whole
         bias = 0.5 * float(h @ (mean**2 + np.diag(started)))
@@ -110,12 +108,141 @@ def scalar_first_order(problem: Problem, phase: Phase, at: Sequence[int]) -> Tra
         stderr=zeros,
         member_stderr=zeros,
         runaway=runaway(problem, program),
+        range_errors=partial(scalar_errors, problem, phase, at),
     )
 
 
-def _power(step: tuple[FloatArray, FloatArray], steps: int) -> tuple[FloatArray, FloatArray]:
+Step = tuple[FloatArray, FloatArray]
+
+
+def step_maps(problem: Problem, phase: Phase) -> tuple[Step, Step, FloatArray]:
+    """Matrix and noise of one step of the mean model and of a member's deviation.
+
+    Parameters
+    ----------
+    problem : Problem
+        Noisy quadratic problem.
+    phase : Phase
+        Scalar factors at constant rates and batch size.
+
+    Returns
+    -------
+    mean_step : tuple of ndarray, shapes (d, d)
+        A and Q of S' = A S A' + Q.
+    member_step : tuple of ndarray, shapes (1, 1)
+        The same of a member's factor less the members' mean.
+    theta : ndarray, shape (d,)
+        Base weights about which the first order is taken.
+    """
+    algorithm = phase.algorithm
+    assert isinstance(algorithm, MultiplicativeLatePhase)
+    lr, member_lr, batch_size = phase.settings(0, 1)[0]
+    k, h, theta = algorithm.members, problem.curvature, problem.minimum / algorithm.factor
+    v = covariance(problem.noise_correlation, problem.noise_variance) / batch_size
+    pull = algorithm.base_scale * k * lr * algorithm.factor**2 * np.eye(h.size)
+    pull += member_lr * np.outer(theta, theta)
+    noise = member_lr**2 * (theta @ v @ theta) * (1.0 - 1.0 / k)
+    member_step = np.array([[1.0 - member_lr * (theta**2 @ h)]]), np.array([[noise]])
+    return (np.eye(h.size) - pull * h, pull @ (v / k) @ pull.T), member_step, theta
+
+
+def power(step: Step, steps: int) -> Step:
+    """Combine equal steps.
+
+    Parameters
+    ----------
+    step : tuple of ndarray
+        A and Q of one step.
+    steps : int
+        Number of steps.
+
+    Returns
+    -------
+    tuple of ndarray
+        A and Q of all of them.
+    """
     matrix, noise = (np.ascontiguousarray(part)[None] for part in step)
     many, added = np.empty_like(matrix), np.empty_like(noise)
     with np.errstate(over="ignore", invalid="ignore"):
         _kernels.power(matrix, noise, steps, many, added)
     return many[0], added[0]
+
+
+def scalar_errors(problem: Problem, phase: Phase, at: Sequence[int]) -> FloatArray:
+    """Estimate the relative error of `scalar_first_order`, as `nqm.solvers.first_order_range` does.
+
+    Slopes by y come from the first order about another pair: factor / sqrt(y).
+
+    Parameters
+    ----------
+    problem, phase, at
+        As in `scalar_first_order`.
+
+    Returns
+    -------
+    ndarray, shape (records,)
+        Infinite where it is unstable.
+    """
+    algorithm = phase.algorithm
+    assert isinstance(algorithm, MultiplicativeLatePhase)
+    mean_step, member_step, theta = step_maps(problem, phase)
+    lr, member_lr, batch_size = phase.settings(0, 1)[0]
+    k, h, w, factor = algorithm.members, problem.curvature, problem.minimum, algorithm.factor
+    v = covariance(problem.noise_correlation, problem.noise_variance) / batch_size
+    size = np.linalg.norm(w)
+    scaled, a = algorithm.base_scale * lr, member_lr * theta @ theta
+    one = scalar_first_order(problem, phase, at)
+    moved = [
+        scalar_first_order(
+            problem,
+            replace(phase, algorithm=replace(algorithm, factor=factor * np.exp(-0.5 * nudge))),
+            at,
+        )
+        for nudge in (-NUDGE, NUDGE)
+    ]
+    with np.errstate(all="ignore"):
+        slopes = {
+            name: np.log(getattr(moved[1], name) / getattr(moved[0], name)) / (2.0 * NUDGE)
+            for name in ("bias", "variance", "member_loss")
+        }
+        spread = w @ covariance(problem.initial_correlation, problem.initial_variance) @ w / size**2
+        beside = (problem.initial_variance.sum() - spread) / size**2  # the rest of the start
+        share, x, offset = start_nodes(bool(spread > 0.0), algorithm.spread > 0.0)
+        first = 1.0 + (w @ problem.initial_mean / size + np.sqrt(spread) * x) / size
+        across = (1.0 + np.sqrt(algorithm.spread / k) * offset) ** 2
+        across = across + algorithm.spread * (1.0 - 1.0 / k)
+        kb = k * scaled * factor**2
+        log_y = np.log(arrival(np.array(a), np.array(kb), first**2, across)).ravel()
+
+        found = []
+        for i, steps in enumerate(at):
+            many, s = power(mean_step, steps)
+            decay, kick = power(member_step, steps)
+            seen = (h[:, None] * s) * h + v / k  # E gbar gbar'
+            own = (theta @ v @ theta) * (1.0 - 1.0 / k) + (theta**2 @ h) ** 2 * kick[0, 0]
+            slide = scaled**2 * k**2 * factor**2 * np.trace(seen)
+            slide -= scaled * member_lr * k * (theta @ seen @ theta + own)
+            slide /= theta @ theta + scaled * k * factor**2 / member_lr
+            drift = float(np.clip(steps * slide, -3.0, 3.0))
+            started = algorithm.spread * (1.0 - 1.0 / k)
+            apart = started * decay[0, 0] ** 2 + kick[0, 0] / factor**2
+            near = NOISE * (w @ s @ w / size**4 + apart)
+
+            def off(name: str, ys: FloatArray, weights: FloatArray, i: int = i) -> float:
+                if not getattr(one, name)[i] > 0.0:
+                    return 0.0
+                return float(abs(weights @ np.expm1(slopes[name][i] * ys)))
+
+            change = near + sum(
+                getattr(one, name)[i] / one.loss[i]
+                * (off(name, log_y, share) + off(name, np.array([drift]), np.ones(1)))
+                for name in ("bias", "variance")
+            )  # fmt: skip
+            pushed = np.abs(many @ w) * started + np.abs(w) * apart
+            shift = np.abs(many @ problem.initial_mean)
+            push = 0.5 * h @ (pushed**2 + 2.0 * pushed * shift) + one.bias[i] * beside
+            member = near + off("member_loss", log_y, share)
+            member += off("member_loss", np.array([drift]), np.ones(1))
+            found.append(max(change + push / one.loss[i], member + push / one.member_loss[i]))
+        errors = np.array(found)
+    return np.where(np.isfinite(errors), errors, np.inf)
