@@ -260,7 +260,9 @@ def _summary(target: Callable[..., Any]) -> str:
 @main.command()
 @options("file", "set")
 @click.option(
-    "--method", help="jump (exact, by powers), moments (exact, every step) or sample (Monte Carlo)."
+    "--method",
+    help="jump (exact, by powers), moments (exact, every step), sample (Monte Carlo) or closure "
+    "(multiplicative members).",
 )
 @click.option("--replicas", type=int, help="Number of independent Monte Carlo runs.")
 @click.option("--seed", type=int, help="Seed of the Monte Carlo draws.")

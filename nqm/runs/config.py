@@ -53,7 +53,7 @@ MODELS: dict[str, Callable[..., LeastSquares]] = {
     "random_features_equivalent": random_features_equivalent,
 }
 
-METHODS = ("jump", "moments", "sample")
+METHODS = ("jump", "moments", "sample", "closure")
 #: Random numbers of the cells of a sweep: own ones for each cell, or the same ones for all.
 STREAMS = ("own", "common")
 
@@ -101,8 +101,9 @@ class Run:
     bound : bool
         Whether the table contains what no linear method could beat (`bound`), and the loss above
         it (`regret`).
-    method : {"jump", "moments", "sample"}
-        Exact by powers, exact step by step, or Monte Carlo.
+    method : {"jump", "moments", "sample", "closure"}
+        Exact by powers, exact step by step (to first order for multiplicative late-phase weights),
+        Monte Carlo, or a moment closure of multiplicative late-phase weights.
     replicas, seed : int
         Number of Monte Carlo runs, and seed of their draws.
     precision : {"float64", "float32"}
@@ -134,6 +135,11 @@ class Run:
         check_word("streams", self.streams, STREAMS)
         if self.control and self.method != "sample":
             raise NQMError(f"control is for method 'sample'; got method {self.method!r}")
+        if self.method == "closure" and self.quantiles:
+            raise NQMError(
+                "record.quantiles: a moment closure has no distribution of the loss; use "
+                'method = "sample", or drop record.quantiles'
+            )
         if isinstance(self.problem, LeastSquares):
             self._check_least_squares()
         for level in self.quantiles:
@@ -150,6 +156,8 @@ class Run:
 
     def _check_least_squares(self) -> None:
         """Raise NQMError for options that the solvers of least squares do not have."""
+        if self.method == "closure":
+            raise NQMError("method: 'closure' does not know least squares; use 'jump' or 'sample'")
         if self.quantiles and self.method != "sample":
             raise NQMError(
                 "record.quantiles: least squares has no exact ones, as its weights are not "
@@ -222,6 +230,10 @@ class Run:
                 control=self.control,
                 progress=progress,
             )
+        if self.method == "closure":
+            from nqm.solvers.closure import moment_closure
+
+            return moment_closure(self.problem, self.program, self.at, progress=progress)
         from nqm.solvers.moments import solve
 
         jump = self.method == "jump"

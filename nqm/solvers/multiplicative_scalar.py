@@ -192,19 +192,21 @@ def scalar_errors(problem: Problem, phase: Phase, at: Sequence[int]) -> FloatArr
     size = np.linalg.norm(w)
     scaled, a = algorithm.base_scale * lr, member_lr * theta @ theta
     one = scalar_first_order(problem, phase, at)
-    moved = [
-        scalar_first_order(
-            problem,
-            replace(phase, algorithm=replace(algorithm, factor=factor * np.exp(-0.5 * nudge))),
-            at,
-        )
+    changed = [
+        replace(phase, algorithm=replace(algorithm, factor=factor * np.exp(-0.5 * nudge)))
         for nudge in (-NUDGE, NUDGE)
     ]
+    changed.append(replace(phase, member_lr=member_lr * np.exp(NUDGE)))
+    low, high, faster = (scalar_first_order(problem, each, at) for each in changed)
     with np.errstate(all="ignore"):
-        slopes = {
-            name: np.log(getattr(moved[1], name) / getattr(moved[0], name)) / (2.0 * NUDGE)
-            for name in ("bias", "variance", "member_loss")
-        }
+
+        def logs(name: str) -> tuple[FloatArray, FloatArray]:
+            """First and second derivative of the logarithm of a loss by log y."""
+            x, y, z = (np.log(getattr(each, name)) for each in (low, one, high))
+            return (z - x) / (2.0 * NUDGE), (z - 2.0 * y + x) / NUDGE**2
+
+        slopes = {name: logs(name) for name in ("bias", "variance", "member_loss")}
+        first_slope = np.log(faster.bias / one.bias) / NUDGE
         spread = w @ covariance(problem.initial_correlation, problem.initial_variance) @ w / size**2
         beside = (problem.initial_variance.sum() - spread) / size**2  # the rest of the start
         share, x, offset = start_nodes(bool(spread > 0.0), algorithm.spread > 0.0)
@@ -213,6 +215,8 @@ def scalar_errors(problem: Problem, phase: Phase, at: Sequence[int]) -> FloatArr
         across = across + algorithm.spread * (1.0 - 1.0 / k)
         kb = k * scaled * factor**2
         log_y = np.log(arrival(np.array(a), np.array(kb), first**2, across)).ravel()
+        started_at = share * ((first - 1.0) ** 2 + (across - 1.0) ** 2 / 4.0).ravel()
+        started_at = started_at / started_at.sum() if started_at.sum() > 0.0 else share
 
         found = []
         for i, steps in enumerate(at):
@@ -231,18 +235,21 @@ def scalar_errors(problem: Problem, phase: Phase, at: Sequence[int]) -> FloatArr
             def off(name: str, ys: FloatArray, weights: FloatArray, i: int = i) -> float:
                 if not getattr(one, name)[i] > 0.0:
                     return 0.0
-                return float(abs(weights @ np.expm1(slopes[name][i] * ys)))
+                slope, bend = slopes[name]
+                return float(abs(weights @ np.expm1(slope[i] * ys + 0.5 * bend[i] * ys**2)))
 
-            change = near + sum(
-                getattr(one, name)[i] / one.loss[i]
-                * (off(name, log_y, share) + off(name, np.array([drift]), np.ones(1)))
-                for name in ("bias", "variance")
-            )  # fmt: skip
+            drifted = np.array([drift]), np.ones(1)
+            bias = off("bias", log_y, started_at) + off("bias", *drifted)
+            if one.bias[i] > 0.0:
+                early = started_at @ np.expm1(first_slope[i] * np.log(first**2).ravel())
+                bias = max(bias, float(abs(early)))
+            bias *= one.bias[i] / one.loss[i]
+            noise = off("variance", log_y, share) + off("variance", *drifted)
+            change = near + bias + noise * one.variance[i] / one.loss[i]
             pushed = np.abs(many @ w) * started + np.abs(w) * apart
             shift = np.abs(many @ problem.initial_mean)
             push = 0.5 * h @ (pushed**2 + 2.0 * pushed * shift) + one.bias[i] * beside
-            member = near + off("member_loss", log_y, share)
-            member += off("member_loss", np.array([drift]), np.ones(1))
+            member = near + bias + off("member_loss", log_y, share) + off("member_loss", *drifted)
             found.append(max(change + push / one.loss[i], member + push / one.member_loss[i]))
         errors = np.array(found)
     return np.where(np.isfinite(errors), errors, np.inf)

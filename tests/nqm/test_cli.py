@@ -201,6 +201,33 @@ def test_steady_of_multiplicative_members_is_twofold(tmp_path: Path) -> None:
     assert 2 * long["loss"] == pytest.approx(6.96e-4, abs=0.5e-6)
 
 
+def test_a_closure_of_multiplicative_members(tmp_path: Path) -> None:
+    file = tmp_path / "late.toml"
+    file.write_text(
+        "problem = {curvature = [1.0], noise_variance = [0.25], minimum = 1.0, "
+        "initial_variance = 0.0}\n"
+        "phase = [{algorithm = 'late_phase_multiplicative', members = 4, gamma = 'mean', "
+        "lr = 0.2, steps = 500}]\nrecord = {at = ['end']}\n"
+    )
+    (closed,) = rows(call("run", str(file), "--method", "closure", "--json"))
+    (drawn,) = rows(call("run", str(file), "--method", "sample", "--replicas", "4000", "--json"))
+    (first,) = rows(call("run", str(file), "--json"))
+    kinds = [row["kind"] for row in (closed, drawn, first)]
+    assert kinds == ["closure", "sample", "first_order"]
+    assert abs(closed["loss"] - drawn["loss"]) < 4 * drawn["stderr"] + 0.01 * drawn["loss"]
+    assert abs(first["loss"] - drawn["loss"]) > 0.1 * drawn["loss"]
+    assert [row["in_range"] for row in (closed, drawn, first)] == [True, True, False]
+    command = ["run", str(file), "--method", "closure"]
+    fails(call(*command, "--set", "record.quantiles=[0.5]"), "no distribution of the loss")
+    fails(call(*command, "--set", "phase.0={algorithm='sgd', lr=0.1, steps=5}"), "method 'jump'")
+    squares = "problem={curvature=[1.0], inputs='gaussian'}"
+    fails(call(*command, "--set", squares), "does not know least squares")
+    swept = tmp_path / "swept.csv"
+    sweep = "sweep={'problem.noise_variance'=[1e-4, 0.25]}"
+    call("sweep", str(file), "--set", sweep, "--out", str(swept))
+    assert read_table(swept)["in_range"].tolist() == [True, False]
+
+
 ONE = "phase=[{algorithm='sgd', lr=0.1, steps=50, batch_size=8}]"
 
 

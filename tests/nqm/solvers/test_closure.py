@@ -170,6 +170,19 @@ def test_it_drifts_to_the_long_run_floor():
     agree_each(closed[0], solve(problem, program, [40]).loss[0], 0.03)
 
 
+@pytest.mark.parametrize("coupling", ["elementwise", "scalar"])
+def test_random_starts_arrive_at_the_hyperbola(coupling):
+    """Each start ends on theta phi = w*; a Gaussian over their ends would have a loss of 40 floors."""
+    problem = Problem([1.0], [2e-5], initial_mean=0.012, initial_variance=0.0038, minimum=1.0)
+    late = MultiplicativeLatePhase(4, gamma="mean", factor=0.5, coupling=coupling)
+    phase = Phase(late, 0.032, 25, member_lr=0.061)
+    drawn = sample(problem, phase, [25], replicas=20_000, seed=5)
+    closed = moment_closure(problem, phase, [25])
+    assert abs(closed.loss[0] - drawn.loss[0]) < 0.01 * drawn.loss[0] + 3 * drawn.stderr[0]
+    near = 0.01 * drawn.member_loss[0] + 3 * drawn.member_stderr[0]
+    assert abs(closed.member_loss[0] - drawn.member_loss[0]) < near
+
+
 def test_without_steps_of_the_members_it_is_exact():
     problem = Problem([1.0, 0.3], [0.5, 0.2], initial_mean=0.4, initial_variance=0.3, minimum=0.7)
     (limit,) = MultiplicativeLatePhase(3, gamma="mean", factor=2.0).limits()

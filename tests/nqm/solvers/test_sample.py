@@ -210,6 +210,19 @@ def test_multiplicative_overflow_is_a_status(away):
 # ------------------------------------------------------------------ the sampler itself
 
 
+@pytest.mark.parametrize("spread", [0, 1])
+def test_a_whole_number_is_a_number(away, spread):
+    """Factors of an integer type would be rounded at every step."""
+    losses = [
+        nqm.sample(
+            away, Phase(MultiplicativeLatePhase(3, factor=factor, spread=spread), 0.05, 9), [9],
+            replicas=20,
+        ).loss
+        for factor in (2, 2.0)
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
 @every_algorithm
 def test_multiplicative_does_not_depend_on_workers(algorithm, away):
     program = Program((Phase(SGD(), 0.1, 3), Phase(algorithm, 0.1, 4)))
