@@ -172,7 +172,7 @@ def test_it_drifts_to_the_long_run_floor():
 
 @pytest.mark.parametrize("coupling", ["elementwise", "scalar"])
 def test_random_starts_arrive_at_the_hyperbola(coupling):
-    """Each start ends on theta phi = w*; a Gaussian over their ends would have a loss of 40 floors."""
+    """Each start ends on theta phi = w*; a Gaussian over the ends would have 40 times the loss."""
     problem = Problem([1.0], [2e-5], initial_mean=0.012, initial_variance=0.0038, minimum=1.0)
     late = MultiplicativeLatePhase(4, gamma="mean", factor=0.5, coupling=coupling)
     phase = Phase(late, 0.032, 25, member_lr=0.061)
