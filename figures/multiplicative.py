@@ -50,30 +50,33 @@ def floors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def course(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw the simulated loss over time, in units of the quasi-steady floor.
+    """Draw the loss over time by simulation and closure, in units of the quasi-steady floor.
 
     Parameters
     ----------
     table : DataFrame
-        Columns members, step, loss, stderr, quasi_steady, long_run.
+        Columns kind (``sample`` or ``closure``), members, step, loss, stderr, quasi_steady,
+        long_run.
     ax : Axes, optional
         Axes to draw on; by default those of a new figure.
 
     Returns
     -------
     Axes
-        A colour per K; dashed: the long-run floors.
+        A colour per K; lines: the moment closure; dashed: the long-run floors.
     """
     ax = axes_or_new(ax)
     colors = shades(table["members"].nunique())
-    for i, (k, rows) in enumerate(table.groupby("members")):
-        rows = rows.sort_values("step")
+    for i, (k, each) in enumerate(table.groupby("members")):
+        closed = each[each["kind"] == "closure"].sort_values("step")
+        rows = each[each["kind"] == "sample"].sort_values("step")
+        line = closed["loss"] / closed["quasi_steady"]
+        ax.plot(closed["step"], line, color=colors[i], linewidth=1.0, gid=f"{k}/closure")
         unit = rows["quasi_steady"]
         points = rows.assign(loss=rows["loss"] / unit, stderr=rows["stderr"] / unit)
         look = {"color": colors[i], "marker": MARKERS[i], "markersize": 3.2}
         look["label"] = f"$K$ = {k}"
         markers(points, "step", "loss", "stderr", ax, **look, gid=f"{k}/course")
-        ax.plot(points["step"], points["loss"], color=colors[i], linewidth=0.6)
         end = float(rows["long_run"].iloc[0] / unit.iloc[0])
         last = float(table["step"].max())
         ax.plot([last / 3, 1.6 * last], [end, end], "--", color=colors[i], linewidth=1.0)
@@ -125,4 +128,37 @@ def first_order_error(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.legend(loc="upper left", handletextpad=0.3)
     low, high = ax.get_ylim()
     ax.set_ylim(low, 8 * high)
+    return ax
+
+
+def error_map(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw relative errors as a map over noise variance and learning rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns variance, lr, error (relative) and in_range; one row for each pair.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A cell has its error in per cent, in brackets where the result says it is out of range;
+        its colour is the error's size, from 0 to 20 %.
+    """
+    ax = axes_or_new(ax)
+    grid = table.pivot(index="lr", columns="variance", values="error")
+    inside = table.pivot(index="lr", columns="variance", values="in_range").to_numpy()
+    errors = grid.to_numpy(dtype=float)
+    shown = np.abs(errors)
+    ax.imshow(shown, origin="lower", aspect="auto", cmap="Oranges", vmin=0.0, vmax=0.2, gid="map")
+    for i, j in np.ndindex(*shown.shape):
+        text = f"{100.0 * errors[i, j]:+.1f}"
+        text = text if inside[i, j] else f"({text})"
+        color = "white" if shown[i, j] > 0.15 else "black"
+        ax.text(j, i, text, ha="center", va="center", fontsize=6, color=color)
+    ax.set_xticks(range(grid.shape[1]), [f"{v:g}" for v in grid.columns])
+    ax.set_yticks(range(grid.shape[0]), [f"{lr:g}" for lr in grid.index])
+    ax.set(xlabel="noise variance $v$", ylabel=r"rate $\eta$")
     return ax

@@ -75,6 +75,7 @@ from .soups import Soup as Soup
 from .tuning import best_average as best_average
 from .tuning import best_batches as best_batches
 from .tuning import best_late_phase as best_late_phase
+from .tuning import best_linear as best_linear
 from .tuning import best_piecewise as best_piecewise
 from .tuning import flatness as flatness
 from .tuning import information_bound as information_bound

@@ -31,6 +31,7 @@ STUDIES = {
     "switch": "paper_repro.switch",
     "rate_map": "paper_repro.rate_map",
     "multiplicative": "paper_repro.multiplicative",
+    "closure": "paper_repro.closure",
     "digits": "paper_repro.digits",
 }
 
@@ -63,6 +64,7 @@ OWN_ONLY = {
     "collapse": "it is copies of one curvature",
     "steady_state": "multiplicative members need noise that is small beside the minimum",
     "multiplicative": "it is one direction with its minimum at 1",
+    "closure": "it is one direction with its minimum at 1",
     "digits": "it is a regression on images",
     "scaling": "it is a least-squares problem with its own inputs",
     **dict.fromkeys(ZHANG2019, "its target losses are those of h_i = 1/i with C = H"),

@@ -198,8 +198,10 @@ def test_multiplicative_floors_course_and_error():
     np.testing.assert_allclose(artist(ax, "long_run").get_ydata(orig=False), 2 / k)
     np.testing.assert_allclose(artist(ax, "sample, short").get_ydata(orig=False), 1.1 / k)
     course = tidy(members=2, step=[10.0, 100.0], loss=[2.0, 3.0], stderr=0.2, quasi_steady=2.0,
-                  long_run=4.0)  # fmt: skip
-    ax = multiplicative.course(course)
+                  long_run=4.0, kind="sample")  # fmt: skip
+    closed = course.assign(kind="closure", loss=[2.2, 3.2], stderr=0.0)
+    ax = multiplicative.course(pd.concat([course, closed]))
+    np.testing.assert_allclose(artist(ax, "2/closure").get_ydata(orig=False), [1.1, 1.6])
     np.testing.assert_allclose(artist(ax, "2/course").get_ydata(orig=False), [1.0, 1.5])
     error = tidy(lr=0.1, variance=[1e-3, 1e-2], loss=[-2e-3, -2e-2], stderr=1e-4,
                  series="average member")  # fmt: skip
@@ -210,6 +212,16 @@ def test_multiplicative_floors_course_and_error():
     np.testing.assert_allclose(
         artist(ax, "mean/error").get_ydata(orig=False), [1e-2]
     )  # 0.1 s.e.: left out
+
+
+def test_an_error_map_has_every_error_in_per_cent():
+    table = pd.DataFrame(
+        {"variance": [0.1, 0.2, 0.1, 0.2], "lr": [0.3, 0.3, 0.4, 0.4],
+         "error": [0.01, -0.02, 0.003, -0.5], "in_range": [True, True, True, False]}
+    )  # fmt: skip
+    ax = multiplicative.error_map(table)
+    texts = {text.get_position(): text.get_text() for text in ax.texts}
+    assert texts == {(0, 0): "+1.0", (1, 0): "-2.0", (0, 1): "+0.3", (1, 1): "(-50.0)"}
 
 
 def test_digits_ratio_divides_by_the_additive_theory():
