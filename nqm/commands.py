@@ -15,6 +15,7 @@ from nqm.cli import deliver, numbers, options, progress_bar
 if TYPE_CHECKING:
     import pandas as pd
 
+    from nqm.problems.quadratic import Problem
     from nqm.program import Phase
     from nqm.runs.config import Run
     from nqm.soups import Soup
@@ -163,6 +164,13 @@ def critical_batch(
     show_default=True,
     help="Relative rise of the loss that the interval of each rate allows.",
 )
+@click.option(
+    "--free",
+    metavar="NAME,NAME,...",
+    default="lr",
+    show_default=True,
+    help="What is optimised: lr, momentum, decay (of an average) and batch_size, or all.",
+)
 @options("out", "json")
 def optimize(
     file: str,
@@ -170,17 +178,21 @@ def optimize(
     pieces: int,
     highest_lr: float | None,
     within: float,
+    free: str,
     out: str | None,
     as_json: bool,
 ) -> None:
     """Find the piecewise-constant learning rates of SGD with the least final loss.
 
     The file has one phase of SGD, whose steps and batch size count; its rate does not. The regret
-    is the loss above what no linear method could beat.
+    is the loss above what no linear method could beat. With --free the momentum of heavy ball, the
+    decay of an exponential average and the batch sizes, of the same examples in all, are optimised
+    as well.
 
     \b
     nqm optimize sgd.toml --pieces 5
     nqm optimize sgd.toml --pieces 5 --highest-lr 2 --out schedule.csv
+    nqm optimize sgd.toml --pieces 5 --free all
     """
     from nqm.algorithms.optimizers import SGD
     from nqm.errors import NQMError
@@ -188,6 +200,9 @@ def optimize(
     from nqm.tuning.schedule import best_piecewise
 
     stated = {"name": "optimize", "pieces": pieces, "highest_lr": highest_lr, "within": within}
+    names = tuple(name.strip() for name in free.split(","))
+    if names != ("lr",):
+        stated["free"] = free
     job, stamp = _opened(file, overrides, {k: v for k, v in stated.items() if v is not None})
     problem, phase = job.additive("optimize"), _one_phase(job, "optimize")
     if phase.algorithm != SGD():
@@ -203,6 +218,8 @@ def optimize(
 
         from nqm.tuning.information import information_bound
 
+        if names != ("lr",):
+            return _joint(problem, phase, pieces, names, highest_lr)
         best = best_piecewise(
             problem, pieces, phase.steps, batch_size, highest_lr=highest_lr, within=within
         )
@@ -215,6 +232,26 @@ def optimize(
         return table[best.lengths > 0].reset_index(drop=True)
 
     deliver(compute, stamp, as_json, out)
+
+
+def _joint(
+    problem: Problem, phase: Phase, pieces: int, names: tuple[str, ...], highest_lr: float | None
+) -> pd.DataFrame:
+    """Settings of averaged heavy ball by piece."""
+    import numpy as np
+    import pandas as pd
+
+    from nqm.tuning.joint import SETTINGS, best_linear
+
+    free = SETTINGS if names == ("all",) else names
+    size = float(phase.batch_size(0))  # type: ignore[operator]  # a schedule since it was built
+    best = best_linear(problem, pieces, phase.steps, size, free=free, highest_lr=highest_lr)
+    ends = np.cumsum(best.lengths)
+    return pd.DataFrame(
+        {"first": ends - best.lengths, "last": ends - 1, "lr": best.lr, "momentum": best.momentum,
+         "decay": best.decay, "batch_size": best.batch_size, "loss": best.loss,
+         "bound": best.bound, "regret": best.regret}
+    )  # fmt: skip
 
 
 @click.command("bound")

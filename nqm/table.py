@@ -100,6 +100,7 @@ COLUMNS: dict[str, Column] = {
     "members": Column("members K", "", "late-phase members or independent runs", "int64"),
     "gamma": Column(r"$\gamma_\theta$", "", "scale of the summed base gradient"),
     "momentum": Column("momentum", "", "momentum, in PyTorch's form"),
+    "decay": Column("decay", "", "share of an exponential average that a step keeps"),
     "flat_low": Column(
         "lowest good rate", "", "smallest rate whose loss is within 10 % of the best"
     ),

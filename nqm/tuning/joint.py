@@ -232,7 +232,7 @@ class _Search:
 
     def settings(self, z: FloatArray) -> list[FloatArray]:
         """Lr, momentum, decay and batch size of the pieces."""
-        size = np.full(self.pieces, self.batch_size)
+        size = np.full(self.pieces, float(self.batch_size))
         if "batch_size" in self.free:
             weight = np.exp(z[3] - z[3].max())
             spare = (self.batch_size - 1.0) * self.lengths.sum()

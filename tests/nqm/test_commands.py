@@ -144,6 +144,13 @@ def test_optimize(file: str, late: str) -> None:
     assert max(row["lr"] for row in capped) <= 2
     assert free[0]["loss"] <= capped[0]["loss"]
     assert len(rows("optimize", file, "--pieces", "9", "--set", "phase.0.steps=3")) == 3
+    joint = rows("optimize", file, "--pieces", "2", "--set", "phase.0.steps=20", "--free", "all")
+    rates = rows("optimize", file, "--pieces", "2", "--set", "phase.0.steps=20")
+    assert joint[0]["bound"] == pytest.approx(rates[0]["bound"], rel=1e-12)
+    assert joint[0]["bound"] < joint[0]["loss"] < rates[0]["loss"]
+    assert sum(row["batch_size"] for row in joint) / 2 == pytest.approx(8.0)
+    assert {"momentum", "decay"} <= joint[0].keys()
+    fails(call("optimize", file, "--free", "lr,mu"), "free 'mu' is unknown")
     fails(call("optimize", late), "one phase")
     fails(call("optimize", file, "--set", "phase.0.algorithm=heavy_ball"), "sgd only", "HeavyBall")
     fails(call("optimize", file, "--pieces", "0"), "pieces")
