@@ -90,5 +90,8 @@ from .tuning.stability import stability_edge as stability_edge
 from .tuning.steps_to_target import Crossing as Crossing
 from .tuning.steps_to_target import fewest_steps as fewest_steps
 from .tuning.steps_to_target import steps_to_target as steps_to_target
+from .versus import Versus as Versus
+from .versus import compare_runs as compare_runs
+from .versus import win_probability as win_probability
 
 __version__: str

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 #: Commands in a module of their own, which is read when they are asked for.
 ELSEWHERE = {
-    **dict.fromkeys(("bound", "critical-batch", "edge", "fit", "optimize", "soup"), "nqm.commands"),
+    **dict.fromkeys(
+        ("bound", "critical-batch", "edge", "fit", "optimize", "soup", "versus"), "nqm.commands"
+    ),
     "explore": "nqm.explorer.cli",
 }
 #: Largest number of characters of a message.

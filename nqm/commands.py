@@ -1,10 +1,11 @@
-"""Commands on what is best and possible: edge, critical-batch, optimize, soup, bound and fit.
+"""Commands on what is best and possible: edge, critical-batch, optimize, soup, bound, versus, fit.
 
 They read the same files as ``nqm run``. This module imports only click at the top.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -391,6 +392,66 @@ def _ingredients(made: Soup, names: list[str]) -> pd.DataFrame:
 
     numbered = [f"{i}: {name}" if name else str(i) for i, name in enumerate(names)]
     return pd.DataFrame({"ingredient": numbered, "loss": np.diag(made.moment), **_rules(made)})
+
+
+@click.command("versus")
+@options("file")
+@click.argument("other", type=click.Path(dir_okay=False), metavar="OTHER.toml")
+@options("set")
+@click.option(
+    "--level", type=float, default=0.05, show_default=True, help="Two-sided level of the test."
+)
+@click.option(
+    "--power", type=float, default=0.9, show_default=True, help="Probability that it succeeds."
+)
+@options("out", "json")
+def versus(
+    file: str,
+    other: str,
+    overrides: tuple[str, ...],
+    level: float,
+    power: float,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Compute which of two programs has the lower loss in one run, and the runs that show it.
+
+    At the end of both: the probability that a run of FILE has a lower loss than an independent one
+    of OTHER, the difference of their means, and the number of runs of each with which Welch's
+    test tells the means apart. --set changes FILE.
+
+    \b
+    nqm versus cosine.toml wsd.toml
+    nqm versus sgd.toml sgd.toml --set phase.0.lr=0.2 --json
+    """
+    second, theirs = _opened(other, (), {})
+    stated = {"name": "versus", "level": level, "power": power, "other": theirs.config}
+    job, stamp = _opened(file, overrides, stated)
+
+    def compute() -> pd.DataFrame:
+        import pandas as pd
+
+        from nqm.errors import NQMError
+        from nqm.versus import compare_runs
+
+        laws = []
+        for name, one in ((file, job), (other, second)):
+            end = replace(one, at=[one.program.steps], quantiles=(), bound=False)
+            result = end.solve()
+            law = next(result.distributions())
+            if law is None or result.status[0] != "finished":
+                raise NQMError(f"{name}: the program diverges, so that its loss has no mean")
+            laws.append(law)
+        found = compare_runs(*laws, level=level, power=power)
+        runs, ordered = (float("nan") if n is None else n for n in (found.runs, found.ordered_runs))
+        return pd.DataFrame(
+            {"loss": laws[0].mean, "other_loss": laws[1].mean, "probability": found.probability,
+             "difference": found.difference, "difference_sd": found.difference_sd, "runs": runs,
+             "ordered_runs": ordered},
+            index=[0],
+        )  # fmt: skip
+
+    deliver(compute, stamp, as_json, out)
 
 
 @click.command("fit")

@@ -197,6 +197,11 @@ class LossDistribution:
         unit = self.sd or 1.0
         self._sum = _Sum.of(count, spread / unit, place / unit)
 
+    @property
+    def parts(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Counts n, spreads h s / 2 > 0 and places h mean^2 / 2 of the chi-squares, (k,)."""
+        return self._sum.count, self._sum.spread * self.sd, self._sum.place * self.sd
+
     def cdf(self, loss: float) -> float:
         """Probability that the loss is at most `loss`.
 

@@ -64,6 +64,14 @@ COLUMNS: dict[str, Column] = {
     "bound_any": Column(
         "bound of any method", "", "least loss of any method that knows noise and eigenvectors"
     ),
+    "other_loss": Column("loss of the other", "", "expected loss of the program compared with"),
+    "probability": Column("probability", "", "that one run has a lower loss than one of the other"),
+    "difference": Column("difference", "", "mean loss of the other less the program's own"),
+    "runs": Column("runs", "", "of each program, to tell the means apart; empty for equal means"),
+    "ordered_runs": Column(
+        "ordered runs", "", "of each, for the better one to have the lower mean"
+    ),
+    "difference_sd": Column("sd of the difference", "", "of one run of each"),
     "phase": Column("phase", "", "number of the phase, from 0", "int64"),
     "algorithm": Column("algorithm", "", "method of the phase", "str"),
     "edge": Column("stability edge", "", "least constant rate at which a direction is unstable"),
