@@ -297,6 +297,25 @@ def polynomial_average(
     return np.stack([start, *means])
 
 
+def delayed_sgd(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    delay: int,
+) -> Array:
+    """SGD whose step t uses the gradient at x_(t - delay), or at x_0 before there is one."""
+    path = [start]
+    for t, (eta, size) in enumerate(_plan(steps, lr, batch_size)):
+        old = path[max(0, t - delay)]
+        path.append(path[-1] - eta * _gradient(old, h, v, size, rng))
+    return np.stack(path)
+
+
 def schedule_free(
     h: Array,
     v: Array,

@@ -12,6 +12,7 @@ from nqm.algorithms.base import Mode as Mode
 from nqm.algorithms.base import Nonlinear as Nonlinear
 from nqm.algorithms.base import Optimizer as Optimizer
 from nqm.algorithms.decay import WeightDecay as WeightDecay
+from nqm.algorithms.delay import DelayedSGD as DelayedSGD
 from nqm.algorithms.federated import FedProx as FedProx
 from nqm.algorithms.federated import Scaffold as Scaffold
 from nqm.algorithms.local import Federated as Federated
@@ -38,6 +39,7 @@ ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "heavy_ball": HeavyBall,
     "nesterov": Nesterov,
     "quasi_hyperbolic_momentum": QuasiHyperbolicMomentum,
+    "delayed_sgd": DelayedSGD,
     "ema": EMA,
     "swa": SWA,
     "lawa": LAWA,
