@@ -42,6 +42,7 @@ from tests.tolerances import IDENTITY, JUMP, agree, agree_each
 P = Problem(harmonic(20), 0.1, minimum=1.0)
 LS = LeastSquares(harmonic(20), 0.1)
 BILLION, HUGE = 10**9, 2**53
+FALL = nqm.Linear(0.1, 0.0, HUGE)  # steps that never repeat are taken one by one
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "members": (lambda: LatePhase(BILLION, "mean"), "LatePhase.members must be at most 1000000"),
@@ -66,7 +67,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "replicas": (lambda: nqm.sample(P, PHASE, replicas=BILLION), "replicas = 1000000000 .* GiB"),
     "replicas adam": (lambda: nqm.sample(P, Phase(Adam(), 0.1, 5), replicas=10**12), "replicas ="),
     "steps": (lambda: nqm.sample(P, Phase(SGD(), 0.1, HUGE)), "phase.0.steps = 9.0"),
-    "least squares": (lambda: nqm.solve(LS, Phase(SGD(), 0.1, HUGE)), "phase.steps = 9"),
+    "least squares": (lambda: nqm.solve(LS, Phase(SGD(), FALL, HUGE)), "phase.steps = 9"),
     "its cycle": (lambda: nqm.steady(LS, Phase(SGD(), Cyclic(0.1, 0.0, 10**8), 1)), "the period"),
     "its batch": (lambda: nqm.sample(LS, Phase(SGD(), 0.1, 5, BILLION)), "phase.0.batch_size = 1"),
     "its replicas": (lambda: nqm.sample(LS, PHASE, replicas=BILLION), "replicas = 1000000000"),
