@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neural.bridge.config import ITERATE
+from neural.bridge.config import INDEPENDENT, ITERATE
 from neural.bridge.prediction import Prediction
 from neural.bridge.verdict import FEEDBACK
 from nqm.errors import NQMError, check_integer, check_number
@@ -105,6 +105,11 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     most = int(table["members"].max()) if members is None else members
     check_integer("members", most, 1)
     check_number("worth", worth, low=0.0, closed_low=False)
+    if set(table["way"]) != {INDEPENDENT}:
+        raise NQMError(
+            "no advice for late-phase members: each K has a prediction of its own, given by the "
+            "bridge's table; measure without plan.late_phase"
+        )
     cells = table[table["members"] == table["members"].min()]
     left = cells[_reliable(cells)]
     if left.empty:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neural.bridge.comparison import Outcome, compare_training, joined, predict_training
+from neural.bridge.comparison import (
+    Outcome,
+    compare_training,
+    joined,
+    minibatches_of,
+    predict_training,
+)
 from neural.bridge.config import BridgeConfig, Plan
 from neural.bridge.gaussian import (
     WeightGaussian,
@@ -14,9 +21,11 @@ from neural.bridge.gaussian import (
     measure_gaussian,
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
+from neural.bridge.shared_base import SharedBaseQuadratic, member_mask, risk_of_mean
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
+from nqm.errors import NQMError
 from nqm.progress import Progress, counted
 
 
@@ -31,7 +40,9 @@ class Measured:
     local : LocalQuadratic
         Slope, curvature and noise at the checkpoint.
     gaussians : tuple of WeightGaussian
-        Gaussian of the weights, one for each training.
+        Gaussian of the weights, one for each training (and each K of late-phase members).
+    parts : tuple of Measured
+        Measurements for each K of late-phase members; empty for independent runs.
     cache : Cache
         Stores the results of the measurement, and those of `compare`.
     """
@@ -40,12 +51,41 @@ class Measured:
     local: LocalQuadratic
     gaussians: tuple[WeightGaussian, ...]
     cache: Cache = field(default_factory=Cache, repr=False)
+    parts: tuple[Measured, ...] = field(default=(), repr=False)
+
+    def of(self, plan: Plan) -> list[tuple[Measured, Plan]]:
+        """The measurements that a plan needs, each with its part of the plan.
+
+        Parameters
+        ----------
+        plan : Plan
+            What is to be predicted.
+
+        Returns
+        -------
+        list of (Measured, Plan)
+
+        Raises
+        ------
+        NQMError
+            If a plan of late-phase members was not given to `measure`.
+        """
+        if plan.late_phase is None and not self.parts:
+            return [(self, plan)]
+        by_members = {part.gaussians[0].members: part for part in self.parts}
+        if plan.late_phase is None or not set(plan.members) <= set(by_members):
+            raise NQMError(
+                f"this was measured for late-phase members K = {sorted(by_members)}; "  # type: ignore[type-var]
+                "give `measure` the same plan"
+            )
+        return [(by_members[k], replace(plan, members=(k,))) for k in plan.members]
 
 
 def measure(
     risk: EmpiricalRisk,
     config: BridgeConfig | None = None,
     *,
+    plan: Plan | None = None,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -60,6 +100,8 @@ def measure(
         Settings; its learning rates are multiplied by the largest curvature, which is measured
         first. Fields that say how a risk is made from a run (`select` to `minimise_lr`,
         `test_examples`, `train`) are ignored.
+    plan : Plan, optional
+        With `late_phase`, its members are measured, in place of independent runs.
     seed : int
         Seed of all random draws.
     cache : Cache, optional
@@ -82,6 +124,33 @@ def measure(
     for training in config.trainings(1.0):
         training.check(risk.examples)
     local = measure_checkpoint(risk, config, seed=seed, cache=cache, progress=progress)
+    if plan is not None and plan.late_phase is not None:
+        mask = member_mask(risk, plan.late_phase)
+        parts = []
+        for k in plan.members:
+            own = risk_of_mean(risk, mask, k, plan.gamma, plan.member_lr_ratio)
+            held = own if bool(mask.all()) else own.rescaled(mask.to(own.weights))
+            of_mean, apart = (
+                measure_checkpoint(of, config, seed=seed, cache=cache, progress=progress)
+                for of in (own, held)
+            )
+            shared = SharedBaseQuadratic.of(of_mean, apart, k)
+            gaussians = _gaussians(own, shared, config, seed, cache, progress)
+            parts.append(Measured(own, shared, gaussians, cache))
+        every = tuple(gaussian for part in parts for gaussian in part.gaussians)
+        return Measured(risk, local, every, cache, tuple(parts))
+    return Measured(risk, local, _gaussians(risk, local, config, seed, cache, progress), cache)
+
+
+def _gaussians(
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    config: BridgeConfig,
+    seed: int,
+    cache: Cache,
+    progress: Progress | None,
+) -> tuple[WeightGaussian, ...]:
+    """Gaussian of the weights of every training."""
     settings: dict[str, Any] = {
         "displacements": config.displacements,
         "lanczos_steps": config.lanczos_steps,
@@ -99,11 +168,10 @@ def measure(
     )
     trainings = config.trainings(local.largest)
     third = counted(progress, "third derivatives", work * len(trainings))
-    gaussians = tuple(
+    return tuple(
         measure_gaussian(risk, local, training, averages, progress=third, **settings)
         for training in trainings
     )
-    return Measured(risk, local, gaussians, cache)
 
 
 def measure_checkpoint(
@@ -169,13 +237,26 @@ def predict(
         The columns of `compare`; the measured ones are NaN.
     """
     plan = plan or Plan()
-    held_out = _held_out(measured, plan, test, progress)
-    return joined(
-        [
-            predict_training(gaussian, plan, own)
-            for gaussian, own in zip(measured.gaussians, held_out, strict=True)
+    outcomes = []
+    for part, its_plan in measured.of(plan):
+        held_out = _held_out(part, its_plan, _in_frame(test, part), progress)
+        outcomes += [
+            predict_training(gaussian, its_plan, own)
+            for gaussian, own in zip(part.gaussians, held_out, strict=True)
         ]
-    )
+    return joined(outcomes)
+
+
+def _in_frame(test: TestLoss | None, measured: Measured) -> TestLoss | None:
+    """The test loss in the coordinates of the measured risk."""
+    risk = measured.risk
+    if test is None or risk.frame is None:
+        return test
+    if isinstance(test, EmpiricalRisk):
+        moved = copy.copy(test)
+        moved.frame, moved.weights = risk.frame, risk.weights
+        return moved
+    return lambda w: test(risk.model_weights(w))
 
 
 def _held_out(
@@ -223,19 +304,23 @@ def compare(
         Columns: see `neural.bridge.comparison.compare_training`.
     """
     plan = plan or Plan()
-    held_out = _held_out(measured, plan, test, progress)
-    count, outcomes = len(measured.gaussians), []
-    for i, (gaussian, own) in enumerate(zip(measured.gaussians, held_out, strict=True), 1):
-        total = float(gaussian.training.steps * plan.runs)
-        outcomes.append(
-            compare_training(
-                measured.risk,
-                gaussian,
-                plan,
-                test=test,
-                held_out=own,
-                cache=measured.cache,
-                progress=counted(progress, f"train {i} of {count}", total),
+    count = len(measured.gaussians)
+    outcomes: list[Outcome] = []
+    for part, its_plan in measured.of(plan):
+        its_test = _in_frame(test, part)
+        held_out = _held_out(part, its_plan, its_test, progress)
+        for gaussian, own in zip(part.gaussians, held_out, strict=True):
+            total = float(gaussian.training.steps * minibatches_of(its_plan))
+            stage = f"train {len(outcomes) + 1} of {count}"
+            outcomes.append(
+                compare_training(
+                    part.risk,
+                    gaussian,
+                    its_plan,
+                    test=its_test,
+                    held_out=own,
+                    cache=part.cache,
+                    progress=counted(progress, stage, total),
+                )
             )
-        )
     return joined(outcomes)

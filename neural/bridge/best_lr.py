@@ -178,7 +178,13 @@ def best_lrs(
         )
         sizes = [int(k) for k in group["members"].unique()]
         own = [gaussian for gaussian in gaussians if gaussian.training.batch_size == size]
-        best = best_lr(own, training, sizes, records=records, progress=progress)
+        best: list[float | None] = []
+        if own[0].members is None:
+            best = best_lr(own, training, sizes, records=records, progress=progress)
+        else:  # every K has Gaussians of its own
+            for k in sizes:
+                of_k = [gaussian for gaussian in own if gaussian.members == k]
+                best += best_lr(of_k, training, [k], records=records, progress=progress)
         for k, lr in zip(sizes, best, strict=True):
             rows.append((first["way"], size, k, lr, measured_best(group[group["members"] == k])))
     return pd.DataFrame(rows, columns=columns).astype({"predicted": float, "measured": float})

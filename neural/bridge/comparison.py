@@ -189,8 +189,17 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
         return arrays
 
     def run(k: int, seed: int) -> Iterator[tuple[int, Tensor]]:
-        select = plan.late_phase or "all"
-        return train_late_phase(risk, training, k, select, at, seed=seed, progress=progress)
+        return train_late_phase(
+            risk,
+            training,
+            k,
+            plan.late_phase or "all",
+            at,
+            gamma=plan.gamma,
+            member_lr_ratio=plan.member_lr_ratio,
+            seed=seed,
+            progress=progress,
+        )
 
     def members() -> dict[str, Any]:
         arrays: dict[str, Any] = {}
@@ -277,6 +286,22 @@ def _runs(plan: Plan, members: int) -> list[int]:
     return [1000 * plan.seed + group for group in range(max(plan.runs // members, 2))]
 
 
+def minibatches_of(plan: Plan) -> int:
+    """Number of minibatches of one step of all runs, for a progress bar.
+
+    Parameters
+    ----------
+    plan : Plan
+
+    Returns
+    -------
+    int
+    """
+    if plan.late_phase is None:
+        return plan.runs
+    return sum(k * len(_runs(plan, k)) for k in plan.members)
+
+
 def _test(known: dict[str, Any], weights: str, members: int) -> tuple[float, float, float, float]:
     """Test loss and gain with their errors; NaN where there is none."""
     scores, single = known.get(f"test-{weights}{members}"), known.get(f"test-{ITERATE}1")
@@ -329,13 +354,14 @@ def predict_training(
     for average in plan.averages(training):
         predictions[average.name] = predict_loss(gaussian, [average])
     settings = {"way": plan.way} | asdict(training)
+    runs = plan.late_phase is None
     validity = {"noise_growth": gaussian.noise_growth, "kink_fraction": gaussian.kink_fraction}
     rows = [
         settings
         | asdict(prediction)
         | {"members": k, "weights": weights, "noise_free": prediction.descent}
         | {"predicted": prediction.change(k), "predicted_rise": prediction.rise(k)}
-        | {"predicted_gain": prediction.rise(1) - prediction.rise(k)}
+        | {"predicted_gain": prediction.rise(1) - prediction.rise(k) if runs else np.nan}
         | validity
         | _predicted_test(held_out or {}, weights, k, plan)
         for weights, prediction in predictions.items()

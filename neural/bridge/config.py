@@ -8,9 +8,12 @@ from neural.bridge.iterate_averages import ExponentialMean, TailMean, TimeAverag
 from neural.curvature.risk import CURVATURES
 from nqm import SGD, HeavyBall
 from nqm.errors import NQMError, check_integer, check_number, check_word
+from nqm.gamma import check_gamma
 
 #: Entry of the column `weights` for the weights themselves, as opposed to averages over time.
 ITERATE = "iterate"
+#: Entry of the column `way` for independent runs, as opposed to late-phase members.
+INDEPENDENT = "runs"
 SAMPLING = ("with replacement", "shuffled")
 #: Largest number of runs, and largest seed: late-phase runs multiply the seed by a thousand.
 MOST = 10**9
@@ -177,6 +180,10 @@ class Plan:
     late_phase : str, optional
         Weights to replicate on a shared base. Each group of K is then one run of
         `neural.LatePhase`; without it, a group consists of K independent runs.
+    gamma : {"sum", "mean"} or float
+        With `late_phase`: scale of the base gradient, which is summed over members.
+    member_lr_ratio : float
+        With `late_phase`: learning rate of the members over that of the base.
     decay : float
         Decay of the exponential mean of a run's weights. It is evaluated beside the uniform mean
         over the second half of the steps.
@@ -193,6 +200,8 @@ class Plan:
     runs: int = 32
     records: int = 5
     late_phase: str | None = None
+    gamma: str | float = "mean"
+    member_lr_ratio: float = 1.0
     decay: float = 0.99
     seed: int = 0
 
@@ -216,7 +225,7 @@ class Plan:
     @property
     def way(self) -> str:
         """Column `way` of the tables: independent runs, or the weights that are replicated."""
-        return self.late_phase or "runs"
+        return self.late_phase or INDEPENDENT
 
     def __post_init__(self) -> None:
         check_integer("records", self.records, 1)
@@ -227,6 +236,12 @@ class Plan:
         check_different("members", self.members)
         for k in self.members:
             check_integer("members", k, 1)
+        check_gamma("gamma", self.gamma)
+        check_number("member_lr_ratio", self.member_lr_ratio, low=0.0, closed_low=False)
+        if self.late_phase is None and (self.gamma, self.member_lr_ratio) != ("mean", 1.0):
+            raise NQMError(
+                "gamma and member_lr_ratio are those of late-phase members; set late_phase"
+            )
         check_number("decay", self.decay, low=0.0, high=1.0, closed_high=False)
         if max(self.members) > self.runs:
             raise NQMError(f"members must be at most the {self.runs} runs; got {max(self.members)}")

@@ -30,6 +30,7 @@ from torch import Tensor
 from neural.bridge.config import Training
 from neural.bridge.iterate_averages import TimeAverage, power
 from neural.bridge.scatter import displacements as displacements_of
+from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.local_quadratic import LocalQuadratic, vector
@@ -55,7 +56,8 @@ class Slopes:
         Half of the difference of the gradients at both ends, along the eigenpairs.
     beyond : ndarray, shape (3,)
         With d the part of a displacement beyond the eigenpairs: the sums over displacements of d'd,
-        of d'Hd by the local model, and of d' times half of the difference of the gradients.
+        of d'Hd by the local model (for late-phase members by the checkpoint's Hessian), and of d'
+        times half of the difference of the gradients.
     rises : ndarray, shape (2,)
         Sums over displacements of the mean loss at both ends minus the loss in the middle; first
         for the displacements, then for displacements of half the length.
@@ -323,6 +325,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     stored = (cache or Cache()).of(risk, seed=seed)
     known = local.pairs.vectors
     centre = risk.weights + vector(risk, descended(local, training))
+    apply = operator(risk, progress)
 
     def sampled() -> dict[str, Any]:
         rng, drawn = np.random.default_rng([seed, 3]), displacements_of(local, training)
@@ -340,9 +343,11 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
             differences.append(known.T @ odd)
             if draw is not None:
                 outside, rest = d - known @ moved[-1], local.draws[draw]
-                # d'Hd is exact, as d lies in the span of the draw's vectors.
-                bent = rest.values @ (rest.vectors.T @ outside) ** 2
-                beyond += outside @ outside, bent, outside @ odd
+                if isinstance(local, SharedBaseQuadratic):
+                    bent = outside @ apply(outside)
+                else:  # exact, as d lies in the span of the draw's vectors
+                    bent = rest.values @ (rest.vectors.T @ outside) ** 2
+                beyond += np.array([outside @ outside, bent, outside @ odd])
             if progress is not None:
                 progress(4)
         counts = np.array([[(displacements + 1) // 2], [displacements // 2]])
@@ -356,7 +361,6 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
 
     gradients = stored("slopes", sampled, **settings)
     forces = gradients["forces"]
-    apply = operator(risk, progress)
 
     def rest(half: int) -> LanczosNodes:
         def lanczos() -> dict[str, Any]:

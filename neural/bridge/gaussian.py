@@ -19,6 +19,7 @@ from neural.bridge.config import Training
 from neural.bridge.drift import Drift, descended, measure_drift
 from neural.bridge.kinks import find_kinks
 from neural.bridge.scatter import covariance, largest_stable_lr
+from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Smoothing, measure_smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
@@ -71,6 +72,12 @@ class WeightGaussian:
         """Displacement of the mean from the checkpoint, shape (p,)."""
         by_descent = descended(self.checkpoint, self.training)
         return np.asarray(by_descent + self.drift.displacement(self.training))
+
+    @property
+    def members(self) -> int | None:
+        """Number of late-phase members whose mean this is; None for independent runs."""
+        local = self.checkpoint
+        return local.members if isinstance(local, SharedBaseQuadratic) else None
 
     @property
     def noise_growth(self) -> float:

@@ -30,6 +30,7 @@ from neural.bridge.drift import descended, draw_index
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.scatter import covariance, displacements
+from neural.bridge.shared_base import mean_model
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import vector
 from neural.curvature.risk import EmpiricalRisk
@@ -240,7 +241,7 @@ def measure_held_out(
         return {}
     kinds: dict[str, TimeAverage | None] = {ITERATE: None}
     kinds |= {average.name: average for average in plan.averages(training)}
-    count, members, local = _count(gaussian), _evaluated(plan.members), gaussian.local
+    count, members, local = _count(gaussian), _evaluated(plan.members), mean_model(gaussian.local)
 
     loss = loss_of(test)
 

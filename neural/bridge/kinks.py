@@ -27,6 +27,7 @@ from dataclasses import replace
 import numpy as np
 
 from neural.bridge.drift import Drift
+from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Kinks, Smoothing
 from neural.curvature.gradient_noise import STIFF
 
@@ -51,7 +52,8 @@ def find_kinks(drift: Drift, smoothing: Smoothing) -> Kinks:
     turn = local.pairs.vectors.T @ drift.local.pairs.vectors
     moved = slopes.displacements @ turn.T
     length, bent, odd = slopes.beyond
-    if length > 0.0:  # subtract the kinks that `drift.local` holds beyond the eigenpairs
+    shared = isinstance(drift.local, SharedBaseQuadratic)  # whose `bent` is without kinks
+    if length > 0.0 and not shared:  # subtract the kinks that `drift.local` holds beyond the pairs
         bent -= length * (drift.local.draws[0].values[0] - local.draws[0].values[0])
     smooth = smoothing.mean_hessian(training)
     over = (moved * (slopes.differences @ turn.T - moved @ smooth)).sum(0)

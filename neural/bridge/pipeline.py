@@ -253,7 +253,7 @@ def run_bridge(
     if known is None:
         write_table(out / "problem.parquet", local.problem_table(), stamp.metadata())
         # It reads the result of `measure_checkpoint` from its file.
-        measured = measure(risk, config, seed=plan.seed, cache=cache, progress=progress)
+        measured = measure(risk, config, plan=plan, seed=plan.seed, cache=cache, progress=progress)
         for name, table in _tables(measured, opened, config, plan, progress).items():
             write_table(out / f"{name}.parquet", table, stamp.metadata())
     tables = {name: read_table(out / f"{name}.parquet") for name in TABLES}

@@ -8,15 +8,15 @@ fitted to any training run. The loss of the mean of K runs after t steps is
 the change by noise-free descent, two terms for the drift of the mean (`neural.bridge.drift`), and
 the excess loss that `nqm` computes for the noise of one run, with curvature and noise averaged over
 the weights of the training (`neural.bridge.gaussian`). Averages over time
-(`neural.bridge.iterate_averages`) have the same terms. Late-phase members on a shared base draw K
-minibatches for one base step: at gamma = "mean" their average is plain SGD with batch size K B,
-which divides the excess by K as well.
+(`neural.bridge.iterate_averages`) have the same terms. The mean of K late-phase members on a shared
+base takes K minibatches in a step, which divides the excess by K as well; the other terms are those
+of the members' own scatter (`neural.bridge.shared_base`), and differ for every K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from neural.bridge.config import Training
 from neural.bridge.drift import descent
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
+from neural.bridge.scatter import covariance
+from neural.bridge.shared_base import SharedBaseQuadratic
+from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import Phase, Program, solve
 from nqm.problems.quadratic import Problem
 from nqm.solvers.shuffle import shuffled_steady
@@ -49,7 +52,8 @@ class Prediction:
         mean of K members it falls as 1 / K^2.
     effective_runs : float
         Effective number of independent runs: excess of the iterate over that of an average over
-        time; 1 for the iterate itself.
+        time; 1 for the iterate itself. For late-phase members, the squared width of one member's
+        scatter relative to that of an independent run, at most 1.
     nonsmooth_excess : float
         Excess loss of a single run due to kinks (`neural.bridge.kinks`), beyond their part of
         `excess`.
@@ -169,6 +173,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     predictions = []
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
         runs = iterate / excess if isinstance(when, TimeAverage) else 1.0
+        width = _width(local, replace(training, steps=step))
         change_part = nonsmooth = slope = 0.0
         if gaussian.smoothing is not None:
             smoothing = gaussian.smoothing
@@ -183,12 +188,20 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
                 floor=drift.floor(training, when),
                 excess=excess,
                 curvature_change_part=change_part,
-                effective_runs=runs,
+                effective_runs=runs / width,
                 nonsmooth_excess=nonsmooth,
                 log2_slope=slope,
             )
         )
     return predictions
+
+
+def _width(local: LocalQuadratic, training: Training) -> float:
+    """K times the mean model's covariance relative to a member's; 1 for independent runs."""
+    if not isinstance(local, SharedBaseQuadratic):
+        return 1.0
+    member, single = covariance(local, training), covariance(local.mean_model, training)
+    return float(np.sum(member * single) / max(float(np.sum(member * member)), 1e-300))
 
 
 def expected_excess(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from neural.bridge.config import Training
 from neural.bridge.iterate_averages import TimeAverage
+from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
@@ -30,7 +31,7 @@ def covariance(
     Parameters
     ----------
     local : LocalQuadratic
-        Gives curvature and noise.
+        Gives curvature and noise. With a `SharedBaseQuadratic` it is the covariance of one member.
     training : Training
         Gives learning rate, batch size, momentum and number of steps.
     average : TimeAverage, optional
@@ -41,6 +42,11 @@ def covariance(
     -------
     ndarray, shape (k, k)
     """
+    if isinstance(local, SharedBaseQuadratic):
+        mean = covariance(local.mean_model, training, average)
+        across = local.pairs.vectors.T @ local.apart.pairs.vectors
+        apart = across @ covariance(local.apart, training, average) @ across.T
+        return local.mixed(mean, apart)
     lr, steps = training.effective_lr, training.steps
     u = lr * local.pairs.values
     if average is not None:
@@ -114,6 +120,16 @@ def displacements(
     callable
         Takes a generator, and the index of a draw or None for a random one.
     """
+    if isinstance(local, SharedBaseQuadratic):
+        mean = displacements(local.mean_model, training, average)
+        apart = displacements(local.apart, training, average)
+        share = 1.0 / local.members
+
+        def member(rng: np.random.Generator, draw: int | None = None) -> FloatArray:
+            moved = np.sqrt(share) * mean(rng, draw) + np.sqrt(1.0 - share) * apart(rng, None)
+            return np.asarray(moved)
+
+        return member
     vectors = local.pairs.vectors
     size, turn = np.linalg.eigh(_symmetric(covariance(local, training, average)))
     root = np.sqrt(np.where(size > ROUNDING * size[-1], size, 0.0))

@@ -19,6 +19,7 @@ from neural.curvature.examples import EachRow, joined
 from neural.curvature.risk import EmpiricalRisk
 from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import LatePhase
+from nqm.gamma import base_scale
 
 FloatArray = NDArray[np.float64]
 #: Called with the number of a step, from 1, and the weights after it
@@ -78,7 +79,7 @@ def train_runs(
         # Without no_grad, the model's other weights would keep the graph of every step.
         with torch.no_grad():
             gradients = slope(weights, *(tensor[index] for tensor in tensors))
-        return gradients.add_(weights, alpha=risk.weight_decay)
+        return gradients.add_(risk.decay_gradient(weights))
 
     done = 0
     for stop in at:
@@ -130,17 +131,22 @@ def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iter
         yield from torch.randperm(examples, generator=generator).view(-1, size)
 
 
-def train_late_phase(
+def train_late_phase(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     training: Training,
     members: int,
     select: str,
     at: Sequence[int],
     *,
+    gamma: str | float = "mean",
+    member_lr_ratio: float = 1.0,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Train late-phase members on a shared base, by `LatePhase` and `torch.optim.SGD`.
+
+    All weights train the loss of the risk: the base's weight decay is multiplied by gamma K, like
+    the gradients that it takes.
 
     Parameters
     ----------
@@ -154,6 +160,10 @@ def train_late_phase(
         Weights that are replicated (see `neural.late_phase.select.select`).
     at : sequence of int
         Base steps after which weights are yielded, increasing.
+    gamma : {"sum", "mean"} or float
+        Scale of the base gradient, which is summed over members.
+    member_lr_ratio : float
+        Learning rate of the members over that of the base.
     seed : int
         Member k draws its minibatches with the key (seed, k).
     progress : callable, optional
@@ -164,17 +174,27 @@ def train_late_phase(
     step : int
         Number of base steps done.
     weights : Tensor, shape (p,)
-        Weights of the averaged model after that step.
+        Weights of the averaged model after that step, in the risk's coordinates.
     """
     model = duplicate(risk.model).eval()
     trained = [model.get_parameter(name) for name in risk.shapes]
     # The weights of a risk may differ from those of its model (`EmpiricalRisk.at`).
-    nn.utils.vector_to_parameters(risk.weights.clone(), trained)
+    nn.utils.vector_to_parameters(risk.model_weights(risk.weights).clone(), trained)
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is other for other in trained))
-    base = torch.optim.SGD(trained, training.lr, training.momentum, weight_decay=risk.weight_decay)
-    late = LatePhase(model, members, select, gamma="mean", seed=seed).eval()
-    own = late.optimizer_like(base)
+    late = LatePhase(model, members, select, gamma=gamma, seed=seed).eval()
+    base, own = (
+        torch.optim.SGD(
+            weights,
+            training.lr * ratio,
+            training.momentum,
+            weight_decay=risk.weight_decay * decay_ratio,
+        )
+        for weights, ratio, decay_ratio in (
+            (trained, 1.0, base_scale(gamma, members) * members),
+            (late.member_parameters(), member_lr_ratio, 1.0),
+        )
+    )
     tensors, make = joined(risk.batches)
     draws = [minibatches(risk.examples, training, (seed, k)) for k in range(members)]
 
@@ -191,7 +211,8 @@ def train_late_phase(
                 progress(members)
         done = stop
         state = late.averaged().state_dict()
-        yield stop, torch.cat([state[name].flatten() for name in risk.shapes]).detach()
+        weights = torch.cat([state[name].flatten() for name in risk.shapes]).detach()
+        yield stop, risk.coordinates(weights)
 
 
 def noise_free(

@@ -22,6 +22,7 @@ from neural.bridge.config import Training
 from neural.bridge.drift import Drift, descended
 from neural.bridge.scatter import covariance, rest_trace
 from neural.bridge.scatter import displacements as displacements_of
+from neural.bridge.shared_base import mean_model
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
@@ -307,7 +308,8 @@ class Smoothing:
         """
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         change = turn.T @ (self.width_scale(training) * self.width.curvature) @ turn
-        return 0.5 * float(np.sum(change * covariance(seen, replace(training, steps=steps))))
+        now = replace(training, steps=steps)
+        return 0.5 * float(np.sum(change * covariance(mean_model(seen), now)))
 
     def kink_part(self, training: Training, steps: int, seen: LocalQuadratic) -> float:
         """Part of a run's excess loss due to kinks: half their curvature times the covariance.
@@ -322,7 +324,7 @@ class Smoothing:
         float
             At least 0.
         """
-        now = replace(training, steps=steps)
+        now, seen = replace(training, steps=steps), mean_model(seen)
         turn = self.local.pairs.vectors.T @ seen.pairs.vectors
         along = (turn * self.kinks.pairs[:, None] * turn).sum(0)
         top = float(along @ np.diag(covariance(seen, now)))

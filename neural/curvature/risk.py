@@ -98,6 +98,8 @@ class EmpiricalRisk:
     ----------
     weights : Tensor, shape (p,)
         Weights at which derivatives are taken; at first those of the model.
+    frame : (Tensor, Tensor), optional
+        Origin and scale of the coordinates, shape (p,) each (`rescaled`); none by default.
     size : int
         Number of selected weights, p.
     examples : int
@@ -129,6 +131,7 @@ class EmpiricalRisk:
         self.places = places(model, names)
         self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
+        self.frame: tuple[Tensor, Tensor] | None = None
         self.size = self.weights.numel()
         self._take(batches)
 
@@ -157,6 +160,80 @@ class EmpiricalRisk:
         moved = copy.copy(self)
         moved.weights = weights
         return moved
+
+    def rescaled(self, scale: Tensor) -> EmpiricalRisk:
+        """The same loss in the coordinates u, w = weights + scale u, which start at 0.
+
+        SGD at rate lr in u is SGD on w with the rate lr scale^2 of every weight. A scale of 0 holds
+        a weight fixed: slope, curvature and noise are 0 along it.
+
+        Parameters
+        ----------
+        scale : Tensor, shape (p,)
+            At least 0.
+
+        Returns
+        -------
+        EmpiricalRisk
+            A shallow copy that shares model and data.
+        """
+        moved = copy.copy(self)
+        origin, before = self.weights, torch.ones_like(self.weights)
+        if self.frame is not None:
+            origin, before = self.model_weights(self.weights), self.frame[1]
+        moved.frame = (origin, before * scale.to(self.weights))
+        moved.weights = torch.zeros_like(self.weights)
+        return moved
+
+    def model_weights(self, w: Tensor) -> Tensor:
+        """Weights of the model at a point of the risk's coordinates.
+
+        Parameters
+        ----------
+        w : Tensor, shape (..., p)
+            The point; the weights themselves unless the risk is `rescaled`.
+
+        Returns
+        -------
+        Tensor, shape (..., p)
+        """
+        return w if self.frame is None else self.frame[0] + self.frame[1] * w
+
+    def coordinates(self, weights: Tensor) -> Tensor:
+        """Inverse of `model_weights`; 0 for weights that are held fixed.
+
+        Parameters
+        ----------
+        weights : Tensor, shape (..., p)
+            Weights of the model.
+
+        Returns
+        -------
+        Tensor, shape (..., p)
+        """
+        if self.frame is None:
+            return weights
+        origin, scale = self.frame
+        return torch.where(scale > 0.0, (weights - origin) / scale, torch.zeros_like(origin))
+
+    def decay_gradient(self, w: Tensor) -> Tensor:
+        """Gradient of the L2 term.
+
+        Parameters
+        ----------
+        w : Tensor, shape (..., p)
+            Weights.
+
+        Returns
+        -------
+        Tensor, shape (..., p)
+        """
+        slope = self.weight_decay * self.model_weights(w)
+        return slope if self.frame is None else self.frame[1] * slope
+
+    def _decay_product(self, v: Tensor) -> Tensor:
+        """Product of the L2 term's Hessian with a vector."""
+        return self.weight_decay * (v if self.frame is None else self.frame[1] ** 2 * v)
 
     def on(self, batches: Sequence[Batch]) -> EmpiricalRisk:
         """The loss of the same model on other data, without weight decay; e.g. a test loss.
@@ -282,7 +359,8 @@ class EmpiricalRisk:
         return losses
 
     def _named(self, w: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(w, [shape.numel() for shape in self.shapes.values()])
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        parts = torch.split(self.model_weights(w), sizes)
         return {n: p.view(shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
 
     @contextmanager
@@ -368,7 +446,8 @@ class EmpiricalRisk:
 
     def _decay(self, w: Tensor) -> float:
         """The L2 term of the loss."""
-        return 0.5 * self.weight_decay * float(w.detach().double().square().sum())
+        squares = self.model_weights(w.detach()).double().square().sum()
+        return 0.5 * self.weight_decay * float(squares)
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Gradient of the mean loss, weight decay included.
@@ -404,7 +483,7 @@ class EmpiricalRisk:
             return torch.cat((slope, value[None]))
 
         joined = self._mean(both)
-        return float(joined[-1]) + self._decay(at), joined[:-1] + self.weight_decay * at
+        return float(joined[-1]) + self._decay(at), joined[:-1] + self.decay_gradient(at)
 
     def weighted_gradient(self, weights: Tensor) -> Tensor:
         """Weighted sum of the examples' gradients, without weight decay.
@@ -468,7 +547,7 @@ class EmpiricalRisk:
         Tensor, shape (p,)
         """
         data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
-        return data + self.weight_decay * v
+        return data + self._decay_product(v)
 
     def hessian(self) -> Tensor:
         """The Hessian as a dense matrix, for few weights; weight decay included.
@@ -518,7 +597,7 @@ class EmpiricalRisk:
                 v,
             )
 
-        return self._total(term) + self.weight_decay * v
+        return self._total(term) + self._decay_product(v)
 
     def ggn(self) -> Tensor:
         """The Gauss-Newton matrix as a dense matrix, for few weights; weight decay included.
@@ -536,7 +615,8 @@ class EmpiricalRisk:
                 *batch,
             )
         )
-        g = data / self.examples + self.weight_decay * torch.eye(self.size).to(data)
+        decay = self._decay_product(torch.ones_like(self.weights))
+        g = data / self.examples + torch.diag(decay.to(data))
         self._check_matrix(g, self.ggn_product)
         return g
 
