@@ -158,5 +158,6 @@ def risk_of_mean(
     EmpiricalRisk
         The risk itself if all weights have the same rate.
     """
-    rates = torch.where(mask, member_lr_ratio, base_scale(gamma, members) * members)
+    rates = torch.full_like(risk.weights, base_scale(gamma, members) * members)
+    rates[mask] = member_lr_ratio
     return risk if bool((rates == 1.0).all()) else risk.rescaled(rates.sqrt())

@@ -1,0 +1,201 @@
+"""Late-phase members on a shared base, on quadratics whose Hessian couples members and base.
+
+The reference is the literal recursion of the joint second moments of the base and all K members.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from neural.bridge import BridgeConfig, Plan, compare, measure, predict
+from neural.bridge.config import Training
+from neural.bridge.scatter import covariance, displacements
+from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
+from neural.curvature.local_quadratic import measure_local
+from neural.curvature.risk import EmpiricalRisk
+from nqm.errors import NQMError
+from nqm.gamma import base_scale
+from tests.tiny_risks import Bowl, tanh_risk
+from tests.tolerances import agree
+
+CURVATURE = [2.0, 1.0, 0.6, 0.3, 0.1]
+TRAINING = Training(0.2, 4, 40)
+#: Measures what `compare` needs on a quadratic; there, averages and forces are zero.
+CONFIG = BridgeConfig(
+    eigenpairs=0,
+    displacements=2,
+    averaging_displacements=0,
+    lr_times_sharpness=(0.3,),
+    batch_sizes=(4,),
+    steps=12,
+)
+
+
+def joint_moments(
+    bowl: Bowl, training: Training, members: int, gamma: str | float, ratio: float, own: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Covariances of the mean model and of a member, from the second moments of all weights.
+
+    The state is (theta, phi_1, ..., phi_K); member k has the weights J_k z.
+    """
+    p, n_own = len(bowl.hessian), int(own.sum())
+    size = p - n_own + members * n_own
+    maps = []
+    for k in range(members):
+        j = np.zeros((p, size))
+        j[np.flatnonzero(~own), np.arange(p - n_own)] = 1.0
+        first = p - n_own + k * n_own
+        j[np.flatnonzero(own), np.arange(first, first + n_own)] = 1.0
+        maps.append(j)
+    rate = np.zeros(size)
+    rate[: p - n_own] = base_scale(gamma, members)
+    rate[p - n_own :] = ratio
+    # Of gradient k only the member's own rows and the base's are used: J_k' picks them.
+    pull = [training.lr * rate[:, None] * j.T for j in maps]
+    step = np.eye(size) - sum(a @ bowl.hessian @ j for a, j in zip(pull, maps, strict=True))
+    noise = sum(a @ bowl.noise @ a.T for a in pull) / training.batch_size
+    z = np.zeros((size, size))
+    for _ in range(training.steps):
+        z = step @ z @ step.T + noise
+    mean = sum(maps) / members
+    return mean @ z @ mean.T, maps[0] @ z @ maps[0].T
+
+
+def shared(
+    risk: EmpiricalRisk, select: str, members: int, gamma: str | float, ratio: float
+) -> tuple[EmpiricalRisk, SharedBaseQuadratic]:
+    mask = member_mask(risk, select)
+    own = risk_of_mean(risk, mask, members, gamma, ratio)
+    apart = measure_local(own.rescaled(mask.to(own.weights)), None)
+    return own, SharedBaseQuadratic.of(measure_local(own, None), apart, members)
+
+
+@pytest.mark.parametrize(
+    ("select", "members", "gamma", "ratio"),
+    [
+        ("name:second", 3, "mean", 1.0),
+        ("name:first", 4, "mean", 1.0),
+        ("name:second", 3, "sum", 0.5),
+        ("name:first", 2, 0.2, 2.0),
+        ("name:second", 5, 0.0, 1.0),  # the base stands still
+        ("all", 3, "mean", 1.0),
+    ],
+)
+def test_scatter_is_that_of_the_joint_moments(
+    select: str, members: int, gamma: str | float, ratio: float
+) -> None:
+    bowl = Bowl(CURVATURE)
+    own, local = shared(bowl.risk, select, members, gamma, ratio)
+    mask = member_mask(bowl.risk, select)
+    mean, member = joint_moments(bowl, TRAINING, members, gamma, ratio, mask.numpy())
+    scale = np.ones(len(mask)) if own.frame is None else own.frame[1].numpy()
+
+    def weights(values: np.ndarray) -> np.ndarray:
+        turn = scale[:, None] * local.pairs.vectors
+        return np.asarray(turn @ values @ turn.T)
+
+    agree(weights(covariance(mean_model(local), TRAINING)) / members, mean, 1e-9)
+    agree(weights(covariance(local, TRAINING)), member, 1e-9)
+    draw, rng = displacements(local, TRAINING), np.random.default_rng(0)
+    drawn = scale * np.array([draw(rng, None) for _ in range(4000)])
+    # A sample covariance has the standard error sqrt((S_ii S_jj + S_ij^2) / n).
+    spread = np.sqrt((np.outer(np.diag(member), np.diag(member)) + member**2) / 4000)
+    assert (np.abs(drawn.T @ drawn / 4000 - member) <= 5.0 * spread + 1e-15).all()
+
+
+def test_a_shared_base_scatters_less_than_independent_runs() -> None:
+    bowl = Bowl(CURVATURE)
+    _, local = shared(bowl.risk, "name:first", 8, "mean", 1.0)
+    single = covariance(mean_model(local), TRAINING)
+    assert np.trace(covariance(local, TRAINING)) < 0.5 * np.trace(single)
+    assert np.linalg.eigvalsh(covariance(local, TRAINING) - single / 8).min() > -1e-12
+
+
+@pytest.mark.parametrize(
+    ("select", "gamma", "ratio", "momentum", "eigenpairs"),
+    [
+        ("name:second", "mean", 1.0, 0.0, 0),
+        ("name:second", "sum", 0.5, 0.0, 0),
+        ("name:first", "sum", 2.0, 0.5, 0),
+        ("name:second", "sum", 0.5, 0.0, 2),
+    ],
+)
+def test_late_phase_itself_does_what_is_predicted(
+    select: str, gamma: str, ratio: float, momentum: float, eigenpairs: int
+) -> None:
+    # With momentum, descent is predicted at the effective rate only.
+    bowl = Bowl(CURVATURE, away=0.0 if momentum else 0.4)
+    bowl.risk.weight_decay = 0.05
+    plan = Plan((2, 3), 12, 2, late_phase=select, gamma=gamma, member_lr_ratio=ratio)
+    config = replace(CONFIG, momentum=momentum, eigenpairs=eigenpairs)
+    measured = measure(bowl.risk, config, plan=plan)
+    test = bowl.risk.on(bowl.risk.batches)
+    table = compare(measured, plan, test=test).table
+    assert list(table["members"]) == [2, 3]
+    assert (table["plain_error"] > 0.01 * table["predicted_rise"]).all()
+    if eigenpairs == 0:  # less the control variate every run of a quadratic does what is expected
+        agree(table["measured"], table["predicted"], 1e-9)
+        if momentum == 0.0:
+            agree(table["noise_free"], table["descent"], 1e-9)
+    else:  # beyond the eigenpairs the noise is known from six random draws
+        agree(table["measured_rise"], table["predicted_rise"], 0.02)
+    assert table["predicted_gain"].isna().all(), "members are no runs by themselves"
+    # A test loss that is a function of the weights is given the weights, not the coordinates.
+    called = predict(measured, plan, test=lambda w: test.loss(w)).table
+    agree(called["predicted_test_loss"], table["predicted_test_loss"], 1e-9)
+
+
+def test_the_force_is_that_of_the_members_scatter() -> None:
+    """1/2 T:S of the smooth loss, with S that of a member: for K = 8 far below that of a run."""
+    bowl = Bowl(CURVATURE, cubic=0.02)
+    plan = Plan((8,), 8, late_phase="name:first")
+    config = replace(CONFIG, displacements=400, steps=40)
+    (gaussian,) = measure(bowl.risk, config, plan=plan).gaussians
+    mask = member_mask(bowl.risk, "name:first").numpy()
+    _, member = joint_moments(bowl, gaussian.training, 8, "mean", 1.0, mask)
+    force = np.mean(gaussian.drift.force_top, axis=0)
+    expected = 0.5 * np.einsum("ijk,jk", bowl.third, member)
+    found = gaussian.drift.local.pairs.vectors @ force
+    # 400 draws: a sample covariance is within some 5 to 10 %; a single run's force is twice this.
+    assert np.linalg.norm(found - expected) < 0.2 * np.linalg.norm(expected)
+
+
+def test_rescaled_coordinates_obey_the_chain_rule() -> None:
+    risk = tanh_risk(quick=False)
+    rng = torch.Generator().manual_seed(1)
+    scale = torch.rand(risk.size, generator=rng, dtype=torch.double) + 0.5
+    scale[3] = 0.0
+    moved = risk.rescaled(scale)
+    u = torch.randn(risk.size, generator=rng, dtype=torch.double)
+    at = risk.weights + scale * u
+    agree(moved.loss(u), risk.loss(at), 1e-12)
+    agree(moved.gradient(u), scale * risk.gradient(at), 1e-10)
+    here, there = moved.at(u), risk.at(at)
+    agree(here.hessian(), scale[:, None] * there.hessian() * scale, 1e-9)
+    agree(here.ggn(), scale[:, None] * there.ggn() * scale, 1e-9)
+    agree(here.hessian_product(u), here.hessian() @ u, 1e-9)
+    agree(here.ggn_product(u), here.ggn() @ u, 1e-9)
+    gradients = torch.cat(list(there.example_gradients()))
+    agree(torch.cat(list(here.example_gradients())), gradients * scale, 1e-10)
+    # Rescaling twice multiplies the scales, around the weights of the second time.
+    again = here.rescaled(scale)
+    agree(again.loss(0.1 * u), risk.loss(at + 0.1 * scale**2 * u), 1e-12)
+    agree(again.model_weights(again.coordinates(at + scale)), at + scale, 1e-12)
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(NQMError, match="late-phase members; set late_phase"):
+        Plan(gamma="sum")
+    with pytest.raises(NQMError, match="member_lr_ratio"):
+        Plan((2,), late_phase="all", member_lr_ratio=0.0)
+    bowl = Bowl(CURVATURE)
+    measured = measure(bowl.risk, CONFIG)
+    with pytest.raises(NQMError, match="give `measure` the same plan"):
+        predict(measured, Plan((2,), late_phase="all"))
+    late = Plan((2,), 4, late_phase="name:first")
+    with pytest.raises(NQMError, match="give `measure` the same plan"):
+        predict(measure(bowl.risk, CONFIG, plan=late), Plan((1, 2)))
