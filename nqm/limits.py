@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
-from nqm.errors import NQMError, shown
+from nqm.errors import NQMError, check_number, shown
 
 #: Steps that one call may take one by one; 10^9 take minutes in one direction.
 WALKED = 10**9
@@ -18,6 +20,36 @@ WALKED = 10**9
 WORK = 1e12
 #: Largest number of members, clients or snapshots of an algorithm, which names each of them.
 MEMBERS = 10**6
+
+
+_BUDGET: ContextVar[int | None] = ContextVar("memory budget", default=None)
+
+
+@contextmanager
+def memory_budget(gib: float | None) -> Iterator[None]:
+    """Lower `memory_limit` inside the block.
+
+    Parameters
+    ----------
+    gib : float, optional
+        GiB, > 0; by default nothing changes.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    NQMError
+        If `gib` is not a number > 0.
+    """
+    if gib is not None:
+        check_number("memory", gib, low=0.0, closed_low=False)
+    token = _BUDGET.set(_BUDGET.get() if gib is None else int(min(gib, 2.0**40) * 2**30))
+    try:
+        yield
+    finally:
+        _BUDGET.reset(token)
 
 
 def available_memory() -> int:
@@ -53,6 +85,7 @@ def memory_limit() -> int:
     """Largest number of bytes of one array, or of arrays that exist at the same time.
 
     Half of `available_memory`; the environment variable ``NQM_MEMORY`` sets another limit, in GiB.
+    Inside `memory_budget` it is at most that budget.
 
     Returns
     -------
@@ -64,6 +97,12 @@ def memory_limit() -> int:
     NQMError
         If ``NQM_MEMORY`` is not a number > 0.
     """
+    budget, limit = _BUDGET.get(), _stated_limit()
+    return limit if budget is None else min(budget, limit)
+
+
+def _stated_limit() -> int:
+    """`memory_limit` outside `memory_budget`."""
     text = os.environ.get("NQM_MEMORY", "")
     if not text:
         return available_memory() // 2

@@ -22,6 +22,7 @@ from neural.bridge.gaussian import (
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
 from neural.bridge.shared_base import SharedBaseQuadratic, member_mask, risk_of_mean
+from neural.bridge.smoothing import averaging_work
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
@@ -163,7 +164,11 @@ def _gaussians(
         local,
         config.reference(local.largest),
         averaging_displacements=config.averaging_displacements,
-        progress=counted(progress, "averages", 2.0 * config.averaging_displacements + work),
+        progress=counted(
+            progress,
+            "averages",
+            averaging_work(risk, local, config.averaging_displacements) + work,
+        ),
         **settings,
     )
     trainings = config.trainings(local.largest)
@@ -198,8 +203,10 @@ def measure_checkpoint(
     NQMError
         If the eigenpairs do not converge.
     """
-    # ARPACK takes two to four products for a pair.
-    work = 3.0 * config.eigenpairs + config.lanczos_steps * (config.noise_samples + 1)
+    if not config.eigenpairs or config.eigenpairs >= risk.size:
+        work = float(risk.matrix_work)
+    else:  # ARPACK takes two to four products for a pair
+        work = 3.0 * config.eigenpairs + config.lanczos_steps * (config.noise_samples + 1)
     return measure_local(
         risk,
         config.eigenpairs or None,
@@ -321,6 +328,9 @@ def compare(
                     held_out=own,
                     cache=part.cache,
                     progress=counted(progress, stage, total),
+                    path_progress=counted(
+                        progress, f"{stage}, without noise", float(gaussian.training.steps)
+                    ),
                 )
             )
     return joined(outcomes)

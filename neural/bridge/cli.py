@@ -57,6 +57,13 @@ from nqm.cli import OutFolder
 @device_option
 @data_option
 @threads_option
+@click.option(
+    "--memory",
+    type=float,
+    metavar="GIB",
+    help="Memory for derivatives, matrices and runs; what does not fit is computed in smaller "
+    "parts or refused.  [default: half of the machine's]",
+)
 def bridge(
     target: str,
     scale: str,
@@ -71,6 +78,7 @@ def bridge(
     device: str | None,
     root: Path | None,
     threads: int | None,
+    memory: float | None,
 ) -> None:
     """Predict losses for K and the learning rate from curvature and noise, and compare by training.
 
@@ -87,6 +95,7 @@ def bridge(
     from neural.bridge.plots import draw_bridge
     from neural.training.run_folder import check_no_run
     from nqm.files import locked
+    from nqm.limits import memory_budget
     from nqm.names import folder_name
 
     check_alone("nqm neural bridge")
@@ -105,8 +114,10 @@ def bridge(
     name = folder_name("-".join(Path(target).parts[-3:]).removesuffix(".toml"), "here")
     out = out or Path("out", "bridge", name)
     check_no_run(out)
+    context = click.get_current_context()
+    context.with_resource(memory_budget(memory))
     opened = open_target(target, runtime, scale, others)
-    click.get_current_context().with_resource(locked(out, folder=True))
+    context.with_resource(locked(out, folder=True))
     with progress_bar() as progress:
         results = run_bridge(opened, settings, plan, runtime, out, progress=progress)
     columns = ["lr", "batch_size", "members", "weights"]

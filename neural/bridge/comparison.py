@@ -394,7 +394,7 @@ def _predicted_test(
     return found
 
 
-def compare_training(
+def compare_training(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     gaussian: WeightGaussian,
     plan: Plan,
@@ -403,6 +403,7 @@ def compare_training(
     held_out: Mapping[str, HeldOut] | None = None,
     cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
+    path_progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Predict and measure one training.
 
@@ -418,6 +419,8 @@ def compare_training(
         Test loss over the Gaussian; measured here by default.
     cache, progress
         See `measure_training`.
+    path_progress : callable, optional
+        Called with 1 after every step of the noise-free path, if it is trained.
 
     Returns
     -------
@@ -458,7 +461,7 @@ def compare_training(
     if not (terms["descent"].abs() <= STILL * excess / max(plan.members)).all():
         without_noise = (cache or Cache()).of(risk)(
             "noise_free_path",
-            lambda: _noise_free(risk, local, training, plan),
+            lambda: _noise_free(risk, local, training, plan, path_progress),
             lr=training.lr,
             momentum=training.momentum,
             steps=training.steps,
@@ -476,7 +479,11 @@ def compare_training(
 
 
 def _noise_free(
-    risk: EmpiricalRisk, local: LocalQuadratic, training: Training, plan: Plan
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    training: Training,
+    plan: Plan,
+    progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     """Change of the loss without noise for every kind of weights, and change of the noise."""
     averages = Running(plan.averages(training), risk.weights)
@@ -486,6 +493,8 @@ def _noise_free(
         nonlocal end
         averages(step, weights)
         end = weights
+        if progress is not None:
+            progress(1)
 
     losses = noise_free(risk, training, training.record_steps(plan.records), seen=seen)
     recorded = {name: np.array(risk.loss(mean)) for name, mean in averages.values.items()}

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from neural.curvature.memory import PASSES, kept_bytes
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
 from neural.data import TextData, evaluation_batches, evaluation_windows
@@ -21,9 +22,6 @@ from nqm.limits import memory_limit
 
 #: Number of examples that are evaluated together.
 BATCH = 512
-#: Memory of a Hessian product over that which one forward pass keeps: values, their tangents, and
-#: the backward pass of both.
-PASSES = 4
 #: Largest number of weights for which derivatives are computed in double precision.
 DOUBLE = 5000
 
@@ -123,7 +121,7 @@ def fitting(model: nn.Module, batches: list[Batch], device: torch.device) -> lis
         budget = torch.cuda.mem_get_info(device)[0] // 2
     largest = max(len(x) for x, _ in batches)
     few = batches[0][0][:2].clone()
-    each = PASSES * kept_bytes(model, few) / len(few)
+    each = PASSES * kept_bytes(model, lambda: model(few)) / len(few)
     if largest * each <= budget:
         return batches
     count = max(1, int(budget / each))
@@ -135,34 +133,6 @@ def fitting(model: nn.Module, batches: list[Batch], device: torch.device) -> lis
     )
     parts = (zip(torch.split(x, count), torch.split(y, count), strict=True) for x, y in batches)
     return [pair for of_batch in parts for pair in of_batch]
-
-
-def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
-    """Measure what a forward pass keeps for its backward pass, weights excluded.
-
-    Parameters
-    ----------
-    model : Module
-    inputs : Tensor
-
-    Returns
-    -------
-    int
-        Bytes.
-    """
-    kept: dict[int, int] = {}
-    held = []  # storages that are freed could be counted as one
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        held.append(tensor)
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(inputs)
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    return sum(size for key, size in kept.items() if key not in own)
 
 
 def training_batches(

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 #: Table of a settings file -> class of its settings; any other key belongs to the recipe.
 SECTIONS: dict[str, type] = {"bridge": BridgeConfig, "plan": Plan}
+#: Number of matrices in memory at the same time where the whole matrix is measured.
+MATRICES = 16
 #: Names of the files of results in the order of writing: if the last exists, all do.
 TABLES = ("spectrum", "course", "best_lr", "cost", "bridge")
 
@@ -314,6 +316,9 @@ def _check_sizes(risk: EmpiricalRisk, training: Training, config: BridgeConfig, 
     pairs = min(config.eigenpairs or weights, weights)
     what = f"eigenpairs = {pairs}" if config.eigenpairs else f"all {weights} eigenpairs"
     check_size(f"{what} of {weights} weights", pairs * weights, 8, "ask for fewer eigenpairs")
+    if pairs == weights:  # curvature, noise, their changes, and room to diagonalise them
+        fix = "ask for eigenpairs"
+        check_size(f"matrices of all {weights} weights", MATRICES * weights**2, 8, fix)
     products = min(config.lanczos_steps, weights)
     check_size(f"lanczos_steps = {products} of {weights} weights", products * weights, 8)
 
@@ -350,9 +355,11 @@ def _risk(
         return risk
     if progress is not None:
         progress("minimise", 0.0)
+    steps = float(config.minimise) * (2.0 if config.minimise_lr is None else 1.0)
+    told = counted(progress, "minimise", steps)
 
     def minimised() -> dict[str, Any]:
-        minimum = minimise(risk, config.minimise, config.minimise_lr)
+        minimum = minimise(risk, config.minimise, config.minimise_lr, progress=told)
         return {"weights": minimum.weights.cpu().numpy()}
 
     stored = cache.of(risk)(

@@ -16,6 +16,7 @@ from torch.func import grad
 
 from neural.bridge.config import Training
 from neural.curvature.examples import EachRow, joined
+from neural.curvature.memory import fitting
 from neural.curvature.risk import EmpiricalRisk
 from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import LatePhase
@@ -73,12 +74,15 @@ def train_runs(
     slope = EachRow(grad(lambda w, *batch: risk.mean_loss(w, make(batch))))
     slope.together = sum(p.numel() for p in risk.model.parameters()) < TOGETHER
 
+    together = fitting(training.batch_size * risk.example_bytes(), runs)
+
     def slopes(weights: Tensor) -> Tensor:
         index = torch.stack([next(draw) for draw in draws]).to(tensors[-1].device)
         gradients: Tensor
         # Without no_grad, the model's other weights would keep the graph of every step.
         with torch.no_grad():
-            gradients = slope(weights, *(tensor[index] for tensor in tensors))
+            parts = zip(torch.split(weights, together), torch.split(index, together), strict=True)
+            gradients = torch.cat([slope(w, *(t[i] for t in tensors)) for w, i in parts])
         return gradients.add_(risk.decay_gradient(weights))
 
     done = 0

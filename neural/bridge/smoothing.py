@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
@@ -28,7 +27,7 @@ from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import EmpiricalRisk
-from neural.curvature.spectrum import Eigenpairs, Progress
+from neural.curvature.spectrum import Eigenpairs, Progress, operator
 from nqm.errors import check_integer
 
 FloatArray = NDArray[np.float64]
@@ -398,7 +397,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     seed, cache
         See `neural.bridge.drift.measure_drift`.
     progress : callable, optional
-        Called with 1 after every end of a displacement.
+        Called with the number of Hessian products, or units of a dense matrix, done since the last
+        call (`averaging_work`).
 
     Returns
     -------
@@ -420,17 +420,18 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
 
     def averages() -> dict[str, Any]:
         rng, drawn = np.random.default_rng([seed, 4]), displacements_of(local, training)
-        at_ends = []
+        averaged: list[Any] = [0.0, 0.0, 0.0]
         for _ in range(displacements):
             moved = vector(risk, drawn(rng, None))
             for sign in (1.0, -1.0):
-                at_ends.append(_along(risk.at(centre + sign * moved), vectors))
-                if progress is not None:
-                    progress(1)
-        averaged = tuple(np.mean(values, axis=0) for values in zip(*at_ends, strict=True))
+                end: Any = _along(risk.at(centre + sign * moved), vectors, progress)
+                share = 1.0 / (2 * displacements)
+                averaged = [
+                    total + share * value for total, value in zip(averaged, end, strict=True)
+                ]
         checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
-        descent = _along(risk.at(descent_end), vectors)
-        mean = descent if drift is None else _along(risk.at(centre), vectors)
+        descent = _along(risk.at(descent_end), vectors, progress)
+        mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
         changes = {
             "width": (averaged, mean),
             "mean": (mean, descent),
@@ -457,14 +458,32 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     return Smoothing(local, training, width, mean_change, descent, drift)
 
 
-def _along(risk: EmpiricalRisk, vectors: FloatArray) -> tuple[FloatArray, FloatArray, float]:
+def averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, displacements: int) -> int:
+    """Units of work that `measure_smoothing` reports with a drift, for a progress bar.
+
+    Parameters
+    ----------
+    risk, local, displacements
+        See `measure_smoothing`.
+
+    Returns
+    -------
+    int
+    """
+    each = risk.matrix_work if local.complete else len(local.pairs.values)
+    return (2 * displacements + 2) * each
+
+
+def _along(
+    risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
+) -> tuple[FloatArray, FloatArray, float]:
     """Curvature and noise along directions, (k, k) each, and the trace of the whole noise."""
     population = 1.0 - 1.0 / risk.examples
     noise = population * gradient_noise.covariance(risk, vectors)
     if vectors.shape[1] == risk.size:
-        h = risk.curvature_matrix().double().cpu().numpy()
+        h = risk.curvature_matrix(progress).double().cpu().numpy()
         return vectors.T @ h @ vectors, noise, float(np.trace(noise))
-    products = [risk.curvature_product(vector(risk, v)) for v in vectors.T]
-    curvature = vectors.T @ torch.stack(products, 1).double().cpu().numpy()
+    apply = operator(risk, progress)
+    curvature = vectors.T @ np.stack([apply(v) for v in vectors.T], 1)
     trace = population * gradient_noise.trace(risk)
     return 0.5 * (curvature + curvature.T), noise, trace

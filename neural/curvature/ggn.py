@@ -57,6 +57,9 @@ def ggn_matrix(
     w: Tensor,
     inputs: Any,
     targets: Tensor,
+    *,
+    at_once: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Compute the dense matrix G, summed over a batch; for few weights.
 
@@ -74,12 +77,17 @@ def ggn_matrix(
         The weights at which G is taken.
     inputs, targets
         The batch, examples along the first axis of every tensor (`neural.curvature.examples`).
+    at_once : int, optional
+        Rows or columns of the Jacobians that are computed together; `JACOBIAN_ROWS` by default.
+    progress : callable, optional
+        Called with the number of examples done since the last call.
 
     Returns
     -------
     Tensor of float64, shape (p, p)
     """
     tensors, make = rows((inputs, targets))
+    limit = at_once or JACOBIAN_ROWS
 
     def jacobian_of(*row: Tensor) -> tuple[Tensor, Tensor]:
         """J and H J of one example, shape (entries of the output, p) each."""
@@ -93,23 +101,25 @@ def ggn_matrix(
 
         here = of_weights(w)
         if here.numel() <= len(w):
-            jacobian = jacrev(of_weights, chunk_size=JACOBIAN_ROWS)(w)
+            jacobian = jacrev(of_weights, chunk_size=limit)(w)
         else:
             units = torch.eye(len(w)).to(w)
             along = partial(_slope, of_weights, w)
-            jacobian = vmap(along, out_dims=-1, chunk_size=JACOBIAN_ROWS)(units)
+            jacobian = vmap(along, out_dims=-1, chunk_size=limit)(units)
         bent = vmap(lambda u: _bent(of_output, here, u), in_dims=-1, out_dims=-1)(jacobian)
         return jacobian.reshape(-1, len(w)), bent.reshape(-1, len(w))
 
     each = EachRow(jacobian_of)
     with torch.no_grad():
         entries = output(w, make([tensor[:1] for tensor in tensors])[0]).numel()
-        count = max(JACOBIAN_ROWS // min(entries, len(w)), 1)
+        count = max(limit // min(entries, len(w)), 1)
         total = w.new_zeros(len(w), len(w), dtype=torch.float64)
         for block in zip(*(torch.split(tensor, count) for tensor in tensors), strict=True):
             jacobian, bent = each(*block)
-            total += jacobian.flatten(0, 1).double().T @ bent.flatten(0, 1).double()
-    return 0.5 * (total + total.T)
+            total.addmm_(jacobian.flatten(0, 1).double().T, bent.flatten(0, 1).double())
+            if progress is not None:
+                progress(len(block[0]))
+    return (total + total.T).mul_(0.5)
 
 
 def _slope(output: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:

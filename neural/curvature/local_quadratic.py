@@ -224,7 +224,8 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     cache : Cache, optional
         Stores the result of every stage; nothing is stored by default.
     progress : callable, optional
-        Called with 1 after every product with the curvature.
+        Called with 1 after every product with the curvature; for a dense matrix see
+        `EmpiricalRisk.curvature_matrix`.
 
     Returns
     -------
@@ -247,7 +248,8 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
 
     def stiffest() -> dict[str, Any]:
         if complete:
-            values, vectors = np.linalg.eigh(risk.curvature_matrix().double().cpu().numpy())
+            matrix = risk.curvature_matrix(progress).double().cpu().numpy()
+            values, vectors = np.linalg.eigh(matrix)
             pairs = Eigenpairs(values[::-1], vectors[:, ::-1], np.zeros(len(values)))
         else:
             assert eigenpairs is not None

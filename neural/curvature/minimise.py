@@ -16,7 +16,13 @@ from nqm.errors import NQMError, check_number
 SETTLING_MOMENTUM = 0.9
 
 
-def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None) -> EmpiricalRisk:
+def minimise(
+    risk: EmpiricalRisk,
+    iterations: int = 500,
+    lr: float | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> EmpiricalRisk:
     """Find a minimum of the risk near the checkpoint, using all examples.
 
     L-BFGS compares losses, so it stops where losses differ by rounding errors only: the weights
@@ -37,6 +43,10 @@ def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None
         follows a valley to ever larger curvature (behind a normalisation layer weight decay makes
         curvature grow as one over the squared weights).
 
+    progress : callable, optional
+        Called with the number of gradients or products done since the last call: some `iterations`
+        of gradient descent, at most about twice as many otherwise.
+
     Returns
     -------
     EmpiricalRisk
@@ -47,8 +57,9 @@ def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None
     NQMError
         If `lr` is not positive, or so high that the loss diverges; if the loss is not finite.
     """
+    told = progress or (lambda count: None)
     if lr is not None:
-        return risk.at(_descended(risk, iterations, lr))
+        return risk.at(_descended(risk, iterations, lr, told))
     start = risk.loss()
     if not math.isfinite(start):
         raise NQMError(f"minimise: the loss at the checkpoint is {start}; use another checkpoint")
@@ -64,14 +75,17 @@ def minimise(risk: EmpiricalRisk, iterations: int = 500, lr: float | None = None
 
     def closure() -> float:
         loss, weights.grad = risk.loss_and_gradient(weights.detach())
+        told(1)
         return loss
 
     step: Callable[[Callable[[], float]], Any] = optimizer.step
     step(closure)
-    return risk.at(_newton(risk, weights.detach(), iterations))
+    return risk.at(_newton(risk, weights.detach(), iterations, told))
 
 
-def _descended(risk: EmpiricalRisk, iterations: int, lr: float) -> Tensor:
+def _descended(
+    risk: EmpiricalRisk, iterations: int, lr: float, progress: Callable[[int], None]
+) -> Tensor:
     """Weights after gradient descent with momentum, at a rate that decreases by a cosine."""
     check_number("minimise_lr", lr, low=0.0, closed_low=False)
     weights = risk.weights.clone()
@@ -79,12 +93,15 @@ def _descended(risk: EmpiricalRisk, iterations: int, lr: float) -> Tensor:
     for step in range(iterations):
         velocity = SETTLING_MOMENTUM * velocity + risk.gradient(weights)
         weights -= 0.5 * lr * (1.0 + math.cos(math.pi * step / iterations)) * velocity
+        progress(1)
     if not math.isfinite(risk.loss(weights)):
         raise NQMError(f"minimise_lr = {lr:g} diverges; use a lower learning rate")
     return weights
 
 
-def _newton(risk: EmpiricalRisk, weights: Tensor, products: int) -> Tensor:
+def _newton(
+    risk: EmpiricalRisk, weights: Tensor, products: int, progress: Callable[[int], None]
+) -> Tensor:
     """Weights after Newton steps, which stop when a step does not halve the gradient.
 
     A step that increases the loss by more than a rounding error is not taken: the gradient also
@@ -95,6 +112,7 @@ def _newton(risk: EmpiricalRisk, weights: Tensor, products: int) -> Tensor:
     while products > 0 and float(slope.norm()) > 0.0:
         step, used = _newton_step(risk.at(weights), slope, products)
         products -= used
+        progress(used)
         next_loss, next_slope = risk.loss_and_gradient(weights + step)
         halved = float(next_slope.norm()) <= 0.5 * float(slope.norm())
         if not halved or next_loss > loss + rounding * abs(loss):

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
-from neural.curvature.examples import EachRow, MakeBatch, rows
-from neural.curvature.ggn import ggn_matrix, ggn_product
+from neural.curvature.examples import EachRow, MakeBatch, input_rows, rows
+from neural.curvature.ggn import JACOBIAN_ROWS, ggn_matrix, ggn_product
+from neural.curvature.memory import PASSES, fitting, kept_bytes
 from neural.curvature.plain_kernels import plain_kernels, through_detach
 from neural.evaluate.metrics import IGNORED
 from neural.evaluate.precision import full_float32
@@ -143,6 +144,7 @@ class EmpiricalRisk:
         _check_targets([targets for _, targets in self.batches], self.example_loss)
         self.examples = sum(len(targets) for _, targets in self.batches)
         self._sound = False
+        self._kept: float | None = None
 
     def at(self, weights: Tensor) -> EmpiricalRisk:
         """The same function, with derivatives taken at other weights.
@@ -257,6 +259,24 @@ class EmpiricalRisk:
         moved.weight_decay = 0.0
         moved._take(batches)
         return moved
+
+    def example_bytes(self) -> float:
+        """Memory of the second derivatives of one example's loss, by what a forward pass keeps.
+
+        Returns
+        -------
+        float
+            Bytes, without those of the weights.
+        """
+        if self._kept is None:
+            inputs = self.batches[0][0]
+            tensors, make = input_rows(inputs, len(self.batches[0][1]))
+            few = make([tensor[:2].clone() for tensor in tensors])  # a slice keeps the whole batch
+            weights = self.weights.clone().requires_grad_()
+            with self.evaluating():
+                kept = kept_bytes(self.model, lambda: self._output(weights, few))
+            self._kept = PASSES * kept / min(2, len(self.batches[0][1]))
+        return self._kept
 
     def check(self) -> None:
         """Check on the first two examples that the loss can be measured.
@@ -525,14 +545,25 @@ class EmpiricalRisk:
         """
         return self.ggn_product(v) if self.curvature == "ggn" else self.hessian_product(v)
 
-    def curvature_matrix(self) -> Tensor:
+    @property
+    def matrix_work(self) -> int:
+        """Units of work of `curvature_matrix`, for a progress bar."""
+        return self.examples if self.curvature == "ggn" else self.size
+
+    def curvature_matrix(self, progress: Callable[[int], None] | None = None) -> Tensor:
         """The chosen curvature (Hessian or Gauss-Newton) as a dense matrix, for few weights.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with the number of rows (or of examples, for the Gauss-Newton matrix) done since
+            the last call; `matrix_work` in all.
 
         Returns
         -------
         Tensor, shape (p, p)
         """
-        return self.ggn() if self.curvature == "ggn" else self.hessian()
+        return self.ggn(progress) if self.curvature == "ggn" else self.hessian(progress)
 
     def hessian_product(self, v: Tensor) -> Tensor:
         """Product H v of the Hessian with a vector, weight decay included.
@@ -549,18 +580,29 @@ class EmpiricalRisk:
         data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
         return data + self._decay_product(v)
 
-    def hessian(self) -> Tensor:
+    def hessian(self, progress: Callable[[int], None] | None = None) -> Tensor:
         """The Hessian as a dense matrix, for few weights; weight decay included.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            See `curvature_matrix`.
 
         Returns
         -------
         Tensor, shape (p, p)
         """
-        units = torch.eye(self.size).to(self.weights)
-        products = EachRow(self.hessian_product)
-        h = torch.cat([products(block) for block in torch.split(units, HESSIAN_ROWS)])
+        products, h = EachRow(self.hessian_product), self.weights.new_empty(self.size, self.size)
+        batch = max(len(targets) for _, targets in self.batches)
+        count = fitting(batch * self.example_bytes(), HESSIAN_ROWS)
+        for rows_of in torch.split(torch.arange(self.size), count):
+            units = self.weights.new_zeros(len(rows_of), self.size)
+            units[torch.arange(len(rows_of)), rows_of] = 1.0
+            h[rows_of] = products(units)
+            if progress is not None:
+                progress(len(rows_of))
         self._check_matrix(h, self.hessian_product)
-        return 0.5 * (h + h.T)
+        return (h + h.T).mul_(0.5)
 
     def _check_matrix(self, matrix: Tensor, product: Callable[[Tensor], Tensor]) -> None:
         """Raise NQMError unless a matrix times a random vector is what a single product gives."""
@@ -599,24 +641,35 @@ class EmpiricalRisk:
 
         return self._total(term) + self._decay_product(v)
 
-    def ggn(self) -> Tensor:
+    def ggn(self, progress: Callable[[int], None] | None = None) -> Tensor:
         """The Gauss-Newton matrix as a dense matrix, for few weights; weight decay included.
+
+        It is summed over small groups of examples, as many as fit the memory.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            See `curvature_matrix`.
 
         Returns
         -------
         Tensor of float64, shape (p, p)
         """
         self.check()
+        count = fitting(self.example_bytes() + 32.0 * self.size, JACOBIAN_ROWS)
         data = self._total(
             lambda batch: ggn_matrix(
                 lambda w, inputs: _one_tensor(self._output(w, inputs)),
                 self.example_loss,
                 self.weights,
                 *batch,
+                at_once=count,
+                progress=progress,
             )
         )
         decay = self._decay_product(torch.ones_like(self.weights))
-        g = data / self.examples + torch.diag(decay.to(data))
+        g = data.div_(self.examples)
+        g.diagonal().add_(decay)
         self._check_matrix(g, self.ggn_product)
         return g
 
@@ -697,7 +750,8 @@ class EmpiricalRisk:
             Gradients of the next b examples, in the order of the batches.
         """
         self.check()
-        size = max(GRADIENT_NUMBERS // self.size, 1)
+        numbers = 2.0 * self.size * self.weights.element_size()
+        size = fitting(self.example_bytes() + numbers, max(GRADIENT_NUMBERS // self.size, 1))
         for batch in self.batches:
             tensors, make = rows(batch)
 

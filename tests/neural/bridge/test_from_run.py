@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from neural.bridge import from_run
-from neural.bridge.from_run import PASSES, fitting, kept_bytes, risk_of_run
+from neural.bridge.from_run import PASSES, fitting, risk_of_run
+from neural.curvature.memory import kept_bytes
 from neural.training.build import plain_model
 from neural.training.task import Runtime, open_task
 from tests.tiny_runs import tiny
@@ -21,8 +22,8 @@ def net() -> nn.Module:
 
 def test_a_pass_keeps_inputs_and_activations() -> None:
     """Four inputs, and eight outputs of the ReLU, which the next layer shares: twelve numbers."""
-    x = torch.randn(5, 4, dtype=torch.float64)
-    assert kept_bytes(net(), x.clone()) == 5 * 12 * 8
+    x, model = torch.randn(5, 4, dtype=torch.float64), net()
+    assert kept_bytes(model, lambda: model(x.clone())) == 5 * 12 * 8
 
 
 @pytest.mark.parametrize(
