@@ -170,10 +170,9 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     problem = local.problem().replace(initial_mean=0.0)
     steps = [when if isinstance(when, int) else when.steps for when in at]
     excesses = expected_excess(problem, training, local.examples, [*at, *steps])
-    predictions = []
+    predictions, width = [], _width(local, training)
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
         runs = iterate / excess if isinstance(when, TimeAverage) else 1.0
-        width = _width(local, replace(training, steps=step))
         change_part = nonsmooth = slope = 0.0
         if gaussian.smoothing is not None:
             smoothing = gaussian.smoothing
