@@ -18,7 +18,7 @@ from neural.curvature.lanczos import LanczosNodes
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs
-from nqm import SGD, Phase, Program, solve
+from nqm import SGD, SWA, Phase, Program, best_average, information_bound, solve
 from nqm.errors import NQMError
 from nqm.problems.spectra import read_problem
 from tests.tiny_risks import Bowl, quadratic, scatter, slide, tanh_risk
@@ -334,3 +334,22 @@ def test_a_complete_model_knows_how_the_loss_varies(tmp_path: Path) -> None:
     for problem in (local.problem(), read_problem(path)):
         assert not problem.expected_losses_only
         agree(solve(problem, program, [steps]).loss_sd, [sd], 1e-9)
+
+
+def test_the_tools_of_the_theory_take_a_measured_network(tmp_path: Path) -> None:
+    """Bound 1/2 sum h / (1/s + T h^2 B / v), s = (g/h)^2; no average of a run is below it."""
+    risk = tanh_risk(weight_decay=0.5)
+    h, c, g = dense(risk)
+    values, vectors = np.linalg.eigh(h)
+    start, noise = (vectors.T @ g / values) ** 2, np.diag(vectors.T @ c @ vectors)
+    expected = 0.5 * np.sum(values / (1.0 / start + 60 * 8 * values**2 / noise))
+    path = tmp_path / "problem.parquet"
+    measure_local(risk, None).problem_table().to_parquet(path)
+    problem = read_problem(path)
+    bound = information_bound(problem, 8, 60, methods="linear")
+    agree(bound, expected, 1e-6)
+    run = Phase(SGD(), 0.3, 60, batch_size=8)
+    best = best_average(problem, run, nonnegative=True)
+    swa = Program((replace(run, steps=30), replace(run, algorithm=SWA(SGD()), steps=30)))
+    assert bound < best.loss < solve(problem, swa, at=[60]).loss[-1]
+    assert best.loss < best.last_loss
