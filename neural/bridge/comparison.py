@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,8 @@ FloatArray = NDArray[np.float64]
 #: If noise-free descent changes the loss by more than this fraction of the excess, its loss is
 #: computed by training without noise instead of predicted.
 STILL = 0.01
+#: In place of values that are not measured.
+UNKNOWN = np.full((1, 1), np.nan)
 MEASURED = [
     "measured",
     "error",
@@ -41,6 +44,8 @@ MEASURED = [
     "test_error",
     "test_gain",
     "test_gain_error",
+    "test_accuracy",
+    "test_accuracy_error",
 ]
 COLUMNS = [
     "way",
@@ -83,6 +88,9 @@ COLUMNS = [
     "predicted_test_gain_error",
     "test_gain",
     "test_gain_error",
+    "predicted_test_accuracy",
+    "test_accuracy",
+    "test_accuracy_error",
 ]
 COURSE = [
     "way",
@@ -166,6 +174,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
     ends = {min(plan.members), max(plan.members)}
     start = risk.loss()
     test_loss = None if test is None else loss_of(test)
+    margins = isinstance(test, EmpiricalRisk) and test.loss_and_margins(test.weights)[1] is not None
 
     def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
         arrays = {}
@@ -174,6 +183,9 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
             arrays[f"{weights}{k}"] = group_losses(risk.loss, chosen, groups_of) - start
             if test_loss is not None:
                 arrays[f"test-{weights}{k}"] = group_losses(test_loss, taken[-1:], groups_of)
+            if isinstance(test, EmpiricalRisk) and margins:
+                right = group_losses(partial(_accuracy, test), taken[-1:], groups_of)
+                arrays[f"accuracy-{weights}{k}"] = right
         return arrays
 
     def independent() -> dict[str, Any]:
@@ -214,6 +226,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
         training=training,
         plan=plan,
         test=None if test_loss is None else f"{test_loss(risk.weights):.6g}",
+        accuracy=margins or None,
     )
     return _tabulate(known, training, plan, control, held_out or {})
 
@@ -263,6 +276,7 @@ def _tabulate(
                     *gain,
                     *_mean(plain[:, -count:].mean(1)),
                     *_test(known, weights, k),
+                    *_mean(known.get(f"accuracy-{weights}{k}", UNKNOWN)[:, 0]),
                 )
             )
             if weights == ITERATE:
@@ -300,6 +314,13 @@ def minibatches_of(plan: Plan) -> int:
     if plan.late_phase is None:
         return plan.runs
     return sum(k * len(_runs(plan, k)) for k in plan.members)
+
+
+def _accuracy(test: EmpiricalRisk, w: Tensor) -> float:
+    """Fraction of the examples whose margin is above 0."""
+    margins = test.loss_and_margins(w)[1]
+    assert margins is not None
+    return float((margins > 0.0).double().mean())
 
 
 def _test(known: dict[str, Any], weights: str, members: int) -> tuple[float, float, float, float]:
@@ -388,6 +409,7 @@ def _predicted_test(
     own, single = held_out[weights], held_out[ITERATE]
     loss, error = own.loss(members)
     found = {"predicted_test_loss": loss, "predicted_test_error": error}
+    found["predicted_test_accuracy"] = own.accuracy(members)
     if plan.late_phase is None and (weights, members) != (ITERATE, 1):
         gain, error = own.gain(members, single)
         found |= {"predicted_test_gain": gain, "predicted_test_gain_error": error}
@@ -435,8 +457,9 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
         NaN where that path is not trained); the test loss and what averaging saves of it, predicted
         and measured, with standard errors (``predicted_test_loss``, ``predicted_test_error``,
         ``test_loss``, ``test_error``, ``predicted_test_gain``, ``test_gain``, ...; see
-        `neural.bridge.held_out`). The course has the predicted and measured change at every
-        recorded step.
+        `neural.bridge.held_out`); the accuracy on test examples (``predicted_test_accuracy``,
+        ``test_accuracy``, ``test_accuracy_error``), NaN unless each example has one label.
+        The course has the predicted and measured change at every recorded step.
     """
     training, local = gaussian.training, gaussian.checkpoint
     if held_out is None and test is not None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from torch import Tensor
 
 from neural.bridge.config import ITERATE, Plan
@@ -40,7 +41,7 @@ FloatArray = NDArray[np.float64]
 DISPLACEMENTS = 32
 #: Fewest displacements for a regression: two coefficients, and a standard error of some worth.
 REGRESSION = 5
-ARRAYS = ("centre", "rises", "control", "gradient")
+ARRAYS = ("centre", "rises", "control", "gradient", "margins")
 #: A test loss: a risk, or a function of a weight vector of shape (p,).
 TestLoss = EmpiricalRisk | Callable[[Tensor], float]
 
@@ -78,6 +79,9 @@ class HeldOut:
         For each displacement, half of the training loss's quadratic form minus its expectation.
     gradient : ndarray, shape (p,), optional
         Gradient of the test loss at the mean of the weights.
+    margins : ndarray, shape (3, N), optional
+        Of every test example's margin: at the mean of the weights, the change of its mean by the
+        scatter of a single run, and its variance by that scatter.
     """
 
     members: tuple[int, ...]
@@ -85,6 +89,31 @@ class HeldOut:
     rises: FloatArray
     control: FloatArray
     gradient: FloatArray | None = None
+    margins: FloatArray | None = None
+
+    def accuracy(self, members: int) -> float:
+        """Expected accuracy of the mean of K runs, with Gaussian margins.
+
+        An example is right with probability Phi(mean / standard deviation) of its margin. To second
+        order both the change of the mean and the variance fall as 1 / K.
+
+        Parameters
+        ----------
+        members : int
+            Number of runs, K.
+
+        Returns
+        -------
+        float
+            In [0, 1]; NaN if margins are not known.
+        """
+        if self.margins is None:
+            return float("nan")
+        centre, change, variance = self.margins
+        mean, sd = centre + change / members, np.sqrt(variance / members)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            score = np.where(sd > 0.0, mean / sd, np.where(mean > 0.0, np.inf, -np.inf))
+        return float(ndtr(score).mean())
 
     @property
     def curvature_ratio(self) -> float:
@@ -248,19 +277,33 @@ def measure_held_out(
     def at(moved: FloatArray) -> float:
         return loss(risk.weights + vector(risk, moved))
 
+    def with_margins(moved: FloatArray) -> tuple[float, FloatArray]:
+        found = None
+        if isinstance(test, EmpiricalRisk):
+            value, found = test.loss_and_margins(risk.weights + vector(risk, moved))
+        else:
+            value = at(moved)
+        return value, np.zeros(0) if found is None else found.cpu().numpy()
+
     def of(average: TimeAverage | None) -> tuple[FloatArray, ...]:
         pushes = gaussian.drift.displacement_twice(training, average)
         descent = descended(gaussian.checkpoint, training, average)
         mean = descent + 0.5 * (pushes[0] + pushes[1])
-        centre = np.array([at(mean), *(at(descent + push) for push in pushes)])
+        middle, margin = with_margins(mean)
+        centre = np.array([middle, *(at(descent + push) for push in pushes)])
+        even, odd = np.zeros_like(margin), np.zeros_like(margin)
         rng, rises, forms = np.random.default_rng([plan.seed, 5]), [], []
         draw = displacements(local, training, average)
         for i in range(count):
             d = draw(rng, draw_index(local, i))
             row = []
             for k in members:
-                ends = [at(mean + sign / np.sqrt(k) * d) for sign in (1.0, -1.0)]
-                row.append(0.5 * sum(ends) - centre[0])
+                ends = [with_margins(mean + sign / np.sqrt(k) * d) for sign in (1.0, -1.0)]
+                (plus, up), (minus, down) = ends
+                row.append(0.5 * (plus + minus) - centre[0])
+                if k == 1:
+                    even += (0.5 * (up + down) - margin) / count
+                    odd += 0.25 * (up - down) ** 2 / count
                 if progress is not None:
                     progress(2)
             rises.append(row)
@@ -270,7 +313,8 @@ def measure_held_out(
         gradient = np.zeros(0)
         if isinstance(test, EmpiricalRisk):
             gradient = test.gradient(risk.weights + vector(risk, mean)).double().cpu().numpy()
-        return centre, np.array(rises), np.array(forms) - expected, gradient
+        margins = np.stack([margin, even, odd])
+        return centre, np.array(rises), np.array(forms) - expected, gradient, margins
 
     def measured() -> dict[str, Any]:
         arrays = {}
@@ -290,10 +334,11 @@ def measure_held_out(
         moved=f"{float(np.linalg.norm(gaussian.mean)):.8g}",
         test=f"{loss(risk.weights):.6g}",
         gradient=isinstance(test, EmpiricalRisk),
+        margins=True,
     )
     found = {}
     for name in kinds:
-        centre, rises, control, gradient = (stored[f"{name}-{what}"] for what in ARRAYS)
-        known = gradient if len(gradient) else None
-        found[name] = HeldOut(members, centre, rises, control, known)
+        centre, rises, control, *rest = (stored[f"{name}-{what}"] for what in ARRAYS)
+        gradient, margins = (array if array.size else None for array in rest)
+        found[name] = HeldOut(members, centre, rises, control, gradient, margins)
     return found

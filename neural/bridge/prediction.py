@@ -16,7 +16,7 @@ of the members' own scatter (`neural.bridge.shared_base`), and differ for every 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 

@@ -464,6 +464,36 @@ class EmpiricalRisk:
         at = self.weights if w is None else w
         return float(self._mean(lambda f: f(at))) + self._decay(at)
 
+    def loss_and_margins(self, w: Tensor) -> tuple[float, Tensor | None]:
+        """Compute `loss` and the margins of all examples by one forward pass.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,)
+            Weights.
+
+        Returns
+        -------
+        loss : float
+        margins : Tensor of float64, shape (N,), or None
+            Logit of the right class minus the largest of the others: an example is right if it is
+            above 0. None unless an example has one label and one number for each of its classes.
+        """
+        total, margins = 0.0, []
+
+        def term(batch: Batch) -> Tensor:
+            inputs, targets = batch
+            output = self._output(w, inputs)
+            if isinstance(output, Tensor) and output.ndim == 2 and targets.ndim == 1:
+                right = output.gather(1, targets[:, None])
+                others = output.scatter(1, targets[:, None], -torch.inf)
+                margins.append((right[:, 0] - others.amax(1)).double())
+            return self.example_loss(output, targets).sum() / self.examples
+
+        total = float(self._total(term)) + self._decay(w)
+        labelled = self.example_loss is cross_entropy and margins
+        return total, torch.cat(margins) if labelled else None
+
     def _decay(self, w: Tensor) -> float:
         """The L2 term of the loss."""
         squares = self.model_weights(w.detach()).double().square().sum()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neural.bridge.api import measure, predict
 from neural.bridge.comparison import compare_training
@@ -269,3 +269,48 @@ def test_the_iterate_scatters_as_the_textbook_has_it(bowl: Bowl) -> None:
     """The walk of this file is the recursion of the covariance."""
     _, spread = moments(bowl, kinds()["iterate"])
     agree(spread, scatter(bowl.hessian, bowl.noise, 0.3, 4, 30), 1e-9)
+
+
+def test_accuracy_is_that_of_gaussian_margins() -> None:
+    """Drawn margins: one far right, one wrong, one unsure."""
+    margins = np.array([[3.0, -0.4, 0.2], [-0.5, 0.3, 0.1], [0.04, 0.5, 0.25]])
+    found = HeldOut((1,), np.zeros(3), np.zeros((2, 1)), np.zeros(2), margins=margins)
+    rng, draws = np.random.default_rng(0), 40000
+    for k in (1, 4):
+        mean, sd = margins[0] + margins[1] / k, np.sqrt(margins[2] / k)
+        right = (mean + sd * rng.standard_normal((draws, 3)) > 0.0).mean(1)
+        within_error(found.accuracy(k), right.mean(), right.std() / np.sqrt(draws))
+    sure = replace(found, margins=np.array([[1.0, -1.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert sure.accuracy(1) == 0.5
+    assert np.isnan(replace(found, margins=None).accuracy(1))
+
+
+def test_margins_of_a_linear_net_have_the_moments_of_its_weights() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 2, dtype=torch.double), torch.randint(2, (60,))
+    risk = EmpiricalRisk(nn.Linear(2, 2).double(), [(x, y)], weight_decay=0.1)
+    training = Training(0.5, 4, 60)
+    own = measure_gaussian(risk, measure_local(risk, None), training, displacements=32)
+    plan = Plan((1, 2), 4)
+    test = risk.on([(x[:20], y[:20])])
+    found = measure_held_out(test, risk, own, plan)["iterate"]
+    assert found.margins is not None
+    # The margin is linear in the weights: a' w, with a the difference of two rows of inputs.
+    loss, margins = test.loss_and_margins(risk.weights)
+    assert margins is not None
+    agree(loss, test.loss(), 1e-12)
+    sign = np.where(y[:20] == 0, 1.0, -1.0)
+    features = np.hstack([x[:20].numpy(), np.ones((20, 1))]) * sign[:, None]
+    a = np.hstack([features[:, :2], -features[:, :2], features[:, 2:], -features[:, 2:]])
+    agree(margins, a @ risk.weights.numpy(), 1e-12)
+    agree(found.margins[0], a @ (risk.weights.numpy() + own.mean), 1e-9)
+    assert np.abs(found.margins[1]).max() < IDENTITY
+    turn = own.local.pairs.vectors
+    variance = ((a @ turn) @ own.covariance * (a @ turn)).sum(1)
+    # The mean of 32 squares of a Gaussian has the relative standard error 1/4.
+    assert (np.abs(found.margins[2] / variance - 1.0) < 1.0).all()
+    assert abs((found.margins[2] / variance).mean() - 1.0) < 0.5
+    table = compare_training(risk, own, plan, test=test).table
+    single = table[(table["weights"] == "iterate") & (table["members"] == 1)].iloc[0]
+    assert abs(single["predicted_test_accuracy"] - single["test_accuracy"]) < 0.2
+    assert 0.0 < single["test_accuracy"] < 1.0
