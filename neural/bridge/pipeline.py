@@ -289,7 +289,9 @@ def _tables(
     test = held_out_risk(risk, task, config.test_examples, config.batchnorm_group)
     found = compare if config.train else predict
     outcome = found(measured, plan, test=test, progress=progress)
-    search = counted(progress, "best learning rates", POINTS + 8.0 * len(plan.members))
+    grids = 1 if plan.late_phase is None else len(plan.members)
+    work = grids * POINTS + 8.0 * len(plan.members)
+    search = counted(progress, "best learning rates", work)
     best = best_lrs(outcome.table, gaussians, records=plan.records, progress=search)
     epoch = len(task.stream) * opened.run.data.batch_size
     share = risk.examples * (config.batchnorm_group or 1) / epoch
