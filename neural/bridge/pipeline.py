@@ -21,6 +21,7 @@ from neural.bridge.api import (
 from neural.bridge.best_lr import POINTS, best_lrs
 from neural.bridge.config import EARLY, BridgeConfig, Plan, Training
 from neural.bridge.from_run import risk_of_run
+from neural.bridge.shared_base import member_mask
 from neural.bridge.timing import cost_table
 from neural.bridge.verdict import verdict
 from neural.curvature.cache import Cache
@@ -32,7 +33,6 @@ from neural.curvature.risk_batchnorm import grouped
 from neural.curvature.spectrum import density
 from neural.late_phase.members import Batch
 from neural.late_phase.reparametrize import RankOne, add_rank1
-from neural.late_phase.select import select
 from neural.training.build import make_model
 from neural.training.config import RunConfig, describe, run_key
 from neural.training.load_run import reopen
@@ -347,7 +347,7 @@ def _risk(
     )
     if plan.late_phase is not None:
         try:
-            select(opened.model, plan.late_phase)
+            member_mask(risk, plan.late_phase)
         except NQMError as error:
             raise NQMError(f"plan.late_phase: {error}") from None
     for training in config.trainings(1.0):

@@ -31,6 +31,7 @@ from torch import Tensor
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import EmpiricalRisk
 from neural.late_phase.select import select as resolve
+from nqm.errors import NQMError
 from nqm.gamma import base_scale
 
 FloatArray = NDArray[np.float64]
@@ -126,8 +127,23 @@ def member_mask(risk: EmpiricalRisk, select: str) -> Tensor:
     Returns
     -------
     Tensor of bool, shape (p,)
+
+    Raises
+    ------
+    NQMError
+        If none of the risk's weights is replicated, or rank-1 factors or other parametrisations are.
     """
     chosen = set(resolve(risk.model, select).parameters)
+    factors = [name for name in chosen if ".parametrizations." in f".{name}"]
+    if factors:
+        raise NQMError(
+            f"members of {min(factors)!r} are averaged in the products with the base, not in their "
+            "own weights, and this average is not predicted; replicate plain weights"
+        )
+    if not chosen & set(risk.shapes):
+        raise NQMError(
+            f"select: {select!r} replicates none of the weights that the loss depends on"
+        )
     parts = [
         torch.full((shape.numel(),), name in chosen, device=risk.weights.device)
         for name, shape in risk.shapes.items()

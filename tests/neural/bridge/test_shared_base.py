@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from neural.bridge import BridgeConfig, Plan, compare, measure, predict
 from neural.bridge.config import Training
@@ -17,6 +18,7 @@ from neural.bridge.scatter import covariance, displacements
 from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
+from neural.late_phase.reparametrize import add_rank1
 from nqm.errors import NQMError
 from nqm.gamma import base_scale
 from tests.tiny_risks import Bowl, tanh_risk
@@ -185,6 +187,19 @@ def test_rescaled_coordinates_obey_the_chain_rule() -> None:
     again = here.rescaled(scale)
     agree(again.loss(0.1 * u), risk.loss(at + 0.1 * scale**2 * u), 1e-12)
     agree(again.model_weights(again.coordinates(at + scale)), at + scale, 1e-12)
+
+
+def test_members_without_a_plain_mean_of_their_own_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    add_rank1(model, "0.*")
+    x, y = torch.randn(8, 2).double(), torch.arange(8) % 2
+    plan = Plan((2,), 4, late_phase="rank1")
+    with pytest.raises(
+        NQMError, match="not in their own weights, and this average is not predicted"
+    ):
+        measure(EmpiricalRisk(model, [(x, y)]), CONFIG, plan=plan)
+    with pytest.raises(NQMError, match="'bias' replicates none of the weights that the loss"):
+        member_mask(EmpiricalRisk(model, [(x, y)], "name:2.weight"), "bias")
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
