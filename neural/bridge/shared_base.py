@@ -131,7 +131,7 @@ def member_mask(risk: EmpiricalRisk, select: str) -> Tensor:
     Raises
     ------
     NQMError
-        If none of the risk's weights is replicated, or rank-1 factors or other parametrisations are.
+        If none of the risk's weights is replicated, or if factors of parametrised weights are.
     """
     chosen = set(resolve(risk.model, select).parameters)
     factors = [name for name in chosen if ".parametrizations." in f".{name}"]
