@@ -157,17 +157,26 @@ def reproduce(name: str, out: Path, scale: str) -> None:
     show_default=True,
     help="Folder of the experiments that `nqm neural train` has run.",
 )
+@click.option(
+    "--saved",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("out"),
+    show_default=True,
+    help="Folder below which tables of `nqm neural compare`, curve, clients, modules and the like "
+    "are looked for.",
+)
 @_out
-def tables(runs: Path, out: Path) -> None:
+def tables(runs: Path, saved: Path, out: Path) -> None:
     """Compare tables of papers with the runs on disk, and write one page.
 
-    Rows without a run at full scale are marked "not run".
+    Rows without a run at full scale are marked "not run". Combined models have no full scale here:
+    what was saved stands beside a paper's number under the name of its folder.
     """
     from paper_repro.tables import load_tables
     from paper_repro.tables.collect import collect
     from paper_repro.tables.page import as_text, write_tables
 
-    filled = collect(runs, load_tables())
+    filled = collect(runs, load_tables(), saved)
     _alone(out)
     paths = write_tables(filled, out)
     click.echo(as_text(filled))

@@ -71,18 +71,44 @@ def claims(table: pd.DataFrame) -> list[str]:
         Of each pool, how often its loss is at most that of the averaged parameters, over all
         targets, splits, scores and numbers of modules above one.
     """
+    lines = []
+    for pool, part in pairs(table).groupby("space", sort=False):
+        lines.append(
+            f"ensemble of {pool}: loss at most that of the averaged parameters in "
+            f"{part['lower'].mean():.0%} of {len(part)} pairs, median ratio "
+            f"{part['ratio'].median():.4f}"
+        )
+    return lines
+
+
+def pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """Ensembles of several modules beside the average of the same modules' parameters.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `reported`.
+
+    Returns
+    -------
+    DataFrame
+        One row for each pool, target, split, score and number of modules above one: ``split``,
+        ``target``, ``score``, ``kept``, ``weighting``, ``space`` (the pool), ``lower`` (whether the
+        ensemble's loss is at most that of the average) and ``ratio`` of the two losses.
+    """
+    import pandas as pd
+
     several = table[(table["members"] > 1) & (table["kept"] > 1)]
     case = ["split", "target", "score", "kept", "weighting"]
     by = several.pivot_table(index=case, columns="space", values="nll", sort=False)
-    lines = []
+    found = []
     for pool in (name for name in POOLS if name in by):
-        pairs = by[["weights", pool]].dropna()
-        lower = float((pairs[pool] <= pairs["weights"]).mean())
-        lines.append(
-            f"ensemble of {pool}: loss at most that of the averaged parameters in {lower:.0%} of "
-            f"{len(pairs)} pairs, median ratio {(pairs[pool] / pairs['weights']).median():.4f}"
-        )
-    return lines
+        both = by[["weights", pool]].dropna()
+        lower = (both[pool] <= both["weights"]).astype(float)
+        part = pd.DataFrame({"space": pool, "lower": lower, "ratio": both[pool] / both["weights"]})
+        found.append(part.reset_index())
+    columns = [*case, "space", "lower", "ratio"]
+    return pd.concat(found) if found else pd.DataFrame(columns=columns)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,16 +1,21 @@
-"""Tables of papers beside our runs: one module per table, each a list of rows as data."""
+"""Tables of papers beside our runs, each a list of rows as data.
+
+A table of recipes has a module of its own; `combining` has those of systems that combine models.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 
+from paper_repro.tables import combining
 from paper_repro.tables.rows import Table
 
-#: In the order of the page.
-NAMES = (
+_OF_RECIPES = (
     "cifar10", "cifar100", "other_networks", "imagenet", "enwik8", "ood", "ablations", "fge",
     "snapshots",
 )  # fmt: skip
+#: In the order of the page.
+NAMES = (*_OF_RECIPES, *(table.name for table in combining.TABLES))
 
 
 def load_tables() -> list[Table]:
@@ -21,4 +26,5 @@ def load_tables() -> list[Table]:
     list of Table
         In the order of `NAMES`.
     """
-    return [import_module(f"paper_repro.tables.{name}").TABLE for name in NAMES]
+    of_recipes = [import_module(f"paper_repro.tables.{name}").TABLE for name in _OF_RECIPES]
+    return [*of_recipes, *combining.TABLES]

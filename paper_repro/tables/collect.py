@@ -2,21 +2,25 @@
 
 Only a recipe's full scale, with the settings the recipe states, stands beside a number of the
 paper. The scale ``cpu`` and related recipes have a column of their own, each under its own title;
-the scale ``smoke`` is never shown.
+the scale ``smoke`` is never shown. What commands on combining saved is of small networks and stands
+in that column too, under the name of its folder.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
+from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
 
 from nqm.errors import NQMError
 from nqm.table import read_metadata, read_table
-from paper_repro.tables.rows import Row, Source, Table
+from paper_repro.tables.rows import Row, Saved, Source, Table
+from paper_repro.tables.saved import Results
 
 #: Scales that are shown, the largest first.
 SHOWN = ("full", "cpu")
@@ -31,13 +35,13 @@ class Measured:
     Attributes
     ----------
     title : str
-        Title of the recipe at its scale.
+        Title of the recipe at its scale, or name of the folder.
     scale : str
-        Scale of the recipe.
+        Scale of the recipe; empty for a folder.
     mean, sd : float
         In the table's unit; sd is NaN for one seed.
     n : int
-        Number of seeds with a value.
+        Number of seeds, or splits, with a value.
     diverged : int
         Number of further seeds, which diverged.
     hardware : str
@@ -172,19 +176,14 @@ class Runs:
         if source.weights.startswith("deep_ensemble"):
             # A mean prediction that some other run is part of is not that of the recipe.
             seeds = [] if left_out else [-1]
-        values = _values(table[table["seed"].isin(seeds)], source) * factor
-        if values.empty:
+        values = (_values(table[table["seed"].isin(seeds)], source) * factor).tolist()
+        if not values:
             return Found(None, left_out)
         failed = table[table["seed"].isin(right) & (table["status"] == "diverged")]
         against = "" if source.data == ("test",) else f", against {' and '.join(source.data)}"
-        measured = Measured(
-            recipe.title + against,
-            scale,
-            float(values.mean()),
-            float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
-            len(values),
-            failed["seed"].nunique(),
-            "; ".join(sorted({_hardware(stated[seed]) for seed in right})),
+        hardware = "; ".join(sorted({_hardware(stated[seed]) for seed in right}))
+        measured = _measured(
+            recipe.title + against, scale, values, failed["seed"].nunique(), hardware
         )
         return Found(measured, left_out)
 
@@ -195,7 +194,9 @@ class Runs:
         return (read_json(folder) if folder.is_dir() else None) or {}
 
 
-def collect(root: str | Path, tables: list[Table]) -> list[tuple[Table, list[Line]]]:
+def collect(
+    root: str | Path, tables: list[Table], saved: str | Path | None = None
+) -> list[tuple[Table, list[Line]]]:
     """Fill every table with the numbers of the runs on disk.
 
     Parameters
@@ -204,6 +205,8 @@ def collect(root: str | Path, tables: list[Table]) -> list[tuple[Table, list[Lin
         Folder of the experiments; it may be empty or absent.
     tables : list of Table
         Tables to fill.
+    saved : str or Path, optional
+        Folder below which tables of combined models are looked for; `root` by default.
 
     Returns
     -------
@@ -215,17 +218,31 @@ def collect(root: str | Path, tables: list[Table]) -> list[tuple[Table, list[Lin
     NQMError
         If a table of results is damaged, or in the folder of another experiment.
     """
-    runs = Runs(Path(root))
-    return [(table, [_line(runs, table, row) for row in table.rows]) for table in tables]
+    runs, results = Runs(Path(root)), Results(Path(root if saved is None else saved))
+    return [(table, [_line(runs, results, table, row) for row in table.rows]) for table in tables]
 
 
-def _line(runs: Runs, table: Table, row: Row) -> Line:
+def _line(runs: Runs, results: Results, table: Table, row: Row) -> Line:
+    if isinstance(row.source, Saved):
+        found = [
+            _measured(title, "", [table.factor * one for one in values], diverged)
+            for title, values, diverged in results.values(row.source)
+        ]
+        return Line(row, smaller=tuple(found))
     full, cpu = (runs.find(row.source, scale, table.factor) for scale in SHOWN)
     smaller = [] if full.measured is not None or not table.reduced else [cpu.measured]
     for source in row.related:
         at_scales = (runs.find(source, scale, table.factor).measured for scale in SHOWN)
         smaller.append(next((one for one in at_scales if one is not None), None))
     return Line(row, full.measured, tuple(one for one in smaller if one), full.left_out)
+
+
+def _measured(
+    title: str, scale: str, values: list[float], diverged: int = 0, hardware: str = ""
+) -> Measured:
+    """Mean and standard deviation of values, one at least."""
+    sd = stdev(values) if len(values) > 1 else math.nan
+    return Measured(title, scale, fmean(values), sd, len(values), diverged, hardware)
 
 
 def _values(table: pd.DataFrame, source: Source) -> pd.Series:

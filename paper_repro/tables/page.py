@@ -12,7 +12,7 @@ from nqm import __version__
 from nqm.errors import NQMError
 from nqm.table import replacing, write_table
 from paper_repro.tables.collect import Line, Measured
-from paper_repro.tables.rows import Published, Table
+from paper_repro.tables.rows import Published, Saved, Source, Table
 
 Filled = Sequence[tuple[Table, Sequence[Line]]]
 #: What a cell says where there is no number.
@@ -112,6 +112,21 @@ def _record(line: Line) -> dict[str, object]:
         "status": "run" if ours is not None else MISSING,
         "hardware": "" if ours is None else ours.hardware,
         "smaller_scale": "; ".join(f"{one.title}: {one.mean:.6g}" for one in line.smaller),
+        **_origin(source),
+    }
+
+
+def _origin(source: Source | Saved) -> dict[str, str]:
+    """Recipe, arm, weights, metric and data; of saved tables `data` says which rows count."""
+    if isinstance(source, Saved):
+        return {
+            "recipe": "",
+            "arm": "",
+            "weights": "",
+            "metric": source.column,
+            "data": source.words,
+        }
+    return {
         "recipe": source.recipe,
         "arm": source.arm,
         "weights": source.weights,

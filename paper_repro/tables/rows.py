@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,46 @@ class Source:
     metric: str = "accuracy"
     data: tuple[str, ...] = ("test",)
 
+    @property
+    def words(self) -> str:
+        """Where the value comes from, for the page."""
+        return f"{self.recipe}, {self.arm}, {self.weights}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A value in the tables that a command saves, of which every folder gives one.
+
+    Attributes
+    ----------
+    kind : str
+        Which table: a name of `paper_repro.tables.saved.KINDS`.
+    column : str
+        The value's column.
+    where : mapping of str to object
+        Column to the value it has, or to a tuple of values, in the rows that count.
+    by : str
+        Column by whose values rows are averaged first; none by default.
+    take : {"mean", "max", "min"}
+        What of the rows, or of these averages, is the value.
+    """
+
+    kind: str
+    column: str
+    where: Mapping[str, Any] = field(default_factory=dict)
+    by: str = ""
+    take: str = "mean"
+
+    @property
+    def words(self) -> str:
+        """Where the value comes from, for the page."""
+        shown = (
+            f"{name} {' or '.join(map(str, value)) if isinstance(value, tuple) else value}"
+            for name, value in self.where.items()
+        )
+        first = self.column if self.take == "mean" else f"{self.take} {self.column}"
+        return ", ".join((f"{self.kind}: {first}", *shown))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -58,15 +100,15 @@ class Row:
         Name of the method, as the paper has it.
     paper : Published
         The published value.
-    source : Source
-        The same experiment here; only its full scale is compared with the paper.
+    source : Source or Saved
+        The same experiment here; only the full scale of a recipe is compared with the paper.
     related : tuple of Source
         The same comparison on data that are easier to obtain.
     """
 
     method: str
     paper: Published
-    source: Source
+    source: Source | Saved
     related: tuple[Source, ...] = ()
 
 

@@ -18,7 +18,8 @@ from paper_repro import cli
 from paper_repro.tables import NAMES, load_tables
 from paper_repro.tables.collect import collect
 from paper_repro.tables.page import as_text, write_tables
-from paper_repro.tables.rows import UNKNOWN, Published, Row, Source, Table
+from paper_repro.tables.rows import UNKNOWN, Published, Row, Saved, Source, Table
+from paper_repro.tables.saved import KINDS
 from tests.tolerances import IDENTITY
 
 #: Every number of the paper that could be established, by table, as printed: mean and sd.
@@ -39,6 +40,18 @@ PRINTED = {
     "ablations": [],
     "fge": ["80.8", "82.3", "83.0"],
     "snapshots": [],
+    "curves": ["18.9", "19.2", "18.3", "19.0", "18.4"],
+    "soups": [
+        "80.39", "77.93", "79.97", "81.03", "81.38", "47.97", "46.69", "50.67", "51.58", "50.86",
+    ],
+    "ame": [],
+    "low_precision": [],
+    "clients": [],
+    "modules": ["26.40", "22.38", "23.34", "22.19", "23.01"],
+    "module_pairs": ["79.0"],
+    "gates": [],
+    "git_rebasin": [],
+    "repair": ["20.0", "5.0"],
 }  # fmt: skip
 
 
@@ -64,6 +77,8 @@ def test_every_source_can_be_produced():
     for table in load_tables():
         for row in table.rows:
             for source in (row.source, *row.related):
+                if isinstance(source, Saved):
+                    continue
                 run = load_recipe(source.recipe).arms[source.arm]
                 weights = source.weights.removeprefix("deep_ensemble_")
                 late, settings = run.late_phase is not None, run.evaluate
@@ -248,7 +263,8 @@ def test_a_folder_of_something_else_is_named(experiment, tmp_path):
 
 def test_command_without_any_run(tmp_path):
     out = tmp_path / "out"
-    done = CliRunner().invoke(cli.tables, ["--runs", str(tmp_path / "none"), "--out", str(out)])
+    none = str(tmp_path / "none")
+    done = CliRunner().invoke(cli.tables, ["--runs", none, "--saved", none, "--out", str(out)])
     assert done.exit_code == 0, done.output
     rows = [row for table in load_tables() for row in table.rows]
     assert done.output.count("not run") == len(rows)
@@ -286,3 +302,220 @@ def test_csv_and_page_carry_our_numbers(experiment, tmp_path):
     assert "91.00 ± 1.41 (n = 2)" in page  # sqrt(2)
     assert "H9, torch 2.99" in page
     assert "1 of 1 rows" in page
+
+
+# --- tables that commands on combining saved ---
+
+
+def test_every_saved_value_is_one_that_a_command_writes():
+    """Columns and names of rules, pools, scores and the like are those of the commands."""
+    pytest.importorskip("torch")
+    from neural.combine import align, comparison, low_precision, text_ensembles
+    from neural.combine.curve import KINDS as CURVES
+    from neural.combine.pool import POOLS
+    from neural.combine.repair import REPAIRS
+    from neural.combine.rules import RULES
+    from neural.modules.language import LANGUAGE_SCORES
+
+    spaces = {"weights", *POOLS}
+    modules = {
+        "task": {"language", "opinions", "corruptions"}, "space": spaces,
+        "score": {*LANGUAGE_SCORES, "no_module", "best"}, "kept": {3}, "weighting": {"linear"},
+    }  # fmt: skip
+    gates = {"ensemble", *text_ensembles.BY_SCORE, *text_ensembles.GATES}
+    known = {
+        "compare": {
+            "rule": {*RULES, "member"}, "space": spaces, "part": {"test", "shift"},
+            "align": set(align.ALIGNS), "repair": set(REPAIRS), "members": {2},
+            "amortized": {True},
+        },
+        "low-precision": {
+            "rule": {"float", "rtn", "ensemble"}, "rounding": {"stochastic"},
+            "grid_bits": set(range(2, 9)),
+        },
+        "curve": {
+            "path": {"curve", "line"}, "data": {"test"}, "kind": set(CURVES), "t": {0.0, 0.5, 1.0},
+        },
+        "modules": modules,
+        "pairs of modules": modules,
+        "gates": {"rule": gates},
+        "clients": {
+            "method": {"FedAvg", "FedProx", "SCAFFOLD", "FedExP", "scope", "rescaled"},
+            "dirichlet": {0.1, 0.5},
+        },
+    }  # fmt: skip
+    columns = {
+        "compare": {*comparison.TABLE, "lost"}, "low-precision": set(low_precision.LOW_PRECISION),
+        "curve": {"error"}, "modules": {"perplexity"}, "pairs of modules": {"lower"},
+        "gates": set(text_ensembles.TABLE), "clients": {"accuracy"},
+    }  # fmt: skip
+    assert set(known) == set(KINDS)
+    seen = set()
+    for table in load_tables():
+        for row in table.rows:
+            source = row.source
+            if not isinstance(source, Saved):
+                continue
+            seen.add(source.kind)
+            assert source.column in columns[source.kind], source
+            for name, value in source.where.items():
+                assert set(np.atleast_1d(value)) <= known[source.kind][name], source
+    assert seen == set(KINDS)
+
+
+def saved(folder, kind, rows, /, **config):
+    """A table as its command saves it; `config` is its section, and `others` more of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    more = config.pop("others", {})
+    stated = {"config": {KINDS[kind].section: config, **more}}
+    write_table(folder / KINDS[kind].file, pd.DataFrame(rows), stated)
+
+
+def compared(folder, *rows, **config):
+    columns = ("rule", "space", "member", "members", "repair", "data", "accuracy", "barrier")
+    made = [dict(zip(columns, row, strict=True)) for row in rows]
+    saved(folder, "compare", made, **config)
+
+
+def shown(root, name):
+    """Titles, values and numbers of our lines of a table of the roster, by method."""
+    (table,) = (table for table in load_tables() if table.name == name)
+    ((_, lines),) = collect(root / "no runs", [table], root)
+    return {
+        line.row.method: [(one.title, round(one.mean, 6), one.n) for one in line.smaller]
+        for line in lines
+        if line.smaller
+    }
+
+
+def test_soups_of_several_seeds_and_shifts(tmp_path):
+    for seed, (a, b, soup) in enumerate([(0.80, 0.60, 0.74), (0.90, 0.70, 0.86)]):
+        compared(
+            tmp_path / "soup" / f"seed{seed}",
+            ("member", "weights", "a", 1, "none", "test", a, 0.0),
+            ("member", "weights", "b", 1, "none", "test", b, 0.0),
+            ("member", "weights", "a", 1, "none", "noise 3", 0.3, 0.0),
+            ("member", "weights", "a", 1, "none", "blur 3", 0.5, 0.0),
+            ("member", "weights", "b", 1, "none", "noise 3", 0.4, 0.0),
+            ("member", "weights", "b", 1, "none", "blur 3", 0.6, 0.0),
+            ("uniform", "weights", "", 2, "none", "test", soup, 0.0),
+            ("uniform", "probabilities", "", 2, "none", "test", 0.01, 0.0),
+        )
+    assert shown(tmp_path, "soups") == {
+        "Mean single model": [("soup", 75.0, 2)],
+        "Uniform soup": [("soup", 80.0, 2)],
+        "Mean single model, shift": [("soup", 45.0, 2)],
+        "Best single model under shift": [("soup", 50.0, 2)],
+    }
+    assert shown(tmp_path, "ame") == {}  # no rule of this comparison is amortized
+
+
+def test_means_of_two_networks_by_alignment_and_repair(tmp_path):
+    for align, lost in (("none", 0.5), ("weights", 0.1)):
+        compared(
+            tmp_path / align,
+            ("member", "weights", "a", 1, "none", "test", 0.9, 0.0),
+            ("member", "weights", "b", 1, "none", "test", 0.8, 0.0),
+            ("uniform", "weights", "", 2, "none", "test", 0.85 - lost, 2 * lost),
+            ("uniform", "weights", "", 2, "rescale", "test", 0.83, 0.01),
+            align=align,
+        )
+    compared(tmp_path / "three", ("uniform", "weights", "", 3, "none", "test", 0.4, 0.7))
+    assert shown(tmp_path, "git_rebasin") == {
+        "As they are": [("none", 1.0, 1)],
+        "Matched by weights": [("weights", 0.2, 1)],
+    }
+    assert shown(tmp_path, "repair") == {
+        "Matched by weights": [("weights", 10.0, 1)],
+        "Matched by weights, rescaled": [("weights", 2.0, 1)],
+    }
+
+
+def test_curves_take_the_worst_and_the_best_point(tmp_path):
+    points = [("curve", 0.0, 0.9), ("curve", 0.5, 0.7), ("curve", 1.0, 0.8), ("line", 0.5, 0.2)]
+    rows = [
+        {"path": path, "t": t, "data": data, "accuracy": accuracy if data == "test" else 1.0}
+        for path, t, accuracy in points
+        for data in ("train", "test")
+    ]
+    saved(tmp_path / "deep" / "bend", "curve", rows, kind="bezier")
+    assert shown(tmp_path, "curves") == {
+        "Worse end": [("deep/bend", 20.0, 1)],
+        "Largest on a Bezier curve": [("deep/bend", 30.0, 1)],
+        "Smallest on a Bezier curve": [("deep/bend", 10.0, 1)],
+        "Middle of the straight line": [("deep/bend", 80.0, 1)],
+    }
+
+
+def test_rounds_that_differ_in_the_seed_belong_together(tmp_path):
+    def rounds(name, seed, accuracy, nll=1.0, scope=None, **clients):
+        rows = [
+            {"round": i, "accuracy": value, "nll": nll if i else 9.0}
+            for i, value in enumerate(accuracy)
+        ]
+        stated = {"dirichlet": 0.5, "prox": 0.0, "control": False, "extrapolate": False}
+        others = {"seed": seed} | ({} if scope is None else {"scope": scope})
+        saved(tmp_path / name, "clients", rows, others=others, **stated | clients)
+
+    rounds("a", 0, [0.0, 0.5, 0.5, 0.5, 0.5, 0.5])  # the first of six does not count
+    rounds("b", 1, [0.1, 0.7, 0.7, 0.7, 0.7, 0.7])
+    rounds("c", 2, [0.1, 0.9, 0.0], nll=math.nan)
+    rounds("d", 0, [0.4] * 5, prox=0.1)
+    rounds("e", 0, [0.3] * 5, scope={"strength": 0.0, "rescale": True})
+    rounds("f", 0, [0.2] * 5, scope={"strength": 1.0})
+    # A training run's history is no table of clients.
+    (tmp_path / "run").mkdir()
+    run = pd.DataFrame({"accuracy": [1.0]})
+    write_table(tmp_path / "run" / "history.parquet", run, {"config": {"train": {}}})
+    assert shown(tmp_path, "clients") == {
+        "FedAvg, Dirichlet 0.5": [("a", 60.0, 2)],
+        "FedProx, Dirichlet 0.5": [("d", 40.0, 1)],
+        "Rescaled after training (control), Dirichlet 0.5": [("e", 30.0, 1)],
+        "Weight scope alignment, Dirichlet 0.5": [("f", 20.0, 1)],
+    }
+    (table,) = (table for table in load_tables() if table.name == "clients")
+    assert "60.0 ± 14.1 (n = 2), 1 diverged" in as_text(collect(tmp_path, [table]))
+
+
+def test_modules_are_averaged_by_split(tmp_path):
+    pytest.importorskip("torch")
+    rows = [
+        {"split": split, "target": target, "score": score, "kept": 3, "weighting": "linear",
+         "space": space, "members": 3, "nll": math.log(perplexity)}
+        for split, target, score, space, perplexity in [
+            (0, "x", "tfidf", "weights", 20.0), (0, "y", "tfidf", "weights", 40.0),
+            (1, "x", "tfidf", "weights", 10.0), (1, "y", "tfidf", "weights", 20.0),
+            (0, "x", "tfidf", "logits", 20.0), (0, "y", "tfidf", "logits", 41.0),
+            (1, "x", "tfidf", "logits", 9.0), (1, "y", "tfidf", "logits", 19.0),
+        ]
+    ]  # fmt: skip
+    saved(tmp_path / "m", "modules", rows, task="language")
+    found = shown(tmp_path, "modules")
+    assert found["Average, TF-IDF, 3 modules"] == [("m", 22.5, 2)]  # of 30 and 15
+    assert found["Ensemble of logits, TF-IDF, 3"] == [("m", 22.25, 2)]  # of 30.5 and 14
+    # At most as large in one of two cases, and in both.
+    assert shown(tmp_path, "module_pairs") == {
+        "Language models, ensemble of logits": [("m", 75.0, 2)]
+    }
+
+
+def test_low_precision_of_most_draws(tmp_path):
+    columns = ("rule", "rounding", "grid_bits", "members", "nll", "nll_tuned")
+    rows = [
+        ("float", "", 0, 1, 0.5, 0.4), ("ensemble", "stochastic", 5, 1, 0.9, 0.8),
+        ("ensemble", "stochastic", 5, 8, 0.45, 0.41), ("ensemble", "gaussian", 5, 8, 0.1, 0.1),
+    ]  # fmt: skip
+    saved(tmp_path / "r", "low-precision", [dict(zip(columns, row, strict=True)) for row in rows])
+    assert shown(tmp_path, "low_precision") == {
+        "Float model": [("r", 0.5, 1)],
+        "Ensemble, 5 bits": [("r", 0.45, 1)],
+        "Float model, at tuned temperatures": [("r", 0.4, 1)],
+        "Ensemble, 5 bits, at tuned temperatures": [("r", 0.41, 1)],
+    }
+
+
+def test_a_damaged_saved_table_is_named(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "curve.parquet").write_bytes(b"no table")
+    with pytest.raises(NQMError, match=r"curve\.parquet"):
+        shown(tmp_path, "curves")
