@@ -390,7 +390,7 @@ def compare(
     nqm neural compare "out/neural/digits_bn-full/base/seed*" --rules uniform,greedy,fisher
     """
     from neural.combine.config import load_config
-    from neural.combine.survey import run_compare
+    from neural.combine.studies import run_compare
 
     check_alone("nqm neural compare")
     asked = {
@@ -455,7 +455,7 @@ def low_precision(
     """
     from neural.combine.config import load_section
     from neural.combine.low_precision import LowPrecisionConfig
-    from neural.combine.survey import run_low_precision
+    from neural.combine.studies import run_low_precision
 
     check_alone("nqm neural low-precision")
     asked = {
@@ -520,7 +520,7 @@ def curve(
     """
     from neural.combine.config import load_section
     from neural.combine.curve import CurveConfig
-    from neural.combine.survey import run_curve
+    from neural.combine.studies import run_curve
 
     check_alone("nqm neural curve")
     asked = {"kind": kind, "bends": bends, "epochs": epochs, "points": points, "plane": plane}
@@ -561,7 +561,7 @@ def plane(
     \b
     nqm neural plane out/A out/B curve/bend1.safetensors --out plane
     """
-    from neural.combine.survey import run_plane
+    from neural.combine.studies import run_plane
 
     check_alone("nqm neural plane")
     opened = sources.open()
@@ -681,7 +681,7 @@ def ranking(folders: tuple[str, ...], out: Path | None) -> None:
     \b
     nqm neural ranking out/combined out/snapshots --out out/ranking
     """
-    from neural.combine.survey import run_ranking
+    from neural.combine.studies import run_ranking
 
     check_alone("nqm neural ranking")
     table, lines = run_ranking(folders, out)

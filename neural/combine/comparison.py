@@ -118,13 +118,11 @@ def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is
         If there is one member only, or a rule lacks what it needs; told before any work.
     """
     config = config or CombineConfig()
-    if GATE in config.weights:
-        parts.required("held_out", "a gate")
     chosen = {name: RULES[name] for name in config.rules} if rules is None else dict(rules)
     pooled = (
         {n: WEIGHTS[n] for n in config.weights if n != GATE} if weights is None else dict(weights)
     )
-    _check(members, parts, chosen)
+    check_comparable(members, parts, config, chosen)
     if config.swag:
         members = SWAG(config.swag, seed=config.seed).members(members, parts)
     members = aligned(members, ALIGNS[config.align](), parts)
@@ -132,8 +130,26 @@ def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is
     return made.table(chosen, pooled, progress)
 
 
-def _check(members: Members, parts: Parts, rules: Mapping[str, Merge]) -> None:
-    """Refuse before any work what would fail in its middle."""
+def check_comparable(
+    members: Members, parts: Parts, config: CombineConfig, rules: Mapping[str, Merge]
+) -> None:
+    """Refuse before any work what would fail in its middle.
+
+    Parameters
+    ----------
+    members : Members
+    parts : Parts
+    config : CombineConfig
+    rules : mapping of str to Merge
+        By name.
+
+    Raises
+    ------
+    NQMError
+        If there is one member only, a member cannot be read, or something lacks what it needs.
+    """
+    if GATE in config.weights:
+        parts.required("held_out", "a gate")
     if len(members) < 2:
         raise NQMError(f"comparing needs at least two members; got {len(members)}")
     for name, rule in rules.items():

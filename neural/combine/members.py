@@ -59,6 +59,39 @@ class Member:
         return self.epochs + (0.0 if self.trunk is None else self.trunk[1])
 
 
+def _fault(value: Any, like: Tensor, *, parameter: bool) -> str | None:
+    """Why a tensor of a state dict cannot take the place of the model's; None: it can."""
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "meta" if value.is_meta else "quantised" if value.is_quantized else value.layout
+        return f"is no dense tensor of numbers ({kind}); save it as one"
+    if value.shape != like.shape:
+        return (
+            f"has shape {tuple(value.shape)}, the model {tuple(like.shape)}; all need one "
+            "architecture"
+        )
+    real = like.dtype.is_floating_point or like.dtype.is_complex
+    if real and not (value.dtype.is_floating_point or value.dtype.is_complex):
+        return (
+            f"holds {value.dtype}, the model {like.dtype}: integers are no weights without their "
+            "scale; convert the member"
+        )
+    try:
+        fits = torch.promote_types(value.dtype, like.dtype) == like.dtype
+    except RuntimeError:  # types of 8 bits and fewer have no common one with others
+        return f"is {value.dtype}, the model's {like.dtype}; convert the member to {like.dtype}"
+    if not fits:
+        return (
+            f"is {value.dtype}, and the model's {like.dtype} would lose digits; convert the model "
+            "or the member"
+        )
+    finite = value.isfinite()
+    if not parameter and not bool(finite.all()):
+        finite |= ~like.to(value.device).isfinite()  # a mask of minus infinities, say
+    return None if bool(finite.all()) else "holds numbers that are not finite; leave it out"
+
+
 class Members(Sequence[Member]):
     """Trained models of one architecture.
 
@@ -250,6 +283,22 @@ class Members(Sequence[Member]):
         """
         return (self._checked(member) for member in self._members)
 
+    def stored_types(self) -> dict[str, torch.dtype]:
+        """Types in which the members are stored.
+
+        Returns
+        -------
+        dict of str to torch.dtype
+            By the name of a tensor; the model's type where members differ.
+        """
+        found: dict[str, set[torch.dtype]] = {name: set() for name in self._like}
+        for member in self._members:
+            self._checked(member)
+            for name, value in member.read().items():
+                found[name].add(value.dtype)
+        like = {name: value.dtype for name, value in self._like.items()}
+        return {name: next(iter(t)) if len(t) == 1 else like[name] for name, t in found.items()}
+
     def ancestor_state(self, rule: str) -> State:
         """State dict of the ancestor.
 
@@ -329,21 +378,11 @@ class Members(Sequence[Member]):
         for name, like in self._like.items():
             if name not in state:
                 raise NQMError(f"{who}: {name!r} is missing; all need one architecture")
-            value = state[name]
-            if not isinstance(value, Tensor):
-                raise NQMError(f"{who}: {name!r} is a {type(value).__name__}, not a tensor")
-            if value.shape != like.shape:
-                raise NQMError(
-                    f"{who}: {name!r} has shape {tuple(value.shape)}, the model "
-                    f"{tuple(like.shape)}; all need one architecture"
-                )
-            if torch.promote_types(value.dtype, like.dtype) != like.dtype:
-                raise NQMError(
-                    f"{who}: {name!r} is {value.dtype}, and the model's {like.dtype} would lose "
-                    "digits; convert the model or the member"
-                )
-            if name in self._parameters and not bool(value.isfinite().all()):
-                raise NQMError(f"{who}: {name!r} holds numbers that are not finite; leave it out")
+            fault = _fault(state[name], like, parameter=name in self._parameters)
+            if fault is None and name.endswith("running_var") and bool((state[name] < 0).any()):
+                fault = "holds variances below 0"
+            if fault is not None:
+                raise NQMError(f"{who}: {name!r} {fault}")
         extra = next((name for name in state if name not in self._like), None)
         if extra is not None:
             raise NQMError(f"{who} holds {extra!r}, which the model does not have")

@@ -22,7 +22,7 @@ from torch import Tensor
 from neural.combine.cells import Arrays, Cells, described
 from neural.combine.gate import GateConfig, fit_gate
 from neural.combine.pool import POOLS
-from neural.combine.survey import kept_table
+from neural.combine.studies import kept_table
 from neural.combine.text_members import (
     FEATURES,
     TEXT_MEMBERS,

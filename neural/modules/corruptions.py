@@ -20,7 +20,7 @@ from neural.combine.cells import Arrays, Cells
 from neural.combine.config import CombineConfig
 from neural.combine.members import Member, Members, State, state_key
 from neural.combine.pool import POOLS
-from neural.combine.survey import kept_table
+from neural.combine.studies import kept_table
 from neural.data import ImageData, evaluation_batches, load_images
 from neural.data.sampling import keyed_generator
 from neural.evaluate import CORRUPTIONS, corrupt

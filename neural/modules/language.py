@@ -23,7 +23,7 @@ from neural.combine.cells import Arrays, Cells
 from neural.combine.config import CombineConfig
 from neural.combine.members import Member, Members, State, state_key
 from neural.combine.pool import POOLS
-from neural.combine.survey import kept_table
+from neural.combine.studies import kept_table
 from neural.data import TextData, load
 from neural.data.emails import load_emails
 from neural.data.opinions import DOMAINS as OPINIONS

@@ -200,9 +200,9 @@ def read_weights(path: Path, names: set[str], *, part: bool = False) -> dict[str
     content = checkpoint.load_foreign(path)
     state = _state_dict(content)
     if not state:
+        held = ", ".join(map(str, content)) or "nothing"
         raise NQMError(
-            f"{path} holds no state dict, by itself or under {', '.join(UNDER)}; it has "
-            f"{', '.join(map(str, content))!s:.100}"
+            f"{path} holds no state dict, by itself or under {', '.join(UNDER)}; it has {held:.100}"
         )
     if part:
         return state

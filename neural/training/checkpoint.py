@@ -6,6 +6,7 @@ import argparse
 import io
 import re
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,20 @@ def _harmless() -> list[Any]:
 def _read(path: Path, device: torch.device | str, advice: str) -> dict[str, Any]:
     check_regular(path)
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises errors of many kinds for a damaged file
         refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         if refused:
             raise NQMError(
                 f"{path} holds a {refused[1]}, and only tensors and plain values are read; save "
                 "its state dict alone"
+            ) from None
+        if str(error).startswith("Weights only load failed"):
+            raise NQMError(
+                f"{path} is not a complete checkpoint: it is damaged, or a pickle that torch.save "
+                f"did not write, which may run code and is not read; {advice}"
             ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise NQMError(f"{path} is not a complete checkpoint ({reason:.100}); {advice}") from None

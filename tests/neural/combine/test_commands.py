@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from neural.training.experiment import run_experiment
 from neural.training.load_run import reopen
@@ -36,7 +36,7 @@ def call(*words: object) -> Result:
 def shown(*words: object) -> str:
     done = call(*words)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout  # progress, which a loaded machine shows, is on the other stream
 
 
 def test_members_of_a_pattern(runs: Path, tmp_path: Path) -> None:
@@ -101,6 +101,28 @@ def test_merge_writes_the_mean_with_its_own_statistics(runs: Path, tmp_path: Pat
     again = call("merge", *members, "--out", file)
     assert again.exit_code != 0
     assert "exists; move it away" in again.output
+
+
+def test_half_precision_is_averaged_in_single_and_written_in_half(
+    runs: Path, tmp_path: Path
+) -> None:
+    states = [reopen(runs / "base" / f"seed{k}").model.state_dict() for k in range(3)]
+    halves = [{n: v.half() if v.is_floating_point() else v for n, v in s.items()} for s in states]
+    files = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for file, state in zip(files, halves, strict=True):
+        save_file(state, file)
+    like = ("--like", runs / "base" / "seed0", "--repair", "none")
+    shown("merge", *files, *like, "--out", tmp_path / "soup.safetensors")
+    soup = load_file(tmp_path / "soup.safetensors")
+    for name, _ in reopen(runs / "base" / "seed0").model.named_parameters():
+        mean = torch.stack([state[name].double() for state in halves]).mean(0)
+        assert soup[name].dtype == torch.float16
+        # The mean itself is right to single precision, so that it rounds to a neighbour at most.
+        torch.testing.assert_close(soup[name].double(), mean, rtol=5e-4, atol=1e-7)
+    # One member of another type: the model's own.
+    shown("merge", *files[:2], runs / "base" / "seed2", *like, "--out", tmp_path / "m.safetensors")
+    mixed = load_file(tmp_path / "m.safetensors")
+    assert {mixed[name].dtype for name in soup if soup[name].is_floating_point()} == {torch.float32}
 
 
 def test_ensemble_is_the_deep_ensemble_of_the_experiment(runs: Path) -> None:
@@ -181,3 +203,4 @@ def test_mistakes_are_one_line(
     assert told in done.output
     assert "Traceback" not in done.output
     assert len(done.output.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # told before anything is made

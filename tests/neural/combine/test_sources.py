@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,24 @@ def spoiled(state: dict[str, Tensor], kind: str) -> dict[str, Any]:
         changed[first] = torch.full_like(state[first], torch.nan)
     elif kind == "double":
         changed[first] = state[first].double()
+    elif kind == "statistics":
+        changed[buffer] = torch.full_like(state[buffer], torch.inf)
+    elif kind == "variance":
+        changed[buffer] = state[buffer] - 2 * state[buffer].max()
+    elif kind == "integers":
+        changed[first] = state[first].mul(100).to(torch.int8)
+    elif kind == "integer statistics":
+        changed[buffer] = state[buffer].round().long()
+    elif kind == "sparse":
+        changed[first] = state[first].to_sparse()
+    elif kind == "quantised":
+        changed[first] = torch.quantize_per_tensor(state[first], 0.1, 0, torch.qint8)
+    elif kind == "meta":
+        changed[first] = state[first].to("meta")
+    elif kind == "eight bits":
+        changed[first] = state[first].to(torch.float8_e4m3fn)
+    elif kind == "complex":
+        changed[first] = state[first].to(torch.complex64)
     return changed
 
 
@@ -121,9 +140,19 @@ WORDS = {
     "extra": "'other.weight', which the model does not have",
     "nan": "not finite",
     "double": "would lose digits",
+    "complex": "would lose digits",
+    "statistics": "running_var' holds numbers that are not finite",
+    "variance": "running_var' holds variances below 0",
+    "integers": "holds torch.int8, the model torch.float32",
+    "integer statistics": "running_var' holds torch.int64",
+    "sparse": "no dense tensor",
+    "quantised": "no dense tensor",
+    "meta": "no dense tensor",
+    "eight bits": "is torch.float8_e4m3fn.*convert",
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch's own quantised tensors
 @pytest.mark.parametrize("kind", WORDS)
 def test_spoiled_members_are_named_in_one_line(runs: Path, tmp_path: Path, kind: str) -> None:
     folder = runs / "base" / "seed0"
@@ -132,6 +161,32 @@ def test_spoiled_members_are_named_in_one_line(runs: Path, tmp_path: Path, kind:
     with pytest.raises(NQMError, match=f"bad.pt.*{WORDS[kind]}") as error:
         list(held.states())
     assert "\n" not in str(error.value)
+
+
+def test_a_mask_of_infinities_is_kept() -> None:
+    """A buffer may be infinite where the model's own is."""
+
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    state = Masked().state_dict()
+    assert torch.equal(Members.of_states(Masked(), [state]).state(0)["mask"], state["mask"])
+    other = {**state, "mask": torch.tensor([torch.nan, -torch.inf])}
+    with pytest.raises(NQMError, match="'mask' holds numbers that are not finite"):
+        Members.of_states(Masked(), [other]).state(0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pickle_of_another_program_is_one_line(runs: Path, tmp_path: Path) -> None:
+    state = state_of(runs / "base" / "seed0")
+    for protocol in (2, 4, 5):
+        (tmp_path / "p.pt").write_bytes(pickle.dumps(list(state), protocol=protocol))
+        held = open_members([tmp_path / "p.pt"], like=runs / "base" / "seed0").members
+        with pytest.raises(NQMError, match=r"p\.pt is not a c.*checkpoint") as error:
+            held.state(0)
+        assert "\n" not in str(error.value)
 
 
 class Secret:
