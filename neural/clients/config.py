@@ -11,7 +11,7 @@ from neural.training.config import TrainConfig, refuse_unused
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.runs import toml
 
-TARGETS = ("start", "fused")
+TARGETS = ("start", "fused", "given")
 DIVERGENCES = ("kl",)
 #: Largest number of clients: the weights of all of them are held in memory.
 MOST_CLIENTS = 1000
@@ -97,24 +97,35 @@ class ScopeConfig:
     strength : float
         Coefficient of each layer's divergence in the clients' loss; 0: none. The gradient in one of
         p weights is of order strength / p.
-    target : {"start", "fused"}
-        Scope to which clients are pulled: that of the first round's start, or the mean of the
-        clients' scopes after the round before (the first round's is the start's).
+    target : {"start", "fused", "given"}
+        Scope to which clients are pulled: that of the first round's start; the mean of the
+        clients' scopes after the round before (the first round's is the start's); or, for all
+        layers, the Gaussian of `mean` and `sd`.
     divergence : {"kl"}
         Divergence of a layer's scope from its target, between Gaussians.
     rescale : bool
         After training, shift and scale each client's layers to the mean of this round's scopes,
         before the mean is taken. With strength 0 it is a control without any penalty.
+    mean : float
+        Of the target "given".
+    sd : float
+        Standard deviation of the target "given", > 0.
     """
 
     strength: float = 1e-2
     target: str = "start"
     divergence: str = "kl"
     rescale: bool = False
+    mean: float = 0.0
+    sd: float = 0.05
 
     def __post_init__(self) -> None:
         check_number("ScopeConfig.strength", self.strength, low=0.0)
         check_word("ScopeConfig.target", self.target, TARGETS)
+        check_number("ScopeConfig.mean", self.mean)
+        check_number("ScopeConfig.sd", self.sd, low=0.0, closed_low=False)
+        if self.target != "given":
+            refuse_unused(self, "ScopeConfig", ("mean", "sd"), 'they belong to target = "given"')
         check_word("ScopeConfig.divergence", self.divergence, DIVERGENCES)
         if self.strength == 0.0:
             refuse_unused(self, "ScopeConfig", ("target",), "strength = 0 has no target")

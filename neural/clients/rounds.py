@@ -285,6 +285,9 @@ class _Rounds:
         self.done = 0
         self.rows: list[dict[str, float]] = []
         self.targets = {n: scope_of(p.detach()) for n, p in layers(model).items()}
+        if scope is not None and scope.target == "given":
+            chosen = torch.tensor([scope.mean, scope.sd])
+            self.targets = {n: chosen.to(value) for n, value in self.targets.items()}
         zeros = {n: torch.zeros_like(p) for n, p in self.trainable.items()}
         self.controls = [
             {n: value.clone() for n, value in zeros.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,45 @@ class Cells:
     ----------
     folder : Path, optional
         Where they are kept; without it they are kept in memory.
+    about : mapping, optional
+        What identifies the data: part of the keys of cells that depend on them.
     """
 
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, about: Mapping[str, Any] | None = None):
+        self.folder, self.about = folder, dict(about or {})
         self._held: dict[str, Arrays] = {}
+
+    def on(self, about: Mapping[str, Any]) -> Cells:
+        """The same cells for other data.
+
+        Parameters
+        ----------
+        about : mapping
+            What identifies the data.
+
+        Returns
+        -------
+        Cells
+        """
+        other = copy(self)
+        other.about = dict(about)
+        return other
+
+    def on_data(self, what: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+        """Arrays of a cell that depends on the data.
+
+        Parameters
+        ----------
+        what : mapping
+            What else they depend on; names in `about` may be the same.
+        make : callable
+            Computes them.
+
+        Returns
+        -------
+        dict of str to ndarray
+        """
+        return self.get({**what, "about": self.about}, make)
 
     def get(self, what: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
         """Arrays of one cell; computed only if they are not there yet.

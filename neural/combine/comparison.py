@@ -65,7 +65,7 @@ SURROGATE, OUTSIDE, NONE = "surrogate", "outside the quadratic range", "none"
 INSIDE = "inside the quadratic range"
 
 
-def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is kept
+def compare(
     members: Members,
     parts: Parts,
     config: CombineConfig | None = None,
@@ -73,7 +73,6 @@ def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is
     rules: Mapping[str, Merge] | None = None,
     weights: Mapping[str, Weigh] | None = None,
     cells: Cells | None = None,
-    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Compare every way of combining members.
@@ -92,8 +91,6 @@ def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is
         Weights of pooled predictions by name, instead of ``config.weights``.
     cells : Cells, optional
         Where parts of the work are kept; in memory by default.
-    about : mapping, optional
-        What identifies the data, for the keys of `cells`.
     progress : callable, optional
         Called repeatedly as ``progress(stage, share)``.
 
@@ -126,7 +123,7 @@ def compare(  # noqa: PLR0913 -- what is combined, how, on what, and where it is
     if config.swag:
         members = SWAG(config.swag, seed=config.seed).members(members, parts)
     members = aligned(members, ALIGNS[config.align](), parts)
-    made = _Comparison(members, parts, config, cells or Cells(), about or {})
+    made = _Comparison(members, parts, config, cells or Cells())
     return made.table(chosen, pooled, progress)
 
 
@@ -187,7 +184,6 @@ class _Comparison:
         parts: Parts,
         config: CombineConfig,
         cells: Cells,
-        about: Mapping[str, Any],
     ):
         self.members, self.parts, self.config = members, parts, config
         self.keys = [members.key(i) for i in range(len(members))]
@@ -205,7 +201,7 @@ class _Comparison:
         self.repairs = {name: REPAIRS[name] for name in names}
         # Rescaling moves the weights, and the loss is expanded about the plain mean.
         self.first_repair = next((name for name in names if name != "rescale"), "none")
-        self.judge = Judge(self.sets, cells, about)
+        self.judge = Judge(self.sets, cells)
         self.labels = self.judge.labels
         count = len(members)
         self.uniform = torch.full((count,), 1.0 / count, dtype=torch.float64)
@@ -269,7 +265,7 @@ class _Comparison:
             weights = merged().weights
             return {"weights": np.empty(0) if weights is None else weights.double().numpy()}
 
-        kept = self.judge.kept({**what, "data": ""}, packed)["weights"]
+        kept = self.judge.cells.on_data({**what, "data": ""}, packed)["weights"]
         weights = torch.from_numpy(kept) if kept.size else None
         offset = None
         if weights is None:
@@ -289,7 +285,7 @@ class _Comparison:
             def weighed(weigh: Weigh = weigh) -> Arrays:
                 return {"weights": weigh(self.members, self.parts).numpy()}
 
-            kept = self.judge.kept(what, weighed)
+            kept = self.judge.cells.on_data(what, weighed)
             weights = torch.from_numpy(kept["weights"])
             for pool in self.config.pools:
                 found = {

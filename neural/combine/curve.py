@@ -472,7 +472,6 @@ def judge_curve(
     config: CurveConfig | None = None,
     *,
     cells: Cells | None = None,
-    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Judge a curve and the straight line between its ends at equal steps of t.
@@ -487,8 +486,6 @@ def judge_curve(
     config : CurveConfig, optional
     cells : Cells, optional
         Where parts of the work are kept; in memory by default.
-    about : mapping, optional
-        What identifies the data, for the keys of `cells`.
     progress : callable, optional
         Called repeatedly as ``progress("points", share)``.
 
@@ -512,7 +509,7 @@ def judge_curve(
     config = config or CurveConfig()
     train = parts.required("train", "judging a curve")
     some = spread_examples(train(), config.train_examples)
-    judge = _Judge(parts, {"train": lambda: some, "test": parts.test}, config.repair, cells, about)
+    judge = _Judge(parts, {"train": lambda: some, "test": parts.test}, config.repair, cells)
     line = Curve("chain", Members.of_states(ends.model, list(ends.states())))
     grid = np.linspace(0.0, 1.0, config.points)
     more = counted(progress, "points", 2.0 * len(grid))
@@ -550,10 +547,9 @@ class _Judge:
         sets: Mapping[str, Any],
         repair: str,
         cells: Cells | None,
-        about: Mapping[str, Any] | None,
     ):
         self.parts, self.sets, self.repair = parts, sets, REPAIRS[repair]
-        self.cells, self.about = cells or Cells(), dict(about or {})
+        self.cells = cells or Cells()
 
     def __call__(self, members: Members, weights: Tensor) -> dict[str, dict[str, float]]:
         keys = [members.key(i) for i in range(len(members))]
@@ -571,9 +567,8 @@ class _Judge:
             "weights": weights.tolist(),
             "repair": repair.name,
             "sets": list(self.sets),
-            "about": self.about,
         }
-        cell = self.cells.get(what, compute)
+        cell = self.cells.on_data(what, compute)
         return {data: dict(zip(names, cell[data].tolist(), strict=True)) for data in self.sets}
 
 
@@ -718,7 +713,6 @@ def judge_plane(
     *,
     repair: str = "statistics",
     cells: Cells | None = None,
-    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Test loss and error on a grid on the plane through three models.
@@ -734,8 +728,6 @@ def judge_plane(
         statistics: BatchNorm statistics anew at every point.
     cells : Cells, optional
         Where parts of the work are kept; in memory by default.
-    about : mapping, optional
-        What identifies the data, for the keys of `cells`.
     progress : callable, optional
         Called repeatedly as ``progress("plane", share)``.
 
@@ -760,7 +752,7 @@ def judge_plane(
             '"statistics" for a plane'
         )
     placed = axes_of_plane(corners)
-    judge = _Judge(parts, {"test": parts.test}, repair, cells, about)
+    judge = _Judge(parts, {"test": parts.test}, repair, cells)
     sides = []
     for side in placed:
         low, high = float(side.min()), float(side.max())

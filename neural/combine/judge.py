@@ -95,8 +95,6 @@ class Judge:
         Sets by name; each makes its batches.
     cells : Cells
         Where they are kept.
-    about : mapping
-        What identifies the data. It has an entry of its own in keys: names in it may be any.
 
     Attributes
     ----------
@@ -104,25 +102,9 @@ class Judge:
         Labels of every set that a model was judged on.
     """
 
-    def __init__(self, sets: Mapping[str, Source], cells: Cells, about: Mapping[str, Any]):
-        self.sets, self.cells, self.about = dict(sets), cells, dict(about)
+    def __init__(self, sets: Mapping[str, Source], cells: Cells):
+        self.sets, self.cells = dict(sets), cells
         self.labels: dict[str, Tensor] = {}
-
-    def kept(self, what: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
-        """Arrays of a cell that depends on the data.
-
-        Parameters
-        ----------
-        what : mapping
-            What else they depend on.
-        make : callable
-            Computes them.
-
-        Returns
-        -------
-        dict of str to ndarray
-        """
-        return self.cells.get({**what, "about": self.about}, make)
 
     def surrogate(
         self,
@@ -161,12 +143,12 @@ class Judge:
                 offsets,
                 batches(),
                 statistics,
-                keep=lambda name, make: self.kept({**key, "part": name}, make),
+                keep=lambda name, make: self.cells.on_data({**key, "part": name}, make),
                 progress=progress,
             )
             return made.arrays()
 
-        return Surrogate.of_arrays(loss, self.kept(key, measure))
+        return Surrogate.of_arrays(loss, self.cells.on_data(key, measure))
 
     def __call__(
         self, what: Mapping[str, Any], build: Callable[[], nn.Module]
@@ -193,7 +175,7 @@ class Judge:
                 rows, labels = log_probs(built(), source)
                 return {"log_probs": rows.numpy(), "labels": labels.numpy()}
 
-            cell = self.kept({**what, "data": name}, compute)
+            cell = self.cells.on_data({**what, "data": name}, compute)
             found[name] = torch.from_numpy(cell["log_probs"])
             self.labels[name] = torch.from_numpy(cell["labels"])
         return found

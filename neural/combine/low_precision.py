@@ -340,7 +340,6 @@ def low_precision(
     config: LowPrecisionConfig | None = None,
     *,
     cells: Cells | None = None,
-    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Ensembles of low-precision draws of one model beside the model, its rounding and their mean.
@@ -354,8 +353,6 @@ def low_precision(
     config : LowPrecisionConfig, optional
     cells : Cells, optional
         Where parts of the work are kept; in memory by default.
-    about : mapping, optional
-        What identifies the data, for the keys of `cells`.
     progress : callable, optional
         Called repeatedly as ``progress(stage, share)``.
 
@@ -381,7 +378,7 @@ def low_precision(
     import pandas as pd
 
     config = config or LowPrecisionConfig()
-    study = _Study(base, parts, config, cells or Cells(), about or {})
+    study = _Study(base, parts, config, cells or Cells())
     producers = list(config.producers())
     drawn = [producer.members(base) for producer in producers]
     more = counted(progress, "models", float(sum(map(len, drawn)) + len(drawn) + 1))
@@ -422,7 +419,6 @@ class _Study:
         parts: Parts,
         config: LowPrecisionConfig,
         cells: Cells,
-        about: Mapping[str, Any],
     ):
         if len(base) != 1:
             raise NQMError(f"low precision is about one model; got {len(base)}, name one of them")
@@ -431,7 +427,7 @@ class _Study:
         self.sets = {"test": parts.test}
         if parts.held_out is not None:
             self.sets["held_out"] = parts.held_out
-        self.judge = Judge(self.sets, cells, about)
+        self.judge = Judge(self.sets, cells)
         self.labels = self.judge.labels
         self.key = base.key(0)
         self.plain = self._on_sets({"kind": "float"}, lambda: base.state(0))

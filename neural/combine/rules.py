@@ -362,7 +362,7 @@ class Learned(Merge):
 
 
 OPTIMIZERS = ("gd", "adagrad", "adam", "adadelta")
-PIVOTS = ("first", "soup", "ancestor")
+PIVOTS = ("first", "soup", "ancestor", "best")
 ORDERS = ("given", "shuffled")
 
 
@@ -382,8 +382,8 @@ class AME(Merge):
         mean, by weight. None, for "gd" alone: 1 / i at step i.
     epochs : int
         Passes over the members.
-    pivot : {"first", "soup", "ancestor"}
-        Where it starts.
+    pivot : {"first", "soup", "ancestor", "best"}
+        Where it starts; best: the member with the best held-out accuracy.
     order : {"given", "shuffled"}
         Of the members in each pass.
     batch : {"one", "all"}
@@ -416,8 +416,8 @@ class AME(Merge):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it needs beside the members: the ancestor, if that is its pivot."""
-        return ("ancestor",) if self.pivot == "ancestor" else ()
+        """What it needs beside the members: the ancestor or held-out data, for its pivot."""
+        return {"ancestor": ("ancestor",), "best": ("held_out",)}.get(self.pivot, ())
 
     def __call__(self, members: Members, parts: Parts) -> Merged:
         """Descend towards the members; see `Merge`."""
@@ -427,7 +427,7 @@ class AME(Merge):
         merged = mean_state(members)
         names = members.weight_names
         unit = self._unit(members, merged)
-        start = self._pivot(members, merged)
+        start = self._pivot(members, merged, parts)
         x = [(start[name] / unit).requires_grad_() for name in names]
         step = self._made(x)
         for count, target in enumerate(self._targets(members, merged), 1):
@@ -448,9 +448,11 @@ class AME(Merge):
             square += float((members.flat(state).double() - center).square().mean())
         return math.sqrt(square / len(members)) or 1.0
 
-    def _pivot(self, members: Members, soup: State) -> State:
+    def _pivot(self, members: Members, soup: State, parts: Parts) -> State:
         if self.pivot == "ancestor":
             return members.ancestor_state("AME with pivot = 'ancestor'")
+        if self.pivot == "best":
+            return weighted_mean(members, Best()(members, parts))
         return soup if self.pivot == "soup" else members.state(0)
 
     def _made(self, x: list[Tensor]) -> torch.optim.Optimizer:

@@ -105,8 +105,7 @@ def run_compare(
             parts,
             config,
             rules=rules,
-            cells=Cells(out / "cells"),
-            about=about,
+            cells=Cells(out / "cells", about),
             progress=progress,
         )
 
@@ -252,10 +251,8 @@ def run_low_precision(
 
     def made() -> pd.DataFrame:
         parts = Parts.of_task(task, held_out=config.held_out, seed=config.seed)
-        cells = Cells(out / "cells")
-        return low_precision(
-            opened.members, parts, config, cells=cells, about=about, progress=progress
-        )
+        cells = Cells(out / "cells", about)
+        return low_precision(opened.members, parts, config, cells=cells, progress=progress)
 
     SeededRounding().members(opened.members)  # told before any work
     stated = {
@@ -311,7 +308,7 @@ def run_curve(
         "version": __version__,
     }
     file = out / "cells" / f"{keys.key(trained)[:32]}.pt"
-    parts, cells, about = Parts.of_task(task), Cells(out / "cells"), {"data": _data(opened)}
+    parts, cells = Parts.of_task(task), Cells(out / "cells", {"data": _data(opened)})
 
     @cache
     def curve() -> Curve:
@@ -329,9 +326,7 @@ def run_curve(
     table = kept(
         "curve",
         replace(config, plane=0),
-        lambda: judge_curve(
-            ends, curve(), parts, config, cells=cells, about=about, progress=progress
-        ),
+        lambda: judge_curve(ends, curve(), parts, config, cells=cells, progress=progress),
     )
     files = [out / "curve.parquet", *draw_curve(table, out, task.label)]
     for index, name in enumerate(control_names(config.bends)):
@@ -352,7 +347,6 @@ def run_curve(
                 config.plane,
                 repair=config.repair,
                 cells=cells,
-                about=about,
                 progress=progress,
             ),
         )
@@ -400,8 +394,7 @@ def run_plane(
             Parts.of_task(task),
             points,
             repair=repair,
-            cells=Cells(out / "cells"),
-            about={"data": _data(opened)},
+            cells=Cells(out / "cells", {"data": _data(opened)}),
             progress=progress,
         )
 

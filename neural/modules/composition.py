@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neural.combine.cells import Cells
 from neural.combine.comparison import compare
@@ -25,7 +25,6 @@ def compositions(
     *,
     criterion: str = "accuracy",
     cells: Cells | None = None,
-    about: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Compare all ways of combining modules: by every score, keeping one module, two, or more.
 
@@ -43,8 +42,6 @@ def compositions(
         By which ``best`` is chosen on held-out labels.
     cells : Cells, optional
         Where parts of the work are kept; in memory by default.
-    about : mapping, optional
-        What identifies the data, for the keys of `cells`.
 
     Returns
     -------
@@ -69,7 +66,7 @@ def compositions(
             stated[label] = name, kept, weighting
             weights[label] = Scored(score, kept, weighting)
     rules |= {name: Linear(weigh) for name, weigh in weights.items()}
-    table = compare(members, parts, config, rules=rules, weights=weights, cells=cells, about=about)
+    table = compare(members, parts, config, rules=rules, weights=weights, cells=cells)
     names = [rule.removeprefix("ensemble_") for rule in table["rule"]]
     kinds = [stated.get(name, (name, 1, "")) for name in names]
     anew = [", new statistics" if repair == "statistics" else "" for repair in table["repair"]]

@@ -209,8 +209,7 @@ def _one(
         judged,
         {name: SCORES[name] for name in config.scores},
         CombineConfig(pools=config.pools, repair=("none",), predict=config.predict),
-        cells=cells,
-        about=about,
+        cells=cells.on(about),
     )
 
 

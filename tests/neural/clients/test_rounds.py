@@ -17,7 +17,7 @@ import nqm
 from neural.clients import Client, federated_rounds
 from neural.clients.config import ClientsConfig, ScopeConfig
 from neural.clients.rounds import Round
-from neural.clients.scope import scope_of
+from neural.clients.scope import divergence, scope_of
 from neural.data.sampling import keyed_generator
 from neural.training.config import TrainConfig
 from nqm import NQMError
@@ -412,6 +412,21 @@ def test_a_strong_penalty_keeps_scopes_at_the_start() -> None:
 
     # Radially the penalty has curvature 2 strength / (p s^2), about 1.5 here: well below 2 / lr.
     assert distance(ScopeConfig(1.0, "start")) < 0.5 * distance(None)
+
+
+def test_a_given_scope_is_reached() -> None:
+    def after(scope: ScopeConfig | None) -> torch.Tensor:
+        model = net()
+        rounds = ClientsConfig(count=2, rounds=40)
+        federated_rounds(model, blobs(0.5, 0.5), rounds, settings(0.2), scope=scope)
+        return scope_of(model.first.weight.detach())
+
+    target = torch.tensor([0.1, float(after(None)[1]) / 2]).double()
+    given = ScopeConfig(1.0, "given", mean=0.1, sd=float(target[1]))
+    away = [float(divergence(after(scope).double(), target)) for scope in (None, given)]
+    assert away[1] < 0.1 * away[0]
+    with pytest.raises(NQMError, match="sd would be ignored"):
+        ScopeConfig(target="start", sd=0.1)
 
 
 def test_weights_that_are_not_finite_end_the_rounds() -> None:

@@ -305,7 +305,7 @@ def test_sets_are_told_apart_whatever_the_caller_says_of_the_data(tmp_path: Path
     """The temperature is fitted on held-out data, also where `about` has entries of our names."""
     held = scattered(0.3)
     about = {"data": {"name": "x"}, "kind": "y", "repair": "z"}
-    table = compare(held, PARTS, CONFIG, cells=Cells(tmp_path), about=about)
+    table = compare(held, PARTS, CONFIG, cells=Cells(tmp_path, about))
     assert table.equals(compare(held, PARTS, CONFIG))
     rows, labels = predict(held.with_state(held.state(0)), batch(1))
     apart = predict(held.with_state(held.state(0)), batch(3))

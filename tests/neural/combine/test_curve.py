@@ -398,7 +398,7 @@ def test_the_commands(tmp_path: Path) -> None:
         assert (out / name).exists()
     held = (out / "curve.parquet").read_bytes()
     (out / "curve.parquet").unlink()  # as if it had been killed before the end
-    assert CliRunner().invoke(main, args).output == first.output
+    assert CliRunner().invoke(main, args).stdout == first.stdout
     assert (out / "curve.parquet").read_bytes() == held
     other = CliRunner().invoke(main, [*args, "--set", "curve.lr=0.1"])
     assert "was computed with curve.lr = 0.03, you ask for 0.1" in other.output

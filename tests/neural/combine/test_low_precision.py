@@ -339,7 +339,7 @@ def test_the_command(tmp_path: Path) -> None:
     held = (out / "low_precision.parquet").read_bytes()
     (out / "low_precision.parquet").unlink()  # as if it had been killed before the end
     again = CliRunner().invoke(main, args)
-    assert again.output == first.output
+    assert again.stdout == first.stdout
     assert (out / "low_precision.parquet").read_bytes() == held
     other = CliRunner().invoke(main, [*args, "--set", "low_precision.seed=1"])
     assert "was computed with low_precision.seed = 0, you ask for 1" in other.output

@@ -250,6 +250,36 @@ def test_greedy_takes_what_helps_and_nothing_else() -> None:
     assert RULES["best"](held, parts).weights.tolist() == [1.0, 0.0, 0.0]  # accuracies tie: first
 
 
+def test_descent_from_the_best_member() -> None:
+    """Labels are all 0: a positive weight is right in every case, a negative one in none."""
+    x, y = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    parts = Parts(test=list, held_out=lambda: [(x, y)])
+    values = [-1.0, 2.0, -3.0]
+    rule = AME(lr=0.25, batch="all", pivot="best")
+    assert rule.selected_on == "held_out"
+    merged = rule(Members.of_states(linear(2, 1), [bent(v) for v in values]), parts)
+    # One step of a quarter from 2 towards the mean, -2/3.
+    assert merged.state["weight"][0, 0].item() == pytest.approx(2.0 - 0.25 * (2.0 + 2.0 / 3.0))
+    with pytest.raises(NQMError, match="held"):
+        rule(members(weights(2)), NOTHING)
+
+
+def test_of_a_linear_model_soup_and_ensemble_are_one() -> None:
+    """Squared loss: mean member minus ambiguity; ambiguity: the outputs' mean squared spread."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=g, dtype=torch.float64)
+    values = weights(5)
+    y = torch.randn(50, values[0].shape[0], generator=g, dtype=torch.float64)
+    outputs = torch.stack([x @ w.T for w in values])
+    soup = x @ RULES["uniform"](members(values), NOTHING).state["weight"].T
+    torch.testing.assert_close(soup, outputs.mean(0), rtol=1e-12, atol=1e-12)
+    mean_member = (outputs - y).square().mean()
+    ambiguity = (outputs - outputs.mean(0)).square().mean()
+    assert float((soup - y).square().mean()) == pytest.approx(
+        float(mean_member - ambiguity), rel=1e-10
+    )
+
+
 def test_learned_weights_find_the_member_that_fits() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, 4, generator=g, dtype=torch.float64)
