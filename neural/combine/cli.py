@@ -234,23 +234,39 @@ def merge(
     show_default=True,
     help="What is averaged.",
 )
-@click.option("--weights", metavar="W,W,...", help="Weights of the members; equal by default.")
+@click.option(
+    "--weights",
+    metavar="W,W,...|NAME",
+    help="Weights of the members; or what they are chosen by: accuracy, inverse_loss, best.  "
+    "[default: equal]",
+)
+@click.option(
+    "--held-out",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="Share of the test images on which weights are chosen; the others are judged.",
+)
 def ensemble(
     sources: _Sources,
     pool: str,
     weights: str | None,
+    held_out: float,
 ) -> None:
     """Test metrics of the members' pooled predictions.
 
     \b
     nqm neural ensemble "out/neural/digits_bn-full/base/seed*" --pool logits
+    nqm neural ensemble "out/neural/digits_bn-full/base/seed*" --weights accuracy
     """
     from neural.combine.survey import pooled_metrics
 
     check_alone("nqm neural ensemble")
     opened = sources.open()
-    share = None if weights is None else _numbers(weights)
-    for name, value in pooled_metrics(opened, pool, share).items():
+    share: tuple[float, ...] | str | None = weights
+    if weights is not None and not weights.strip().isidentifier():
+        share = _numbers(weights)
+    for name, value in pooled_metrics(opened, pool, share, held_out=held_out).items():
         click.echo(f"{name:12s} {value:.4f}")
 
 

@@ -12,6 +12,7 @@ from neural.combine.mean import mean_state
 from neural.combine.repair import REPAIRS
 from neural.combine.rules import RULES
 from neural.combine.sources import Opened
+from neural.combine.weigh import WEIGHTS
 from neural.evaluate import Score, classification_metrics, loss_line, predict, score
 from neural.evaluate.line import TENTHS
 from neural.training.load_run import write_weights
@@ -178,7 +179,7 @@ def write_merged(
 
 
 def pooled_metrics(
-    opened: Opened, pool: str, weights: tuple[float, ...] | None
+    opened: Opened, pool: str, weights: tuple[float, ...] | str | None, *, held_out: float = 0.2
 ) -> dict[str, float]:
     """Test metrics of the members' pooled predictions.
 
@@ -186,14 +187,26 @@ def pooled_metrics(
     ----------
     opened : Opened
     pool : {"probabilities", "logits"}
-    weights : tuple of float, optional
-        Of the members; equal by default.
+    weights : tuple of float or str, optional
+        Of the members, or a name of `neural.combine.weigh.WEIGHTS`; equal by default.
+    held_out : float
+        Share of the test images on which named weights are chosen; the others are judged.
 
     Returns
     -------
     dict of str to float
+
+    Raises
+    ------
+    NQMError
+        If the weights do not fit the members, or cannot be chosen.
     """
-    task = image_task(opened)
-    pooled = ensemble(opened.members, task.test, weights=weights, pool=pool)
-    _, labels = predict(opened.members.with_state(opened.members.state(0)), task.test())
+    members, named = opened.members, weights if isinstance(weights, str) else None
+    weigh = None if named is None else lookup("weights", named, WEIGHTS)
+    choose = weigh is not None and weigh.selected_on == "held_out"
+    parts = Parts.of_task(image_task(opened), held_out=held_out if choose else 0.0)
+    share = weights if weigh is None else tuple(weigh(members, parts).tolist())
+    assert not isinstance(share, str)
+    pooled = ensemble(members, parts.test, weights=share, pool=pool)
+    _, labels = predict(members.with_state(members.state(0)), parts.test())
     return classification_metrics(pooled, labels)

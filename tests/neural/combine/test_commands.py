@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from neural.evaluate import predict
 from neural.training.experiment import run_experiment
 from neural.training.load_run import reopen
 from nqm.cli import main
@@ -134,6 +135,23 @@ def test_ensemble_is_the_deep_ensemble_of_the_experiment(runs: Path) -> None:
         assert found[metric] == pytest.approx(value, abs=6e-5)
 
 
+def test_weights_by_accuracy_are_in_proportion_to_it(runs: Path) -> None:
+    members = [runs / "base" / f"seed{k}" for k in range(3)]
+    out = shown("ensemble", *members, "--weights", "accuracy", "--held-out", "0.4")
+    task = reopen(members[0]).task
+    held, rest = task.images.split(round(0.4 * len(task.images)), 0)
+    logits, labels = {}, {}
+    for part, images in (("held", held), ("rest", rest)):
+        rows = [predict(reopen(one).model, task.normalised(images)) for one in members]
+        logits[part], labels[part] = [z for z, _ in rows], rows[0][1]
+    right = torch.stack([(z.argmax(1) == labels["held"]).double().mean() for z in logits["held"]])
+    share = right / right.sum()
+    pooled = sum(w * z.double().softmax(1) for w, z in zip(share, logits["rest"], strict=True))
+    expected = -pooled.log().gather(1, labels["rest"][:, None]).mean()
+    found = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()}
+    assert found["nll"] == pytest.approx(float(expected), abs=6e-5)
+
+
 def test_compare_goes_on_and_is_read_again(runs: Path, tmp_path: Path) -> None:
     words = ("compare", f"{runs}/late/seed0#members", "--rules", "uniform,greedy,fisher",
              "--set", 'combine.repair=["statistics","none"]', "--set", "rule.fisher.examples=50",
@@ -191,6 +209,8 @@ def test_statistics_of_a_soup_matter_and_predictions_are_near(runs: Path, tmp_pa
         (("merge", "RUN", "RUN2", "--rule", "unifrom", "--out", "a.safetensors"), "uniform"),
         (("ensemble", "RUN", "RUN2", "--weights", "2,-1"), "weights must be >= 0"),
         (("ensemble", "RUN", "RUN2", "--weights", "1"), "weights must be 2 numbers"),
+        (("ensemble", "RUN", "RUN2", "--weights", "acuracy"), "accuracy"),
+        (("ensemble", "RUN", "RUN2", "--weights", "best", "--held-out", "0"), "held_out"),
     ],
 )
 def test_mistakes_are_one_line(
