@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from figures.style import COLORMAP, MARKERS, PALETTE, REFERENCE, axes_or_new, look
@@ -235,6 +235,37 @@ def soup_scatter(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         )
     ax.set(xlabel="accuracy, test", ylabel="accuracy, shifted (mean)", title="shift")
     ax.legend(loc="best", fontsize=6)
+    return ax
+
+
+def ingredients(table: pd.DataFrame, *, metric: str = "accuracy", ax: Axes | None = None) -> Axes:
+    """A metric of soups and ensembles against the number of their members.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rule (``member``: the one of this number alone), space, members and the metric, of
+        one set of data.
+    metric : str
+        Column. The best single member by it is dashed.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes_or_new(ax)
+    single = table[table["rule"] == "member"]
+    ax.plot(single["members"], single[metric], ".", color=MEMBER, label="member", gid="member")
+    best = single[metric].max() if metric == "accuracy" else single[metric].min()
+    ax.axhline(best, ls="--", lw=1, color=MEMBER, label="best member", gid="best member")
+    for (rule, space), part in table[table["rule"] != "member"].groupby(["rule", "space"]):
+        name = "uniform soup" if rule == "uniform" else f"ensemble ({space})"
+        part = part.sort_values("members")
+        ax.plot(part["members"], part[metric], ".-", color=SPACES[str(space)], label=name, gid=name)
+    ax.set(xlabel="members", ylabel=axis_label(metric))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(loc="best")
     return ax
 
 

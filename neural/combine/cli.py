@@ -387,6 +387,7 @@ def _given(options: dict[str, Any]) -> str | None:
 @click.option("--rules", metavar="R,R,...", help="Rules that merge weights.")
 @click.option("--shift", "shifts", multiple=True, help="A corruption, or corruptions (repeatable).")
 @click.option("--predict/--no-predict", default=None, help="Predict losses from derivatives.")
+@click.option("--growth", is_flag=True, help="Judge the soups and ensembles of fewer members too.")
 @_out
 def compare(
     sources: _Sources,
@@ -395,6 +396,7 @@ def compare(
     rules: str | None,
     shifts: tuple[str, ...],
     predict: bool | None,
+    growth: bool,
     out: Path | None,
 ) -> None:
     """Compare every way of combining MEMBERs: soups, ensembles, single models, in one table.
@@ -406,7 +408,7 @@ def compare(
     nqm neural compare "out/neural/digits_bn-full/base/seed*" --rules uniform,greedy,fisher
     """
     from neural.combine.config import load_config
-    from neural.combine.studies import run_compare
+    from neural.combine.studies import run_compare, run_growth
 
     check_alone("nqm neural compare")
     asked = {
@@ -419,6 +421,8 @@ def compare(
     folder = out or sources.folder("combine")
     with progress_bar() as told:
         table, lines = run_compare(opened, settings, chosen, folder, progress=told)
+        if growth:
+            lines += run_growth(opened, settings, folder, progress=told)
     shown = [
         "rule",
         "space",

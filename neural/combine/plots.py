@@ -59,6 +59,34 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     return style.finish(figure, folder / "compare", title, axes.values())
 
 
+def draw_growth(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Draw accuracy and losses against the number of members, as PNG and PDF.
+
+    Parameters
+    ----------
+    table : DataFrame
+        See `neural.combine.growth.growth`.
+    folder : Path
+        Folder for ``growth.png`` and ``growth.pdf``.
+    title : str
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
+    test = table[table["data"] == "test"]
+    with style.context():
+        figure = style.new_figure(style.PAGE, 2.8)
+        axes = figure.subplots(1, 3)
+        for ax, metric in zip(axes, ("accuracy", "nll", "nll_tuned"), strict=True):
+            combine.ingredients(test, metric=metric, ax=ax)
+            handles, labels = ax.get_legend_handles_labels()
+            ax.get_legend().remove()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return style.finish(figure, folder / "growth", title, axes)
+
+
 def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -> list[Path]:
     """Draw predicted against measured losses of several comparisons, as PNG and PDF.
 

@@ -82,21 +82,13 @@ def run_compare(
     from neural.combine.plots import draw
 
     task = image_task(opened)
-    data = _data(opened)
-    about = {"data": data, "held_out": config.held_out, "seed": config.seed}
     stated = {
         "combine": asdict(config),
         "rules": {name: described(rule) for name, rule in rules.items()},
         **_stated(opened),
     }
 
-    parts = Parts.of_task(
-        task,
-        held_out=config.held_out,
-        seed=config.seed,
-        shifts=config.shifts,
-        severities=config.severities,
-    )
+    parts = _parts(opened, config)
     check_comparable(opened.members, parts, config, rules)  # told before any work
 
     def made() -> pd.DataFrame:
@@ -105,13 +97,73 @@ def run_compare(
             parts,
             config,
             rules=rules,
-            cells=Cells(out / "cells", about),
+            cells=Cells(out / "cells", _about(opened, config)),
             progress=progress,
         )
 
     table = kept_table(out, "compare", stated, {"combine": keys.differing(config)}, made)
     target = str(out / "compare.parquet")
     return table, [*_words(table), target, *map(str, draw(table, out, task.label))]
+
+
+def run_growth(
+    opened: Opened, config: CombineConfig, out: Path, *, progress: Progress | None = None
+) -> list[str]:
+    """`neural.combine.growth.growth`, kept beside a comparison; what that computed is used.
+
+    Parameters
+    ----------
+    opened : Opened
+    config : CombineConfig
+    out : Path
+        Folder for ``growth.parquet`` and its picture.
+    progress : callable, optional
+        Called repeatedly as ``progress(stage, share)``.
+
+    Returns
+    -------
+    list of str
+        The files.
+
+    Raises
+    ------
+    NQMError
+        If the folder holds another table of this kind.
+    """
+    from neural.combine.growth import growth
+    from neural.combine.plots import draw_growth
+
+    task, parts = image_task(opened), _parts(opened, config)
+    stated = {
+        "growth": {
+            name: value
+            for name, value in asdict(config).items()
+            if name in ("pools", "repair", "held_out", "shifts", "severities", "seed")
+        },
+        **_stated(opened),
+    }
+
+    def made() -> pd.DataFrame:
+        cells = Cells(out / "cells", _about(opened, config))
+        return growth(opened.members, parts, config, cells=cells, progress=progress)
+
+    table = kept_table(out, "growth", stated, {}, made)
+    return [str(out / "growth.parquet"), *map(str, draw_growth(table, out, task.label))]
+
+
+def _parts(opened: Opened, config: CombineConfig) -> Parts:
+    return Parts.of_task(
+        image_task(opened),
+        held_out=config.held_out,
+        seed=config.seed,
+        shifts=config.shifts,
+        severities=config.severities,
+    )
+
+
+def _about(opened: Opened, config: CombineConfig | LowPrecisionConfig) -> dict[str, Any]:
+    """What identifies the data of cells."""
+    return {"data": _data(opened), "held_out": config.held_out, "seed": config.seed}
 
 
 def run_ranking(folders: Sequence[str], out: Path | None) -> tuple[pd.DataFrame, list[str]]:
@@ -246,19 +298,17 @@ def run_low_precision(
     from neural.combine.plots import draw_low_precision
 
     task = image_task(opened)
-    data = _data(opened)
-    about = {"data": data, "held_out": config.held_out, "seed": config.seed}
 
     def made() -> pd.DataFrame:
         parts = Parts.of_task(task, held_out=config.held_out, seed=config.seed)
-        cells = Cells(out / "cells", about)
+        cells = Cells(out / "cells", _about(opened, config))
         return low_precision(opened.members, parts, config, cells=cells, progress=progress)
 
     SeededRounding().members(opened.members)  # told before any work
     stated = {
         "low_precision": asdict(config),
         "model": opened.members.key(0),
-        "data": data,
+        "data": _data(opened),
         "members": len(opened.members),
     }
     keyed = {"low_precision": keys.differing(config)}

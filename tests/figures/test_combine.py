@@ -61,3 +61,22 @@ def test_page(table: pd.DataFrame, tmp_path: Path) -> None:
     files = draw(table, tmp_path, "three nets")
     assert [one.name for one in files] == ["compare.png", "compare.pdf"]
     assert all(one.stat().st_size > 5000 for one in files)
+
+
+def test_ingredients_are_lines_over_the_best_member():
+    rows = [
+        (rule, space, k, 0.1 * k + shift, 1.0 - 0.1 * k - shift)
+        for rule, space, shift in (
+            ("member", "weights", 0.0), ("uniform", "weights", 0.2),
+            ("ensemble", "logits", 0.3),
+        )
+        for k in (2, 1, 3)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["rule", "space", "members", "accuracy", "nll"])
+    for metric, best in (("accuracy", 0.3), ("nll", 0.7)):
+        lines = {line.get_gid(): line for line in combine.ingredients(table, metric=metric).lines}
+        assert set(lines) == {"member", "best member", "uniform soup", "ensemble (logits)"}
+        assert lines["best member"].get_ydata()[0] == pytest.approx(best)
+        assert list(lines["uniform soup"].get_xdata()) == [1, 2, 3]
+        shown = table[(table["rule"] == "uniform")].sort_values("members")[metric]
+        assert list(lines["uniform soup"].get_ydata()) == list(shown)

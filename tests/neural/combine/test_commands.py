@@ -185,6 +185,33 @@ def test_compare_goes_on_and_is_read_again(runs: Path, tmp_path: Path) -> None:
     assert "nothing was overwritten" in other.output
 
 
+def test_growth_ends_at_the_comparison_and_begins_at_one_member(runs: Path, tmp_path: Path) -> None:
+    words = ("compare", f"{runs}/base/seed*", "--rules", "uniform", "--no-predict", "--growth",
+             "--set", 'combine.repair=["none"]', "--out", tmp_path)  # fmt: skip
+    out = shown(*words)
+    grown, table = (read_table(tmp_path / f"{n}.parquet") for n in ("growth", "compare"))
+    assert str(tmp_path / "growth.png") in out
+    for rule in ("member", "uniform", "ensemble"):
+        assert list(grown.loc[grown["rule"] == rule, "members"]) == [1, 2, 3]
+    names = ["accuracy", "nll", "nll_tuned", "ece", "brier"]
+    for rule in ("uniform", "ensemble"):
+        last = grown[(grown["rule"] == rule) & (grown["members"] == 3)]
+        agree(last[names].to_numpy(), table.loc[table["rule"] == rule, names].to_numpy(), 1e-9)
+    first = grown.loc[grown["members"] == 1, names].to_numpy()
+    assert (np.abs(first - first[0]) < 1e-6).all()
+    # Two members: the mean of the two models' probabilities.
+    task = reopen(runs / "base" / "seed0").task
+    rest = task.images.split(round(0.2 * len(task.images)), 0)[1]
+    found = [
+        predict(reopen(runs / "base" / f"seed{k}").model, task.normalised(rest)) for k in (0, 1)
+    ]
+    mean = torch.stack([z.double().softmax(1) for z, _ in found]).mean(0)
+    expected = -mean.log().gather(1, found[0][1][:, None]).mean()
+    two = grown[(grown["rule"] == "ensemble") & (grown["members"] == 2)]
+    assert two["nll"].item() == pytest.approx(float(expected), rel=1e-5)
+    assert shown(*words) == out
+
+
 def test_statistics_of_a_soup_matter_and_predictions_are_near(runs: Path, tmp_path: Path) -> None:
     shown("compare", f"{runs}/late/seed0#members", "--out", tmp_path)
     table = read_table(tmp_path / "compare.parquet")
