@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from nqm import keys
+from nqm.errors import NQMError
 from nqm.table import read_metadata, read_table
 from paper_repro.tables.rows import Saved
 
@@ -139,7 +140,7 @@ class Results:
         Raises
         ------
         NQMError
-            If a table is damaged.
+            If a table is damaged, or of another version.
         """
         if source.kind not in self._held:
             self._held[source.kind] = self._read(KINDS[source.kind])
@@ -154,8 +155,8 @@ class Results:
         groups: dict[str, list[pd.DataFrame]] = {}
         titles: dict[str, str] = {}
         for path in sorted(self.root.rglob(kind.file)) if self.root.is_dir() else []:
-            config = read_metadata(path).get("config", {})
-            if kind.section not in config:
+            config = read_metadata(path).get("config")
+            if not isinstance(config, dict) or not isinstance(config.get(kind.section), dict):
                 continue  # another table of this name
             folder = path.parent
             title = folder.relative_to(self.root).as_posix()
@@ -165,7 +166,13 @@ class Results:
             if kind.section == "clients":
                 group = keys.key({name: part for name, part in config.items() if name != "seed"})
             title = titles.setdefault(group, title)
-            groups.setdefault(title, []).append(kind.prepare(read_table(path), config))
+            try:
+                table = kind.prepare(read_table(path), config)
+            except KeyError as error:
+                raise NQMError(
+                    f"{path} is of another version: it lacks {error}; make it anew or move it away"
+                ) from None
+            groups.setdefault(title, []).append(table)
         return groups
 
 

@@ -519,3 +519,13 @@ def test_a_damaged_saved_table_is_named(tmp_path):
     (tmp_path / "x" / "curve.parquet").write_bytes(b"no table")
     with pytest.raises(NQMError, match=r"curve\.parquet"):
         shown(tmp_path, "curves")
+
+
+def test_saved_tables_of_another_version_or_program(tmp_path):
+    saved(tmp_path / "old", "clients", [{"accuracy": 0.5, "nll": 1.0}], count=3)
+    with pytest.raises(NQMError, match=r"history\.parquet is of another version: it lacks 'prox'"):
+        shown(tmp_path, "clients")
+    for config in (None, [1], {"clients": 3}):
+        frame = pd.DataFrame({"accuracy": [0.5]})
+        write_table(tmp_path / "old" / "history.parquet", frame, {"config": config})
+        assert shown(tmp_path, "clients") == {}
