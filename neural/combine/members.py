@@ -379,8 +379,6 @@ class Members(Sequence[Member]):
             if name not in state:
                 raise NQMError(f"{who}: {name!r} is missing; all need one architecture")
             fault = _fault(state[name], like, parameter=name in self._parameters)
-            if fault is None and name.endswith("running_var") and bool((state[name] < 0).any()):
-                fault = "holds variances below 0"
             if fault is not None:
                 raise NQMError(f"{who}: {name!r} {fault}")
         extra = next((name for name in state if name not in self._like), None)

@@ -115,8 +115,6 @@ def spoiled(state: dict[str, Tensor], kind: str) -> dict[str, Any]:
         changed[first] = state[first].double()
     elif kind == "statistics":
         changed[buffer] = torch.full_like(state[buffer], torch.inf)
-    elif kind == "variance":
-        changed[buffer] = state[buffer] - 2 * state[buffer].max()
     elif kind == "integers":
         changed[first] = state[first].mul(100).to(torch.int8)
     elif kind == "integer statistics":
@@ -142,7 +140,6 @@ WORDS = {
     "double": "would lose digits",
     "complex": "would lose digits",
     "statistics": "running_var' holds numbers that are not finite",
-    "variance": "running_var' holds variances below 0",
     "integers": "holds torch.int8, the model torch.float32",
     "integer statistics": "running_var' holds torch.int64",
     "sparse": "no dense tensor",
