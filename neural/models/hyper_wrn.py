@@ -51,9 +51,19 @@ class TemplateBank(nn.Module):
         Tensor, shape (outputs, C * inputs, kernel, kernel)
         """
         _, outputs, inputs, kernel, _ = self.templates.shape
+        last = self.templates.permute(0, 1, 3, 4, 2)
+        if last.is_contiguous():  # see `channels_last_`: the weight has that layout without a copy
+            chunks = embedding @ last.flatten(1)
+            weight = chunks.view(-1, outputs, kernel, kernel, inputs).permute(1, 2, 3, 0, 4)
+            return weight.reshape(outputs, kernel, kernel, -1).permute(0, 3, 1, 2)
         chunks = embedding @ self.templates.flatten(1)
         weight = chunks.view(-1, outputs, inputs, kernel, kernel).transpose(0, 1)
         return weight.reshape(outputs, -1, kernel, kernel)
+
+    def channels_last_(self) -> None:
+        """Store the templates so that mixed weights have the channels-last layout."""
+        last = self.templates.data.permute(0, 1, 3, 4, 2).contiguous()
+        self.templates.data = last.permute(0, 1, 4, 2, 3)
 
 
 class TemplateConv2d(nn.Module):

@@ -15,6 +15,7 @@ from neural.late_phase.members import Batch, LatePhase
 from neural.late_phase.pieces import Known, backward_in_pieces, mean_over_rows
 from neural.late_phase.ranks import average_gradients
 from neural.late_phase.select import select
+from neural.models.hyper_wrn import TemplateBank
 from neural.training import snapshots
 from neural.training.build import make_late, make_model
 from neural.training.config import RunConfig
@@ -418,3 +419,6 @@ def _channels_last(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, TemplateBank):
+            module.channels_last_()

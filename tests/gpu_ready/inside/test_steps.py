@@ -130,6 +130,7 @@ LAYOUTS = [
     ("cifar10_baselines", "late_phase_all", ""),
     ("cifar10_baselines", "late_phase_all", "late_phase.fused=true"),
     ("cifar10_baselines", "late_phase_all", 'train.precision="bfloat16"'),
+    ("cifar10_hypernet", "late_phase", ""),
     pytest.param("cifar10_baselines", "batchensemble", "", marks=pytest.mark.slow),
     pytest.param("cifar10_pyramidnet", "late_phase", "", marks=pytest.mark.slow),
 ]
@@ -137,7 +138,8 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("recipe", "arm", "changes"), LAYOUTS)
 def test_convolutions_keep_channels_last(recipe: str, arm: str, changes: str) -> None:
-    small = () if recipe == "cifar10_pyramidnet" else ('model.name="wrn-10-1"',)
+    others = {"cifar10_pyramidnet": (), "cifar10_hypernet": ('model.name="hyper_wrn-10-1"',)}
+    small = others.get(recipe, ('model.name="wrn-10-1"',))
     with gpu() as meter:
         train_state = state(recipe, FEW, *small, *changes.split(), arm=arm)
         batch = next(train_state.task.stream.epoch(0))

@@ -482,6 +482,26 @@ def test_embeddings_start_orthogonal_with_unit_mean_length(chunks: int, template
     assert float(gap.abs().max()) < 1e-5 * float(short[0, 0])
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_templates_in_channels_last_mix_the_same_weight_in_that_layout(
+    chunks: int, kernel: int
+) -> None:
+    bank = TemplateBank(5, 4, 3, kernel).double()
+    embedding = torch.randn(chunks, 5).double()
+    templates = bank.templates.detach().clone()
+    bank.channels_last_()
+    assert torch.equal(bank.templates, templates)
+    weight = bank(embedding)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    # w[:, 3 c + i] = sum_t e[c, t] T[t, :, i]
+    expected = torch.einsum("ct,toihw->ocihw", embedding, templates).flatten(1, 2)
+    agree(weight.detach(), expected, IDENTITY)
+    weight.square().sum().backward()
+    gradient = torch.einsum("ct,ocihw->toihw", embedding, 2.0 * expected.unflatten(1, (chunks, 3)))
+    agree(bank.templates.grad, gradient, IDENTITY)
+
+
 @pytest.mark.parametrize(("name", "blocks"), [("hyper_wrn-10-1", 1), ("hyper_wrn-16-2", 2)])
 def test_a_hypernetwork_net_is_the_wide_resnet_of_its_mixed_weights(name: str, blocks: int) -> None:
     hyper = make(name, {}, (3, 16, 16)).eval()
