@@ -39,7 +39,8 @@ scale_option = click.option(
     "--scale",
     default="full",
     show_default=True,
-    help="full: the recipe itself; cpu: tens of minutes without a GPU; smoke: less than a minute.",
+    help="full: the recipe itself; gpu: the same in bfloat16 and compiled; cpu: tens of minutes "
+    "without a GPU; smoke: less than a minute.",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads of torch.  [default: all processors]"

@@ -254,7 +254,10 @@ def count_pass(model: nn.Module, run: RunConfig, size: Size) -> Pass:
     finally:
         model.zero_grad(set_to_none=True)
     flops = flops * run.data.batch_size // rows
-    return Pass(flops, saved // 2 if run.train.precision == "bfloat16" else saved)
+    if run.train.precision == "bfloat16":
+        # Autocast keeps a copy of the weights for the backward pass.
+        saved = saved // 2 + 2 * sum(p.numel() for p in model.parameters())
+    return Pass(flops, saved)
 
 
 def _count(model: nn.Module, run: RunConfig, size: Size, rows: int, length: int) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from neural.data import Data, Images
 from neural.training import preflight
 from neural.training._malloc import keep_freed_memory
 from neural.training.config import RunConfig, describe
+from neural.training.gpu_scale import check_device
 from neural.training.loggers import load_logger
 from neural.training.recipe import Recipe, check_seeds
 from neural.training.report import ood_images
@@ -184,14 +185,15 @@ def run_experiment(
     Raises
     ------
     NQMError
-        If an arm is unknown, `out` holds other results, a run cannot be trained, or `workers` is
-        above 1 under ``torchrun``.
+        If an arm is unknown, `out` holds other results, a run cannot be trained, `workers` is
+        above 1 under ``torchrun``, or scale gpu is asked for on a CPU.
     """
     runtime, out = runtime or Runtime(), Path(out)
     if workers > 1 and runtime.world > 1:
         raise NQMError(
             f"workers must be 1 where {runtime.world} processes share a run; got {workers}"
         )
+    check_device(recipe.scale, runtime.device)
     arms = [name for arm in arms for name in _named(recipe, arm)]
     for name in runtime.loggers:
         load_logger(name)
@@ -266,6 +268,7 @@ def dry_run(
         If an arm is unknown or cannot be trained.
     """
     runtime = runtime or Runtime()
+    check_device(recipe.scale, runtime.device)
     chosen = [name for arm in arms for name in _named(recipe, arm)] or list(recipe.arms)
     seed = recipe.seeds[0]
     runs = {arm: replace(recipe.arms[arm], seed=recipe.run_seed(arm, seed)) for arm in chosen}

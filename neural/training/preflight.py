@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -50,7 +51,8 @@ def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
     ------
     NQMError
         If the late phase completes no cycle, the memory is too small, a selection matches no
-        weight, a fused pass would have to be compiled, or BatchNorm cannot be synchronised.
+        weight, a fused pass would have to be compiled, torch cannot compile, BatchNorm cannot be
+        synchronised, or the GPU has no bfloat16.
     """
     late = run.late_phase
     if run.train.compile and late is not None and late.fused:
@@ -66,8 +68,45 @@ def check_run(run: RunConfig, runtime: Runtime, task: Task) -> None:
         ):
             if used:
                 raise NQMError(f"train.sync_batchnorm does not work with {name}; leave one out")
+    if run.train.precision == "bfloat16" and runtime.device.type == "cuda":
+        _check_bfloat16(runtime.device)
     check_cycles(run, len(task.stream))
     check_size(run, runtime, task)
+    if run.train.compile:
+        check_compiler(runtime.device)
+
+
+def _check_bfloat16(device: torch.device) -> None:
+    """Raise NQMError if a GPU has no bfloat16, which torch would emulate slowly or refuse."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise NQMError(
+            f"train.precision = 'bfloat16' needs a GPU that has it, of compute capability 8.0 or "
+            f"newer; {torch.cuda.get_device_name(device)} has none; set it to 'float32'"
+        )
+
+
+@cache
+def check_compiler(device: torch.device) -> None:
+    """Check that torch compiles for a device, by one small function.
+
+    Parameters
+    ----------
+    device : device
+        Where it runs.
+
+    Raises
+    ------
+    NQMError
+        If it does not, e.g. as there is no C++ compiler, or no Triton for a GPU.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1.0)(torch.ones(2, device=device))
+    except Exception as error:  # of a compiler, a library or a driver
+        reason = " ".join(str(error).split())
+        raise NQMError(
+            f"train.compile: torch cannot compile for {device} here ({reason:.150}); install a C++ "
+            "compiler, and Triton for a GPU, or set it to false"
+        ) from None
 
 
 def check_cycles(run: RunConfig, batches: int) -> None:
@@ -122,16 +161,23 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
     ------
     NQMError
         If the memory is too small, a selection matches no weight, or recurrent layers would have to
-        be compiled.
+        be compiled, or run in bfloat16 on a GPU.
     """
     late = run.late_phase
     with _named(run, "built"), torch.device("meta"):
         model = make_model(without_weights(run).model, task, start=False)
-    if run.train.compile and any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
-        raise NQMError(
-            f"train.compile does not compile the recurrent layers of {run.model.name}, which have "
-            "kernels of their own; leave it out"
-        )
+    if any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+        if run.train.compile:
+            raise NQMError(
+                f"train.compile does not compile the recurrent layers of {run.model.name}, which "
+                "have kernels of their own; leave it out"
+            )
+        if run.train.precision == "bfloat16" and runtime.device.type == "cuda":
+            raise NQMError(  # whatever the type of autocast
+                f"train.precision = 'bfloat16' would run the recurrent layers of {run.model.name} "
+                "in float16 on a GPU, by torch's autocast for cuDNN, where small gradients vanish; "
+                "use 'float32', which is TF32 there"
+            )
     if runtime.world > 1 and runtime.rank == 0:
         _tell_parts(run, runtime, model)
     item = torch.empty((), dtype=DTYPES[run.train.precision]).element_size()

@@ -26,13 +26,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from neural.training import gpu_scale
 from neural.training.branches import BranchesConfig, expanded
 from neural.training.config import RunConfig, build
 from nqm.errors import NQMError, check_integer, check_word, suggest
 from nqm.names import check_folder_names
 from nqm.runs import toml
 
-SCALES = ("full", "cpu", "smoke")
+SCALES = ("full", "gpu", "cpu", "smoke")
 #: Largest number of seeds; every arm has a run for each.
 MOST_SEEDS = 10_000
 #: Sections that arms have only if they use them.
@@ -52,7 +53,7 @@ class Recipe:
         Name of the recipe, that of its file.
     title, about : str
         Title for figures, and description.
-    scale : {"full", "cpu", "smoke"}
+    scale : {"full", "gpu", "cpu", "smoke"}
         Scale at which it was loaded.
     seeds : tuple of int
         Seeds of the runs.
@@ -112,8 +113,9 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
     ----------
     name : str
         One of `recipe_names`, or the path of a TOML file.
-    scale : {"full", "cpu", "smoke"}
+    scale : {"full", "gpu", "cpu", "smoke"}
         ``full`` is the recipe itself; for the others its changes ``[scale.NAME]`` are applied.
+        Every recipe has ``gpu``, by the rule of `neural.training.gpu_scale`.
     overrides : sequence of str
         Changes of the form ``train.epochs=3``; applied last.
 
@@ -136,11 +138,17 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
     check_word("scale", scale, SCALES)
     changes = toml.table_at("scale", mapping.pop("scale", {}))
     toml.known_keys("scale", changes, SCALES[1:])
-    if scale != "full":
-        if scale not in changes:
-            has = ", ".join(("full", *changes))
-            raise NQMError(f"recipe {path.stem} has no scale {scale!r}; it has {has}")
-        merge(mapping, toml.table_at(f"scale.{scale}", changes[scale]))
+    if scale not in ("full", "gpu", *changes):
+        has = ", ".join(dict.fromkeys(("full", "gpu", *changes)))
+        raise NQMError(f"recipe {path.stem} has no scale {scale!r}; it has {has}")
+    own = toml.table_at(f"scale.{scale}", changes.get(scale, {}))
+    if scale == "gpu":
+        asked = copy.deepcopy(mapping)
+        merge(asked, own)
+        toml.override(asked, overrides)
+        chosen = gpu_scale.changes(make_recipe(path.stem, asked).arms.values())
+        merge(mapping, {name: part for name, part in chosen.items() if name in mapping})
+    merge(mapping, own)
     toml.override(mapping, overrides)
     return make_recipe(path.stem, mapping, scale)
 
@@ -155,7 +163,7 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
     mapping : mapping
         Content of the recipe's TOML file, with the changes of the scale applied and without the
         table ``[scale]``.
-    scale : {"full", "cpu", "smoke"}
+    scale : {"full", "gpu", "cpu", "smoke"}
         Name of the scale; it is recorded only.
 
     Returns

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+    from neural.training.cost import Cost
     from neural.training.recipe import Recipe
 
 
@@ -28,7 +29,7 @@ def note(share: float) -> str:
         "Estimates. FLOPs: matrix products and convolutions of training, without evaluation. "
         f"Hours: at {share:.0%} of an H100's peak (989 TFLOP/s in BF16, 495 in TF32, which float32 "
         "uses); small and recurrent nets take longer. Memory: of the largest arm, without the "
-        "workspace of kernels. Disk: all runs, each with two checkpoints."
+        "workspace of kernels, and not compiled. Disk: all runs, each with two checkpoints."
     )
 
 
@@ -47,7 +48,8 @@ def describe_recipe(recipe: Recipe, share: float, root: Path | None = None) -> d
     Returns
     -------
     dict of str to object
-        ``recipe``, ``scale``, ``title``, ``seeds``, ``share_of_peak``, ``note``; ``arms``: name ->
+        ``recipe``, ``scale``, ``title``, ``seeds``, ``share_of_peak``, ``note``; at scale gpu
+        ``gpu``: entry -> ``value``, ``reason`` (see `neural.training.gpu_scale`); ``arms``: name ->
         ``config``, ``selections`` (term or the arm's own selection -> ``names``, ``tensors``,
         ``weights``, ``share``) and the entries of `neural.training.cost.Cost` with ``hours``;
         ``total``: ``flops``, ``hours``, ``disk`` of all arms and seeds.
@@ -56,8 +58,10 @@ def describe_recipe(recipe: Recipe, share: float, root: Path | None = None) -> d
 
     from neural.training.config import describe
     from neural.training.cost import estimate, hours, network, size_of
+    from neural.training.gpu_scale import choose
 
     costs = estimate(recipe, root)
+    chosen = choose(recipe.arms.values()) if recipe.scale == "gpu" else {}
     arms: dict[str, Any] = {}
     for name, run in recipe.arms.items():
         model = network(run, size_of(run, root))
@@ -78,6 +82,7 @@ def describe_recipe(recipe: Recipe, share: float, root: Path | None = None) -> d
         "seeds": list(recipe.seeds),
         "share_of_peak": share,
         "note": note(share),
+        **({"gpu": {entry: asdict(choice) for entry, choice in chosen.items()}} if chosen else {}),
         "arms": arms,
         "total": total,
     }
@@ -123,8 +128,12 @@ def text(content: Mapping[str, Any], names: bool = False) -> str:
     lines = [
         f"{content['title']}  ({content['recipe']}, scale {content['scale']}, "
         f"{len(content['seeds'])} seeds)",
-        f"\nconfiguration of arm {first}",
     ]
+    if "gpu" in content:
+        lines.append("\nscale gpu, for all arms; the rest is scale full")
+        for entry, choice in content["gpu"].items():
+            lines.append(f"  {entry} = {choice['value']!r}: {choice['reason']}")
+    lines.append(f"\nconfiguration of arm {first}")
     base = _flat(arms[first]["config"])
     lines += [f"  {key} = {value!r}" for key, value in base.items() if key != "seed"]
     for arm in others:
@@ -225,7 +234,7 @@ def costs_table(arms: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def overview(scale: str, share: float, root: Path | None = None, *names: str) -> pd.DataFrame:
-    """Make the table of all recipes of the package.
+    """Make the table of all recipes of the package; at scale full with columns of scale gpu.
 
     Parameters
     ----------
@@ -245,7 +254,7 @@ def overview(scale: str, share: float, root: Path | None = None, *names: str) ->
     """
     import pandas as pd
 
-    from neural.training.cost import estimate, hours
+    from neural.training.cost import estimate
     from neural.training.recipe import load_recipe, recipe_names
 
     rows = []
@@ -253,19 +262,44 @@ def overview(scale: str, share: float, root: Path | None = None, *names: str) ->
         recipe = load_recipe(name, scale)
         costs = estimate(recipe, root)
         seeds = len(recipe.seeds)
-        time = sum(
-            hours([costs[arm]], run.train.precision, share) for arm, run in recipe.arms.items()
-        )
-        rows.append(
-            {
-                "recipe": name,
-                "model": ", ".join(dict.fromkeys(r.model.name for r in recipe.arms.values())),
-                "weights": f"{max(cost.weights for cost in costs.values()):,}",
-                "arms x seeds": f"{len(costs)} x {seeds}",
-                "FLOPs": f"{seeds * sum(cost.flops for cost in costs.values()):.2g}",
-                "h on an H100": _hours(seeds * time),
-                "memory": size(max(cost.memory for cost in costs.values())),
-                "disk": size(seeds * sum(cost.disk for cost in costs.values())),
+        row = {
+            "recipe": name,
+            "model": ", ".join(dict.fromkeys(r.model.name for r in recipe.arms.values())),
+            "weights": f"{max(cost.weights for cost in costs.values()):,}",
+            "arms x seeds": f"{len(costs)} x {seeds}",
+            "FLOPs": f"{seeds * sum(cost.flops for cost in costs.values()):.2g}",
+            "h on an H100": _all_hours(recipe, costs, share),
+            "memory": size(max(cost.memory for cost in costs.values())),
+            "disk": size(seeds * sum(cost.disk for cost in costs.values())),
+        }
+        if scale == "full":
+            on_gpu = load_recipe(name, "gpu")
+            costs = estimate(on_gpu, root)
+            row |= {
+                "scale gpu": _switched_on(on_gpu),
+                "gpu: h": _all_hours(on_gpu, costs, share),
+                "gpu: memory": size(max(cost.memory for cost in costs.values())),
             }
-        )
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _all_hours(recipe: Recipe, costs: Mapping[str, Cost], share: float) -> str:
+    """Hours of all arms and seeds."""
+    from neural.training.cost import hours
+
+    one_seed = sum(hours([costs[arm]], run.train.precision, share)
+                   for arm, run in recipe.arms.items())  # fmt: skip
+    return _hours(len(recipe.seeds) * one_seed)
+
+
+def _switched_on(recipe: Recipe) -> str:
+    """Settings of scale gpu that are in use."""
+    from neural.training.gpu_scale import choose
+
+    chosen = choose(recipe.arms.values())
+    return ", ".join(
+        str(choice.value) if entry == "train.precision" else entry.partition(".")[2]
+        for entry, choice in chosen.items()
+        if choice.value
+    )

@@ -73,7 +73,9 @@ class TrainState:
         self.optimizer = self._hooked(make_optimizer(self.model, run.train))
         if run.late_phase is not None:
             select(self.model, run.late_phase.select)  # raises NQMError now instead of at T0
-        self.forward = torch.compile(self.model) if run.train.compile else self.model
+        # A graph for each size of a minibatch: else all take one for any size after the first short
+        # minibatch, at the end of an epoch.
+        self.forward = torch.compile(self.model, dynamic=False) if run.train.compile else self.model
         self.late: LatePhase | None = None
         self.member_optimizer: Optimizer | None = None
         self.average: nn.Module | None = None
@@ -111,7 +113,7 @@ class TrainState:
                 group["weight_decay"] = settings.weight_decay
         self.member_optimizer = self._hooked(own, stacked=True)
         if self.run.train.compile:
-            self.late.compile()
+            self.late.compile(dynamic=False)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         """Take one step of the optimizer, on one minibatch or on one for each member.

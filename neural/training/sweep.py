@@ -32,6 +32,7 @@ from neural.data import Data
 from neural.data.catalog import data_root
 from neural.training import preflight
 from neural.training.config import DataConfig, RunConfig, describe, restore, run_key
+from neural.training.gpu_scale import check_device
 from neural.training.recipe import OPTIONAL, load_recipe, make_recipe, merge
 from neural.training.task import Runtime, load_data, open_task
 from neural.training.train import train
@@ -54,10 +55,13 @@ class Cell:
         Its configuration.
     runtime : Runtime
         Device and folder of data files.
+    scale : str
+        Scale of its recipe.
     """
 
     run: RunConfig
     runtime: Runtime = field(default_factory=Runtime)
+    scale: str = "full"
 
     def check(self) -> None:
         """Check that the run can be trained (see `neural.training.preflight.check_run`).
@@ -220,7 +224,8 @@ def build(
         raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
     _check_effect(arm, changed["arm"][arm.partition("/")[0]], changes)
     seed = toml.leaf("seed", mapping.get("seed", 0), int)
-    return Cell(replace(arms[arm], seed=recipe.run_seed(arm, seed)), runtime or Runtime())
+    run = replace(arms[arm], seed=recipe.run_seed(arm, seed))
+    return Cell(run, runtime or Runtime(), made.scale)
 
 
 def _check_effect(arm: str, table: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
@@ -274,6 +279,7 @@ def _comparable(described: Mapping[str, Any]) -> Mapping[str, Any]:
 def _train(cell: Cell, key: str, *, runs: Path, runtime: Runtime | Remote) -> pd.DataFrame:
     with _ONE:
         here = runtime.runtime() if isinstance(runtime, Remote) else runtime
+        check_device(cell.scale, here.device)
         outcome = train(cell.run, runs / key[:16], here)
     if outcome.result.empty:
         blank = {"weights": "", "member": -1, "data": "", "metric": "", "value": float("nan")}
