@@ -73,8 +73,8 @@ def task_of(run: RunConfig, runtime: Runtime) -> Task:
                                                                else 10))  # fmt: skip
 
 
-def config(recipe: str, *changes: str, arm: str | None = None) -> RunConfig:
-    run = load_recipe(recipe, "full", list(changes)).arms[arm or RECIPES[recipe]]
+def config(recipe: str, *changes: str, arm: str | None = None, scale: str = "full") -> RunConfig:
+    run = load_recipe(recipe, scale, list(changes)).arms[arm or RECIPES[recipe]]
     if run.model.name.startswith("torchvision:"):
         import_torchvision()
         options = {n: v for n, v in run.model.options.items() if n != "weights"}
@@ -82,7 +82,7 @@ def config(recipe: str, *changes: str, arm: str | None = None) -> RunConfig:
     return run
 
 
-def state(recipe: str, *changes: str, arm: str | None = None) -> TrainState:
+def state(recipe: str, *changes: str, arm: str | None = None, scale: str = "full") -> TrainState:
     """State of training before its first step."""
-    run, runtime = config(recipe, *changes, arm=arm), Runtime(CUDA)
+    run, runtime = config(recipe, *changes, arm=arm, scale=scale), Runtime(CUDA)
     return TrainState(run, task_of(run, runtime), runtime)

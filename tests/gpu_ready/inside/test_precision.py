@@ -7,13 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from click.testing import CliRunner
+from full_size import config, task_of
 from meter import CUDA, gpu
 from torch import Tensor, nn
 
 from neural import evaluate
 from neural.curvature.risk import EmpiricalRisk
 from neural.training import cli, cli_options
+from neural.training.preflight import check_run
 from neural.training.task import Runtime
+from nqm.errors import NQMError
 
 FULL, FAST = ("highest", False), ("high", True)
 
@@ -89,3 +92,19 @@ def test_the_train_command_asks_for_tf32(monkeypatch: pytest.MonkeyPatch) -> Non
     CliRunner().invoke(cli.train, ["digits_bn"])
     CliRunner().invoke(cli.evaluate, ["nowhere"])
     assert asked == [True, False]
+
+
+def test_recurrent_layers_are_not_run_in_float16() -> None:
+    """Torch's autocast for cuDNN's recurrent layers does so whatever its type."""
+    run = config("enwik8_lstm_rank1", 'train.precision="bfloat16"')
+    with gpu(), pytest.raises(NQMError, match="layers of lstm_lm in float16 on a GPU"):
+        check_run(run, Runtime(CUDA), task_of(run, Runtime(CUDA)))
+
+
+def test_a_gpu_without_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config("cifar10_bn", 'model.name="wrn-10-1"', scale="gpu")
+    with gpu():
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+        with pytest.raises(NQMError, match=r"newer; Tesla T4 has none; set it to 'float32'"):
+            check_run(run, Runtime(CUDA), task_of(run, Runtime(CUDA)))

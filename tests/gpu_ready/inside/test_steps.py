@@ -19,15 +19,17 @@ from neural.training.run_folder import RunFolder
 #: Kernels of a late-phase minibatch over those of a base minibatch. Rank-1 factors and BatchNorm
 #: take up to 1.15; members that are picked by an index, instead of viewed, would take 2.8.
 MOST_KERNELS = 1.3
+#: The same where members are fused: layers of shared weights run once for all of them.
+MOST_KERNELS_FUSED = 0.8
 #: Enough members for a cycle; with all of them in the slow tests.
 FEW = "late_phase.members=3"
 #: A recipe for each kind of layers; all recipes in the slow tests.
 KINDS = ["cifar10_bn", "imagenet_resnet50", "enwik8_lstm_rank1", "transformer_python_docs"]
 
 
-def steps_wait_for_nothing(recipe: str, *changes: str) -> None:
+def steps_wait_for_nothing(recipe: str, *changes: str, scale: str = "full") -> None:
     with gpu() as meter:
-        train_state = state(recipe, *changes)
+        train_state = state(recipe, *changes, scale=scale)
         stream = train_state.task.stream.epoch(0)
         batch = next(stream)
         train_state.step([batch])  # makes the optimizer's state, and checks the pieces
@@ -42,12 +44,28 @@ def steps_wait_for_nothing(recipe: str, *changes: str) -> None:
         meter.clear()
         train_state.step(group)
         assert not meter.waits
+        assert not meter.layouts
         assert meter.launched < MOST_KERNELS * base * len(group)
+        if train_state.run.late_phase is not None and train_state.run.late_phase.fused:
+            assert meter.launched < MOST_KERNELS_FUSED * base * len(group)
 
 
 @pytest.mark.parametrize("recipe", KINDS)
 def test_steps_wait_for_nothing(recipe: str) -> None:
     steps_wait_for_nothing(recipe, FEW)
+
+
+#: Compiled steps are in `test_compile`; a compiler for a GPU that is not there makes no kernels.
+ON_GPU = {
+    "cifar10_bn": (FEW, 'model.name="wrn-10-1"', "train.compile=false"),
+    "enwik8_lstm_rank1": (FEW,),
+    "transformer_python_docs": (FEW, "train.compile=false"),
+}
+
+
+@pytest.mark.parametrize("recipe", ON_GPU)
+def test_steps_at_scale_gpu_wait_for_nothing(recipe: str) -> None:
+    steps_wait_for_nothing(recipe, *ON_GPU[recipe], scale="gpu")
 
 
 @pytest.mark.slow

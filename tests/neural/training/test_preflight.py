@@ -250,3 +250,16 @@ def test_dry_run_tells_the_mistake_of_the_last_arm() -> None:
     with pytest.raises(NQMError, match=r"^arm second: .*'groupnorm' matches nothing"):
         dry_run(made)
     assert dry_run(made, arms=["first"]) == ["first"]
+
+
+def test_a_missing_compiler_is_told_before_training(
+    tmp_path: Path, no_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nin cxx")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    preflight.check_compiler.cache_clear()
+    told = r"cannot compile for cpu here \(No working C\+\+ compiler found in cxx\); install a C"
+    with pytest.raises(NQMError, match=told):
+        train(tiny(train={"compile": True}), tmp_path / "run")

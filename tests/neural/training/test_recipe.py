@@ -230,7 +230,7 @@ def test_mistakes_in_the_call(file: Path) -> None:
         (("digits_bm",), ("'digits_bm'", "did you mean 'digits_bn'")),
         (("missing.toml",), ("missing.toml", "no such file")),
         ((str(file), "smok"), ("'smok'", "did you mean 'smoke'")),
-        ((str(file), "cpu"), ("mine has no scale 'cpu'", "full, smoke")),
+        ((str(file), "cpu"), ("mine has no scale 'cpu'", "full, gpu, smoke")),
         ((str(file), "full", ["train.epochs"]), ("key=value",)),
         ((str(file), "full", ["train.epochs=many"]), ("train.epochs", "'many'")),
         ((str(file), "full", ["train.epochs.x=1"]), ("train.epochs",)),
