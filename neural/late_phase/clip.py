@@ -19,7 +19,7 @@ def clipped(
     shared: Sequence[nn.Parameter],
     stacked: Sequence[nn.Parameter],
     member: int,
-    norm: float,
+    norm: float | Tensor,
     average: Callable[[list[Tensor]], None],
 ) -> Iterator[None]:
     """Clip the gradient that the block computes, and add it to the earlier ones.
@@ -35,7 +35,7 @@ def clipped(
         Weights of the members; other rows of their gradients are not changed.
     member : int
         Number of the member whose minibatch the block runs.
-    norm : float
+    norm : float or Tensor, shape ()
         Largest norm.
     average : callable
         Averages tensors over processes, in place, before they are clipped.
@@ -65,18 +65,19 @@ def clipped(
                 p.grad = before if p.grad is None else before.add_(p.grad)
 
 
-def scale_to(grads: Sequence[Tensor], norm: float) -> None:
+def scale_to(grads: Sequence[Tensor], norm: float | Tensor) -> None:
     """Scale tensors so that their common norm is at most `norm`.
 
     Parameters
     ----------
     grads : sequence of Tensor
         Changed in place.
-    norm : float
+    norm : float or Tensor, shape ()
         Largest norm over all of them.
     """
     if grads:
         total = nn.utils.get_total_norm(grads)
-        factor = (norm / (total + EPSILON)).clamp(max=1.0)
+        limit = norm.to(total.device) if isinstance(norm, Tensor) else norm
+        factor = (limit / (total + EPSILON)).clamp(max=1.0)
         for g in grads:
             g.mul_(factor.to(g.device))

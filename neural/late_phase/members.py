@@ -72,10 +72,11 @@ class _Settings(NamedTuple):
             return lambda outputs, targets: loss(outputs, targets) * weight
         return lambda outputs, targets: scaler.scale(loss(outputs, targets) * weight)
 
-    @property
-    def scale(self) -> float:
-        """Factor of the losses and gradients that the scaler gives them."""
-        return 1.0 if self.scaler is None else self.scaler.get_scale()
+    def scaled(self, value: float, device: torch.device) -> float | Tensor:
+        """A number times the scaler's scale, which stays on the device: to read it would wait."""
+        if self.scaler is None:
+            return value
+        return self.scaler.scale(torch.full((), value, device=device))
 
 
 class LatePhase(nn.Module):
@@ -711,7 +712,8 @@ class LatePhase(nn.Module):
             base's gradient is then at most gamma K clip_norm long.
         scaler : GradScaler, optional
             Scales losses, e.g. with ``autocast=torch.float16``. `step` also unscales the gradients
-            and updates the scale. If a gradient is not finite, neither base nor members step.
+            and updates the scale. If a gradient is not finite, neither base nor members step. To
+            know it `step` waits for the GPU once.
 
         Returns
         -------
@@ -834,7 +836,7 @@ class LatePhase(nn.Module):
             )
         self._average_over_ranks(() if clip_norm is not None else self.parameters())
         self._scale_base()
-        return losses / settings.scale if settings.scaler is not None else losses
+        return losses if settings.scaler is None else losses / settings.scaled(1.0, losses.device)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -877,7 +879,7 @@ class LatePhase(nn.Module):
         if settings.clip_norm is None:
             return self._unclipped_backward(member, batch, settings)
         shared, stacked = list(self.model.parameters()), self.member_parameters()
-        norm = settings.clip_norm * settings.scale
+        norm = settings.scaled(float(settings.clip_norm), self.index.device)
         average_ = average if self._ranks_average else _nothing
         with clipped(shared, stacked, member, norm, average_):
             return self._unclipped_backward(member, batch, settings)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from full_size import RECIPES, state
-from meter import gpu
+from meter import CUDA, gpu
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from neural.late_phase.averaging import recompute_statistics
+from neural.late_phase.pieces import mean_over_rows
 from neural.training import checkpoint
 from neural.training.config import RunConfig
 from neural.training.run_folder import RunFolder
@@ -197,3 +199,32 @@ def test_recomputed_statistics_wait_for_nothing(members: bool) -> None:
         meter.clear()
         recompute_statistics(train_state.trained, data)
         assert not meter.waits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip_norm": 1.0}, {"fused": True},
+     {"micro_batches": 2, "loss_weight": mean_over_rows}],
+    ids=str,
+)  # fmt: skip
+def test_a_scaled_step_waits_once(options: dict[str, Any]) -> None:
+    """For whether all gradients are finite. With clipping each member's norm is of its own."""
+    with gpu() as meter:
+        scaler = torch.amp.GradScaler("cuda")
+        train_state = state("cifar10_bn", FEW, 'model.name="wrn-10-1"')
+        batches = [next(train_state.task.stream.epoch(0))] * 3
+        train_state.spawn()
+        late, own = train_state.late, train_state.member_optimizer
+        assert late is not None
+        assert own is not None
+        for _ in range(2):
+            meter.clear()
+            losses = late.step(
+                batches, train_state.task.loss, train_state.optimizer, own,
+                autocast=torch.float16, scaler=scaler, **options,
+            )  # fmt: skip
+        assert losses.device == CUDA
+        assert meter.waits == {"a number is read": 1}
+        if "clip_norm" in options:  # a norm of all tensors for each member, and their factor
+            norms = sum(n for name, n in meter.kernels.items() if "linalg_vector_norm" in name)
+            assert norms >= 3
