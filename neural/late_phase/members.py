@@ -41,7 +41,7 @@ from neural.late_phase.pieces import Known, LossWeight, backward_in_pieces
 from neural.late_phase.ranks import average, average_gradients
 from neural.late_phase.ready import check_ready, checked_statistics
 from neural.late_phase.rows import UnclearRowsError
-from neural.late_phase.scaler import check_scaler, unscale
+from neural.late_phase.scaler import check_scaler, unscale, unscaled_half
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import places, swapped
 from nqm.errors import NQMError, check_integer, check_number, check_word
@@ -427,11 +427,14 @@ class LatePhase(nn.Module):
         except UnclearRowsError as error:
             if key is not None:
                 self._plans[key] = None
-            if str(error) not in self._warned:
-                self._warned.add(str(error))
-                warnings.warn(f"fused: {error}; members run one by one", stacklevel=2)
+            self._warn_once(f"fused: {error}; members run one by one")
             return None
         return self._plans[key]
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=3)
 
     def _member_rows(self) -> list[dict[str, Tensor]]:
         """Weights and statistics of every member; statistics are views that layers update."""
@@ -827,6 +830,7 @@ class LatePhase(nn.Module):
             clip_norm,
             check_scaler(scaler, ()),
         )
+        self._tell_half(settings)
         losses = None
         if fused and len(batches) == self.members:
             losses = self._backward_fused(batches, settings)
@@ -908,6 +912,12 @@ class LatePhase(nn.Module):
         # Without a type, a step runs in the caller's autocast if there is one.
         return nullcontext() if dtype is None else torch.autocast(self.index.device.type, dtype)
 
+    def _tell_half(self, settings: _Settings) -> None:
+        if settings.scaler is None and (
+            told := unscaled_half(settings.autocast, self.model, self.index.device)
+        ):
+            self._warn_once(told)
+
     def _scale_base(self) -> None:
         gamma = base_scale(self.gamma, self.members)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -919,6 +929,7 @@ class LatePhase(nn.Module):
     ) -> Tensor:
         batches = self._checked(batches, settings.batch_weights)
         self.zero_grad(set_to_none=True)
+        self._tell_half(settings)
         losses = []
         for k, batch in enumerate(batches):
             losses.append(self._backward(k, batch, settings))

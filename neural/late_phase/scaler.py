@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -43,6 +44,39 @@ def check_scaler(scaler: Any, bases: Sequence[Optimizer]) -> GradScaler | None:
     if not isinstance(scaler, GradScaler):
         raise NQMError(f"scaler must be a torch.amp.GradScaler; got a {type(scaler).__name__}")
     return scaler if scaler.is_enabled() else None
+
+
+def unscaled_half(dtype: torch.dtype | None, model: nn.Module, device: torch.device) -> str | None:
+    """Say why gradients without a scale may vanish in float16, if a pass computes in it.
+
+    Parameters
+    ----------
+    dtype : dtype or None
+        Type of autocast; with None the caller's autocast counts.
+    model : Module
+        The model.
+    device : device
+        Where it runs.
+
+    Returns
+    -------
+    str or None
+        One line; None if nothing computes in float16.
+    """
+    kind = device.type
+    if dtype is None and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    lost = "gradients below 6e-8 are lost; give step scaler=torch.amp.GradScaler()"
+    if dtype is torch.float16:
+        return f"autocast in float16 without a scaler: {lost}"
+    if dtype is not torch.bfloat16 or kind != "cuda":
+        return None
+    if any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+        return (
+            "autocast runs recurrent layers in float16 on a GPU, whatever its type, and without a "
+            f"scaler {lost}, or no autocast"
+        )
+    return None
 
 
 def unscale(scaler: GradScaler, several: Sequence[Optimizer]) -> bool:

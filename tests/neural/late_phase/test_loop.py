@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.optim import lr_scheduler
 
 from neural import LatePhase, recompute_statistics
 from neural.evaluate import mc_dropout, predict, predict_members, score, score_text
+from neural.late_phase.scaler import unscaled_half
 from nqm import NQMError
 from tests.literal_torch import LiteralLatePhase
 from tests.tiny_nets import batches, net, state_of
@@ -400,6 +402,31 @@ def test_half_precision_on_weights_in_float32():
         # ten bits of the mantissa, over a few layers
         torch.testing.assert_close(p.grad, q.grad, rtol=0.02, atol=0.02 * float(q.grad.abs().max()))
         assert p.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("idle_steps", ["none", "every"])
+def test_float16_without_a_scaler_is_told_once(idle_steps):
+    torch.set_default_dtype(torch.float32)
+    late, base, own = begun(net(), 2, idle_steps=idle_steps)
+    with (
+        pytest.warns(UserWarning, match="below 6e-8 are lost; give step scaler="),
+        torch.autocast("cpu", torch.float16),
+    ):
+        late.step(batches(), functional.cross_entropy, base, own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        late.step(batches(), functional.cross_entropy, base, own, autocast=torch.float16)
+    late.step(batches(), functional.cross_entropy, base, own, autocast=torch.bfloat16)
+
+
+def test_recurrent_layers_are_in_float16_on_a_gpu_alone():
+    text, image = nn.Sequential(nn.LSTM(2, 3)), nn.Sequential(nn.Linear(2, 3))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert "whatever its type" in unscaled_half(torch.bfloat16, text, gpu)
+    for model, device, kind in (
+        (text, cpu, torch.bfloat16), (image, gpu, torch.bfloat16), (text, gpu, None)
+    ):  # fmt: skip
+        assert unscaled_half(kind, model, device) is None
 
 
 def test_what_a_scaler_cannot_do_is_told():
