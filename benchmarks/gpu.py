@@ -1,5 +1,7 @@
 """What a GPU does with this package, in under ten minutes: ``make bench-gpu``.
 
+0. The LSTM of enwik8 with rank-1 factors, some hundred steps of random text: cuDNN's gradient
+   beside that of the CPU, and symbols/s of base steps, members one by one, and fused.
 1. Training of ResNet-20 and WRN-28-10 on random images, minibatches of 128, K = 10 members of
    BatchNorm and head: images/s, memory, and share of the card's measured rate of a large matrix
    product, in bfloat16 and TF32, for base steps, members one by one, members fused, and compiled.
@@ -28,6 +30,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.late_phase import Timer, flops_per_example, matrix_rate
 from neural import LatePhase
+from neural.late_phase.reparametrize import add_rank1
 from neural.models import build
 
 MODELS = ("resnet20", "wrn-28-10")
@@ -211,6 +214,58 @@ def _train(
     )
 
 
+def recurrent(bench: Bench) -> None:
+    """Print cuDNN's gradient of weights with rank-1 factors beside the CPU's, and speeds.
+
+    Parameters
+    ----------
+    bench : Bench
+    """
+    hidden, rows, length, members = (500, 64, 200, 10) if bench.measured else (8, 2, 5, 2)
+    torch.manual_seed(0)
+    model = build("lstm_lm", classes=205, hidden=hidden)
+    add_rank1(model, "lstm.*")
+    text = torch.randint(205, (members, 2, rows, length))
+
+    def loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(output.flatten(0, 1), targets.flatten())
+
+    def gradient(net: torch.nn.Module, part: torch.Tensor) -> torch.Tensor:
+        net.zero_grad()
+        loss(net(part[0]), part[1]).backward()
+        found = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        return found.cpu()
+
+    few = text[0, :, :4]
+    expected = gradient(model, few)
+    model.to(bench.device)
+    text = text.to(bench.device)
+    gap = float((gradient(model, text[0, :, :4]) - expected).norm() / expected.norm())
+    bench.tell("LSTM", "gradient on the card", gap=f"{gap:.1e} of the CPU's")
+    batches = [(part[0], part[1]) for part in text]
+    base = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def plain() -> None:
+        for x, y in batches:
+            base.zero_grad(set_to_none=True)
+            loss(model(x), y).backward()
+            base.step()
+
+    timer, rounds = Timer(bench.device), 10 if bench.measured else 1
+
+    def tell(what: str, run: Callable[[], Any]) -> None:
+        run()
+        seconds = statistics.median(timer(run) for _ in range(rounds))
+        bench.tell("LSTM", what, speed=f"{members * rows * length / seconds:.3g} symbols/s")
+
+    tell("base", plain)
+    late = LatePhase(model, members, "rank1", gamma="mean")
+    own = late.optimizer_like(base)
+    for kind in ("sequential", "fused"):
+        fused = kind == "fused"
+        tell(kind, lambda fused=fused: late.step(batches, loss, base, own, fused=fused))
+
+
 def monte_carlo(bench: Bench) -> None:
     """Print the speed of Monte Carlo beside that of the generator alone.
 
@@ -325,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     else:
         print("no GPU: everything runs once on small sizes, and nothing is measured")
-    for part in (training, monte_carlo, many_seeds):
+    for part in (recurrent, training, monte_carlo, many_seeds):
         try:
             part(bench)
         except Exception as error:  # the other parts are worth their time on the card

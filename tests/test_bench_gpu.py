@@ -47,3 +47,13 @@ def test_without_time_nothing_is_measured(
     gpu.many_seeds(bench)
     assert capsys.readouterr().out.count("no time was left") == 2 * len(gpu.KINDS)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_recurrent_part_without_a_gpu(tmp_path: Path) -> None:
+    bench = gpu.Bench(torch.device("cpu"), 1.0, tmp_path)
+    gpu.recurrent(bench)
+    assert [row["what"] for row in bench.rows] == [
+        "gradient on the card", "base", "sequential", "fused"
+    ]  # fmt: skip
+    assert {value for row in bench.rows for name, value in row.items()
+            if name not in ("part", "what")} == {"not measured"}  # fmt: skip

@@ -16,7 +16,7 @@ from neural.curvature.risk import EmpiricalRisk
 
 WIDE = 'model.name="wrn-10-1"'
 FAMILIES = {
-    "enwik8_lstm_rank1": (),
+    "enwik8_lstm_rank1": ("data.length=5",),
     "transformer_python_docs": (),
     "cifar10_bn": (WIDE,),
     "cifar100_rank1": (WIDE,),
