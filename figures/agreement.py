@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from figures.style import COLORMAP, PALETTE, REFERENCE, axes_or_new
+from figures.style import COLORMAP, REFERENCE, axes_or_new, look
 from nqm.table import label
 
 #: People in the table of kappa, as a line below the matrix names them.
@@ -20,6 +20,12 @@ _PEOPLE = {
 }
 #: Cells darker than this carry white numbers.
 _DARK = 0.6
+#: Colour and pattern of the bars of each metric.
+BARS = {
+    "accuracy": {"color": look(3)["color"]},
+    "nll": {"color": look(0)["color"]},
+    "nll_tuned": {"color": "white", "edgecolor": look(0)["color"], "hatch": "//////"},
+}
 
 
 def kappa(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -92,7 +98,8 @@ def gains(
             rows[f"{column}_gain{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")
         )
         at = y + (len(columns) - 1 - 2 * k) * height / 2
-        ax.barh(at, value, height, color=PALETTE[k], label=label(f"{column}_gain"),
+        own = BARS.get(column, {"color": look(k + len(BARS))["color"]})
+        ax.barh(at, value, height, label=label(f"{column}_gain"), **own,
                 xerr=[value - low, high - value], gid=column,
                 error_kw={"lw": 0.7, "ecolor": REFERENCE, "capsize": 1.5})  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(4))

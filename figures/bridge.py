@@ -14,10 +14,12 @@ from figures.style import (
     REFERENCE,
     axes_or_new,
     legend_above,
+    legend_free,
     look,
     members_axis,
     plain_log,
     shades,
+    typeset,
 )
 
 #: Factors around 1 that are drawn as bands: good agreement of prediction and measurement.
@@ -54,11 +56,11 @@ def spectrum(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         if rows.empty:
             continue
         heights, _ = np.histogram(rows["curvature"].abs(), edges, weights=rows["count"])
-        ax.stairs(heights, edges, color=REFERENCE, ls=line, label=name, gid=name)
+        ax.stairs(heights, edges, color=REFERENCE, ls=line, label=typeset(name), gid=name)
     ax.set(
-        xscale="log", yscale="log", xlabel="|curvature h|", ylabel="directions", title="spectrum"
+        xscale="log", yscale="log", xlabel="|curvature $h$|", ylabel="directions", title="spectrum"
     )
-    ax.legend(loc="best")
+    legend_free(ax)
     return ax
 
 
@@ -95,7 +97,9 @@ def noise_against_curvature(
         line = np.exp(np.log(c[stiff] / h[stiff] ** exponent).mean()) * ends**exponent
         ax.plot(ends, line, color=REFERENCE, lw=0.8, label=f"exponent {exponent:.2f}", gid="law")
         ax.legend(loc="upper left")
-    ax.set(xscale="log", yscale="log", xlabel="curvature h", ylabel="noise variance", title="noise")
+    ax.set(
+        xscale="log", yscale="log", xlabel="curvature $h$", ylabel="noise variance", title="noise"
+    )
     for axis in (ax.xaxis, ax.yaxis):  # names of ticks between decades would overlap
         axis.set_minor_formatter(NullFormatter())
         plain_log(axis)
@@ -127,7 +131,9 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         if (one["floor"] > 0).all():
             ax.axhline(one["floor"].iloc[0], color=colors[i], lw=0.6, ls=":")
     members_axis(ax, sorted(map(int, table["members"].unique())))
-    ax.set(yscale="log", xlabel="K", ylabel="rise of the loss", title="members (dots: floor)")
+    ax.set(
+        yscale="log", xlabel="members $K$", ylabel="rise of the loss", title="members (dots: floor)"
+    )
     legend_above(ax, 3, "lr")
     return ax
 
@@ -292,7 +298,7 @@ def held_out(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         _lines(ax, one, "members", i, f"{lr:.2g}", columns, color=colors[i])
     members_axis(ax, sorted(map(int, rows["members"].unique())))
     ax.axhline(0.0, color=REFERENCE, lw=0.6, zorder=0)
-    ax.set(xlabel="K", ylabel="test loss saved", title="test loss")
+    ax.set(xlabel="members $K$", ylabel="test loss saved", title="test loss")
     legend_above(ax, 3, "lr")
     return ax
 

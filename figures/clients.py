@@ -34,5 +34,6 @@ def over_rounds(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | Non
     ax.set(xlabel="rounds", ylabel=label(column))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if "arm" in table:
-        ax.legend(loc="best")
+        # Above the axes: curves may be anywhere within.
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
     return ax

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,14 +14,31 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from figures.style import COLORMAP, MARKERS, PALETTE, REFERENCE, axes_or_new, look
+from figures.style import (
+    COLORMAP,
+    LINES,
+    MARKERS,
+    MORE,
+    MORE_MARKERS,
+    PALETTE,
+    REFERENCE,
+    axes_or_new,
+    legend_above,
+    legend_free,
+)
 from nqm.table import label as axis_label
 
-#: Color of what is averaged.
+#: Colour of what is averaged, and its marker.
 SPACES = {"weights": PALETTE[0], "probabilities": PALETTE[1], "logits": PALETTE[2]}
+SHAPES = dict(zip(SPACES, MARKERS, strict=False))
 MEMBER = "#888888"
-#: Ways to round, in the order of their colors.
-ROUNDING = ("stochastic", "nearest", "antithetic", "gaussian")
+#: Colour and line of each way to round; pages show what is averaged beside it.
+ROUNDING = {
+    "stochastic": (PALETTE[3], LINES[0]),
+    "nearest": (PALETTE[4], LINES[4]),
+    "antithetic": (PALETTE[5], LINES[2]),
+    "gaussian": (MORE[0], LINES[3]),
+}
 
 
 def name_of(row: pd.Series) -> str:
@@ -63,12 +83,11 @@ def decomposition(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for space, color in SPACES.items():
         held = (rows["space"] == space).to_numpy()
         if held.any():
-            ax.plot(rows["nll"][held], y[held], "o", color=color, label=space, gid=space)
+            ax.plot(rows["nll"][held], y[held], SHAPES[space], color=color, label=space, gid=space)
     ax.set_yticks(y, [name_of(row) for _, row in rows.iterrows()])
     ax.set(xlabel="negative log-likelihood (nats)", title="what combining gains")
     _log_if_wide(ax, "x", pd.concat([rows["nll"], rows["mean_member_nll"]]))
-    # Rows may fill all of the axes: the legend stays readable over them.
-    ax.legend(loc="best", frameon=True, framealpha=0.8, edgecolor="none")
+    legend_free(ax)
     return ax
 
 
@@ -89,13 +108,14 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     rows = table[(table["predicted"] > 0) & np.isfinite(table["predicted"])]
     single = rows["rule"] == "member"
     mean = rows["rule"] == "mean_member"
+    names = {"weights": "soup", "probabilities": "ensemble", "logits": "ensemble of logits"}
     groups = [
         ("member", rows[single], MEMBER, "."),
         ("mean member", rows[mean], REFERENCE, MARKERS[4]),
-        ("soup", rows[~single & ~mean & (rows["space"] == "weights")], PALETTE[0], MARKERS[0]),
-        ("ensemble", rows[rows["space"] == "probabilities"], PALETTE[1], MARKERS[1]),
-        ("ensemble of logits", rows[rows["space"] == "logits"], PALETTE[2], MARKERS[2]),
     ]
+    for space, color in SPACES.items():
+        part = rows[~single & ~mean & (rows["space"] == space)]
+        groups.append((names[space], part, color, SHAPES[space]))
     for label, part, color, marker in groups:
         if len(part):
             ax.plot(part["nll"], part["predicted"], marker, color=color, label=label, gid=label)
@@ -108,7 +128,7 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         both = pd.concat([rows["nll"], rows["predicted"]])
         for axis in "xy":
             _log_if_wide(ax, axis, both)
-        ax.legend(loc="best")
+        legend_above(ax)
     inside = bool((rows["predicted_from"] == "surrogate").all())
     ax.set(
         xlabel="measured loss (nats)",
@@ -118,36 +138,38 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def ways(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def ways(
+    table: pd.DataFrame, *, names: Iterable[str] | None = None, ax: Axes | None = None
+) -> Axes:
     """Predicted against measured loss of every way of combining, over several comparisons.
 
     Parameters
     ----------
     table : DataFrame
         Columns comparison, space, nll, predicted and mean_member_nll: a row a way.
+    names : iterable of str, optional
+        Comparisons of all panels of a page, which have their colours by this order; by default
+        those of the table.
     ax : Axes, optional
 
     Returns
     -------
     Axes
-        Both losses relative to the mean member's, so that all comparisons fit; one color a
+        Both losses relative to the mean member's, so that all comparisons fit; one colour a
         comparison, one marker for what is averaged.
     """
     ax = axes_or_new(ax)
-    markers = dict(zip(SPACES, MARKERS, strict=False))
-    names = list(dict.fromkeys(table["comparison"]))
-    for place, name in enumerate(names):
-        color = look(place)["color"]
+    colors = _of_comparisons(table["comparison"] if names is None else names)
+    for name in dict.fromkeys(table["comparison"]):
+        color, face = colors[name]
         here = table[table["comparison"] == name]
-        # Those after the palette are hollow as well.
-        face = color if place < len(PALETTE) else "none"
-        for space, marker in markers.items():
+        for space, marker in SHAPES.items():
             part = here[here["space"] == space]
             x, y = part["nll"], part["predicted"]
             mean = part["mean_member_nll"]
             ax.plot(x / mean, y / mean, marker, color=color, mfc=face, gid=f"{name} {space}")
         ax.plot([], [], "s", color=color, mfc=face, label=name)
-    for space, marker in markers.items():
+    for space, marker in SHAPES.items():
         ax.plot([], [], marker, color=MEMBER, label=f"mean of {space}")
     both = pd.concat([table["nll"], table["predicted"]]) / pd.concat([table["mean_member_nll"]] * 2)
     ends = [float(both.min()) * 0.97, float(both.max()) * 1.03]
@@ -157,6 +179,15 @@ def ways(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         _log_if_wide(ax, axis, both)
     ax.set(xlabel="measured loss / mean member", ylabel="predicted loss / mean member")
     return ax
+
+
+def _of_comparisons(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and face of every comparison: those after the palette are hollow."""
+    colors = (*PALETTE, *MORE)
+    return {
+        name: (colors[i % len(colors)], colors[i] if i < len(PALETTE) else "none")
+        for i, name in enumerate(dict.fromkeys(names))
+    }
 
 
 def passes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -179,15 +210,12 @@ def passes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         part = _combined(table)
         part = part[part["space"] == space]
         if len(part):
-            ax.plot(part["passes"], part["nll"], "o", color=color, label=space, gid=space)
+            shape = SHAPES[space]
+            ax.plot(part["passes"], part["nll"], shape, color=color, label=space, gid=space)
             ax.plot(
-                part["passes"],
-                part["nll_tuned"],
-                "o",
-                mfc="none",
-                color=color,
+                part["passes"], part["nll_tuned"], shape, mfc="none", color=color,
                 gid=f"{space} tuned",
-            )
+            )  # fmt: skip
     ax.plot([], [], "o", mfc="none", color=MEMBER, label="tuned temperature")
     largest = int(table["passes"].max())
     ticks = sorted({1, largest} | {2**k for k in range(int(math.log2(largest)) + 1)})
@@ -196,7 +224,7 @@ def passes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="forward passes", ylabel="negative log-likelihood (nats)", title="cost")
     _log_if_wide(ax, "y", pd.concat([table["nll"], table["nll_tuned"]]).dropna())
-    ax.legend(loc="best")
+    legend_free(ax)
     return ax
 
 
@@ -220,21 +248,15 @@ def soup_scatter(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     both = pd.concat({"test": test, "shift": shifted}, axis=1).dropna().reset_index()
     single = both[both["rule"] == "member"]
     ax.plot(single["test"], single["shift"], ".", color=MEMBER, label="member", gid="member")
-    others = both[both["rule"] != "member"].reset_index(drop=True)
+    others = both[~both["rule"].isin(["member", "mean_member"])].reset_index(drop=True)
     others["several_repairs"] = _several(others)
-    for index, row in others.iterrows():
-        own = look(int(str(index)))
-        ax.plot(
-            row["test"],
-            row["shift"],
-            own["marker"],
-            color=own["color"],
-            ms=6,
-            label=name_of(row),
-            gid=name_of(row),
-        )
+    shapes = itertools.cycle((*MARKERS, *MORE_MARKERS))
+    for (_, row), shape in zip(others.iterrows(), shapes, strict=False):
+        name = name_of(row)
+        ax.plot(row["test"], row["shift"], shape, color=SPACES[row["space"]], mfc="white",
+                ms=5.5, label=name, gid=name)  # fmt: skip
     ax.set(xlabel="accuracy, test", ylabel="accuracy, shifted (mean)", title="shift")
-    ax.legend(loc="best", fontsize=6)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6)
     return ax
 
 
@@ -309,7 +331,6 @@ def budget(
     tuned = metric == "nll"
     grids = sorted(set(table["grid_bits"].tolist()) - {0}, reverse=True)
     shapes = dict(zip(grids, MARKERS * len(grids), strict=False))
-    colors = dict(zip(ROUNDING, PALETTE, strict=False))
     shown = table[table["rule"].isin(["rtn", "ensemble"])]
     for rounding, grid in (
         shown[["rounding", "grid_bits"]].drop_duplicates().itertuples(index=False)
@@ -317,38 +338,32 @@ def budget(
         # Noise without a grid is no way to save memory.
         if cost == "bits" and rounding == "gaussian":
             continue
-        color, shape = colors[rounding], shapes[grid]
+        (color, dashes), shape = ROUNDING[rounding], shapes[grid]
         line = shown[(shown["rounding"] == rounding) & (shown["grid_bits"] == grid)]
         line = line.sort_values(cost)
         name = f"{rounding} {grid}"
-        ax.plot(line[cost], line[metric], shape + "-", color=color, lw=0.8, gid=name)
+        own: dict[str, Any] = {"color": color, "ls": dashes, "marker": shape}
+        ax.plot(line[cost], line[metric], lw=0.8, gid=name, **own)
         if tuned:
-            ax.plot(
-                line[cost],
-                line["nll_tuned"],
-                shape + "--",
-                color=color,
-                lw=0.6,
-                mfc="none",
-                gid=f"{name} tuned",
-            )
+            ax.plot(line[cost], line["nll_tuned"], lw=0.6, mfc="none", gid=f"{name} tuned", **own)
     plain = table[table["rule"] == "float"].iloc[0]
     ax.axhline(plain[metric], color=REFERENCE, lw=0.7, gid="float")
     if tuned:
         ax.axhline(plain["nll_tuned"], color=REFERENCE, lw=0.7, ls="--", gid="float tuned")
-    for rounding, color in colors.items():
+    for rounding, (color, dashes) in ROUNDING.items():
         if (table["rounding"] == rounding).any():
-            ax.plot([], [], "-", color=color, label=rounding)
+            ax.plot([], [], color=color, ls=dashes, label=rounding)
     for grid, shape in shapes.items():
         ax.plot([], [], shape, color=MEMBER, label=f"{grid} bits")
     ax.plot([], [], "-", color=REFERENCE, lw=0.7, label="the model")
     if tuned:
-        ax.plot([], [], "--", color=MEMBER, lw=0.7, label="tuned temperature")
+        ax.plot([], [], "--", color=REFERENCE, lw=0.7, label="the model, tuned temperature")
+        ax.plot([], [], "o", mfc="none", color=MEMBER, label="tuned temperature")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     words = {"bits": ("bits held for a weight", "memory"), "passes": ("forward passes", "time")}
     ax.set(xlabel=words[cost][0], ylabel=axis_label(metric), title=words[cost][1])
-    ax.legend(loc="best", fontsize=6, ncols=2)
+    legend_free(ax, fontsize=6, ncols=2)
     return ax
 
 
@@ -371,10 +386,11 @@ def curve(
     """
     ax = axes_or_new(ax)
     rows = table[table["data"] == data].sort_values("t")
-    for path, color, name in (("line", MEMBER, "straight line"), ("curve", PALETTE[0], "curve")):
+    looks = (("line", MEMBER, LINES[1], "straight line"), ("curve", PALETTE[0], "-", "curve"))
+    for path, color, dashes, name in looks:
         part = rows[rows["path"] == path]
         values = _metric(part, metric)
-        ax.plot(part["t"], values, color=color, label=name, gid=path)
+        ax.plot(part["t"], values, color=color, ls=dashes, label=name, gid=path)
         ends = [0, -1]
         if path == "curve":
             ax.plot(
@@ -385,10 +401,12 @@ def curve(
                 label="ends",
                 gid="ends",
             )
-    ax.set(xlabel="position t", ylabel=_METRICS[metric], title=f"{data} {_SHORT[metric]}")
+    ax.set(
+        xlabel="position $t$ on the path", ylabel=_METRICS[metric], title=f"{data} {_SHORT[metric]}"
+    )
     if metric == "nll":
         _log_if_wide(ax, "y", rows["nll"])
-    ax.legend(loc="best")
+    legend_above(ax, 3)
     return ax
 
 
@@ -424,12 +442,14 @@ def plane(
     if len(levels) > 1:
         norm = BoundaryNorm(levels, 256)
         drawn = ax.contourf(z.columns, z.index, z, levels=levels, cmap=COLORMAP, norm=norm)
-        ax.figure.colorbar(drawn, ax=ax, format="%.3g")
+        ax.figure.colorbar(drawn, ax=ax, format="%.3g", label=_METRICS[metric])
     corners = table[table["corner"] != ""]
     ax.plot(corners["x"], corners["y"], "o", color="white", mec=REFERENCE, gid="corners")
     if path is not None:
         ax.plot(path[:, 0], path[:, 1], color="white", lw=1.2, gid="path")
-    ax.set(xlabel="distance", ylabel="distance", title=f"test {_SHORT[metric]}")
+    ax.set(
+        xlabel="distance of weights", ylabel="distance of weights", title=f"test {_SHORT[metric]}"
+    )
     wide, high = np.ptp(rows["x"]), np.ptp(rows["y"])
     if 0.4 < high / wide < 2.5:  # a flat strip would be too small to see
         ax.set_aspect("equal")

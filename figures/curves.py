@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from figures.style import MARKERS, PALETTE, axes_or_new
+from figures import style
+from figures.style import axes_or_new
 
 #: Half-width of a 95 % interval in standard errors.
 WIDTH95 = 1.96
@@ -42,7 +43,7 @@ def curves(  # noqa: PLR0913 - options, by keyword
     by : str
         Column that names the groups.
     looks : mapping, optional
-        Line properties by group; the palette in order of appearance by default.
+        Line properties by group; `figures.style.look` in order of appearance by default.
     labels : mapping, optional
         Legend entry by group; the group's name by default. "" gives no entry.
     ax : Axes, optional
@@ -55,9 +56,10 @@ def curves(  # noqa: PLR0913 - options, by keyword
     """
     ax = axes_or_new(ax)
     for index, (group, rows) in enumerate(table.groupby(by, sort=False)):
-        look: dict[str, Any] = {"color": PALETTE[index % len(PALETTE)]}
+        own = style.look(index)
+        look: dict[str, Any] = own if looks is None else {"color": own["color"]}
         look |= dict((looks or {}).get(group, {}))
-        marker = look.pop("marker", MARKERS[index % len(MARKERS)])
+        marker = look.pop("marker", own["marker"])
         name = str(group) if labels is None else labels.get(group, str(group))
         sampled = rows["kind"] == "sample"
         theory = rows[~sampled].sort_values(x)
@@ -72,8 +74,8 @@ def curves(  # noqa: PLR0913 - options, by keyword
                 both = look | {"marker": marker, "markerfacecolor": "white", "label": name}
                 ax.plot([], [], **both)
             color, zorder = look["color"], 3 + float(look.get("zorder", 0.0))
-            own = {"label": label, "marker": marker, "color": color, "zorder": zorder}
-            markers(points, x, y, error, ax, gid=f"{group}/sample", **own)
+            drawn = {"label": label, "marker": marker, "color": color, "zorder": zorder}
+            markers(points, x, y, error, ax, gid=f"{group}/sample", **drawn)
     return ax
 
 

@@ -6,29 +6,26 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from figures.curves import markers
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis
+from figures.style import REFERENCE, axes_or_new, members_axis, ordered
 from nqm.table import label
 
 #: Additive theory dashed, exact moments with state-dependent noise solid, training as markers.
 STYLES = {"additive": (0, (4, 1.5)), "exact": "-"}
+#: Map of the shades of a quantity: a page shows K and rates, each in colours of its own.
+MAPS = {"members": "viridis", "lr": "plasma"}
 
 
 def _draw(table: pd.DataFrame, x: str, by: str, text: str, ax: Axes) -> Axes:
-    for i, (group, rows) in enumerate(table.groupby(by)):
+    groups = table.groupby(by)
+    for own, (group, rows) in zip(ordered(groups.ngroups, MAPS[by]), groups, strict=True):
         for kind, style in STYLES.items():
             line = rows[rows["kind"] == kind].sort_values(x)
-            ax.plot(line[x], line["loss"], linestyle=style, color=PALETTE[i], gid=f"{group}/{kind}")
-        look = {"color": PALETTE[i], "marker": MARKERS[i], "label": f"{text} = {group:g}"}
-        markers(
-            rows[rows["kind"] == "sample"],
-            x,
-            "loss",
-            "stderr",
-            ax,
-            markersize=3.5,
-            **look,
-            gid=f"{group}/sample",
-        )
+            ax.plot(
+                line[x], line["loss"], linestyle=style, color=own["color"], gid=f"{group}/{kind}"
+            )
+        look = {"color": own["color"], "marker": own["marker"], "label": f"{text} = {group:g}"}
+        run = rows[rows["kind"] == "sample"]
+        markers(run, x, "loss", "stderr", ax, markersize=3.5, **look, gid=f"{group}/sample")
     return ax
 
 

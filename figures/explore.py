@@ -7,17 +7,16 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from figures.style import PALETTE, REFERENCE, axes_or_new
+from figures.style import PALETTE, REFERENCE, axes_or_new, ordered
 from nqm.table import label
 
 #: Series of the first picture: what the legend says, and the look.
 LOOKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "before": ("SGD until T0", {"color": REFERENCE}),
+    "before": ("SGD until $T_0$", {"color": REFERENCE}),
     "mean model": ("mean model", {"color": PALETTE[0]}),
     "average member": ("average member", {"color": PALETTE[1], "linestyle": "--"}),
     "sgd": ("SGD goes on", {"color": PALETTE[2], "linestyle": ":"}),
 }
-STYLES = ("-", "--", "-.", ":")
 
 
 def over_examples(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -63,15 +62,13 @@ def against_rate(table: pd.DataFrame, lr: float, members: int, *, ax: Axes | Non
     Axes
     """
     ax = axes_or_new(ax)
-    for index, (size, rows) in enumerate(table.groupby("members")):
-        look: dict[str, Any] = {
-            "color": PALETTE[index % len(PALETTE)],
-            "linestyle": STYLES[index % len(STYLES)],
-            "linewidth": 2.2 if size == members else 1.0,
-        }
-        ax.plot(rows["lr"], rows["loss"], label=f"K = {size}", gid=f"K{size}", **look)
+    sizes = table.groupby("members")
+    for own, (size, rows) in zip(ordered(sizes.ngroups), sizes, strict=True):
+        look = {"color": own["color"], "linestyle": own["linestyle"]}
+        look["linewidth"] = 2.2 if size == members else 1.0
+        ax.plot(rows["lr"], rows["loss"], label=f"$K$ = {size}", gid=f"K{size}", **look)
     ax.axvline(lr, color=REFERENCE, linewidth=0.8, zorder=0)
-    ax.set(xscale="log", yscale="log", xlabel="learning rate after T0", ylabel="loss at the end")
+    ax.set(xscale="log", yscale="log", xlabel="learning rate after $T_0$", ylabel="loss at the end")
     if table["members"].nunique() > 1:
         ax.legend()
     return ax

@@ -70,7 +70,7 @@ def by_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for lr, rows in chosen[chosen["kind"] == "long_run"].groupby("lr", sort=False):
         rows = rows.sort_values("members")
         ax.plot(rows["members"], rows["loss"], ":", gid=f"{lr}/long_run", **looks[lr])
-    ax.legend(loc="lower left")
+    ax.legend(loc="lower left", title="learning rate", alignment="left")
     return _finish(table, ax)
 
 

@@ -26,7 +26,18 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, context, new_figure, plain_log
+from figures.style import (
+    LINES,
+    MARKERS,
+    PALETTE,
+    REFERENCE,
+    axes_or_new,
+    context,
+    legend_free,
+    new_figure,
+    plain_log,
+    typeset,
+)
 from nqm.table import COLUMNS
 
 #: Inches, and dots per inch: 480 x 300 pixels.
@@ -111,7 +122,8 @@ def draw(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ----------
     table : DataFrame
         The index's name labels the x axis, the columns' name the y axis ("expected loss" by
-        default). A column known at fewer than half of the rows becomes markers.
+        default). A column known at fewer than half of the rows becomes markers. ``attrs["T0"]``
+        is the step at which members are spawned: a dotted line.
     ax : Axes, optional
 
     Returns
@@ -120,11 +132,11 @@ def draw(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         A curve's gid is its column. Axes are logarithmic where positive values spread widely.
     """
     ax = axes_or_new(ax)
-    what = str(table.columns.name or COLUMNS["loss"].label)
+    what = typeset(str(table.columns.name or COLUMNS["loss"].label))
     if pd.api.types.is_numeric_dtype(table.index):
         _curves(table, ax)
         name = str(table.index.name or "")
-        ax.set(xlabel=COLUMNS[name].label if name in COLUMNS else name, ylabel=what)
+        ax.set(xlabel=COLUMNS[name].label if name in COLUMNS else typeset(name), ylabel=what)
         steps = np.diff(np.sort(table.index.to_numpy(dtype=float)))
         if table.index.min() > 0 and np.ptp(steps) > 1e-6 * steps.max() and _wide(table.index):
             ax.set_xscale("log")
@@ -145,6 +157,8 @@ def _wide(values: Any) -> bool:
 
 def _curves(table: pd.DataFrame, ax: Axes) -> None:
     curves, marked = 0, 0
+    if "T0" in table.attrs:
+        ax.axvline(table.attrs["T0"], color=REFERENCE, lw=0.8, ls=":", label="$T_0$", gid="T0")
     for name in table.columns:
         rows = table[name].dropna()
         look: dict[str, Any]
@@ -153,14 +167,14 @@ def _curves(table: pd.DataFrame, ax: Axes) -> None:
             look |= {"color": REFERENCE, "zorder": 3}
             marked += 1
         else:
-            look = {"color": PALETTE[curves]}
+            look = {"color": PALETTE[curves], "linestyle": LINES[curves]}
             curves += 1
-        ax.plot(rows.index, rows, label=str(name), gid=str(name), **look)
+        ax.plot(rows.index, rows, label=typeset(str(name)), gid=str(name), **look)
     if _wide(table):
         ax.set_yscale("log")
         plain_log(ax.yaxis)
     if len(table.columns) > 1:
-        ax.legend(loc="best", handlelength=1.4)
+        legend_free(ax, handlelength=2.2)
 
 
 def _bars(table: pd.DataFrame, ax: Axes) -> None:
@@ -170,11 +184,11 @@ def _bars(table: pd.DataFrame, ax: Axes) -> None:
         values: NDArray[np.float64] = table[name].to_numpy(dtype=float)
         place = rows + (index - (len(table.columns) - 1) / 2) * height
         color = PALETTE[index % len(PALETTE)]
-        ax.barh(place, values, height, label=str(name), gid=str(name), color=color)
+        ax.barh(place, values, height, label=typeset(str(name)), gid=str(name), color=color)
         for y, value in zip(place, values, strict=True):
             gap: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points"}
             ax.annotate(f"{value:.3g}", (value, y), va="center", fontsize=7, **gap)
-    ax.set_yticks(rows, [str(name) for name in table.index])
+    ax.set_yticks(rows, [typeset(str(name)) for name in table.index])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.margins(x=0.15)

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from figures.combine import SPACES
-from figures.style import REFERENCE, axes_or_new
+from figures.combine import SHAPES, SPACES
+from figures.style import REFERENCE, axes_or_new, legend_free
 from nqm.table import label
 
 
@@ -40,7 +40,7 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
         if held.any():
             ax.errorbar(
                 rows[column][held], y[held] + shift, xerr=rows[f"{column}_half"][held],
-                fmt=".", color=color, label=space, elinewidth=0.8, gid=space,
+                fmt=SHAPES[space], ms=2.5, color=color, label=space, elinewidth=0.8, gid=space,
             )  # fmt: skip
     none = rows[rows["score"] == "no_module"]
     if len(none):
@@ -48,5 +48,5 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
         ax.axvline(here, color=REFERENCE, lw=0.7, zorder=0, label="no module")
     ax.set_yticks([-i for i in places.values()], list(places))
     ax.set_xlabel(label(column))
-    ax.legend(loc="best")
+    legend_free(ax)
     return ax

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from figures.curves import markers
-from figures.style import MARKERS, PALETTE, REFERENCE, axes_or_new, members_axis, shades
+from figures.style import MARKERS, REFERENCE, axes_or_new, members_axis, ordered, shades
 from nqm.table import label
 
 
@@ -112,13 +112,15 @@ def first_order_error(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     seen = table[table["loss"].abs() > 2.0 * table["stderr"]]
     seen = seen.assign(loss=seen["loss"].abs()).sort_values("variance")
     member = seen[seen["series"] == "average member"]
-    for i, (lr, rows) in enumerate(member.groupby("lr")):
-        look = {"color": PALETTE[i], "marker": MARKERS[i], "label": rf"member, $\eta$ = {lr:g}"}
+    rates = member.groupby("lr")
+    for own, (lr, rows) in zip(ordered(rates.ngroups, "plasma"), rates, strict=True):
+        look = {"color": own["color"], "marker": own["marker"]}
+        look["label"] = rf"member, $\eta$ = {lr:g}"
         markers(rows, "variance", "loss", "stderr", ax, **look, gid=f"{lr}/error")
         weight = 1.0 / (rows["stderr"] / rows["loss"]) ** 2 * (rows["variance"] <= 3.1e-3)
         scale = float(np.average(rows["loss"] / rows["variance"], weights=weight))
         v = np.array([table["variance"].min(), table["variance"].max()])
-        ax.plot(v, scale * v, color=PALETTE[i], linewidth=1.0, zorder=1, gid=f"{lr}/linear")
+        ax.plot(v, scale * v, color=own["color"], linewidth=1.0, zorder=1, gid=f"{lr}/linear")
     largest = float(table["lr"].max())
     mean = seen[(seen["series"] == "mean model") & (seen["lr"] == largest)]
     look = {"color": REFERENCE, "marker": "x", "label": rf"mean, $\eta$ = {largest:g}"}

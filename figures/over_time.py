@@ -14,8 +14,8 @@ from nqm.table import label
 LOOKS: dict[str, dict[str, Any]] = {
     "SGD to T0": {"color": REFERENCE, "marker": "D"},
     "mean model": {"color": PALETTE[0], "marker": "o"},
-    "average member": {"color": PALETTE[1], "marker": "s"},
-    "SGD goes on": {"color": PALETTE[2], "marker": "^"},
+    "average member": {"color": PALETTE[1], "marker": "s", "linestyle": (0, (4, 1.5))},
+    "SGD goes on": {"color": PALETTE[2], "marker": "^", "linestyle": (0, (5, 1, 1, 1))},
     "SGD, lambda, K B": {"color": PALETTE[4], "linestyle": (0, (1, 1.6)), "linewidth": 2.6},
 }
 LABELS = {
@@ -30,6 +30,8 @@ LABELS = {
 def _finish(table: pd.DataFrame, ax: Axes) -> Axes:
     start = table.loc[table["series"] == "mean model", "examples"].min()
     ax.axvline(start, color="0.6", linewidth=0.8, zorder=0)
+    ax.annotate("$T_0$", (start, 0.0), xycoords=("data", "axes fraction"), xytext=(2, 3),
+                textcoords="offset points", fontsize=7, color="0.4")  # fmt: skip
     ax.set(yscale="log", xlabel=f"{label('examples')} seen")
     return ax
 

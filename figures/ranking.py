@@ -20,12 +20,15 @@ _TICK: dict[str, Any] = {
     "marker": "|", "linestyle": "none", "markersize": 9.0, "markeredgewidth": 1.6
 }  # fmt: skip
 _MARKER: dict[str, Any] = {
-    "marker": "o", "linestyle": "none", "markersize": 3.6,
-    "markerfacecolor": "white", "markeredgewidth": 0.9,
+    "linestyle": "none", "markersize": 3.6, "markerfacecolor": "white",
+    "markeredgewidth": 0.9,
 }  # fmt: skip
 _BOUND: dict[str, Any] = {"color": PALETTE[3], "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
-#: Colour of each family of methods.
+#: Colour of each family of methods, and the marker of its simulations.
 COLORS = {"last iterate": REFERENCE, "mean over time": PALETTE[0], "mean over runs": PALETTE[1]}
+SHAPES = dict(zip(COLORS, ("D", "o", "s"), strict=True))
+_UNIT: dict[str, Any] = {"color": "0.6", "linewidth": 0.8}
+_HONEST = _UNIT | {"linestyle": (0, (4, 3))}
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
@@ -87,17 +90,18 @@ def panel(table: pd.DataFrame, rows: list[str], *, ax: Axes | None = None) -> Ax
     theory = exact["loss"].to_dict()
     unit = theory[UNIT]
     drawn = (run[["loss", "stderr"]] / unit).to_dict()
-    ax.axvline(1.0, color="0.6", linewidth=0.8, zorder=1)
-    dashes: Any = {"color": "0.6", "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
-    ax.axvline(theory[HONEST] / unit, gid="honest", **dashes)
+    ax.axvline(1.0, zorder=1, **_UNIT)
+    ax.axvline(theory[HONEST] / unit, gid="honest", zorder=1, **_HONEST)
     ax.axvline(exact["bound"].iloc[0] / unit, gid="bound", zorder=1, **_BOUND)
     for y, name in enumerate(rows):
-        color = COLORS[exact["family"].to_dict()[name]]
+        family = exact["family"].to_dict()[name]
+        color = COLORS[family]
         ratio = theory[name] / unit
         ax.plot([1.0, ratio], [y, y], color=color, linewidth=0.8, alpha=0.35, zorder=2)
         ax.plot([ratio], [y], color=color, zorder=3, gid=name, **_TICK)
         width = [WIDTH95 * drawn["stderr"][name]]
-        look: Any = _MARKER | {"color": color, "elinewidth": 0.9, "zorder": 4}
+        look: Any = _MARKER | {"color": color, "marker": SHAPES[family]}
+        look |= {"elinewidth": 0.9, "zorder": 4}
         bar = ax.errorbar([drawn["loss"][name]], [y], xerr=width, **look)
         bar[0].set_gid(f"{name}/sample")
     ax.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
@@ -132,16 +136,20 @@ def page(table: pd.DataFrame, figure: Figure) -> None:
         subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
         ax.xaxis.set_major_locator(LogLocator(subs=subs))
     figure.supxlabel("final loss / that of SGD at its best constant rate, equal data", fontsize=8)
-    columns = 6 if len(spectra) > 1 else 3
+    columns = 4 if len(spectra) > 1 else 2
     figure.legend(handles=_legend(), loc="outside upper center", ncols=columns, fontsize=7)
 
 
 def _legend() -> list[Line2D]:
-    """Colours are families, the shapes theory and simulation."""
-    ink: dict[str, Any] = {"color": REFERENCE}
+    """Colours and shapes of families, theory, simulations, and the vertical lines."""
+    families = [
+        Line2D([], [], label=f"{name}, simulated", color=color, marker=SHAPES[name], **_MARKER)
+        for name, color in COLORS.items()
+    ]
     return [
-        *(Line2D([], [], color=color, linewidth=2.5, label=name) for name, color in COLORS.items()),
-        Line2D([], [], label="theory", **_TICK, **ink),
-        Line2D([], [], label="simulation", **_MARKER, **ink),
-        Line2D([], [], label="bound", **_BOUND),
+        *families,
+        Line2D([], [], label="theory", color=REFERENCE, **_TICK),
+        Line2D([], [], label="SGD, constant rate", **_UNIT),
+        Line2D([], [], label="SGD, linear decay", **_HONEST),
+        Line2D([], [], label="bound of linear methods", **_BOUND),
     ]

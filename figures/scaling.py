@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from figures.curves import curves
-from figures.style import COLORMAP, REFERENCE, axes_or_new
+from figures.style import COLORMAP, REFERENCE, axes_or_new, ordered
 
 
-def _ordered(values: list[Any]) -> dict[Any, dict[str, Any]]:
-    """Colours of a sequential map, dark for small to light for large."""
-    shades = mpl.colormaps[COLORMAP](np.linspace(0.0, 0.85, len(values)))
-    return {value: {"color": shade} for value, shade in zip(values, shades, strict=True)}
+def _ordered(values: list[Any], colormap: str = COLORMAP) -> dict[Any, dict[str, Any]]:
+    """Dark for small to light for large, told apart by line and marker as well."""
+    return dict(zip(values, ordered(len(values), colormap), strict=True))
 
 
 def frontier(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -66,11 +63,13 @@ def decay_start(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     best = table.groupby("noise")["loss"].transform("min")
     relative = table.assign(relative=table["loss"] / best)
-    looks = _ordered(sorted(table["noise"].unique()))
-    curves(relative, x="decay", y="relative", by="noise", looks=looks, ax=ax)
+    looks = _ordered(sorted(table["noise"].unique()), "plasma")  # sizes have the other map
+    names = {noise: f"{noise:g}" for noise in looks}
+    curves(relative, x="decay", y="relative", by="noise", looks=looks, labels=names, ax=ax)
     for noise, rows in relative.groupby("noise"):
         best_share = rows["decay"].to_numpy()[rows["relative"].argmin()]
-        ax.plot(best_share, 1.0, "o", gid=f"{noise}/best", clip_on=False, **looks[noise])
+        own = looks[noise] | {"linestyle": "none"}
+        ax.plot(best_share, 1.0, gid=f"{noise}/best", clip_on=False, **own)
     ax.set(xlabel="share of the steps spent on the decay", ylabel="final loss / best final loss")
     ax.set(xlim=(0.0, 1.0), ylim=(0.98, 2.5))
     ax.legend(title="label noise $\\sigma^2$", loc="upper right")

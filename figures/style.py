@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -28,6 +29,8 @@ REFERENCE = "#333333"
 #: Further colours, for more arms than the palette has (Tol 2021); never for two meanings of one.
 MORE = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+#: Further markers, where one colour has more than `MARKERS`.
+MORE_MARKERS = ("X", "<", ">", "p", "h", "*", "d", "8")
 LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0, (7, 2)),
                           (0, (3, 1, 1, 1, 1, 1)))  # fmt: skip
 #: A sequential map that is monotone in lightness.
@@ -96,6 +99,24 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
+def ordered(count: int, colormap: str = COLORMAP) -> list[dict[str, Any]]:
+    """Looks of ordered numbers: the shade tells their order, line and marker tell them apart.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+    colormap : str
+        As for `shades`.
+
+    Returns
+    -------
+    list of dict
+        As `look` returns them, with the colours of `shades`.
+    """
+    return [look(i) | {"color": color} for i, color in enumerate(shades(count, colormap))]
+
+
 def shades(count: int, colormap: str = COLORMAP) -> list[Any]:
     """Colours of ordered numbers, from dark to light, told apart by their lightness.
 
@@ -113,6 +134,31 @@ def shades(count: int, colormap: str = COLORMAP) -> list[Any]:
     """
     colors = mpl.colormaps[colormap]
     return [colors(0.75 * i / max(count - 1, 1)) for i in range(count)]
+
+
+#: Symbols as plain text has them, and as they are set.
+_SYMBOLS = {
+    "K": "K", "h": "h", "B": "B", "C": "C", "H": "H", "T0": "T_0", "t": "t", "v": "v",
+    "h_max": r"h_{\max}", "eta": r"\eta", "lambda": r"\lambda", "gamma": r"\gamma",
+    "sigma^2": r"\sigma^2",
+}  # fmt: skip
+_SYMBOL = re.compile(r"(?<![\w$^'])(" + "|".join(map(re.escape, _SYMBOLS)) + r")(?![\w$^])")
+
+
+def typeset(text: str) -> str:
+    """Set the symbols of a text as mathematics; its dollar signs are shown as such.
+
+    Parameters
+    ----------
+    text : str
+        Plain text in which symbols stand as words, e.g. ``"K = 2"`` or ``"lr h_max"``.
+
+    Returns
+    -------
+    str
+        For Matplotlib, e.g. ``"$K$ = 2"``.
+    """
+    return _SYMBOL.sub(lambda at: f"${_SYMBOLS[at[1]]}$", text.replace("$", r"\$"))
 
 
 def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:
@@ -173,6 +219,29 @@ def panel_letters(axes: list[Axes]) -> None:
         title = ax.get_title() or ax.get_title(loc="left")
         ax.set_title("")
         ax.set_title(f"({letter}) {title}".rstrip(), loc="left")
+
+
+def legend_free(ax: Axes, columns: int = 2, **options: Any) -> None:
+    """Put the legend where it hides no data; above them if there is no such place.
+
+    Parameters
+    ----------
+    ax : Axes
+        With all of its data, and its scale.
+    columns : int
+        Columns of a legend above the data.
+    **options
+        Of `Axes.legend`, for a legend among the data.
+    """
+    legend = ax.legend(loc="best", **options)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    # A curve between two points counts as well.
+    paths = (line.get_path().interpolated(8).transformed(line.get_transform()) for line in ax.lines)
+    if any(box.contains(*point) for path in paths for point in path.vertices):
+        legend_above(ax, columns)
 
 
 def legend_above(ax: Axes, columns: int = 2, title: str = "") -> None:

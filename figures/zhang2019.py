@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from figures.style import COLORMAP, MARKERS, PALETTE, REFERENCE, axes_or_new
+from figures.style import REFERENCE, axes_or_new, look, ordered
 
 #: How each method is drawn; a colour is a preconditioner.
 LOOKS: dict[str, tuple[dict[str, Any], str]] = {
@@ -34,10 +33,15 @@ def _batch_axis(ax: Axes, sizes: pd.Series) -> None:
     ax.set_xlabel("batch size $B$")
 
 
-def _colors(values: list[float]) -> dict[float, Any]:
-    """Light to dark along a sequential map, its palest end left out."""
-    places = np.linspace(0.88, 0.05, len(values))
-    return {value: colormaps[COLORMAP](place) for value, place in zip(values, places, strict=True)}
+def _looks(values: list[float]) -> dict[float, dict[str, Any]]:
+    """Dark to light for small to large values, told apart by line and marker as well."""
+    return dict(zip(sorted(values), ordered(len(values)), strict=True))
+
+
+def _mark(index: int) -> dict[str, Any]:
+    """Colour and marker of a preconditioner, or of a method alone in its figure."""
+    own = look(index)
+    return {"color": own["color"], "marker": own["marker"], "markersize": 2.6}
 
 
 def _curves(table: pd.DataFrame, y: str, ax: Axes) -> list[Line2D]:
@@ -52,21 +56,19 @@ def _curves(table: pd.DataFrame, y: str, ax: Axes) -> list[Line2D]:
         rows = table[(table["series"] == series) & (table["exponent"] == exponent)]
         rows = rows.sort_values("batch_size")
         place = exponents.index(exponent)
-        look = dict(LOOKS[series][0]) if len(methods) > 1 else SOLID
+        line = dict(LOOKS[series][0]) if len(methods) > 1 else SOLID
         # Two methods and no preconditioners: colours tell the methods apart.
         place = place if len(exponents) > 1 else methods.index(series)
-        ax.plot(rows["batch_size"], rows[y], marker=MARKERS[place], markersize=2.6,
-                color=PALETTE[place], gid=f"{series}/{exponent:g}", **look)  # fmt: skip
+        gid = f"{series}/{exponent:g}"
+        ax.plot(rows["batch_size"], rows[y], gid=gid, **_mark(place), **line)
     handles = []
     if len(exponents) > 1:
-        handles = [
-            Line2D([], [], color=PALETTE[i], marker=MARKERS[i], markersize=2.6, label=_power(g))
-            for i, g in enumerate(exponents)
-        ]
+        handles = [Line2D([], [], label=_power(g), **_mark(i)) for i, g in enumerate(exponents)]
     if len(methods) > 1:
+        alone = len(exponents) == 1
         handles += [
             Line2D([], [], label=LOOKS[name][1], **LOOKS[name][0],
-                   color="0.35" if len(exponents) > 1 else PALETTE[i])
+                   **(_mark(i) if alone else {"color": "0.35"}))
             for i, name in enumerate(methods)
         ]  # fmt: skip
     return handles
@@ -94,7 +96,7 @@ def training_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     path, floor = table[table["kind"] == "exact"], table[table["kind"] == "floor"]
     rates = sorted(path["lr"].unique(), reverse=True)
-    colors = _colors(rates)
+    colors = {lr: own["color"] for lr, own in _looks(rates).items()}  # names stand at the floors
     for lr in rates:
         rows = path[(path["lr"] == lr) & (path["step"] > 0)].sort_values("step")
         ax.plot(rows["step"], rows["loss"], color=colors[lr], gid=f"{lr:g}")
@@ -125,16 +127,17 @@ def targets(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     levels = sorted(table["target"].unique(), reverse=True)
-    colors = _colors(levels)
+    looks = _looks(levels)
     for target in levels:
         rows = table[table["target"] == target].sort_values("batch_size")
-        ax.plot(rows["batch_size"], rows["step"], "o-", markersize=2.6, color=colors[target],
-                label=f"{target:g}", gid=f"{target:g}")  # fmt: skip
+        own = looks[target] | {"linestyle": "-", "markersize": 2.6}
+        ax.plot(rows["batch_size"], rows["step"], label=f"{target:g}", gid=f"{target:g}", **own)
         sizes = rows["batch_size"].to_numpy(dtype=float)
         scaled = rows["step"].iloc[0] * sizes[0] / sizes
         seen = scaled >= 0.3 * float(rows["step"].min())
         ax.plot(sizes[seen], scaled[seen], color=REFERENCE, linewidth=0.6, linestyle=":",
                 zorder=1, gid=f"{target:g}/scaling")  # fmt: skip
+    ax.plot([], [], color=REFERENCE, linewidth=0.6, linestyle=":", label="equal examples")
     ax.set(yscale="log", ylabel="steps to target")
     _batch_axis(ax, table["batch_size"])
     ax.legend(title="target loss", loc="upper right")
@@ -260,14 +263,15 @@ def schedules(table: pd.DataFrame, *, share: bool = False, ax: Axes | None = Non
     """
     ax = axes_or_new(ax)
     sizes = sorted(table["batch_size"].unique())
-    colors = _colors(sizes)
+    looks = _looks(sizes)
     for size in sizes:
         rows = table[(table["batch_size"] == size) & (table["length"] > 0)].sort_values("begin")
         total = float(rows["step"].iloc[0])
         edges = np.r_[rows["begin"], total] / (total if share else 1.0)
         label = f"$2^{{{round(np.log2(size))}}}$"
-        ax.stairs(rows["lr"], edges, color=colors[size], linewidth=1.2, baseline=None,
-                  label=label, gid=f"{size:g}")  # fmt: skip
+        own = {name: looks[size][name] for name in ("color", "linestyle")}
+        ax.stairs(rows["lr"], edges, linewidth=1.2, baseline=None, label=label, gid=f"{size:g}",
+                  **own)  # fmt: skip
     ax.set(yscale="log", ylabel=r"learning rate $\eta$")
     if share:
         ax.set(xlabel="share of training", xlim=(0, 1))

@@ -111,7 +111,7 @@ def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -
         figure = style.new_figure(style.PAGE, 4.3)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, (name, part) in zip(axes, panels.items(), strict=True):
-            combine.ways(part, ax=ax)
+            combine.ways(part, names=rows["comparison"], ax=ax)
             ax.set_title(name)
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return style.finish(figure, folder / "ranking", title, axes)

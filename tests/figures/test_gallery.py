@@ -77,7 +77,7 @@ def test_curves_and_markers() -> None:
 def test_axes_are_logarithmic_where_values_spread() -> None:
     narrow = pd.DataFrame({"a": [1.0, 2.0, 3.0]}, pd.Index([1.0, 10.0, 100.0], name="K"))
     ax = draw(narrow.rename_axis(columns="ratio"))
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("K", "ratio")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("$K$", "ratio")
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
     assert ax.get_legend() is None
     negative = draw(pd.DataFrame({"a": [-1.0, 200.0]}, [1.0, 2.0]))
