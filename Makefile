@@ -13,7 +13,7 @@ RELEASE := .venv-release
 # Tests to run, e.g. PYTEST=tests/nqm/test_table.py; all by default.
 PYTEST ?=
 
-.PHONY: reproduce test test-all test-portable test-lowest test-python release lint docs bench bench-gpu gallery clean setup setup-neural
+.PHONY: reproduce test test-all test-portable test-lowest test-python release lint docs bench bench-gpu gallery pictures clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
@@ -68,6 +68,9 @@ bench-gpu: setup-neural  ## on a GPU: speed, memory and a comparison over seeds,
 gallery: setup  ## run the gallery's code, draw its pictures, note what it prints; render docs/tables
 	$(BIN)/python -m figures.gallery docs/gallery.md
 	$(BIN)/python -m figures.pages docs/*.md
+
+pictures: setup-neural  ## draw the pictures of docs/images from docs/tables
+	$(BIN)/python -m paper_repro.pictures docs
 
 setup: $(VENV)/.installed
 setup-neural: $(VENV)/.installed-neural  ## PyTorch as well

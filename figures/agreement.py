@@ -102,7 +102,7 @@ def gains(
         ax.barh(at, value, height, label=label(f"{column}_gain"), **own,
                 xerr=[value - low, high - value], gid=column,
                 error_kw={"lw": 0.7, "ecolor": REFERENCE, "capsize": 1.5})  # fmt: skip
-    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_locator(MaxNLocator(3))
     ax.axvline(0.0, color=REFERENCE, lw=0.7)
     ax.set_yticks(y, names)
     ax.set_xlabel(label(f"{columns[0]}_gain"))

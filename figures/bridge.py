@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from figures.style import (
     legend_free,
     look,
     members_axis,
+    ordered,
     plain_log,
     shades,
     typeset,
@@ -300,6 +302,60 @@ def held_out(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.axhline(0.0, color=REFERENCE, lw=0.6, zorder=0)
     ax.set(xlabel="members $K$", ylabel="test loss saved", title="test loss")
     legend_above(ax, 3, "lr")
+    return ax
+
+
+def ratios(
+    table: pd.DataFrame, rates: Sequence[float] | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """Draw measured over predicted rise of the loss against K, a shade for each learning rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns lr_times_sharpness, batch_size, members, ratio and ratio_error (NaN where there is
+        none). Markers of the first batch size are filled; others are named at their curve.
+    rates : sequence of float, optional
+        Learning rates of all panels of a page, which share their looks; by default the table's.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        Error bars are one standard error; a gid is ``LR/BATCH_SIZE``. The legend is left to the
+        caller.
+    """
+    ax = axes_or_new(ax)
+    for shade, band in zip(("#f2f2f2", "#dddddd"), BANDS, strict=True):
+        ax.axhspan(1.0 / band, band, color=shade, zorder=0)
+    ax.axhline(1.0, color=REFERENCE, lw=0.7, zorder=0)
+    named = sorted(table["lr_times_sharpness"].unique() if rates is None else rates)
+    looks = dict(zip(named, ordered(len(named), "plasma"), strict=True))
+    first = table["batch_size"].iloc[0]
+    cases = table.groupby(["lr_times_sharpness", "batch_size"], sort=False)
+    others: list[tuple[float, float, str]] = []
+    for i, ((lr, size), rows) in enumerate(cases):
+        own = looks[lr]
+        aside = 1.06 ** (i - (cases.ngroups - 1) / 2)  # so that every bar is seen
+        x = rows["members"] * aside
+        ax.errorbar(
+            x, rows["ratio"], rows["ratio_error"].fillna(0.0), color=own["color"],
+            ls=own["linestyle"], marker=own["marker"], ms=3.0, lw=0.7, mew=0.7,
+            mfc=own["color"] if size == first else "white", gid=f"{lr:g}/{size:g}",
+            label=f"{lr:g}" if size == first else "_",
+        )  # fmt: skip
+        if size != first:
+            others.append((float(rows["ratio"].iloc[-1]), float(x.iloc[-1]), f"$B$ = {size:g}"))
+    middle = (len(others) - 1) / 2
+    for i, (end, x_end, name) in enumerate(sorted(others)):  # names of near ends stand apart
+        ax.annotate(name, (x_end, end), xytext=(5, 5 * (i - middle)), fontsize=5.5,
+                    textcoords="offset points", va="center")  # fmt: skip
+    members_axis(ax, sorted(map(int, table["members"].unique())))
+    ax.set(yscale="log", xlabel="members $K$", ylabel="measured / predicted")
+    ends = table["ratio"].min(), table["ratio"].max()
+    ax.set_ylim(min(0.9 * ends[0], 0.78), max(1.12 * ends[1], 1.33))
+    plain_log(ax.yaxis)
     return ax
 
 

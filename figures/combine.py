@@ -60,7 +60,7 @@ def name_of(row: pd.Series) -> str:
     return f"{name}, {row['repair']}" if several else name
 
 
-def decomposition(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def decomposition(table: pd.DataFrame, *, legend: bool = True, ax: Axes | None = None) -> Axes:
     """Loss of every combination: the mean member's, less what combining gains.
 
     Parameters
@@ -68,6 +68,8 @@ def decomposition(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     table : DataFrame
         Columns rule, space, repair, nll and mean_member_nll of one set of data, a row a
         combination.
+    legend : bool
+        False leaves the legend to the page.
     ax : Axes, optional
 
     Returns
@@ -87,17 +89,20 @@ def decomposition(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(y, [name_of(row) for _, row in rows.iterrows()])
     ax.set(xlabel="negative log-likelihood (nats)", title="what combining gains")
     _log_if_wide(ax, "x", pd.concat([rows["nll"], rows["mean_member_nll"]]))
-    legend_free(ax)
+    if legend:
+        legend_free(ax)
     return ax
 
 
-def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def predicted(table: pd.DataFrame, *, legend: bool = True, ax: Axes | None = None) -> Axes:
     """Predicted against measured loss, one point a model.
 
     Parameters
     ----------
     table : DataFrame
         Columns rule, space, nll, predicted and predicted_from.
+    legend : bool
+        False leaves the legend to the page.
     ax : Axes, optional
 
     Returns
@@ -108,14 +113,13 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     rows = table[(table["predicted"] > 0) & np.isfinite(table["predicted"])]
     single = rows["rule"] == "member"
     mean = rows["rule"] == "mean_member"
-    names = {"weights": "soup", "probabilities": "ensemble", "logits": "ensemble of logits"}
     groups = [
         ("member", rows[single], MEMBER, "."),
         ("mean member", rows[mean], REFERENCE, MARKERS[4]),
     ]
     for space, color in SPACES.items():
         part = rows[~single & ~mean & (rows["space"] == space)]
-        groups.append((names[space], part, color, SHAPES[space]))
+        groups.append((space, part, color, SHAPES[space]))
     for label, part, color, marker in groups:
         if len(part):
             ax.plot(part["nll"], part["predicted"], marker, color=color, label=label, gid=label)
@@ -128,7 +132,8 @@ def predicted(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         both = pd.concat([rows["nll"], rows["predicted"]])
         for axis in "xy":
             _log_if_wide(ax, axis, both)
-        legend_above(ax)
+        if legend:
+            legend_free(ax)
     inside = bool((rows["predicted_from"] == "surrogate").all())
     ax.set(
         xlabel="measured loss (nats)",
@@ -190,13 +195,15 @@ def _of_comparisons(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def passes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def passes(table: pd.DataFrame, *, legend: bool = True, ax: Axes | None = None) -> Axes:
     """Loss against what a prediction costs.
 
     Parameters
     ----------
     table : DataFrame
         Columns rule, space, passes, nll and nll_tuned of one set of data.
+    legend : bool
+        False leaves the legend to the page.
     ax : Axes, optional
 
     Returns
@@ -224,7 +231,8 @@ def passes(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="forward passes", ylabel="negative log-likelihood (nats)", title="cost")
     _log_if_wide(ax, "y", pd.concat([table["nll"], table["nll_tuned"]]).dropna())
-    legend_free(ax)
+    if legend:
+        legend_free(ax)
     return ax
 
 
@@ -309,7 +317,12 @@ def _log_if_wide(ax: Axes, axis: str, values: pd.Series) -> None:
 
 
 def budget(
-    table: pd.DataFrame, *, cost: str = "bits", metric: str = "nll", ax: Axes | None = None
+    table: pd.DataFrame,
+    *,
+    cost: str = "bits",
+    metric: str = "nll",
+    legend: bool = True,
+    ax: Axes | None = None,
 ) -> Axes:
     """A metric of low-precision ensembles against what they cost; hollow at tuned temperatures.
 
@@ -321,6 +334,8 @@ def budget(
     cost : {"bits", "passes"}
         Bits held for each weight, or forward passes of a prediction.
     metric : str
+    legend : bool
+        False leaves the legend to the page.
     ax : Axes, optional
 
     Returns
@@ -363,7 +378,8 @@ def budget(
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     words = {"bits": ("bits held for a weight", "memory"), "passes": ("forward passes", "time")}
     ax.set(xlabel=words[cost][0], ylabel=axis_label(metric), title=words[cost][1])
-    legend_free(ax, fontsize=6, ncols=2)
+    if legend:
+        legend_free(ax, fontsize=6, ncols=2)
     return ax
 
 

@@ -11,7 +11,9 @@ from figures.style import REFERENCE, axes_or_new, legend_free
 from nqm.table import label
 
 
-def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = None) -> Axes:
+def scores(
+    table: pd.DataFrame, *, column: str = "accuracy", legend: bool = True, ax: Axes | None = None
+) -> Axes:
     """Draw one metric of every way of combining, with its interval over splits.
 
     Parameters
@@ -19,6 +21,8 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
     table : DataFrame
         Columns score, kept, weighting, space, `column` and the half width of its interval.
     column : str
+    legend : bool
+        False leaves the legend to the page.
     ax : Axes, optional
 
     Returns
@@ -29,7 +33,9 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
     rows = table[table[column].notna()]
     parts = zip(rows["score"], rows["kept"], rows["weighting"], strict=True)
     names = [
-        (f"{score} {kept} {how}" if how else str(score)).replace("_", " ")
+        (f"{score} {kept} {how}" if how else str(score))
+        .replace("_", " ")
+        .replace("tfidf", "TF-IDF")
         for score, kept, how in parts
     ]
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
@@ -48,5 +54,6 @@ def scores(table: pd.DataFrame, *, column: str = "accuracy", ax: Axes | None = N
         ax.axvline(here, color=REFERENCE, lw=0.7, zorder=0, label="no module")
     ax.set_yticks([-i for i in places.values()], list(places))
     ax.set_xlabel(label(column))
-    legend_free(ax)
+    if legend:
+        legend_free(ax)
     return ax

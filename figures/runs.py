@@ -55,6 +55,43 @@ def comparison(table: pd.DataFrame, *, metric: str = "accuracy", ax: Axes | None
     return ax
 
 
+def means(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw published means of models with their spreads.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns model, mean, spread (standard deviation over seeds, NaN for a single value) and,
+        optionally, series. The first row is the reference line.
+    ax : Axes, optional
+        Axes to draw on; by default those of a new figure.
+
+    Returns
+    -------
+    Axes
+        A row for each model, series side by side; a gid is the series. The label of the axis is
+        left to the caller.
+    """
+    ax = axes_or_new(ax)
+    rows = table if "series" in table else table.assign(series="")
+    places = {name: i for i, name in enumerate(dict.fromkeys(rows["model"]))}
+    series = list(dict.fromkeys(rows["series"]))
+    for i, name in enumerate(series):
+        own, one = look(i), rows[rows["series"] == name]
+        y = one["model"].map(places) + 0.22 * (i - (len(series) - 1) / 2)
+        ax.errorbar(
+            one["mean"], y, xerr=one["spread"].fillna(0.0), fmt=own["marker"], color=own["color"],
+            capsize=2.0, elinewidth=0.9, label=name, gid=name or "means",
+        )  # fmt: skip
+    ax.axvline(float(table["mean"].iloc[0]), color=REFERENCE, lw=0.7, ls=(0, (2, 2)), zorder=0)
+    ax.set_yticks(range(len(places)), list(places))
+    ax.set_ylim(len(places) - 0.5, -0.5)
+    if len(series) > 1:
+        # Above the axes: rows fill them.
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(series))
+    return ax
+
+
 def over_epochs(
     table: pd.DataFrame,
     *,
@@ -107,7 +144,7 @@ def over_epochs(
     if f"average_{column}" in table and table[f"average_{column}"].notna().any():
         extra.append(Line2D([], [], color=REFERENCE, ls=AVERAGED, label="average over time"))
     if starts:
-        extra.append(Line2D([], [], color=REFERENCE, lw=0.8, ls=":", label="T0: members begin"))
+        extra.append(Line2D([], [], color=REFERENCE, lw=0.8, ls=":", label="$T_0$: members begin"))
     handles = [*ax.get_legend_handles_labels()[0], *extra]
     # Above the axes: curves and T0 may be anywhere within.
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)

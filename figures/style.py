@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -240,7 +241,8 @@ def legend_free(ax: Axes, columns: int = 2, **options: Any) -> None:
     box = legend.get_window_extent()
     # A curve between two points counts as well.
     paths = (line.get_path().interpolated(8).transformed(line.get_transform()) for line in ax.lines)
-    if any(box.contains(*point) for path in paths for point in path.vertices):
+    inside = (box.count_contains(np.asarray(path.vertices)) for path in paths)
+    if any(inside):
         legend_above(ax, columns)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from figures import agreement, combine, style
@@ -40,22 +41,14 @@ def draw(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         predicted = bool(test["predicted"].notna().any())
         top = "abc" if predicted else "aac"
         axes = figure.subplot_mosaic(f"{top};ddd" if shifted else top)
-        combine.decomposition(test, ax=axes["a"])
+        combine.decomposition(test, legend=False, ax=axes["a"])
         if predicted:
-            combine.predicted(test, ax=axes["b"])
-        combine.passes(test, ax=axes["c"])
+            combine.predicted(test, legend=False, ax=axes["b"])
+        combine.passes(test, legend=False, ax=axes["c"])
         if shifted:
             combine.soup_scatter(table, ax=axes["d"])
-        # Rows may fill all of a panel: what both name alike stands below.
-        named: dict[Any, Any] = {}
-        for one in "ac":
-            handles, labels = axes[one].get_legend_handles_labels()
-            named.update(zip(labels, handles, strict=True))
-            legend = axes[one].get_legend()
-            assert legend is not None
-            legend.remove()
-        shown = list(named.values()), list(named)
-        figure.legend(*shown, loc="outside lower center", ncols=len(named))
+        # Rows may fill all of a panel: what they name alike stands below.
+        figure.legend(*_shared(axes[one] for one in top), loc="outside lower center", ncols=7)
     return style.finish(figure, folder / "compare", title, axes.values())
 
 
@@ -85,6 +78,15 @@ def draw_growth(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
             ax.get_legend().remove()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return style.finish(figure, folder / "growth", title, axes)
+
+
+def _shared(axes: Iterable[Axes]) -> tuple[list[Artist], list[str]]:
+    """Legend of several panels, in which every name stands once."""
+    named: dict[str, Artist] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        named |= {name: one for name, one in zip(labels, handles, strict=True) if name not in named}
+    return list(named.values()), list(named)
 
 
 def draw_ranking(tables: Mapping[str, pd.DataFrame], folder: Path, title: str) -> list[Path]:
@@ -136,15 +138,12 @@ def draw_low_precision(table: pd.DataFrame, folder: Path, title: str) -> list[Pa
     with style.context():
         figure = style.new_figure(style.PAGE, 3.2)
         axes = figure.subplots(1, 3)
-        combine.budget(table, cost="bits", ax=axes[0])
-        combine.budget(table, cost="passes", ax=axes[1])
+        combine.budget(table, cost="bits", legend=False, ax=axes[0])
+        combine.budget(table, cost="passes", legend=False, ax=axes[1])
         # Where they are not to be believed, they lie far off and hide those that are.
         believed = table[table["predicted_from"] != OUTSIDE]
-        combine.predicted(believed, ax=axes[2])
-        for ax in axes[:2]:
-            ax.get_legend().remove()
-        shown = axes[1].get_legend_handles_labels()
-        figure.legend(*shown, loc="outside lower center", ncols=5)
+        combine.predicted(believed, legend=False, ax=axes[2])
+        figure.legend(*_shared(axes[1:]), loc="outside lower center", ncols=5)
     return style.finish(figure, folder / "low_precision", title, axes)
 
 
@@ -224,12 +223,14 @@ def draw_gates(table: pd.DataFrame, people: pd.DataFrame, folder: Path, title: s
         agreement.kappa(people, ax=axes["a"])
         for (left, right), rows in (("bc", table[alone]), ("de", table[~alone])):
             agreement.gains(rows, columns=("accuracy",), ax=axes[left])
-            agreement.gains(rows, columns=("nll", "nll_tuned"), ax=axes[right])
+            losses = [one for one in ("nll", "nll_tuned") if f"{one}_gain" in rows]
+            agreement.gains(rows, columns=losses, ax=axes[right])
             axes[right].set_yticklabels([])
         for name, text in zip(
             "bcde", ("one model", "one model", "weights", "weights"), strict=True
         ):
             axes[name].set_title(text)
         shown = axes["e"].get_legend_handles_labels()
-        figure.legend(*shown, loc="outside lower right", ncols=2)
+        if len(shown[1]) > 1:
+            figure.legend(*shown, loc="outside lower right", ncols=2)
     return style.finish(figure, folder / "gates", title, axes.values())

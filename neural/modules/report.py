@@ -168,10 +168,8 @@ def draw(means: pd.DataFrame, out: Path) -> list[Path]:
     with style.context():
         figure = style.new_figure(style.PAGE, 4.6)
         axes = figure.subplots(1, 2, sharey=True)
-        pictures.scores(means, column="accuracy", ax=axes[0])
-        pictures.scores(means, column="nll_tuned", ax=axes[1])
-        for ax in axes:  # rows fill the panels
-            ax.get_legend().remove()
+        for ax, column in zip(axes, ("accuracy", "nll_tuned"), strict=True):
+            pictures.scores(means, column=column, legend=False, ax=ax)  # rows fill the panels
         shown = axes[0].get_legend_handles_labels()
         figure.legend(*shown, loc="outside lower center", ncols=4)
     return style.save(figure, out / "modules", {"table": "modules_summary"})

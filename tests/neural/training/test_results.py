@@ -308,7 +308,7 @@ def test_curves_have_t0_and_the_average_over_time(out: Path) -> None:
     assert expected.index.tolist() == [2, 3]
     np.testing.assert_allclose(drawn["late/average"].get_ydata(), expected, rtol=1e-12)
     names = [entry.get_text() for entry in ax.get_legend().get_texts()]
-    assert names == ["plain", "late", "average over time", "T0: members begin"]
+    assert names == ["plain", "late", "average over time", "$T_0$: members begin"]
 
 
 def test_the_last_point_of_the_average_is_its_result(out: Path) -> None:
