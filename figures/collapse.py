@@ -86,7 +86,7 @@ def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.plot(rate, curve, color=REFERENCE, zorder=1, label="plain SGD", gid="sgd")
     for i, gamma in enumerate(table["gamma_rule"].unique()):
         look: dict[str, Any] = {"marker": MARKERS[i], "color": "0.4", "markerfacecolor": "white"}
-        ax.plot([], [], linestyle="none", label=rf"$\gamma$ = {gamma}", **look)
+        ax.plot([], [], linestyle="none", label=rf"$\gamma = {gamma}$", **look)
     ax.set(xscale="log", yscale="log", title="in SGD's own terms")
     ax.set(xlabel=r"$\lambda = \eta_\phi + \gamma K \eta_\theta$")
     ax.set(ylabel=r"expected loss $\times\ K B$")

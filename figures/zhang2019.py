@@ -164,7 +164,7 @@ def steps(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     found = table[table["kind"] != "bound"]
     handles = _curves(found, "step", ax)
     ax.plot(line["batch_size"], line["step"], color=REFERENCE, linewidth=1.0, linestyle=":",
-            gid="bound", label="$n / 2CB$")  # fmt: skip
+            gid="bound", label="bound $n / 2CB$")  # fmt: skip
     handles += [ax.lines[-1]]
     ax.set(yscale="log", ylabel="steps to target")
     ax.set_ylim(0.5 * found["step"].min(), 2.0 * found["step"].max())

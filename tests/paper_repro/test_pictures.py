@@ -97,7 +97,7 @@ def test_published_means_are_drawn_with_their_spreads() -> None:
     table = pd.DataFrame({"": ["base", "mean"], "bpc": [1.9, 1.8], "bpc ±": [0.1, np.nan]})
     ax = runs.means(published_means(table, "bpc"))
     (bars,) = ax.containers
-    np.testing.assert_allclose(bars[0].get_xdata(), [1.9, 1.8])
+    np.testing.assert_allclose(bars[0].get_xdata(orig=False), [1.9, 1.8])
     segments = np.array(bars[2][0].get_segments())
     np.testing.assert_allclose(segments[0, :, 0], [1.8, 2.0])
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["base", "mean"]
