@@ -12,9 +12,16 @@ from figures.curves import markers
 from figures.style import MARKERS, REFERENCE, axes_or_new, plain_log, shades
 
 
+def _drawn(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of simulations; those of theory where nothing is simulated."""
+    sampled = table["kind"] == "sample"
+    drawn = table[sampled] if sampled.any() else table[table["kind"] == "exact"]
+    return drawn.astype({"members": int})
+
+
 def _points(table: pd.DataFrame, ax: Axes, x: str, scaled: bool, legend: bool) -> None:
     """Monte Carlo points: colour is K, marker is gamma."""
-    run = table[table["kind"] == "sample"]
+    run = _drawn(table)
     colors = shades(run["members"].nunique())
     for i, (gamma, of_gamma) in enumerate(run.groupby("gamma_rule", sort=False)):
         for j, (k, rows) in enumerate(of_gamma.groupby("members")):
@@ -45,6 +52,7 @@ def scattered(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ``GAMMA/K/sample``.
     """
     ax = axes_or_new(ax)
+    table = _drawn(table)
     # Points that share a rate are moved aside by K, so that each is seen.
     sizes = sorted(table["members"].unique())
     aside = {k: 1.12 ** (i - (len(sizes) - 1) / 2) for i, k in enumerate(sizes)}
@@ -52,7 +60,7 @@ def scattered(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     _points(moved, ax, "lr", scaled=False, legend=True)
     ax.set(xscale="log", yscale="log", title="at the base learning rate")
     rates = sorted(table["lr"].unique())
-    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
     ax.xaxis.minorticks_off()
     ax.set(xlabel=r"base learning rate $\eta_\theta$", ylabel="expected loss")
     low, high = ax.get_ylim()
@@ -68,7 +76,8 @@ def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ----------
     table : DataFrame
         Columns members, batch_size, gamma_rule, lr, effective_lr, kind, loss, stderr; rows of kind
-        ``sample`` are drawn. Also curvature, noise_variance and directions, the same in all rows.
+        ``sample`` are drawn (``exact`` if there are none), and the curve of kind ``curve``: loss of
+        plain SGD at one example.
     ax : Axes, optional
         Axes to draw on; by default those of a new figure.
 
@@ -79,13 +88,11 @@ def collapsed(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     _points(table, ax, "effective_lr", scaled=True, legend=False)
-    s = table.iloc[0]
-    edge = 2.0 / s["curvature"]
-    rate = np.geomspace(0.8 * table["effective_lr"].min(), 0.97 * edge, 300)
-    curve = s["directions"] * rate * s["noise_variance"] / (2 * (2 - rate * s["curvature"]))
-    ax.plot(rate, curve, color=REFERENCE, zorder=1, label="plain SGD", gid="sgd")
-    for i, gamma in enumerate(table["gamma_rule"].unique()):
-        look: dict[str, Any] = {"marker": MARKERS[i], "color": "0.4", "markerfacecolor": "white"}
+    curve = table[table["kind"] == "curve"].sort_values("effective_lr")
+    look: dict[str, Any] = {"color": REFERENCE, "zorder": 1, "label": "plain SGD", "gid": "sgd"}
+    ax.plot(curve["effective_lr"], curve["loss"], **look)
+    for i, gamma in enumerate(table["gamma_rule"].dropna().unique()):
+        look = {"marker": MARKERS[i], "color": "0.4", "markerfacecolor": "white"}
         ax.plot([], [], linestyle="none", label=rf"$\gamma = {gamma}$", **look)
     ax.set(xscale="log", yscale="log", title="in SGD's own terms")
     ax.set(xlabel=r"$\lambda = \eta_\phi + \gamma K \eta_\theta$")
@@ -112,11 +119,11 @@ def remainder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         Colour is K, marker is gamma.
     """
     ax = axes_or_new(ax)
-    run = table[table["kind"] == "sample"]
+    run = _drawn(table)
     ratio = run.assign(loss=run["loss"] / run["curve"], stderr=run["stderr"] / run["curve"])
     _points(ratio, ax, "effective_lr", scaled=False, legend=False)
     ax.axhline(1.0, color=REFERENCE, zorder=1, linewidth=1.0)
-    reach = 1.25 * float((np.abs(ratio["loss"] - 1.0) + 1.96 * ratio["stderr"]).max())
+    reach = 1e-3 + 1.25 * float((np.abs(ratio["loss"] - 1.0) + 1.96 * ratio["stderr"]).max())
     ax.set(xscale="log", ylim=(1 - reach, 1 + reach), title="what is left over")
     ax.set(xlabel=r"$\lambda$", ylabel="simulation / SGD's closed form")
     plain_log(ax.xaxis)

@@ -64,7 +64,7 @@ def by_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     rates = sorted(chosen["lr"].unique(), reverse=True)
     looks: dict[Any, dict[str, Any]] = {lr: {"color": BLUES[i % 3]} for i, lr in enumerate(rates)}
     chosen = chosen.sort_values("lr", ascending=False)
-    labels = {lr: rf"$\eta$ = {lr:g}" for lr in rates}
+    labels = {lr: rf"$\eta$ = {lr:.3g}" for lr in rates}
     curves(chosen[chosen["kind"] != "long_run"], x="members", by="lr", looks=looks, labels=labels,
            ax=ax)  # fmt: skip
     for lr, rows in chosen[chosen["kind"] == "long_run"].groupby("lr", sort=False):

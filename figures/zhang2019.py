@@ -164,7 +164,7 @@ def steps(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     found = table[table["kind"] != "bound"]
     handles = _curves(found, "step", ax)
     ax.plot(line["batch_size"], line["step"], color=REFERENCE, linewidth=1.0, linestyle=":",
-            gid="bound", label="bound $n / 2CB$")  # fmt: skip
+            gid="bound", label="bound")  # fmt: skip
     handles += [ax.lines[-1]]
     ax.set(yscale="log", ylabel="steps to target")
     ax.set_ylim(0.5 * found["step"].min(), 2.0 * found["step"].max())
@@ -179,7 +179,7 @@ def best_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        Columns batch_size, lr, exponent, kind.
+        Columns batch_size, lr, exponent, kind, edge.
     ax : Axes, optional
         Axes to draw on; by default those of a new figure.
 
@@ -191,8 +191,9 @@ def best_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     found = table[table["kind"] == "exact"].assign(series="SGD")
     handles = _curves(found, "lr", ax)
-    ax.axhline(2.0, color=REFERENCE, linewidth=0.8, linestyle=":", gid="edge")
-    ax.annotate("stability edge", (found["batch_size"].min(), 2.2), fontsize=7, va="bottom")
+    edge = float(table["edge"].iloc[0])
+    ax.axhline(edge, color=REFERENCE, linewidth=0.8, linestyle=":", gid="edge")
+    ax.annotate("stability edge", (found["batch_size"].min(), 1.1 * edge), fontsize=7, va="bottom")
     ax.set(yscale="log", ylabel=r"best learning rate $\eta$")
     _batch_axis(ax, found["batch_size"])
     ax.legend(handles=handles, loc="lower right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,11 +13,11 @@ from matplotlib.figure import Figure
 from figures import collapse as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import LatePhase
-from nqm.problems.quadratic import Problem
+from nqm.problems.quadratic import FLAT, Problem
 from nqm.program import Phase, constant
 from nqm.solvers.sample import sample
 from nqm.solvers.steady import steady
-from paper_repro.study import Claim, Scale, agrees, between, identical
+from paper_repro.study import Claim, Scale, agrees, between, identical, quick
 
 TITLE = "Every late-phase setting lies on one curve"
 SUMMARY = (
@@ -63,7 +64,7 @@ def settings(scale: Scale) -> Settings:
     return Settings()
 
 
-def sgd_floor(lr: float, examples: float, s: Settings) -> float:
+def sgd_floor(lr: float, examples: float, problem: Problem) -> float:
     """Return plain SGD's steady-state loss, lr v / (2 (2 - lr h) batch) per direction.
 
     Parameters
@@ -72,16 +73,16 @@ def sgd_floor(lr: float, examples: float, s: Settings) -> float:
         Learning rate, below 2 / h.
     examples : float
         Examples in a minibatch.
-    s : Settings
-        Curvature h, noise variance v and number of directions.
+    problem : Problem
+        Its directions of curvature h > 0 and noise variance v are summed over.
 
     Returns
     -------
     float
-        Sum over the directions.
     """
-    loss = lr * s.noise_variance / (2.0 * (2.0 - lr * s.curvature) * examples)
-    return s.directions * loss
+    h = problem.curvature
+    loss = lr * problem.noise_variance / (2.0 * (2.0 - lr * h) * examples)
+    return float((problem.multiplicity * loss)[h > 0].sum())
 
 
 def compute(scale: Scale) -> pd.DataFrame:
@@ -101,16 +102,38 @@ def compute(scale: Scale) -> pd.DataFrame:
     """
     s = settings(scale)
     problem = Problem(np.full(s.directions, s.curvature), s.noise_variance, initial_variance=0.0)
-    rows = []
+    return compute_on(problem, scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem; rates are in units of 1 / its largest curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it. Runs are simulated from the minimum, where that is quick.
+    """
+    s, h = settings(scale), problem.curvature
+    unit, curved = float(h.max()), h[h > FLAT * h.max()]
+    problem = problem.replace(initial_mean=0.0, initial_variance=0.0, initial_correlation=None)
+    rows: list[dict[str, Any]] = []
     cases = product(s.members, s.gammas, s.base_lr, s.member_lr)
-    for index, (k, name, lr, member_lr) in enumerate(cases):
+    for index, (k, name, base, member) in enumerate(cases):
         gamma = 1.0 / k if name == "1/K" else 1.0
-        rate = member_lr + gamma * k * lr
-        if rate * s.curvature > s.largest_rate:
+        if member + gamma * k * base > s.largest_rate:
             continue
+        lr, member_lr = base / unit, member / unit
+        rate = member_lr + gamma * k * lr
         late = LatePhase(k, gamma)
         # |1 - lambda h|^2T and the members' |1 - eta_phi h|^2T fall below e^-2settle.
-        slow = min(-np.log(max(abs(1 - u * s.curvature), 0.1)) for u in (rate, member_lr))
+        slow = min(-np.log(np.abs(1 - u * curved).clip(0.1).max()) for u in (rate, member_lr))
         steps = int(np.ceil(s.settle / slow))
         row = {
             "members": k,
@@ -119,14 +142,20 @@ def compute(scale: Scale) -> pd.DataFrame:
             "member_lr": member_lr,
             "effective_lr": rate,
         }
-        row |= {"batch_size": s.batch_size, "curve": sgd_floor(rate, k * s.batch_size, s)}
-        row |= {"curvature": s.curvature, "noise_variance": s.noise_variance}
+        row |= {"batch_size": s.batch_size, "curve": sgd_floor(rate, k * s.batch_size, problem)}
         phase = Phase(late, lr, steps, s.batch_size, member_lr)
         rows.append(row | {"kind": "exact", "loss": steady(problem, phase).loss, "stderr": 0.0})
+        if not quick(problem, k, steps, s.replicas):
+            continue
         program = constant(late, lr, steps, batch_size=s.batch_size, member_lr=member_lr)
         run = sample(problem, program, [steps], replicas=s.replicas, seed=s.seed * 1000 + index)
         rows.append(row | {"kind": "sample", "loss": run.loss[0], "stderr": run.stderr[0]})
-    return pd.DataFrame(rows).assign(directions=s.directions, replicas=s.replicas, seed=s.seed)
+    lowest = 0.8 * min(row["effective_lr"] for row in rows)
+    for rate in np.geomspace(lowest, 1.94 / unit, 300):
+        loss = sgd_floor(rate, 1.0, problem)  # of a batch of K B = 1
+        rows.append({"kind": "curve", "effective_lr": rate, "loss": loss, "stderr": 0.0})
+    fixed = {"directions": problem.directions, "replicas": s.replicas, "seed": s.seed}
+    return pd.DataFrame(rows).assign(**fixed)
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from nqm.files import replacing
 from paper_repro.build import Built
-from paper_repro.study import ZHANG2019, passed
+from paper_repro.study import GROUPS, ZHANG2019, passed
+
+
+#: Symbols as the texts of a figure write them, and as the page shows them.
+_SYMBOLS = {
+    "eta_phi": "&eta;<sub>&phi;</sub>",
+    "eta_theta": "&eta;<sub>&theta;</sub>",
+    "eta": "&eta;",
+    "lambda": "&lambda;",
+    "gamma": "&gamma;",
+    "sigma^2": "&sigma;<sup>2</sup>",
+    "T0": "T<sub>0</sub>",
+    "h_i": "h<sub>i</sub>",
+    "&lt;=": "&le;",
+    "&gt;=": "&ge;",
+}
+_SYMBOL = re.compile("|".join(rf"(?<!\w){re.escape(one)}(?!\w)" for one in _SYMBOLS))
+
+
+def symbols(text: str) -> Markup:
+    """Show a text's symbols as such.
+
+    Parameters
+    ----------
+    text : str
+        Plain text, e.g. ``"lambda = eta_phi + gamma K eta_theta"``.
+
+    Returns
+    -------
+    Markup
+        Escaped.
+    """
+    return Markup(_SYMBOL.sub(lambda at: _SYMBOLS[at[0]], str(escape(text))))
 
 
 def report_name(figures: Sequence[str]) -> str:
@@ -24,9 +58,12 @@ def report_name(figures: Sequence[str]) -> str:
     Returns
     -------
     str
-        ``zhang2019`` if all figures are from that paper, else ``report``.
+        ``report`` for the group ``all``, the name of another group, or that of a single figure: no
+        page takes another one's place.
     """
-    return "zhang2019" if all(name in ZHANG2019 for name in figures) else "report"
+    given = tuple(figures)
+    groups = {tuple(names): group for group, names in GROUPS.items()}
+    return "report" if given == tuple(GROUPS["all"]) else groups.get(given, "_".join(given))
 
 
 def write_report(built: Sequence[Built], out: Path) -> Path:
@@ -44,11 +81,14 @@ def write_report(built: Sequence[Built], out: Path) -> Path:
     Path
         Path of the page.
     """
-    name = report_name([one.name for one in built])
+    names = [one.name for one in built]
+    name = report_name(names)
+    template = "zhang2019" if all(one in ZHANG2019 for one in names) else "report"
     environment = Environment(
         loader=PackageLoader("paper_repro"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["symbols"] = symbols
     figures = [
         {
             "name": one.name,
@@ -64,7 +104,7 @@ def write_report(built: Sequence[Built], out: Path) -> Path:
         for one in built
     ]
     claims = [claim for one in built for claim in one.claims]
-    page = environment.get_template(f"{name}.html.j2").render(
+    page = environment.get_template(f"{template}.html.j2").render(
         figures=figures,
         version=built[0].metadata["version"],
         scale=built[0].metadata["scale"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from figures import floors as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD, Ensemble, LatePhase, MultiplicativeLatePhase
-from nqm.problems.quadratic import Problem
+from nqm.problems.quadratic import FLAT, Problem
 from nqm.problems.spectra import harmonic
 from nqm.program import Phase, constant
 from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.solvers.sample import sample
 from nqm.solvers.steady import steady
-from paper_repro.study import Claim, Scale, agrees, between, close, identical
+from paper_repro.study import Claim, Scale, agrees, between, close, identical, quick
 
 TITLE = "Steady-state loss against ensemble size"
 SUMMARY = (
@@ -65,21 +65,24 @@ def settings(scale: Scale) -> Settings:
     return Settings()
 
 
-def steps_for(lr: float, s: Settings) -> int:
+def steps_for(lr: float, problem: Problem, s: Settings) -> int:
     """Return the cycles that reduce the start to e^(-2 settle) in the flattest direction.
 
     Parameters
     ----------
     lr : float
         Learning rate of base and members.
+    problem : Problem
+        Its least curvature > 0 is that of the flattest direction.
     s : Settings
-        Number of directions, and ``settle``.
+        Its ``settle``.
 
     Returns
     -------
     int
     """
-    return int(np.ceil(s.settle * s.directions / lr))
+    h = problem.curvature
+    return int(np.ceil(s.settle / (lr * h[h > FLAT * h.max()].min())))
 
 
 def _cases(lr: float, k: int) -> Iterator[tuple[str, str, Any, float, int]]:
@@ -110,12 +113,41 @@ def compute(scale: Scale) -> pd.DataFrame:
     s = settings(scale)
     h = harmonic(s.directions)
     problem = Problem(h, s.noise_scale * h, minimum=s.minimum, initial_variance=0.0)
+    table = _table(problem, s, ("additive", "multiplicative", "both"))
+    return table.assign(noise_scale=s.noise_scale, minimum=s.minimum)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem; rates are in units of 1 / its largest curvature.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it, without multiplicative members, whose first order needs noise that
+        is small beside the minimum. Runs are simulated from the minimum, where that is quick.
+    """
+    s, unit = settings(scale), float(problem.curvature.max())
+    s = replace(s, lrs=tuple(lr / unit for lr in s.lrs), compared_lr=s.compared_lr / unit)
+    settled = problem.replace(initial_mean=0.0, initial_variance=0.0, initial_correlation=None)
+    return _table(settled, s, ("additive", "both"))
+
+
+def _table(problem: Problem, s: Settings, models: tuple[str, ...]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     seed = s.seed * 1000
     for lr in s.lrs:
         for k in s.members:
             for model, series, algorithm, rate, batch in _cases(lr, k):
                 members = series == "mean model"
+                if model not in models:
+                    continue
                 if not members and series != "SGD, lambda, K B" and lr != s.compared_lr:
                     continue
                 seed += 1
@@ -132,7 +164,9 @@ def compute(scale: Scale) -> pd.DataFrame:
                 rows += _rows(row, str(exact.kind), found, (0.0, 0.0), members)
                 if series == "SGD, lambda, K B" and lr != s.compared_lr:
                     continue
-                steps = steps_for(lr, s)
+                steps = steps_for(lr, problem, s)
+                if not quick(problem, k, steps, s.replicas):
+                    continue
                 program = constant(algorithm, rate, steps, batch_size=batch)
                 run = sample(problem, program, [steps], replicas=s.replicas, seed=seed)
                 found = {"mean model": run.loss[0], "average member": run.member_loss[0]}
@@ -142,8 +176,8 @@ def compute(scale: Scale) -> pd.DataFrame:
                     point = balance_point(problem, algorithm, lr)
                     found = {"mean model": point.loss, "average member": point.member_loss}
                     rows += _rows(row, "long_run", found, (0.0, 0.0), members)
-    table = pd.DataFrame(rows).assign(directions=s.directions, noise_scale=s.noise_scale)
-    return table.assign(minimum=s.minimum, replicas=s.replicas, seed=s.seed)
+    table = pd.DataFrame(rows).assign(directions=problem.directions)
+    return table.assign(replicas=s.replicas, seed=s.seed)
 
 
 def _rows(
@@ -172,23 +206,26 @@ def draw(table: pd.DataFrame) -> Figure:
     Returns
     -------
     Figure
-        Six panels.
+        Six panels; three if there are no multiplicative members.
     """
+    models = [name for name in ("additive", "multiplicative") if (table["model"] == name).any()]
     with context():
-        figure = new_figure(PAGE, 6.4)
-        axes = figure.subplots(3, 2, sharex=True, sharey="row", height_ratios=(3, 1.6, 3))
-        for model, column in zip(("additive", "multiplicative"), axes.T, strict=True):
+        figure = new_figure(PAGE if len(models) > 1 else 4.6, 6.4)
+        axes = figure.subplots(
+            3, len(models), sharex=True, sharey="row", height_ratios=(3, 1.6, 3), squeeze=False
+        )
+        for model, column in zip(models, axes.T, strict=True):
             panels.by_rate(table[table["model"] == model], ax=column[0])
             column[0].set_title(f"{model}: mean model")
             panels.ratio(table[table["model"] == model], ax=column[1])
             lr = float(table.loc[table["series"] == "K runs", "lr"].iloc[0])
             own = table["model"].isin([model, "both"]) & (table["lr"] == lr)
             panels.compared(table[own], ax=column[2])
-            column[2].set_title(rf"{model}, all methods at $\eta$ = {lr:g}")
-        handles, labels = axes[2, 1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+            column[2].set_title(rf"{model}, all methods at $\eta$ = {lr:.3g}")
+        handles, labels = axes[2, -1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(models) + 1)
         panel_letters(list(axes.flat))
-        for ax in axes[:, 1]:
+        for ax in axes[:, 1:].flat:
             ax.set_ylabel("")
         for ax in axes[:2].flat:
             ax.set_xlabel("")

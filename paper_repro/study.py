@@ -58,16 +58,13 @@ GROUPS = {"all": STUDIES, "zhang2019": ZHANG2019, "scaling": SCALING, "ranking":
 
 
 #: Figures of any problem; `on_problem` computes them.
-ON_ANY = ("switch", "rate_map", "ranking", "zhang2019_training")
+ON_ANY = ("switch", "rate_map", "collapse", "steady_state", "ranking", *ZHANG2019)
 #: Why the others are of their own problem.
 OWN_ONLY = {
-    "collapse": "it is copies of one curvature",
-    "steady_state": "multiplicative members need noise that is small beside the minimum",
     "multiplicative": "it is one direction with its minimum at 1",
     "closure": "it is one direction with its minimum at 1",
     "digits": "it is a regression on images",
     "scaling": "it is a least-squares problem with its own inputs",
-    **dict.fromkeys(ZHANG2019, "its target losses are those of h_i = 1/i with C = H"),
 }
 
 
@@ -346,6 +343,26 @@ def between(text: str, measured: float, low: float, high: float) -> Claim:
     """
     parts = [f">= {low:.4g}"] * math.isfinite(low) + [f"<= {high:.4g}"] * math.isfinite(high)
     return Claim(text, float(measured), " and ".join(parts), bool(low <= measured <= high))
+
+
+#: Largest number of updates of one weight in a simulation beside theory: seconds.
+QUICK = 2e8
+
+
+def quick(problem: Problem, members: int, steps: int, replicas: int) -> bool:
+    """Whether a simulation is quick enough to stand beside theory.
+
+    Parameters
+    ----------
+    problem : Problem
+    members, steps, replicas : int
+        Of the simulation.
+
+    Returns
+    -------
+    bool
+    """
+    return problem.directions * members * steps * replicas <= QUICK
 
 
 def slope(x: ArrayLike, y: ArrayLike) -> float:

@@ -17,8 +17,10 @@ from nqm.solvers.moments import solve
 from paper_repro.study import Claim, Scale, between, identical
 from paper_repro.zhang2019.common import (
     bound,
+    curved,
     fewest,
     model,
+    on_target,
     over_bound,
     powers_of_two,
     slow_momenta,
@@ -75,17 +77,39 @@ def compute(scale: Scale) -> pd.DataFrame:
         A row per method (``series``) and batch size (kind ``exact``), rows of the bound, and the
         direct solution of one winner (kind ``solved``).
     """
-    s = settings(scale)
-    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
-    decays, problem = slow_momenta(s.decays), model(s.directions)
+    problem = model(settings(scale).directions)
+    table = compute_on(problem, scale)
+    winner = (table["series"] == "EMA") & (table["batch_size"] == 256)
+    return pd.concat([table, _solved(problem, table[winner])], ignore_index=True)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem, in its own units.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise. Rates are in units of 1 / its largest curvature, the target is the same
+        share of its loss at the start; directions without curvature are left out.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it; without the direct solution.
+    """
+    s, problem = settings(scale), curved(problem)
+    target = on_target(problem, s.target, s.directions)
+    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates) / problem.curvature.max()
+    decays = slow_momenta(s.decays)
     with_ema = fewest([problem], [0.0], [EMA(decay=float(b)) for b in decays], list(decays),
-                      rates, s.batch_sizes, s.target)  # fmt: skip
-    plain = fewest([problem], [0.0], [SGD()], [0.0], rates, s.batch_sizes, s.target)
+                      rates, s.batch_sizes, target)  # fmt: skip
+    plain = fewest([problem], [0.0], [SGD()], [0.0], rates, s.batch_sizes, target)
     frames = [
         with_ema.assign(series="EMA"),
         plain.assign(series="SGD"),
-        bound(s.directions, s.target, s.batch_sizes),
-        _solved(problem, with_ema[with_ema["batch_size"] == 256]),
+        bound(problem, target, s.batch_sizes),
     ]
     return pd.concat(frames, ignore_index=True)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from nqm.algorithms.base import Algorithm
-from nqm.problems.quadratic import FloatArray, Problem
+from nqm.errors import NQMError
+from nqm.problems.quadratic import FLAT, FloatArray, Problem
 from nqm.problems.spectra import harmonic
 from nqm.tuning.grid_search import search
 
@@ -37,22 +38,67 @@ def model(directions: int) -> Problem:
     return Problem(h, h)
 
 
-def preconditioned(directions: int, exponents: Sequence[float] = EXPONENTS) -> list[Problem]:
-    """Return the model under each preconditioner h^-exponent.
+def curved(problem: Problem) -> Problem:
+    """Return the directions of a problem that have curvature: the others have no loss.
 
     Parameters
     ----------
+    problem : Problem
+        Some curvature is > 0.
+
+    Returns
+    -------
+    Problem
+        Without correlations, on which expected losses do not depend.
+    """
+    kept = problem.curvature > FLAT * problem.curvature.max()
+    names = ("curvature", "noise_variance", "multiplicity", "initial_mean", "initial_variance")
+    values = {name: getattr(problem, name)[kept] for name in (*names, "minimum")}
+    return problem.replace(**values, noise_correlation=None, initial_correlation=None)
+
+
+def on_target(problem: Problem, target: float, directions: int) -> float:
+    """Return the target that is the same share of a problem's loss at the start as the model's.
+
+    Parameters
+    ----------
+    problem : Problem
+    target : float
+        Of `model`.
     directions : int
-        Number of directions.
+        Number of directions of `model`.
+
+    Returns
+    -------
+    float
+        `target` itself for `model`.
+
+    Raises
+    ------
+    NQMError
+        If the start has no loss.
+    """
+    if not problem.initial_loss > 0.0:
+        raise NQMError("a target needs a loss at the start; give problem.initial_mean or variance")
+    return target * (problem.initial_loss / model(directions).initial_loss)
+
+
+def preconditioned(problem: Problem, exponents: Sequence[float] = EXPONENTS) -> list[Problem]:
+    """Return a problem under each preconditioner (h / h_max)^-exponent.
+
+    Parameters
+    ----------
+    problem : Problem
+        All curvatures are > 0.
     exponents : sequence of float
 
     Returns
     -------
     list of Problem
-        One for each exponent.
+        One for each exponent; all have the same largest curvature.
     """
-    problem = model(directions)
-    return [problem.precondition(problem.curvature**-g) for g in exponents]
+    h = problem.curvature
+    return [problem.precondition((h / h.max()) ** -g) for g in exponents]
 
 
 def powers_of_two(lowest: int, highest: int, every: int = 1) -> tuple[int, ...]:
@@ -114,16 +160,17 @@ def rounded_down(problem: Problem, bins: int = 100) -> Problem:
     return Problem(edges[place], edges[place], multiplicity=count)
 
 
-def bound(directions: int, target: float, batch_sizes: Sequence[int]) -> pd.DataFrame:
-    """Return the reference n / (2 C B) as rows of a table.
+def bound(problem: Problem, target: float, batch_sizes: Sequence[int]) -> pd.DataFrame:
+    """Return the reference sum(m v / h) / (2 C B) as rows of a table; n / (2 C B) for `model`.
 
-    After N examples the posterior mean under a flat prior has expected loss n / (2 N): the
-    reference is the number of steps of B examples until this loss is C.
+    After N examples the posterior mean under a flat prior has the variance v / (h^2 N) along a
+    direction, hence the expected loss sum(m v / h) / (2 N): the reference is the number of steps of
+    B examples until this loss is C.
 
     Parameters
     ----------
-    directions : int
-        n.
+    problem : Problem
+        All curvatures are > 0.
     target : float
         Target loss C.
     batch_sizes : sequence of int
@@ -135,7 +182,8 @@ def bound(directions: int, target: float, batch_sizes: Sequence[int]) -> pd.Data
         ``batch_size``, ``step``, and ``series`` and ``kind``, both ``bound``.
     """
     sizes = np.asarray(batch_sizes, dtype=np.float64)
-    step = directions / (2.0 * target * sizes)
+    noise = float((problem.multiplicity * (problem.noise_variance / problem.curvature)).sum())
+    step = noise / (2.0 * target * sizes)
     return pd.DataFrame({"batch_size": sizes, "step": step, "series": "bound", "kind": "bound"})
 
 

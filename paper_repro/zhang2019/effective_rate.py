@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 
 import figures.zhang2019 as panels
 from figures.style import PAGE, context, new_figure, panel_letters
+from nqm.problems.quadratic import Problem
 from paper_repro.study import Claim, Scale, between, slope
 from paper_repro.zhang2019 import momentum
-from paper_repro.zhang2019.common import curves
+from paper_repro.zhang2019.common import curved, curves, model
 from paper_repro.zhang2019.momentum import Settings, searched
 
 TITLE = "Zhang et al. 2019: effective learning rate"
@@ -50,7 +51,26 @@ def compute(scale: Scale) -> pd.DataFrame:
         A row for each, as `momentum.searched` returns it, with ``effective_lr`` = lr / (1 -
         momentum).
     """
-    found = searched(settings(scale))
+    return compute_on(model(settings(scale).directions), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem, in its own units.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise. Rates are in units of 1 / its largest curvature, the target is the same
+        share of its loss at the start; directions without curvature are left out.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    found = searched(curved(problem), settings(scale))
     return found.assign(effective_lr=found["lr"] / (1.0 - found["momentum"]))
 
 

@@ -11,12 +11,16 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import context, new_figure
 from nqm.algorithms import HeavyBall
+from nqm.problems.quadratic import Problem
 from paper_repro.study import Claim, Scale, between
 from paper_repro.zhang2019.common import (
     EXPONENTS,
     bound,
+    curved,
     curves,
     fewest,
+    model,
+    on_target,
     over_bound,
     powers_of_two,
     preconditioned,
@@ -64,11 +68,13 @@ def settings(scale: Scale) -> Settings:
     return Settings()
 
 
-def searched(s: Settings) -> pd.DataFrame:
+def searched(problem: Problem, s: Settings) -> pd.DataFrame:
     """Search the best settings of heavy ball (momentum 0 included) and of SGD.
 
     Parameters
     ----------
+    problem : Problem
+        All curvatures are > 0; see `compute_on` for its units.
     s : Settings
         Grids, target and preconditioners.
 
@@ -78,14 +84,15 @@ def searched(s: Settings) -> pd.DataFrame:
         A row per ``series`` (``momentum``, ``SGD``), ``exponent`` and ``batch_size``, as `fewest`
         returns it.
     """
-    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
-    problems = preconditioned(s.directions, s.exponents)
+    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates) / problem.curvature.max()
+    problems = preconditioned(problem, s.exponents)
+    target = on_target(problem, s.target, s.directions)
     momenta = slow_momenta(s.momenta).tolist()
     frames = []
     for series, choices in (("momentum", momenta), ("SGD", momenta[:1])):
         algorithms = [HeavyBall(mu) for mu in choices]
         found = fewest(
-            problems, s.exponents, algorithms, choices, rates, s.batch_sizes, s.target
+            problems, s.exponents, algorithms, choices, rates, s.batch_sizes, target
         ).assign(series=series)
         frames.append(found)
     return pd.concat(frames, ignore_index=True)
@@ -105,9 +112,28 @@ def compute(scale: Scale) -> pd.DataFrame:
         A row per method (``series``), preconditioner (``exponent``) and batch size, and rows of the
         bound.
     """
-    s = settings(scale)
-    lines = bound(s.directions, s.target, s.batch_sizes)
-    return pd.concat([searched(s), lines], ignore_index=True)
+    return compute_on(model(settings(scale).directions), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem, in its own units.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise. Rates are in units of 1 / its largest curvature, the target is the same
+        share of its loss at the start; directions without curvature are left out.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    s, problem = settings(scale), curved(problem)
+    lines = bound(problem, on_target(problem, s.target, s.directions), s.batch_sizes)
+    return pd.concat([searched(problem, s), lines], ignore_index=True)
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -11,12 +11,16 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD
+from nqm.problems.quadratic import Problem
 from paper_repro.study import Claim, Scale, between, slope
 from paper_repro.zhang2019.common import (
     EXPONENTS,
     bound,
+    curved,
     curves,
     fewest,
+    model,
+    on_target,
     over_bound,
     powers_of_two,
     preconditioned,
@@ -75,12 +79,32 @@ def compute(scale: Scale) -> pd.DataFrame:
     DataFrame
         A row per ``exponent`` and ``batch_size``, and rows of the bound.
     """
-    s = settings(scale)
-    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
-    problems = preconditioned(s.directions, s.exponents)
-    found = fewest(problems, s.exponents, [SGD()], [0.0], rates, s.batch_sizes, s.target)
-    lines = bound(s.directions, s.target, s.batch_sizes)
-    return pd.concat([found, lines], ignore_index=True).assign(lowest_lr=s.lowest_lr)
+    return compute_on(model(settings(scale).directions), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem, in its own units.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise. Rates are in units of 1 / its largest curvature, the target is the same
+        share of its loss at the start; directions without curvature are left out.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    s, problem = settings(scale), curved(problem)
+    target, sharpest = on_target(problem, s.target, s.directions), problem.curvature.max()
+    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates) / sharpest
+    problems = preconditioned(problem, s.exponents)
+    found = fewest(problems, s.exponents, [SGD()], [0.0], rates, s.batch_sizes, target)
+    table = pd.concat([found, bound(problem, target, s.batch_sizes)], ignore_index=True)
+    return table.assign(lowest_lr=s.lowest_lr / sharpest, edge=2.0 / sharpest)
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -11,13 +11,17 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import context, new_figure
 from nqm.algorithms import SGD
+from nqm.problems.quadratic import Problem
 from nqm.tuning import BestSchedule, fewest_steps_piecewise
 from nqm.tuning.stability import stability_edge
 from paper_repro.study import Claim, Scale, between
 from paper_repro.zhang2019.common import (
     EXPONENTS,
     bound,
+    curved,
     curves,
+    model,
+    on_target,
     over_bound,
     powers_of_two,
     preconditioned,
@@ -75,16 +79,36 @@ def compute(scale: Scale) -> pd.DataFrame:
         A row per ``series`` (``schedule``, ``SGD``), ``exponent`` and ``batch_size``, and rows of
         the bound.
     """
-    s = settings(scale)
+    return compute_on(model(settings(scale).directions), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem, in its own units.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise. Rates are in units of 1 / its largest curvature, the target is the same
+        share of its loss at the start; directions without curvature are left out.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    s, problem = settings(scale), curved(problem)
+    target = on_target(problem, s.target, s.directions)
     rows = []
-    for g, problem in zip(s.exponents, preconditioned(s.directions, s.exponents), strict=True):
+    for g, one in zip(s.exponents, preconditioned(problem, s.exponents), strict=True):
         for size in s.batch_sizes:
             for series, pieces in (("schedule", s.pieces), ("SGD", 1)):
-                edge = stability_edge(problem, SGD())
-                best = fewest_steps_piecewise(problem, pieces, size, s.target, highest_lr=edge)
+                edge = stability_edge(one, SGD())
+                best = fewest_steps_piecewise(one, pieces, size, target, highest_lr=edge)
                 rows.append(_row(best, series, g, size))
-    found = pd.DataFrame(rows).assign(target=s.target, kind="exact")
-    return pd.concat([found, bound(s.directions, s.target, s.batch_sizes)], ignore_index=True)
+    found = pd.DataFrame(rows).assign(target=target, kind="exact")
+    return pd.concat([found, bound(problem, target, s.batch_sizes)], ignore_index=True)
 
 
 def _row(best: BestSchedule, series: str, exponent: float, size: int) -> dict[str, object]:

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 import figures.zhang2019 as panels
 from figures.style import PAGE, context, new_figure, panel_letters
 from nqm.algorithms import SGD
+from nqm.problems.quadratic import Problem
 from nqm.program import Phase, Program
 from nqm.solvers.moments import solve
 from nqm.tuning import best_piecewise, fewest_steps_piecewise
 from nqm.tuning.stability import stability_edge
 from paper_repro.study import Claim, Scale, between, identical
-from paper_repro.zhang2019.common import model, powers_of_two
+from paper_repro.zhang2019.common import curved, model, on_target, powers_of_two
 
 TITLE = "Zhang et al. 2019: optimised learning-rate schedules"
 SUMMARY = (
@@ -69,16 +70,35 @@ def compute(scale: Scale) -> pd.DataFrame:
         ``step``, ``loss``, ``direct`` (loss by the general solver), ``loss_before`` (best loss in
         one step fewer) and ``constant_step`` of the batch size.
     """
-    s = settings(scale)
-    problem = model(s.directions)
+    return compute_on(model(settings(scale).directions), scale)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem, in its own units.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise. Rates are in units of 1 / its largest curvature, the target is the same
+        share of its loss at the start; directions without curvature are left out.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it.
+    """
+    s, problem = settings(scale), curved(problem)
+    target = on_target(problem, s.target, s.directions)
     edge = stability_edge(problem, SGD())  # the figures are of stable rates
     frames = []
     for size in s.batch_sizes:
-        best = fewest_steps_piecewise(problem, s.pieces, size, s.target, highest_lr=edge)
+        best = fewest_steps_piecewise(problem, s.pieces, size, target, highest_lr=edge)
         shorter = best_piecewise(
             problem, s.pieces, best.steps - 1, size, start=best.lr, highest_lr=edge
         )
-        constant = fewest_steps_piecewise(problem, 1, size, s.target, highest_lr=edge)
+        constant = fewest_steps_piecewise(problem, 1, size, target, highest_lr=edge)
         program = Program((Phase(SGD(), best.schedule, best.steps, size),))
         direct = solve(problem, program, [best.steps]).loss[0]
         begins = np.cumsum(best.lengths) - best.lengths
@@ -88,7 +108,7 @@ def compute(scale: Scale) -> pd.DataFrame:
             loss_before=shorter.loss, constant_step=constant.steps,
         ))  # fmt: skip
     table = pd.concat(frames, ignore_index=True)
-    return table.assign(target=s.target, directions=s.directions, kind="exact")
+    return table.assign(target=target, directions=problem.directions, kind="exact")
 
 
 def draw(table: pd.DataFrame) -> Figure:

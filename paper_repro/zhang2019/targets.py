@@ -16,9 +16,11 @@ from nqm.problems.quadratic import Problem
 from paper_repro.study import Claim, Scale, between, close, slope
 from paper_repro.zhang2019.common import (
     NOTEBOOK_STEPS,
+    curved,
     curves,
     fewest,
     model,
+    on_target,
     powers_of_two,
     rounded_down,
     turning_point,
@@ -78,15 +80,36 @@ def compute(scale: Scale) -> pd.DataFrame:
     """
     s = settings(scale)
     problem = model(s.directions)
-    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates)
-
-    def steps(spectrum: Problem, target: float, sizes: tuple[int, ...]) -> pd.DataFrame:
-        return fewest([spectrum], [0.0], [SGD()], [0.0], rates, sizes, target)
-
-    frames = [steps(problem, target, s.batch_sizes) for target in s.targets]
-    binned = steps(rounded_down(problem), 0.01, (s.compared_batch,)).assign(kind="binned")
-    table = pd.concat([*frames, binned], ignore_index=True)
+    binned = _steps(rounded_down(problem), s, 0.01, (s.compared_batch,)).assign(kind="binned")
+    table = pd.concat([compute_on(problem, scale), binned], ignore_index=True)
     return table.assign(directions=s.directions)
+
+
+def compute_on(problem: Problem, scale: Scale) -> pd.DataFrame:
+    """Compute the table on another problem, in its own units.
+
+    Parameters
+    ----------
+    problem : Problem
+        With additive noise. Rates are in units of 1 / its largest curvature, targets are the same
+        share of its loss at the start; directions without curvature are left out.
+    scale : Scale
+        Passed to `settings`.
+
+    Returns
+    -------
+    DataFrame
+        As `compute` returns it; without the binned spectrum.
+    """
+    s, problem = settings(scale), curved(problem)
+    targets = [on_target(problem, target, s.directions) for target in s.targets]
+    frames = [_steps(problem, s, target, s.batch_sizes) for target in targets]
+    return pd.concat(frames, ignore_index=True).assign(directions=problem.directions)
+
+
+def _steps(problem: Problem, s: Settings, target: float, sizes: tuple[int, ...]) -> pd.DataFrame:
+    rates = np.geomspace(s.lowest_lr, s.highest_lr, s.rates) / problem.curvature.max()
+    return fewest([problem], [0.0], [SGD()], [0.0], rates, sizes, target)
 
 
 def draw(table: pd.DataFrame) -> Figure:
