@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from figures.style import REFERENCE, axes_or_new, look, ordered
+from figures.style import REFERENCE, axes_or_new, look, ordered, plain_log
 
 #: How each method is drawn; a colour is a preconditioner.
 LOOKS: dict[str, tuple[dict[str, Any], str]] = {
@@ -107,6 +107,7 @@ def training_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                     color=colors[lr])  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="training step", ylabel="expected loss")
     ax.set_xlim(1, path["step"].max())
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -131,7 +132,8 @@ def targets(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for target in levels:
         rows = table[table["target"] == target].sort_values("batch_size")
         own = looks[target] | {"linestyle": "-", "markersize": 2.6}
-        ax.plot(rows["batch_size"], rows["step"], label=f"{target:g}", gid=f"{target:g}", **own)
+        name = f"{target:.3g}"
+        ax.plot(rows["batch_size"], rows["step"], label=name, gid=f"{target:g}", **own)
         sizes = rows["batch_size"].to_numpy(dtype=float)
         scaled = rows["step"].iloc[0] * sizes[0] / sizes
         seen = scaled >= 0.3 * float(rows["step"].min())
@@ -141,6 +143,7 @@ def targets(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(yscale="log", ylabel="steps to target")
     _batch_axis(ax, table["batch_size"])
     ax.legend(title="target loss", loc="upper right")
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -170,6 +173,7 @@ def steps(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0.5 * found["step"].min(), 2.0 * found["step"].max())
     _batch_axis(ax, found["batch_size"])
     ax.legend(handles=handles, loc="upper right")
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -195,8 +199,10 @@ def best_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.axhline(edge, color=REFERENCE, linewidth=0.8, linestyle=":", gid="edge")
     ax.annotate("stability edge", (found["batch_size"].min(), 1.1 * edge), fontsize=7, va="bottom")
     ax.set(yscale="log", ylabel=r"best learning rate $\eta$")
+    ax.set_ylim(top=1.8 * edge)  # room for the edge's name
     _batch_axis(ax, found["batch_size"])
     ax.legend(handles=handles, loc="lower right")
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -220,6 +226,7 @@ def effective_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(yscale="log", ylabel=r"effective rate $\eta / (1 - \mu)$")
     _batch_axis(ax, table["batch_size"])
     ax.legend(handles=handles, loc="lower right")
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -242,6 +249,7 @@ def memories(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     _curves(table.assign(left=1.0 - table["momentum"]), "left", ax)
     ax.set(yscale="log", ylabel=r"best $1 - \mu$")
     _batch_axis(ax, table["batch_size"])
+    plain_log(ax.yaxis)
     return ax
 
 
@@ -280,4 +288,5 @@ def schedules(table: pd.DataFrame, *, share: bool = False, ax: Axes | None = Non
     else:
         ax.set(xscale="log", xlabel="training step")
         ax.set_xlim(left=0.5 * float(table.loc[table["begin"] > 0, "begin"].min()))
+    plain_log(ax.yaxis)
     return ax

@@ -14,7 +14,6 @@ from nqm.files import replacing
 from paper_repro.build import Built
 from paper_repro.study import GROUPS, ZHANG2019, passed
 
-
 #: Symbols as the texts of a figure write them, and as the page shows them.
 _SYMBOLS = {
     "eta_phi": "&eta;<sub>&phi;</sub>",

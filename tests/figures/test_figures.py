@@ -144,7 +144,11 @@ def collapse_table():
         for k, gamma, rate in ((1, "1/K", 0.2), (4, "1/K", 0.2), (4, "1", 0.5))
         for curve in [rate / (2 * (2 - rate) * k * 2)]
     ]  # fmt: skip
-    return pd.DataFrame(rows)
+    sgd = [
+        {"kind": "curve", "effective_lr": rate, "loss": rate / (2 * (2 - rate))}
+        for rate in np.geomspace(0.1, 1.9, 300)
+    ]
+    return pd.DataFrame(rows + sgd)
 
 
 def test_collapsed_points_lie_on_the_drawn_curve(collapse_table):
