@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.figures.cells import CALLS, FIRST, public
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -55,3 +57,19 @@ def test_an_object_at_the_end_of_a_cell_shows_itself() -> None:
         (shown,) = [output.get("data", {}) for output in cell["outputs"]]
         assert kind in shown
         assert len(shown["text/plain"]) < 1000
+
+
+def test_every_function_that_draws_has_a_cell() -> None:
+    assert set(CALLS) == public()
+
+
+@pytest.mark.slow
+def test_every_function_that_draws_shows_its_picture() -> None:
+    """In a kernel as a user has it; a cell that ends with the call holds a PNG."""
+    sources = [f"{name}({arguments})" for name, arguments in CALLS.items()]
+    cells = [nbformat.v4.new_code_cell(source) for source in [FIRST, *sources]]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    for cell in notebook.cells[1:]:
+        kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+        assert "image/png" in kinds, cell["source"]
