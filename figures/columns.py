@@ -22,12 +22,12 @@ KINDS = ("line", "scatter", "heatmap")
 #: Columns of one clock each, in the order in which they are preferred.
 TIMES = ("epoch", "round", "step", "examples")
 #: Columns of repetitions: rows that differ in these alone are averaged.
-REPEATS = ("seed", "split", "replica")
+REPEATS = ("seed", "split", "replica", "member")
 #: Measured columns in the order in which they are preferred.
 MEASURED = ("loss", "value", "accuracy", "nll", "measured", "ratio", "seconds")
 #: Numbers that are set, not measured; whole numbers, texts and truth values are taken as set too.
 SET = ("lr", "member_lr", "effective_lr", "lr_times_sharpness", "batch_size", "gamma", "momentum",
-       "decay", "weight_decay", "noise", "target", "exponent")  # fmt: skip
+       "decay", "weight_decay", "noise", "target", "exponent", "t")  # fmt: skip
 #: Columns that neither tell rows apart nor are measured.
 ASIDE = ("case", "status", "label", "key")
 #: Largest number of panels and line styles that are chosen without being asked for.
@@ -184,6 +184,8 @@ class Columns:
         """
         varying = [n for n in names_of(table) if table[n].nunique(dropna=False) > 1]
         aside = {*ASIDE, *TIMES, *REPEATS} - {*axes}
+        if "train_loss" in table:  # in a history an arm goes on with the average of its members
+            aside.add("weights")
         texts = [n for n in varying if not is_number(table[n]) and n not in aside]
         names = [n for n in dict.fromkeys([*axes, *texts]) if n in varying]
         repeats = [n for n in REPEATS if n in varying and n not in names]
@@ -353,11 +355,14 @@ def _default_x(table: pd.DataFrame, columns: Columns, taken: set[str]) -> str:
         return clock[0]
     texts = [n for n in columns.names if not is_number(table[n]) and n not in (*taken, "metric")]
     choices = [*[n for n in numbers if table[n].nunique() > 2], *texts, *numbers]
-    measured = [n for n in names_of(table) if is_number(table[n]) and n not in (*taken, *ASIDE)]
+    aside = {*taken, *ASIDE, *REPEATS}
+    measured = [n for n in names_of(table) if is_number(table[n]) and n not in aside]
     apart = [*columns.names, *columns.repeats, *clock]
     if len(measured) > 1 and _groups(table, apart) < len(table):
         choices = []  # nothing tells rows apart: points, of two measured columns
     choices += measured[:1] if len(measured) > 1 else [*columns.repeats, *measured]
+    if len(measured) == 1 and "metric" in columns.names:
+        choices = choices if choices[0] != measured[0] else ["metric"]
     if not choices:
         raise NQMError(f"no column fits the x axis; give --x, one of {_columns(table)}")
     return choices[0]
@@ -430,5 +435,5 @@ def in_words(value: Any) -> str:
     if isinstance(value, int | float | np.integer | np.floating):
         number = float(value)
         return f"{number:.6g}" if number.is_integer() else f"{number:.3g}"
-    text = str(value).replace("_", " ").replace("$", r"\$")
+    text = str(value).replace("_", " ").replace("$", r"\$") or "none"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 13]} ... {text[-8:]}"

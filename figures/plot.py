@@ -84,11 +84,29 @@ def plot(table: pd.DataFrame, choice: Choice | None = None, axes: Sequence[str] 
     if len(rows) < len(table):
         last = columns.clock
         _warn(f"drawn is the last {last} of each case; --x {last} draws all of them")
+    rows = _over_members(rows, chosen, columns)
     if chosen.kind == "heatmap":
         return _heatmap(rows, chosen)
     if is_number(rows[str(chosen.x)]):
         return _curves(rows, chosen)
     return _named_rows(rows, chosen)
+
+
+def _over_members(rows: pd.DataFrame, chosen: Choice, columns: Columns) -> pd.DataFrame:
+    """Mean over the members of one run, which are not independent as runs are."""
+    others = [name for name in columns.repeats if name != "member"]
+    if "member" not in columns.repeats or not others or "member" in chosen.shown:
+        return rows
+    measured = str(chosen.hue if chosen.kind == "heatmap" else chosen.y)
+    keys = [
+        n for n in rows.columns if n in {*chosen.shown, *columns.names, *others, *TIMES, "metric"}
+    ]
+    if chosen.kind == "scatter" or measured in keys:
+        return rows
+    means: pd.DataFrame = (
+        rows.groupby(keys, dropna=False, sort=False)[measured].mean().reset_index()
+    )
+    return means
 
 
 # --- curves and points ----------------------------------------------------------------------------
@@ -178,7 +196,8 @@ def _named_rows(table: pd.DataFrame, chosen: Choice) -> Figure:
                     err_kws={"linewidth": 1.0}, **named,
                 )  # fmt: skip
             ax.set(xlabel=_label(y, rows, chosen.col == "metric"), ylabel="")
-            ax.set_yticks(range(len(order)), [in_words(value) for value in order])
+            words = label if x == "metric" else in_words
+            ax.set_yticks(range(len(order)), [words(value) for value in order])
             ax.set_xscale("log") if log else ax.locator_params(axis="x", nbins=4)
             plain_log(ax.xaxis)
         _finish(figure, [ax for ax, _ in axes], table, chosen, looks)
@@ -359,7 +378,8 @@ def _is_shaded(given: list[tuple[Any, dict[str, Any]]]) -> bool:
 
 def _note(figure: Figure, table: pd.DataFrame) -> None:
     """How many repetitions are averaged."""
-    counts = {name: table[name].nunique() for name in REPEATS if name in table}
+    # A result of no single run or member has -1 or nothing there.
+    counts = {n: len({*table[n].dropna()} - {-1, ""}) for n in REPEATS if n in table}
     several = [f"{count} {name}s" for name, count in counts.items() if count > 1]
     if several:
         said = f"mean of {', '.join(several)}; 95 % interval by Student's t"

@@ -216,7 +216,7 @@ def plot(table: Path, conditions: tuple[str, ...], out: Path | None, **stated: A
     What is not stated follows from the table: time or the swept value on the x axis, the loss or
     another measured column on the y axis, and colours, panels and line styles for what else tells
     rows apart. Rows that differ by their seed alone are averaged, with a 95 % interval by Student's
-    t; rows that differ otherwise never are.
+    t, the members of one run before its seeds; rows that differ otherwise never are.
 
     \b
     nqm plot out/sweep.parquet

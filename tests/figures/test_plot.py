@@ -246,6 +246,54 @@ def test_a_wrong_condition_is_one_line() -> None:
              Choice(x="x", col="name"))  # fmt: skip
 
 
+def test_members_of_a_run_count_as_one_draw() -> None:
+    """Two members of each seed: the mean of 5 seeds and its interval, not of 10 rows."""
+    rows = [
+        {"arm": "a", "seed": seed, "weights": weights, "member": member, "data": "test",
+         "metric": "accuracy", "value": seed + (weights == "member") + 0.5 * member}
+        for seed in range(5) for weights in ("averaged", "member")
+        for member in ((0, 1) if weights == "member" else (-1,))
+    ]  # fmt: skip
+    figure = plot(pd.DataFrame(rows), Choice(x="weights"))
+    (ax,) = figure.axes
+    low, high = t_interval([seed + 1.25 for seed in range(5)])
+    ends = sorted(float(x) for line in ax.lines for x in np.ravel(line.get_xdata()))
+    assert min(abs(end - low) for end in ends) < 1e-9
+    assert min(abs(end - high) for end in ends) < 1e-9
+    assert "mean of 5 seeds;" in figure.texts[0].get_text()
+
+
+def test_an_ensemble_over_seeds_is_no_further_seed() -> None:
+    found = results()
+    pooled = found[found["seed"] == 0].assign(seed=-1, weights="deep_ensemble_iterate")
+    figure = plot(pd.concat([found, pooled]), Choice(col="metric", hue="weights"))
+    assert "mean of 4 seeds" in figure.texts[0].get_text()
+
+
+def test_a_history_goes_on_with_the_average_of_its_members() -> None:
+    table = history(6)
+    table.loc[table["epoch"] > 3, "weights"] = "averaged"
+    (ax,) = plot(table).axes
+    assert len([line for line in ax.lines if len(line.get_xdata()) == 6]) >= len(ARMS)
+
+
+def test_the_result_of_one_run_has_a_row_for_each_metric() -> None:
+    one = results()[lambda rows: (rows["arm"] == "base") & (rows["seed"] == 0)]
+    (ax,) = plot(one).axes
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert names == ["accuracy", "negative log-likelihood (nats)"]
+
+
+def test_a_path_between_models_is_a_line() -> None:
+    rows = [
+        {"path": path, "t": t, "data": data, "accuracy": 0.5 + t / 10}
+        for path in ("curve", "line") for t in (0.0, 0.25, 0.5, 1.0) for data in ("train", "test")
+    ]  # fmt: skip
+    figure = plot(pd.DataFrame(rows))
+    assert [ax.get_title() for ax in figure.axes] == ["train", "test"]
+    assert all(len(ax.lines[0].get_xdata()) == 4 for ax in figure.axes)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(main.commands, "plot", command)
