@@ -52,5 +52,7 @@ def draw(
         if column == "accuracy":  # leave early epochs out of the range of the axis
             settled = history.loc[history["epoch"] >= history["epoch"].max() / 3, column]
             drawn = history[[name for name in (column, f"average_{column}") if name in history]]
-            left.set_ylim(float(settled.min()) - 0.005, float(drawn.max().max()) + 0.005)
+            left.set_ylim(
+                float(settled.min()) - 0.005, min(float(drawn.max().max()) + 0.005, 1.0005)
+            )
     return style.finish(figure, folder / "comparison", title)

@@ -20,7 +20,9 @@ from paper_repro import build as building
 from paper_repro import cli
 from paper_repro.control import paired_error
 from paper_repro.least_squares import Data, exact
+from paper_repro.report import report_name, symbols
 from paper_repro.study import (
+    GROUPS,
     STUDIES,
     Claim,
     Scale,
@@ -97,7 +99,22 @@ def test_report_is_one_self_contained_page(out):
         study = find(name)
         assert f'id="{name}"' in page
         for claim in study.claims(read_table(out / f"{name}.parquet")):
-            assert claim.text.split("'")[0].split(">")[0].split("<")[0] in page
+            assert symbols(claim.text) in page
+
+
+def test_symbols_of_a_report_are_shown_as_such():
+    text = "lambda = eta_phi + gamma K eta_theta, eta <= 1 & T0; theta and eta2 stay"
+    assert symbols(text) == (
+        "&lambda; = &eta;<sub>&phi;</sub> + &gamma; K &eta;<sub>&theta;</sub>, &eta; &le; 1 &amp; "
+        "T<sub>0</sub>; theta and eta2 stay"
+    )
+
+
+def test_no_report_takes_the_place_of_another():
+    names = [report_name(list(group)) for group in GROUPS.values()]
+    assert names == ["report", "zhang2019", "scaling", "ranking"]
+    assert report_name(["switch"]) == "switch"
+    assert report_name(["zhang2019_ema"]) == "zhang2019_ema"
 
 
 def test_second_run_only_draws(out, monkeypatch):

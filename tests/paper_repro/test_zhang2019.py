@@ -79,10 +79,10 @@ def test_groups_are_pages_of_their_own(tmp_path):
     arguments = ["zhang2019_ema", "--scale", "smoke", "--out", str(tmp_path)]
     result = CliRunner().invoke(cli.reproduce, arguments)
     assert result.exit_code == 0, result.output
-    page = (tmp_path / "zhang2019.html").read_text()
+    page = (tmp_path / "zhang2019_ema.html").read_text()
     assert "Zhang et al. 2019: which algorithmic choices" in page
     assert "late-phase" not in page
-    assert not (tmp_path / "report.html").exists()
+    assert [path.name for path in tmp_path.glob("*.html")] == ["zhang2019_ema.html"]
 
 
 # ------------------------------------------------------------------ the shared pieces
