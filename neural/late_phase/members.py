@@ -161,6 +161,9 @@ class LatePhase(nn.Module):
         check_integer("LatePhase.seed", seed, 0)
         check_ready(model, "LatePhase")
         self._ranks_average = False
+        #: Whether `clip_norm` averages each minibatch's gradient over processes before it clips,
+        #: also without `DistributedDataParallel`; all other averaging is then the caller's.
+        self.clips_over_ranks = False
         if isinstance(model, DistributedDataParallel):
             model = model.module
             self._ranks_average = True
@@ -884,7 +887,7 @@ class LatePhase(nn.Module):
             return self._unclipped_backward(member, batch, settings)
         shared, stacked = list(self.model.parameters()), self.member_parameters()
         norm = settings.scaled(float(settings.clip_norm), self.index.device)
-        average_ = average if self._ranks_average else _nothing
+        average_ = average if self._ranks_average or self.clips_over_ranks else _nothing
         with clipped(shared, stacked, member, norm, average_):
             return self._unclipped_backward(member, batch, settings)
 

@@ -192,7 +192,9 @@ class TrainConfig:
     label_smoothing : float
         Probability that is spread over all classes, in [0, 1].
     clip_norm : float, optional
-        Largest norm of the base gradient, and of each member's gradient; no clipping by default.
+        Largest norm of the gradient of a minibatch over all weights that it reaches, with members
+        over the base's and those of its member, before the base's are summed (`clip_norm` of
+        `neural.LatePhase.step`); no clipping by default.
     precision : {"float32", "bfloat16", "float64"}
         Precision of the computation. With bfloat16 the forward pass runs under autocast, and
         weights are stored in float32.
@@ -376,6 +378,11 @@ class RunConfig:
             raise NQMError(
                 "late_phase.fused runs whole minibatches and needs train.micro_batches = 1; "
                 f"got {self.train.micro_batches}"
+            )
+        if late is not None and late.fused and self.train.clip_norm is not None:
+            raise NQMError(
+                "late_phase.fused computes the gradient of all minibatches at once, but "
+                "train.clip_norm needs that of each; leave one out"
             )
         if late is not None and average is not None and average.start_epoch < late.start_epoch:
             raise NQMError(

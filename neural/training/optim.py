@@ -1,8 +1,6 @@
-"""Optimizers, learning rates and gradient clipping of a run."""
+"""Optimizers and learning rates of a run."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -67,22 +65,3 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def clip_rows(parameters: Iterable[nn.Parameter], norm: float) -> None:
-    """Clip the gradient of each member separately, by its norm over all the member's weights.
-
-    Parameters
-    ----------
-    parameters : iterable of Parameter, shape (K, ...)
-        Stacked weights; their gradients are changed in place.
-    norm : float
-        Largest norm of a member's gradient.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return
-    total = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads]).sum(0).sqrt()
-    factor = (norm / (total + 1e-6)).clamp(max=1.0)
-    for g in grads:
-        g.mul_(factor.view(-1, *(1,) * (g.ndim - 1)))

@@ -20,7 +20,7 @@ from neural.training import snapshots
 from neural.training.build import make_late, make_model
 from neural.training.config import RunConfig
 from neural.training.distributed import share_weights, summed
-from neural.training.optim import clip_rows, make_optimizer, set_lr
+from neural.training.optim import make_optimizer, set_lr
 from neural.training.sync_batchnorm import synchronise
 from neural.training.task import DTYPES, Runtime, Task
 from nqm.errors import NQMError
@@ -107,11 +107,12 @@ class TrainState:
         if self.runtime.world > 1:  # the same members in all processes
             torch.manual_seed(_keyed_seed(self.run.seed, self.done, self.runtime.world))
         self.late = make_late(self.model, self.run)
+        self.late.clips_over_ranks = self.runtime.world > 1
         own = self.late.optimizer_like(self.optimizer)
         for group in own.param_groups if settings.weight_decay is not None else ():
             if group.get("decays", True):  # weights of `no_decay` have no decay
                 group["weight_decay"] = settings.weight_decay
-        self.member_optimizer = self._hooked(own, stacked=True)
+        self.member_optimizer = self._hooked(own)
         if self.run.train.compile:
             self.late.compile(dynamic=False)
 
@@ -146,6 +147,7 @@ class TrainState:
                 autocast=self.autocast,
                 loss_weight=mean_over_rows,
                 batch_weights=weights,
+                clip_norm=self.run.train.clip_norm,
             )
         self.losses[0] += losses.sum()
         self.losses[1] += len(losses)
@@ -199,6 +201,7 @@ class TrainState:
                 self.member_optimizer,
                 fused=settings.fused,
                 autocast=self.autocast,
+                clip_norm=self.run.train.clip_norm,
             )
         average = self.run.average
         if average is not None:
@@ -340,17 +343,20 @@ class TrainState:
             self.average = self.run.average.begin(self.trained)
         return self.average
 
-    def _hooked(self, optimizer: Optimizer, *, stacked: bool = False) -> Optimizer:
-        """Let an optimizer average gradients over ranks, and clip them, before every step."""
+    def _hooked(self, optimizer: Optimizer) -> Optimizer:
+        """Let an optimizer average gradients over ranks, and clip them, before every step.
+
+        With members, `LatePhase.step` averages and clips the gradient of each minibatch.
+        """
         world, norm = self.runtime.world, self.run.train.clip_norm
 
         def before(optimizer: Optimizer, *_: Any) -> None:
+            if norm is not None and self.late is not None:
+                return
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             if world > 1:
                 average_gradients(parameters)
-            if norm is not None and stacked:
-                clip_rows(parameters, norm)
-            elif norm is not None:
+            if norm is not None:
                 nn.utils.clip_grad_norm_(parameters, norm)
 
         if world > 1 or norm is not None:

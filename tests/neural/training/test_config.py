@@ -21,7 +21,7 @@ from neural.training.config import (
     build,
     describe,
 )
-from neural.training.optim import clip_rows, make_optimizer, set_lr
+from neural.training.optim import make_optimizer, set_lr
 from nqm import keys
 from nqm.errors import NQMError
 from nqm.schedule import (
@@ -165,7 +165,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
                 weight_decay=st.just(decay),
                 no_decay=st.sampled_from(["", "norm+bias"] if decay else [""]),
                 label_smoothing=fractions,
-                clip_norm=st.none() | rates,
+                clip_norm=st.none() if late is not None and late.fused else st.none() | rates,
                 precision=st.sampled_from(["float32", "bfloat16", "float64"]),
                 channels_last=st.booleans(),
                 compile=st.booleans(),
@@ -283,6 +283,10 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"late_phase": LATE | {"member_lr": "fast"}}, ("late_phase.member_lr", "a number")),
     ({"late_phase": LATE | {"fused": True, "idle_steps": "first"}}, ("late_phase.fused", "none")),
     (
+        {"late_phase": LATE | {"fused": True}, "train": {"clip_norm": 1.0}},
+        ("late_phase.fused", "train.clip_norm", "leave one out"),
+    ),
+    (
         {"late_phase": LATE | {"fused": True}, "train": {"micro_batches": 2}},
         ("late_phase.fused", "train.micro_batches", "2"),
     ),
@@ -372,32 +376,6 @@ def test_spared_weights_do_not_decay(optimizer: str) -> None:
         for name, p in net.named_parameters():
             shrunk = 1 - 0.125 * (decays[name] or 0.0)
             torch.testing.assert_close(p.detach(), shrunk * before[name])
-
-
-@given(st.integers(1, 5), st.floats(1e-3, 10.0), st.integers(0, 99))
-def test_members_are_clipped_each_by_itself(members: int, norm: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(members, 3, 2), (members, 4), (members,)]
-    held = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
-    scale = torch.logspace(-3, 2, members, dtype=torch.float64)
-    for p in held:
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        p.grad *= scale.view(-1, *(1,) * (p.ndim - 1))
-    before = [p.grad.clone() for p in held if p.grad is not None]
-    clip_rows([*held, torch.nn.Parameter(torch.zeros(members))], norm)
-    for k in range(members):
-        alone = [torch.nn.Parameter(torch.zeros_like(g[k])) for g in before]
-        for p, g in zip(alone, before, strict=True):
-            p.grad = g[k].clone()
-        torch.nn.utils.clip_grad_norm_(alone, norm)
-        for p, q in zip(alone, held, strict=True):
-            assert p.grad is not None
-            assert q.grad is not None
-            torch.testing.assert_close(q.grad[k], p.grad, rtol=1e-12, atol=0)
-
-
-def test_clipping_without_gradients_is_nothing() -> None:
-    clip_rows([torch.nn.Parameter(torch.zeros(2))], 1.0)
 
 
 # --- settings that nothing reads -----------------------------------------------------------------

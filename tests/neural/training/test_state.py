@@ -60,7 +60,8 @@ def test_base_gradient_is_clipped_as_a_whole(clip: float) -> None:
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_members_are_clipped_each_and_the_base_on_its_sum() -> None:
+def test_each_minibatch_is_clipped_over_the_base_and_its_member() -> None:
+    """By `clip_grad_norm_` on each member's network, before the base's gradients are summed."""
     clip = 0.2
     train_state, batches = opened(train=BARE | {"clip_norm": clip}, late_phase=LATE)
     train_state.spawn()
@@ -72,22 +73,46 @@ def test_members_are_clipped_each_and_the_base_on_its_sum() -> None:
             if name.endswith("bias") and "stacked" in name:
                 value[1, 0] += 100.0
     batches[1] = (batches[1][0], torch.zeros_like(batches[1][1]))
-    each = [gradients(late.member(k), *batches[k]) for k in range(3)]
     head = ("linear.weight", "linear.bias")
-    own = [{n: g[n] for n in head} for g in each]
-    assert [norm(g) > clip for g in own] == [True, False, True]
-    shared = {n: sum(g[n] for g in each) for n in each[0] if n not in head}
-    before_members = [state_of(late.member(k)) for k in range(3)]
+    nets = [late.member(k) for k in range(3)]
+    clipped = []
+    for net, (x, y) in zip(nets, batches, strict=False):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        clipped.append(float(nn.utils.clip_grad_norm_(net.parameters(), clip)) > clip)
+    assert clipped == [True, False, True]
+    before = [state_of(net) for net in nets]
     train_state.step(batches[:3])
     for k in range(3):
-        after = late.member(k).state_dict()
-        for name, value in after.items():
-            if name in head:
-                gradient, length = own[k][name], norm(own[k])
-            else:
-                gradient, length = shared[name], norm(shared)  # type: ignore[assignment,arg-type]
-            expected = before_members[k][name] - 0.05 * min(1.0, clip / length) * gradient
-            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-9)
+        for name, value in late.member(k).named_parameters():
+            ones = [nets[k]] if name in head else nets
+            gradient = sum(net.get_parameter(name).grad for net in ones)  # type: ignore[misc]
+            expected = before[k][name] - 0.05 * gradient  # type: ignore[operator]
+            torch.testing.assert_close(value.detach(), expected, rtol=1e-10, atol=1e-13)
+
+
+def test_clipped_members_on_one_minibatch_are_a_plain_loop_with_clip_grad_norm() -> None:
+    """Equal members on the same minibatch are one network, so that gamma = "mean" is K = 1.
+
+    From T0 on, as members begin with empty momentum; so does the loop here.
+    """
+    settings = BARE | {"momentum": 0.9, "clip_norm": 0.5}
+    late_phase = {"start_epoch": 0, "members": 2, "select": "batchnorm+head", "gamma": "mean"}
+    train_state, batches = opened(model=CNN, train=settings, late_phase=late_phase)
+    net = copy.deepcopy(train_state.model).train()
+    loop = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    train_state.spawn()
+    norms = []
+    for x, y in batches[:3] * 3:
+        train_state.step([(x, y), (x, y)])
+        loop.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
+        loop.step()
+    assert min(norms) < 0.5 < max(norms)
+    assert train_state.late is not None
+    for name, value in train_state.late.averaged().named_parameters():
+        torch.testing.assert_close(value, net.get_parameter(name), rtol=1e-9, atol=1e-12)
 
 
 def test_smoothed_loss_is_the_mean_with_the_uniform_distribution() -> None:
