@@ -1,13 +1,13 @@
 """Journeys: pages whose blocks are one session, from a clone to a picture.
 
-The Python blocks of such a page share their variables, as the cells of a notebook do; the `nqm` commands of
-its ``sh`` blocks run between them, in the same folder. (All other pages have blocks that stand alone.)
-A picture of the page that a comment ``<!-- drawn: FILE -->`` follows is a file that the session writes. ::
+The Python blocks of such a page share their variables, as the cells of a notebook do; the `nqm`
+commands of its ``sh`` blocks run between them, in the same folder. (All other pages have blocks that
+stand alone.) A picture that a comment ``<!-- drawn: FILE -->`` follows is a file of the session. ::
 
     python -m figures.journeys docs/journey_spectrum.md
 
-runs a page in a new folder at full size, puts what a Python block prints into the ``text`` block after it,
-copies the pictures to their places, and prints the seconds that it took.
+runs a page in a new folder at full size, puts what a Python block prints into the ``text`` block
+after it, copies the pictures to their places, and prints the seconds that it took.
 """
 
 from __future__ import annotations

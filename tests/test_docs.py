@@ -10,16 +10,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from figures import journeys
 from nqm.cli import main
 from paper_repro.cli import plot
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Pages whose blocks are one session (see `figures.journeys`).
+JOURNEYS = sorted((ROOT / "docs").glob("journey_*.md"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,6 +31,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [
         (f"{page.stem}-{index}", text)
         for page in PAGES
+        if page not in JOURNEYS
         for index, (kind, text) in enumerate(FENCE.findall(page.read_text()))
         if kind == language
     ]
@@ -100,6 +105,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "late_phase" / "seed0"
 
 
+def small(words: list[str]) -> list[str]:
+    """The same command in seconds."""
+    if words[:2] == ["neural", "train"]:
+        return [*words, "--scale", "smoke", "--threads", "1"]
+    if words[:2] == ["neural", "bridge"]:
+        return words + SMALL_BRIDGE
+    if words[0] in ("figure", "reproduce"):
+        return [*words, "--scale", "smoke"]
+    return words
+
+
 @pytest.mark.parametrize("command", commands())
 def test_commands_run(
     command: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -119,12 +135,9 @@ def test_commands_run(
             words[index] = str(out / word.removeprefix(PLACE))
         elif word == "OUT" and words[:2] != ["neural", "train"]:
             words[index] = str(request.getfixturevalue("trained").parents[1])
-    if words[:2] == ["neural", "train"]:
-        words += ["--scale", "smoke", "--threads", "1"]
-    if words[:2] == ["neural", "bridge"]:
-        words += SMALL_BRIDGE
+    words = small(words)
     if words[0] in ("figure", "reproduce"):
-        words += ["--scale", "smoke", "--out", str(tmp_path / "out")]
+        words += ["--out", str(tmp_path / "out")]
     if words[0] == "plot":
         monkeypatch.setitem(main.commands, "plot", plot)
         call(["sweep", "docs/examples/sweep.toml", "--out", words[1]])
@@ -136,6 +149,27 @@ def test_commands_run(
     if "--json" in words:
         keys = {"columns", "rows"} if words[:2] != ["neural", "show"] else {"recipe", "arms"}
         assert keys <= set(json.loads(out))
+
+
+@pytest.mark.parametrize("path", JOURNEYS, ids=lambda path: path.stem)
+def test_journeys_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom in one folder; commands in seconds, into the folder of full ones."""
+    page = path.read_text()
+    needs_torch(page)
+    monkeypatch.chdir(tmp_path)
+
+    def run(words: Sequence[str]) -> None:
+        words = small(list(words))
+        if words[:2] == ["neural", "train"] and "--out" not in words:
+            words += ["--out", f"out/neural/{Path(words[2]).stem}-full"]
+        call(words)
+
+    assert journeys.walk(page, run) == page, "python -m figures.journeys puts in what is printed"
+    drawn = journeys.pictures(page)
+    assert drawn
+    for picture, file in drawn.items():
+        assert (path.parent / picture).exists()
+        assert Path(file).exists()
 
 
 def test_the_commands_that_are_special_are_on_the_pages() -> None:
