@@ -1,7 +1,7 @@
 """Journeys: pages whose blocks are one session, from a clone to a picture.
 
 The Python blocks of such a page share their variables, as the cells of a notebook do; the `nqm`
-commands of its ``sh`` blocks run between them, in the same folder. (All other pages have blocks that
+commands of its ``sh`` blocks run between them, in the same folder. (Blocks of all other pages
 stand alone.) A picture that a comment ``<!-- drawn: FILE -->`` follows is a file of the session. ::
 
     python -m figures.journeys docs/journey_spectrum.md

@@ -1,4 +1,4 @@
-"""The user's own images: a folder, arrays of an .npz file, or a Hugging Face data set on disk.
+"""The user's own data: images of a folder, an .npz file or a Hugging Face data set, and text files.
 
 Images up to `LARGEST` pixels a side are held in memory as bytes, and all that is known of the
 sets of the catalogue applies to them. Larger ones are read as they are needed, as ImageNet is.
@@ -21,6 +21,7 @@ from neural.data import formats
 from neural.data.folder import EncodedImages, ImageFolder, StreamData
 from neural.data.image_sets import IMAGENET_STATS, images_of
 from neural.data.images import ImageData, Images
+from neural.data.text import TextData
 from nqm.errors import NQMError
 from nqm.limits import memory_limit
 
@@ -192,6 +193,80 @@ def npz(path: Path, size: int | None) -> ImageData:
     return _in_memory(path, parts[0], parts[1], 1 + int(parts[0].labels.max()))
 
 
+def text(path: Path, size: int | None) -> TextData:
+    """Open a text: one file, or all files of a folder and of the folders in it.
+
+    Parameters
+    ----------
+    path : Path
+        A file, or a folder, whose files are joined in the order of their paths; hidden ones are
+        left out. A folder with ``train`` and ``test``, each a folder or a file with any ending, has
+        its parts (and ``valid``) from there.
+    size : None
+        Of images; must not be given.
+
+    Returns
+    -------
+    TextData
+        Bytes as they are. Without parts the text is split 90/5/5 per cent in order.
+
+    Raises
+    ------
+    NQMError
+        If there is no text, only one of the parts train and test, or more than the memory holds.
+    """
+    if size is not None:
+        raise NQMError(f"data.size must be left out: a text has none; got {size}")
+    label = path.resolve().name
+    places = {name: _place(path, name) for name in _PARTS}
+    if places["train"] is None and places["test"] is None:
+        raw = _bytes_of(path)
+        train, valid, test = raw.tensor_split((len(raw) * 90 // 100, len(raw) * 95 // 100))
+        return TextData("own", label, train, valid, test)
+    for name in ("train", "test"):
+        if places[name] is None:
+            raise NQMError(
+                f"{path} must hold both parts of the text, train and test, or neither; {name} is "
+                "missing"
+            )
+    empty = torch.empty(0, dtype=torch.uint8)
+    parts = [empty if place is None else _bytes_of(place) for place in places.values()]
+    return TextData("own", label, *parts)
+
+
+#: Parts of a text, each a folder or a file of that name.
+_PARTS = ("train", "valid", "test")
+
+
+def _place(path: Path, part: str) -> Path | None:
+    """The folder or file of one part of a text in a folder; None if there is none."""
+    if not path.is_dir():
+        return None
+    found = [one for one in sorted(path.iterdir()) if one.name == part or one.stem == part]
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise NQMError(f"{path}: only one place may hold the part {part}; got {names}")
+    return found[0] if found else None
+
+
+def _bytes_of(path: Path) -> Tensor:
+    """The bytes of a file, or of all files of a folder one after another."""
+    files = [path]
+    if path.is_dir():
+        below = ((file, file.relative_to(path).parts) for file in sorted(path.rglob("*")))
+        files = [f for f, parts in below if f.is_file() and not any(p[0] == "." for p in parts)]
+    try:
+        count = sum(file.stat().st_size for file in files)
+        if count > memory_limit():
+            raise NQMError(f"{path}: its text takes {count / 2**30:,.1f} GiB; choose fewer files")
+        raw = bytearray().join(file.read_bytes() for file in files)
+    except OSError as error:
+        raise NQMError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    if not raw:
+        raise NQMError(f"{path} holds no text")
+    return torch.frombuffer(raw, dtype=torch.uint8)
+
+
 def _channels_first(where: str, pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if pixels.dtype != np.uint8:
         raise NQMError(f"{where} must be uint8, 0 to 255; got {pixels.dtype}")
@@ -273,11 +348,12 @@ def sized(build: Callable[[Path, int], ImageData | StreamData]) -> Callable[...,
 
 
 #: ``data.name`` -> one line, and the function that opens ``data.path`` at ``data.size``.
-OWN: dict[str, tuple[str, Callable[..., ImageData | StreamData]]] = {
+OWN: dict[str, tuple[str, Callable[..., ImageData | StreamData | TextData]]] = {
     "folder": ("own images in path/train/CLASS and path/val/CLASS, at size pixels", sized(folder)),
     "npz": ("own arrays x_train, y_train, x_test, y_test in the file path", npz),
     "huggingface": (
         "own data set saved by datasets' save_to_disk in path, at size pixels",
         sized(huggingface),
     ),
+    "text": ("own text, as bytes: the file path, or all files below the folder path", text),
 }

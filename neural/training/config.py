@@ -82,7 +82,8 @@ class DataConfig:
         Normalisation of each channel, e.g. that of a published checkpoint; by default that of the
         data set.
     path : str, optional
-        Folder or file of own data, where `name` is "folder", "npz" or "huggingface".
+        Folder or file of own data, where `name` is "folder", "npz", "huggingface" or
+        "text".
     size : int, optional
         Side of own images in pixels.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from neural.data import ImageData, StreamData
+from neural.data import ImageData, StreamData, TextData
 from neural.models import build as build_model
 from neural.training.config import build
 from neural.training.cost import estimate
@@ -259,3 +260,97 @@ def test_errors_of_an_own_module_are_one_line(
         build_model("own_net_broken:Net", classes=2)
     with pytest.raises(NQMError, match="own_net_needs needs not_there_at_all"):
         build_model("own_net_needs:Net", classes=2)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def spoken(part: torch.Tensor) -> bytes:
+    return bytes(part.tolist())
+
+
+def text_of(path: Path, **data: Any) -> Any:
+    sections = mapping(train={"epochs": 2, "optimizer": "adam"})
+    sections["data"] = {"name": "text", "path": str(path), "batch_size": 4, "length": 8, **data}
+    sections["model"] = {"name": "lstm_lm", "hidden": 6, "embedding": 5}
+    return build(sections)
+
+
+def test_files_of_a_folder_are_one_text_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    """Split 90/5/5 per cent, in order; hidden files and folders are not text."""
+    for name, content in {
+        "b.txt": b"ZY", "a/late.md": "é".encode() + b"w" * 8, "a/early": b"x" * 88,
+        ".git/config": b"no", "a/.hidden": b"no",
+    }.items():  # fmt: skip
+        file = tmp_path / "mine" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    whole = b"x" * 88 + "é".encode() + b"w" * 8 + b"ZY"
+    data = load_data(text_of(tmp_path / "mine").data, None)
+    assert isinstance(data, TextData)
+    assert (data.name, data.label, data.symbols) == ("text", "mine", 256)
+    parts = [spoken(part) for part in (data.train, data.valid, data.test)]
+    assert parts == [whole[:90], whole[90:95], whole[95:]]
+    alone = load_data(text_of(tmp_path / "mine" / "b.txt").data, None)
+    assert isinstance(alone, TextData)
+    assert spoken(alone.train) + spoken(alone.valid) + spoken(alone.test) == b"ZY"
+
+
+def test_parts_of_a_text_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "2").write_bytes(b"two")
+    (tmp_path / "train" / "1").write_bytes(b"one")
+    (tmp_path / "test.txt").write_bytes(b"three")
+    (tmp_path / "LICENSE").write_bytes(b"free")
+    data = load_data(text_of(tmp_path).data, None)
+    assert isinstance(data, TextData)
+    assert [spoken(p) for p in (data.train, data.valid, data.test)] == [b"onetwo", b"", b"three"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "lstm_lm", "hidden": 6, "embedding": 5},
+        {"name": "transformer_lm", "context": 8, "width": 8, "heads": 2, "layers": 1},
+    ],
+    ids=lambda model: model["name"],
+)
+def test_language_models_are_trained_on_own_text(model: dict[str, Any], tmp_path: Path) -> None:
+    """One symbol over and over is learnt: less than the log2(3) bits of three symbols at random."""
+    (tmp_path / "mine.txt").write_bytes(b"abc" * 400)
+    sections = mapping(train={"epochs": 3, "optimizer": "adam", "lr": 0.03})
+    sections |= {"model": model, "late_phase": LATE | {"start_epoch": 2, "members": 2}}
+    sections["data"] = {"name": "text", "path": str(tmp_path / "mine.txt"), "batch_size": 4}
+    sections["data"]["length"] = 8
+    run = build(sections)
+    assert open_task(run, Runtime()).classes == 3
+    found = train(run, tmp_path / "run").result
+    (bits,) = found.query("weights == 'averaged' and metric == 'bpc'")["value"]
+    assert bits < math.log2(3)
+
+
+def test_mistakes_of_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_bytes(b"abc" * 400)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train.txt").write_bytes(b"abc")
+    (tmp_path / "twice").mkdir()
+    for name in ("test", "test.txt", "train"):
+        (tmp_path / "twice" / name).write_bytes(b"abc")
+    for path, words in {
+        "empty": "empty holds no text", "half": "train and test, or neither; test is missing",
+        "twice": "only one place may hold the part test; got test, test.txt",
+        "none.txt": "data.path .*none.txt: no such file",
+    }.items():  # fmt: skip
+        with pytest.raises(NQMError, match=words):
+            load_data(text_of(tmp_path / path).data, None)
+    with pytest.raises(NQMError, match=r"data.size must be left out: a text has none; got 8"):
+        load_data(text_of(file, size=8).data, None)
+    for settings, words in (
+        ({"augment": ["crop"]}, "data.augment"),
+        ({"train_examples": 2000}, "data.train_examples must be at most the 1080 bytes"),
+        ({"length": 1000}, "the text must have at least 2000 symbols"),
+    ):
+        with pytest.raises(NQMError, match=words):
+            open_task(text_of(file, **settings), Runtime())
