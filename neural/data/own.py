@@ -230,8 +230,8 @@ def text(path: Path, size: int | None) -> TextData:
                 "missing"
             )
     empty = torch.empty(0, dtype=torch.uint8)
-    parts = [empty if place is None else _bytes_of(place) for place in places.values()]
-    return TextData("own", label, *parts)
+    train, valid, test = (empty if place is None else _bytes_of(place) for place in places.values())
+    return TextData("own", label, train, valid, test)
 
 
 #: Parts of a text, each a folder or a file of that name.
