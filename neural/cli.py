@@ -77,7 +77,7 @@ def list_() -> None:
     from neural.data import DATASETS
     from neural.data.own import OWN
     from neural.late_phase.select import TERMS
-    from neural.models import MODELS
+    from neural.models import MODELS, OTHERS
     from neural.training.recipe import load_recipe, recipe_names
 
     click.echo("recipe:")
@@ -85,7 +85,7 @@ def list_() -> None:
         recipe = load_recipe(name)
         arms = dict.fromkeys(arm.partition("/")[0] for arm in recipe.arms)
         click.echo(f"  {name}\n      {recipe.title}; arms {', '.join(arms)}")
-    models = {name: family.description for name, family in MODELS.items()}
+    models = {name: family.description for name, family in MODELS.items()} | OTHERS
     sets = DATASETS | {name: text for name, (text, _) in OWN.items()}
     for title, entries in (("model", models), ("data", sets), ("select", TERMS)):
         click.echo(f"{title}:")

@@ -135,7 +135,7 @@ def huggingface(path: Path, size: int) -> ImageData | StreamData:
     names = list(parts) if isinstance(parts, dict) else []
     test = next((name for name in TESTS if name in names), None)
     if "train" not in names or test is None:
-        raise NQMError(f"{path} must have the parts train and test; it has {names}")
+        raise NQMError(f"{path} must have the parts train and test; it has {names or 'no parts'}")
     features = parts["train"].features
     chosen = []
     for kind in ("Image", "ClassLabel"):

@@ -92,6 +92,17 @@ MODELS: Mapping[str, Family] = MappingProxyType(
 )
 
 
+#: Other forms of a model's name, and a line about each.
+OTHERS: Mapping[str, str] = MappingProxyType(
+    {
+        "torchvision:NAME": "classifiers of torchvision, as torchvision:resnet50 (extra vision); "
+        "names: torchvision.models.list_models()",
+        "timm:NAME": "models of timm, as timm:resnet18 (extra vision); names: timm.list_models()",
+        "package.module:Class": "a class of your own, found where Python finds modules",
+    }
+)
+
+
 def option_defaults(name: str) -> dict[str, Any]:
     """Defaults of a model's options, as keys of runs leave them out.
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from neural.data import ImageData, StreamData, TextData
@@ -19,6 +20,7 @@ from neural.training.config import build
 from neural.training.cost import estimate
 from neural.training.task import Runtime, load_data, open_task
 from neural.training.train import train
+from nqm.cli import main
 from nqm.errors import NQMError
 from tests.tiny_runs import LATE, mapping, recipe
 
@@ -260,6 +262,13 @@ def test_errors_of_an_own_module_are_one_line(
         build_model("own_net_broken:Net", classes=2)
     with pytest.raises(NQMError, match="own_net_needs needs not_there_at_all"):
         build_model("own_net_needs:Net", classes=2)
+
+
+def test_every_form_of_a_models_and_data_sets_name_is_listed() -> None:
+    done = CliRunner().invoke(main, ["neural", "list"])
+    assert done.exit_code == 0
+    listed = {line.strip() for line in done.output.splitlines()}
+    assert {"timm:NAME", "torchvision:NAME", "package.module:Class", "resnet", "text"} <= listed
 
 
 # --- text ----------------------------------------------------------------------------------------
