@@ -122,8 +122,7 @@ def draw(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ----------
     table : DataFrame
         The index's name labels the x axis, the columns' name the y axis ("expected loss" by
-        default). A column known at fewer than half of the rows becomes markers. ``attrs["T0"]``
-        is the step at which members are spawned: a dotted line.
+        default). A column known at fewer than half of the rows becomes markers.
     ax : Axes, optional
 
     Returns
@@ -157,8 +156,6 @@ def _wide(values: Any) -> bool:
 
 def _curves(table: pd.DataFrame, ax: Axes) -> None:
     curves, marked = 0, 0
-    if "T0" in table.attrs:
-        ax.axvline(table.attrs["T0"], color=REFERENCE, lw=0.8, ls=":", label="$T_0$", gid="T0")
     for name in table.columns:
         rows = table[name].dropna()
         look: dict[str, Any]

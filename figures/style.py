@@ -138,7 +138,7 @@ def shades(count: int, colormap: str = COLORMAP) -> list[Any]:
 
 
 #: Symbols as plain text has them, and as they are set.
-_SYMBOLS = {
+_SYMBOLS: dict[str, str] = {
     "K": "K", "h": "h", "B": "B", "C": "C", "H": "H", "T0": "T_0", "t": "t", "v": "v",
     "h_max": r"h_{\max}", "eta": r"\eta", "lambda": r"\lambda", "gamma": r"\gamma",
     "sigma^2": r"\sigma^2",

@@ -15,7 +15,7 @@ from paper_repro.build import Built
 from paper_repro.study import GROUPS, ZHANG2019, passed
 
 #: Symbols as the texts of a figure write them, and as the page shows them.
-_SYMBOLS = {
+_SYMBOLS: dict[str, str] = {
     "eta_phi": "&eta;<sub>&phi;</sub>",
     "eta_theta": "&eta;<sub>&theta;</sub>",
     "eta": "&eta;",

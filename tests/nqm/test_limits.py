@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "ensemble": (lambda: Ensemble(BILLION), "Ensemble.members must be at most"),
     "clients": (lambda: LocalSGD(BILLION), "LocalSGD.clients must be at most"),
     "window": (lambda: LAWA(window=BILLION), "LAWA.window must be at most"),
-    "dense": (lambda: nqm.solve(P, Phase(LAWA(window=10**5), 0.1, 10)), "LAWA = 100001 needs"),
+    "dense": (lambda: nqm.solve(P, Phase(LAWA(window=10**5), FALL, 10)), "LAWA = 100001 needs"),
     "factors": (
         lambda: nqm.sample(P, Phase(MultiplicativeLatePhase(BILLION), 0.1, 5)), "the members of M"),
     "sampled members": (
