@@ -148,6 +148,9 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
         toml.override(asked, overrides)
         chosen = gpu_scale.changes(make_recipe(path.stem, asked).arms.values())
         merge(mapping, {name: part for name, part in chosen.items() if name in mapping})
+        for table in mapping["arm"].values():  # a section that arms alone have
+            for name in chosen.keys() - mapping.keys() & table.keys():
+                table[name] = chosen[name] | table[name]
     merge(mapping, own)
     toml.override(mapping, overrides)
     return make_recipe(path.stem, mapping, scale)

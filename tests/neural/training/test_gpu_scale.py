@@ -143,3 +143,12 @@ def test_the_table_of_all_recipes_has_both_scales() -> None:
     full, gpu = (float(str(row[key]).split()[0]) for key in ("memory", "gpu: memory"))
     assert 0.5 < gpu / full < 0.7  # activations are halved, weights are not
     assert "scale gpu" not in overview("smoke", 0.25, None, "digits_bn")
+
+
+def test_a_section_that_only_an_arm_has(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    text_net = RECIPE.replace("digits_cnn", "lstm_lm").replace("digits", "python_docs")
+    file.write_text(text_net + "[arm.late.late_phase]\nstart_epoch = 2\nmembers = 3\n")
+    made = load_recipe(str(file), "gpu")
+    assert made.arms["base"].late_phase is None
+    assert settings(made) == ({"float32"}, {False}, {False}, {True})
