@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from figures.style import (
@@ -26,6 +27,8 @@ from figures.style import (
 
 #: Factors around 1 that are drawn as bands: good agreement of prediction and measurement.
 BANDS = (1.2, 1.05)
+#: Names of averages over time.
+AVERAGES = {"swa": "SWA", "ema": "EMA"}
 #: Largest factor from 1 on the axis of ratios.
 FAR = 3.0
 #: Shares of the largest noise (curvature) below which a direction counts as noiseless (soft).
@@ -266,7 +269,8 @@ def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     rows = table[_at_first_size(table)]
     fewest = rows["members"].min()
     for i, (weights, one) in enumerate(rows.groupby("weights", sort=False)):
-        _lines(ax, one[one["members"] == fewest], "lr", i, str(weights))
+        name = AVERAGES.get(str(weights), str(weights))
+        _lines(ax, one[one["members"] == fewest], "lr", i, name)
     _rate_axes(ax, rows["lr"])
     ax.set_title(f"averages over time, $K$ = {fewest}")
     legend_above(ax, 3)
@@ -385,12 +389,13 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     for i, (weights, one) in enumerate(table.groupby("weights", sort=False)):
         rank = (one["members"].map(sizes.index) + 0.25 * (i + 1)) / len(sizes) - 0.5
         x = scaled[one.index] * np.exp(width * rank)
+        name = AVERAGES.get(str(weights), str(weights))
         for first in (True, False):
             held = at_first[one.index] == first
             ax.errorbar(
                 x[held], one["ratio"][held], 2.0 * one["ratio_error"][held],
                 fmt=look(i)["marker"], color=look(i)["color"], ms=2.5, lw=0.7,
-                mfc=None if first else "white", mew=0.7, label=str(weights) if first else None,
+                mfc=None if first else "white", mew=0.7, label=name if first else None,
                 gid=f"ratio/{weights}/{'first' if first else 'other'}",
             )  # fmt: skip
     for shade, band in zip(("#f2f2f2", "#dddddd"), BANDS, strict=True):
@@ -400,7 +405,7 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
         [table["ratio"] - 2.0 * table["ratio_error"], table["ratio"] + 2.0 * table["ratio_error"]]
     )
     unit = r"lr $h_{\max}$" + (" / (1 - momentum)" if table["momentum"].any() else "")
-    ax.set(xscale="log", yscale="log", xlabel=unit, ylabel="measured / predicted")
+    ax.set(xscale="log", yscale="log", ylabel="measured / predicted")
     ax.set_ylim(
         max(np.nanmin([ends.min(), 0.75]), 1.0 / FAR), min(np.nanmax([ends.max(), 1.33]), FAR)
     )
@@ -409,8 +414,12 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     shown = [y for y in (0.33, 0.5, 0.7, 0.83, 1.0, 1.2, 1.5, 2.0, 3.0) if low <= y <= high]
     ax.set_yticks(shown, [f"{tick:g}" for tick in shown])
     ax.minorticks_off()
-    names = " and ".join(f"{band:g}" for band in reversed(BANDS))
-    ax.set_title(f"all cells, $K$ from left to right (hollow: other B; bands: {names})")
+    ax.set_title("all cells")
+    ax.set_xlabel(f"{unit}\n($K$ from left to right; hollow: other $B$)")
+    # Bars that end beyond the axis end at it, not behind the legend.
+    shown_part = Rectangle((0.0, low), 1.0, high - low, transform=ax.get_yaxis_transform())
+    for part in (one for container in ax.containers for one in container.get_children()):
+        part.set_clip_path(shown_part)
     legend_above(ax, 3)
     return ax
 

@@ -72,7 +72,7 @@ def test_every_cell_has_its_residual(table: pd.DataFrame) -> None:
 def test_averages_are_lines_of_their_own(table: pd.DataFrame) -> None:
     ax = bridge.averages(table)
     for weights in ("iterate", "swa", "ema"):
-        x, y = line(ax, f"{weights}/predicted").get_data()
+        x, y = line(ax, f"{bridge.AVERAGES.get(weights, weights)}/predicted").get_data()
         agree(x, [0.1, 0.2, 0.4], IDENTITY)
         agree(y, [10.0, 5.0, 2.5], IDENTITY)
     # Other panels are of the weights themselves.
@@ -133,3 +133,27 @@ def test_the_law_goes_through_the_stiffest() -> None:
     agree(x, [1.0, 4.0], IDENTITY)
     agree(y, 3.0 * x**1.5, 1e-12)
     assert not [n for n in bridge.noise_against_curvature(table).lines if n.get_gid() == "law"]
+
+
+def test_ratios_show_every_rate_and_batch_size() -> None:
+    table = pd.DataFrame([
+        {"lr_times_sharpness": lr, "batch_size": size, "members": k, "ratio": lr + k,
+         "ratio_error": 0.1}
+        for lr, size in ((0.25, 32), (0.5, 32), (0.25, 8)) for k in (1, 4)
+    ])  # fmt: skip
+    ax = bridge.ratios(table, rates=[0.125, 0.25, 0.5])
+    filled, hollow = line(ax, "0.25/32"), line(ax, "0.25/8")
+    agree(filled.get_ydata(orig=False), [1.25, 4.25], IDENTITY)
+    assert filled.get_color() == hollow.get_color()
+    assert hollow.get_markerfacecolor() == "white"
+    assert {text.get_text() for text in ax.texts} == {"$B$ = 8"}
+    assert ax.get_legend_handles_labels()[1] == ["0.25", "0.5"]
+
+
+def test_bars_of_residuals_end_below_the_legend(table: pd.DataFrame) -> None:
+    ax = bridge.residuals(table.assign(ratio_error=5.0), 1.0)
+    ax.figure.draw_without_rendering()
+    legend = ax.get_legend().get_window_extent()
+    boxes = [one.get_clip_box() for part in ax.containers for one in part.get_children()]
+    assert boxes
+    assert all(box.y1 <= legend.y0 for box in boxes)

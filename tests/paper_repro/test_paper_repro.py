@@ -171,7 +171,7 @@ def test_misuse_is_one_line_and_exit_code_2(out, arguments, message):
     assert len(result.output.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["switch.parquet", "switch.pdf", "report.html"])
+@pytest.mark.parametrize("name", ["switch.parquet", "switch.pdf", "switch.html"])
 def test_what_is_in_the_way_is_told_before_any_work(tmp_path, monkeypatch, name):
     monkeypatch.setattr(find("switch"), "compute", None)
     (tmp_path / name).mkdir()
