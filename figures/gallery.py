@@ -122,7 +122,8 @@ def draw(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ----------
     table : DataFrame
         The index's name labels the x axis, the columns' name the y axis ("expected loss" by
-        default). A column known at fewer than half of the rows becomes markers.
+        default). A column known at fewer than half of the rows becomes markers. The entry
+        ``switch_step`` of its ``attrs`` is the step at which members are spawned: a dotted line.
     ax : Axes, optional
 
     Returns
@@ -156,6 +157,10 @@ def _wide(values: Any) -> bool:
 
 def _curves(table: pd.DataFrame, ax: Axes) -> None:
     curves, marked = 0, 0
+    if "switch_step" in table.attrs:
+        ax.axvline(
+            table.attrs["switch_step"], color=REFERENCE, lw=0.8, ls=":", label="$T_0$", gid="T0"
+        )
     for name in table.columns:
         rows = table[name].dropna()
         look: dict[str, Any]

@@ -138,11 +138,14 @@ def shades(count: int, colormap: str = COLORMAP) -> list[Any]:
 
 
 #: Symbols as plain text has them, and as they are set.
-_SYMBOLS: dict[str, str] = {
-    "K": "K", "h": "h", "B": "B", "C": "C", "H": "H", "T0": "T_0", "t": "t", "v": "v",
-    "h_max": r"h_{\max}", "eta": r"\eta", "lambda": r"\lambda", "gamma": r"\gamma",
-    "sigma^2": r"\sigma^2",
-}  # fmt: skip
+_AS_SET = (
+    ("h_max", r"h_{\max}"),
+    ("eta", r"\eta"),
+    ("lambda", r"\lambda"),
+    ("gamma", r"\gamma"),
+    ("sigma^2", r"\sigma^2"),
+)
+_SYMBOLS = {name: name for name in "KhBCHtv"} | dict(_AS_SET)
 _SYMBOL = re.compile(r"(?<![\w$^'])(" + "|".join(map(re.escape, _SYMBOLS)) + r")(?![\w$^])")
 
 
@@ -159,7 +162,8 @@ def typeset(text: str) -> str:
     str
         For Matplotlib, e.g. ``"$K$ = 2"``.
     """
-    return _SYMBOL.sub(lambda at: f"${_SYMBOLS[at[1]]}$", text.replace("$", r"\$"))
+    plain = _SYMBOL.sub(lambda at: f"${_SYMBOLS[at[1]]}$", text.replace("$", r"\$"))
+    return re.sub(r"\bT(\d)\b", r"$T_\1$", plain)
 
 
 def new_figure(width: float = COLUMN, height: float = 2.6) -> Figure:

@@ -15,18 +15,18 @@ from paper_repro.build import Built
 from paper_repro.study import GROUPS, ZHANG2019, passed
 
 #: Symbols as the texts of a figure write them, and as the page shows them.
-_SYMBOLS: dict[str, str] = {
-    "eta_phi": "&eta;<sub>&phi;</sub>",
-    "eta_theta": "&eta;<sub>&theta;</sub>",
-    "eta": "&eta;",
-    "lambda": "&lambda;",
-    "gamma": "&gamma;",
-    "sigma^2": "&sigma;<sup>2</sup>",
-    "T0": "T<sub>0</sub>",
-    "h_i": "h<sub>i</sub>",
-    "&lt;=": "&le;",
-    "&gt;=": "&ge;",
-}
+_AS_SHOWN = (
+    ("eta_phi", "&eta;<sub>&phi;</sub>"),
+    ("eta_theta", "&eta;<sub>&theta;</sub>"),
+    ("eta", "&eta;"),
+    ("lambda", "&lambda;"),
+    ("gamma", "&gamma;"),
+    ("sigma^2", "&sigma;<sup>2</sup>"),
+    ("h_i", "h<sub>i</sub>"),
+    ("&lt;=", "&le;"),
+    ("&gt;=", "&ge;"),
+)
+_SYMBOLS = dict(_AS_SHOWN)
 _SYMBOL = re.compile("|".join(rf"(?<!\w){re.escape(one)}(?!\w)" for one in _SYMBOLS))
 
 
@@ -43,7 +43,8 @@ def symbols(text: str) -> Markup:
     Markup
         Escaped.
     """
-    return Markup(_SYMBOL.sub(lambda at: _SYMBOLS[at[0]], str(escape(text))))
+    shown = _SYMBOL.sub(lambda at: _SYMBOLS[at[0]], str(escape(text)))
+    return Markup(re.sub(r"\bT(\d)\b", r"T<sub>\1</sub>", shown))
 
 
 def report_name(figures: Sequence[str]) -> str:

@@ -30,10 +30,9 @@ def table() -> dict[str, tuple[str, ...]]:
     return {name: tuple(re.findall(r"`(\w+)`", others)) for name, others in rows}
 
 
-def names_what_texts_may_mean(node: ast.stmt) -> bool:
-    """Whether a statement lists the words that an unknown key, or the symbols that a text, may have."""
-    listed = ("LETTERS", "_SYMBOLS")
-    return isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in listed
+def names_what_users_may_mean(node: ast.stmt) -> bool:
+    """Whether a statement is the list of words that an unknown key may stand for."""
+    return isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "LETTERS"
 
 
 def public(path: Path, root: Path = ROOT) -> Iterator[tuple[str, str]]:
@@ -57,7 +56,7 @@ def public(path: Path, root: Path = ROOT) -> Iterator[tuple[str, str]]:
 
     yield from visit(tree)
     said = {
-        node for group in tree.body if names_what_texts_may_mean(group) for node in ast.walk(group)
+        node for group in tree.body if names_what_users_may_mean(group) for node in ast.walk(group)
     }
     for node in ast.walk(tree):
         if isinstance(node, HOLDERS) and node not in said:

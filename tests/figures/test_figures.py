@@ -330,3 +330,9 @@ def test_a_short_logarithmic_axis_has_a_few_plain_numbers(low, high):
     boxes = [one.get_window_extent() for one in seen]
     assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
     assert not [text for text in ax.get_xticklabels(minor=True) if text.get_text()]
+
+
+def test_symbols_of_a_text_are_typeset():
+    text = "K = 2, lr h_max, until T0, 1 + eta; Kappa, th, $5, can't"
+    expected = r"$K$ = 2, lr $h_{\max}$, until $T_0$, 1 + $\eta$; Kappa, th, \$5, can't"
+    assert style.typeset(text) == expected
