@@ -1,4 +1,4 @@
-"""Two pictures for the controls of ``nqm explore``: loss over examples, and loss against the rate."""
+"""Two pictures for the controls of ``nqm explore``: loss over examples, loss against the rate."""
 
 from __future__ import annotations
 
