@@ -17,6 +17,7 @@ from .algorithms import LocalSGD as LocalSGD
 from .algorithms import Lookahead as Lookahead
 from .algorithms import MultiplicativeLatePhase as MultiplicativeLatePhase
 from .algorithms import Nesterov as Nesterov
+from .algorithms import Pace as Pace
 from .algorithms import PolynomialAverage as PolynomialAverage
 from .algorithms import PrimalAverage as PrimalAverage
 from .algorithms import QuasiHyperbolicMomentum as QuasiHyperbolicMomentum

@@ -316,6 +316,29 @@ def delayed_sgd(
     return np.stack(path)
 
 
+def pace(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    decay: float,
+    pull: float,
+) -> Array:
+    """SGD's step, a pull towards the average, then the average (Au & Block 2026)."""
+    theta, average = start, start
+    path = [average]
+    for eta, size in _plan(steps, lr, batch_size):
+        stepped = theta - eta * _gradient(theta, h, v, size, rng)
+        theta = stepped + pull * (1 - decay) * (average - theta)
+        average = decay * average + (1 - decay) * theta
+        path.append(average)
+    return np.stack(path)
+
+
 def schedule_free(
     h: Array,
     v: Array,

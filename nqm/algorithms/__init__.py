@@ -25,6 +25,7 @@ from nqm.algorithms.optimizers import SGD as SGD
 from nqm.algorithms.optimizers import HeavyBall as HeavyBall
 from nqm.algorithms.optimizers import Nesterov as Nesterov
 from nqm.algorithms.optimizers import QuasiHyperbolicMomentum as QuasiHyperbolicMomentum
+from nqm.algorithms.pace import Pace as Pace
 from nqm.algorithms.rounding import Rounded as Rounded
 from nqm.algorithms.sampled import Adam as Adam
 from nqm.algorithms.sampled import Sampled as Sampled
@@ -46,6 +47,7 @@ ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "polynomial_average": PolynomialAverage,
     "schedule_free": ScheduleFree,
     "primal_average": PrimalAverage,
+    "pace": Pace,
     "lookahead": Lookahead,
     "local_sgd": LocalSGD,
     "federated": Federated,
