@@ -59,6 +59,7 @@ bench: setup-neural  ## ratios against named peers, printed in one run
 	$(BIN)/python -m benchmarks.zhang2019
 	$(BIN)/python -m benchmarks.late_phase
 	$(BIN)/python -m benchmarks.scheduled
+	$(BIN)/python -m benchmarks.quantiles
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.allocator
 

@@ -15,16 +15,37 @@ import os
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from benchmarks.timing import best_of
-from nqm import SGD, Problem, constant, sample, solve
+from benchmarks.timing import best_of, paired
+from nqm import (
+    EMA,
+    LAWA,
+    SGD,
+    SWA,
+    Ensemble,
+    HeavyBall,
+    LatePhase,
+    Lookahead,
+    Nesterov,
+    Problem,
+    Program,
+    QuasiHyperbolicMomentum,
+    Rounded,
+    WeightDecay,
+    constant,
+    sample,
+    solve,
+)
+from nqm.algorithms.base import Algorithm
 from nqm.problems.quadratic import FloatArray
 from nqm.problems.spectra import harmonic
 from nqm.solvers import fast_normals
 from nqm.solvers._kernels import fill_lanes, fill_normals
 from nqm.solvers.sample import BLOCK
+from nqm.transition import count_draws
 
 DIRECTIONS, REPLICAS, STEPS, TIMED = 1_000, 1_000, 1_000, 50
 LR, BATCH = 0.5, 8
@@ -120,6 +141,54 @@ def single_precision(problem: Problem) -> None:
             )
 
 
+#: Every linear method that differs in what a step does.
+METHODS: dict[str, Algorithm] = {
+    "SGD": SGD(),
+    "heavy ball": HeavyBall(0.9),
+    "Nesterov": Nesterov(0.9),
+    "quasi-hyperbolic": QuasiHyperbolicMomentum(0.9, 0.7),
+    "weight decay": WeightDecay(SGD(), 0.1),
+    "EMA": EMA(decay=0.99),
+    "EMA of heavy ball": EMA(HeavyBall(0.9), 0.99),
+    "SWA": SWA(),
+    "LAWA, window 5": LAWA(),
+    "lookahead": Lookahead(SGD(), 5, 0.5),
+    "rounded SGD": Rounded(SGD(), 0.01),
+    "ensemble, K = 4": Ensemble(4),
+    "late-phase, K = 4": LatePhase(4, "mean"),
+    "late-phase of heavy ball, K = 4": LatePhase(4, "mean", inner=HeavyBall(0.9)),
+}
+
+
+def every_method(problem: Problem) -> None:
+    """Print the rate of each linear method, and its share of that of the draws alone.
+
+    Parameters
+    ----------
+    problem : Problem
+        Has `DIRECTIONS` directions.
+    """
+    replicas, steps = 320, 100
+    print(f"every linear method, last loss recorded, load average {os.getloadavg()[0]:.1f}")
+    for name, algorithm in METHODS.items():
+        counted = count_draws(algorithm)
+        normals = counted.minibatches + counted.normals
+        program = constant(algorithm, 0.1, steps, batch_size=BATCH)
+        shares = []
+        for precision, alone in (("float64", draw), ("float32", draw_single)):
+            alike = DIRECTIONS * replicas * steps  # as many draws as one normal a step takes
+
+            def run(precision: str = precision, program: Program = program) -> None:
+                sample(problem, program, [steps], replicas=replicas, workers=1, precision=precision)
+
+            run()
+            mine, _, ratio = paired(run, partial(alone, alike), 3)
+            shares.append(
+                f"{precision} {alike * normals / mine / 1e6:5.0f} M/s, {ratio * normals:.2f}"
+            )
+        print(f"  {name:32s} {' | '.join(shares)} of the draws")
+
+
 def numpy_sgd(h: FloatArray, steps: int) -> FloatArray:
     """Run SGD in NumPy on arrays of (replicas, directions).
 
@@ -152,6 +221,7 @@ def main() -> None:
     draw(DIRECTIONS)
     sample(problem, constant(SGD(), LR, 2, batch_size=BATCH), replicas=2, workers=1)
     single_precision(problem)
+    every_method(problem)
     count = DIRECTIONS * REPLICAS * STEPS
     runs = []
     ours = best_of(

@@ -1816,7 +1816,7 @@ def orbit(matrix, state, out):
 
 
 # --- The law of the loss: see `nqm.distribution` --------------------------------------------------
-# A direction of multiplicity n has the generating function (1 - u)^(-n/2) exp(n offset t / (1 - u))
+# A direction of multiplicity n has the generating function (1 - u)^(-n/2) exp(n shift t / (1 - u))
 # with u = 2 spread t. Factors of equal n are multiplied; their product has one logarithm, whose
 # angle only falls, by less than pi with each factor of Im t >= 0, so that its turns can be counted.
 
@@ -1839,13 +1839,13 @@ def _rescale(pr, pi, scale):
 
 
 @_jit
-def cumulants(count, spread, offset, series, centred, real, imaginary, out_real, out_imaginary):
+def cumulants(count, spread, shift, series, centred, real, imaginary, out_real, out_imaginary):
     """Compute the cumulant generating function of the loss at complex t, Im t >= 0.
 
     Parameters
     ----------
-    count, spread, offset : ndarray, shape (d,)
-        As in `nqm.distribution`, the largest spread first; |2 spread t| <= `LARGEST_U`.
+    count, spread, shift : ndarray, shape (d,)
+        n, spread and place of `nqm.distribution`, the largest spread first; |2 spread t| <= `LARGEST_U`.
     series : ndarray, shape (terms, d + 1)
         Column j holds the power series in t of the sum over directions j, j + 1, ...
     centred : bool
@@ -1875,7 +1875,7 @@ def cumulants(count, spread, offset, series, centred, real, imaginary, out_real,
                 ar[k] = old * x[k] - ai[k] * y[k] + c
                 ai[k] = old * y[k] + ai[k] * x[k]
         for i in range(near):
-            a, b, n = 2.0 * spread[i], count[i] * offset[i], count[i]
+            a, b, n = 2.0 * spread[i], count[i] * shift[i], count[i]
             linear += n * a
             for k in range(NODES):
                 fr, fi, old = 1.0 - a * x[k], -a * y[k], pi[k]
@@ -1907,13 +1907,13 @@ def cumulants(count, spread, offset, series, centred, real, imaginary, out_real,
 
 
 @_jit
-def cumulants_around(count, spread, offset, real, imaginary, out):
+def cumulants_around(count, spread, shift, real, imaginary, out):
     """Compute the derivatives of the cumulant generating function at one complex t.
 
     Parameters
     ----------
-    count, spread, offset : ndarray, shape (d,)
-        As in `nqm.distribution`.
+    count, spread, shift : ndarray, shape (d,)
+        n, spread and place of `nqm.distribution`.
     real, imaginary : float
         t.
     out : ndarray, shape (7,)
@@ -1934,29 +1934,29 @@ def cumulants_around(count, spread, offset, real, imaginary, out):
             product, before = 1.0, n
         product *= size
         nearest = min(nearest, 0.25 * size / (a * a))
-        # s = spread r, p = offset r^2: K' = s + p, K'' = 2 s (s + 2 p).
+        # s = spread r, p = shift r^2: K' = s + p, K'' = 2 s (s + 2 p).
         sr, si = a * rr, a * ri
-        pr, pi = offset[i] * (rr * rr - ri * ri), 2.0 * offset[i] * rr * ri
+        pr, pi = shift[i] * (rr * rr - ri * ri), 2.0 * shift[i] * rr * ri
         s1r += n * (sr + pr)
         s1i += n * (si + pi)
         tr, ti = sr + 2.0 * pr, si + 2.0 * pi
         s2r += 2.0 * n * (sr * tr - si * ti)
         s2i += 2.0 * n * (sr * ti + si * tr)
-        value += n * offset[i] * (real * rr - imaginary * ri)
-        linear += n * (a + offset[i])
+        value += n * shift[i] * (real * rr - imaginary * ri)
+        linear += n * (a + shift[i])
     value -= 0.25 * before * math.log(product)
     out[0], out[1], out[2], out[3], out[4] = value, s1r, s1i, s2r, s2i
     out[5], out[6] = value - linear * real, math.sqrt(nearest)
 
 
 @_jit
-def cumulant_slope(count, spread, offset, t, centred):
+def cumulant_slope(count, spread, shift, t, centred):
     """Compute the derivative of the cumulant generating function at real t, less the mean.
 
     Parameters
     ----------
-    count, spread, offset : ndarray, shape (d,)
-        As in `nqm.distribution`.
+    count, spread, shift : ndarray, shape (d,)
+        n, spread and place of `nqm.distribution`.
     t : float
     centred : bool
         Whether the mean is subtracted, without a loss of digits.
@@ -1970,9 +1970,9 @@ def cumulant_slope(count, spread, offset, t, centred):
         u = 2.0 * spread[i] * t
         r = 1.0 / (1.0 - u)
         if centred:
-            total += count[i] * (u * r * (spread[i] + offset[i] * (2.0 - u) * r))
+            total += count[i] * (u * r * (spread[i] + shift[i] * (2.0 - u) * r))
         else:
-            total += count[i] * r * (spread[i] + offset[i] * r)
+            total += count[i] * r * (spread[i] + shift[i] * r)
     return total
 
 
