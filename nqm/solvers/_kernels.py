@@ -1845,7 +1845,8 @@ def cumulants(count, spread, shift, series, centred, real, imaginary, out_real, 
     Parameters
     ----------
     count, spread, shift : ndarray, shape (d,)
-        n, spread and place of `nqm.distribution`, the largest spread first; |2 spread t| <= `LARGEST_U`.
+        n, spread and place of `nqm.distribution`, the largest spread first, of |2 spread t| below
+        `LARGEST_U`.
     series : ndarray, shape (terms, d + 1)
         Column j holds the power series in t of the sum over directions j, j + 1, ...
     centred : bool
