@@ -116,3 +116,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "- Stop at K = 10" in done.stdout
     assert done.stdout.splitlines()[0].startswith("- Train 10 steps at lr = 0.1, B = 8, and take")
+
+
+def test_of_late_phase_members_there_is_no_advice() -> None:
+    """A row's prediction is that of its own K alone."""
+    with pytest.raises(NQMError, match="no advice for late-phase members"):
+        advise(ONE.assign(way="head"))

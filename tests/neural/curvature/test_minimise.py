@@ -230,3 +230,12 @@ def test_settling_at_a_rate_that_is_too_high() -> None:
         minimise(risk, 500, lr=40.0)  # 3.8 / 3 is the edge of stability; a cosine goes below it
     with pytest.raises(NQMError, match="minimise_lr"):
         minimise(risk, 500, lr=0.0)
+
+
+def test_progress_counts_gradients_and_products() -> None:
+    told: list[int] = []
+    minimise(tanh_risk(), 7, lr=0.1, progress=told.append)
+    assert told == [1] * 7
+    told.clear()
+    minimise(tanh_risk(), 5, progress=told.append)
+    assert 5 <= sum(told) <= 4 * 5
