@@ -19,7 +19,7 @@ from neural.training.config import RunConfig, describe, restore
 from neural.training.load_run import open_finished, reopen
 from neural.training.recipe import load_recipe
 from neural.training.snapshots import FOLDER, LIST
-from neural.training.task import Runtime, Task, open_task
+from neural.training.task import DTYPES, Runtime, Task, open_task
 from nqm.errors import NQMError
 from nqm.files import check_regular
 from nqm.keys import difference
@@ -111,7 +111,7 @@ def open_members(
     if model is None:
         assert run is not None
         assert task is not None
-        model = plain_model(run.model, task)
+        model = plain_model(run.model, task).to(DTYPES[run.train.precision])
     for folder, other in runs.items():
         _check_alike(folder, other, run)
     names = set(model.state_dict())

@@ -17,7 +17,7 @@ from neural.training import checkpoint, report
 from neural.training.build import make_late, make_model, plain_model
 from neural.training.config import EvaluateConfig, RunConfig, describe, run_key
 from neural.training.run_folder import open_run
-from neural.training.task import Runtime, Task, open_task
+from neural.training.task import DTYPES, Runtime, Task, open_task
 from nqm import __version__, keys
 from nqm.errors import NQMError
 from nqm.keys import differing
@@ -113,11 +113,12 @@ def reopen(folder: str | Path, runtime: Runtime | None = None) -> Opened:
     folder, runtime = Path(folder), runtime or Runtime()
     run = open_finished(folder)
     task = open_task(run, runtime)
-    model = plain_model(run.model, task)
+    dtype = DTYPES[run.train.precision]  # of the weights, and of the images that the task gives
+    model = plain_model(run.model, task).to(dtype)
     load_state(model, folder / "model.pt")
     late = None
     if run.late_phase is not None:
-        late = make_late(make_model(run.model, task, start=False), run)
+        late = make_late(make_model(run.model, task, start=False).to(dtype), run)
         load_state(late, folder / "late.pt")
         late = late.to(runtime.device)
     return Opened(run, task, model.to(runtime.device), late)

@@ -14,12 +14,14 @@ import torch
 from click.testing import CliRunner
 
 from neural.training import checkpoint
+from neural.training.config import EvaluateConfig
 from neural.training.experiment import run_experiment
-from neural.training.load_run import export, open_finished, reopen
+from neural.training.load_run import export, measure, open_finished, reopen
 from nqm import keys
 from nqm.cli import main
 from nqm.errors import NQMError
 from nqm.progress import Lines
+from nqm.table import read_table
 from tests.tiny_runs import LATE, recipe
 
 
@@ -142,3 +144,23 @@ def test_an_evaluation_tells_how_far_it_is(runs: Path, monkeypatch: pytest.Monke
     assert 60 < shares[-1] < 100
     assert len(shares) > 5
     assert "evaluation" not in done.stdout
+
+
+def test_runs_in_float64_are_measured_again_as_they_were(tmp_path: Path) -> None:
+    """The models of a run have the type of its weights: no digit is lost, and its images fit."""
+    double = recipe({"late": {"late_phase": LATE}}, train={"precision": "float64"})
+    run_experiment(double, tmp_path, seeds=[0])
+    folder = tmp_path / "late" / "seed0"
+    opened = reopen(folder)
+    assert opened.late is not None
+    for net in (opened.model, opened.late):
+        assert {p.dtype for p in net.parameters()} == {torch.float64}
+    held = checkpoint.load(folder / "model.pt")
+    assert all(torch.equal(p, held[name]) for name, p in opened.model.named_parameters())
+    done = CliRunner().invoke(main, ["neural", "evaluate", str(folder), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    single = read_table(folder / "result.parquet").query("weights == 'averaged'")
+    again = measure(opened, EvaluateConfig()).set_index("metric")["value"]
+    for metric in ("accuracy", "nll"):
+        (value,) = single.query("metric == @metric and data == 'test'")["value"]
+        assert again[metric] == pytest.approx(value, rel=1e-12)
