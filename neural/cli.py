@@ -85,7 +85,8 @@ def list_() -> None:
         recipe = load_recipe(name)
         arms = dict.fromkeys(arm.partition("/")[0] for arm in recipe.arms)
         click.echo(f"  {name}\n      {recipe.title}; arms {', '.join(arms)}")
-    models = {name: family.description for name, family in MODELS.items()} | dict(OTHERS)
+    models = {name: family.description for name, family in MODELS.items()}
+    models |= OTHERS
     sets = DATASETS | {name: text for name, (text, _) in OWN.items()}
     for title, entries in (("model", models), ("data", sets), ("select", TERMS)):
         click.echo(f"{title}:")

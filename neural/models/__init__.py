@@ -103,6 +103,23 @@ OTHERS: Mapping[str, str] = MappingProxyType(
 )
 
 
+def family_of(name: str) -> Family | None:
+    """Find the family of a model.
+
+    Parameters
+    ----------
+    name : str
+        As `build` takes it.
+
+    Returns
+    -------
+    Family or None
+        None for a model of another library, and for an unknown name.
+    """
+    match = re.fullmatch(_NAME, name)
+    return MODELS.get(match[1]) if match else None
+
+
 def option_defaults(name: str) -> dict[str, Any]:
     """Defaults of a model's options, as keys of runs leave them out.
 
@@ -116,8 +133,7 @@ def option_defaults(name: str) -> dict[str, Any]:
     dict of str to Any
         Empty for a model of another library, and for an unknown name.
     """
-    match = re.fullmatch(_NAME, name)
-    family = MODELS.get(match[1]) if match else None
+    family = family_of(name)
     if family is None:
         return {}
     made: Any = family.load()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neural.late_phase import reparametrize
 from neural.late_phase.members import LatePhase
 from neural.late_phase.select import select
+from neural.models import MODELS, family_of
 from neural.models import build as build_model
 from neural.models.fast_cnn import FastCNN, whiten_
 from neural.training import checkpoint
@@ -44,8 +45,17 @@ def plain_model(config: ModelConfig, task: Task) -> nn.Module:
     Raises
     ------
     NQMError
-        If the model is unknown, or its options are wrong.
+        If the model is unknown or its options are wrong, or it takes images and the data are a text
+        or the other way round.
     """
+    family = family_of(config.name)
+    if family is not None and family.images != (task.channels > 0):
+        takes, data = ("images", "a text") if family.images else ("a text", "images")
+        fitting = ", ".join(n for n, one in MODELS.items() if one.images == (task.channels > 0))
+        raise NQMError(
+            f"model.name {config.name!r} takes {takes}, and the data are {data}; choose one of "
+            f"{fitting}"
+        )
     return build_model(config.name, classes=task.classes, channels=task.channels, **config.options)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from neural.data import ImageData, StreamData, TextData
 from neural.models import build as build_model
+from neural.training.build import plain_model
 from neural.training.config import build
 from neural.training.cost import estimate
 from neural.training.task import Runtime, load_data, open_task
@@ -336,6 +337,17 @@ def test_language_models_are_trained_on_own_text(model: dict[str, Any], tmp_path
     found = train(run, tmp_path / "run").result
     (bits,) = found.query("weights == 'averaged' and metric == 'bpc'")["value"]
     assert bits < math.log2(3)
+
+
+def test_a_model_of_another_kind_of_data_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_bytes(b"abc" * 400)
+    sections = mapping()
+    sections["data"] = {"name": "text", "path": str(tmp_path / "mine.txt")}
+    with pytest.raises(NQMError, match=r"'mlp' takes images, and the data are a text; .*lstm_lm"):
+        plain_model(build(sections).model, open_task(build(sections), Runtime()))
+    reading = build(mapping(model={"name": "lstm_lm"}))
+    with pytest.raises(NQMError, match=r"'lstm_lm' takes a text, and the data are images; .*mlp"):
+        plain_model(reading.model, open_task(reading, Runtime()))
 
 
 def test_mistakes_of_a_text(tmp_path: Path) -> None:
