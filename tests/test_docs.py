@@ -162,7 +162,7 @@ def test_journeys_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def run(words: Sequence[str]) -> None:
         words = small(list(words))
         if words[:2] == ["neural", "bridge"]:
-            words += ["--set", "bridge.minimise=0"]
+            words += ["--set", "bridge.minimise=0", "--set", "plan.runs=8"]
         if words[:2] == ["neural", "train"] and "--out" not in words:
             words += ["--out", f"out/neural/{Path(words[2]).stem}-full"]
         call(words)
