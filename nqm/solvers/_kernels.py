@@ -774,12 +774,14 @@ def scan2(
         Of 1, h, h^2 in the entries of A, row by row.
     drive, own : ndarray, shape (L, 3)
         Entries (0, 0), (1, 0) and (1, 1) of Q of one step.
-    steps, curvature, variance, weight, bias, noisy
+    steps, curvature, variance
         See `scan1`.
     mean, start : ndarray, shape (2, b, LANES) and (3, b, LANES)
         Mean and covariance of the start.
     read : ndarray, shape (2,)
         Evaluated weights as a linear form of the state.
+    weight, bias, noisy
+        See `scan1`.
     """
     count, c0, c1 = _bits(steps), read[0], read[1]
     a, base = np.empty((8, LANES)), np.empty((8, LANES))
