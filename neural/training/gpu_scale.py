@@ -162,6 +162,7 @@ def _fused(runs: Collection[RunConfig], compiled: bool) -> Choice:
         (any(run.train.micro_batches > 1 for run in runs), "minibatches are run in pieces"),
         (any(part.idle_steps != "none" for part in late), "idle members step within a cycle"),
         (any(run.train.sync_batchnorm for run in runs), "does not work with train.sync_batchnorm"),
+        (any(run.train.clip_norm for run in runs), "train.clip_norm clips each minibatch alone"),
     ):
         if used:
             return Choice(False, reason)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nqm.algorithms.base import Algorithm
-from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program
@@ -49,8 +48,6 @@ class Losses:
         See `nqm.result.Trajectory`.
     lost : ndarray of bool
         Whether the status is DIVERGED.
-    kind : Kind
-        How the losses were computed.
     """
 
     steps: NDArray[np.int64]
@@ -61,7 +58,6 @@ class Losses:
     variance: FloatArray
     loss_sd: FloatArray
     lost: NDArray[np.bool_]
-    kind: Kind
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -75,7 +71,8 @@ class Losses:
             Values by name, in the order of the table.
         """
         steps, examples = self.steps.tolist(), self.examples.tolist()
-        zeros, kind = [0.0] * len(steps), [str(self.kind)] * len(steps)
+        zeros, kind = [0.0] * len(steps), [str(Kind.EXACT)] * len(steps)
+        inside = [True] * len(steps)
         words = str(Status.FINISHED), str(Status.DIVERGED)
         parts = self.loss, self.member_loss, self.bias, self.variance, self.loss_sd, self.lost
         for loss, member, bias, variance, sd, lost in zip(
@@ -93,6 +90,7 @@ class Losses:
                 "member_stderr": zeros,
                 "status": [words[one] for one in lost],
                 "kind": kind,
+                "in_range": inside,
             }
 
 
@@ -111,8 +109,8 @@ def fits(problem: Problem | LeastSquares, program: Program, at: list[int]) -> bo
     Returns
     -------
     bool
-        Whether directions are independent, all rates constant, and every step of a phase is the
-        same, in all directions, of few coordinates.
+        Whether directions are independent, all methods linear, all rates constant, and every step
+        of a phase is the same, in all directions, of few coordinates.
 
     Raises
     ------
@@ -129,10 +127,6 @@ def fits(problem: Problem | LeastSquares, program: Program, at: list[int]) -> bo
 
 def _phase_fits(problem: Problem, phase: Phase) -> bool:
     algorithm = phase.algorithm
-    if isinstance(algorithm, MultiplicativeLatePhase):
-        if algorithm.scalar:
-            return False
-        algorithm = algorithm.first_order(problem)[0]
     return (
         isinstance(algorithm, Algorithm)
         and all(isinstance(rate, Constant | None) for rate in (phase.lr, phase.member_lr))
@@ -218,10 +212,9 @@ def solve_rates(
         loss = bias + variance
         member = loss + sums[:, 1, :, :3].sum(axis=2) if len(states) > 1 else loss
         lost = ~np.isfinite(loss) | (loss > runaway(problem, program)) | unstable
-        kind = Kind.EXACT if program.linear else Kind.FIRST_ORDER
         loss_sd = np.sqrt(sums[:, 0, :, 3])
     steps, examples = np.array(at, dtype=np.int64), program.examples(at)
-    return Losses(steps, examples, loss.T, member.T, bias.T, variance.T, loss_sd.T, lost.T, kind)
+    return Losses(steps, examples, loss.T, member.T, bias.T, variance.T, loss_sd.T, lost.T)
 
 
 def _stacked(problem: Problem, count: int) -> Problem:

@@ -76,6 +76,8 @@ CALLS = {
     "collapse.remainder": "late",
     "combine.decomposition": "combined",
     "combine.predicted": "combined",
+    "combine.ingredients": "tidy(rule=['member'] * 2 + ['uniform'] * 2, space='weights',"
+    " members=[1, 2] * 2, accuracy=[0.8, 0.9, 0.8, 0.92])",
     "combine.ways": "drawn('which_combining.csv')",
     "combine.passes": "combined",
     "combine.soup_scatter": "shifted",
@@ -94,6 +96,8 @@ CALLS = {
     "floors.compared": "steady[steady['lr'] == 0.15]",
     "gallery.draw": "pd.DataFrame({'a': [1.0, 2.0]}, index=[1, 2])",
     "modules.scores": "drawn('modules_opinions.csv').fillna({'weighting': ''})",
+    "multiplicative.error_map": "tidy(lr=[0.1, 0.2] * 2, variance=[1e-3] * 2 + [1e-2] * 2,"
+    " error=[0.01, -0.02, 0.1, -0.3], in_range=[True, True, False, False])",
     "multiplicative.floors": "pd.concat(tidy(members=[1, 2, 4, 8], loss=[1.0, 0.5, 0.25, 0.1],"
     " stderr=0.01, kind=kind) for kind in"
     " ('first_order', 'long_run', 'sample, short', 'sample, long'))",

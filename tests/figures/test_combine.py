@@ -41,7 +41,11 @@ def test_panels(table: pd.DataFrame) -> None:
     names = [t.get_text() for t in combine.decomposition(test).get_yticklabels()]
     assert names == ["uniform, none", "uniform, statistics", "ensemble", "ensemble (logits)"]
     lines = {line.get_gid(): line for line in combine.predicted(test).lines}
-    for gid, losses in (("soup", [0.3, 0.35]), ("ensemble", [0.2]), ("member", [0.4, 0.5, 0.6])):
+    for gid, losses in (
+        ("weights", [0.3, 0.35]),
+        ("probabilities", [0.2]),
+        ("member", [0.4, 0.5, 0.6]),
+    ):
         agree(lines[gid].get_xdata(), losses, IDENTITY)
         agree(lines[gid].get_ydata(), 1.1 * np.array(losses), IDENTITY)
     lines = {line.get_gid(): line for line in combine.passes(test).lines}

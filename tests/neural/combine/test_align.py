@@ -170,7 +170,7 @@ HANDLED = {
     "mlp": {"hidden": (8, 6), "dropout": 0.1, "norm": "layer"},
 }
 REFUSED = {
-    "hyper_wrn": ({"depth": 10, "width": 1}, "conv1 "),
+    "hyper_wrn": ({"depth": 10, "width": 1}, "banks.stem "),
     "lstm_lm": ({}, "embedding "),
     "transformer_lm": ({}, "embedding "),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,19 @@ def test_nothing_but_speed_and_precision_differs_from_scale_full(name: str) -> N
         ("cifar100_hypernet", ({"bfloat16"}, {True}, {True}, {False})),
         ("imagenet_resnet50", ({"bfloat16"}, {True}, {True}, {False})),
         ("transformer_python_docs", ({"bfloat16"}, {False}, {True}, {False})),
-        ("enwik8_lstm_rank1", ({"float32"}, {False}, {False}, {True})),
+        ("enwik8_lstm_rank1", ({"float32"}, {False}, {False}, {False})),  # which clips
         ("digits_mlp", ({"float64"}, {False}, {True}, {False})),  # which states float64
     ],
 )
 def test_the_rule(name: str, expected: tuple[set[object], ...]) -> None:
     assert settings(load_recipe(name, "gpu")) == expected
+
+
+def test_recurrent_members_are_fused_where_nothing_clips() -> None:
+    runs = load_recipe("enwik8_lstm_rank1").arms.values()
+    assert "clip_norm" in choose(list(runs))["late_phase.fused"].reason
+    free = [replace(run, train=replace(run.train, clip_norm=None)) for run in runs]
+    assert choose(free)["late_phase.fused"].value is True
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"data": {"name": "digts"}}, "unknown data set 'digts'"),
     "option": ({"model": {"name": "mlp", "hiden": [3]}}, "did you mean 'hidden'"),
     "size of an image": ({"model": {"name": "mlp", "size": 7}}, "cannot be trained as asked"),
-    "kind of data": ({"model": {"name": "lstm_lm"}}, "lstm_lm cannot be"),
+    "kind of data": ({"model": {"name": "lstm_lm"}}, "lstm_lm. takes a text"),
     "length of images": ({"data": {"length": 7}}, "data.length would be ignored"),
     "channels": ({"data": {"mean": [0.5, 0.5]}}, "one number for each of 1 channels"),
     "too many": ({"data": {"train_examples": 10**6}}, "train_examples must be at most 1347"),

@@ -408,7 +408,6 @@ ALIKE: dict[str, list[dict[str, Any]]] = {
         {"algorithm": "sgd", "batch_size": 2},
         {"algorithm": "late_phase", "members": 5, "inner": {"algorithm": "nesterov"}},
     ],
-    "multiplicative": [{"algorithm": "late_phase_multiplicative", "members": 2}],
     "ensemble": [{"algorithm": "ensemble", "members": 3, "starts": "own"}],
 }
 #: Rates from tiny to far beyond the edge.
