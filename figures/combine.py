@@ -115,7 +115,7 @@ def predicted(table: pd.DataFrame, *, legend: bool = True, ax: Axes | None = Non
     mean = rows["rule"] == "mean_member"
     groups = [
         ("member", rows[single], MEMBER, "."),
-        ("mean member", rows[mean], REFERENCE, MARKERS[4]),
+        ("mean member", rows[mean], REFERENCE, "|"),  # as in `decomposition`
     ]
     for space, color in SPACES.items():
         part = rows[~single & ~mean & (rows["space"] == space)]

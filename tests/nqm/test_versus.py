@@ -151,7 +151,7 @@ def test_the_command(tmp_path):
     command = ["versus", files[0], files[1], "--json"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
-    table = json.loads(result.output)
+    table = json.loads(result.stdout)
     row = dict(zip(table["columns"], table["rows"][0], strict=True))
     assert set(row) == {
         "loss", "other_loss", "probability", "difference", "difference_sd", "runs", "ordered_runs"
@@ -159,7 +159,7 @@ def test_the_command(tmp_path):
     assert row["difference"] == pytest.approx(row["other_loss"] - row["loss"])
     assert row["probability"] > 0.8
     same = CliRunner().invoke(main, [*command, "--set", "phase.0.lr=0.4"])
-    assert json.loads(same.output)["rows"][0][2] == pytest.approx(0.5)
+    assert json.loads(same.stdout)["rows"][0][2] == pytest.approx(0.5)
     diverged = CliRunner().invoke(main, [*command, "--set", "phase.0.lr=3.0"])
     assert diverged.exit_code == 2
 

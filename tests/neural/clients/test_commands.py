@@ -41,7 +41,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text("[clients]\nbarrier = true\nrounds = 9\n[scope]\nstrength = 0.1\n")
     shown = call("clients", *RECIPE, "--config", file, *SMALL, "--out", out / "a")
     assert shown.exit_code == 0, shown.output
-    assert shown.output.startswith("round 2 of 2: accuracy ")
+    assert shown.stdout.startswith("round 2 of 2: accuracy ")
     return out / "a"
 
 
@@ -172,7 +172,7 @@ def test_what_is_not_used_does_not_matter(done: Path) -> None:
     words = [word for setting in unused for word in ("--set", setting)]
     again = call("clients", *RECIPE, "--config", file, *SMALL, *words, "--out", done)
     assert again.exit_code == 0, again.output
-    assert again.output.startswith("round 2 of 2: accuracy ")
+    assert again.stdout.startswith("round 2 of 2: accuracy ")
 
 
 def test_more_mistakes(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_people_by_hand():
 
 def call(*words: object) -> str:
     done = CliRunner().invoke(main, ["neural", "gates", *map(str, words), "--threads", "1"])
-    return done.output if done.exit_code == 0 else f"exit {done.exit_code}: {done.output}"
+    return done.stdout if done.exit_code == 0 else f"exit {done.exit_code}: {done.output}"
 
 
 def test_the_command_writes_tables_and_a_picture(folder, found, tmp_path):
