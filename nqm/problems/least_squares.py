@@ -170,8 +170,8 @@ def additive_only(where: str, problem: object) -> Problem:
     if isinstance(problem, LeastSquares):
         raise NQMError(
             f"{where} needs a Problem, whose noise does not depend on the weights; a LeastSquares "
-            "has solve, sample, steady, stability_edge, best_lr and steps_to_target, and its "
-            "additive() is a Problem with the noise of the minimum"
+            "has solve, sample, steady, stability_edge, best_lr, best_piecewise and "
+            "steps_to_target, and its additive() is a Problem with the noise of the minimum"
         )
     if not isinstance(problem, Problem):
         raise NQMError(f"{where}: problem must be a Problem; got {shown(problem)}")

@@ -10,12 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.limits import check_memory
-from nqm.problems.least_squares import additive_only
+from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
 from nqm.schedule import Piecewise
 from nqm.tuning.lbfgs import SLOWEST, Objective, descend, fastest, optimise, stable
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
+from nqm.tuning.schedule_least_squares import optimised_rates
 from nqm.tuning.sensitivity import WITHIN, Flatness, flatness
 from nqm.words import short_html, short_repr
 
@@ -83,7 +84,7 @@ def as_piecewise(values: ArrayLike, lengths: NDArray[np.int64]) -> Piecewise:
 
 
 def best_piecewise(
-    problem: Problem,
+    problem: Problem | LeastSquares,
     pieces: int,
     steps: int,
     batch_size: float = 1.0,
@@ -107,9 +108,12 @@ def best_piecewise(
     or the bound, where s is the second moment before the step and p the adjoint after it
     (`nqm.tuning.piecewise_loss`). In one direction p cancels: the greedy rate is the best one.
 
+    Least squares is followed step by step, at a cost of steps times directions for each evaluation
+    (`nqm.tuning.schedule_least_squares`); `condense` it first where it has many directions.
+
     Parameters
     ----------
-    problem : Problem
+    problem : Problem or LeastSquares
         Noisy quadratic problem; for a preconditioned one see `Problem.precondition`.
     pieces : int
         Number of pieces of equal length, each with a rate of its own, >= 1.
@@ -119,7 +123,8 @@ def best_piecewise(
         Examples of one minibatch, > 0.
     highest_lr : float, optional
         Upper bound of the rates; by default 1 / h of the smallest curvature h, which no optimal
-        rate exceeds. A bound of 2 / h of the largest curvature keeps every step stable by itself.
+        rate exceeds, and 2 / h of the largest for least squares.
+        A bound of 2 / h of the largest curvature keeps every step stable by itself.
     start : array_like, shape (pieces,), optional
         Rates to begin the optimisation with, > 0, in place of the starts above.
     within : float
@@ -128,18 +133,26 @@ def best_piecewise(
     Returns
     -------
     BestSchedule
-        Its loss is exact, over every direction of `problem`.
+        Its loss is exact, over every direction of `problem`. `flat` is empty for least squares.
 
     Raises
     ------
     NQMError
-        If an argument is out of range, `start` has a wrong shape, or the problem is least squares.
+        If an argument is out of range, `start` has a wrong shape, or it would take too much memory.
     """
-    problem = additive_only("best_piecewise", problem)
+    problem = any_problem("best_piecewise", problem)
     check_integer("best_piecewise.pieces", pieces, 1)
     check_memory("best_piecewise.pieces", pieces, 10.0 * pieces)
     check_integer("best_piecewise.steps", steps, 1)
     check_number("best_piecewise.batch_size", batch_size, low=0.0, closed_low=False)
+    if isinstance(problem, LeastSquares):
+        if highest_lr is not None:
+            check_number("best_piecewise.highest_lr", highest_lr, low=0.0, closed_low=False)
+        rates, lengths, loss, high = optimised_rates(
+            problem, pieces, steps, batch_size, highest_lr, start
+        )
+        at_bound = bool(np.any(rates[lengths > 0] >= high * (1 - 1e-9)))
+        return BestSchedule(rates, lengths, steps, loss, at_bound)
     high, width, best = fastest(problem, highest_lr), WIDTH, None
     while True:
         small = condense(problem, width=width)

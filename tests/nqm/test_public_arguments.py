@@ -51,7 +51,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 KNOW_COUPLED = {
     "solve", "sample", "steady", "stability_edge", "best_lr", "best_lr_and_momentum",
     "critical_batch_size", "fewest_steps", "steps_to_target", "best_phase_lr", "fastest_phase_lr",
-    "condense",
+    "condense", "best_piecewise",
 }  # fmt: skip
 NONSENSE = (None, "x", 3, np.nan, [], [SGD()], {}, Adam(), SGD(), PHASE, ADDITIVE, lambda lr: lr)
 
