@@ -30,7 +30,7 @@ def test_loss_is_that_of_the_schedule_and_its_gradient_that_of_differences():
 
 
 def test_greedy_rates_are_best_in_one_direction():
-    """A step leaves ((1 - lr h)^2 + 2 (lr h)^2 / B) s + lr^2 h s2 / B: each is as small as can be."""
+    """A step leaves ((1 - lr h)^2 + 2 (lr h)^2 / B) s + lr^2 h s2 / B: each is least in turn."""
     h, noise, batch, s = 0.7, 0.5, 4.0, 2.0
     rates = []
     for _ in range(12):
