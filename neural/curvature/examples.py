@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from neural.late_phase.members import Batch
 from neural.late_phase.rows import arguments
 from nqm.errors import NQMError
+from nqm.runs.interrupts import let_through
 
 #: Rebuilds inputs from their tensors.
 MakeInputs = Callable[[Sequence[Tensor]], Any]
@@ -197,7 +198,8 @@ class EachRow:
         if self.together:
             try:
                 return vmap(self.function)(*args)
-            except RuntimeError:  # a row that fails by itself raises its own error below
+            except RuntimeError as error:  # a row that fails by itself raises its own error below
+                let_through(error)
                 self.together = False
         results = [self.function(*row) for row in zip(*args, strict=True)]
         return pytree.tree_map(lambda *each: torch.stack(each), *results)

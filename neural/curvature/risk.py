@@ -29,6 +29,7 @@ from neural.late_phase.rows import arguments
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import call, places
 from nqm.errors import NQMError, check_number, check_word
+from nqm.runs.interrupts import let_through
 
 #: (output, targets) -> one loss per example, shape (B,).
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -417,6 +418,7 @@ class EmpiricalRisk:
                 try:
                     value = term(batch)
                 except RuntimeError as error:
+                    let_through(error)
                     if not _MISSING.search(str(error)):
                         raise
                     raise _no_derivative(type(self.model).__name__, error) from error

@@ -8,6 +8,7 @@ takes the machine away, and runs the command again if the exit code says so.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -26,6 +27,10 @@ _LATER = (signal.SIGTERM, signal.SIGUSR1)
 _asked: signal.Signals | None = None
 _waits = False
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+#: How compiled code states an interrupt that ended Python code which it had called.
+_WRAPPED = re.compile(r"^RuntimeError: KeyboardInterrupt\b", re.MULTILINE)
+#: What the running `interruptible` block has raised, if anything.
+_raised: Interrupted | None = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -110,6 +115,28 @@ def _note(number: int, frame: FrameType | None) -> None:
     _asked = _asked or signal.Signals(number)
 
 
+def let_through(error: Exception) -> None:
+    """Raise an interrupt again that compiled code has turned into an error of its own.
+
+    TorchScript, in which some of torch's derivatives are written, turns every exception of the
+    Python code that it calls into a RuntimeError, which may or may not state it.
+
+    Parameters
+    ----------
+    error : Exception
+        What the compiled code raised.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If the cause was an interrupt; `Interrupted` if it was raised inside `interruptible`.
+    """
+    if _raised is not None:
+        raise _raised from None
+    if _WRAPPED.search(str(error)):  # of Python's own handler
+        raise KeyboardInterrupt from None
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` at the first signal; end the process at the second, or after `GRACE`.
@@ -125,9 +152,11 @@ def interruptible() -> Iterator[None]:
     Interrupted
         On Ctrl-C or SIGTERM.
     """
+    global _raised
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    _raised = None
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     watch = threading.Thread(target=_watch, args=(ours,), daemon=True)
@@ -139,7 +168,11 @@ def interruptible() -> Iterator[None]:
         for number in before:
             signal.signal(number, _raise)
         yield
+    except Exception as error:
+        let_through(error)
+        raise
     finally:
+        _raised = None
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
@@ -155,7 +188,9 @@ def end_at_once() -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+    global _raised
+    _raised = Interrupted(number)
+    raise _raised
 
 
 def _watch(ours: socket.socket) -> None:

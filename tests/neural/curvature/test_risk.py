@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, hessian
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neural.curvature import gradient_noise
+from neural.curvature.examples import EachRow
 from neural.curvature.risk import EmpiricalRisk, cross_entropy
 from neural.curvature.spectrum import Density, binned, density, eigenpairs, trace_estimate
 from neural.models import build
 from nqm.errors import NQMError
+from nqm.runs.interrupts import Interrupted, interruptible
 from tests.tolerances import IDENTITY, SIGMAS, agree
 
 DECAY = 0.01
@@ -279,3 +285,56 @@ def test_slopes_of_a_saturated_network_are_no_fault() -> None:
         model[2].weight *= 30.0 / apart
         model[2].bias *= 30.0 / apart
     EmpiricalRisk(model, [(x, model(x).argmax(1))]).check()
+
+
+class SignalAt(TorchDispatchMode):
+    """Send the process a signal at one of torch's operations, counted from 1."""
+
+    def __init__(self, at: int, number: signal.Signals):
+        super().__init__()
+        self.at, self.number, self.count = at, number, 0
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.at:
+            signal.raise_signal(self.number)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("products", [1, 2])
+def test_an_interrupt_inside_a_derivative_stays_an_interrupt(products: int) -> None:
+    """TorchScript turns any exception within some derivatives into a RuntimeError of its own."""
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
+    risk = EmpiricalRisk(nn.Linear(4, 3).double(), [(x, y)])
+    risk.check()
+    v = torch.randn(risk.size).double()
+    rows = EachRow(risk.hessian_product)  # more than one product goes through `vmap`
+
+    def work() -> Any:
+        return risk.hessian_product(v) if products == 1 else rows(torch.stack([v] * products))
+
+    with SignalAt(0, signal.SIGTERM) as counted:
+        work()
+    for at in range(1, counted.count + 1, 7):
+        with pytest.raises(Interrupted) as told, interruptible(), SignalAt(at, signal.SIGTERM):
+            work()
+        assert told.value.code == 128 + signal.SIGTERM
+
+
+def test_a_ctrl_c_inside_a_derivative_stays_one() -> None:
+    """Python's own handler, as in a notebook: torch states the interrupt in its message."""
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
+    told = "The following operation failed in the TorchScript interpreter.\n"
+    told += "RuntimeError: KeyboardInterrupt: <EMPTY MESSAGE>\n\nAt:\n  torch/_functorch/vmap.py"
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        raise RuntimeError(told)
+
+    risk = EmpiricalRisk(nn.Linear(4, 3).double(), [(x, y)], loss=loss)
+    with pytest.raises(KeyboardInterrupt):
+        risk.gradient()
+    rows = EachRow(lambda row: loss(row, row))
+    with pytest.raises(KeyboardInterrupt):
+        rows(x)
