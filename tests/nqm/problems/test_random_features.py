@@ -73,7 +73,9 @@ def test_draws_scatter_about_it():
     assert np.all(np.abs(losses.mean(axis=0) - found) < 4 * error + 2 * found / features)
 
 
-#: Exponents of loss and size: Paquette et al. 2024, "4+3 phases", Table 2, phases Ia, II and III.
+#: Exponents of loss and size (Paquette et al. 2024), by the balance of two parts of the loss at
+#: C = d t: d^(1 - 2 alpha - 2 beta), t^(-(2 alpha + 2 beta - 1) / (2 alpha)),
+#: d^-1 t^(-1 + 1 / (2 alpha)) and t^(-2 + 1 / (2 alpha)).
 PUBLISHED = {
     "Ia": (1.0, 0.3, (1 / 3 - 1) * (1 + 0.3 - 0.5), 1 / 3),
     "II": (1.0, 0.7, -(2 * 1.7 - 1) / (2 * 1.7), 0.7 / 1.7),
