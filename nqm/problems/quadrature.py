@@ -68,12 +68,7 @@ def condense(
     start = problem.initial_mean[order] ** 2 + problem.initial_variance[order]
     additive = problem if isinstance(problem, Problem) else problem.additive()
     noise = additive.noise_variance[order]
-    label = ((log_h[0] - log_h) / width).astype(np.int64)
-    blocks: list[tuple[FloatArray, ...]] = []
-    for block in np.split(np.arange(order.size), np.flatnonzero(np.diff(label)) + 1):
-        entry = log_h[block], count[block], start[block], noise[block]
-        blocks.append(_gauss(*entry, points) if block.size > points else entry)
-    x, m, s, v = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    x, m, s, v = _condensed(log_h, count, start, noise, points, width)
     if isinstance(problem, LeastSquares):  # whose noise follows from the curvature
         return LeastSquares(np.exp(x), problem.label_noise, 0.0, s, m)
     return Problem(
@@ -108,14 +103,26 @@ def condensed_measure(
     if not atom.size:
         return atom, atom, atom
     log = np.log(atom)
+    ones, each = np.ones(log.size), share / atom
+    x, count, each, _ = _condensed(log, ones, each, np.zeros_like(ones), points, width)
+    return np.exp(x), count, count * each * np.exp(x)
+
+
+def _condensed(
+    log: FloatArray,
+    count: FloatArray,
+    start: FloatArray,
+    noise: FloatArray,
+    points: int,
+    width: float,
+) -> tuple[FloatArray, ...]:
+    """Nodes of all blocks of falling `log`, with their counts, starts and noise."""
     label = ((log[0] - log) / width).astype(np.int64)
     blocks: list[tuple[FloatArray, ...]] = []
     for block in np.split(np.arange(log.size), np.flatnonzero(np.diff(label)) + 1):
-        ones, each = np.ones(block.size), share[block] / atom[block]
-        entry = log[block], ones, each, np.zeros(block.size)
+        entry = log[block], count[block], start[block], noise[block]
         blocks.append(_gauss(*entry, points) if block.size > points else entry)
-    x, count, each, _ = (np.concatenate(part) for part in zip(*blocks, strict=True))
-    return np.exp(x), count, count * each * np.exp(x)
+    return tuple(np.concatenate(part) for part in zip(*blocks, strict=True))
 
 
 def _gauss(

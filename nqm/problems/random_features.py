@@ -25,6 +25,13 @@ from nqm.problems.least_squares import LeastSquares, power_laws
 from nqm.problems.quadratic import FloatArray
 from nqm.problems.quadrature import condense, condensed_measure
 
+#: Largest relative error of the totals.
+ACCURACY = 1e-6
+#: Most nodes of a panel of a band.
+MOST_POINTS = 128
+#: Halvings of a bracket.
+HALVINGS = 60
+
 
 def random_features(
     features: int,
@@ -134,11 +141,11 @@ def random_features_equivalent(
     data = _Spectrum(*_atoms(features, hidden, alpha, beta, where), features)
     bands, dips = data.bands()
     misfit = data.misfit()
-    points = 8
+    totals, points = data.totals(misfit), 8
     while True:
         x, count, signal = data.quadrature(bands, dips, points)
         found = np.array([count.sum(), count @ x**2, signal.sum()])
-        error = float(np.abs(found / data.totals(misfit) - 1.0).max())
+        error = float(np.abs(found / totals - 1.0).max())
         if error < ACCURACY or points >= MOST_POINTS:
             break
         points *= 2
@@ -150,14 +157,6 @@ def random_features_equivalent(
     return condense(
         LeastSquares(x, label_noise + misfit, 0.0, signal / (count * x), multiplicity=count)
     )
-
-
-#: Largest relative error of the totals.
-ACCURACY = 1e-6
-#: Most nodes of a panel of a band.
-MOST_POINTS = 128
-#: Halvings of a bracket, or of the distance from the real axis.
-HALVINGS = 60
 
 
 def _atoms(

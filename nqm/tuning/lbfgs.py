@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigvalsh_tridiagonal
 from scipy.optimize import minimize
 
@@ -81,6 +81,32 @@ def fastest(problem: Problem, highest_lr: float | None) -> float:
         high = highest_lr
     check_number("highest_lr", high, low=0.0, closed_low=False)
     return float(high)
+
+
+def stated_start(start: ArrayLike, pieces: int) -> FloatArray:
+    """Check the rates that a user states as the start of `best_piecewise`.
+
+    Parameters
+    ----------
+    start : array_like, shape (pieces,)
+        Rates, > 0.
+    pieces : int
+        Number of pieces.
+
+    Returns
+    -------
+    ndarray, shape (pieces,)
+        The rates.
+
+    Raises
+    ------
+    NQMError
+        If `start` does not hold one rate > 0 for each piece.
+    """
+    begin = np.asarray(start, dtype=np.float64)
+    if begin.shape != (pieces,) or not np.all(begin > 0):
+        raise NQMError(f"best_piecewise.start must hold {pieces} rates > 0; got {start!r:.60}")
+    return begin
 
 
 def optimise(

@@ -8,13 +8,21 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nqm.errors import NQMError, check_integer, check_number
+from nqm.errors import check_integer, check_number
 from nqm.limits import check_memory
 from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
 from nqm.schedule import Piecewise
-from nqm.tuning.lbfgs import SLOWEST, Objective, descend, fastest, optimise, stable
+from nqm.tuning.lbfgs import (
+    SLOWEST,
+    Objective,
+    descend,
+    fastest,
+    optimise,
+    stable,
+    stated_start,
+)
 from nqm.tuning.piecewise_loss import Evaluated, equal_pieces, evaluate, final_loss
 from nqm.tuning.schedule_least_squares import optimised_rates
 from nqm.tuning.sensitivity import WITHIN, Flatness, flatness
@@ -212,9 +220,7 @@ def optimised(
     if start is None:
         rates = optimise(objective, problem, steps, pieces, batch_size, high)
     else:
-        begin = np.asarray(start, dtype=np.float64)
-        if begin.shape != (pieces,) or not np.all(begin > 0):
-            raise NQMError(f"best_piecewise.start must hold {pieces} rates > 0; got {start!r:.60}")
+        begin = stated_start(start, pieces)
         low = SLOWEST * min(high, stable(problem))
         ends = np.full(pieces, low), np.full(pieces, high)
         rates = descend(objective(lengths), [begin], *ends)

@@ -13,11 +13,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nqm.errors import NQMError
 from nqm.limits import check_memory
 from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray
-from nqm.tuning.lbfgs import SLOWEST, descend, stable
+from nqm.tuning.lbfgs import SLOWEST, descend, stable, stated_start
 from nqm.tuning.piecewise_loss import equal_pieces
 
 #: Constant rates tried as starts.
@@ -121,9 +120,6 @@ def optimised_rates(
         left = 1.0 - (np.arange(pieces) + 0.5) / pieces
         begins = [np.full(pieces, best), np.clip(2.0 * best * left, low, high)]
     else:
-        given = np.asarray(start, dtype=np.float64)
-        if given.shape != (pieces,) or not np.all(given > 0):
-            raise NQMError(f"best_piecewise.start must hold {pieces} rates > 0; got {start!r:.60}")
-        begins = [given]
+        begins = [stated_start(start, pieces)]
     rates = descend(at, begins, np.full(pieces, low), np.full(pieces, high))
     return rates, lengths, at(rates)[0], high

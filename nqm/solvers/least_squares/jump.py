@@ -50,7 +50,7 @@ class Power(NamedTuple):
         Parameters
         ----------
         matrix : ndarray, shape (..., n, n)
-            Its diagonal is not used.
+            Its diagonal is used where it is far from 1.
         excess : ndarray, shape (..., n)
             Diagonal - 1.
 
@@ -59,8 +59,8 @@ class Power(NamedTuple):
         Power
             The matrix.
         """
-        off = matrix * (1.0 - np.eye(matrix.shape[-1]))
-        return cls(off, excess, 1.0 + excess)
+        diagonal = np.diagonal(matrix, axis1=-2, axis2=-1)
+        return cls(matrix * (1.0 - np.eye(matrix.shape[-1])), *_two_forms(excess, diagonal))
 
     def then(self, last: Power) -> Power:
         """Multiply from the left: this map first, then `last`.
@@ -82,15 +82,19 @@ class Power(NamedTuple):
         np.einsum("...ii->...i", off)[...] = 0.0
         off[np.abs(off) < TINY] = 0.0
         excess = self.excess + last.excess + self.excess * last.excess + around
-        diagonal = self.diagonal * last.diagonal + around
-        near = np.abs(excess) < 0.5
-        diagonal = np.where(near, 1.0 + excess, diagonal)
-        diagonal[np.abs(diagonal) < TINY] = 0.0
-        return Power(off, np.where(near, excess, diagonal - 1.0), diagonal)
+        return Power(off, *_two_forms(excess, self.diagonal * last.diagonal + around))
 
     def __matmul__(self, x: FloatArray) -> FloatArray:
         """Apply the map to vectors, shape (..., n, columns)."""
         return np.asarray(self.off @ x + self.diagonal[..., None] * x)
+
+
+def _two_forms(excess: FloatArray, diagonal: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Diagonal - 1 and diagonal, each from the one of the two that holds its digits."""
+    near = np.abs(excess) < 0.5
+    diagonal = np.where(near, 1.0 + excess, diagonal)
+    diagonal[np.abs(diagonal) < TINY] = 0.0
+    return np.where(near, excess, diagonal - 1.0), diagonal
 
 
 class Powers:

@@ -16,6 +16,7 @@ from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray
 from nqm.program import Phase, Program
 from nqm.result import Kind, Status, Trajectory, runaway
+from nqm.schedule import Segment
 from nqm.solvers.least_squares.jump import Jump, pays, step_cost
 from nqm.solvers.least_squares.packed import (
     Coupled,
@@ -141,7 +142,7 @@ class _Walk:
         age: int,
         jumps: dict[int, Jump] | None = None,
     ):
-        self.problem, self.age, self.phase = problem, age, law.phase
+        self.problem, self.age = problem, age
         self.coupled = Coupled(problem, law)
         #: By first step of a stretch on which steps repeat; another walk of the phase may share it.
         self._jumps = {} if jumps is None else jumps
@@ -153,21 +154,17 @@ class _Walk:
             ]
         )
 
-    def advance(self, start: int, stop: int, horizon: int) -> None:
-        """Take steps [start, stop), together where the first `horizon` steps make that cheaper."""
-        for first, last, period in self.phase.segments():
-            here, there = max(start, first), min(stop, last)
-            if not here < there:
-                continue
-            if period is not None and pays(self.coupled, min(last, horizon) - first, period):
-                aligned = min(there, first + -(-(here - first) // period) * period)
-                cycles = (there - aligned) // period
-                self.walk(here, aligned)
-                here = aligned
-                if cycles:
-                    self._jump(first, period, cycles)
-                    here += cycles * period
-            self.walk(here, there)
+    def advance(self, start: int, stop: int, stretch: Segment, horizon: int) -> None:
+        """Take steps [start, stop) of a stretch of the phase; `horizon` steps are wanted in all."""
+        first, last, period = stretch
+        if period is not None and pays(self.coupled, min(last, horizon) - first, period):
+            aligned = min(stop, first + -(-(start - first) // period) * period)
+            cycles = (stop - aligned) // period
+            self.walk(start, aligned)
+            start = aligned + cycles * period
+            if cycles:
+                self._jump(first, period, cycles)
+        self.walk(start, stop)
 
     def _jump(self, first: int, period: int, cycles: int) -> None:
         """Take whole cycles of the stretch that begins at step `first`."""
@@ -243,6 +240,7 @@ class CoupledPhaseWalk:
 
     def __init__(self, problem: LeastSquares, phase: Phase):
         self.problem, self.law = problem, linear_law(phase, problem)
+        self._segments = list(phase.segments())
         self._jumps: dict[int, Jump] = {}
 
     def cost(self, steps: int) -> float:
@@ -264,6 +262,13 @@ class CoupledPhaseWalk:
         states = at_start(self.law.algorithm, self.problem.additive())
         return _Walk(self.problem, self.law, states, 0, self._jumps)
 
+    def _advance(self, walk: _Walk, start: int, stop: int) -> None:
+        """Take steps [start, stop) of the phase."""
+        for segment in self._segments:
+            here, there = max(start, segment[0]), min(stop, segment[1])
+            if here < there:
+                walk.advance(here, there, segment, self.law.phase.steps)
+
     def at(self, steps: Iterable[int]) -> Iterator[tuple[int, float]]:
         """Compute the expected loss at chosen steps, lazily.
 
@@ -282,7 +287,7 @@ class CoupledPhaseWalk:
         walk, position = self._walk(), 0
         for step in steps:
             with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-                walk.advance(position, step, self.law.phase.steps)
+                self._advance(walk, position, step)
                 loss = float(walk.losses(step)[0].sum())
             position = step
             yield step, loss
@@ -302,7 +307,7 @@ class CoupledPhaseWalk:
         """
         walk, out = self._walk(), np.empty(stop - start + 1)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            walk.advance(0, start, self.law.phase.steps)
+            self._advance(walk, 0, start)
             out[0] = walk.losses(start)[0].sum()
             walk.walk(start, stop, out[1:])
         return out
@@ -362,7 +367,8 @@ def _visit(
             while position < stop and pending:
                 inside = pending[0] <= offset + stop
                 target = pending[0] - offset if inside else stop
-                walk.advance(position, target, wanted[-1] - offset if jump else 0)
+                horizon = wanted[-1] - offset if jump else 0
+                walk.advance(position, target, (start, stop, period), horizon)
                 if progress is not None:
                     progress(target - position)
                 position = target
