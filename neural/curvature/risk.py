@@ -481,7 +481,7 @@ class EmpiricalRisk:
             Logit of the right class minus the largest of the others: an example is right if it is
             above 0. None unless an example has one label and one number for each of its classes.
         """
-        total, margins = 0.0, []
+        margins: list[Tensor] = []
 
         def term(batch: Batch) -> Tensor:
             inputs, targets = batch
