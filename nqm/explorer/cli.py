@@ -62,10 +62,11 @@ def explore(file: Path | None, port: int, browser: bool) -> None:
 def _problem(file: Path) -> Mapping[str, Any]:
     """The table [problem] that a file holds or is; files it names are absolute."""
     from nqm.errors import NQMError
+    from nqm.explorer.settings import problem_of_file
     from nqm.runs import toml
 
-    if file.suffix in _SPECTRA:
-        return {"file": str(file.resolve()), "noise": {"scale": 1.0, "exponent": 1.0}}
+    if file.suffix.lower() in _SPECTRA:
+        return problem_of_file(file, str(file.resolve()))
     problem = toml.load(file).get("problem")
     if not isinstance(problem, dict):
         raise NQMError(f"{file} has no table [problem]")

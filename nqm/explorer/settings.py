@@ -13,6 +13,7 @@ import numpy as np
 from nqm.algorithms import Algorithm
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.gamma import base_scale
+from nqm.problems import spectra
 from nqm.problems.quadratic import Problem
 from nqm.runs import config
 from nqm.tuning.stability import stability_edge
@@ -42,6 +43,31 @@ SIZES = (1, 4, 16)
 RATES = np.geomspace(1e-3, 0.98, 25)
 #: Columns of a `Problem` that a table [problem] may state, beside the curvature.
 _VECTORS = ("noise_variance", "multiplicity", "initial_mean", "initial_variance", "minimum")
+#: Gradient noise C = H, of spectra that come without noise.
+NOISE: Mapping[str, Any] = {"scale": 1.0, "exponent": 1.0}
+
+
+def problem_of_file(path: Path, name: str) -> dict[str, Any]:
+    """Table [problem] of a spectrum's file: with the file's noise, or C = H where it has none.
+
+    Parameters
+    ----------
+    path : Path
+        A file that `nqm.problems.spectra.read_fields` reads.
+    name : str
+        Its name in the table.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    NQMError
+        If the file is no spectrum.
+    """
+    known = "noise_variance" in spectra.read_fields(path)
+    return {"file": name} if known else {"file": name, "noise": NOISE}
 
 
 @dataclass(frozen=True)

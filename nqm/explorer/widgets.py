@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nqm.errors import NQMError, check_installed
-from nqm.explorer.settings import METHODS, WITH_MEMBERS, Exploration, problem_table
+from nqm.explorer.settings import (
+    METHODS,
+    NOISE,
+    WITH_MEMBERS,
+    Exploration,
+    problem_of_file,
+    problem_table,
+)
 from nqm.problems.quadratic import Problem
 
 if TYPE_CHECKING:
@@ -35,7 +42,8 @@ def explore(problem: Problem | Mapping[str, Any] | None = None) -> Widget:
     ----------
     problem : Problem or mapping, optional
         Your own problem, or the table [problem] of a configuration file. By default the controls
-        offer three spectra with noise C = H, and take a file of your own.
+        offer three spectra with noise C = H, and take a file of your own; C = H there as well,
+        unless it has a column ``noise_variance``.
 
     Returns
     -------
@@ -130,10 +138,11 @@ class _Controls:
     def _problem(self) -> Mapping[str, Any]:
         chosen = self.spectrum.value
         if chosen.startswith("file "):
-            return {"file": chosen.removeprefix("file "), "noise": {"scale": 1.0, "exponent": 1.0}}
+            name = chosen.removeprefix("file ")
+            return problem_of_file(self.folder / name, name)
         if self.own is not None:
             return self.own
-        return {"spectrum": SPECTRA[chosen], "noise": {"scale": 1.0, "exponent": 1.0}}
+        return {"spectrum": SPECTRA[chosen], "noise": NOISE}
 
     def _settings(self) -> Exploration:
         names = ("method", "members", "gamma", "first_lr", "later_lr", "batch_size", "switch",

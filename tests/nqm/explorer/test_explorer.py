@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 
 from nqm import SGD, NQMError, Phase, Problem, Program, explore, solve
 from nqm.cli import main
-from nqm.explorer.cli import _notebook
+from nqm.explorer.cli import _notebook, _problem
 from nqm.explorer.settings import METHODS, Exploration, problem_table
 from nqm.explorer.widgets import _Controls
 from nqm.runs import config
@@ -135,10 +135,31 @@ def test_controls_compute_when_one_of_them_changes(tmp_path: Path) -> None:
     assert controls.spectrum.value == "file own.csv"
     assert controls.first_lr.value == pytest.approx(0.5 / 50)
     assert "Unstable" not in controls.text.value
+    noisy = b"curvature,noise_variance\n50,7\n1,3\n"
+    controls.upload.value = (file | {"name": "noisy.csv", "content": noisy, "size": len(noisy)},)
+    built = controls.box.settings.built()
+    assert built.problem.noise_variance.tolist() == [7.0, 3.0]
     bad = b"eigenvalues\n50\n"
     controls.upload.value = (file | {"name": "bad.csv", "content": bad, "size": len(bad)},)
     assert "curvature" in controls.text.value
     assert controls.box.settings is None
+
+
+@pytest.mark.parametrize(
+    ("text", "noise"),
+    [
+        ("curvature\n50\n4\n", [50.0, 4.0]),  # C = H
+        ("eigenvalue,noise_variance\n50,7\n4,3\n", [7.0, 3.0]),
+    ],
+)
+def test_a_spectrum_comes_with_its_noise_or_with_its_curvature_as_noise(
+    tmp_path: Path, text: str, noise: list[float]
+) -> None:
+    file = tmp_path / "own.CSV"
+    file.write_text(text)
+    phase = {"algorithm": "sgd", "lr": 0.01, "steps": 1}
+    built = config.build({"problem": _problem(file), "phase": [phase]})
+    assert built.problem.noise_variance.tolist() == noise
 
 
 def test_a_problem_from_python() -> None:
