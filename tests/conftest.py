@@ -22,7 +22,9 @@ if find_spec("torch"):
 else:  # without PyTorch the theory is tested alone
     needs = re.compile(r"^(import|from) (torch|neural)\b", re.MULTILINE)
     here = Path(__file__).parent
-    tests = (path for path in here.rglob("test_*.py") if needs.search(path.read_text()))
+    found = [*here.rglob("test_*.py"), *here.glob("*/**/conftest.py")]
+    needy = [path for path in found if needs.search(path.read_text())]
+    tests = (path.parent if path.name == "conftest.py" else path for path in needy)
     collect_ignore = [str(path.relative_to(here)) for path in tests]
 
 # Reproducible, and free of timing: the first example of a test may compile a kernel.
