@@ -67,7 +67,7 @@ bench-gpu: setup-neural  ## on a GPU: speed, memory and a comparison over seeds,
 	$(BIN)/python -m benchmarks.gpu
 
 gallery: setup  ## run the gallery's code, draw its pictures, note what it prints; render docs/tables
-	$(BIN)/python -m figures.gallery docs/gallery.md
+	$(BIN)/python -m figures.gallery docs/gallery*.md
 	$(BIN)/python -m figures.pages docs/*.md
 
 pictures: setup-neural  ## draw the pictures of docs/images from docs/tables

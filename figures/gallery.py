@@ -1,9 +1,9 @@
-"""The gallery's pictures, drawn from the very code its page shows.
+"""The gallery's pictures, drawn from the very code its pages show.
 
-Every entry of the page is a heading, a picture, a Python block and what the block prints. The block
+Every entry of a page is a heading, a picture, a Python block and what the block prints. The block
 leaves a `table` behind, and the picture is `draw` of it: nothing is stated twice. ::
 
-    python -m figures.gallery docs/gallery.md      # make gallery
+    python -m figures.gallery docs/gallery*.md     # make gallery
 
 runs all blocks, writes the pictures, and puts what was printed into the page.
 """
@@ -259,4 +259,5 @@ def build(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    for page in sys.argv[1:]:
+        build(Path(page))

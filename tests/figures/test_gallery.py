@@ -18,8 +18,8 @@ from PIL import Image
 from figures.gallery import CHUNK, Entry, build, draw, entries, picture
 from figures.style import PALETTE
 
-PAGE = Path(__file__).parents[2] / "docs" / "gallery.md"
-TEXT = PAGE.read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = "".join(page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("gallery*.md")))
 ENTRIES = entries(TEXT)
 #: Kilobytes of one picture, and of all.
 EACH, ALL = 25, 600
@@ -29,18 +29,18 @@ def stem(entry: Entry) -> str:
     return Path(entry.picture).stem
 
 
-def test_the_page_is_made_of_entries() -> None:
+def test_the_pages_are_made_of_entries() -> None:
     """No heading of an entry, and no block, is missed by the pattern."""
-    assert len(ENTRIES) == len(re.findall("^### ", TEXT, re.M)) == TEXT.count("```python") > 20
+    assert len(ENTRIES) == len(re.findall("^## ", TEXT, re.M)) == TEXT.count("```python") > 20
     assert len({entry.picture for entry in ENTRIES}) == len(ENTRIES)
-    drawn = {path.name for path in (PAGE.parent / "images" / "gallery").iterdir()}
+    drawn = {path.name for path in (DOCS / "images" / "gallery").iterdir()}
     assert drawn == {Path(entry.picture).name for entry in ENTRIES}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=stem)
 def test_entry(entry: Entry) -> None:
     """Its picture is of this code; the numbers set in bold are printed; public names only."""
-    path = PAGE.parent / entry.picture
+    path = DOCS / entry.picture
     image = Image.open(path)
     assert image.info[CHUNK] == entry.digest, "the code has changed: make gallery"
     assert image.size == (480, 300)
@@ -54,7 +54,7 @@ def test_entry(entry: Entry) -> None:
 
 
 def test_all_pictures_are_small() -> None:
-    sizes = [(PAGE.parent / entry.picture).stat().st_size for entry in ENTRIES]
+    sizes = [(DOCS / entry.picture).stat().st_size for entry in ENTRIES]
     assert sum(sizes) < ALL * 1024
 
 
