@@ -73,3 +73,17 @@ def checked_statistics() -> Iterator[None]:
             "of one, holds too few examples; use drop_last=True in the loader, another batch size, "
             "or fewer micro_batches"
         ) from None
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether a model has recurrent layers, which run in kernels of their own.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    bool
+    """
+    return any(isinstance(layer, nn.RNNBase) for layer in model.modules())

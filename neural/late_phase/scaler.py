@@ -10,6 +10,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from neural.late_phase.ready import is_recurrent
 from nqm.errors import NQMError
 
 
@@ -71,7 +72,7 @@ def unscaled_half(dtype: torch.dtype | None, model: nn.Module, device: torch.dev
         return f"autocast in float16 without a scaler: {lost}"
     if dtype is not torch.bfloat16 or kind != "cuda":
         return None
-    if any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+    if is_recurrent(model):
         return (
             "autocast runs recurrent layers in float16 on a GPU, whatever its type, and without a "
             f"scaler {lost}, or no autocast"

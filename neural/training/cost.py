@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neural.data import ImageData, TextData
 from neural.data.catalog import SIZES, Size
+from neural.late_phase.ready import is_recurrent
 from neural.late_phase.select import TERMS, select
 from neural.training.build import make_model
 from neural.training.config import RunConfig
@@ -235,7 +236,7 @@ def count_pass(model: nn.Module, run: RunConfig, size: Size) -> Pass:
     """
     pieces = run.train.micro_batches
     rows = -(-run.data.batch_size // pieces)
-    recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
+    recurrent = is_recurrent(model)
     length = run.data.length
     try:
         if recurrent and length > 2 * SHORT:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neural.late_phase.ready import is_recurrent
 from neural.models import build
 from neural.training.config import LatePhaseConfig, ModelConfig, RunConfig
 from nqm.errors import NQMError
@@ -57,7 +58,7 @@ def choose(runs: Collection[RunConfig]) -> dict[str, Choice]:
         If a model cannot be built.
     """
     nets = [_net(model) for model in {str(run.model): run.model for run in runs}.values()]
-    recurrent = any(isinstance(layer, nn.RNNBase) for net in nets for layer in net.modules())
+    recurrent = any(map(is_recurrent, nets))
     convolutions = all(any(p.ndim >= 4 for p in net.parameters()) for net in nets)
     compiled = _compile(runs, recurrent)
     layout = "the layout in which tensor cores convolve" if convolutions else "no convolutions"

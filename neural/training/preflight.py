@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from neural.data import Images
 from neural.data.sampling import EpochPlan
 from neural.late_phase.members import Batch
+from neural.late_phase.ready import is_recurrent
 from neural.late_phase.select import select
 from neural.training import report
 from neural.training.build import make_model
@@ -166,7 +167,7 @@ def check_size(run: RunConfig, runtime: Runtime, task: Task) -> None:
     late = run.late_phase
     with _named(run, "built"), torch.device("meta"):
         model = make_model(without_weights(run).model, task, start=False)
-    if any(isinstance(layer, nn.RNNBase) for layer in model.modules()):
+    if is_recurrent(model):
         if run.train.compile:
             raise NQMError(
                 f"train.compile does not compile the recurrent layers of {run.model.name}, which "
