@@ -137,6 +137,7 @@ class MLP(nn.Module):
                 f"mlp.norm must be 'none', 'batch' or 'layer'; got {norm!r}"
                 f"{suggest(str(norm), norms)}"
             )
+        self.channels, self.size = channels, size
         layers: list[nn.Module] = [nn.Flatten()]
         widths = (channels * size**2, *hidden)
         for inputs, outputs in pairwise(widths):
@@ -166,6 +167,19 @@ class MLP(nn.Module):
         Returns
         -------
         Tensor, shape (N, classes)
+
+        Raises
+        ------
+        NQMError
+            If the images have another size.
         """
+        wanted = (self.channels, self.size, self.size)
+        if images.ndim > 2 and tuple(images.shape[1:]) != wanted:
+            channels, *pixels = images.shape[1:]
+            raise NQMError(
+                f"an mlp of model.size {self.size} takes images of {self.channels} x {self.size} x "
+                f"{self.size}; got {' x '.join(map(str, (channels, *pixels)))}"
+                + (f"; set model.size = {pixels[0]}" if len(set(pixels)) == 1 else "")
+            )
         logits: Tensor = self.linear(self.features(images))
         return logits

@@ -247,6 +247,8 @@ def count_pass(model: nn.Module, run: RunConfig, size: Size) -> Pass:
             )
         else:
             flops, saved = _count(model, run, size, rows, length)
+    except NQMError:
+        raise
     except Exception as error:  # of a model or a library, turned into one line
         reason = " ".join(str(error).split())
         raise NQMError(

@@ -334,6 +334,13 @@ def test_tanh_perceptron_starts_with_variance_one_over_fan_in() -> None:
             check_normal(weight, 1.0 / fan_in(weight))
 
 
+def test_an_mlp_says_which_images_it_takes() -> None:
+    model = build("mlp", classes=3, channels=1)
+    with pytest.raises(NQMError, match=r"1 x 8 x 8; got 3 x 12 x 12; set model.size = 12$"):
+        model(torch.zeros(2, 3, 12, 12))
+    assert model(torch.zeros(2, 64)).shape == (2, 3)  # rows
+
+
 def test_transformer_starts_near_a_uniform_prediction() -> None:
     model = build("transformer_lm", classes=205)
     tokens = torch.randint(205, (4, 64))
