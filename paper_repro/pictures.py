@@ -254,18 +254,6 @@ def _bridges(tables: Tables, folder: Path) -> list[Path]:
     return style.finish(figure, folder / "bridges", title, axes.flat)
 
 
-def _bridge(title: str) -> Callable[[Tables, Path], list[Path]]:
-    """The page that a bridge draws, from its table, course and spectrum."""
-
-    def draw(tables: Tables, folder: Path) -> list[Path]:
-        from neural.bridge.plots import draw_bridge
-
-        table, course, spectrum = tables.values()
-        return draw_bridge(table, course, spectrum, folder, title)
-
-    return draw
-
-
 # --- combining ------------------------------------------------------------------------------------
 
 
