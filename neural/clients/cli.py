@@ -71,7 +71,7 @@ def clients(
     check_alone("nqm neural clients")
     own, others = own_overrides(overrides)
     rounds, scope = load_config(config, own)
-    made = load_recipe(recipe, scale, others)
+    made = load_recipe(recipe, scale, others, arms=() if arm is None else (arm,))
     name = arm if arm is not None else next(iter(made.arms))
     if name not in made.arms:
         raise NQMError(f"recipe {made.name} has no arm {name!r}{suggest(name, made.arms)}")

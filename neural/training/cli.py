@@ -106,7 +106,7 @@ def train(
 
     if workers is not None and workers > 1:
         check_alone("--workers")
-    made = load_recipe(recipe, scale, overrides)
+    made = load_recipe(recipe, scale, overrides, arms=arms)
     folder = out or Path("out/neural", folder_name(f"{made.name}-{scale}", "recipe"))
     if dry_run:
         check_alone("--dry-run")

@@ -106,7 +106,9 @@ def recipe_names() -> list[str]:
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
-def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name: str, scale: str = "full", overrides: Sequence[str] = (), *, arms: Sequence[str] = ()
+) -> Recipe:
     """Load a recipe by its name or from a file.
 
     Parameters
@@ -118,6 +120,9 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
         Every recipe has ``gpu``, by the rule of `neural.training.gpu_scale`.
     overrides : sequence of str
         Changes of the form ``train.epochs=3``; applied last.
+    arms : sequence of str
+        Arms that are needed; all by default. Of the others those are left out that cannot be made
+        with these changes, like one whose members start after the last epoch.
 
     Returns
     -------
@@ -153,10 +158,12 @@ def load_recipe(name: str, scale: str = "full", overrides: Sequence[str] = ()) -
                 table[name] = chosen[name] | table[name]
     merge(mapping, own)
     toml.override(mapping, overrides)
-    return make_recipe(path.stem, mapping, scale)
+    return make_recipe(path.stem, mapping, scale, needed=arms)
 
 
-def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> Recipe:
+def make_recipe(
+    name: str, mapping: Mapping[str, Any], scale: str = "full", *, needed: Sequence[str] = ()
+) -> Recipe:
     """Make a recipe from a mapping.
 
     Parameters
@@ -168,6 +175,8 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
         table ``[scale]``.
     scale : {"full", "gpu", "cpu", "smoke"}
         Name of the scale; it is recorded only.
+    needed : sequence of str
+        `arms` of `load_recipe`.
 
     Returns
     -------
@@ -187,8 +196,14 @@ def make_recipe(name: str, mapping: Mapping[str, Any], scale: str = "full") -> R
     check_folder_names("arm", arms, OUTPUTS)
     runs: dict[str, RunConfig] = {}
     branches: dict[str, tuple[int, int]] = {}
+    must = arms.keys() & {arm.partition("/")[0] for arm in needed} or arms.keys()
     for arm, table in arms.items():
-        made = _runs(arm, top, table)
+        try:
+            made = _runs(arm, top, table)
+        except NQMError:
+            if arm in must:
+                raise
+            continue
         runs |= made
         if arm not in made and next(iter(made.values())).model.checkpoint is not None:
             branches |= {branch: (i, len(made)) for i, branch in enumerate(made)}

@@ -217,9 +217,9 @@ def build(
     changed = copy.deepcopy(dict(made.mapping))
     changes = {name: value for name, value in mapping.items() if name not in _OWN}
     merge(changed, changes)
-    recipe = make_recipe(made.name, changed, made.scale)
-    arms = recipe.arms
     arm = toml.leaf("arm", mapping.get("arm", list(changed["arm"])[-1]), str)
+    recipe = make_recipe(made.name, changed, made.scale, needed=(arm,))
+    arms = recipe.arms
     if arm not in arms:
         raise NQMError(f"arm {arm!r} is not one of recipe {made.name}{suggest(arm, arms)}")
     _check_effect(arm, changed["arm"][arm.partition("/")[0]], changes)

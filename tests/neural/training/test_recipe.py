@@ -93,6 +93,17 @@ def test_optional_sections_are_for_those_that_use_them() -> None:
     assert made.arms["c"] == build(mapping(**sections))
 
 
+def test_arms_that_were_not_asked_for_may_be_impossible() -> None:
+    """Members that start in epoch 12 of 3 are no reason to refuse the base."""
+    short = ("train.epochs=3", "average.start_epoch=1")
+    for arms in ((), ("base", "late_phase"), ("bass",)):  # the last is no arm at all
+        with pytest.raises(NQMError, match=r"^arm\.late_phase: late_phase\.start_epoch"):
+            load_recipe("digits_bn", overrides=short, arms=arms)
+    assert list(load_recipe("digits_bn", overrides=short, arms=("base",)).arms) == ["base"]
+    both = load_recipe("digits_bn", arms=("base",)).arms
+    assert list(both) == ["base", "late_phase"], "they are left out only if they must be"
+
+
 def test_arm_changes_only_what_it_says() -> None:
     line = {"schedule": "linear", "start": 0.1, "end": 0.01, "over": 20}
     other = {"schedule": "constant", "value": 0.3}
