@@ -210,6 +210,7 @@ def test_settings_of_the_bridge_are_all_listed() -> None:
     """By their names and defaults; a setting without one has an empty cell."""
     import tomllib
 
+    pytest.importorskip("torch")
     from neural.bridge.config import BridgeConfig, Plan
 
     page = (ROOT / "docs" / "bridge.md").read_text()
@@ -229,6 +230,7 @@ def test_settings_of_the_bridge_are_all_listed() -> None:
 def test_settings_and_rules_of_combining_are_all_listed() -> None:
     import tomllib
 
+    pytest.importorskip("torch")
     from neural.combine.config import CombineConfig
     from neural.combine.rules import RULES
     from neural.combine.text_ensembles import GatesConfig
@@ -251,6 +253,7 @@ def test_settings_and_rules_of_combining_are_all_listed() -> None:
 def test_the_bridges_that_were_measured_can_be_asked_for(tmp_path: Path) -> None:
     import tomllib
 
+    pytest.importorskip("torch")
     from neural.bridge.pipeline import load_config
 
     named = [(name, text) for name, text in blocks("toml") if name.startswith("bridge-")]

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ ROOT = INSIDE.parents[2]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the stand-in for CUDA")
+@pytest.mark.skipif(find_spec("torch") is None, reason="it is for torch")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_ready_for_a_gpu(which: str) -> None:
     command = [sys.executable, "-m", "pytest", "-m", which, "-p", "no:cacheprovider", "--tb=short"]
