@@ -159,8 +159,8 @@ def entry(folder: Path, name: str, row: str, column: str) -> str:
     -------
     str
     """
-    table = pd.read_csv(folder / f"{name}.csv", dtype=str, index_col=0, keep_default_na=False)
-    return str(table.loc[row, column])
+    table = pd.read_csv(folder / f"{name}.csv", dtype=str, keep_default_na=False)
+    return str(table.set_index(table.columns[0]).loc[row, column])
 
 
 #: What the expressions of a page may call; the first two look into its folder of tables.
