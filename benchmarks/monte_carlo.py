@@ -42,8 +42,9 @@ from nqm import (
 from nqm.algorithms.base import Algorithm
 from nqm.problems.quadratic import FloatArray
 from nqm.problems.spectra import harmonic
-from nqm.solvers import fast_normals
-from nqm.solvers._kernels import fill_lanes, fill_normals
+from nqm.solvers._kernels import fast_normals
+from nqm.solvers._kernels.lanes import fill_lanes
+from nqm.solvers._kernels.normals import fill_normals
 from nqm.solvers.sample import BLOCK
 from nqm.transition import count_draws
 

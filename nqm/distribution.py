@@ -26,7 +26,13 @@ from scipy.optimize import brentq
 from nqm.errors import NQMError
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.result import check_level
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.loss_law import (
+    LARGEST_U,
+    NODES,
+    cumulant_slope,
+    cumulants,
+    cumulants_around,
+)
 
 #: Relative agreement of two orders of the rule that is asked for. The higher order is far better.
 AGREEMENT = 1e-9
@@ -103,18 +109,18 @@ class _Sum:
 
     def slope(self, t: float, centred: bool) -> float:
         """K'(t), less the mean if `centred`."""
-        return float(_kernels.cumulant_slope(self.count, self.spread, self.place, t, centred))
+        return float(cumulant_slope(self.count, self.spread, self.place, t, centred))
 
     def _beyond(self, largest: float) -> bool:
         """Whether t is too large for the compiled code, which takes squares of numbers like it."""
-        return not 2.0 * self.spread[0] * largest < _kernels.LARGEST_U
+        return not 2.0 * self.spread[0] * largest < LARGEST_U
 
     def around(self, t: complex, centred: bool = False) -> tuple[float, complex, complex, float]:
         """Re K(t), K'(t) (less the mean's part if `centred`), K''(t), way to a singularity."""
         t = complex(t)
         if not self._beyond(abs(t)):
             out = np.empty(7)
-            _kernels.cumulants_around(self.count, self.spread, self.place, t.real, t.imag, out)
+            cumulants_around(self.count, self.spread, self.place, t.real, t.imag, out)
             value, mean = (out[5], self.mean) if centred else (out[0], 0.0)
             return value, complex(out[1] - mean, out[2]), complex(out[3], out[4]), out[6]
         r = 1.0 / (1.0 - 2.0 * self.spread * t)
@@ -134,13 +140,13 @@ class _Sum:
             for first in range(0, t.size, rows):
                 total[first : first + rows] = self._each(t[first : first + rows, None], centred)
             return total
-        nodes = _kernels.NODES
+        nodes = NODES
         padded = np.full(-(-t.size // nodes) * nodes, t[-1])
         padded[: t.size] = t
         parts = np.empty((2, padded.size))
         x, y = padded.real.copy(), padded.imag.copy()
         directions = self.count, self.spread, self.place
-        _kernels.cumulants(*directions, self.series, centred, x, y, *parts)
+        cumulants(*directions, self.series, centred, x, y, *parts)
         return np.asarray(parts[0] + 1j * parts[1])[: t.size]
 
     def _each(self, t: FloatArray, centred: bool) -> FloatArray:

@@ -28,7 +28,7 @@ from nqm.program import Phase, Program, steps_for
 from nqm.result import check_level, check_sampled
 from nqm.runs import toml
 from nqm.runs.toml import Mapped, call, known_keys, leaf, located, lookup, named, require, table_at
-from nqm.solvers.fast_normals import check_precision
+from nqm.solvers._kernels.fast_normals import check_precision
 
 if TYPE_CHECKING:
     import pandas as pd

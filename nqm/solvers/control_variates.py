@@ -34,7 +34,7 @@ from nqm.algorithms.sampled import Sampled
 from nqm.errors import NQMError
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Program
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.twins import FIELDS, evaluate_twin
 from nqm.solvers.moments import solve
 
 
@@ -129,7 +129,7 @@ class Twin:
 
     Attributes
     ----------
-    moments : ndarray, shape (`_kernels.FIELDS`, d)
+    moments : ndarray, shape (`FIELDS`, d)
         Mean, second moments and coefficients: `field` in the kernels.
     delta, buffer : ndarray, shape (replicas, d)
         Deviation of each twin from the mean, and its momentum buffer.
@@ -166,7 +166,7 @@ class Twin:
         if start is None:
             none = np.empty((0, 0))
             return cls(none, none, none, np.empty(0), none)
-        moments = np.zeros((_kernels.FIELDS, problem.directions))
+        moments = np.zeros((FIELDS, problem.directions))
         moments[0], moments[1] = start.mean, start.variance
         expected = np.zeros(records)
         expected[: len(start.loss)] = start.loss
@@ -190,7 +190,7 @@ class Twin:
             Gives the weight of each direction in the loss.
         """
         if self.delta.size:
-            self.expected[row] = _kernels.evaluate_twin(
+            self.expected[row] = evaluate_twin(
                 self.moments, problem.weight, self.delta, self.loss[row]
             )
 

@@ -19,7 +19,7 @@ from nqm.errors import NQMError
 from nqm.problems.correlation import covariance
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, goes_on, resumes
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.pairs import power_pairs, propagate_pairs
 from nqm.solvers.moments import Law, Map, compose_steps, distinct_steps, law_of, power, whole_period
 from nqm.transition import embedding, readout, resumption
 
@@ -141,7 +141,7 @@ def steady_pairs(problem: Problem, phase: Phase) -> FloatArray:
     )
     cross = np.zeros((*added.shape[:2], *moving.shape[1:]))
     kicks = np.ascontiguousarray(added[:, :, ~still][:, :, :, ~still])
-    _kernels.power_pairs(_squares(moving, moving_low, DOUBLINGS + 1), 2**DOUBLINGS, kicks, cross)
+    power_pairs(_squares(moving, moving_low, DOUBLINGS + 1), 2**DOUBLINGS, kicks, cross)
     c = readout(mode.algorithm, 720_720 * mode.algorithm.time.period)
     pairs_of_weights = np.einsum("i,abij,j->ab", c[~still], cross, c[~still])
     if still.any():  # the points to which weights are pulled are themselves correlated
@@ -239,7 +239,7 @@ class _Pairs:
             return
         self._walk(start, boundary, self.cross)
         matrix, low, added = self.cycle(origin, period)
-        _kernels.power_pairs(_squares(matrix, low, whole.bit_length()), whole, added, self.cross)
+        power_pairs(_squares(matrix, low, whole.bit_length()), whole, added, self.cross)
         self._walk(boundary + whole * period, stop, self.cross)
 
     def cycle(self, origin: int, period: int) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -254,7 +254,7 @@ class _Pairs:
         noise = self.noise
         for first in range(start, stop, CHUNK):
             matrix, _, push, kind = self._steps(first, min(stop, first + CHUNK))
-            _kernels.propagate_pairs(matrix, push, kind, noise, cross)
+            propagate_pairs(matrix, push, kind, noise, cross)
 
     def _steps(self, start: int, stop: int) -> tuple[FloatArray, FloatArray, FloatArray, Any]:
         """Distinct A (in two doubles) and P of steps [start, stop), and the index of each step."""

@@ -21,7 +21,10 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import FOREVER, Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
-from nqm.solvers import _kernels, moving_window
+from nqm.solvers import moving_window
+from nqm.solvers._kernels.moment_steps import propagate_moments
+from nqm.solvers._kernels.polynomial_steps import WIDE
+from nqm.solvers._kernels.powers import compose_exact, power_exact
 from nqm.solvers.first_order_range import first_order_errors
 from nqm.solvers.multiplicative_scalar import scalar_first_order
 from nqm.solvers.polynomial_walk import Seen, State, Steps, walk
@@ -485,7 +488,7 @@ class Walker:
         if state.mean.any() or state.started.any():
             parts.append((state.mean, state.started, np.zeros_like(noise)))
         for mean, covariance, drive in parts:
-            _kernels.propagate_moments(
+            propagate_moments(
                 matrix, drive, kind, mean, covariance, reads, record, self.problem.weight, added
             )
 
@@ -772,7 +775,7 @@ def then(first: Map | None, second: Map | None) -> Map | None:
     if first is None or second is None:
         return second if first is None else first
     out = Map(*(np.empty_like(part) for part in first))
-    _kernels.compose_exact(*first, *second, *out)
+    compose_exact(*first, *second, *out)
     return out
 
 
@@ -796,7 +799,7 @@ def power(step: Map, count: int, *, exact: bool = False) -> Map:
     if count == 1:
         return step
     out = Map(*(np.empty_like(part) for part in step))
-    _kernels.power_exact(*step, count, exact, *out)
+    power_exact(*step, count, exact, *out)
     return out
 
 
@@ -1132,7 +1135,7 @@ def _visit(
     """Columns of the wanted steps, in order; the end of a phase belongs to that phase."""
     states = at_start(laws[0].algorithm, problem)
     offset, age, pending = 0, 0, list(wanted)
-    batch = max(1, CHUNK // max(problem.directions, _kernels.WIDE))
+    batch = max(1, CHUNK // max(problem.directions, WIDE))
     with np.errstate(over="ignore", invalid="ignore"):
         for index, law in enumerate(laws):
             if index:

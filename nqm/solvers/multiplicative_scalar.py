@@ -22,7 +22,7 @@ from nqm.problems.correlation import covariance
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program
 from nqm.result import Kind, Trajectory, runaway
-from nqm.solvers import _kernels
+from nqm.solvers._kernels import powers
 from nqm.solvers.closure_elementwise import start_nodes
 from nqm.solvers.first_order_range import NOISE, NUDGE, arrival
 
@@ -164,7 +164,7 @@ def power(step: Step, steps: int) -> Step:
     matrix, noise = (np.ascontiguousarray(part)[None] for part in step)
     many, added = np.empty_like(matrix), np.empty_like(noise)
     with np.errstate(over="ignore", invalid="ignore"):
-        _kernels.power(matrix, noise, steps, many, added)
+        powers.power(matrix, noise, steps, many, added)
     return many[0], added[0]
 
 

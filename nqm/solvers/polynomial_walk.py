@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.base import Mode
 from nqm.problems.quadratic import FloatArray, Problem
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.polynomial_steps import WIDE, walk_polynomial
 from nqm.step_polynomial import StepPolynomial, step_polynomial, step_table
 from nqm.words import short_html, short_repr
 
@@ -259,8 +259,8 @@ def walk(
     for chosen, factor in parts:
         table = step_table(polynomial, kind, rates * factor, n)
         laid = _Rows.of(state, chosen)
-        here = np.empty((2, rows, len(laid.mean), _kernels.WIDE))
-        _kernels.walk_polynomial(
+        here = np.empty((2, rows, len(laid.mean), WIDE))
+        walk_polynomial(
             table.matrix,
             table.fixed,
             table.first,
@@ -283,10 +283,10 @@ def walk(
             added,
         )
         laid.store(state, chosen)
-        flat = here.reshape(2, rows, len(laid.mean) * _kernels.WIDE)[:, :, : laid.size]
+        flat = here.reshape(2, rows, len(laid.mean) * WIDE)[:, :, : laid.size]
         if len(parts) == 1:
             # A few directions are copied out of a block that would hold much more memory.
-            seen = flat if 2 * laid.size > _kernels.WIDE else flat.copy()
+            seen = flat if 2 * laid.size > WIDE else flat.copy()
         else:
             seen[:, :, chosen] = flat
     return Seen(sums, seen[0], seen[1])
@@ -324,7 +324,7 @@ class _Rows:
 
 def _blocks(values: FloatArray) -> FloatArray:
     """Directions (d, k) as blocks (b, k, `WIDE`), filled up with 0."""
-    wide = _kernels.WIDE
+    wide = WIDE
     whole = np.zeros((-(-len(values) // wide) * wide, values.shape[1]))
     whole[: len(values)] = values
     return np.ascontiguousarray(whole.reshape(-1, wide, values.shape[1]).swapaxes(1, 2))

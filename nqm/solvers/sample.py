@@ -25,7 +25,14 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Trajectory
-from nqm.solvers import _kernels, fast_normals
+from nqm.solvers._kernels import fast_normals
+from nqm.solvers._kernels.lane_samples import sample_lanes
+from nqm.solvers._kernels.linear_samples import evaluate, sample_linear
+from nqm.solvers._kernels.multiplicative_samples import (
+    evaluate_multiplicative,
+    sample_multiplicative,
+)
+from nqm.solvers._kernels.optimizer_samples import sample_optimizer
 from nqm.solvers.control_variates import Start, Twin, adjust, peak
 from nqm.solvers.moments import check_own_starts
 from nqm.transition import (
@@ -80,7 +87,7 @@ def sample(  # noqa: PLR0913 - options, by keyword
     precision : {"float64", "float32"}
         Precision of the normals; everything else is float64 in both cases. "float32" is for linear
         algorithms, several times as fast, and draws no normal beyond 6.66
-        (`nqm.solvers.fast_normals`).
+        (`nqm.solvers._kernels.fast_normals`).
     control : bool
         Adjust the mean losses of a method that is not linear by a control variate: a linear twin
         with the same noise, whose expected loss is exact (`nqm.solvers.control_variates`). The
@@ -394,7 +401,7 @@ class _Plan:
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
             settings = phase.settings(first, until)
-            _kernels.sample_optimizer(
+            sample_optimizer(
                 generator,
                 *algorithm.rule,
                 algorithm.tail,
@@ -436,7 +443,7 @@ class _Plan:
             if step:
                 record[step - 1] = row
             else:
-                _kernels.evaluate_multiplicative(
+                evaluate_multiplicative(
                     theta, phi, minimum, scalar, problem.weight, loss[row], member_loss[row]
                 )
                 twin.record(row, problem)
@@ -445,7 +452,7 @@ class _Plan:
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
             settings = phase.settings(first, until)
-            _kernels.sample_multiplicative(
+            sample_multiplicative(
                 generator,
                 problem.curvature,
                 minimum,
@@ -507,7 +514,7 @@ class _Linear:
         targets = {step: row for row, step in rows}
         if 0 in targets:
             row = targets[0]
-            _kernels.evaluate(
+            evaluate(
                 state,
                 readout(algorithm, age),
                 member_readout(algorithm, age),
@@ -541,13 +548,11 @@ class _Linear:
                 part = np.empty((len(reads), replicas))
                 member_part = np.full_like(part, np.nan)
                 drawn = minibatch_count(algorithm)
-                _kernels.sample_linear(
-                    generator, *steps, state, part, member_part, _root(problem), drawn
-                )
+                sample_linear(generator, *steps, state, part, member_part, _root(problem), drawn)
             else:
                 part = np.zeros((len(reads), BLOCK))
                 member_part = np.zeros_like(part)
-                _kernels.sample_lanes(lanes, *steps, across, part, member_part)
+                sample_lanes(lanes, *steps, across, part, member_part)
                 part, member_part = part[:, :replicas], member_part[:, :replicas]
             for i, step in enumerate(here):
                 loss[targets[step]] = part[i]

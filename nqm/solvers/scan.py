@@ -14,8 +14,9 @@ from nqm.errors import NQMError, check_integer, check_number
 from nqm.limits import check_walk
 from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
-from nqm.solvers import _kernels
-from nqm.solvers.fast_normals import LANES
+from nqm.solvers._kernels.fast_normals import LANES
+from nqm.solvers._kernels.powers import ONE_DOUBLE
+from nqm.solvers._kernels.scans import scan1, scan2
 from nqm.solvers.moments import CHUNK, Map, Moments, at_start, compose_span, power, then
 from nqm.step_polynomial import DEGREE, exact_matrix, step_polynomial, step_table
 from nqm.transition import extract, noise_moment, readout
@@ -172,9 +173,9 @@ def _in_lanes(
     if n == 1:
         square = read[0] ** 2
         second = square * (start_mean[0] ** 2 + spread[0])
-        _kernels.scan1(*given, *directions, second, problem.weight, bias, noisy)
+        scan1(*given, *directions, second, problem.weight, bias, noisy)
         return bias, square * noisy
-    _kernels.scan2(*given, *directions, start_mean, spread, read, problem.weight, bias, noisy)
+    scan2(*given, *directions, start_mean, spread, read, problem.weight, bias, noisy)
     return bias, noisy
 
 
@@ -215,7 +216,7 @@ def _power(
     v = mode.noise_share * problem.noise_variance / batch_size
     rates = two if algorithm.rate_count == 2 else two[0]
 
-    exact = steps > _kernels.ONE_DOUBLE and not algorithm.time.update_never_repeats
+    exact = steps > ONE_DOUBLE and not algorithm.time.update_never_repeats
 
     def step_at(t: int) -> Map:
         step = extract(algorithm, problem.curvature, rates, t, exact=exact)

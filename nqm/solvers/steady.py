@@ -18,7 +18,7 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, one_phase
 from nqm.result import Kind, Status
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.powers import stationary_exact
 from nqm.solvers.moments import phase_cycles, whole_period
 from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.transition import readout, spectral_radius
@@ -169,7 +169,7 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
             c = readout(mode.algorithm, LONG * mode.algorithm.time.period)
             solved = np.empty_like(moving)
             kicks = np.ascontiguousarray(noise[np.ix_(here, ~still, ~still)])
-            _kernels.stationary_exact(
+            stationary_exact(
                 np.ascontiguousarray(moving), kicks, np.ascontiguousarray(moving_low), solved
             )
             pull = (

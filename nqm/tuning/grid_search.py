@@ -34,7 +34,7 @@ from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem, numbers_above_zero
 from nqm.problems.quadrature import condense
 from nqm.result import Status
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.responses import double_responses, jump_responses, orbit
 from nqm.transition import embedding, extract, minibatches, readout, spectral_radius
 
 #: Longest horizon: losses are good to 1e-7 there, and to 1e-9 up to 10^7 steps.
@@ -99,7 +99,7 @@ class _Chain:
         matrix, kick = self.step(u)
         matrix[~self.stable(u)] = 0.0
         started, noisy = np.empty((u.size, steps)), np.empty((u.size, steps))
-        _kernels.double_responses(matrix, kick, self.start, self.read, started, noisy)
+        double_responses(matrix, kick, self.start, self.read, started, noisy)
         return started.T, noisy.T
 
 
@@ -115,7 +115,7 @@ class _Run:
         """Compute (bias, noise) after `step` steps; `onwards` continues from this state."""
         d = len(self.matrix)
         self.state, self.impulse, seen = np.empty((d, 2)), np.empty((d, 2)), np.empty(d)
-        _kernels.jump_responses(
+        jump_responses(
             self.matrix,
             self.kick,
             self.chain.start,
@@ -144,8 +144,8 @@ class _Run:
         d, count = len(self.matrix), -(-steps // size)
         rows, states = np.empty((size, d, 2)), np.empty((count, d, 2))
         read = np.broadcast_to(self.chain.read, (d, 2))
-        _kernels.orbit(np.ascontiguousarray(self.matrix.swapaxes(1, 2)), read, rows)
-        _kernels.orbit(np.linalg.matrix_power(self.matrix, size), state, states)
+        orbit(np.ascontiguousarray(self.matrix.swapaxes(1, 2)), read, rows)
+        orbit(np.linalg.matrix_power(self.matrix, size), state, states)
         r, q, x, y = rows[..., 0], rows[..., 1], states[..., 0], states[..., 1]
         coefficients = np.hstack([r * r, 2.0 * r * q, q * q])
         products = np.hstack([weight * x * x, weight * x * y, weight * y * y])

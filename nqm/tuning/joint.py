@@ -4,7 +4,7 @@
 
 with settings of their own in every piece. One sweep forwards through the second moments of
 (x, b, y) and one backwards give the exact derivative by every setting of every step
-(`nqm.solvers._kernels.momentum_average`).
+(`nqm.solvers._kernels.adjoint`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nqm.problems.least_squares import additive_only
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
 from nqm.program import Phase, Program
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.adjoint import momentum_average
 from nqm.solvers.moments import solve
 from nqm.tuning.information import information_bound
 from nqm.tuning.lbfgs import LEAST, SLOWEST, best_constant, fastest, stable
@@ -134,7 +134,7 @@ def linear_loss(
     check_memory("linear_loss: the number of steps", rates.size, 14.0 * rates.size)
     slope = np.zeros((4, rates.size))
     start = problem.initial_mean**2 + problem.initial_variance
-    loss = _kernels.momentum_average(
+    loss = momentum_average(
         rates, heavy, 1.0 - kept, 1.0 / size, problem.curvature, problem.noise_variance, start,
         problem.weight, slope,
     )  # fmt: skip

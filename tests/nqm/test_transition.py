@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_lyapunov
 
 from nqm import EMA, LAWA, SGD, SWA, Ensemble, HeavyBall, LatePhase, Lookahead, Nesterov
-from nqm.solvers import _kernels
+from nqm.solvers._kernels.powers import compose, power, stationary
 from nqm.transition import (
     embedding,
     extract,
@@ -149,7 +149,7 @@ def chains(draw):
 def test_power_is_repetition(chain, steps):
     matrix, noise = chain
     many, added = np.empty_like(matrix), np.empty_like(noise)
-    _kernels.power(matrix, noise, steps, many, added)
+    power(matrix, noise, steps, many, added)
     total = np.zeros_like(noise)
     for j in range(steps):
         a = np.linalg.matrix_power(matrix, j)
@@ -164,7 +164,7 @@ def test_composition_is_the_affine_product(first, second):
         return
     (a1, q1), (a2, q2) = first, second
     a, q = np.empty_like(a1), np.empty_like(q1)
-    _kernels.compose(a1, q1, a2, q2, a, q)
+    compose(a1, q1, a2, q2, a, q)
     agree(a, a2 @ a1, IDENTITY)
     agree(q, a2 @ q1 @ a2.swapaxes(1, 2) + q2, IDENTITY)
 
@@ -173,7 +173,7 @@ def test_composition_is_the_affine_product(first, second):
 def test_stationary_solves_the_lyapunov_equation(chain):
     matrix, noise = chain
     found = np.empty_like(noise)
-    _kernels.stationary(matrix, noise, found)
+    stationary(matrix, noise, found)
     for a, q, s in zip(matrix, noise, found, strict=True):
         agree(s, solve_discrete_lyapunov(a, q), JUMP)
         agree(a @ s @ a.T + q, s, JUMP)

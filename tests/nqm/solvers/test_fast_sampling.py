@@ -20,8 +20,9 @@ from nqm import (
     constant,
 )
 from nqm.runs import config
-from nqm.solvers import _kernels, fast_normals
-from nqm.solvers.fast_normals import LANES, LARGEST
+from nqm.solvers._kernels import fast_normals
+from nqm.solvers._kernels.fast_normals import LANES, LARGEST
+from nqm.solvers._kernels.lanes import fill_lanes
 from tests.tolerances import SIGMAS, within_error
 
 ROWS = 2**16
@@ -30,7 +31,7 @@ ROWS = 2**16
 def draws(seed: int, rows: int = ROWS) -> np.ndarray:
     """Normals (rows, LANES) of the block with this seed."""
     out = np.empty((rows, LANES), dtype=np.float32)
-    _kernels.fill_lanes(fast_normals.lanes(np.random.SeedSequence(seed)), out)
+    fill_lanes(fast_normals.lanes(np.random.SeedSequence(seed)), out)
     return out.astype(np.float64)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from nqm.solvers import _kernels
-from nqm.solvers.ziggurat import LAYERS, TAIL_START, tables
+import nqm
+from nqm.solvers._kernels.moment_steps import propagate_moments
+from nqm.solvers._kernels.normals import fill_normals
+from nqm.solvers._kernels.ziggurat import LAYERS, TAIL_START, tables
 from tests.tolerances import IDENTITY
 
 
@@ -23,7 +28,7 @@ def generator(seed: int) -> tuple[np.random.Generator, np.ndarray]:
 def test_normals_are_numpys_stream(seed: int) -> None:
     rng, state = generator(seed)
     out = np.empty(1_000_003)  # beyond every branch: wedges (1 in 100) and tails (1 in 4000)
-    _kernels.fill_normals(state, out)
+    fill_normals(state, out)
     reference = rng.standard_normal(out.size)
     assert np.abs(reference).max() > TAIL_START, "the tail was not visited"
     np.testing.assert_allclose(out, reference, rtol=0, atol=IDENTITY)
@@ -34,16 +39,16 @@ def test_normals_in_pieces_are_the_normals_at_once() -> None:
     _, one = generator(3)
     _, two = generator(3)
     whole, parts = np.empty(1000), np.empty(1000)
-    _kernels.fill_normals(one, whole)
+    fill_normals(one, whole)
     for part in np.split(parts, [1, 17, 400]):
-        _kernels.fill_normals(two, part)
+        fill_normals(two, part)
     np.testing.assert_array_equal(whole, parts)
 
 
 def test_normals_are_normal() -> None:
     _, state = generator(4)
     out = np.empty(2_000_000)
-    _kernels.fill_normals(state, out)
+    fill_normals(state, out)
     assert stats.kstest(out[:200_000], "norm").pvalue > 1e-4
     for beyond in (2.0, 3.0, 4.0, TAIL_START):
         expected = 2 * out.size * stats.norm.sf(beyond)
@@ -72,7 +77,7 @@ def test_compiled_moments_equal_their_python_twin(n: int) -> None:
     kind = rng.integers(kinds, size=steps)
     readout, weight = rng.normal(size=(steps, n)), rng.uniform(size=d)
     results = []
-    for kernel in (_kernels.propagate_moments, _kernels.propagate_moments.py_func):
+    for kernel in (propagate_moments, propagate_moments.py_func):
         mean, covariance, loss = np.ones((d, n)), np.tile(np.eye(n), (d, 1, 1)), np.zeros(steps)
         kernel(matrix, noise, kind, mean, covariance, readout, True, weight, loss)
         results.append((mean, covariance, loss))
@@ -88,12 +93,12 @@ caching.CacheImpl._locator_classes = []  # as where no folder can be written to
 
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    from nqm.solvers import _kernels
+    from nqm.solvers._kernels.normals import fill_normals
 
 import numpy as np
 
 normal = np.empty(3)
-_kernels.fill_normals(np.arange(4, dtype=np.uint64), normal)
+fill_normals(np.arange(4, dtype=np.uint64), normal)
 print(len(told), told[0].category.__name__, "NUMBA_CACHE_DIR" in str(told[0].message), *normal)
 """
 
@@ -102,5 +107,34 @@ def test_without_a_place_for_the_cache_kernels_still_run():
     """One warning, and the same numbers as with a cache."""
     done = subprocess.run([sys.executable, "-c", UNCACHED], capture_output=True, text=True)
     normal = np.empty(3)
-    _kernels.fill_normals(np.arange(4, dtype=np.uint64), normal)
+    fill_normals(np.arange(4, dtype=np.uint64), normal)
     assert done.stdout.split() == ["1", "RuntimeWarning", "True", *map(str, normal)], done.stderr
+
+
+CACHED = """
+import numpy as np
+from nqm.solvers._kernels.powers import compose
+
+two, three, out, noise = (np.full((1, 1, 1), x) for x in (2.0, 3.0, 0.0, 0.0))
+compose(two, two, three, two, out, noise)
+print(out[0, 0, 0], sum(compose.stats.cache_hits.values()))
+"""
+
+
+def test_an_edit_of_another_kernel_file_is_not_hidden_by_the_cache(tmp_path: Path) -> None:
+    """`compose` multiplies by a function of `small_matrices`: 3 * 2, and -6 after an edit there."""
+    shutil.copytree(Path(nqm.__file__).parent, tmp_path / "nqm")
+    there = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        "NUMBA_OPT": "0",
+    }
+    called = tmp_path / "nqm" / "solvers" / "_kernels" / "small_matrices.py"
+    told = []
+    for edit in ("+=", "+=", "-="):
+        called.write_text(called.read_text().replace("+= a[r, k] * b", f"{edit} a[r, k] * b"))
+        run = [sys.executable, "-c", CACHED]
+        done = subprocess.run(run, cwd=tmp_path, env=there, capture_output=True, text=True)
+        told.append(done.stdout.split())
+    assert told == [["6.0", "0"], ["6.0", "1"], ["-6.0", "0"]], done.stderr

@@ -24,7 +24,7 @@ from nqm import (
 )
 from nqm.algorithms import Optimizer
 from nqm.schedule import Cosine
-from nqm.solvers import _kernels
+from nqm.solvers._kernels import polynomial_steps
 from nqm.solvers.polynomial_walk import groups
 from nqm.step_polynomial import step_polynomial, step_table
 from nqm.transition import extract, noise_moment
@@ -170,7 +170,7 @@ def test_polynomials_are_the_extracted_matrices(case):
             agree(noise, noise_moment(step, np.full(3, 1.7))[0], IDENTITY)
 
 
-@pytest.mark.parametrize("directions", [1, _kernels.WIDE, _kernels.WIDE + 1, 300])
+@pytest.mark.parametrize("directions", [1, polynomial_steps.WIDE, polynomial_steps.WIDE + 1, 300])
 def test_blocks_do_not_matter(directions):
     """The loss of many directions is the sum of their losses one by one."""
     problem = mixed(directions)
@@ -284,10 +284,11 @@ def test_a_method_with_a_period_under_a_schedule(matrix_by_matrix):
 def test_short_covariances_are_products_of_matrices(name):
     n = int(name[-1])
     rng = np.random.default_rng(n)
-    a = rng.normal(size=(_kernels.WIDE, n, n))
-    root = rng.normal(size=(_kernels.WIDE, n, n))
+    a = rng.normal(size=(polynomial_steps.WIDE, n, n))
+    root = rng.normal(size=(polynomial_steps.WIDE, n, n))
     covariance = root @ root.swapaxes(1, 2)
     i, j = np.tril_indices(n)
     packed = np.ascontiguousarray(covariance[:, i, j].T)
-    getattr(_kernels, name)(np.ascontiguousarray(a.reshape(-1, n * n).T).ravel(), packed.ravel())
+    conjugate = getattr(polynomial_steps, name)
+    conjugate(np.ascontiguousarray(a.reshape(-1, n * n).T).ravel(), packed.ravel())
     agree(packed.T, (a @ covariance @ a.swapaxes(1, 2))[:, i, j], IDENTITY)
