@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import nqm
+from nqm.solvers._kernels import compiling
 from nqm.solvers._kernels.moment_steps import propagate_moments
 from nqm.solvers._kernels.normals import fill_normals
 from nqm.solvers._kernels.ziggurat import LAYERS, TAIL_START, tables
@@ -111,30 +111,35 @@ def test_without_a_place_for_the_cache_kernels_still_run():
     assert done.stdout.split() == ["1", "RuntimeWarning", "True", *map(str, normal)], done.stderr
 
 
-CACHED = """
-import numpy as np
-from nqm.solvers._kernels.powers import compose
+INNER = """
+from kernels.compiling import jit
 
-two, three, out, noise = (np.full((1, 1, 1), x) for x in (2.0, 3.0, 0.0, 0.0))
-compose(two, two, three, two, out, noise)
-print(out[0, 0, 0], sum(compose.stats.cache_hits.values()))
+@jit
+def inner(x):
+    return x + 1
 """
+OUTER = """
+from kernels.compiling import jit
+from kernels.inside import inner
+
+@jit
+def outer(x):
+    return 10 * inner(x)
+"""
+CALLED = "from kernels.outside import outer; print(outer(2), sum(outer.stats.cache_hits.values()))"
 
 
-def test_an_edit_of_another_kernel_file_is_not_hidden_by_the_cache(tmp_path: Path) -> None:
-    """`compose` multiplies by a function of `small_matrices`: 3 * 2, and -6 after an edit there."""
-    shutil.copytree(Path(nqm.__file__).parent, tmp_path / "nqm")
-    there = {
-        **os.environ,
-        "PYTHONPATH": str(tmp_path),
-        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
-        "NUMBA_OPT": "0",
-    }
-    called = tmp_path / "nqm" / "solvers" / "_kernels" / "small_matrices.py"
+def test_an_edit_of_another_file_is_not_hidden_by_the_cache(tmp_path: Path) -> None:
+    """10 (2 + 1), the same from the cache, and 10 (2 + 5) after an edit of the inner function."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    shutil.copy(compiling.__file__, folder)
+    (folder / "outside.py").write_text(OUTER)
+    there = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     told = []
-    for edit in ("+=", "+=", "-="):
-        called.write_text(called.read_text().replace("+= a[r, k] * b", f"{edit} a[r, k] * b"))
-        run = [sys.executable, "-c", CACHED]
-        done = subprocess.run(run, cwd=tmp_path, env=there, capture_output=True, text=True)
+    for added in (1, 1, 5):
+        (folder / "inside.py").write_text(INNER.replace("x + 1", f"x + {added}"))
+        run = [sys.executable, "-c", CALLED]
+        done = subprocess.run(run, env=there, capture_output=True, text=True)
         told.append(done.stdout.split())
-    assert told == [["6.0", "0"], ["6.0", "1"], ["-6.0", "0"]], done.stderr
+    assert told == [["30", "0"], ["30", "1"], ["70", "0"]], done.stderr
