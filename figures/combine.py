@@ -25,6 +25,7 @@ from figures.style import (
     axes_or_new,
     legend_above,
     legend_free,
+    look,
 )
 from nqm.table import label as axis_label
 
@@ -423,6 +424,45 @@ def curve(
     if metric == "nll":
         _log_if_wide(ax, "y", rows["nll"])
     legend_above(ax, 3)
+    return ax
+
+
+def cycle(table: pd.DataFrame, *, column: str = "error", ax: Axes | None = None) -> Axes:
+    """Rate, test error or distance in cycles of the rate, a colour an arm; dots at snapshots.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns arm, seed, row (``rate``, ``test`` or ``snapshot``), cycle (lines of two cycles do
+        not hang together), step, and `column`.
+    column : {"lr", "error", "distance"}
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        Seeds are thin (gid ``ARM/seed``), their mean is thick (``ARM/mean``), dots are means of
+        the snapshots (``ARM/snapshots``).
+    """
+    ax = axes_or_new(ax)
+    whole = "rate" if column == "lr" else "test"
+    for i, arm in enumerate(dict.fromkeys(table["arm"])):
+        color = look(i)["color"]
+        own = table[(table["arm"] == arm) & table[column].notna()]
+        lines = own[own["row"] == whole]
+        several = lines["seed"].nunique() > 1
+        for _, part in lines.groupby("cycle"):
+            for _, one in part.groupby("seed") if several else ():
+                x, y = one["step"], one[column]
+                ax.plot(x, y, color=color, alpha=0.25, lw=0.6, gid=f"{arm}/seed")
+            mean = part.groupby("step")[column].mean()
+            ax.plot(mean.index, mean, color=color, gid=f"{arm}/mean")
+        dots = own[own["row"] == "snapshot"].groupby("step")[column].mean()
+        name = str(arm).replace("_", " ")
+        marker = look(i)["marker"]
+        ax.plot(dots.index, dots, marker, color=color, label=name, gid=f"{arm}/snapshots")
+    words = {"error": "test error", "distance": "distance from start of cycles"}
+    ax.set(xlabel="minibatches", ylabel=words.get(column, axis_label(column)))
     return ax
 
 

@@ -169,6 +169,7 @@ COLUMNS: dict[str, Column] = {
     "weighting": Column("weighting", "", "linear in the score, or uniform", "str"),
     "round": Column("rounds", "rounds", "federated rounds done", "int64"),
     "drift": Column("client drift", "", "mean distance of clients from their mean"),
+    "distance": Column("distance", "", "of the weights from those where the cycles began"),
     "server_step": Column("server step", "", "step of the server to the clients' mean"),
     "scope_kl": Column("scope divergence", "nats", "of clients' layers from their mean scope"),
     "bpc": Column("bits per character", "bits", "mean cross-entropy of a text"),

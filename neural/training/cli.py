@@ -140,7 +140,10 @@ def train(
         starts = {
             arm: run.late_phase.start_epoch for arm, run in made.arms.items() if run.late_phase
         }
-        _draw(table, read_table(folder / "history.parquet"), folder, starts, made.title)
+        history, turns = folder / "history.parquet", folder / "cycles.parquet"
+        _draw(table, read_table(history), folder, starts, made.title)
+        if turns.exists():
+            _draw_cycles(read_table(turns), folder, made.title)
 
 
 def _one_thread_each(recipe: Any, seeds: int, root: Path | None) -> int | None:
@@ -193,6 +196,7 @@ def results(
     nqm neural results out/neural/digits_bn-full
     nqm neural results out/neural/digits_bn-full out/mine --reference digits_bn-full/base --json
     """
+    from neural.training.cycles import cycles
     from neural.training.results import collect, find_runs, histories, starts
     from neural.training.results_table import compare
     from neural.training.run_folder import check_no_run
@@ -217,6 +221,7 @@ def results(
         check_no_run(out)
         named = ", ".join(path.resolve().name for path in paths)
         _draw(table, histories(runs), out, starts(runs), title or named)
+        _draw_cycles(cycles(runs), out, title or named)
 
 
 def _show(table: pd.DataFrame, title: str, reference: str | None = None) -> None:
@@ -236,6 +241,14 @@ def _draw(
     from neural.training.plots import draw
 
     for path in draw(table, history, out, title, starts):
+        click.echo(path, err=True)
+
+
+def _draw_cycles(table: pd.DataFrame, out: Path, title: str) -> None:
+    """Draw the cycles of runs with snapshots, if there are any."""
+    from neural.training.plots import draw_cycles
+
+    for path in draw_cycles(table, out, title):
         click.echo(path, err=True)
 
 

@@ -6,6 +6,7 @@ mistake with its dotted key. All times are in epochs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -391,6 +392,26 @@ class RunConfig:
                 f"{late.start_epoch}, as the average is over the members too; "
                 f"got {average.start_epoch}"
             )
+
+    def base_lr(self) -> Callable[[float], float]:
+        """Learning rate of the base weights, with the cycles of snapshots.
+
+        Returns
+        -------
+        callable
+            Epochs done, with the part of the running one -> rate of the next minibatch.
+        """
+        kept, train = self.snapshots, self.train
+        cycle = None if kept is None else kept.cycle(train.lr)
+
+        def rate(epoch: float) -> float:
+            now = epoch if train.lr_every == "step" else math.floor(epoch)
+            if cycle is None or kept is None or now < kept.first_epochs:
+                return float(train.lr(now))
+            # A triangle's lowest rate is met in mid-cycle only if it moves with every minibatch.
+            return cycle(epoch if kept.kind == "triangle" else now)
+
+        return rate
 
     def _check_snapshots(self) -> None:
         """Raise NQMError unless snapshots fill the run, and nothing else is made of it."""

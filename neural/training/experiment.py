@@ -24,6 +24,7 @@ from neural.data import Data, Images
 from neural.training import preflight
 from neural.training._malloc import keep_freed_memory
 from neural.training.config import RunConfig, describe
+from neural.training.cycles import cycles
 from neural.training.gpu_scale import check_device
 from neural.training.loggers import load_logger
 from neural.training.recipe import Recipe, check_seeds
@@ -161,7 +162,8 @@ def run_experiment(
     recipe : Recipe
         The experiment.
     out : str or Path
-        Folder for one folder per run, ``results.parquet`` and ``history.parquet``.
+        Folder for one folder per run, ``results.parquet``, ``history.parquet`` and, with snapshots,
+        ``cycles.parquet``.
     runtime : Runtime, optional
         Device and folder of data files; one CPU by default.
     arms : sequence of str
@@ -294,6 +296,8 @@ def _write_tables(recipe: Recipe, seeds: Sequence[int], out: Path) -> pd.DataFra
     metadata = {"key": key, "version": __version__, "recipe": recipe.name, "scale": recipe.scale}
     write_table(target, table, metadata)
     write_table(out / "history.parquet", histories(runs), metadata)
+    if len(turns := cycles(runs)):
+        write_table(out / "cycles.parquet", turns, metadata)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Figure of an experiment, drawn from its tables."""
+"""Figures of an experiment, drawn from its tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures import runs, style
+from figures import combine, runs, style
 from neural.training.summary import per_seed
 
 
@@ -56,3 +56,38 @@ def draw(
                 float(settled.min()) - 0.005, min(float(drawn.max().max()) + 0.005, 1.0005)
             )
     return style.finish(figure, folder / "comparison", title)
+
+
+def draw_cycles(table: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+    """Draw rate, test error and distance over the cycles of snapshots, as PNG and PDF.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Result of `neural.training.cycles.cycles`.
+    folder : Path
+        Folder for ``cycles.png`` and ``cycles.pdf``.
+    title : str
+        Title of the figure; plain text, not mathematics.
+
+    Returns
+    -------
+    list of Path
+        The files that were written; empty without snapshots.
+    """
+    if table.empty:
+        return []
+    kinds = list(dict.fromkeys(table["kind"]))
+    columns = ("lr", "error", "distance")
+    with style.context():
+        width = min(style.PAGE, 1.2 + 2.4 * len(kinds))
+        figure = style.new_figure(width, 5.2)
+        axes = figure.subplots(3, len(kinds), sharex="col", sharey="row", squeeze=False)
+        for column, kind in enumerate(kinds):
+            part = table[table["kind"] == kind]
+            for ax, name in zip(axes[:, column], columns, strict=True):
+                combine.cycle(part, column=name, ax=ax)
+                ax.label_outer()
+            axes[0, column].set_title(kind)
+            axes[-1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2)
+    return style.finish(figure, folder / "cycles", title, axes.flat)

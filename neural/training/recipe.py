@@ -40,7 +40,10 @@ MOST_SEEDS = 10_000
 OPTIONAL = ("late_phase", "average", "snapshots", "branches")
 _OWN = ("title", "about", "seeds", "arm", "scale")
 #: Files of an experiment beside the folders of its arms.
-OUTPUTS = ("results.parquet", "history.parquet", "comparison.png", "comparison.pdf")
+OUTPUTS = (
+    *("results.parquet", "history.parquet", "cycles.parquet"),
+    *("comparison.png", "comparison.pdf", "cycles.png", "cycles.pdf"),
+)
 
 
 @dataclass(frozen=True)

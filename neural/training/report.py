@@ -92,22 +92,31 @@ def during(train_state: TrainState, epoch: int) -> Row:
         One row of the history: epoch, step and examples done, lr, mean training loss since the last
         row, weights, spread of the members, test loss (nats) and test accuracy; of a run with an
         average over time from its start on also average_loss and average_accuracy. BatchNorm
-        statistics of the average are those of `FEW` minibatches there, and of all at the end.
+        statistics of the average are those of `FEW` minibatches there, and of all at the end. In
+        cycles of snapshots also distance, that of the weights from where the cycles began.
     """
     late = train_state.late
     model = train_state.model if late is None else late.averaged()
     score = train_state.task.score(model)
-    return {
-        "epoch": epoch,
-        "step": train_state.done,
-        "examples": train_state.done * train_state.run.data.batch_size,
-        "lr": float(train_state.optimizer.param_groups[0]["lr"]),
-        "train_loss": train_state.take_mean_loss(),
-        "weights": "iterate" if late is None else "averaged",
-        "spread": 0.0 if late is None else late.spread(),
-        "loss": score.loss,
-        "accuracy": score.accuracy,
-    } | _average_during(train_state)
+    return (
+        {
+            "epoch": epoch,
+            "step": train_state.done,
+            "examples": train_state.done * train_state.run.data.batch_size,
+            "lr": float(train_state.optimizer.param_groups[0]["lr"]),
+            "train_loss": train_state.take_mean_loss(),
+            "weights": "iterate" if late is None else "averaged",
+            "spread": 0.0 if late is None else late.spread(),
+            "loss": score.loss,
+            "accuracy": score.accuracy,
+        }
+        | _average_during(train_state)
+        | _distance(train_state)
+    )
+
+
+def _distance(train_state: TrainState) -> Row:
+    return {} if train_state.origin is None else {"distance": train_state.distance()}
 
 
 def _average_during(train_state: TrainState) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neural.data.sampling import keyed_generator
+from neural.late_phase.duplicate import duplicate
 from neural.late_phase.members import Batch, LatePhase
 from neural.late_phase.pieces import Known, backward_in_pieces, mean_over_rows
 from neural.late_phase.ranks import average_gradients
+from neural.late_phase.reparametrize import fold
 from neural.late_phase.select import select
 from neural.models.hyper_wrn import TemplateBank
 from neural.training import snapshots
@@ -80,10 +83,11 @@ class TrainState:
         self.member_optimizer: Optimizer | None = None
         self.average: nn.Module | None = None
         self.known_pieces: Known = {}
-        #: Rate in the cycles of snapshots, snapshots taken, and what a star goes back to.
-        self.cycle = None if run.snapshots is None else run.snapshots.cycle(run.train.lr)
+        self.base_lr = run.base_lr()
+        #: Snapshots taken, what a star goes back to, and weights where the cycles begin.
         self.taken = 0
         self.centre: dict[str, Any] | None = None
+        self.origin: list[Tensor] | None = None
         self.done = 0
         self.rows: list[dict[str, Any]] = []
         #: Sum and count of the losses since the history's last row.
@@ -239,12 +243,7 @@ class TrainState:
     def _set_rates(self) -> None:
         train, late = self.run.train, self.run.late_phase
         now = self.epoch if train.lr_every == "step" else self.done // len(self.task.stream)
-        kept = self.run.snapshots
-        if self.cycle is not None and kept is not None and now >= kept.first_epochs:
-            # A triangle's lowest rate is met in mid-cycle only if it moves with every minibatch.
-            set_lr(self.optimizer, self.cycle(self.epoch if kept.kind == "triangle" else now))
-            return
-        set_lr(self.optimizer, float(train.lr(now)))
+        set_lr(self.optimizer, self.base_lr(self.epoch))
         if self.member_optimizer is not None and late is not None:
             set_lr(self.member_optimizer, float((late.member_lr or train.lr)(now)))
 
@@ -315,6 +314,8 @@ class TrainState:
         settings = self.run.snapshots
         if settings is None or self.taken == settings.members:
             return None
+        if self.origin is None and self.done == settings.first_epochs * len(self.task.stream):
+            self.origin = self._plain_weights()
         if self.done != settings.taken_at(self.taken) * len(self.task.stream):
             return None
         self.taken += 1
@@ -322,6 +323,41 @@ class TrainState:
         if self.taken < settings.members and settings.kind != "triangle":
             self._begin_cycle(settings)
         return state
+
+    def ends_cycle(self, epoch: int) -> bool:
+        """Tell whether a snapshot of the cycles is due.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of epochs done.
+
+        Returns
+        -------
+        bool
+            False for the end of the first epochs, which other runs may have trained.
+        """
+        kept = self.run.snapshots
+        if kept is None or self.taken == kept.members:
+            return False
+        return kept.first_epochs < epoch == kept.taken_at(self.taken)
+
+    def distance(self) -> float:
+        """Euclidean distance of the weights from those where the cycles began.
+
+        Returns
+        -------
+        float
+            NaN before, and without snapshots.
+        """
+        if self.origin is None:
+            return float("nan")
+        moved = zip(self._plain_weights(), self.origin, strict=True)
+        return math.hypot(*(float((now - then).norm()) for now, then in moved))
+
+    def _plain_weights(self) -> list[Tensor]:
+        """Copies of the weights, without reparametrisations."""
+        return [value.detach() for value in fold(duplicate(self.model)).parameters()]
 
     def _begin_cycle(self, settings: snapshots.SnapshotsConfig) -> None:
         """Go back to the first snapshot, if this is a star, and empty the optimizer's state."""
@@ -391,6 +427,8 @@ class TrainState:
             state["taken"] = self.taken
         if self.centre is not None:
             state["centre"] = self.centre
+        if self.origin is not None:
+            state["origin"] = self.origin
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -410,6 +448,7 @@ class TrainState:
         if "average" in state:
             self._begun_average().load_state_dict(state["average"])
         self.taken, self.centre = state.get("taken", 0), state.get("centre")
+        self.origin = state.get("origin")
         self.done = state["done"]
         self.rows = list(state["rows"])
         self.losses.copy_(state["losses"])

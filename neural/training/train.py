@@ -157,7 +157,8 @@ def _go_on(
             monitor.point()
         for epoch in ended:
             train_state.end_epoch(epoch)
-            if epoch % run.evaluate.every == 0 or epoch == run.train.epochs:
+            due = epoch % run.evaluate.every == 0 or epoch == run.train.epochs
+            if due or train_state.ends_cycle(epoch):
                 train_state.rows.append(report.during(train_state, epoch))
                 log.write_history(train_state.rows)
                 monitor.evaluated(train_state.rows[-1])

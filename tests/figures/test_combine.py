@@ -84,3 +84,23 @@ def test_ingredients_are_lines_over_the_best_member():
         assert list(lines["uniform soup"].get_xdata()) == [1, 2, 3]
         shown = table[(table["rule"] == "uniform")].sort_values("members")[metric]
         assert list(lines["uniform soup"].get_ydata()) == list(shown)
+
+
+def test_cycles_are_lines_that_break_and_dots() -> None:
+    rows = [
+        ("a", 0, "test", 0, 10, 0.5), ("a", 1, "test", 0, 10, 0.7), ("a", 0, "test", 0, 20, 0.3),
+        ("a", 1, "test", 0, 20, 0.3), ("a", 0, "test", 1, 10, 0.4), ("a", 0, "test", 1, 30, np.nan),
+        ("a", 0, "test", 1, 40, 0.2), ("a", 0, "snapshot", 0, 20, 0.2),
+        ("a", 1, "snapshot", 0, 20, 0.4), ("b", 0, "rate", 0, 5, 9.0), ("b", 0, "test", 0, 5, 0.1),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["arm", "seed", "row", "cycle", "step", "error"])
+    drawn: dict[str, list[list[list[float]]]] = {}
+    for line in combine.cycle(table).lines:
+        x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+        drawn.setdefault(str(line.get_gid()), []).append([x.tolist(), y.tolist()])
+    agree(drawn["a/mean"][0], [[10, 20], [0.6, 0.3]], IDENTITY)
+    agree(drawn["a/mean"][1], [[10, 40], [0.4, 0.2]], IDENTITY)
+    agree(drawn["a/snapshots"][0], [[20], [0.3]], IDENTITY)
+    assert len(drawn["a/seed"]) == 3  # two in the first cycle, one in the second
+    agree(drawn["b/mean"][0], [[5], [0.1]], IDENTITY)
+    assert "b/seed" not in drawn

@@ -25,7 +25,9 @@ from neural.late_phase.members import Batch
 from neural.quadratic.train import NoiseStream, NoisyQuadratic, draw_start, minibatch_loss
 from neural.training import experiment
 from neural.training import state as state_module
+from neural.training.cycles import cycles
 from neural.training.load_run import reopen
+from neural.training.results import Finished
 from neural.training.run_folder import RunFolder, open_run
 from neural.training.snapshots import SnapshotsConfig
 from neural.training.state import TrainState
@@ -207,6 +209,54 @@ def test_reparametrised_weights_become_plain(tmp_path: Path) -> None:
         assert {name: tensor.shape for name, tensor in state.items()} == {
             name: tensor.shape for name, tensor in plain.items()
         }
+
+
+def test_cycles_are_evaluated_and_measured_from_where_they_begin(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """At every snapshot but one that other runs may have trained; distances are of weights only."""
+    folder, kind = finished
+    settings, epochs = KINDS[kind]
+    run = tiny(
+        model=CNN, snapshots=settings, train={"epochs": epochs}, evaluate={"every": 100}
+    )  # fmt: skip
+    train(run, tmp_path / "seed0")
+    history = RunFolder(tmp_path / "seed0", run).history().set_index("epoch")
+    first = settings["first_epochs"]
+    if kind == "triangle":
+        train(tiny(model=CNN, train={"epochs": first}), tmp_path / "plain")
+        origin = weights(tmp_path / "plain")
+    else:
+        origin = snapshots(folder, 1)[0]
+    at = {"chain": [2, 3, 4], "star": [2, 3, 4], "triangle": [2, 4]}[kind]
+    assert sorted({*at, epochs} - {first}) == list(history.index)
+    model = models.build("digits_cnn", classes=10, channels=1, width=4)
+    names = [name for name, _ in model.named_parameters()]
+    far = []
+    for epoch, state in zip(at, snapshots(folder, len(at)), strict=True):
+        gaps = [(state[name].double() - origin[name].double()).flatten() for name in names]
+        far.append(float(torch.cat(gaps).norm()))
+        if epoch != first:
+            assert history.loc[epoch, "distance"] == pytest.approx(far[-1], rel=1e-5)
+
+    table = cycles([Finished("arm", 0, RunFolder(tmp_path / "seed0", run))])
+    dots = table[table["row"] == "snapshot"]
+    assert dots["distance"].tolist() == pytest.approx(far, rel=1e-5)
+    assert dots["step"].tolist() == [BATCHES * epoch for epoch in at]
+    result = RunFolder(folder, open_run(folder)[0]).result()
+    errors = [1 - value(result, "snapshot", "accuracy", member=k) for k in range(len(at))]
+    assert dots["error"].tolist() == errors
+    # Lines of cycles begin at distance 0: once, but in each cycle of a star.
+    begun = table[(table["row"] == "test") & (table["distance"] == 0.0)]
+    steps = {"chain": [first], "star": [first, first, 3], "triangle": [first]}[kind]
+    assert begun["step"].tolist() == [BATCHES * epoch for epoch in steps]
+    rates = table[table["row"] == "rate"].set_index("step")["lr"]
+    assert rates[: first * BATCHES - 1].to_numpy() == pytest.approx(0.05)
+    if kind == "triangle":
+        assert rates[BATCHES * 2.0] == pytest.approx(0.02)
+    else:
+        # One epoch is a cycle, and the rate moves once an epoch: it stays at its peak.
+        assert rates[first * BATCHES :].to_numpy() == pytest.approx(0.05)
 
 
 # --- killed, shared, in the way ------------------------------------------------------------------
