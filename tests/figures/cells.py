@@ -102,8 +102,8 @@ CALLS = {
     "multiplicative.floors": "pd.concat(tidy(members=[1, 2, 4, 8], loss=[1.0, 0.5, 0.25, 0.1],"
     " stderr=0.01, kind=kind) for kind in"
     " ('first_order', 'long_run', 'sample, short', 'sample, long'))",
-    "multiplicative.course": "tidy(members=2, step=[10.0, 100.0], loss=[2.0, 3.0], stderr=0.2,"
-    " quasi_steady=2.0, long_run=4.0)",
+    "multiplicative.course": "pd.concat(tidy(members=2, step=[10.0, 100.0], loss=[2.0, 3.0],"
+    " stderr=0.2, quasi_steady=2.0, long_run=4.0, kind=kind) for kind in ('sample', 'closure'))",
     "multiplicative.first_order_error": "tidy(lr=0.1, variance=[1e-3, 1e-2], loss=[-2e-3, -2e-2],"
     " stderr=1e-4, series='average member')",
     "over_time.switch": "tidy(series='mean model', kind='exact', examples=[1, 2], loss=[2.0, 1.0],"

@@ -1,0 +1,151 @@
+"""Chains and stars of snapshots on EMNIST letters, from a network of Fashion-MNIST.
+
+    python docs/examples/letters.py out/letters
+
+The file of 20,800 test letters is all that is at hand: 2,000 of them train, the others test. The
+start is a ResNet-8 of Fashion-MNIST whose head is a linear probe of the letters; all runs share it.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from neural.combine import Members, merge
+from neural.combine.data import Parts
+from neural.combine.sources import open_members
+from neural.combine.survey import pooled_metrics
+from neural.data import evaluation_batches, load_images
+from neural.data.catalog import data_root
+from neural.data.own import npz
+from neural.evaluate import classification_metrics, paired_difference, predict
+from neural.training.experiment import run_experiment
+from neural.training.recipe import load_recipe
+from neural.training.task import Runtime
+
+TRAIN, CLASSES, RATES = 2000, 26, ("quarter", "1", "4", "16")
+FILES = {"data.path": "letters.npz", "model.checkpoint": "start.pt"}
+
+
+def split(path: Path, root: Path | None) -> None:
+    """Write 2,000 letters for training and the others for tests, drawn once for all."""
+    letters = load_images("emnist_letters", root).test
+    order = np.random.default_rng(0).permutation(len(letters))
+    x, y = letters.pixels.numpy(), letters.labels.numpy()
+    parts = {"train": order[:TRAIN], "test": order[TRAIN:]}
+    arrays = {f"{a}_{n}": v[at] for n, at in parts.items() for a, v in (("x", x), ("y", y))}
+    np.savez_compressed(path, **arrays)
+
+
+def probe(features: Tensor, labels: Tensor) -> nn.Linear:
+    """Logistic regression of the letters on features, with a little decay."""
+    head = nn.Linear(features.shape[1], CLASSES)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(head(features), labels)
+        value = value + 1e-4 * head.weight.square().sum()
+        torch.autograd.backward(value)
+        return value
+
+    optimizer.step(loss)
+    return head
+
+
+def start(out: Path, runtime: Runtime) -> None:
+    """Train the network on Fashion-MNIST, and give it a head for the letters."""
+    about = ["data.train_examples=20000", "data.test_examples=2000", "seeds=1", "train.epochs=5"]
+    about += ["train.lr.over=5", "model.norm=batch", "late_phase.start_epoch=3"]
+    source = load_recipe("fashion_mnist_gn", "full", about)
+    run_experiment(source, out / "fashion_mnist", runtime, arms=["base"])
+    trained = open_members([out / "fashion_mnist/base/seed0"], runtime=runtime).members
+    net = trained.with_state(trained.state(0)).eval()
+    (name, last), *_ = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear)][::-1]
+    letters = npz(out / "letters.npz", None)
+    assert letters.train is not None
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    predict(net, evaluation_batches(letters.train, 500, letters.mean, letters.std))
+    hook.remove()
+    net.set_submodule(name, probe(torch.cat(seen), letters.train.labels))
+    torch.save(net.state_dict(), out / "start.pt")
+
+
+def measured(where: list[str], runtime: Runtime) -> dict[str, float]:
+    """Snapshots, their soup and ensemble; and whether the first and the last share a basin."""
+    opened = open_members(where, runtime=runtime)
+    members, task = opened.members, opened.task
+    assert task is not None
+    parts = Parts.of_task(task)
+
+    def judged(net: nn.Module) -> dict[str, float]:
+        return classification_metrics(*predict(net, parts.test()))
+
+    each = [judged(members.with_state(state)) for state in members.states()]
+    rows = {"mean snapshot": pd.DataFrame(each).mean().to_dict()}
+    rows["soup"] = judged(merge(members, parts=parts))
+    rows["ensemble"] = pooled_metrics(opened, "probabilities", None, held_out=0.0)
+    ends = Members(members.model, (members[0], members[-1]))
+    height = judged(merge(ends, parts=parts))["nll"] - (each[0]["nll"] + each[-1]["nll"]) / 2
+    kept = {f"{what}, {m}": row[m] for what, row in rows.items() for m in ("accuracy", "nll")}
+    return kept | {"height": height}
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means and standard deviations over seeds; stars less chains, paired by seed."""
+    made = []
+    for rate, way in [("none", "local"), *((r, w) for r in RATES for w in ("sse", "star"))]:
+        arm = way if rate == "none" else f"{way}_{rate}"
+        own = rows[rows["arm"] == arm].set_index("seed")
+        row = {"rate": rate, "way": way, "height": f"{own['height'].mean():.3f}"}
+        row["height"] += f" ± {own['height'].std():.3f}"
+        for what in ("mean snapshot", "soup", "ensemble"):
+            values = 100 * own[f"{what}, accuracy"]
+            row[f"{what}, %"] = f"{values.mean():.1f} ± {values.std():.1f}"
+        for what in ("soup", "ensemble"):
+            row[f"NLL, {what}"] = f"{own[f'{what}, nll'].mean():.3f}"
+        for other in ("sse", "local") if way == "star" else ("local",) if way == "sse" else ():
+            name = f"sse_{rate}" if other == "sse" else "local"
+            base = rows[rows["arm"] == name].set_index("seed")
+            for what in ("soup", "ensemble"):
+                column = f"{what}, accuracy"
+                gap = paired_difference(
+                    (100 * own[column]).tolist(), (100 * base[column][own.index]).tolist()
+                )
+                row[f"{what} - {other}"] = f"{gap.mean:+.1f} [{gap.low:.1f}, {gap.high:.1f}]"
+        made.append(row)
+    return pd.DataFrame(made).fillna("")
+
+
+def main(out: Path) -> None:
+    """Train what is missing, and write the tables."""
+    runtime = Runtime(root=data_root())
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "letters.npz").exists():
+        split(out / "letters.npz", runtime.root)
+    if not (out / "start.pt").exists():
+        start(out, runtime)
+    paths = [f"{n}={str(out / f)!r}" for n, f in FILES.items()]
+    recipe = load_recipe(str(Path(__file__).with_suffix(".toml")), "full", paths)
+    run_experiment(recipe, out / "runs", runtime)
+    rows = []
+    for arm, seed in product(["local", *(f"{w}_{r}" for r in RATES for w in ("sse", "star"))],
+                             recipe.seeds):  # fmt: skip
+        where = [f"{out}/runs/{arm}/seed{seed}#snapshots"]
+        if arm == "local":
+            where = [f"{out}/runs/local/branch{k}/seed{seed}" for k in range(4)]
+        rows.append({"arm": arm, "seed": seed} | measured(where, runtime))
+    table = pd.DataFrame(rows)
+    table.to_csv(out / "seeds.csv", index=False)
+    summary(table).to_csv(out / "letters.csv", index=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
