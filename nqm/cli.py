@@ -291,16 +291,13 @@ def run(
     nqm run late.toml --json
     nqm run late.toml --set phase.1.members=20 --method sample --out late.parquet
     """
-    from nqm.errors import NQMError
     from nqm.runs import config, toml
 
     stated = {"method": method, "replicas": replicas, "seed": seed, "precision": precision}
     short = [f"{name}={value}" for name, value in stated.items() if value is not None]
-    mapping = toml.load(file, [*overrides, *short])
+    mapping = toml.load_one(file, [*overrides, *short])
     if quantiles is not None:
         toml.assign(mapping, "record.quantiles", numbers("--quantiles", quantiles))
-    if "sweep" in mapping:
-        raise NQMError(f"{file} has a [sweep] table; use nqm sweep")
     folder = Path(file).parent
     job = config.build(mapping, folder)
 
@@ -465,7 +462,7 @@ def tune(
 def _load(file: str, overrides: tuple[str, ...]) -> Run:
     from nqm.runs import config, toml
 
-    return config.build(toml.load(file, overrides), Path(file).parent)
+    return config.build(toml.load_one(file, overrides), Path(file).parent)
 
 
 def _show(table: pd.DataFrame, as_json: bool, out: str | None = None) -> None:

@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 
 def _opened(file: str, overrides: tuple[str, ...], command: dict[str, Any]) -> tuple[Run, Stamp]:
     """The run that a file describes, and the stamp of a table of this command."""
-    from nqm.errors import NQMError
     from nqm.runs import config, toml
 
-    mapping = toml.load(file, overrides)
-    if "sweep" in mapping:
-        raise NQMError(f"{file} has a [sweep] table; nqm sweep and nqm soup read those")
+    mapping = toml.load_one(file, overrides)
     folder = Path(file).parent
     job = config.build(mapping, folder)
     return job, config.stamp({**mapping, "command": command}, folder)
@@ -600,5 +597,5 @@ def program_of(file: str) -> tuple[Run, dict[str, Any]]:
     """
     from nqm.runs import config, toml
 
-    mapping = toml.load(file) | {"problem": {"curvature": [1.0], "noise_variance": 1.0}}
+    mapping = toml.load_one(file) | {"problem": {"curvature": [1.0], "noise_variance": 1.0}}
     return config.build(mapping), mapping

@@ -86,6 +86,29 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return mapping
 
 
+def load_one(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file of one program, not of a grid of them.
+
+    Parameters
+    ----------
+    path, overrides
+        As in `load`.
+
+    Returns
+    -------
+    dict of str to Any
+
+    Raises
+    ------
+    NQMError
+        As in `load`, and if the file has a table ``[sweep]``, which would be ignored.
+    """
+    mapping = load(path, overrides)
+    if "sweep" in mapping:
+        raise NQMError(f"{path} has a [sweep] table; nqm sweep and nqm soup read those")
+    return mapping
+
+
 def override(mapping: dict[str, Any], settings: Sequence[str]) -> None:
     """Apply ``key=value`` settings in place.
 

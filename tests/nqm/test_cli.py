@@ -171,7 +171,9 @@ def test_sweep(grid: str, tmp_path: Path) -> None:
         call("sweep", grid, "--out", str(serial), "--set", "seed=5"),
         "was computed with seed = its default, you ask for 5; move it away or use --out OTHER",
     )
-    fails(call("run", grid), "use nqm sweep")
+    for command in ("run", "steady", "tune", "edge", "optimize", "bound", "critical-batch"):
+        options = ["--target", "0.1"] if command == "critical-batch" else []
+        fails(call(command, grid, *options), "nqm sweep and nqm soup read those")
 
 
 def test_steady(file: str) -> None:
