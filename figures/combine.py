@@ -14,6 +14,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from figures.plot import t_interval
 from figures.style import (
     COLORMAP,
     LINES,
@@ -243,27 +244,34 @@ def soup_scatter(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        Columns rule, space, member, repair, data and accuracy.
+        Columns rule, space, member, repair, data and accuracy; and seed, if there are several.
     ax : Axes, optional
 
     Returns
     -------
     Axes
+        Of several seeds, members are points of every seed, and others are means with 95 %
+        intervals of Student's t.
     """
     ax = axes_or_new(ax)
-    keys = ["rule", "space", "member", "repair"]
-    test = table[table["data"] == "test"].set_index(keys)["accuracy"]
-    shifted = table[table["data"] != "test"].groupby(keys)["accuracy"].mean()
+    keys = ["rule", "space", "member", "repair", "seed"]
+    held = table if "seed" in table else table.assign(seed=0)
+    test = held[held["data"] == "test"].set_index(keys)["accuracy"]
+    shifted = held[held["data"] != "test"].groupby(keys)["accuracy"].mean()
     both = pd.concat({"test": test, "shift": shifted}, axis=1).dropna().reset_index()
     single = both[both["rule"] == "member"]
     ax.plot(single["test"], single["shift"], ".", color=MEMBER, label="member", gid="member")
     others = both[~both["rule"].isin(["member", "mean_member"])].reset_index(drop=True)
     others["several_repairs"] = _several(others)
     shapes = itertools.cycle((*MARKERS, *MORE_MARKERS))
-    for (_, row), shape in zip(others.iterrows(), shapes, strict=False):
-        name = name_of(row)
-        ax.plot(row["test"], row["shift"], shape, color=SPACES[row["space"]], mfc="white",
-                ms=5.5, label=name, gid=name)  # fmt: skip
+    alike = others.groupby(["rule", "space", "repair"], sort=False)
+    for (_, rows), shape in zip(alike, shapes, strict=False):
+        name, color = name_of(rows.iloc[0]), SPACES[rows["space"].iloc[0]]
+        x, y = rows["test"].mean(), rows["shift"].mean()
+        if len(rows) > 1:
+            ax.plot(t_interval(rows["test"]), [y, y], color=color, lw=0.6)
+            ax.plot([x, x], t_interval(rows["shift"]), color=color, lw=0.6)
+        ax.plot(x, y, shape, color=color, mfc="white", ms=5.5, label=name, gid=name)
     ax.set(xlabel="accuracy, test", ylabel="accuracy, shifted (mean)", title="shift")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6)
     return ax
@@ -463,6 +471,42 @@ def cycle(table: pd.DataFrame, *, column: str = "error", ax: Axes | None = None)
         ax.plot(dots.index, dots, marker, color=color, label=name, gid=f"{arm}/snapshots")
     words = {"error": "test error", "distance": "distance from start of cycles"}
     ax.set(xlabel="minibatches", ylabel=words.get(column, axis_label(column)))
+    return ax
+
+
+def cycle_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """A metric of snapshots' soup or ensemble against the rate of their cycles, with intervals.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns way, rate (over that of the first epochs; NaN where there are no cycles, which is a
+        band), mean, low and high.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        Gids are the ways. The label of the metric is left to the caller.
+    """
+    ax = axes_or_new(ax)
+    for i, (way, rows) in enumerate(table.groupby("way", sort=False)):
+        own = look(i)
+        if rows["rate"].isna().all():
+            mean, low, high = rows[["mean", "low", "high"]].iloc[0]
+            ax.axhspan(low, high, color=MEMBER, alpha=0.2, lw=0)
+            ax.axhline(mean, color=MEMBER, ls="--", lw=1.0, label=way, gid=way)
+            continue
+        rows = rows.sort_values("rate")
+        reach = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+        ax.errorbar(
+            rows["rate"], rows["mean"], yerr=reach, color=own["color"], fmt=own["marker"] + "-",
+            capsize=2.0, elinewidth=0.9, label=way, gid=way,
+        )  # fmt: skip
+    rates = sorted(table["rate"].dropna().unique())
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.set_xlabel("rate of the cycles / first rate")
     return ax
 
 

@@ -30,6 +30,7 @@ from neural.training.recipe import load_recipe
 from neural.training.task import Runtime
 
 TRAIN, CLASSES, RATES = 2000, 26, ("quarter", "1", "4", "16")
+WAYS = {"local": "local", "sse": "SSE", "star": "StarSSE"}
 FILES = {"data.path": "letters.npz", "model.checkpoint": "start.pt"}
 
 
@@ -102,26 +103,29 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Means and standard deviations over seeds; stars less chains, paired by seed."""
     made = []
     for rate, way in [("none", "local"), *((r, w) for r in RATES for w in ("sse", "star"))]:
-        arm = way if rate == "none" else f"{way}_{rate}"
-        own = rows[rows["arm"] == arm].set_index("seed")
-        row = {"rate": rate, "way": way, "height": f"{own['height'].mean():.3f}"}
-        row["height"] += f" ± {own['height'].std():.3f}"
+        own = _of(rows, way, rate)
+        row = {"rate of the cycles": "1/4" if rate == "quarter" else rate, "way": WAYS[way]}
+        row["height in the middle"] = f"{own['height'].mean():.3f} ± {own['height'].std():.3f}"
         for what in ("mean snapshot", "soup", "ensemble"):
             values = 100 * own[f"{what}, accuracy"]
             row[f"{what}, %"] = f"{values.mean():.1f} ± {values.std():.1f}"
         for what in ("soup", "ensemble"):
             row[f"NLL, {what}"] = f"{own[f'{what}, nll'].mean():.3f}"
-        for other in ("sse", "local") if way == "star" else ("local",) if way == "sse" else ():
-            name = f"sse_{rate}" if other == "sse" else "local"
-            base = rows[rows["arm"] == name].set_index("seed")
-            for what in ("soup", "ensemble"):
-                column = f"{what}, accuracy"
-                gap = paired_difference(
-                    (100 * own[column]).tolist(), (100 * base[column][own.index]).tolist()
-                )
-                row[f"{what} - {other}"] = f"{gap.mean:+.1f} [{gap.low:.1f}, {gap.high:.1f}]"
+        for what in ("soup", "ensemble"):
+            values = 100 * own[f"{what}, accuracy"]
+            for other, title in (("sse", "star - chain"), ("local", "over local")):
+                if way == "star" or (way, other) == ("sse", "local"):
+                    base = 100 * _of(rows, other, rate)[f"{what}, accuracy"]
+                    gap = paired_difference(values.tolist(), base[own.index].tolist())
+                    text = f"{gap.mean:+.1f} [{gap.low:.1f}, {gap.high:.1f}]"
+                    row[f"{what}, {title}, points"] = text
         made.append(row)
     return pd.DataFrame(made).fillna("")
+
+
+def _of(rows: pd.DataFrame, way: str, rate: str) -> pd.DataFrame:
+    name = way if way == "local" else f"{way}_{rate}"
+    return rows[rows["arm"] == name].set_index("seed")
 
 
 def main(out: Path) -> None:

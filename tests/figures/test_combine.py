@@ -10,7 +10,7 @@ import pytest
 
 from figures import combine
 from neural.combine.plots import draw
-from tests.tolerances import IDENTITY, agree
+from tests.tolerances import IDENTITY, JUMP, agree
 
 
 @pytest.fixture
@@ -104,3 +104,41 @@ def test_cycles_are_lines_that_break_and_dots() -> None:
     assert len(drawn["a/seed"]) == 3  # two in the first cycle, one in the second
     agree(drawn["b/mean"][0], [[5], [0.1]], IDENTITY)
     assert "b/seed" not in drawn
+
+
+def test_shift_over_seeds_has_means_and_intervals() -> None:
+    rows = [
+        (rule, "weights", member, "none", seed, data, value + 0.01 * seed - (data != "test") * 0.2)
+        for seed in (0, 1, 2)
+        for rule, member, value in (
+            ("member", "a", 0.7), ("member", "b", 0.6), ("uniform", "", 0.8),
+        )
+        for data in ("test", "fog 3", "contrast 3")
+    ]  # fmt: skip
+    names = ["rule", "space", "member", "repair", "seed", "data", "accuracy"]
+    lines = combine.soup_scatter(pd.DataFrame(rows, columns=names)).lines
+    named = {line.get_gid(): line for line in lines}
+    assert len(named["member"].get_xdata()) == 6
+    agree(named["uniform"].get_xdata(), [0.81], IDENTITY)
+    agree(named["uniform"].get_ydata(), [0.61], IDENTITY)
+    # Student's t of three values 0.01 apart: 4.302653 * 0.01 / sqrt(3) on either side.
+    half = 4.302652729911275 * 0.01 / 3**0.5
+    across, up = lines[1:3]
+    agree(across.get_xdata(), [0.81 - half, 0.81 + half], JUMP)
+    agree(up.get_ydata(), [0.61 - half, 0.61 + half], JUMP)
+
+
+def test_rates_of_cycles_are_lines_over_a_band_without_cycles() -> None:
+    table = pd.DataFrame(
+        {
+            "way": ["local", "SSE", "SSE"], "rate": [np.nan, 4, 0.25], "mean": [5.0, 2.0, 1.0],
+            "low": [4.0, 1.5, 0.5], "high": [6.0, 3.0, 1.5],
+        }
+    )  # fmt: skip
+    ax = combine.cycle_rates(table)
+    named = {line.get_gid(): line for line in ax.lines}
+    agree(list(named["local"].get_ydata()), [5.0, 5.0], IDENTITY)
+    (bars,) = ax.containers
+    agree(np.asarray(bars.lines[0].get_xdata(), float), [0.25, 4.0], IDENTITY)
+    agree(np.asarray(bars.lines[0].get_ydata(), float), [1.0, 2.0], IDENTITY)
+    agree(bars.lines[2][0].get_segments()[1], [[4.0, 1.5], [4.0, 3.0]], IDENTITY)
