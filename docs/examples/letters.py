@@ -9,7 +9,6 @@ start is a ResNet-8 of Fashion-MNIST whose head is a linear probe of the letters
 from __future__ import annotations
 
 import sys
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from neural.combine import Members, merge
 from neural.combine.data import Parts
-from neural.combine.sources import open_members
+from neural.combine.sources import Opened, open_members
 from neural.combine.survey import pooled_metrics
 from neural.data import evaluation_batches, load_images
 from neural.data.catalog import data_root
@@ -28,6 +27,7 @@ from neural.evaluate import classification_metrics, paired_difference, predict
 from neural.training.experiment import run_experiment
 from neural.training.recipe import load_recipe
 from neural.training.task import Runtime
+from nqm.table import read_table
 
 TRAIN, CLASSES, RATES = 2000, 26, ("quarter", "1", "4", "16")
 WAYS = {"local": "local", "sse": "SSE", "star": "StarSSE"}
@@ -79,24 +79,48 @@ def start(out: Path, runtime: Runtime) -> None:
     torch.save(net.state_dict(), out / "start.pt")
 
 
-def measured(where: list[str], runtime: Runtime) -> dict[str, float]:
-    """Snapshots, their soup and ensemble; and whether the first and the last share a basin."""
-    opened = open_members(where, runtime=runtime)
-    members, task = opened.members, opened.task
-    assert task is not None
-    parts = Parts.of_task(task)
+def local(out: Path, seed: int, runtime: Runtime) -> dict[str, float]:
+    """Four fine-tunings, their soup and ensemble."""
+    opened = open_members([f"{out}/branch{k}/seed{seed}" for k in range(4)], runtime=runtime)
+    rows = [_judged(opened, merge(Members(opened.members.model, [m]))) for m in opened.members]
+    row = {"mean snapshot": pd.DataFrame(rows).mean().to_dict()}
+    row["soup"] = _judged(opened, merge(opened.members, parts=_parts(opened)))
+    row["ensemble"] = pooled_metrics(opened, "probabilities", None, held_out=0.0)
+    kept = {f"{what}, {m}": part[m] for what, part in row.items() for m in ("accuracy", "nll")}
+    return kept | _height(opened, rows[0]["nll"], rows[-1]["nll"])
 
-    def judged(net: nn.Module) -> dict[str, float]:
-        return classification_metrics(*predict(net, parts.test()))
 
-    each = [judged(members.with_state(state)) for state in members.states()]
-    rows = {"mean snapshot": pd.DataFrame(each).mean().to_dict()}
-    rows["soup"] = judged(merge(members, parts=parts))
-    rows["ensemble"] = pooled_metrics(opened, "probabilities", None, held_out=0.0)
-    ends = Members(members.model, (members[0], members[-1]))
-    height = judged(merge(ends, parts=parts))["nll"] - (each[0]["nll"] + each[-1]["nll"]) / 2
-    kept = {f"{what}, {m}": row[m] for what, row in rows.items() for m in ("accuracy", "nll")}
-    return kept | {"height": height}
+def cycled(folder: Path, runtime: Runtime) -> dict[str, float]:
+    """Snapshots of a run, their soup and ensemble, as its results have them."""
+    table = read_table(folder / "result.parquet")
+    table = table[table["data"] == "test"]
+    names = {"snapshot": "mean snapshot", "snapshot_soup": "soup", "snapshot_ensemble": "ensemble"}
+    row = {
+        f"{what}, {metric}": float(
+            table.loc[(table["weights"] == name) & (table["metric"] == metric), "value"].mean()
+        )
+        for name, what in names.items()
+        for metric in ("accuracy", "nll")
+    }
+    each = table[(table["weights"] == "snapshot") & (table["metric"] == "nll")].set_index("member")
+    opened = open_members([f"{folder}#snapshots"], runtime=runtime)
+    return row | _height(opened, each["value"][0], each["value"][len(opened.members) - 1])
+
+
+def _height(opened: Opened, first: float, last: float) -> dict[str, float]:
+    """Loss of the mean of the first model and the last, above the mean of their losses."""
+    ends = Members(opened.members.model, (opened.members[0], opened.members[-1]))
+    middle = _judged(opened, merge(ends, parts=_parts(opened)))["nll"]
+    return {"height": middle - (first + last) / 2}
+
+
+def _parts(opened: Opened) -> Parts:
+    assert opened.task is not None
+    return Parts.of_task(opened.task)
+
+
+def _judged(opened: Opened, net: nn.Module) -> dict[str, float]:
+    return classification_metrics(*predict(net, _parts(opened).test()))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -140,12 +164,11 @@ def main(out: Path) -> None:
     recipe = load_recipe(str(Path(__file__).with_suffix(".toml")), "full", paths)
     run_experiment(recipe, out / "runs", runtime)
     rows = []
-    for arm, seed in product(["local", *(f"{w}_{r}" for r in RATES for w in ("sse", "star"))],
-                             recipe.seeds):  # fmt: skip
-        where = [f"{out}/runs/{arm}/seed{seed}#snapshots"]
-        if arm == "local":
-            where = [f"{out}/runs/local/branch{k}/seed{seed}" for k in range(4)]
-        rows.append({"arm": arm, "seed": seed} | measured(where, runtime))
+    for seed in recipe.seeds:
+        rows.append({"arm": "local", "seed": seed} | local(out / "runs/local", seed, runtime))
+        for arm in (f"{way}_{rate}" for rate in RATES for way in ("sse", "star")):
+            row = cycled(out / "runs" / arm / f"seed{seed}", runtime)
+            rows.append({"arm": arm, "seed": seed} | row)
     table = pd.DataFrame(rows)
     table.to_csv(out / "seeds.csv", index=False)
     summary(table).to_csv(out / "letters.csv", index=False)
