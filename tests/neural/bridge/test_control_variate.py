@@ -59,6 +59,19 @@ def test_with_it_taken_off_the_losses_of_a_network_scatter_less() -> None:
         np.testing.assert_array_equal(alone[name], table[same])
 
 
+def test_it_is_left_out_where_it_would_add_scatter() -> None:
+    """Slopes of ten times their size send the quadratic's runs to where no network is."""
+    risk = tanh_risk()
+    control = control_of(TRAINING)
+    wild = replace(control, slopes=10.0 * control.slopes)
+    plan = Plan((1, 4), 16, 2)
+    table = measure_training(risk, TRAINING, plan, control=wild).table
+    np.testing.assert_array_equal(table["measured"], table["plain"])
+    np.testing.assert_array_equal(table["error"], table["plain_error"])
+    calm = measure_training(risk, TRAINING, plan, control=control).table
+    assert (calm["error"] <= calm["plain_error"]).any()
+
+
 def test_what_is_left_of_the_slope_is_looked_at_too() -> None:
     risk = Bowl((2.0, 0.7, 0.2), away=0.5).risk
     # One eigenpair; of two directions more Lanczos finds all that there is.
