@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 #: Relative change of the noise up to which a first-order correction is taken to be valid.
 FEEDBACK = 0.4
+#: What to do where that is exceeded everywhere.
+FAR = (
+    "the checkpoint is too far from a minimum of the measured loss, or the learning rates are too "
+    "high. Minimise first, e.g. by --set bridge.minimise=300, or try lower rates."
+)
 
 
 def verdict(
@@ -56,11 +61,20 @@ def verdict(
         f"Noise along the stiffest directions goes as h^{exponent:.2f}; the noise "
         f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
     ]
+    near = in_range(table)
+    if not near.all():
+        cells = f"{int(near.sum())} of {len(table)} cells are" if near.any() else "No cell is"
+        lines.insert(
+            0,
+            f"{cells} within the range of the theory (noise predicted to change by less than "
+            f"{FEEDBACK:.0%}): " + ("only those are counted below." if near.any() else FAR),
+        )
+    whole, table = table, table[near]
     predicted = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
-    trained = not predicted["measured"].isna().all()
-    if trained:
+    trained = bool(whole["measured"].notna().any())
+    if trained and len(predicted):
         lines += _agreement(predicted, local)
-    lines += _trust(table)
+    lines += _trust(whole)
     lines += _floors(predicted[predicted["weights"] == ITERATE])
     if best is not None:
         lines += _best(best, trained)
@@ -72,6 +86,23 @@ def verdict(
         lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(stages)}.")
     lines += _test_loss(table)
     return lines
+
+
+def in_range(table: pd.DataFrame) -> pd.Series[bool]:
+    """Rows whose noise is predicted to change little enough for first order to hold.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns ``noise_growth`` and ``noise_change_on_path``; NaN where nothing was measured, which
+        counts as no change.
+
+    Returns
+    -------
+    Series of bool
+    """
+    near: pd.Series[bool] = ~(table["noise_growth"].abs() > FEEDBACK)
+    return near & ~(table["noise_change_on_path"].abs() > FEEDBACK)
 
 
 def rank_order(table: pd.DataFrame) -> tuple[int, int]:

@@ -97,6 +97,22 @@ def test_what_averaging_saves_of_the_test_loss(local: LocalQuadratic) -> None:
     assert not any("What averaging saves of the test" in line for line in alone)
 
 
+def test_only_cells_within_the_range_of_the_theory_count(local: LocalQuadratic) -> None:
+    near = cells(0.1, (1.0, 1.1), noise_growth=0.4)
+    scattered = cells(0.2, (1.0, 9.0), noise_growth=0.41)
+    descending = cells(0.4, (1.0, 9.0), noise_change_on_path=-0.5)
+    lines = verdict(pd.concat([near, scattered, descending]), local)
+    assert lines[0].startswith("2 of 6 cells are within the range of the theory")
+    assert "2 of 2 cells within a factor 1.2." in lines
+    assert any(line.startswith("Unreliable") for line in lines)
+    far = pd.concat([scattered, descending]).assign(test_gain=1.0, predicted_test_gain=-1.0)
+    lines = verdict(far, local)
+    assert lines[0].startswith("No cell is within the range of the theory")
+    assert "bridge.minimise=300" in lines[0]
+    assert not any("within a factor" in line or "sign right" in line for line in lines)
+    assert verdict(near, local)[0].startswith("Largest curvature")
+
+
 def test_rank_order_counts_what_is_sure() -> None:
     table = pd.DataFrame(
         {"predicted": [1.0, 2.0, 3.0], "measured": [1.0, 1.1, 0.0], "error": [0.1, 0.1, 0.1]}
