@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from nqm.algorithms.base import Algorithm
 from nqm.double_double import DoubleDouble
 from nqm.problems.quadratic import FloatArray
+from nqm.solvers._kernels.polynomial_steps import tabulate
 from nqm.transition import UnitGradient, count_draws
 from nqm.words import short_html, short_repr
 
@@ -264,7 +265,7 @@ class StepTable:
 
     Attributes
     ----------
-    matrix : ndarray, shape (T, degree + 1, e)
+    matrix : ndarray, shape (g, T, degree + 1, e)
         Coefficients of 1, h, h^2 of each entry of A.
     fixed : ndarray of bool, shape (e,)
         Whether an entry is the same in all T steps.
@@ -274,7 +275,7 @@ class StepTable:
         Column of each entry.
     driven : ndarray of int, shape (p, 2)
         Pairs of coordinates (i, j <= i) to whose covariance noise adds.
-    drive, own : ndarray, shape (T, p)
+    drive, own : ndarray, shape (g, T, p)
         What a unit of gradient-noise variance, and the method's own noise, add to each pair.
     """
 
@@ -290,6 +291,23 @@ class StepTable:
     _repr_html_ = short_html
 
 
+@functools.cache
+def lower(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of a packed symmetric matrix.
+
+    Parameters
+    ----------
+    n : int
+        Number of rows.
+
+    Returns
+    -------
+    row, column : ndarray of int, shape (n (n + 1) / 2,)
+        Every (i, j <= i), in order.
+    """
+    return np.tril_indices(n)
+
+
 def step_table(
     polynomial: StepPolynomial, kind: NDArray[np.int64], rates: FloatArray, coordinates: int
 ) -> StepTable:
@@ -301,36 +319,40 @@ def step_table(
         Coefficients at some times.
     kind : ndarray of int, shape (T,)
         Which of these times each step has.
-    rates : ndarray, shape (T, 2)
-        lr and member_lr of each step (any number for a method without the second).
+    rates : ndarray, shape (g, T, 2)
+        lr and member_lr of each step (any number for a method without the second), in each of g
+        groups of directions.
     coordinates : int
         n, the number of coordinates.
 
     Returns
     -------
     StepTable
-        Arrays over the T steps.
+        Arrays over the groups and the T steps.
     """
-    powers = polynomial.powers
-    powered = np.stack([np.ones_like(rates), rates, rates * rates])  # DEGREE is 2
-    factor = powered[powers[:, 0], :, 0].T * powered[powers[:, 1], :, 1].T  # (T, k)
-    degree = powers[:, 2].max()
-    matrix = np.zeros((len(rates), degree + 1, polynomial.row.size))
-    shape = polynomial.noise.shape[2:]
-    noise = np.zeros((len(rates), *shape))
-    own = np.zeros((len(rates), shape[0], polynomial.own.shape[3]))
-    for k, (_, _, c) in enumerate(powers):
-        matrix[:, c] += factor[:, [k]] * polynomial.matrix[kind, k]
-        if c == 0:
-            noise += factor[:, [k], None] * polynomial.noise[kind, k]
-            own += factor[:, [k], None] * polynomial.own[kind, k]
-    i, j = np.tril_indices(shape[0])
+    degree, entries = polynomial.powers[:, 2].max(), polynomial.row.size
+    i, j = lower(polynomial.driven.size)
+    matrix = np.zeros((*rates.shape[:2], degree + 1, entries))
+    drive, own = np.zeros((2, *rates.shape[:2], i.size))
+    fixed = np.ones(entries, dtype=bool)
+    tabulate(
+        polynomial.powers,
+        polynomial.matrix,
+        polynomial.noise,
+        polynomial.own,
+        kind,
+        rates,
+        matrix,
+        drive,
+        own,
+        fixed,
+    )
     return StepTable(
         matrix=matrix,
-        fixed=(matrix == matrix[:1]).all(axis=(0, 1)),
+        fixed=fixed,
         first=np.searchsorted(polynomial.row, np.arange(coordinates + 1)),
         column=polynomial.column,
         driven=np.stack([polynomial.driven[i], polynomial.driven[j]], axis=1),
-        drive=np.einsum("tpm,tpm->tp", noise[:, i], noise[:, j]),
-        own=np.einsum("tpm,tpm->tp", own[:, i], own[:, j]),
+        drive=drive,
+        own=own,
     )

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from nqm.solvers._kernels.polynomial_steps import WIDE
 from nqm.solvers._kernels.powers import compose_exact, power_exact
 from nqm.solvers.first_order_range import first_order_errors
 from nqm.solvers.multiplicative_scalar import scalar_first_order
-from nqm.solvers.polynomial_walk import Seen, State, Steps, walk
+from nqm.solvers.polynomial_walk import Lanes, Seen, State, Steps, walk
 from nqm.transition import (
     Transition,
     embedding,
@@ -397,7 +397,8 @@ class Walker:
         """Take steps [start, stop) of one mode."""
         state = self.states[index]
         n = len(state.mode.algorithm.coordinates)
-        chunk = max(1, min(TABLE // n**2, WALKED // (self.problem.directions * n**2)))
+        groups = len(self.lanes.layout.factors)
+        chunk = max(1, min(TABLE // (groups * n**2), WALKED // (self.problem.directions * n**2)))
         seen = []
         wanted = np.asarray(at, dtype=np.int64)
         for first in range(start, stop, chunk):
@@ -429,10 +430,15 @@ class Walker:
         asked = at - start - 1 if losses is None else np.arange(t.size)
         if asked.size:
             readout[asked] = _readouts(algorithm, t[asked] + 1)
-        settings = self.law.phase.settings(start, stop)
+        settings = self.law.phase.settings(start, stop)[None]
         steps = Steps(settings, self.law.algorithm.time.reduced(t), readout, record)
-        scales, mutable = self.law.scales, State(state.mean, state.started, state.noisy)
-        return walk(self.problem, state.mode, scales, mutable, steps, losses, moments=moments)
+        mutable = State(state.mean, state.started, state.noisy)
+        return walk(self.lanes, state.mode, mutable, steps, losses, moments=moments)
+
+    @cached_property
+    def lanes(self) -> Lanes:
+        """The directions in the layout of the walk."""
+        return Lanes.of(self.problem, self.law.scales, 1)
 
     def _walk_piecewise(
         self,
@@ -1200,16 +1206,17 @@ def _loss(problem: Problem, states: list[Moments], age: int) -> float:
 
 def _read(seen: list[Seen], *, unstable: bool) -> dict[str, Any]:
     """Columns of some records of each mode."""
-    bias, added = seen[0].sums[:, :2].sum(axis=1), seen[0].sums[:, 2]
+    sums = [each.sums[:, 0] for each in seen]
+    bias, added = sums[0][:, :2].sum(axis=1), sums[0][:, 2]
     member = bias + added
-    for other in seen[1:]:
-        member = member + other.sums[:, :3].sum(axis=1)
+    for other in sums[1:]:
+        member = member + other[:, :3].sum(axis=1)
     return {
         "loss": bias + added,
         "bias": bias,
         "variance": added,
         "member_loss": member,
-        "stated_sd": np.sqrt(seen[0].sums[:, 3]),
+        "stated_sd": np.sqrt(sums[0][:, 3]),
         "weight_mean": seen[0].mean,
         "weight_variance": seen[0].variance,
         "unstable": np.full(len(bias), unstable),

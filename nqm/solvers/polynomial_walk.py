@@ -1,7 +1,8 @@
 """Walk through steps whose matrices are polynomials in rates and curvature.
 
 The kernel `walk_polynomial` forms the matrices itself, in many directions at once, so that a step
-whose rate never repeats costs as little as one that does.
+whose rate never repeats costs as little as one that does. Programs that differ in their rates alone
+are walked together: their directions are put side by side.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from numpy.typing import NDArray
 from nqm.algorithms.base import Mode
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.solvers._kernels.polynomial_steps import WIDE, walk_polynomial
-from nqm.step_polynomial import StepPolynomial, step_polynomial, step_table
+from nqm.step_polynomial import StepPolynomial, lower, step_polynomial, step_table
 from nqm.words import short_html, short_repr
 
-#: Most different factors on the rates of a phase: directions of one factor are walked together.
-GROUPS = 4
+#: A covariance is u u' if no entry differs by more than this, relative to the standard deviations.
+ROUNDING = 4.0 * np.finfo(np.float64).eps
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of one mode, in order.
+    """Steps of one mode of P programs, in order.
 
     Attributes
     ----------
-    settings : ndarray, shape (T, rates + 1)
-        Rates, then the batch size.
+    settings : ndarray, shape (P, T, rates + 1)
+        Rates, then the batch size, which is the same in all programs.
     times : ndarray of int, shape (T,)
         Time of each step, reduced modulo the period.
     readout : ndarray, shape (T, n)
@@ -50,13 +51,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class State:
-    """Moments of one mode, changed in place.
+    """Moments of one mode in the d directions of each of P programs, changed in place.
 
     Attributes
     ----------
-    mean : ndarray, shape (d, n)
+    mean : ndarray, shape (P d, n)
         Mean of the state.
-    started, noisy : ndarray, shape (d, n, n)
+    started, noisy : ndarray, shape (P d, n, n)
         Covariance due to the start and due to gradient noise.
     """
 
@@ -74,10 +75,10 @@ class Seen:
 
     Attributes
     ----------
-    sums : ndarray, shape (records, 4)
+    sums : ndarray, shape (records, P, 4)
         Loss of the mean, of the variance due to the start and of that due to noise; and the
         variance of the loss.
-    mean, variance : ndarray, shape (records, d) or (0, d)
+    mean, variance : ndarray, shape (records, P d) or (0, P d)
         Moments by direction, where they are asked for.
     """
 
@@ -106,11 +107,11 @@ class Seen:
         """
         variance, square, weight = started + noisy, mean**2, problem.weight
         scatter = square_weight(problem) @ (variance * (0.5 * variance + square))
-        sums = np.array([[weight @ square, weight @ started, weight @ noisy, scatter]])
-        return cls(sums, mean[None], variance[None])
+        sums = np.array([weight @ square, weight @ started, weight @ noisy, scatter])
+        return cls(sums[None, None], mean[None], variance[None])
 
     @classmethod
-    def joined(cls, parts: Sequence[Seen], directions: int) -> Seen:
+    def joined(cls, parts: Sequence[Seen], directions: int, programs: int = 1) -> Seen:
         """Join records in order.
 
         Parameters
@@ -118,7 +119,9 @@ class Seen:
         parts : sequence of Seen
             May be empty.
         directions : int
-            d.
+            Those of all programs, P d.
+        programs : int
+            P.
 
         Returns
         -------
@@ -129,7 +132,7 @@ class Seen:
             return parts[0]
         none = np.empty((0, directions))
         return cls(
-            np.concatenate([np.empty((0, 4)), *(part.sums for part in parts)]),
+            np.concatenate([np.empty((0, programs, 4)), *(part.sums for part in parts)]),
             np.concatenate([none, *(part.mean for part in parts)]),
             np.concatenate([none, *(part.variance for part in parts)]),
         )
@@ -179,38 +182,175 @@ def polynomials(
     return None if polynomial is None else (polynomial, kind.reshape(-1))
 
 
-def groups(
-    scales: tuple[FloatArray, ...] | None, directions: int
-) -> list[tuple[slice | NDArray[np.int64], FloatArray]] | None:
-    """Divide the directions by the factors on their rates.
+@dataclass(frozen=True)
+class Layout:
+    """Where the d directions of each of P programs lie in the kernel's blocks of `WIDE` lanes.
 
-    Parameters
+    A program lies in as many blocks as if it were alone, those of few directions side by side, so
+    that its sums are rounded alike.
+
+    Attributes
     ----------
-    scales : tuple of ndarray, shape (d,), or None
-        Factors on each rate.
-    directions : int
-        d.
-
-    Returns
-    -------
-    list of (slice or ndarray of int, ndarray), or None
-        Directions and their factors; None if there are more than `GROUPS` different ones.
+    place : ndarray of int, shape (P d,)
+        Number of the lane of each direction.
+    blocks : int
+        Number of blocks.
+    part : ndarray of int, shape (parts, 5)
+        See `walk_polynomial`; the groups of each program follow those of the one before.
+    factors : ndarray, shape (groups of one program, 2)
+        Factors on the rates.
     """
-    if scales is None:
-        return [(slice(0, directions), np.ones(2))]
-    each = np.stack(scales, axis=1)
-    if (each == each[0]).all():
-        return [(slice(0, directions), each[0])]
-    distinct, which = np.unique(each, axis=0, return_inverse=True)
-    if len(distinct) > GROUPS:
-        return None
-    return [(np.flatnonzero(which.reshape(-1) == i), row) for i, row in enumerate(distinct)]
+
+    place: NDArray[np.int64]
+    blocks: int
+    part: NDArray[np.int64]
+    factors: FloatArray
+
+    __repr__ = short_repr
+    _repr_html_ = short_html
+
+    @classmethod
+    def of(cls, scales: tuple[FloatArray, ...] | None, directions: int, programs: int) -> Layout:
+        """Lay out directions; those with the same factors on their rates lie together.
+
+        Parameters
+        ----------
+        scales : tuple of ndarray, shape (d,), or None
+            Factors on each rate, the same in all programs.
+        directions, programs : int
+            d and P.
+
+        Returns
+        -------
+        Layout
+            Of all programs.
+        """
+        if scales is None:
+            return _equal_rates(directions, programs)
+        return cls._of(scales, directions, programs)
+
+    @classmethod
+    def _of(cls, scales: tuple[FloatArray, ...] | None, directions: int, programs: int) -> Layout:
+        factors, rank = np.ones((1, 2)), np.arange(directions)
+        bounds = np.array([0, directions])
+        if scales is not None:
+            each = np.ones((directions, 2))
+            each[:, : len(scales)] = np.stack(scales, axis=1)
+            factors, which = np.unique(each, axis=0, return_inverse=True)
+            rank[np.argsort(which.reshape(-1), kind="stable")] = np.arange(directions)
+            bounds = np.searchsorted(np.sort(which.reshape(-1)), np.arange(len(factors) + 1))
+        edges = np.unique(np.concatenate([bounds, np.arange(0, directions, WIDE)]))
+        low, high = edges[:-1], edges[1:]
+        group = np.searchsorted(bounds, low, side="right") - 1
+        # Lanes from the start of one program to that of the next, but at the end of a block.
+        beside = max(1, WIDE // directions)
+        program = np.arange(programs)[:, None]
+        size = 1 if beside > 1 else -(-directions // WIDE)
+        first = program // beside * size * WIDE + program % beside * directions
+        block = (first + low) // WIDE
+        part = np.stack(
+            np.broadcast_arrays(
+                block,
+                first + low - block * WIDE,
+                first + high - block * WIDE,
+                program * len(factors) + group,
+                program,
+            ),
+            axis=2,
+        )
+        return cls(
+            (first + rank).reshape(-1),
+            -(-programs // beside) * size,
+            np.ascontiguousarray(part.reshape(-1, 5)),
+            factors,
+        )
+
+    def blocked(self, values: FloatArray) -> FloatArray:
+        """Directions (P d, k) as blocks (b, k, `WIDE`), filled up with 0.
+
+        Parameters
+        ----------
+        values : ndarray, shape (P d, k)
+            Numbers of each direction.
+
+        Returns
+        -------
+        ndarray, shape (b, k, WIDE)
+            In the layout of the kernel.
+        """
+        whole = np.zeros((self.blocks * WIDE, values.shape[1]))
+        whole[self.place] = values
+        return np.ascontiguousarray(whole.reshape(-1, WIDE, values.shape[1]).swapaxes(1, 2))
+
+    def unblocked(self, rows: FloatArray) -> FloatArray:
+        """Blocks as directions: the inverse of `blocked`.
+
+        Parameters
+        ----------
+        rows : ndarray, shape (b, k, WIDE)
+            In the layout of the kernel.
+
+        Returns
+        -------
+        ndarray, shape (P d, k)
+            Numbers of each direction.
+        """
+        return np.asarray(rows.swapaxes(1, 2).reshape(-1, rows.shape[1])[self.place])
+
+
+@functools.lru_cache(maxsize=8)
+def _equal_rates(directions: int, programs: int) -> Layout:
+    """The layout without factors on the rates, kept from one call to the next."""
+    return Layout._of(None, directions, programs)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What a walk reads of a problem, in the kernel's layout, each of shape (b, 1, `WIDE`).
+
+    Attributes
+    ----------
+    layout : Layout
+        Of the programs.
+    curvature, noise_variance, weight, square_weight : ndarray
+        See `walk_polynomial`.
+    """
+
+    layout: Layout
+    curvature: FloatArray
+    noise_variance: FloatArray
+    weight: FloatArray
+    square_weight: FloatArray
+
+    __repr__ = short_repr
+    _repr_html_ = short_html
+
+    @classmethod
+    def of(cls, problem: Problem, scales: tuple[FloatArray, ...] | None, programs: int) -> Lanes:
+        """Lay out a problem.
+
+        Parameters
+        ----------
+        problem : Problem
+            Of d directions for each of P programs.
+        scales : tuple of ndarray, shape (d,), or None
+            Factors on each rate.
+        programs : int
+            P.
+
+        Returns
+        -------
+        Lanes
+            Of all programs.
+        """
+        layout = Layout.of(scales, problem.directions // programs, programs)
+        parts = problem.curvature, problem.noise_variance, problem.weight, square_weight(problem)
+        return cls(layout, *(layout.blocked(part[:, None]) for part in parts))
 
 
 def walk(
-    problem: Problem,
+    lanes: Lanes,
     mode: Mode,
-    scales: tuple[FloatArray, ...] | None,
     state: State,
     steps: Steps,
     losses: FloatArray | None = None,
@@ -221,116 +361,113 @@ def walk(
 
     Parameters
     ----------
-    problem : Problem
-        Gives curvature, noise variance and weight of each direction.
+    lanes : Lanes
+        Curvature, noise variance and weight of each direction, and factors on its rates.
     mode : Mode
         Mean model or member deviation.
-    scales : tuple of ndarray, shape (d,), or None
-        Factors on each rate.
     state : State
         Changed in place.
     steps : Steps
         Their settings and records.
     losses : ndarray, shape (T,), optional
-        The expected loss after each step is added to it.
+        The expected loss after each step is added to it, of one program.
     moments : bool
         Whether the moments by direction are asked for, beside the sums.
 
     Returns
     -------
     Seen or None
-        The records; None, with nothing done, if the steps are not polynomials or the directions
-        have too many different rates.
+        The records; None, with nothing done, if the steps are not polynomials.
     """
-    parts = groups(scales, problem.directions)
-    found = polynomials(mode, steps.times) if parts is not None else None
-    if parts is None or found is None:
+    found = polynomials(mode, steps.times)
+    if found is None:
         return None
-    polynomial, kind = found
-    n = len(mode.algorithm.coordinates)
-    rates = np.ones((len(steps.settings), 2))
-    rates[:, : steps.settings.shape[1] - 1] = steps.settings[:, :-1]
-    share = mode.noise_share / steps.settings[:, [-1]]
+    layout, (polynomial, kind) = lanes.layout, found
+    settings, factors = steps.settings, layout.factors
+    rates = np.ones((len(settings), len(factors), settings.shape[1], 2))
+    used = settings.shape[2] - 1
+    rates[..., :used] = settings[:, None, :, :-1] * factors[:, None, :used]
+    share = mode.noise_share / settings[0, :, [-1]].reshape(-1, 1)
     count = int(steps.record.max(initial=-1)) + 1
     rows = count if moments else 0
-    sums, square = np.zeros((count, 4)), square_weight(problem)
-    seen = np.empty((2, rows, problem.directions if len(parts) > 1 else 0))
-    added = np.zeros(0) if losses is None else losses
-    for chosen, factor in parts:
-        table = step_table(polynomial, kind, rates * factor, n)
-        laid = _Rows.of(state, chosen)
-        here = np.empty((2, rows, len(laid.mean), WIDE))
-        walk_polynomial(
-            table.matrix,
-            table.fixed,
-            table.first,
-            table.column,
-            table.driven,
-            table.drive * share,
-            table.own,
-            _blocks(problem.curvature[chosen, None]),
-            _blocks(problem.noise_variance[chosen, None]),
-            laid.mean,
-            laid.started,
-            laid.noisy,
-            laid.moving,
-            steps.readout,
-            steps.record,
-            sums,
-            here,
-            problem.weight[chosen],
-            square[chosen],
-            added,
-        )
-        laid.store(state, chosen)
-        flat = here.reshape(2, rows, len(laid.mean) * WIDE)[:, :, : laid.size]
-        if len(parts) == 1:
-            # A few directions are copied out of a block that would hold much more memory.
-            seen = flat if 2 * laid.size > WIDE else flat.copy()
-        else:
-            seen[:, :, chosen] = flat
+    sums = np.zeros((count, len(settings), 4))
+    table = step_table(
+        polynomial, kind, rates.reshape(-1, *rates.shape[2:]), len(mode.algorithm.coordinates)
+    )
+    laid = _Rows.of(state, layout)
+    here = np.empty((2, rows, layout.blocks, WIDE))
+    walk_polynomial(
+        table.matrix,
+        table.fixed,
+        table.first,
+        table.column,
+        table.driven,
+        table.drive * share,
+        table.own,
+        layout.part,
+        lanes.curvature,
+        lanes.noise_variance,
+        laid.mean,
+        laid.root,
+        laid.started,
+        laid.noisy,
+        laid.moving,
+        steps.readout,
+        steps.record,
+        sums,
+        here,
+        lanes.weight,
+        lanes.square_weight,
+        np.zeros(0) if losses is None else losses,
+    )
+    laid.store(state, layout)
+    seen = here.reshape(2, rows, layout.blocks * WIDE)[:, :, layout.place]
     return Seen(sums, seen[0], seen[1])
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A state in the kernel's layout: blocks of directions, which run along the last axis."""
+    """A state in the kernel's layout; `started` is zero where it is given by its `root`."""
 
-    size: int
     mean: FloatArray
+    root: FloatArray
     started: FloatArray
     noisy: FloatArray
     moving: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, state: State, chosen: slice | NDArray[np.int64]) -> _Rows:
-        mean = state.mean[chosen]
-        i, j = _lower(mean.shape[1])
-        started, noisy = state.started[chosen][:, i, j], state.noisy[chosen][:, i, j]
-        moving = np.array([mean.any(), started.any(), True])
-        return cls(len(mean), _blocks(mean), _blocks(started), _blocks(noisy), moving)
+    def of(cls, state: State, layout: Layout) -> _Rows:
+        i, j = lower(state.mean.shape[1])
+        root = _root(state.started)
+        started = state.started if root is None else np.zeros_like(state.started)
+        vector = np.zeros_like(state.mean) if root is None else root
+        moving = np.array([state.mean.any(), vector.any(), started.any()])
+        covariances = (layout.blocked(part[:, i, j]) for part in (started, state.noisy))
+        return cls(layout.blocked(state.mean), layout.blocked(vector), *covariances, moving)
 
-    def store(self, state: State, chosen: slice | NDArray[np.int64]) -> None:
-        i, j = _lower(self.mean.shape[1])
-        state.mean[chosen] = self._unblocked(self.mean)
+    def store(self, state: State, layout: Layout) -> None:
+        i, j = lower(self.mean.shape[1])
+        state.mean[:] = layout.unblocked(self.mean)
         for whole, rows in ((state.started, self.started), (state.noisy, self.noisy)):
-            packed, square = self._unblocked(rows), whole[chosen]
-            square[:, i, j] = square[:, j, i] = packed
-            whole[chosen] = square
-
-    def _unblocked(self, rows: FloatArray) -> FloatArray:
-        return rows.swapaxes(1, 2).reshape(-1, rows.shape[1])[: self.size]
+            whole[:, i, j] = whole[:, j, i] = layout.unblocked(rows)
+        if self.moving[1]:
+            root = layout.unblocked(self.root)
+            state.started[:] = root[:, :, None] * root[:, None, :]
 
 
-def _blocks(values: FloatArray) -> FloatArray:
-    """Directions (d, k) as blocks (b, k, `WIDE`), filled up with 0."""
-    wide = WIDE
-    whole = np.zeros((-(-len(values) // wide) * wide, values.shape[1]))
-    whole[: len(values)] = values
-    return np.ascontiguousarray(whole.reshape(-1, wide, values.shape[1]).swapaxes(1, 2))
+def _root(covariance: FloatArray) -> FloatArray | None:
+    """Find u (d, n) with u u' = covariance (d, n, n) up to rounding; None if there is none.
 
-
-@functools.cache
-def _lower(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places (i, j <= i) of a packed covariance, in order."""
-    return np.tril_indices(n)
+    The start is one random number in each direction, for most methods: a vector is carried then in
+    place of a matrix.
+    """
+    if not covariance.any():
+        return np.zeros(covariance.shape[:2])
+    with np.errstate(all="ignore"):
+        deviation = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+        chosen = int(deviation.sum(axis=0).argmax())
+        largest = deviation[:, [chosen]]
+        root = np.where(largest > 0.0, covariance[:, :, chosen] / largest, 0.0)
+        apart = np.abs(root[:, :, None] * root[:, None, :] - covariance)
+        allowed = (ROUNDING * deviation)[:, :, None] * deviation[:, None, :]
+        return root if bool((apart <= allowed).all()) else None

@@ -160,10 +160,10 @@ def _in_lanes(
     if found is None or polynomial is None:
         return None
     count = two[0].size
-    table = step_table(polynomial, np.zeros(count, np.int64), np.stack(two, axis=1), n)
+    table = step_table(polynomial, np.zeros(count, np.int64), np.stack(two, axis=1)[None], n)
     drive, own = np.zeros((2, count, n * (n + 1) // 2))
     place = table.driven[:, 0] * (table.driven[:, 0] + 1) // 2 + table.driven[:, 1]
-    drive[:, place], own[:, place] = table.drive * (mode.noise_share / batch_size), table.own
+    drive[:, place], own[:, place] = table.drive[0] * (mode.noise_share / batch_size), table.own[0]
     rows, columns = np.tril_indices(n)
     start_mean, spread = _lanes(start.mean), _lanes(start.started[:, rows, columns])
     given = _coefficients(*found, two), drive, own, steps

@@ -25,7 +25,7 @@ from nqm import (
 from nqm.algorithms import Optimizer
 from nqm.schedule import Cosine
 from nqm.solvers._kernels import polynomial_steps
-from nqm.solvers.polynomial_walk import groups
+from nqm.solvers.polynomial_walk import Layout, _root
 from nqm.step_polynomial import step_polynomial, step_table
 from nqm.transition import extract, noise_moment
 from tests.nqm.test_contract import CASES
@@ -156,12 +156,12 @@ def test_polynomials_are_the_extracted_matrices(case):
             if polynomial is None:
                 continue
             n = len(chain.coordinates)
-            table = step_table(polynomial, np.array([0]), np.array([[lr, member_lr]]), n)
+            table = step_table(polynomial, np.array([0]), np.array([[[lr, member_lr]]]), n)
             matrix = np.zeros((3, n, n))
-            powers = h[:, None] ** np.arange(table.matrix.shape[1])
-            matrix[:, polynomial.row, polynomial.column] = powers @ table.matrix[0]
+            powers = h[:, None] ** np.arange(table.matrix.shape[2])
+            matrix[:, polynomial.row, polynomial.column] = powers @ table.matrix[0, 0]
             noise = np.zeros((n, n))
-            added = table.drive[0] * 1.7 + table.own[0]
+            added = table.drive[0, 0] * 1.7 + table.own[0, 0]
             for (i, j), value in zip(table.driven, added, strict=True):
                 noise[i, j] = noise[j, i] = value
             rates = (lr, member_lr) if chain.rate_count == 2 else lr
@@ -211,14 +211,37 @@ def test_rates_that_differ_by_direction(minimum, matrix_by_matrix):
     agree_each(ours.member_loss, plain.member_loss, IDENTITY)
 
 
-def test_groups_of_equal_rates():
-    assert groups(None, 3)[0][0] == slice(0, 3)
-    ((whole, factor),) = groups((np.full(3, 2.0), np.full(3, 5.0)), 3)
-    assert whole == slice(0, 3)
-    assert factor.tolist() == [2.0, 5.0]
-    two = groups((np.ones(3), np.array([1.0, 0.0, 1.0])), 3)
-    assert sorted(tuple(chosen) for chosen, _ in two) == [(0, 2), (1,)]
-    assert groups((np.arange(9.0), np.ones(9)), 9) is None
+@pytest.mark.parametrize(("directions", "programs"), [(3, 1), (3, 50), (128, 2), (200, 3)])
+def test_every_direction_has_one_lane_and_one_part(directions, programs):
+    """Runs of lanes in order, none in two blocks, with the factors of their directions."""
+    scales = np.ones(directions), np.arange(directions) % 3.0
+    for factors in (None, scales):
+        layout = Layout.of(factors, directions, programs)
+        owner = np.full((2, layout.blocks * polynomial_steps.WIDE), -1)
+        for block, first, last, group, program in layout.part.tolist():
+            assert 0 <= first < last <= polynomial_steps.WIDE
+            lanes = block * polynomial_steps.WIDE + np.arange(first, last)
+            assert (owner[:, lanes] == -1).all()
+            owner[:, lanes] = [[program], [group - program * len(layout.factors)]]
+        assert (np.diff(layout.part[:, 0]) >= 0).all()
+        program, group = owner[:, layout.place]
+        assert np.unique(layout.place).size == directions * programs == (owner[0] >= 0).sum()
+        assert program.tolist() == np.repeat(np.arange(programs), directions).tolist()
+        stated = np.ones((directions, 2)) if factors is None else np.stack(scales, axis=1)
+        agree(layout.factors[group], np.tile(stated, (programs, 1)), 0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
+def test_a_covariance_of_one_random_number_has_a_root(scale):
+    u = np.random.default_rng(0).normal(size=(4, 3)) * np.array([1.0, 1e-9, 0.0]) * scale
+    u[2] = 0.0
+    root = _root(u[:, :, None] * u[:, None, :])
+    agree_each(np.abs(root), np.abs(u), IDENTITY)
+    apart = u[:, :, None] * u[:, None, :]
+    apart[1, 1, 1] *= 1.0 + 1e-12
+    assert _root(apart) is None
+    apart[1, 1, 1] = np.nan
+    assert _root(apart) is None
 
 
 @dataclass(frozen=True)
@@ -289,6 +312,12 @@ def test_short_covariances_are_products_of_matrices(name):
     covariance = root @ root.swapaxes(1, 2)
     i, j = np.tril_indices(n)
     packed = np.ascontiguousarray(covariance[:, i, j].T)
-    conjugate = getattr(polynomial_steps, name)
-    conjugate(np.ascontiguousarray(a.reshape(-1, n * n).T).ravel(), packed.ravel())
-    agree(packed.T, (a @ covariance @ a.swapaxes(1, 2))[:, i, j], IDENTITY)
+    v, drive, own = rng.uniform(size=polynomial_steps.WIDE), rng.normal(size=6), rng.normal(size=6)
+    entries = np.ascontiguousarray(a.reshape(-1, n * n).T).ravel()
+    getattr(polynomial_steps, name)(entries, packed.ravel(), v, drive, own)
+    moved = (a @ covariance @ a.swapaxes(1, 2))[:, i, j]
+    agree(packed.T, moved + v[:, None] * drive[: i.size] + own[: i.size], IDENTITY)
+    mean = rng.normal(size=(n, polynomial_steps.WIDE))
+    expected = np.einsum("irc,ci->ri", a, mean)
+    getattr(polynomial_steps, name.replace("conjugate", "carry"))(entries, mean.ravel())
+    agree(mean, expected, IDENTITY)
