@@ -1,4 +1,4 @@
-"""Cells of a sweep that differ in constant rates alone, which are computed together."""
+"""Cells of a sweep that differ in rates alone, which are computed together."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nqm import keys
 from nqm.errors import NQMError
-from nqm.problems.quadratic import FloatArray
+from nqm.program import Program
 from nqm.runs import config
 from nqm.runs.journal import Result
 from nqm.runs.toml import path_of
+from nqm.schedule import Constant, Schedule
+
+if TYPE_CHECKING:
+    from nqm.solvers.many_rates import Rates
 
 #: Entries of a phase that are rates.
 ENTRIES = ("lr", "member_lr")
@@ -26,7 +30,23 @@ ENTRIES = ("lr", "member_lr")
 FEW = 8
 
 
-def place_of(base: Mapping[str, Any], name: str) -> tuple[int, int] | None:
+class Place(NamedTuple):
+    """A number that states a rate, or an entry of its schedule.
+
+    Attributes
+    ----------
+    phase, entry : int
+        Number of the phase, and of the rate in `ENTRIES`.
+    part : str or None
+        Entry of the schedule; None for a constant rate.
+    """
+
+    phase: int
+    entry: int
+    part: str | None
+
+
+def place_of(base: Mapping[str, Any], name: str) -> Place | None:
     """Find the rate that a dotted key states.
 
     Parameters
@@ -38,13 +58,16 @@ def place_of(base: Mapping[str, Any], name: str) -> tuple[int, int] | None:
 
     Returns
     -------
-    tuple of int, or None
-        Number of the phase, and of the rate in `ENTRIES`; None if it is no rate.
+    Place or None
+        None if it is no rate and no entry of one.
     """
     path = path_of(base, name)
-    if len(path) != 3 or path[0] != "phase" or path[2] not in ENTRIES:
+    if len(path) not in (3, 4) or path[0] != "phase" or path[2] not in ENTRIES:
         return None
-    return (path[1], ENTRIES.index(path[2])) if isinstance(path[1], int) else None
+    part = path[3] if len(path) == 4 else None
+    if not isinstance(path[1], int) or not isinstance(part, str | None):
+        return None
+    return Place(path[1], ENTRIES.index(path[2]), part)
 
 
 def are_rates(values: Sequence[Any]) -> bool:
@@ -199,8 +222,8 @@ class Alike:
     ----------
     run : Run
         One of them.
-    places : tuple of (int, int)
-        The rates in which they differ, as `place_of` returns them.
+    places : tuple of Place
+        The rates in which they differ.
     order : tuple of int
         Order of these rates in the canonical text of a configuration.
     pieces : tuple of str
@@ -208,7 +231,7 @@ class Alike:
     """
 
     run: config.Run
-    places: tuple[tuple[int, int], ...]
+    places: tuple[Place, ...]
     order: tuple[int, ...]
     pieces: tuple[str, ...]
 
@@ -241,18 +264,22 @@ class Alike:
             at = run.program.recorded(run.at)
             if run.method != "jump" or run.quantiles or run.bound:
                 return None
-            if None in places or not fits(run.problem, run.program, at):
+            known = tuple(place for place in places if place is not None)
+            if len(known) < len(places) or not fits(run.problem, run.program, at):
                 return None
         except NQMError:
             return None
-        known = tuple(place for place in places if place is not None)
+        if not all(_is_stated(run.program, place) for place in known):
+            return None
         plain = config.without_defaults(config.resolve_files(mapping, folder))
         marks = [f"\0rate {number}" for number in range(len(known))]
         own = []
-        for mark, (phase, entry) in zip(marks, known, strict=True):
-            table = plain["phase"][phase]
-            own.append(table[ENTRIES[entry]])
-            table[ENTRIES[entry]] = mark
+        for mark, place in zip(marks, known, strict=True):
+            table, entry = plain["phase"][place.phase], ENTRIES[place.entry]
+            if place.part is not None:
+                table, entry = table[entry], place.part
+            own.append(table[entry])
+            table[entry] = mark
         text = keys.text(plain)
         order = sorted(range(len(known)), key=lambda i: text.find(json.dumps(marks[i])))
         pieces = []
@@ -262,6 +289,34 @@ class Alike:
         made = cls(run, known, tuple(order), (*pieces, text))
         stated = [[keys.text(value)] for value in own]
         return made if made.keys(stated) == [config.key(mapping, folder)] else None
+
+    def takes(self, grid: Grid) -> bool:
+        """Tell whether every cell has a program, and the same stretches of constant rates.
+
+        Parameters
+        ----------
+        grid : Grid
+            Rates of the cells.
+
+        Returns
+        -------
+        bool
+            False also if a schedule is wrong, which the cell itself will say.
+        """
+        for phase, entry in {place[:2] for place in self.places if place.part is not None}:
+            rows = [i for i, place in enumerate(self.places) if place[:2] == (phase, entry)]
+            distinct = np.unique(grid.rows[rows], axis=1).T.tolist()
+            of, steps = self._schedule(phase, entry), self.run.program.phases[phase].steps
+            segments = list(of.segments(steps))
+            for cell in distinct:
+                values = [grid.values[i][j] for i, j in zip(rows, cell, strict=True)]
+                try:
+                    made = self._made(of, rows, values)
+                except NQMError:
+                    return False
+                if list(made.segments(steps)) != segments:
+                    return False
+        return True
 
     def keys(self, texts: Sequence[Sequence[str]]) -> list[str]:
         """Content keys of cells.
@@ -299,19 +354,49 @@ class Alike:
         from nqm.solvers.many_rates import most, solve_rates
 
         problem, program = self.run.additive("sweep"), self.run.program
-        at, size = program.recorded(self.run.at), most(problem)
+        at, size = program.recorded(self.run.at), most(problem, program)
         for first in range(0, len(values[0]), size):
-            columns = [np.array(one[first : first + size], dtype=np.float64) for one in values]
+            columns = [one[first : first + size] for one in values]
             yield from solve_rates(problem, program, self._rates(columns), at).columns()
 
-    def _rates(self, columns: Sequence[FloatArray]) -> list[FloatArray]:
+    def _rates(self, columns: Sequence[Sequence[float]]) -> list[Rates]:
         """Both rates of every phase, for each cell."""
-        stated = dict(zip(self.places, columns, strict=True))
-        rates = []
+        rates: list[Rates] = []
         for index, phase in enumerate(self.run.program.phases):
-            own: Any = phase.lr
-            lr = stated.get((index, 0), np.full(len(columns[0]), own.value))
-            member: Any = phase.member_lr
-            other = lr if member is None else np.full(len(lr), member.value)
-            rates.append(np.stack([lr, stated.get((index, 1), other)], axis=1))
+            lr = self._schedules(index, 0, columns)
+            member = lr if phase.member_lr is None else self._schedules(index, 1, columns)
+            rates.append((lr, member))
         return rates
+
+    def _schedules(
+        self, phase: int, entry: int, columns: Sequence[Sequence[float]]
+    ) -> list[Schedule]:
+        """One rate of a phase, for each cell."""
+        of = self._schedule(phase, entry)
+        rows = [i for i, place in enumerate(self.places) if place[:2] == (phase, entry)]
+        if not rows:
+            return [of] * len(columns[0])
+        cells = zip(*(columns[i] for i in rows), strict=True)
+        return [self._made(of, rows, values) for values in cells]
+
+    def _schedule(self, phase: int, entry: int) -> Schedule:
+        """The rate of the first cell."""
+        found: Any = getattr(self.run.program.phases[phase], ENTRIES[entry])
+        return found if isinstance(found, Schedule) else Constant(1.0)
+
+    def _made(self, of: Any, rows: Sequence[int], values: Sequence[float]) -> Schedule:
+        """A schedule with other numbers."""
+        names = [self.places[i].part for i in rows]
+        if None in names:
+            return Constant(float(values[0]))
+        made: Schedule = replace(of, **dict(zip(map(str, names), values, strict=True)))
+        return made
+
+
+def _is_stated(program: Program, place: Place) -> bool:
+    """Whether keys hold this entry for any value: it is a rate, or has no default."""
+    if place.part is None:
+        return True
+    schedule: Any = getattr(program.phases[place.phase], ENTRIES[place.entry])
+    known = {one.name: one.default for one in fields(schedule)}
+    return known.get(place.part, 0) is MISSING

@@ -294,7 +294,7 @@ class Sweep:
             index = sum(i * self._strides[name] for name, i in at.items())
             case = self._case(index, {name: axes[name][i] for name, i in at.items()})
             alike = self.work.alike(case.mapping, self.folder, grid.names)
-            if alike is None:
+            if alike is None or not alike.takes(grid):
                 alone.append(index)
             else:
                 yield Group(case, alike, grid)

@@ -1,14 +1,16 @@
-"""Exact moments of programs that differ in their constant rates alone, in one call.
+"""Exact moments of programs that differ in their rates alone, in one call.
 
-Their directions are put side by side, as the directions of one problem with factors on its rates.
+Their directions are put side by side, as the directions of one problem; where rates are constant,
+with factors on its rates. Where they are not, all programs are walked together.
 All that `nqm.solvers.moments` does to a direction is the same there, to the last bit; sums over
 directions are taken for each program by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,11 @@ from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program
 from nqm.result import Kind, Status, runaway
-from nqm.schedule import Constant
+from nqm.schedule import Constant, Schedule
 from nqm.solvers.moments import (
     CHUNK,
     SMALL,
+    TABLE,
     Law,
     Moments,
     Walker,
@@ -31,7 +34,8 @@ from nqm.solvers.moments import (
     hand_over,
     law_of,
 )
-from nqm.solvers.polynomial_walk import square_weight
+from nqm.solvers.polynomial_walk import polynomials, square_weight
+from nqm.step_polynomial import KINDS
 from nqm.transition import spectral_radius
 from nqm.words import short_html, short_repr
 
@@ -109,8 +113,9 @@ def fits(problem: Problem | LeastSquares, program: Program, at: list[int]) -> bo
     Returns
     -------
     bool
-        Whether directions are independent, all methods linear, all rates constant, and every step
-        of a phase is the same, in all directions, of few coordinates.
+        Whether directions are independent, all methods linear and of few coordinates, the same in
+        all directions; and every stretch of a phase has steps that are all the same, or rates that
+        never repeat in steps that are polynomials.
 
     Raises
     ------
@@ -129,31 +134,48 @@ def _phase_fits(problem: Problem, phase: Phase) -> bool:
     algorithm = phase.algorithm
     return (
         isinstance(algorithm, Algorithm)
-        and all(isinstance(rate, Constant | None) for rate in (phase.lr, phase.member_lr))
-        and all(period == 1 for _, _, period in phase.segments())
-        and algorithm.member_mask(problem) is None
         and all(len(mode.algorithm.coordinates) <= SMALL for mode in algorithm.modes())
+        and algorithm.member_mask(problem) is None
+        and all(
+            period == 1 if phase.still(start, stop) else period is None and _walks(phase)
+            for start, stop, period in phase.segments()
+        )
     )
 
 
-def most(problem: Problem) -> int:
+def _walks(phase: Phase) -> bool:
+    """Whether all steps are polynomials in the rates."""
+    algorithm: Any = phase.algorithm
+    times = algorithm.time.reduced(np.arange(min(phase.steps, KINDS + 1)))
+    return all(polynomials(mode, times) is not None for mode in algorithm.modes())
+
+
+def most(problem: Problem, program: Program) -> int:
     """Number of programs whose moments take little memory together.
 
     Parameters
     ----------
     problem : Problem
         Problem of d directions.
+    program : Program
+        One of them.
 
     Returns
     -------
     int
         At least 1.
     """
-    return max(1, min(1000, CHUNK // (16 * problem.directions)))
+    walked = max((0 if phase.constant else phase.steps for phase in program.phases), default=0)
+    numbers = 16 * problem.directions + 4 * min(walked, TABLE)
+    return max(1, min(1000, CHUNK // numbers))
+
+
+#: For one phase lr and member_lr (of no effect for a method without) of every program.
+Rates = tuple[Sequence[Schedule], Sequence[Schedule]]
 
 
 def solve_rates(
-    problem: Problem, program: Program, rates: list[FloatArray], at: list[int]
+    problem: Problem, program: Program, rates: Sequence[Rates], at: list[int]
 ) -> Losses:
     """Compute what `nqm.solve` does for every program, to the last bit.
 
@@ -163,8 +185,9 @@ def solve_rates(
         Problem of d directions.
     program : Program
         Phases, for which `fits`.
-    rates : list of ndarray, shape (L, 2)
-        For each phase lr and member_lr (of no effect for a method without) of every program.
+    rates : sequence of (sequence of Schedule, sequence of Schedule)
+        For each phase lr and member_lr (of no effect for a method without) of every program, which
+        divide the phase into the same segments.
     at : list of int
         Steps to record, rising and distinct.
 
@@ -173,40 +196,44 @@ def solve_rates(
     Losses
         Of all programs.
     """
-    count = len(rates[0])
+    count = len(rates[0][0])
     stacked = _stacked(problem, count)
-    laws = [
-        _law(law_of(phase, problem), rate, problem.directions)
-        for phase, rate in zip(program.phases, rates, strict=True)
-    ]
+    laws = [law_of(phase, problem) for phase in program.phases]
     sums = np.zeros((len(at), 2, count, 4))
     unstable = np.zeros((len(at), count), dtype=bool)
-    pending, offset, age = list(enumerate(at)), 0, 0
+    pending, row, offset, age = list(at), 0, 0, 0
     shape = count, problem.directions
     states = at_start(laws[0].algorithm, stacked)
     with np.errstate(over="ignore", invalid="ignore"):
-        for index, law in enumerate(laws):
+        for index, (law, rate) in enumerate(zip(laws, rates, strict=True)):
             if index:
                 states, age = hand_over(stacked, states, laws[index - 1], law, age)
-            walker = Walker(stacked, law, states, age)
-            if pending and pending[0][1] == 0:
-                row, _ = pending.pop(0)
-                _read(problem, states, age, shape, sums[row])
-            for start, stop, _ in law.phase.segments():
+            settings = partial(_settings, law.phase, rate)
+            walking = Walker(stacked, law, states, age, count, settings)
+            if pending and pending[0] == 0:
+                row, _ = 1, pending.pop(0)
+                sums[0, : len(states)] = _read(problem, states, age, shape)
+            for start, stop, period in law.phase.segments():
                 before = _losses(problem, states[0], age + start, shape)
-                position, unsteady = start, None
-                while position < stop and pending:
-                    row, step = pending[0]
-                    target = min(step - offset, stop)
-                    _jump(walker, position, target, start, count)
-                    position = target
-                    if step == offset + target:
-                        pending.pop(0)
-                        _read(problem, states, age + target, shape, sums[row])
+                own = _law(law, settings(start, start + 1)[:, 0], problem.directions)
+                walker, unsteady = Walker(stacked, own, states, age), None
+                legs = walking.legs((start, stop, period), offset, pending, jump=True)
+                for position, target, records in legs:
+                    here = slice(row, row + len(records))
+                    if period is None:
+                        seen = walking.walk(position, target, at=records)
+                        for mode, found in enumerate(seen):
+                            sums[here, mode] = found.sums
+                    else:
+                        _jump(walker, position, target, start, count)
+                        if records:
+                            sums[row, : len(states)] = _read(problem, states, age + target, shape)
+                    if records and period is not None:
                         if unsteady is None:
                             unsteady = _unsteady(problem, walker, start, shape)
                         loss = sums[row, 0, :, :2].sum(axis=1) + sums[row, 0, :, 2]
                         unstable[row] = unsteady & ~(loss <= before)
+                    row += len(records)
             offset, age = offset + law.phase.steps, age + law.phase.steps
         bias, variance = sums[:, 0, :, :2].sum(axis=2), sums[:, 0, :, 2]
         loss = bias + variance
@@ -231,6 +258,24 @@ def _stacked(problem: Problem, count: int) -> Problem:
         minimum=tiled(problem.minimum),
         multiplicity=tiled(problem.multiplicity),
     )
+
+
+def _settings(phase: Phase, rates: Rates, start: int, stop: int) -> FloatArray:
+    """Rates and batch size of every program, (L, steps, rates + 1)."""
+    steps = np.arange(start, stop)
+    own = phase.settings(start, stop)
+    whole = np.empty((len(rates[0]), *own.shape))
+    whole[:, :, -1] = own[:, -1]
+    for i, schedules in enumerate(rates[: own.shape[1] - 1]):
+        given: Sequence[Any] = schedules
+        first = given[0]
+        if all(schedule is first for schedule in given):
+            whole[:, :, i] = first(steps)
+        elif all(type(schedule) is Constant for schedule in given):
+            whole[:, :, i] = np.array([schedule.value for schedule in given])[:, None]
+        else:
+            whole[:, :, i] = [schedule(steps) for schedule in given]
+    return whole
 
 
 def _law(law: Law, rates: FloatArray, directions: int) -> Law:
@@ -267,11 +312,10 @@ def _losses(problem: Problem, state: Moments, age: int, shape: tuple[int, int]) 
     return np.array([problem.weight @ row for row in mean**2 + started + noisy])
 
 
-def _read(
-    problem: Problem, states: list[Moments], age: int, shape: tuple[int, int], out: FloatArray
-) -> None:
-    """Sums of `nqm.solvers.polynomial_walk.Seen` for every mode and program."""
+def _read(problem: Problem, states: list[Moments], age: int, shape: tuple[int, int]) -> FloatArray:
+    """Sums of `nqm.solvers.polynomial_walk.Seen` for every mode and program, (modes, L, 4)."""
     weight, square = problem.weight, square_weight(problem)
+    out = np.empty((len(states), shape[0], 4))
     for mode, state in enumerate(states):
         mean, started, noisy = _weights(state, age, shape)
         variance, squared = started + noisy, mean**2
@@ -284,6 +328,7 @@ def _read(
                 weight @ noisy[i],
                 square @ scatter[i],
             )
+    return out
 
 
 def _unsteady(

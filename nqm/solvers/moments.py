@@ -21,6 +21,7 @@ from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import FOREVER, Phase, Program, as_program, goes_on, resumes
 from nqm.result import Kind, Trajectory, runaway
+from nqm.schedule import Segment
 from nqm.solvers import moving_window
 from nqm.solvers._kernels.moment_steps import propagate_moments
 from nqm.solvers._kernels.polynomial_steps import WIDE
@@ -71,12 +72,14 @@ class Moments:
 
     `started` is the covariance that the random start causes (without gradient noise), `noisy` the
     one that gradient noise causes. They are separate because a difference would lose digits.
+    `root` (d, n) is a vector u with `started` = u u', as long as one is known.
     """
 
     mode: Mode
     mean: FloatArray
     started: FloatArray
     noisy: FloatArray
+    root: FloatArray | None = None
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -237,6 +240,7 @@ def begin(
     for mode in algorithm.modes():
         draws, normals = embedding(mode.algorithm)
         outer = draws @ draws.T
+        alone = draws.shape[1] == 1 and not normals.any()
         origin = np.outer(-problem.minimum, origins(mode.algorithm))
         states.append(
             Moments(
@@ -244,6 +248,7 @@ def begin(
                 np.outer(mean, draws.sum(axis=1)) + origin,
                 started[:, None, None] * outer + _fresh(algorithm, problem, normals),
                 noisy[:, None, None] * outer,
+                np.outer(np.sqrt(started), draws) if alone else None,
             )
         )
     return states
@@ -306,10 +311,7 @@ def hand_over(
     kept = goes_on(old.phase, new.phase)
     if kept and old.algorithm.coordinates == new.algorithm.coordinates:
         modes = new.algorithm.modes()
-        return [
-            Moments(mode, state.mean, state.started, state.noisy)
-            for mode, state in zip(modes, states, strict=True)
-        ], age
+        return [replace(state, mode=mode) for mode, state in zip(modes, states, strict=True)], age
     if not kept:
         check_own_starts(new.algorithm)
     fresh = begin(new.algorithm, problem, *states[0].weights(age))
@@ -351,14 +353,29 @@ def _carry(
         np.einsum("ij,djk,lk->dil", lift, part, lift) for part in (state.started, state.noisy)
     )
     start.started = np.ascontiguousarray(started + _fresh(algorithm, problem, normals))
+    start.root = None
     start.noisy = np.ascontiguousarray(noisy)
 
 
 class Walker:
-    """Advances all modes through one phase."""
+    """Advances all modes through one phase, of one program or, by `walk`, of several.
 
-    def __init__(self, problem: Problem, law: Law, states: list[Moments], age: int):
+    `problem` holds the directions of all programs then, one after the other, and `settings` (steps
+    [start, stop) -> (programs, stop - start, rates + 1)) their rates.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        law: Law,
+        states: list[Moments],
+        age: int,
+        programs: int = 1,
+        settings: Callable[[int, int], FloatArray] | None = None,
+    ):
         self.problem, self.law, self.states, self.age = problem, law, states, age
+        self.programs = programs
+        self.settings = settings or (lambda *steps: law.phase.settings(*steps)[None])
         self.cycle_start = -1
         self.cycles: list[Map] = []
         self.many, self.powers = 0, self.cycles
@@ -398,18 +415,22 @@ class Walker:
         state = self.states[index]
         n = len(state.mode.algorithm.coordinates)
         groups = len(self.lanes.layout.factors)
-        chunk = max(1, min(TABLE // (groups * n**2), WALKED // (self.problem.directions * n**2)))
+        # As long for several programs as for one, so that all is rounded alike.
+        directions = self.problem.directions // self.programs
+        chunk = max(1, min(TABLE // (groups * n**2), WALKED // (directions * n**2)))
         seen = []
         wanted = np.asarray(at, dtype=np.int64)
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
             here = wanted[(wanted > first) & (wanted <= last)]
             out = None if losses is None else losses[first - start : last - start]
-            found = self._walk_polynomial(state, first, last, out, here, moments=index == 0)
+            # The moments of several programs are not asked for.
+            moments = index == 0 and self.programs == 1
+            found = self._walk_polynomial(state, first, last, out, here, moments=moments)
             if found is None:
                 found = self._walk_piecewise(state, first, last, out, here)
             seen.append(found)
-        return Seen.joined(seen, self.problem.directions)
+        return Seen.joined(seen, self.problem.directions, self.programs)
 
     def _walk_polynomial(
         self,
@@ -430,15 +451,16 @@ class Walker:
         asked = at - start - 1 if losses is None else np.arange(t.size)
         if asked.size:
             readout[asked] = _readouts(algorithm, t[asked] + 1)
-        settings = self.law.phase.settings(start, stop)[None]
-        steps = Steps(settings, self.law.algorithm.time.reduced(t), readout, record)
-        mutable = State(state.mean, state.started, state.noisy)
+        steps = Steps(
+            self.settings(start, stop), self.law.algorithm.time.reduced(t), readout, record
+        )
+        mutable = State(state.mean, state.started, state.noisy, state.root)
         return walk(self.lanes, state.mode, mutable, steps, losses, moments=moments)
 
     @cached_property
     def lanes(self) -> Lanes:
         """The directions in the layout of the walk."""
-        return Lanes.of(self.problem, self.law.scales, 1)
+        return Lanes.of(self.problem, self.law.scales, self.programs)
 
     def _walk_piecewise(
         self,
@@ -490,6 +512,7 @@ class Walker:
         record = losses is not None
         added = losses if losses is not None else np.zeros(kind.size)
         reads = read if read is not None else np.zeros((1, 1))
+        state.root = None
         parts = [(np.zeros_like(state.mean), state.noisy, noise)]
         if state.mean.any() or state.started.any():
             parts.append((state.mean, state.started, np.zeros_like(noise)))
@@ -555,7 +578,44 @@ class Walker:
         if jump and self.law.phase.constant:
             return FOREVER
         size = max(len(state.mode.algorithm.coordinates) for state in self.states)
-        return max(1, WALKED // (self.problem.directions * size**2))
+        return max(1, WALKED // (self.problem.directions // self.programs * size**2))
+
+    def legs(
+        self, segment: Segment, offset: int, pending: list[int], *, jump: bool
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """Divide a stretch into legs, each of which ends at a record.
+
+        Parameters
+        ----------
+        segment : tuple
+            As `Phase.segments` yields them.
+        offset : int
+            Step at which the phase begins.
+        pending : list of int
+            Steps still to record, rising, counted from the start of the program; those of a leg are
+            removed after it.
+        jump : bool
+            Whether repeating steps are computed by powers.
+
+        Yields
+        ------
+        position, target : int
+            First and last step of the leg.
+        records : list of int
+            Steps of the phase to record; if the stretch repeats, at most `target`.
+        """
+        position, stop, period = segment
+        walked = not jump or period is None
+        batch = max(1, CHUNK // max(self.problem.directions // self.programs, WIDE))
+        while position < stop and pending:
+            end = min(stop, position + self.reach(jump)) if walked else stop
+            most = min(batch if walked else 1, len(pending))
+            count = bisect_right(pending, offset + end, hi=most)
+            records = [step - offset for step in pending[:count]]
+            target = records[-1] if count else end
+            yield position, target, records
+            del pending[:count]
+            position = target
 
     def step_at(self, mode: Mode, start: int) -> Step:
         """Function from an age to the transition of its step, at the settings of step `start`."""
@@ -1141,7 +1201,6 @@ def _visit(
     """Columns of the wanted steps, in order; the end of a phase belongs to that phase."""
     states = at_start(laws[0].algorithm, problem)
     offset, age, pending = 0, 0, list(wanted)
-    batch = max(1, CHUNK // max(problem.directions, WIDE))
     with np.errstate(over="ignore", invalid="ignore"):
         for index, law in enumerate(laws):
             if index:
@@ -1151,25 +1210,18 @@ def _visit(
                 pending.pop(0)
                 yield _read(_seen(problem, states, age), unstable=False)
             for start, stop, period in law.phase.segments():
-                position, before = start, _loss(problem, states, age + start)
+                before = _loss(problem, states, age + start)
                 unsteady: bool | None = None
-                while position < stop and pending:
-                    walked = not jump or period is None
-                    end = min(stop, position + walker.reach(jump)) if walked else stop
-                    count = bisect_right(pending, offset + end, hi=min(batch, len(pending)))
-                    records = [step - offset for step in pending[: count if walked else 1]]
-                    target = records[-1] if count else end
-                    if walked:
-                        at = records if count else [end]
-                        seen = walker.march(position, at, jump=jump)
-                    elif jump and period is not None:
+                legs = walker.legs((start, stop, period), offset, pending, jump=jump)
+                for position, target, records in legs:
+                    if not jump or period is None:
+                        seen = walker.march(position, records or [target], jump=jump)
+                    else:
                         walker.jump(position, target, start, period)
                         seen = _seen(problem, states, age + target)
                     if progress is not None:
                         progress(target - position)
-                    position = target
-                    if count:
-                        del pending[: len(records)]
+                    if records:
                         if unsteady is None:
                             unsteady = _unstable(problem, walker, law, start, period)
                         columns = _read(seen, unstable=unsteady)

@@ -20,9 +20,6 @@ from nqm.solvers._kernels.polynomial_steps import WIDE, walk_polynomial
 from nqm.step_polynomial import StepPolynomial, lower, step_polynomial, step_table
 from nqm.words import short_html, short_repr
 
-#: A covariance is u u' if no entry differs by more than this, relative to the standard deviations.
-ROUNDING = 4.0 * np.finfo(np.float64).eps
-
 
 @dataclass(frozen=True)
 class Steps:
@@ -59,11 +56,14 @@ class State:
         Mean of the state.
     started, noisy : ndarray, shape (P d, n, n)
         Covariance due to the start and due to gradient noise.
+    root : ndarray, shape (P d, n), or None
+        A vector u with `started` = u u', which is carried in place of it, if it is known.
     """
 
     mean: FloatArray
     started: FloatArray
     noisy: FloatArray
+    root: FloatArray | None = None
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -438,36 +438,18 @@ class _Rows:
     @classmethod
     def of(cls, state: State, layout: Layout) -> _Rows:
         i, j = lower(state.mean.shape[1])
-        root = _root(state.started)
+        root = state.root
         started = state.started if root is None else np.zeros_like(state.started)
         vector = np.zeros_like(state.mean) if root is None else root
         moving = np.array([state.mean.any(), vector.any(), started.any()])
-        covariances = (layout.blocked(part[:, i, j]) for part in (started, state.noisy))
-        return cls(layout.blocked(state.mean), layout.blocked(vector), *covariances, moving)
+        first, second = (layout.blocked(part[:, i, j]) for part in (started, state.noisy))
+        return cls(layout.blocked(state.mean), layout.blocked(vector), first, second, moving)
 
     def store(self, state: State, layout: Layout) -> None:
         i, j = lower(self.mean.shape[1])
         state.mean[:] = layout.unblocked(self.mean)
         for whole, rows in ((state.started, self.started), (state.noisy, self.noisy)):
             whole[:, i, j] = whole[:, j, i] = layout.unblocked(rows)
-        if self.moving[1]:
-            root = layout.unblocked(self.root)
-            state.started[:] = root[:, :, None] * root[:, None, :]
-
-
-def _root(covariance: FloatArray) -> FloatArray | None:
-    """Find u (d, n) with u u' = covariance (d, n, n) up to rounding; None if there is none.
-
-    The start is one random number in each direction, for most methods: a vector is carried then in
-    place of a matrix.
-    """
-    if not covariance.any():
-        return np.zeros(covariance.shape[:2])
-    with np.errstate(all="ignore"):
-        deviation = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
-        chosen = int(deviation.sum(axis=0).argmax())
-        largest = deviation[:, [chosen]]
-        root = np.where(largest > 0.0, covariance[:, :, chosen] / largest, 0.0)
-        apart = np.abs(root[:, :, None] * root[:, None, :] - covariance)
-        allowed = (ROUNDING * deviation)[:, :, None] * deviation[:, None, :]
-        return root if bool((apart <= allowed).all()) else None
+        if state.root is not None:
+            state.root[:] = layout.unblocked(self.root)
+            state.started[:] = state.root[:, :, None] * state.root[:, None, :]

@@ -79,7 +79,7 @@ def _conjugate1(a, s, v, drive, own):
     """Set S to A S A' + drive v + own, packed."""
     d0, o0 = drive[0], own[0]
     for i in range(WIDE):
-        s[i] = fma(a[i] * a[i], s[i], fma(d0, v[i], o0))
+        s[i] = a[i] * a[i] * s[i] + fma(d0, v[i], o0)
 
 
 @jit

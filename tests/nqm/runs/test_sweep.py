@@ -441,6 +441,68 @@ def test_cells_together_are_cells_one_by_one(name: str, directions: int) -> None
     pd.testing.assert_frame_equal(table, one_by_one(sweep).run(), check_exact=True)
 
 
+COSINE = {"schedule": "cosine", "start": 0.5, "end": 0.01, "over": 25}
+WSD = {"schedule": "wsd", "peak": 1.0, "end": 0.0}
+WSD |= {"warmup": 5, "stable": 20, "decay": 10}
+INNER = {"algorithm": "heavy_ball", "momentum": 0.5}
+SCHEDULED: dict[str, tuple[list[dict[str, Any]], dict[str, list[Any]]]] = {
+    "sgd": ([{"algorithm": "sgd", "lr": COSINE}], {"phase.0.lr.start": MANY_RATES}),
+    "both ends": (
+        [{"algorithm": "ema", "decay": 0.9, "inner": INNER, "lr": COSINE}],
+        {"phase.0.lr.start": MANY_RATES[:4], "phase.0.lr.end": MANY_RATES[1:4]},
+    ),
+    "a plateau": ([{"algorithm": "heavy_ball", "lr": WSD}], {"phase.0.lr.peak": MANY_RATES}),
+    "members": (
+        [{"algorithm": "late_phase", "members": 3, "inner": INNER, "lr": 0.1, "member_lr": COSINE}],
+        {"phase.0.lr": MANY_RATES, "phase.0.members": [1, 4]},
+    ),
+    "a later phase": (
+        [{"algorithm": "sgd", "lr": 0.5}, {"algorithm": "nesterov", "lr": COSINE}],
+        {"phase.0.lr": MANY_RATES[:5], "phase.1.lr.start": MANY_RATES[2:5]},
+    ),
+    "an average of all": (
+        [
+            {"algorithm": "sgd", "lr": 0.2},
+            {"algorithm": "swa", "every": 7, "lr": COSINE | {"over": 40}},
+        ],
+        {"phase.1.lr.start": MANY_RATES},
+    ),
+}
+
+
+@pytest.mark.parametrize("directions", [2, 130])
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_scheduled_cells_together_are_cells_one_by_one(name: str, directions: int) -> None:
+    phases, axes = SCHEDULED[name]
+    phases = [{"steps": 40} | phase for phase in phases]
+    base = {"problem": spectrum(directions), "phase": phases, "record": {"at": [0, 3, 17, 40]}}
+    sweep = Sweep(base, axes)
+    assert len(next(iter(sweep._grouped()[0])).index) >= 8
+    table, alone = sweep.run(), one_by_one(sweep)
+    pd.testing.assert_frame_equal(table, alone.run(), check_exact=True)
+    assert sweep.key == alone.key
+
+
+@pytest.mark.parametrize(
+    ("entry", "values"),
+    [
+        ("over", [5, 6, 7, 8, 9, 10, 11, 12]),  # where the schedule ends
+        ("start", [*MANY_RATES, -1.0]),  # a mistake, which its cell tells
+    ],
+)
+def test_cells_whose_schedules_differ_in_time_are_computed_one_by_one(
+    entry: str, values: list[float]
+) -> None:
+    base = BASE | {"phase": [{"algorithm": "sgd", "lr": COSINE, "steps": 20}]}
+    sweep = Sweep(base | {"record": {"at": [20]}}, {f"phase.0.lr.{entry}": values})
+    assert not list(sweep._grouped()[0])
+    if min(values) < 0.0:
+        with pytest.raises(NQMError, match=r"case 10 .*start"):
+            sweep.run()
+    else:
+        pd.testing.assert_frame_equal(sweep.run(), one_by_one(sweep).run(), check_exact=True)
+
+
 def test_a_chain_at_rest_stays_there_beside_others_that_move() -> None:
     """Lr h = 1 takes the start to 0 exactly; the matrix of the next phase overflows."""
     base = BASE | {"phase": [BASE["phase"][0], {"algorithm": "sgd", "lr": 9.0, "steps": 10**4}]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from nqm import (
 )
 from nqm.algorithms import Optimizer
 from nqm.schedule import Cosine
+from nqm.solvers import moments
 from nqm.solvers._kernels import polynomial_steps
-from nqm.solvers.polynomial_walk import Layout, _root
+from nqm.solvers.polynomial_walk import Layout
 from nqm.step_polynomial import step_polynomial, step_table
 from nqm.transition import extract, noise_moment
 from tests.nqm.test_contract import CASES
@@ -231,17 +233,27 @@ def test_every_direction_has_one_lane_and_one_part(directions, programs):
         agree(layout.factors[group], np.tile(stated, (programs, 1)), 0.0)
 
 
-@pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
-def test_a_covariance_of_one_random_number_has_a_root(scale):
-    u = np.random.default_rng(0).normal(size=(4, 3)) * np.array([1.0, 1e-9, 0.0]) * scale
-    u[2] = 0.0
-    root = _root(u[:, :, None] * u[:, None, :])
-    agree_each(np.abs(root), np.abs(u), IDENTITY)
-    apart = u[:, :, None] * u[:, None, :]
-    apart[1, 1, 1] *= 1.0 + 1e-12
-    assert _root(apart) is None
-    apart[1, 1, 1] = np.nan
-    assert _root(apart) is None
+@pytest.mark.parametrize("inner", [SGD(), HeavyBall(0.6), EMA(HeavyBall(0.5), 0.9)])
+def test_a_start_that_is_carried_as_a_vector_is_the_matrix(inner):
+    """Also in a second phase, whose start is one random number again, and between two chunks."""
+    problem = mixed(5)
+    phases = [Phase(inner, COSINE, 12, 3), Phase(HeavyBall(0.3), COSINE, 9, 3)]
+    roots = [state.root for state in moments.at_start(inner, problem)]
+    assert roots[0].shape == (5, len(inner.coordinates))
+
+    def without(*given):
+        return [replace(state, root=None) for state in begin(*given)]
+
+    begin = moments.begin
+    for at in ([12, 21], [5, 9, 21]):
+        whole = solve(problem, phases, at)
+        with mock.patch.object(moments, "begin", without):
+            plain = solve(problem, phases, at)
+        with mock.patch.object(moments, "TABLE", 5 * len(inner.coordinates) ** 2):
+            cut = solve(problem, phases, at)
+        for name in ("loss", "bias", "variance", "loss_sd", "weight_variance"):
+            agree_each(getattr(whole, name), getattr(plain, name), IDENTITY)
+            assert getattr(whole, name).tolist() == getattr(cut, name).tolist()
 
 
 @dataclass(frozen=True)
