@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -386,11 +387,17 @@ class Alike:
 
     def _made(self, of: Any, rows: Sequence[int], values: Sequence[float]) -> Schedule:
         """A schedule with other numbers."""
-        names = [self.places[i].part for i in rows]
+        names = tuple(self.places[i].part for i in rows)
         if None in names:
             return Constant(float(values[0]))
-        made: Schedule = replace(of, **dict(zip(map(str, names), values, strict=True)))
-        return made
+        return _changed(of, names, tuple(values))
+
+
+@functools.lru_cache(maxsize=2**15)
+def _changed(of: Any, names: tuple[str, ...], values: tuple[float, ...]) -> Schedule:
+    """A schedule with other numbers: asked for when cells are checked, and when they are solved."""
+    made: Schedule = replace(of, **dict(zip(names, values, strict=True)))
+    return made
 
 
 def _is_stated(program: Program, place: Place) -> bool:

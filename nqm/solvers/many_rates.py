@@ -8,6 +8,7 @@ directions are taken for each program by itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -208,15 +209,18 @@ def solve_rates(
         for index, (law, rate) in enumerate(zip(laws, rates, strict=True)):
             if index:
                 states, age = hand_over(stacked, states, laws[index - 1], law, age)
-            settings = partial(_settings, law.phase, rate)
+            # Every mode asks for the same ones.
+            settings = functools.lru_cache(maxsize=1)(partial(_settings, law.phase, rate))
             walking = Walker(stacked, law, states, age, count, settings)
             if pending and pending[0] == 0:
                 row, _ = 1, pending.pop(0)
                 sums[0, : len(states)] = _read(problem, states, age, shape)
             for start, stop, period in law.phase.segments():
                 before = _losses(problem, states[0], age + start, shape)
-                own = _law(law, settings(start, start + 1)[:, 0], problem.directions)
-                walker, unsteady = Walker(stacked, own, states, age), None
+                walker, unsteady = walking, None
+                if period is not None:
+                    own = _law(law, settings(start, start + 1)[:, 0], problem.directions)
+                    walker = Walker(stacked, own, states, age)
                 legs = walking.legs((start, stop, period), offset, pending, jump=True)
                 for position, target, records in legs:
                     here = slice(row, row + len(records))
