@@ -159,8 +159,7 @@ def best_piecewise(
         rates, lengths, loss, high = optimised_rates(
             problem, pieces, steps, batch_size, highest_lr, start
         )
-        at_bound = bool(np.any(rates[lengths > 0] >= high * (1 - 1e-9)))
-        return BestSchedule(rates, lengths, steps, loss, at_bound)
+        return BestSchedule(rates, lengths, steps, loss, _reaches(high, rates, lengths))
     high, width, best = fastest(problem, highest_lr), WIDTH, None
     while True:
         small = condense(problem, width=width)
@@ -224,9 +223,13 @@ def optimised(
         low = SLOWEST * min(high, stable(problem))
         ends = np.full(pieces, low), np.full(pieces, high)
         rates = descend(objective(lengths), [begin], *ends)
-    at_bound = bool(np.any(rates[lengths > 0] >= high * (1 - 1e-9)))
     loss = evaluate(problem, rates, lengths, batch_size).loss
-    return BestSchedule(rates, lengths, steps, loss, at_bound)
+    return BestSchedule(rates, lengths, steps, loss, _reaches(high, rates, lengths))
+
+
+def _reaches(high: float, rates: FloatArray, lengths: NDArray[np.int64]) -> bool:
+    """Whether a rate that is used is at its upper bound."""
+    return bool(np.any(rates[lengths > 0] >= high * (1 - 1e-9)))
 
 
 def on_all(found: BestSchedule, problem: Problem, batch_size: float) -> BestSchedule:

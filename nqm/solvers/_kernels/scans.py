@@ -1,12 +1,15 @@
 """Equal steps of one or two coordinates at many rates.
 
-As `powers.power_exact`, but with directions along vector lanes and from the highest bit of the
-number of steps on: A^2t and Q_2t = Q_t + A^t Q_t A^t' for each bit, one more step for each that is
-set. An error in A^t doubles with every squaring to come, so that the last `_PLAIN` of them need no
-more than one double: theirs is 2^_PLAIN units in the last place, 1e-13.
+One coordinate has a closed form: the power a^2T and the sum of all smaller ones. Two go as
+`powers.power_exact`, but with directions along vector lanes and from the highest bit of the number
+of steps on: A^2t and Q_2t = Q_t + A^t Q_t A^t' for each bit, one more step for each that is set. An
+error in A^t doubles with every squaring to come, so that the last `_PLAIN` of them need no more
+than one double: theirs is 2^_PLAIN units in the last place, 1e-13.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -19,6 +22,20 @@ _PLAIN = 10
 _NOTHING = 1e-155
 #: Largest number whose product has two doubles.
 _HUGE = 1e290
+# Bits of doubles: what moves a mantissa to 1 / sqrt 2 .. sqrt 2, the mantissa, 1 / sqrt 2, 1, 2^52.
+_ROOT_HALF, _MANTISSA = np.int64(0x3FE6A09E << 32), np.int64(0x000FFFFFFFFFFFFF)
+_ONE_BITS, _MAGIC_BITS = np.int64(0x3FF0 << 48), np.uint64(0x4330 << 48)
+_LOWEST = _ONE_BITS - _ROOT_HALF
+_MAGIC, _ROUND = 2.0**52, 1.5 * 2.0**52
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_PER_LN2 = 1.0 / math.log(2.0)
+# (log((1 + s) / (1 - s)) / s - 2) / s^2 in powers of s^2 (fdlibm), and 1 / n!.
+_L1, _L2, _L3 = 6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01
+_L4, _L5, _L6 = 2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01
+_L7 = 1.479819860511658591e-01
+_E3, _E4, _E5, _E6, _E7, _E8, _E9, _E10, _E11, _E12, _E13 = (
+    1.0 / math.factorial(n) for n in range(3, 14)
+)
 
 
 @jit
@@ -72,6 +89,38 @@ def _bits(steps):
 
 
 @jit
+def _log(x):
+    """Natural logarithm of x > 0, within one unit in the last place (as fdlibm computes it).
+
+    Written out, as `_exp`, so that loops over lanes become vector instructions. -708 for 0.
+    """
+    bits = np.float64(x).view(np.int64) + _LOWEST
+    high = np.uint64(np.uint64(bits >> 52) | _MAGIC_BITS).view(np.float64) - _MAGIC
+    k = high - 1023.0
+    f = np.int64((bits & _MANTISSA) + _ROOT_HALF).view(np.float64) - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    r = fma(z, fma(z, fma(z, fma(z, fma(z, fma(z, _L7, _L6), _L5), _L4), _L3), _L2), _L1) * z
+    half = 0.5 * f * f
+    return k * _LN2_HIGH - ((half - (s * (half + r) + k * _LN2_LOW)) - f)
+
+
+@jit
+def _exp(x):
+    """Exponential of x, and less 1: 0 below -708 and infinite above 709."""
+    shifted = fma(x, _PER_LN2, _ROUND)
+    k = shifted - _ROUND
+    r = fma(k, -_LN2_LOW, fma(k, -_LN2_HIGH, x))
+    y = fma(r, fma(r, fma(r, fma(r, fma(r, _E13, _E12), _E11), _E10), _E9), _E8)
+    y = fma(r, fma(r, fma(r, fma(r, fma(r, fma(r, y, _E7), _E6), _E5), _E4), _E3), 0.5)
+    less = fma(r * r, y, r)
+    scale = np.int64((np.float64(shifted).view(np.int64) << 52) + _ONE_BITS).view(np.float64)
+    power = fma(scale, less, scale)
+    power = 0.0 if x < -708.0 else (math.inf if x > 709.0 else power)
+    return power, (less if k == 0.0 else power - 1.0)
+
+
+@jit
 def scan1(coefficients, drive, own, steps, curvature, variance, start, weight, bias, noisy):
     """Compute the loss of one coordinate after equal steps, for many rates and directions.
 
@@ -92,41 +141,36 @@ def scan1(coefficients, drive, own, steps, curvature, variance, start, weight, b
     bias, noisy : ndarray, shape (L,)
         Outputs: loss due to the start and to noise.
     """
-    count = _bits(steps)
-    ah, al, a1, l1, q, q1 = np.empty((6, LANES))
-    s0, s1 = np.empty((2, LANES))
+    twice = 2.0 * steps
+    kept, summed, s0, s1 = np.empty((4, LANES))
     for rate in range(bias.size):
         s0[:], s1[:] = 0.0, 0.0
+        line = coefficients[0, rate, 2, 0] == 0.0 and coefficients[1, rate, 2, 0] == 0.0
+        c0, l0 = coefficients[0, rate, 0, 0], coefficients[1, rate, 0, 0]
+        c1, l1 = coefficients[0, rate, 1, 0], coefficients[1, rate, 1, 0]
+        drives, adds = drive[rate, 0], own[rate, 0]
         for b in range(curvature.shape[0]):
-            h, v = curvature[b], variance[b]
+            h, v, first = curvature[b], variance[b], start[b]
+            if line:
+                for i in range(LANES):
+                    high, low = _product2(c1, l1, h[i], 0.0)
+                    kept[i], summed[i] = _sum2(high, low, c0, l0)
+            else:
+                for i in range(LANES):
+                    kept[i], summed[i] = _entry2(coefficients, rate, 0, h[i])
             for i in range(LANES):
-                high, low = _entry2(coefficients, rate, 0, h[i])
-                ah[i], al[i], a1[i], l1[i] = high, low, high, low
-                q1[i] = drive[rate, 0] * v[i] + own[rate, 0]
-                q[i] = q1[i]
-            for bit in range(count - 2, -1, -1):
-                if bit >= _PLAIN:
-                    for i in range(LANES):
-                        q[i] += ah[i] * ah[i] * q[i]
-                        high, low = _product2(ah[i], al[i], ah[i], al[i])
-                        ah[i], al[i] = _sum2(high, 0.0, low, 0.0)
-                else:
-                    for i in range(LANES):
-                        square = ah[i] * ah[i]
-                        q[i] += square * q[i]
-                        ah[i] = square + 2.0 * ah[i] * al[i]
-                        al[i] = 0.0
-                if (steps >> bit) & 1:
-                    for i in range(LANES):
-                        q[i] = a1[i] * a1[i] * q[i] + q1[i]
-                        high, low = _product2(ah[i], al[i], a1[i], l1[i])
-                        ah[i], al[i] = _sum2(high, 0.0, low, 0.0)
-                if bit > 0 and _all_below(ah, _NOTHING):
-                    ah[:] = 0.0
-                    break
+                size = abs(kept[i])
+                low = summed[i] if kept[i] > 0.0 else -summed[i]
+                # The low part is within a rounding of 0: one digit of its quotient is enough.
+                power, less = _exp(twice * (_log(size) + low * (2.0 - size)))
+                over = (size - 1.0) + low
+                kept[i] = power * first[i] if first[i] != 0.0 else 0.0
+                q = drives * v[i] + adds
+                ratio = less / (over * (over + 2.0)) if over != 0.0 else float(steps)
+                summed[i] = q * ratio if q != 0.0 else 0.0
             for i in range(min(LANES, weight.size - b * LANES)):
-                s0[i] += weight[b * LANES + i] * (ah[i] * ah[i] * start[b, i])
-                s1[i] += weight[b * LANES + i] * q[i]
+                s0[i] += weight[b * LANES + i] * kept[i]
+                s1[i] += weight[b * LANES + i] * summed[i]
         bias[rate], noisy[rate] = s0.sum(), s1.sum()
 
 

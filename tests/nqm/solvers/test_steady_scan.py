@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -28,8 +29,12 @@ from nqm import (
     Status,
     WeightDecay,
 )
+from nqm.solvers._kernels import scans
 from tests import literal
 from tests.tolerances import IDENTITY, JUMP, agree_each
+
+#: Two units in the last place.
+ROUNDED = 2.0 * np.finfo(np.float64).eps
 
 # ------------------------------------------------------------------ steady states
 
@@ -237,3 +242,30 @@ def test_scan_of_many_directions_at_once_is_that_of_one_by_one(name, steps, monk
         assert finite[:-1].all()
         agree_each(one[finite], other[finite], JUMP)
         assert not np.isfinite(one[~finite]).any()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 999, 10**6, 10**13])
+def test_the_closed_form_of_one_coordinate_has_all_digits(steps):
+    """Against 60 digits, with 1 - lr h within 1e-9 of 1, +-1/2, 0, near -1, -1 and beyond it."""
+    for h in (1e-9, 0.5, 1.0, 1.5, 2.0 - 2.0**-40, 2.0, 2.0 + 1e-12):
+        found = nqm.scan(Problem([h], [0.25], initial_variance=1.75), SGD(), [1.0], steps)
+        with localcontext() as digits:
+            digits.prec = 60
+            square = (1 - Decimal(h)) ** 2
+            power = square**steps
+            summed = Decimal(steps) if square == 1 else (power - 1) / (square - 1)
+            expected = [Decimal(h) / 2 * part for part in (power * Decimal("1.75"), summed)]
+        agree_each(found.bias, float(expected[0]), IDENTITY)
+        agree_each(found.variance, float(expected[1] * Decimal("0.25")), IDENTITY)
+
+
+def test_logarithm_and_exponential_of_the_closed_form():
+    """Within two units in the last place of the C library's."""
+    x = np.concatenate([np.linspace(1e-3, 3.0, 999), 1.0 + 10.0 ** np.arange(-15.0, -1), [1e-300]])
+    y = np.concatenate([np.linspace(-700.0, 700.0, 999), 10.0 ** np.arange(-15.0, 0), [0.0, -0.4]])
+    agree_each(np.array([scans._log(value) for value in x]), np.log(x), ROUNDED)
+    power, less = np.array([scans._exp(value) for value in y]).T
+    agree_each(power, np.exp(y), ROUNDED)
+    agree_each(less, np.expm1(y), ROUNDED)
+    assert scans._exp(-709.0) == (0.0, -1.0)
+    assert scans._exp(710.0) == (np.inf, np.inf)
