@@ -32,6 +32,10 @@ from .amortized import AMESample as AMESample
 from .distribution import LossDistribution as LossDistribution
 from .errors import NQMError as NQMError
 from .explorer.widgets import explore as explore
+from .joint_law import JointLosses as JointLosses
+from .joint_law import LossDraws as LossDraws
+from .joint_law import Share as Share
+from .joint_law import joint_losses as joint_losses
 from .loss_curves import FittedCurve as FittedCurve
 from .loss_curves import Log as Log
 from .loss_curves import fit_loss_curves as fit_loss_curves

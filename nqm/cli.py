@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 #: Commands in a module of their own, which is read when they are asked for.
 ELSEWHERE = {
     **dict.fromkeys(
-        ("bound", "critical-batch", "edge", "fit", "optimize", "soup", "versus"), "nqm.commands"
+        ("bound", "critical-batch", "edge", "fit", "optimize", "soup", "time-to-target", "versus"),
+        "nqm.commands",
     ),
     "explore": "nqm.explorer.cli",
 }

@@ -1,4 +1,4 @@
-"""Commands on what is best and possible: edge, critical-batch, optimize, soup, bound, versus, fit.
+"""Commands on what is best and possible, of single runs too: edge, optimize, soup, versus, fit ...
 
 They read the same files as ``nqm run``. This module imports only click at the top.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nqm.runs.config import Run
     from nqm.soups import Soup
     from nqm.table import Stamp
+    from nqm.versus import Versus
 
 
 def _opened(file: str, overrides: tuple[str, ...], command: dict[str, Any]) -> tuple[Run, Stamp]:
@@ -401,6 +402,19 @@ def _ingredients(made: Soup, names: list[str]) -> pd.DataFrame:
 @click.option(
     "--power", type=float, default=0.9, show_default=True, help="Probability that it succeeds."
 )
+@click.option(
+    "--streams",
+    type=click.Choice(["own", "common"]),
+    default="own",
+    show_default=True,
+    help="Independent runs, or pairs of one start and the same minibatches.",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    help="Draw so many runs, for the probability of a lower loss at every record of FILE.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of those.")
 @options("out", "json")
 def versus(
     file: str,
@@ -408,21 +422,27 @@ def versus(
     overrides: tuple[str, ...],
     level: float,
     power: float,
+    streams: str,
+    replicas: int | None,
+    seed: int,
     out: str | None,
     as_json: bool,
 ) -> None:
     """Compute which of two programs has the lower loss in one run, and the runs that show it.
 
-    At the end of both: the probability that a run of FILE has a lower loss than an independent one
-    of OTHER, the difference of their means, and the number of runs of each with which Welch's
-    test tells the means apart. --set changes FILE.
+    At the end of both: the probability that a run of FILE has a lower loss than one of OTHER, the
+    difference of their means, and the number of runs of each with which Welch's test tells the
+    means apart; with common streams the number of pairs for a paired test. --set changes FILE.
 
     \b
     nqm versus cosine.toml wsd.toml
     nqm versus sgd.toml sgd.toml --set phase.0.lr=0.2 --json
+    nqm versus cosine.toml wsd.toml --streams common --replicas 10000
     """
     second, theirs = _opened(other, (), {})
     stated = {"name": "versus", "level": level, "power": power, "other": theirs.config}
+    stated |= {"streams": streams} if streams != "own" else {}
+    stated |= {"replicas": replicas, "seed": seed} if replicas else {}
     job, stamp = _opened(file, overrides, stated)
 
     def compute() -> pd.DataFrame:
@@ -431,6 +451,8 @@ def versus(
         from nqm.errors import NQMError
         from nqm.versus import compare_runs
 
+        if streams == "common" or replicas:
+            return _joint_versus(job, second, (level, power), streams, replicas, seed)
         laws = []
         for name, one in ((file, job), (other, second)):
             end = replace(one, at=[one.program.steps], quantiles=(), bound=False)
@@ -440,13 +462,100 @@ def versus(
                 raise NQMError(f"{name}: the program diverges, so that its loss has no mean")
             laws.append(law)
         found = compare_runs(*laws, level=level, power=power)
-        runs, ordered = (float("nan") if n is None else n for n in (found.runs, found.ordered_runs))
-        return pd.DataFrame(
-            {"loss": laws[0].mean, "other_loss": laws[1].mean, "probability": found.probability,
-             "difference": found.difference, "difference_sd": found.difference_sd, "runs": runs,
-             "ordered_runs": ordered},
-            index=[0],
-        )  # fmt: skip
+        return pd.DataFrame(_versus_row(laws[0].mean, laws[1].mean, found), index=[0])
+
+    deliver(compute, stamp, as_json, out)
+
+
+def _versus_row(loss: float, other_loss: float, found: Versus) -> dict[str, float]:
+    runs, ordered = (float("nan") if n is None else n for n in (found.runs, found.ordered_runs))
+    return {
+        "loss": loss,
+        "other_loss": other_loss,
+        "probability": found.probability,
+        "difference": found.difference,
+        "difference_sd": found.difference_sd,
+        "runs": runs,
+        "ordered_runs": ordered,
+    }
+
+
+def _joint_versus(
+    job: Run,
+    second: Run,
+    test: tuple[float, float],
+    streams: str,
+    replicas: int | None,
+    seed: int,
+) -> pd.DataFrame:
+    """Row of `versus` by the joint law of both programs."""
+    import numpy as np
+    import pandas as pd
+
+    from nqm.errors import NQMError
+    from nqm.joint_law import joint_losses
+
+    problem, other = (one.additive("versus") for one in (job, second))
+    names = ("curvature", "noise_variance", "multiplicity", "initial_mean", "initial_variance",
+             "minimum")  # fmt: skip
+    if not all(np.array_equal(getattr(problem, name), getattr(other, name)) for name in names):
+        raise NQMError("--streams common and --replicas need one problem in both files")
+    programs = job.program, second.program
+    end = max(program.steps for program in programs)
+    at = job.program.recorded(job.at)
+    joint = joint_losses(problem, programs, sorted({*at, end}), streams=streams)
+    level, power = test
+    found = joint.compare(level=level, power=power)
+    row = _versus_row(float(joint.loss[0, -1]), float(joint.loss[1, -1]), found)
+    if replicas:
+        always = joint.draw(replicas, seed=seed).always_below()
+        row |= {"always_below": always.probability, "always_low": always.low,
+                "always_high": always.high}  # fmt: skip
+    return pd.DataFrame(row, index=[0])
+
+
+@click.command("time-to-target")
+@options("file", "set")
+@click.option("--target", type=float, required=True, help="Loss that a run is to reach.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="Runs that are drawn.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of those.")
+@options("out", "json")
+def time_to_target(
+    file: str,
+    overrides: tuple[str, ...],
+    target: float,
+    replicas: int,
+    seed: int,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Estimate when single runs of a program reach a loss.
+
+    At every record: the expected loss, and the probability that a run was at the target at this
+    record or an earlier one, with its 95 % interval. Runs are drawn at the records only.
+
+    \b
+    nqm time-to-target sgd.toml --target 0.05
+    nqm time-to-target late.toml --target 0.05 --set record.at=[100,200,300]
+    """
+    stated = {"name": "time-to-target", "target": target, "replicas": replicas, "seed": seed}
+    job, stamp = _opened(file, overrides, stated)
+    problem = job.additive("time-to-target")
+
+    def compute() -> pd.DataFrame:
+        from nqm.joint_law import joint_losses
+
+        joint = joint_losses(problem, job.program, job.at)
+        table = joint.draw(replicas, seed=seed).time_to_target(target)
+        table.insert(1, "examples", job.program.examples(table["step"].tolist()))
+        table.insert(2, "loss", joint.loss[0])
+        return table
 
     deliver(compute, stamp, as_json, out)
 

@@ -72,6 +72,12 @@ COLUMNS: dict[str, Column] = {
         "ordered runs", "", "of each, for the better one to have the lower mean"
     ),
     "difference_sd": Column("sd of the difference", "", "of one run of each"),
+    "always_below": Column("always lower", "", "probability of a lower loss at every record"),
+    "always_low": Column("lowest always_below", "", "lower end of its 95 % interval"),
+    "always_high": Column("highest always_below", "", "upper end of its 95 % interval"),
+    "reached": Column("reached", "", "probability that a run was at the target by this record"),
+    "reached_low": Column("lowest reached", "", "lower end of its 95 % interval"),
+    "reached_high": Column("highest reached", "", "upper end of its 95 % interval"),
     "phase": Column("phase", "", "number of the phase, from 0", "int64"),
     "algorithm": Column("algorithm", "", "method of the phase", "str"),
     "edge": Column("stability edge", "", "least constant rate at which a direction is unstable"),

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from nqm.distribution import LossDistribution
 from nqm.errors import NQMError, check_integer, check_number
-from nqm.problems.quadratic import FloatArray
+from nqm.problems.quadratic import FloatArray, Problem
 from nqm.words import short_html, short_repr
 
 #: Relative agreement of two rules that is asked for.
@@ -35,6 +36,13 @@ REACH = 4.0
 LEAN = 0.5
 #: Where no singularity limits a contour it may cross the axis so many times farther out.
 EDGELESS = 1e3
+#: Least sd of the difference of two dependent losses, in units of theirs: its square is known to
+#: rounding over the square of this.
+ALIKE = 1e-4
+#: Relative difference of two losses that is rounding; and of directions in a chi-square.
+ROUNDING = 1e-13
+#: Largest shift of a square that is not taken for a linear term.
+SHIFT = 1e3
 #: Most runs that are searched.
 MOST_RUNS = 10**9
 
@@ -95,19 +103,22 @@ def compare_runs(
     NQMError
         If `level` or `power` is out of range, or the probability is not accurate to 1e-9.
     """
+    _check_test(level, power)
+    return Versus(
+        probability=win_probability(first, second),
+        difference=second.mean - first.mean,
+        difference_sd=math.hypot(first.sd, second.sd),
+        runs=_runs(second.mean - first.mean, first.sd, second.sd, level, power),
+        ordered_runs=_ordered_runs(first, second, power),
+    )
+
+
+def _check_test(level: float, power: float) -> None:
     check_number(
         "compare_runs.level", level, low=0.0, high=1.0, closed_low=False, closed_high=False
     )
     check_number(
         "compare_runs.power", power, low=level, high=1.0, closed_low=False, closed_high=False
-    )
-    difference = second.mean - first.mean
-    return Versus(
-        probability=win_probability(first, second),
-        difference=difference,
-        difference_sd=math.hypot(first.sd, second.sd),
-        runs=_runs(difference, first.sd, second.sd, level, power),
-        ordered_runs=_ordered_runs(first, second, power),
     )
 
 
@@ -149,11 +160,16 @@ def win_probability(first: LossDistribution, second: LossDistribution, *, runs: 
 
 @dataclass(frozen=True)
 class _Difference:
-    """Generating function of D = gap + sum of chi-squares with weights of both signs."""
+    """Generating function of D = gap + sum of squares with weights of both signs.
+
+    Each of `count` independent terms is ``spread (g + shift)^2 + 2 b g`` of a standard normal g,
+    with place = spread shift^2, and linear = b^2 where the square's weight is too small for it.
+    """
 
     count: FloatArray
     spread: FloatArray
     place: FloatArray
+    linear: FloatArray
     gap: float
 
     @classmethod
@@ -162,24 +178,38 @@ class _Difference:
     ) -> _Difference:
         """The difference of the means of `runs` losses each, in units of `unit`."""
         parts = [(one.parts, sign) for one, sign in ((first, 1.0), (second, -1.0))]
-        return cls(
-            runs * np.concatenate([count for (count, _, _), _ in parts]),
-            np.concatenate([sign * spread / (unit * runs) for (_, spread, _), sign in parts]),
-            np.concatenate([sign * place / (unit * runs) for (_, _, place), sign in parts]),
-            (first.offset - second.offset) / unit,
+        count, spread, place = (
+            np.concatenate([part[k] * (sign if k else 1.0) for part, sign in parts])
+            for k in range(3)
+        )
+        gap = first.offset - second.offset
+        return cls(count, spread, place, np.zeros_like(spread), gap).mean_of(runs, unit)
+
+    def mean_of(self, runs: int, unit: float) -> _Difference:
+        """The mean of so many independent ones, in units of `unit`."""
+        size = unit * runs
+        return _Difference(
+            runs * self.count,
+            self.spread / size,
+            self.place / size,
+            self.linear / size**2,
+            self.gap / unit,
         )
 
     def generating(self, t: FloatArray) -> FloatArray:
         """K(t) of complex t, shape (k,)."""
-        rest = 1.0 - 2.0 * self.spread * t[:, None]
-        terms = -0.5 * np.log(rest) + self.place * t[:, None] / rest
-        return np.asarray(terms @ self.count + self.gap * t)
+        t = t[:, None]
+        rest = 1.0 - 2.0 * self.spread * t
+        terms = -0.5 * np.log(rest) + (self.place + 2.0 * self.linear * t) * t / rest
+        return np.asarray(terms @ self.count + self.gap * t[:, 0])
 
     def tail(self, side: float) -> float:
         """P(D > 0) for side 1, P(D < 0) for side -1."""
         largest = float((side * self.spread).max())
-        if largest <= 0.0:  # D varies to the other side only, and the gap decides
+        if largest <= 0.0:  # no singularity on this side; the gap or the linear terms decide
             largest = float(np.abs(self.spread).max()) / EDGELESS
+        if largest == 0.0:  # D is Gaussian
+            return NormalDist().cdf(side * self.gap / (2.0 * math.sqrt(self.count @ self.linear)))
         edge = 0.5 / largest
 
         def exponent(log_t: float) -> float:
@@ -217,6 +247,171 @@ class _Difference:
             "win_probability: the probability is not accurate to 1e-9 for these losses; compare "
             "samples of nqm.sample"
         )
+
+
+@dataclass(frozen=True)
+class QuadraticDifference:
+    """D = L_first - L_second of two losses whose weights are jointly Gaussian by direction.
+
+    Attributes
+    ----------
+    form : _Difference
+        Its generating function.
+    mean, sd : float
+    """
+
+    form: _Difference
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, problem: Problem, mean: FloatArray, covariance: FloatArray) -> QuadraticDifference:
+        """Build it from the moments of both weights.
+
+        With covariance F F', W = h/2 diag(1, -1) and F' W F = U diag(spread) U' it is, for every
+        direction, a sum of spread g^2 + 2 b g with b = U' F' W mean, and mean' W mean.
+
+        Parameters
+        ----------
+        problem : Problem
+            With independent directions.
+        mean : ndarray, shape (d, 2)
+        covariance : ndarray, shape (d, 2, 2)
+
+        Returns
+        -------
+        QuadraticDifference
+
+        Raises
+        ------
+        NQMError
+            If the losses are so alike that rounding decides.
+        """
+        used = problem.weight > 0.0
+        count = problem.multiplicity[used]
+        half = problem.weight[used] / count
+        mean, covariance = mean[used], covariance[used]
+        size = covariance[:, [0, 1], [0, 1]].max(axis=1, initial=0.0) + (mean**2).max(axis=1)
+        gaps = mean[:, 0] - mean[:, 1], *(covariance[:, 0] - covariance[:, 1]).T
+        scale = np.sqrt(size), size, size
+        if all((np.abs(g) <= ROUNDING * s).all() for g, s in zip(gaps, scale, strict=True)):
+            none = np.zeros(0)
+            return cls(_Difference(none, none, none, none, 0.0), 0.0, 0.0)
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+        signed = half[:, None, None] * root * np.array([1.0, -1.0])[:, None]  # W F
+        spread, axes = np.linalg.eigh(root.swapaxes(1, 2) @ signed)
+        linear = np.einsum("dij,dki,dk->dj", axes, signed, mean)
+        fixed = half * (mean[:, 0] ** 2 - mean[:, 1] ** 2)
+        total = float(count @ (spread.sum(axis=1) + fixed))
+        squares = 2.0 * spread**2 + 4.0 * linear**2
+        sd = math.sqrt(float(count @ squares.sum(axis=1)))
+        own = 2.0 * half[:, None] ** 2 * np.einsum("dii->di", covariance) * (
+            np.einsum("dii->di", covariance) + 2.0 * mean**2
+        )  # fmt: skip
+        loss_sd = math.sqrt(float(count @ own.sum(axis=1)))
+        if loss_sd and sd < ALIKE * loss_sd and np.abs(covariance[:, 0, 1]).any():
+            raise NQMError(
+                "the two losses differ by less than 1e-4 of their scatter, and rounding would "
+                "decide which is the lower one; compare programs that differ more"
+            )
+        squared = np.abs(linear) <= SHIFT * np.abs(spread)
+        place = np.divide(
+            linear**2, spread, out=np.zeros_like(linear), where=squared & (spread != 0)
+        )
+        gap = float(count @ (fixed - place.sum(axis=1)))
+        moving = squares > 0.0
+        counts = np.broadcast_to(count[:, None], spread.shape)
+        form = _Difference(
+            counts[moving],
+            spread[moving],
+            place[moving],
+            np.where(squared, 0.0, linear**2)[moving],
+            gap,
+        )
+        return cls(form, total, sd)
+
+    def negative(self, runs: int = 1) -> float:
+        """P(mean of `runs` differences < 0), and half of the probability that it is 0.
+
+        Parameters
+        ----------
+        runs : int
+            Independent pairs, >= 1.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        NQMError
+            If it is not accurate to 1e-9.
+        """
+        if not self.sd:
+            return 0.5 if self.form.gap == 0.0 else float(self.form.gap < 0.0)
+        form = self.form.mean_of(runs, self.sd)
+        below = self.mean > 0.0  # then P(D < 0) is the smaller part, found without cancelling
+        found = form.tail(-1.0 if below else 1.0)
+        return float(found if below else 1.0 - found)
+
+
+def compare_difference(
+    difference: QuadraticDifference,
+    sds: tuple[float, float] | None,
+    level: float,
+    power: float,
+) -> Versus:
+    """Compare two methods by the law of the difference of their losses.
+
+    Parameters
+    ----------
+    difference : QuadraticDifference
+        Loss of the first less that of the second.
+    sds : (float, float), optional
+        Standard deviations of both losses for Welch's test of independent runs; a paired test by
+        default.
+    level, power : float
+        As in `compare_runs`.
+
+    Returns
+    -------
+    Versus
+    """
+    _check_test(level, power)
+    gap = -difference.mean
+    sign = 1.0 if gap > 0.0 else -1.0
+
+    def ordered(runs: int) -> bool:
+        below = difference.negative(runs)
+        return (below if sign > 0.0 else 1.0 - below) >= power
+
+    runs = _pairs(gap, difference.sd, level, power) if sds is None else None
+    return Versus(
+        probability=difference.negative(),
+        difference=gap,
+        difference_sd=difference.sd,
+        runs=runs if sds is None else _runs(gap, *sds, level, power),
+        ordered_runs=None if gap == 0.0 else _fewest(ordered, 1),
+    )
+
+
+def _pairs(difference: float, sd: float, level: float, power: float) -> int | None:
+    """Fewest pairs of runs with which a paired t test has the power; None if it never has."""
+    from scipy import stats  # slow to load
+
+    if difference == 0.0:
+        return None
+    if sd == 0.0:
+        return 2
+
+    def enough(n: int) -> bool:
+        away = abs(difference) * math.sqrt(n) / sd
+        if n > 1e4:
+            return bool(away >= stats.norm.isf(level / 2) + stats.norm.ppf(power))
+        return bool(stats.nct.sf(stats.t.isf(level / 2, n - 1), n - 1, away) >= power)
+
+    return _fewest(enough, 2)
 
 
 def _runs(
