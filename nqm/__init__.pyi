@@ -7,6 +7,7 @@ from .algorithms import SGD as SGD
 from .algorithms import SWA as SWA
 from .algorithms import Adam as Adam
 from .algorithms import Algorithm as Algorithm
+from .algorithms import CorrelatedNoise as CorrelatedNoise
 from .algorithms import DelayedSGD as DelayedSGD
 from .algorithms import Ensemble as Ensemble
 from .algorithms import Federated as Federated

@@ -316,6 +316,29 @@ def delayed_sgd(
     return np.stack(path)
 
 
+def correlated_noise(
+    h: Array,
+    v: Array,
+    start: Array,
+    lr: ArrayLike,
+    batch_size: ArrayLike,
+    steps: int,
+    rng: Rng,
+    *,
+    correlation: float,
+    inner: Inner = "sgd",
+    momentum: float = 0.0,
+) -> Array:
+    """SGD or momentum whose gradient noise is a first-order autoregression from 0."""
+    path, buffer, noise = [start], np.zeros_like(start), np.zeros_like(start)
+    for _, (eta, size) in enumerate(_plan(steps, lr, batch_size)):
+        fresh = np.sqrt(v / size) * _normal(rng, start.shape)
+        noise = correlation * noise + np.sqrt(1.0 - correlation**2) * fresh
+        buffer, step = _step(inner, momentum, buffer, h * path[-1] + noise)
+        path.append(path[-1] - eta * step)
+    return np.stack(path)
+
+
 def pace(
     h: Array,
     v: Array,

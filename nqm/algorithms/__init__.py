@@ -11,6 +11,7 @@ from nqm.algorithms.base import LimitingCase as LimitingCase
 from nqm.algorithms.base import Mode as Mode
 from nqm.algorithms.base import Nonlinear as Nonlinear
 from nqm.algorithms.base import Optimizer as Optimizer
+from nqm.algorithms.correlated_noise import CorrelatedNoise as CorrelatedNoise
 from nqm.algorithms.decay import WeightDecay as WeightDecay
 from nqm.algorithms.delay import DelayedSGD as DelayedSGD
 from nqm.algorithms.federated import FedProx as FedProx
@@ -55,6 +56,7 @@ ROSTER: dict[str, type[Algorithm] | type[Nonlinear]] = {
     "scaffold": Scaffold,
     "weight_decay": WeightDecay,
     "rounded": Rounded,
+    "correlated_noise": CorrelatedNoise,
     "ensemble": Ensemble,
     "late_phase": LatePhase,
     "late_phase_multiplicative": MultiplicativeLatePhase,

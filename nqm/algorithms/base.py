@@ -242,6 +242,11 @@ class Algorithm(ABC):
         return 1
 
     @property
+    def independent_noise(self) -> bool:
+        """Whether the gradient noise of every step is fresh, as bounds by examples suppose."""
+        return True
+
+    @property
     def constants(self) -> Mapping[str, str]:
         """Coordinates that `update` never changes, and their position: "start" or "origin".
 
@@ -459,6 +464,10 @@ class Around(Algorithm):
     @property
     def rate_count(self) -> int:
         return self.inner.rate_count
+
+    @property
+    def independent_noise(self) -> bool:
+        return self.inner.independent_noise
 
     @property
     def constants(self) -> Mapping[str, str]:

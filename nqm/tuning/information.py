@@ -140,9 +140,9 @@ def program_bound(
     Returns
     -------
     ndarray, shape (len(at),)
-        Expected losses. NaN where the bound does not hold: methods without exact moments, and
-        methods that know the origin of weight space (weight decay towards it, federated clients),
-        which may be the minimum.
+        Expected losses. NaN where the bound does not hold: methods without exact moments, noise
+        that is correlated in time, and methods that know the origin of weight space (weight decay
+        towards it, federated clients), which may be the minimum.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def program_bound(
     algorithms = [phase.algorithm for phase in program.phases]
     first = algorithms[0]
     linear = [one for one in algorithms if isinstance(one, Algorithm)]
-    known = any("origin" in one.constants.values() for one in linear)
+    known = any("origin" in one.constants.values() or not one.independent_noise for one in linear)
     if known or len(linear) < len(algorithms) or not isinstance(first, Algorithm):
         return np.full(len(wanted), np.nan)
     starts = embedding(first)[0].shape[1]

@@ -78,8 +78,8 @@ class _Probed(Algorithm):
         new = self.chain.update(state[:-1], recorder, lr, t)
         if len(recorder.points) != 1:
             raise NQMError(
-                "least squares needs one minibatch per member and step; "
-                f"{type(self.chain).__name__} draws {len(recorder.points)}"
+                "least squares needs one gradient per member and step; "
+                f"{type(self.chain).__name__} takes {len(recorder.points)}"
             )
         return (*new, recorder.points[0])
 
