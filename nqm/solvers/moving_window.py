@@ -39,16 +39,33 @@ def fits(problem: Problem, program: Program) -> bool:
     bool
         False also if an earlier phase has snapshots that the last one would continue.
     """
-    last, algorithm = program.phases[-1], program.phases[-1].algorithm
-    if not isinstance(algorithm, LAWA) or algorithm.window <= SHORT or problem.correlated:
-        return False
-    if not last.constant or algorithm.inner.time != TimeDependence():
+    algorithm = program.phases[-1].algorithm
+    if not isinstance(algorithm, LAWA) or not is_long(problem, program.phases[-1]):
         return False
     if len(program.phases) == 1:
         return True
     old = program.phases[-2].algorithm
     taken = {*algorithm.kept, *SWA(algorithm.inner, algorithm.every).kept}
     return isinstance(old, Algorithm) and not taken & set(old.coordinates)
+
+
+def is_long(problem: Problem, phase: Phase) -> bool:
+    """Tell whether a phase has a long window at constant rates.
+
+    Parameters
+    ----------
+    problem : Problem
+        Problem of d directions.
+    phase : Phase
+
+    Returns
+    -------
+    bool
+    """
+    algorithm = phase.algorithm
+    if not isinstance(algorithm, LAWA) or algorithm.window <= SHORT or problem.correlated:
+        return False
+    return phase.constant and algorithm.inner.time == TimeDependence()
 
 
 def solve(

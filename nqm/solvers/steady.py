@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import pandas as pd
 
-from nqm.algorithms.averaging import SWA
+from nqm.algorithms.averaging import LAWA, SWA
 from nqm.algorithms.base import Algorithm
 from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.algorithms.wrapper import Wrapper
 from nqm.errors import NQMError
 from nqm.problems.least_squares import LeastSquares, any_problem
 from nqm.problems.quadratic import FloatArray, Problem
-from nqm.program import Phase, one_phase
-from nqm.result import Kind, Status
+from nqm.program import Phase, Program, one_phase
+from nqm.result import WITHIN_RANGE, Kind, Status
+from nqm.solvers import moving_window
 from nqm.solvers._kernels.powers import stationary_exact
-from nqm.solvers.moments import phase_cycles, whole_period
+from nqm.solvers.first_order_range import first_order_errors
+from nqm.solvers.moments import Map, phase_cycles, power, whole_period
 from nqm.solvers.multiplicative_long_run import balance_point
 from nqm.transition import readout, spectral_radius
 from nqm.words import short_html, short_repr
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from nqm.distribution import LossDistribution
     from nqm.solvers.least_squares.moments import CoupledSteady
 
+#: Share of the start's loss at which the start counts as forgotten.
+FORGOTTEN = 1e-3
 #: A number of steps after which every finite window is full; a multiple of any usual period.
 LONG = 720_720
 
@@ -90,13 +95,32 @@ class Steady:
             variance = steady_pairs(self.problem, self.phase) + np.diag(np.nan_to_num(variance))
         return LossDistribution(self.problem, self.weight_mean, variance)
 
+    @cached_property
+    def in_range(self) -> bool:
+        """Whether a first-order steady state is estimated to be within 5 % of the true loss.
+
+        The true loss is that of a run when it has forgotten its start, to a share of 1e-3 in the
+        slowest direction: from there on noise moves it slowly to the long-run floor. True for
+        exact results; False where unstable.
+        """
+        if self.kind is Kind.EXACT:
+            return True
+        if self.status is Status.DIVERGED:
+            return False
+        period = whole_period(self.phase)
+        cycles = 1 + int(math.log(FORGOTTEN) / (2.0 * math.log(max(self.radius, 1e-300))))
+        run = replace(self.phase, steps=period * cycles)
+        second = np.nan_to_num(self.weight_mean**2 + self.weight_variance)[None]
+        errors = first_order_errors(self.problem, Program((run,)), [run.steps], second)
+        return bool(errors[0] <= WITHIN_RANGE)
+
     def table(self) -> pd.DataFrame:
         """Tabulate the losses.
 
         Returns
         -------
         DataFrame
-            One row with columns loss, member_loss, radius, status, kind.
+            One row with columns loss, member_loss, radius, status, kind, in_range.
         """
         return pd.DataFrame(
             {
@@ -105,6 +129,7 @@ class Steady:
                 "radius": [self.radius],
                 "status": [str(self.status)],
                 "kind": [str(self.kind)],
+                "in_range": [self.in_range],
             }
         )
 
@@ -152,7 +177,10 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
 
         return least_squares.steady(problem, phase)
     check_settles(phase.algorithm)
-    modes, starts, cycles = phase_cycles(problem, phase)
+    # The snapshots of a long window are not carried along: its mean is found afterwards.
+    window = _long_window(problem, phase)
+    carried = phase if window is None else replace(phase, algorithm=window.inner)
+    modes, starts, cycles = phase_cycles(problem, carried)
     curved = problem.curvature > 0
     mask = phase.algorithm.member_mask(problem) if isinstance(phase.algorithm, Algorithm) else None
     variances, means, radius = [], [], 0.0
@@ -179,7 +207,12 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
             pull += c[still]
             mean[here] = np.einsum("dk,dk->d", pull, start.mean[here][:, still])
             fixed = start.started[np.ix_(here, still, still)]
-            variance[here] = np.einsum("i,dij,j->d", c[~still], solved, c[~still])
+            if window is None:
+                variance[here] = np.einsum("i,dij,j->d", c[~still], solved, c[~still])
+            else:
+                one = Map(np.ascontiguousarray(moving), kicks, np.ascontiguousarray(moving_low))
+                apart = power(one, window.every, exact=True)
+                variance[here] = _mean_variance(apart, solved, c, window.window)
             variance[here] += np.einsum("dk,dkl,dl->d", pull, fixed, pull)
         else:
             variance[here] = np.nan
@@ -195,7 +228,7 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
         loss=losses[0] if stable else np.nan,
         member_loss=sum(losses) if stable else np.nan,
         status=Status.FINISHED if stable else Status.DIVERGED,
-        radius=radius,
+        radius=radius if window is None else radius**window.every,
         kind=Kind.EXACT if isinstance(phase.algorithm, Algorithm) else Kind.FIRST_ORDER,
         weight_variance=variances[0],
         deviation_variance=deviation,
@@ -203,6 +236,31 @@ def steady(problem: Problem | LeastSquares, phase: Phase) -> Steady | CoupledSte
         problem=problem,
         phase=phase,
     )
+
+
+def _long_window(problem: Problem, phase: Phase) -> LAWA | None:
+    """The average of a phase if its window is long and nothing pulls its weights."""
+    algorithm = phase.algorithm
+    if not isinstance(algorithm, LAWA) or algorithm.constants:
+        return None
+    return algorithm if moving_window.is_long(problem, phase) else None
+
+
+def _mean_variance(step: Map, settled: FloatArray, weights: FloatArray, window: int) -> FloatArray:
+    """Variance (d,) of the mean of the last snapshots, `step` apart, in the steady state `settled`.
+
+    From the steady state a running sum of the weights is carried through as many snapshots.
+    """
+    d, n = settled.shape[:2]
+    lift = np.vstack([np.eye(n), weights])  # the state after a step, and the weights there
+    matrix, noise, low = np.zeros((3, d, n + 1, n + 1))
+    matrix[:, :, :n], low[:, :, :n] = lift @ step.matrix, lift @ step.low
+    matrix[:, n, n] = 1.0
+    noise[...] = lift @ step.noise @ lift.T
+    many = power(Map(matrix, noise, low), window)
+    row = many.matrix[:, n, :n]
+    total = np.einsum("di,dij,dj->d", row, settled, row) + many.noise[:, n, n]
+    return np.asarray(total / window**2)
 
 
 def _response(moving: FloatArray, low: FloatArray, pulled: FloatArray) -> FloatArray:
@@ -226,8 +284,8 @@ def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns loss, member_loss, radius (for least squares kappa as well), status, kind; one row
-        for the steady state and one of kind "long_run" for the floor.
+        Columns loss, member_loss, radius (for least squares kappa as well), status, kind, in_range;
+        one row for the steady state and one of kind "long_run" for the floor.
     """
     now = steady(problem, phase)
     table = now.table()
@@ -249,6 +307,7 @@ def settle(problem: Problem, phase: Phase) -> pd.DataFrame:
         radius=np.nan,
         status=str(status),
         kind=str(Kind.LONG_RUN),
+        in_range=True,
     )
     return pd.concat([table, row], ignore_index=True)
 

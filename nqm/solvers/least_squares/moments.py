@@ -425,11 +425,12 @@ class CoupledSteady:
         Returns
         -------
         DataFrame
-            One row with columns loss, member_loss, radius, kappa, status, kind.
+            One row with columns loss, member_loss, radius, kappa, status, kind, in_range.
         """
         names = ("loss", "member_loss", "radius", "kappa")
         row: dict[str, Any] = {name: [getattr(self, name)] for name in names}
-        return pd.DataFrame(row | {"status": [str(self.status)], "kind": [str(Kind.EXACT)]})
+        row |= {"status": [str(self.status)], "kind": [str(Kind.EXACT)], "in_range": [True]}
+        return pd.DataFrame(row)
 
 
 def steady(problem: LeastSquares, phase: Phase) -> CoupledSteady:

@@ -269,3 +269,61 @@ def test_logarithm_and_exponential_of_the_closed_form():
     agree_each(less, np.expm1(y), ROUNDED)
     assert scans._exp(-709.0) == (0.0, -1.0)
     assert scans._exp(710.0) == (np.inf, np.inf)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        SGD(),
+        HeavyBall(0.7),
+        EMA(SGD(), 0.9),
+        LatePhase(3, gamma="mean", inner=HeavyBall(0.5), directions=(0, 1)),
+    ],
+    ids=lambda inner: type(inner).__name__,
+)
+@pytest.mark.parametrize("every", [1, 3])
+def test_long_windows_settle_as_their_snapshots_carried_along(inner, every, problem, monkeypatch):
+    phase = Phase(LAWA(inner, every, 20), 0.3, 1, 4)
+    found = nqm.steady(problem, phase)
+    monkeypatch.setattr("nqm.solvers.moving_window.SHORT", 10**9)
+    carried = nqm.steady(problem, phase)
+    agree_each([found.loss, found.member_loss], [carried.loss, carried.member_loss], JUMP)
+    agree_each(found.weight_variance, carried.weight_variance, JUMP)
+    assert found.radius == pytest.approx(carried.radius, rel=1e-6)  # a power of that of one step
+
+
+def test_a_window_of_a_million_snapshots_in_closed_form():
+    """Its variance is s / w (1 + r^k) / (1 - r^k), less 2 s r^k (1 - r^(k w)) / (w (1 - r^k))^2."""
+    h, v, lr, every, window = np.array([1.0, 0.2]), np.array([2.0, 1.0]), 0.3, 3, 10**6
+    found = nqm.steady(Problem(h, v), Phase(LAWA(SGD(), every, window), lr, 1, 4))
+    s, r = literal.sgd_steady(h, v, lr, 4), (1.0 - lr * h) ** every
+    near = s / window * (1.0 + r) / (1.0 - r)
+    expected = near - 2.0 * s * r * (1.0 - r**window) / (window * (1.0 - r)) ** 2
+    agree_each(found.weight_variance, expected, JUMP)
+
+
+@pytest.mark.parametrize("variance", [0.01, 0.4])
+@pytest.mark.parametrize("lr", [0.02, 0.1])
+@pytest.mark.parametrize(
+    ("start", "inside"), [({}, True), ({"initial_mean": 0.3}, False)], ids=["minimum", "off"]
+)
+def test_a_first_order_steady_state_says_whether_it_is_in_range(variance, lr, start, inside):
+    """Against the moment closure, when the start has decayed to 1e-3 of its loss."""
+    start = {"minimum": 1.0, "initial_variance": 0.0} | start
+    problem = Problem([1.0], [variance], **start)
+    late = MultiplicativeLatePhase(4, gamma="mean")
+    found = nqm.steady(problem, Phase(late, lr, 1))
+    steps = int(np.ceil(np.log(1e-3) / (2.0 * np.log(found.radius))))
+    truth = nqm.moment_closure(problem, Phase(late, lr, steps), [steps])
+    off = abs(found.loss / truth.loss[0] - 1), abs(found.member_loss / truth.member_loss[0] - 1)
+    assert (max(off) < 0.05) == inside  # the estimate is that of all first-order results
+    assert found.in_range == inside
+    assert found.table()["in_range"].tolist() == [inside]
+
+
+def test_steady_tables_of_exact_results_are_in_range(problem):
+    assert nqm.steady(problem, Phase(SGD(), 0.1, 1)).table()["in_range"].all()
+    assert nqm.steady(nqm.LeastSquares([1.0], 0.1), Phase(SGD(), 0.1, 1)).table()["in_range"].all()
+    late = Phase(MultiplicativeLatePhase(4), 50.0, 1)
+    one = Problem([1.0], [1.0], minimum=1.0)
+    assert not nqm.steady(one, late).table()["in_range"].any()
