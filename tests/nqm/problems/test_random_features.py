@@ -73,6 +73,81 @@ def test_draws_scatter_about_it():
     assert np.all(np.abs(losses.mean(axis=0) - found) < 4 * error + 2 * found / features)
 
 
+def volterra(forcing, kernel):
+    """P(t) = F(t) + sum_(s < t) K(t - 1 - s) P(s), step by step."""
+    risk = np.empty_like(forcing)
+    for t in range(len(risk)):
+        risk[t] = forcing[t] + kernel[:t][::-1] @ risk[:t]
+    return risk
+
+
+def one_step(z, lr, batch_size):
+    """Factor of a mode's squared error in a step (Paquette et al. 2024, with lr = gamma B)."""
+    return 1.0 - 2.0 * lr * z + lr**2 * (1.0 + 1.0 / batch_size) * z**2
+
+
+SETTINGS = pytest.mark.parametrize(
+    ("features", "hidden", "alpha", "beta"),
+    [(50, 200, 1.0, 0.3), (50, 200, 1.0, 0.7), (100, 1000, 0.7, 1.2)],
+    ids=["Ia", "II", "III"],
+)
+AT = [0, 1, 10, 100, 1000]
+
+
+@SETTINGS
+def test_one_draw_solves_the_published_volterra_equation(features, hidden, alpha, beta):
+    """Of the risk E (y - W'x)^2 = P, from an eigendecomposition of L^(1/2) W W' L^(1/2)."""
+    lr, size = 0.4, 4
+    data = np.arange(1.0, hidden + 1) ** (-2 * alpha)
+    signal = np.sqrt(data) * np.arange(1.0, hidden + 1) ** -beta
+    w = np.random.default_rng(3).standard_normal((hidden, features)) / np.sqrt(features)
+    values, basis = np.linalg.eigh(np.sqrt(data)[:, None] * (w @ w.T) * np.sqrt(data))
+    powers = one_step(values, lr, size) ** np.arange(1001)[:, None]
+    forcing = powers @ (basis.T @ signal) ** 2
+    risk = volterra(forcing, lr**2 / size * powers @ values**2)
+    problem = random_features(features, hidden, alpha, beta, seed=3)
+    run = solve(problem, constant(SGD(), lr, 1000, batch_size=size), AT)
+    np.testing.assert_allclose(2 * (run.loss + problem.irreducible_loss), risk[AT], rtol=1e-11)
+
+
+@SETTINGS
+def test_the_equivalent_solves_the_published_volterra_equation(features, hidden, alpha, beta):
+    """F and K are contour integrals of the published resolvent, 1 / (j^(-2 alpha) m(z) - z).
+
+    m (1 + 1/d sum_j l_j / (l_j m - z)) = 1 is solved by Newton's method along the upper half of
+    the contour, which crosses the real axis left of 0 and right of all eigenvalues.
+    """
+    lr, size, left, right, steps = 0.4, 4, 2e-4, 2.5, 1001
+    data = np.arange(1.0, hidden + 1) ** (-2 * alpha)
+    signal = data * np.arange(1.0, hidden + 1) ** (-2 * beta)
+    knots = np.concatenate([[0.0], np.geomspace(left, right, 20)])
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    half = 0.5 * np.diff(knots)
+    u = (knots[:-1] + half + nodes[:, None] * half).T.ravel()
+    z = u - left + 0.3j * u * (1.0 - u / right)
+    dz = (1.0 + 0.3j * (1.0 - 2.0 * u / right)) * (weights[:, None] * half).T.ravel()
+    m, resolvent = 1.0 + 0j, np.empty((z.size, hidden), dtype=complex)
+    for i in range(z.size - 1, -1, -1):
+        for _ in range(60):
+            inverse = 1.0 / (data * m - z[i])
+            one = 1.0 + data @ inverse / features
+            change = (m * one - 1.0) / (one - m * (data**2 @ inverse**2) / features)
+            m -= change
+            if abs(change) < 1e-15 * abs(m):
+                break
+        resolvent[i] = 1.0 / (data * m - z[i])
+    seen, count = resolvent @ signal, resolvent.sum(axis=1) * z**2
+    forcing, kernel, power = np.empty(steps), np.empty(steps), dz / np.pi
+    for t in range(steps):
+        forcing[t], kernel[t] = (seen @ power).imag, lr**2 / size * (count @ power).imag
+        power = power * one_step(z, lr, size)
+    assert forcing[0] == pytest.approx(signal.sum(), rel=1e-9)  # the contour encloses all
+    problem = random_features_equivalent(features, hidden, alpha, beta)
+    run = solve(problem, constant(SGD(), lr, steps - 1, batch_size=size), AT)
+    found = 2 * (run.loss + problem.irreducible_loss)
+    np.testing.assert_allclose(found, volterra(forcing, kernel)[AT], rtol=1e-6)
+
+
 #: Exponents of loss and size (Paquette et al. 2024), by the balance of two parts of the loss at
 #: C = d t: d^(1 - 2 alpha - 2 beta), t^(-(2 alpha + 2 beta - 1) / (2 alpha)),
 #: d^-1 t^(-1 + 1 / (2 alpha)) and t^(-2 + 1 / (2 alpha)).
