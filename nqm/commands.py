@@ -218,7 +218,7 @@ def optimize(
         from nqm.tuning.information import information_bound
 
         if names != ("lr",):
-            return _joint(problem, phase, pieces, names, highest_lr)
+            return _joint(problem, phase, pieces, names, highest_lr, within)
         best = best_piecewise(
             problem, pieces, phase.steps, batch_size, highest_lr=highest_lr, within=within
         )
@@ -234,7 +234,12 @@ def optimize(
 
 
 def _joint(
-    problem: Problem, phase: Phase, pieces: int, names: tuple[str, ...], highest_lr: float | None
+    problem: Problem,
+    phase: Phase,
+    pieces: int,
+    names: tuple[str, ...],
+    highest_lr: float | None,
+    within: float,
 ) -> pd.DataFrame:
     """Settings of averaged heavy ball by piece."""
     import numpy as np
@@ -244,13 +249,21 @@ def _joint(
 
     free = SETTINGS if names == ("all",) else names
     size = float(phase.batch_size(0))  # type: ignore[operator]  # a schedule since it was built
-    best = best_linear(problem, pieces, phase.steps, size, free=free, highest_lr=highest_lr)
+    best = best_linear(
+        problem, pieces, phase.steps, size, free=free, highest_lr=highest_lr, within=within
+    )
     ends = np.cumsum(best.lengths)
-    return pd.DataFrame(
+    intervals = {
+        f"{name}_{side}": getattr(flat, side)
+        for name, flat in best.flat.items()
+        for side in ("low", "high")
+    }
+    table = pd.DataFrame(
         {"first": ends - best.lengths, "last": ends - 1, "lr": best.lr, "momentum": best.momentum,
          "decay": best.decay, "batch_size": best.batch_size, "loss": best.loss,
          "bound": best.bound, "regret": best.regret}
     )  # fmt: skip
+    return table.assign(**intervals)
 
 
 @click.command("bound")

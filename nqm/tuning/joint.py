@@ -10,7 +10,7 @@ with settings of their own in every piece. One sweep forwards through the second
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,11 +26,12 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.problems.quadrature import condense
 from nqm.program import Phase, Program
 from nqm.solvers._kernels.adjoint import momentum_average
-from nqm.solvers.moments import solve
+from nqm.solvers.moments import Map, power, solve
 from nqm.tuning.information import information_bound
 from nqm.tuning.lbfgs import LEAST, SLOWEST, best_constant, fastest, stable
 from nqm.tuning.piecewise_loss import equal_pieces
 from nqm.tuning.schedule import FITS, MOST, WIDTH, optimised
+from nqm.tuning.sensitivity import WITHIN, Flatness, flatness
 from nqm.words import short_html, short_repr
 
 #: What can be optimised.
@@ -60,6 +61,10 @@ class BestLinear:
         Least loss of any linear method with the same examples (`nqm.information_bound`).
     free : tuple of str
         Which of the settings were optimised.
+    flat : mapping
+        For each of "lr", "momentum" and "decay" that is free the interval of each piece's setting,
+        all others fixed, in which the loss stays close to the optimum (`Flatness`). Batch sizes
+        have none: their sum is fixed.
     """
 
     lr: FloatArray
@@ -70,6 +75,7 @@ class BestLinear:
     loss: float
     bound: float
     free: tuple[str, ...] = field(default=SETTINGS)
+    flat: Mapping[str, Flatness] = field(default_factory=dict, repr=False)
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -150,6 +156,7 @@ def best_linear(
     *,
     free: Sequence[str] = SETTINGS,
     highest_lr: float | None = None,
+    within: float = WITHIN,
 ) -> BestLinear:
     """Optimise rates, momentum, the average and batch sizes of heavy ball together.
 
@@ -174,6 +181,8 @@ def best_linear(
         constant rate, momentum 0, decay 0 (the last iterate), and `batch_size`.
     highest_lr : float, optional
         Upper bound of the rates; by default as in `best_piecewise`.
+    within : float
+        Relative rise of the loss that the intervals in `flat` allow, > 0.
 
     Returns
     -------
@@ -189,6 +198,7 @@ def best_linear(
     check_integer("best_linear.pieces", pieces, 1)
     check_integer("best_linear.steps", steps, 1)
     check_memory("best_linear.steps", steps, 20.0 * steps)
+    check_number("best_linear.within", within, low=0.0, closed_low=False)
     names = (free,) if isinstance(free, str) else tuple(free)
     for name in names:
         check_word("best_linear.free", name, SETTINGS)
@@ -208,8 +218,103 @@ def best_linear(
         fits = abs(exact.loss - found.loss) <= FITS * exact.loss
         if fits or small.directions * pieces > MOST or small.directions == problem.directions:
             bound = information_bound(problem, batch_size, steps, methods="linear")
-            return replace(best, bound=float(bound))
+            flat = flat_settings(small, best, high, within)
+            return replace(best, bound=float(bound), flat=flat)
         width /= 8.0
+
+
+def flat_settings(
+    problem: Problem, found: BestLinear, high: float, within: float
+) -> dict[str, Flatness]:
+    """Find the interval of each piece's setting in which the loss stays close to the optimum.
+
+    Parameters
+    ----------
+    problem : Problem
+        Condensed problem on which losses are compared.
+    found : BestLinear
+        The optimum.
+    high : float
+        Upper bound of the rates.
+    within : float
+        Relative rise of the loss allowed.
+
+    Returns
+    -------
+    dict of str to Flatness
+        For each of "lr", "momentum" and "decay" that is free; of shape (pieces,).
+    """
+    run, flat = _Moved(problem, found), {}
+    if "lr" in found.free:
+        low = SLOWEST * min(high, stable(problem))
+        flat["lr"] = flatness(lambda x: run.loss(lr=x), found.lr, low, high, within=within)
+    shares = {"momentum": 1.0 - HEAVIEST, "decay": LEAST_SHARE}
+    for name, least in shares.items():
+        if name in found.free:  # positive numbers are searched: 1 - momentum and 1 - decay
+
+            def moved(x: FloatArray, name: str = name) -> FloatArray:
+                return run.loss(**{name: 1.0 - x})
+
+            share = flatness(moved, 1.0 - getattr(found, name), least, 1.0, within=within)
+            flat[name] = Flatness(1.0 - share.high, 1.0 - share.low, within)
+    return flat
+
+
+class _Moved:
+    """Loss as a function of one piece's settings, all other pieces at the optimum.
+
+    It is sum_i <G_i, S_i> + c of the second moments S (d, 3, 3) of (x, b, y) after a piece, with
+    G and c carried back from the end of the run.
+    """
+
+    def __init__(self, problem: Problem, found: BestLinear):
+        self.problem, self.found = problem, found
+        maps = self._maps(found.lr, found.momentum, found.decay)
+        corner = np.array([1.0, 0.0, 1.0])
+        start = problem.initial_mean**2 + problem.initial_variance
+        moment = start[:, None, None] * np.outer(corner, corner)
+        self.before: list[FloatArray] = []
+        for matrix, noise in maps:
+            self.before.append(moment)
+            moment = matrix @ moment @ matrix.swapaxes(1, 2) + noise
+        form, rest = np.zeros_like(moment), 0.0
+        form[:, 2, 2] = problem.weight
+        after = []
+        for matrix, noise in reversed(maps):
+            after.append((form, rest))
+            rest = rest + float(np.sum(form * noise))
+            form = matrix.swapaxes(1, 2) @ form @ matrix
+        self.after = after[::-1]
+
+    def _maps(
+        self, lr: FloatArray, momentum: FloatArray, decay: FloatArray
+    ) -> list[tuple[FloatArray, FloatArray]]:
+        """Transition and noise of every piece, at settings of its own."""
+        h, v = self.problem.curvature, self.problem.noise_variance
+        maps = []
+        pieces = zip(lr, momentum, decay, self.found.batch_size, self.found.lengths, strict=True)
+        for rate, heavy, kept, size, length in pieces:
+            step = np.zeros((h.size, 3, 3))
+            step[:, 0, 0], step[:, 0, 1] = 1.0 - rate * h, -rate * heavy
+            step[:, 1, 0], step[:, 1, 1] = h, heavy
+            step[:, 2] = (1.0 - kept) * step[:, 0]
+            step[:, 2, 2] = kept
+            push = np.array([-rate, 1.0, -(1.0 - kept) * rate])
+            noise = (v / size)[:, None, None] * np.outer(push, push)
+            many = power(Map(step, noise, np.zeros_like(step)), int(length))
+            maps.append((many.matrix, many.noise))
+        return maps
+
+    def loss(self, **moved: FloatArray) -> FloatArray:
+        """Entry k: the loss with these settings in piece k alone."""
+        found = self.found
+        settings = {"lr": found.lr, "momentum": found.momentum, "decay": found.decay} | moved
+        losses = []
+        rows = zip(self._maps(**settings), self.before, self.after, strict=True)
+        for (matrix, noise), moment, (form, rest) in rows:
+            after = matrix @ moment @ matrix.swapaxes(1, 2) + noise
+            losses.append(float(np.sum(form * after)) + rest)
+        return np.array(losses)
 
 
 @dataclass(frozen=True)

@@ -137,3 +137,34 @@ def test_the_bound_holds_on_random_problems():
 def test_misuse_is_an_error(small, changes, said):
     with pytest.raises(NQMError, match=said):
         best_linear(**{"problem": small, "pieces": 2, "steps": 5, **changes})
+
+
+def test_intervals_end_where_the_loss_has_risen(small):
+    """By the recursion in matrices: at both ends of each setting's interval, unless at a bound."""
+    best = best_linear(small, 3, STEPS, 4.0, within=0.02)
+    assert set(best.flat) == {"lr", "momentum", "decay"}
+    at = [np.repeat(getattr(best, name), best.lengths) for name in SETTINGS]
+    least = literal_loss(small, *at)
+    inner = 0
+    for k, name in enumerate(SETTINGS[:3]):
+        flat, own = best.flat[name], getattr(best, name)
+        assert flat.within == 0.02
+        assert np.all((flat.low <= own + 1e-12) & (own - 1e-12 <= flat.high))
+        for piece in range(3):
+            for end in (flat.low[piece], flat.high[piece]):
+                moved = own.copy()
+                moved[piece] = end
+                changed = [*at]
+                changed[k] = np.repeat(moved, best.lengths)
+                rise = literal_loss(small, *changed) / least - 1.0
+                assert rise < 0.02 + 1e-6
+                inner += abs(rise - 0.02) < 1e-5
+    assert inner >= 6  # most of the 18 ends are no bound of the search
+
+
+def test_intervals_are_of_what_is_free(small):
+    assert set(best_linear(small, 2, STEPS, free=["lr", "batch_size"], batch_size=4.0).flat) == {
+        "lr"
+    }
+    with pytest.raises(NQMError, match="within"):
+        best_linear(small, 2, STEPS, within=0.0)
