@@ -297,20 +297,22 @@ class QuadraticDifference:
         if all((np.abs(g) <= ROUNDING * s).all() for g, s in zip(gaps, scale, strict=True)):
             none = np.zeros(0)
             return cls(_Difference(none, none, none, none, 0.0), 0.0, 0.0)
-        values, vectors = np.linalg.eigh(covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+        sd = np.sqrt(np.einsum("dii->di", covariance))
+        unit = np.where(sd > 0.0, sd, 1.0)  # each loss has a scale of its own
+        values, vectors = np.linalg.eigh(covariance / (unit[:, :, None] * unit[:, None, :]))
+        root = sd[:, :, None] * vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
         signed = half[:, None, None] * root * np.array([1.0, -1.0])[:, None]  # W F
         spread, axes = np.linalg.eigh(root.swapaxes(1, 2) @ signed)
         linear = np.einsum("dij,dki,dk->dj", axes, signed, mean)
         fixed = half * (mean[:, 0] ** 2 - mean[:, 1] ** 2)
         total = float(count @ (spread.sum(axis=1) + fixed))
         squares = 2.0 * spread**2 + 4.0 * linear**2
-        sd = math.sqrt(float(count @ squares.sum(axis=1)))
+        difference_sd = math.sqrt(float(count @ squares.sum(axis=1)))
         own = 2.0 * half[:, None] ** 2 * np.einsum("dii->di", covariance) * (
             np.einsum("dii->di", covariance) + 2.0 * mean**2
         )  # fmt: skip
         loss_sd = math.sqrt(float(count @ own.sum(axis=1)))
-        if loss_sd and sd < ALIKE * loss_sd and np.abs(covariance[:, 0, 1]).any():
+        if difference_sd < ALIKE * loss_sd and np.abs(covariance[:, 0, 1]).any():
             raise NQMError(
                 "the two losses differ by less than 1e-4 of their scatter, and rounding would "
                 "decide which is the lower one; compare programs that differ more"
@@ -329,7 +331,7 @@ class QuadraticDifference:
             np.where(squared, 0.0, linear**2)[moving],
             gap,
         )
-        return cls(form, total, sd)
+        return cls(form, total, difference_sd)
 
     def negative(self, runs: int = 1) -> float:
         """P(mean of `runs` differences < 0), and half of the probability that it is 0.

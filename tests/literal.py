@@ -348,13 +348,16 @@ def pace(
     steps: int,
     rng: Rng,
     *,
-    decay: float,
+    decay: float = 0.0,
     pull: float,
+    power: float | None = None,
 ) -> Array:
     """SGD's step, a pull towards the average, then the average (Au & Block 2026)."""
     theta, average = start, start
     path = [average]
-    for eta, size in _plan(steps, lr, batch_size):
+    for t, (eta, size) in enumerate(_plan(steps, lr, batch_size)):
+        if power is not None:
+            decay = 1 - max((1 + t) ** -power, 1e-4)
         stepped = theta - eta * _gradient(theta, h, v, size, rng)
         theta = stepped + pull * (1 - decay) * (average - theta)
         average = decay * average + (1 - decay) * theta

@@ -23,7 +23,16 @@ from nqm.errors import NQMError
 from nqm.limits import check_memory, check_walk
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Program, goes_on, resumes
-from nqm.solvers.moments import Law, Map, check_own_starts, distinct_steps, law_of, power, then
+from nqm.solvers.moments import (
+    Law,
+    Map,
+    check_own_starts,
+    check_size,
+    distinct_steps,
+    law_of,
+    power,
+    then,
+)
 from nqm.transition import embedding, origins, readout, resumption
 
 #: Most entries of the transitions of steps that are composed at once.
@@ -73,7 +82,7 @@ class Chain:
     @cached_property
     def roots(self) -> list[FloatArray]:
         """Roots of the covariance of each link's noise."""
-        return [_root(link.noise) for link in self.links]
+        return [scaled_root(link.noise) for link in self.links]
 
     def draw(self, rng: np.random.Generator, replicas: int) -> Iterator[tuple[int, FloatArray]]:
         """Draw the weights at the records, each once in order.
@@ -97,12 +106,24 @@ class Chain:
                 yield link.row, np.einsum("pn,dnr->pdr", link.readouts, z)
 
 
-def _root(covariance: FloatArray) -> FloatArray:
-    """F with F F' = covariance (d, n, n), without columns that are 0 in all directions."""
+def scaled_root(covariance: FloatArray) -> FloatArray:
+    """Find F with F F' = covariance, good in coordinates of any scale.
+
+    Parameters
+    ----------
+    covariance : ndarray, shape (d, n, n)
+
+    Returns
+    -------
+    ndarray, shape (d, n, k)
+        Without columns that are 0 in all directions.
+    """
     if not covariance.any():
         return np.zeros((*covariance.shape[:2], 0))
-    values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+    scale = np.sqrt(np.einsum("dii->di", covariance))
+    unit = np.where(scale > 0.0, scale, 1.0)
+    values, vectors = np.linalg.eigh(covariance / (unit[:, :, None] * unit[:, None, :]))
+    root = scale[:, :, None] * vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
     return np.asarray(root[:, :, root.any(axis=(0, 1))])
 
 
@@ -216,11 +237,15 @@ def chain(problem: Problem, programs: Sequence[Program], wanted: Sequence[int]) 
         memory or time.
     """
     sides = [_Side(problem, program) for program in programs]
-    links, rows, done = [_started(problem, sides, wanted)], dict(_numbered(wanted)), 0
-    largest = max(sum(_widths(side)) for side in sides) * len(sides)
+    largest = sum(_width(side) for side in sides)
     held = 3.0 * problem.directions * float(largest) ** 2
+    for side in sides:
+        for index, law in enumerate(side.laws):
+            check_size(f"phase.{index}", problem, law, law.phase.steps, len(wanted), jump=True)
     phases = sum(len(program.phases) for program in programs)
     check_memory("the number of steps in record.at", len(wanted), held * (len(wanted) + phases))
+    links, done = [_started(problem, sides, wanted)], 0
+    rows = {step: row for row, step in enumerate(wanted)}
     while done < wanted[-1]:
         links += _handed_over(sides)
         stretches = [side.ahead() for side in sides if not side.ended]
@@ -237,13 +262,9 @@ def chain(problem: Problem, programs: Sequence[Program], wanted: Sequence[int]) 
     return Chain(tuple(links))
 
 
-def _numbered(wanted: Sequence[int]) -> list[tuple[int, int]]:
-    return [(step, row) for row, step in enumerate(wanted)]
-
-
-def _widths(side: _Side) -> list[int]:
+def _width(side: _Side) -> int:
     """Coordinates of the largest phase of a program."""
-    return [max(len(law.algorithm.modes()[0].algorithm.coordinates) for law in side.laws)]
+    return max(len(law.algorithm.modes()[0].algorithm.coordinates) for law in side.laws)
 
 
 def _blocks(sides: Sequence[_Side]) -> list[slice]:

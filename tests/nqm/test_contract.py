@@ -219,6 +219,7 @@ def _cases() -> list[Case]:
         Case("polynomial-lookahead", PolynomialAverage(Lookahead(SGD(), 3, 0.4), 0),
              on_top(average_of, single(literal.lookahead, k=3, alpha=0.4), every=1)),
         Case("pace", Pace(0.7, 0.6), single(literal.pace, decay=0.7, pull=0.6)),
+        Case("pace-power", Pace(pull=0.6, power=0.2), single(literal.pace, pull=0.6, power=0.2)),
         Case("delayed", DelayedSGD(2), single(literal.delayed_sgd, delay=2)),
         Case("correlated", CorrelatedNoise(SGD(), 0.7),
              single(literal.correlated_noise, correlation=0.7)),

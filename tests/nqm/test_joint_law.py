@@ -267,6 +267,18 @@ def test_the_expected_crossing_is_amid_those_of_runs():
     assert 0.5 * crossing < half <= crossing + 10  # a run may be below its mean for a moment
 
 
+def test_draws_keep_coordinates_of_any_scale():
+    """At a rate of 1e-10 the noise of x is 1e-20 of that of its momentum, and all of its law."""
+    lr, problem = 1e-10, Problem([1.0, 2.0], [3.0, 1.0], initial_variance=0.0)
+    joint = joint_losses(problem, constant(HeavyBall(0.5), lr, 100), [50, 100])
+    loss = joint.draw(20_000).loss[0]
+    within_error(loss.mean(axis=1), joint.loss[0], loss.std(axis=1) / np.sqrt(20_000))
+    # Of two losses of different scales only the larger one's sign counts.
+    far = joint_losses(problem, [constant(SGD(), 1e-10, 100), constant(SGD(), 0.1, 100)], [100])
+    assert far.win_probability() == pytest.approx(1.0, abs=1e-8)
+    assert far.win_probability((1, 0), (0, 0)) == pytest.approx(0.0, abs=1e-8)
+
+
 @pytest.mark.parametrize(
     ("problem", "programs", "options", "words"),
     [
@@ -275,6 +287,7 @@ def test_the_expected_crossing_is_amid_those_of_runs():
         (PROBLEM, [SGD()], {}, r"programs\[0\]"),
         (PROBLEM, PAIR, {"at": [61]}, "record.at"),
         (PROBLEM, constant(SGD(), 3.0, 10**4), {}, "diverges"),
+        (PROBLEM, constant(LAWA(SGD(), 1, 10**5), 0.1, 10), {}, "window"),
         (PROBLEM, [constant(MultiplicativeLatePhase(2), 0.1, 5)], {}, "linear"),
         (
             PROBLEM,
