@@ -222,10 +222,12 @@ class JointLosses:
     @property
     def loss_sd(self) -> FloatArray:
         """Standard deviations of the losses from run to run, shape (programs, records)."""
-        size = self.loss.size
-        return np.asarray(np.sqrt(np.diag(self.covariance.reshape(size, size)))).reshape(
-            self.loss.shape
-        )
+        weight, count = self.problem.weight, self.problem.multiplicity
+        half = np.divide(weight, count, out=np.zeros_like(weight), where=count > 0)
+        mean = np.concatenate([one.mean for one in self.moments])
+        variance = np.concatenate([one.variance for one in self.moments])
+        square = (2.0 * variance + 4.0 * mean**2) * variance
+        return np.asarray(np.sqrt(square @ (weight * half)))
 
     @property
     def correlation(self) -> FloatArray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,8 @@ from nqm.transition import embedding, origins, readout, resumption
 
 #: Most entries of the transitions of steps that are composed at once.
 CHUNK = 4_000_000
+#: Eigenvalue of a correlation matrix that is rounding.
+ROUNDING = 1e-13
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def scaled_root(covariance: FloatArray) -> FloatArray:
     scale = np.sqrt(np.einsum("dii->di", covariance))
     unit = np.where(scale > 0.0, scale, 1.0)
     values, vectors = np.linalg.eigh(covariance / (unit[:, :, None] * unit[:, None, :]))
-    root = scale[:, :, None] * vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+    values = np.where(values > ROUNDING, values, 0.0)  # of few steps, fewer noises than coordinates
+    root = scale[:, :, None] * vectors * np.sqrt(values)[:, None, :]
     return np.asarray(root[:, :, root.any(axis=(0, 1))])
 
 
@@ -153,12 +157,12 @@ class _Side:
         """Whether no step is left in this phase."""
         return self.position >= self.law.phase.steps
 
-    def ahead(self) -> tuple[int, int | None]:
-        """Steps that are left of a stretch of the phase, and its period."""
-        for _, stop, period in self.law.phase.segments():
+    def ahead(self) -> tuple[int, int, int | None]:
+        """First step of the stretch of the phase, steps that are left of it, and its period."""
+        for start, stop, period in self.law.phase.segments():
             if self.position < stop:
-                return stop - self.position, period
-        return 0, 1
+                return start, stop - self.position, period
+        return 0, 0, 1
 
     def readout(self) -> FloatArray:
         return readout(self.mode.algorithm, self.age + self.position)
@@ -245,20 +249,27 @@ def chain(problem: Problem, programs: Sequence[Program], wanted: Sequence[int]) 
     phases = sum(len(program.phases) for program in programs)
     check_memory("the number of steps in record.at", len(wanted), held * (len(wanted) + phases))
     links, done = [_started(problem, sides, wanted)], 0
-    rows = {step: row for row, step in enumerate(wanted)}
+    known: dict[Any, Map] = {}  # records are often equally far apart
     while done < wanted[-1]:
         links += _handed_over(sides)
-        stretches = [side.ahead() for side in sides if not side.ended]
-        target = next(step for step in wanted if step > done)
-        length = min([target - done, *(left for left, _ in stretches)])
-        periods = [period for _, period in stretches]
-        period = math.lcm(*(p for p in periods if p)) if None not in periods else None
-        moved = _moved(problem, sides, length, period)
+        stretches = [None if side.ended else side.ahead() for side in sides]
+        row = bisect_right(wanted, done)
+        length = min([wanted[row] - done, *(one[1] for one in stretches if one)])
+        periods = [one[2] for one in stretches if one]
+        period = None if None in periods else math.lcm(*(p for p in periods if p))
+        key = (
+            length,
+            *((side.index, one and one[0]) for side, one in zip(sides, stretches, strict=True)),
+        )
+        moved = known.get(key) if period == 1 else None
+        if moved is None:
+            moved = _moved(problem, sides, length, period)
+            known = {key: moved}
         done += length
         for side in sides:
             side.position += 0 if side.ended else length
-        row = rows.get(done)
-        links.append(_link(sides, moved.matrix, moved.noise, None, row))
+        recorded = row if done == wanted[row] else None
+        links.append(_link(sides, moved.matrix, moved.noise, None, recorded))
     return Chain(tuple(links))
 
 
