@@ -187,6 +187,9 @@ class JointLosses:
         Whether the programs see one stream of minibatches ("common"), or each its own.
     loss : ndarray, shape (programs, records)
         Expected losses.
+    laws, moments : tuple
+        Joint Gaussian laws of the weights, of all programs together or of each, on which the
+        methods rest.
     """
 
     problem: Problem

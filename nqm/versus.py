@@ -381,7 +381,7 @@ def compare_difference(
     Versus
     """
     _check_test(level, power)
-    gap = -difference.mean
+    gap = 0.0 - difference.mean  # and not -0
     sign = 1.0 if gap > 0.0 else -1.0
 
     def ordered(runs: int) -> bool:
