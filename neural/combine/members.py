@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from neural.late_phase.duplicate import duplicate
 from neural.late_phase.merge import singular_vectors
+from neural.training.build import tied, ties, untied
 from nqm.errors import NQMError
 from nqm.limits import check_size
 
@@ -121,13 +122,8 @@ class Members(Sequence[Member]):
         self._members = tuple(members)
         self._like = {name: value.detach() for name, value in model.state_dict().items()}
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        first = {id(p): name for name, p in model.named_parameters()}
-        #: Other name of a tied parameter -> the one it is known by.
-        self._tied = {
-            name: first[id(p)]
-            for name, p in model.named_parameters(remove_duplicate=False)
-            if first[id(p)] != name
-        }
+        #: Other name of a tied tensor -> the one it is known by.
+        self._tied = ties(model)
         self._keys: dict[str, str] = {}
 
     @classmethod
@@ -294,7 +290,7 @@ class Members(Sequence[Member]):
         found: dict[str, set[torch.dtype]] = {name: set() for name in self._like}
         for member in self._members:
             self._checked(member)
-            for name, value in member.read().items():
+            for name, value in tied(member.read(), self._tied).items():
                 found[name].add(value.dtype)
         like = {name: value.dtype for name, value in self._like.items()}
         return {name: next(iter(t)) if len(t) == 1 else like[name] for name, t in found.items()}
@@ -374,13 +370,15 @@ class Members(Sequence[Member]):
         return made.eval()
 
     def _checked(self, member: Member) -> State:
-        state, who = member.read(), f"member {member.name!r}"
+        state, who = tied(member.read(), self._tied), f"member {member.name!r}"
         for name, like in self._like.items():
             if name not in state:
                 raise NQMError(f"{who}: {name!r} is missing; all need one architecture")
             fault = _fault(state[name], like, parameter=name in self._parameters)
             if fault is not None:
                 raise NQMError(f"{who}: {name!r} {fault}")
+        if reason := untied(state, self._tied):
+            raise NQMError(f"{who}: {reason}")
         extra = next((name for name in state if name not in self._like), None)
         if extra is not None:
             raise NQMError(f"{who} holds {extra!r}, which the model does not have")

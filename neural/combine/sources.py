@@ -114,14 +114,13 @@ def open_members(
         model = plain_model(run.model, task).to(DTYPES[run.train.precision])
     for folder, other in runs.items():
         _check_alike(folder, other, run)
-    names = set(model.state_dict())
-    found = [member for place in places for member in _members(place, names, runs, runtime.root)]
+    found = [member for place in places for member in _members(place, model, runs, runtime.root)]
     start = None
     if ancestor is not None:
-        (start,) = _members(str(ancestor), names, {}, runtime.root)[:1]
+        (start,) = _members(str(ancestor), model, {}, runtime.root)[:1]
     elif run is not None and run.model.checkpoint is not None:
         file = _checkpoint(run.model.checkpoint, runtime.root)
-        start = Member("ancestor", _reader(file, names), source=file)
+        start = Member("ancestor", _reader(file, model), source=file)
     return Opened(Members(model, _named(found), start), run, task)
 
 
@@ -185,7 +184,7 @@ def _check_alike(folder: Path, other: RunConfig, run: RunConfig | None) -> None:
 
 
 def _members(
-    place: str, names: set[str], runs: Mapping[Path, RunConfig], root: Path | None
+    place: str, model: nn.Module, runs: Mapping[Path, RunConfig], root: Path | None
 ) -> list[Member]:
     """Members at one place."""
     where, mark, what = place.partition("#")
@@ -196,17 +195,17 @@ def _members(
         raise NQMError(f"{place}: {where} is not the folder of a finished run")
     rounds = _rounds_in(path)
     if what == "members":
-        return _late_members(path, runs[path]) if rounds is None else _kept(path, what, names)
+        return _late_members(path, runs[path]) if rounds is None else _kept(path, what, model)
     if what == "snapshots":
-        return _kept(path, what, names)
+        return _kept(path, what, model)
     if (run := runs.get(path) or _run_at(path)) is not None:
         epochs = run.train.epochs if rounds is None else read_table(rounds)["epochs_total"].iloc[-1]
-        return [Member(where, _reader(path / "model.pt", names), float(epochs), source=path)]
+        return [Member(where, _reader(path / "model.pt", model), float(epochs), source=path)]
     if path.is_dir():
         file = _weights_in(path)
         if file is None:
             raise NQMError(f"{path} is no run and holds no {_SHARDS[1]}")
-        return [Member(where, _reader(file, names), source=file)]
+        return [Member(where, _reader(file, model), source=file)]
     if not path.exists():
         raise NQMError(f"{place}: there is no such file or folder")
     if path.suffix not in _SUFFIXES:
@@ -214,7 +213,7 @@ def _members(
             f"{place}: the name of a file of weights ends in {', '.join(_SUFFIXES)}; got "
             f"{path.suffix!r}"
         )
-    return [Member(where, _reader(path, names), source=path)]
+    return [Member(where, _reader(path, model), source=path)]
 
 
 def _weights_in(folder: Path) -> Path | None:
@@ -222,13 +221,13 @@ def _weights_in(folder: Path) -> Path | None:
     return next((folder / name for name in _SHARDS if (folder / name).is_file()), None)
 
 
-def _reader(path: Path, names: set[str]) -> Callable[[], dict[str, Tensor]]:
+def _reader(path: Path, model: nn.Module) -> Callable[[], dict[str, Tensor]]:
     if path.name.endswith(".index.json"):
-        return lambda: _sharded(path, names)
-    return lambda: read_weights(path, names)
+        return lambda: _sharded(path, model)
+    return lambda: read_weights(path, model)
 
 
-def _sharded(path: Path, names: set[str]) -> dict[str, Tensor]:
+def _sharded(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """A state dict in several files, by Hugging Face's index of them."""
     check_regular(path)
     try:
@@ -240,7 +239,7 @@ def _sharded(path: Path, names: set[str]) -> dict[str, Tensor]:
         raise NQMError(f"{path} is not an index of shards: it names no file beside it")
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= read_weights(path.parent / file, names, part=True)
+        state |= read_weights(path.parent / file, model, part=True)
     return state
 
 
@@ -266,7 +265,7 @@ def _late_members(folder: Path, run: RunConfig) -> list[Member]:
     ]
 
 
-def _kept(folder: Path, what: str, names: set[str]) -> list[Member]:
+def _kept(folder: Path, what: str, model: nn.Module) -> list[Member]:
     """Models that a run kept on its way, or clients of the last round, by their list."""
     file = folder / FOLDER / LIST
     if not file.is_file():
@@ -277,7 +276,7 @@ def _kept(folder: Path, what: str, names: set[str]) -> list[Member]:
         made = [
             Member(
                 f"{folder}#{entry['name']}",
-                _reader(folder / FOLDER / entry["file"], names),
+                _reader(folder / FOLDER / entry["file"], model),
                 float(entry["epochs"]),
                 None if not entry["trunk"] else (str(folder), float(entry["trunk"])),
                 folder / FOLDER / entry["file"],

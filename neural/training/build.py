@@ -175,7 +175,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         If the file cannot be read, holds no state dict, or does not fit the model.
     """
     try:
-        state = read_weights(path, set(model.state_dict()))
+        state = read_weights(path, model)
+        if reason := untied(state, ties(model)):
+            raise NQMError(f"{path}: {reason}")
     except NQMError as error:
         raise NQMError(f"model.checkpoint {error}") from None
     try:
@@ -185,15 +187,80 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None
 
 
-def read_weights(path: Path, names: set[str], *, part: bool = False) -> dict[str, Tensor]:
+def ties(model: nn.Module) -> dict[str, str]:
+    """Tensors that a model has under several names, as tied weights.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    dict of str to str
+        Every further name of such a tensor -> its first.
+    """
+    first: dict[int, str] = {}
+    named = {
+        name: first.setdefault(id(value), name)
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
+    return {name: known for name, known in named.items() if known != name}
+
+
+def tied(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state dict with tied tensors under all their names; safetensors writes them under one.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+    names : mapping of str to str
+        Result of `ties`.
+
+    Returns
+    -------
+    dict of str to Tensor
+    """
+    made = dict(state)
+    for name, first in names.items():
+        if name in made:
+            made.setdefault(first, made[name])
+    return {name: made[first] for name, first in names.items() if first in made} | made
+
+
+def untied(state: Mapping[str, Tensor], names: Mapping[str, str]) -> str | None:
+    """Why a state dict cannot be that of a model with tied tensors.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+    names : mapping of str to str
+        Result of `ties`.
+
+    Returns
+    -------
+    str or None
+        None if all names of a tensor have the same values, which need not be finite.
+    """
+    for name, first in names.items():
+        one, other = state.get(name), state.get(first)
+        if one is None or other is None or one is other:
+            continue
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        if not alike or not torch.equal(one.nan_to_num(), other.nan_to_num()):
+            return f"{name!r} and {first!r} are one tensor in the model, and differ here"
+    return None
+
+
+def read_weights(path: Path, model: nn.Module, *, part: bool = False) -> dict[str, Tensor]:
     """Read a foreign state dict under a model's own names.
 
     Parameters
     ----------
     path : Path
         A file of torch, or .safetensors.
-    names : set of str
-        Names in the model's state dict.
+    model : Module
+        Gives the names; tied tensors that the file has once come under all their names.
     part : bool
         Whether the file holds some of them only, as a shard does; its names are then not changed.
 
@@ -216,9 +283,11 @@ def read_weights(path: Path, names: set[str], *, part: bool = False) -> dict[str
         )
     if part:
         return state
+    names, several = set(model.state_dict()), ties(model)
     # Before version 0.4.1 torch did not count the batches of BatchNorm.
     counters = {name for name in names if name.endswith(_COUNTER)}
-    found = _renamed(state, names, counters)
+    spare = {*counters, *several, *several.values()}
+    found = tied(_renamed(state, names, spare), several)
     if found.keys() < names:
         found |= {name: torch.tensor(0) for name in counters - found.keys()}
     return found

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from neural.combine import Members
 from neural.combine.sources import open_members
+from neural.training.build import load_weights
 from neural.training.load_run import reopen
 from neural.training.recipe import load_recipe
 from neural.training.train import train
 from nqm import NQMError
+from tests.tiny_runs import assert_equal
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +236,48 @@ def test_runs_on_other_data_are_not_combined(runs: Path, tmp_path: Path) -> None
     train(recipe.arms["base"], tmp_path / "other")
     with pytest.raises(NQMError, match=r"other data: mean"):
         open_members([runs / "base" / "seed0", tmp_path / "other"])
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and a normalisation that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.other.weight = self.one.weight
+        self.first = self.second = nn.BatchNorm1d(4)
+
+
+def test_tied_weights_that_safetensors_wrote_once_have_all_their_names(tmp_path: Path) -> None:
+    """`safetensors.torch.save_model` keeps one name of a tensor, as Hugging Face's folders do."""
+    nets = [Tied() for _ in range(2)]
+    files = [tmp_path / "0.safetensors", tmp_path / "1.pt", tmp_path / "2.safetensors"]
+    save_model(nets[0], str(files[0]))
+    once = load_file(files[0])
+    assert len(once) < len(nets[0].state_dict())
+    torch.save({f"module.{name}": value for name, value in once.items()}, files[1])
+    half = {n: value.half() if value.is_floating_point() else value for n, value in once.items()}
+    save_file(half, files[2])
+    members = open_members(files[:2], model=Tied()).members
+    for state in members.states():
+        assert_equal(state, nets[0].state_dict())
+    halves = open_members(files[2:], model=Tied()).members.stored_types()
+    assert halves.pop("other.weight") == halves.pop("one.weight") == torch.float16
+    load_weights(nets[1], files[1])
+    assert_equal(nets[1].state_dict(), nets[0].state_dict())
+
+
+def test_values_that_differ_under_the_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    net = Tied()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    state["second.running_mean"] += 1.0
+    torch.save(state, tmp_path / "net.pt")
+    told = "'second.running_mean' and 'first.running_mean' are one tensor in the model"
+    with pytest.raises(NQMError, match=told):
+        load_weights(net, tmp_path / "net.pt")
+    with pytest.raises(NQMError, match=told):
+        open_members([tmp_path / "net.pt"], model=net).members.state(0)
+    del state["one.weight"], state["other.weight"]
+    torch.save(state, tmp_path / "less.pt")
+    with pytest.raises(NQMError, match=r"'one\.weight' is missing"):
+        open_members([tmp_path / "less.pt"], model=net).members.state(0)
