@@ -441,7 +441,7 @@ def cycle(table: pd.DataFrame, *, column: str = "error", ax: Axes | None = None)
     Parameters
     ----------
     table : DataFrame
-        Columns arm, seed, row (``rate``, ``test`` or ``snapshot``), cycle (lines of two cycles do
+        Columns arm, seed, row (``schedule``, ``test`` or ``snapshot``), cycle (lines of two cycles do
         not hang together), step, and `column`.
     column : {"lr", "error", "distance"}
     ax : Axes, optional
@@ -453,7 +453,7 @@ def cycle(table: pd.DataFrame, *, column: str = "error", ax: Axes | None = None)
         the snapshots (``ARM/snapshots``).
     """
     ax = axes_or_new(ax)
-    whole = "rate" if column == "lr" else "test"
+    whole = "schedule" if column == "lr" else "test"
     for i, arm in enumerate(dict.fromkeys(table["arm"])):
         color = look(i)["color"]
         own = table[(table["arm"] == arm) & table[column].notna()]
@@ -480,7 +480,7 @@ def cycle_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        Columns way, rate (over that of the first epochs; NaN where there are no cycles, which is a
+        Columns way, lr_scale (rate over that of the first epochs; NaN where there are no cycles, which is a
         band), mean, low and high.
     ax : Axes, optional
 
@@ -492,18 +492,18 @@ def cycle_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     for i, (way, rows) in enumerate(table.groupby("way", sort=False)):
         own = look(i)
-        if rows["rate"].isna().all():
+        if rows["lr_scale"].isna().all():
             mean, low, high = rows[["mean", "low", "high"]].iloc[0]
             ax.axhspan(low, high, color=MEMBER, alpha=0.2, lw=0)
             ax.axhline(mean, color=MEMBER, ls="--", lw=1.0, label=way, gid=way)
             continue
-        rows = rows.sort_values("rate")
+        rows = rows.sort_values("lr_scale")
         reach = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
         ax.errorbar(
-            rows["rate"], rows["mean"], yerr=reach, color=own["color"], fmt=own["marker"] + "-",
+            rows["lr_scale"], rows["mean"], yerr=reach, color=own["color"], fmt=own["marker"] + "-",
             capsize=2.0, elinewidth=0.9, label=way, gid=way,
         )  # fmt: skip
-    rates = sorted(table["rate"].dropna().unique())
+    rates = sorted(table["lr_scale"].dropna().unique())
     ax.set_xscale("log", base=2)
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.set_xlabel("rate of the cycles / first rate")

@@ -28,7 +28,7 @@ def cycles(runs: Sequence[Finished]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns arm, kind (of snapshots), seed, row (``rate``: the learning rate at this step;
+        Columns arm, kind (of snapshots), seed, row (``schedule``: the learning rate at this step;
         ``test``: an evaluation; ``snapshot``), cycle (of a star: each begins at the first snapshot,
         so that lines do not hang together; 0 for the others), member (-1: no snapshot), step, lr,
         error and distance, from the weights where the cycles began; NaN before that. The rates are
@@ -58,7 +58,7 @@ def _rates(one: Finished, batches: int) -> list[dict[str, Any]]:
     ends = np.arange(run.train.epochs + 1.0)
     times = np.unique([*np.linspace(0.0, ends[-1], POINTS, endpoint=False), *ends[:-1]])
     times = np.sort(np.concatenate((times, ends[1:] - BEFORE)))
-    plain = {"row": "rate", "cycle": 0, "member": -1, "error": NAN, "distance": NAN}
+    plain = {"row": "schedule", "cycle": 0, "member": -1, "error": NAN, "distance": NAN}
     return [plain | {"step": t * batches, "lr": rate(t)} for t in times]
 
 

@@ -84,7 +84,7 @@ CALLS = {
     "combine.budget": "drawn('low_precision_resnet20.csv').fillna({'rounding': ''})",
     "combine.curve": "curve",
     "combine.cycle": "tidy(arm='a', seed=0, row='test', cycle=0, step=[1, 2], error=[0.2, 0.1])",
-    "combine.cycle_rates": "tidy(way=['local', 'SSE', 'SSE'], rate=[np.nan, 1, 4],"
+    "combine.cycle_rates": "tidy(way=['local', 'SSE', 'SSE'], lr_scale=[np.nan, 1, 4],"
     " mean=[1.0, 2.0, 3.0], low=[0.9, 1.8, 2.5], high=[1.1, 2.2, 3.5])",
     "combine.plane": "tidy(corner=[''] * 4 + ['a'], x=[0, 0, 1, 1, 0], y=[0, 1, 0, 1, 0],"
     " nll=[1.0, 2.0, 3.0, 4.0, 1.0], accuracy=0.5)",

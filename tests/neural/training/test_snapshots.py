@@ -250,7 +250,7 @@ def test_cycles_are_evaluated_and_measured_from_where_they_begin(
     begun = table[(table["row"] == "test") & (table["distance"] == 0.0)]
     steps = {"chain": [first], "star": [first, first, 3], "triangle": [first]}[kind]
     assert begun["step"].tolist() == [BATCHES * epoch for epoch in steps]
-    rates = table[table["row"] == "rate"].set_index("step")["lr"]
+    rates = table[table["row"] == "schedule"].set_index("step")["lr"]
     assert rates[: first * BATCHES - 1].to_numpy() == pytest.approx(0.05)
     if kind == "triangle":
         assert rates[BATCHES * 2.0] == pytest.approx(0.02)
