@@ -441,8 +441,8 @@ def cycle(table: pd.DataFrame, *, column: str = "error", ax: Axes | None = None)
     Parameters
     ----------
     table : DataFrame
-        Columns arm, seed, row (``schedule``, ``test`` or ``snapshot``), cycle (lines of two cycles do
-        not hang together), step, and `column`.
+        Columns arm, seed, row (``schedule``, ``test`` or ``snapshot``), cycle (lines of two cycles
+        do not hang together), step, and `column`.
     column : {"lr", "error", "distance"}
     ax : Axes, optional
 
@@ -480,8 +480,8 @@ def cycle_rates(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Parameters
     ----------
     table : DataFrame
-        Columns way, lr_scale (rate over that of the first epochs; NaN where there are no cycles, which is a
-        band), mean, low and high.
+        Columns way, lr_scale (rate over that of the first epochs; NaN where there are no cycles,
+        which is a band), mean, low and high.
     ax : Axes, optional
 
     Returns

@@ -91,7 +91,8 @@ def test_cycles_are_lines_that_break_and_dots() -> None:
         ("a", 0, "test", 0, 10, 0.5), ("a", 1, "test", 0, 10, 0.7), ("a", 0, "test", 0, 20, 0.3),
         ("a", 1, "test", 0, 20, 0.3), ("a", 0, "test", 1, 10, 0.4), ("a", 0, "test", 1, 30, np.nan),
         ("a", 0, "test", 1, 40, 0.2), ("a", 0, "snapshot", 0, 20, 0.2),
-        ("a", 1, "snapshot", 0, 20, 0.4), ("b", 0, "schedule", 0, 5, 9.0), ("b", 0, "test", 0, 5, 0.1),
+        ("a", 1, "snapshot", 0, 20, 0.4), ("b", 0, "schedule", 0, 5, 9.0),
+        ("b", 0, "test", 0, 5, 0.1),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["arm", "seed", "row", "cycle", "step", "error"])
     drawn: dict[str, list[list[list[float]]]] = {}
