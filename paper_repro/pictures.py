@@ -312,6 +312,70 @@ def published_gains(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+#: Student's t at 97.5 % for five seeds, over the root of five.
+_HALF = 2.776 / 5**0.5
+
+
+def published_cycles(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Errors in per cent with 95 % intervals, from accuracies of a published table of five seeds.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``docs/tables/snapshots_resnet20.csv``, or one of its columns.
+    metric : str
+        A column of means and standard deviations, as "85.5 ± 0.3".
+
+    Returns
+    -------
+    DataFrame
+        As `figures.combine.cycle_rates` takes it.
+    """
+    parts = table[metric].str.split(" ± ", expand=True).astype(float)
+    rates = table["rate of the cycles"].str.replace("1/4", "0.25")
+    return pd.DataFrame(
+        {
+            "way": table["way"],
+            "lr_scale": pd.to_numeric(rates, errors="coerce"),
+            "mean": 100.0 - parts[0],
+            "low": 100.0 - parts[0] - _HALF * parts[1],
+            "high": 100.0 - parts[0] + _HALF * parts[1],
+        }
+    )
+
+
+def _cycle_rates(tables: Tables, folder: Path) -> list[Path]:
+    from figures import combine
+
+    with style.context():
+        figure = style.new_figure(style.PAGE, 2.2 * len(tables) + 0.5)
+        axes = figure.subplots(len(tables), 2, squeeze=False, sharey="row")
+        for line, (name, table) in zip(axes, tables.items(), strict=True):
+            for ax, what in zip(line, ("soup", "ensemble"), strict=True):
+                combine.cycle_rates(published_cycles(table, f"{what}, %"), ax=ax)
+                ax.set(title=f"{CYCLED[name]}: {what}", yscale="log")
+                style.plain_log(ax.yaxis)
+            line[0].set_ylabel("test error, %")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return style.finish(figure, folder / "cycle_rates", "snapshots of one start", axes.flat)
+
+
+#: Tables of cycles, and what was trained.
+CYCLED = {
+    "snapshots_resnet20": "ResNet-20, CIFAR-10 q75",
+    "snapshots_letters": "ResNet-8, letters",
+}
+
+
+def _cycles(tables: Tables, folder: Path) -> list[Path]:
+    from neural.training.plots import draw_cycles
+
+    (table,) = tables.values()
+    return draw_cycles(
+        table, folder, "EMNIST letters (2,000 images): cycles at four times the rate"
+    )
+
+
 def _gates(tables: Tables, folder: Path) -> list[Path]:
     from neural.combine.plots import draw_gates
 
@@ -367,6 +431,8 @@ PICTURES: dict[str, Picture] = {
         (DRAWN + "low_precision_resnet20",),
         _combined("draw_low_precision", "rounded copies of the published ResNet-20, CIFAR-10"),
     ),
+    "cycles_letters": Picture((DRAWN + "cycles_letters",), _cycles),
+    "cycle_rates": Picture(tuple(CYCLED), _cycle_rates),
     "curve_digits": Picture(
         (DRAWN + "curve_digits",), _combined("draw_curve", "two networks of the digits, 8 x 8")
     ),

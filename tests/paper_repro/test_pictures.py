@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy import stats
 
 from figures import runs
 from paper_repro.pictures import (
     CHUNK,
     PICTURES,
+    published_cycles,
     published_gains,
     published_means,
     published_ratios,
@@ -94,6 +96,16 @@ def test_published_gains_are_shares_and_nats_with_their_intervals() -> None:
     assert gained == pytest.approx([0.0044, -0.0002, 0.0086])
     assert first["nll_tuned_gain_high"] == pytest.approx(0.0067)
     assert np.isnan(found["accuracy_gain"].iloc[1])
+
+
+def test_published_cycles_are_errors_with_intervals_of_five_seeds() -> None:
+    rows = [["none: four", "local", "85.5 ± 0.3"], ["1/4", "SSE", "85.0 ± 0.4"]]
+    found = published_cycles(pd.DataFrame(rows, columns=["rate of the cycles", "way", "a"]), "a")
+    assert np.isnan(found["lr_scale"].iloc[0])
+    assert found["lr_scale"].iloc[1] == 0.25
+    half = stats.t.ppf(0.975, 4) * 0.4 / 5**0.5
+    ends = found.loc[1, ["mean", "low", "high"]].tolist()
+    assert ends == pytest.approx([15.0, 15.0 - half, 15.0 + half], rel=1e-3)
 
 
 def test_published_means_are_drawn_with_their_spreads() -> None:
