@@ -367,6 +367,17 @@ CYCLED = {
 }
 
 
+def _shift(tables: Tables, folder: Path) -> list[Path]:
+    from figures import combine
+
+    (table,) = tables.values()
+    with style.context():
+        figure = style.new_figure(0.7 * style.PAGE, 2.8)
+        combine.soup_scatter(table, ax=figure.subplots()).set_title("")
+    title = "digits, twelve ingredients, five seeds: means and 95 % intervals"
+    return style.finish(figure, folder / "soup_shift_digits", title)
+
+
 def _cycles(tables: Tables, folder: Path) -> list[Path]:
     from neural.training.plots import draw_cycles
 
@@ -427,6 +438,7 @@ PICTURES: dict[str, Picture] = {
     "soup_shift": Picture(
         (DRAWN + "soup_shift",), _combined("draw", "published ResNet-20, twelve ingredients")
     ),
+    "soup_shift_digits": Picture((DRAWN + "soup_shift_digits",), _shift),
     "low_precision_resnet20": Picture(
         (DRAWN + "low_precision_resnet20",),
         _combined("draw_low_precision", "rounded copies of the published ResNet-20, CIFAR-10"),
