@@ -460,10 +460,12 @@ def cycle(table: pd.DataFrame, *, column: str = "error", ax: Axes | None = None)
         lines = own[own["row"] == whole]
         several = lines["seed"].nunique() > 1
         for _, part in lines.groupby("cycle"):
-            for _, one in part.groupby("seed") if several else ():
-                x, y = one["step"], one[column]
-                ax.plot(x, y, color=color, alpha=0.25, lw=0.6, gid=f"{arm}/seed")
-            mean = part.groupby("step")[column].mean()
+            mean = part.set_index("step")[column]  # a rate has two values where it jumps
+            if several:
+                for _, one in part.groupby("seed"):
+                    x, y = one["step"], one[column]
+                    ax.plot(x, y, color=color, alpha=0.25, lw=0.6, gid=f"{arm}/seed")
+                mean = mean.groupby(level=0).mean()
             ax.plot(mean.index, mean, color=color, gid=f"{arm}/mean")
         dots = own[own["row"] == "snapshot"].groupby("step")[column].mean()
         name = str(arm).replace("_", " ")
