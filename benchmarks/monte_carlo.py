@@ -169,7 +169,7 @@ def every_method(problem: Problem) -> None:
     problem : Problem
         Has `DIRECTIONS` directions.
     """
-    replicas, steps = 320, 100
+    replicas, steps = 32, 1000
     print(f"every linear method, last loss recorded, load average {os.getloadavg()[0]:.1f}")
     for name, algorithm in METHODS.items():
         counted = count_draws(algorithm)

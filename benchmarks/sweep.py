@@ -1,8 +1,9 @@
 """Cells per second of a sweep: one process, two processes, and two Dask workers on loopback.
 
-Tiny cells differ in their rate alone, so that they are computed in one call; they show what a cell
-costs beside its numerics (its key, the journal, its share of the table; an executor's messages).
-Realistic ones are computed one by one. Every table is the same.
+Tiny cells differ in their rate alone, and scheduled ones in the start of their schedule, so that
+they are computed in one call; they show what a cell costs beside its numerics (its key, the
+journal, its share of the table; an executor's messages). Realistic ones are computed one by one.
+Every table is the same.
 """
 
 from __future__ import annotations
@@ -41,6 +42,27 @@ def tiny(cells: int) -> Sweep:
         "record": {"at": [10**9]},
     }
     return Sweep(base, {"phase.0.lr": [0.1 + i / (2 * cells) for i in range(cells)]})
+
+
+def scheduled(cells: int) -> Sweep:
+    """Return a sweep of cells that are walked: two directions, 300 steps of SGD under a cosine.
+
+    Parameters
+    ----------
+    cells : int
+        Number of learning rates at the start.
+
+    Returns
+    -------
+    Sweep
+    """
+    rate = {"schedule": "cosine", "start": 0.1, "end": 0.05, "over": 300}
+    base = {
+        "problem": {"spectrum": HARMONIC, "noise": {}},
+        "phase": [{"algorithm": "sgd", "lr": rate, "steps": 300}],
+        "record": {"at": [300]},
+    }
+    return Sweep(base, {"phase.0.lr.start": [0.1 + i / (2 * cells) for i in range(cells)]})
 
 
 def realistic(cells: int) -> Sweep:
@@ -129,7 +151,11 @@ def main() -> None:
     parser.add_argument("--realistic", type=int, default=8)
     given = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
-    kinds = {"tiny": (tiny, given.tiny), "realistic": (realistic, given.realistic)}
+    kinds = {
+        "tiny": (tiny, given.tiny),
+        "scheduled": (scheduled, given.tiny),
+        "realistic": (realistic, given.realistic),
+    }
     for name, (make, cells) in kinds.items():
         alone = seconds(make, cells, None)
         each = f"{cells / alone:.4g} cells/s, {1e3 * alone / cells:.3g} ms each"

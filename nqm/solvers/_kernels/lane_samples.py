@@ -94,6 +94,7 @@ def sample_lanes(
     new, read = np.empty((n, width)), np.empty(width)
     # Short states take several steps in one pass over the lanes, so that it pays to begin one.
     whole = noise_columns == 1 and n <= 3 and column.size == n * (n + 1)
+    equal = _equal_steps(kind, record)
     for first in range(0, kind.size, _TILE):
         last = min(first + _TILE, kind.size)
         drawn = (last - first) * noise_columns
@@ -102,7 +103,17 @@ def sample_lanes(
             x, a, t = state[i], values[i], first
             while t < last:
                 out, e, added = record[t], t - first, False
-                if whole and t + 3 < last and record[t] + record[t + 1] + record[t + 2] == -3:
+                alike = min(equal[t], last - t) if whole else 0
+                taken = alike - alike % (8 if n == 1 else 4)
+                if taken:
+                    if n == 1:
+                        _eight_singles(a, kind[t], normal, e, e + taken, x)
+                    elif n == 2:
+                        _four_pairs(a, kind[t], normal, e, e + taken, x)
+                    else:
+                        _four_triples(a, kind[t], normal, e, e + taken, x)
+                    t, out = t + taken, record[t + taken - 1]
+                elif whole and t + 3 < last and record[t] + record[t + 1] + record[t + 2] == -3:
                     k0, k1, k2, k3 = kind[t], kind[t + 1], kind[t + 2], kind[t + 3]
                     if n == 1:
                         _four_singles(a, k0, k1, k2, k3, normal, e, x)
@@ -130,6 +141,79 @@ def sample_lanes(
                     _add_loss(readout[out], weight[i], x, read, loss[out])
                 for k in range(count):
                     _add_loss(members[out, k], weight[i] / count, x, read, member_loss[out])
+
+
+@jit
+def _equal_steps(kind, record):
+    """Number of steps from each one on that are of its kind, with no record but after the last."""
+    equal = np.ones(kind.size, np.int64)
+    for t in range(kind.size - 2, -1, -1):
+        if kind[t] == kind[t + 1] and record[t] < 0:
+            equal[t] += equal[t + 1]
+    return equal
+
+
+@jit
+def _eight_singles(a, k, normal, first, last, x):
+    """Take equal steps of one coordinate, eight in a pass, with the normals in these rows."""
+    b, c = a[k, 0], a[k, 1]
+    for e in range(first, last, 8):
+        for r in range(x.shape[1]):
+            y = b * x[0, r] + c * normal[e, r]
+            y = b * y + c * normal[e + 1, r]
+            y = b * y + c * normal[e + 2, r]
+            y = b * y + c * normal[e + 3, r]
+            y = b * y + c * normal[e + 4, r]
+            y = b * y + c * normal[e + 5, r]
+            y = b * y + c * normal[e + 6, r]
+            x[0, r] = b * y + c * normal[e + 7, r]
+
+
+@jit
+def _four_pairs(a, k, normal, first, last, x):
+    """Take equal steps of two coordinates, four in a pass."""
+    a0, a1, a2, a3, a4, a5 = a[k, 0], a[k, 1], a[k, 2], a[k, 3], a[k, 4], a[k, 5]
+    for e in range(first, last, 4):
+        for r in range(x.shape[1]):
+            y, z, g = x[0, r], x[1, r], normal[e, r]
+            y, z = a0 * y + a1 * z + a2 * g, a3 * y + a4 * z + a5 * g
+            g = normal[e + 1, r]
+            y, z = a0 * y + a1 * z + a2 * g, a3 * y + a4 * z + a5 * g
+            g = normal[e + 2, r]
+            y, z = a0 * y + a1 * z + a2 * g, a3 * y + a4 * z + a5 * g
+            g = normal[e + 3, r]
+            x[0, r], x[1, r] = a0 * y + a1 * z + a2 * g, a3 * y + a4 * z + a5 * g
+
+
+@jit
+def _four_triples(a, k, normal, first, last, x):
+    """Take equal steps of three coordinates, four in a pass."""
+    a0, a1, a2, a3, a4, a5 = a[k, 0], a[k, 1], a[k, 2], a[k, 3], a[k, 4], a[k, 5]
+    a6, a7, a8, a9, a10, a11 = a[k, 6], a[k, 7], a[k, 8], a[k, 9], a[k, 10], a[k, 11]
+    for e in range(first, last, 4):
+        for r in range(x.shape[1]):
+            w, y, z, g = x[0, r], x[1, r], x[2, r], normal[e, r]
+            w, y, z = (
+                a0 * w + a1 * y + a2 * z + a3 * g,
+                a4 * w + a5 * y + a6 * z + a7 * g,
+                a8 * w + a9 * y + a10 * z + a11 * g,
+            )
+            g = normal[e + 1, r]
+            w, y, z = (
+                a0 * w + a1 * y + a2 * z + a3 * g,
+                a4 * w + a5 * y + a6 * z + a7 * g,
+                a8 * w + a9 * y + a10 * z + a11 * g,
+            )
+            g = normal[e + 2, r]
+            w, y, z = (
+                a0 * w + a1 * y + a2 * z + a3 * g,
+                a4 * w + a5 * y + a6 * z + a7 * g,
+                a8 * w + a9 * y + a10 * z + a11 * g,
+            )
+            g = normal[e + 3, r]
+            x[0, r] = a0 * w + a1 * y + a2 * z + a3 * g
+            x[1, r] = a4 * w + a5 * y + a6 * z + a7 * g
+            x[2, r] = a8 * w + a9 * y + a10 * z + a11 * g
 
 
 @jit
