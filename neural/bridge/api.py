@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict, Unpack
 
 from neural.bridge.comparison import (
     Outcome,
@@ -13,7 +14,7 @@ from neural.bridge.comparison import (
     minibatches_of,
     predict_training,
 )
-from neural.bridge.config import BridgeConfig, Plan
+from neural.bridge.config import BridgeConfig, Plan, Training
 from neural.bridge.gaussian import (
     WeightGaussian,
     gradients_and_products,
@@ -22,7 +23,7 @@ from neural.bridge.gaussian import (
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
 from neural.bridge.shared_base import SharedBaseQuadratic, member_mask, risk_of_mean
-from neural.bridge.smoothing import averaging_work
+from neural.bridge.smoothing import Smoothing, averaging_work
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
@@ -125,58 +126,96 @@ def measure(
     for training in config.trainings(1.0):
         training.check(risk.examples)
     local = measure_checkpoint(risk, config, seed=seed, cache=cache, progress=progress)
-    if plan is not None and plan.late_phase is not None:
-        mask = member_mask(risk, plan.late_phase)
-        parts = []
-        for k in plan.members:
-            own = risk_of_mean(risk, mask, k, plan.gamma, plan.member_lr_ratio)
-            held = own if bool(mask.all()) else own.rescaled(mask.to(own.weights))
-            of_mean, apart = (
-                measure_checkpoint(of, config, seed=seed, cache=cache, progress=progress)
-                for of in (own, held)
-            )
-            shared = SharedBaseQuadratic.of(of_mean, apart, k)
-            gaussians = _gaussians(own, shared, config, seed, cache, progress)
-            parts.append(Measured(own, shared, gaussians, cache))
-        every = tuple(gaussian for part in parts for gaussian in part.gaussians)
-        return Measured(risk, local, every, cache, tuple(parts))
-    return Measured(risk, local, _gaussians(risk, local, config, seed, cache, progress), cache)
+    options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}
+    if plan is None or plan.late_phase is None:
+        return Measured(risk, local, _gaussians(risk, local, **options), cache)
+    parts = []
+    for k in plan.members:
+        own, shared = of_members(risk, plan, k, **options)
+        parts.append(Measured(own, shared, _gaussians(own, shared, **options), cache))
+    every = tuple(gaussian for part in parts for gaussian in part.gaussians)
+    return Measured(risk, local, every, cache, tuple(parts))
 
 
-def _gaussians(
-    risk: EmpiricalRisk,
-    local: LocalQuadratic,
-    config: BridgeConfig,
-    seed: int,
-    cache: Cache,
-    progress: Progress | None,
-) -> tuple[WeightGaussian, ...]:
-    """Gaussian of the weights of every training."""
-    settings: dict[str, Any] = {
-        "displacements": config.displacements,
-        "lanczos_steps": config.lanczos_steps,
-        "seed": seed,
-        "cache": cache,
-    }
-    work = float(gradients_and_products(local, config.displacements, config.lanczos_steps))
-    averages = measure_averages(
+class Options(TypedDict):
+    """What `measure` passes on to its stages."""
+
+    config: BridgeConfig
+    seed: int
+    cache: Cache
+    progress: Progress | None
+
+
+def of_members(
+    risk: EmpiricalRisk, plan: Plan, members: int, **options: Unpack[Options]
+) -> tuple[EmpiricalRisk, SharedBaseQuadratic]:
+    """Loss and local model of the mean of late-phase members on a shared base."""
+    mask = member_mask(risk, plan.late_phase or "all")
+    own = risk_of_mean(risk, mask, members, plan.gamma, plan.member_lr_ratio)
+    held = own if bool(mask.all()) else own.rescaled(mask.to(own.weights))
+    of_mean, apart = (measure_checkpoint(of, **options) for of in (own, held))
+    return own, SharedBaseQuadratic.of(of_mean, apart, members)
+
+
+def averages_of(
+    risk: EmpiricalRisk, local: LocalQuadratic, **options: Unpack[Options]
+) -> Smoothing | None:
+    """Curvature and noise averaged over the weights of the configuration's reference training."""
+    config = options["config"]
+    work = averaging_work(risk, local, config.averaging_displacements)
+    return measure_averages(
         risk,
         local,
         config.reference(local.largest),
+        displacements=config.displacements,
         averaging_displacements=config.averaging_displacements,
-        progress=counted(
-            progress,
-            "averages",
-            averaging_work(risk, local, config.averaging_displacements) + work,
-        ),
-        **settings,
+        lanczos_steps=config.lanczos_steps,
+        seed=options["seed"],
+        cache=options["cache"],
+        progress=counted(options["progress"], "averages", work + _work(local, config)),
     )
+
+
+def gaussian_of(
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    training: Training,
+    averages: Smoothing | None,
+    done: Callable[[int], None] | None = None,
+    **options: Unpack[Options],
+) -> WeightGaussian:
+    """Gaussian of the weights of one training; `done` takes counts of gradients and products."""
+    config = options["config"]
+    return measure_gaussian(
+        risk,
+        local,
+        training,
+        averages,
+        displacements=config.displacements,
+        lanczos_steps=config.lanczos_steps,
+        seed=options["seed"],
+        cache=options["cache"],
+        progress=done,
+    )
+
+
+def _gaussians(
+    risk: EmpiricalRisk, local: LocalQuadratic, **options: Unpack[Options]
+) -> tuple[WeightGaussian, ...]:
+    """Gaussian of the weights of every training."""
+    config = options["config"]
+    averages = averages_of(risk, local, **options)
     trainings = config.trainings(local.largest)
-    third = counted(progress, "third derivatives", work * len(trainings))
+    work = _work(local, config) * len(trainings)
+    third = counted(options["progress"], "third derivatives", work)
     return tuple(
-        measure_gaussian(risk, local, training, averages, progress=third, **settings)
-        for training in trainings
+        gaussian_of(risk, local, training, averages, third, **options) for training in trainings
     )
+
+
+def _work(local: LocalQuadratic, config: BridgeConfig) -> float:
+    """Units of work of one Gaussian."""
+    return float(gradients_and_products(local, config.displacements, config.lanczos_steps))
 
 
 def measure_checkpoint(
@@ -317,20 +356,103 @@ def compare(
         its_test = _in_frame(test, part)
         held_out = _held_out(part, its_plan, its_test, progress)
         for gaussian, own in zip(part.gaussians, held_out, strict=True):
-            total = float(gaussian.training.steps * minibatches_of(its_plan))
             stage = f"train {len(outcomes) + 1} of {count}"
             outcomes.append(
-                compare_training(
-                    part.risk,
-                    gaussian,
-                    its_plan,
-                    test=its_test,
-                    held_out=own,
-                    cache=part.cache,
-                    progress=counted(progress, stage, total),
-                    path_progress=counted(
-                        progress, f"{stage}, without noise", float(gaussian.training.steps)
-                    ),
-                )
+                _compared(part.risk, gaussian, its_plan, its_test, own, part.cache, stage, progress)
             )
     return joined(outcomes)
+
+
+def _compared(  # noqa: PLR0913 - the parts of one call
+    risk: EmpiricalRisk,
+    gaussian: WeightGaussian,
+    plan: Plan,
+    test: TestLoss | None,
+    held_out: dict[str, HeldOut],
+    cache: Cache,
+    stage: str,
+    progress: Progress | None,
+) -> Outcome:
+    """One training, trained and compared; test loss and plan are those of its part."""
+    steps = float(gaussian.training.steps)
+    return compare_training(
+        risk,
+        gaussian,
+        plan,
+        test=test,
+        held_out=held_out,
+        cache=cache,
+        progress=counted(progress, stage, steps * minibatches_of(plan)),
+        path_progress=counted(progress, f"{stage}, without noise", steps),
+    )
+
+
+def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Options]) -> None:
+    """Measure what all trainings of a part share, so that its results are in the cache.
+
+    Parameters
+    ----------
+    risk, plan
+        See `measure`.
+    part : int
+        Index of K in the plan's members with late-phase members, 0 for independent runs.
+    **options
+        See `Options`.
+    """
+    averages_of(*_part(risk, plan, part, **options), **options)
+
+
+def store_training(
+    risk: EmpiricalRisk,
+    plan: Plan,
+    part: int,
+    index: int,
+    *,
+    test: TestLoss | None,
+    train: bool,
+    **options: Unpack[Options],
+) -> None:
+    """Do all of one training that `measure`, `predict` and `compare` keep in the cache.
+
+    Parameters
+    ----------
+    risk, plan, test
+        See `compare`.
+    part : int
+        See `store_part`, which comes before.
+    index : int
+        Index of the training in those of the configuration.
+    train : bool
+        Whether to train, or to predict only.
+    **options
+        See `Options`.
+    """
+    own, local = _part(risk, plan, part, **options)
+    its_plan = plan if plan.late_phase is None else replace(plan, members=(plan.members[part],))
+    averages, config = averages_of(own, local, **options), options["config"]
+    third = counted(options["progress"], "third derivatives", _work(local, config))
+    training = config.trainings(local.largest)[index]
+    gaussian = gaussian_of(own, local, training, averages, third, **options)
+    measured = Measured(own, local, (gaussian,), options["cache"])
+    its_test = _in_frame(test, measured)
+    (held_out,) = _held_out(measured, its_plan, its_test, options["progress"])
+    if train:
+        _compared(
+            own,
+            gaussian,
+            its_plan,
+            its_test,
+            held_out,
+            options["cache"],
+            "train",
+            options["progress"],
+        )
+
+
+def _part(
+    risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Options]
+) -> tuple[EmpiricalRisk, LocalQuadratic]:
+    """Loss and local model of independent runs, or of the mean of late-phase members."""
+    if plan.late_phase is None:
+        return risk, measure_checkpoint(risk, **options)
+    return of_members(risk, plan, plan.members[part], **options)

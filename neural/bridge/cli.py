@@ -54,6 +54,13 @@ from nqm.cli import OutFolder
     type=OutFolder(),
     help="Folder for results.  [default: out/bridge/NAME]",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes; each does one training at a time, and takes the next GPU if there are "
+    "several.  [default: for small nets on the CPU one of one thread for each processor, unless "
+    "--threads is given; else 1]",
+)
 @device_option
 @data_option
 @threads_option
@@ -61,8 +68,8 @@ from nqm.cli import OutFolder
     "--memory",
     type=float,
     metavar="GIB",
-    help="Memory for derivatives, matrices and runs; what does not fit is computed in smaller "
-    "parts or refused.  [default: half of the machine's]",
+    help="Memory of each process for derivatives, matrices and runs; what does not fit is computed "
+    "in smaller parts or refused.  [default: half of the machine's]",
 )
 def bridge(
     target: str,
@@ -75,6 +82,7 @@ def bridge(
     predict_only: bool,
     seed: int | None,
     out: Path | None,
+    workers: int | None,
     device: str | None,
     root: Path | None,
     threads: int | None,
@@ -91,8 +99,12 @@ def bridge(
     nqm neural bridge out/neural/digits_bn-full/base/seed0 --select batchnorm+head
     nqm neural bridge RUN --set bridge.lr_times_sharpness=[0.1,0.3] --set plan.runs=64
     """
+    import torch
+    from threadpoolctl import threadpool_limits
+
     from neural.bridge.pipeline import load_config, open_target, run_bridge, split_overrides
     from neural.bridge.plots import draw_bridge
+    from neural.bridge.workers import side_by_side
     from neural.training.run_folder import check_no_run
     from nqm.files import locked
     from nqm.limits import memory_budget
@@ -118,8 +130,16 @@ def bridge(
     context.with_resource(memory_budget(memory))
     opened = open_target(target, runtime, scale, others)
     context.with_resource(locked(out, folder=True))
+    if threads is None and runtime.device.type == "cpu":
+        fitting = side_by_side(opened.model, opened.task, settings, plan)
+        if fitting is not None:  # whatever their number: results are then the same
+            torch.set_num_threads(1)
+            context.with_resource(threadpool_limits(1, user_api="blas"))
+        workers = workers or fitting
     with progress_bar() as progress:
-        results = run_bridge(opened, settings, plan, runtime, out, progress=progress)
+        results = run_bridge(
+            opened, settings, plan, runtime, out, workers=workers or 1, progress=progress
+        )
     columns = ["lr", "batch_size", "members", "weights"]
     columns += ["predicted", "measured", "error", "ratio"]
     table = results.table[columns]

@@ -19,11 +19,13 @@ from neural.bridge.api import (
     predict,
 )
 from neural.bridge.best_lr import POINTS, best_lrs
+from neural.bridge.comparison import Outcome
 from neural.bridge.config import EARLY, BridgeConfig, Plan, Training
 from neural.bridge.from_run import risk_of_run
 from neural.bridge.shared_base import member_mask
 from neural.bridge.timing import cost_table
 from neural.bridge.verdict import verdict
+from neural.bridge.workers import Bridged, fill_cache
 from neural.curvature.cache import Cache
 from neural.curvature.examples import rows
 from neural.curvature.local_quadratic import LocalQuadratic
@@ -211,6 +213,7 @@ def run_bridge(
     runtime: Runtime,
     out: Path,
     *,
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> Bridge:
     """Measure, predict, train and compare; every stage is stored in `out` and not computed again.
@@ -229,6 +232,10 @@ def run_bridge(
         Folder for ``bridge.parquet``, ``course.parquet``, ``best_lr.parquet``, ``cost.parquet``,
         ``spectrum.parquet``, ``problem.parquet`` (which `nqm` reads), ``verdict.md`` and, in
         ``kept/``, the result of each stage.
+    workers : int
+        Number of processes that do the trainings, and what is measured for each of them. The
+        results are the same for any number if torch has the same number of threads in each
+        process: they share those of this one.
     progress : callable, optional
         Called with the name of a stage and the fraction of it that is done.
 
@@ -254,9 +261,15 @@ def run_bridge(
     local = measure_checkpoint(risk, config, seed=plan.seed, cache=cache, progress=progress)
     if known is None:
         write_table(out / "problem.parquet", local.problem_table(), stamp.metadata())
+        test = held_out_risk(risk, opened.task, config.test_examples, config.batchnorm_group)
+        if workers > 1:
+            bridged = Bridged(risk, test, config, plan, out / "kept")
+            fill_cache(bridged, workers, runtime.device, progress)
         # It reads the result of `measure_checkpoint` from its file.
         measured = measure(risk, config, plan=plan, seed=plan.seed, cache=cache, progress=progress)
-        for name, table in _tables(measured, opened, config, plan, progress).items():
+        found = compare if config.train else predict
+        outcome = found(measured, plan, test=test, progress=progress)
+        for name, table in _tables(measured, outcome, opened, config, plan, progress).items():
             write_table(out / f"{name}.parquet", table, stamp.metadata())
     tables = {name: read_table(out / f"{name}.parquet") for name in TABLES}
     words = verdict(tables["bridge"], local, tables["best_lr"], tables["cost"])
@@ -281,19 +294,20 @@ def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
 
 
 def _tables(
-    measured: Measured, opened: Opened, config: BridgeConfig, plan: Plan, progress: Progress | None
+    measured: Measured,
+    outcome: Outcome,
+    opened: Opened,
+    config: BridgeConfig,
+    plan: Plan,
+    progress: Progress | None,
 ) -> dict[str, pd.DataFrame]:
     """All tables by name, in the order in which they are written."""
     risk, gaussians = measured.risk, measured.gaussians
-    task = opened.task
-    test = held_out_risk(risk, task, config.test_examples, config.batchnorm_group)
-    found = compare if config.train else predict
-    outcome = found(measured, plan, test=test, progress=progress)
     grids = 1 if plan.late_phase is None else len(plan.members)
     work = grids * POINTS + 8.0 * len(plan.members)
     search = counted(progress, "best learning rates", work)
     best = best_lrs(outcome.table, gaussians, records=plan.records, progress=search)
-    epoch = len(task.stream) * opened.run.data.batch_size
+    epoch = len(opened.task.stream) * opened.run.data.batch_size
     share = risk.examples * (config.batchnorm_group or 1) / epoch
     tables = {
         "spectrum": _spectrum(measured, config, plan.seed),

@@ -7,14 +7,12 @@ On a CPU the results are bit for bit those of separate runs.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +20,6 @@ import torch
 
 from neural.data import Data, Images
 from neural.training import preflight
-from neural.training._malloc import keep_freed_memory
 from neural.training.config import RunConfig, describe
 from neural.training.cycles import cycles
 from neural.training.gpu_scale import check_device
@@ -34,12 +31,11 @@ from neural.training.run_folder import RunFolder, check_no_run
 from neural.training.task import Runtime, load_data, open_task
 from neural.training.train import train
 from neural.training.watch import Plan, Planned, write_plan
+from neural.training.workers import run_in_workers
 from nqm import __version__, keys
 from nqm.errors import NQMError, suggest
 from nqm.files import locked
 from nqm.progress import Progress, within
-from nqm.runs.executors import Workers, processes
-from nqm.runs.interrupts import note_signals, stop, stop_asked
 from nqm.table import read_metadata, write_table
 
 #: Seconds to wait for another process that writes the folder's tables.
@@ -382,86 +378,21 @@ def _run_group(
         progress("training", 1.0)
 
 
-#: In a worker: fraction of each seed's runs that is done, in memory shared by all processes.
-_SHARES: Any = None
-#: In a worker: its device.
-_DEVICE = torch.device("cpu")
-
-
-def _flags() -> dict[str, Any]:
-    """Settings of torch for the whole process that change numbers or speed."""
-    return {
-        "matmul": torch.get_float32_matmul_precision(),
-        "tf32": torch.backends.cudnn.allow_tf32,
-        "benchmark": torch.backends.cudnn.benchmark,
-        "deterministic": torch.backends.cudnn.deterministic,
-        "algorithms": torch.are_deterministic_algorithms_enabled(),
-    }
-
-
-def _set_flags(flags: dict[str, Any]) -> None:
-    torch.set_float32_matmul_precision(flags["matmul"])
-    torch.backends.cudnn.allow_tf32 = flags["tf32"]
-    torch.backends.cudnn.benchmark = flags["benchmark"]
-    torch.backends.cudnn.deterministic = flags["deterministic"]
-    torch.use_deterministic_algorithms(flags["algorithms"])
-
-
-def _start_worker(
-    shares: Any, started: Any, devices: list[torch.device], threads: int, flags: dict[str, Any]
+def _work(
+    groups: list[list[Job]],
+    out: Path,
+    runtime: Runtime,
+    index: int,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
-    global _SHARES, _DEVICE
-    _SHARES = shares
-    with started.get_lock():
-        _DEVICE = devices[started.value % len(devices)]
-        started.value += 1
-    if _DEVICE.type == "cuda":
-        torch.cuda.set_device(_DEVICE)
-    note_signals()
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    _set_flags(flags)
-
-
-def _devices(first: torch.device) -> list[torch.device]:
-    """Devices that workers take in turn: a GPU each, from the first one on, or the CPU."""
-    if first.type != "cuda":
-        return [first]
-    count, start = torch.cuda.device_count(), first.index or 0
-    return [torch.device("cuda", (start + i) % count) for i in range(count)]
-
-
-def _work(index: int, group: list[Job], out: Path, runtime: Runtime) -> None:
-    def progress(stage: str, share: float) -> None:
-        _SHARES[index] = share
-
-    _run_group(group, out, replace(runtime, device=_DEVICE), progress)
+    _run_group(groups[index], out, replace(runtime, device=device), progress)
 
 
 def _run_parallel(
     groups: list[list[Job]], out: Path, runtime: Runtime, workers: int, progress: Progress | None
 ) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    shares, started = spawn.Array("d", len(groups)), spawn.Value("i", 0)
-    threads = max(1, torch.get_num_threads() // workers)
     if runtime.workers:  # those that decode images are shared out as well
         runtime = replace(runtime, workers=max(1, runtime.workers // workers))
-    given = (shares, started, _devices(runtime.device), threads, _flags())
-    with processes(workers, _start_worker, given) as pool:
-        pending = {pool.submit(_work, i, group, out, runtime) for i, group in enumerate(groups)}
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
-            if stop_asked():
-                _stop_workers(pool)
-            if progress is not None:
-                progress("training", sum(shares[:]) / len(groups))
-            for future in done:
-                future.result()
-
-
-def _stop_workers(pool: Workers) -> None:
-    """Let all workers write their checkpoints, and end the work."""
-    for process in multiprocessing.active_children():
-        process.terminate()  # sends SIGTERM, which the worker notes
-    pool.shutdown(cancel_futures=True)
-    stop()
+    work = partial(_work, groups, out, runtime)
+    run_in_workers(work, len(groups), workers, runtime.device, "training", progress)

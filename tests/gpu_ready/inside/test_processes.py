@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from meter import gpu
 
-from neural.training import experiment
+from neural.training import experiment, workers
 from neural.training.cli_options import make_runtime
 from neural.training.task import Runtime
 from nqm.errors import NQMError
@@ -100,7 +100,7 @@ def test_workers_take_gpus_in_turn(
 ) -> None:
     used: list[str] = []
     made_current: list[str] = []
-    monkeypatch.setattr(experiment, "processes", Pool)
+    monkeypatch.setattr(workers, "processes", Pool)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: made_current.append(str(device)))
     monkeypatch.setattr(

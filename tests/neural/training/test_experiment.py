@@ -22,7 +22,7 @@ from torch import nn
 from neural import LatePhase, evaluate
 from neural.evaluate import classification_metrics, ensemble_log_probs
 from neural.late_phase import reparametrize
-from neural.training import experiment
+from neural.training import experiment, workers
 from neural.training.build import make_model
 from neural.training.config import RunConfig, build
 from neural.training.experiment import jobs, run_experiment
@@ -216,18 +216,18 @@ def test_processes_change_no_number(tmp_path: Path) -> None:
 
 
 def test_processes_compute_as_their_parent_does() -> None:
-    before = experiment._flags()
+    before = workers._flags()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    told = experiment._flags()
-    experiment._set_flags(before)
+    told = workers._flags()
+    workers._set_flags(before)
     try:
-        experiment._set_flags(told)
+        workers._set_flags(told)
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.benchmark
     finally:
-        experiment._set_flags(before)
-    assert experiment._flags() == before
+        workers._set_flags(before)
+    assert workers._flags() == before
 
 
 def test_progress_rises_to_one(tmp_path: Path) -> None:
