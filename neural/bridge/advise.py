@@ -75,7 +75,8 @@ def read_bridge(folder: Path) -> pd.DataFrame:
     path = folder / "bridge.parquet"
     if not path.exists():
         raise NQMError(
-            f"{folder} holds no bridge.parquet; measure first: nqm neural bridge RUN --out {folder}"
+            f"{folder} holds neither a run nor a finished bridge; give a run, or measure first: "
+            f"nqm neural bridge RUN --out {folder}"
         )
     return read_table(path)
 
@@ -102,9 +103,8 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     NQMError
         If no cell of the table is reliable, or a number is out of range.
     """
+    check_asked(members, worth)
     most = int(table["members"].max()) if members is None else members
-    check_integer("members", most, 1)
-    check_number("worth", worth, low=0.0, closed_low=False)
     if set(table["way"]) != {INDEPENDENT}:
         raise NQMError(
             "no advice for late-phase members: each K has a prediction of its own, given by the "
@@ -145,6 +145,24 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     words += _rests_on(table, cells, left)
     chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
     return Advice(*chosen, count, change, single, tuple(words))
+
+
+def check_asked(members: int | None, worth: float) -> None:
+    """Check what `advise` is asked for.
+
+    Parameters
+    ----------
+    members, worth
+        See `advise`.
+
+    Raises
+    ------
+    NQMError
+        If a number is out of range.
+    """
+    if members is not None:
+        check_integer("members", members, 1)
+    check_number("worth", worth, low=0.0, closed_low=False)
 
 
 def _reliable(rows: pd.DataFrame) -> pd.Series[bool]:

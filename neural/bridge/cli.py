@@ -152,10 +152,8 @@ def bridge(
 
 
 @click.command()
-@click.argument("folder", metavar="BRIDGE", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--members", type=int, help="Largest K that you would pay for.  [default: that of the bridge]"
-)
+@click.argument("target", metavar="RUN|RECIPE|BRIDGE")
+@click.option("--members", type=int, help="Largest K that you would pay for.  [default: 16]")
 @click.option(
     "--worth",
     type=float,
@@ -163,17 +161,70 @@ def bridge(
     show_default=True,
     help="Least saving of one more member, relative to what noise costs a single run.",
 )
-def advise(folder: Path, members: int | None, worth: float) -> None:
-    """Advise on learning rate, average and K from the results of a bridge.
+@click.option("--steps", type=int, help="Steps of the training to come.  [default: 1000]")
+@click.option("--batch-size", type=int, help="Examples of a minibatch, B.  [default: 32]")
+@click.option("--select", help="Weights that will be trained, e.g. batchnorm+head.  [default: all]")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting of the measurement, e.g. --set bridge.examples=500 (repeatable).",
+)
+@device_option
+@data_option
+@threads_option
+def advise(
+    target: str,
+    members: int | None,
+    worth: float,
+    steps: int | None,
+    batch_size: int | None,
+    select: str | None,
+    overrides: tuple[str, ...],
+    device: str | None,
+    root: Path | None,
+    threads: int | None,
+) -> None:
+    """Advise on learning rate, average and K for a training from a network's weights.
 
-    BRIDGE is the folder that nqm neural bridge has written. Only predictions within the validity
-    of the theory count; without any there is no advice.
+    RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: what the advice
+    needs is measured in a few passes over the data, without a training. BRIDGE is a folder that
+    nqm neural bridge has written: nothing is measured, and trained cells that contradict their
+    prediction do not count. Only predictions
+    within the validity of the theory count; without any there is no advice.
 
     \b
+    nqm neural advise out/neural/digits_mlp-full/base/seed0 --steps 400 --members 8
     nqm neural advise out/bridge/digits_mlp-full-base-seed0
     """
     from neural.bridge.advise import advise as advice
-    from neural.bridge.advise import read_bridge
+    from neural.bridge.advise import check_asked, read_bridge
+    from neural.bridge.pipeline import advice_table, load_config, open_target, split_overrides
+    from neural.bridge.quick import SETTINGS
+    from nqm.errors import NQMError
 
-    for line in advice(read_bridge(folder), members, worth).words:
+    asked = {
+        "bridge.steps": steps,
+        "bridge.batch_sizes": None if batch_size is None else [batch_size],
+        "bridge.select": select,
+    }
+    own = [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    check_asked(members, worth)
+    if Path(target).is_dir() and not Path(target, "run.json").is_file():
+        if given := [*own, *overrides]:
+            raise NQMError(
+                f"{given[0].partition('=')[0]} cannot be changed: {target} is no run, and a bridge "
+                "is measured already; give its run"
+            )
+        table = read_bridge(Path(target))
+    else:
+        check_alone("nqm neural advise")
+        more, others = split_overrides(overrides)
+        settings, plan = load_config(None, [*SETTINGS, *own, *more])
+        runtime = make_runtime(device, root, threads)
+        opened = open_target(target, runtime, overrides=others)
+        with progress_bar() as progress:
+            table = advice_table(opened, settings, plan, runtime, progress)
+    for line in advice(table, members, worth).words:
         click.echo(f"- {line}")

@@ -22,6 +22,7 @@ from neural.bridge.best_lr import POINTS, best_lrs
 from neural.bridge.comparison import Outcome
 from neural.bridge.config import EARLY, BridgeConfig, Plan, Training
 from neural.bridge.from_run import risk_of_run
+from neural.bridge.quick import measure_for_advice
 from neural.bridge.shared_base import member_mask
 from neural.bridge.timing import cost_table
 from neural.bridge.verdict import verdict
@@ -284,6 +285,34 @@ def run_bridge(
         tables["spectrum"],
         words,
     )
+
+
+def advice_table(
+    opened: Opened,
+    config: BridgeConfig,
+    plan: Plan,
+    runtime: Runtime,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Predict the losses of trainings of a network, by a quick measurement, for advice.
+
+    Parameters
+    ----------
+    opened, config, plan, runtime, progress
+        See `run_bridge`.
+
+    Returns
+    -------
+    DataFrame
+        See `neural.bridge.quick.measure_for_advice`.
+
+    Raises
+    ------
+    NQMError
+        If the settings do not fit the network or its data.
+    """
+    risk = _risk(opened, config, plan, runtime, Cache(), progress)
+    return measure_for_advice(risk, config, plan, progress)
 
 
 def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:

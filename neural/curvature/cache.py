@@ -48,6 +48,8 @@ def fingerprint(risk: EmpiricalRisk) -> str:
     loss = getattr(risk.example_loss, "__qualname__", "")
     digest.update(repr((sorted(risk.shapes.items()), risk.weight_decay, loss)).encode())
     digest.update(repr((risk.curvature, risk.examples)).encode())
+    if risk.curvature_batches is not None:
+        digest.update(repr(len(risk.curvature_batches)).encode())
     for part in risk.frame or ():
         digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -28,7 +28,7 @@ from neural.late_phase.members import Batch
 from neural.late_phase.rows import arguments
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import call, places
-from nqm.errors import NQMError, check_number, check_word
+from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.runs.interrupts import let_through
 
 #: (output, targets) -> one loss per example, shape (B,).
@@ -102,6 +102,8 @@ class EmpiricalRisk:
         Weights at which derivatives are taken; at first those of the model.
     frame : (Tensor, Tensor), optional
         Origin and scale of the coordinates, shape (p,) each (`rescaled`); none by default.
+    curvature_batches : list of (inputs, targets), optional
+        Data of `curvature_product` (`with_curvature_of`); all data by default.
     size : int
         Number of selected weights, p.
     examples : int
@@ -134,6 +136,7 @@ class EmpiricalRisk:
         self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
         self.frame: tuple[Tensor, Tensor] | None = None
+        self.curvature_batches: list[Batch] | None = None
         self.size = self.weights.numel()
         self._take(batches)
 
@@ -162,6 +165,27 @@ class EmpiricalRisk:
         """
         moved = copy.copy(self)
         moved.weights = weights
+        return moved
+
+    def with_curvature_of(self, batches: int) -> EmpiricalRisk:
+        """The same loss, with products of the curvature of its first batches alone.
+
+        They cost less; loss, gradients and noise stay those of all examples. The dense matrix does
+        not change.
+
+        Parameters
+        ----------
+        batches : int
+            Number of batches, at least 1.
+
+        Returns
+        -------
+        EmpiricalRisk
+            A shallow copy that shares model and data.
+        """
+        check_integer("batches", batches, 1)
+        moved = copy.copy(self)
+        moved.curvature_batches = self.batches[:batches] if batches < len(self.batches) else None
         return moved
 
     def rescaled(self, scale: Tensor) -> EmpiricalRisk:
@@ -257,7 +281,7 @@ class EmpiricalRisk:
             If there is no batch, or targets do not fit.
         """
         moved = copy.copy(self)
-        moved.weight_decay = 0.0
+        moved.weight_decay, moved.curvature_batches = 0.0, None
         moved._take(batches)
         return moved
 
@@ -575,7 +599,12 @@ class EmpiricalRisk:
         -------
         Tensor, shape (p,)
         """
-        return self.ggn_product(v) if self.curvature == "ggn" else self.hessian_product(v)
+        of = self
+        if self.curvature_batches is not None:
+            of = copy.copy(self)
+            of.batches, of.curvature_batches = self.curvature_batches, None
+            of.examples = sum(len(targets) for _, targets in of.batches)
+        return of.ggn_product(v) if self.curvature == "ggn" else of.hessian_product(v)
 
     @property
     def matrix_work(self) -> int:

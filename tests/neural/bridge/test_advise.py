@@ -108,7 +108,7 @@ def test_without_a_reliable_cell_there_is_no_advice(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["neural", "advise", str(tmp_path)])
     assert done.exit_code == 2
-    assert "holds no bridge.parquet; measure first: nqm neural bridge RUN" in done.stderr
+    assert "holds neither a run nor a finished bridge; give a run, or measure first" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     write_table(tmp_path / "bridge.parquet", ONE, {})
     pd.testing.assert_frame_equal(read_bridge(tmp_path), ONE)

@@ -13,6 +13,7 @@ from torch.func import functional_call, hessian
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neural.curvature import gradient_noise
+from neural.curvature.cache import fingerprint
 from neural.curvature.examples import EachRow
 from neural.curvature.risk import EmpiricalRisk, cross_entropy
 from neural.curvature.spectrum import Density, binned, density, eigenpairs, trace_estimate
@@ -86,6 +87,24 @@ def test_third_derivatives_are_the_change_of_the_curvature(risk: EmpiricalRisk) 
     assert float(risk.third(v) @ u) == pytest.approx(
         float(bent[0] - bent[1]) / (2 * step), rel=1e-5
     )
+
+
+def test_curvature_of_the_first_batches_alone() -> None:
+    whole = tanh_risk(quick=False)
+    few = whole.with_curvature_of(1)
+    first = EmpiricalRisk(whole.model, whole.batches[:1], weight_decay=whole.weight_decay)
+    v = torch.linspace(-1.0, 1.0, whole.size, dtype=torch.double)
+    moved = whole.weights + 0.1
+    torch.testing.assert_close(few.curvature_product(v), first.hessian() @ v)
+    torch.testing.assert_close(few.at(moved).curvature_product(v), first.at(moved).hessian() @ v)
+    torch.testing.assert_close(few.gradient(), whole.gradient(), rtol=0.0, atol=0.0)
+    assert few.examples == whole.examples
+    test = few.on(whole.batches)  # on other data it is all of those
+    torch.testing.assert_close(test.curvature_product(v) + 0.01 * v, whole.hessian() @ v)
+    assert fingerprint(few) != fingerprint(whole)
+    assert fingerprint(whole.with_curvature_of(2)) == fingerprint(whole)
+    with pytest.raises(NQMError, match="batches must be an integer >= 1; got 0"):
+        whole.with_curvature_of(0)
 
 
 def test_the_model_is_left_as_it_is(risk: EmpiricalRisk) -> None:

@@ -1,0 +1,121 @@
+"""Advice on a network that has no bridge: the measurement, and the command on a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from neural.bridge.config import BridgeConfig, Plan
+from neural.bridge.pipeline import load_config
+from neural.bridge.quick import SETTINGS, measure_for_advice
+from neural.curvature.risk import EmpiricalRisk
+from neural.training.experiment import run_experiment
+from nqm.cli import main
+from nqm.errors import NQMError
+from tests.tiny_risks import Bowl, quadratic, scatter, slide
+from tests.tiny_runs import recipe
+
+CURVATURE = (2.0, 0.7, 0.2)
+
+
+def test_on_a_quadratic_every_rate_is_predicted_from_one_measurement() -> None:
+    """The prediction is descent plus half the trace of H times the weights' covariance."""
+    bowl = Bowl(CURVATURE, away=0.3)
+    config, _ = load_config(None, [*SETTINGS, "bridge.eigenpairs=0", "bridge.steps=60"])
+    plan = Plan(members=(1, 4), runs=4, records=1)
+    table = measure_for_advice(bowl.risk, config, plan)
+    iterate = table[table["weights"] == "iterate"]
+    assert len(iterate) == 6 * 2
+    slope = bowl.gradient().numpy()
+    for _, row in iterate.iterrows():
+        moved = slide(slope, bowl.hessian, row["lr"], 60)
+        spread = scatter(bowl.hessian, bowl.noise, row["lr"], 32, 60)
+        excess = 0.5 * float(np.trace(bowl.hessian @ spread))
+        expected = quadratic(slope, bowl.hessian, moved) + excess / row["members"]
+        assert row["predicted"] == pytest.approx(expected, rel=1e-7, abs=1e-9)
+        assert abs(row["noise_growth"]) < 1e-8, "the noise is the same everywhere"
+        assert abs(row["noise_change_on_path"]) < 1e-8
+    assert sorted(iterate["lr"].unique() * 2.0) == pytest.approx(
+        [2.0**-i for i in range(5, -1, -1)]
+    )
+    assert table["measured"].isna().all()
+
+
+def test_slope_and_noise_are_those_of_all_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minimum of the loss of some examples is none of the loss of all."""
+    bowl = Bowl(CURVATURE)
+    (x, y), *_ = bowl.risk.batches
+    split = EmpiricalRisk(
+        bowl.risk.model, [(x[:16], y[:16]), (x[16:], y[16:])], loss=bowl.risk.example_loss
+    )
+    config = BridgeConfig(
+        eigenpairs=2, noise_samples=1, lanczos_steps=3, displacements=2,
+        averaging_displacements=1, lr_times_sharpness=(0.1, 0.2), steps=10,
+    )  # fmt: skip
+    seen: list[int] = []
+    product = EmpiricalRisk.hessian_product
+
+    def counted(risk: EmpiricalRisk, v: object) -> object:
+        seen.append(risk.examples)
+        return product(risk, v)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EmpiricalRisk, "hessian_product", counted)
+    split.check()
+    seen.clear()
+    table = measure_for_advice(split, config, Plan(members=(1,), runs=1, records=1))
+    assert set(seen) == {16}
+    assert (table["descent"].abs() < 1e-12).all(), "the checkpoint is the minimum of all examples"
+
+
+def test_late_phase_members_are_refused() -> None:
+    plan = Plan((2,), runs=4, late_phase="all")
+    with pytest.raises(NQMError, match=r"plan\.late_phase: advice is for independent runs"):
+        measure_for_advice(Bowl(CURVATURE).risk, replace(BridgeConfig(), steps=5), plan)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    run_experiment(recipe({"base": {}}), out, seeds=[0])
+    return out / "base" / "seed0"
+
+
+def test_the_command_measures_a_run(run: Path) -> None:
+    words = ["neural", "advise", str(run), "--select", "head", "--steps", "20", "--members", "3"]
+    words += ["--batch-size", "10", "--set", "bridge.weight_decay=0.1"]
+    words += ["--set", "bridge.lr_times_sharpness=[0.01,0.02]"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("- Train 20 steps at lr = ")
+    assert "B = 10, and take" in done.stdout
+    assert "Nothing was trained: this rests on the prediction alone." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--members", "0"], "members must be an integer >= 1; got 0"),
+        (["--worth", "-1"], "worth must lie in (0, inf); got -1"),
+        (["--steps", "-3"], "steps must be an integer >= 0; got -3"),
+        (["--set", "bridge.eigenpair=3"], "eigenpair"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(
+    run: Path, words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neural.bridge.pipeline.open_target", None)
+    done = CliRunner().invoke(main, ["neural", "advise", str(run), *words])
+    assert done.exit_code == 2
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_settings_of_a_bridge_that_is_measured_are_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["neural", "advise", str(tmp_path), "--steps", "5"])
+    assert done.exit_code == 2
+    assert "bridge.steps cannot be changed" in done.stderr
+    assert "give its run" in done.stderr
