@@ -20,6 +20,7 @@ from neural.curvature.spectrum import Density, binned, density, eigenpairs, trac
 from neural.models import build
 from nqm.errors import NQMError
 from nqm.runs.interrupts import Interrupted, interruptible
+from tests.tiny_risks import tanh_risk
 from tests.tolerances import IDENTITY, SIGMAS, agree
 
 DECAY = 0.01
