@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from neural.bridge.iterate_averages import TimeAverage, power
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.curvature.cache import Cache
-from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
+from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Progress, operator
@@ -362,18 +363,23 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     gradients = stored("slopes", sampled, **settings)
     forces = gradients["forces"]
 
-    def rest(half: int) -> LanczosNodes:
-        def lanczos() -> dict[str, Any]:
-            return vars(lanczos_nodes(apply, forces[half], lanczos_steps, known))
+    def lanczos() -> dict[str, Any]:
+        def products(rows: FloatArray) -> FloatArray:
+            images = risk.curvature_products(torch.from_numpy(rows).to(risk.weights), progress)
+            return np.asarray(images.double().cpu().numpy())
 
-        return LanczosNodes(
-            **stored("force", lanczos, half=half, lanczos_steps=lanczos_steps, **settings)
-        )
+        halves = lanczos_together(products, list(forces), lanczos_steps, known)
+        return {f"{i}-{name}": a for i, half in enumerate(halves) for name, a in vars(half).items()}
 
+    force = stored("force", lanczos, lanczos_steps=lanczos_steps, **settings)
+    rest = [
+        LanczosNodes(*(force[f"{half}-{name}"] for name in ("values", "amplitudes", "vectors")))
+        for half in (0, 1)
+    ]
     top = (known.T @ forces[0], known.T @ forces[1])
     names = ("displacements", "differences", "beyond", "rises")
     slopes = Slopes(*(np.asarray(gradients[name]) for name in names))
-    return Drift(local, training, top, (rest(0), rest(1)), slopes)
+    return Drift(local, training, top, (rest[0], rest[1]), slopes)
 
 
 def _both_ends(

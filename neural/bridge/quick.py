@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from neural.bridge.api import Options, averages_of, gaussian_of, measure_checkpoint
 from neural.bridge.comparison import joined, predict_training
 from neural.bridge.config import BridgeConfig, Plan
+from neural.bridge.gaussian import WeightGaussian
 from neural.curvature.cache import Cache
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 #: Settings of `BridgeConfig` by which advice differs from a bridge.
 SETTINGS = (
-    "bridge.eigenpairs=5",
+    "bridge.eigenpairs=4",
     "bridge.noise_samples=2",
-    "bridge.lanczos_steps=12",
+    "bridge.lanczos_steps=8",
     "bridge.displacements=4",
     "bridge.averaging_displacements=1",
     "bridge.lr_times_sharpness=[0.03125,0.0625,0.125,0.25,0.5,1.0]",
@@ -73,8 +74,12 @@ def measure_for_advice(
     middle = replace(config, lr_times_sharpness=(rates[len(rates) // 2],))
     options = Options(config=middle, seed=plan.seed, cache=Cache(), progress=progress)
     local = measure_checkpoint(risk, **options)
-    averages = averages_of(risk, local, **options)
-    gaussian = gaussian_of(risk, local, middle.reference(local.largest), averages, **options)
+    reference, averages = middle.reference(local.largest), averages_of(risk, local, **options)
+    if averages is None or averages.drift is None:
+        gaussian = gaussian_of(risk, local, reference, None, **options)
+    else:  # its force serves again, where a bridge measures one with the averaged curvature
+        drift = averages.along_mean_path(averages.drift)
+        gaussian = WeightGaussian(reference, local, drift, averages)
     outcomes = []
     for training in config.trainings(local.largest):
         scaled = gaussian.scaled_to(training)

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
@@ -27,7 +28,7 @@ from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import EmpiricalRisk
-from neural.curvature.spectrum import Eigenpairs, Progress, operator
+from neural.curvature.spectrum import Eigenpairs, Progress
 from nqm.errors import check_integer
 
 FloatArray = NDArray[np.float64]
@@ -483,7 +484,7 @@ def _along(
     if vectors.shape[1] == risk.size:
         h = risk.curvature_matrix(progress).double().cpu().numpy()
         return vectors.T @ h @ vectors, noise, float(np.trace(noise))
-    apply = operator(risk, progress)
-    curvature = vectors.T @ np.stack([apply(v) for v in vectors.T], 1)
+    rows = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(risk.weights)
+    curvature = vectors.T @ risk.curvature_products(rows, progress).double().cpu().numpy().T
     trace = population * gradient_noise.trace(risk)
     return 0.5 * (curvature + curvature.T), noise, trace

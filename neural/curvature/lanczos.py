@@ -7,7 +7,7 @@ for example, the displacement by t steps of gradient descent at learning rate lr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,56 @@ def lanczos_nodes(
     LanczosNodes
         Empty if `start` lies in the span of `out`.
     """
+    (nodes,) = lanczos_together(lambda rows: [apply.matvec(v) for v in rows], [start], steps, out)
+    return nodes
+
+
+def lanczos_together(
+    products: Callable[[FloatArray], Iterable[FloatArray]],
+    starts: Sequence[FloatArray],
+    steps: int,
+    out: FloatArray,
+) -> list[LanczosNodes]:
+    """Run `lanczos_nodes` from several vectors in step, as products cost less together.
+
+    Parameters
+    ----------
+    products : callable
+        Takes m vectors, shape (m, p), and returns their products with H in this order.
+    starts : sequence of ndarray, shape (p,)
+    steps, out
+        See `lanczos_nodes`.
+
+    Returns
+    -------
+    list of LanczosNodes
+        One for each start.
+    """
     check_integer("steps", steps, 1)
+    found: dict[int, LanczosNodes] = {}
+    waiting: list[tuple[int, _Run, FloatArray]] = []
+
+    def go_on(index: int, run: _Run, product: FloatArray | None) -> None:
+        try:
+            waiting.append((index, run, run.send(product)))
+        except StopIteration as end:
+            found[index] = end.value
+
+    for index, start in enumerate(starts):
+        go_on(index, _lanczos(start, steps, out), None)
+    while waiting:
+        now, waiting = waiting, []
+        images = products(np.stack([v for _, _, v in now]))
+        for (index, run, _), image in zip(now, images, strict=True):
+            go_on(index, run, image)
+    return [found[index] for index in range(len(starts))]
+
+
+#: Lanczos from one vector: it yields vectors and is sent their products with H.
+_Run = Generator[FloatArray, FloatArray | None, LanczosNodes]
+
+
+def _lanczos(start: FloatArray, steps: int, out: FloatArray) -> _Run:
     start = start - out @ (out.T @ start)
     length = float(np.linalg.norm(start))
     room = len(start) - out.shape[1]
@@ -87,7 +136,9 @@ def lanczos_nodes(
     alpha: list[float] = []
     beta: list[float] = []
     while True:
-        w = apply.matvec(basis[-1])
+        product = yield basis[-1]
+        assert product is not None
+        w = product
         alpha.append(float(w @ basis[-1]))
         earlier = np.stack(basis, 1)
         for _ in range(2):

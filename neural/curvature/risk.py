@@ -606,6 +606,41 @@ class EmpiricalRisk:
             of.examples = sum(len(targets) for _, targets in of.batches)
         return of.ggn_product(v) if self.curvature == "ggn" else of.hessian_product(v)
 
+    def curvature_products(
+        self, vectors: Tensor, progress: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Products of the chosen curvature with several vectors, which cost less together.
+
+        Parameters
+        ----------
+        vectors : Tensor, shape (k, p)
+            The vectors, as many at once as fit the memory.
+        progress : callable, optional
+            Called with the number of products done since the last call.
+
+        Returns
+        -------
+        Tensor, shape (k, p)
+        """
+        largest = max(len(targets) for _, targets in self.curvature_batches or self.batches)
+        count = fitting(largest * self.example_bytes(), HESSIAN_ROWS)
+        products, first = EachRow(self.curvature_product), self.curvature_product(vectors[0])
+        products.together = count > 1
+        found = [first[None]]
+        for part in torch.split(vectors[1:], count) if len(vectors) > 1 else ():
+            each = products(part)
+            if products.together and len(found) == 1:  # torch may be wrong in batches
+                again = products(vectors[:1])[0]
+                room = 1e-7 if first.dtype == torch.float64 else 1e-3
+                products.together = float((again - first).norm()) <= room * float(first.norm())
+                each = each if products.together else products(part)
+            found.append(each)
+            if progress is not None:
+                progress(len(part))
+        if progress is not None:
+            progress(1)
+        return torch.cat(found)
+
     @property
     def matrix_work(self) -> int:
         """Units of work of `curvature_matrix`, for a progress bar."""

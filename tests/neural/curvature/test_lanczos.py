@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import expm, funm
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from neural.curvature.lanczos import lanczos_nodes
+from neural.curvature.lanczos import lanczos_nodes, lanczos_together
 from nqm.errors import NQMError
 from tests.tolerances import agree
 
@@ -114,3 +114,23 @@ def test_nothing_is_left_to_look_at(full: bool) -> None:
 def test_steps_are_positive() -> None:
     with pytest.raises(NQMError, match="steps must be an integer >= 1; got 0"):
         lanczos_nodes(aslinearoperator(np.eye(2)), np.ones(2), 0, none(2))
+
+
+def test_several_starts_together_end_each_in_its_time() -> None:
+    """The second start is an eigenvector, the third none at all: they need one product and none."""
+    rng = np.random.default_rng(1)
+    h = symmetric(np.geomspace(0.01, 3.0, 9), rng)
+    size, basis = np.linalg.eigh(h)
+    rows: list[int] = []
+
+    def products(vectors: np.ndarray) -> np.ndarray:
+        rows.append(len(vectors))
+        return np.asarray(vectors @ h)
+
+    u = rng.standard_normal(9)
+    first, second, third = lanczos_together(products, [u, 2.0 * basis[:, 3], 0.0 * u], 9, none(9))
+    assert rows == [2] + [1] * 8
+    agree(first.apply(lambda c: np.exp(-c)), expm(-h) @ u, 1e-10)
+    agree(second.values, size[3:4], 1e-10)
+    agree(second.apply(np.sqrt), 2.0 * np.sqrt(size[3]) * basis[:, 3], 1e-10)
+    assert third.values.shape == (0,)

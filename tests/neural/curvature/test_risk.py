@@ -108,6 +108,34 @@ def test_curvature_of_the_first_batches_alone() -> None:
         whole.with_curvature_of(0)
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_products_together_are_those_one_by_one(curvature: str) -> None:
+    risk = tanh_risk(quick=False)
+    risk.curvature = curvature
+    rows = torch.randn(5, risk.size, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    done: list[int] = []
+    torch.testing.assert_close(
+        risk.curvature_products(rows, done.append), rows @ risk.curvature_matrix().to(rows)
+    )
+    assert sum(done) == 5
+    torch.testing.assert_close(
+        risk.curvature_products(rows[:1]), rows[:1] @ risk.curvature_matrix().to(rows)
+    )
+
+
+def test_products_are_right_where_torch_is_wrong_in_batches(monkeypatch: Any) -> None:
+    risk = tanh_risk()
+    together = EachRow.__call__
+
+    def wrong(each: EachRow, *args: Tensor) -> Any:
+        return together(each, *args) * (2.0 if each.together else 1.0)
+
+    monkeypatch.setattr(EachRow, "__call__", wrong)
+    rows = torch.eye(risk.size, dtype=torch.double)[:4]
+    each = torch.stack([risk.hessian_product(v) for v in rows])
+    torch.testing.assert_close(risk.curvature_products(rows), each)
+
+
 def test_the_model_is_left_as_it_is(risk: EmpiricalRisk) -> None:
     risk.model.train()
     before = {name: value.clone() for name, value in risk.model.state_dict().items()}
