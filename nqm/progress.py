@@ -46,6 +46,24 @@ def counted(
     return more
 
 
+def times(progress: Callable[[int], None] | None, units: int) -> Callable[[int], None] | None:
+    """Count each piece of work as several units of `counted`, where pieces of another kind are one.
+
+    Parameters
+    ----------
+    progress : callable or None
+        Takes numbers of units.
+    units : int
+        Units of one piece.
+
+    Returns
+    -------
+    callable or None
+        Takes numbers of pieces; None if `progress` is None.
+    """
+    return None if progress is None else lambda count: progress(units * count)
+
+
 def within(progress: Progress | None, index: int, count: int) -> Progress | None:
     """Report the progress of one of several equal parts as progress of the whole.
 
@@ -93,7 +111,8 @@ class Lines:
     """Tell the progress of long work in lines, where there is no terminal for a bar.
 
     There is no line in the first two seconds; then one at the beginning of each stage, and within
-    a stage one in ten seconds at most, with its share and an estimate of the time that is left.
+    a stage one in ten seconds at most, with its share. When a twentieth of the stage has been
+    seen, the time that is left is told too, about, by the pace so far.
 
     Parameters
     ----------
@@ -103,7 +122,7 @@ class Lines:
         Returns the time in seconds.
     """
 
-    FIRST, EVERY = 2.0, 10.0
+    FIRST, EVERY, KNOWN = 2.0, 10.0, 0.05
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
         self._write, self._clock = write, clock
@@ -128,6 +147,7 @@ class Lines:
             return
         self._told = now
         begun, at = self._origin
-        left = (now - begun) / (share - at) * (1.0 - share) if share > at else math.nan
-        said = f", {text} left" if (text := duration(left)) else ""
+        seen = share - at
+        left = (now - begun) / seen * (1.0 - share) if seen >= self.KNOWN else math.nan
+        said = f", about {text} left" if (text := duration(left)) else ""
         self._write(f"{datetime.now():%H:%M:%S} {stage}: {100 * share:.0f} %{said}")

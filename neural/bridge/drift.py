@@ -35,9 +35,10 @@ from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.local_quadratic import LocalQuadratic, vector
-from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress, operator
 from nqm.errors import check_integer
+from nqm.progress import times
 
 FloatArray = NDArray[np.float64]
 Function = Callable[[FloatArray], FloatArray]
@@ -308,7 +309,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     cache : Cache, optional
         Stores the results, and returns them if they are asked for again.
     progress : callable, optional
-        Called with the number of gradients or products done since the last call.
+        Called with the work done since the last call, in gradients.
 
     Returns
     -------
@@ -326,7 +327,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     stored = (cache or Cache()).of(risk, seed=seed)
     known = local.pairs.vectors
     centre = risk.weights + vector(risk, descended(local, training))
-    apply = operator(risk, progress)
+    apply = operator(risk, times(progress, PRODUCT))
 
     def sampled() -> dict[str, Any]:
         rng, drawn = np.random.default_rng([seed, 3]), displacements_of(local, training)
@@ -365,7 +366,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
 
     def lanczos() -> dict[str, Any]:
         def products(rows: FloatArray) -> FloatArray:
-            images = risk.curvature_products(torch.from_numpy(rows).to(risk.weights), progress)
+            vectors = torch.from_numpy(rows).to(risk.weights)
+            images = risk.curvature_products(vectors, times(progress, TOGETHER))
             return np.asarray(images.double().cpu().numpy())
 
         halves = lanczos_together(products, list(forces), lanczos_steps, known)

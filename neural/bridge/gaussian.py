@@ -23,7 +23,7 @@ from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Smoothing, measure_smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
-from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk import TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
@@ -134,8 +134,7 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     lanczos_steps, seed, cache
         See `measure_drift`.
     progress : callable, optional
-        Called with the number of gradients, products or ends of a displacement done since the last
-        call.
+        Called with the work done since the last call, in gradients.
 
     Returns
     -------
@@ -224,7 +223,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
 
 
 def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:
-    """Number of gradients and Hessian products of one measurement of the drift, for a progress bar.
+    """Work of one measurement of the drift, in gradients, for a progress bar.
 
     Parameters
     ----------
@@ -235,7 +234,7 @@ def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_st
     -------
     int
     """
-    return 4 * displacements + (0 if local.complete else 2 * lanczos_steps)
+    return 4 * displacements + (0 if local.complete else 2 * TOGETHER * lanczos_steps)
 
 
 def nearest_gaussians(

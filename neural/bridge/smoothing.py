@@ -27,12 +27,16 @@ from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
 from neural.curvature.local_quadratic import LocalQuadratic, vector
-from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk import TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Eigenpairs, Progress
 from nqm.errors import check_integer
+from nqm.progress import times
 
 FloatArray = NDArray[np.float64]
 NAMES = ("curvature", "noise", "trace")
+
+#: Work of the gradients of single examples, in gradients of their mean; about.
+PASS = 2
 
 
 @dataclass(frozen=True)
@@ -398,8 +402,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     seed, cache
         See `neural.bridge.drift.measure_drift`.
     progress : callable, optional
-        Called with the number of Hessian products, or units of a dense matrix, done since the last
-        call (`averaging_work`).
+        Called with the work done since the last call, in gradients (`averaging_work`).
 
     Returns
     -------
@@ -460,7 +463,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
 
 
 def averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, displacements: int) -> int:
-    """Units of work that `measure_smoothing` reports with a drift, for a progress bar.
+    """Work that `measure_smoothing` reports with a drift, in gradients, for a progress bar.
 
     Parameters
     ----------
@@ -472,7 +475,7 @@ def averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, displacements: in
     int
     """
     each = risk.matrix_work if local.complete else len(local.pairs.values)
-    return (2 * displacements + 2) * each
+    return (2 * displacements + 2) * (TOGETHER * each + 2 * PASS)
 
 
 def _along(
@@ -481,10 +484,13 @@ def _along(
     """Curvature and noise along directions, (k, k) each, and the trace of the whole noise."""
     population = 1.0 - 1.0 / risk.examples
     noise = population * gradient_noise.covariance(risk, vectors)
+    if progress is not None:
+        progress(2 * PASS)
+    products = times(progress, TOGETHER)
     if vectors.shape[1] == risk.size:
-        h = risk.curvature_matrix(progress).double().cpu().numpy()
+        h = risk.curvature_matrix(products).double().cpu().numpy()
         return vectors.T @ h @ vectors, noise, float(np.trace(noise))
     rows = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(risk.weights)
-    curvature = vectors.T @ risk.curvature_products(rows, progress).double().cpu().numpy().T
+    curvature = vectors.T @ risk.curvature_products(rows, products).double().cpu().numpy().T
     trace = population * gradient_noise.trace(risk)
     return 0.5 * (curvature + curvature.T), noise, trace

@@ -22,7 +22,7 @@ from neural.bridge.comparison import minibatches_of
 from neural.bridge.config import BridgeConfig, Plan
 from neural.curvature.cache import Cache
 from neural.curvature.examples import input_rows
-from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk import TOGETHER, EmpiricalRisk
 from neural.late_phase.rows import arguments
 from neural.training.cost import PROCESS, SMALL
 from neural.training.task import Task
@@ -139,7 +139,7 @@ def _work(bridged: Bridged) -> dict[str, float]:
     tested = bridged.test.examples / examples
     kinds = 1 + len(plan.averages(config.trainings(1.0)[0]))
     work = {
-        "third derivatives": 4.0 * config.displacements + 8.0 * config.lanczos_steps,
+        "third derivatives": 4.0 * config.displacements + 2.0 * TOGETHER * config.lanczos_steps,
         "test loss": 2.0 * kinds * config.displacements * tested,
     }
     if config.train:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nqm.progress import Lines, counted, duration
+from nqm.progress import Lines, counted, duration, times
 
 
 def test_an_exact_count_reaches_1_and_an_estimate_does_not() -> None:
@@ -20,6 +20,17 @@ def test_work_is_counted_without_anything_to_tell() -> None:
     counted(None, "cells", 4)(1)
 
 
+def test_work_of_several_kinds_is_counted_in_one_unit() -> None:
+    shares: list[float] = []
+    more = counted(lambda _, share: shares.append(share), "averages", 8.0)
+    more(2)
+    three_each = times(more, 3)
+    assert three_each is not None
+    three_each(1)
+    assert shares == [0.25, 0.625]
+    assert times(None, 3) is None
+
+
 def test_lines_say_the_stage_its_share_and_the_time_left() -> None:
     now = 0.0
     said: list[str] = []
@@ -31,10 +42,10 @@ def test_lines_say_the_stage_its_share_and_the_time_left() -> None:
     for now, stage, share in moments:  # noqa: B007  the clock reads it
         lines(stage, share)
     assert [text.split(" ", 1)[1] for text in said] == [
-        "training: 2 %, 0:39 left",
-        "training: 28 %, 0:29 left",
-        "training: 52 %, 0:19 left",
-        "training: 78 %, 0:09 left",
+        "training: 2 %",  # too little to tell the pace from
+        "training: 28 %, about 0:29 left",
+        "training: 52 %, about 0:19 left",
+        "training: 78 %, about 0:09 left",
         "drift: 50 %",
     ]
 
