@@ -258,7 +258,7 @@ def test_the_bridges_that_were_measured_can_be_asked_for(tmp_path: Path) -> None
 
     named = [(name, text) for name, text in blocks("toml") if name.startswith("bridge-")]
     texts = [text for _, text in named if "[problem]" not in text]
-    assert len(texts) == 6
+    assert len(texts) == 7
     path = tmp_path / "bridge.toml"
     for text in texts:
         path.write_text(text)
