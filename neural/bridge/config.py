@@ -264,7 +264,8 @@ class BridgeConfig:
     examples : int
         Number of training examples in the measured loss; 0 for all.
     weight_decay : float, optional
-        Weight decay of the measured loss; that of the run by default.
+        Weight decay of the measured loss, without weights of the run's `no_decay`; that of the run
+        by default.
     curvature : {"hessian", "ggn"}
         The Hessian, or its Gauss-Newton part, which has no negative eigenvalues for cross-entropy
         and is cheap for a few weights of many.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from neural.curvature.memory import PASSES, kept_bytes
-from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk import EmpiricalRisk, SmoothedCrossEntropy, cross_entropy
 from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
 from neural.data import TextData, evaluation_batches, evaluation_windows
 from neural.data.images import ImageData
@@ -46,7 +46,7 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
     Parameters
     ----------
     run : RunConfig
-        Gives the data and the weight decay.
+        Gives the data, label smoothing, the weight decay, and the weights without decay.
     model : Module
         Its BatchNorm statistics, precision and device are changed in place.
     runtime : Runtime
@@ -85,13 +85,23 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
     model.to(runtime.device, dtype)
     recompute_statistics(model, batches)
     decay = run.train.weight_decay if weight_decay is None else weight_decay
+    smoothing = run.train.label_smoothing
+    loss = SmoothedCrossEntropy(smoothing) if smoothing else cross_entropy
     kind = EmpiricalRisk if group is None else BatchNormRisk
     model.eval()
     if group is not None:
         batches = grouped(batches, group)
     elif batch_size is None:
         batches = fitting(model, batches, runtime.device)
-    risk = kind(model, batches, select, weight_decay=decay, curvature=curvature)
+    risk = kind(
+        model,
+        batches,
+        select,
+        loss=loss,
+        weight_decay=decay,
+        no_decay=run.train.no_decay,
+        curvature=curvature,
+    )
     risk.check()
     return risk
 

@@ -202,18 +202,19 @@ def train_late_phase(  # noqa: PLR0913 - options, by keyword
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is other for other in trained))
     late = LatePhase(model, members, select, gamma=gamma, seed=seed).eval()
-    base, own = (
-        torch.optim.SGD(
-            weights,
-            training.lr * ratio,
-            training.momentum,
-            weight_decay=risk.weight_decay * decay_ratio,
-        )
-        for weights, ratio, decay_ratio in (
-            (trained, 1.0, base_scale(gamma, members) * members),
-            (late.member_parameters(), member_lr_ratio, 1.0),
-        )
-    )
+
+    def optimizer(weights: dict[str, Tensor], ratio: float, decay_ratio: float) -> torch.optim.SGD:
+        decay = risk.weight_decay * decay_ratio
+        groups = [
+            {"params": [weight], "weight_decay": 0.0 if name in risk.undecayed else decay}
+            for name, weight in weights.items()
+        ]
+        return torch.optim.SGD(groups, training.lr * ratio, training.momentum)
+
+    shared = dict(zip(risk.shapes, trained, strict=True))
+    own_weights = dict(zip(late.selection.parameters, late.member_parameters(), strict=True))
+    base = optimizer(shared, 1.0, base_scale(gamma, members) * members)
+    own = optimizer(own_weights, member_lr_ratio, 1.0)
     tensors, make = joined(risk.batches)
     draws = [minibatches(risk.examples, training, (seed, k)) for k in range(members)]
 

@@ -45,11 +45,14 @@ def fingerprint(risk: EmpiricalRisk) -> str:
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         else:
             digest.update(repr(value).encode())
-    loss = getattr(risk.example_loss, "__qualname__", "")
+    function = risk.example_loss
+    loss = repr(function) if is_dataclass(function) else getattr(function, "__qualname__", "")
     digest.update(repr((sorted(risk.shapes.items()), risk.weight_decay, loss)).encode())
     digest.update(repr((risk.curvature, risk.examples)).encode())
     if risk.curvature_batches is not None:
         digest.update(repr(len(risk.curvature_batches)).encode())
+    if risk.undecayed:
+        digest.update(repr(sorted(risk.undecayed)).encode())
     for part in risk.frame or ():
         digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

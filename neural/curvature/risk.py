@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -66,17 +67,69 @@ def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
     Tensor, shape (B,)
         In nats.
     """
+    return _cross_entropy(output, targets, 0.0)
+
+
+def _cross_entropy(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     flat = nn.functional.cross_entropy(
-        output.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED
+        output.flatten(0, -2),
+        targets.flatten(),
+        reduction="none",
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
     )
     counted = (targets != IGNORED).reshape(len(targets), -1)
     return flat.view(len(targets), -1).sum(1) / counted.sum(1)
 
 
+@dataclass(frozen=True)
+class SmoothedCrossEntropy:
+    """`cross_entropy` with label smoothing, as it is trained.
+
+    Attributes
+    ----------
+    smoothing : float
+        Probability that is spread over all classes, in [0, 1].
+    """
+
+    smoothing: float
+
+    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Compute the loss of each example; see `cross_entropy`.
+
+        Parameters
+        ----------
+        output : Tensor, shape (B, ..., C)
+            Logits.
+        targets : Tensor of int64, shape (B, ...)
+            Class numbers.
+
+        Returns
+        -------
+        Tensor, shape (B,)
+        """
+        return _cross_entropy(output, targets, self.smoothing)
+
+
+def is_cross_entropy(loss: ExampleLoss) -> bool:
+    """Tell whether a loss is `cross_entropy`, with or without label smoothing.
+
+    Parameters
+    ----------
+    loss : callable
+
+    Returns
+    -------
+    bool
+    """
+    return loss is cross_entropy or isinstance(loss, SmoothedCrossEntropy)
+
+
 class EmpiricalRisk:
     """Mean loss over fixed data as a function of a flat vector of weights.
 
-    ``L(w) = 1/N sum_n loss(model(x_n; w), y_n) + weight_decay / 2 |w|^2``.
+    ``L(w) = 1/N sum_n loss(model(x_n; w), y_n) + weight_decay / 2 |w|^2``, the last term without
+    the weights that `no_decay` selects.
 
     Parameters
     ----------
@@ -93,6 +146,8 @@ class EmpiricalRisk:
     weight_decay : float
         Coefficient of the L2 term, at least 0. The term contributes to gradient and curvature, not
         to the gradient noise.
+    no_decay : str
+        Weights without decay (see `neural.late_phase.select.select`); none by default.
     curvature : {"hessian", "ggn"}
         Matrix that `curvature_product` and `curvature_matrix` compute, and with them every
         measurement of curvature: the Hessian, or the generalised Gauss-Newton matrix (see
@@ -107,6 +162,8 @@ class EmpiricalRisk:
         Origin and scale of the coordinates, shape (p,) each (`rescaled`); none by default.
     curvature_batches : list of (inputs, targets), optional
         Data of `curvature_product` (`with_curvature_of`); all data by default.
+    undecayed : frozenset of str
+        Names of the weights that `no_decay` selects.
     size : int
         Number of selected weights, p.
     examples : int
@@ -127,6 +184,7 @@ class EmpiricalRisk:
         *,
         loss: ExampleLoss = cross_entropy,
         weight_decay: float = 0.0,
+        no_decay: str = "",
         curvature: str = "hessian",
     ):
         check_number("weight_decay", weight_decay, low=0.0)
@@ -140,6 +198,19 @@ class EmpiricalRisk:
         self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
         self.frame: tuple[Tensor, Tensor] | None = None
         self.curvature_batches: list[Batch] | None = None
+        without = resolve(model, no_decay).parameters if no_decay else ()
+        self.undecayed = frozenset(self.shapes) & frozenset(without)
+        self._decay_rates: float | Tensor = weight_decay
+        if self.undecayed:
+            parts = [
+                torch.full(
+                    (shape.numel(),),
+                    0.0 if name in self.undecayed else weight_decay,
+                    dtype=torch.float64,
+                )
+                for name, shape in self.shapes.items()
+            ]
+            self._decay_rates = torch.cat(parts).to(self.weights)
         self.size = self.weights.numel()
         self._take(batches)
 
@@ -258,15 +329,17 @@ class EmpiricalRisk:
         -------
         Tensor, shape (..., p)
         """
-        slope = self.weight_decay * self.model_weights(w)
+        slope = self._decay_rates * self.model_weights(w)
         return slope if self.frame is None else self.frame[1] * slope
 
     def _decay_product(self, v: Tensor) -> Tensor:
         """Product of the L2 term's Hessian with a vector."""
-        return self.weight_decay * (v if self.frame is None else self.frame[1] ** 2 * v)
+        return self._decay_rates * (v if self.frame is None else self.frame[1] ** 2 * v)
 
     def on(self, batches: Sequence[Batch]) -> EmpiricalRisk:
         """The loss of the same model on other data, without weight decay; e.g. a test loss.
+
+        It has no label smoothing either.
 
         Parameters
         ----------
@@ -284,7 +357,10 @@ class EmpiricalRisk:
             If there is no batch, or targets do not fit.
         """
         moved = copy.copy(self)
-        moved.weight_decay, moved.curvature_batches = 0.0, None
+        moved.curvature_batches = None
+        moved.weight_decay, moved._decay_rates, moved.undecayed = 0.0, 0.0, frozenset()
+        if is_cross_entropy(self.example_loss):
+            moved.example_loss = cross_entropy
         moved._take(batches)
         return moved
 
@@ -325,7 +401,7 @@ class EmpiricalRisk:
         small.batches, small.examples, small._sound = [make(few)], len(few[-1]), True
         state = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
         versions = {n: tensor._version for n, tensor in state.items()}
-        if self.example_loss is cross_entropy:
+        if is_cross_entropy(self.example_loss):
             few[-1] = next(small._over_batches(small._least_likely))
             small.batches = [make(few)]
         first, again = list(small._over_batches(small._own_losses, small.batches * 2))
@@ -395,7 +471,7 @@ class EmpiricalRisk:
         """Losses of a batch's examples at w, shape (B,)."""
         inputs, targets = batch
         output = self._output(w, inputs)
-        if self.example_loss is cross_entropy:
+        if is_cross_entropy(self.example_loss):
             _check_output(output, type(self.model).__name__)
         losses = self.example_loss(output, targets)
         if not isinstance(losses, Tensor) or losses.shape != (len(targets),):
@@ -520,13 +596,13 @@ class EmpiricalRisk:
             return self.example_loss(output, targets).sum() / self.examples
 
         total = float(self._total(term)) + self._decay(w)
-        labelled = self.example_loss is cross_entropy and margins
+        labelled = is_cross_entropy(self.example_loss) and margins
         return total, torch.cat(margins) if labelled else None
 
     def _decay(self, w: Tensor) -> float:
         """The L2 term of the loss."""
-        squares = self.model_weights(w.detach()).double().square().sum()
-        return 0.5 * self.weight_decay * float(squares)
+        squares = self.model_weights(w.detach()).double().square()
+        return 0.5 * float((self._decay_rates * squares).sum())
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Gradient of the mean loss, weight decay included.
@@ -892,7 +968,7 @@ def _check_targets(targets: list[Any], loss: ExampleLoss) -> None:
                 "targets of an empirical risk must be a tensor with a row for each example; got "
                 f"{got}"
             )
-        if loss is not cross_entropy:
+        if not is_cross_entropy(loss):
             continue
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise NQMError(

@@ -10,10 +10,14 @@ from torch import nn
 
 from neural.bridge import from_run
 from neural.bridge.from_run import PASSES, fitting, risk_of_run
+from neural.bridge.pipeline import held_out_risk
+from neural.curvature.cache import fingerprint
 from neural.curvature.memory import kept_bytes
+from neural.curvature.risk import EmpiricalRisk, SmoothedCrossEntropy, cross_entropy
 from neural.training.build import plain_model
 from neural.training.task import Runtime, open_task
 from tests.tiny_runs import tiny
+from tests.tolerances import IDENTITY
 
 
 def net() -> nn.Module:
@@ -63,3 +67,47 @@ def test_smaller_batches_change_rounding_only(monkeypatch: pytest.MonkeyPatch) -
         (whole.hessian_product(v), parts.hessian_product(v)),
     ):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_the_risk_is_the_loss_that_the_run_trains() -> None:
+    """With its label smoothing and weights without decay; torch's autograd is the reference."""
+    trained = {"label_smoothing": 0.2, "weight_decay": 0.03, "no_decay": "bias"}
+    run = tiny(train=trained, model={"name": "mlp", "hidden": [5]})
+    task = open_task(run, Runtime())
+    torch.manual_seed(0)
+    risk = risk_of_run(run, plain_model(run.model, task), Runtime())
+    x, y = (torch.cat(part) for part in zip(*risk.batches, strict=True))
+    names = list(risk.shapes)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(w, [shape.numel() for shape in risk.shapes.values()])
+        named = {n: p.view(risk.shapes[n]) for n, p in zip(names, parts, strict=True)}
+        decay = sum(p.square().sum() for n, p in named.items() if not n.endswith("bias"))
+        return task.loss(torch.func.functional_call(risk.model, named, (x,)), y) + 0.015 * decay
+
+    w = risk.weights.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(w), w, create_graph=True)
+    v = torch.linspace(-1.0, 1.0, risk.size, dtype=torch.float64)
+    (product,) = torch.autograd.grad(slope @ v, w)
+    assert risk.loss() == pytest.approx(loss(w).item(), rel=IDENTITY)
+    torch.testing.assert_close(risk.gradient(), slope.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(risk.hessian_product(v), product, rtol=1e-10, atol=1e-12)
+
+    test = held_out_risk(risk, task)  # the cross-entropy alone, as every test loss
+    other, labels = (torch.cat(part) for part in zip(*test.batches, strict=True))
+    plain = nn.functional.cross_entropy(risk.model(other), labels)
+    assert test.loss() == pytest.approx(plain.item(), rel=IDENTITY)
+    assert len({fingerprint(one) for one in (risk, test)}) == 2
+
+
+def test_what_the_loss_consists_of_is_in_the_key() -> None:
+    """Stages of another smoothing, or of other weights without decay, are not taken over."""
+    x, y = torch.ones(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    model = net()
+    losses = (cross_entropy, SmoothedCrossEntropy(0.1), SmoothedCrossEntropy(0.2))
+    risks = [
+        EmpiricalRisk(model, [(x, y)], loss=loss, weight_decay=0.1, no_decay=without)
+        for loss in losses
+        for without in ("", "bias", "head")
+    ]
+    assert len({fingerprint(risk) for risk in risks}) == len(risks)

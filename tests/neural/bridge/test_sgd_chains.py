@@ -244,6 +244,27 @@ def test_members_start_where_the_landscape_is() -> None:
     assert torch.equal(moved.weights, kept)
 
 
+def test_only_some_weights_decay() -> None:
+    """Without slopes from the data, a decayed weight is multiplied by 1 - lr decay every step."""
+    whole = tanh_risk()
+    flat = EmpiricalRisk(
+        whole.model,
+        whole.batches,
+        loss=lambda output, _: 0.0 * output.sum(1),
+        weight_decay=0.5,
+        no_decay="bias",
+    )
+    kept = [
+        flat.weights.new_full((shape.numel(),), 1.0 if name.endswith("bias") else 0.95**3)
+        for name, shape in flat.shapes.items()
+    ]
+    expected, training = flat.weights * torch.cat(kept), Training(0.1, 8, 3)
+    _, members = next(iter(train_late_phase(flat, training, 2, "head", (3,))))
+    _, runs = next(iter(train_runs(flat, training, 2, (3,))))
+    agree(members, expected, JUMP)
+    agree(runs, expected.repeat(2, 1), JUMP)
+
+
 def test_only_the_landscapes_weights_move() -> None:
     whole = tanh_risk()
     head = EmpiricalRisk(whole.model, whole.batches, "head")
