@@ -6,7 +6,7 @@ mode and without augmentation: on the very loss whose curvature and noise were m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -203,7 +203,9 @@ def train_late_phase(  # noqa: PLR0913 - options, by keyword
         parameter.requires_grad_(any(parameter is other for other in trained))
     late = LatePhase(model, members, select, gamma=gamma, seed=seed).eval()
 
-    def optimizer(weights: dict[str, Tensor], ratio: float, decay_ratio: float) -> torch.optim.SGD:
+    def optimizer(
+        weights: Mapping[str, Tensor], ratio: float, decay_ratio: float
+    ) -> torch.optim.SGD:
         decay = risk.weight_decay * decay_ratio
         groups = [
             {"params": [weight], "weight_decay": 0.0 if name in risk.undecayed else decay}
