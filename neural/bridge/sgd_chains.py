@@ -232,9 +232,14 @@ def train_late_phase(  # noqa: PLR0913 - options, by keyword
             if progress is not None:
                 progress(members)
         done = stop
-        state = late.averaged().state_dict()
-        weights = torch.cat([state[name].flatten() for name in risk.shapes]).detach()
-        yield stop, risk.coordinates(weights)
+        # The coordinates of `LatePhase.averaged`, which multiplies rank-1 factors into the weights.
+        stacked = zip(late.selection.parameters, late.member_parameters(), strict=True)
+        own_means = {name: value.detach().mean(0) for name, value in stacked}
+        means = [
+            own_means[name] if name in own_means else model.get_parameter(name).detach()
+            for name in risk.shapes
+        ]
+        yield stop, risk.coordinates(torch.cat([mean.flatten() for mean in means]))
 
 
 def noise_free(

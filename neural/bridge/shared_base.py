@@ -13,6 +13,11 @@ contrasts of the members are independent runs of SGD on P H P with the noise P C
 has a drift. With S and D the covariances of one run of each kind, the mean model has S / K, and a
 member S / K + (1 - 1/K) D. Independent runs have D = S; a shared base has a smaller D.
 
+Rank-1 factors s and r of a weight W (s r') are coordinates like others: the loss is a smooth
+function of (W, s, r), members take their steps in s and r, and `LatePhase.averaged` takes the means
+of s and r. (The mean of the products s_k r_k' instead adds W times the covariance of s and r over
+members, (1 - 1/K) D_sr: a change of the loss of second order, see docs/bridge.md.)
+
 Members scatter with the second covariance, and the loss is a function of the first. On a quadratic
 the second does not matter; beyond it, the force of the noise on the mean, the averages of curvature
 and noise, and kinks are those of the members' scatter.
@@ -30,6 +35,7 @@ from torch import Tensor
 
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import EmpiricalRisk
+from neural.late_phase.merge import check_factors
 from neural.late_phase.select import select as resolve
 from nqm.errors import NQMError
 from nqm.gamma import base_scale
@@ -131,14 +137,17 @@ def member_mask(risk: EmpiricalRisk, select: str) -> Tensor:
     Raises
     ------
     NQMError
-        If none of the risk's weights is replicated, or if factors of parametrised weights are.
+        If none of the risk's weights is replicated, or the averaged model is not the mean of the
+        members' weights.
     """
-    chosen = set(resolve(risk.model, select).parameters)
-    factors = [name for name in chosen if ".parametrizations." in f".{name}"]
-    if factors:
+    selection = resolve(risk.model, select)
+    chosen = set(selection.parameters)
+    check_factors(risk.model, selection.parameters)
+    computed = [name for name in selection.buffers if ".parametrizations." in f".{name}"]
+    if computed:
         raise NQMError(
-            f"members of {min(factors)!r} are averaged in the products with the base, not in their "
-            "own weights, and this average is not predicted; replicate plain weights"
+            f"the averaged model computes {min(computed)!r} anew from the mean weights, and this "
+            "average is not predicted; replicate other weights"
         )
     if not chosen & set(risk.shapes):
         raise NQMError(
