@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
+from neural.bridge.adam import preconditioned
 from neural.bridge.comparison import (
     Outcome,
     compare_training,
@@ -14,7 +15,7 @@ from neural.bridge.comparison import (
     minibatches_of,
     predict_training,
 )
-from neural.bridge.config import BridgeConfig, Plan, Training
+from neural.bridge.config import ADAM, BridgeConfig, Plan, Training
 from neural.bridge.gaussian import (
     WeightGaussian,
     gradients_and_products,
@@ -125,8 +126,10 @@ def measure(
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
         training.check(risk.examples)
-    local = measure_checkpoint(risk, config, seed=seed, cache=cache, progress=progress)
+    check_plan(config, plan)
+    risk = preconditioned(risk, config)
     options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}
+    local = measure_checkpoint(risk, **options)
     if plan is None or plan.late_phase is None:
         return Measured(risk, local, _gaussians(risk, local, **options), cache)
     parts = []
@@ -135,6 +138,23 @@ def measure(
         parts.append(Measured(own, shared, _gaussians(own, shared, **options), cache))
     every = tuple(gaussian for part in parts for gaussian in part.gaussians)
     return Measured(risk, local, every, cache, tuple(parts))
+
+
+def check_plan(config: BridgeConfig, plan: Plan | None) -> None:
+    """Check that the plan's trainings are predicted for the configuration's optimizer.
+
+    Parameters
+    ----------
+    config : BridgeConfig
+    plan : Plan, optional
+
+    Raises
+    ------
+    NQMError
+        If late-phase members are to be trained with Adam.
+    """
+    if config.optimizer == ADAM and plan is not None and plan.late_phase is not None:
+        raise NQMError("optimizer = 'adam' is predicted for independent runs; drop late_phase")
 
 
 class Options(TypedDict):
@@ -227,6 +247,8 @@ def measure_checkpoint(
     progress: Progress | None = None,
 ) -> LocalQuadratic:
     """Measure slope, curvature and noise at the checkpoint: the first stage of `measure`.
+
+    Those of Adam are measured in its coordinates (`neural.bridge.adam.preconditioned`).
 
     Parameters
     ----------
@@ -454,5 +476,6 @@ def _part(
 ) -> tuple[EmpiricalRisk, LocalQuadratic]:
     """Loss and local model of independent runs, or of the mean of late-phase members."""
     if plan.late_phase is None:
+        risk = preconditioned(risk, options["config"])
         return risk, measure_checkpoint(risk, **options)
     return of_members(risk, plan, plan.members[part], **options)

@@ -15,6 +15,11 @@ ITERATE = "iterate"
 #: Entry of the column `way` for independent runs, as opposed to late-phase members.
 INDEPENDENT = "runs"
 SAMPLING = ("with replacement", "shuffled")
+ADAM = "adam"
+OPTIMIZERS = ("sgd", ADAM)
+#: Largest relative error of the loss that the fluctuations of Adam's second moments may cause
+#: (`neural.bridge.adam`), each of the two.
+FLUCTUATIONS = 0.03
 #: Largest number of runs, and largest seed: late-phase runs multiply the seed by a thousand.
 MOST = 10**9
 MOST_RECORDS = 10**6
@@ -63,6 +68,11 @@ class Training:
         Optimizer steps.
     sampling : {"with replacement", "shuffled"}
         How minibatches are drawn from the examples.
+    optimizer : {"sgd", "adam"}
+        ``"adam"``: `torch.optim.Adam` at the effective rate, with `momentum` as its beta1. Its
+        prediction is that of heavy ball in other coordinates (`neural.bridge.adam`).
+    beta2, eps : float
+        Those of Adam.
 
     Raises
     ------
@@ -75,6 +85,9 @@ class Training:
     steps: int
     momentum: float = 0.0
     sampling: str = "with replacement"
+    optimizer: str = "sgd"
+    beta2: float = 0.999
+    eps: float = 1e-8
 
     def __post_init__(self) -> None:
         check_number("lr", self.lr, low=0.0, closed_low=False)
@@ -84,6 +97,9 @@ class Training:
         check_number("steps", self.steps, high=2**53)
         check_number("momentum", self.momentum, low=0.0, high=1.0, closed_high=False)
         check_word("sampling", self.sampling, SAMPLING)
+        check_word("optimizer", self.optimizer, OPTIMIZERS)
+        check_number("beta2", self.beta2, low=0.0, high=1.0, closed_high=False)
+        check_number("eps", self.eps, low=0.0)
 
     @property
     def effective_lr(self) -> float:
@@ -295,7 +311,7 @@ class BridgeConfig:
         at the first batch size.
     batch_sizes : tuple of int
         Each is trained at the last but one of the learning rates.
-    steps, momentum, sampling
+    steps, momentum, sampling, optimizer, beta2, eps
         Common to all trainings (see `Training`).
     train : bool
         False to predict only.
@@ -325,6 +341,9 @@ class BridgeConfig:
     steps: int = 1000
     momentum: float = 0.0
     sampling: str = "with replacement"
+    optimizer: str = "sgd"
+    beta2: float = 0.999
+    eps: float = 1e-8
     train: bool = True
     test_examples: int = 2000
 
@@ -365,6 +384,28 @@ class BridgeConfig:
                     f"stability; got {rate}"
                 )
         self.trainings(1.0)  # a Training checks its own fields
+        self._check_adam()
+
+    def _check_adam(self) -> None:
+        """Raise NQMError unless Adam's second moments are nearly at rest."""
+        if self.optimizer != ADAM:
+            if (self.beta2, self.eps) != (0.999, 1e-8):
+                raise NQMError("beta2 and eps are those of Adam; set optimizer = 'adam'")
+            return
+        if len(self.batch_sizes) > 1:
+            raise NQMError(
+                "batch_sizes must have one entry with optimizer = 'adam': second moments depend on "
+                "it; run one bridge for each"
+            )
+        if self.sampling == "shuffled":
+            raise NQMError("optimizer = 'adam' is predicted for sampling = 'with replacement' only")
+        rate = 0.75 * (1.0 - self.beta2) / (1.0 + self.beta2)
+        drift = 0.25 * (1.0 - self.beta2) ** 2 * self.steps
+        if max(rate, drift) > FLUCTUATIONS:
+            raise NQMError(
+                f"beta2 = {self.beta2}: Adam's second moments move within the {self.steps} steps; "
+                "take beta2 nearer to 1, or fewer steps"
+            )
 
     def reference(self, largest: float) -> Training:
         """The training over whose weights curvature and noise are averaged.
@@ -381,7 +422,8 @@ class BridgeConfig:
         """
         rate = self.lr_times_sharpness[max(len(self.lr_times_sharpness) - 2, 0)]
         lr = rate * (1.0 - self.momentum) / largest
-        return Training(float(lr), self.batch_sizes[0], self.steps, self.momentum, self.sampling)
+        own = (self.momentum, self.sampling, self.optimizer, self.beta2, self.eps)
+        return Training(float(lr), self.batch_sizes[0], self.steps, *own)
 
     def trainings(self, largest: float) -> list[Training]:
         """All trainings of the configuration.

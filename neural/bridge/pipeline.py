@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from neural.bridge.adam import preconditioned
 from neural.bridge.api import (
     Measured,
+    check_plan,
     compare,
     measure,
     measure_checkpoint,
@@ -254,12 +256,15 @@ def run_bridge(
         raise NQMError(
             "late_phase trains in evaluation mode; drop batchnorm_group, or drop late_phase"
         )
+    check_plan(config, plan)
     stamp = _stamp(opened.run, config, plan)
     # Raises NQMError if the file holds results of other settings.
     known = finished(out / "bridge.parquet", stamp)
     cache = Cache(out / "kept")
     risk = _risk(opened, config, plan, runtime, cache, progress)
-    local = measure_checkpoint(risk, config, seed=plan.seed, cache=cache, progress=progress)
+    local = measure_checkpoint(
+        preconditioned(risk, config), config, seed=plan.seed, cache=cache, progress=progress
+    )
     if known is None:
         write_table(out / "problem.parquet", local.problem_table(), stamp.metadata())
         test = held_out_risk(risk, opened.task, config.test_examples, config.batchnorm_group)

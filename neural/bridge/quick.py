@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from neural.bridge.adam import preconditioned
 from neural.bridge.api import Options, averages_of, gaussian_of, measure_checkpoint
 from neural.bridge.comparison import joined, predict_training
 from neural.bridge.config import BridgeConfig, Plan
@@ -69,7 +70,7 @@ def measure_for_advice(
         raise NQMError(
             "plan.late_phase: advice is for independent runs; leave it out, or measure a bridge"
         )
-    risk = risk.with_curvature_of(BATCHES)
+    risk = preconditioned(risk, config).with_curvature_of(BATCHES)
     rates = sorted(config.lr_times_sharpness)
     middle = replace(config, lr_times_sharpness=(rates[len(rates) // 2],))
     options = Options(config=middle, seed=plan.seed, cache=Cache(), progress=progress)

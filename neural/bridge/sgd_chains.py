@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad
 
-from neural.bridge.config import Training
+from neural.bridge.adam import AdamRuns
+from neural.bridge.config import ADAM, Training
 from neural.curvature.examples import EachRow, joined
 from neural.curvature.memory import fitting
 from neural.curvature.risk import EmpiricalRisk
@@ -40,7 +41,7 @@ def train_runs(
     seen: Seen | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Train independent runs from the checkpoint.
+    """Train independent runs from the checkpoint, by SGD, heavy ball or Adam.
 
     Parameters
     ----------
@@ -70,6 +71,7 @@ def train_runs(
     tensors, make = joined(risk.batches)
     weights = risk.weights.repeat(runs, 1)
     buffers = torch.zeros_like(weights)
+    adam = AdamRuns(risk, training, weights) if training.optimizer == ADAM else None
     draws = [minibatches(risk.examples, training, (seed, c)) for c in range(runs)]
     slope = _each_slope(lambda w, batch: risk.mean_loss(w, make(batch)))
     if sum(p.numel() for p in risk.model.parameters()) < TOGETHER:
@@ -93,9 +95,12 @@ def train_runs(
                 # When all runs have diverged, no more steps are taken; their losses are infinite.
                 if bool(weights.isfinite().all(1).any()):
                     moved = slopes(weights)
-                    if training.momentum:
-                        moved = buffers.mul_(training.momentum).add_(moved)
-                    weights = weights - training.lr * moved
+                    if adam is not None:
+                        weights = adam.step(moved)
+                    else:
+                        if training.momentum:
+                            moved = buffers.mul_(training.momentum).add_(moved)
+                        weights = weights - training.lr * moved
                     if progress is not None:
                         progress(runs)
                 if seen is not None:
