@@ -211,6 +211,8 @@ class EmpiricalRisk:
                 for name, shape in self.shapes.items()
             ]
             self._decay_rates = torch.cat(parts).to(self.weights)
+        #: Whether torch is right in batches of products, once it is known; shared by copies.
+        self._right_together: dict[str, bool] = {}
         self.size = self.weights.numel()
         self._take(batches)
 
@@ -703,21 +705,20 @@ class EmpiricalRisk:
         """
         largest = max(len(targets) for _, targets in self.curvature_batches or self.batches)
         count = fitting(largest * self.example_bytes(), HESSIAN_ROWS)
-        products, first = EachRow(self.curvature_product), self.curvature_product(vectors[0])
-        products.together = count > 1
-        found = [first[None]]
-        for part in torch.split(vectors[1:], count) if len(vectors) > 1 else ():
+        products = EachRow(self.curvature_product)
+        products.together = count > 1 and len(vectors) > 1 and self._right_together.get("all", True)
+        found: list[Tensor] = []
+        for part in torch.split(vectors, count):
             each = products(part)
-            if products.together and len(found) == 1:  # torch may be wrong in batches
-                again = products(vectors[:1])[0]
+            if products.together and "all" not in self._right_together:
+                first = self.curvature_product(part[0])
                 room = 1e-7 if first.dtype == torch.float64 else 1e-3
-                products.together = float((again - first).norm()) <= room * float(first.norm())
-                each = each if products.together else products(part)
+                right = float((each[0] - first).norm()) <= room * float(first.norm())
+                products.together = self._right_together["all"] = right
+                each = each if right else products(part)
             found.append(each)
             if progress is not None:
                 progress(len(part))
-        if progress is not None:
-            progress(1)
         return torch.cat(found)
 
     @property
