@@ -82,7 +82,7 @@ def lanczos_nodes(
 
 
 def lanczos_together(
-    products: Callable[[FloatArray], Iterable[FloatArray]],
+    apply: Callable[[FloatArray], Iterable[FloatArray]],
     starts: Sequence[FloatArray],
     steps: int,
     out: FloatArray,
@@ -91,7 +91,7 @@ def lanczos_together(
 
     Parameters
     ----------
-    products : callable
+    apply : callable
         Takes m vectors, shape (m, p), and returns their products with H in this order.
     starts : sequence of ndarray, shape (p,)
     steps, out
@@ -116,7 +116,7 @@ def lanczos_together(
         go_on(index, _lanczos(start, steps, out), None)
     while waiting:
         now, waiting = waiting, []
-        images = products(np.stack([v for _, _, v in now]))
+        images = apply(np.stack([v for _, _, v in now]))
         for (index, run, _), image in zip(now, images, strict=True):
             go_on(index, run, image)
     return [found[index] for index in range(len(starts))]

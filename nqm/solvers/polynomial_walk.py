@@ -191,7 +191,7 @@ class Layout:
 
     Attributes
     ----------
-    place : ndarray of int, shape (P d,)
+    lane : ndarray of int, shape (P d,)
         Number of the lane of each direction.
     blocks : int
         Number of blocks.
@@ -201,7 +201,7 @@ class Layout:
         Factors on the rates.
     """
 
-    place: NDArray[np.int64]
+    lane: NDArray[np.int64]
     blocks: int
     part: NDArray[np.int64]
     factors: FloatArray
@@ -279,7 +279,7 @@ class Layout:
             In the layout of the kernel.
         """
         whole = np.zeros((self.blocks * WIDE, values.shape[1]))
-        whole[self.place] = values
+        whole[self.lane] = values
         return np.ascontiguousarray(whole.reshape(-1, WIDE, values.shape[1]).swapaxes(1, 2))
 
     def unblocked(self, rows: FloatArray) -> FloatArray:
@@ -295,7 +295,7 @@ class Layout:
         ndarray, shape (P d, k)
             Numbers of each direction.
         """
-        return np.asarray(rows.swapaxes(1, 2).reshape(-1, rows.shape[1])[self.place])
+        return np.asarray(rows.swapaxes(1, 2).reshape(-1, rows.shape[1])[self.lane])
 
 
 @functools.lru_cache(maxsize=8)
@@ -421,7 +421,7 @@ def walk(
         np.zeros(0) if losses is None else losses,
     )
     laid.store(state, layout)
-    seen = here.reshape(2, rows, layout.blocks * WIDE)[:, :, layout.place]
+    seen = here.reshape(2, rows, layout.blocks * WIDE)[:, :, layout.lane]
     return Seen(sums, seen[0], seen[1])
 
 
