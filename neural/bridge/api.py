@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
@@ -16,6 +16,7 @@ from neural.bridge.comparison import (
     predict_training,
 )
 from neural.bridge.config import ADAM, BridgeConfig, Plan, Training
+from neural.bridge.drift import descent_of_loss
 from neural.bridge.gaussian import (
     WeightGaussian,
     gradients_and_products,
@@ -23,13 +24,18 @@ from neural.bridge.gaussian import (
     measure_gaussian,
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
-from neural.bridge.shared_base import SharedBaseQuadratic, member_mask, risk_of_mean
+from neural.bridge.prediction import expected_excess
+from neural.bridge.scatter import largest_stable_lr
+from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
 from neural.bridge.smoothing import Smoothing, averaging_work
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
 from nqm.progress import Progress, counted
+
+#: Largest difference of the loss and its quadratic after descent, over the predicted change.
+DESCENT = 0.5
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,8 @@ def measure(
     Raises
     ------
     NQMError
-        If epochs are shuffled and a batch size does not divide the number of examples, or the
-        eigenpairs do not converge.
+        If epochs are shuffled and a batch size does not divide the number of examples, the
+        eigenpairs do not converge, or the checkpoint is too far from a minimum (`check_descent`).
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
@@ -155,6 +161,50 @@ def check_plan(config: BridgeConfig, plan: Plan | None) -> None:
     """
     if config.optimizer == ADAM and plan is not None and plan.late_phase is not None:
         raise NQMError("optimizer = 'adam' is predicted for independent runs; drop late_phase")
+
+
+def check_descent(
+    risk: EmpiricalRisk, local: LocalQuadratic, trainings: Sequence[Training]
+) -> None:
+    """Check that noise-free descent on the quadratic is that of the loss, before more is measured.
+
+    Takes one evaluation of the loss for each training. A training fails if the loss at the
+    predicted end of the descent differs from the quadratic's by more than `DESCENT` times the
+    predicted change (descent, and the excess by noise of one run).
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The network's training loss.
+    local : LocalQuadratic
+        Measured on this risk.
+    trainings : sequence of Training
+        Those above the edge of stability are not checked.
+
+    Raises
+    ------
+    NQMError
+        If all trainings fail.
+    """
+    of_mean = mean_model(local)
+    problem = of_mean.problem().replace(initial_mean=0.0)
+    failed = []
+    for training in trainings:
+        if training.lr >= largest_stable_lr(of_mean, training):
+            continue
+        predicted, actual = descent_of_loss(risk, of_mean, training)
+        excess = expected_excess(problem, training, local.examples, [training.steps])[0]
+        if abs(actual - predicted) <= DESCENT * (abs(predicted) + excess):
+            return
+        failed.append(
+            f"{predicted:.3g} predicted and {actual:.3g} evaluated at lr = {training.lr:.3g}"
+        )
+    if failed:
+        raise NQMError(
+            "the checkpoint is too far from a minimum for the quadratic: its change of the loss by "
+            f"descent in {trainings[0].steps} steps is {'; '.join(dict.fromkeys(failed))}; set "
+            "bridge.minimise = 300, or lower bridge.steps or bridge.lr_times_sharpness"
+        )
 
 
 class Options(TypedDict):
@@ -224,8 +274,9 @@ def _gaussians(
 ) -> tuple[WeightGaussian, ...]:
     """Gaussian of the weights of every training."""
     config = options["config"]
-    averages = averages_of(risk, local, **options)
     trainings = config.trainings(local.largest)
+    check_descent(risk, local, trainings)
+    averages = averages_of(risk, local, **options)
     work = _work(local, config) * len(trainings)
     third = counted(options["progress"], "third derivatives", work)
     return tuple(
@@ -421,7 +472,9 @@ def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Opt
     **options
         See `Options`.
     """
-    averages_of(*_part(risk, plan, part, **options), **options)
+    own, local = _part(risk, plan, part, **options)
+    check_descent(own, local, options["config"].trainings(local.largest))
+    averages_of(own, local, **options)
 
 
 def store_training(

@@ -261,6 +261,15 @@ def descended(local: LocalQuadratic, training: Training, when: When | None = Non
     -------
     ndarray, shape (p,)
     """
+    bounded = _bounded_response(training, when)
+    moved = local.pairs.vectors @ (bounded(local.pairs.values) * local.slope)
+    if len(local.gradient.values):
+        moved = moved + local.gradient.apply(bounded)
+    return np.asarray(-moved)
+
+
+def _bounded_response(training: Training, when: When | None = None) -> Function:
+    """The `response` of a loss that is bounded from below; see `descended`."""
     lr = training.effective_lr
     psi = response(lr, training.steps if when is None else when)
 
@@ -268,10 +277,34 @@ def descended(local: LocalQuadratic, training: Training, when: When | None = Non
         within = psi(np.clip(h, 0.0, 2.0 / lr))
         return np.where(lr * h < 2.0, within, 1.0 / np.maximum(h, 2.0 / lr))
 
-    moved = local.pairs.vectors @ (bounded(local.pairs.values) * local.slope)
-    if len(local.gradient.values):
-        moved = moved + local.gradient.apply(bounded)
-    return np.asarray(-moved)
+    return bounded
+
+
+def descent_of_loss(
+    risk: EmpiricalRisk, local: LocalQuadratic, training: Training
+) -> tuple[float, float]:
+    """Change of the quadratic and of the loss itself where noise-free descent is predicted to end.
+
+    Where the two differ much, the checkpoint is too far from a minimum for the quadratic.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The network's training loss.
+    local : LocalQuadratic
+        Measured on this risk.
+    training : Training
+        Gives the effective learning rate and the number of steps.
+
+    Returns
+    -------
+    predicted, actual : float
+        Relative to the checkpoint, both at the same weights (`descended`).
+    """
+    psi = _bounded_response(training)
+    h, _, g = local.points()
+    end = risk.weights + vector(risk, descended(local, training))
+    return float(g @ (0.5 * psi(h) ** 2 * h - psi(h))), risk.loss(end) - risk.loss()
 
 
 def measure_drift(  # noqa: PLR0913 - options, by keyword

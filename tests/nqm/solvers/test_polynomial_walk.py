@@ -226,8 +226,8 @@ def test_every_direction_has_one_lane_and_one_part(directions, programs):
             assert (owner[:, lanes] == -1).all()
             owner[:, lanes] = [[program], [group - program * len(layout.factors)]]
         assert (np.diff(layout.part[:, 0]) >= 0).all()
-        program, group = owner[:, layout.place]
-        assert np.unique(layout.place).size == directions * programs == (owner[0] >= 0).sum()
+        program, group = owner[:, layout.lane]
+        assert np.unique(layout.lane).size == directions * programs == (owner[0] >= 0).sum()
         assert program.tolist() == np.repeat(np.arange(programs), directions).tolist()
         stated = np.ones((directions, 2)) if factors is None else np.stack(scales, axis=1)
         agree(layout.factors[group], np.tile(stated, (programs, 1)), 0.0)
