@@ -27,9 +27,6 @@ from neural.curvature.risk import TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
-#: The averages are measured again, at a wider covariance, where their change with it would change
-#: the noise by more than this; at most so many times.
-SETTLED, MOST_ROUNDS = 0.01, 4
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,7 @@ class WeightGaussian:
 
     @cached_property
     def stable(self) -> bool:
-        """Whether the rate is below the averaged curvature's edge, and the covariance settles."""
-        if self.smoothing is not None and not self.smoothing.stands_still(self.training):
-            return False
+        """Whether the learning rate is below the edge of stability of the averaged curvature."""
         return self.training.lr < largest_stable_lr(self.local, self.training)
 
     @cached_property
@@ -126,9 +121,6 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
 ) -> Smoothing | None:
     """Average curvature and noise over the weights of one training; other trainings scale them.
 
-    The first displacements have the covariance of the checkpoint's curvature and noise. Where the
-    averages change it by much, they are measured again with the changed covariance.
-
     Parameters
     ----------
     risk, local
@@ -156,50 +148,27 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     """
     if not averaging_displacements:
         return None
-    seen, drawn = local, 1.0
-    for _ in range(MOST_ROUNDS):
-        drift = measure_drift(
-            risk,
-            seen,
-            reference,
-            displacements=displacements,
-            lanczos_steps=lanczos_steps,
-            seed=seed,
-            cache=cache,
-            progress=progress,
-        )
-        found = measure_smoothing(
-            risk,
-            local,
-            reference,
-            drift=drift,
-            scatter=seen,
-            displacements=averaging_displacements,
-            seed=seed,
-            cache=cache,
-            progress=progress,
-        )
-        found = replace(found, kinks=find_kinks(drift, found), drawn=drawn)
-        if not found.stands_still(reference):
-            break
-        wider = found.amplification(reference) / drawn - 1.0
-        if abs(wider * found.noise_growth(reference)) <= SETTLED:
-            break
-        seen = found.seen_by(reference)
-        if isinstance(local, SharedBaseQuadratic) or reference.lr >= largest_stable_lr(
-            seen, reference
-        ):
-            break
-        drawn = _relative_width(local, seen, reference)
-    return found
-
-
-def _relative_width(local: LocalQuadratic, seen: LocalQuadratic, training: Training) -> float:
-    """Variances along the eigenpairs of `local`, by another model, relative to its own."""
-    turn = local.pairs.vectors.T @ seen.pairs.vectors
-    now = np.diag(turn @ covariance(seen, training) @ turn.T)
-    first = np.diag(covariance(local, training))
-    return float(now @ first / (first @ first))
+    drift = measure_drift(
+        risk,
+        local,
+        reference,
+        displacements=displacements,
+        lanczos_steps=lanczos_steps,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
+    smoothing = measure_smoothing(
+        risk,
+        local,
+        reference,
+        drift=drift,
+        displacements=averaging_displacements,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
+    return replace(smoothing, kinks=find_kinks(drift, smoothing))
 
 
 def measure_gaussian(  # noqa: PLR0913 - options, by keyword

@@ -22,6 +22,8 @@ it holds over three halvings.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from neural.bridge.drift import Drift
@@ -68,7 +70,8 @@ def find_kinks(drift: Drift, smoothing: Smoothing) -> Kinks:
         return Kinks(along, rest)
     costs = []
     for rise, shortening in zip(slopes.rises, (1, 2), strict=True):
-        smooth = smoothing.mean_hessian(training, 0.5 / shortening**2)
+        narrower = replace(training, batch_size=training.batch_size * shortening**2)
+        smooth = smoothing.mean_hessian(narrower, 0.5)
         costs.append(2.0 * rise * shortening**2 - (moved * (moved @ smooth)).sum() - bent)
     cost_ratio = float(np.clip(costs[0] / added, 1.0, 2.0))
     log2_slope = float(np.clip((costs[1] - costs[0]) / added, 0.0, 2.0))

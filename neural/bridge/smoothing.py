@@ -6,9 +6,6 @@ displacement by noise-free descent. The change is measured in one training, alon
 eigenpairs: at both ends of random displacements around the mean, at the mean, and at the end of
 descent. For any other training the first contribution is scaled with the covariance, the other two
 with the displacements.
-
-The changed noise and curvature change the covariance in turn. The next order is the covariance that
-they do not change any more (`Smoothing.amplification`).
 """
 
 from __future__ import annotations
@@ -23,9 +20,9 @@ from numpy.typing import NDArray
 
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, descended
-from neural.bridge.scatter import covariance, noise_sums, rest_trace
+from neural.bridge.scatter import covariance, rest_trace
 from neural.bridge.scatter import displacements as displacements_of
-from neural.bridge.shared_base import SharedBaseQuadratic, mean_model
+from neural.bridge.shared_base import mean_model
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
@@ -37,10 +34,6 @@ from nqm.progress import times
 
 FloatArray = NDArray[np.float64]
 NAMES = ("curvature", "noise", "trace")
-#: Relative accuracy of the covariance that reproduces itself, and most steps towards it.
-STILL, MOST_STEPS = 1e-6, 500
-#: A covariance that grows beyond this factor does not stand still.
-RUNAWAY = 100.0
 
 #: Work of the gradients of single examples, in gradients of their mean; about.
 PASS = 2
@@ -120,10 +113,6 @@ class Smoothing:
         Force that displaces the mean; by default there is no such displacement.
     kinks : Kinks
         Curvature and loss added by kinks; none by default.
-    drawn : float, optional
-        Covariance at which the change was measured, relative to that of the checkpoint's curvature
-        and noise. With it covariances include what the change does to them (`amplification`); by
-        default they are those of the checkpoint, as to leading order.
     """
 
     local: LocalQuadratic
@@ -133,7 +122,6 @@ class Smoothing:
     descent: Change
     drift: Drift | None = None
     kinks: Kinks = field(default_factory=Kinks.none)
-    drawn: float | None = None
 
     @cached_property
     def _covariance(self) -> FloatArray:
@@ -148,82 +136,6 @@ class Smoothing:
         assert self.drift is not None
         return self.drift.displacement(self.training)
 
-    @cached_property
-    def _amplified(self) -> dict[Training, float]:
-        return {}
-
-    def amplification(self, training: Training) -> float:
-        """Covariance that reproduces itself, relative to that of the checkpoint's H and C.
-
-        A covariance S changes curvature and noise, to H(S) and C(S), and these give the weights
-        another covariance. S(a) is the first covariance times a, H and C are linear in a, and a is
-        iterated to the fixed point. Only the diagonals of H(S) and C(S) along the checkpoint's
-        eigenpairs count, which determine the variances to first order in the changes.
-
-        Parameters
-        ----------
-        training : Training
-            The training.
-
-        Returns
-        -------
-        float
-            1 without `drawn`, and for late-phase members, where the effect is left out. Infinite
-            where no covariance stands still: noise grows faster with the scatter than the scatter
-            with the noise.
-        """
-        if self.drawn is None or isinstance(self.local, SharedBaseQuadratic):
-            return 1.0
-        if training not in self._amplified:
-            self._amplified[training] = self._fixed_point(training)
-        return self._amplified[training]
-
-    def _fixed_point(self, training: Training) -> float:
-        h, c = self.local.pairs.values, np.diag(self.local.noise)
-        floor = min(float(h.min(initial=0.0)), 0.0)
-        lr, descent = training.effective_lr, self.descent_scale(training)
-        scales = self._width_scale(training), self._mean_scale(training)
-
-        def variances(h: FloatArray, c: FloatArray) -> FloatArray:
-            with np.errstate(over="ignore", invalid="ignore"):
-                return np.maximum(c, 0.0) * noise_sums(lr * np.maximum(h, floor), training)
-
-        def along(name: str) -> tuple[FloatArray, FloatArray]:
-            width, mean, fixed = (
-                np.diag(getattr(change, name)) for change in (self.width, self.mean, self.descent)
-            )
-            return descent * fixed, (scales[0] * width + scales[1] * mean) / (self.drawn or 1.0)
-
-        (h0, dh), (c0, dc) = along("curvature"), along("noise")
-        first, a = variances(h, c), 1.0
-        for _ in range(MOST_STEPS):
-            now = _projection(first, variances(h + self.kinks.pairs + h0 + a * dh, c + c0 + a * dc))
-            if not now < RUNAWAY:
-                break
-            if abs(now - a) <= STILL * now:
-                return now
-            a = now
-        return np.inf
-
-    def stands_still(self, training: Training) -> bool:
-        """Whether there is a covariance that reproduces itself (`amplification`).
-
-        Parameters
-        ----------
-        training : Training
-            The training.
-
-        Returns
-        -------
-        bool
-        """
-        return bool(np.isfinite(self.amplification(training)))
-
-    def _feedback(self, training: Training) -> float:
-        """Covariance of a training relative to the drawn one, beyond the leading order's ratio."""
-        amplification = self.amplification(training)
-        return (amplification if np.isfinite(amplification) else 1.0) / (self.drawn or 1.0)
-
     def width_scale(self, training: Training) -> float:
         """Covariance of the weights in another training, relative to the measured one's.
 
@@ -235,12 +147,8 @@ class Smoothing:
         Returns
         -------
         float
-            Without `drawn` at most the ratio of lr / B, which it reaches when all directions are
-            stationary.
+            At most the ratio of lr / B, which it reaches when all directions are stationary.
         """
-        return self._width_scale(training) * self._feedback(training)
-
-    def _width_scale(self, training: Training) -> float:
         stationary = training.noise_ratio(self.training)
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
             scale = _projection(self._covariance, covariance(self.local, training))
@@ -259,9 +167,6 @@ class Smoothing:
         float
             0 without a drift.
         """
-        return self._mean_scale(training) * self._feedback(training)
-
-    def _mean_scale(self, training: Training) -> float:
         if self.drift is None:
             return 0.0
         stationary = training.noise_ratio(self.training)
@@ -432,8 +337,8 @@ class Smoothing:
     def noise_growth(self, training: Training) -> float:
         """Relative increase of the gradient-noise trace caused by the scatter of the weights.
 
-        Without `drawn` the increase of the scatter by the increased noise is left out: an effect of
-        second order, about the square of the result.
+        The increased noise widens the scatter in turn. This second-order effect, about the square
+        of the result, is left out.
 
         Parameters
         ----------
@@ -443,11 +348,8 @@ class Smoothing:
         Returns
         -------
         float
-            Relative to the trace at the end of noise-free descent; 0.1 is 10 %. Infinite where no
-            covariance stands still.
+            Relative to the trace at the end of noise-free descent; 0.1 is 10 %.
         """
-        if not self.stands_still(training):
-            return np.inf
         change = self.width_scale(training) * self.width.trace
         change += self.mean_scale(training) * self.mean.trace
         at_descent = self.local.noise_trace + self.descent_scale(training) * self.descent.trace
@@ -477,7 +379,6 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     training: Training,
     *,
     drift: Drift | None = None,
-    scatter: LocalQuadratic | None = None,
     displacements: int = 4,
     seed: int = 0,
     cache: Cache | None = None,
@@ -495,8 +396,6 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         The training whose covariance the displacements have.
     drift : Drift, optional
         Force that displaces the mean of the weights; by default the mean is where descent ends.
-    scatter : LocalQuadratic, optional
-        Local model whose covariance the displacements have; `local` by default.
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
         products and the noise along k directions are computed.
@@ -524,8 +423,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         centre, pushed = descent_end + vector(risk, by_noise), float(np.linalg.norm(by_noise))
 
     def averages() -> dict[str, Any]:
-        rng = np.random.default_rng([seed, 4])
-        drawn = displacements_of(scatter or local, training)
+        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(local, training)
         averaged: list[Any] = [0.0, 0.0, 0.0]
         for _ in range(displacements):
             moved = vector(risk, drawn(rng, None))
@@ -556,7 +454,6 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         displacements=displacements,
         local=local.key(),
         pushed=f"{pushed:.8g}",
-        scatter=None if scatter is None or scatter is local else scatter.key(),
     )
     width, mean_change, descent = (
         Change(stored[f"{name}-curvature"], stored[f"{name}-noise"], float(stored[f"{name}-trace"]))
