@@ -269,8 +269,9 @@ def soup_scatter(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         name, color = name_of(rows.iloc[0]), SPACES[rows["space"].iloc[0]]
         x, y = rows["test"].mean(), rows["shift"].mean()
         if len(rows) > 1:
-            ax.plot(t_interval(rows["test"]), [y, y], color=color, lw=0.6)
-            ax.plot([x, x], t_interval(rows["shift"]), color=color, lw=0.6)
+            across, up = (np.clip(t_interval(rows[name]), 0.0, 1.0) for name in ("test", "shift"))
+            ax.plot(across, [y, y], color=color, lw=0.6)
+            ax.plot([x, x], up, color=color, lw=0.6)
         ax.plot(x, y, shape, color=color, mfc="white", ms=5.5, label=name, gid=name)
     ax.set(xlabel="accuracy, test", ylabel="accuracy, shifted (mean)", title="shift")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6)
