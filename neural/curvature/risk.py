@@ -200,17 +200,13 @@ class EmpiricalRisk:
         self.curvature_batches: list[Batch] | None = None
         without = resolve(model, no_decay).parameters if no_decay else ()
         self.undecayed = frozenset(self.shapes) & frozenset(without)
-        self._decay_rates: float | Tensor = weight_decay
+        self._decayed: float | Tensor = 1.0
         if self.undecayed:
             parts = [
-                torch.full(
-                    (shape.numel(),),
-                    0.0 if name in self.undecayed else weight_decay,
-                    dtype=torch.float64,
-                )
+                torch.full((shape.numel(),), float(name not in self.undecayed))
                 for name, shape in self.shapes.items()
             ]
-            self._decay_rates = torch.cat(parts).to(self.weights)
+            self._decayed = torch.cat(parts).to(self.weights)
         #: Whether torch is right in batches of products, once it is known; shared by copies.
         self._right_together: dict[str, bool] = {}
         self.size = self.weights.numel()
@@ -319,6 +315,11 @@ class EmpiricalRisk:
         origin, scale = self.frame
         return torch.where(scale > 0.0, (weights - origin) / scale, torch.zeros_like(origin))
 
+    @property
+    def _decay_rates(self) -> float | Tensor:
+        """Weight decay of each weight, shape (p,), or of all."""
+        return self.weight_decay * self._decayed
+
     def decay_gradient(self, w: Tensor) -> Tensor:
         """Gradient of the L2 term.
 
@@ -360,7 +361,7 @@ class EmpiricalRisk:
         """
         moved = copy.copy(self)
         moved.curvature_batches = None
-        moved.weight_decay, moved._decay_rates, moved.undecayed = 0.0, 0.0, frozenset()
+        moved.weight_decay, moved._decayed, moved.undecayed = 0.0, 1.0, frozenset()
         if is_cross_entropy(self.example_loss):
             moved.example_loss = cross_entropy
         moved._take(batches)
