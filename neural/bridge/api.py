@@ -186,25 +186,43 @@ def check_descent(
     NQMError
         If all trainings fail.
     """
-    of_mean = mean_model(local)
-    problem = of_mean.problem().replace(initial_mean=0.0)
     failed = []
     for training in trainings:
-        if training.lr >= largest_stable_lr(of_mean, training):
-            continue
-        predicted, actual = descent_of_loss(risk, of_mean, training)
-        excess = expected_excess(problem, training, local.examples, [training.steps])[0]
-        if abs(actual - predicted) <= DESCENT * (abs(predicted) + excess):
+        fault = descent_fault(risk, local, training)
+        if fault is None:
             return
-        failed.append(
-            f"{predicted:.3g} predicted and {actual:.3g} evaluated at lr = {training.lr:.3g}"
-        )
-    if failed:
-        raise NQMError(
-            "the checkpoint is too far from a minimum for the quadratic: its change of the loss by "
-            f"descent in {trainings[0].steps} steps is {'; '.join(dict.fromkeys(failed))}; set "
-            "bridge.minimise = 300, or lower bridge.steps or bridge.lr_times_sharpness"
-        )
+        failed.append(fault)
+    raise NQMError(
+        "the checkpoint is too far from a minimum for the quadratic: its change of the loss by "
+        f"descent in {trainings[0].steps} steps is {'; '.join(dict.fromkeys(failed))}; set "
+        "bridge.minimise = 300, or lower bridge.steps or bridge.lr_times_sharpness"
+    )
+
+
+def descent_fault(risk: EmpiricalRisk, local: LocalQuadratic, training: Training) -> str | None:
+    """Say how far descent on the quadratic is from that of the loss, if it is too far.
+
+    Parameters
+    ----------
+    risk, local
+        See `check_descent`.
+    training : Training
+        A training.
+
+    Returns
+    -------
+    str or None
+        Both changes of the loss. None if they agree, or above the edge of stability.
+    """
+    of_mean = mean_model(local)
+    if training.lr >= largest_stable_lr(of_mean, training):
+        return None
+    problem = of_mean.problem().replace(initial_mean=0.0)
+    predicted, actual = descent_of_loss(risk, of_mean, training)
+    excess = expected_excess(problem, training, local.examples, [training.steps])[0]
+    if abs(actual - predicted) <= DESCENT * (abs(predicted) + excess):
+        return None
+    return f"{predicted:.3g} predicted and {actual:.3g} evaluated at lr = {training.lr:.3g}"
 
 
 class Options(TypedDict):

@@ -172,7 +172,8 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     excesses = expected_excess(problem, training, local.examples, [*at, *steps])
     predictions, width = [], _width(local, training)
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
-        runs = iterate / excess if isinstance(when, TimeAverage) else 1.0
+        # Far from a minimum the noise may be predicted to vanish.
+        runs = iterate / excess if isinstance(when, TimeAverage) and excess > 0.0 else 1.0
         change_part = nonsmooth = slope = 0.0
         if gaussian.smoothing is not None:
             smoothing = gaussian.smoothing

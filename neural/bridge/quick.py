@@ -13,12 +13,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from neural.bridge.adam import preconditioned
-from neural.bridge.api import Options, averages_of, gaussian_of, measure_checkpoint
+from neural.bridge.api import (
+    Options,
+    averages_of,
+    check_descent,
+    descent_fault,
+    gaussian_of,
+    measure_checkpoint,
+)
 from neural.bridge.comparison import joined, predict_training
 from neural.bridge.config import BridgeConfig, Plan
 from neural.bridge.gaussian import WeightGaussian
 from neural.curvature.cache import Cache
-from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.risk import EmpiricalRisk, is_cross_entropy
 from nqm.errors import NQMError
 from nqm.progress import Progress
 
@@ -59,12 +66,13 @@ def measure_for_advice(
     -------
     DataFrame
         The table of `neural.bridge.api.predict`, with the predicted change of the noise on the
-        noise-free path.
+        noise-free path. Trainings whose descent leaves the quadratic are left out.
 
     Raises
     ------
     NQMError
-        If the plan has late-phase members, or the loss cannot be measured.
+        If the plan has late-phase members, the loss cannot be measured, or the checkpoint is too
+        far from a minimum.
     """
     if plan.late_phase is not None:
         raise NQMError(
@@ -75,6 +83,7 @@ def measure_for_advice(
     middle = replace(config, lr_times_sharpness=(rates[len(rates) // 2],))
     options = Options(config=middle, seed=plan.seed, cache=Cache(), progress=progress)
     local = measure_checkpoint(risk, **options)
+    check_descent(risk, local, config.trainings(local.largest))
     reference, averages = middle.reference(local.largest), averages_of(risk, local, **options)
     if averages is None or averages.drift is None:
         gaussian = gaussian_of(risk, local, reference, None, **options)
@@ -84,9 +93,19 @@ def measure_for_advice(
     outcomes = []
     for training in config.trainings(local.largest):
         scaled = gaussian.scaled_to(training)
+        if any(descent_fault(risk, model, training) for model in (local, scaled.local)):
+            continue
         outcome = predict_training(scaled, plan)
         if averages is not None:
             change = averages.descent_scale(training) * averages.descent.trace
             outcome.table["noise_change_on_path"] = change / local.noise_trace
         outcomes.append(outcome)
-    return joined(outcomes).table
+    table = joined(outcomes).table if outcomes else None
+    if table is not None and is_cross_entropy(risk.example_loss):
+        table = table[table["predicted"] > -risk.loss()]  # a cross-entropy is never negative
+    if table is None or table.empty:
+        raise NQMError(
+            "the checkpoint is too far from a minimum: with curvature averaged over the weights, "
+            "the loss is predicted to fall further than it can; set bridge.minimise = 300"
+        )
+    return table.reset_index(drop=True)

@@ -16,7 +16,7 @@ from neural.curvature.risk import EmpiricalRisk
 from neural.training.experiment import run_experiment
 from nqm.cli import main
 from nqm.errors import NQMError
-from tests.tiny_risks import Bowl, quadratic, scatter, slide
+from tests.tiny_risks import Bowl, quadratic, scatter, slide, tanh_risk
 from tests.tiny_runs import recipe
 
 CURVATURE = (2.0, 0.7, 0.2)
@@ -119,3 +119,24 @@ def test_settings_of_a_bridge_that_is_measured_are_refused(tmp_path: Path) -> No
     assert done.exit_code == 2
     assert "bridge.steps cannot be changed" in done.stderr
     assert "give its run" in done.stderr
+
+
+def test_averages_are_predicted_where_the_noise_is_predicted_to_vanish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "neural.bridge.prediction.expected_excess", lambda *settings: np.zeros(len(settings[3]))
+    )
+    config, _ = load_config(None, [*SETTINGS, "bridge.eigenpairs=0", "bridge.steps=60"])
+    plan = Plan(members=(1, 4), runs=4, records=1)
+    table = measure_for_advice(Bowl(CURVATURE, away=0.3).risk, config, plan)
+    assert np.isfinite(table["predicted"]).all()
+    assert (table["effective_runs"] == 1.0).all()
+
+
+def test_a_checkpoint_far_from_a_minimum_has_no_advice() -> None:
+    risk = tanh_risk()
+    far = risk.at(30.0 * risk.weights)
+    config, _ = load_config(None, [*SETTINGS, "bridge.eigenpairs=0", "bridge.steps=1000"])
+    with pytest.raises(NQMError, match="too far from a minimum"):
+        measure_for_advice(far, config, Plan(members=(1,), runs=1, records=1))
