@@ -236,9 +236,10 @@ def test_settings_and_rules_of_combining_are_all_listed() -> None:
     from neural.combine.text_ensembles import GatesConfig
 
     page = (ROOT / "docs" / "combining.md").read_text()
-    for section, config in (("combine", CombineConfig), ("gates", GatesConfig)):
+    text = (ROOT / "docs" / "combining_text.md").read_text()
+    for section, config, where in (("combine", CombineConfig, page), ("gates", GatesConfig, text)):
         setting = rf"^\| `{section}\.(\w+)` \| `(.*?)` \| .+\. \|$"
-        rows = re.findall(setting, page, re.MULTILINE)
+        rows = re.findall(setting, where, re.MULTILINE)
         listed = {name: tomllib.loads(f"x = {text}")["x"] for name, text in rows}
         stated = {
             field.name: list(field.default) if isinstance(field.default, tuple) else field.default
@@ -256,7 +257,7 @@ def test_the_bridges_that_were_measured_can_be_asked_for(tmp_path: Path) -> None
     pytest.importorskip("torch")
     from neural.bridge.pipeline import load_config
 
-    named = [(name, text) for name, text in blocks("toml") if name.startswith("bridge-")]
+    named = [(name, text) for name, text in blocks("toml") if name.startswith("bridge_networks-")]
     texts = [text for _, text in named if "[problem]" not in text]
     assert len(texts) == 7
     path = tmp_path / "bridge.toml"

@@ -13,7 +13,7 @@ v is not quite at rest. With a minibatch gradient of variance v and of skewness 
 change two things. The mean of v^(-1/2) is larger by 3/8 of the relative variance of v, which for
 Gaussian gradients is 2 (1 - beta2) / (1 + beta2). And the newest gradient is part of v, so that
 g / sqrt(v) has the mean -(1 - beta2) s / 2: a drift, which over t steps of a flat direction moves
-the weights by (1 - beta2) |s| sqrt(t) / 2 of what noise moves them.
+the weights by (1 - beta2) abs(s) sqrt(t) / 2 of what noise moves them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ displacements, and at both ends of half of each, which is the width for K = 4.
 
 Assumption: the density of kinks grows by the same amount with every halving of the distance. Then
 the curvature added by kinks, and their loss divided by the width squared, grow by the same amount
-with every halving of the width. On the network where this was measured (`docs/bridge.md`, CIFAR-10)
+with every halving of the width. On the network where this was measured (`docs/bridge_networks.md`, CIFAR-10)
 it holds over three halvings.
 """
 
