@@ -509,12 +509,14 @@ def store_training(
 
     Parameters
     ----------
-    risk, plan, test
+    risk, plan
         See `compare`.
     part : int
         See `store_part`, which comes before.
     index : int
         Index of the training in those of the configuration.
+    test : EmpiricalRisk or callable, optional
+        See `compare`.
     train : bool
         Whether to train, or to predict only.
     **options

@@ -174,7 +174,8 @@ class MLP(nn.Module):
             If the images have another size.
         """
         wanted = (self.channels, self.size, self.size)
-        if images.ndim > 2 and tuple(images.shape[1:]) != wanted:
+        # Proxies of `torch.fx`, which traces models to align them, have no shape.
+        if isinstance(images, Tensor) and images.ndim > 2 and images.shape[1:] != wanted:
             channels, *pixels = images.shape[1:]
             raise NQMError(
                 f"an mlp of model.size {self.size} takes images of {self.channels} x {self.size} x "

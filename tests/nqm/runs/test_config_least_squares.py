@@ -171,5 +171,5 @@ def test_what_the_solvers_do_not_have(path: Path) -> None:
         with pytest.raises(NQMError, match="least squares needs a linear method"):
             adam.check()
         built(path, late, method).check()
-    with pytest.raises(NQMError, match="needs one minibatch per member and step"):
+    with pytest.raises(NQMError, match="needs one gradient per member and step"):
         built(path, 'phase.0={algorithm="federated", lr=0.1, steps=40}').check()

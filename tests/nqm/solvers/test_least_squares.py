@@ -467,7 +467,7 @@ def test_study_of_scaling_laws():
         ),
         (
             lambda: solve(PROBLEM, one(Federated(2, 2))),
-            "one minibatch per member and step; Federated draws 2",
+            "one gradient per member and step; Federated takes 2",
         ),
         (lambda: steady(PROBLEM, Phase(SWA(), 0.1, 1)), "swa has no steady state"),
         (lambda: stability_edge(PROBLEM, ScheduleFree()), "ScheduleFree's do not"),
