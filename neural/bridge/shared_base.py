@@ -16,7 +16,7 @@ member S / K + (1 - 1/K) D. Independent runs have D = S; a shared base has a sma
 Rank-1 factors s and r of a weight W (s r') are coordinates like others: the loss is a smooth
 function of (W, s, r), members take their steps in s and r, and `LatePhase.averaged` takes the means
 of s and r. (The mean of the products s_k r_k' instead adds W times the covariance of s and r over
-members, (1 - 1/K) D_sr: a change of the loss of second order, see docs/bridge.md.)
+members, (1 - 1/K) D_sr: a change of the loss of second order, see docs/bridge_method.md.)
 
 Members scatter with the second covariance, and the loss is a function of the first. On a quadratic
 the second does not matter; beyond it, the force of the noise on the mean, the averages of curvature
