@@ -37,7 +37,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no_decay": ({"train": {"no_decay": "batchnorm"}}, "'batchnorm' matches nothing"),
     "data": ({"data": {"name": "digts"}}, "unknown data set 'digts'"),
     "option": ({"model": {"name": "mlp", "hiden": [3]}}, "did you mean 'hidden'"),
-    "size of an image": ({"model": {"name": "mlp", "size": 7}}, "got 1 x 8 x 8; set model.size = 8"),
+    "size of an image": ({"model": {"name": "mlp", "size": 7}}, "set model.size = 8"),
     "kind of data": ({"model": {"name": "lstm_lm"}}, "lstm_lm. takes a text"),
     "length of images": ({"data": {"length": 7}}, "data.length would be ignored"),
     "channels": ({"data": {"mean": [0.5, 0.5]}}, "one number for each of 1 channels"),
