@@ -159,7 +159,7 @@ class LossDraws:
             One row for each record with columns step, reached, reached_low, reached_high: the
             probability that the target was reached by then, and its 95 % interval.
         """
-        check_number("time_to_target.target", target)
+        check_number("time_to_target.target", target, low=0.0, closed_low=False)
         reached = np.logical_or.accumulate(self._of(program) <= target, axis=0)
         shares = [Share.of(row) for row in reached]
         return pd.DataFrame(

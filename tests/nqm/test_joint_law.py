@@ -318,6 +318,8 @@ def test_misuse_of_the_result_is_an_error():
         joint.draw(0)
     with pytest.raises(NQMError, match="target"):
         joint.draw(5).time_to_target(float("nan"))
+    with pytest.raises(NQMError, match=r"target must lie in \(0, inf\); got 0"):
+        joint.draw(5).time_to_target(0.0)
     near = joint_losses(PROBLEM, [PAIR[0], constant(SGD(), 0.3 + 1e-7, 60, batch_size=4)], [60])
     with pytest.raises(NQMError, match="rounding"):
         near.win_probability()
