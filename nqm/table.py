@@ -273,7 +273,7 @@ def write_table(path: str | Path, frame: pd.DataFrame, metadata: Mapping[str, An
     NQMError
         If the name has another ending, or the file cannot be written.
     """
-    dtypes = {str(name): _dtype(frame[name]) for name in frame.columns}
+    dtypes = {str(name): dtype_name(frame[name]) for name in frame.columns}
     write_frames(path, [frame], dtypes, len(frame), metadata)
 
 
@@ -625,7 +625,18 @@ def _write_csv(
         stream.write(text.encode())
 
 
-def _dtype(values: pd.Series[Any]) -> str:
+def dtype_name(values: pd.Series[Any]) -> str:
+    """Name the type of a column as files do, in which all that is no number is a text.
+
+    Parameters
+    ----------
+    values : Series
+
+    Returns
+    -------
+    str
+        "bool", "int64", "float64" or the like, or "str", which older pandas call "object".
+    """
     return str(values.dtype) if values.dtype.kind in "iufb" else "str"
 
 

@@ -28,7 +28,7 @@ from nqm.runs.executors import Workers
 from nqm.runs.journal import Columns, Journal, Known, Memory, Result
 from nqm.runs.rates import Alike, Grid, lone_keys
 from nqm.runs.toml import copied
-from nqm.table import Stamp, read_table, write_frames, writing
+from nqm.table import Stamp, dtype_name, read_table, write_frames, writing
 from nqm.words import WRITTEN, html_table
 
 #: Up to this number of cells, all of them are built and checked before the first is computed.
@@ -528,7 +528,7 @@ class _Axes:
                 full = count(name) > 1 or name.isdigit() or name in taken
                 name = part if full else name
                 name = f"sweep.{part}" if name in taken else name
-                self.dtypes[name] = str(pd.Series(list(column)).dtype)
+                self.dtypes[name] = dtype_name(pd.Series(list(column)))
         self.names = list(self.dtypes)
 
 
