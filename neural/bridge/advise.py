@@ -14,7 +14,7 @@ import numpy as np
 
 from neural.bridge.config import INDEPENDENT, ITERATE
 from neural.bridge.prediction import Prediction
-from neural.bridge.verdict import FEEDBACK
+from neural.bridge.verdict import FEEDBACK, in_range
 from nqm.errors import NQMError, check_integer, check_number
 from nqm.table import read_table
 
@@ -167,9 +167,7 @@ def check_asked(members: int | None, worth: float) -> None:
 
 def _reliable(rows: pd.DataFrame) -> pd.Series[bool]:
     """Rows whose prediction is within the validity of first order, and not contradicted."""
-    known = np.isfinite(rows["predicted"]) & (rows["predicted_rise"] > 0)
-    for name in ("noise_growth", "noise_change_on_path"):
-        known &= ~(rows[name].abs() > FEEDBACK)
+    known = np.isfinite(rows["predicted"]) & (rows["predicted_rise"] > 0) & in_range(rows)
     room = 2.0 * rows["ratio_error"].fillna(0.0)
     high = rows["ratio"] - room > CONTRADICTED
     low = rows["ratio"] + room < 1.0 / CONTRADICTED
