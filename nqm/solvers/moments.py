@@ -28,7 +28,7 @@ from nqm.solvers._kernels.polynomial_steps import WIDE
 from nqm.solvers._kernels.powers import compose_exact, power_exact
 from nqm.solvers.first_order_range import first_order_errors
 from nqm.solvers.multiplicative_scalar import scalar_first_order
-from nqm.solvers.polynomial_walk import Lanes, Seen, State, Steps, walk
+from nqm.solvers.polynomial_walk import Layout, Seen, State, Steps, walk
 from nqm.transition import (
     Transition,
     embedding,
@@ -72,7 +72,8 @@ class Moments:
 
     `started` is the covariance that the random start causes (without gradient noise), `noisy` the
     one that gradient noise causes. They are separate because a difference would lose digits.
-    `root` (d, n) is a vector u with `started` = u u', as long as one is known.
+    `root` (d, n) is a vector u with `started` = u u', as long as one is known. `still` holds the
+    coordinates that were 0 when the method started (`nqm.step_polynomial.ties`).
     """
 
     mode: Mode
@@ -80,6 +81,7 @@ class Moments:
     started: FloatArray
     noisy: FloatArray
     root: FloatArray | None = None
+    still: tuple[int, ...] = ()
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -241,17 +243,24 @@ def begin(
         draws, normals = embedding(mode.algorithm)
         outer = draws @ draws.T
         alone = draws.shape[1] == 1 and not normals.any()
-        origin = np.outer(-problem.minimum, origins(mode.algorithm))
+        origin = origins(mode.algorithm)
         states.append(
             Moments(
                 mode,
-                np.outer(mean, draws.sum(axis=1)) + origin,
+                np.outer(mean, draws.sum(axis=1)) + np.outer(-problem.minimum, origin),
                 started[:, None, None] * outer + _fresh(algorithm, problem, normals),
                 noisy[:, None, None] * outer,
                 np.outer(np.sqrt(started), draws) if alone else None,
+                _still(draws, normals, origin),
             )
         )
     return states
+
+
+def _still(*parts: FloatArray) -> tuple[int, ...]:
+    """Coordinates that start at 0, as all these coefficients of theirs are 0."""
+    moved = np.column_stack(parts).any(axis=1)
+    return tuple(np.flatnonzero(~moved).tolist())
 
 
 def _fresh(algorithm: Algorithm, problem: Problem, normals: FloatArray) -> FloatArray:
@@ -311,7 +320,11 @@ def hand_over(
     kept = goes_on(old.phase, new.phase)
     if kept and old.algorithm.coordinates == new.algorithm.coordinates:
         modes = new.algorithm.modes()
-        return [replace(state, mode=mode) for mode, state in zip(modes, states, strict=True)], age
+        # Coordinates that were tied may differ once other steps begin.
+        return [
+            replace(state, mode=mode, still=state.still if mode == state.mode else ())
+            for mode, state in zip(modes, states, strict=True)
+        ], age
     if not kept:
         check_own_starts(new.algorithm)
     fresh = begin(new.algorithm, problem, *states[0].weights(age))
@@ -347,8 +360,9 @@ def _carry(
     """Set `start` from `state`: [kept; new coordinates] = lift @ state + fresh noise."""
     old, new = state.mode.algorithm, start.mode.algorithm
     lift, normals = resumption(old, new, age)
-    origin = np.outer(-problem.minimum, origins(new, old.coordinates))
-    start.mean = np.ascontiguousarray(state.mean @ lift.T + origin)
+    origin = origins(new, old.coordinates)
+    start.mean = np.ascontiguousarray(state.mean @ lift.T + np.outer(-problem.minimum, origin))
+    start.still = _still(lift, normals, origin)
     started, noisy = (
         np.einsum("ij,djk,lk->dil", lift, part, lift) for part in (state.started, state.noisy)
     )
@@ -414,7 +428,7 @@ class Walker:
         """Take steps [start, stop) of one mode."""
         state = self.states[index]
         n = len(state.mode.algorithm.coordinates)
-        groups = len(self.lanes.layout.factors)
+        groups = len(self.layout.factors)
         # As long for several programs as for one, so that all is rounded alike.
         directions = self.problem.directions // self.programs
         chunk = max(1, min(TABLE // (groups * n**2), WALKED // (directions * n**2)))
@@ -454,13 +468,14 @@ class Walker:
         steps = Steps(
             self.settings(start, stop), self.law.algorithm.time.reduced(t), readout, record
         )
-        mutable = State(state.mean, state.started, state.noisy, state.root)
-        return walk(self.lanes, state.mode, mutable, steps, losses, moments=moments)
+        mutable = State(state.mean, state.started, state.noisy, state.root, state.still)
+        return walk(self.problem, self.layout, state.mode, mutable, steps, losses, moments=moments)
 
     @cached_property
-    def lanes(self) -> Lanes:
-        """The directions in the layout of the walk."""
-        return Lanes.of(self.problem, self.law.scales, self.programs)
+    def layout(self) -> Layout:
+        """Where the directions lie while they are walked."""
+        directions = self.problem.directions // self.programs
+        return Layout.of(self.law.scales, directions, self.programs)
 
     def _walk_piecewise(
         self,
