@@ -265,6 +265,8 @@ def _still(*parts: FloatArray) -> tuple[int, ...]:
 
 def _fresh(algorithm: Algorithm, problem: Problem, normals: FloatArray) -> FloatArray:
     """Covariance (d, n, n) of fresh normals in the start; 0 where members are not replicated."""
+    if not normals.any():
+        return np.zeros((1, len(normals), len(normals)))
     mask = algorithm.member_mask(problem)
     scale = np.ones(problem.directions) if mask is None else mask
     return np.asarray(scale[:, None, None] * (normals @ normals.T))
