@@ -99,25 +99,44 @@ class Seen:
     _repr_html_ = short_html
 
     @classmethod
-    def of(cls, problem: Problem, mean: FloatArray, started: FloatArray, noisy: FloatArray) -> Seen:
+    def of(
+        cls,
+        problem: Problem,
+        mean: FloatArray,
+        started: FloatArray,
+        noisy: FloatArray,
+        programs: int = 1,
+        *,
+        moments: bool = True,
+    ) -> Seen:
         """Sum up one record.
 
         Parameters
         ----------
         problem : Problem
-            Gives the loss.
-        mean, started, noisy : ndarray, shape (d,)
+            Of d directions for each of P programs.
+        mean, started, noisy : ndarray, shape (P d,)
             Mean, and the variance due to the start and to noise.
+        programs : int
+            P.
+        moments : bool
+            Whether the moments by direction are asked for.
 
         Returns
         -------
         Seen
             With one record.
         """
-        variance, square, weight = started + noisy, mean**2, problem.weight
-        scatter = square_weight(problem) @ (variance * (0.5 * variance + square))
-        sums = np.array([weight @ square, weight @ started, weight @ noisy, scatter])
-        return cls(sums[None, None], mean[None], variance[None])
+        d, variance, square = problem.directions // programs, started + noisy, mean**2
+        weight, scatter = problem.weight[:d], variance * (0.5 * variance + square)
+        pairs = (weight, square), (weight, started), (weight, noisy)
+        # One by one, as a product of matrices need not round as that of its rows.
+        sums = [
+            [one @ part[i : i + d] for one, part in (*pairs, (square_weight(problem)[:d], scatter))]
+            for i in range(0, mean.size, d)
+        ]
+        rows = slice(None) if moments else slice(0)
+        return cls(np.array([sums]), mean[None][rows], variance[None][rows])
 
     @classmethod
     def joined(cls, parts: Sequence[Seen], directions: int, programs: int = 1) -> Seen:
