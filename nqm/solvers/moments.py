@@ -246,15 +246,19 @@ def begin(
     states = []
     for mode in algorithm.modes():
         draws, normals = embedding(mode.algorithm)
-        outer = draws @ draws.T
+        outer, origin = draws @ draws.T, origins(mode.algorithm)
         alone = draws.shape[1] == 1 and not normals.any()
-        origin = origins(mode.algorithm)
+        first, begun = np.outer(mean, draws.sum(axis=1)), started[:, None, None] * outer
+        if origin.any():
+            first += np.outer(-problem.minimum, origin)
+        if normals.any():
+            begun += _fresh(algorithm, problem, normals)
         states.append(
             Moments(
                 mode,
-                np.outer(mean, draws.sum(axis=1)) + np.outer(-problem.minimum, origin),
-                started[:, None, None] * outer + _fresh(algorithm, problem, normals),
-                noisy[:, None, None] * outer,
+                first,
+                begun,
+                noisy[:, None, None] * outer if noisy.any() else np.zeros_like(begun),
                 np.outer(np.sqrt(started), draws) if alone else None,
                 _still(draws, normals, origin),
             )
@@ -270,8 +274,6 @@ def _still(*parts: FloatArray) -> tuple[int, ...]:
 
 def _fresh(algorithm: Algorithm, problem: Problem, normals: FloatArray) -> FloatArray:
     """Covariance (d, n, n) of fresh normals in the start; 0 where members are not replicated."""
-    if not normals.any():
-        return np.zeros((1, len(normals), len(normals)))
     mask = algorithm.member_mask(problem)
     scale = np.ones(problem.directions) if mask is None else mask
     return np.asarray(scale[:, None, None] * (normals @ normals.T))
