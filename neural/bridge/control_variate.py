@@ -25,8 +25,9 @@ from torch import Tensor
 
 from neural.bridge.config import Training
 from neural.bridge.held_out import HeldOut
-from neural.bridge.iterate_averages import Running, TimeAverage, power
+from neural.bridge.iterate_averages import Running, TimeAverage
 from neural.bridge.prediction import expected_excess
+from neural.bridge.response import response
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.sgd_chains import minibatches
 from neural.curvature.cache import Cache
@@ -114,10 +115,10 @@ class ControlVariate:
         ndarray, shape (groups, times)
             In units of the loss; the expectation is zero.
         """
-        u = self.training.effective_lr * self.curvature
+        h = self.curvature
         variates = []
         for (means, loss), moment in zip(self._groups(z, when, members), when, strict=True):
-            left = power(u, moment) if isinstance(moment, int) else moment.left(u)
+            left = 1.0 - h * response(self.training, moment)(h)
             variates.append(loss + means @ (self.slope * left))
         return np.stack(variates, 1)
 
