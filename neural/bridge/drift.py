@@ -29,6 +29,7 @@ from torch import Tensor
 from neural.bridge.config import Training
 from neural.bridge.response import Function, When, response
 from neural.bridge.scatter import displacements as displacements_of
+from neural.bridge.scatter import noise_age
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_together
@@ -98,6 +99,10 @@ class Drift:
     slopes: Slopes
     loss_curvature: FloatArray | None = None
 
+    def _response(self, training: Training, when: When) -> Function:
+        """Response to a force that builds up with the scatter: it acts later by the noise's age."""
+        return response(training, when, noise_age(self.local, training))
+
     def floor(self, training: Training, when: When) -> float:
         """Loss caused by the drift in the mean of any number of members.
 
@@ -112,7 +117,7 @@ class Drift:
         -------
         float
         """
-        psi, h = response(training, when), self.local.pairs.values
+        psi, h = self._response(training, when), self.local.pairs.values
         first, second = (psi(h) * half for half in self.force_top)
         curved = h * second if self.loss_curvature is None else self.loss_curvature @ second
         value = first @ curved
@@ -133,10 +138,10 @@ class Drift:
         -------
         float
         """
-        psi = response(training, when)
+        pushed, descended = self._response(training, when), response(training, when)
 
         def function(h: FloatArray) -> FloatArray:
-            return psi(h) * (psi(h) * h - 1.0)
+            return pushed(h) * (descended(h) * h - 1.0)
 
         local = self.local
         force = 0.5 * (self.force_top[0] + self.force_top[1])
@@ -175,7 +180,7 @@ class Drift:
         -------
         first, second : ndarray, shape (p,)
         """
-        psi = response(training, training.steps if when is None else when)
+        psi = self._response(training, training.steps if when is None else when)
         pairs, scale = self.local.pairs, -training.noise_ratio(self.training)
         moved = []
         for top, rest in zip(self.force_top, self.force_rest, strict=True):

@@ -26,7 +26,7 @@ Function = Callable[[FloatArray], FloatArray]
 When = float | TimeAverage
 
 
-def response(training: Training, when: When) -> Function:
+def response(training: Training, when: When, delay: float = 0.0) -> Function:
     """Displacement psi(h) by a constant unit force, by curvature h.
 
     Parameters
@@ -35,6 +35,8 @@ def response(training: Training, when: When) -> Function:
         Gives learning rate and momentum.
     when : float or TimeAverage
         Number of steps t, or an average of psi over t.
+    delay : float
+        Number of steps before the force begins to act, rounded; at most those of the first phase.
 
     Returns
     -------
@@ -43,6 +45,8 @@ def response(training: Training, when: When) -> Function:
         (1 - (1 - lr h)^t) / h.
     """
     phases = when.phases if isinstance(when, TimeAverage) else ((round(when), 0.0, 1.0),)
+    (first, *own), *later = phases
+    phases = ((max(first - round(delay), 0), *own), *later)
     lr, momentum = training.lr, training.momentum
 
     def psi(h: FloatArray) -> FloatArray:

@@ -193,6 +193,43 @@ def noise_sums(u: FloatArray, training: Training, average: TimeAverage | None = 
         return np.where(np.abs(1.0 - r) < 1e-12, float(steps), (1.0 - r**steps) / (1.0 - r))
 
 
+def noise_age(local: LocalQuadratic, training: Training) -> float:
+    """Mean age of the noise that a training's scatter consists of at its end, weighted by its loss.
+
+    With S(s) the scatter after s of T steps it is the sum over s < T of
+    1 - tr(H S(s)) / tr(H S(T)): a force proportional to tr(H S(s)) has moved a flat direction as
+    far as one that has its final strength, but begins so many steps later.
+
+    Parameters
+    ----------
+    local : LocalQuadratic
+        Gives curvature and noise; of late-phase members, those of their mean.
+    training : Training
+        Gives learning rate, momentum and number of steps.
+
+    Returns
+    -------
+    float
+        In steps, from 1 to (T + 1) / 2 without momentum; 0 if nothing scatters, or beyond the edge
+        of stability.
+    """
+    h, v, _ = local.points()
+    h, v = h[h > 0.0], v[h > 0.0]
+    beta = training.momentum
+    c = 1.0 + beta - training.lr * h
+    # State: squares and product of the last two r (see `_heavy_ball_sums`), S(s), sum of earlier S.
+    step = np.zeros((len(h), 5, 5))
+    step[:, 0, 0], step[:, 0, 1], step[:, 0, 2] = c**2, -2.0 * c * beta, beta**2
+    step[:, 1, 0], step[:, 1, 1] = c, -beta
+    step[:, 2, 0] = 1.0
+    step[:, 3, 0], step[:, 3, 3] = 1.0, 1.0
+    step[:, 4, 3], step[:, 4, 4] = 1.0, 1.0
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        after = np.linalg.matrix_power(step, training.steps)[..., 0]
+        age = training.steps - np.divide(*(h * v @ after[:, 4:2:-1]))
+    return float(age) if np.isfinite(age) else 0.0
+
+
 def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArray:
     """`noise_sums` of heavy ball, with the effective rate; `joint` for all pairs of directions.
 
