@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.bridge.config import Training
+from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.held_out import HeldOut
 from neural.bridge.iterate_averages import Running, TimeAverage
 from neural.bridge.prediction import expected_excess
@@ -191,7 +191,7 @@ def measure_control_variate(
     rest = local.gradient
     curvature = np.concatenate([local.pairs.values, rest.values])
     chosen = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
-    if training.sampling == "shuffled" or not len(chosen):
+    if training.sampling == SHUFFLED or not len(chosen):
         return None
     if training.lr >= largest_stable_lr(local, training):
         return None

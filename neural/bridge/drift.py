@@ -26,11 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.bridge.config import Training
+from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.response import Function, When, response
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.scatter import noise_age
 from neural.bridge.shared_base import SharedBaseQuadratic
+from neural.bridge.shuffled import order_force
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.local_quadratic import LocalQuadratic, vector
@@ -355,9 +356,12 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
                 beyond += np.array([outside @ outside, bent, outside @ odd])
             if progress is not None:
                 progress(4)
-        counts = np.array([[(displacements + 1) // 2], [displacements // 2]])
+        forces = halves / np.array([[(displacements + 1) // 2], [displacements // 2]])
+        # With a shared base the members' own minibatches act on the mean by less; not derived.
+        if training.sampling == SHUFFLED and not isinstance(local, SharedBaseQuadratic):
+            forces += order_force(risk.at(centre), local, training)
         return {
-            "forces": halves / counts,
+            "forces": forces,
             "displacements": moved,
             "differences": differences,
             "beyond": beyond,
