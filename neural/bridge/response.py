@@ -45,8 +45,8 @@ def response(training: Training, when: When, delay: float = 0.0) -> Function:
         (1 - (1 - lr h)^t) / h.
     """
     phases = when.phases if isinstance(when, TimeAverage) else ((round(when), 0.0, 1.0),)
-    (first, *own), *later = phases
-    phases = ((max(first - round(delay), 0), *own), *later)
+    (first, keep_first, share_first), *later = phases
+    phases = ((max(first - round(delay), 0), keep_first, share_first), *later)
     lr, momentum = training.lr, training.momentum
 
     def psi(h: FloatArray) -> FloatArray:

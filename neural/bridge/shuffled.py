@@ -24,6 +24,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from neural.bridge.config import Training
 from neural.curvature.local_quadratic import LocalQuadratic
@@ -91,9 +92,9 @@ def order_force(risk: EmpiricalRisk, local: LocalQuadratic, training: Training) 
     more = torch.from_numpy(held[:-1] - held[-1]).to(to)
     mean = risk.gradient() - risk.decay_gradient(to)
 
-    def filtered(gradients: torch.Tensor) -> torch.Tensor:
-        noise = gradients - mean
-        return held[-1] * noise + (noise @ vectors * more) @ vectors.T
+    def filtered(gradients: Tensor) -> Tensor:
+        noise: Tensor = gradients - mean
+        return float(held[-1]) * noise + (noise @ vectors * more) @ vectors.T
 
     # The curvature that all examples share cancels: the filtered noise adds up to zero.
     product = risk.example_products(filtered).double().cpu().numpy()

@@ -961,11 +961,12 @@ class EmpiricalRisk:
                 alone = make([tensor[None] for tensor in row])
                 return _slope(grad(lambda w: self._losses(w, alone)[0]), self.weights, v)
 
-            start = 0
+            each, start = EachRow(product), 0
             while start < len(tensors[0]):
                 own = directions(next(gradients))
                 block = [tensor[start : start + len(own)] for tensor in tensors]
-                total += next(self._over_batches(EachRow(product).of, [[own, *block]])).sum(0)
+                (products,) = self._over_batches(each.of, [(own, *block)])
+                total += products.sum(0)
                 start += len(own)
         return total / self.examples
 
