@@ -961,11 +961,19 @@ class EmpiricalRisk:
                 alone = make([tensor[None] for tensor in row])
                 return _slope(grad(lambda w: self._losses(w, alone)[0]), self.weights, v)
 
-            each, start = EachRow(product), 0
+            each, one_by_one = EachRow(product), EachRow(product)
+            one_by_one.together, start = False, 0
             while start < len(tensors[0]):
                 own = directions(next(gradients))
-                block = [tensor[start : start + len(own)] for tensor in tensors]
-                (products,) = self._over_batches(each.of, [(own, *block)])
+                block: Any = (own, *(tensor[start : start + len(own)] for tensor in tensors))
+                (products,) = self._over_batches(each.of, [block])
+                if not start:  # as in `curvature_products`
+                    head: Any = tuple(part[:1] for part in block)
+                    (alone,) = self._over_batches(one_by_one.of, [head])
+                    room = 1e-7 if alone.dtype == torch.float64 else 1e-3
+                    if float((products[0] - alone[0]).norm()) > room * float(alone.norm()):
+                        each = one_by_one
+                        (products,) = self._over_batches(each.of, [block])
                 total += products.sum(0)
                 start += len(own)
         return total / self.examples
