@@ -85,8 +85,13 @@ class WeightGaussian:
 
     @property
     def noise_growth(self) -> float:
-        """Relative increase of the gradient-noise trace over the Gaussian; NaN if not measured."""
-        return np.nan if self.smoothing is None else self.smoothing.noise_growth(self.training)
+        """Relative increase of the gradient-noise trace over the Gaussian; NaN if not measured.
+
+        Infinite where the averaged curvature is unstable: there the scatter has no bound.
+        """
+        if self.smoothing is None:
+            return np.nan
+        return self.smoothing.noise_growth(self.training) if self.stable else np.inf
 
     @property
     def kink_fraction(self) -> float:
