@@ -231,6 +231,10 @@ def descent_fault(risk: EmpiricalRisk, local: LocalQuadratic, training: Training
     return f"{predicted:.3g} predicted and {actual:.3g} evaluated at lr = {training.lr:.3g}"
 
 
+#: Noise-free paths by learning rate.
+Paths = dict[float, NoiseFreePath]
+
+
 class Options(TypedDict):
     """What `measure` passes on to its stages."""
 
@@ -265,45 +269,51 @@ def descends(local: LocalQuadratic, trainings: Sequence[Training], plan: Plan) -
     return False
 
 
-def path_of(
+def paths_of(
     risk: EmpiricalRisk,
     local: LocalQuadratic,
-    training: Training,
-    plan: Plan | None,
+    trainings: Sequence[Training],
+    plan: Plan,
     **options: Unpack[Options],
-) -> NoiseFreePath | None:
-    """Noise-free path of a training; None if no training descends, or if this path diverges."""
-    if plan is None or not descends(local, options["config"].trainings(local.largest), plan):
-        return None
-    done = counted(options["progress"], "without noise", float(training.steps))
-    path = measure_path(risk, training, plan, cache=options["cache"], progress=done)
-    return path if bool(np.isfinite(path.ends).all()) else None
+) -> Paths:
+    """Noise-free paths by learning rate; none if no training of the configuration descends.
+
+    A path that diverges is left out.
+    """
+    found: Paths = {}
+    if not descends(local, options["config"].trainings(local.largest), plan):
+        return found
+    for training in {training.lr: training for training in trainings}.values():
+        stage = f"lr = {training.lr:.3g}, without noise"
+        done = counted(options["progress"], stage, float(training.steps))
+        path = measure_path(risk, training, plan, cache=options["cache"], progress=done)
+        if bool(np.isfinite(path.ends).all()):
+            found[training.lr] = path
+    return found
+
+
+def shared_trainings(local: LocalQuadratic, config: BridgeConfig) -> tuple[Training, Training]:
+    """The trainings at which averages are measured: the reference, and where descent is longest."""
+    return config.reference(local.largest), farthest(config.trainings(local.largest))
 
 
 def averages_of(
     risk: EmpiricalRisk,
     local: LocalQuadratic,
-    plan: Plan | None = None,
+    paths: Paths | None = None,
     **options: Unpack[Options],
 ) -> Smoothing | None:
-    """Curvature and noise averaged over the weights of the configuration's reference training.
-
-    With a plan, noise-free descent is trained where it changes the loss.
-    """
-    config = options["config"]
-    reference = config.reference(local.largest)
-    path = far = None
-    if config.averaging_displacements:
-        path = path_of(risk, local, reference, plan, **options)
-        most = farthest(config.trainings(local.largest))
-        far = path if most == reference else path_of(risk, local, most, plan, **options)
+    """Curvature and noise averaged over the weights of the configuration's reference training."""
+    config, paths = options["config"], paths or {}
+    reference, longest = shared_trainings(local, config)
+    path = paths.get(reference.lr)
     work = averaging_work(risk, local, config.averaging_displacements)
     return measure_averages(
         risk,
         local,
         reference,
         path=path,
-        far=far or path,
+        far=paths.get(longest.lr, path),
         displacements=config.displacements,
         averaging_displacements=config.averaging_displacements,
         lanczos_steps=config.lanczos_steps,
@@ -319,7 +329,7 @@ def gaussian_of(
     training: Training,
     averages: Smoothing | None,
     done: Callable[[int], None] | None = None,
-    plan: Plan | None = None,
+    paths: Paths | None = None,
     **options: Unpack[Options],
 ) -> WeightGaussian:
     """Gaussian of the weights of one training; `done` takes counts of gradients and products."""
@@ -329,7 +339,7 @@ def gaussian_of(
         local,
         training,
         averages,
-        path=path_of(risk, local, training, plan, **options),
+        path=(paths or {}).get(training.lr),
         displacements=config.displacements,
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
@@ -345,12 +355,12 @@ def _gaussians(
     config = options["config"]
     trainings = config.trainings(local.largest)
     check_descent(risk, local, trainings)
-    plan = plan or Plan()
-    averages = averages_of(risk, local, plan, **options)
+    paths = paths_of(risk, local, trainings, plan or Plan(), **options)
+    averages = averages_of(risk, local, paths, **options)
     work = _work(local, config) * len(trainings)
     third = counted(options["progress"], "third derivatives", work)
     return tuple(
-        gaussian_of(risk, local, training, averages, third, plan, **options)
+        gaussian_of(risk, local, training, averages, third, paths, **options)
         for training in trainings
     )
 
@@ -544,7 +554,8 @@ def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Opt
     """
     own, local = _part(risk, plan, part, **options)
     check_descent(own, local, options["config"].trainings(local.largest))
-    averages_of(own, local, plan, **options)
+    shared = shared_trainings(local, options["config"])
+    averages_of(own, local, paths_of(own, local, shared, plan, **options), **options)
 
 
 def store_training(
@@ -576,10 +587,13 @@ def store_training(
     """
     own, local = _part(risk, plan, part, **options)
     its_plan = plan if plan.late_phase is None else replace(plan, members=(plan.members[part],))
-    averages, config = averages_of(own, local, plan, **options), options["config"]
-    third = counted(options["progress"], "third derivatives", _work(local, config))
+    config = options["config"]
     training = config.trainings(local.largest)[index]
-    gaussian = gaussian_of(own, local, training, averages, third, plan, **options)
+    needed = [*shared_trainings(local, config), training]
+    paths = paths_of(own, local, needed, its_plan, **options)
+    averages = averages_of(own, local, paths, **options)
+    third = counted(options["progress"], "third derivatives", _work(local, config))
+    gaussian = gaussian_of(own, local, training, averages, third, paths, **options)
     measured = Measured(own, local, (gaussian,), options["cache"])
     its_test = _in_frame(test, measured)
     (held_out,) = _held_out(measured, its_plan, its_test, options["progress"])
