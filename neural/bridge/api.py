@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
+import numpy as np
+
 from neural.bridge.adam import preconditioned
 from neural.bridge.comparison import (
     Outcome,
@@ -16,7 +18,7 @@ from neural.bridge.comparison import (
     predict_training,
 )
 from neural.bridge.config import ADAM, BridgeConfig, Plan, Training
-from neural.bridge.drift import descent_of_loss
+from neural.bridge.drift import descent, descent_of_loss
 from neural.bridge.gaussian import (
     WeightGaussian,
     gradients_and_products,
@@ -24,6 +26,7 @@ from neural.bridge.gaussian import (
     measure_gaussian,
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
+from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
 from neural.bridge.prediction import expected_excess
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
@@ -34,6 +37,9 @@ from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
 from nqm.progress import Progress, counted
 
+#: If noise-free descent changes the loss by less than this fraction of the excess of the mean of
+#: the most runs, it is that on the quadratic; else it is trained.
+STILL = 0.01
 #: Largest difference of the loss and its quadratic after descent, over the predicted change.
 DESCENT = 0.5
 
@@ -137,11 +143,11 @@ def measure(
     options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}
     local = measure_checkpoint(risk, **options)
     if plan is None or plan.late_phase is None:
-        return Measured(risk, local, _gaussians(risk, local, **options), cache)
+        return Measured(risk, local, _gaussians(risk, local, plan, **options), cache)
     parts = []
     for k in plan.members:
         own, shared = of_members(risk, plan, k, **options)
-        parts.append(Measured(own, shared, _gaussians(own, shared, **options), cache))
+        parts.append(Measured(own, shared, _gaussians(own, shared, plan, **options), cache))
     every = tuple(gaussian for part in parts for gaussian in part.gaussians)
     return Measured(risk, local, every, cache, tuple(parts))
 
@@ -225,6 +231,10 @@ def descent_fault(risk: EmpiricalRisk, local: LocalQuadratic, training: Training
     return f"{predicted:.3g} predicted and {actual:.3g} evaluated at lr = {training.lr:.3g}"
 
 
+#: Noise-free paths by learning rate.
+Paths = dict[float, NoiseFreePath]
+
+
 class Options(TypedDict):
     """What `measure` passes on to its stages."""
 
@@ -245,16 +255,65 @@ def of_members(
     return own, SharedBaseQuadratic.of(of_mean, apart, members)
 
 
+def descends(local: LocalQuadratic, trainings: Sequence[Training], plan: Plan) -> bool:
+    """Whether noise-free descent changes the loss noticeably (`STILL`), by the quadratic."""
+    of_mean = mean_model(local)
+    problem = of_mean.problem().replace(initial_mean=0.0)
+    for training in trainings:
+        if training.lr >= largest_stable_lr(of_mean, training):
+            continue
+        excess = expected_excess(problem, training, local.examples, [training.steps])[0]
+        change = abs(descent(of_mean, training, training.steps))
+        if not change <= STILL * excess / max(plan.members):
+            return True
+    return False
+
+
+def paths_of(
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    trainings: Sequence[Training],
+    plan: Plan,
+    **options: Unpack[Options],
+) -> Paths:
+    """Noise-free paths by learning rate; none if no training of the configuration descends.
+
+    A path that diverges is left out.
+    """
+    found: Paths = {}
+    if not descends(local, options["config"].trainings(local.largest), plan):
+        return found
+    for training in {training.lr: training for training in trainings}.values():
+        stage = f"lr = {training.lr:.3g}, without noise"
+        done = counted(options["progress"], stage, float(training.steps))
+        path = measure_path(risk, training, plan, cache=options["cache"], progress=done)
+        if bool(np.isfinite(path.ends).all()):
+            found[training.lr] = path
+    return found
+
+
+def shared_trainings(local: LocalQuadratic, config: BridgeConfig) -> tuple[Training, Training]:
+    """The trainings at which averages are measured: the reference, and where descent is longest."""
+    return config.reference(local.largest), farthest(config.trainings(local.largest))
+
+
 def averages_of(
-    risk: EmpiricalRisk, local: LocalQuadratic, **options: Unpack[Options]
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    paths: Paths | None = None,
+    **options: Unpack[Options],
 ) -> Smoothing | None:
     """Curvature and noise averaged over the weights of the configuration's reference training."""
-    config = options["config"]
+    config, paths = options["config"], paths or {}
+    reference, longest = shared_trainings(local, config)
+    path = paths.get(reference.lr)
     work = averaging_work(risk, local, config.averaging_displacements)
     return measure_averages(
         risk,
         local,
-        config.reference(local.largest),
+        reference,
+        path=path,
+        far=paths.get(longest.lr, path),
         displacements=config.displacements,
         averaging_displacements=config.averaging_displacements,
         lanczos_steps=config.lanczos_steps,
@@ -270,6 +329,7 @@ def gaussian_of(
     training: Training,
     averages: Smoothing | None,
     done: Callable[[int], None] | None = None,
+    paths: Paths | None = None,
     **options: Unpack[Options],
 ) -> WeightGaussian:
     """Gaussian of the weights of one training; `done` takes counts of gradients and products."""
@@ -279,6 +339,7 @@ def gaussian_of(
         local,
         training,
         averages,
+        path=(paths or {}).get(training.lr),
         displacements=config.displacements,
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
@@ -288,17 +349,19 @@ def gaussian_of(
 
 
 def _gaussians(
-    risk: EmpiricalRisk, local: LocalQuadratic, **options: Unpack[Options]
+    risk: EmpiricalRisk, local: LocalQuadratic, plan: Plan | None, **options: Unpack[Options]
 ) -> tuple[WeightGaussian, ...]:
     """Gaussian of the weights of every training."""
     config = options["config"]
     trainings = config.trainings(local.largest)
     check_descent(risk, local, trainings)
-    averages = averages_of(risk, local, **options)
+    paths = paths_of(risk, local, trainings, plan or Plan(), **options)
+    averages = averages_of(risk, local, paths, **options)
     work = _work(local, config) * len(trainings)
     third = counted(options["progress"], "third derivatives", work)
     return tuple(
-        gaussian_of(risk, local, training, averages, third, **options) for training in trainings
+        gaussian_of(risk, local, training, averages, third, paths, **options)
+        for training in trainings
     )
 
 
@@ -465,7 +528,7 @@ def _compared(  # noqa: PLR0913 - the parts of one call
     progress: Progress | None,
 ) -> Outcome:
     """One training, trained and compared; test loss and plan are those of its part."""
-    steps = float(gaussian.training.steps)
+    work = float(gaussian.training.steps * minibatches_of(plan))
     return compare_training(
         risk,
         gaussian,
@@ -473,8 +536,7 @@ def _compared(  # noqa: PLR0913 - the parts of one call
         test=test,
         held_out=held_out,
         cache=cache,
-        progress=counted(progress, stage, steps * minibatches_of(plan)),
-        path_progress=counted(progress, f"{stage}, without noise", steps),
+        progress=counted(progress, stage, work),
     )
 
 
@@ -492,7 +554,8 @@ def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Opt
     """
     own, local = _part(risk, plan, part, **options)
     check_descent(own, local, options["config"].trainings(local.largest))
-    averages_of(own, local, **options)
+    shared = shared_trainings(local, options["config"])
+    averages_of(own, local, paths_of(own, local, shared, plan, **options), **options)
 
 
 def store_training(
@@ -524,10 +587,13 @@ def store_training(
     """
     own, local = _part(risk, plan, part, **options)
     its_plan = plan if plan.late_phase is None else replace(plan, members=(plan.members[part],))
-    averages, config = averages_of(own, local, **options), options["config"]
-    third = counted(options["progress"], "third derivatives", _work(local, config))
+    config = options["config"]
     training = config.trainings(local.largest)[index]
-    gaussian = gaussian_of(own, local, training, averages, third, **options)
+    needed = [*shared_trainings(local, config), training]
+    paths = paths_of(own, local, needed, its_plan, **options)
+    averages = averages_of(own, local, paths, **options)
+    third = counted(options["progress"], "third derivatives", _work(local, config))
+    gaussian = gaussian_of(own, local, training, averages, third, paths, **options)
     measured = Measured(own, local, (gaussian,), options["cache"])
     its_test = _in_frame(test, measured)
     (held_out,) = _held_out(measured, its_plan, its_test, options["progress"])

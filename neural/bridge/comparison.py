@@ -18,19 +18,14 @@ from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.held_out import HeldOut, TestLoss, loss_of, measure_held_out
 from neural.bridge.iterate_averages import Running, TimeAverage
 from neural.bridge.prediction import predict_each, predict_loss
-from neural.bridge.sgd_chains import group_losses, noise_free, train_late_phase, train_runs
+from neural.bridge.sgd_chains import group_losses, train_late_phase, train_runs
 from neural.curvature.cache import Cache
-from neural.curvature.gradient_noise import trace
-from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import EmpiricalRisk
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FloatArray = NDArray[np.float64]
-#: If noise-free descent changes the loss by more than this fraction of the excess, its loss is
-#: computed by training without noise instead of predicted.
-STILL = 0.01
 #: In place of values that are not measured.
 UNKNOWN = np.full((1, 1), np.nan)
 MEASURED = [
@@ -396,6 +391,9 @@ def predict_training(
     settings = {"way": plan.way} | asdict(training)
     runs = plan.late_phase is None
     validity = {"noise_growth": gaussian.noise_growth, "kink_fraction": gaussian.kink_fraction}
+    if gaussian.path is not None:
+        change = gaussian.path.noise_trace / gaussian.checkpoint.noise_trace - 1.0
+        validity["noise_change_on_path"] = change
     rows = [
         settings
         | asdict(prediction)
@@ -435,7 +433,7 @@ def _predicted_test(
     return found
 
 
-def compare_training(  # noqa: PLR0913 - options, by keyword
+def compare_training(
     risk: EmpiricalRisk,
     gaussian: WeightGaussian,
     plan: Plan,
@@ -444,7 +442,6 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
     held_out: Mapping[str, HeldOut] | None = None,
     cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
-    path_progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Predict and measure one training.
 
@@ -460,8 +457,6 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
         Test loss over the Gaussian; measured here by default.
     cache, progress
         See `measure_training`.
-    path_progress : callable, optional
-        Called with 1 after every step of the noise-free path, if it is trained.
 
     Returns
     -------
@@ -497,54 +492,12 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
     )
     table = predicted.table
     table[MEASURED] = measured.table[MEASURED]
-    terms = table.drop_duplicates("weights").set_index("weights")
-    # For averages over shuffled epochs there is no prediction.
-    excess = terms["excess"].fillna(np.inf)
-    if not (terms["descent"].abs() <= STILL * excess / max(plan.members)).all():
-        without_noise = (cache or Cache()).of(risk)(
-            "noise_free_path",
-            lambda: _noise_free(risk, local, training, plan, path_progress),
-            lr=training.lr,
-            momentum=training.momentum,
-            steps=training.steps,
-            records=plan.records,
-            averages=plan.averages(training),
-        )
-        table["noise_free"] = [float(without_noise[name]) for name in table["weights"]]
-        table["noise_change_on_path"] = float(without_noise["noise_change"])
     table["measured_rise"] = table["measured"] - table["noise_free"]
     table["ratio"] = table["measured_rise"] / table["predicted_rise"]
     table["ratio_error"] = table["error"] / table["predicted_rise"].abs()
     names = ["measured", "error"]
     course = predicted.course.drop(columns=names).merge(measured.course, on=["members", "step"])
     return Outcome(table, course[COURSE])
-
-
-def _noise_free(
-    risk: EmpiricalRisk,
-    local: LocalQuadratic,
-    training: Training,
-    plan: Plan,
-    progress: Callable[[int], None] | None,
-) -> dict[str, Any]:
-    """Change of the loss without noise for every kind of weights, and change of the noise."""
-    averages = Running(plan.averages(training), risk.weights)
-    end = risk.weights
-
-    def seen(step: int, weights: Tensor) -> None:
-        nonlocal end
-        averages(step, weights)
-        end = weights
-        if progress is not None:
-            progress(1)
-
-    losses = noise_free(risk, training, training.record_steps(plan.records), seen=seen)
-    recorded = {name: np.array(risk.loss(mean)) for name, mean in averages.values.items()}
-    recorded[ITERATE] = np.array(losses.mean())
-    change = {name: loss - local.loss for name, loss in recorded.items()}
-    population = 1.0 - 1.0 / risk.examples  # as in `measure_local`
-    noise = population * trace(risk.at(end))
-    return change | {"noise_change": np.array(noise / local.noise_trace - 1.0)}
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:

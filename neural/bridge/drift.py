@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neural.bridge.config import SHUFFLED, Training
+from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.response import Function, When, response
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.scatter import noise_age
@@ -127,18 +128,22 @@ class Drift:
             value += moved @ self.force_rest[1].apply(np.ones_like)
         return 0.5 * float(value) * training.noise_ratio(self.training) ** 2
 
-    def cross(self, training: Training, when: When) -> float:
-        """Change of the mean's loss by the drift acting along the gradient at the checkpoint.
+    def cross(self, training: Training, when: When, path: NoiseFreePath | None = None) -> float:
+        """Change of the mean's loss by the drift acting along the slope that descent leaves.
 
         Parameters
         ----------
         training, when
             See `floor`.
+        path : NoiseFreePath, optional
+            Its slope is used in place of that on the quadratic.
 
         Returns
         -------
         float
         """
+        if path is not None:
+            return float(path.slope(training, when) @ self.displacement(training, when))
         pushed, descended = self._response(training, when), response(training, when)
 
         def function(h: FloatArray) -> FloatArray:
@@ -240,6 +245,32 @@ def descended(local: LocalQuadratic, training: Training, when: When | None = Non
     return np.asarray(-moved)
 
 
+def calm_end(
+    local: LocalQuadratic,
+    training: Training,
+    path: NoiseFreePath | None = None,
+    when: When | None = None,
+) -> FloatArray:
+    """Displacement by training without noise: on its path, or `descended` where that is not known.
+
+    Parameters
+    ----------
+    local, training
+        See `descended`.
+    path : NoiseFreePath, optional
+        Noise-free training of the loss itself.
+    when : float or TimeAverage, optional
+        See `descended`.
+
+    Returns
+    -------
+    ndarray, shape (p,)
+    """
+    if path is None:
+        return descended(local, training, when)
+    return path.displacement(training, training.steps if when is None else when)
+
+
 def _bounded_response(training: Training, when: When | None = None) -> Function:
     """The `response` of a loss that is bounded from below; see `descended`."""
     psi = response(training, training.steps if when is None else when)
@@ -283,6 +314,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     local: LocalQuadratic,
     training: Training,
     *,
+    path: NoiseFreePath | None = None,
     displacements: int = 32,
     lanczos_steps: int = 30,
     seed: int = 0,
@@ -303,6 +335,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
         Measured on this risk.
     training : Training
         The training whose covariance the displacements have.
+    path : NoiseFreePath, optional
+        Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
     displacements : int
         Number of random displacements, at least 2. Each takes four gradients: at both ends, and at
         both ends of half of it.
@@ -327,10 +361,13 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     check_integer("displacements", displacements, 2)
     # `local.key()` distinguishes local models of one checkpoint that are averaged over different
     # trainings (`Smoothing.seen_by`), by their spectrum and noise.
-    settings = {"training": training, "displacements": displacements, "local": local.key()}
+    settings: dict[str, Any] = {"training": training, "displacements": displacements}
+    settings |= {"local": local.key()}
+    if path is not None:
+        settings["path"] = f"{float(path.lengths[-1]):.8g}"
     stored = (cache or Cache()).of(risk, seed=seed)
     known = local.pairs.vectors
-    centre = risk.weights + vector(risk, descended(local, training))
+    centre = risk.weights + vector(risk, calm_end(local, training, path))
     apply = operator(risk, times(progress, PRODUCT))
 
     def sampled() -> dict[str, Any]:

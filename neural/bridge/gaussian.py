@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, descended, measure_drift
+from neural.bridge.drift import Drift, calm_end, measure_drift
 from neural.bridge.kinks import find_kinks
+from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Smoothing, measure_smoothing
@@ -44,12 +45,15 @@ class WeightGaussian:
     smoothing : Smoothing, optional
         Change of curvature and noise over the weights, with this training's kinks; no change by
         default.
+    path : NoiseFreePath, optional
+        Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
     """
 
     training: Training
     checkpoint: LocalQuadratic
     drift: Drift
     smoothing: Smoothing | None = None
+    path: NoiseFreePath | None = None
 
     @cached_property
     def local(self) -> LocalQuadratic:
@@ -70,7 +74,7 @@ class WeightGaussian:
     @cached_property
     def mean(self) -> FloatArray:
         """Displacement of the mean from the checkpoint, shape (p,)."""
-        by_descent = descended(self.checkpoint, self.training)
+        by_descent = calm_end(self.checkpoint, self.training, self.path)
         return np.asarray(by_descent + self.drift.displacement(self.training))
 
     @property
@@ -81,8 +85,13 @@ class WeightGaussian:
 
     @property
     def noise_growth(self) -> float:
-        """Relative increase of the gradient-noise trace over the Gaussian; NaN if not measured."""
-        return np.nan if self.smoothing is None else self.smoothing.noise_growth(self.training)
+        """Relative increase of the gradient-noise trace over the Gaussian; NaN if not measured.
+
+        Infinite where the averaged curvature is unstable: there the scatter has no bound.
+        """
+        if self.smoothing is None:
+            return np.nan
+        return self.smoothing.noise_growth(self.training) if self.stable else np.inf
 
     @property
     def kink_fraction(self) -> float:
@@ -112,6 +121,8 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     local: LocalQuadratic,
     reference: Training,
     *,
+    path: NoiseFreePath | None = None,
+    far: NoiseFreePath | None = None,
     displacements: int = 32,
     averaging_displacements: int = 2,
     lanczos_steps: int = 30,
@@ -127,6 +138,8 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
         See `measure_drift`.
     reference : Training
         The training over whose weights curvature and noise are averaged.
+    path, far
+        See `measure_smoothing`.
     displacements : int
         See `measure_drift`.
     averaging_displacements : int
@@ -152,6 +165,7 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
         risk,
         local,
         reference,
+        path=path,
         displacements=displacements,
         lanczos_steps=lanczos_steps,
         seed=seed,
@@ -163,6 +177,8 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
         local,
         reference,
         drift=drift,
+        path=path,
+        far=far,
         displacements=averaging_displacements,
         seed=seed,
         cache=cache,
@@ -177,6 +193,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     training: Training,
     averages: Smoothing | None = None,
     *,
+    path: NoiseFreePath | None = None,
     displacements: int = 32,
     lanczos_steps: int = 30,
     seed: int = 0,
@@ -191,7 +208,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         See `measure_drift`.
     averages : Smoothing, optional
         Result of `measure_averages`; by default curvature and noise are those of the checkpoint.
-    displacements, lanczos_steps, seed, cache, progress
+    path, displacements, lanczos_steps, seed, cache, progress
         See `measure_drift`; drift and kinks are computed from the same gradients.
 
     Returns
@@ -210,6 +227,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         risk,
         seen,
         training,
+        path=path,
         displacements=displacements,
         lanczos_steps=lanczos_steps,
         seed=seed,
@@ -217,9 +235,9 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         progress=progress,
     )
     if averages is None:
-        return WeightGaussian(training, local, drift)
+        return WeightGaussian(training, local, drift, path=path)
     smoothing = replace(averages, kinks=find_kinks(drift, averages))
-    return WeightGaussian(training, local, smoothing.along_mean_path(drift), smoothing)
+    return WeightGaussian(training, local, smoothing.along_mean_path(drift), smoothing, path)
 
 
 def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:

@@ -27,7 +27,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from neural.bridge.config import ITERATE, SHUFFLED, Plan
-from neural.bridge.drift import descended, draw_index
+from neural.bridge.drift import calm_end, draw_index
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.scatter import covariance, displacements
@@ -287,7 +287,7 @@ def measure_held_out(
 
     def of(average: TimeAverage | None) -> tuple[FloatArray, ...]:
         pushes = gaussian.drift.displacement_twice(training, average)
-        descent = descended(gaussian.checkpoint, training, average)
+        descent = calm_end(gaussian.checkpoint, training, gaussian.path, average)
         mean = descent + 0.5 * (pushes[0] + pushes[1])
         middle, margin = with_margins(mean)
         centre = np.array([middle, *(at(descent + push) for push in pushes)])

@@ -39,9 +39,9 @@ class Prediction:
     Attributes
     ----------
     descent : float
-        Change by noise-free descent on the quadratic.
+        Change by noise-free descent, on its path if that was trained, else on the quadratic.
     cross : float
-        Change by the drift acting along the slope of the checkpoint.
+        Change by the drift acting along the slope that descent leaves.
     floor : float
         Loss caused by the drift in the mean of any number of members.
     excess : float
@@ -170,7 +170,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     problem = local.problem().replace(initial_mean=0.0)
     steps = [when if isinstance(when, int) else when.steps for when in at]
     excesses = expected_excess(problem, training, local.examples, [*at, *steps])
-    predictions, width = [], _width(local, training)
+    predictions, width, path = [], _width(local, training), gaussian.path
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
         # Far from a minimum the noise may be predicted to vanish.
         runs = iterate / excess if isinstance(when, TimeAverage) and excess > 0.0 else 1.0
@@ -181,10 +181,11 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
             kinks, kink_part = smoothing.kinks, smoothing.kink_part(training, step, local) / runs
             nonsmooth = kink_part * (kinks.cost_ratio - 1.0)
             slope = kink_part * kinks.log2_slope
+        fall = descent(local, training, when) if path is None else path.change(training, when)
         predictions.append(
             Prediction(
-                descent=descent(local, training, when),
-                cross=drift.cross(training, when),
+                descent=fall,
+                cross=drift.cross(training, when, path),
                 floor=drift.floor(training, when),
                 excess=excess,
                 curvature_change_part=change_part,

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, descended
+from neural.bridge.drift import Drift, calm_end, descended
+from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, rest_trace
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.shared_base import mean_model
@@ -37,6 +38,8 @@ NAMES = ("curvature", "noise", "trace")
 
 #: Work of the gradients of single examples, in gradients of their mean; about.
 PASS = 2
+#: Number of moments of the path, denser towards its end, of which the noise is summed.
+MOMENTS = 200
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,9 @@ class Smoothing:
         Force that displaces the mean; by default there is no such displacement.
     kinks : Kinks
         Curvature and loss added by kinks; none by default.
+    far : NoiseFreePath, optional
+        The path to whose end `descent` is the change; by default the quadratic's descent in
+        `training`.
     """
 
     local: LocalQuadratic
@@ -122,6 +128,7 @@ class Smoothing:
     descent: Change
     drift: Drift | None = None
     kinks: Kinks = field(default_factory=Kinks.none)
+    far: NoiseFreePath | None = None
 
     @cached_property
     def _covariance(self) -> FloatArray:
@@ -184,11 +191,40 @@ class Smoothing:
         Returns
         -------
         float
-            At least 0.
+            In [0, 1]: what lies beyond the measured descent is not extrapolated.
         """
+        if self.far is not None:
+            return float(self.far.fraction(training, training.steps))
         scale = _projection(self._descent, descended(self.local, training))
-        longest = max(training.effective_lr / self.training.effective_lr, 1.0)
-        return float(np.clip(scale, 0.0, longest))
+        return float(np.clip(scale, 0.0, 1.0))
+
+    def remembered(self, training: Training, curvature: FloatArray) -> FloatArray:
+        """Part of the noise's change by descent that the scatter at the end remembers.
+
+        The scatter along two directions i, j is a sum over steps t of their noise then, with the
+        weight ((1 - lr h_i) (1 - lr h_j))^(T - t). The noise changes with the length of the path.
+
+        Parameters
+        ----------
+        training : Training
+            The other training.
+        curvature : ndarray, shape (k,)
+            h, of every direction.
+
+        Returns
+        -------
+        ndarray, shape (k, k)
+            Means of the `descent_scale` of the steps with these weights, in [0, 1].
+        """
+        if self.far is None:
+            return np.full((len(curvature), len(curvature)), self.descent_scale(training))
+        ages = np.unique(np.geomspace(1.0, training.steps, MOMENTS).round()) - 1.0
+        spans = np.diff(ages, append=training.steps)
+        left = np.abs(1.0 - np.clip(training.effective_lr * curvature, 0.0, 2.0))
+        weights = left ** (ages + 0.5 * (spans - 1.0))[:, None]
+        done = self.far.fraction(training, training.steps - ages - 0.5 * (spans - 1.0))
+        whole = weights.T @ (spans[:, None] * weights)
+        return np.asarray(weights.T @ ((spans * done)[:, None] * weights) / whole)
 
     def mean_hessian(self, training: Training, width_part: float = 1.0) -> FloatArray:
         """Mean Hessian over the weights of another training, centred where descent ends.
@@ -239,12 +275,16 @@ class Smoothing:
         size, turn = np.linalg.eigh(np.diag(along) + curvature)
         size, turn = size[::-1], turn[:, ::-1]
         size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
-        noise = local.noise + np.sum([scale * change.noise for change, scale in changes], axis=0)
-        noise = turn.T @ noise @ turn
+        noise = local.noise + np.sum([s * change.noise for change, s in changes[:-1]], axis=0)
+        remembered = self.remembered(training, size)
+        by_descent = remembered * (turn.T @ self.descent.noise @ turn)
+        noise = turn.T @ noise @ turn + by_descent
         power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
         # Differences and rounding may make a variance negative; it is set to zero.
         noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)
-        trace = local.noise_trace + sum(scale * change.trace for change, scale in changes)
+        trace = local.noise_trace + sum(scale * change.trace for change, scale in changes[:-1])
+        beyond = self.descent.trace - float(np.trace(self.descent.noise))
+        trace += float(np.trace(by_descent)) + float(remembered.min()) * beyond
         return replace(
             local,
             pairs=Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals),
@@ -379,6 +419,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     training: Training,
     *,
     drift: Drift | None = None,
+    path: NoiseFreePath | None = None,
+    far: NoiseFreePath | None = None,
     displacements: int = 4,
     seed: int = 0,
     cache: Cache | None = None,
@@ -396,6 +438,11 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         The training whose covariance the displacements have.
     drift : Drift, optional
         Force that displaces the mean of the weights; by default the mean is where descent ends.
+    path : NoiseFreePath, optional
+        Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
+    far : NoiseFreePath, optional
+        Path of the training that descends farthest; the change by descent is that to its end. By
+        default it is that of `training` on the quadratic.
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
         products and the noise along k directions are computed.
@@ -416,7 +463,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     """
     check_integer("averaging_displacements", displacements, 1)
     vectors = local.pairs.vectors
-    descent_end = risk.weights + vector(risk, descended(local, training))
+    descent_end = risk.weights + vector(risk, calm_end(local, training, path))
     centre, pushed = descent_end, 0.0
     if drift is not None:
         by_noise = drift.displacement(training)
@@ -435,11 +482,14 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
                 ]
         checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
         descent = _along(risk.at(descent_end), vectors, progress)
+        if far is not None:
+            end = risk.weights + vector(risk, far.ends[0])
+            farthest = descent if far is path else _along(risk.at(end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
         changes = {
             "width": (averaged, mean),
             "mean": (mean, descent),
-            "descent": (descent, checkpoint),
+            "descent": (descent if far is None else farthest, checkpoint),
         }
         return {
             f"{change}-{name}": new - old
@@ -447,6 +497,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             for name, new, old in zip(NAMES, after, before, strict=True)
         }
 
+    settings = {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
     stored = (cache or Cache()).of(risk, seed=seed)(
         "averages",
         averages,
@@ -454,12 +505,13 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         displacements=displacements,
         local=local.key(),
         pushed=f"{pushed:.8g}",
+        **settings,
     )
     width, mean_change, descent = (
         Change(stored[f"{name}-curvature"], stored[f"{name}-noise"], float(stored[f"{name}-trace"]))
         for name in ("width", "mean", "descent")
     )
-    return Smoothing(local, training, width, mean_change, descent, drift)
+    return Smoothing(local, training, width, mean_change, descent, drift, far=far)
 
 
 def averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, displacements: int) -> int:

@@ -69,7 +69,9 @@ def verdict(
             f"{cells} within the range of the theory (noise predicted to change by less than "
             f"{FEEDBACK:.0%}): " + ("only those are counted below." if near.any() else FAR),
         )
-    whole, table = table, table[near]
+    whole, diverged = table, np.isinf(table["measured"])
+    lines += _diverged(table[diverged])
+    table = table[near & ~diverged]
     predicted = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
     trained = bool(whole["measured"].notna().any())
     if trained and len(predicted):
@@ -86,6 +88,13 @@ def verdict(
         lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(stages)}.")
     lines += _test_loss(table)
     return lines
+
+
+def _diverged(table: pd.DataFrame) -> Iterator[str]:
+    """Trainings of which a run left every bound; their losses are infinite."""
+    if len(table):
+        rates = ", ".join(f"{lr:.3g}" for lr in sorted(table["lr"].unique()))
+        yield f"Runs diverged at lr = {rates}; those losses are not counted."
 
 
 def in_range(table: pd.DataFrame) -> pd.Series[bool]:
@@ -187,7 +196,8 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
 
 def _range(changes: pd.Series[float]) -> str:
     low, high = (
-        f"{x:+.0%}" if abs(x) < 100.0 else f"{x:+.0e} times" for x in (changes.min(), changes.max())
+        "any bound" if np.isinf(x) else f"{x:+.0%}" if abs(x) < 100.0 else f"{x:+.0e} times"
+        for x in (changes.min(), changes.max())
     )
     return low if low == high else f"{low} to {high}"
 

@@ -18,6 +18,7 @@ from neural.bridge.comparison import Outcome, compare_training
 from neural.bridge.config import BridgeConfig, Plan, Training
 from neural.bridge.drift import descent_of_loss
 from neural.bridge.gaussian import measure_averages, measure_gaussian
+from neural.bridge.noise_free_path import farthest, measure_path
 from neural.bridge.prediction import predict_each
 from neural.bridge.timing import STAGES, cost_table
 from neural.curvature.cache import Cache
@@ -64,12 +65,16 @@ def test_the_three_calls_are_their_parts() -> None:
     assert [one.training for one in measured.gaussians] == trainings
     settings = {"displacements": 4, "lanczos_steps": 4, "seed": 3}
     reference = CONFIG.reference(local.largest)
+    paths = {training.lr: measure_path(risk, training, Plan()) for training in trainings}
+    ends = {"path": paths[reference.lr], "far": paths[farthest(trainings).lr]}
     averages = measure_averages(
-        risk, local, reference, averaging_displacements=1, **settings
+        risk, local, reference, averaging_displacements=1, **ends, **settings
     )  # fmt: skip
     predicted, found = predict(measured, PLAN), compare(measured, PLAN)
     for i, (training, gaussian) in enumerate(zip(trainings, measured.gaussians, strict=True)):
-        expected = measure_gaussian(risk, local, training, averages, **settings)
+        expected = measure_gaussian(
+            risk, local, training, averages, path=paths[training.lr], **settings
+        )
         agree(gaussian.mean, expected.mean, 1e-9)
         alone = compare_training(risk, expected, PLAN)
         rows = slice(6 * i, 6 * (i + 1))
@@ -170,7 +175,7 @@ def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> No
         return {path.name.partition("-")[0] for path in set(tmp_path.iterdir()) - before}
 
     whole = {"eigenpairs", "gradient", "noise_sample", "noise_trace", "slopes", "force", "averages"}
-    assert stages(config) == whole
+    assert stages(config) == whole | {"noise_free_path"}  # which draws nothing
     assert stages(config) == set()
     assert stages(config, seed=1) == whole
     assert stages(replace(config, averaging_displacements=2)) >= {"averages"}
@@ -184,7 +189,7 @@ def test_stages_are_reported_with_their_share(bridge: Bridge) -> None:
     stages = list(dict.fromkeys(stage for stage, _ in told))
     trained = [f"train {i} of 4" for i in (1, 2, 3, 4)]
     paths = [stage for stage in stages if stage.endswith(", without noise")]
-    assert "train 1 of 4, without noise" in paths
+    assert len(paths) == 3, "one for each rate"
     assert [stage for stage in stages if stage not in paths] == [
         "curvature and noise",
         "averages",

@@ -19,6 +19,7 @@ from neural.bridge.comparison import (
 )
 from neural.bridge.config import Plan, Training
 from neural.bridge.gaussian import measure_gaussian
+from neural.bridge.noise_free_path import measure_path
 from neural.bridge.prediction import Prediction, predict_loss
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.sgd_chains import noise_free
@@ -106,7 +107,10 @@ PLAIN = Training(0.3, 4, 30)
 )
 def test_training_does_what_is_predicted(training: Training, plan: Plan, away: float) -> None:
     bowl = Bowl(CURVATURE, away=away)
-    found = compare_training(bowl.risk, gaussian_of(bowl, training), plan)
+    gaussian = gaussian_of(bowl, training)
+    if away:
+        gaussian = replace(gaussian, path=measure_path(bowl.risk, training, plan))
+    found = compare_training(bowl.risk, gaussian, plan)
     assert list(found.table.columns) == COLUMNS
     table = found.table[found.table["weights"] == "iterate"]
     assert len(found.table) == (2 if plan.late_phase else 6)
@@ -146,8 +150,10 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
 def test_noise_changes_on_the_way() -> None:
     risk, training = tanh_risk(), Training(0.5, 8, 12)
     local = measure_local(risk, None)
-    gaussian = measure_gaussian(risk, local, training, displacements=2)
-    found = compare_training(risk, gaussian, Plan((1, 2), 2, 1)).table
+    plan = Plan((1, 2), 2, 1)
+    path = measure_path(risk, training, plan)
+    gaussian = measure_gaussian(risk, local, training, path=path, displacements=2)
+    found = compare_training(risk, gaussian, plan).table
     weights, traces = risk.weights.clone(), []
     for _ in range(training.steps + 1):
         gradients = torch.cat(list(risk.at(weights).example_gradients())).numpy()
