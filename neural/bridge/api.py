@@ -11,11 +11,14 @@ from neural.bridge.adam import preconditioned
 from neural.bridge.comparison import (
     Outcome,
     compare_training,
+    descends,
     joined,
+    measure_training,
     minibatches_of,
     predict_training,
 )
 from neural.bridge.config import ADAM, BridgeConfig, Plan, Training
+from neural.bridge.control_variate import measure_control_variate
 from neural.bridge.drift import descent_of_loss
 from neural.bridge.gaussian import (
     WeightGaussian,
@@ -24,6 +27,7 @@ from neural.bridge.gaussian import (
     measure_gaussian,
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
+from neural.bridge.noise_free import NoiseFreePaths
 from neural.bridge.prediction import expected_excess
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
@@ -36,6 +40,8 @@ from nqm.progress import Progress, counted
 
 #: Largest difference of the loss and its quadratic after descent, over the predicted change.
 DESCENT = 0.5
+#: Stage of the progress: full gradients along the noise-free paths.
+WITHOUT_NOISE = "train, without noise"
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def measure(
     for training in config.trainings(1.0):
         training.check(risk.examples)
     check_plan(config, plan)
-    risk = preconditioned(risk, config)
+    risk = preconditioned(risk, config, cache)
     options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}
     local = measure_checkpoint(risk, **options)
     if plan is None or plan.late_phase is None:
@@ -446,36 +452,38 @@ def compare(
     for part, its_plan in measured.of(plan):
         its_test = _in_frame(test, part)
         held_out = _held_out(part, its_plan, its_test, progress)
+        trainings = [gaussian.training for gaussian in part.gaussians]
+        paths = _paths(part.risk, part.local, trainings, its_plan, part.cache, progress)
         for gaussian, own in zip(part.gaussians, held_out, strict=True):
             stage = f"train {len(outcomes) + 1} of {count}"
+            work = float(gaussian.training.steps) * minibatches_of(its_plan)
             outcomes.append(
-                _compared(part.risk, gaussian, its_plan, its_test, own, part.cache, stage, progress)
+                compare_training(
+                    part.risk,
+                    gaussian,
+                    its_plan,
+                    test=its_test,
+                    held_out=own,
+                    paths=paths,
+                    cache=part.cache,
+                    progress=counted(progress, stage, work),
+                )
             )
     return joined(outcomes)
 
 
-def _compared(  # noqa: PLR0913 - the parts of one call
+def _paths(
     risk: EmpiricalRisk,
-    gaussian: WeightGaussian,
+    local: LocalQuadratic,
+    trainings: Sequence[Training],
     plan: Plan,
-    test: TestLoss | None,
-    held_out: dict[str, HeldOut],
     cache: Cache,
-    stage: str,
     progress: Progress | None,
-) -> Outcome:
-    """One training, trained and compared; test loss and plan are those of its part."""
-    steps = float(gaussian.training.steps)
-    return compare_training(
-        risk,
-        gaussian,
-        plan,
-        test=test,
-        held_out=held_out,
-        cache=cache,
-        progress=counted(progress, stage, steps * minibatches_of(plan)),
-        path_progress=counted(progress, f"{stage}, without noise", steps),
-    )
+) -> NoiseFreePaths:
+    """The noise-free paths of all trainings of a part; each is walked when it is asked for."""
+    paths = NoiseFreePaths(risk, local, trainings, plan, cache)
+    steps = float(trainings[0].steps) * len({paths.together(each)[0] for each in trainings})
+    return replace(paths, progress=counted(progress, WITHOUT_NOISE, steps))
 
 
 def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Options]) -> None:
@@ -530,18 +538,23 @@ def store_training(
     gaussian = gaussian_of(own, local, training, averages, third, **options)
     measured = Measured(own, local, (gaussian,), options["cache"])
     its_test = _in_frame(test, measured)
-    (held_out,) = _held_out(measured, its_plan, its_test, options["progress"])
-    if train:
-        _compared(
-            own,
-            gaussian,
-            its_plan,
-            its_test,
-            held_out,
-            options["cache"],
-            "train",
-            options["progress"],
-        )
+    _held_out(measured, its_plan, its_test, options["progress"])
+    if not train:
+        return
+    trainings, progress = config.trainings(local.largest), options["progress"]
+    measure_control_variate(own, local, training, options["cache"])
+    paths = _paths(own, local, trainings, its_plan, options["cache"], progress)
+    measure_training(
+        own,
+        training,
+        its_plan,
+        test=its_test,
+        cache=options["cache"],
+        progress=counted(progress, "train", float(training.steps) * minibatches_of(its_plan)),
+    )
+    first = paths.together(training)[0] == training.lr  # else another process walks for both
+    if first and descends(predict_training(gaussian, its_plan).table, its_plan):
+        paths.changes(training)
 
 
 def _part(
@@ -549,6 +562,6 @@ def _part(
 ) -> tuple[EmpiricalRisk, LocalQuadratic]:
     """Loss and local model of independent runs, or of the mean of late-phase members."""
     if plan.late_phase is None:
-        risk = preconditioned(risk, options["config"])
+        risk = preconditioned(risk, options["config"], options["cache"])
         return risk, measure_checkpoint(risk, **options)
     return of_members(risk, plan, plan.members[part], **options)

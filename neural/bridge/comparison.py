@@ -17,11 +17,10 @@ from neural.bridge.control_variate import ControlVariate, measure_control_variat
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.held_out import HeldOut, TestLoss, loss_of, measure_held_out
 from neural.bridge.iterate_averages import Running, TimeAverage
+from neural.bridge.noise_free import NoiseFreePaths
 from neural.bridge.prediction import predict_each, predict_loss
-from neural.bridge.sgd_chains import group_losses, noise_free, train_late_phase, train_runs
+from neural.bridge.sgd_chains import group_losses, train_late_phase, train_runs
 from neural.curvature.cache import Cache
-from neural.curvature.gradient_noise import trace
-from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import EmpiricalRisk
 
 if TYPE_CHECKING:
@@ -442,9 +441,9 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
     *,
     test: TestLoss | None = None,
     held_out: Mapping[str, HeldOut] | None = None,
+    paths: NoiseFreePaths | None = None,
     cache: Cache | None = None,
     progress: Callable[[int], None] | None = None,
-    path_progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Predict and measure one training.
 
@@ -458,10 +457,10 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
         See `measure_training`.
     held_out : mapping of str to HeldOut, optional
         Test loss over the Gaussian; measured here by default.
+    paths : NoiseFreePaths, optional
+        Losses without noise; by default those of this training alone.
     cache, progress
         See `measure_training`.
-    path_progress : callable, optional
-        Called with 1 after every step of the noise-free path, if it is trained.
 
     Returns
     -------
@@ -497,21 +496,11 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
     )
     table = predicted.table
     table[MEASURED] = measured.table[MEASURED]
-    terms = table.drop_duplicates("weights").set_index("weights")
-    # For averages over shuffled epochs there is no prediction.
-    excess = terms["excess"].fillna(np.inf)
-    if not (terms["descent"].abs() <= STILL * excess / max(plan.members)).all():
-        without_noise = (cache or Cache()).of(risk)(
-            "noise_free_path",
-            lambda: _noise_free(risk, local, training, plan, path_progress),
-            lr=training.lr,
-            momentum=training.momentum,
-            steps=training.steps,
-            records=plan.records,
-            averages=plan.averages(training),
-        )
-        table["noise_free"] = [float(without_noise[name]) for name in table["weights"]]
-        table["noise_change_on_path"] = float(without_noise["noise_change"])
+    if descends(table, plan):
+        paths = paths or NoiseFreePaths(risk, local, [training], plan, cache or Cache())
+        without_noise = paths.changes(training)
+        table["noise_free"] = [without_noise[name] for name in table["weights"]]
+        table["noise_change_on_path"] = without_noise["noise_change"]
     table["measured_rise"] = table["measured"] - table["noise_free"]
     table["ratio"] = table["measured_rise"] / table["predicted_rise"]
     table["ratio_error"] = table["error"] / table["predicted_rise"].abs()
@@ -520,31 +509,25 @@ def compare_training(  # noqa: PLR0913 - options, by keyword
     return Outcome(table, course[COURSE])
 
 
-def _noise_free(
-    risk: EmpiricalRisk,
-    local: LocalQuadratic,
-    training: Training,
-    plan: Plan,
-    progress: Callable[[int], None] | None,
-) -> dict[str, Any]:
-    """Change of the loss without noise for every kind of weights, and change of the noise."""
-    averages = Running(plan.averages(training), risk.weights)
-    end = risk.weights
+def descends(table: pd.DataFrame, plan: Plan) -> bool:
+    """Whether noise-free descent is predicted to change the loss by much of what noise does.
 
-    def seen(step: int, weights: Tensor) -> None:
-        nonlocal end
-        averages(step, weights)
-        end = weights
-        if progress is not None:
-            progress(1)
+    Parameters
+    ----------
+    table : DataFrame
+        That of `predict_training`.
+    plan : Plan
+        Its largest K leaves the least of the noise.
 
-    losses = noise_free(risk, training, training.record_steps(plan.records), seen=seen)
-    recorded = {name: np.array(risk.loss(mean)) for name, mean in averages.values.items()}
-    recorded[ITERATE] = np.array(losses.mean())
-    change = {name: loss - local.loss for name, loss in recorded.items()}
-    population = 1.0 - 1.0 / risk.examples  # as in `measure_local`
-    noise = population * trace(risk.at(end))
-    return change | {"noise_change": np.array(noise / local.noise_trace - 1.0)}
+    Returns
+    -------
+    bool
+        Whether the loss without noise is computed by training instead of predicted.
+    """
+    terms = table.drop_duplicates("weights")
+    # For averages over shuffled epochs there is no prediction.
+    excess = terms["excess"].fillna(np.inf)
+    return not (terms["descent"].abs() <= STILL * excess / max(plan.members)).all()
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
