@@ -313,7 +313,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     training: Training,
     *,
     displacements: int = 32,
-    lanczos_steps: int = 30,
+    lanczos_steps: int = 15,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,

@@ -195,7 +195,7 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     eigenpairs: int | None = 50,
     *,
     noise_samples: int = 6,
-    lanczos_steps: int = 30,
+    lanczos_steps: int = 15,
     tolerance: float = 1e-3,
     seed: int = 0,
     cache: Cache | None = None,
