@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from neural.bridge.config import ADAM, BridgeConfig, Training
+from neural.curvature.cache import Cache
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
 
@@ -74,7 +75,9 @@ def second_moments(risk: EmpiricalRisk, batch_size: int) -> Tensor:
     return noise + slope
 
 
-def preconditioned(risk: EmpiricalRisk, config: BridgeConfig) -> EmpiricalRisk:
+def preconditioned(
+    risk: EmpiricalRisk, config: BridgeConfig, cache: Cache | None = None
+) -> EmpiricalRisk:
     """The risk in the coordinates in which the configuration's optimizer is heavy ball or SGD.
 
     Parameters
@@ -83,6 +86,8 @@ def preconditioned(risk: EmpiricalRisk, config: BridgeConfig) -> EmpiricalRisk:
         The loss as a function of the weights.
     config : BridgeConfig
         Gives optimizer and batch size.
+    cache : Cache, optional
+        Stores the second moments.
 
     Returns
     -------
@@ -96,7 +101,11 @@ def preconditioned(risk: EmpiricalRisk, config: BridgeConfig) -> EmpiricalRisk:
     """
     if config.optimizer != ADAM:
         return risk
-    v = second_moments(risk, config.batch_sizes[0])
+    size = config.batch_sizes[0]
+    stored = (cache or Cache()).of(risk)(
+        "second_moments", lambda: {"v": second_moments(risk, size).cpu().numpy()}, batch_size=size
+    )
+    v = torch.from_numpy(stored["v"]).to(risk.weights)
     return risk.rescaled((v.sqrt() + config.eps).rsqrt())
 
 

@@ -14,10 +14,12 @@ from neural.bridge.comparison import (
     Outcome,
     compare_training,
     joined,
+    measure_training,
     minibatches_of,
     predict_training,
 )
 from neural.bridge.config import ADAM, BridgeConfig, Plan, Training
+from neural.bridge.control_variate import measure_control_variate
 from neural.bridge.drift import descent, descent_of_loss
 from neural.bridge.gaussian import (
     WeightGaussian,
@@ -139,7 +141,7 @@ def measure(
     for training in config.trainings(1.0):
         training.check(risk.examples)
     check_plan(config, plan)
-    risk = preconditioned(risk, config)
+    risk = preconditioned(risk, config, cache)
     options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}
     local = measure_checkpoint(risk, **options)
     if plan is None or plan.late_phase is None:
@@ -511,33 +513,19 @@ def compare(
         held_out = _held_out(part, its_plan, its_test, progress)
         for gaussian, own in zip(part.gaussians, held_out, strict=True):
             stage = f"train {len(outcomes) + 1} of {count}"
+            work = float(gaussian.training.steps) * minibatches_of(its_plan)
             outcomes.append(
-                _compared(part.risk, gaussian, its_plan, its_test, own, part.cache, stage, progress)
+                compare_training(
+                    part.risk,
+                    gaussian,
+                    its_plan,
+                    test=its_test,
+                    held_out=own,
+                    cache=part.cache,
+                    progress=counted(progress, stage, work),
+                )
             )
     return joined(outcomes)
-
-
-def _compared(  # noqa: PLR0913 - the parts of one call
-    risk: EmpiricalRisk,
-    gaussian: WeightGaussian,
-    plan: Plan,
-    test: TestLoss | None,
-    held_out: dict[str, HeldOut],
-    cache: Cache,
-    stage: str,
-    progress: Progress | None,
-) -> Outcome:
-    """One training, trained and compared; test loss and plan are those of its part."""
-    work = float(gaussian.training.steps * minibatches_of(plan))
-    return compare_training(
-        risk,
-        gaussian,
-        plan,
-        test=test,
-        held_out=held_out,
-        cache=cache,
-        progress=counted(progress, stage, work),
-    )
 
 
 def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Options]) -> None:
@@ -596,18 +584,20 @@ def store_training(
     gaussian = gaussian_of(own, local, training, averages, third, paths, **options)
     measured = Measured(own, local, (gaussian,), options["cache"])
     its_test = _in_frame(test, measured)
-    (held_out,) = _held_out(measured, its_plan, its_test, options["progress"])
-    if train:
-        _compared(
-            own,
-            gaussian,
-            its_plan,
-            its_test,
-            held_out,
-            options["cache"],
-            "train",
-            options["progress"],
-        )
+    _held_out(measured, its_plan, its_test, options["progress"])
+    if not train:
+        return
+    measure_control_variate(own, local, training, options["cache"])
+    measure_training(
+        own,
+        training,
+        its_plan,
+        test=its_test,
+        cache=options["cache"],
+        progress=counted(
+            options["progress"], "train", float(training.steps) * minibatches_of(its_plan)
+        ),
+    )
 
 
 def _part(
@@ -615,6 +605,6 @@ def _part(
 ) -> tuple[EmpiricalRisk, LocalQuadratic]:
     """Loss and local model of independent runs, or of the mean of late-phase members."""
     if plan.late_phase is None:
-        risk = preconditioned(risk, options["config"])
+        risk = preconditioned(risk, options["config"], options["cache"])
         return risk, measure_checkpoint(risk, **options)
     return of_members(risk, plan, plan.members[part], **options)

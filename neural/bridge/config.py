@@ -9,6 +9,7 @@ from neural.curvature.risk import CURVATURES
 from nqm import SGD, HeavyBall
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.gamma import check_gamma
+from nqm.keys import omits
 
 #: Entry of the column `weights` for the weights themselves, as opposed to averages over time.
 ITERATE = "iterate"
@@ -269,6 +270,7 @@ class Plan:
             )
 
 
+@omits(lanczos_steps=30)
 @dataclass(frozen=True)
 class BridgeConfig:
     """Settings of the measurement, and the trainings that are predicted and run.
@@ -334,7 +336,7 @@ class BridgeConfig:
     minimise_lr: float | None = None
     eigenpairs: int = 50
     noise_samples: int = 6
-    lanczos_steps: int = 30
+    lanczos_steps: int = 15
     displacements: int = 32
     averaging_displacements: int = 2
     lr_times_sharpness: tuple[float, ...] = LR_TIMES_SHARPNESS

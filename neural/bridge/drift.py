@@ -306,7 +306,7 @@ def descent_of_loss(
     psi = _bounded_response(training)
     h, _, g = local.points()
     end = risk.weights + vector(risk, descended(local, training))
-    return float(g @ (0.5 * psi(h) ** 2 * h - psi(h))), risk.loss(end) - risk.loss()
+    return float(g @ (0.5 * psi(h) ** 2 * h - psi(h))), risk.loss(end) - local.loss
 
 
 def measure_drift(  # noqa: PLR0913 - options, by keyword
@@ -316,7 +316,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     *,
     path: NoiseFreePath | None = None,
     displacements: int = 32,
-    lanczos_steps: int = 30,
+    lanczos_steps: int = 15,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,

@@ -263,7 +263,7 @@ def run_bridge(
     cache = Cache(out / "kept")
     risk = _risk(opened, config, plan, runtime, cache, progress)
     local = measure_checkpoint(
-        preconditioned(risk, config), config, seed=plan.seed, cache=cache, progress=progress
+        preconditioned(risk, config, cache), config, seed=plan.seed, cache=cache, progress=progress
     )
     if known is None:
         write_table(out / "problem.parquet", local.problem_table(), stamp.metadata())

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 
 from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.iterate_averages import TimeAverage
@@ -22,6 +23,8 @@ from nqm import stability_edge
 FloatArray = NDArray[np.float64]
 #: Variances below this fraction of the largest are rounding errors and are set to zero.
 ROUNDING = 1e-12
+#: Steps of heavy ball whose responses are in memory together.
+BLOCK = 2048
 
 
 def covariance(
@@ -260,20 +263,22 @@ def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArr
     """`noise_sums` of heavy ball, with the effective rate; `joint` for all pairs of directions.
 
     Noise of size 1 has moved the weights by r_a times the optimizer's rate after a steps, with
-    r_0 = 0, r_1 = 1 and r_(a+1) = (1 + b - (1 - b) u) r_a - b r_(a-1).
+    r_0 = 0, r_1 = 1 and r_(a+1) = (1 + b - (1 - b) u) r_a - b r_(a-1). A filter runs through many
+    steps of a direction at once: step by step, the loop took most of a search for the best rate.
     """
-    beta = training.momentum
-    before, now = np.zeros(len(u)), np.full(len(u), 1.0 - beta)
+    beta, steps = training.momentum, training.steps
     total = np.zeros((len(u), len(u)) if joint else len(u))
-    left = training.steps
+    factors = [np.array([1.0, (1.0 - beta) * each - 1.0 - beta, beta]) for each in u]
+    states = [np.zeros(2)] * len(u)
+    pulse = np.zeros(min(steps, BLOCK))
+    pulse[0] = 1.0 - beta
     with np.errstate(invalid="ignore", over="ignore"):
-        while left:
-            block = np.empty((min(left, 512), len(u)))
-            for row in block:
-                row[:] = now
-                before, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * before
-            total += block.T @ block if joint else (block**2).sum(0)
-            left -= len(block)
+        for done in range(0, steps, BLOCK):
+            block = np.empty((len(u), min(steps - done, BLOCK)))
+            for i, factor in enumerate(factors):
+                block[i], states[i] = lfilter([1.0], factor, pulse[: block.shape[1]], zi=states[i])
+            pulse[0] = 0.0
+            total += block @ block.T if joint else (block**2).sum(1)
     return total
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 #: Row of the cost table -> stages of the cache (`neural.curvature.cache`) that it sums.
 STAGES = {
-    "curvature and noise": ("eigenpairs", "gradient", "noise_sample", "noise_trace"),
+    "curvature and noise": ("second_moments", "eigenpairs", "krylov", "noise_trace"),
     "averages": ("averages",),
     "third derivatives": ("slopes", "force"),
     "test loss": ("test_loss",),

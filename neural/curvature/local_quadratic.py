@@ -10,9 +10,7 @@ diagonal of its covariance alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +19,9 @@ from numpy.typing import NDArray
 
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
-from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
+from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.risk import EmpiricalRisk
-from neural.curvature.spectrum import Eigenpairs, Progress, operator
+from neural.curvature.spectrum import Eigenpairs, Progress
 from neural.curvature.spectrum import eigenpairs as stiffest_pairs
 from nqm.errors import NQMError, check_integer
 from nqm.problems.correlation import Correlation
@@ -197,7 +195,7 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     eigenpairs: int | None = 50,
     *,
     noise_samples: int = 6,
-    lanczos_steps: int = 30,
+    lanczos_steps: int = 15,
     tolerance: float = 1e-3,
     seed: int = 0,
     cache: Cache | None = None,
@@ -263,13 +261,6 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     top = stored("eigenpairs", stiffest, complete=complete, **settings)
     known = Eigenpairs(top["values"], top["vectors"], top["residuals"])
     gradient = risk.gradient().double().cpu().numpy()
-    apply = operator(risk, progress)
-
-    def lanczos(stage: str, start: Callable[[], FloatArray], **values: int) -> LanczosNodes:
-        def run() -> dict[str, Any]:
-            return vars(lanczos_nodes(apply, start(), lanczos_steps, known.vectors))
-
-        return LanczosNodes(**stored(stage, run, lanczos_steps=lanczos_steps, **settings, **values))
 
     def draw(index: int) -> FloatArray:
         rng = np.random.default_rng([seed, 2, index])
@@ -278,10 +269,21 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
         noise = risk.weighted_gradient(torch.from_numpy(weights).to(risk.weights))
         return np.asarray(noise.double().cpu().numpy())
 
-    rest = lanczos("gradient", lambda: gradient)
-    draws = tuple(
-        lanczos("noise_sample", partial(draw, i), index=i)
-        for i in range(0 if complete else noise_samples)
+    def products(rows: FloatArray) -> FloatArray:
+        images = risk.curvature_products(torch.from_numpy(rows).to(risk.weights), progress)
+        return np.asarray(images.double().cpu().numpy())
+
+    drawn = 0 if complete else noise_samples
+
+    def lanczos() -> dict[str, Any]:
+        starts = [gradient, *(draw(i) for i in range(drawn))]
+        runs = lanczos_together(products, starts, lanczos_steps, known.vectors)
+        return {f"{i}-{name}": a for i, run in enumerate(runs) for name, a in vars(run).items()}
+
+    nodes = stored("krylov", lanczos, lanczos_steps=lanczos_steps, draws=drawn, **settings)
+    rest, *draws = (
+        LanczosNodes(*(nodes[f"{i}-{name}"] for name in ("values", "amplitudes", "vectors")))
+        for i in range(1 + drawn)
     )
     if complete:
         trace = np.trace(top["noise"])
@@ -294,7 +296,7 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
         top["noise"],
         known.vectors.T @ gradient,
         rest,
-        draws,
+        tuple(draws),
         float(trace),
         risk.examples,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from neural.bridge import BridgeConfig, Plan, compare, measure
 from neural.bridge.adam import preconditioned, second_moments
 from neural.bridge.config import Training
 from neural.bridge.sgd_chains import minibatches, train_runs
+from neural.curvature.cache import Cache
+from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
 from tests.tiny_risks import Bowl, tanh_risk
 from tests.tolerances import agree
@@ -43,6 +46,15 @@ def simulated(bowl: Bowl, lr: float, config: BridgeConfig, chains: int) -> tuple
         w = w - lr * m / (np.sqrt(v) + config.eps)
     loss = 0.5 * np.einsum("ci,ij,cj->c", w, bowl.hessian, w)
     return float(loss.mean()), float(loss.std() / np.sqrt(chains))
+
+
+def test_second_moments_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    risk, cache = Bowl(CURVATURE).risk, Cache(tmp_path)
+    first = preconditioned(risk, CONFIG, cache)
+    agree(first.frame[1].numpy(), preconditioned(risk, CONFIG).frame[1].numpy(), 1e-12)
+    monkeypatch.setattr(EmpiricalRisk, "example_gradients", None)
+    again = preconditioned(risk, CONFIG, cache)
+    assert torch.equal(first.frame[1], again.frame[1])
 
 
 @pytest.mark.parametrize(("momentum", "eps"), [(0.9, 1e-8), (0.0, 1e-8), (0.5, 0.3)])

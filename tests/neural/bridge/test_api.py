@@ -124,7 +124,7 @@ def test_a_second_call_computes_nothing(bridge: Bridge) -> None:
     cache, found, folder = bridge.cache, bridge.found, bridge.folder
     log, files = dict(cache.log), set(folder.iterdir())
     stages = {stage for stage, _ in log}
-    assert {"eigenpairs", "noise_sample", "averages", "slopes", "force", "training"} <= stages
+    assert {"eigenpairs", "krylov", "averages", "slopes", "force", "training"} <= stages
     assert len(files) == len(log)
 
     again = tanh_risk()
@@ -174,7 +174,7 @@ def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> No
         measure(risk, config, seed=seed, cache=cache)
         return {path.name.partition("-")[0] for path in set(tmp_path.iterdir()) - before}
 
-    whole = {"eigenpairs", "gradient", "noise_sample", "noise_trace", "slopes", "force", "averages"}
+    whole = {"eigenpairs", "krylov", "noise_trace", "slopes", "force", "averages"}
     assert stages(config) == whole | {"noise_free_path"}  # which draws nothing
     assert stages(config) == set()
     assert stages(config, seed=1) == whole

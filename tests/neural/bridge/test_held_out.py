@@ -123,10 +123,16 @@ def test_the_covariance_of_an_average_is_that_of_its_walk(
     agree(np.diag(ratio), alone, 1e-9)
 
 
-def test_an_average_of_the_last_step_is_the_iterate(bowl: Bowl) -> None:
-    local = measure_local(bowl.risk, None)
-    last = ExponentialMean(TRAINING.steps, 0.0)
-    agree(covariance(local, TRAINING, last), covariance(local, TRAINING), 1e-9)
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_an_average_of_the_last_step_is_the_iterate(
+    bowl: Bowl, momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neural.bridge.scatter.BLOCK", 7)  # which does not divide the steps
+    training = replace(TRAINING, steps=20, momentum=momentum, lr=0.3 * (1.0 - momentum))
+    local, last = measure_local(bowl.risk, None), ExponentialMean(20, 0.0)
+    agree(covariance(local, training, last), covariance(local, training), 1e-9)
+    u = training.effective_lr * local.pairs.values
+    agree(noise_sums(u, training, last), noise_sums(u, training), 1e-9)
 
 
 # --- the prediction ------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
 
     def stop(count: int) -> None:
         done.append(count)
-        if len(list(tmp_path.glob("*.npz"))) == 3:
+        if list(tmp_path.glob("eigenpairs-*.npz")):
             raise InterruptionError
 
     with pytest.raises(InterruptionError):
@@ -262,7 +262,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
     resumed = measure_local(
         risk, 3, noise_samples=4, lanczos_steps=5, cache=Cache(tmp_path), progress=left.append
     )
-    assert sum(left) == 3 * 5  # the first of the draws was done, and the gradient
+    assert sum(left) == 5 * 5  # for the gradient and the draws
     same(resumed, measure_local(risk, 3, noise_samples=4, lanczos_steps=5))
 
 
