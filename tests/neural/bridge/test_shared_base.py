@@ -277,8 +277,11 @@ def test_members_whose_average_is_no_mean_are_refused() -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(NQMError, match="late-phase members; set late_phase"):
         Plan(gamma="sum")
-    with pytest.raises(NQMError, match="member_lr_ratio"):
-        Plan((2,), late_phase="all", member_lr_ratio=0.0)
+    for wrong in (0.0, 1e300):
+        with pytest.raises(NQMError, match="member_lr_ratio"):
+            Plan((2,), late_phase="all", member_lr_ratio=wrong)
+    with pytest.raises(NQMError, match="gamma must"):
+        Plan((2,), late_phase="all", gamma=1e300)
     bowl = Bowl(CURVATURE)
     measured = measure(bowl.risk, CONFIG)
     with pytest.raises(NQMError, match="give `measure` the same plan"):
