@@ -27,8 +27,8 @@ MOST_RECORDS = 10**6
 MOST_PASSES = 10**6
 #: Largest integer in a bridge's settings: counts stay exact in float64, and indices fit in int64.
 LARGEST = 10**12
-#: Largest gamma, and largest ratio of two learning rates or of their inverse: beyond it, covariances
-#: of the members and of their mean differ by more than float64 resolves.
+#: Largest gamma, and largest ratio of the members' rate and the base's; its inverse is the
+#: smallest. At 1e300 the covariance of a member underflows.
 MOST_RATIO = 1e6
 #: Default learning rates times the largest curvature: they span a factor of eight.
 LR_TIMES_SHARPNESS = (0.0625, 0.125, 0.25, 0.5)
