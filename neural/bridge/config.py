@@ -29,6 +29,9 @@ MOST_RECORDS = 10**6
 MOST_PASSES = 10**6
 #: Largest integer in a bridge's settings: counts stay exact in float64, and indices fit in int64.
 LARGEST = 10**12
+#: Largest gamma, and largest ratio of the members' rate and the base's; its inverse is the
+#: smallest. At 1e300 the covariance of a member underflows.
+MOST_RATIO = 1e6
 #: Default learning rates times the largest curvature: they span a factor of eight.
 LR_TIMES_SHARPNESS = (0.0625, 0.125, 0.25, 0.5)
 #: Number of recorded steps in the first half of a training; each is half of the next.
@@ -255,7 +258,10 @@ class Plan:
         for k in self.members:
             check_integer("members", k, 1)
         check_gamma("gamma", self.gamma)
-        check_number("member_lr_ratio", self.member_lr_ratio, low=0.0, closed_low=False)
+        if not isinstance(self.gamma, str):
+            check_number("gamma", self.gamma, high=MOST_RATIO)
+        ratio = self.member_lr_ratio
+        check_number("member_lr_ratio", ratio, low=1.0 / MOST_RATIO, high=MOST_RATIO)
         if self.late_phase is None and (self.gamma, self.member_lr_ratio) != ("mean", 1.0):
             raise NQMError(
                 "gamma and member_lr_ratio are those of late-phase members; set late_phase"

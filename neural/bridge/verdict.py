@@ -219,7 +219,10 @@ def _test_loss(table: pd.DataFrame) -> Iterator[str]:
     """What averaging does to the test loss, predicted and measured."""
     known = table[table["predicted_test_gain"].notna()]
     if known.empty:
-        if table["test_loss"].notna().any():
+        off = (table["test_loss"] - table["predicted_test_loss"]).dropna()
+        if len(off):  # one group of runs, or late-phase members: there is no gain over single runs
+            yield f"Test loss: measured less predicted {off.min():+.2g} to {off.max():+.2g}."
+        elif table["test_loss"].notna().any():
             yield "Test losses are in the table; there is no prediction of them."
         return
     for weights, rows in known.groupby("weights", sort=False):

@@ -263,6 +263,18 @@ def test_rank_one_members_do_what_is_predicted() -> None:
     assert (table["ratio_error"] < 0.05).all()
 
 
+def test_members_beyond_the_selected_weights_stay_as_they_are() -> None:
+    """The loss is a function of the head, and the biases of other layers are replicated too."""
+    whole = factored()
+    risk = EmpiricalRisk(whole.model, whole.batches, "name:2.bias", weight_decay=0.01)
+    assert member_mask(risk, "name:*bias").tolist() == [True] * 3
+    training = Training(0.3, 8, 5)
+    ((_, own),) = train_late_phase(risk, training, 2, "name:2.bias", [5])
+    ((_, more),) = train_late_phase(risk, training, 2, "name:*bias", [5])
+    assert not torch.equal(own, risk.weights)
+    assert torch.equal(own, more)
+
+
 def test_members_whose_average_is_no_mean_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     nn.utils.parametrizations.spectral_norm(model[0])
@@ -277,8 +289,11 @@ def test_members_whose_average_is_no_mean_are_refused() -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(NQMError, match="late-phase members; set late_phase"):
         Plan(gamma="sum")
-    with pytest.raises(NQMError, match="member_lr_ratio"):
-        Plan((2,), late_phase="all", member_lr_ratio=0.0)
+    for wrong in (0.0, 1e300):
+        with pytest.raises(NQMError, match="member_lr_ratio"):
+            Plan((2,), late_phase="all", member_lr_ratio=wrong)
+    with pytest.raises(NQMError, match="gamma must"):
+        Plan((2,), late_phase="all", gamma=1e300)
     bowl = Bowl(CURVATURE)
     measured = measure(bowl.risk, CONFIG)
     with pytest.raises(NQMError, match="give `measure` the same plan"):

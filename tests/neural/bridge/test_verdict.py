@@ -67,6 +67,8 @@ def test_the_verdict_counts(local: LocalQuadratic) -> None:
     assert not any("Test losses" in line or "Cost" in line for line in lines)
     assert not any("scatter" in line or "Unreliable" in line for line in lines)
     assert "Test losses" in verdict(cells(0.1, (1.0,), test_loss=0.3), local)[-1]
+    late = cells(0.1, (1.0, 1.0), test_loss=[0.3, 0.4], predicted_test_loss=0.35)
+    assert verdict(late, local)[-1] == "Test loss: measured less predicted -0.05 to +0.05."
 
 
 def test_what_averaging_saves_of_the_test_loss(local: LocalQuadratic) -> None:
