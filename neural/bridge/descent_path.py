@@ -1,10 +1,10 @@
 """The path of noise-free descent from a checkpoint, in few gradients.
 
-Gradient descent at a rate below the edge of stability follows the gradient flow dw / dt = -g(w), with
-the time t = lr steps: the paths of all learning rates are one curve, and a lower rate ends earlier
-on it. The flow is integrated by Runge-Kutta-Legendre steps of second order (Meyer, Balsara & Aslam
-2012): s gradients cover a time of (s^2 + s - 2) / (2 h_max), where s steps of descent at the edge
-of stability cover 2 s / h_max.
+Gradient descent at a rate below the edge of stability follows the gradient flow dw / dt = -g(w),
+with the time t = lr steps: the paths of all learning rates are one curve, and a lower rate ends
+earlier on it. The flow is integrated by Runge-Kutta-Legendre steps of second order (Meyer, Balsara
+& Aslam 2012): s gradients cover a time of (s^2 + s - 2) / (2 h_max), where s steps of descent at
+the edge of stability cover 2 s / h_max.
 """
 
 from __future__ import annotations

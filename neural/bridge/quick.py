@@ -33,7 +33,7 @@ from neural.bridge.prediction import Prediction
 from neural.bridge.verdict import FEEDBACK
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
-from neural.curvature.examples import joined as joined_batches
+from neural.curvature.examples import joined
 from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import EmpiricalRisk, is_cross_entropy
@@ -61,8 +61,8 @@ SETTINGS = (
 BATCHES = 1
 #: Hessian products for the largest curvature at the checkpoint, which is the unit of the rates.
 PRODUCTS = 12
-#: Steps with unlucky minibatches.
-UNLUCKY = 30
+#: Products for the curvature of one example, which has few directions.
+POWERS = 8
 
 
 def measure_for_advice(
@@ -86,8 +86,9 @@ def measure_for_advice(
     DataFrame
         The table of `neural.bridge.api.predict`, with ``descent`` the change of the loss itself
         along the path, and ``noise_change_on_path`` the change of the noise from where it was
-        measured to where the training's descent ends. Trainings that are not stable there are left
-        out.
+        measured to where the training's descent ends. Trainings that are not stable are left out:
+        there, or on a minibatch that draws the stiffest example twice (lr times its curvature
+        above B).
 
     Raises
     ------
@@ -107,9 +108,12 @@ def measure_for_advice(
     longest = max(training.effective_lr for training in trainings) * config.steps
     done = counted(progress, "descent", float(path_work(longest, sharpness)))
     path = follow_descent(risk, longest, sharpness, done)
+    highest = config.batch_sizes[0] / _stiffest_example(risk, plan.seed)
     anchors: list[WeightGaussian] = []
     rows: list[dict[str, Any]] = []
     for training in _from_the_middle(trainings):
+        if training.effective_lr > highest * training.batch_size / config.batch_sizes[0]:
+            continue
         end = risk.at(path.mean(training, training.steps))
         trace = gradient_noise.trace(end) * (1.0 - 1.0 / risk.examples)
         near = [g for g in anchors if abs(trace / g.checkpoint.noise_trace - 1.0) <= FEEDBACK]
@@ -117,15 +121,15 @@ def measure_for_advice(
             near = [_measured(end, config, plan, progress)]
             anchors += near
         scaled = near[-1].scaled_to(training)
-        if scaled.stable and not _breaks(end, training, plan.seed):
+        if scaled.stable:
             rows += _rows(risk, path, scaled, plan, start, trace)
     table = pd.DataFrame(rows)
     if rows and is_cross_entropy(risk.example_loss):
         table = table[table["predicted"] > -start]  # a cross-entropy is never negative
     if table.empty:
         raise NQMError(
-            "no training is predicted: beyond the descent from the checkpoint every rate is "
-            "unstable; lower bridge.lr_times_sharpness, or set bridge.minimise = 300"
+            "no training is predicted: every rate is unstable, on the mean or on a minibatch with "
+            "the stiffest example; lower bridge.lr_times_sharpness, or raise the batch size"
         )
     by = ["lr", "batch_size", "weights", "members"]
     return table.sort_values(by, ascending=[True, True, True, True]).reset_index(drop=True)
@@ -142,6 +146,23 @@ def _sharpness(risk: EmpiricalRisk, seed: int) -> float:
             "it; train further first"
         )
     return largest
+
+
+def _stiffest_example(risk: EmpiricalRisk, seed: int) -> float:
+    """Largest curvature of the example of largest gradient, by the power method.
+
+    A minibatch that draws it m times has m / B of it, which may be many times the mean curvature:
+    the runs then diverge within a few steps although the rate is stable on the mean.
+    """
+    norms = torch.cat([each.norm(dim=1) for each in risk.example_gradients()])
+    tensors, make = joined(risk.batches)
+    index = norms.argmax().cpu()[None]
+    alone = risk.on([make([tensor[index.to(tensor.device)] for tensor in tensors])])
+    start = np.random.default_rng([seed, 6]).standard_normal(risk.size)
+    product = torch.from_numpy(start).to(risk.weights)
+    for _ in range(POWERS):
+        product = alone.curvature_product(product / product.norm().clamp_min(1e-300))
+    return max(float(product.norm()), 1e-300)
 
 
 def _from_the_middle(trainings: Sequence[Training]) -> list[Training]:
@@ -165,26 +186,6 @@ def _measured(
     # Its force serves again, where a bridge measures one with the averaged curvature.
     drift = averages.along_mean_path(averages.drift)
     return WeightGaussian(reference, local, drift, averages)
-
-
-def _breaks(end: EmpiricalRisk, training: Training, seed: int) -> bool:
-    """Whether a training from these weights diverges on unlucky minibatches.
-
-    A minibatch that draws an example m times takes m lr / B times its own curvature, which may be a
-    hundred times the mean's: on its own a stable rate is then unstable. Runs meet this now and then,
-    and some networks diverge for it, while others come back. Here it happens in every step, to the
-    example of largest gradient, drawn twice.
-    """
-    norms = torch.cat([each.norm(dim=1) for each in end.example_gradients()])
-    tensors, make = joined_batches(end.batches)
-    rng, weights = np.random.default_rng([seed, 6]), end.weights
-    for _ in range(min(UNLUCKY, training.steps)):
-        drawn = torch.from_numpy(rng.integers(end.examples, size=training.batch_size))
-        drawn[:2] = norms.argmax()
-        batch = make([tensor[drawn.to(tensor.device)] for tensor in tensors])
-        slope = end.on([batch]).gradient(weights) + end.decay_gradient(weights)
-        weights = weights - training.effective_lr * slope
-    return not math.isfinite(end.loss(weights))
 
 
 def _at_rest(local: LocalQuadratic) -> LocalQuadratic:
