@@ -2,8 +2,9 @@
 
 Tiny cells differ in their rate alone, and scheduled ones in the start of their schedule, so that
 they are computed in one call; they show what a cell costs beside its numerics (its key, the
-journal, its share of the table; an executor's messages). Realistic ones are computed one by one.
-Every table is the same.
+journal, its share of the table; an executor's messages). Realistic ones are computed one by one if
+they differ in the number of members, and in one call if they differ in a rate. Every table is the
+same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -65,16 +67,18 @@ def scheduled(cells: int) -> Sweep:
     return Sweep(base, {"phase.0.lr.start": [0.1 + i / (2 * cells) for i in range(cells)]})
 
 
-def realistic(cells: int) -> Sweep:
-    """Return a sweep of cells that take a second.
+def realistic(cells: int, axis: str = "phase.0.members") -> Sweep:
+    """Return a sweep of cells with 1000 directions.
 
-    A cell has heavy-ball late-phase weights, 300 steps of a cosine schedule and 1000 directions,
-    computed step by step.
+    A cell has heavy-ball late-phase weights, 300 steps of a cosine schedule, computed step by step,
+    and 101 records.
 
     Parameters
     ----------
     cells : int
-        Number of ensemble sizes, from 1.
+        Number of ensemble sizes, from 1, or of learning rates at the start.
+    axis : str
+        Entry that differs.
 
     Returns
     -------
@@ -94,7 +98,13 @@ def realistic(cells: int) -> Sweep:
         "problem": {"spectrum": HARMONIC | {"directions": 1000}, "noise": {}},
         "phase": [late],
     }
-    return Sweep(base, {"phase.0.members": list(range(1, cells + 1))})
+    sizes = list(range(1, cells + 1))
+    return Sweep(base, {axis: sizes if axis.endswith("members") else [i / 20 for i in sizes]})
+
+
+def rates(cells: int) -> Sweep:
+    """Return `realistic` cells that differ in the start of their schedule."""
+    return realistic(cells, "phase.0.lr.start")
 
 
 @contextmanager
@@ -123,7 +133,12 @@ def dask(count: int) -> Iterator[Executor]:
         yield executor
 
 
-def seconds(make: Callable[[int], Sweep], cells: int, executor: Executor | None) -> float:
+def seconds(
+    make: Callable[[int], Sweep],
+    cells: int,
+    executor: Executor | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Measure a whole sweep, its table written, after the workers have loaded all modules.
 
     Parameters
@@ -133,6 +148,8 @@ def seconds(make: Callable[[int], Sweep], cells: int, executor: Executor | None)
     cells : int
     executor : Executor, optional
         None: one cell after another in this process.
+    clock : callable
+        Wall-clock time by default.
 
     Returns
     -------
@@ -142,24 +159,29 @@ def seconds(make: Callable[[int], Sweep], cells: int, executor: Executor | None)
     with tempfile.TemporaryDirectory() as folder:
         make(8).run(executor=executor)  # a chunk each, enough for every worker to have had one
         paths = (Path(folder, f"{i}.parquet") for i in range(100))
-        return best_of(lambda: make(cells).write(next(paths), executor))
+        return best_of(lambda: make(cells).write(next(paths), executor), clock=clock)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", type=int, default=10_000)
     parser.add_argument("--realistic", type=int, default=8)
+    parser.add_argument("--alone", action="store_true", help="no worker processes")
     given = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
     kinds = {
         "tiny": (tiny, given.tiny),
         "scheduled": (scheduled, given.tiny),
         "realistic": (realistic, given.realistic),
+        "realistic rates": (rates, given.realistic),
     }
     for name, (make, cells) in kinds.items():
+        mine = seconds(make, cells, None, time.process_time)
+        each = f"{cells / mine:.4g} cells/s, {1e3 * mine / cells:.3g} ms each"
+        print(f"{name}: {cells} cells, one after another, in processor time {each}", flush=True)
+        if given.alone:
+            continue
         alone = seconds(make, cells, None)
-        each = f"{cells / alone:.4g} cells/s, {1e3 * alone / cells:.3g} ms each"
-        print(f"{name}: {cells} cells, one after another {each}")
         for where, workers in (("process", processes), ("Dask worker", dask)):
             for count in (1, 2):
                 with workers(count) as executor:

@@ -156,6 +156,8 @@ class Phase:
         """
         total = 0.0
         schedule: Any = self.batch_size
+        if isinstance(schedule, Constant):
+            return self.minibatches * (steps * schedule.value)
         for start, stop, period in schedule.segments(steps):
             if period is not None and stop - start > period:
                 cycles, rest = divmod(stop - start, period)

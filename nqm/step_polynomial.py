@@ -8,7 +8,8 @@ problem or the schedule, so that they are extracted once: by the literal `update
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,10 @@ from nqm.words import short_html, short_repr
 
 #: Highest power of a rate or of h in one step, and most different products of powers.
 DEGREE, TERMS = 2, 12
-#: Most coordinates of a chain whose steps are polynomials.
-COORDINATES = 128
-#: Most different steps of one period.
-KINDS = 256
+#: Most coordinates of a chain whose steps are polynomials, and of one that keeps every entry.
+COORDINATES, SHORT = 128, 3
+#: Most different steps of one period, and the longest period that is searched for ties.
+KINDS, PERIOD = 256, 10_000
 
 #: Powers of (lr, member_lr, h).
 Powers = tuple[int, int, int]
@@ -98,7 +99,7 @@ class StepPolynomial:
     powers : ndarray of int, shape (k, 3)
         Powers of (lr, member_lr, h) of each term.
     row, column : ndarray of int, shape (e,)
-        Place in A of each entry that is not always 0, row by row.
+        Place in A of each entry that is not always 0, row by row; of a short state of all.
     matrix : ndarray, shape (times, k, e)
         Coefficients of these entries.
     driven : ndarray of int, shape (w,)
@@ -118,8 +119,156 @@ class StepPolynomial:
     __repr__ = short_repr
     _repr_html_ = short_html
 
+    def dense(self, coordinates: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Coefficients of whole matrices.
 
-def step_polynomial(algorithm: Algorithm, times: NDArray[np.int64]) -> StepPolynomial | None:
+        Parameters
+        ----------
+        coordinates : int
+            n, the number of coordinates.
+
+        Returns
+        -------
+        matrix, noise, own : ndarray, shape (times, k, n, n), (times, k, n, m), (times, k, n, r)
+            Those of A, C and D.
+        """
+        times, terms = self.matrix.shape[:2]
+        matrix = np.zeros((times, terms, coordinates, coordinates))
+        matrix[:, :, self.row, self.column] = self.matrix
+        noise = np.zeros((times, terms, coordinates, self.noise.shape[3]))
+        own = np.zeros((times, terms, coordinates, self.own.shape[3]))
+        noise[:, :, self.driven], own[:, :, self.driven] = self.noise, self.own
+        return matrix, noise, own
+
+    @classmethod
+    def of(
+        cls, powers: NDArray[np.int64], matrix: FloatArray, noise: FloatArray, own: FloatArray
+    ) -> StepPolynomial:
+        """Keep the entries that are not 0 in all terms, or up to `SHORT` coordinates all.
+
+        Parameters
+        ----------
+        powers, matrix, noise, own : ndarray
+            Powers of each term, and coefficients as `dense` returns them.
+
+        Returns
+        -------
+        StepPolynomial
+            The same polynomials.
+        """
+        short = matrix.shape[3] <= SHORT
+        row, column = np.nonzero(matrix.any(axis=(0, 1)) | short)
+        driven = np.flatnonzero(noise.any(axis=(0, 1, 3)) | own.any(axis=(0, 1, 3)) | short)
+        entries = np.ascontiguousarray(matrix[:, :, row, column])
+        return cls(powers, row, column, entries, driven, noise[:, :, driven], own[:, :, driven])
+
+    def without(self, tied: Ties) -> StepPolynomial:
+        """Polynomials of the coordinates that are kept.
+
+        Parameters
+        ----------
+        tied : Ties
+            Of the n coordinates.
+
+        Returns
+        -------
+        StepPolynomial
+            `self` if all are kept.
+        """
+        if tied.kept.size == tied.factor.size:
+            return self
+        matrix, noise, own = (part[:, :, tied.kept] for part in self.dense(tied.factor.size))
+        return self.of(self.powers, matrix @ tied.whole, noise, own)
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Coordinates of a chain that are multiples of others at all times.
+
+    The base's and the members' momentum of late-phase weights are moved alike, by gradients that
+    differ by a factor. If both begin at 0, one of them tells the other.
+
+    Attributes
+    ----------
+    kept : ndarray of int, shape (m,)
+        Coordinates of which the others are multiples, rising.
+    source : ndarray of int, shape (n,)
+        Of which one of `kept` each coordinate is a multiple, and
+    factor : ndarray, shape (n,)
+        by which factor; 1 for those that are kept.
+    """
+
+    kept: NDArray[np.int64]
+    source: NDArray[np.int64]
+    factor: FloatArray
+
+    __repr__ = short_repr
+    _repr_html_ = short_html
+
+    @property
+    def whole(self) -> FloatArray:
+        """The state as a linear form of what is kept, (n, m)."""
+        rows = np.zeros((self.factor.size, self.kept.size))
+        rows[np.arange(self.factor.size), self.source] = self.factor
+        return rows
+
+
+@functools.lru_cache(maxsize=256)
+def ties(algorithm: Algorithm, still: tuple[int, ...]) -> Ties:
+    """Find coordinates that are multiples of others at all times, whatever the rates.
+
+    Parameters
+    ----------
+    algorithm : Algorithm
+        Linear method of a single chain.
+    still : tuple of int
+        Coordinates that are 0 at its first step; only these are looked at.
+
+    Returns
+    -------
+    Ties
+        Every coordinate is kept if nothing is known of the method's steps.
+    """
+    kept = np.arange(len(algorithm.coordinates))
+    source, factor = kept.copy(), np.ones(kept.size)
+    time, polynomial = algorithm.time, None
+    if len(still) > 1 and not time.update_never_repeats and time.period <= PERIOD:
+        polynomial = step_polynomial(algorithm, np.unique(time.reduced(np.arange(time.period))))
+    if polynomial is not None:
+        matrix, noise, own = polynomial.dense(kept.size)
+        drawn, left = np.concatenate([noise, own], axis=3), list(still)
+        while pair := _tied_pair(matrix, drawn, left):
+            tied, to, times = pair
+            matrix[..., to] += times * matrix[..., tied]
+            matrix[..., tied] = 0.0
+            left.remove(tied)
+            factor[source == tied] *= times
+            source[source == tied] = to
+            kept = kept[kept != tied]
+    return Ties(kept, np.searchsorted(kept, source), factor)
+
+
+def _tied_pair(
+    matrix: FloatArray, drawn: FloatArray, still: Sequence[int]
+) -> tuple[int, int, float] | None:
+    """Coordinates i, j and c with z_i = c z_j at all times, to the last bit of all coefficients."""
+    for i, j in itertools.permutations(still, 2):
+        others = np.delete(matrix, [i, j], axis=3)
+        own, to = (
+            np.concatenate([others[:, :, k], drawn[:, :, k]], axis=2).reshape(-1) for k in (i, j)
+        )
+        used = np.flatnonzero(to)
+        factor = float(own[used[0]] / to[used[0]]) if used.size else 0.0
+        left = matrix[..., i, j] + factor * matrix[..., i, i]
+        right = factor * (matrix[..., j, j] + factor * matrix[..., j, i])
+        if factor and (own == factor * to).all() and (left == right).all():
+            return i, j, factor
+    return None
+
+
+def step_polynomial(
+    algorithm: Algorithm, times: NDArray[np.int64], still: tuple[int, ...] = ()
+) -> StepPolynomial | None:
     """Extract the polynomials of the steps at several times.
 
     Parameters
@@ -128,6 +277,8 @@ def step_polynomial(algorithm: Algorithm, times: NDArray[np.int64]) -> StepPolyn
         Linear method of a single chain.
     times : ndarray of int, shape (T,)
         As `TimeDependence.reduced` returns them, distinct.
+    still : tuple of int
+        As in `ties`: the polynomials are those of the coordinates that it keeps.
 
     Returns
     -------
@@ -141,13 +292,16 @@ def step_polynomial(algorithm: Algorithm, times: NDArray[np.int64]) -> StepPolyn
     if algorithm.time.update_never_repeats:
         parts = [_extracted(algorithm, times)] if algorithm.time.period == 1 else None
         return _joined(parts)
-    return _same(algorithm, tuple(int(t) for t in times)) if times.size <= KINDS else None
+    return _same(algorithm, tuple(times.tolist()), still) if times.size <= KINDS else None
 
 
 @functools.lru_cache(maxsize=256)
-def _same(algorithm: Algorithm, times: tuple[int, ...]) -> StepPolynomial | None:
+def _same(
+    algorithm: Algorithm, times: tuple[int, ...], still: tuple[int, ...]
+) -> StepPolynomial | None:
     """As `step_polynomial`, kept from one call to the next."""
-    return _joined([_extracted(algorithm, np.array([t]), t) for t in times])
+    found = _joined([_extracted(algorithm, np.array([t]), t) for t in times])
+    return found if found is None else found.without(ties(algorithm, still))
 
 
 #: Coefficients by product of powers, each of shape (T or 1, n, n + m + r), and m.
@@ -241,22 +395,11 @@ def _joined(found: list[_Terms | None] | None) -> StepPolynomial | None:
         [np.stack([terms.get(key, zero) for key in powers], axis=1) for terms, _ in parts]
     )
     n, m = whole.shape[2], parts[0][1]
-    used = whole[..., :n].any(axis=(0, 1))
-    row, column = np.nonzero(used)
-    noise, own = whole[..., n : n + m], whole[..., n + m :]
     for power, term in zip(powers, np.moveaxis(whole[..., n:], 1, 0), strict=True):
         if power[2] and term.any():
             return None  # noise that is multiplied by h
-    driven = np.flatnonzero(whole[..., n:].any(axis=(0, 1, 3)))
-    return StepPolynomial(
-        powers=np.array(powers, dtype=np.int64),
-        row=row,
-        column=column,
-        matrix=np.ascontiguousarray(whole[:, :, row, column]),
-        driven=driven,
-        noise=noise[:, :, driven],
-        own=own[:, :, driven],
-    )
+    abc = np.split(whole, [n, n + m], axis=3)
+    return StepPolynomial.of(np.array(powers, dtype=np.int64), *abc)
 
 
 @dataclass(frozen=True)
@@ -265,7 +408,7 @@ class StepTable:
 
     Attributes
     ----------
-    matrix : ndarray, shape (g, T, degree + 1, e)
+    matrix : ndarray, shape (g, T, 3, e)
         Coefficients of 1, h, h^2 of each entry of A.
     fixed : ndarray of bool, shape (e,)
         Whether an entry is the same in all T steps.
@@ -330,9 +473,9 @@ def step_table(
     StepTable
         Arrays over the groups and the T steps.
     """
-    degree, entries = polynomial.powers[:, 2].max(), polynomial.row.size
+    entries = polynomial.row.size
     i, j = lower(polynomial.driven.size)
-    matrix = np.zeros((*rates.shape[:2], degree + 1, entries))
+    matrix = np.zeros((*rates.shape[:2], 3, entries))
     drive, own = np.zeros((2, *rates.shape[:2], i.size))
     fixed = np.ones(entries, dtype=bool)
     tabulate(

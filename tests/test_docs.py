@@ -257,7 +257,11 @@ def test_the_bridges_that_were_measured_can_be_asked_for(tmp_path: Path) -> None
     pytest.importorskip("torch")
     from neural.bridge.pipeline import load_config
 
-    named = [(name, text) for name, text in blocks("toml") if name.startswith("bridge_networks-")]
+    named = [
+        (name, text)
+        for name, text in blocks("toml")
+        if name.startswith(("bridge_digits-", "bridge_images-", "bridge_networks-"))
+    ]
     texts = [text for _, text in named if "[problem]" not in text]
     assert len(texts) == 7
     path = tmp_path / "bridge.toml"

@@ -14,7 +14,8 @@ from nqm.gamma import check_gamma
 ITERATE = "iterate"
 #: Entry of the column `way` for independent runs, as opposed to late-phase members.
 INDEPENDENT = "runs"
-SAMPLING = ("with replacement", "shuffled")
+SHUFFLED = "shuffled"
+SAMPLING = ("with replacement", SHUFFLED)
 ADAM = "adam"
 OPTIMIZERS = ("sgd", ADAM)
 #: Largest relative error of the loss that the fluctuations of Adam's second moments may cause
@@ -174,7 +175,7 @@ class Training:
         NQMError
             If sampling is "shuffled" and the batch size does not divide the number of examples.
         """
-        if self.sampling == "shuffled" and examples % self.batch_size:
+        if self.sampling == SHUFFLED and examples % self.batch_size:
             raise NQMError(
                 f"shuffled epochs need a batch_size that divides the {examples} examples; got "
                 f"{self.batch_size}"
@@ -397,7 +398,7 @@ class BridgeConfig:
                 "batch_sizes must have one entry with optimizer = 'adam': second moments depend on "
                 "it; run one bridge for each"
             )
-        if self.sampling == "shuffled":
+        if self.sampling == SHUFFLED:
             raise NQMError("optimizer = 'adam' is predicted for sampling = 'with replacement' only")
         rate = 0.75 * (1.0 - self.beta2) / (1.0 + self.beta2)
         drift = 0.25 * (1.0 - self.beta2) ** 2 * self.steps

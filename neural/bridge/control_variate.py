@@ -23,10 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.bridge.config import Training
+from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.held_out import HeldOut
-from neural.bridge.iterate_averages import Running, TimeAverage, power
+from neural.bridge.iterate_averages import Running, TimeAverage
 from neural.bridge.prediction import expected_excess
+from neural.bridge.response import response
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.sgd_chains import minibatches
 from neural.curvature.cache import Cache
@@ -114,10 +115,10 @@ class ControlVariate:
         ndarray, shape (groups, times)
             In units of the loss; the expectation is zero.
         """
-        u = self.training.effective_lr * self.curvature
+        h = self.curvature
         variates = []
         for (means, loss), moment in zip(self._groups(z, when, members), when, strict=True):
-            left = power(u, moment) if isinstance(moment, int) else moment.left(u)
+            left = 1.0 - h * response(self.training, moment)(h)
             variates.append(loss + means @ (self.slope * left))
         return np.stack(variates, 1)
 
@@ -190,7 +191,7 @@ def measure_control_variate(
     rest = local.gradient
     curvature = np.concatenate([local.pairs.values, rest.values])
     chosen = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
-    if training.sampling == "shuffled" or not len(chosen):
+    if training.sampling == SHUFFLED or not len(chosen):
         return None
     if training.lr >= largest_stable_lr(local, training):
         return None

@@ -7,20 +7,18 @@ does not change this displacement. Its loss is the *floor*,
 
     1/2 f' psi^2 H f,      psi = (1 - (1 - lr H)^t) / H,
 
-after t steps, and 1/2 f' H^-1 f in the end; for an average over time psi is averaged with its
-weights. f is measured on the network, by mean gradients at both ends of random displacements of
-covariance S, and at both ends of half of each: 4/3 of their difference. For a smooth loss that is
-1/2 T:S. At kinks of the loss any scatter exerts a force, however narrow, and training without noise
-meets this force as well; it cancels in the difference. S is proportional to lr / B, f to S, and the
-floor to f squared: f is measured at the covariance of each training, and scaled with lr / B to
-other trainings near by.
+after t steps of SGD, and 1/2 f' H^-1 f in the end; heavy ball and averages over time have a psi of
+their own (`neural.bridge.response`). f is measured on the network, by mean gradients at both ends
+of random displacements of covariance S, and at both ends of half of each: 4/3 of their difference.
+For a smooth loss that is 1/2 T:S. At kinks of the loss any scatter exerts a force, however narrow,
+and training without noise meets this force as well; it cancels in the difference. S is proportional
+to lr / B, f to S, and the floor to f squared: f is measured at the covariance of each training, and
+scaled with lr / B to other trainings near by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.bridge.config import Training
-from neural.bridge.iterate_averages import TimeAverage, power
+from neural.bridge.config import SHUFFLED, Training
+from neural.bridge.response import Function, When, response
 from neural.bridge.scatter import displacements as displacements_of
+from neural.bridge.scatter import noise_age
 from neural.bridge.shared_base import SharedBaseQuadratic
+from neural.bridge.shuffled import order_force
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.local_quadratic import LocalQuadratic, vector
@@ -41,9 +41,6 @@ from nqm.errors import check_integer
 from nqm.progress import times
 
 FloatArray = NDArray[np.float64]
-Function = Callable[[FloatArray], FloatArray]
-#: A time: number of steps, or an average over time.
-When = float | TimeAverage
 
 
 @dataclass(frozen=True)
@@ -103,6 +100,10 @@ class Drift:
     slopes: Slopes
     loss_curvature: FloatArray | None = None
 
+    def _response(self, training: Training, when: When) -> Function:
+        """Response to a force that builds up with the scatter: it acts later by the noise's age."""
+        return response(training, when, noise_age(self.local, training))
+
     def floor(self, training: Training, when: When) -> float:
         """Loss caused by the drift in the mean of any number of members.
 
@@ -117,7 +118,7 @@ class Drift:
         -------
         float
         """
-        psi, h = response(training.effective_lr, when), self.local.pairs.values
+        psi, h = self._response(training, when), self.local.pairs.values
         first, second = (psi(h) * half for half in self.force_top)
         curved = h * second if self.loss_curvature is None else self.loss_curvature @ second
         value = first @ curved
@@ -138,10 +139,10 @@ class Drift:
         -------
         float
         """
-        psi = response(training.effective_lr, when)
+        pushed, descended = self._response(training, when), response(training, when)
 
         def function(h: FloatArray) -> FloatArray:
-            return psi(h) * (psi(h) * h - 1.0)
+            return pushed(h) * (descended(h) * h - 1.0)
 
         local = self.local
         force = 0.5 * (self.force_top[0] + self.force_top[1])
@@ -180,7 +181,7 @@ class Drift:
         -------
         first, second : ndarray, shape (p,)
         """
-        psi = response(training.effective_lr, training.steps if when is None else when)
+        psi = self._response(training, training.steps if when is None else when)
         pairs, scale = self.local.pairs, -training.noise_ratio(self.training)
         moved = []
         for top, rest in zip(self.force_top, self.force_rest, strict=True):
@@ -189,35 +190,6 @@ class Drift:
                 total = total + rest.apply(psi)
             moved.append(np.asarray(scale * total))
         return moved[0], moved[1]
-
-
-def response(lr: float, when: When) -> Function:
-    """Displacement by a constant unit force, psi(h) = (1 - (1 - lr h)^t) / h, by curvature h.
-
-    Parameters
-    ----------
-    lr : float
-        The effective learning rate.
-    when : float or TimeAverage
-        Number of steps t, or an average of psi over t.
-
-    Returns
-    -------
-    callable
-        psi; maps an array of curvatures h to an array of the same shape.
-    """
-    steps, age, left = (
-        (when.steps, when.age, when.left)
-        if isinstance(when, TimeAverage)
-        else (when, when, partial(power, steps=when))
-    )
-
-    def psi(h: FloatArray) -> FloatArray:
-        u = lr * h
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(np.abs(u) * steps < 1e-9, lr * age, (1.0 - left(u)) / h)
-
-    return psi
 
 
 def descent(local: LocalQuadratic, training: Training, when: When) -> float:
@@ -237,7 +209,7 @@ def descent(local: LocalQuadratic, training: Training, when: When) -> float:
     float
         At most 0 if no curvature is negative and the learning rate is stable.
     """
-    psi = response(training.effective_lr, when)
+    psi = response(training, when)
     h, _, g = local.points()
     return float(g @ (0.5 * psi(h) ** 2 * h - psi(h)))
 
@@ -246,7 +218,7 @@ def descended(local: LocalQuadratic, training: Training, when: When | None = Non
     """Displacement by noise-free gradient descent on the quadratic after a training, -psi g.
 
     Negative curvature is replaced by zero: the loss, unlike the quadratic, is bounded from below.
-    Where lr h is 2 or more, which is stable for heavy ball, descent is taken to have converged.
+    Beyond the edge of stability descent is taken to have converged.
 
     Parameters
     ----------
@@ -270,12 +242,11 @@ def descended(local: LocalQuadratic, training: Training, when: When | None = Non
 
 def _bounded_response(training: Training, when: When | None = None) -> Function:
     """The `response` of a loss that is bounded from below; see `descended`."""
-    lr = training.effective_lr
-    psi = response(lr, training.steps if when is None else when)
+    psi = response(training, training.steps if when is None else when)
+    edge = 2.0 * (1.0 + training.momentum) / training.lr
 
     def bounded(h: FloatArray) -> FloatArray:
-        within = psi(np.clip(h, 0.0, 2.0 / lr))
-        return np.where(lr * h < 2.0, within, 1.0 / np.maximum(h, 2.0 / lr))
+        return np.where(h < edge, psi(np.clip(h, 0.0, edge)), 1.0 / np.maximum(h, edge))
 
     return bounded
 
@@ -385,9 +356,12 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
                 beyond += np.array([outside @ outside, bent, outside @ odd])
             if progress is not None:
                 progress(4)
-        counts = np.array([[(displacements + 1) // 2], [displacements // 2]])
+        forces = halves / np.array([[(displacements + 1) // 2], [displacements // 2]])
+        # With a shared base the members' own minibatches act on the mean by less; not derived.
+        if training.sampling == SHUFFLED and not isinstance(local, SharedBaseQuadratic):
+            forces += order_force(risk.at(centre), local, training)
         return {
-            "forces": halves / counts,
+            "forces": forces,
             "displacements": moved,
             "differences": differences,
             "beyond": beyond,

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from torch import Tensor
 
-from neural.bridge.config import ITERATE, Plan
+from neural.bridge.config import ITERATE, SHUFFLED, Plan
 from neural.bridge.drift import descended, draw_index
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
@@ -266,7 +266,7 @@ def measure_held_out(
         noise cancels within an epoch: the covariance of the weights is not known there.
     """
     training = gaussian.training
-    if not gaussian.stable or training.sampling == "shuffled":
+    if not gaussian.stable or training.sampling == SHUFFLED:
         return {}
     kinds: dict[str, TimeAverage | None] = {ITERATE: None}
     kinds |= {average.name: average for average in plan.averages(training)}

@@ -4,8 +4,7 @@ An average a_t moves a fraction `share` of the way to the weights w_t after ever
 
     a_t = a_(t-1) + share(t) (w_t - a_(t-1)),      a_0 = w_0 the checkpoint.
 
-On a quadratic without noise, a displacement along curvature h is multiplied by (1 - lr h)^t in t
-steps. The displacement of the average is multiplied by the weighted mean of these powers: `left`.
+How the mean of the weights moves in an average is in `neural.bridge.response`.
 """
 
 from __future__ import annotations
@@ -71,25 +70,13 @@ class TimeAverage(ABC):
         kept = np.append(np.cumprod(1.0 - shares[:0:-1])[::-1], 1.0)
         return np.asarray(shares * kept)
 
-    @abstractmethod
-    def left(self, u: FloatArray) -> FloatArray:
-        """Mean of (1 - u)^t over t = 0 ... T with the average's weights.
-
-        Parameters
-        ----------
-        u : ndarray
-            Learning rate times curvature, lr h.
-
-        Returns
-        -------
-        ndarray, shape of `u`
-            Factor by which a displacement of the checkpoint is multiplied in the average.
-        """
-
     @property
     @abstractmethod
-    def age(self) -> float:
-        """Mean of t over t = 0 ... T with the average's weights, in steps."""
+    def phases(self) -> tuple[tuple[int, float, float], ...]:
+        """Phases of the run with (steps, keep, share), in which a step makes a keep + share w of a.
+
+        From a = 0 on, the value after the last step is that of the average.
+        """
 
     @abstractmethod
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
@@ -136,30 +123,11 @@ class TailMean(TimeAverage):
         """
         return 1.0 / (step - self.start) if step > self.start else 0.0
 
-    def left(self, u: FloatArray) -> FloatArray:
-        """Return (1 - u)^(s + 1) (1 - (1 - u)^n) / (n u), with s = T // 2 and n = T - s.
-
-        Parameters
-        ----------
-        u : ndarray
-            Learning rate times curvature, lr h.
-
-        Returns
-        -------
-        ndarray, shape of `u`
-            Mean of (1 - u)^t over the steps of the second half.
-        """
-        count = self.steps - self.start
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            # expm1 and log1p: 1 - (1 - u)^n would lose its digits at small u.
-            lost = np.where(u < 1.0, -np.expm1(count * np.log1p(-np.minimum(u, 1.0))), 0.0)
-            mean = np.where(u < 1.0, lost, 1.0 - power(u, count)) / (u * count)
-            return power(u, self.start + 1) * np.where(u == 0.0, 1.0, mean)
-
     @property
-    def age(self) -> float:
-        """Mean of t over the averaged steps, (s + 1 + T) / 2."""
-        return 0.5 * (self.start + 1 + self.steps)
+    def phases(self) -> tuple[tuple[int, float, float], ...]:
+        """The first half, of which nothing is kept, and the second, with equal weights."""
+        count = self.steps - self.start
+        return (self.start, 0.0, 0.0), (count, 1.0, 1.0 / count)
 
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
         """Return a program with a phase of the optimizer, then a phase of `nqm.SWA`.
@@ -215,32 +183,10 @@ class ExponentialMean(TimeAverage):
         """
         return 1.0 - self.decay
 
-    def left(self, u: FloatArray) -> FloatArray:
-        """Return beta^T + (1 - beta) r (r^T - beta^T) / (r - beta), with r = 1 - u.
-
-        Parameters
-        ----------
-        u : ndarray
-            Learning rate times curvature, lr h.
-
-        Returns
-        -------
-        ndarray, shape of `u`
-            Mean of (1 - u)^t over all steps with exponential weights.
-        """
-        r, beta, steps = 1.0 - u, self.decay, self.steps
-        gap = r - beta
-        same = np.abs(gap) < 1e-9
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            apart = (power(u, steps) - beta**steps) / np.where(same, 1.0, gap)
-            sum_of_powers = np.where(same, steps * beta ** (steps - 1), apart)
-            return beta**steps + (1.0 - beta) * r * sum_of_powers
-
     @property
-    def age(self) -> float:
-        """Mean of t with exponential weights, T - beta (1 - beta^T) / (1 - beta)."""
-        beta = self.decay
-        return self.steps - beta * (1.0 - beta**self.steps) / (1.0 - beta)
+    def phases(self) -> tuple[tuple[int, float, float], ...]:
+        """One phase of all steps."""
+        return ((self.steps, self.decay, 1.0 - self.decay),)
 
     def program(self, method: Optimizer, lr: float, batch_size: float) -> Program:
         """Return a program with one phase of `nqm.EMA`.
@@ -295,22 +241,3 @@ class Running:
         for average in self.averages:
             if share := average.share(step):
                 self.values[average.name].lerp_(weights, share)
-
-
-def power(u: FloatArray, steps: float) -> FloatArray:
-    """Compute (1 - u)^steps, accurately also at small u.
-
-    Parameters
-    ----------
-    u : ndarray
-        Learning rate times curvature.
-    steps : float
-        Whole number of steps.
-
-    Returns
-    -------
-    ndarray, shape of `u`
-    """
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        small = np.exp(steps * np.log1p(-np.minimum(u, 1.0)))
-        return np.where(u < 1.0, small, (1.0 - u) ** round(steps))

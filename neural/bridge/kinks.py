@@ -17,7 +17,7 @@ displacements, and at both ends of half of each, which is the width for K = 4.
 Assumption: the density of kinks grows by the same amount with every halving of the distance. Then
 the curvature added by kinks, and their loss divided by the width squared, grow by the same amount
 with every halving of the width. On the network where this was measured (CIFAR-10, in
-`docs/bridge_networks.md`) it holds over three halvings.
+`docs/bridge_images.md`) it holds over three halvings.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from neural.bridge.config import Training
+from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.drift import descent
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
@@ -227,7 +227,7 @@ def expected_excess(
         not tell the correlation between the steps of an epoch.
     """
     method, lr, size = training.algorithm, training.lr, training.batch_size
-    shuffled = training.sampling == "shuffled"
+    shuffled = training.sampling == SHUFFLED
     steps = sorted({when for when in at if isinstance(when, int)})
     known: dict[int, float] = {}
     if steps:

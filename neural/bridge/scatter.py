@@ -12,9 +12,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from neural.bridge.config import Training
+from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.shared_base import SharedBaseQuadratic
+from neural.bridge.shuffled import scatter_sums
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
@@ -51,6 +52,8 @@ def covariance(
     u = lr * local.pairs.values
     if average is not None:
         sums = _averaged_sums(u, training, average, joint=True)
+    elif training.sampling == SHUFFLED:
+        sums = scatter_sums(_responses(u, training), local.examples, training)
     elif training.momentum:
         sums = _heavy_ball_sums(u, training, joint=True)
     else:
@@ -76,7 +79,10 @@ def rest_trace(local: LocalQuadratic, training: Training) -> float:
     if not local.draws:
         return 0.0
     lr = training.effective_lr
-    squares = [draw.amplitudes**2 @ noise_sums(lr * draw.values, training) for draw in local.draws]
+    squares = [
+        draw.amplitudes**2 @ noise_sums(lr * draw.values, training, local.examples)
+        for draw in local.draws
+    ]
     return local.draw_scale * lr**2 / training.batch_size * float(np.mean(squares))
 
 
@@ -141,7 +147,7 @@ def displacements(
         moved = vectors @ (turn @ (root * (turn.T @ normal)))
         if local.draws and len(local.draws[0].values):
             noise = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
-            sums = noise_sums(lr * noise.values, training, average)
+            sums = noise_sums(lr * noise.values, training, local.examples, average)
             moved = moved + noise.vectors @ (np.sqrt(scale * sums) * noise.amplitudes)
         return np.asarray(moved)
 
@@ -166,7 +172,9 @@ def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
     return float(stability_edge(local.problem(), training.algorithm))
 
 
-def noise_sums(u: FloatArray, training: Training, average: TimeAverage | None = None) -> FloatArray:
+def noise_sums(
+    u: FloatArray, training: Training, examples: int, average: TimeAverage | None = None
+) -> FloatArray:
     """Variance that the training's noisy steps accumulate, in units of the variance of one step.
 
     For SGD it is the sum over t < steps of (1 - lr h)^(2t).
@@ -176,7 +184,9 @@ def noise_sums(u: FloatArray, training: Training, average: TimeAverage | None = 
     u : ndarray
         Effective learning rate times curvature, lr h.
     training : Training
-        Gives momentum and number of steps.
+        Gives momentum, number of steps and sampling.
+    examples : int
+        Number of examples of a shuffled epoch.
     average : TimeAverage, optional
         See `covariance`.
 
@@ -186,11 +196,64 @@ def noise_sums(u: FloatArray, training: Training, average: TimeAverage | None = 
     """
     if average is not None:
         return _averaged_sums(u, training, average, joint=False)
+    if training.sampling == SHUFFLED:
+        return np.diag(scatter_sums(_responses(u, training), examples, training))
     if training.momentum:
         return _heavy_ball_sums(u, training, joint=False)
     r, steps = (1.0 - u) ** 2, training.steps
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(np.abs(1.0 - r) < 1e-12, float(steps), (1.0 - r**steps) / (1.0 - r))
+
+
+def _responses(u: FloatArray, training: Training) -> FloatArray:
+    """Displacement by unit noise after every step, with the effective rate, (steps, k)."""
+    beta = training.momentum
+    rows = np.empty((training.steps, len(u)))
+    before, now = np.zeros(len(u)), np.full(len(u), 1.0 - beta)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for row in rows:
+            row[:] = now
+            before, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * before
+    return rows
+
+
+def noise_age(local: LocalQuadratic, training: Training) -> float:
+    """Mean age of the noise that a training's scatter consists of at its end, weighted by its loss.
+
+    With S(s) the scatter after s of T steps it is the sum over s < T of
+    1 - tr(H S(s)) / tr(H S(T)): a force proportional to tr(H S(s)) has moved a flat direction as
+    far as one that has its final strength, but begins so many steps later.
+
+    Parameters
+    ----------
+    local : LocalQuadratic
+        Gives curvature and noise; of late-phase members, those of their mean.
+    training : Training
+        Gives learning rate, momentum and number of steps.
+
+    Returns
+    -------
+    float
+        In steps, from 1 to (T + 1) / 2 without momentum; 0 if nothing scatters, or beyond the edge
+        of stability.
+    """
+    h, v, _ = local.points()
+    if training.sampling == SHUFFLED:  # after one epoch the scatter has settled
+        return 0.0
+    h, v = h[h > 0.0], v[h > 0.0]
+    beta = training.momentum
+    c = 1.0 + beta - training.lr * h
+    # State: squares and product of the last two r (see `_heavy_ball_sums`), S(s), sum of earlier S.
+    step = np.zeros((len(h), 5, 5))
+    step[:, 0, 0], step[:, 0, 1], step[:, 0, 2] = c**2, -2.0 * c * beta, beta**2
+    step[:, 1, 0], step[:, 1, 1] = c, -beta
+    step[:, 2, 0] = 1.0
+    step[:, 3, 0], step[:, 3, 3] = 1.0, 1.0
+    step[:, 4, 3], step[:, 4, 4] = 1.0, 1.0
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        after = np.linalg.matrix_power(step, training.steps)[..., 0]
+        age = training.steps - np.divide(*(h * v @ after[:, 4:2:-1]))
+    return float(age) if np.isfinite(age) else 0.0
 
 
 def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArray:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from neural.bridge.adam import AdamRuns
-from neural.bridge.config import ADAM, Training
+from neural.bridge.config import ADAM, SHUFFLED, Training
 from neural.curvature.examples import EachRow, joined
 from neural.curvature.memory import fitting
 from neural.curvature.risk import EmpiricalRisk
@@ -148,7 +148,7 @@ def minibatches(examples: int, training: Training, key: tuple[int, int]) -> Iter
     generator = torch.Generator().manual_seed(key[0] * 1_000_003 + key[1])
     size = training.batch_size
     training.check(examples)
-    if training.sampling != "shuffled":
+    if training.sampling != SHUFFLED:
         while True:
             yield torch.randint(examples, (size,), generator=generator)
     while True:

@@ -940,6 +940,44 @@ class EmpiricalRisk:
             blocks = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
             yield from self._over_batches(EachRow(gradient).of, blocks)
 
+    def example_products(self, directions: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean product of every example's own Hessian with a direction of its own.
+
+        Parameters
+        ----------
+        directions : callable
+            Maps gradients of examples, shape (b, p), to their directions, shape (b, p).
+
+        Returns
+        -------
+        Tensor, shape (p,)
+            Without weight decay.
+        """
+        gradients, total = self.example_gradients(), torch.zeros_like(self.weights)
+        for batch in self.batches:
+            tensors, make = rows(batch)
+
+            def product(v: Tensor, *row: Tensor, make: MakeBatch = make) -> Tensor:
+                alone = make([tensor[None] for tensor in row])
+                return _slope(grad(lambda w: self._losses(w, alone)[0]), self.weights, v)
+
+            each, one_by_one = EachRow(product), EachRow(product)
+            one_by_one.together, start = False, 0
+            while start < len(tensors[0]):
+                own = directions(next(gradients))
+                block: Any = (own, *(tensor[start : start + len(own)] for tensor in tensors))
+                (products,) = self._over_batches(each.of, [block])
+                if not start:  # as in `curvature_products`
+                    head: Any = tuple(part[:1] for part in block)
+                    (alone,) = self._over_batches(one_by_one.of, [head])
+                    room = 1e-7 if alone.dtype == torch.float64 else 1e-3
+                    if float((products[0] - alone[0]).norm()) > room * float(alone.norm()):
+                        each = one_by_one
+                        (products,) = self._over_batches(each.of, [block])
+                total += products.sum(0)
+                start += len(own)
+        return total / self.examples
+
 
 def _check_weights(weights: dict[str, nn.Parameter]) -> None:
     """Raise NQMError unless all weights are float32 or float64, alike and on one device."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -127,6 +127,8 @@ class Grid:
         Indices of the cells, rising, less that of the first.
     rows : ndarray of int, shape (names, L)
         Which of `values` each cell has.
+    fitting : dict
+        What `Alike.takes` has found out.
     """
 
     axes: tuple[str, ...]
@@ -135,6 +137,7 @@ class Grid:
     texts: tuple[list[str], ...]
     offset: NDArray[np.int64]
     rows: NDArray[np.int64]
+    fitting: dict[Any, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -306,17 +309,26 @@ class Alike:
         """
         for phase, entry in {place[:2] for place in self.places if place.part is not None}:
             rows = [i for i, place in enumerate(self.places) if place[:2] == (phase, entry)]
-            distinct = np.unique(grid.rows[rows], axis=1).T.tolist()
             of, steps = self._schedule(phase, entry), self.run.program.phases[phase].steps
-            segments = list(of.segments(steps))
-            for cell in distinct:
-                values = [grid.values[i][j] for i, j in zip(rows, cell, strict=True)]
-                try:
-                    made = self._made(of, rows, values)
-                except NQMError:
-                    return False
-                if list(made.segments(steps)) != segments:
-                    return False
+            # Asked for whenever a sweep goes through its cells, and for every group of them.
+            asked = of, steps, tuple(rows)
+            if asked not in grid.fitting:
+                grid.fitting[asked] = self._fit(grid, rows, of, steps)
+            if not grid.fitting[asked]:
+                return False
+        return True
+
+    def _fit(self, grid: Grid, rows: list[int], of: Schedule, steps: int) -> bool:
+        """Whether one rate of a phase is a schedule in every cell, with the segments of `of`."""
+        segments = list(of.segments(steps))
+        for cell in np.unique(grid.rows[rows], axis=1).T.tolist():
+            values = [grid.values[i][j] for i, j in zip(rows, cell, strict=True)]
+            try:
+                made = self._made(of, rows, values)
+            except NQMError:
+                return False
+            if list(made.segments(steps)) != segments:
+                return False
         return True
 
     def keys(self, texts: Sequence[Sequence[str]]) -> list[str]:

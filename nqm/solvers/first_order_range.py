@@ -235,9 +235,9 @@ class _Members:
             driven = np.where(p == q, steps * many_p / p, (many_q - many_p) / (q - p))
             held = np.where(p == 1.0, steps, (1.0 - many_p) / (1.0 - p))
             push = settled * held + (self.apart - settled) * driven
-        self.pushed = many_p * self.pushed - kb * h * np.where(kb * h > 0.0, push, 0.0)
-        self.apart = settled + (self.apart - settled) * many_q
-        self.mean = np.abs(many_p) * self.mean
+            self.pushed = many_p * self.pushed - kb * h * np.where(kb * h > 0.0, push, 0.0)
+            self.apart = settled + (self.apart - settled) * many_q
+            self.mean = np.abs(many_p) * self.mean
         self.settings = settings
 
     def error(self, second: FloatArray) -> float:

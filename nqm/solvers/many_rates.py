@@ -1,9 +1,9 @@
 """Exact moments of programs that differ in their rates alone, in one call.
 
-Their directions are put side by side, as the directions of one problem; where rates are constant,
-with factors on its rates. Where they are not, all programs are walked together.
-All that `nqm.solvers.moments` does to a direction is the same there, to the last bit; sums over
-directions are taken for each program by itself.
+Their directions are put side by side, as the directions of one problem, each with its own rates,
+and all programs are visited together (`nqm.solvers.moments.visit`). What is done to a direction
+does not depend on the others, to the last bit; sums over directions are taken for each program by
+itself.
 """
 
 from __future__ import annotations
@@ -17,27 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nqm.algorithms.base import Algorithm
+from nqm.algorithms.multiplicative import MultiplicativeLatePhase
 from nqm.problems.least_squares import LeastSquares
 from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program
-from nqm.result import Kind, Status, runaway
+from nqm.result import WITHIN_RANGE, Kind, Status, runaway
 from nqm.schedule import Constant, Schedule
-from nqm.solvers.moments import (
-    CHUNK,
-    SMALL,
-    TABLE,
-    Law,
-    Moments,
-    Walker,
-    at_start,
-    check_sizes,
-    hand_over,
-    law_of,
-)
-from nqm.solvers.polynomial_walk import polynomials, square_weight
-from nqm.step_polynomial import KINDS
-from nqm.transition import spectral_radius
+from nqm.solvers import moving_window
+from nqm.solvers.first_order_range import first_order_errors
+from nqm.solvers.moments import CHUNK, SMALL, TABLE, Law, check_sizes, law_of, visit
+from nqm.transition import embedding
 from nqm.words import short_html, short_repr
 
 
@@ -53,6 +42,10 @@ class Losses:
         See `nqm.result.Trajectory`.
     lost : ndarray of bool
         Whether the status is DIVERGED.
+    in_range : ndarray of bool
+        As of `Trajectory`.
+    kind : Kind
+        Of every program.
     """
 
     steps: NDArray[np.int64]
@@ -63,6 +56,8 @@ class Losses:
     variance: FloatArray
     loss_sd: FloatArray
     lost: NDArray[np.bool_]
+    in_range: NDArray[np.bool_]
+    kind: Kind
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -76,13 +71,11 @@ class Losses:
             Values by name, in the order of the table.
         """
         steps, examples = self.steps.tolist(), self.examples.tolist()
-        zeros, kind = [0.0] * len(steps), [str(Kind.EXACT)] * len(steps)
-        inside = [True] * len(steps)
+        zeros, kind = [0.0] * len(steps), [str(self.kind)] * len(steps)
         words = str(Status.FINISHED), str(Status.DIVERGED)
-        parts = self.loss, self.member_loss, self.bias, self.variance, self.loss_sd, self.lost
-        for loss, member, bias, variance, sd, lost in zip(
-            *(part.tolist() for part in parts), strict=True
-        ):
+        parts = self.loss, self.member_loss, self.bias, self.variance, self.loss_sd
+        rows = zip(*(part.tolist() for part in (*parts, self.lost, self.in_range)), strict=True)
+        for loss, member, bias, variance, sd, lost, inside in rows:
             yield {
                 "step": steps,
                 "examples": examples,
@@ -114,9 +107,9 @@ def fits(problem: Problem | LeastSquares, program: Program, at: list[int]) -> bo
     Returns
     -------
     bool
-        Whether directions are independent, all methods linear and of few coordinates, the same in
-        all directions; and every stretch of a phase has steps that are all the same, or rates that
-        never repeat in steps that are polynomials.
+        Whether directions are independent, all methods have moments of their own in each of them,
+        exact or to first order, and few coordinates, and no average of a long window is computed
+        by runs of its own.
 
     Raises
     ------
@@ -125,30 +118,21 @@ def fits(problem: Problem | LeastSquares, program: Program, at: list[int]) -> bo
     """
     if isinstance(problem, LeastSquares) or problem.correlated or problem.expected_losses_only:
         return False
-    if not all(_phase_fits(problem, phase) for phase in program.phases):
+    only = program.phases[0].algorithm
+    if len(program.phases) == 1 and isinstance(only, MultiplicativeLatePhase) and only.scalar:
         return False
-    check_sizes(problem, [law_of(phase, problem) for phase in program.phases], at, jump=True)
-    return True
+    if moving_window.fits(problem, program):
+        return False
+    laws = [law_of(phase, problem) for phase in program.phases]
+    check_sizes(problem, laws, at, jump=True)
+    return all(_law_fits(law) for law in laws)
 
 
-def _phase_fits(problem: Problem, phase: Phase) -> bool:
-    algorithm = phase.algorithm
-    return (
-        isinstance(algorithm, Algorithm)
-        and all(len(mode.algorithm.coordinates) <= SMALL for mode in algorithm.modes())
-        and algorithm.member_mask(problem) is None
-        and all(
-            period == 1 if phase.still(start, stop) else period is None and _walks(phase)
-            for start, stop, period in phase.segments()
-        )
-    )
-
-
-def _walks(phase: Phase) -> bool:
-    """Whether all steps are polynomials in the rates."""
-    algorithm: Any = phase.algorithm
-    times = algorithm.time.reduced(np.arange(min(phase.steps, KINDS + 1)))
-    return all(polynomials(mode, times) is not None for mode in algorithm.modes())
+def _law_fits(law: Law) -> bool:
+    chains = [mode.algorithm for mode in law.algorithm.modes()]
+    # Where members exist in some directions alone, their spread is not known of all programs.
+    spread = law.scales is not None and any(embedding(chain)[1].any() for chain in chains)
+    return not spread and all(len(chain.coordinates) <= SMALL for chain in chains)
 
 
 def most(problem: Problem, program: Program) -> int:
@@ -166,8 +150,14 @@ def most(problem: Problem, program: Program) -> int:
     int
         At least 1.
     """
-    walked = max((0 if phase.constant else phase.steps for phase in program.phases), default=0)
-    numbers = 16 * problem.directions + 4 * min(walked, TABLE)
+    walked, composed = 0, 0
+    for phase in program.phases:
+        walked = max(walked, 0 if phase.constant else phase.steps)
+        lengths = [period for _, _, period in phase.segments() if period is not None]
+        chains = [mode.algorithm for mode in law_of(phase, problem).algorithm.modes()]
+        matrix = max(len(chain.coordinates) for chain in chains) ** 2
+        composed = max(composed, max(lengths, default=0) * matrix * problem.directions)
+    numbers = 16 * problem.directions + 4 * min(walked, TABLE) + min(composed, CHUNK)
     return max(1, min(1000, CHUNK // numbers))
 
 
@@ -198,54 +188,44 @@ def solve_rates(
         Of all programs.
     """
     count = len(rates[0][0])
-    stacked = _stacked(problem, count)
     laws = [law_of(phase, problem) for phase in program.phases]
-    sums = np.zeros((len(at), 2, count, 4))
-    unstable = np.zeros((len(at), count), dtype=bool)
-    pending, row, offset, age = list(at), 0, 0, 0
-    shape = count, problem.directions
-    states = at_start(laws[0].algorithm, stacked)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for index, (law, rate) in enumerate(zip(laws, rates, strict=True)):
-            if index:
-                states, age = hand_over(stacked, states, laws[index - 1], law, age)
-            # Every mode asks for the same ones.
-            settings = functools.lru_cache(maxsize=1)(partial(_settings, law.phase, rate))
-            walking = Walker(stacked, law, states, age, count, settings)
-            if pending and pending[0] == 0:
-                row, _ = 1, pending.pop(0)
-                sums[0, : len(states)] = _read(problem, states, age, shape)
-            for start, stop, period in law.phase.segments():
-                before = _losses(problem, states[0], age + start, shape)
-                walker, unsteady = walking, None
-                if period is not None:
-                    own = _law(law, settings(start, start + 1)[:, 0], problem.directions)
-                    walker = Walker(stacked, own, states, age)
-                legs = walking.legs((start, stop, period), offset, pending, jump=True)
-                for position, target, records in legs:
-                    here = slice(row, row + len(records))
-                    if period is None:
-                        seen = walking.walk(position, target, at=records)
-                        for mode, found in enumerate(seen):
-                            sums[here, mode] = found.sums
-                    else:
-                        _jump(walker, position, target, start, count)
-                        if records:
-                            sums[row, : len(states)] = _read(problem, states, age + target, shape)
-                    if records and period is not None:
-                        if unsteady is None:
-                            unsteady = _unsteady(problem, walker, start, shape)
-                        loss = sums[row, 0, :, :2].sum(axis=1) + sums[row, 0, :, 2]
-                        unstable[row] = unsteady & ~(loss <= before)
-                    row += len(records)
-            offset, age = offset + law.phase.steps, age + law.phase.steps
-        bias, variance = sums[:, 0, :, :2].sum(axis=2), sums[:, 0, :, 2]
-        loss = bias + variance
-        member = loss + sums[:, 1, :, :3].sum(axis=2) if len(states) > 1 else loss
-        lost = ~np.isfinite(loss) | (loss > runaway(problem, program)) | unstable
-        loss_sd = np.sqrt(sums[:, 0, :, 3])
-    steps, examples = np.array(at, dtype=np.int64), program.examples(at)
-    return Losses(steps, examples, loss.T, member.T, bias.T, variance.T, loss_sd.T, lost.T)
+    # Every mode asks for the same ones.
+    settings = [
+        functools.lru_cache(maxsize=1)(partial(_settings, phase, own))
+        for phase, own in zip(program.phases, rates, strict=True)
+    ]
+    found = visit(_stacked(problem, count), laws, at, settings, count, moments=not program.linear)
+    one = {name: values.T for name, values in found.losses.items()}
+    with np.errstate(invalid="ignore"):
+        lost = ~np.isfinite(one["loss"]) | (one["loss"] > runaway(problem, program))
+    inside = np.ones((count, len(at)), dtype=bool)
+    if not program.linear:
+        second = (found.mean**2 + found.variance).reshape(len(at), count, -1)
+        for i in range(count):
+            own_program = _program(program, rates, i)
+            errors = first_order_errors(problem, own_program, at, second[:, i])
+            inside[i] = errors <= WITHIN_RANGE
+    return Losses(
+        steps=np.array(at, dtype=np.int64),
+        examples=program.examples(at),
+        kind=Kind.EXACT if program.linear else Kind.FIRST_ORDER,
+        loss=one["loss"],
+        member_loss=one["member_loss"],
+        bias=one["bias"],
+        variance=one["variance"],
+        loss_sd=one["stated_sd"],
+        lost=lost | one["unstable"],
+        in_range=inside,
+    )
+
+
+def _program(program: Program, rates: Sequence[Rates], i: int) -> Program:
+    """The program of number i."""
+    phases = []
+    for phase, (lr, member_lr) in zip(program.phases, rates, strict=True):
+        own = None if phase.member_lr is None else member_lr[i]
+        phases.append(replace(phase, lr=lr[i], member_lr=own))
+    return Program(tuple(phases))
 
 
 def _stacked(problem: Problem, count: int) -> Problem:
@@ -280,68 +260,3 @@ def _settings(phase: Phase, rates: Rates, start: int, stop: int) -> FloatArray:
         else:
             whole[:, :, i] = [schedule(steps) for schedule in given]
     return whole
-
-
-def _law(law: Law, rates: FloatArray, directions: int) -> Law:
-    """The law of a phase with rate 1, and with the rates as factors."""
-    used = law.algorithm.rate_count
-    scales = [np.ones(directions)] * used if law.scales is None else law.scales
-    factors = [np.outer(rates[:, i], scales[i]).reshape(-1) for i in range(used)]
-    member_lr = None if law.phase.member_lr is None else 1.0
-    return Law(replace(law.phase, lr=1.0, member_lr=member_lr), law.algorithm, tuple(factors))
-
-
-def _jump(walker: Walker, position: int, target: int, start: int, count: int) -> None:
-    """Take equal steps; a program at rest stays there even if its matrix overflows."""
-    resting = []
-    for state in walker.states:
-        moving = state.mean.any(axis=1) | state.started.any(axis=(1, 2))
-        resting.append(np.repeat(~moving.reshape(count, -1).any(axis=1), moving.size // count))
-    walker.jump(position, target, start, 1)
-    for state, rest in zip(walker.states, resting, strict=True):
-        if rest.any():
-            state.mean[rest], state.started[rest] = 0.0, 0.0
-
-
-def _weights(
-    states: Moments, age: int, shape: tuple[int, int]
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Moments of the evaluated weights, (L, d) each."""
-    mean, started, noisy = (part.reshape(shape) for part in states.weights(age))
-    return mean, started, noisy
-
-
-def _losses(problem: Problem, state: Moments, age: int, shape: tuple[int, int]) -> FloatArray:
-    mean, started, noisy = _weights(state, age, shape)
-    return np.array([problem.weight @ row for row in mean**2 + started + noisy])
-
-
-def _read(problem: Problem, states: list[Moments], age: int, shape: tuple[int, int]) -> FloatArray:
-    """Sums of `nqm.solvers.polynomial_walk.Seen` for every mode and program, (modes, L, 4)."""
-    weight, square = problem.weight, square_weight(problem)
-    out = np.empty((len(states), shape[0], 4))
-    for mode, state in enumerate(states):
-        mean, started, noisy = _weights(state, age, shape)
-        variance, squared = started + noisy, mean**2
-        scatter = variance * (0.5 * variance + squared)
-        # One by one, as a product of matrices need not round as that of its rows.
-        for i in range(shape[0]):
-            out[mode, i] = (
-                weight @ squared[i],
-                weight @ started[i],
-                weight @ noisy[i],
-                square @ scatter[i],
-            )
-    return out
-
-
-def _unsteady(
-    problem: Problem, walker: Walker, start: int, shape: tuple[int, int]
-) -> NDArray[np.bool_]:
-    """Whether each program amplifies some direction that has curvature."""
-    curved, found = problem.curvature > 0, np.zeros(shape[0], dtype=bool)
-    for state in walker.states:
-        matrix = walker.cycle(state.mode, start, 1).matrix
-        matrix = matrix.reshape(*shape, *matrix.shape[1:])[:, curved]
-        found |= (spectral_radius(matrix) > 1.0 + 1e-12).any(axis=1)
-    return found

@@ -28,7 +28,7 @@ from nqm.solvers._kernels.polynomial_steps import WIDE
 from nqm.solvers._kernels.powers import compose_exact, power_exact
 from nqm.solvers.first_order_range import first_order_errors
 from nqm.solvers.multiplicative_scalar import scalar_first_order
-from nqm.solvers.polynomial_walk import Lanes, Seen, State, Steps, walk
+from nqm.solvers.polynomial_walk import Layout, Seen, State, Steps, walk
 from nqm.transition import (
     Transition,
     embedding,
@@ -72,7 +72,8 @@ class Moments:
 
     `started` is the covariance that the random start causes (without gradient noise), `noisy` the
     one that gradient noise causes. They are separate because a difference would lose digits.
-    `root` (d, n) is a vector u with `started` = u u', as long as one is known.
+    `root` (d, n) is a vector u with `started` = u u', as long as one is known. `still` holds the
+    coordinates that were 0 when the method started (`nqm.step_polynomial.ties`).
     """
 
     mode: Mode
@@ -80,6 +81,7 @@ class Moments:
     started: FloatArray
     noisy: FloatArray
     root: FloatArray | None = None
+    still: tuple[int, ...] = ()
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -134,8 +136,9 @@ class Law:
             Its curvatures are used.
         mode : Mode
             Mean model or member deviation.
-        settings : ndarray, shape (rows, rates + 1)
-            Rates, then the batch size, of each row.
+        settings : ndarray, shape (rows, rates + 1) or (rows, d, rates + 1)
+            Rates, then the batch size, of each row; of each direction, if several programs lie
+            side by side, which have one batch size.
         t : int or ndarray
             Time of the step, reduced modulo the period.
         exact : bool
@@ -148,12 +151,16 @@ class Law:
         share : ndarray, shape (rows, 1)
             Noise variance of the mode relative to that of one example's gradient.
         """
-        rates: Any = tuple(settings[:, [i]] for i in range(settings.shape[1] - 1))
+        if settings.ndim == 2:
+            settings = settings[:, None]
+        rates: Any = tuple(settings[..., i] for i in range(settings.shape[2] - 1))
         if self.scales is not None:
-            rates = tuple(rate * scale for rate, scale in zip(rates, self.scales, strict=True))
+            copies = problem.directions // self.scales[0].size
+            scales = [np.tile(scale, copies) for scale in self.scales]
+            rates = tuple(rate * scale for rate, scale in zip(rates, scales, strict=True))
         lr = rates if self.algorithm.rate_count == 2 else rates[0]
         transition = extract(mode.algorithm, problem.curvature[None, :], lr, t, exact=exact)
-        return transition, mode.noise_share / settings[:, [-1]]
+        return transition, mode.noise_share / settings[:, :1, -1]
 
     def step(
         self, problem: Problem, mode: Mode, settings: FloatArray, t: Any, *, exact: bool = False
@@ -239,19 +246,30 @@ def begin(
     states = []
     for mode in algorithm.modes():
         draws, normals = embedding(mode.algorithm)
-        outer = draws @ draws.T
+        outer, origin = draws @ draws.T, origins(mode.algorithm)
         alone = draws.shape[1] == 1 and not normals.any()
-        origin = np.outer(-problem.minimum, origins(mode.algorithm))
+        first, begun = np.outer(mean, draws.sum(axis=1)), started[:, None, None] * outer
+        if origin.any():
+            first += np.outer(-problem.minimum, origin)
+        if normals.any():
+            begun += _fresh(algorithm, problem, normals)
         states.append(
             Moments(
                 mode,
-                np.outer(mean, draws.sum(axis=1)) + origin,
-                started[:, None, None] * outer + _fresh(algorithm, problem, normals),
-                noisy[:, None, None] * outer,
+                first,
+                begun,
+                noisy[:, None, None] * outer if noisy.any() else np.zeros_like(begun),
                 np.outer(np.sqrt(started), draws) if alone else None,
+                _still(draws, normals, origin),
             )
         )
     return states
+
+
+def _still(*parts: FloatArray) -> tuple[int, ...]:
+    """Coordinates that start at 0, as all these coefficients of theirs are 0."""
+    moved = np.column_stack(parts).any(axis=1)
+    return tuple(np.flatnonzero(~moved).tolist())
 
 
 def _fresh(algorithm: Algorithm, problem: Problem, normals: FloatArray) -> FloatArray:
@@ -311,7 +329,11 @@ def hand_over(
     kept = goes_on(old.phase, new.phase)
     if kept and old.algorithm.coordinates == new.algorithm.coordinates:
         modes = new.algorithm.modes()
-        return [replace(state, mode=mode) for mode, state in zip(modes, states, strict=True)], age
+        # Coordinates that were tied may differ once other steps begin.
+        return [
+            replace(state, mode=mode, still=state.still if mode == state.mode else ())
+            for mode, state in zip(modes, states, strict=True)
+        ], age
     if not kept:
         check_own_starts(new.algorithm)
     fresh = begin(new.algorithm, problem, *states[0].weights(age))
@@ -347,8 +369,9 @@ def _carry(
     """Set `start` from `state`: [kept; new coordinates] = lift @ state + fresh noise."""
     old, new = state.mode.algorithm, start.mode.algorithm
     lift, normals = resumption(old, new, age)
-    origin = np.outer(-problem.minimum, origins(new, old.coordinates))
-    start.mean = np.ascontiguousarray(state.mean @ lift.T + origin)
+    origin = origins(new, old.coordinates)
+    start.mean = np.ascontiguousarray(state.mean @ lift.T + np.outer(-problem.minimum, origin))
+    start.still = _still(lift, normals, origin)
     started, noisy = (
         np.einsum("ij,djk,lk->dil", lift, part, lift) for part in (state.started, state.noisy)
     )
@@ -358,10 +381,11 @@ def _carry(
 
 
 class Walker:
-    """Advances all modes through one phase, of one program or, by `walk`, of several.
+    """Advances all modes through one phase, of one program or of several side by side.
 
     `problem` holds the directions of all programs then, one after the other, and `settings` (steps
-    [start, stop) -> (programs, stop - start, rates + 1)) their rates.
+    [start, stop) -> (programs, stop - start, rates + 1)) their rates. `moments` tells whether those
+    by direction are recorded.
     """
 
     def __init__(
@@ -372,13 +396,45 @@ class Walker:
         age: int,
         programs: int = 1,
         settings: Callable[[int, int], FloatArray] | None = None,
+        *,
+        moments: bool = True,
     ):
         self.problem, self.law, self.states, self.age = problem, law, states, age
-        self.programs = programs
+        self.programs, self.directions = programs, problem.directions // programs
         self.settings = settings or (lambda *steps: law.phase.settings(*steps)[None])
+        self.moments = moments
         self.cycle_start = -1
         self.cycles: list[Map] = []
         self.many, self.powers = 0, self.cycles
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        """Settings of all programs at the steps [start, stop), in one row for each step."""
+        return self.settings(start, stop).swapaxes(0, 1).reshape(stop - start, -1)
+
+    def step(self, mode: Mode, rows: FloatArray, t: Any, *, exact: bool) -> Map:
+        """Compute A and Q of step t at settings as `rows` returns them; see `Law.transition`."""
+        if self.programs > 1:
+            each = rows.reshape(len(rows), self.programs, -1)
+            rows = np.repeat(each, self.directions, axis=1)
+        return self.law.step(self.problem, mode, rows, t, exact=exact)
+
+    def losses(self, age: int) -> FloatArray:
+        """Expected loss of each program now, (programs,)."""
+        mean, started, noisy = self.states[0].weights(age)
+        second, weight = mean**2 + started + noisy, self.problem.weight[: self.directions]
+        return np.array([weight @ row for row in second.reshape(self.programs, -1)])
+
+    def seen(self, age: int) -> list[Seen]:
+        """Record the evaluated weights of each mode now."""
+        return [
+            Seen.of(
+                self.problem,
+                *state.weights(age),
+                self.programs,
+                moments=self.moments and index == 0,
+            )
+            for index, state in enumerate(self.states)
+        ]
 
     def walk(
         self,
@@ -414,21 +470,19 @@ class Walker:
         """Take steps [start, stop) of one mode."""
         state = self.states[index]
         n = len(state.mode.algorithm.coordinates)
-        groups = len(self.lanes.layout.factors)
+        groups = len(self.layout.factors)
         # As long for several programs as for one, so that all is rounded alike.
-        directions = self.problem.directions // self.programs
-        chunk = max(1, min(TABLE // (groups * n**2), WALKED // (directions * n**2)))
+        chunk = max(1, min(TABLE // (groups * n**2), WALKED // (self.directions * n**2)))
         seen = []
         wanted = np.asarray(at, dtype=np.int64)
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
             here = wanted[(wanted > first) & (wanted <= last)]
             out = None if losses is None else losses[first - start : last - start]
-            # The moments of several programs are not asked for.
-            moments = index == 0 and self.programs == 1
+            moments = index == 0 and self.moments
             found = self._walk_polynomial(state, first, last, out, here, moments=moments)
             if found is None:
-                found = self._walk_piecewise(state, first, last, out, here)
+                found = self._walk_piecewise(state, first, last, out, here, moments=moments)
             seen.append(found)
         return Seen.joined(seen, self.problem.directions, self.programs)
 
@@ -454,13 +508,13 @@ class Walker:
         steps = Steps(
             self.settings(start, stop), self.law.algorithm.time.reduced(t), readout, record
         )
-        mutable = State(state.mean, state.started, state.noisy, state.root)
-        return walk(self.lanes, state.mode, mutable, steps, losses, moments=moments)
+        mutable = State(state.mean, state.started, state.noisy, state.root, state.still)
+        return walk(self.problem, self.layout, state.mode, mutable, steps, losses, moments=moments)
 
     @cached_property
-    def lanes(self) -> Lanes:
-        """The directions in the layout of the walk."""
-        return Lanes.of(self.problem, self.law.scales, self.programs)
+    def layout(self) -> Layout:
+        """Where the directions lie while they are walked."""
+        return Layout.of(self.law.scales, self.directions, self.programs)
 
     def _walk_piecewise(
         self,
@@ -469,6 +523,8 @@ class Walker:
         stop: int,
         losses: FloatArray | None,
         at: NDArray[np.int64],
+        *,
+        moments: bool,
     ) -> Seen:
         """Take steps of any method: their matrices are extracted first, for each distinct step."""
         seen, begin = [], start
@@ -476,9 +532,10 @@ class Walker:
             self._extract_and_walk(
                 state, begin, step, None if losses is None else losses[begin - start :]
             )
-            seen.append(Seen.of(self.problem, *state.weights(self.age + step)))
+            weights = state.weights(self.age + step)
+            seen.append(Seen.of(self.problem, *weights, self.programs, moments=moments))
             begin = step
-        return Seen.joined(seen[:-1], self.problem.directions)
+        return Seen.joined(seen[:-1], self.problem.directions, self.programs)
 
     def _extract_and_walk(
         self, state: Moments, start: int, stop: int, losses: FloatArray | None
@@ -488,9 +545,8 @@ class Walker:
         chunk = max(1, CHUNK // (self.problem.directions * size * size))
         while start < stop:
             until = min(stop, start + chunk)
-            settings = self.law.phase.settings(start, until)
             residue = self.law.algorithm.time.reduced(self.age + np.arange(start, until))
-            (matrix, noise, _), kind = self.kinds(state.mode, settings, residue)
+            (matrix, noise, _), kind = self.kinds(state.mode, self.rows(start, until), residue)
             read, out = None, None
             if losses is not None:
                 t = self.age + np.arange(start, until) + 1
@@ -514,12 +570,18 @@ class Walker:
         reads = read if read is not None else np.zeros((1, 1))
         state.root = None
         parts = [(np.zeros_like(state.mean), state.noisy, noise)]
-        if state.mean.any() or state.started.any():
+        moving = state.mean.any(axis=1) | state.started.any(axis=(1, 2))
+        moving = moving.reshape(self.programs, -1).any(axis=1)
+        if moving.any():
             parts.append((state.mean, state.started, np.zeros_like(noise)))
         for mean, covariance, drive in parts:
             propagate_moments(
                 matrix, drive, kind, mean, covariance, reads, record, self.problem.weight, added
             )
+        if moving.any() and not moving.all():
+            # A program at rest stays there, beside others that move, even if its matrix overflows.
+            rest = np.repeat(~moving, self.directions)
+            state.mean[rest], state.started[rest] = 0.0, 0.0
 
     def kinds(
         self, mode: Mode, settings: FloatArray, residue: Any, *, exact: bool = False
@@ -527,7 +589,7 @@ class Walker:
         """Distinct transitions of these steps, and the index of each step's transition."""
 
         def step(rows: FloatArray, t: Any) -> Map:
-            return self.law.step(self.problem, mode, rows, t, exact=exact)
+            return self.step(mode, rows, t, exact=exact)
 
         distinct, kind = distinct_steps(mode.algorithm, settings, residue, step)
         return Map(*distinct), kind
@@ -570,15 +632,18 @@ class Walker:
         for step in at:
             self.stretch(start, step)
             start = step
-            seen.append(_seen(self.problem, self.states, self.age + step))
-        return [Seen.joined(rows, self.problem.directions) for rows in zip(*seen, strict=True)]
+            seen.append(self.seen(self.age + step))
+        return [
+            Seen.joined(rows, self.problem.directions, self.programs)
+            for rows in zip(*seen, strict=True)
+        ]
 
     def reach(self, jump: bool) -> int:
         """Steps that are taken at once; fewer in many directions, so that progress is told."""
         if jump and self.law.phase.constant:
             return FOREVER
         size = max(len(state.mode.algorithm.coordinates) for state in self.states)
-        return max(1, WALKED // (self.problem.directions // self.programs * size**2))
+        return max(1, WALKED // (self.directions * size**2))
 
     def legs(
         self, segment: Segment, offset: int, pending: list[int], *, jump: bool
@@ -606,7 +671,7 @@ class Walker:
         """
         position, stop, period = segment
         walked = not jump or period is None
-        batch = max(1, CHUNK // max(self.problem.directions // self.programs, WIDE))
+        batch = max(1, CHUNK // max(self.directions, WIDE))
         while position < stop and pending:
             end = min(stop, position + self.reach(jump)) if walked else stop
             most = min(batch if walked else 1, len(pending))
@@ -619,10 +684,10 @@ class Walker:
 
     def step_at(self, mode: Mode, start: int) -> Step:
         """Function from an age to the transition of its step, at the settings of step `start`."""
-        settings = self.law.phase.settings(start, start + 1)
+        settings = self.rows(start, start + 1)
 
         def step(t: int) -> Map:
-            rows = self.law.step(self.problem, mode, settings, t, exact=True)
+            rows = self.step(mode, settings, t, exact=True)
             return Map(*(array[0] for array in rows))
 
         return step
@@ -655,21 +720,22 @@ class Walker:
         if phase.still(origin, stop):
             step = self.step_at(mode, origin)
             return compose_span(step, algorithm.time, self.age + origin, self.age + stop)
-        size = self.problem.directions * len(mode.algorithm.coordinates) ** 2
+        # As long for several programs as for one, so that all is rounded alike.
+        size = self.directions * len(mode.algorithm.coordinates) ** 2
         chunk, whole = max(1, CHUNK // size), None
         for first in range(origin, stop, chunk):
-            settings = phase.settings(first, min(first + chunk, stop))
+            settings = self.rows(first, min(first + chunk, stop))
             times = self.age + np.arange(first, first + len(settings))
             steps, kind = self.kinds(mode, settings, algorithm.time.reduced(times), exact=True)
             whole = then(whole, compose_steps(steps, kind))
         assert whole is not None
         return whole
 
-    def limit(self, mode: Mode, settings: FloatArray) -> FloatArray:
-        """Transition matrix at late times of steps that never repeat; constant settings (1, :)."""
-        steps = [
-            self.law.step(self.problem, mode, settings, t) for t in mode.algorithm.time.one_cycle()
-        ]
+    def limit(self, mode: Mode, start: int) -> FloatArray:
+        """Transition matrix at late times of steps that never repeat; settings as of `start`."""
+        settings = self.rows(start, start + 1)
+        times = mode.algorithm.time.one_cycle()
+        steps = [self.step(mode, settings, t, exact=False) for t in times]
         together = Map(*map(np.concatenate, zip(*steps, strict=True)))
         return compose_steps(together, range(len(steps))).matrix
 
@@ -933,7 +999,7 @@ class PhaseWalk:
         for step in steps:
             with np.errstate(over="ignore", invalid="ignore"):
                 self._to(walker, position, step)
-                loss = _loss(self.problem, walker.states, step)
+                loss = float(walker.losses(step)[0])
             position = step
             yield step, loss
 
@@ -954,7 +1020,7 @@ class PhaseWalk:
         out = np.zeros(stop - start + 1)
         with np.errstate(over="ignore", invalid="ignore"):
             self._to(walker, 0, start)
-            out[0] = _loss(self.problem, walker.states, start)
+            out[0] = walker.losses(start)[0]
             walker.walk(start, stop, out[1:])
         return out
 
@@ -1081,10 +1147,9 @@ def solve(
         return moving_window.solve(problem, program, wanted, partial(solve, problem))
     laws = [law_of(phase, problem) for phase in program.phases]
     check_sizes(problem, laws, wanted, jump=jump)
-    rows = list(_visit(problem, laws, wanted, jump, progress))
-    columns: dict[str, Any] = {
-        name: np.concatenate([row[name] for row in rows]) for name in rows[0]
-    }
+    found = visit(problem, laws, wanted, jump=jump, progress=progress)
+    columns: dict[str, Any] = {name: values[:, 0] for name, values in found.losses.items()}
+    columns |= {"weight_mean": found.mean, "weight_variance": found.variance}
     zeros = np.zeros(len(wanted))
     pairs = None
     if problem.correlated:
@@ -1191,85 +1256,133 @@ def check_size(
         check_work(name, n, work, "in dense matrices", fix)
 
 
-def _visit(
+@dataclass(frozen=True)
+class Visited:
+    """What is seen of P programs at their records.
+
+    Attributes
+    ----------
+    losses : dict of str to ndarray, shape (records, P)
+        `loss`, `bias`, `variance`, `member_loss`, `stated_sd` and `unstable` of
+        `nqm.result.Trajectory`.
+    mean, variance : ndarray, shape (records, P d) or (0, P d)
+        Moments of the evaluated weights, if they are asked for.
+    """
+
+    losses: dict[str, Any]
+    mean: FloatArray
+    variance: FloatArray
+
+    __repr__ = short_repr
+    _repr_html_ = short_html
+
+
+def visit(  # noqa: PLR0913 - options, by keyword
     problem: Problem,
-    laws: list[Law],
+    laws: Sequence[Law],
     wanted: list[int],
-    jump: bool,
-    progress: Progress | None,
-) -> Iterator[dict[str, Any]]:
-    """Columns of the wanted steps, in order; the end of a phase belongs to that phase."""
+    settings: Sequence[Callable[[int, int], FloatArray]] | None = None,
+    programs: int = 1,
+    *,
+    jump: bool = True,
+    moments: bool = True,
+    progress: Progress | None = None,
+) -> Visited:
+    """Take one program, or several that differ in their rates alone, past all records.
+
+    Parameters
+    ----------
+    problem : Problem
+        Of d directions for each of P programs, one program after the other.
+    laws : sequence of Law
+        The phases; of several programs those of one of them.
+    wanted : list of int
+        Steps to record, rising; the end of a phase belongs to that phase.
+    settings : sequence of callable, optional
+        As of `Walker`, for each phase; of several programs.
+    programs : int
+        P.
+    jump : bool
+        Whether repeating steps are computed by powers.
+    moments : bool
+        Whether the moments by direction are asked for.
+    progress : callable, optional
+        Called with the number of steps done since the last call.
+
+    Returns
+    -------
+    Visited
+        All records.
+    """
     states = at_start(laws[0].algorithm, problem)
     offset, age, pending = 0, 0, list(wanted)
+    parts: list[tuple[dict[str, Any], FloatArray, FloatArray]] = []
     with np.errstate(over="ignore", invalid="ignore"):
         for index, law in enumerate(laws):
             if index:
                 states, age = hand_over(problem, states, laws[index - 1], law, age)
-            walker = Walker(problem, law, states, age)
+            own = settings[index] if settings is not None else None
+            walker = Walker(problem, law, states, age, programs, own, moments=moments)
             if index == 0 and pending and pending[0] == 0:
                 pending.pop(0)
-                yield _read(_seen(problem, states, age), unstable=False)
+                parts.append(_read(walker.seen(age), np.zeros(programs, bool), np.zeros(programs)))
             for start, stop, period in law.phase.segments():
-                before = _loss(problem, states, age + start)
-                unsteady: bool | None = None
+                before = walker.losses(age + start)
+                unsteady: NDArray[np.bool_] | None = None
                 legs = walker.legs((start, stop, period), offset, pending, jump=jump)
                 for position, target, records in legs:
                     if not jump or period is None:
                         seen = walker.march(position, records or [target], jump=jump)
                     else:
                         walker.jump(position, target, start, period)
-                        seen = _seen(problem, states, age + target)
+                        seen = walker.seen(age + target)
                     if progress is not None:
                         progress(target - position)
                     if records:
                         if unsteady is None:
-                            unsteady = _unstable(problem, walker, law, start, period)
-                        columns = _read(seen, unstable=unsteady)
-                        columns["unstable"] &= ~(columns["loss"] <= before)
-                        yield columns
+                            unsteady = _unstable(walker, start, period)
+                        parts.append(_read(seen, unsteady, before))
             offset, age = offset + law.phase.steps, age + law.phase.steps
+    columns, mean, variance = zip(*parts, strict=True)
+    losses = {name: np.concatenate([one[name] for one in columns]) for name in columns[0]}
+    return Visited(losses, np.concatenate(mean), np.concatenate(variance))
 
 
-def _seen(problem: Problem, states: list[Moments], age: int) -> list[Seen]:
-    """Record the evaluated weights of each mode now."""
-    return [Seen.of(problem, *state.weights(age)) for state in states]
-
-
-def _unstable(problem: Problem, walker: Walker, law: Law, start: int, period: int | None) -> bool:
+def _unstable(walker: Walker, start: int, period: int | None) -> NDArray[np.bool_]:
     """Whether a stretch at repeating rates amplifies some direction that has curvature."""
+    law, found = walker.law, np.zeros(walker.programs, dtype=bool)
     never_repeats = law.algorithm.time.update_never_repeats
     if period is None and not (never_repeats and law.phase.constant):
-        return False
-    curved = problem.curvature > 0
+        return found
+    curved = walker.problem.curvature[: walker.directions] > 0
     for state in walker.states:
+        if found.all():
+            break
         if period is None:
-            matrix = walker.limit(state.mode, law.phase.settings(start, start + 1))
+            matrix = walker.limit(state.mode, start)
         else:
             matrix = walker.cycle(state.mode, start, period).matrix
-        if np.any(spectral_radius(matrix[curved]) > 1.0 + 1e-12):
-            return True
-    return False
+        matrix = matrix.reshape(walker.programs, -1, *matrix.shape[1:])[:, curved]
+        found |= (spectral_radius(matrix) > 1.0 + 1e-12).any(axis=1)
+    return found
 
 
-def _loss(problem: Problem, states: list[Moments], age: int) -> float:
-    mean, started, noisy = states[0].weights(age)
-    return float(problem.weight @ (mean**2 + started + noisy))
-
-
-def _read(seen: list[Seen], *, unstable: bool) -> dict[str, Any]:
-    """Columns of some records of each mode."""
-    sums = [each.sums[:, 0] for each in seen]
-    bias, added = sums[0][:, :2].sum(axis=1), sums[0][:, 2]
-    member = bias + added
+def _read(
+    seen: list[Seen], unsteady: NDArray[np.bool_], before: FloatArray
+) -> tuple[dict[str, Any], FloatArray, FloatArray]:
+    """Columns of some records, and the mean model's moments; `before` is the loss of the start."""
+    sums = [each.sums for each in seen]
+    bias, added = sums[0][:, :, :2].sum(axis=2), sums[0][:, :, 2]
+    loss = bias + added
+    member = loss
     for other in sums[1:]:
-        member = member + other[:, :3].sum(axis=1)
-    return {
-        "loss": bias + added,
+        member = member + other[:, :, :3].sum(axis=2)
+    columns = {
+        "loss": loss,
         "bias": bias,
         "variance": added,
         "member_loss": member,
-        "stated_sd": np.sqrt(sums[0][:, 3]),
-        "weight_mean": seen[0].mean,
-        "weight_variance": seen[0].variance,
-        "unstable": np.full(len(bias), unstable),
+        "stated_sd": np.sqrt(sums[0][:, :, 3]),
+        "unstable": unsteady & ~(loss <= before),
     }
+    return columns, seen[0].mean, seen[0].variance

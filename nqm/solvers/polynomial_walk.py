@@ -16,8 +16,14 @@ from numpy.typing import NDArray
 
 from nqm.algorithms.base import Mode
 from nqm.problems.quadratic import FloatArray, Problem
-from nqm.solvers._kernels.polynomial_steps import WIDE, walk_polynomial
-from nqm.step_polynomial import StepPolynomial, lower, step_polynomial, step_table
+from nqm.solvers._kernels.polynomial_steps import (
+    HEAD,
+    WIDE,
+    empty_blocks,
+    fill_blocks,
+    walk_polynomial,
+)
+from nqm.step_polynomial import StepPolynomial, step_polynomial, step_table, ties
 from nqm.words import short_html, short_repr
 
 
@@ -58,12 +64,15 @@ class State:
         Covariance due to the start and due to gradient noise.
     root : ndarray, shape (P d, n), or None
         A vector u with `started` = u u', which is carried in place of it, if it is known.
+    still : tuple of int
+        Coordinates that were 0 when the method started.
     """
 
     mean: FloatArray
     started: FloatArray
     noisy: FloatArray
     root: FloatArray | None = None
+    still: tuple[int, ...] = ()
 
     __repr__ = short_repr
     _repr_html_ = short_html
@@ -90,25 +99,44 @@ class Seen:
     _repr_html_ = short_html
 
     @classmethod
-    def of(cls, problem: Problem, mean: FloatArray, started: FloatArray, noisy: FloatArray) -> Seen:
+    def of(
+        cls,
+        problem: Problem,
+        mean: FloatArray,
+        started: FloatArray,
+        noisy: FloatArray,
+        programs: int = 1,
+        *,
+        moments: bool = True,
+    ) -> Seen:
         """Sum up one record.
 
         Parameters
         ----------
         problem : Problem
-            Gives the loss.
-        mean, started, noisy : ndarray, shape (d,)
+            Of d directions for each of P programs.
+        mean, started, noisy : ndarray, shape (P d,)
             Mean, and the variance due to the start and to noise.
+        programs : int
+            P.
+        moments : bool
+            Whether the moments by direction are asked for.
 
         Returns
         -------
         Seen
             With one record.
         """
-        variance, square, weight = started + noisy, mean**2, problem.weight
-        scatter = square_weight(problem) @ (variance * (0.5 * variance + square))
-        sums = np.array([weight @ square, weight @ started, weight @ noisy, scatter])
-        return cls(sums[None, None], mean[None], variance[None])
+        d, variance, square = problem.directions // programs, started + noisy, mean**2
+        weight, scatter = problem.weight[:d], variance * (0.5 * variance + square)
+        pairs = (weight, square), (weight, started), (weight, noisy)
+        # One by one, as a product of matrices need not round as that of its rows.
+        sums = [
+            [one @ part[i : i + d] for one, part in (*pairs, (square_weight(problem)[:d], scatter))]
+            for i in range(0, mean.size, d)
+        ]
+        rows = slice(None) if moments else slice(0)
+        return cls(np.array([sums]), mean[None][rows], variance[None][rows])
 
     @classmethod
     def joined(cls, parts: Sequence[Seen], directions: int, programs: int = 1) -> Seen:
@@ -155,7 +183,7 @@ def square_weight(problem: Problem) -> FloatArray:
 
 
 def polynomials(
-    mode: Mode, times: NDArray[np.int64]
+    mode: Mode, times: NDArray[np.int64], still: tuple[int, ...] = ()
 ) -> tuple[StepPolynomial, NDArray[np.int64]] | None:
     """Extract the distinct steps of one mode.
 
@@ -165,6 +193,8 @@ def polynomials(
         Mean model or member deviation.
     times : ndarray of int, shape (T,)
         As `TimeDependence.reduced` returns them.
+    still : tuple of int
+        As in `nqm.step_polynomial.ties`.
 
     Returns
     -------
@@ -178,7 +208,7 @@ def polynomials(
         distinct, kind = times[:1], np.zeros(times.size, dtype=np.int64)
     else:
         distinct, kind = np.unique(times, return_inverse=True)
-    polynomial = step_polynomial(mode.algorithm, distinct)
+    polynomial = step_polynomial(mode.algorithm, distinct, still)
     return None if polynomial is None else (polynomial, kind.reshape(-1))
 
 
@@ -265,38 +295,6 @@ class Layout:
             factors,
         )
 
-    def blocked(self, values: FloatArray) -> FloatArray:
-        """Directions (P d, k) as blocks (b, k, `WIDE`), filled up with 0.
-
-        Parameters
-        ----------
-        values : ndarray, shape (P d, k)
-            Numbers of each direction.
-
-        Returns
-        -------
-        ndarray, shape (b, k, WIDE)
-            In the layout of the kernel.
-        """
-        whole = np.zeros((self.blocks * WIDE, values.shape[1]))
-        whole[self.lane] = values
-        return np.ascontiguousarray(whole.reshape(-1, WIDE, values.shape[1]).swapaxes(1, 2))
-
-    def unblocked(self, rows: FloatArray) -> FloatArray:
-        """Blocks as directions: the inverse of `blocked`.
-
-        Parameters
-        ----------
-        rows : ndarray, shape (b, k, WIDE)
-            In the layout of the kernel.
-
-        Returns
-        -------
-        ndarray, shape (P d, k)
-            Numbers of each direction.
-        """
-        return np.asarray(rows.swapaxes(1, 2).reshape(-1, rows.shape[1])[self.lane])
-
 
 @functools.lru_cache(maxsize=8)
 def _equal_rates(directions: int, programs: int) -> Layout:
@@ -304,52 +302,9 @@ def _equal_rates(directions: int, programs: int) -> Layout:
     return Layout._of(None, directions, programs)
 
 
-@dataclass(frozen=True)
-class Lanes:
-    """What a walk reads of a problem, in the kernel's layout, each of shape (b, 1, `WIDE`).
-
-    Attributes
-    ----------
-    layout : Layout
-        Of the programs.
-    curvature, noise_variance, weight, square_weight : ndarray
-        See `walk_polynomial`.
-    """
-
-    layout: Layout
-    curvature: FloatArray
-    noise_variance: FloatArray
-    weight: FloatArray
-    square_weight: FloatArray
-
-    __repr__ = short_repr
-    _repr_html_ = short_html
-
-    @classmethod
-    def of(cls, problem: Problem, scales: tuple[FloatArray, ...] | None, programs: int) -> Lanes:
-        """Lay out a problem.
-
-        Parameters
-        ----------
-        problem : Problem
-            Of d directions for each of P programs.
-        scales : tuple of ndarray, shape (d,), or None
-            Factors on each rate.
-        programs : int
-            P.
-
-        Returns
-        -------
-        Lanes
-            Of all programs.
-        """
-        layout = Layout.of(scales, problem.directions // programs, programs)
-        parts = problem.curvature, problem.noise_variance, problem.weight, square_weight(problem)
-        return cls(layout, *(layout.blocked(part[:, None]) for part in parts))
-
-
 def walk(
-    lanes: Lanes,
+    problem: Problem,
+    layout: Layout,
     mode: Mode,
     state: State,
     steps: Steps,
@@ -361,8 +316,10 @@ def walk(
 
     Parameters
     ----------
-    lanes : Lanes
-        Curvature, noise variance and weight of each direction, and factors on its rates.
+    problem : Problem
+        Of d directions for each of P programs.
+    layout : Layout
+        Of these, with the factors on their rates.
     mode : Mode
         Mean model or member deviation.
     state : State
@@ -379,11 +336,12 @@ def walk(
     Seen or None
         The records; None, with nothing done, if the steps are not polynomials.
     """
-    found = polynomials(mode, steps.times)
+    found = polynomials(mode, steps.times, state.still)
     if found is None:
         return None
-    layout, (polynomial, kind) = lanes.layout, found
-    settings, factors = steps.settings, layout.factors
+    polynomial, kind = found
+    tied = ties(mode.algorithm, state.still)
+    settings, factors, k = steps.settings, layout.factors, tied.kept.size
     rates = np.ones((len(settings), len(factors), settings.shape[1], 2))
     used = settings.shape[2] - 1
     rates[..., :used] = settings[:, None, :, :-1] * factors[:, None, :used]
@@ -391,65 +349,26 @@ def walk(
     count = int(steps.record.max(initial=-1)) + 1
     rows = count if moments else 0
     sums = np.zeros((count, len(settings), 4))
-    table = step_table(
-        polynomial, kind, rates.reshape(-1, *rates.shape[2:]), len(mode.algorithm.coordinates)
-    )
-    laid = _Rows.of(state, layout)
+    table = step_table(polynomial, kind, rates.reshape(-1, *rates.shape[2:]), k)
+    given = problem.curvature, problem.noise_variance, problem.weight, square_weight(problem)
+    root = np.empty((0, state.mean.shape[1])) if state.root is None else state.root
+    moments_by_direction = state.mean, root, state.started, state.noisy
+    blocks, moving = np.zeros((layout.blocks, HEAD + k * (k + 3), WIDE)), np.zeros(3, dtype=bool)
+    fill_blocks(layout.lane, tied.kept, *given, *moments_by_direction, blocks, moving)
     here = np.empty((2, rows, layout.blocks, WIDE))
     walk_polynomial(
         table.matrix,
-        table.fixed,
-        table.first,
-        table.column,
-        table.driven,
-        table.drive * share,
-        table.own,
+        (table.first, table.column, table.fixed),
+        (table.driven, table.drive * share, table.own),
         layout.part,
-        lanes.curvature,
-        lanes.noise_variance,
-        laid.mean,
-        laid.root,
-        laid.started,
-        laid.noisy,
-        laid.moving,
-        steps.readout,
+        blocks,
+        moving,
+        steps.readout @ tied.whole,
         steps.record,
         sums,
         here,
-        lanes.weight,
-        lanes.square_weight,
         np.zeros(0) if losses is None else losses,
     )
-    laid.store(state, layout)
+    empty_blocks(layout.lane, tied.source, tied.factor, k, blocks, *moments_by_direction)
     seen = here.reshape(2, rows, layout.blocks * WIDE)[:, :, layout.lane]
     return Seen(sums, seen[0], seen[1])
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A state in the kernel's layout; `started` is zero where it is given by its `root`."""
-
-    mean: FloatArray
-    root: FloatArray
-    started: FloatArray
-    noisy: FloatArray
-    moving: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, state: State, layout: Layout) -> _Rows:
-        i, j = lower(state.mean.shape[1])
-        root = state.root
-        started = state.started if root is None else np.zeros_like(state.started)
-        vector = np.zeros_like(state.mean) if root is None else root
-        moving = np.array([state.mean.any(), vector.any(), started.any()])
-        first, second = (layout.blocked(part[:, i, j]) for part in (started, state.noisy))
-        return cls(layout.blocked(state.mean), layout.blocked(vector), first, second, moving)
-
-    def store(self, state: State, layout: Layout) -> None:
-        i, j = lower(self.mean.shape[1])
-        state.mean[:] = layout.unblocked(self.mean)
-        for whole, rows in ((state.started, self.started), (state.noisy, self.noisy)):
-            whole[:, i, j] = whole[:, j, i] = layout.unblocked(rows)
-        if state.root is not None:
-            state.root[:] = layout.unblocked(self.root)
-            state.started[:] = state.root[:, :, None] * state.root[:, None, :]

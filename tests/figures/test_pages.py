@@ -29,7 +29,9 @@ def test_every_table_has_its_page() -> None:
     assert used == {path.stem for path in TABLES.glob("*.csv")}
 
 
-@pytest.mark.parametrize("name", ["bridge_networks", "benchmarks", "experiments"])
+@pytest.mark.parametrize(
+    "name", ["bridge_networks", "bridge_digits", "bridge_images", "benchmarks", "experiments"]
+)
 def test_measured_tables_are_not_typed(name: str) -> None:
     """Outside of rendered tables no row holds a number with its uncertainty."""
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")

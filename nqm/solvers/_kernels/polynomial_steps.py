@@ -1,9 +1,10 @@
 """The first two moments step by step, where matrices are polynomials in the curvature.
 
 `WIDE` directions are a row of numbers for each entry of the state, so that every operation runs
-along directions; covariances are packed, entry (i, j <= i) in row i (i + 1) / 2 + j. Rows of
-constant length and, for up to three coordinates, at constant places are what lets the compiler
-use vector instructions without checks.
+along directions; covariances are packed, entry (i, j <= i) in row i (i + 1) / 2 + j. Rows at
+constant places of one array are what lets the compiler use vector instructions without checks; of
+up to three coordinates the matrices are formed in its registers. Products are fused explicitly, so
+that a direction's numbers do not depend on which others are beside it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import numpy as np
 
 from nqm.solvers._kernels.compiling import fma, jit
 
-#: Directions of one block.
-WIDE = 128
+#: Directions of one block, and rows of a block before those of the state.
+WIDE, HEAD = 128, 4
+#: No noise: what drives the six covariances of three coordinates.
+_STILL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @jit
@@ -52,74 +55,153 @@ def _dot3(a, b, c, d, e, f):
 
 
 @jit
-def _carry1(a, m):
-    for i in range(WIDE):
-        m[i] = a[i] * m[i]
+def _coefficients(table, g, t, e):
+    return table[g, t, 0, e], table[g, t, 1, e], table[g, t, 2, e]
 
 
 @jit
-def _carry2(a, m):
-    for i in range(WIDE):
-        m0, m1 = m[i], m[WIDE + i]
-        m[i] = _dot2(a[i], m0, a[WIDE + i], m1)
-        m[WIDE + i] = _dot2(a[2 * WIDE + i], m0, a[3 * WIDE + i], m1)
+def _parabola(k, h):
+    return fma(h, fma(h, k[2], k[1]), k[0])
 
 
 @jit
-def _carry3(a, m):
-    for i in range(WIDE):
-        m0, m1, m2 = m[i], m[WIDE + i], m[2 * WIDE + i]
-        m[i] = _dot3(a[i], m0, a[WIDE + i], m1, a[2 * WIDE + i], m2)
-        m[WIDE + i] = _dot3(a[3 * WIDE + i], m0, a[4 * WIDE + i], m1, a[5 * WIDE + i], m2)
-        m[2 * WIDE + i] = _dot3(a[6 * WIDE + i], m0, a[7 * WIDE + i], m1, a[8 * WIDE + i], m2)
+def _vector1(table, g, t, h, m, count):
+    k = _coefficients(table, g, t, 0)
+    for i in range(count):
+        m[i] *= _parabola(k, h[i])
 
 
 @jit
-def _conjugate1(a, s, v, drive, own):
-    """Set S to A S A' + drive v + own, packed."""
-    d0, o0 = drive[0], own[0]
-    for i in range(WIDE):
-        s[i] = a[i] * a[i] * s[i] + fma(d0, v[i], o0)
+def _vector2(table, g, t, h, m, count):
+    k0, k1 = _coefficients(table, g, t, 0), _coefficients(table, g, t, 1)
+    k2, k3 = _coefficients(table, g, t, 2), _coefficients(table, g, t, 3)
+    for i in range(count):
+        z, m0, m1 = h[i], m[i], m[WIDE + i]
+        m[i] = _dot2(_parabola(k0, z), m0, _parabola(k1, z), m1)
+        m[WIDE + i] = _dot2(_parabola(k2, z), m0, _parabola(k3, z), m1)
 
 
 @jit
-def _conjugate2(a, s, v, drive, own):
-    d0, d1, d2, o0, o1, o2 = drive[0], drive[1], drive[2], own[0], own[1], own[2]
-    for i in range(WIDE):
-        a00, a01, a10, a11 = a[i], a[WIDE + i], a[2 * WIDE + i], a[3 * WIDE + i]
-        s00, s10, s11, e = s[i], s[WIDE + i], s[2 * WIDE + i], v[i]
-        h00, h01 = _dot2(a00, s00, a01, s10), _dot2(a00, s10, a01, s11)
-        h10, h11 = _dot2(a10, s00, a11, s10), _dot2(a10, s10, a11, s11)
-        s[i] = _dot2(h00, a00, h01, a01) + fma(d0, e, o0)
-        s[WIDE + i] = _dot2(h10, a00, h11, a01) + fma(d1, e, o1)
-        s[2 * WIDE + i] = _dot2(h10, a10, h11, a11) + fma(d2, e, o2)
+def _vector3(table, g, t, h, m, count):
+    k0, k1 = _coefficients(table, g, t, 0), _coefficients(table, g, t, 1)
+    k2, k3 = _coefficients(table, g, t, 2), _coefficients(table, g, t, 3)
+    k4, k5 = _coefficients(table, g, t, 4), _coefficients(table, g, t, 5)
+    k6, k7 = _coefficients(table, g, t, 6), _coefficients(table, g, t, 7)
+    k8 = _coefficients(table, g, t, 8)
+    for i in range(count):
+        z, m0, m1, m2 = h[i], m[i], m[WIDE + i], m[2 * WIDE + i]
+        m[i] = _dot3(_parabola(k0, z), m0, _parabola(k1, z), m1, _parabola(k2, z), m2)
+        m[WIDE + i] = _dot3(_parabola(k3, z), m0, _parabola(k4, z), m1, _parabola(k5, z), m2)
+        m[2 * WIDE + i] = _dot3(_parabola(k6, z), m0, _parabola(k7, z), m1, _parabola(k8, z), m2)
 
 
 @jit
-def _conjugate3(a, s, v, drive, own):
-    d0, d1, d2, d3, d4, d5 = drive[0], drive[1], drive[2], drive[3], drive[4], drive[5]
-    o0, o1, o2, o3, o4, o5 = own[0], own[1], own[2], own[3], own[4], own[5]
-    for i in range(WIDE):
-        a00, a01, a02 = a[i], a[WIDE + i], a[2 * WIDE + i]
-        a10, a11, a12 = a[3 * WIDE + i], a[4 * WIDE + i], a[5 * WIDE + i]
-        a20, a21, a22 = a[6 * WIDE + i], a[7 * WIDE + i], a[8 * WIDE + i]
-        s00, s10, s11 = s[i], s[WIDE + i], s[2 * WIDE + i]
-        s20, s21, s22, e = s[3 * WIDE + i], s[4 * WIDE + i], s[5 * WIDE + i], v[i]
-        h0 = _dot3(a00, s00, a01, s10, a02, s20)
-        h1 = _dot3(a00, s10, a01, s11, a02, s21)
-        h2 = _dot3(a00, s20, a01, s21, a02, s22)
-        s[i] = _dot3(h0, a00, h1, a01, h2, a02) + fma(d0, e, o0)
-        h0 = _dot3(a10, s00, a11, s10, a12, s20)
-        h1 = _dot3(a10, s10, a11, s11, a12, s21)
-        h2 = _dot3(a10, s20, a11, s21, a12, s22)
-        s[WIDE + i] = _dot3(h0, a00, h1, a01, h2, a02) + fma(d1, e, o1)
-        s[2 * WIDE + i] = _dot3(h0, a10, h1, a11, h2, a12) + fma(d2, e, o2)
-        h0 = _dot3(a20, s00, a21, s10, a22, s20)
-        h1 = _dot3(a20, s10, a21, s11, a22, s21)
-        h2 = _dot3(a20, s20, a21, s21, a22, s22)
-        s[3 * WIDE + i] = _dot3(h0, a00, h1, a01, h2, a02) + fma(d3, e, o3)
-        s[4 * WIDE + i] = _dot3(h0, a10, h1, a11, h2, a12) + fma(d4, e, o4)
-        s[5 * WIDE + i] = _dot3(h0, a20, h1, a21, h2, a22) + fma(d5, e, o5)
+def _matrix1(table, g, t, h, s, count, noise):
+    k, (d0, o0) = _coefficients(table, g, t, 0), noise
+    for i in range(count):
+        a = _parabola(k, h[i])
+        s[i] = fma(a * a, s[i], fma(d0, h[WIDE + i], o0))
+
+
+@jit
+def _matrix2(table, g, t, h, s, count, noise):
+    k0, k1 = _coefficients(table, g, t, 0), _coefficients(table, g, t, 1)
+    k2, k3 = _coefficients(table, g, t, 2), _coefficients(table, g, t, 3)
+    d0, d1, d2, o0, o1, o2 = noise
+    for i in range(count):
+        z, v = h[i], h[WIDE + i]
+        s0, s1, s2 = s[i], s[WIDE + i], s[2 * WIDE + i]
+        a0, a1, b0, b1 = _parabola(k0, z), _parabola(k1, z), _parabola(k2, z), _parabola(k3, z)
+        p0, p1 = _dot2(a0, s0, a1, s1), _dot2(a0, s1, a1, s2)
+        s[i] = fma(p1, a1, fma(p0, a0, fma(d0, v, o0)))
+        s[WIDE + i] = fma(p1, b1, fma(p0, b0, fma(d1, v, o1)))
+        p0, p1 = _dot2(b0, s0, b1, s1), _dot2(b0, s1, b1, s2)
+        s[2 * WIDE + i] = fma(p1, b1, fma(p0, b0, fma(d2, v, o2)))
+
+
+@jit
+def _matrix3(table, g, t, h, s, count, noise):
+    k0, k1 = _coefficients(table, g, t, 0), _coefficients(table, g, t, 1)
+    k2, k3 = _coefficients(table, g, t, 2), _coefficients(table, g, t, 3)
+    k4, k5 = _coefficients(table, g, t, 4), _coefficients(table, g, t, 5)
+    k6, k7 = _coefficients(table, g, t, 6), _coefficients(table, g, t, 7)
+    k8 = _coefficients(table, g, t, 8)
+    d0, d1, d2, d3, d4, d5, o0, o1, o2, o3, o4, o5 = noise
+    for i in range(count):
+        z, v = h[i], h[WIDE + i]
+        s0, s1, s2 = s[i], s[WIDE + i], s[2 * WIDE + i]
+        s3, s4, s5 = s[3 * WIDE + i], s[4 * WIDE + i], s[5 * WIDE + i]
+        a0, a1, a2 = _parabola(k0, z), _parabola(k1, z), _parabola(k2, z)
+        b0, b1, b2 = _parabola(k3, z), _parabola(k4, z), _parabola(k5, z)
+        c0, c1, c2 = _parabola(k6, z), _parabola(k7, z), _parabola(k8, z)
+        p0 = _dot3(a0, s0, a1, s1, a2, s3)
+        p1 = _dot3(a0, s1, a1, s2, a2, s4)
+        p2 = _dot3(a0, s3, a1, s4, a2, s5)
+        s[i] = fma(p2, a2, fma(p1, a1, fma(p0, a0, fma(d0, v, o0))))
+        s[WIDE + i] = fma(p2, b2, fma(p1, b1, fma(p0, b0, fma(d1, v, o1))))
+        s[3 * WIDE + i] = fma(p2, c2, fma(p1, c1, fma(p0, c0, fma(d3, v, o3))))
+        p0 = _dot3(b0, s0, b1, s1, b2, s3)
+        p1 = _dot3(b0, s1, b1, s2, b2, s4)
+        p2 = _dot3(b0, s3, b1, s4, b2, s5)
+        s[2 * WIDE + i] = fma(p2, b2, fma(p1, b1, fma(p0, b0, fma(d2, v, o2))))
+        s[4 * WIDE + i] = fma(p2, c2, fma(p1, c1, fma(p0, c0, fma(d4, v, o4))))
+        p0 = _dot3(c0, s0, c1, s1, c2, s3)
+        p1 = _dot3(c0, s1, c1, s2, c2, s4)
+        p2 = _dot3(c0, s3, c1, s4, c2, s5)
+        s[5 * WIDE + i] = fma(p2, c2, fma(p1, c1, fma(p0, c0, fma(d5, v, o5))))
+
+
+@jit
+def _run1(table, drive, own, moving, g, start, stop, h, m, u, s, q, count):
+    """Steps [start, stop) of one part of one coordinate; each array is a view."""
+    mean, root, begun = moving[0], moving[1], moving[2]
+    for t in range(start, stop):
+        if mean:
+            _vector1(table, g, t, h, m, count)
+        if root:
+            _vector1(table, g, t, h, u, count)
+        if begun:
+            _matrix1(table, g, t, h, s, count, (0.0, 0.0))
+        d, o = drive[g, t], own[g, t]
+        _matrix1(table, g, t, h, q, count, (d[0], o[0]))
+
+
+@jit
+def _run2(table, drive, own, moving, g, start, stop, h, m, u, s, q, count):
+    """Steps [start, stop) of one part of two coordinates; each array is a view."""
+    mean, root, begun = moving[0], moving[1], moving[2]
+    for t in range(start, stop):
+        if mean:
+            _vector2(table, g, t, h, m, count)
+        if root:
+            _vector2(table, g, t, h, u, count)
+        if begun:
+            _matrix2(table, g, t, h, s, count, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+        d, o = drive[g, t], own[g, t]
+        _matrix2(table, g, t, h, q, count, (d[0], d[1], d[2], o[0], o[1], o[2]))
+
+
+@jit
+def _run3(table, drive, own, moving, g, start, stop, h, m, u, s, q, count):
+    """Steps [start, stop) of one part of three coordinates; each array is a view."""
+    mean, root, begun = moving[0], moving[1], moving[2]
+    for t in range(start, stop):
+        if mean:
+            _vector3(table, g, t, h, m, count)
+        if root:
+            _vector3(table, g, t, h, u, count)
+        if begun:
+            _matrix3(table, g, t, h, s, count, _STILL)
+        d, o = drive[g, t], own[g, t]
+        _matrix3(
+            table,
+            g,
+            t,
+            h,
+            q,
+            count,
+            (d[0], d[1], d[2], d[3], d[4], d[5], o[0], o[1], o[2], o[3], o[4], o[5]),
+        )
 
 
 @jit
@@ -152,7 +234,7 @@ def tabulate(powers, matrix, noise, own, kind, rates, table, drive, added, fixed
         Time of each step, as an index of `matrix`.
     rates : ndarray, shape (g, T, 2)
         lr and member_lr of each step, in each of g groups of directions.
-    table : ndarray, shape (g, T, degree + 1, e)
+    table : ndarray, shape (g, T, 3, e)
         Output: coefficients of 1, h, h^2 of each entry of A; zero before the call.
     drive, added : ndarray, shape (g, T, p)
         Outputs: what a unit of gradient-noise variance, and the method's own noise, add to the
@@ -197,20 +279,11 @@ def tabulate(powers, matrix, noise, own, kind, rates, table, drive, added, fixed
 
 
 @jit
-def _fill_entry(a, p, table, e, h, first, last):
-    """Lanes of row p of `a`: entry e of A, a polynomial in h, by Horner's rule."""
-    c0, c1, c2 = table[0, e], 0.0, 0.0
-    if table.shape[0] > 1:
-        c1 = table[1, e]
-    if table.shape[0] > 2:
-        c2 = table[2, e]
-    if last - first == WIDE:
-        for i in range(WIDE):
-            a[p, i] = c0 + h[i] * (c1 + h[i] * c2)
-        return
-    row, x = a[p, first:last], h[first:last]
+def _fill_entry(a, e, table, h, first, last):
+    """Lanes of row e of `a`: entry e of A, a polynomial in h, by Horner's rule."""
+    row, z, k = a[e, first:last], h[first:last], (table[0, e], table[1, e], table[2, e])
     for i in range(row.size):
-        row[i] = c0 + x[i] * (c1 + x[i] * c2)
+        row[i] = _parabola(k, z[i])
 
 
 @jit
@@ -221,125 +294,160 @@ def _add_noise(q, k, drive, own, variance, first, last):
 
 
 @jit
-def _add_row(out, o, factor, x, k):
-    for i in range(WIDE):
-        out[o, i] += factor * x[k, i]
-
-
-@jit
-def _square_row(read, o):
-    for i in range(WIDE):
-        read[o, i] *= read[o, i]
-
-
-@jit
-def _read_rows(read, readout, m, u, s, q, lone):
-    """Rows of `read`: mean of a linear form of the state, and both parts of its variance."""
-    read[:] = 0.0
-    for r in range(readout.size):
-        if readout[r] != 0.0:
-            _add_row(read, 0, readout[r], m, r)
-            if lone:
-                _add_row(read, 1, readout[r], u, r)
-            for c in range(r + 1):
-                factor = readout[r] * readout[c] * (1.0 if r == c else 2.0)
-                if factor != 0.0:
-                    if not lone:
-                        _add_row(read, 1, factor, s, _packed(r, c))
-                    _add_row(read, 2, factor, q, _packed(r, c))
-    if lone:
-        _square_row(read, 1)
-
-
-@jit
-def _move_vector(a, first, column, m, new):
-    """One step of a mean."""
-    n = first.size - 1
-    if n == 1:
-        _carry1(a.reshape(-1), m.reshape(-1))
-    elif n == 2:
-        _carry2(a.reshape(-1), m.reshape(-1))
-    elif n == 3:
-        _carry3(a.reshape(-1), m.reshape(-1))
-    else:
+def _record(rows, n, lone, readout, t, part, j, out, sums, seen, loss):
+    """Losses of the evaluated weights of one part after step t; `rows` (R, WIDE) is its block."""
+    p = n * (n + 1) // 2
+    s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
+    for i in range(part[j, 1], part[j, 2]):
+        mean, started, noisy = 0.0, 0.0, 0.0
         for r in range(n):
-            _row_times(new, r, a, first[r], first[r + 1] - first[r], m, column[first[r] :])
-        m[:] = new
+            if readout[t, r] != 0.0:
+                mean += readout[t, r] * rows[HEAD + r, i]
+                if lone:
+                    started += readout[t, r] * rows[HEAD + n + r, i]
+                for c in range(r + 1):
+                    factor = readout[t, r] * readout[t, c] * (1.0 if r == c else 2.0)
+                    if factor != 0.0:
+                        k = HEAD + 2 * n + _packed(r, c)
+                        if not lone:
+                            started += factor * rows[k, i]
+                        noisy += factor * rows[k + p, i]
+        started = started * started if lone else started
+        square, variance = mean * mean, started + noisy
+        s0 += rows[2, i] * square
+        s1 += rows[2, i] * started
+        s2 += rows[2, i] * noisy
+        s3 += rows[3, i] * variance * (0.5 * variance + square)
+        if out >= 0 and seen.shape[1] > 0:
+            seen[0, out, part[j, 0], i] = mean
+            seen[1, out, part[j, 0], i] = variance
+    if loss.size > 0:
+        loss[t] += s0 + s1 + s2
+    if out >= 0:
+        program = part[j, 4]
+        sums[out, program, 0] += s0
+        sums[out, program, 1] += s1
+        sums[out, program, 2] += s2
+        sums[out, program, 3] += s3
 
 
 @jit
-def _move_covariance(a, first, column, x, v, drive, own, half, rows):
-    """One step of a covariance; of more than three coordinates without noise."""
-    n = first.size - 1
-    if n == 1:
-        _conjugate1(a.reshape(-1), x.reshape(-1), v, drive, own)
-    elif n == 2:
-        _conjugate2(a.reshape(-1), x.reshape(-1), v, drive, own)
-    elif n == 3:
-        _conjugate3(a.reshape(-1), x.reshape(-1), v, drive, own)
-    else:
-        _conjugate_rows(a, first, column, x, half, rows)
-
-
-@jit
-def walk_polynomial(
-    table,
-    fixed,
-    first,
-    column,
-    driven,
-    drive,
-    own,
-    part,
+def fill_blocks(
+    lane,
+    kept,
     curvature,
     noise_variance,
+    weight,
+    square_weight,
     mean,
     root,
     started,
     noisy,
+    x,
     moving,
-    readout,
-    record,
-    sums,
-    seen,
-    weight,
-    square_weight,
-    loss,
 ):
+    """Write a problem and moments by direction into the blocks of `walk_polynomial`.
+
+    Parameters
+    ----------
+    lane : ndarray of int, shape (d,)
+        Lane of each direction.
+    kept : ndarray of int, shape (k,)
+        Coordinates that are walked.
+    curvature, noise_variance, weight, square_weight : ndarray, shape (d,)
+        h; the variance of the noise of one minibatch of size 1; loss per unit of second moment;
+        and twice the variance of the loss per unit of squared variance.
+    mean : ndarray, shape (d, n)
+        Mean of the state.
+    root : ndarray, shape (d, n) or (0, n)
+        A vector u with `started` = u u', unless it is empty.
+    started, noisy : ndarray, shape (d, n, n)
+        Covariance due to the start and due to noise.
+    x : ndarray, shape (b, HEAD + k (k + 3), WIDE)
+        Output, zero before: the four numbers of each direction, then `mean`, `root`, `started`
+        (unless there is a root) and `noisy`, of which the last two are packed.
+    moving : ndarray of bool, shape (3,)
+        Output: whether `mean`, `root` and `started` have other numbers than 0; false before.
+    """
+    alone, k = root.shape[0] > 0, kept.size
+    p = k * (k + 1) // 2
+    for d in range(lane.size):
+        b, i = lane[d] // WIDE, lane[d] % WIDE
+        x[b, 0, i], x[b, 1, i] = curvature[d], noise_variance[d]
+        x[b, 2, i], x[b, 3, i] = weight[d], square_weight[d]
+        for r in range(k):
+            x[b, HEAD + r, i] = mean[d, kept[r]]
+            moving[0] |= mean[d, kept[r]] != 0.0
+            if alone:
+                x[b, HEAD + k + r, i] = root[d, kept[r]]
+                moving[1] |= root[d, kept[r]] != 0.0
+            for c in range(r + 1):
+                o = HEAD + 2 * k + _packed(r, c)
+                x[b, o + p, i] = noisy[d, kept[r], kept[c]]
+                if not alone:
+                    x[b, o, i] = started[d, kept[r], kept[c]]
+                    moving[2] |= started[d, kept[r], kept[c]] != 0.0
+
+
+@jit
+def empty_blocks(lane, source, factor, k, x, mean, root, started, noisy):
+    """Read moments by direction from blocks: the inverse of `fill_blocks`.
+
+    Parameters
+    ----------
+    lane : ndarray of int, shape (d,)
+        Lane of each direction.
+    source : ndarray of int, shape (n,)
+        The coordinate of the blocks of which each one is a multiple.
+    factor : ndarray, shape (n,)
+        By which factor.
+    k : int
+        Number of coordinates of the blocks.
+    x, mean, root, started, noisy : ndarray
+        As in `fill_blocks`; the last four are the outputs.
+    """
+    alone = root.shape[0] > 0
+    p = k * (k + 1) // 2
+    for d in range(lane.size):
+        b, i = lane[d] // WIDE, lane[d] % WIDE
+        for r in range(source.size):
+            mean[d, r] = factor[r] * x[b, HEAD + source[r], i]
+            if alone:
+                root[d, r] = factor[r] * x[b, HEAD + k + source[r], i]
+            for c in range(r + 1):
+                o, scale = HEAD + 2 * k + _packed(source[r], source[c]), factor[r] * factor[c]
+                begun = root[d, r] * root[d, c] if alone else scale * x[b, o, i]
+                started[d, r, c] = started[d, c, r] = begun
+                noisy[d, r, c] = noisy[d, c, r] = scale * x[b, o + p, i]
+
+
+@jit
+def walk_polynomial(table, entries, noise, part, x, moving, readout, record, sums, seen, loss):
     """Take T steps of the first two moments, whose matrices are polynomials in the curvature.
 
     Directions of one or of several programs lie in lanes of b blocks of `WIDE`. A part is a run of
     lanes of one block whose directions have the same rates and belong to the same program. Lanes
-    of no part have curvature, noise and state 0. Covariances are packed: p = n (n + 1) / 2.
+    of no part are never read.
 
     Parameters
     ----------
-    table : ndarray, shape (g, T, degree + 1, e)
-        Coefficients of 1, h, h^2 of each entry of A; degree <= 2; for each group of directions
-        with the same rates.
-    fixed : ndarray of bool, shape (e,)
-        Whether an entry is the same in all T steps.
-    first : ndarray of int, shape (n + 1,)
-        Index of the first entry of each row of A.
-    column : ndarray of int, shape (e,)
-        Column of each entry.
-    driven : ndarray of int, shape (k, 2)
-        Pairs of coordinates (i, j <= i) to whose covariance noise adds.
-    drive, own : ndarray, shape (g, T, k)
-        Added covariance per unit of `noise_variance`, and independently of it.
+    table : ndarray, shape (g, T, 3, e)
+        Coefficients of 1, h, h^2 of each entry of A, for each group of directions with the same
+        rates.
+    entries : tuple of (ndarray of int (k + 1,), ndarray of int (e,), ndarray of bool (e,))
+        Index of the first entry of each row of A; the column of each entry, where up to three
+        coordinates have all; and whether an entry is the same in all T steps.
+    noise : tuple of (ndarray of int (q, 2), ndarray (g, T, q), ndarray (g, T, q))
+        Pairs of coordinates (i, j <= i) to whose covariance noise adds, all of them for up to three
+        coordinates; and what it adds per unit of noise variance, and independently of it.
     part : ndarray of int, shape (parts, 5)
         Block, rising; first lane, last one plus 1; group; program.
-    curvature, noise_variance : ndarray, shape (b, 1, WIDE)
-        h, and the variance of the noise of one minibatch of size 1.
-    mean : ndarray, shape (b, n, WIDE)
-        Mean of the state, changed in place.
-    root : ndarray, shape (b, n, WIDE)
-        As `moving` says, u with covariance u u' due to the start; changed in place.
-    started, noisy : ndarray, shape (b, p, WIDE)
-        Covariance due to the start, which no noise drives, and due to noise; changed in place.
+    x : ndarray, shape (b, HEAD + k (k + 3), WIDE)
+        As `fill_blocks` makes it; changed in place.
     moving : ndarray of bool, shape (3,)
-        Whether `mean`, `root` and `started` may be other than 0; not both of the last two.
-    readout : ndarray, shape (T, n)
+        Whether mean, root and covariance due to the start may be other than 0; not both of the
+        last two.
+    readout : ndarray, shape (T, k)
         Evaluated weights after each step as a linear form of the state, where something is
         recorded.
     record : ndarray of int, shape (T,)
@@ -349,78 +457,81 @@ def walk_polynomial(
         due to the start and of that due to noise; and the variance of the loss.
     seen : ndarray, shape (2, records, b, WIDE) or (2, 0, b, WIDE)
         Outputs, unless empty: mean and variance of the evaluated weights.
-    weight, square_weight : ndarray, shape (b, 1, WIDE)
-        Loss per unit of second moment, and twice the variance of the loss per unit of squared
-        variance.
     loss : ndarray, shape (T,) or (0,)
         The expected loss after each step is added to it, if it is not empty.
     """
-    n = mean.shape[1]
-    short = n <= 3
-    # The rows of A: all of them for a short state, the entries for a longer one.
-    a = np.zeros((n * n if short else column.size, WIDE))
-    half = np.zeros((1 if short else n * n, WIDE))
-    new, read = np.zeros((n, WIDE)), np.zeros((3, WIDE))
-    rows, place = np.zeros(n, np.int64), np.arange(column.size)
-    if short:
-        for r in range(n):
-            for e in range(first[r], first[r + 1]):
-                place[e] = r * n + column[e]
-    begin, end = 0, 0
-    pushed, kicked, nothing = np.zeros((3, 6))
-    for b in range(mean.shape[0]):
-        begin = end
+    if readout.shape[1] <= 3:
+        _walk_short(table, noise, part, x, moving, readout, record, sums, seen, loss)
+    else:
+        _walk_long(table, entries, noise, part, x, moving, readout, record, sums, seen, loss)
+
+
+@jit
+def _walk_short(table, noise, part, x, moving, readout, record, sums, seen, loss):
+    _, drive, own = noise
+    n, flat = readout.shape[1], x.reshape(-1)
+    for j in range(part.shape[0]):
+        h = flat[part[j, 0] * x.shape[1] * WIDE + part[j, 1] :]
+        m = h[HEAD * WIDE :]
+        u = m[n * WIDE :]
+        s = u[n * WIDE :]
+        q = s[n * (n + 1) // 2 * WIDE :]
+        rows, g, count, t = x[part[j, 0]], part[j, 3], part[j, 2] - part[j, 1], 0
+        while t < record.size:
+            start, t = t, t + 1
+            while t < record.size and record[t - 1] < 0 and loss.size == 0:
+                t += 1
+            if n == 1:
+                _run1(table, drive, own, moving, g, start, t, h, m, u, s, q, count)
+            elif n == 2:
+                _run2(table, drive, own, moving, g, start, t, h, m, u, s, q, count)
+            else:
+                _run3(table, drive, own, moving, g, start, t, h, m, u, s, q, count)
+            out = record[t - 1]
+            if out >= 0 or loss.size > 0:
+                _record(rows, n, moving[1], readout, t - 1, part, j, out, sums, seen, loss)
+
+
+@jit
+def _walk_long(table, entries, noise, part, x, moving, readout, record, sums, seen, loss):
+    (begin, column, fixed), (driven, drive, own) = entries, noise
+    n = readout.shape[1]
+    p = n * (n + 1) // 2
+    a, half, new = np.zeros((column.size, WIDE)), np.zeros((n * n, WIDE)), np.zeros((n, WIDE))
+    which, start, end = np.zeros(n, np.int64), 0, 0
+    for b in range(x.shape[0]):
+        start = end
         while end < part.shape[0] and part[end, 0] == b:
             end += 1
-        # What lies in lanes of no part is never read.
-        whole = end == begin + 1
-        alone = short and whole
-        m, u, s, q = mean[b], root[b], started[b], noisy[b]
-        h, v = curvature[b, 0], noise_variance[b, 0]
+        rows, h, v = x[b], x[b, 0], x[b, 1]
+        m, u = rows[HEAD : HEAD + n], rows[HEAD + n : HEAD + 2 * n]
+        s, q = rows[HEAD + 2 * n : HEAD + 2 * n + p], rows[HEAD + 2 * n + p :]
         for t in range(table.shape[1]):
             for e in range(column.size):
                 if t == 0 or not fixed[e]:
-                    for j in range(begin, end):
-                        _fill_entry(a, place[e], table[part[j, 3], t], e, h, part[j, 1], part[j, 2])
+                    for j in range(start, end):
+                        _fill_entry(a, e, table[part[j, 3], t], h, part[j, 1], part[j, 2])
             if moving[0]:
-                _move_vector(a, first, column, m, new)
+                _move_vector(a, begin, column, m, new)
             if moving[1]:
-                _move_vector(a, first, column, u, new)
+                _move_vector(a, begin, column, u, new)
             if moving[2]:
-                _move_covariance(a, first, column, s, v, nothing, nothing, half, rows)
-            for p in range(driven.shape[0] if alone else 0):
-                k, g = _packed(driven[p, 0], driven[p, 1]), part[begin, 3]
-                pushed[k], kicked[k] = drive[g, t, p], own[g, t, p]
-            if alone:
-                _move_covariance(a, first, column, q, v, pushed, kicked, half, rows)
-            else:
-                _move_covariance(a, first, column, q, v, nothing, nothing, half, rows)
-            for p in range(0 if alone else driven.shape[0]):
-                k = _packed(driven[p, 0], driven[p, 1])
-                for j in range(begin, end):
+                _conjugate_rows(a, begin, column, s, half, which)
+            _conjugate_rows(a, begin, column, q, half, which)
+            for k in range(driven.shape[0]):
+                o = _packed(driven[k, 0], driven[k, 1])
+                for j in range(start, end):
                     g = part[j, 3]
-                    _add_noise(q, k, drive[g, t, p], own[g, t, p], v, part[j, 1], part[j, 2])
-            out = record[t]
-            if out < 0 and loss.size == 0:
-                continue
-            _read_rows(read, readout[t], m, u, s, q, moving[1])
-            for j in range(begin, end):
-                s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
-                for i in range(part[j, 1], part[j, 2]):
-                    square, variance = read[0, i] * read[0, i], read[1, i] + read[2, i]
-                    s0 += weight[b, 0, i] * square
-                    s1 += weight[b, 0, i] * read[1, i]
-                    s2 += weight[b, 0, i] * read[2, i]
-                    s3 += square_weight[b, 0, i] * variance * (0.5 * variance + square)
-                if loss.size > 0:
-                    loss[t] += s0 + s1 + s2
-                if out >= 0:
-                    program = part[j, 4]
-                    sums[out, program, 0] += s0
-                    sums[out, program, 1] += s1
-                    sums[out, program, 2] += s2
-                    sums[out, program, 3] += s3
-            if out >= 0 and seen.shape[1] > 0:
-                for i in range(WIDE):
-                    seen[0, out, b, i] = read[0, i]
-                    seen[1, out, b, i] = read[1, i] + read[2, i]
+                    _add_noise(q, o, drive[g, t, k], own[g, t, k], v, part[j, 1], part[j, 2])
+            if record[t] >= 0 or loss.size > 0:
+                for j in range(start, end):
+                    _record(rows, n, moving[1], readout, t, part, j, record[t], sums, seen, loss)
+
+
+@jit
+def _move_vector(a, begin, column, m, new):
+    """One step of a mean, for the entries of a sparse A."""
+    for r in range(begin.size - 1):
+        count = begin[r + 1] - begin[r]
+        _row_times(new, r, a, begin[r], count, m, column[begin[r] :])
+    m[:] = new

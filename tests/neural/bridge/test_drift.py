@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, descended, descent, measure_drift
+from neural.bridge.drift import Drift, Slopes, descended, descent, measure_drift
+from neural.bridge.response import response
+from neural.bridge.scatter import noise_age
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
@@ -74,14 +76,15 @@ def test_the_force_is_half_the_third_derivatives_with_the_scatter(
 
 @pytest.mark.parametrize("eigenpairs", [None, 2])
 @pytest.mark.parametrize(("lr", "size", "steps"), [(LR, SIZE, STEPS), (0.5, 2, 3), (0.05, 8, 40)])
-def test_the_mean_moves_as_gradient_descent_with_the_force(
+def test_the_mean_moves_as_gradient_descent_with_a_force_that_begins_later(
     bowl: Bowl, eigenpairs: int | None, lr: float, size: int, steps: int
 ) -> None:
     g, h = bowl.risk.gradient().numpy(), bowl.risk.hessian().numpy()
     local = measure_local(bowl.risk, eigenpairs, noise_samples=4, tolerance=1e-12)
     drift = measure_drift(bowl.risk, local, TRAINING, displacements=6)
     training, scale = Training(lr, size, steps), (lr / size) / (LR / SIZE)
-    pushed = [slide(scale * force(drift, half), h, lr, steps) for half in (0, 1)]
+    later = steps - round(noise_age(local, training))
+    pushed = [slide(scale * force(drift, half), h, lr, later) for half in (0, 1)]
     assert drift.floor(training, steps) == pytest.approx(0.5 * pushed[0] @ h @ pushed[1], rel=1e-8)
     # m is linear in slope and force: what both together do, less what each does.
     still, mean = slide(g, h, lr, steps), 0.5 * (pushed[0] + pushed[1])
@@ -132,6 +135,41 @@ def test_a_quadratic_has_no_drift() -> None:
     drift = measure_drift(risk, measure_local(risk, 2, tolerance=1e-10), training)
     assert abs(drift.floor(training, 500)) < 1e-25
     assert abs(drift.cross(training, 500)) < 1e-12
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_the_age_of_the_noise_is_the_mean_over_a_literal_scatter(momentum: float) -> None:
+    h, v, steps, lr = np.array([2.0, 0.3, 1e-9]), np.array([0.5, 1.0, 1e8]), 40, 0.1
+    pairs = Eigenpairs(h, np.eye(3), np.zeros(3))
+    empty = LanczosNodes(np.zeros(0), np.zeros(0), np.zeros((3, 0)))
+    local = LocalQuadratic(0.0, pairs, np.diag(v), np.zeros(3), empty, (), float(v.sum()), 9)
+    before, now, loss = np.zeros(3), np.full(3, lr), [0.0]
+    for _ in range(steps):
+        loss.append(loss[-1] + h * v @ now**2)
+        before, now = now, (1.0 + momentum - lr * h) * now - momentum * before
+    expected = np.sum(1.0 - np.array(loss[:-1]) / loss[-1])
+    training = Training(lr, SIZE, steps, momentum)
+    assert noise_age(local, training) == pytest.approx(expected, rel=1e-9)
+    assert noise_age(local, replace(training, lr=50.0, steps=5000)) == 0.0  # unstable
+
+
+def test_the_mean_moves_as_the_scatter_builds_up() -> None:
+    """Beside the mean's own recursion with the force 1/2 tr(H S(s)) after s steps."""
+    h, training = np.array([2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001]), Training(0.3, SIZE, 100)
+    empty = LanczosNodes(np.zeros(0), np.zeros(0), np.zeros((8, 0)))
+    pairs = Eigenpairs(h, np.eye(8), np.zeros(8))
+    local = LocalQuadratic(0.0, pairs, np.diag(h), np.zeros(8), empty, (), float(h.sum()), 9)
+    mean, variance, shrink = np.zeros(8), np.zeros(8), 1.0 - training.lr * h
+    for _ in range(training.steps):
+        mean = shrink * mean - training.lr * 0.5 * h @ variance
+        variance = shrink**2 * variance + training.lr**2 / SIZE * h
+    final = np.full(8, 0.5 * h @ variance)
+    slopes = Slopes(np.zeros((0, 8)), np.zeros((0, 8)), np.zeros(3), np.zeros(2))
+    drift = Drift(local, training, (final, final), (empty, empty), slopes)
+    error = np.linalg.norm(drift.displacement(training) - mean)
+    assert error < 0.02 * np.linalg.norm(mean)
+    at_once = -response(training, 100)(h) * final
+    assert np.linalg.norm(at_once - mean) > 3.0 * error
 
 
 @pytest.mark.parametrize("eigenpairs", [None, 2])

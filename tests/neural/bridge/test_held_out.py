@@ -119,7 +119,7 @@ def test_the_covariance_of_an_average_is_that_of_its_walk(
     agree(v @ covariance(local, training, average) @ v.T, expected, 1e-9)
     u = training.effective_lr * local.pairs.values
     ratio = covariance(local, training, average) / covariance(local, training)
-    alone = noise_sums(u, training, average) / noise_sums(u, training)
+    alone = noise_sums(u, training, 9, average) / noise_sums(u, training, 9)
     agree(np.diag(ratio), alone, 1e-9)
 
 

@@ -8,9 +8,9 @@ import torch
 
 from neural.bridge.comparison import compare_training
 from neural.bridge.config import Plan, Training
-from neural.bridge.drift import response
 from neural.bridge.iterate_averages import ExponentialMean, Running, TailMean, TimeAverage
 from neural.bridge.prediction import predict_loss
+from neural.bridge.response import response
 from neural.bridge.sgd_chains import noise_free, train_runs
 from nqm.errors import NQMError
 from tests.tiny_risks import Bowl, gaussian_of, quadratic, slide, tanh_risk
@@ -42,12 +42,9 @@ def counts(average: TimeAverage) -> np.ndarray:
 
 @pytest.mark.parametrize("average", AVERAGES, ids=str)
 def test_an_average_is_its_weights(average: TimeAverage) -> None:
-    weights, t = counts(average), np.arange(average.steps + 1)
+    weights = counts(average)
     assert weights.sum() == pytest.approx(1.0, rel=IDENTITY)
-    assert average.age == pytest.approx(weights @ t, rel=IDENTITY)
-    # Flat, bent down, at the decay of the EMA, in one step, jumped over, and unstable.
-    u = np.array([0.0, 1e-3, 0.1, 0.1 + 1e-12, 0.5, 1.0, 1.7, 2.1, -0.1])
-    agree(average.left(u), [weights @ (1.0 - one) ** t for one in u], 1e-9)
+    agree(average.weights(), weights[1:], IDENTITY)
     path = torch.randn(average.steps + 1, 3, dtype=torch.double)
     running = Running([average], path[0])
     for step, w in enumerate(path[1:], 1):
@@ -55,13 +52,29 @@ def test_an_average_is_its_weights(average: TimeAverage) -> None:
     agree(running.values[average.name], weights @ path.numpy(), IDENTITY)
 
 
-@pytest.mark.parametrize("average", AVERAGES, ids=str)
-@pytest.mark.parametrize("lr", [0.02, 0.9])
-def test_the_response_is_that_of_a_literal_loop(average: TimeAverage, lr: float) -> None:
-    h, t = np.array([2.2, 1.0, 0.1, 1e-3, 1e-9, 0.0, -0.1]), np.arange(average.steps + 1)
-    moved = np.array([slide(-np.ones(7), np.diag(h), lr, step) for step in t])
-    # Off 1 / (u T) roundings at small u.
-    agree(response(lr, average)(h), counts(average) @ moved, 1e-6)
+@pytest.mark.parametrize("when", [1, 60, *AVERAGES], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_response_is_that_of_a_literal_loop(when: int | TimeAverage, momentum: float) -> None:
+    # Unstable without momentum, jumped over, in one step, ever flatter, and bent down.
+    h, lr = np.array([2.6, 2.0, 1.2, 0.1, 1e-3, 1e-9, 1e-15, 0.0, -0.1]), 0.8
+    steps = when if isinstance(when, int) else when.steps
+    path, buffer = [np.zeros(len(h))], np.zeros(len(h))
+    for _ in range(steps):
+        buffer = momentum * buffer + 1.0 - h * path[-1]
+        path.append(path[-1] + lr * buffer)
+    expected = path[-1] if isinstance(when, int) else counts(when) @ path
+    agree(response(Training(lr, 8, steps, momentum), when)(h), expected, 1e-11)
+
+
+def test_the_response_after_very_many_steps() -> None:
+    """In closed form: the force is balanced, or still pushes a flat direction."""
+    h, steps = np.array([1.0, 0.1, 1e-13, 0.0]), 10**9
+    # Heavy ball lags behind its effective rate by momentum / (1 - momentum) steps.
+    for momentum, lag in ((0.0, 0.0), (0.9, 9.0)):
+        lr = 0.5 * (1.0 - momentum)
+        flat = 0.5 * (steps - lag) * (1.0 - 0.25 * h[2] * steps)
+        found = response(Training(lr, 8, steps, momentum), steps)(h)
+        agree(found, [1.0, 10.0, flat, 0.5 * (steps - lag)], 1e-7)
 
 
 def test_runs_and_the_noise_free_path_are_averaged_as_they_run() -> None:
@@ -107,7 +120,7 @@ def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage
 
 
 @pytest.mark.parametrize(
-    ("training", "away"), [(Training(0.3, 4, 40), 0.5), (Training(0.06, 4, 80, momentum=0.8), 0.0)]
+    ("training", "away"), [(Training(0.3, 4, 40), 0.5), (Training(0.06, 4, 80, momentum=0.8), 0.5)]
 )
 def test_training_does_what_is_predicted_of_averages(training: Training, away: float) -> None:
     bowl = Bowl((2.0, 0.7, 0.2), away=away)

@@ -125,6 +125,7 @@ def test_products_together_are_those_one_by_one(curvature: str) -> None:
 
 def test_products_are_right_where_torch_is_wrong_in_batches(monkeypatch: Any) -> None:
     risk = tanh_risk()
+    risk.check()
     together = EachRow.__call__
 
     def wrong(each: EachRow, *args: Tensor) -> Any:
@@ -134,6 +135,18 @@ def test_products_are_right_where_torch_is_wrong_in_batches(monkeypatch: Any) ->
     rows = torch.eye(risk.size, dtype=torch.double)[:4]
     each = torch.stack([risk.hessian_product(v) for v in rows])
     torch.testing.assert_close(risk.curvature_products(rows), each)
+    found = risk.example_products(rows[0].expand_as)
+    torch.testing.assert_close(found, each[0] - risk.weight_decay * rows[0])
+
+
+def test_products_of_examples_are_those_of_each_alone() -> None:
+    risk = tanh_risk()
+    inputs, targets = (torch.cat(parts) for parts in zip(*risk.batches, strict=True))
+    expected = torch.zeros_like(risk.weights)
+    for n, gradient in enumerate(torch.cat(list(risk.example_gradients()))):
+        alone = EmpiricalRisk(risk.model, [(inputs[n : n + 1], targets[n : n + 1])])
+        expected += alone.hessian_product(gradient.square()) / risk.examples
+    torch.testing.assert_close(risk.example_products(torch.square), expected)
 
 
 def test_the_model_is_left_as_it_is(risk: EmpiricalRisk) -> None:

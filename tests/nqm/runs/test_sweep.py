@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nqm
 from nqm.errors import NQMError
@@ -445,6 +447,9 @@ COSINE = {"schedule": "cosine", "start": 0.5, "end": 0.01, "over": 25}
 WSD = {"schedule": "wsd", "peak": 1.0, "end": 0.0}
 WSD |= {"warmup": 5, "stable": 20, "decay": 10}
 INNER = {"algorithm": "heavy_ball", "momentum": 0.5}
+CYCLIC = {"schedule": "cyclic", "high": 0.5, "low": 0.05, "period": 6}
+LATE = {"algorithm": "late_phase", "members": 3, "gamma": "mean", "inner": INNER}
+TIMES = {"algorithm": "late_phase_multiplicative", "members": 3, "gamma": "mean"}
 SCHEDULED: dict[str, tuple[list[dict[str, Any]], dict[str, list[Any]]]] = {
     "sgd": ([{"algorithm": "sgd", "lr": COSINE}], {"phase.0.lr.start": MANY_RATES}),
     "both ends": (
@@ -459,6 +464,35 @@ SCHEDULED: dict[str, tuple[list[dict[str, Any]], dict[str, list[Any]]]] = {
     "a later phase": (
         [{"algorithm": "sgd", "lr": 0.5}, {"algorithm": "nesterov", "lr": COSINE}],
         {"phase.0.lr": MANY_RATES[:5], "phase.1.lr.start": MANY_RATES[2:5]},
+    ),
+    "cycles": (
+        [{"algorithm": "ema", "decay": 0.9, "inner": INNER, "lr": CYCLIC}],
+        {"phase.0.lr.high": MANY_RATES},
+    ),
+    "cycles of members": (
+        [{"algorithm": "sgd", "lr": 0.3}, LATE | {"lr": CYCLIC, "member_lr": 0.1}],
+        {"phase.1.lr.high": MANY_RATES[1:], "phase.0.lr": MANY_RATES[:2]},
+    ),
+    "members in some directions": (
+        [LATE | {"directions": 0.5, "lr": COSINE, "member_lr": 0.1}],
+        {"phase.0.lr.start": MANY_RATES},
+    ),
+    "members in some directions, at one rate": (
+        [LATE | {"directions": [0, 1], "lr": 0.1}],
+        {"phase.0.lr": MANY_RATES, "phase.0.member_lr": [0.2, 0.7]},
+    ),
+    "multiplicative": ([TIMES | {"lr": COSINE}], {"phase.0.lr.start": MANY_RATES}),
+    "multiplicative, at one rate": (
+        [{"algorithm": "sgd", "lr": 0.2}, TIMES | {"lr": 0.1, "member_lr": 0.05}],
+        {"phase.1.lr": MANY_RATES, "phase.1.member_lr": [0.05, 0.2]},
+    ),
+    "a method that never repeats": (
+        [{"algorithm": "schedule_free", "lr": 0.1}],
+        {"phase.0.lr": MANY_RATES},
+    ),
+    "a period": (
+        [{"algorithm": "lookahead", "k": 4, "inner": INNER, "lr": 0.1}],
+        {"phase.0.lr": MANY_RATES},
     ),
     "an average of all": (
         [
@@ -481,6 +515,47 @@ def test_scheduled_cells_together_are_cells_one_by_one(name: str, directions: in
     table, alone = sweep.run(), one_by_one(sweep)
     pd.testing.assert_frame_equal(table, alone.run(), check_exact=True)
     assert sweep.key == alone.key
+
+
+#: A rate as a number or a schedule, and the entry that an axis may change.
+SHAPES: list[tuple[Any, str]] = [
+    (0.2, ""),
+    (COSINE, ".start"),
+    (COSINE, ".end"),
+    (WSD, ".peak"),
+    (CYCLIC, ".high"),
+    ({"schedule": "power", "start": 0.4, "over": 3}, ".start"),
+]
+METHODS: list[dict[str, Any]] = [
+    {"algorithm": "nesterov", "momentum": 0.8},
+    {"algorithm": "ema", "decay": 0.7, "inner": INNER},
+    {"algorithm": "swa", "every": 2},
+    {"algorithm": "lawa", "window": 2, "every": 3},
+    {"algorithm": "lookahead", "k": 4, "inner": INNER},
+    {"algorithm": "schedule_free"},
+    LATE,
+    LATE | {"directions": 0.5, "gamma": 0.3},
+    TIMES,
+]
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.tuples(st.sampled_from(METHODS), st.sampled_from(SHAPES)), min_size=1, max_size=3),
+    st.lists(st.floats(1e-3, 3.0), min_size=8, max_size=9, unique=True),
+    st.integers(1, 4),
+    st.sets(st.integers(0, 20), min_size=1, max_size=4),
+)
+def test_any_cells_together_are_cells_one_by_one(
+    stages: list[Any], rates: list[float], directions: int, at: set[int]
+) -> None:
+    phases = [method | {"lr": rate, "steps": 20} for method, (rate, _) in stages]
+    axis = ", ".join(f"phase.{i}.lr{entry}" for i, (_, (_, entry)) in enumerate(stages))
+    values = [rate if len(stages) == 1 else [rate] * len(stages) for rate in rates]
+    base = {"problem": spectrum(directions), "phase": phases, "record": {"at": sorted(at)}}
+    sweep = Sweep(base, {axis: values})
+    assert len(next(iter(sweep._grouped()[0])).index) == len(rates)
+    pd.testing.assert_frame_equal(sweep.run(), one_by_one(sweep).run(), check_exact=True)
 
 
 @pytest.mark.parametrize(

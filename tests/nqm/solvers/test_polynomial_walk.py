@@ -28,7 +28,7 @@ from nqm.schedule import Cosine
 from nqm.solvers import moments
 from nqm.solvers._kernels import polynomial_steps
 from nqm.solvers.polynomial_walk import Layout
-from nqm.step_polynomial import step_polynomial, step_table
+from nqm.step_polynomial import step_polynomial, step_table, ties
 from nqm.transition import extract, noise_moment
 from tests.nqm.test_contract import CASES
 from tests.tolerances import IDENTITY, agree, agree_each
@@ -315,21 +315,61 @@ def test_a_method_with_a_period_under_a_schedule(matrix_by_matrix):
     agree_each(ours.loss, plain.loss, IDENTITY)
 
 
-@pytest.mark.parametrize("name", ["_conjugate1", "_conjugate2", "_conjugate3"])
-def test_short_covariances_are_products_of_matrices(name):
-    n = int(name[-1])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_short_covariances_are_products_of_matrices(n):
+    """Of quadratic polynomials, in any number of lanes; the lanes beside them stay."""
     rng = np.random.default_rng(n)
-    a = rng.normal(size=(polynomial_steps.WIDE, n, n))
-    root = rng.normal(size=(polynomial_steps.WIDE, n, n))
-    covariance = root @ root.swapaxes(1, 2)
-    i, j = np.tril_indices(n)
-    packed = np.ascontiguousarray(covariance[:, i, j].T)
-    v, drive, own = rng.uniform(size=polynomial_steps.WIDE), rng.normal(size=6), rng.normal(size=6)
-    entries = np.ascontiguousarray(a.reshape(-1, n * n).T).ravel()
-    getattr(polynomial_steps, name)(entries, packed.ravel(), v, drive, own)
-    moved = (a @ covariance @ a.swapaxes(1, 2))[:, i, j]
-    agree(packed.T, moved + v[:, None] * drive[: i.size] + own[: i.size], IDENTITY)
-    mean = rng.normal(size=(n, polynomial_steps.WIDE))
-    expected = np.einsum("irc,ci->ri", a, mean)
-    getattr(polynomial_steps, name.replace("conjugate", "carry"))(entries, mean.ravel())
-    agree(mean, expected, IDENTITY)
+    wide, count, pairs = polynomial_steps.WIDE, 37, n * (n + 1) // 2
+    h, v = rng.uniform(size=(2, wide))
+    table = rng.normal(size=(1, 1, 3, n * n))
+    a = np.einsum("pe,pi->ie", table[0, 0], h ** np.arange(3)[:, None]).reshape(wide, n, n)
+    root = rng.normal(size=(wide, n, n))
+    covariance, (i, j) = root @ root.swapaxes(1, 2), np.tril_indices(n)
+    packed, mean = np.ascontiguousarray(covariance[:, i, j].T), rng.normal(size=(n, wide))
+    noise = rng.normal(size=2 * pairs)
+    given = np.concatenate([h, v])
+    moved, carried = packed.copy(), mean.copy()
+    matrix, vector = (getattr(polynomial_steps, f"_{name}{n}") for name in ("matrix", "vector"))
+    matrix(table, 0, 0, given, moved.reshape(-1), count, tuple(noise))
+    vector(table, 0, 0, given, carried.reshape(-1), count)
+    expected = (a @ covariance @ a.swapaxes(1, 2))[:, i, j].T
+    expected += noise[:pairs, None] * v + noise[pairs:, None]
+    agree(moved[:, :count], expected[:, :count], IDENTITY)
+    agree(carried[:, :count], np.einsum("irc,ci->ri", a, mean)[:, :count], IDENTITY)
+    assert (moved[:, count:] == packed[:, count:]).all()
+    assert (carried[:, count:] == mean[:, count:]).all()
+
+
+@pytest.mark.parametrize("gamma", ["mean", "sum", 0.3])
+def test_the_base_and_the_members_have_one_momentum(gamma):
+    """Both begin at 0 and see one gradient, times gamma K and times 1."""
+    late = LatePhase(3, gamma=gamma, inner=HeavyBall(0.7))
+    mean, deviation = (mode.algorithm for mode in late.modes())
+    found = ties(mean, (1, 2))
+    assert found.kept.size == 2
+    ratio = late.base_scale * 3
+    agree(found.factor[1] / found.factor[2], ratio, IDENTITY)
+    assert ties(deviation, (1,)).kept.tolist() == [0, 1]
+    assert ties(mean, (2,)).kept.tolist() == [0, 1, 2]
+
+
+def test_momentum_that_is_kept_from_the_phase_before_is_not_tied(matrix_by_matrix):
+    """The base goes on with a momentum and the members' begins at 0; a later phase has neither."""
+    late = LatePhase(3, gamma="mean", inner=HeavyBall(0.5))
+    first, last = Phase(HeavyBall(0.5), COSINE, 5, 2), Phase(late, COSINE, 6, 2, member_lr=0.1)
+    other = replace(last, algorithm=replace(late, gamma=2.0))
+    for phases in ([first, last], [last, other], [last, last]):
+        steps = sum(phase.steps for phase in phases)
+        ours, plain = (
+            solve(mixed(4), phases, [7, steps]),
+            matrix_by_matrix(mixed(4), phases, [7, steps]),
+        )
+        for name in ("loss", "member_loss", "loss_sd", "weight_mean", "weight_variance"):
+            agree(getattr(ours, name), getattr(plain, name), IDENTITY)
+    states = moments.at_start(late, mixed(4))
+    assert [state.still for state in states] == [(1, 2), (0, 1)]
+    law = moments.law_of(last, mixed(4))
+    kept, _ = moments.hand_over(mixed(4), states, law, moments.law_of(other, mixed(4)), 6)
+    assert [state.still for state in kept] == [(), ()]
+    same, _ = moments.hand_over(mixed(4), states, law, law, 6)
+    assert [state.still for state in same] == [(1, 2), (0, 1)]
