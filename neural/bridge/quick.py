@@ -29,6 +29,7 @@ from neural.bridge.comparison import predict_training
 from neural.bridge.config import ITERATE, BridgeConfig, Plan, Training
 from neural.bridge.descent_path import DescentPath, follow_descent, path_work
 from neural.bridge.gaussian import WeightGaussian
+from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.prediction import Prediction
 from neural.bridge.verdict import FEEDBACK
 from neural.curvature import gradient_noise
@@ -208,11 +209,13 @@ def _rows(
     growth = trace / gaussian.checkpoint.noise_trace
     averages = {average.name: average for average in plan.averages(training)}
     moved = {}
-    for weights, when in {ITERATE: training.steps, **averages}.items():
+    times: dict[str, int | TimeAverage] = {ITERATE: training.steps, **averages}
+    for weights, when in times.items():
         loss, slope = risk.loss_and_gradient(path.mean(training, when))
         push = gaussian.drift.displacement(training, when)
         moved[weights] = loss - start, float(slope.double().cpu().numpy() @ push)
-    rows = predict_training(gaussian, plan).table.to_dict("records")
+    table = predict_training(gaussian, plan).table
+    rows = [{str(name): entry for name, entry in row.items()} for row in table.to_dict("records")]
     for row in rows:
         there = Prediction(*(float(row[term.name]) for term in fields(Prediction)))
         descent, cross = moved[row["weights"]]
