@@ -163,6 +163,7 @@ def test_averages_are_predicted_where_the_noise_is_predicted_to_vanish(
     assert (table["effective_runs"] == 1.0).all()
 
 
+@pytest.mark.slow
 def test_far_from_a_minimum_the_descent_is_that_of_the_loss() -> None:
     """Compared with gradient descent itself; the quadratic of the checkpoint says a multiple."""
     risk = tanh_risk(quick=False)
