@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -162,6 +163,7 @@ def bridge(
     help="Least saving of one more member, relative to what noise costs a single run.",
 )
 @click.option("--steps", type=int, help="Steps of the training to come.  [default: 1000]")
+@click.option("--epochs", type=float, help="The same in passes over the run's training data.")
 @click.option("--batch-size", type=int, help="Examples of a minibatch, B.  [default: 32]")
 @click.option("--select", help="Weights that will be trained, e.g. batchnorm+head.  [default: all]")
 @click.option(
@@ -171,6 +173,7 @@ def bridge(
     metavar="KEY=VALUE",
     help="Change a setting of the measurement, e.g. --set bridge.examples=500 (repeatable).",
 )
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON document to standard output.")
 @device_option
 @data_option
 @threads_option
@@ -179,31 +182,45 @@ def advise(
     members: int | None,
     worth: float,
     steps: int | None,
+    epochs: float | None,
     batch_size: int | None,
     select: str | None,
     overrides: tuple[str, ...],
+    as_json: bool,
     device: str | None,
     root: Path | None,
     threads: int | None,
 ) -> None:
     """Advise on learning rate, average and K for a training from a network's weights.
 
-    RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: what the advice
-    needs is measured in a few passes over the data, without a training. BRIDGE is a folder that
+    RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: descent is followed
+    and what noise adds is measured, without a training. BRIDGE is a folder that
     nqm neural bridge has written: nothing is measured, and trained cells that contradict their
     prediction do not count. Only predictions
     within the validity of the theory count; without any there is no advice.
 
     \b
-    nqm neural advise out/neural/digits_mlp-full/base/seed0 --steps 400 --members 8
+    nqm neural advise out/neural/digits_mlp-full/base/seed0 --epochs 40 --members 8
     nqm neural advise out/bridge/digits_mlp-full-base-seed0
     """
     from neural.bridge.advise import advise as advice
     from neural.bridge.advise import check_asked, read_bridge
-    from neural.bridge.pipeline import advice_table, load_config, open_target, split_overrides
+    from neural.bridge.pipeline import (
+        advice_table,
+        load_config,
+        open_target,
+        split_overrides,
+        steps_of,
+    )
     from neural.bridge.quick import SETTINGS
-    from nqm.errors import NQMError
+    from nqm.errors import NQMError, check_number
 
+    if epochs is not None:
+        check_number("epochs", epochs, low=0.0, closed_low=False)
+        if steps is not None:
+            raise NQMError(
+                f"steps = {steps} and epochs = {epochs:g} say the same; give one of them"
+            )
     asked = {
         "bridge.steps": steps,
         "bridge.batch_sizes": None if batch_size is None else [batch_size],
@@ -212,7 +229,8 @@ def advise(
     own = [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
     check_asked(members, worth)
     if Path(target).is_dir() and not Path(target, "run.json").is_file():
-        if given := [*own, *overrides]:
+        length = [] if epochs is None else ["bridge.steps"]
+        if given := [*own, *length, *overrides]:
             raise NQMError(
                 f"{given[0].partition('=')[0]} cannot be changed: {target} is no run, and a bridge "
                 "is measured already; give its run"
@@ -224,7 +242,13 @@ def advise(
         settings, plan = load_config(None, [*SETTINGS, *own, *more])
         runtime = make_runtime(device, root, threads)
         opened = open_target(target, runtime, overrides=others)
+        if epochs is not None:
+            settings = replace(settings, steps=steps_of(opened, epochs, settings.batch_sizes[0]))
         with progress_bar() as progress:
             table = advice_table(opened, settings, plan, runtime, progress)
-    for line in advice(table, members, worth).words:
+    found = advice(table, members, worth)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    for line in found.words:
         click.echo(f"- {line}")

@@ -320,6 +320,27 @@ def advice_table(
     return measure_for_advice(risk, config, plan, progress)
 
 
+def steps_of(opened: Opened, epochs: float, batch_size: int) -> int:
+    """Number of optimizer steps of some passes over the run's training data.
+
+    Parameters
+    ----------
+    opened : Opened
+        The network, from `open_target`.
+    epochs : float
+        Passes over the training data, above 0.
+    batch_size : int
+        Examples of one minibatch (for a text, windows).
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
+    examples = len(opened.task.stream) * opened.run.data.batch_size
+    return max(round(epochs * examples / batch_size), 1)
+
+
 def _stamp(run: RunConfig, config: BridgeConfig, plan: Plan) -> Stamp:
     """Metadata of the tables of a bridge; its key depends on what differs from the defaults."""
     key = keys.key({"run": run_key(run), "bridge": differing(config), "plan": differing(plan)})
