@@ -245,6 +245,8 @@ def noise_age(local: LocalQuadratic, training: Training) -> float:
         return 0.0
     h, v = h[h > 0.0], v[h > 0.0]
     beta = training.momentum
+    if training.lr * h.max(initial=0.0) >= 2.0 * (1.0 + beta):
+        return 0.0
     c = 1.0 + beta - training.lr * h
     # State: squares and product of the last two r (see `_heavy_ball_sums`), S(s), sum of earlier S.
     step = np.zeros((len(h), 5, 5))
@@ -253,7 +255,7 @@ def noise_age(local: LocalQuadratic, training: Training) -> float:
     step[:, 2, 0] = 1.0
     step[:, 3, 0], step[:, 3, 3] = 1.0, 1.0
     step[:, 4, 3], step[:, 4, 4] = 1.0, 1.0
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing scatters
         after = np.linalg.matrix_power(step, training.steps)[..., 0]
         age = training.steps - np.divide(*(h * v @ after[:, 4:2:-1]))
     return float(age) if np.isfinite(age) else 0.0
