@@ -70,14 +70,32 @@ class NoiseFreePath:
         same = training.effective_lr == self.training.effective_lr
         return self.averages.index(when) if same and when in self.averages else None
 
-    def _time(self, training: Training, when: float | TimeAverage) -> float:
+    def _scaled(self, training: Training, when: float | TimeAverage) -> float:
+        """Number of steps of this path that go as far."""
         if isinstance(when, TimeAverage):
             weights = when.weights()  # what they lack is that of the checkpoint, at step 0
             steps = float(np.arange(1, when.steps + 1) @ weights)
         else:
             steps = when
-        scaled = steps * training.effective_lr / self.training.effective_lr
-        return min(scaled, float(self.training.steps))
+        return steps * training.effective_lr / self.training.effective_lr
+
+    def _time(self, training: Training, when: float | TimeAverage) -> float:
+        return min(self._scaled(training, when), float(self.training.steps))
+
+    def covers(self, training: Training, when: float | TimeAverage) -> bool:
+        """Whether a place of another training lies on this path, not beyond its end.
+
+        Parameters
+        ----------
+        training, when
+            See `change`.
+
+        Returns
+        -------
+        bool
+        """
+        known = self._known(training, when) is not None
+        return known or self._scaled(training, when) <= self.training.steps
 
     def change(self, training: Training, when: float | TimeAverage) -> float:
         """Change of the loss from the checkpoint.

@@ -181,10 +181,9 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
             kinks, kink_part = smoothing.kinks, smoothing.kink_part(training, step, local) / runs
             nonsmooth = kink_part * (kinks.cost_ratio - 1.0)
             slope = kink_part * kinks.log2_slope
-        fall = descent(local, training, when) if path is None else path.change(training, when)
         predictions.append(
             Prediction(
-                descent=fall,
+                descent=_fall(gaussian, when),
                 cross=drift.cross(training, when, path),
                 floor=drift.floor(training, when),
                 excess=excess,
@@ -195,6 +194,21 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
             )
         )
     return predictions
+
+
+def _fall(gaussian: WeightGaussian, when: int | TimeAverage) -> float:
+    """Change of the loss by noise-free descent.
+
+    Beyond the end of its path the loss goes on to fall in proportion to that of the quadratic.
+    """
+    local, training, path = gaussian.local, gaussian.training, gaussian.path
+    if path is None:
+        return descent(local, training, when)
+    fall = path.change(training, when)
+    if path.covers(training, when):
+        return fall
+    ends = descent(local, training, when), descent(local, path.training, path.training.steps)
+    return fall * max(ends[0] / ends[1], 1.0) if ends[1] < 0.0 else fall
 
 
 def _width(local: LocalQuadratic, training: Training) -> float:

