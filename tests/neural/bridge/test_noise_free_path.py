@@ -65,7 +65,7 @@ def test_other_trainings_follow_the_same_way_and_not_beyond_it() -> None:
 
 def test_beyond_the_path_the_loss_falls_on_as_the_quadratic() -> None:
     """Of a quadratic loss, exactly; else the best rate would never lie above those trained."""
-    risk = Bowl((2.0, 0.3, 0.02), away=0.5).risk
+    risk = Bowl((1.0, 0.1, 0.02), away=0.5).risk
     local, path = measure_local(risk, None), measure_path(risk, TRAINING, PLAN)
     gaussian = replace(measure_gaussian(risk, local, TRAINING, displacements=2), path=path)
     faster = gaussian.scaled_to(replace(TRAINING, lr=2.0 * TRAINING.lr))
