@@ -31,7 +31,6 @@ from nqm import (
     Lookahead,
     Nesterov,
     Problem,
-    Program,
     QuasiHyperbolicMomentum,
     Rounded,
     WeightDecay,
@@ -169,25 +168,22 @@ def every_method(problem: Problem) -> None:
     problem : Problem
         Has `DIRECTIONS` directions.
     """
-    replicas, steps = 32, 1000
     print(f"every linear method, last loss recorded, load average {os.getloadavg()[0]:.1f}")
     for name, algorithm in METHODS.items():
         counted = count_draws(algorithm)
         normals = counted.minibatches + counted.normals
-        program = constant(algorithm, 0.1, steps, batch_size=BATCH)
         shares = []
-        for precision, alone in (("float64", draw), ("float32", draw_single)):
-            alike = DIRECTIONS * replicas * steps  # as many draws as one normal a step takes
-
-            def run(precision: str = precision, program: Program = program) -> None:
-                sample(problem, program, [steps], replicas=replicas, workers=1, precision=precision)
-
-            run()
-            mine, _, ratio = paired(run, partial(alone, alike), 3)
-            shares.append(
-                f"{precision} {alike * normals / mine / 1e6:5.0f} M/s, {ratio * normals:.2f}"
-            )
-        print(f"  {name:32s} {' | '.join(shares)} of the draws")
+        for steps, replicas in ((1000, 32), (100, 320)):
+            program = constant(algorithm, 0.1, steps, batch_size=BATCH)
+            for precision, alone in (("float64", draw), ("float32", draw_single)):
+                alike = DIRECTIONS * replicas * steps  # as many draws as one normal a step takes
+                run = partial(sample, problem, program, [steps], replicas=replicas, workers=1,
+                              precision=precision)  # fmt: skip
+                run()
+                mine, _, ratio = paired(run, partial(alone, alike), 3)
+                rate = alike * normals / mine / 1e6
+                shares.append(f"{steps} {precision} {rate:5.0f} M/s, {ratio * normals:.2f}")
+        print(f"  {name:32s} {' | '.join(shares)} of the draws", flush=True)
 
 
 def numpy_sgd(h: FloatArray, steps: int) -> FloatArray:

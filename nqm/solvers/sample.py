@@ -7,6 +7,7 @@ same for any number of workers. A block stores its own state only; no array of
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +27,12 @@ from nqm.problems.quadratic import FloatArray, Problem
 from nqm.program import Phase, Program, as_program, goes_on, resumes
 from nqm.result import Trajectory
 from nqm.solvers._kernels import fast_normals
-from nqm.solvers._kernels.lane_samples import sample_lanes
-from nqm.solvers._kernels.linear_samples import evaluate, sample_linear
+from nqm.solvers._kernels.linear_samples import sample_linear
 from nqm.solvers._kernels.multiplicative_samples import (
     evaluate_multiplicative,
     sample_multiplicative,
 )
+from nqm.solvers._kernels.normals import fill_normals, streams
 from nqm.solvers._kernels.optimizer_samples import sample_optimizer
 from nqm.solvers.control_variates import Start, Twin, adjust, peak
 from nqm.solvers.moments import check_own_starts
@@ -45,10 +46,8 @@ from nqm.transition import (
     resumption,
 )
 
-#: Replicas of one block: its state stays in the cache for some thousand directions.
+#: Replicas of one block, which advance together.
 BLOCK = fast_normals.LANES
-#: Coordinates up to which a step with one normal also takes the entries that are 0.
-WHOLE = 3
 #: Most transition entries prepared at once (16 MB).
 CHUNK = 2_000_000
 
@@ -128,10 +127,8 @@ def sample(  # noqa: PLR0913 - options, by keyword
 
     def run(index: int) -> int:
         first = index * BLOCK
-        rng = np.random.Generator(np.random.SFC64(seeds[index]))
-        lanes = fast_normals.lanes(seeds[index]) if plan.fast else None
         with np.errstate(over="ignore", invalid="ignore"):  # of this thread; see `status`
-            part, members, twin = plan.run(rng, lanes, sizes[index])
+            part, members, twin = plan.run(_Draws(seeds[index], problem, plan.fast), sizes[index])
         loss[:, first : first + sizes[index]] = part
         member_loss[:, first : first + sizes[index]] = members
         if control:
@@ -228,7 +225,7 @@ class _Plan:
         for index, phase in enumerate(program.phases):
             if isinstance(phase.algorithm, Algorithm):
                 phase.algorithm.check(problem)
-                self.linear[index] = _Linear(phase.algorithm, problem, fast)
+                self.linear[index] = _Linear(phase.algorithm, problem)
                 if index:
                     self._check(index, phase.algorithm)
             elif fast:
@@ -251,23 +248,25 @@ class _Plan:
     def _goes_on(self, index: int) -> bool:
         return index > 0 and goes_on(*self.program.phases[index - 1 : index + 1])
 
-    def run(
-        self, rng: np.random.Generator, lanes: NDArray[np.uint32] | None, replicas: int
-    ) -> tuple[FloatArray, FloatArray, Twin]:
-        """Losses (records, replicas) of one block, mean model and average member, and its twins.
-
-        The steps draw from `lanes` if there are any, all else from `rng`.
-        """
-        problem = self.problem
+    def run(self, draws: _Draws, replicas: int) -> tuple[FloatArray, FloatArray, Twin]:
+        """Losses (records, replicas) of one block, mean model and average member, and its twins."""
+        problem, rng = self.problem, draws.rng
         loss = np.empty((len(self.wanted), replicas))
         member_loss = np.empty_like(loss)
-        shape = (replicas, problem.directions)
+        mean, sd = problem.initial_mean[:, None], np.sqrt(problem.initial_variance)[:, None]
 
         def draw() -> FloatArray:
-            normal, start = rng.standard_normal(shape), problem.initial_correlation
+            normal, start = (
+                _normals(rng, (problem.directions, replicas)),
+                problem.initial_correlation,
+            )
             if start is not None:
-                normal = normal[:, : start.root.shape[1]] @ start.root.T
-            return problem.initial_mean + np.sqrt(problem.initial_variance) * normal
+                normal = start.root @ normal[: start.root.shape[1]]
+            return mean + sd * normal
+
+        def plain() -> FloatArray:
+            """Weights (replicas, d) at the start of a phase that is not linear."""
+            return np.ascontiguousarray((draw() if weights is None else weights).T)
 
         offset, age = 0, 0
         state: FloatArray | None = None
@@ -284,29 +283,29 @@ class _Plan:
                 if (offset < step or (index == 0 and step == 0)) and step <= last
             ]
             if isinstance(phase.algorithm, MultiplicativeLatePhase):
-                weights = draw() if weights is None else weights
-                self._meet(twin, index, weights)
+                begun = plain()
+                self._meet(twin, index, begun)
                 if factors is None or not self._goes_on(index):
-                    factors = self._factors(rng, phase.algorithm, weights)
+                    factors = self._factors(rng, phase.algorithm, begun)
                     twin.begin_factors(problem, phase.algorithm, factors[1])
                 theta, phi = factors
                 self._multiplicative(rng, phase, theta, phi, twin, rows, loss, member_loss)
-                weights, state = theta * phi.mean(axis=1) - problem.minimum, None
+                weights, state = (theta * phi.mean(axis=1) - problem.minimum).T, None
             elif isinstance(phase.algorithm, Sampled):
-                weights = np.ascontiguousarray(draw() if weights is None else weights)
-                self._meet(twin, index, weights)
+                begun = plain()
+                self._meet(twin, index, begun)
                 if buffers is None or not self._goes_on(index):
-                    buffers, age = (np.zeros_like(weights), np.zeros_like(weights)), 0
+                    buffers, age = (np.zeros_like(begun), np.zeros_like(begun)), 0
                     twin.begin_optimizer()
-                self._optimizer(rng, phase, age, weights, buffers, twin, rows, loss)
+                self._optimizer(rng, phase, age, begun, buffers, twin, rows, loss)
                 member_loss[[row for row, _ in rows]] = loss[[row for row, _ in rows]]
-                age, state, factors = age + phase.steps, None, None
+                age, state, factors, weights = age + phase.steps, None, None, begun.T
             else:
                 linear = self.linear[index]
                 state, age = self._enter(rng, index, state, weights, age, draw)
-                linear.advance(rng, lanes, problem, phase, state, age, rows, loss, member_loss)
+                linear.advance(draws, problem, phase, state, age, rows, loss, member_loss)
                 age += phase.steps
-                weights, factors = state @ readout(linear.algorithm, age), None
+                weights, factors = np.tensordot(readout(linear.algorithm, age), state, 1), None
                 if start is not None:  # in linear phases the twin is the run itself
                     here = [row for row, _ in rows]
                     twin.loss[here] = loss[here]
@@ -327,7 +326,7 @@ class _Plan:
         age: int,
         draw: Callable[[], FloatArray],
     ) -> tuple[FloatArray, int]:
-        """State (replicas, d, n) at the start of a linear phase, and its age."""
+        """State (n, d, replicas) at the start of a linear phase, and its age."""
         new = self.linear[index].algorithm
         if index and state is not None and self._goes_on(index):
             old = self.linear[index - 1].algorithm
@@ -341,12 +340,12 @@ class _Plan:
                 return begun + self._origin(new, old.coordinates), 0
         draws, normals = embedding(new)
         sources = [draw() if weights is None else weights for _ in range(draws.shape[1])]
-        begun = self._begun(rng, index, np.stack(sources, axis=-1), draws, normals)
+        begun = self._begun(rng, index, np.stack(sources), draws, normals)
         return begun + self._origin(new), 0
 
     def _origin(self, algorithm: Algorithm, known: Sequence[str] = ()) -> FloatArray:
-        """Start (d, n) of the coordinates that begin at the origin of weight space; others 0."""
-        return np.outer(-self.problem.minimum, origins(algorithm, known))
+        """Start (n, d, 1) of coordinates that begin at the origin of weight space; others 0."""
+        return np.outer(origins(algorithm, known), -self.problem.minimum)[..., None]
 
     def _begun(
         self,
@@ -357,12 +356,12 @@ class _Plan:
         normals: FloatArray,
     ) -> FloatArray:
         """Compute lift @ sources + normals @ fresh noise for every replica and direction."""
-        start = sources @ lift.T
+        start = np.tensordot(lift, sources, 1)
         if normals.shape[1]:
-            noise = rng.standard_normal((*start.shape[:2], normals.shape[1])) @ normals.T
-            mask = self.linear[index].mask
+            fresh = _normals(rng, (normals.shape[1], *start.shape[1:]))
+            noise, mask = np.tensordot(normals, fresh, 1), self.linear[index].mask
             start = start + (noise if mask is None else mask[:, None] * noise)
-        return np.ascontiguousarray(start)
+        return start
 
     def _factors(
         self, rng: np.random.Generator, algorithm: MultiplicativeLatePhase, start: FloatArray
@@ -472,6 +471,14 @@ class _Plan:
         _give_back(rng, generator)
 
 
+def _normals(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
+    """`rng.standard_normal(shape)`, in compiled code."""
+    generator, out = _take(rng), np.empty(math.prod(shape))
+    fill_normals(generator, out)
+    _give_back(rng, generator)
+    return out.reshape(shape)
+
+
 def _root(problem: Problem) -> FloatArray:
     """Root (d, r) of the noise's correlation matrix; r = 0 if directions are independent."""
     correlation = problem.noise_correlation
@@ -489,18 +496,30 @@ def _give_back(rng: np.random.Generator, generator: Any) -> None:
     rng.bit_generator.state = state
 
 
+class _Draws:
+    """Random generators of one block.
+
+    Steps of linear phases draw from `streams` (d, 4), in single precision from `lanes` (4, BLOCK);
+    all else from `rng`.
+    """
+
+    def __init__(self, seed: np.random.SeedSequence, problem: Problem, fast: bool):
+        self.rng = np.random.Generator(np.random.SFC64(seed))
+        self.streams = streams(seed, 0 if fast else problem.directions)
+        self.lanes = fast_normals.lanes(seed)[:, : BLOCK if fast else 0]
+
+
 class _Linear:
     """A linear algorithm prepared for the sampling kernel (its transition is sparse)."""
 
-    def __init__(self, algorithm: Algorithm, problem: Problem, fast: bool):
-        self.algorithm, self.fast = algorithm, fast
+    def __init__(self, algorithm: Algorithm, problem: Problem):
+        self.algorithm = algorithm
         self.mask = algorithm.member_mask(problem)
         self.cache: dict[bytes, Any] = {}
 
     def advance(  # noqa: PLR0913 - options, by keyword
         self,
-        rng: np.random.Generator,
-        lanes: NDArray[np.uint32] | None,
+        draws: _Draws,
         problem: Problem,
         phase: Phase,
         state: FloatArray,
@@ -514,27 +533,21 @@ class _Linear:
         targets = {step: row for row, step in rows}
         if 0 in targets:
             row = targets[0]
-            evaluate(
-                state,
-                readout(algorithm, age),
-                member_readout(algorithm, age),
-                problem.weight,
-                loss[row],
-                member_loss[row],
-            )
-            if not algorithm.member_count:
-                member_loss[row] = loss[row]
-        n = len(algorithm.coordinates)
-        generator = _take(rng)
-        replicas = len(state)
-        across = np.zeros((problem.directions, n, BLOCK))  # replicas last, short blocks padded
-        across[:, :, :replicas] = state.transpose(1, 2, 0)
-        chunk = max(1, min(CHUNK // (problem.directions * (n + 1)), 4096))
+            loss[row] = problem.weight @ np.tensordot(readout(algorithm, age), state, 1) ** 2
+            member_loss[row] = loss[row]
+            if algorithm.member_count:
+                members = np.tensordot(member_readout(algorithm, age), state, 1)
+                member_loss[row] = problem.weight @ (members**2).mean(axis=0)
+        n, replicas = len(algorithm.coordinates), state.shape[2]
+        across = state  # rows of a short block are padded
+        if replicas < BLOCK:
+            across = np.zeros((n, problem.directions, BLOCK))
+            across[:, :, :replicas] = state
+        chunk = min(CHUNK // (problem.directions * (n + 1)), 4096)
+        chunk = max(BLOCK, chunk - chunk % BLOCK)  # whole tiles: float32 draws tile by tile
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
-            values, column, row_start, m, kind = self._transitions(
-                problem, phase, first, until, age
-            )
+            steps, kind = self._steps(problem, phase, first, until, age)
             here = [step for step in sorted(targets) if first < step <= until]
             record = np.full(until - first, -1, dtype=np.int64)
             reads = np.zeros((max(len(here), 1), n))
@@ -543,54 +556,84 @@ class _Linear:
                 record[step - first - 1] = i
                 reads[i] = readout(algorithm, age + step)
                 members[i] = member_readout(algorithm, age + step)
-            steps = values, column, row_start, m, kind, record, reads, members, problem.weight
-            if lanes is None:
-                part = np.empty((len(reads), replicas))
-                member_part = np.full_like(part, np.nan)
-                drawn = minibatch_count(algorithm)
-                sample_linear(generator, *steps, state, part, member_part, _root(problem), drawn)
-            else:
-                part = np.zeros((len(reads), BLOCK))
-                member_part = np.zeros_like(part)
-                sample_lanes(lanes, *steps, across, part, member_part)
-                part, member_part = part[:, :replicas], member_part[:, :replicas]
+            part = np.zeros((len(reads), BLOCK))
+            member_part = np.zeros_like(part)
+            sample_linear(
+                draws.streams,
+                draws.lanes,
+                *steps,
+                kind,
+                record,
+                reads,
+                members,
+                problem.weight,
+                replicas,
+                across,
+                part,
+                member_part,
+                _root(problem),
+                minibatch_count(algorithm),
+            )
             for i, step in enumerate(here):
-                loss[targets[step]] = part[i]
-                member_loss[targets[step]] = member_part[i] if algorithm.member_count else part[i]
-        _give_back(rng, generator)
-        if lanes is not None:
-            state[...] = across[:, :, :replicas].transpose(2, 0, 1)
+                losses = part[i], member_part[i] if algorithm.member_count else part[i]
+                loss[targets[step]], member_loss[targets[step]] = (x[:replicas] for x in losses)
+        state[...] = across[:, :, :replicas]
 
-    def _transitions(
+    def _steps(
         self, problem: Problem, phase: Phase, first: int, until: int, age: int
-    ) -> tuple[Any, ...]:
+    ) -> tuple[tuple[Any, ...], NDArray[np.int64]]:
+        """Kinds of steps as `sample_linear` takes them, and the kind of each step."""
         settings = phase.settings(first, until)
         residue = self.algorithm.time.reduced(age + np.arange(first, until))
         kinds, kind = np.unique(np.column_stack([settings, residue]), axis=0, return_inverse=True)
         key = kinds.tobytes()
         if key not in self.cache:
-            blocks: list[Any] = [None] * len(kinds)
+            pattern, forms = np.empty(len(kinds), dtype=np.int64), []
+            blocks: list[tuple[NDArray[np.int64], FloatArray]] = []
             for chosen, t in self.algorithm.time.groups(kinds[:, -1]):
-                rows = kinds[chosen]
-                lr: Any = rows[:, [0]]
-                if self.algorithm.rate_count == 2:
-                    lr = (lr, rows[:, [1]] * (1.0 if self.mask is None else self.mask))
-                step = extract(self.algorithm, problem.curvature[None, :], lr, t)
-                sd = np.sqrt(problem.noise_variance / rows[:, [-2]])
-                noise = step.noise * sd[..., None, None]
-                for i, block in zip(
-                    chosen, np.concatenate([step.matrix, noise, step.own], axis=-1), strict=True
-                ):
-                    blocks[i] = block
-            full = np.array(blocks)
-            used = (full != 0.0).any(axis=(0, 1))
-            if len(used) <= WHOLE and used.shape[1] == len(used) + 1:
-                used[:] = True  # a short state is stepped without gaps
-            row_start = np.concatenate([[0], np.cumsum(used.sum(axis=1))]).astype(np.int64)
-            column = np.nonzero(used)[1].astype(np.int64)
-            noise_columns = full.shape[3] - full.shape[2]
-            values = full[:, :, used]
-            if self.fast:  # its kernel takes all steps of one direction at a time
-                values = values.transpose(1, 0, 2)
-            self.cache = {key: (np.ascontiguousarray(values), column, row_start, noise_columns)}
-        return (*self.cache[key], kind.reshape(-1).astype(np.int64))
+                pattern[chosen] = len(blocks)
+                full = self._full(problem, kinds[chosen], t)
+                forms.append(_pattern(full))
+                blocks.append((chosen, full[:, :, forms[-1][0]]))
+            width = max(block.shape[2] for _, block in blocks)
+            values = np.zeros((problem.directions, len(kinds), width))
+            for chosen, block in blocks:
+                values[:, chosen, : block.shape[2]] = block.transpose(1, 0, 2)
+            n = len(self.algorithm.coordinates)
+            starts, column = (
+                np.zeros((len(blocks), n + 1), int),
+                np.zeros((len(blocks), width), int),
+            )
+            for g, (used, _) in enumerate(forms):
+                starts[g, 1:] = np.cumsum(used.sum(axis=1))
+                column[g, : starts[g, -1]] = np.nonzero(used)[1]
+            same = np.array([form[1] for form in forms])
+            noise_columns = forms[0][0].shape[1] - n
+            self.cache = {key: (values, starts, column, same, pattern, noise_columns)}
+        return self.cache[key], kind.reshape(-1).astype(np.int64)
+
+    def _full(self, problem: Problem, kinds: FloatArray, t: Any) -> FloatArray:
+        """[A | C sd(e) | D] of these kinds of steps, shape (kinds, d, n, n + m)."""
+        lr: Any = kinds[:, [0]]
+        if self.algorithm.rate_count == 2:
+            lr = (lr, kinds[:, [1]] * (1.0 if self.mask is None else self.mask))
+        step = extract(self.algorithm, problem.curvature[None, :], lr, t)
+        sd = np.sqrt(problem.noise_variance / kinds[:, [-2]])
+        return np.concatenate([step.matrix, step.noise * sd[..., None, None], step.own], axis=-1)
+
+
+def _pattern(full: FloatArray) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Entries (n, n + m) that steps compute with, and `same` of `sample_linear`."""
+    n = full.shape[2]
+    used, same, seen = (full != 0.0).any(axis=(0, 1)), np.full(n, -1), dict[bytes, int]()
+    for j in range(n):
+        same[j] = seen.setdefault(full[:, :, j].tobytes(), j)
+        (columns,) = np.nonzero(used[j])
+        if same[j] != j:
+            same[j] += n
+        elif len(columns) == 1 and columns[0] < n and (full[:, :, j, columns[0]] == 1.0).all():
+            same[j] = columns[0]
+        else:
+            same[j] = -1
+    used[same >= 0] = False
+    return used, same

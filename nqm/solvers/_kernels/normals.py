@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nqm.solvers._kernels.compiling import jit
 from nqm.solvers._kernels.ziggurat import TAIL_START, tables
@@ -25,6 +26,37 @@ def _next(state):
     state[2] = ((c << _24) | (c >> _40)) + bits
     state[3] = counter + _ONE
     return bits
+
+
+@jit
+def _mix(states):
+    """Advance generators that were just seeded by twelve rounds, as the author of SFC64 does."""
+    for i in range(states.shape[0]):
+        for _ in range(12):
+            _next(states[i])
+
+
+def streams(seed: np.random.SeedSequence, count: int) -> NDArray[np.uint64]:
+    """Seed generators of normals that are independent of each other.
+
+    Parameters
+    ----------
+    seed : numpy.random.SeedSequence
+        The second child of it is used: `fast_normals.lanes` uses the first.
+    count : int
+        Number of generators.
+
+    Returns
+    -------
+    ndarray of uint64, shape (count, 4)
+        State of each, as ``numpy.random.SFC64`` has it after three words of seed; a generator of
+        another kind, Philox, makes them, faster than a `SeedSequence` would.
+    """
+    child = np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, 1))
+    states = np.ones((count, 4), dtype=np.uint64)
+    states[:, :3] = np.random.Philox(child).random_raw(3 * count).reshape(count, 3)
+    _mix(states)
+    return states
 
 
 @jit

@@ -49,8 +49,8 @@ def twins(problem, program, at, replicas, seed):
     """Losses (records, R) of the twins alone and their stated expectation (records,)."""
     start = control.Start.of(problem, program, at)
     plan = sample._Plan(problem, program, at, fast=False, start=start)
-    rng = np.random.Generator(np.random.SFC64(seed))
-    twin = plan.run(rng, None, replicas)[2]
+    draws = sample._Draws(np.random.SeedSequence(seed), problem, fast=False)
+    twin = plan.run(draws, replicas)[2]
     return twin.loss, twin.expected
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import nqm
 from nqm.solvers._kernels import compiling
 from nqm.solvers._kernels.moment_steps import propagate_moments
 from nqm.solvers._kernels.normals import fill_normals
@@ -43,6 +44,35 @@ def test_normals_in_pieces_are_the_normals_at_once() -> None:
     for part in np.split(parts, [1, 17, 400]):
         fill_normals(two, part)
     np.testing.assert_array_equal(whole, parts)
+
+
+class Words(np.random.bit_generator.ISeedSequence):
+    """A seed that is these words."""
+
+    def __init__(self, words: np.ndarray):
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        assert (n_words, np.dtype(dtype)) == (len(self.words), np.uint64)
+        return self.words
+
+
+@pytest.mark.parametrize("pieces", [(7,), (3, 4)])
+def test_a_direction_draws_a_stream_of_its_own(pieces: tuple[int, ...]) -> None:
+    """SGD by NumPy's SFC64, one for each direction, step by step however phases divide them."""
+    problem = nqm.Problem([1.0, 0.3, 0.05], [1.0, 2.0, 0.5], initial_variance=0.0, initial_mean=1.0)
+    program = nqm.Program(tuple(nqm.Phase(nqm.SGD(), 0.1, steps) for steps in pieces))
+    drawn = nqm.sample(problem, program, [7], replicas=5, seed=3)
+    (block,) = np.random.SeedSequence(3).spawn(1)
+    words = np.random.Philox(block.spawn(2)[1]).random_raw(9).reshape(3, 3)
+    weights = []
+    for i, (h, v) in enumerate(zip(problem.curvature, problem.noise_variance, strict=True)):
+        rng, x = np.random.Generator(np.random.SFC64(Words(words[i]))), np.ones(5)
+        for _ in range(7):
+            x = x - 0.1 * (h * x + np.sqrt(v) * rng.standard_normal(5))
+        weights.append(x)
+    expected = np.asarray(problem.weight @ np.square(weights))
+    np.testing.assert_allclose(drawn.samples[0], expected, rtol=IDENTITY)
 
 
 def test_normals_are_normal() -> None:
