@@ -180,11 +180,12 @@ class LocalQuadratic:
         Returns
         -------
         dict of str to int or str
-            Numbers of eigenpairs and draws, and the measured values to ten digits.
+            Numbers of eigenpairs, draws and Lanczos nodes, and the measured values to ten digits.
         """
         return {
             "eigenpairs": len(self.pairs.values),
             "noise_samples": len(self.draws),
+            "nodes": len(self.gradient.values),
             "largest": f"{self.largest:.10g}",
             "noise_trace": f"{self.noise_trace:.10g}",
         }

@@ -1,4 +1,4 @@
-"""Rows of LANES numbers as one vector: what the compiler makes of a loop is left to nobody.
+"""Operations on rows of LANES numbers, each row one vector of the processor's instructions.
 
 A loop over a row costs as much to begin as to run: its length is unknown, and its rows might
 overlap. Here LLVM gets a load, a product, a sum and a store of LANES numbers each, and splits them
@@ -27,7 +27,7 @@ _LINE = 64
 def _pointer(context: Any, builder: Any, kind: Any, array: Any, row: Any) -> Any:
     """Address of a row of a C-contiguous array (rows, LANES), as that of a vector."""
     data = context.make_array(kind)(context, builder, array).data
-    vector = ir.VectorType(data.type.pointee, LANES)
+    vector = ir.VectorType(context.get_data_type(kind.dtype), LANES)
     place = builder.gep(data, [builder.mul(row, ir.Constant(row.type, LANES))])
     return builder.bitcast(place, vector.as_pointer())
 
