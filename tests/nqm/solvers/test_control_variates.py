@@ -114,8 +114,8 @@ def test_the_twin_of_long_runs_drifts_to_the_balance():
     program = constant(MultiplicativeLatePhase(2, gamma="mean"), 0.05, 20_000)
     start = control.Start.of(problem, program, [20_000])
     plan = sample._Plan(problem, program, [20_000], fast=False, start=start)
-    rng = np.random.Generator(np.random.SFC64(0))
-    moments = plan.run(rng, None, 2)[2].moments
+    draws = sample._Draws(np.random.SeedSequence(0), problem, fast=False)
+    moments = plan.run(draws, 2)[2].moments
     theta, phi = moments[5, 0], moments[6, 0]
     ratio = nqm.balance_point(problem, MultiplicativeLatePhase(2, gamma="mean"), 0.05).ratio[0]
     agree_each(theta / phi, ratio, 0.1)  # its rates and noise are not small
