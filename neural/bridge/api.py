@@ -233,6 +233,8 @@ def descent_fault(risk: EmpiricalRisk, local: LocalQuadratic, training: Training
     return f"{predicted:.3g} predicted and {actual:.3g} evaluated at lr = {training.lr:.3g}"
 
 
+#: How the stages of the noise-free paths end, which begin with their rates.
+WITHOUT_NOISE = "without noise"
 #: Noise-free paths by learning rate.
 Paths = dict[float, NoiseFreePath]
 
@@ -286,7 +288,7 @@ def paths_of(
     if not descends(local, options["config"].trainings(local.largest), plan):
         return found
     for training in {training.lr: training for training in trainings}.values():
-        stage = f"lr = {training.lr:.3g}, without noise"
+        stage = f"lr = {training.lr:.3g}, {WITHOUT_NOISE}"
         done = counted(options["progress"], stage, float(training.steps))
         path = measure_path(risk, training, plan, cache=options["cache"], progress=done)
         if bool(np.isfinite(path.ends).all()):
@@ -578,7 +580,7 @@ def store_training(
     config = options["config"]
     training = config.trainings(local.largest)[index]
     needed = [*shared_trainings(local, config), training]
-    paths = paths_of(own, local, needed, its_plan, **options)
+    paths = paths_of(own, local, needed, plan, **options)  # as `measure` does
     averages = averages_of(own, local, paths, **options)
     third = counted(options["progress"], "third derivatives", _work(local, config))
     gaussian = gaussian_of(own, local, training, averages, third, paths, **options)

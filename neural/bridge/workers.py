@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from neural.bridge.api import Options, store_part, store_training
+from neural.bridge.api import WITHOUT_NOISE, Options, store_part, store_training
 from neural.bridge.comparison import minibatches_of
 from neural.bridge.config import BridgeConfig, Plan
 from neural.curvature.cache import Cache
@@ -139,13 +139,13 @@ def _work(bridged: Bridged) -> dict[str, float]:
     tested = bridged.test.examples / examples
     kinds = 1 + len(plan.averages(config.trainings(1.0)[0]))
     work = {
+        WITHOUT_NOISE: float(config.steps),
         "third derivatives": 4.0 * config.displacements + 2.0 * TOGETHER * config.lanczos_steps,
         "test loss": 2.0 * kinds * config.displacements * tested,
     }
     if config.train:
         minibatches = config.steps * minibatches_of(plan)
         work["train"] = 2.0 * minibatches * config.batch_sizes[0] / examples
-        work["train, without noise"] = float(config.steps)
     return work
 
 
@@ -154,6 +154,8 @@ def _joined(work: dict[str, float], progress: Progress) -> Progress:
     names, total = list(work), sum(work.values())
 
     def told(stage: str, share: float) -> None:
+        if stage.endswith(WITHOUT_NOISE):  # of one rate, which it names
+            stage = WITHOUT_NOISE
         if stage in work:
             before = sum(work[name] for name in names[: names.index(stage)])
             progress(stage, (before + share * work[stage]) / total)

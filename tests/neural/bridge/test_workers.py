@@ -75,6 +75,17 @@ def test_workers_compute_all_that_the_tables_need(
     assert {name.partition("-")[0] for name in files - filled[0]} == {"density"}
 
 
+def test_the_path_of_every_rate_counts_in_the_progress_of_its_training() -> None:
+    told: list[tuple[str, float]] = []
+    progress = workers._joined(
+        {workers.WITHOUT_NOISE: 1.0, "train": 3.0}, lambda *given: told.append(given)
+    )
+    stages = ("lr = 0.1, without noise", 0.5), ("averages", 1.0), ("train", 1.0)
+    for stage, share in stages:
+        progress(stage, share)
+    assert told == [("without noise", 0.125), ("train", 1.0)]
+
+
 @pytest.mark.slow
 def test_processes_change_no_number(run: Path, tmp_path: Path) -> None:
     alone = run_bridge(open_target(str(run), Runtime()), SMALL, PLAN, Runtime(), tmp_path / "one")
