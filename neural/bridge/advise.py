@@ -38,10 +38,11 @@ class Advice:
     weights : str
         The weights themselves, or an average over time.
     members : int
-        Number of runs whose weights are averaged, K.
-    change, single : float
-        Predicted change of the training loss from the checkpoint's: with this average, and of a
-        single run's last weights at the same rate.
+        Number of runs, or of late-phase members, whose weights are averaged, K.
+    change : float
+        Predicted change of the training loss from the checkpoint's with this average.
+    single : float or None
+        The same of a single run's last weights at the same rate; None for late-phase members.
     words : tuple of str
         The advice in sentences.
     """
@@ -51,7 +52,7 @@ class Advice:
     weights: str
     members: int
     change: float
-    single: float
+    single: float | None
     words: tuple[str, ...]
 
 
@@ -89,10 +90,11 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     table : DataFrame
         Made by `neural.bridge.api.compare` or `predict`.
     members : int, optional
-        Largest number of runs that may be averaged; by default the largest of the table.
+        Largest number of runs that may be averaged; by default the largest of the table. Late-phase
+        members are advised in a number that the table has.
     worth : float
         Smallest saving for which one more run is advised, relative to what noise costs a single
-        run at the same rate.
+        run at the same rate; of late-phase members, to what it costs the fewest.
 
     Returns
     -------
@@ -106,19 +108,9 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     check_asked(members, worth)
     most = int(table["members"].max()) if members is None else members
     if set(table["way"]) != {INDEPENDENT}:
-        raise NQMError(
-            "no advice for late-phase members: each K has a prediction of its own, given by the "
-            "bridge's table; measure without plan.late_phase"
-        )
+        return _of_late_phase(table, most, worth)
     cells = table[table["members"] == table["members"].min()]
-    left = cells[_reliable(cells)]
-    if left.empty:
-        raise NQMError(
-            f"no advice: none of the {len(cells)} trainings and averages is predicted reliably "
-            f"(noise changes by more than {FEEDBACK:.0%}, the rate is unstable, or training "
-            "contradicts it); lower bridge.lr_times_sharpness, raise the batch size, or minimise "
-            "further"
-        )
+    left = _believed(cells)
     best: tuple[float, pd.Series, Prediction, int] | None = None
     for _, row in left.iterrows():
         prediction = Prediction(*(float(row[term.name]) for term in fields(Prediction)))
@@ -145,6 +137,51 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     words += _rests_on(table, cells, left)
     chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
     return Advice(*chosen, count, change, single, tuple(words))
+
+
+def _of_late_phase(table: pd.DataFrame, most: int, worth: float) -> Advice:
+    """Advice for late-phase members: each K has a prediction of its own, at its own best rate."""
+    first = int(table["members"].min())
+    if most < first:
+        raise NQMError(f"members must be at least {first}, the smallest K measured; got {most}")
+    cells = table[table["members"] <= most]
+    left = _believed(cells)
+    best = left.sort_values("predicted").drop_duplicates("members").sort_values("members")
+    row, whole = best.iloc[0], float(best["predicted_rise"].iloc[0])
+    stop = f"K = {{}} is the largest of the reliable K up to {most}."
+    for _, more in best.iloc[1:].iterrows():
+        buys = (row["predicted"] - more["predicted"]) / (more["members"] - row["members"]) / whole
+        if buys < worth:
+            stop = (
+                f"Stop at K = {{}}: up to {int(more['members'])}, one more member buys {buys:.1%} "
+                f"of what noise costs K = {int(best['members'].iloc[0])}."
+            )
+            break
+        row = more
+    count, change = int(row["members"]), float(row["predicted"])
+    words = [
+        f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
+        f"with {count} late-phase members of {row['way']}: the training loss of their mean is "
+        f"predicted to change by {change:+.3g} from the checkpoint's.",
+        stop.format(count),
+        *_ends(left[left["members"] == count], row),
+        *_rests_on(table, cells, left),
+    ]
+    chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
+    return Advice(*chosen, count, change, None, tuple(words))
+
+
+def _believed(cells: pd.DataFrame) -> pd.DataFrame:
+    """The reliable cells; NQMError if there are none."""
+    left = cells[_reliable(cells)]
+    if left.empty:
+        raise NQMError(
+            f"no advice: none of the {len(cells)} trainings and averages is predicted reliably "
+            f"(noise changes by more than {FEEDBACK:.0%}, the rate is unstable, or training "
+            "contradicts it); lower bridge.lr_times_sharpness, raise the batch size, or minimise "
+            "further"
+        )
+    return left
 
 
 def check_asked(members: int | None, worth: float) -> None:

@@ -118,7 +118,33 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[0].startswith("- Train 10 steps at lr = 0.1, B = 8, and take")
 
 
-def test_of_late_phase_members_there_is_no_advice() -> None:
-    """A row's prediction is that of its own K alone."""
-    with pytest.raises(NQMError, match="no advice for late-phase members"):
-        advise(ONE.assign(way="head"))
+def test_late_phase_members_are_advised_in_a_number_that_was_measured() -> None:
+    """Each K has a cell of its own for every rate; two more, or five, must be worth it."""
+
+    def late(lr: float, predicted: list[float]) -> pd.DataFrame:
+        rises = [change + 2.0 for change in predicted]
+        return ONE.assign(members=[2, 4, 9], lr=lr, predicted=predicted, predicted_rise=rises)
+
+    unreliable = late(0.4, [-9.0] * 3).assign(noise_growth=0.9)
+    table = pd.concat([late(0.1, [8.0, 4.0, 3.5]), late(0.2, [9.0, 3.0, 2.9]), unreliable])
+    table = table.assign(way="head")
+    found = advise(table)  # (8 - 3) / 2 of 10 for each of two, (3 - 2.9) / 5 of it for five
+    assert (found.lr, found.members, found.change, found.single) == (0.2, 4, 3.0, None)
+    assert found.words[0].startswith(
+        "Train 10 steps at lr = 0.2, B = 8, with 4 late-phase members of head: the training loss of"
+    )
+    assert "Stop at K = 4: up to 9, one more member buys 0.2% of what noise costs K = 2." in (
+        found.words
+    )
+    assert "This is the highest of the reliable rates: a better one may lie beyond." in found.words
+    assert "6 of 9 trainings and averages are predicted reliably." in found.words
+    more = advise(table, worth=0.001)
+    assert (more.lr, more.members) == (0.2, 9)
+    assert "K = 9 is the largest of the reliable K up to 9." in more.words
+    few = advise(table, members=3)
+    assert (few.lr, few.members) == (0.1, 2)
+    assert "K = 2 is the largest of the reliable K up to 3." in few.words
+    with pytest.raises(NQMError, match="members must be at least 2, the smallest K measured; got"):
+        advise(table, members=1)
+    with pytest.raises(NQMError, match="no advice: none of the 9 trainings"):
+        advise(table.assign(noise_growth=0.9))
