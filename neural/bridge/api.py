@@ -327,7 +327,7 @@ def averages_of(
     config, paths = options["config"], paths or {}
     reference, longest = shared_trainings(local, config)
     path = paths.get(reference.lr)
-    work = averaging_work(risk, local, config.averaging_displacements)
+    work = averaging_work(risk, local, config.averaging_displacements, config.displacements)
     return measure_averages(
         risk,
         local,
@@ -361,6 +361,7 @@ def gaussian_of(
         averages,
         path=(paths or {}).get(training.lr),
         displacements=config.displacements,
+        averaging_displacements=config.averaging_displacements,
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
         cache=options["cache"],
