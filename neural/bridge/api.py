@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
-from neural.bridge.adam import preconditioned
+from neural.bridge.adam import check_decay, preconditioned
 from neural.bridge.comparison import (
     Outcome,
     compare_training,
@@ -18,7 +18,7 @@ from neural.bridge.comparison import (
     minibatches_of,
     predict_training,
 )
-from neural.bridge.config import ADAM, BridgeConfig, Plan, Training
+from neural.bridge.config import ADAPTIVE, BridgeConfig, Plan, Training
 from neural.bridge.control_variate import measure_control_variate
 from neural.bridge.drift import descent, descent_of_loss
 from neural.bridge.gaussian import (
@@ -59,7 +59,8 @@ class Measured:
     gaussians : tuple of WeightGaussian
         Gaussian of the weights, one for each training (and each K of late-phase members).
     parts : tuple of Measured
-        Measurements for each K of late-phase members; empty for independent runs.
+        What is measured each for itself: every K of late-phase members, every batch size of Adam
+        if there are several; else empty.
     cache : Cache
         Stores the results of the measurement, and those of `compare`.
     """
@@ -87,8 +88,8 @@ class Measured:
         NQMError
             If a plan of late-phase members was not given to `measure`.
         """
-        if plan.late_phase is None and not self.parts:
-            return [(self, plan)]
+        if plan.late_phase is None and self.gaussians[0].members is None:
+            return [(part, plan) for part in self.parts or (self,)]
         by_members = {part.gaussians[0].members: part for part in self.parts}
         if plan.late_phase is None or not set(plan.members) <= set(by_members):
             raise NQMError(
@@ -141,17 +142,19 @@ def measure(
     for training in config.trainings(1.0):
         training.check(risk.examples)
     check_plan(config, plan)
-    risk = preconditioned(risk, config, cache)
+    plan = plan or Plan()
     options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}
-    local = measure_checkpoint(risk, **options)
-    if plan is None or plan.late_phase is None:
-        return Measured(risk, local, _gaussians(risk, local, plan, **options), cache)
+    checkpoint = None if plan.late_phase is None else measure_checkpoint(risk, **options)
     parts = []
-    for k in plan.members:
-        own, shared = of_members(risk, plan, k, **options)
-        parts.append(Measured(own, shared, _gaussians(own, shared, plan, **options), cache))
+    for own_plan, own_options in parts_of(plan, **options):
+        own, local = _part(risk, own_plan, **own_options)
+        parts.append(Measured(own, local, _gaussians(own, local, plan, **own_options), cache))
+    if checkpoint is None:
+        risk, checkpoint = parts[0].risk, parts[0].local
+        if len(parts) == 1:
+            return parts[0]
     every = tuple(gaussian for part in parts for gaussian in part.gaussians)
-    return Measured(risk, local, every, cache, tuple(parts))
+    return Measured(risk, checkpoint, every, cache, tuple(parts))
 
 
 def check_plan(config: BridgeConfig, plan: Plan | None) -> None:
@@ -167,8 +170,10 @@ def check_plan(config: BridgeConfig, plan: Plan | None) -> None:
     NQMError
         If late-phase members are to be trained with Adam.
     """
-    if config.optimizer == ADAM and plan is not None and plan.late_phase is not None:
-        raise NQMError("optimizer = 'adam' is predicted for independent runs; drop late_phase")
+    if config.optimizer in ADAPTIVE and plan is not None and plan.late_phase is not None:
+        raise NQMError(
+            f"optimizer = '{config.optimizer}' is predicted for independent runs; drop late_phase"
+        )
 
 
 def check_descent(
@@ -248,6 +253,17 @@ class Options(TypedDict):
     progress: Progress | None
 
 
+def parts_of(plan: Plan, **options: Unpack[Options]) -> list[tuple[Plan, Options]]:
+    """Plans and options of what is measured each for itself.
+
+    With late-phase members it is every K. The coordinates of Adam depend on the batch size, and so
+    it is every batch size there; else the whole bridge.
+    """
+    if plan.late_phase is not None:
+        return [(replace(plan, members=(k,)), options) for k in plan.members]
+    return [(plan, {**options, "config": own}) for own in options["config"].in_own_coordinates()]
+
+
 def of_members(
     risk: EmpiricalRisk, plan: Plan, members: int, **options: Unpack[Options]
 ) -> tuple[EmpiricalRisk, SharedBaseQuadratic]:
@@ -311,7 +327,7 @@ def averages_of(
     config, paths = options["config"], paths or {}
     reference, longest = shared_trainings(local, config)
     path = paths.get(reference.lr)
-    work = averaging_work(risk, local, config.averaging_displacements)
+    work = averaging_work(risk, local, config.averaging_displacements, config.displacements)
     return measure_averages(
         risk,
         local,
@@ -345,6 +361,7 @@ def gaussian_of(
         averages,
         path=(paths or {}).get(training.lr),
         displacements=config.displacements,
+        averaging_displacements=config.averaging_displacements,
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
         cache=options["cache"],
@@ -353,13 +370,13 @@ def gaussian_of(
 
 
 def _gaussians(
-    risk: EmpiricalRisk, local: LocalQuadratic, plan: Plan | None, **options: Unpack[Options]
+    risk: EmpiricalRisk, local: LocalQuadratic, plan: Plan, **options: Unpack[Options]
 ) -> tuple[WeightGaussian, ...]:
     """Gaussian of the weights of every training."""
     config = options["config"]
     trainings = config.trainings(local.largest)
     check_descent(risk, local, trainings)
-    paths = paths_of(risk, local, trainings, plan or Plan(), **options)
+    paths = paths_of(risk, local, trainings, plan, **options)
     averages = averages_of(risk, local, paths, **options)
     work = _work(local, config) * len(trainings)
     third = counted(options["progress"], "third derivatives", work)
@@ -538,11 +555,12 @@ def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Opt
     risk, plan
         See `measure`.
     part : int
-        Index of K in the plan's members with late-phase members, 0 for independent runs.
+        Index in `parts_of`.
     **options
         See `Options`.
     """
-    own, local = _part(risk, plan, part, **options)
+    own_plan, options = parts_of(plan, **options)[part]
+    own, local = _part(risk, own_plan, **options)
     check_descent(own, local, options["config"].trainings(local.largest))
     shared = shared_trainings(local, options["config"])
     averages_of(own, local, paths_of(own, local, shared, plan, **options), **options)
@@ -567,7 +585,7 @@ def store_training(
     part : int
         See `store_part`, which comes before.
     index : int
-        Index of the training in those of the configuration.
+        Index of the training in those of the part's configuration.
     test : EmpiricalRisk or callable, optional
         See `compare`.
     train : bool
@@ -575,8 +593,8 @@ def store_training(
     **options
         See `Options`.
     """
-    own, local = _part(risk, plan, part, **options)
-    its_plan = plan if plan.late_phase is None else replace(plan, members=(plan.members[part],))
+    its_plan, options = parts_of(plan, **options)[part]
+    own, local = _part(risk, its_plan, **options)
     config = options["config"]
     training = config.trainings(local.largest)[index]
     needed = [*shared_trainings(local, config), training]
@@ -603,10 +621,13 @@ def store_training(
 
 
 def _part(
-    risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Options]
+    risk: EmpiricalRisk, plan: Plan, **options: Unpack[Options]
 ) -> tuple[EmpiricalRisk, LocalQuadratic]:
     """Loss and local model of independent runs, or of the mean of late-phase members."""
     if plan.late_phase is None:
         risk = preconditioned(risk, options["config"], options["cache"])
-        return risk, measure_checkpoint(risk, **options)
-    return of_members(risk, plan, plan.members[part], **options)
+        local = measure_checkpoint(risk, **options)
+        check_decay(risk, options["config"].trainings(local.largest))
+        return risk, local
+    (members,) = plan.members
+    return of_members(risk, plan, members, **options)

@@ -17,8 +17,9 @@ ITERATE = "iterate"
 INDEPENDENT = "runs"
 SHUFFLED = "shuffled"
 SAMPLING = ("with replacement", SHUFFLED)
-ADAM = "adam"
-OPTIMIZERS = ("sgd", ADAM)
+ADAM, ADAMW = "adam", "adamw"
+ADAPTIVE = (ADAM, ADAMW)
+OPTIMIZERS = ("sgd", *ADAPTIVE)
 #: Largest relative error of the loss that the fluctuations of Adam's second moments may cause
 #: (`neural.bridge.adam`), each of the two.
 FLUCTUATIONS = 0.03
@@ -73,8 +74,8 @@ class Training:
         Optimizer steps.
     sampling : {"with replacement", "shuffled"}
         How minibatches are drawn from the examples.
-    optimizer : {"sgd", "adam"}
-        ``"adam"``: `torch.optim.Adam` at the effective rate, with `momentum` as its beta1. Its
+    optimizer : {"sgd", "adam", "adamw"}
+        `torch.optim.Adam` or AdamW at the effective rate, with `momentum` as its beta1. The
         prediction is that of heavy ball in other coordinates (`neural.bridge.adam`).
     beta2, eps : float
         Those of Adam.
@@ -290,7 +291,7 @@ class BridgeConfig:
         Number of training examples in the measured loss; 0 for all.
     weight_decay : float, optional
         Weight decay of the measured loss, without weights of the run's `no_decay`; that of the run
-        by default.
+        by default. With AdamW it is decoupled.
     curvature : {"hessian", "ggn"}
         The Hessian, or its Gauss-Newton part, which has no negative eigenvalues for cross-entropy
         and is cheap for a few weights of many.
@@ -397,17 +398,15 @@ class BridgeConfig:
 
     def _check_adam(self) -> None:
         """Raise NQMError unless Adam's second moments are nearly at rest."""
-        if self.optimizer != ADAM:
+        if self.optimizer not in ADAPTIVE:
             if (self.beta2, self.eps) != (0.999, 1e-8):
                 raise NQMError("beta2 and eps are those of Adam; set optimizer = 'adam'")
             return
-        if len(self.batch_sizes) > 1:
-            raise NQMError(
-                "batch_sizes must have one entry with optimizer = 'adam': second moments depend on "
-                "it; run one bridge for each"
-            )
         if self.sampling == SHUFFLED:
-            raise NQMError("optimizer = 'adam' is predicted for sampling = 'with replacement' only")
+            raise NQMError(
+                f"optimizer = '{self.optimizer}' is predicted for sampling = 'with replacement' "
+                "only; drop sampling, or optimizer"
+            )
         rate = 0.75 * (1.0 - self.beta2) / (1.0 + self.beta2)
         drift = 0.25 * (1.0 - self.beta2) ** 2 * self.steps
         if max(rate, drift) > FLUCTUATIONS:
@@ -452,4 +451,22 @@ class BridgeConfig:
         lrs = [rate * (1.0 - self.momentum) / largest for rate in self.lr_times_sharpness]
         return [replace(middle, lr=float(lr)) for lr in lrs] + [
             replace(middle, batch_size=size) for size in self.batch_sizes[1:]
+        ]
+
+    def in_own_coordinates(self) -> list[BridgeConfig]:
+        """Divide the trainings into those that are predicted in the same coordinates.
+
+        Returns
+        -------
+        list of BridgeConfig
+            The configuration itself for SGD, one for every batch size for Adam, whose second
+            moments depend on it. Their trainings are those of the configuration, in that order, but
+            learning rates are relative to the largest curvature in their own coordinates.
+        """
+        if self.optimizer not in ADAPTIVE:
+            return [self]
+        middle = self.lr_times_sharpness[max(len(self.lr_times_sharpness) - 2, 0)]
+        first, *others = self.batch_sizes
+        return [replace(self, batch_sizes=(first,))] + [
+            replace(self, batch_sizes=(size,), lr_times_sharpness=(middle,)) for size in others
         ]

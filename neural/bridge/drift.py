@@ -30,7 +30,7 @@ from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.response import Function, When, response
 from neural.bridge.scatter import displacements as displacements_of
-from neural.bridge.scatter import noise_age
+from neural.bridge.scatter import matched_normals, noise_age
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.shuffled import order_force
 from neural.curvature.cache import Cache
@@ -362,6 +362,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     # `local.key()` distinguishes local models of one checkpoint that are averaged over different
     # trainings (`Smoothing.seen_by`), by their spectrum and noise.
     settings: dict[str, Any] = {"training": training, "displacements": displacements}
+    settings["matched"] = True
     settings |= {"local": local.key()}
     if path is not None:
         settings["path"] = f"{float(path.lengths[-1]):.8g}"
@@ -372,12 +373,15 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
 
     def sampled() -> dict[str, Any]:
         rng, drawn = np.random.default_rng([seed, 3]), displacements_of(local, training)
+        # The two measurements of the force must be independent.
+        counts = (displacements + 1) // 2, displacements // 2
+        normals = [matched_normals(local, training, rng, count) for count in counts]
         halves, rises = np.zeros((2, risk.size)), np.zeros(2)
         moved, differences, beyond = [], [], np.zeros(3)
         middle = risk.loss(centre)
         for i in range(displacements):
             draw = draw_index(local, i)
-            d = drawn(rng, draw)
+            d = drawn(rng, draw, normals[i % 2][i // 2])
             odd, even, loss = _both_ends(risk, centre, d)
             _, near_even, near_loss = _both_ends(risk, centre, 0.5 * d)
             rises += loss - middle, near_loss - middle
@@ -393,7 +397,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
                 beyond += np.array([outside @ outside, bent, outside @ odd])
             if progress is not None:
                 progress(4)
-        forces = halves / np.array([[(displacements + 1) // 2], [displacements // 2]])
+        forces = halves / np.array(counts)[:, None]
         # With a shared base the members' own minibatches act on the mean by less; not derived.
         if training.sampling == SHUFFLED and not isinstance(local, SharedBaseQuadratic):
             forces += order_force(risk.at(centre), local, training)

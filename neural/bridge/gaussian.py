@@ -28,6 +28,8 @@ from neural.curvature.risk import TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
+#: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter.
+GROWTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     displacements : int
         See `measure_drift`.
     averaging_displacements : int
-        The `displacements` of `measure_smoothing`; for 0 nothing is measured.
+        The `displacements` of `measure_smoothing`, whose `noise_displacements` are `displacements`;
+        for 0 nothing is measured.
     lanczos_steps, seed, cache
         See `measure_drift`.
     progress : callable, optional
@@ -180,6 +183,7 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
         path=path,
         far=far,
         displacements=averaging_displacements,
+        noise_displacements=displacements,
         seed=seed,
         cache=cache,
         progress=progress,
@@ -195,6 +199,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     *,
     path: NoiseFreePath | None = None,
     displacements: int = 32,
+    averaging_displacements: int = 0,
     lanczos_steps: int = 15,
     seed: int = 0,
     cache: Cache | None = None,
@@ -202,14 +207,19 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
 ) -> WeightGaussian:
     """Measure the Gaussian of one training; drift and kinks are measured at its own covariance.
 
+    The averages of another training are scaled to this one. Where the noise grows by more than
+    `GROWTH`, they are then measured anew at the scatter that follows from them, and drift and kinks
+    once more: the next order of the noise's growth, at the cost of both measurements.
+
     Parameters
     ----------
     risk, local, training
         See `measure_drift`.
     averages : Smoothing, optional
         Result of `measure_averages`; by default curvature and noise are those of the checkpoint.
-    path, displacements, lanczos_steps, seed, cache, progress
-        See `measure_drift`; drift and kinks are computed from the same gradients.
+    path, displacements, averaging_displacements, lanczos_steps, seed, cache, progress
+        See `measure_averages`; drift and kinks are computed from the same gradients. With 0
+        `averaging_displacements` nothing is measured anew.
 
     Returns
     -------
@@ -220,24 +230,48 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     NQMError
         If `displacements` is below 2.
     """
-    seen = local if averages is None else averages.seen_by(training)
-    if training.lr >= largest_stable_lr(seen, training):  # nothing will be predicted
-        seen = local
-    drift = measure_drift(
+
+    def drift_at(seen: LocalQuadratic) -> Drift:
+        if training.lr >= largest_stable_lr(seen, training):  # nothing will be predicted
+            seen = local
+        return measure_drift(
+            risk,
+            seen,
+            training,
+            path=path,
+            displacements=displacements,
+            lanczos_steps=lanczos_steps,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+        )
+
+    def over(smoothing: Smoothing, drift: Drift) -> WeightGaussian:
+        smoothing = replace(smoothing, kinks=find_kinks(drift, smoothing))
+        return WeightGaussian(training, local, smoothing.along_mean_path(drift), smoothing, path)
+
+    if averages is None:
+        return WeightGaussian(training, local, drift_at(local), path=path)
+    drift = drift_at(averages.seen_by(training))
+    found = over(averages, drift)
+    if not (averaging_displacements and found.stable and abs(found.noise_growth) > GROWTH):
+        return found
+    own = measure_smoothing(
         risk,
-        seen,
+        local,
         training,
+        drift=found.drift,
+        scatter=found.local,
         path=path,
-        displacements=displacements,
-        lanczos_steps=lanczos_steps,
+        far=averages.far,
+        displacements=averaging_displacements,
+        noise_displacements=displacements,
         seed=seed,
         cache=cache,
         progress=progress,
     )
-    if averages is None:
-        return WeightGaussian(training, local, drift, path=path)
-    smoothing = replace(averages, kinks=find_kinks(drift, averages))
-    return WeightGaussian(training, local, smoothing.along_mean_path(drift), smoothing, path)
+    own = replace(own, kinks=find_kinks(drift, own))
+    return over(own, drift_at(own.seen_by(training)))
 
 
 def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neural.bridge.adam import preconditioned
+from neural.bridge.adam import decoupled, preconditioned
 from neural.bridge.api import (
     Measured,
     check_plan,
@@ -22,7 +22,7 @@ from neural.bridge.api import (
 )
 from neural.bridge.best_lr import POINTS, best_lrs
 from neural.bridge.comparison import Outcome
-from neural.bridge.config import EARLY, BridgeConfig, Plan, Training
+from neural.bridge.config import ADAMW, EARLY, BridgeConfig, Plan, Training
 from neural.bridge.from_run import risk_of_run
 from neural.bridge.quick import measure_for_advice
 from neural.bridge.shared_base import member_mask
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 #: Table of a settings file -> class of its settings; any other key belongs to the recipe.
 SECTIONS: dict[str, type] = {"bridge": BridgeConfig, "plan": Plan}
+#: Minimisations with AdamW, each with the weight decay at the minimum before it.
+DECOUPLED = 3
 #: Number of matrices in memory at the same time where the whole matrix is measured.
 MATRICES = 16
 #: Names of the files of results in the order of writing: if the last exists, all do.
@@ -430,11 +432,17 @@ def _risk(
     told = counted(progress, "minimise", steps)
 
     def minimised() -> dict[str, Any]:
-        minimum = minimise(risk, config.minimise, config.minimise_lr, progress=told)
+        minimum = risk
+        # AdamW's decay depends on its second moments, and these on the minimum.
+        for _ in range(DECOUPLED if config.optimizer == ADAMW else 1):
+            own = decoupled(minimum, config)
+            found = minimise(own, config.minimise, config.minimise_lr, progress=told)
+            minimum = risk.at(found.weights)
         return {"weights": minimum.weights.cpu().numpy()}
 
+    own = {} if config.optimizer != ADAMW else {"decoupled": (config.batch_sizes[0], config.eps)}
     stored = cache.of(risk)(
-        "minimised", minimised, iterations=config.minimise, lr=config.minimise_lr
+        "minimised", minimised, iterations=config.minimise, lr=config.minimise_lr, **own
     )
     return risk.at(torch.from_numpy(stored["weights"]).to(risk.weights))
 

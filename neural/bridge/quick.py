@@ -94,14 +94,19 @@ def measure_for_advice(
     Raises
     ------
     NQMError
-        If the plan has late-phase members, the loss cannot be measured or has no positive
-        curvature, or no training is predicted.
+        If the plan has late-phase members, Adam has several batch sizes, the loss cannot be
+        measured or has no positive curvature, or no training is predicted.
     """
     import pandas as pd
 
     if plan.late_phase is not None:
         raise NQMError(
             "plan.late_phase: advice is for independent runs; leave it out, or measure a bridge"
+        )
+    if len(config.in_own_coordinates()) > 1:
+        raise NQMError(
+            f"batch_sizes must have one entry for advice with optimizer = '{config.optimizer}'; "
+            "ask for one batch size at a time"
         )
     risk = preconditioned(risk, config).with_curvature_of(BATCHES)
     start, sharpness = risk.loss(), _sharpness(risk, plan.seed)

@@ -23,6 +23,8 @@ from nqm import stability_edge
 FloatArray = NDArray[np.float64]
 #: Variances below this fraction of the largest are rounding errors and are set to zero.
 ROUNDING = 1e-12
+#: Random displacements for each direction along which their second moments are made exact.
+PER_EXACT = 2
 #: Steps of heavy ball whose responses are in memory together.
 BLOCK = 2048
 
@@ -89,10 +91,16 @@ def rest_trace(local: LocalQuadratic, training: Training) -> float:
     return local.draw_scale * lr**2 / training.batch_size * float(np.mean(squares))
 
 
-def displacement(
-    local: LocalQuadratic, training: Training, rng: np.random.Generator, draw: int | None = None
+def matched_normals(
+    local: LocalQuadratic, training: Training, rng: np.random.Generator, count: int
 ) -> FloatArray:
-    """Draw a random displacement of the weights with the training's covariance.
+    """Draw standard normals along the eigenpairs for random displacements that are averaged over.
+
+    What scatter changes in the loss, in curvature and in noise is quadratic in a displacement to
+    leading order, and mostly due to few directions, so that its mean over few displacements is
+    uncertain. Along the directions that carry most of the loss of the scatter, as many as
+    half of the displacements, the second moments of these normals are therefore exactly 1 and
+    uncorrelated. Means of quadratic functions have no bias by this, whichever function it is.
 
     Parameters
     ----------
@@ -100,20 +108,34 @@ def displacement(
         See `covariance`.
     rng : Generator
         Source of the random numbers.
-    draw : int, optional
-        Index of one of the local model's draws; a random one by default.
+    count : int
+        Number of displacements.
 
     Returns
     -------
-    ndarray, shape (p,)
+    ndarray, shape (count, k)
+        Arguments of `displacements`; for a `SharedBaseQuadratic` those of the mean and of a
+        member's distance from it, side by side.
     """
-    return displacements(local, training)(rng, draw)
+    if isinstance(local, SharedBaseQuadratic):
+        each = (local.mean_model, local.apart)
+        return np.hstack([matched_normals(of, training, rng, count) for of in each])
+    vectors, h = local.pairs.vectors, np.maximum(local.pairs.values, 0.0)
+    normals = np.array([vectors.T @ rng.standard_normal(len(vectors)) for _ in range(count)])
+    exact = min(count // PER_EXACT, len(h))
+    if not exact:
+        return normals
+    root = _root(covariance(local, training))
+    axes = np.linalg.eigh(_symmetric(root @ (h[:, None] * root)))[1][:, -exact:]
+    along = normals @ axes
+    size, turn = np.linalg.eigh(along.T @ along / count)
+    return np.asarray(normals + along @ (turn / np.sqrt(size) @ turn.T - np.eye(exact)) @ axes.T)
 
 
 def displacements(
     local: LocalQuadratic, training: Training, average: TimeAverage | None = None
-) -> Callable[[np.random.Generator, int | None], FloatArray]:
-    """Make a function that draws random displacements of the weights (`displacement`).
+) -> Callable[..., FloatArray]:
+    """Make a function that draws random displacements of the weights, of shape (p,).
 
     The covariance is exact along the eigenpairs. Beyond them a displacement is made from one draw
     of the noise, whose diagonal is exact. The symmetric root of the covariance is used: the signs
@@ -127,27 +149,35 @@ def displacements(
     Returns
     -------
     callable
-        Takes a generator, and the index of a draw or None for a random one.
+        Takes a generator, the index of a draw or None for a random one and, optionally, one of the
+        `matched_normals` in place of normals from the generator.
     """
     if isinstance(local, SharedBaseQuadratic):
         mean = displacements(local.mean_model, training, average)
         apart = displacements(local.apart, training, average)
         share = 1.0 / local.members
 
-        def member(rng: np.random.Generator, draw: int | None = None) -> FloatArray:
-            moved = np.sqrt(share) * mean(rng, draw) + np.sqrt(1.0 - share) * apart(rng, None)
-            return np.asarray(moved)
+        def member(
+            rng: np.random.Generator, draw: int | None = None, normal: FloatArray | None = None
+        ) -> FloatArray:
+            first, second = None, None
+            if normal is not None:
+                first, second = np.split(normal, [len(local.mean_model.pairs.values)])
+            moved = np.sqrt(share) * mean(rng, draw, first)
+            return np.asarray(moved + np.sqrt(1.0 - share) * apart(rng, None, second))
 
         return member
     vectors = local.pairs.vectors
-    size, turn = np.linalg.eigh(_symmetric(covariance(local, training, average)))
-    root = np.sqrt(np.where(size > ROUNDING * size[-1], size, 0.0))
+    root = _root(covariance(local, training, average))
     lr = training.effective_lr
     scale = local.draw_scale * lr**2 / training.batch_size
 
-    def drawn(rng: np.random.Generator, draw: int | None = None) -> FloatArray:
-        normal = vectors.T @ rng.standard_normal(len(vectors))
-        moved = vectors @ (turn @ (root * (turn.T @ normal)))
+    def drawn(
+        rng: np.random.Generator, draw: int | None = None, normal: FloatArray | None = None
+    ) -> FloatArray:
+        if normal is None:
+            normal = vectors.T @ rng.standard_normal(len(vectors))
+        moved = vectors @ (root @ normal)
         if local.draws and len(local.draws[0].values):
             noise = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
             sums = noise_sums(lr * noise.values, training, local.examples, average)
@@ -306,6 +336,12 @@ def _averaged_sums(
                 row[:] = now
             total += block.T @ block if joint else (block**2).sum(0)
     return total
+
+
+def _root(matrix: FloatArray) -> FloatArray:
+    """Symmetric root of a covariance, whose negative eigenvalues are rounding errors."""
+    size, turn = np.linalg.eigh(_symmetric(matrix))
+    return np.asarray(turn * np.sqrt(np.where(size > ROUNDING * size[-1], size, 0.0)) @ turn.T)
 
 
 def _symmetric(matrix: FloatArray) -> FloatArray:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from neural.bridge.adam import AdamRuns
-from neural.bridge.config import ADAM, SHUFFLED, Training
+from neural.bridge.config import ADAPTIVE, SHUFFLED, Training
 from neural.curvature.examples import EachRow, joined
 from neural.curvature.memory import fitting
 from neural.curvature.risk import EmpiricalRisk
@@ -41,7 +41,7 @@ def train_runs(
     seen: Seen | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Train independent runs from the checkpoint, by SGD, heavy ball or Adam.
+    """Train independent runs from the checkpoint, by SGD, heavy ball, Adam or AdamW.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def train_runs(
     tensors, make = joined(risk.batches)
     weights = risk.weights.repeat(runs, 1)
     buffers = torch.zeros_like(weights)
-    adam = AdamRuns(risk, training, weights) if training.optimizer == ADAM else None
+    adam = AdamRuns(risk, training, weights) if training.optimizer in ADAPTIVE else None
     draws = [minibatches(risk.examples, training, (seed, c)) for c in range(runs)]
     slope = _each_slope(lambda w, batch: risk.mean_loss(w, make(batch)))
     if sum(p.numel() for p in risk.model.parameters()) < TOGETHER:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, calm_end, descended
 from neural.bridge.noise_free_path import NoiseFreePath
-from neural.bridge.scatter import covariance, rest_trace
+from neural.bridge.scatter import covariance, matched_normals, rest_trace
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.shared_base import mean_model
 from neural.curvature import gradient_noise
@@ -419,9 +419,11 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     training: Training,
     *,
     drift: Drift | None = None,
+    scatter: LocalQuadratic | None = None,
     path: NoiseFreePath | None = None,
     far: NoiseFreePath | None = None,
     displacements: int = 4,
+    noise_displacements: int = 0,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -438,6 +440,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         The training whose covariance the displacements have.
     drift : Drift, optional
         Force that displaces the mean of the weights; by default the mean is where descent ends.
+    scatter : LocalQuadratic, optional
+        Local model that gives the covariance of the displacements, if it is not `local`.
     path : NoiseFreePath, optional
         Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
     far : NoiseFreePath, optional
@@ -446,6 +450,9 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
         products and the noise along k directions are computed.
+    noise_displacements : int
+        Number of random displacements at whose ends the noise is computed, if larger: it costs far
+        less than curvature, and differs more between displacements.
     seed, cache
         See `neural.bridge.drift.measure_drift`.
     progress : callable, optional
@@ -469,17 +476,21 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         by_noise = drift.displacement(training)
         centre, pushed = descent_end + vector(risk, by_noise), float(np.linalg.norm(by_noise))
 
+    count = max(displacements, noise_displacements)
+
     def averages() -> dict[str, Any]:
-        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(local, training)
-        averaged: list[Any] = [0.0, 0.0, 0.0]
-        for _ in range(displacements):
-            moved = vector(risk, drawn(rng, None))
-            for sign in (1.0, -1.0):
-                end: Any = _along(risk.at(centre + sign * moved), vectors, progress)
-                share = 1.0 / (2 * displacements)
-                averaged = [
-                    total + share * value for total, value in zip(averaged, end, strict=True)
-                ]
+        model = scatter or local
+        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(model, training)
+        curvature, noise = np.zeros((2, *local.noise.shape))
+        trace = 0.0
+        for i, normal in enumerate(matched_normals(model, training, rng, count)):
+            moved = vector(risk, drawn(rng, None, normal))
+            for there in (risk.at(centre + moved), risk.at(centre - moved)):
+                own, own_trace = _noise_along(there, vectors, progress)
+                noise, trace = noise + own / (2 * count), trace + own_trace / (2 * count)
+                if i < displacements:
+                    curvature += _curvature_along(there, vectors, progress) / (2 * displacements)
+        averaged = curvature, noise, trace
         checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
         descent = _along(risk.at(descent_end), vectors, progress)
         if far is not None:
@@ -497,12 +508,15 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             for name, new, old in zip(NAMES, after, before, strict=True)
         }
 
-    settings = {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
+    settings: dict[str, Any] = {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
+    if scatter is not None:
+        settings["scatter"] = scatter.key()
     stored = (cache or Cache()).of(risk, seed=seed)(
         "averages",
         averages,
         training=training,
         displacements=displacements,
+        noise_displacements=count,
         local=local.key(),
         pushed=f"{pushed:.8g}",
         **settings,
@@ -514,12 +528,14 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     return Smoothing(local, training, width, mean_change, descent, drift, far=far)
 
 
-def averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, displacements: int) -> int:
+def averaging_work(
+    risk: EmpiricalRisk, local: LocalQuadratic, displacements: int, noise_displacements: int = 0
+) -> int:
     """Work that `measure_smoothing` reports with a drift, in gradients, for a progress bar.
 
     Parameters
     ----------
-    risk, local, displacements
+    risk, local, displacements, noise_displacements
         See `measure_smoothing`.
 
     Returns
@@ -527,22 +543,34 @@ def averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, displacements: in
     int
     """
     each = risk.matrix_work if local.complete else len(local.pairs.values)
-    return (2 * displacements + 2) * (TOGETHER * each + 2 * PASS)
+    noises = 2 * max(displacements, noise_displacements) + 2
+    return (2 * displacements + 2) * TOGETHER * each + noises * PASS
 
 
 def _along(
     risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
 ) -> tuple[FloatArray, FloatArray, float]:
     """Curvature and noise along directions, (k, k) each, and the trace of the whole noise."""
+    return _curvature_along(risk, vectors, progress), *_noise_along(risk, vectors, progress)
+
+
+def _noise_along(
+    risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
+) -> tuple[FloatArray, float]:
     population = 1.0 - 1.0 / risk.examples
-    noise = population * gradient_noise.covariance(risk, vectors)
+    noise, trace = gradient_noise.covariance_and_trace(risk, vectors)
     if progress is not None:
-        progress(2 * PASS)
+        progress(PASS)
+    return population * noise, population * trace
+
+
+def _curvature_along(
+    risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
+) -> FloatArray:
     products = times(progress, TOGETHER)
     if vectors.shape[1] == risk.size:
         h = risk.curvature_matrix(products).double().cpu().numpy()
-        return vectors.T @ h @ vectors, noise, float(np.trace(noise))
+        return np.asarray(vectors.T @ h @ vectors)
     rows = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(risk.weights)
     curvature = vectors.T @ risk.curvature_products(rows, products).double().cpu().numpy().T
-    trace = population * gradient_noise.trace(risk)
-    return 0.5 * (curvature + curvature.T), noise, trace
+    return np.asarray(0.5 * (curvature + curvature.T))

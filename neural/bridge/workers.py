@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from neural.bridge.api import WITHOUT_NOISE, Options, store_part, store_training
+from neural.bridge.api import WITHOUT_NOISE, Options, parts_of, store_part, store_training
 from neural.bridge.comparison import minibatches_of
 from neural.bridge.config import BridgeConfig, Plan
 from neural.curvature.cache import Cache
@@ -65,14 +65,14 @@ class Bridged:
         return Options(config=self.config, seed=self.plan.seed, cache=cache, progress=progress)
 
     @property
-    def parts(self) -> int:
-        """Number of parts that are measured each for itself: one for each K of members."""
-        return 1 if self.plan.late_phase is None else len(self.plan.members)
-
-    @property
-    def trainings(self) -> int:
-        """Number of trainings of a part."""
-        return len(self.config.trainings(1.0))
+    def cells(self) -> list[tuple[int, int]]:
+        """Index of the part and of its training (`store_training`), for all trainings."""
+        parts = parts_of(self.plan, **self.options())
+        return [
+            (part, training)
+            for part, (_, options) in enumerate(parts)
+            for training in range(len(options["config"].trainings(1.0)))
+        ]
 
 
 def fill_cache(
@@ -104,12 +104,13 @@ def fill_cache(
         raise NQMError(
             f"the network cannot be sent to other processes ({reason:.120}); use --workers 1"
         ) from None
-    if bridged.parts == 1:
+    cells = len(bridged.cells)
+    parts = bridged.cells[-1][0] + 1
+    if parts == 1:
         store_part(bridged.risk, bridged.plan, 0, **bridged.options(progress))
     else:
-        parts = min(workers, bridged.parts)
-        run_in_workers(partial(_part, content), bridged.parts, parts, device, "averages", progress)
-    cells = bridged.parts * bridged.trainings
+        together = min(workers, parts)
+        run_in_workers(partial(_part, content), parts, together, device, "averages", progress)
     stage = f"{cells} trainings, {workers} at a time"
     run_in_workers(partial(_cell, content), cells, min(workers, cells), device, stage, progress)
 
@@ -121,7 +122,7 @@ def _part(content: bytes, index: int, device: torch.device, progress: Progress) 
 
 def _cell(content: bytes, index: int, device: torch.device, progress: Progress) -> None:
     bridged: Bridged = pickle.loads(content)
-    part, training = divmod(index, bridged.trainings)
+    part, training = bridged.cells[index]
     store_training(
         bridged.risk,
         bridged.plan,

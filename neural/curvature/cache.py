@@ -53,7 +53,8 @@ def fingerprint(risk: EmpiricalRisk) -> str:
         digest.update(repr(len(risk.curvature_batches)).encode())
     if risk.undecayed:
         digest.update(repr(sorted(risk.undecayed)).encode())
-    for part in risk.frame or ():
+    ratios = () if risk.decay_ratios is None else (risk.decay_ratios,)
+    for part in (*ratios, *(risk.frame or ())):
         digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from neural.curvature.risk import EmpiricalRisk
@@ -50,16 +49,7 @@ def trace(risk: EmpiricalRisk) -> float:
     NQMError
         If there is only one example.
     """
-    mean = torch.zeros(risk.size, dtype=torch.float64)
-    squares = 0.0
-    for gradients in risk.example_gradients():
-        g = gradients.double().cpu()
-        mean += g.sum(0)
-        squares += float(g.square().sum())
-    n = risk.examples
-    if n < 2:
-        raise NQMError("gradient noise needs at least two examples; got 1")
-    return (squares - float((mean / n).square().sum()) * n) / (n - 1)
+    return covariance_and_trace(risk, np.zeros((risk.size, 0)))[1]
 
 
 def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatArray:
@@ -85,11 +75,39 @@ def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatA
     NQMError
         If there is only one example.
     """
+    return covariance_and_trace(risk, vectors)[0]
+
+
+def covariance_and_trace(
+    risk: EmpiricalRisk, vectors: FloatArray | None = None
+) -> tuple[FloatArray, float]:
+    """`covariance` along some directions and `trace`, in one pass over the data.
+
+    Parameters
+    ----------
+    risk, vectors
+        See `covariance`.
+
+    Returns
+    -------
+    covariance : ndarray, shape (k, k)
+        With denominator N - 1.
+    trace : float
+        That of the covariance of all weights.
+
+    Raises
+    ------
+    NQMError
+        If there is only one example.
+    """
     count = risk.size if vectors is None else vectors.shape[1]
     mean, products = np.zeros(count), np.zeros((count, count))
+    total, squares = np.zeros(risk.size), 0.0
     done = 0
     for gradients in risk.example_gradients():
         g = gradients.double().cpu().numpy()
+        total += g.sum(0)
+        squares += float(np.einsum("ij,ij->", g, g))
         g = g if vectors is None else g @ vectors
         centre = g.mean(0)
         apart, off, share = g - centre, centre - mean, len(g) / (done + len(g))
@@ -98,7 +116,7 @@ def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatA
         done += len(g)
     if done < 2:
         raise NQMError(f"gradient noise needs at least two examples; got {done}")
-    return products / (done - 1)
+    return products / (done - 1), (squares - float(total @ total) / done) / (done - 1)
 
 
 def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:

@@ -165,6 +165,8 @@ class EmpiricalRisk:
         Data of `curvature_product` (`with_curvature_of`); all data by default.
     undecayed : frozenset of str
         Names of the weights that `no_decay` selects.
+    decay_ratios : Tensor, shape (p,), optional
+        Factor of every weight's decay, if the risk is `decaying`.
     size : int
         Number of selected weights, p.
     examples : int
@@ -198,6 +200,7 @@ class EmpiricalRisk:
         self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
         self.frame: tuple[Tensor, Tensor] | None = None
+        self.decay_ratios: Tensor | None = None
         self.curvature_batches: list[Batch] | None = None
         without = resolve(model, no_decay).parameters if no_decay else ()
         self.undecayed = frozenset(self.shapes) & frozenset(without)
@@ -285,6 +288,23 @@ class EmpiricalRisk:
         moved.weights = torch.zeros_like(self.weights)
         return moved
 
+    def decaying(self, ratios: Tensor) -> EmpiricalRisk:
+        """The same loss with another weight decay for every weight.
+
+        Parameters
+        ----------
+        ratios : Tensor, shape (p,)
+            Factors of `weight_decay`, at least 0.
+
+        Returns
+        -------
+        EmpiricalRisk
+            A shallow copy that shares model and data.
+        """
+        moved = copy.copy(self)
+        moved.decay_ratios = ratios.to(self.weights)
+        return moved
+
     def model_weights(self, w: Tensor) -> Tensor:
         """Weights of the model at a point of the risk's coordinates.
 
@@ -319,7 +339,8 @@ class EmpiricalRisk:
     @property
     def _decay_rates(self) -> float | Tensor:
         """Weight decay of each weight, shape (p,), or of all."""
-        return self.weight_decay * self._decayed
+        rates = self.weight_decay * self._decayed
+        return rates if self.decay_ratios is None else rates * self.decay_ratios
 
     def decay_gradient(self, w: Tensor) -> Tensor:
         """Gradient of the L2 term.

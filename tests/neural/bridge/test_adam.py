@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from neural.bridge import BridgeConfig, Plan, compare, measure
+from neural.bridge import BridgeConfig, Measured, Plan, compare, measure
 from neural.bridge.adam import preconditioned, second_moments
 from neural.bridge.config import Training
-from neural.bridge.sgd_chains import minibatches, train_runs
+from neural.bridge.quick import measure_for_advice
+from neural.bridge.sgd_chains import minibatches, noise_free, train_runs
 from neural.curvature.cache import Cache
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
@@ -105,12 +107,116 @@ def test_adam_itself_is_trained() -> None:
     agree(own.model_weights(found[0]), w, 1e-9)
 
 
+def adamw(risk: EmpiricalRisk, training: Training, chains: int, weight_decay: float) -> np.ndarray:
+    """Weights after `torch.optim.AdamW` on minibatches of the risk's examples, (chains, p).
+
+    Its second moments begin at their stationary value, its momentum where the decay alone moves
+    nothing.
+    """
+    plain = risk.decaying(torch.zeros_like(risk.weights))
+    v = second_moments(plain, training.batch_size)
+    w = torch.nn.Parameter(risk.weights.repeat(chains, 1))
+    betas = (training.momentum, training.beta2)
+    options = {"eps": training.eps, "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW([w], training.effective_lr, betas, **options)
+    optimizer.state[w] = {
+        "step": torch.tensor(1e9),
+        "exp_avg": -weight_decay * (v.sqrt() + training.eps) * w.detach(),
+        "exp_avg_sq": v.expand_as(w).clone(),
+    }
+    draws = [minibatches(risk.examples, training, (1, c)) for c in range(chains)]
+    for _ in range(training.steps):
+        w.grad = torch.stack(
+            [
+                torch.cat(list(plain.at(own).example_gradients()))[next(draw)].mean(0)
+                for own, draw in zip(w.detach(), draws, strict=True)
+            ]
+        )
+        optimizer.step()
+    return w.detach().numpy()
+
+
+def test_adamw_itself_is_trained() -> None:
+    risk = tanh_risk(weight_decay=0.7)
+    training = Training(0.02, 2, 4, 0.5, optimizer="adamw", beta2=0.99, eps=1e-4)
+    config = replace(CONFIG, optimizer="adamw", batch_sizes=(2,), eps=1e-4)
+    own = preconditioned(risk, config)
+    ((_, found),) = train_runs(own, training, 2, [4], seed=1)
+    agree(own.model_weights(found), adamw(risk, training, 2, 0.7), 1e-9)
+
+
+def bowl_with_decay(weight_decay: float) -> Bowl:
+    bowl = Bowl(CURVATURE, away=0.1)
+    bowl.risk.weight_decay = weight_decay
+    return bowl
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_descent_of_adamw_is_heavy_ball_on_the_decayed_loss(momentum: float) -> None:
+    """With all examples in a batch and second moments that never change, AdamW written out."""
+    wd, bowl = 0.3, bowl_with_decay(0.3)
+    config = replace(CONFIG, optimizer="adamw", momentum=momentum, batch_sizes=(1,))
+    own = preconditioned(bowl.risk, config)
+    (training,) = config.trainings(5.0)
+    scale = own.frame[1].numpy() ** 2
+    w, m = bowl.risk.weights.numpy(), -wd / scale * bowl.risk.weights.numpy()
+    for _ in range(training.steps):
+        m = momentum * m + (1.0 - momentum) * bowl.hessian @ w
+        w = w - training.effective_lr * (wd * w + scale * m)
+    seen: list[torch.Tensor] = []
+    noise_free(own, training, [training.steps], seen=lambda _, at: seen.append(at))
+    left_out = training.effective_lr * wd / (1.0 - momentum) if momentum else 1e-12
+    agree(own.model_weights(seen[-1]), w, left_out)
+    decayed = bowl.hessian + wd * np.diag(1.0 / scale)
+    loss = 0.5 * float(bowl.risk.weights.numpy() @ decayed @ bowl.risk.weights.numpy())
+    rest = EmpiricalRisk(bowl.risk.model, bowl.risk.batches, loss=bowl.risk.example_loss)
+    constant = rest.loss(torch.zeros_like(rest.weights))
+    assert own.loss() == pytest.approx(loss + constant, rel=1e-12)
+
+
+def test_the_prediction_is_what_adamw_does() -> None:
+    """Decay half as strong as the smallest curvature, from a place that it pulls to the minimum."""
+    bowl = bowl_with_decay(0.05)
+    measured = measure(bowl.risk, replace(CONFIG, optimizer="adamw"))
+    table = compare(measured, Plan((1, 8), 256, 1)).table
+    iterate = table[table["weights"] == "iterate"]
+    assert (iterate["descent"] < 0.0).all()
+    assert ((iterate["ratio"] - 1.0).abs() < 3.0 * iterate["ratio_error"] + 0.03).all()
+    (training,) = {gaussian.training for gaussian in measured.gaussians}
+    agree(measured.local.pairs.values.sum() - own_trace(bowl, measured), 5 * 0.05, 1e-9)
+    assert training.optimizer == "adamw"
+
+
+def own_trace(bowl: Bowl, measured: Measured) -> float:
+    """Trace of the loss's own Hessian in the coordinates of Adam."""
+    return float(np.diag(bowl.hessian) @ measured.risk.frame[1].numpy() ** 2)
+
+
+def test_fast_decay_is_refused() -> None:
+    with pytest.raises(NQMError, match=r"weight_decay = 50 .* lower bridge.weight_decay"):
+        measure(bowl_with_decay(50.0).risk, replace(CONFIG, optimizer="adamw"))
+
+
+def test_every_batch_size_has_coordinates_of_its_own() -> None:
+    """A bridge of two batch sizes is one of each; rates are relative to each one's curvature."""
+    risk, plan = Bowl(CURVATURE).risk, Plan((1, 2), 4, 1)
+    both = replace(CONFIG, lr_times_sharpness=(0.1, 0.2), batch_sizes=(8, 32))
+    table = compare(measure(risk, both), plan).table
+    assert table["lr"].nunique() == 3
+    for size, rates in ((8, (0.1, 0.2)), (32, (0.1,))):
+        own = replace(both, lr_times_sharpness=rates, batch_sizes=(size,))
+        expected = compare(measure(risk, own), plan).table
+        found = table[table["batch_size"] == size].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    with pytest.raises(NQMError, match="one entry for advice"):
+        measure_for_advice(risk, both, plan)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"beta2": 0.9}, "second moments move within the 80 steps"),
         ({"beta2": 0.99, "steps": 5000}, "second moments move within the 5000 steps"),
-        ({"batch_sizes": (8, 16)}, "batch_sizes must have one entry"),
         ({"sampling": "shuffled"}, "with replacement' only"),
         ({"optimizer": "sgd", "beta2": 0.99}, "set optimizer = 'adam'"),
         ({"optimizer": "lion"}, "optimizer"),

@@ -63,13 +63,11 @@ def test_the_three_calls_are_their_parts() -> None:
     agree(measured.local.points()[1], local.points()[1], 1e-9)
     trainings = CONFIG.trainings(local.largest)
     assert [one.training for one in measured.gaussians] == trainings
-    settings = {"displacements": 4, "lanczos_steps": 4, "seed": 3}
+    settings = {"displacements": 4, "averaging_displacements": 1, "lanczos_steps": 4, "seed": 3}
     reference = CONFIG.reference(local.largest)
     paths = {training.lr: measure_path(risk, training, Plan()) for training in trainings}
     ends = {"path": paths[reference.lr], "far": paths[farthest(trainings).lr]}
-    averages = measure_averages(
-        risk, local, reference, averaging_displacements=1, **ends, **settings
-    )  # fmt: skip
+    averages = measure_averages(risk, local, reference, **ends, **settings)
     predicted, found = predict(measured, PLAN), compare(measured, PLAN)
     for i, (training, gaussian) in enumerate(zip(trainings, measured.gaussians, strict=True)):
         expected = measure_gaussian(

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from torch import nn
 
 from neural.bridge.config import Training
 from neural.bridge.drift import descended, measure_drift
@@ -18,17 +20,20 @@ from neural.bridge.gaussian import (
     nearest_gaussians,
 )
 from neural.bridge.kinks import find_kinks
+from neural.bridge.prediction import predict_loss
 from neural.bridge.scatter import (
     covariance,
-    displacement,
+    displacements,
     largest_stable_lr,
+    matched_normals,
     noise_age,
     rest_trace,
 )
 from neural.bridge.smoothing import measure_smoothing
 from neural.curvature.local_quadratic import measure_local
+from neural.curvature.risk import EmpiricalRisk
 from tests.tiny_risks import Bowl, scatter, slide, tanh_risk
-from tests.tolerances import agree
+from tests.tolerances import agree, within_error
 
 TRAINING = Training(0.2, 4, 12)
 
@@ -86,10 +91,11 @@ def test_the_force_is_that_of_the_own_covariance(bowl: Bowl) -> None:
     """Of a cubic loss, 1/2 T:S of the covariance of the displacements that were drawn."""
     local = measure_local(bowl.risk, None)
     found = measure_gaussian(bowl.risk, local, TRAINING, displacements=4)
-    rng = np.random.default_rng([0, 3])
-    drawn = [displacement(local, TRAINING, rng) for _ in range(4)]
-    for half in (0, 1):
-        mean = np.mean([np.outer(d, d) for d in drawn[half::2]], axis=0)
+    rng, drawn = np.random.default_rng([0, 3]), displacements(local, TRAINING)
+    halves = [matched_normals(local, TRAINING, rng, 2) for _ in range(2)]
+    for half, normals in enumerate(halves):
+        moved = [drawn(rng, None, normal) for normal in normals]
+        mean = np.mean([np.outer(d, d) for d in moved], axis=0)
         expected = 0.5 * np.einsum("ijk,jk->i", bowl.third, mean)
         at_descent = local.pairs.vectors @ found.drift.force_top[half]
         agree(at_descent, expected, 1e-8)
@@ -131,7 +137,9 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
     )  # fmt: skip
     assert averages is not None
     drift = measure_drift(risk, local, reference, **settings)
-    expected = measure_smoothing(risk, local, reference, drift=drift, displacements=1)
+    expected = measure_smoothing(
+        risk, local, reference, drift=drift, displacements=1, noise_displacements=4
+    )
     agree(averages.width.curvature, expected.width.curvature, 1e-9)
     agree(averages.mean.noise, expected.mean.noise, 1e-9)
     agree(averages.kinks.pairs, find_kinks(drift, expected).pairs, 1e-9)
@@ -206,3 +214,92 @@ def test_between_two_trainings_both_count_by_the_logarithm_of_the_rate(
     assert {one.drift.training.lr: weight for weight, one in nearest_gaussians(marked, slow)} == (
         pytest.approx({0.2: 0.5, 0.8: 0.5})
     )
+
+
+def test_matched_normals_have_exact_moments_where_the_loss_is() -> None:
+    """Along half as many directions; those of the mean and of members' distance apart."""
+    bowl = Bowl([3.0, 1.0, 0.5, 0.2, 0.1, 0.05])
+    local, rng = measure_local(bowl.risk, None), np.random.default_rng(1)
+    root = scipy.linalg.sqrtm(covariance(local, TRAINING))
+    form = root @ np.diag(local.pairs.values) @ root
+    top = np.linalg.eigh(form)[1][:, -3:]
+    normals = matched_normals(local, TRAINING, rng, 6)
+    agree((normals @ top).T @ (normals @ top) / 6, np.eye(3), 1e-9)
+    many = np.concatenate([matched_normals(local, TRAINING, rng, 6) for _ in range(2000)])
+    within_error(many.T @ many / len(many), np.eye(6), np.sqrt((1.0 + np.eye(6)) / len(many)))
+    few = matched_normals(local, TRAINING, np.random.default_rng(4), 1)
+    drawn = local.pairs.vectors.T @ np.random.default_rng(4).standard_normal(6)
+    agree(few[0], drawn, 1e-12)
+
+
+class LeastSquares:
+    """Examples 1/2 (a_n' w - y_n)^2 around their minimum; noise grows with the square of w."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(2)
+        a = rng.standard_normal((300, 3)) * np.array([1.0, 0.7, 0.4])
+        self.inputs = a
+        y = a @ np.ones(3) + rng.standard_normal(300)
+        minimum = np.linalg.lstsq(a, y, rcond=None)[0]
+        self.rest = y - a @ minimum
+        rows = torch.from_numpy(np.column_stack([a, self.rest]))
+        model = Linear(torch.zeros(3, dtype=torch.double))
+        batches = [(rows, torch.zeros(300, dtype=torch.long))]
+        self.risk = EmpiricalRisk(model, batches, loss=lambda out, _: 0.5 * out[:, 0] ** 2)
+
+    def excess(self, training: Training) -> float:
+        """1/2 tr(H S) by the exact recursion of S = E w w', for minibatches with replacement."""
+        a, lr, size = self.inputs, training.lr, training.batch_size
+        hessian = a.T @ a / len(a)
+        c = (a * self.rest[:, None] ** 2).T @ a / len(a)
+        spread = np.zeros((3, 3))
+        for _ in range(training.steps):
+            squares = np.einsum("ni,ij,nj->n", a, spread, a)
+            own = (a * squares[:, None]).T @ a / len(a)
+            mean = hessian @ spread @ hessian
+            spread = spread - lr * (hessian @ spread + spread @ hessian)
+            spread = spread + lr**2 * (mean + (own - mean + c) / size)
+        return 0.5 * float(np.trace(hessian @ spread))
+
+
+class Linear(nn.Module):
+    def __init__(self, weights: torch.Tensor):
+        super().__init__()
+        self.weights = nn.Parameter(weights)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return (rows[:, :-1] @ self.weights - rows[:, -1])[:, None]
+
+
+@pytest.mark.parametrize("lr", [0.25, 0.35])
+def test_the_next_order_of_the_noise_is_nearer_to_the_exact_loss(lr: float) -> None:
+    """Of least squares, whose covariance is known exactly; the first order is off by its square."""
+    problem = LeastSquares()
+    local = measure_local(problem.risk, None)
+    training = Training(lr, 2, 300)
+    averages = measure_averages(
+        problem.risk, local, replace(training, batch_size=32), displacements=8
+    )
+    exact, errors = problem.excess(training), []
+    for count in (0, 1):
+        found = measure_gaussian(
+            problem.risk, local, training, averages, displacements=8, averaging_displacements=count
+        )
+        errors.append(predict_loss(found, [training.steps]).rise() / exact - 1.0)
+    growth = found.noise_growth
+    assert growth > 0.2
+    assert -(growth**2) < errors[0] < -0.5 * growth**2
+    assert -(growth**3) < errors[1] < 0.0
+
+
+def test_small_growth_is_not_measured_anew() -> None:
+    problem = LeastSquares()
+    local = measure_local(problem.risk, None)
+    training = Training(0.2, 64, 300)
+    averages = measure_averages(problem.risk, local, training, displacements=4)
+    found = measure_gaussian(
+        problem.risk, local, training, averages, displacements=4, averaging_displacements=1
+    )
+    assert found.smoothing is not None
+    assert 0.0 < found.noise_growth < 0.1
+    assert found.smoothing.width is averages.width

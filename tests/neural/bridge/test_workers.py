@@ -49,11 +49,27 @@ def in_this_process(
         work(index, device, lambda name, share: progress and progress(name, share))
 
 
-@pytest.mark.parametrize("plan", [PLAN, Plan((2, 3), runs=6, records=1, late_phase="head")])
+@pytest.mark.parametrize(
+    ("config", "plan"),
+    [
+        (SMALL, PLAN),
+        (SMALL, Plan((2, 3), runs=6, records=1, late_phase="head")),
+        (
+            replace(
+                SMALL,
+                select="name:linear.bias",
+                optimizer="adamw",
+                batch_sizes=(5, 10),
+                minimise=50,
+            ),
+            PLAN,
+        ),
+    ],
+)
 def test_workers_compute_all_that_the_tables_need(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: BridgeConfig, plan: Plan
 ) -> None:
-    alone = run_bridge(open_target(str(run), Runtime()), SMALL, plan, Runtime(), tmp_path / "one")
+    alone = run_bridge(open_target(str(run), Runtime()), config, plan, Runtime(), tmp_path / "one")
     monkeypatch.setattr(workers, "run_in_workers", in_this_process)
     filled: list[set[str]] = []
 
@@ -63,7 +79,7 @@ def test_workers_compute_all_that_the_tables_need(
 
     monkeypatch.setattr(pipeline, "fill_cache", fill)
     both = run_bridge(
-        open_target(str(run), Runtime()), SMALL, plan, Runtime(), tmp_path / "two", workers=2
+        open_target(str(run), Runtime()), config, plan, Runtime(), tmp_path / "two", workers=2
     )
     for name in ("table", "course", "best", "spectrum"):
         pd.testing.assert_frame_equal(

@@ -12,7 +12,7 @@ import torch
 
 from neural.bridge.config import Training
 from neural.bridge.drift import descent
-from neural.bridge.scatter import covariance, displacement
+from neural.bridge.scatter import covariance, displacements
 from neural.curvature.cache import Cache, fingerprint
 from neural.curvature.lanczos import LanczosNodes
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
@@ -132,7 +132,7 @@ def test_displacements_scatter_as_the_weights_of_sgd_do() -> None:
     lr, batch_size, steps, count = 0.4, 4, 20, 3000
     rng = np.random.default_rng(1)
     training = Training(lr, batch_size, steps)
-    drawn = np.array([displacement(local, training, rng) for _ in range(count)])
+    drawn = np.array([displacements(local, training)(rng) for _ in range(count)])
     expected = scatter(h, c, lr, batch_size, steps)
     # The mean is known to be 0; of normal numbers Var(x y) = Var x Var y + Cov(x, y)^2.
     size = np.diag(expected)
@@ -161,7 +161,7 @@ def test_heavy_ball_scatters_as_its_own_steps_say(steps: int) -> None:
     agree(v @ found @ v.T, expected, 1e-9)
     cut = partial(risk)
     rng = np.random.default_rng(0)
-    moved = [displacement(cut, training, rng, 0) for _ in range(2)]
+    moved = [displacements(cut, training)(rng, 0) for _ in range(2)]
     left = [m - cut.pairs.vectors @ (cut.pairs.vectors.T @ m) for m in moved]
     agree(left[0], left[1], 1e-12)
     draw = cut.draws[0]
@@ -178,7 +178,7 @@ def test_the_rest_of_a_displacement_has_its_trace() -> None:
     v = local.pairs.vectors
     rng = np.random.default_rng(2)
     training = Training(lr, batch_size, steps)
-    moved = np.array([displacement(local, training, rng) for _ in range(200)])
+    moved = np.array([displacements(local, training)(rng) for _ in range(200)])
     rest = moved - moved @ v @ v.T
     kinds = np.unique(np.round((rest**2).sum(1), 12))
     assert len(kinds) == len(local.draws)
