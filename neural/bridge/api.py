@@ -36,6 +36,7 @@ from neural.bridge.smoothing import Smoothing, averaging_work
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.spectrum import leading_products
 from nqm.errors import NQMError
 from nqm.progress import Progress, counted
 
@@ -134,8 +135,8 @@ def measure(
     Raises
     ------
     NQMError
-        If epochs are shuffled and a batch size does not divide the number of examples, the
-        eigenpairs do not converge, or the checkpoint is too far from a minimum (`check_descent`).
+        If epochs are shuffled and a batch size does not divide the number of examples, or the
+        checkpoint is too far from a minimum (`check_descent`).
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
@@ -394,16 +395,12 @@ def measure_checkpoint(
     Returns
     -------
     LocalQuadratic
-
-    Raises
-    ------
-    NQMError
-        If the eigenpairs do not converge.
     """
     if not config.eigenpairs or config.eigenpairs >= risk.size:
         work = float(risk.matrix_work)
-    else:  # ARPACK takes two to four products for a pair
-        work = 3.0 * config.eigenpairs + config.lanczos_steps * (config.noise_samples + 1)
+    else:
+        starts = config.noise_samples + 1
+        work = float(leading_products(config.eigenpairs) + config.lanczos_steps * starts)
     return measure_local(
         risk,
         config.eigenpairs or None,

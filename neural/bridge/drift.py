@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
-from neural.curvature.spectrum import Progress, operator
+from neural.curvature.spectrum import Progress, operator, products
 from nqm.errors import check_integer
 from nqm.progress import times
 
@@ -409,12 +408,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     forces = gradients["forces"]
 
     def lanczos() -> dict[str, Any]:
-        def products(rows: FloatArray) -> FloatArray:
-            vectors = torch.from_numpy(rows).to(risk.weights)
-            images = risk.curvature_products(vectors, times(progress, TOGETHER))
-            return np.asarray(images.double().cpu().numpy())
-
-        halves = lanczos_together(products, list(forces), lanczos_steps, known)
+        apply = products(risk, times(progress, TOGETHER))
+        halves = lanczos_together(apply, list(forces), lanczos_steps, known)
         return {f"{i}-{name}": a for i, half in enumerate(halves) for name, a in vars(half).items()}
 
     force = stored("force", lanczos, lanczos_steps=lanczos_steps, **settings)

@@ -85,7 +85,7 @@ def train_runs(
         slope = EachRow(grad(lambda w, *batch: risk.mean_loss(w, make(batch))))
 
     def slopes(weights: Tensor, alive: Tensor) -> Tensor:
-        chosen = alive.nonzero()[:, 0].split(together)
+        chosen = torch.split(alive.nonzero()[:, 0], together)
         gradients = torch.full_like(weights, torch.nan)
         # Without no_grad, the model's other weights would keep the graph of every step.
         with torch.no_grad():
