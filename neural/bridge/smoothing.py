@@ -10,6 +10,7 @@ with the displacements.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, calm_end, descended
+from neural.bridge.drift import SAMPLE, Drift, calm_end, descended
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, rest_trace
 from neural.bridge.scatter import displacements as displacements_of
@@ -29,6 +30,7 @@ from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import TOGETHER, EmpiricalRisk
+from neural.curvature.sampling import ExampleSamples, sampled_part
 from neural.curvature.spectrum import Eigenpairs, Progress
 from nqm.errors import check_integer
 from nqm.progress import times
@@ -445,7 +447,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         default it is that of `training` on the quadratic.
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
-        products and the noise along k directions are computed.
+        products and the noise along k directions are computed; the products at the ends are those
+        of a sample of `SAMPLE` examples where there are many more (`neural.curvature.sampling`).
     seed, cache
         See `neural.bridge.drift.measure_drift`.
     progress : callable, optional
@@ -471,21 +474,33 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
 
     def averages() -> dict[str, Any]:
         rng, drawn = np.random.default_rng([seed, 4]), displacements_of(local, training)
-        averaged: list[Any] = [0.0, 0.0, 0.0]
-        for _ in range(displacements):
-            moved = vector(risk, drawn(rng, None))
-            for sign in (1.0, -1.0):
-                end: Any = _along(risk.at(centre + sign * moved), vectors, progress)
-                share = 1.0 / (2 * displacements)
-                averaged = [
-                    total + share * value for total, value in zip(averaged, end, strict=True)
-                ]
         checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
         descent = _along(risk.at(descent_end), vectors, progress)
         if far is not None:
             end = risk.weights + vector(risk, far.ends[0])
             farthest = descent if far is path else _along(risk.at(end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
+        samples = None if local.complete else ExampleSamples(risk.at(centre), SAMPLE, [seed, 8])
+        curvature, noise, trace = np.zeros_like(mean[0]), np.zeros_like(mean[1]), 0.0
+        for i in range(displacements):
+            moved = vector(risk, drawn(rng, None))
+            part = risk if samples is None else samples.draw(i % 2, i // 2)
+            # The curvature of the same examples at both ends and in the middle: its change differs
+            # little between samples.
+            alone = part.factors is not None
+            curvature -= _curvature(part, vectors, None) if alone else mean[0]
+            for end in (centre + moved, centre - moved):
+                own_noise, own_trace = _noise(risk.at(end), vectors, progress)
+                told = None if alone else progress
+                curvature += 0.5 * _curvature(part.at(end), vectors, told)
+                noise, trace = noise + 0.5 * own_noise, trace + 0.5 * own_trace
+            if alone and progress is not None:
+                progress(_work_at(risk, local))
+        averaged: Any = (
+            mean[0] + curvature / displacements,
+            noise / displacements,
+            trace / displacements,
+        )
         changes = {
             "width": (averaged, mean),
             "mean": (mean, descent),
@@ -497,7 +512,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             for name, new, old in zip(NAMES, after, before, strict=True)
         }
 
-    settings = {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
+    settings: dict[str, Any] = {"sample": SAMPLE}
+    settings |= {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
     stored = (cache or Cache()).of(risk, seed=seed)(
         "averages",
         averages,
@@ -526,23 +542,44 @@ def averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, displacements: in
     -------
     int
     """
-    each = risk.matrix_work if local.complete else len(local.pairs.values)
-    return (2 * displacements + 2) * (TOGETHER * each + 2 * PASS)
+    each = TOGETHER * (risk.matrix_work if local.complete else len(local.pairs.values))
+    noise = (2 * displacements + 2) * 2 * PASS
+    return 2 * each + displacements * _work_at(risk, local) + noise
+
+
+def _work_at(risk: EmpiricalRisk, local: LocalQuadratic) -> int:
+    """Work of the curvature for one displacement."""
+    each = TOGETHER * (risk.matrix_work if local.complete else len(local.pairs.values))
+    part = 1.0 if local.complete else sampled_part(risk.examples, SAMPLE)
+    return 2 * each if part == 1.0 else math.ceil(3.0 * part * each)
 
 
 def _along(
     risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
 ) -> tuple[FloatArray, FloatArray, float]:
     """Curvature and noise along directions, (k, k) each, and the trace of the whole noise."""
+    return _curvature(risk, vectors, progress), *_noise(risk, vectors, progress)
+
+
+def _curvature(risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None) -> FloatArray:
+    """Curvature along directions, (k, k)."""
+    products = times(progress, TOGETHER)
+    if vectors.shape[1] == risk.size:
+        h = risk.curvature_matrix(products).double().cpu().numpy()
+        return np.asarray(vectors.T @ h @ vectors)
+    rows = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(risk.weights)
+    curvature = vectors.T @ risk.curvature_products(rows, products).double().cpu().numpy().T
+    return np.asarray(0.5 * (curvature + curvature.T))
+
+
+def _noise(
+    risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
+) -> tuple[FloatArray, float]:
+    """Noise along directions, (k, k), and the trace of the whole noise."""
     population = 1.0 - 1.0 / risk.examples
     noise = population * gradient_noise.covariance(risk, vectors)
     if progress is not None:
         progress(2 * PASS)
-    products = times(progress, TOGETHER)
     if vectors.shape[1] == risk.size:
-        h = risk.curvature_matrix(products).double().cpu().numpy()
-        return vectors.T @ h @ vectors, noise, float(np.trace(noise))
-    rows = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(risk.weights)
-    curvature = vectors.T @ risk.curvature_products(rows, products).double().cpu().numpy().T
-    trace = population * gradient_noise.trace(risk)
-    return 0.5 * (curvature + curvature.T), noise, trace
+        return noise, float(np.trace(noise))
+    return noise, population * gradient_noise.trace(risk)

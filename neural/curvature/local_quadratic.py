@@ -195,7 +195,7 @@ def measure_local(
     eigenpairs: int | None = 50,
     *,
     noise_samples: int = 6,
-    lanczos_steps: int = 15,
+    lanczos_steps: int = 10,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
