@@ -32,10 +32,11 @@ from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
 from neural.bridge.prediction import expected_excess
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
-from neural.bridge.smoothing import Smoothing, averaging_work
+from neural.bridge.smoothing import Smoothing, averaging_work, half_of
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
+from neural.curvature.spectrum import leading_products
 from nqm.errors import NQMError
 from nqm.progress import Progress, counted
 
@@ -135,8 +136,8 @@ def measure(
     Raises
     ------
     NQMError
-        If epochs are shuffled and a batch size does not divide the number of examples, the
-        eigenpairs do not converge, or the checkpoint is too far from a minimum (`check_descent`).
+        If epochs are shuffled and a batch size does not divide the number of examples, or the
+        checkpoint is too far from a minimum (`check_descent`).
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
@@ -327,7 +328,9 @@ def averages_of(
     config, paths = options["config"], paths or {}
     reference, longest = shared_trainings(local, config)
     path = paths.get(reference.lr)
-    work = averaging_work(risk, local, config.averaging_displacements, config.displacements)
+    work = averaging_work(
+        risk, local, config.averaging_displacements, half_of(config.displacements)
+    )
     return measure_averages(
         risk,
         local,
@@ -411,16 +414,12 @@ def measure_checkpoint(
     Returns
     -------
     LocalQuadratic
-
-    Raises
-    ------
-    NQMError
-        If the eigenpairs do not converge.
     """
     if not config.eigenpairs or config.eigenpairs >= risk.size:
         work = float(risk.matrix_work)
-    else:  # ARPACK takes two to four products for a pair
-        work = 3.0 * config.eigenpairs + config.lanczos_steps * (config.noise_samples + 1)
+    else:
+        starts = config.noise_samples + 1
+        work = float(leading_products(config.eigenpairs) + config.lanczos_steps * starts)
     return measure_local(
         risk,
         config.eigenpairs or None,

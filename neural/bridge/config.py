@@ -277,7 +277,7 @@ class Plan:
             )
 
 
-@omits(lanczos_steps=30)
+@omits(lanczos_steps=30, displacements=32)
 @dataclass(frozen=True)
 class BridgeConfig:
     """Settings of the measurement, and the trainings that are predicted and run.
@@ -343,8 +343,8 @@ class BridgeConfig:
     minimise_lr: float | None = None
     eigenpairs: int = 50
     noise_samples: int = 6
-    lanczos_steps: int = 15
-    displacements: int = 32
+    lanczos_steps: int = 10
+    displacements: int = 64
     averaging_displacements: int = 2
     lr_times_sharpness: tuple[float, ...] = LR_TIMES_SHARPNESS
     batch_sizes: tuple[int, ...] = (32,)

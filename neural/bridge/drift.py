@@ -18,13 +18,12 @@ scaled with lr / B to other trainings near by.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.noise_free_path import NoiseFreePath
@@ -37,11 +36,14 @@ from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
-from neural.curvature.spectrum import Progress, operator
+from neural.curvature.sampling import ExampleSamples, sampled_part
+from neural.curvature.spectrum import Progress, operator, products
 from nqm.errors import check_integer
 from nqm.progress import times
 
 FloatArray = NDArray[np.float64]
+#: Number of examples whose gradients are measured at one displacement.
+SAMPLE = 128
 
 
 @dataclass(frozen=True)
@@ -315,8 +317,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     training: Training,
     *,
     path: NoiseFreePath | None = None,
-    displacements: int = 32,
-    lanczos_steps: int = 15,
+    displacements: int = 64,
+    lanczos_steps: int = 10,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -339,7 +341,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
         Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
     displacements : int
         Number of random displacements, at least 2. Each takes four gradients: at both ends, and at
-        both ends of half of it.
+        both ends of half of it, of a sample of `SAMPLE` examples where there are many more
+        (`neural.curvature.sampling`).
     lanczos_steps : int
         Hessian products for each of the two measurements of the force.
     seed : int
@@ -362,8 +365,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     # `local.key()` distinguishes local models of one checkpoint that are averaged over different
     # trainings (`Smoothing.seen_by`), by their spectrum and noise.
     settings: dict[str, Any] = {"training": training, "displacements": displacements}
-    settings["matched"] = True
-    settings |= {"local": local.key()}
+    settings |= {"local": local.key(), "sample": SAMPLE, "matched": True}
     if path is not None:
         settings["path"] = f"{float(path.lengths[-1]):.8g}"
     stored = (cache or Cache()).of(risk, seed=seed)
@@ -372,18 +374,20 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     apply = operator(risk, times(progress, PRODUCT))
 
     def sampled() -> dict[str, Any]:
+        samples = ExampleSamples(risk.at(centre), SAMPLE, [seed, 7])
+        work = passes_at_displacements(displacements, risk.examples)
         rng, drawn = np.random.default_rng([seed, 3]), displacements_of(local, training)
         # The two measurements of the force must be independent.
         counts = (displacements + 1) // 2, displacements // 2
         normals = [matched_normals(local, training, rng, count) for count in counts]
         halves, rises = np.zeros((2, risk.size)), np.zeros(2)
         moved, differences, beyond = [], [], np.zeros(3)
-        middle = risk.loss(centre)
         for i in range(displacements):
             draw = draw_index(local, i)
-            d = drawn(rng, draw, normals[i % 2][i // 2])
-            odd, even, loss = _both_ends(risk, centre, d)
-            _, near_even, near_loss = _both_ends(risk, centre, 0.5 * d)
+            d, part = drawn(rng, draw, normals[i % 2][i // 2]), samples.draw(i % 2, i // 2)
+            odd, even, loss = _both_ends(part, d)
+            _, near_even, near_loss = _both_ends(part, 0.5 * d)
+            middle = part.loss()
             rises += loss - middle, near_loss - middle
             halves[i % 2] += (even - near_even) / 0.75
             moved.append(known.T @ d)
@@ -396,7 +400,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
                     bent = rest.values @ (rest.vectors.T @ outside) ** 2
                 beyond += np.array([outside @ outside, bent, outside @ odd])
             if progress is not None:
-                progress(4)
+                progress(work * (i + 1) // displacements - work * i // displacements)
         forces = halves / np.array(counts)[:, None]
         # With a shared base the members' own minibatches act on the mean by less; not derived.
         if training.sampling == SHUFFLED and not isinstance(local, SharedBaseQuadratic):
@@ -413,12 +417,8 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     forces = gradients["forces"]
 
     def lanczos() -> dict[str, Any]:
-        def products(rows: FloatArray) -> FloatArray:
-            vectors = torch.from_numpy(rows).to(risk.weights)
-            images = risk.curvature_products(vectors, times(progress, TOGETHER))
-            return np.asarray(images.double().cpu().numpy())
-
-        halves = lanczos_together(products, list(forces), lanczos_steps, known)
+        apply = products(risk, times(progress, TOGETHER))
+        halves = lanczos_together(apply, list(forces), lanczos_steps, known)
         return {f"{i}-{name}": a for i, half in enumerate(halves) for name, a in vars(half).items()}
 
     force = stored("force", lanczos, lanczos_steps=lanczos_steps, **settings)
@@ -432,12 +432,27 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     return Drift(local, training, top, (rest[0], rest[1]), slopes)
 
 
-def _both_ends(
-    risk: EmpiricalRisk, centre: Tensor, moved: FloatArray
-) -> tuple[FloatArray, FloatArray, float]:
+def passes_at_displacements(displacements: int, examples: int) -> int:
+    """Number of gradients of all examples that cost as much as those at the displacements.
+
+    Parameters
+    ----------
+    displacements : int
+        See `measure_drift`.
+    examples : int
+        Number of examples, N.
+
+    Returns
+    -------
+    int
+    """
+    return math.ceil(4.0 * displacements * sampled_part(examples, SAMPLE))
+
+
+def _both_ends(risk: EmpiricalRisk, moved: FloatArray) -> tuple[FloatArray, FloatArray, float]:
     """Half of the difference of the gradients at both ends, their mean, and the mean loss."""
     step = vector(risk, moved)
-    ends = [risk.loss_and_gradient(centre + sign * step) for sign in (1.0, -1.0)]
+    ends = [risk.loss_and_gradient(risk.weights + sign * step) for sign in (1.0, -1.0)]
     (loss, _), (other_loss, _) = ends
     plus, minus = (slope.double().cpu().numpy() for _, slope in ends)
     return 0.5 * (plus - minus), 0.5 * (plus + minus), 0.5 * (loss + other_loss)

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, calm_end, measure_drift
+from neural.bridge.drift import Drift, calm_end, measure_drift, passes_at_displacements
 from neural.bridge.kinks import find_kinks
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.smoothing import Smoothing, measure_smoothing
+from neural.bridge.smoothing import Smoothing, half_of, measure_smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import TOGETHER, EmpiricalRisk
@@ -125,9 +125,9 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     *,
     path: NoiseFreePath | None = None,
     far: NoiseFreePath | None = None,
-    displacements: int = 32,
+    displacements: int = 64,
     averaging_displacements: int = 2,
-    lanczos_steps: int = 15,
+    lanczos_steps: int = 10,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -183,7 +183,7 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
         path=path,
         far=far,
         displacements=averaging_displacements,
-        noise_displacements=displacements,
+        noise_displacements=half_of(displacements),
         seed=seed,
         cache=cache,
         progress=progress,
@@ -198,9 +198,9 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     averages: Smoothing | None = None,
     *,
     path: NoiseFreePath | None = None,
-    displacements: int = 32,
+    displacements: int = 64,
     averaging_displacements: int = 0,
-    lanczos_steps: int = 15,
+    lanczos_steps: int = 10,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -265,7 +265,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         path=path,
         far=averages.far,
         displacements=averaging_displacements,
-        noise_displacements=displacements,
+        noise_displacements=half_of(displacements),
         seed=seed,
         cache=cache,
         progress=progress,
@@ -286,7 +286,8 @@ def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_st
     -------
     int
     """
-    return 4 * displacements + (0 if local.complete else 2 * TOGETHER * lanczos_steps)
+    products = 0 if local.complete else 2 * TOGETHER * lanczos_steps
+    return passes_at_displacements(displacements, local.examples) + products
 
 
 def nearest_gaussians(

@@ -60,6 +60,8 @@ SECTIONS: dict[str, type] = {"bridge": BridgeConfig, "plan": Plan}
 DECOUPLED = 3
 #: Number of matrices in memory at the same time where the whole matrix is measured.
 MATRICES = 16
+#: Random vectors for the density of the spectrum, which is for the figure alone.
+PROBES = 2
 #: Names of the files of results in the order of writing: if the last exists, all do.
 TABLES = ("spectrum", "course", "best_lr", "cost", "bridge")
 
@@ -367,7 +369,7 @@ def _tables(
     epoch = len(opened.task.stream) * opened.run.data.batch_size
     share = risk.examples * (config.batchnorm_group or 1) / epoch
     tables = {
-        "spectrum": _spectrum(measured, config, plan.seed),
+        "spectrum": _spectrum(measured, config, plan.seed, progress),
         "course": outcome.course,
         "best_lr": best,
         "cost": cost_table(risk, share, measured.cache.log),
@@ -498,7 +500,9 @@ def held_out_risk(
     return risk.on(batches if group is None else grouped(batches, group))
 
 
-def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFrame:
+def _spectrum(
+    measured: Measured, config: BridgeConfig, seed: int, progress: Progress | None
+) -> pd.DataFrame:
     """Curvature nodes with their count and noise variance, for the figure."""
     import pandas as pd
 
@@ -512,9 +516,12 @@ def _spectrum(measured: Measured, config: BridgeConfig, seed: int) -> pd.DataFra
     frames = [pd.DataFrame(columns).assign(kind="pair")]
     if not local.complete:
         steps = config.lanczos_steps
+        done = counted(progress, "density", float(PROBES * steps))
         nodes = measured.cache.of(risk, seed=seed)(
             "density",
-            lambda: vars(density(risk, pairs, probes=2, steps=steps, seed=seed)),
+            lambda: vars(
+                density(risk, pairs, probes=PROBES, steps=steps, seed=seed, progress=done)
+            ),
             local=local.key(),
             lanczos_steps=steps,
         )

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad
+from torch.nn.modules.conv import _ConvNd as _Convolution
 
 from neural.bridge.adam import AdamRuns
 from neural.bridge.config import ADAPTIVE, SHUFFLED, Training
@@ -27,8 +28,13 @@ FloatArray = NDArray[np.float64]
 #: Called with the number of a step, from 1, and the weights after it
 #: (`neural.bridge.iterate_averages.Running`).
 Seen = Callable[[int, Tensor], None]
-#: Models with fewer weights than this run all their runs in one `vmap`; convolutions are slower so.
-TOGETHER = 5000
+#: Models of fewer weights run together by `vmap`, which saves torch's calls. Larger ones only
+#: without convolutions: with weights of each run these cost up to three times as much together.
+SMALL = 5000
+#: Largest number of weights of all runs together: beyond it, moving them costs more than the calls.
+STACKED = 2**21
+#: Fewer runs than this cost less one after the other.
+FEW = 4
 
 
 def train_runs(
@@ -73,28 +79,30 @@ def train_runs(
     buffers = torch.zeros_like(weights)
     adam = AdamRuns(risk, training, weights) if training.optimizer in ADAPTIVE else None
     draws = [minibatches(risk.examples, training, (seed, c)) for c in range(runs)]
+    together = runs_together(risk, training.batch_size, runs)
     slope = _each_slope(lambda w, batch: risk.mean_loss(w, make(batch)))
-    if sum(p.numel() for p in risk.model.parameters()) < TOGETHER:
+    if together >= FEW:
         slope = EachRow(grad(lambda w, *batch: risk.mean_loss(w, make(batch))))
 
-    together = fitting(training.batch_size * risk.example_bytes(), runs)
-
-    def slopes(weights: Tensor) -> Tensor:
-        index = torch.stack([next(draw) for draw in draws]).to(tensors[-1].device)
-        gradients: Tensor
+    def slopes(weights: Tensor, alive: Tensor) -> Tensor:
+        chosen = torch.split(alive.nonzero()[:, 0], together)
+        gradients = torch.full_like(weights, torch.nan)
         # Without no_grad, the model's other weights would keep the graph of every step.
         with torch.no_grad():
-            parts = zip(torch.split(weights, together), torch.split(index, together), strict=True)
-            gradients = torch.cat([slope(w, *(t[i] for t in tensors)) for w, i in parts])
+            for part in chosen:
+                index = torch.stack([next(draws[run]) for run in part.tolist()])
+                index = index.to(tensors[-1].device)
+                gradients[part] = slope(weights[part], *(tensor[index] for tensor in tensors))
         return gradients.add_(risk.decay_gradient(weights))
 
     done = 0
     for stop in at:
         with risk.evaluating():
             for step in range(done + 1, stop + 1):
-                # When all runs have diverged, no more steps are taken; their losses are infinite.
-                if bool(weights.isfinite().all(1).any()):
-                    moved = slopes(weights)
+                # A run that has diverged takes no more steps; its losses are infinite.
+                alive = weights.isfinite().all(1)
+                if bool(alive.any()):
+                    moved = slopes(weights, alive)
                     if adam is not None:
                         weights = adam.step(moved)
                     else:
@@ -107,6 +115,31 @@ def train_runs(
                     seen(step, weights)
         done = stop
         yield stop, weights.detach().clone()
+
+
+def runs_together(risk: EmpiricalRisk, batch_size: int, runs: int) -> int:
+    """How many runs take their steps together, by what a step was measured to cost.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The loss.
+    batch_size : int
+        Examples of a minibatch.
+    runs : int
+        Number of runs.
+
+    Returns
+    -------
+    int
+        From 1 to `runs`, as many as memory allows; results are the same up to rounding.
+    """
+    large = sum(p.numel() for p in risk.model.parameters()) >= SMALL
+    if large and any(isinstance(module, _Convolution) for module in risk.model.modules()):
+        return 1
+    weights = 4.0 * risk.size * risk.weights.element_size()
+    fit = fitting(batch_size * risk.example_bytes() + weights, runs)
+    return min(fit, max(1, STACKED // risk.size))
 
 
 def _each_slope(loss: Callable[[Tensor, list[Tensor]], Tensor]) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ with the displacements.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, calm_end, descended
+from neural.bridge.drift import SAMPLE, Drift, calm_end, descended
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, matched_normals, rest_trace
 from neural.bridge.scatter import displacements as displacements_of
@@ -29,6 +30,7 @@ from neural.curvature.cache import Cache
 from neural.curvature.gradient_noise import STIFF
 from neural.curvature.local_quadratic import LocalQuadratic, vector
 from neural.curvature.risk import TOGETHER, EmpiricalRisk
+from neural.curvature.sampling import ExampleSamples, sampled_part
 from neural.curvature.spectrum import Eigenpairs, Progress
 from nqm.errors import check_integer
 from nqm.progress import times
@@ -449,7 +451,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         default it is that of `training` on the quadratic.
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
-        products and the noise along k directions are computed.
+        products and the noise along k directions are computed; the products at the ends are those
+        of a sample of `SAMPLE` examples where there are many more (`neural.curvature.sampling`).
     noise_displacements : int
         Number of random displacements at whose ends the noise is computed, if larger: it costs far
         less than curvature, and differs more between displacements.
@@ -481,22 +484,32 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     def averages() -> dict[str, Any]:
         model = scatter or local
         rng, drawn = np.random.default_rng([seed, 4]), displacements_of(model, training)
-        curvature, noise = np.zeros((2, *local.noise.shape))
-        trace = 0.0
-        for i, normal in enumerate(matched_normals(model, training, rng, count)):
-            moved = vector(risk, drawn(rng, None, normal))
-            for there in (risk.at(centre + moved), risk.at(centre - moved)):
-                own, own_trace = _noise_along(there, vectors, progress)
-                noise, trace = noise + own / (2 * count), trace + own_trace / (2 * count)
-                if i < displacements:
-                    curvature += _curvature_along(there, vectors, progress) / (2 * displacements)
-        averaged = curvature, noise, trace
         checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
         descent = _along(risk.at(descent_end), vectors, progress)
         if far is not None:
             end = risk.weights + vector(risk, far.ends[0])
             farthest = descent if far is path else _along(risk.at(end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
+        samples = None if local.complete else ExampleSamples(risk.at(centre), SAMPLE, [seed, 8])
+        curvature, noise, trace = np.zeros_like(mean[0]), np.zeros_like(mean[1]), 0.0
+        for i, normal in enumerate(matched_normals(model, training, rng, count)):
+            moved = vector(risk, drawn(rng, None, normal))
+            for end in (centre + moved, centre - moved):
+                own_noise, own_trace = _noise(risk.at(end), vectors, progress)
+                noise, trace = noise + own_noise / (2 * count), trace + own_trace / (2 * count)
+            if i >= displacements:
+                continue
+            part = risk if samples is None else samples.draw(i % 2, i // 2)
+            # The curvature of the same examples at both ends and in the middle: its change differs
+            # little between samples.
+            alone = part.factors is not None
+            curvature -= _curvature(part, vectors, None) if alone else mean[0]
+            for end in (centre + moved, centre - moved):
+                told = None if alone else progress
+                curvature += 0.5 * _curvature(part.at(end), vectors, told)
+            if alone and progress is not None:
+                progress(_work_at(risk, local))
+        averaged = mean[0] + curvature / displacements, noise, trace
         changes = {
             "width": (averaged, mean),
             "mean": (mean, descent),
@@ -508,7 +521,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             for name, new, old in zip(NAMES, after, before, strict=True)
         }
 
-    settings: dict[str, Any] = {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
+    settings: dict[str, Any] = {"sample": SAMPLE}
+    settings |= {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
     if scatter is not None:
         settings["scatter"] = scatter.key()
     stored = (cache or Cache()).of(risk, seed=seed)(
@@ -528,6 +542,21 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     return Smoothing(local, training, width, mean_change, descent, drift, far=far)
 
 
+def half_of(displacements: int) -> int:
+    """Number of displacements at which noise is measured, of those at which gradients are.
+
+    Parameters
+    ----------
+    displacements : int
+
+    Returns
+    -------
+    int
+        It takes all examples at each of them, where gradients take a sample.
+    """
+    return (displacements + 1) // 2
+
+
 def averaging_work(
     risk: EmpiricalRisk, local: LocalQuadratic, displacements: int, noise_displacements: int = 0
 ) -> int:
@@ -542,31 +571,27 @@ def averaging_work(
     -------
     int
     """
-    each = risk.matrix_work if local.complete else len(local.pairs.values)
+    each = TOGETHER * (risk.matrix_work if local.complete else len(local.pairs.values))
     noises = 2 * max(displacements, noise_displacements) + 2
-    return (2 * displacements + 2) * TOGETHER * each + noises * PASS
+    return 2 * each + displacements * _work_at(risk, local) + noises * PASS
+
+
+def _work_at(risk: EmpiricalRisk, local: LocalQuadratic) -> int:
+    """Work of the curvature for one displacement."""
+    each = TOGETHER * (risk.matrix_work if local.complete else len(local.pairs.values))
+    part = 1.0 if local.complete else sampled_part(risk.examples, SAMPLE)
+    return 2 * each if part == 1.0 else math.ceil(3.0 * part * each)
 
 
 def _along(
     risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
 ) -> tuple[FloatArray, FloatArray, float]:
     """Curvature and noise along directions, (k, k) each, and the trace of the whole noise."""
-    return _curvature_along(risk, vectors, progress), *_noise_along(risk, vectors, progress)
+    return _curvature(risk, vectors, progress), *_noise(risk, vectors, progress)
 
 
-def _noise_along(
-    risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
-) -> tuple[FloatArray, float]:
-    population = 1.0 - 1.0 / risk.examples
-    noise, trace = gradient_noise.covariance_and_trace(risk, vectors)
-    if progress is not None:
-        progress(PASS)
-    return population * noise, population * trace
-
-
-def _curvature_along(
-    risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
-) -> FloatArray:
+def _curvature(risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None) -> FloatArray:
+    """Curvature along directions, (k, k)."""
     products = times(progress, TOGETHER)
     if vectors.shape[1] == risk.size:
         h = risk.curvature_matrix(products).double().cpu().numpy()
@@ -574,3 +599,14 @@ def _curvature_along(
     rows = torch.from_numpy(np.ascontiguousarray(vectors.T)).to(risk.weights)
     curvature = vectors.T @ risk.curvature_products(rows, products).double().cpu().numpy().T
     return np.asarray(0.5 * (curvature + curvature.T))
+
+
+def _noise(
+    risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
+) -> tuple[FloatArray, float]:
+    """Noise along directions, (k, k), and the trace of the whole noise."""
+    population = 1.0 - 1.0 / risk.examples
+    noise, trace = gradient_noise.covariance_and_trace(risk, vectors)
+    if progress is not None:
+        progress(PASS)
+    return population * noise, population * trace

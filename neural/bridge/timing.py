@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 #: Row of the cost table -> stages of the cache (`neural.curvature.cache`) that it sums.
 STAGES = {
+    "minimise": ("minimised",),
     "curvature and noise": ("second_moments", "eigenpairs", "krylov", "noise_trace"),
     "averages": ("averages",),
     "third derivatives": ("slopes", "force"),
     "test loss": ("test_loss",),
-    "training": ("training", "noise_free_path", "example_slopes"),
+    "noise-free paths": ("noise_free_path",),
+    "training": ("training", "example_slopes"),
+    "density of the spectrum": ("density",),
 }
 
 

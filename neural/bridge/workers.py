@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from neural.bridge.api import WITHOUT_NOISE, Options, parts_of, store_part, store_training
 from neural.bridge.comparison import minibatches_of
 from neural.bridge.config import BridgeConfig, Plan
+from neural.bridge.drift import passes_at_displacements
+from neural.bridge.held_out import DISPLACEMENTS
 from neural.curvature.cache import Cache
 from neural.curvature.examples import input_rows
 from neural.curvature.risk import TOGETHER, EmpiricalRisk
@@ -139,10 +141,11 @@ def _work(bridged: Bridged) -> dict[str, float]:
     config, plan, examples = bridged.config, bridged.plan, bridged.risk.examples
     tested = bridged.test.examples / examples
     kinds = 1 + len(plan.averages(config.trainings(1.0)[0]))
+    at_displacements = passes_at_displacements(config.displacements, examples)
     work = {
         WITHOUT_NOISE: float(config.steps),
-        "third derivatives": 4.0 * config.displacements + 2.0 * TOGETHER * config.lanczos_steps,
-        "test loss": 2.0 * kinds * config.displacements * tested,
+        "third derivatives": at_displacements + 2.0 * TOGETHER * config.lanczos_steps,
+        "test loss": 2.0 * kinds * min(config.displacements, DISPLACEMENTS) * tested,
     }
     if config.train:
         minibatches = config.steps * minibatches_of(plan)

@@ -110,7 +110,7 @@ def lanczos_together(
         try:
             waiting.append((index, run, run.send(product)))
         except StopIteration as end:
-            found[index] = end.value
+            found[index] = end.value[0]
 
     for index, start in enumerate(starts):
         go_on(index, _lanczos(start, steps, out), None)
@@ -122,8 +122,34 @@ def lanczos_together(
     return [found[index] for index in range(len(starts))]
 
 
+def lanczos_pairs(
+    apply: LinearOperator, start: FloatArray, steps: int
+) -> tuple[LanczosNodes, FloatArray]:
+    """Run `lanczos_nodes` in the whole space, and compute how far the nodes are from eigenpairs.
+
+    Parameters
+    ----------
+    apply, start, steps
+        See `lanczos_nodes`.
+
+    Returns
+    -------
+    nodes : LanczosNodes
+    residuals : ndarray, shape (m,)
+        ``|H v - h v|`` of every node h with its vector v, up to rounding.
+    """
+    check_integer("steps", steps, 1)
+    run, product = _lanczos(start, steps, np.zeros((len(start), 0))), None
+    while True:
+        try:
+            product = apply.matvec(run.send(product))
+        except StopIteration as end:
+            nodes, residuals = end.value
+            return nodes, residuals
+
+
 #: Lanczos from one vector: it yields vectors and is sent their products with H.
-_Run = Generator[FloatArray, FloatArray | None, LanczosNodes]
+_Run = Generator[FloatArray, FloatArray | None, tuple[LanczosNodes, FloatArray]]
 
 
 def _lanczos(start: FloatArray, steps: int, out: FloatArray) -> _Run:
@@ -131,7 +157,7 @@ def _lanczos(start: FloatArray, steps: int, out: FloatArray) -> _Run:
     length = float(np.linalg.norm(start))
     room = len(start) - out.shape[1]
     if length == 0.0 or room == 0:
-        return LanczosNodes(np.zeros(0), np.zeros(0), np.zeros((len(start), 0)))
+        return LanczosNodes(np.zeros(0), np.zeros(0), np.zeros((len(start), 0))), np.zeros(0)
     basis = [start / length]
     alpha: list[float] = []
     beta: list[float] = []
@@ -150,4 +176,4 @@ def _lanczos(start: FloatArray, steps: int, out: FloatArray) -> _Run:
         beta.append(size)
         basis.append(w / size)
     nodes, turn = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
-    return LanczosNodes(nodes, length * turn[0], earlier @ turn)
+    return LanczosNodes(nodes, length * turn[0], earlier @ turn), size * np.abs(turn[-1])

@@ -21,8 +21,7 @@ from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.lanczos import LanczosNodes, lanczos_together
 from neural.curvature.risk import EmpiricalRisk
-from neural.curvature.spectrum import Eigenpairs, Progress
-from neural.curvature.spectrum import eigenpairs as stiffest_pairs
+from neural.curvature.spectrum import Eigenpairs, Progress, leading_pairs, products
 from nqm.errors import NQMError, check_integer
 from nqm.problems.correlation import Correlation
 from nqm.problems.quadratic import Problem
@@ -191,13 +190,12 @@ class LocalQuadratic:
         }
 
 
-def measure_local(  # noqa: PLR0913 - options, by keyword
+def measure_local(
     risk: EmpiricalRisk,
     eigenpairs: int | None = 50,
     *,
     noise_samples: int = 6,
-    lanczos_steps: int = 15,
-    tolerance: float = 1e-3,
+    lanczos_steps: int = 10,
     seed: int = 0,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -216,8 +214,6 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
         Number of random draws of the gradient noise beyond the eigenpairs, at least 1.
     lanczos_steps : int
         Products with the curvature for each draw, and for the gradient; at least 1.
-    tolerance : float
-        Relative accuracy of the eigenvalues.
     seed : int
         Seed of all random draws.
     cache : Cache, optional
@@ -233,8 +229,7 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     Raises
     ------
     NQMError
-        If there are fewer than two examples, a number is out of range, or the eigenpairs do not
-        converge.
+        If there are fewer than two examples, or a number is out of range.
     """
     check_integer("noise_samples", noise_samples, 1)
     check_integer("lanczos_steps", lanczos_steps, 1)
@@ -252,13 +247,11 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
             pairs = Eigenpairs(values[::-1], vectors[:, ::-1], np.zeros(len(values)))
         else:
             assert eigenpairs is not None
-            pairs = stiffest_pairs(
-                risk, eigenpairs, tolerance=tolerance, seed=seed, progress=progress
-            )
+            pairs = leading_pairs(risk, eigenpairs, seed=seed, progress=progress)
         noise = population * gradient_noise.covariance(risk, pairs.vectors)
         return vars(pairs) | {"noise": noise}
 
-    settings = {} if complete else {"eigenpairs": eigenpairs, "tolerance": tolerance}
+    settings = {} if complete else {"eigenpairs": eigenpairs}
     top = stored("eigenpairs", stiffest, complete=complete, **settings)
     known = Eigenpairs(top["values"], top["vectors"], top["residuals"])
     gradient = risk.gradient().double().cpu().numpy()
@@ -270,15 +263,11 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
         noise = risk.weighted_gradient(torch.from_numpy(weights).to(risk.weights))
         return np.asarray(noise.double().cpu().numpy())
 
-    def products(rows: FloatArray) -> FloatArray:
-        images = risk.curvature_products(torch.from_numpy(rows).to(risk.weights), progress)
-        return np.asarray(images.double().cpu().numpy())
-
     drawn = 0 if complete else noise_samples
 
     def lanczos() -> dict[str, Any]:
         starts = [gradient, *(draw(i) for i in range(drawn))]
-        runs = lanczos_together(products, starts, lanczos_steps, known.vectors)
+        runs = lanczos_together(products(risk, progress), starts, lanczos_steps, known.vectors)
         return {f"{i}-{name}": a for i, run in enumerate(runs) for name, a in vars(run).items()}
 
     nodes = stored("krylov", lanczos, lanczos_steps=lanczos_steps, draws=drawn, **settings)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -163,6 +164,8 @@ class EmpiricalRisk:
         Origin and scale of the coordinates, shape (p,) each (`rescaled`); none by default.
     curvature_batches : list of (inputs, targets), optional
         Data of `curvature_product` (`with_curvature_of`); all data by default.
+    factors : sequence of Tensor, optional
+        For each batch, the weights of its examples in the loss (`sampled`); 1/N by default.
     undecayed : frozenset of str
         Names of the weights that `no_decay` selects.
     decay_ratios : Tensor, shape (p,), optional
@@ -202,6 +205,7 @@ class EmpiricalRisk:
         self.frame: tuple[Tensor, Tensor] | None = None
         self.decay_ratios: Tensor | None = None
         self.curvature_batches: list[Batch] | None = None
+        self.factors: Sequence[Tensor] | None = None
         without = resolve(model, no_decay).parameters if no_decay else ()
         self.undecayed = frozenset(self.shapes) & frozenset(without)
         self._decayed: float | Tensor = 1.0
@@ -382,11 +386,31 @@ class EmpiricalRisk:
             If there is no batch, or targets do not fit.
         """
         moved = copy.copy(self)
-        moved.curvature_batches = None
+        moved.curvature_batches = moved.factors = None
         moved.weight_decay, moved._decayed, moved.undecayed = 0.0, 1.0, frozenset()
         if is_cross_entropy(self.example_loss):
             moved.example_loss = cross_entropy
         moved._take(batches)
+        return moved
+
+    def sampled(self, batches: Sequence[Batch], factors: Sequence[Tensor]) -> EmpiricalRisk:
+        """The same loss, estimated from some of its examples.
+
+        Parameters
+        ----------
+        batches : sequence of (inputs, targets)
+            The examples.
+        factors : sequence of Tensor, shape (b,)
+            For each batch, the weights of its examples in the loss, in place of 1/N each.
+
+        Returns
+        -------
+        EmpiricalRisk
+            A shallow copy for `loss`, `gradient` and `curvature_product`; weight decay is included.
+        """
+        moved = copy.copy(self)
+        moved.batches, moved.factors, moved.curvature_batches = list(batches), list(factors), None
+        moved.examples = sum(len(targets) for _, targets in batches)
         return moved
 
     def example_bytes(self) -> float:
@@ -576,7 +600,20 @@ class EmpiricalRisk:
 
     def _mean(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """Sum over batches of a linear functional of the batch's summand of the mean loss."""
-        return self._total(lambda batch: of(lambda w: self._losses(w, batch).sum() / self.examples))
+        summands = self._summands()
+
+        def term(batch: Batch) -> Tensor:
+            summand = next(summands)
+            return of(lambda w: summand(self._losses(w, batch)))
+
+        return self._total(term)
+
+    def _summands(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """For each batch, the function of its examples' losses that is its summand of the loss."""
+        if self.factors is None:
+            yield from repeat(lambda losses: losses.sum() / self.examples)
+        else:
+            yield from (factors.dot for factors in self.factors)
 
     def mean_loss(self, w: Tensor, batch: Batch) -> Tensor:
         """Mean loss of a minibatch at w, without weight decay; the caller sets the model's mode.
@@ -846,12 +883,14 @@ class EmpiricalRisk:
         -------
         Tensor, shape (p,)
         """
+        summands = self._summands()
 
         def term(batch: Batch) -> Tensor:
             inputs, targets = batch
+            summand = next(summands)
             return ggn_product(
                 lambda w: _one_tensor(self._output(w, inputs)),
-                lambda output: self.example_loss(output, targets).sum() / self.examples,
+                lambda output: summand(self.example_loss(output, targets)),
                 self.weights,
                 v,
             )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from neural.curvature.lanczos import lanczos_nodes
+from neural.curvature.lanczos import lanczos_pairs, lanczos_together
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError, check_integer, check_number
 
@@ -147,6 +147,70 @@ def operator(risk: EmpiricalRisk, progress: Progress | None = None) -> LinearOpe
     return LinearOperator(shape, matvec=product, dtype=np.float64)
 
 
+def products(
+    risk: EmpiricalRisk, progress: Progress | None = None
+) -> Callable[[FloatArray], FloatArray]:
+    """Make a function that multiplies several vectors with the curvature together.
+
+    Parameters
+    ----------
+    risk, progress
+        See `operator`.
+
+    Returns
+    -------
+    callable
+        Maps vectors, shape (m, p), to their products, shape (m, p); for `lanczos_together`.
+    """
+
+    def apply(rows: FloatArray) -> FloatArray:
+        images = risk.curvature_products(torch.from_numpy(rows).to(risk.weights), progress)
+        return np.asarray(images.double().cpu().numpy())
+
+    return apply
+
+
+def leading_pairs(
+    risk: EmpiricalRisk, count: int, *, seed: int = 0, progress: Progress | None = None
+) -> Eigenpairs:
+    """Approximate the largest eigenvalues and their vectors by one run of Lanczos.
+
+    Of `leading_products` many products the stiff pairs are exact to rounding, those of the flat
+    end are not; but the vectors are orthonormal and the curvature is diagonal along them, so that a
+    quadratic in these coordinates has errors of the second order of the residuals alone.
+
+    Parameters
+    ----------
+    risk, count, seed, progress
+        See `eigenpairs`.
+
+    Returns
+    -------
+    Eigenpairs
+        Fewer than `count` if the curvature has fewer different eigenvalues.
+    """
+    check_integer("count", count, 1)
+    start = np.random.default_rng(seed).standard_normal(risk.size)
+    nodes, residuals = lanczos_pairs(operator(risk, progress), start, leading_products(count))
+    chosen = slice(-1, -min(count, len(nodes.values)) - 1, -1)
+    return Eigenpairs(nodes.values[chosen], nodes.vectors[:, chosen], residuals[chosen])
+
+
+def leading_products(count: int) -> int:
+    """Number of products with the curvature of `leading_pairs`.
+
+    Parameters
+    ----------
+    count : int
+        Number of eigenpairs.
+
+    Returns
+    -------
+    int
+    """
+    return 20 + count + count // 2
+
+
 def density(
     risk: EmpiricalRisk,
     known: Eigenpairs | None = None,
@@ -183,11 +247,9 @@ def density(
     check_integer("steps", steps, 1)
     out = np.zeros((risk.size, 0)) if known is None else known.vectors
     left = risk.size - out.shape[1]
-    apply = operator(risk, progress)
-    rng = np.random.default_rng(seed)
+    starts = list(np.random.default_rng(seed).standard_normal((probes, risk.size)))
     values, weights = [], []
-    for _ in range(probes):
-        probe = lanczos_nodes(apply, rng.standard_normal(risk.size), steps, out)
+    for probe in lanczos_together(products(risk, progress), starts, steps, out):
         values.append(probe.values)
         weights.append(probe.amplitudes**2 / np.sum(probe.amplitudes**2))
     joined = np.concatenate(values)

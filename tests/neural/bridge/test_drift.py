@@ -80,7 +80,7 @@ def test_the_mean_moves_as_gradient_descent_with_a_force_that_begins_later(
     bowl: Bowl, eigenpairs: int | None, lr: float, size: int, steps: int
 ) -> None:
     g, h = bowl.risk.gradient().numpy(), bowl.risk.hessian().numpy()
-    local = measure_local(bowl.risk, eigenpairs, noise_samples=4, tolerance=1e-12)
+    local = measure_local(bowl.risk, eigenpairs, noise_samples=4)
     drift = measure_drift(bowl.risk, local, TRAINING, displacements=6)
     training, scale = Training(lr, size, steps), (lr / size) / (LR / SIZE)
     later = steps - round(noise_age(local, training))
@@ -96,7 +96,7 @@ def test_the_mean_moves_as_gradient_descent_with_a_force_that_begins_later(
 
 def test_the_halves_share_no_draw(bowl: Bowl) -> None:
     """Else the product of the two would keep the bias of a square."""
-    local = measure_local(bowl.risk, 2, noise_samples=2, tolerance=1e-12)
+    local = measure_local(bowl.risk, 2, noise_samples=2)
     whole = measure_drift(bowl.risk, local, TRAINING, displacements=8)
     top = float(np.trace(local.noise))
     sizes = [float(draw.amplitudes @ draw.amplitudes) for draw in local.draws]
@@ -132,7 +132,7 @@ def test_a_kink_at_the_checkpoint_pushes_nothing() -> None:
 def test_a_quadratic_has_no_drift() -> None:
     risk = Bowl(CURVATURE, away=0.3).risk
     training = replace(TRAINING, steps=500)
-    drift = measure_drift(risk, measure_local(risk, 2, tolerance=1e-10), training)
+    drift = measure_drift(risk, measure_local(risk, 2), training)
     assert abs(drift.floor(training, 500)) < 1e-25
     assert abs(drift.cross(training, 500)) < 1e-12
 
@@ -175,7 +175,7 @@ def test_the_mean_moves_as_the_scatter_builds_up() -> None:
 @pytest.mark.parametrize("eigenpairs", [None, 2])
 def test_where_descent_ends(bowl: Bowl, eigenpairs: int | None) -> None:
     g, h = bowl.risk.gradient().numpy(), bowl.risk.hessian().numpy()
-    local = measure_local(bowl.risk, eigenpairs, tolerance=1e-12)
+    local = measure_local(bowl.risk, eigenpairs)
     agree(descended(local, TRAINING), slide(g, h, LR, STEPS), 1e-7)
     # A quadratic that is bent downwards falls for ever, a loss does not.
     downwards = replace(local, pairs=replace(local.pairs, values=-local.pairs.values))
@@ -207,7 +207,7 @@ def test_descent_at_every_curvature(lr: float) -> None:
 
 
 def test_the_measurement_is_kept(bowl: Bowl, tmp_path: Path) -> None:
-    local = measure_local(bowl.risk, 2, tolerance=1e-10)
+    local = measure_local(bowl.risk, 2)
     told: list[int] = []
 
     def drift(**changes: Any) -> Drift:

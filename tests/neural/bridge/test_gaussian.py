@@ -138,7 +138,7 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
     assert averages is not None
     drift = measure_drift(risk, local, reference, **settings)
     expected = measure_smoothing(
-        risk, local, reference, drift=drift, displacements=1, noise_displacements=4
+        risk, local, reference, drift=drift, displacements=1, noise_displacements=2
     )
     agree(averages.width.curvature, expected.width.curvature, 1e-9)
     agree(averages.mean.noise, expected.mean.noise, 1e-9)

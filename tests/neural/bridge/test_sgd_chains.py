@@ -16,6 +16,7 @@ from neural.bridge.sgd_chains import (
     group_losses,
     minibatches,
     noise_free,
+    runs_together,
     train_late_phase,
     train_runs,
 )
@@ -66,10 +67,46 @@ def test_a_run_is_torchs_sgd(momentum: float, sampling: str) -> None:
 def test_one_by_one_as_together(monkeypatch: pytest.MonkeyPatch) -> None:
     risk = tanh_risk()
     training = Training(0.1, 8, 10, 0.5)
-    together = dict(train_runs(risk, training, 3, (10,)))[10]
-    monkeypatch.setattr(chains, "TOGETHER", 0)
-    alone = dict(train_runs(risk, training, 3, (10,)))[10]
-    agree(together, alone, IDENTITY)
+    together = dict(train_runs(risk, training, 6, (10,)))[10]
+    for number in (0, 4 * risk.size):  # alone; four together, then two
+        monkeypatch.setattr(chains, "STACKED", number)
+        agree(together, dict(train_runs(risk, training, 6, (10,)))[10], IDENTITY)
+
+
+def test_runs_together_by_weights_and_convolutions() -> None:
+    x, y = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 100))
+    assert runs_together(EmpiricalRisk(wide, [(x, y)]), 4, 32) == 32
+    convolutions = nn.Sequential(nn.Conv2d(1, 100, 3), nn.Flatten(), nn.Linear(3600, 2))
+    assert runs_together(EmpiricalRisk(convolutions, [(x, y)], "head"), 4, 32) == 1
+    assert runs_together(EmpiricalRisk(convolutions[:1], [(x, y)]), 4, 32) == 32
+    large = nn.Sequential(nn.Flatten(), nn.Linear(64, 10_000))
+    few = chains.STACKED // 650_000
+    assert runs_together(EmpiricalRisk(large, [(x, y)]), 4, 32) == few
+    assert runs_together(EmpiricalRisk(large, [(x, y)]), 4, 2) == 2
+
+
+def test_diverged_runs_take_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on as if alone, and nothing is computed for those that diverged."""
+    bowl = Bowl([2.0, 0.5], away=0.3, cubic=4.0)
+    training, runs = Training(0.6, 4, 60), 8
+    together = dict(train_runs(bowl.risk, training, runs, (60,)))[60]
+    monkeypatch.setattr(chains, "STACKED", 0)
+    calls: list[int] = []
+    steps = torch.zeros(runs, dtype=torch.long)
+    hook = bowl.risk.model.register_forward_hook(lambda *_: calls.append(1))
+
+    def count(_: int, weights: Tensor) -> None:
+        nonlocal steps
+        steps += weights.isfinite().all(1)
+
+    alone = dict(train_runs(bowl.risk, training, runs, (60,), seen=count))[60]
+    hook.remove()
+    alive = alone.isfinite().all(1)
+    assert 0 < int(alive.sum()) < runs
+    assert torch.equal(together.isfinite().all(1), alive)
+    agree(together[alive], alone[alive], JUMP)
+    assert len(calls) <= int(steps.sum()) + runs + 20  # `check` and one last step of each
 
 
 def test_runs_are_their_seeds() -> None:
@@ -279,11 +316,11 @@ def test_only_the_landscapes_weights_move() -> None:
 
 @pytest.mark.parametrize("together", [0, 5000])
 def test_training_a_part_keeps_no_graph(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chains, "TOGETHER", together)
+    monkeypatch.setattr(chains, "STACKED", together)
     whole = tanh_risk()
     part = EmpiricalRisk(whole.model, whole.batches, "head")
     assert part.size < whole.size
     seen: list[Tensor] = []
-    found = train_runs(part, Training(0.1, 4, 2), 2, [2], seen=lambda _, w: seen.append(w))
+    found = train_runs(part, Training(0.1, 4, 2), 5, [2], seen=lambda _, w: seen.append(w))
     assert [step for step, _ in found] == [2]
     assert [w.requires_grad for w in seen] == [False, False]

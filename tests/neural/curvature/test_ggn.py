@@ -175,7 +175,7 @@ def test_a_local_model_of_it(eigenpairs: int | None, tmp_path: Path) -> None:
     risk = landscape_of_kind("mlp")
     dense, slope = written_out(risk).numpy(), risk.gradient().numpy()
     values = np.linalg.eigvalsh(dense)[::-1]
-    settings = {"noise_samples": 1, "lanczos_steps": 3, "tolerance": 1e-8}
+    settings = {"noise_samples": 1, "lanczos_steps": 3}
     cache = Cache(tmp_path)
     local = measure_local(risk, eigenpairs, cache=cache, **settings)
     agree(local.pairs.values, values[:eigenpairs], 1e-9)
