@@ -491,7 +491,8 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             farthest = descent if far is path else _along(risk.at(end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
         samples = None if local.complete else ExampleSamples(risk.at(centre), SAMPLE, [seed, 8])
-        curvature, noise, trace = np.zeros_like(mean[0]), np.zeros_like(mean[1]), 0.0
+        curvature, noise = np.zeros((2, *local.noise.shape))
+        trace = 0.0
         for i, normal in enumerate(matched_normals(model, training, rng, count)):
             moved = vector(risk, drawn(rng, None, normal))
             for end in (centre + moved, centre - moved):

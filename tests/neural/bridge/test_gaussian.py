@@ -278,12 +278,12 @@ def test_the_next_order_of_the_noise_is_nearer_to_the_exact_loss(lr: float) -> N
     local = measure_local(problem.risk, None)
     training = Training(lr, 2, 300)
     averages = measure_averages(
-        problem.risk, local, replace(training, batch_size=32), displacements=8
+        problem.risk, local, replace(training, batch_size=32), displacements=16
     )
     exact, errors = problem.excess(training), []
     for count in (0, 1):
         found = measure_gaussian(
-            problem.risk, local, training, averages, displacements=8, averaging_displacements=count
+            problem.risk, local, training, averages, displacements=16, averaging_displacements=count
         )
         errors.append(predict_loss(found, [training.steps]).rise() / exact - 1.0)
     growth = found.noise_growth
