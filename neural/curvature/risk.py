@@ -613,7 +613,7 @@ class EmpiricalRisk:
         if self.factors is None:
             yield from repeat(lambda losses: losses.sum() / self.examples)
         else:
-            yield from (factors.dot for factors in self.factors)
+            yield from (lambda losses, f=f: (losses * f).sum() for f in self.factors)
 
     def mean_loss(self, w: Tensor, batch: Batch) -> Tensor:
         """Mean loss of a minibatch at w, without weight decay; the caller sets the model's mode.
