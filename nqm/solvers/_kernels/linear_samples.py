@@ -26,8 +26,9 @@ from nqm.solvers._kernels.vectors import (
 
 #: Rows of normals that are drawn at once for a direction: they and the state fill the L1 cache.
 _ROWS = 32
-#: Columns of an operation: row, first of its sources, their number, first coefficient.
-_TO, _FROM, _TERMS, _COEFFICIENT = 0, 1, 2, 3
+#: Columns of an operation: row and its first coefficient, the same of a second row or -1, first
+#: of the rows that both are combined from, and their number.
+_TO, _ENTRY, _OTHER, _OTHER_ENTRY, _FROM, _TERMS = 0, 1, 2, 3, 4, 5
 
 
 @jit
@@ -66,7 +67,8 @@ def _free(taken, row):
 def _write_down(first, column, same, pattern, kind, columns, operations, sources, begin, at):
     """Write down the operations of some steps.
 
-    A coordinate that another one's old or new value becomes unchanged takes over its row.
+    A coordinate that another one's old or new value becomes unchanged takes over its row. Two
+    coordinates in sequence that are combined from the same ones are one operation.
 
     Parameters
     ----------
@@ -78,7 +80,7 @@ def _write_down(first, column, same, pattern, kind, columns, operations, sources
         Kind of each step.
     columns : int
         Normals of one step.
-    operations : ndarray of int, shape (>= T n, 4)
+    operations : ndarray of int, shape (>= T n, 6)
         Output.
     sources : ndarray of int, shape (>= T * entries of a step,)
         Output: rows that the operations combine.
@@ -93,7 +95,7 @@ def _write_down(first, column, same, pattern, kind, columns, operations, sources
         at[0, j] = j
     for t in range(kind.size):
         g, old, new = pattern[kind[t]], at[t], at[t + 1]
-        begin[t], row = count, 0
+        begin[t], row, paired = count, 0, False
         taken = np.zeros(2 * n + 1, np.bool_)
         for j in range(n):
             taken[old[j]] = True
@@ -104,16 +106,22 @@ def _write_down(first, column, same, pattern, kind, columns, operations, sources
                 continue
             row = _free(taken, row)
             new[j], taken[row] = row, True
-            p = first[g, j]
+            p, terms = first[g, j], first[g, j + 1] - first[g, j]
+            if paired and terms == operations[count - 1, _TERMS]:
+                alike = column[g, p : p + terms] == column[g, p - terms : p]
+                if alike.all():
+                    operations[count - 1, _OTHER] = row
+                    operations[count - 1, _OTHER_ENTRY] = kind[t] * column.shape[1] + p
+                    paired = False
+                    continue
             operation = operations[count]
-            operation[_TO], operation[_FROM] = row, used
-            operation[_TERMS] = first[g, j + 1] - p
-            operation[_COEFFICIENT] = kind[t] * column.shape[1] + p
-            for p in range(p, first[g, j + 1]):
-                c = column[g, p]
+            operation[_TO], operation[_ENTRY] = row, kind[t] * column.shape[1] + p
+            operation[_OTHER], operation[_FROM], operation[_TERMS] = -1, used, terms
+            for c in column[g, p : p + terms]:
                 sources[used] = old[c] if c < n else 2 * n + t * columns + c - n
                 used += 1
             count += 1
+            paired = True
     begin[kind.size] = count
 
 
@@ -137,7 +145,7 @@ def _correlate(root, columns, drawn, noise):
         for c in range(drawn):
             for j in range(rank):
                 sources[j] = j * columns + c
-            combine(noise, spare, sources, 0, min(i + 1, rank), flat, i * rank)
+            combine(noise, spare, i * rank, -1, 0, sources, 0, min(i + 1, rank), flat)
             move(noise, i * columns + c, noise, spare)
 
 
@@ -225,7 +233,7 @@ def sample_linear(
     noise = aligned(d * noise_columns + 1) if correlated else x
     single = np.empty((tile * noise_columns + 1, LANES), np.float32)
     begin, at = np.empty(tile + 1, np.int64), np.empty((tile + 1) * n, np.int64)
-    operations = np.empty((tile * n, 4), np.int64)
+    operations = np.empty((tile * n, 6), np.int64)
     sources = np.empty(tile * column.shape[1], np.int64)
     code, entry, stops = np.empty((3, tile), np.int64)
     rows = state.reshape(n * d, LANES)
@@ -279,11 +287,13 @@ def sample_linear(
                         combine(
                             x,
                             operations[o, _TO],
+                            operations[o, _ENTRY],
+                            operations[o, _OTHER],
+                            operations[o, _OTHER_ENTRY],
                             sources,
                             operations[o, _FROM],
                             operations[o, _TERMS],
                             a,
-                            operations[o, _COEFFICIENT],
                         )
                 since, out, spot = until, records[until - 1], 0 if few else until * n
                 if out < 0:

@@ -66,34 +66,51 @@ def _spread(builder: Any, number: Any, width: int = LANES) -> Any:
     )
 
 
-def _combine(typing: Any, x: Any, to: Any, rows: Any, first: Any, terms: Any, a: Any, p: Any) -> Any:
+def _combine(  # noqa: PLR0913, PLR0917
+    typing: Any, x: Any, to: Any, p: Any, other: Any, q: Any, rows: Any, first: Any, terms: Any,
+    a: Any,
+) -> Any:  # fmt: skip
     """Set row `to` of x to a[p] times row rows[first] + a[p + 1] times rows[first + 1] + ...
 
-    x is (rows, LANES), and `to` is none of the rows. One loop in place of a function: numba counts
-    a function's arrays as used at each call, which takes longer than the sum.
+    Over `terms` rows of x (rows, LANES). If `other` is a row and not -1, it is set to a[q] times
+    row rows[first] + ... on the way: each row is loaded once. Neither is one of the rows. One loop
+    in place of a function: numba counts a function's arrays as used at each call, which takes
+    longer than the sum.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kinds = signature.args
-        total = cgutils.alloca_once(builder, _vector())
 
-        def product(term: Any) -> Any:
-            row = _entry(context, builder, kinds[2], args[2], builder.add(args[3], term))
-            factor = _entry(context, builder, kinds[5], args[5], builder.add(args[6], term))
+        def add(term: Any, totals: Any, coefficients: Any, begin: bool) -> None:
+            row = _entry(context, builder, kinds[5], args[5], builder.add(args[6], term))
             vector = _load(builder, _pointer(context, builder, kinds[0], args[0], row))
-            return builder.fmul(_spread(builder, factor), vector)
+            for total, p in zip(totals, coefficients, strict=True):
+                factor = _entry(context, builder, kinds[8], args[8], builder.add(p, term))
+                product = builder.fmul(_spread(builder, factor), vector)
+                before = None if begin else builder.load(total)
+                builder.store(product if begin else builder.fadd(before, product), total)
 
-        builder.store(ir.Constant(_vector(), [0.0] * LANES), total)
-        with builder.if_then(builder.icmp_signed(">", args[4], _WHOLE(0))):
-            builder.store(product(_WHOLE(0)), total)
-            with cgutils.for_range_slice(builder, _WHOLE(1), args[4], _WHOLE(1)) as (term, _):
-                builder.store(builder.fadd(builder.load(total), product(term)), total)
-        out = _pointer(context, builder, kinds[0], args[0], args[1])
-        builder.store(builder.load(total), out, align=8)
+        def write(rows: Any, coefficients: Any) -> None:
+            totals = [cgutils.alloca_once(builder, _vector()) for _ in rows]
+            for total in totals:
+                builder.store(ir.Constant(_vector(), [0.0] * LANES), total)
+            with builder.if_then(builder.icmp_signed(">", args[7], _WHOLE(0))):
+                add(_WHOLE(0), totals, coefficients, begin=True)
+                with cgutils.for_range_slice(builder, _WHOLE(1), args[7], _WHOLE(1)) as (term, _):
+                    add(term, totals, coefficients, begin=False)
+            for row, total in zip(rows, totals, strict=True):
+                out = _pointer(context, builder, kinds[0], args[0], row)
+                builder.store(builder.load(total), out, align=8)
+
+        with builder.if_else(builder.icmp_signed("<", args[3], _WHOLE(0))) as (single, pair):
+            with single:
+                write([args[1]], [args[2]])
+            with pair:
+                write([args[1], args[3]], [args[2], args[4]])
         return context.get_dummy_value()
 
     index = types.intp
-    return types.void(x, index, rows, index, index, a, index), generate
+    return types.void(x, index, index, index, index, rows, index, index, a), generate
 
 
 def _add_loss(  # noqa: PLR0913, PLR0917
