@@ -343,7 +343,7 @@ class _Plan:
         sources = [draw() if weights is None else weights for _ in range(draws.shape[1])]
         return self._begun(rng, index, sources, draws, normals), 0
 
-    def _begun(  # noqa: PLR0913
+    def _begun(
         self,
         rng: np.random.Generator,
         index: int,
@@ -528,7 +528,7 @@ class _Linear:
         self.mask = algorithm.member_mask(problem)
         self.root, self.minibatches = _root(problem), minibatch_count(algorithm)
         self.cache: dict[bytes, Any] = {}
-        self.last: tuple[Any, Any] = None, None
+        self.last: tuple[Any, tuple[list[int], tuple[Any, ...]]] = None, ([], ())
 
     def advance(  # noqa: PLR0913 - options, by keyword
         self,
@@ -581,7 +581,7 @@ class _Linear:
         if across is not state:
             state[...] = across[:, :, :replicas]
 
-    def _prepared(  # noqa: PLR0913
+    def _prepared(
         self,
         problem: Problem,
         phase: Phase,

@@ -223,8 +223,9 @@ def sample_linear(
     """
     n, d = state.shape[0], state.shape[1]
     count, correlated, fast = members.shape[1], root.shape[1] > 0, lanes.size > 0
-    size, codes = _size(n, noise_columns), _codes(first, column, same)
-    few = size >= 0
+    size = _size(n, noise_columns)
+    few = size >= 0  # few enough for `advance`
+    codes = _codes(first, column, same) if few else np.zeros(same.shape[0], np.int64)
     tile = 1
     while not correlated and 2 * tile * noise_columns <= _ROWS:
         tile *= 2

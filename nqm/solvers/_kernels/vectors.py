@@ -8,6 +8,7 @@ that the numbers are the same on any processor.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def _entry(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any
     return builder.load(_place(context, builder, kind, array, index))
 
 
-def _pointer(  # noqa: PLR0913, PLR0917
+def _pointer(
     context: Any, builder: Any, kind: Any, array: Any, row: Any, width: int = LANES, part: Any = 0
 ) -> Any:
     """Address of a part of a row of an array (rows, LANES), as that of a vector."""
@@ -66,7 +67,7 @@ def _spread(builder: Any, number: Any, width: int = LANES) -> Any:
     )
 
 
-def _combine(  # noqa: PLR0913, PLR0917
+def _combine(
     typing: Any, x: Any, to: Any, p: Any, other: Any, q: Any, rows: Any, first: Any, terms: Any,
     a: Any,
 ) -> Any:  # fmt: skip
@@ -113,7 +114,7 @@ def _combine(  # noqa: PLR0913, PLR0917
     return types.void(x, index, index, index, index, rows, index, index, a), generate
 
 
-def _add_loss(  # noqa: PLR0913, PLR0917
+def _add_loss(
     typing: Any, loss: Any, to: Any, x: Any, at: Any, here: Any, form: Any, first: Any, n: Any,
     weight: Any,
 ) -> Any:  # fmt: skip
@@ -162,7 +163,7 @@ SIZES = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
 CODE_BITS, MOVED = 5, 16
 
 
-def _advance(  # noqa: PLR0913, PLR0917
+def _advance(
     typing: Any, size: Any, x: Any, at: Any, z: Any, row: Any, begin: Any, end: Any, code: Any,
     a: Any, entry: Any,
 ) -> Any:  # fmt: skip
@@ -192,12 +193,13 @@ def _advance(  # noqa: PLR0913, PLR0917
     return types.void(index, x, at, z, index, index, index, code, a, entry), generate
 
 
-def _steps(context: Any, builder: Any, kinds: Any, args: Any, n: int, m: int) -> None:  # noqa: PLR0913, PLR0917
+def _steps(context: Any, builder: Any, kinds: Any, args: Any, n: int, m: int) -> None:
     """Write the steps of `advance` for n coordinates and m normals.
 
     So many lanes at once that there are enough independent sums, and enough registers for them.
     """
     width = LANES if n == 1 else LANES // 2
+    read = partial(_entry, context, builder, kinds[8], args[8])
     held = [cgutils.alloca_once(builder, _vector(width=width)) for _ in range(n)]
     with cgutils.for_range(builder, _WHOLE(LANES // width)) as part:
         places = []
@@ -218,9 +220,7 @@ def _steps(context: Any, builder: Any, kinds: Any, args: Any, n: int, m: int) ->
             for j in range(n):
                 shifted = builder.lshr(code, _WHOLE(CODE_BITS * j))
                 chosen = builder.and_(shifted, _WHOLE(2**CODE_BITS - 1))
-                value, entry = _row(
-                    context, builder, kinds[8], args[8], entry, chosen, values, values[:n] + new
-                )
+                value, entry = _row(builder, read, entry, chosen, values, values[:n] + new)
                 new.append(value)
             for one, value in zip(held, new, strict=True):
                 builder.store(value, one)
@@ -228,13 +228,14 @@ def _steps(context: Any, builder: Any, kinds: Any, args: Any, n: int, m: int) ->
             builder.store(builder.load(one), place, align=8)
 
 
-def _row(  # noqa: PLR0913, PLR0917
-    context: Any, builder: Any, kind: Any, a: Any, entry: Any, code: Any, values: Any, kept: Any
-) -> tuple[Any, Any]:
-    """Write one row of a step by its code; give its vector and the next row's first entry."""
-    width = values[0].type.count
-    done, never = (builder.append_basic_block("row") for _ in range(2))
-    switch, ends = builder.switch(code, never), []
+def _row(builder: Any, read: Any, entry: Any, code: Any, values: Any, kept: Any) -> tuple[Any, Any]:
+    """Write one row of a step by its code; give its vector and the next row's first entry.
+
+    `read` writes the load of an entry; the row combines `values`, or takes over one of `kept`.
+    """
+    kind = values[0].type
+    done, none = (builder.append_basic_block("row") for _ in range(2))
+    switch, ends = builder.switch(code, none), []
     for case in range(1, 2 ** len(values)):
         block = builder.append_basic_block("terms")
         switch.add_case(_WHOLE(case), block)
@@ -242,8 +243,7 @@ def _row(  # noqa: PLR0913, PLR0917
         total, after = None, entry
         for c, value in enumerate(values):
             if case >> c & 1:
-                factor = _spread(builder, _entry(context, builder, kind, a, after), width)
-                product = builder.fmul(factor, value)
+                product = builder.fmul(_spread(builder, read(after), kind.count), value)
                 total = product if total is None else builder.fadd(total, product)
                 after = builder.add(after, _WHOLE(1))
         ends.append((total, after, block))
@@ -254,10 +254,11 @@ def _row(  # noqa: PLR0913, PLR0917
         builder.position_at_end(block)
         ends.append((value, entry, block))
         builder.branch(done)
-    builder.position_at_end(never)
-    builder.unreachable()
+    builder.position_at_end(none)
+    ends.append((ir.Constant(kind, [0.0] * kind.count), entry, none))
+    builder.branch(done)
     builder.position_at_end(done)
-    result, following = builder.phi(values[0].type), builder.phi(_WHOLE)
+    result, following = builder.phi(kind), builder.phi(_WHOLE)
     for total, after, block in ends:
         result.add_incoming(total, block)
         following.add_incoming(after, block)
