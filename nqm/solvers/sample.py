@@ -516,7 +516,7 @@ class _Draws:
 
     def __init__(self, seed: np.random.SeedSequence, problem: Problem, fast: bool):
         self.rng = np.random.Generator(np.random.SFC64(seed))
-        self.streams = streams(seed, 0 if fast else problem.directions)
+        self.streams = np.empty((0, 4), np.uint64) if fast else streams(seed, problem.directions)
         self.lanes = fast_normals.lanes(seed)[:, : BLOCK if fast else 0]
 
 
