@@ -3,10 +3,10 @@
 Work: 10^3 directions x 10^3 replicas x 10^3 steps = 10^9 normals (float64, SFC64 on both sides).
 Peers: the same in vectorised NumPy with the same loss recorded, timed over 50 steps and
 extrapolated; and the time to do nothing but draw 10^9 normals from the same generator in compiled
-code. All on one thread.
+code. All on one thread, in processor time, which other processes disturb less.
 
 ``precision="float32"``: against NumPy's own single-precision normals and against its generator
-alone, in processor time, which other processes disturb less.
+alone, many calls in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -49,6 +48,9 @@ from nqm.transition import count_draws
 
 DIRECTIONS, REPLICAS, STEPS, TIMED = 1_000, 1_000, 1_000, 50
 LR, BATCH = 0.5, 8
+#: Calls of each side where a share of the draws is told: other guests of a processor slow it down
+#: for seconds, so that many short calls in turn are better than a few long ones.
+ROUNDS = {"float64": 9, "float32": 25}
 
 
 def generator() -> np.random.Generator:
@@ -76,27 +78,6 @@ def draw(count: int) -> None:
         fill_normals(state, buffer)
 
 
-def least_processor_time(function: Callable[[], object]) -> float:
-    """Measure the processor time of the fastest of five calls.
-
-    Parameters
-    ----------
-    function : callable
-        Called without arguments.
-
-    Returns
-    -------
-    float
-        Seconds.
-    """
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
 def draw_single(count: int) -> None:
     """Draw single-precision normals in compiled code, a tile at a time.
 
@@ -119,25 +100,27 @@ def single_precision(problem: Problem) -> None:
     problem : Problem
         Has `DIRECTIONS` directions.
     """
-    rng, count, steps = generator(), 10**7, 100
+    rng, count, steps = generator(), 4 * 10**6, 100
     program = constant(SGD(), LR, steps, batch_size=BATCH)
+    numpy = partial(rng.standard_normal, count, dtype=np.float32)
     draw_single(2**15)
-    numpy = count / least_processor_time(lambda: rng.standard_normal(count, dtype=np.float32))
-    draws = 10 * count / least_processor_time(lambda: draw_single(10 * count))
+    times = paired(partial(draw_single, count), numpy, ROUNDS["float32"])
+    beside_numpy = times[2]
     print(f"precision='float32', load average {os.getloadavg()[0]:.1f}")
-    print(f"  NumPy float32 SFC64  {numpy / 1e6:6.0f} M normals/s")
-    print(f"  the draws alone      {draws / 1e6:6.0f} M normals/s  {draws / numpy:5.1f} x NumPy")
+    print(f"  NumPy float32 SFC64  {count / times[1] / 1e6:6.0f} M normals/s")
+    ours = count / times[0] / 1e6
+    print(f"  the draws alone      {ours:6.0f} M normals/s  {beside_numpy:5.1f} x NumPy")
     for name, at in (("every loss", range(steps + 1)), ("last loss", [steps])):
         for precision in fast_normals.PRECISIONS:
-
-            def run(at: Sequence[int] = at, precision: str = precision) -> None:
-                sample(problem, program, at, replicas=320, workers=1, precision=precision)
-
+            run = partial(
+                sample, problem, program, at, replicas=320, workers=1, precision=precision
+            )
             run()
-            rate = 320 * steps * DIRECTIONS / least_processor_time(run)
+            alike = 320 * steps * DIRECTIONS
+            mine, _, share = paired(run, partial(draw_single, alike), ROUNDS[precision])
             print(
-                f"  {precision}, {name:10s}  {rate / 1e6:6.0f} M steps/s   "
-                f"{rate / numpy:5.1f} x NumPy's draws, {rate / draws:.2f} x ours"
+                f"  {precision}, {name:10s}  {alike / mine / 1e6:6.0f} M steps/s   "
+                f"{share * beside_numpy:5.1f} x NumPy's draws, {share:.2f} x ours"
             )
 
 
@@ -180,7 +163,7 @@ def every_method(problem: Problem) -> None:
                 run = partial(sample, problem, program, [steps], replicas=replicas, workers=1,
                               precision=precision)  # fmt: skip
                 run()
-                mine, _, ratio = paired(run, partial(alone, alike), 3)
+                mine, _, ratio = paired(run, partial(alone, alike), ROUNDS[precision])
                 rate = alike * normals / mine / 1e6
                 shares.append(f"{steps} {precision} {rate:5.0f} M/s, {ratio * normals:.2f}")
         print(f"  {name:32s} {' | '.join(shares)} of the draws", flush=True)
@@ -221,18 +204,19 @@ def main() -> None:
     every_method(problem)
     count = DIRECTIONS * REPLICAS * STEPS
     runs = []
-    ours = best_of(
-        lambda: runs.append(sample(problem, program, steps, replicas=REPLICAS, workers=1))
-    )
-    draws = best_of(lambda: draw(count // 10)) * 10
-    loop = best_of(lambda: numpy_sgd(h, TIMED)) * STEPS / TIMED
+
+    def run() -> None:
+        runs.append(sample(problem, program, steps, replicas=REPLICAS, workers=1))
+
+    ours, draws, share = paired(run, partial(draw, count), 3)
+    loop = best_of(lambda: numpy_sgd(h, TIMED), clock=time.process_time) * STEPS / TIMED
     exact = solve(problem, program, [STEPS])
     z = (runs[0].loss[-1] - exact.loss[-1]) / (exact.loss_sd[-1] / np.sqrt(REPLICAS))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"Monte Carlo of SGD: {DIRECTIONS} directions x {REPLICAS} replicas x {STEPS} steps")
     print(f"  nqm.sample        {ours:7.2f} s   {count / ours / 1e6:6.0f} M coordinate-steps/s")
     print(f"  NumPy, same loss  {loop:7.2f} s   {loop / ours:6.2f} x slower (from {TIMED} steps)")
-    print(f"  the draws alone   {draws:7.2f} s   nqm.sample takes {ours / draws:.2f} x as long")
+    print(f"  the draws alone   {draws:7.2f} s   nqm.sample takes {1 / share:.2f} x as long")
     print(
         f"  state of a block {BLOCK * DIRECTIONS * 8 / 2**20:.2f} MiB, recorded losses "
         f"{STEPS * REPLICAS * 8 / 2**20:.0f} MiB x 2, process peak {peak:.0f} MiB "

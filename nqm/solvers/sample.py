@@ -256,13 +256,13 @@ class _Plan:
         mean, sd = problem.initial_mean[:, None], np.sqrt(problem.initial_variance)[:, None]
 
         def draw() -> FloatArray:
-            normal, start = (
-                _normals(rng, (problem.directions, replicas)),
-                problem.initial_correlation,
-            )
+            begun = _normals(rng, (problem.directions, replicas))
+            start = problem.initial_correlation
             if start is not None:
-                normal = start.root @ normal[: start.root.shape[1]]
-            return mean + sd * normal
+                begun = start.root @ begun[: start.root.shape[1]]
+            begun *= sd
+            begun += mean
+            return begun
 
         def plain() -> FloatArray:
             """Weights (replicas, d) at the start of a phase that is not linear."""
@@ -305,7 +305,9 @@ class _Plan:
                 state, age = self._enter(rng, index, state, weights, age, draw)
                 linear.advance(draws, problem, phase, state, age, rows, loss, member_loss)
                 age += phase.steps
-                weights, factors = np.tensordot(readout(linear.algorithm, age), state, 1), None
+                factors = None
+                if index + 1 < len(self.program.phases):
+                    weights = np.tensordot(readout(linear.algorithm, age), state, 1)
                 if start is not None:  # in linear phases the twin is the run itself
                     here = [row for row, _ in rows]
                     twin.loss[here] = loss[here]
@@ -336,31 +338,32 @@ class _Plan:
             old = self.linear[index - 1].algorithm
             if resumes(*self.program.phases[index - 1 : index + 1]):
                 lift, normals = resumption(old, new, age)
-                begun = self._begun(rng, index, state, lift, normals)
-                return begun + self._origin(new, old.coordinates), 0
+                return self._begun(rng, index, list(state), lift, normals, old.coordinates), 0
         draws, normals = embedding(new)
         sources = [draw() if weights is None else weights for _ in range(draws.shape[1])]
-        begun = self._begun(rng, index, np.stack(sources), draws, normals)
-        return begun + self._origin(new), 0
-
-    def _origin(self, algorithm: Algorithm, known: Sequence[str] = ()) -> FloatArray:
-        """Start (n, d, 1) of coordinates that begin at the origin of weight space; others 0."""
-        return np.outer(origins(algorithm, known), -self.problem.minimum)[..., None]
+        return self._begun(rng, index, sources, draws, normals), 0
 
     def _begun(
         self,
         rng: np.random.Generator,
         index: int,
-        sources: FloatArray,
+        sources: Sequence[FloatArray],
         lift: FloatArray,
         normals: FloatArray,
+        known: Sequence[str] = (),
     ) -> FloatArray:
-        """Compute lift @ sources + normals @ fresh noise for every replica and direction."""
-        start = np.tensordot(lift, sources, 1)
+        """Compute lift @ sources + normals @ fresh noise for every replica and direction.
+
+        Coordinates that begin at the origin of weight space, but for the `known` ones, are -w*.
+        """
+        linear = self.linear[index]
+        start = _combined(lift, sources)
         if normals.shape[1]:
-            fresh = _normals(rng, (normals.shape[1], *start.shape[1:]))
-            noise, mask = np.tensordot(normals, fresh, 1), self.linear[index].mask
-            start = start + (noise if mask is None else mask[:, None] * noise)
+            fresh = [_normals(rng, start.shape[1:]) for _ in range(normals.shape[1])]
+            noise = _combined(normals, fresh)
+            start += noise if linear.mask is None else linear.mask[:, None] * noise
+        for j in np.flatnonzero(origins(linear.algorithm, known)):
+            start[j] -= self.problem.minimum[:, None]
         return start
 
     def _factors(
@@ -479,6 +482,14 @@ def _normals(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
     return out.reshape(shape)
 
 
+def _combined(matrix: FloatArray, sources: Sequence[FloatArray]) -> FloatArray:
+    """Compute matrix @ sources; most entries are 0 or 1."""
+    total = np.zeros((len(matrix), *sources[0].shape))
+    for j, s in zip(*np.nonzero(matrix), strict=True):
+        total[j] += sources[s] if matrix[j, s] == 1.0 else matrix[j, s] * sources[s]
+    return total
+
+
 def _root(problem: Problem) -> FloatArray:
     """Root (d, r) of the noise's correlation matrix; r = 0 if directions are independent."""
     correlation = problem.noise_correlation
@@ -505,7 +516,7 @@ class _Draws:
 
     def __init__(self, seed: np.random.SeedSequence, problem: Problem, fast: bool):
         self.rng = np.random.Generator(np.random.SFC64(seed))
-        self.streams = streams(seed, 0 if fast else problem.directions)
+        self.streams = np.empty((0, 4), np.uint64) if fast else streams(seed, problem.directions)
         self.lanes = fast_normals.lanes(seed)[:, : BLOCK if fast else 0]
 
 
@@ -515,7 +526,9 @@ class _Linear:
     def __init__(self, algorithm: Algorithm, problem: Problem):
         self.algorithm = algorithm
         self.mask = algorithm.member_mask(problem)
+        self.root, self.minibatches = _root(problem), minibatch_count(algorithm)
         self.cache: dict[bytes, Any] = {}
+        self.last: tuple[Any, tuple[list[int], tuple[Any, ...]]] = None, ([], ())
 
     def advance(  # noqa: PLR0913 - options, by keyword
         self,
@@ -547,7 +560,43 @@ class _Linear:
         chunk = max(BLOCK, chunk - chunk % BLOCK)  # whole tiles: float32 draws tile by tile
         for first in range(0, phase.steps, chunk):
             until = min(first + chunk, phase.steps)
-            steps, kind = self._steps(problem, phase, first, until, age)
+            here, prepared = self._prepared(problem, phase, first, until, age, targets)
+            part = np.zeros((max(len(here), 1), BLOCK))
+            member_part = np.zeros_like(part)
+            sample_linear(
+                draws.streams,
+                draws.lanes,
+                *prepared,
+                problem.weight,
+                replicas,
+                across,
+                part,
+                member_part,
+                self.root,
+                self.minibatches,
+            )
+            for i, step in enumerate(here):
+                losses = part[i], member_part[i] if algorithm.member_count else part[i]
+                loss[targets[step]], member_loss[targets[step]] = (x[:replicas] for x in losses)
+        if across is not state:
+            state[...] = across[:, :, :replicas]
+
+    def _prepared(
+        self,
+        problem: Problem,
+        phase: Phase,
+        first: int,
+        until: int,
+        age: int,
+        targets: dict[int, int],
+    ) -> tuple[list[int], tuple[Any, ...]]:
+        """Recorded steps among [first, until), and these as `sample_linear` takes them.
+
+        The same in every block, so the last answer is kept: most phases are a single chunk.
+        """
+        key, answer = self.last
+        if key != (first, age):
+            algorithm, n = self.algorithm, len(self.algorithm.coordinates)
             here = [step for step in sorted(targets) if first < step <= until]
             record = np.full(until - first, -1, dtype=np.int64)
             reads = np.zeros((max(len(here), 1), n))
@@ -556,28 +605,10 @@ class _Linear:
                 record[step - first - 1] = i
                 reads[i] = readout(algorithm, age + step)
                 members[i] = member_readout(algorithm, age + step)
-            part = np.zeros((len(reads), BLOCK))
-            member_part = np.zeros_like(part)
-            sample_linear(
-                draws.streams,
-                draws.lanes,
-                *steps,
-                kind,
-                record,
-                reads,
-                members,
-                problem.weight,
-                replicas,
-                across,
-                part,
-                member_part,
-                _root(problem),
-                minibatch_count(algorithm),
-            )
-            for i, step in enumerate(here):
-                losses = part[i], member_part[i] if algorithm.member_count else part[i]
-                loss[targets[step]], member_loss[targets[step]] = (x[:replicas] for x in losses)
-        state[...] = across[:, :, :replicas]
+            steps, kind = self._steps(problem, phase, first, until, age)
+            answer = here, (*steps, kind, record, reads, members)
+            self.last = (first, age), answer
+        return answer
 
     def _steps(
         self, problem: Problem, phase: Phase, first: int, until: int, age: int

@@ -13,12 +13,46 @@ from nqm.solvers._kernels.compiling import jit
 from nqm.solvers._kernels.fast_normals import LANES
 from nqm.solvers._kernels.lanes import fill_lanes
 from nqm.solvers._kernels.normals import fill_normals
-from nqm.solvers._kernels.vectors import TERMS, add_square, aligned, combine, move
+from nqm.solvers._kernels.vectors import (
+    CODE_BITS,
+    MOVED,
+    SIZES,
+    add_loss,
+    advance,
+    aligned,
+    combine,
+    move,
+)
 
 #: Rows of normals that are drawn at once for a direction: they and the state fill the L1 cache.
 _ROWS = 32
-#: Columns of an operation: to add or to set, number of terms, row, its sources, first coefficient.
-_ADDS, _TERMS, _TO, _FROM, _COEFFICIENT = 0, 1, 2, 3, 3 + TERMS
+#: Columns of an operation: row and its first coefficient, the same of a second row or -1, first
+#: of the rows that both are combined from, and their number.
+_TO, _ENTRY, _OTHER, _OTHER_ENTRY, _FROM, _TERMS = 0, 1, 2, 3, 4, 5
+
+
+@jit
+def _size(n, columns):
+    """Index of (n, columns) in `SIZES`, or -1."""
+    for k in range(len(SIZES)):
+        if SIZES[k][0] == n and SIZES[k][1] == columns:
+            return k
+    return -1
+
+
+@jit
+def _codes(first, column, same):
+    """Code of a step of each pattern, as `advance` takes it."""
+    codes = np.zeros(same.shape[0], np.int64)
+    for g in range(same.shape[0]):
+        for j in range(same.shape[1]):
+            code = MOVED + same[g, j]
+            if same[g, j] < 0:
+                code = 0
+                for p in range(first[g, j], first[g, j + 1]):
+                    code |= 1 << column[g, p]
+            codes[g] |= code << (CODE_BITS * j)
+    return codes
 
 
 @jit
@@ -30,10 +64,11 @@ def _free(taken, row):
 
 
 @jit
-def _write_down(first, column, same, pattern, kind, columns, n, operations, begin, at):
+def _write_down(first, column, same, pattern, kind, columns, operations, sources, begin, at):
     """Write down the operations of some steps.
 
-    A coordinate that another one's old or new value becomes unchanged takes over its row.
+    A coordinate that another one's old or new value becomes unchanged takes over its row. Two
+    coordinates in sequence that are combined from the same ones are one operation.
 
     Parameters
     ----------
@@ -43,22 +78,24 @@ def _write_down(first, column, same, pattern, kind, columns, n, operations, begi
         Pattern of each kind of step.
     kind : ndarray of int, shape (T,)
         Kind of each step.
-    columns, n : int
-        Normals of one step, and coordinates.
-    operations : ndarray of int, shape (as many as needed, 4 + TERMS)
+    columns : int
+        Normals of one step.
+    operations : ndarray of int, shape (>= T n, 6)
         Output.
+    sources : ndarray of int, shape (>= T * entries of a step,)
+        Output: rows that the operations combine.
     begin : ndarray of int, shape (T + 1,)
         Output: first operation of each step.
     at : ndarray of int, shape (T + 1, n)
         Output: row of each coordinate before each step, and at the end. Rows below 2 n are for
         coordinates, those after that for normals.
     """
-    count = 0
+    n, count, used = at.shape[1], 0, 0
     for j in range(n):
         at[0, j] = j
     for t in range(kind.size):
         g, old, new = pattern[kind[t]], at[t], at[t + 1]
-        begin[t], row = count, 0
+        begin[t], row, paired = count, 0, False
         taken = np.zeros(2 * n + 1, np.bool_)
         for j in range(n):
             taken[old[j]] = True
@@ -69,71 +106,29 @@ def _write_down(first, column, same, pattern, kind, columns, n, operations, begi
                 continue
             row = _free(taken, row)
             new[j], taken[row] = row, True
-            p = first[g, j]
-            while True:
-                terms = min(first[g, j + 1] - p, TERMS)
-                operation = operations[count]
-                operation[_ADDS], operation[_TERMS], operation[_TO] = p > first[g, j], terms, row
-                operation[_COEFFICIENT] = kind[t] * column.shape[1] + p
-                for s in range(terms):
-                    c = column[g, p + s]
-                    operation[_FROM + s] = old[c] if c < n else 2 * n + t * columns + c - n
-                count, p = count + 1, p + terms
-                if p == first[g, j + 1]:
-                    break
+            p, terms = first[g, j], first[g, j + 1] - first[g, j]
+            if paired and terms == operations[count - 1, _TERMS]:
+                alike = column[g, p : p + terms] == column[g, p - terms : p]
+                if alike.all():
+                    operations[count - 1, _OTHER] = row
+                    operations[count - 1, _OTHER_ENTRY] = kind[t] * column.shape[1] + p
+                    paired = False
+                    continue
+            operation = operations[count]
+            operation[_TO], operation[_ENTRY] = row, kind[t] * column.shape[1] + p
+            operation[_OTHER], operation[_FROM], operation[_TERMS] = -1, used, terms
+            for c in column[g, p : p + terms]:
+                sources[used] = old[c] if c < n else 2 * n + t * columns + c - n
+                used += 1
+            count += 1
+            paired = True
     begin[kind.size] = count
 
 
 @jit
-def _count_operations(first, same, pattern, kind):
-    """Number of operations that `_write_down` writes."""
-    count = 0
-    for t in range(kind.size):
-        g = pattern[kind[t]]
-        for j in range(same.shape[1]):
-            if same[g, j] < 0:
-                terms = first[g, j + 1] - first[g, j]
-                count += max(1, (terms + TERMS - 1) // TERMS)
-    return count
-
-
-@jit
-def _single_terms(readout):
-    """Coordinate that each readout (records, n) reads alone, or -1, and its squared coefficient."""
-    coordinate, square = np.full(readout.shape[0], -1), np.zeros(readout.shape[0])
-    for k in range(readout.shape[0]):
-        terms = 0
-        for j in range(readout.shape[1]):
-            if readout[k, j] != 0.0:
-                terms, coordinate[k], square[k] = terms + 1, j, readout[k, j] * readout[k, j]
-        if terms != 1:
-            coordinate[k] = -1
-    return coordinate, square
-
-
-@jit
-def _add_loss(readout, weight, x, at, spare, loss, out):
-    """Add weight (readout x)^2 of every lane to row `out` of `loss`; row `spare` of x is free."""
-    adds = False
-    for j in range(readout.size):
-        if readout[j] != 0.0:
-            combine(x, adds, 1, spare, (at[j], 0, 0, 0), readout, j)
-            adds = True
-    if adds:
-        add_square(loss, out, x, spare, weight)
-
-
-@jit
-def _draw(streams, lanes, single, i, replicas, x, row, rows):
-    """Draw the normals of direction i into rows of x, for the lanes that are replicas.
-
-    Single-precision ones are drawn into `single` first: twice as many of them are made at once.
-    """
-    if lanes.size > 0:
-        fill_lanes(lanes, single[: rows + rows % 2])
-        for k in range(rows):
-            move(x, row + k, single, k)
-    elif replicas == LANES:
+def _draw(streams, i, replicas, x, row, rows):
+    """Draw the normals of direction i into rows of x, for the lanes that are replicas."""
+    if replicas == LANES:
         fill_normals(streams[i], x[row : row + rows].reshape(rows * LANES))
     else:
         for k in range(row, row + rows):
@@ -143,14 +138,26 @@ def _draw(streams, lanes, single, i, replicas, x, row, rows):
 @jit
 def _correlate(root, columns, drawn, noise):
     """Correlate the directions of the first `drawn` columns of noise (d * columns, LANES)."""
-    for i in range(root.shape[0] - 1, -1, -1):
+    d, rank = root.shape
+    spare, sources = noise.shape[0] - 1, np.empty(rank, np.int64)
+    flat = root.reshape(d * rank)
+    for i in range(d - 1, -1, -1):
         for c in range(drawn):
-            spare = noise.shape[0] - 1
-            adds = False
-            for j in range(min(i + 1, root.shape[1])):
-                combine(noise, adds, 1, spare, (j * columns + c, 0, 0, 0), root[i], j)
-                adds = True
+            for j in range(rank):
+                sources[j] = j * columns + c
+            combine(noise, spare, i * rank, -1, 0, sources, 0, min(i + 1, rank), flat)
             move(noise, i * columns + c, noise, spare)
+
+
+@jit
+def _stops(record, stops):
+    """Write down after which steps losses are recorded, and the last one; give their number."""
+    count = 0
+    for t in range(record.size):
+        if record[t] >= 0 or t == record.size - 1:
+            stops[count] = t
+            count += 1
+    return count
 
 
 @jit
@@ -215,62 +222,87 @@ def sample_linear(
         Noise columns that are minibatches, the first ones; only these are correlated.
     """
     n, d = state.shape[0], state.shape[1]
-    count, correlated = members.shape[1], root.shape[1] > 0
+    count, correlated, fast = members.shape[1], root.shape[1] > 0, lanes.size > 0
+    size = _size(n, noise_columns)
+    few = size >= 0  # few enough for `advance`
+    codes = _codes(first, column, same) if few else np.zeros(same.shape[0], np.int64)
     tile = 1
     while not correlated and 2 * tile * noise_columns <= _ROWS:
         tile *= 2
-    normals, spare = 2 * n, 2 * n + tile * noise_columns
-    x = aligned(spare + 1)
-    noise = aligned(d * noise_columns + 1 if correlated else 0)
-    begin, at = np.empty(tile + 1, np.int64), np.empty((tile + 1, n), np.int64)
-    alone, square = _single_terms(readout)
+    normals = 2 * n
+    x = aligned(normals + tile * noise_columns)
+    noise = aligned(d * noise_columns + 1) if correlated else x
+    single = np.empty((tile * noise_columns + 1, LANES), np.float32)
+    begin, at = np.empty(tile + 1, np.int64), np.empty((tile + 1) * n, np.int64)
+    operations = np.empty((tile * n, 6), np.int64)
+    sources = np.empty(tile * column.shape[1], np.int64)
+    code, entry, stops = np.empty((3, tile), np.int64)
     rows = state.reshape(n * d, LANES)
     flat = values.reshape(d, values.shape[1] * values.shape[2])
-    single = np.empty((tile * noise_columns + 1, LANES), np.float32)
+    reads, forms = readout.reshape(readout.size), members.reshape(members.size)
+    place = np.empty(n, np.int64)
+    board, spots = (rows, place) if few else (x, at)
     for start in range(0, kind.size, tile):
         steps = min(tile, kind.size - start)
-        kinds = kind[start : start + steps]
-        operations = np.zeros((_count_operations(first, same, pattern, kinds), 4 + TERMS), np.int64)
-        _write_down(first, column, same, pattern, kinds, noise_columns, n, operations, begin, at)
+        kinds, records = kind[start : start + steps], record[start : start + steps]
+        drawn_rows = steps * noise_columns
+        drawn_single = single[: drawn_rows + drawn_rows % 2]
+        pauses = _stops(records, stops)
+        if not few:
+            _write_down(
+                first, column, same, pattern, kinds, noise_columns, operations, sources, begin,
+                at.reshape(tile + 1, n),
+            )  # fmt: skip
+        for t in range(steps):
+            code[t], entry[t] = codes[pattern[kinds[t]]], kinds[t] * column.shape[1]
         if correlated:
             for i in range(d):
-                _draw(streams, lanes, single, i, replicas, noise, i * noise_columns, noise_columns)
+                _draw(streams, i, replicas, noise, i * noise_columns, noise_columns)
             _correlate(root, noise_columns, drawn, noise)
         for i in range(d):
-            if correlated:
-                for c in range(noise_columns):
-                    move(x, normals + c, noise, i * noise_columns + c)
-            else:
-                _draw(streams, lanes, single, i, replicas, x, normals, steps * noise_columns)
-            for j in range(n):
-                move(x, j, rows, j * d + i)
-            a = flat[i]
+            if fast:
+                fill_lanes(lanes, drawn_single)
+            elif not correlated:
+                _draw(streams, i, replicas, x, normals, drawn_rows)
             # No function in these loops: a call counts its arrays, which takes as long as a step.
-            for t in range(steps):
-                for o in range(begin[t], begin[t + 1]):
-                    combine(
-                        x,
-                        operations[o, _ADDS] != 0,
-                        operations[o, _TERMS],
-                        operations[o, _TO],
-                        (
+            a, here = flat[i], i * noise_columns if correlated else normals
+            for j in range(n):
+                place[j] = j * d + i
+            if not few:
+                for k in range(drawn_rows):
+                    if fast:
+                        move(x, normals + k, single, k)
+                    elif correlated:
+                        move(x, normals + k, noise, here + k)
+                for j in range(n):
+                    move(x, j, rows, place[j])
+            since = 0
+            for s in range(pauses):
+                until = stops[s] + 1
+                if few and fast:
+                    advance(size, rows, place, single, 0, since, until, code, a, entry)
+                elif few:
+                    advance(size, rows, place, noise, here, since, until, code, a, entry)
+                else:
+                    for o in range(begin[since], begin[until]):
+                        combine(
+                            x,
+                            operations[o, _TO],
+                            operations[o, _ENTRY],
+                            operations[o, _OTHER],
+                            operations[o, _OTHER_ENTRY],
+                            sources,
                             operations[o, _FROM],
-                            operations[o, _FROM + 1],
-                            operations[o, _FROM + 2],
-                            operations[o, _FROM + 3],
-                        ),
-                        a,
-                        operations[o, _COEFFICIENT],
-                    )
-                out = record[start + t]
+                            operations[o, _TERMS],
+                            a,
+                        )
+                since, out, spot = until, records[until - 1], 0 if few else until * n
                 if out < 0:
                     continue
-                if alone[out] >= 0:
-                    add_square(loss, out, x, at[t + 1, alone[out]], weight[i] * square[out])
-                else:
-                    _add_loss(readout[out], weight[i], x, at[t + 1], spare, loss, out)
+                add_loss(loss, out, board, spots, spot, reads, out * n, n, weight[i])
                 for k in range(count):
-                    form, share = members[out, k], weight[i] / count
-                    _add_loss(form, share, x, at[t + 1], spare, member_loss, out)
-            for j in range(n):
-                move(rows, j * d + i, x, at[steps, j])
+                    form, share = (out * count + k) * n, weight[i] / count
+                    add_loss(member_loss, out, board, spots, spot, forms, form, n, share)
+            if not few:
+                for j in range(n):
+                    move(rows, place[j], x, at[steps * n + j])
