@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 #: them left the minimum. NaN where nothing was tried.
 TRIED, TRIED_STEPS, LEFT = "probe_runs", "probe_steps", "probe_left"
 #: What the averages over time are, for readers of the advice.
-AVERAGES = {"swa": "SWA (mean over the second half of the steps)", "ema": "EMA (exponential mean)"}
+AVERAGES = {
+    "swa": "the mean over the second half of the steps",
+    "ema": "an exponential mean of steps",
+}
 #: Factor between measured and predicted rise from which on training contradicts a prediction.
 CONTRADICTED = 1.5
 
@@ -203,14 +206,16 @@ def _single(rows: pd.DataFrame, row: pd.Series[float]) -> Prediction:
 
 
 def _what(weights: str, members: int) -> str:
-    of = "a single run" if members == 1 else f"{members} runs"
-    own = f"the {AVERAGES[weights]} weights" if weights in AVERAGES else "the last weights"
-    return f"{own} of {of}" if members == 1 else f"average {own} of {of}"
+    """What to take, e.g. "average the last weights of 8 runs"."""
+    taken = "take" if members == 1 else "average"
+    runs = "a single run" if members == 1 else f"{members} runs"
+    if weights not in AVERAGES:
+        return f"{taken} the last weights of {runs}"
+    return f"{taken} the {weights.upper()} of {runs} ({AVERAGES[weights]})"
 
 
 def _choice(row: pd.Series[float], count: int, change: float, single: float) -> list[str]:
     what = _what(str(row["weights"]), count)
-    what = what if count > 1 else f"take {what}"
     return [
         f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
         f"and {what}.",

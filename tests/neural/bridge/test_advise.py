@@ -36,6 +36,20 @@ def test_it_stops_where_one_more_member_buys_too_little() -> None:
                for w in advise(ONE).words)  # 10 / 12 over 10.5  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("weights", "members", "told"),
+    [
+        ("iterate", 1, "and take the last weights of a single run."),
+        ("swa", 2, "and average the SWA of 2 runs (the mean over the second half of the steps)."),
+        ("ema", 1, "and take the EMA of a single run (an exponential mean of steps)."),
+    ],
+)
+def test_what_to_take_is_told_in_words(weights: str, members: int, told: str) -> None:
+    found = advise(cells(0.1, (1.0, 1.1), weights=weights), members)
+    assert found.words[0] == f"Train 10 steps at lr = 0.1, B = 8, {told}"
+    assert found.words[1].startswith("The training loss should then change by +")
+
+
 def test_the_least_loss_of_all_reliable_cells_is_chosen() -> None:
     table = pd.concat(
         [
