@@ -1,7 +1,8 @@
-"""Advice from a bridge: which learning rate and average to train with, and when more members end.
+"""Advice: which learning rate and average to train with, and when more members end.
 
 Only cells that were predicted within the validity of the theory count, and no cell that training
-has contradicted. Without any there is no advice.
+has contradicted; beside them rates at which short runs stayed near the minimum. Without any there
+is no advice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ from nqm.table import read_table
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Columns of `neural.bridge.quick`: number of short runs at a rate, their steps, and how many of
+#: them left the minimum. NaN where nothing was tried.
+TRIED, TRIED_STEPS, LEFT = "probe_runs", "probe_steps", "probe_left"
+#: What the averages over time are, for readers of the advice.
+AVERAGES = {
+    "swa": "the mean over the second half of the steps",
+    "ema": "an exponential mean of steps",
+}
 #: Factor between measured and predicted rise from which on training contradicts a prediction.
 CONTRADICTED = 1.5
 
@@ -43,6 +52,8 @@ class Advice:
         Predicted change of the training loss from the checkpoint's with this average.
     single : float or None
         The same of a single run's last weights at the same rate; None for late-phase members.
+    basis : {"prediction", "short runs", "bridge"}
+        What it rests on: theory alone, short runs at this rate, or trainings of a bridge.
     words : tuple of str
         The advice in sentences.
     """
@@ -53,6 +64,7 @@ class Advice:
     members: int
     change: float
     single: float | None
+    basis: str
     words: tuple[str, ...]
 
 
@@ -88,7 +100,8 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     Parameters
     ----------
     table : DataFrame
-        Made by `neural.bridge.api.compare` or `predict`.
+        Made by `neural.bridge.api.compare` or `predict`, or by
+        `neural.bridge.quick.measure_for_advice`.
     members : int, optional
         Largest number of runs that may be averaged; by default the largest of the table. Late-phase
         members are advised in a number that the table has.
@@ -130,13 +143,12 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     assert best is not None
     change, row, prediction, count = best
     single = _single(left, row).change(1)
+    basis, reason = _rests_on(table, cells, left, row)
     words = [*_choice(row, count, change, single)]
     words += _stop(prediction, _single(left, row), count, most)
-    words += _ends(left, row)
-    words += _test(table, row, count)
-    words += _rests_on(table, cells, left)
+    words += [*reason, *_left(cells), *_ends(cells, left, row), *_test(table, row, count)]
     chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
-    return Advice(*chosen, count, change, single, tuple(words))
+    return Advice(*chosen, count, change, single, basis, tuple(words))
 
 
 def _of_late_phase(table: pd.DataFrame, most: int, worth: float) -> Advice:
@@ -159,21 +171,22 @@ def _of_late_phase(table: pd.DataFrame, most: int, worth: float) -> Advice:
             break
         row = more
     count, change = int(row["members"]), float(row["predicted"])
+    basis, reason = _rests_on(table, cells, left, row)
     words = [
         f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
         f"with {count} late-phase members of {row['way']}: the training loss of their mean is "
         f"predicted to change by {change:+.3g} from the checkpoint's.",
         stop.format(count),
-        *_ends(left[left["members"] == count], row),
-        *_rests_on(table, cells, left),
+        *reason,
+        *_ends(cells[cells["members"] == count], left[left["members"] == count], row),
     ]
     chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
-    return Advice(*chosen, count, change, None, tuple(words))
+    return Advice(*chosen, count, change, None, basis, tuple(words))
 
 
 def _believed(cells: pd.DataFrame) -> pd.DataFrame:
     """The reliable cells; NQMError if there are none."""
-    left = cells[_reliable(cells)]
+    left = cells[reliable(cells)]
     if left.empty:
         raise NQMError(
             f"no advice: none of the {len(cells)} trainings and averages is predicted reliably "
@@ -202,14 +215,24 @@ def check_asked(members: int | None, worth: float) -> None:
     check_number("worth", worth, low=0.0, closed_low=False)
 
 
-def _reliable(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Rows whose prediction is within the validity of first order, and not contradicted."""
+def reliable(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Rows whose prediction is within the validity of first order, and not contradicted.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Made by `neural.bridge.api.compare` or `predict`, or by `measure_for_advice`.
+
+    Returns
+    -------
+    Series of bool
+    """
     known = np.isfinite(rows["predicted"]) & (rows["predicted_rise"] > 0) & in_range(rows)
     room = 2.0 * rows["ratio_error"].fillna(0.0)
     high = rows["ratio"] - room > CONTRADICTED
     low = rows["ratio"] + room < 1.0 / CONTRADICTED
-    reliable: pd.Series[bool] = known & ~high & ~low
-    return reliable
+    near: pd.Series[bool] = known & ~high & ~low
+    return near
 
 
 def _single(rows: pd.DataFrame, row: pd.Series[float]) -> Prediction:
@@ -221,16 +244,21 @@ def _single(rows: pd.DataFrame, row: pd.Series[float]) -> Prediction:
 
 
 def _what(weights: str, members: int) -> str:
-    runs = "a single run" if members == 1 else f"the mean of {members} runs"
-    return runs if weights == ITERATE else f"{weights} of {runs}"
+    """What to take, e.g. "average the last weights of 8 runs"."""
+    taken = "take" if members == 1 else "average"
+    runs = "a single run" if members == 1 else f"{members} runs"
+    if weights not in AVERAGES:
+        return f"{taken} the last weights of {runs}"
+    return f"{taken} the {weights.upper()} of {runs} ({AVERAGES[weights]})"
 
 
 def _choice(row: pd.Series[float], count: int, change: float, single: float) -> list[str]:
     what = _what(str(row["weights"]), count)
     return [
         f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
-        f"and take {what}: the training loss is predicted to change by {change:+.3g} from the "
-        f"checkpoint's, a single run's last weights by {single:+.3g}."
+        f"and {what}.",
+        f"The training loss should then change by {change:+.3g} from the checkpoint's; that of a "
+        f"single run's last weights by {single:+.3g}.",
     ]
 
 
@@ -243,14 +271,26 @@ def _stop(own: Prediction, single: Prediction, count: int, most: int) -> list[st
     ]
 
 
-def _ends(rows: pd.DataFrame, row: pd.Series[float]) -> list[str]:
-    """Tell if the best rate is at an end of the grid of reliable rates."""
-    same = (rows["batch_size"] == row["batch_size"]) & (rows["weights"] == row["weights"])
-    rates = rows.loc[same, "lr"]
-    if rates.nunique() < 2 or rates.min() < row["lr"] < rates.max():
+def _left(cells: pd.DataFrame) -> list[str]:
+    """Rates at which a short run left the minimum."""
+    if LEFT not in cells:
         return []
-    end = "lowest" if row["lr"] == rates.min() else "highest"
-    return [f"This is the {end} of the reliable rates: a better one may lie beyond."]
+    rates = sorted(cells.loc[cells[LEFT] > 0, "lr"].unique())
+    told = ", ".join(f"{lr:.3g}" for lr in rates)
+    return [f"Too high: at lr = {told} short runs left the minimum."] if rates else []
+
+
+def _ends(cells: pd.DataFrame, rows: pd.DataFrame, row: pd.Series[float]) -> list[str]:
+    """Tell if the best rate is at an end of the grid, and nothing says that it ends there."""
+    known = cells.loc[np.isfinite(cells["predicted"]), "lr"]
+    near = rows.loc[rows["weights"] == row["weights"], "lr"]
+    if known.nunique() < 2:
+        return []
+    if row["lr"] == known.min():
+        return ["This is the lowest of the rates: a better one may lie beyond."]
+    if row["lr"] == near.max() and not _left(cells):
+        return ["This is the highest of the reliable rates: a better one may lie beyond."]
+    return []
 
 
 def _test(table: pd.DataFrame, row: pd.Series[float], count: int) -> list[str]:
@@ -271,14 +311,26 @@ def _test(table: pd.DataFrame, row: pd.Series[float], count: int) -> list[str]:
     return [f"It is predicted to lower {what}."]
 
 
-def _rests_on(table: pd.DataFrame, cells: pd.DataFrame, left: pd.DataFrame) -> list[str]:
-    """Tell what the advice rests on."""
+def _rests_on(
+    table: pd.DataFrame, cells: pd.DataFrame, left: pd.DataFrame, row: pd.Series[float]
+) -> tuple[str, list[str]]:
+    """What the advice rests on, in a word and in sentences."""
+    if TRIED in row and row[TRIED] > 0:
+        return "short runs", [
+            f"This rests on {int(row[TRIED])} short runs of {int(row[TRIED_STEPS])} steps at this "
+            "rate, beyond the validity of the theory, and on noise-free descent to the end. No run "
+            "left the minimum, even on minibatches with copies of the hardest examples; that none "
+            "will later is likely, not certain."
+        ]
     words = [f"{len(left)} of {len(cells)} trainings and averages are predicted reliably."]
-    ratio = table.loc[_reliable(table), "ratio"].dropna()
+    ratio = table.loc[reliable(table), "ratio"].dropna()
     if ratio.empty:
-        return [*words, "Nothing was trained: this rests on the prediction alone."]
+        return "prediction", [
+            *words,
+            "This rests on the prediction alone: nothing was trained at this rate.",
+        ]
     low, high = ratio.quantile(0.1), ratio.quantile(0.9)
-    return [
+    return "bridge", [
         *words,
         f"Measured over predicted rise of their {len(ratio)} trained cells: {low:.2f} to "
         f"{high:.2f} (80% of them).",

@@ -173,6 +173,11 @@ def bridge(
     metavar="KEY=VALUE",
     help="Change a setting of the measurement, e.g. --set bridge.examples=500 (repeatable).",
 )
+@click.option(
+    "--probe-runs",
+    type=int,
+    help="Short runs at each rate that theory cannot judge; 0: predict only.  [default: 4]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON document to standard output.")
 @device_option
 @data_option
@@ -186,6 +191,7 @@ def advise(
     batch_size: int | None,
     select: str | None,
     overrides: tuple[str, ...],
+    probe_runs: int | None,
     as_json: bool,
     device: str | None,
     root: Path | None,
@@ -194,10 +200,10 @@ def advise(
     """Advise on learning rate, average and K for a training from a network's weights.
 
     RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: descent is followed
-    and what noise adds is measured, without a training. BRIDGE is a folder that
-    nqm neural bridge has written: nothing is measured, and trained cells that contradict their
-    prediction do not count. Only predictions
-    within the validity of the theory count; without any there is no advice.
+    and what noise adds is predicted. At bold rates, beyond the validity of the theory, a few short
+    runs (an eighth of the steps) show whether the network stays stable, and what noise adds.
+    BRIDGE is a folder that nqm neural bridge has written: nothing is measured, and trained cells
+    that contradict their prediction do not count.
 
     \b
     nqm neural advise out/neural/digits_mlp-full/base/seed0 --epochs 40 --members 8
@@ -212,7 +218,7 @@ def advise(
         split_overrides,
         steps_of,
     )
-    from neural.bridge.quick import SETTINGS
+    from neural.bridge.quick import PROBE_RUNS, SETTINGS, check_probe
     from nqm.errors import NQMError, check_number
 
     if epochs is not None:
@@ -228,8 +234,10 @@ def advise(
     }
     own = [f"{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
     check_asked(members, worth)
+    check_probe(probe_runs or 0)
     if Path(target).is_dir() and not Path(target, "run.json").is_file():
         length = [] if epochs is None else ["bridge.steps"]
+        length += [] if probe_runs is None else ["probe_runs"]
         if given := [*own, *length, *overrides]:
             raise NQMError(
                 f"{given[0].partition('=')[0]} cannot be changed: {target} is no run, and a bridge "
@@ -240,12 +248,15 @@ def advise(
         check_alone("nqm neural advise")
         more, others = split_overrides(overrides)
         settings, plan = load_config(None, [*SETTINGS, *own, *more])
+        if probe_runs is None:
+            probe_runs = PROBE_RUNS if settings.optimizer == "sgd" else 0
+        check_probe(probe_runs, settings)
         runtime = make_runtime(device, root, threads)
         opened = open_target(target, runtime, overrides=others)
         if epochs is not None:
             settings = replace(settings, steps=steps_of(opened, epochs, settings.batch_sizes[0]))
         with progress_bar() as progress:
-            table = advice_table(opened, settings, plan, runtime, progress)
+            table = advice_table(opened, settings, plan, runtime, progress, probe_runs)
     found = advice(table, members, worth)
     if as_json:
         click.echo(json.dumps(asdict(found)))

@@ -85,6 +85,7 @@ def follow_descent(
     longest: float,
     sharpness: float,
     progress: Callable[[int], None] | None = None,
+    known: DescentPath | None = None,
 ) -> DescentPath:
     """Follow noise-free descent of the loss from the risk's weights.
 
@@ -98,6 +99,8 @@ def follow_descent(
         Largest curvature at the start.
     progress : callable, optional
         Called with the number of gradients since the last call (`path_work`).
+    known : DescentPath, optional
+        A shorter path from these weights, which is continued.
 
     Returns
     -------
@@ -108,11 +111,18 @@ def follow_descent(
     NQMError
         If the loss does not fall, however short the steps are.
     """
-    times = _times(longest, sharpness)
+    if known is not None and longest <= known.times[-1]:
+        return known
     bound = sharpness * ROOM
-    loss, slope = risk.loss_and_gradient(risk.weights)
-    weights, slopes = [risk.weights], [slope]
-    for span in np.diff(times):
+    if known is None:
+        times, weights = _times(longest, sharpness), [risk.weights]
+    else:
+        doublings = math.ceil(math.log2(longest / known.times[-1]))
+        more = np.geomspace(known.times[-1], longest, doublings + 1)
+        times, weights = np.array([*known.times, *more[1:]]), list(known.weights)
+    loss, slope = risk.loss_and_gradient(weights[-1])
+    slopes = [slope] if known is None else list(known.slopes)
+    for span in np.diff(times[len(weights) - 1 :]):
         for attempt in range(RETRIES):
             end = _step(risk, weights[-1], slope, float(span), bound, progress)
             end_loss, end_slope = risk.loss_and_gradient(end)

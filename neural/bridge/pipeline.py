@@ -302,6 +302,7 @@ def advice_table(
     plan: Plan,
     runtime: Runtime,
     progress: Progress | None = None,
+    probe_runs: int = 0,
 ) -> pd.DataFrame:
     """Predict the losses of trainings of a network, by a quick measurement, for advice.
 
@@ -309,6 +310,8 @@ def advice_table(
     ----------
     opened, config, plan, runtime, progress
         See `run_bridge`.
+    probe_runs : int
+        See `neural.bridge.quick.measure_for_advice`.
 
     Returns
     -------
@@ -321,7 +324,7 @@ def advice_table(
         If the settings do not fit the network or its data.
     """
     risk = _risk(opened, config, plan, runtime, Cache(), progress)
-    return measure_for_advice(risk, config, plan, progress)
+    return measure_for_advice(risk, config, plan, progress, probe_runs)
 
 
 def steps_of(opened: Opened, epochs: float, batch_size: int) -> int:

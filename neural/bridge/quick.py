@@ -1,4 +1,4 @@
-"""What advice needs, measured in a few passes over the data, without a training.
+"""What advice needs, measured in a few passes over the data and a few short runs.
 
 Advice compares expected losses of trainings from a checkpoint that may be far from a minimum. The
 loss of a mean of many runs is that of noise-free descent, to leading order: descent is followed in
@@ -6,8 +6,11 @@ few gradients (`neural.bridge.descent_path`), for all learning rates at once, an
 of averages over time included, are evaluated and not predicted. What noise adds is predicted from
 a measurement where the training at the middle of the rates ends: the largest curvatures, the
 distribution of noise over curvature, and how noise and curvature change over the weights of that
-training. For any other rate the noise is scaled by its trace at the end of that rate's descent;
-where the trace differs by more than `FEEDBACK`, everything is measured there anew.
+training. For any other rate the noise is scaled by its trace at the end of that rate's descent.
+
+Rates above those that are predicted reliably are tried in short runs (`neural.bridge.probe`). Where
+no run leaves the minimum, what noise added to their loss is scaled in the same way, and added to
+the descent of the whole training.
 
 Slope and noise are those of all examples, for a minimum of the loss of some examples is none of
 the loss of all. Curvature may come from fewer.
@@ -24,22 +27,25 @@ import numpy as np
 import torch
 
 from neural.bridge.adam import preconditioned
+from neural.bridge.advise import LEFT, TRIED, TRIED_STEPS, reliable
 from neural.bridge.api import Options, averages_of, gaussian_of, measure_checkpoint
-from neural.bridge.comparison import predict_training
+from neural.bridge.comparison import COLUMNS, predict_training
 from neural.bridge.config import ITERATE, BridgeConfig, Plan, Training
 from neural.bridge.descent_path import DescentPath, follow_descent, path_work
+from neural.bridge.from_run import DOUBLE
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.prediction import Prediction
-from neural.bridge.verdict import FEEDBACK
+from neural.bridge.probe import Probe, probe, probe_steps
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.examples import joined
 from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.local_quadratic import LocalQuadratic
+from neural.curvature.memory import fitting
 from neural.curvature.risk import EmpiricalRisk, is_cross_entropy
 from neural.curvature.spectrum import operator
-from nqm.errors import NQMError
+from nqm.errors import NQMError, check_integer
 from nqm.progress import Progress, counted
 
 if TYPE_CHECKING:
@@ -64,10 +70,18 @@ BATCHES = 1
 PRODUCTS = 12
 #: Products for the curvature of one example, which has few directions.
 POWERS = 8
+#: Short runs at a rate by default.
+PROBE_RUNS = 4
+#: In place of an excess that short runs show to be 0 or less.
+TINY = 1e-12
 
 
 def measure_for_advice(
-    risk: EmpiricalRisk, config: BridgeConfig, plan: Plan, progress: Progress | None = None
+    risk: EmpiricalRisk,
+    config: BridgeConfig,
+    plan: Plan,
+    progress: Progress | None = None,
+    probe_runs: int = 0,
 ) -> pd.DataFrame:
     """Predict all trainings of a configuration from the path of descent and one measurement.
 
@@ -81,24 +95,27 @@ def measure_for_advice(
         Numbers of runs, averages over time, and the seed.
     progress : callable, optional
         Called with the name of a stage and the fraction of it that is done.
+    probe_runs : int
+        Short runs at each rate above those that are predicted reliably; 0 for none.
 
     Returns
     -------
     DataFrame
         The table of `neural.bridge.api.predict`, with ``descent`` the change of the loss itself
-        along the path, and ``noise_change_on_path`` the change of the noise from where it was
-        measured to where the training's descent ends. Trainings that are not stable are left out:
-        there, or on a minibatch that draws the stiffest example twice (lr times its curvature
-        above B).
+        along the path, ``noise_change_on_path`` the change of the noise from where it was measured
+        to where the training's descent ends, and of what was tried the number of short runs, their
+        steps, and how many left the minimum: ``probe_runs``, ``probe_steps``, ``probe_left``.
+        Where descent alone decides, its loss is the only entry. Trainings that are neither tried
+        nor stable are left out: unstable there, or on a minibatch that draws the stiffest example
+        twice (lr times its curvature above B).
 
     Raises
     ------
     NQMError
-        If the plan has late-phase members, Adam has several batch sizes, the loss cannot be
-        measured or has no positive curvature, or no training is predicted.
+        If the plan has late-phase members, the number of short runs is wrong, Adam has several
+        batch sizes, the loss cannot be measured or has no positive curvature, or no training is
+        predicted.
     """
-    import pandas as pd
-
     if plan.late_phase is not None:
         raise NQMError(
             "plan.late_phase: advice is for independent runs; leave it out, or measure a bridge"
@@ -108,37 +125,200 @@ def measure_for_advice(
             f"batch_sizes must have one entry for advice with optimizer = '{config.optimizer}'; "
             "ask for one batch size at a time"
         )
-    risk = preconditioned(risk, config).with_curvature_of(BATCHES)
+    check_probe(probe_runs, config)
+    risk = _few_calls(preconditioned(risk, config).with_curvature_of(BATCHES))
     start, sharpness = risk.loss(), _sharpness(risk, plan.seed)
     trainings = config.trainings(sharpness)
-    longest = max(training.effective_lr for training in trainings) * config.steps
-    done = counted(progress, "descent", float(path_work(longest, sharpness)))
-    path = follow_descent(risk, longest, sharpness, done)
-    highest = config.batch_sizes[0] / _stiffest_example(risk, plan.seed)
-    anchors: list[WeightGaussian] = []
-    rows: list[dict[str, Any]] = []
-    for training in _from_the_middle(trainings):
-        if training.effective_lr > highest * training.batch_size / config.batch_sizes[0]:
-            continue
-        end = risk.at(path.mean(training, training.steps))
-        trace = gradient_noise.trace(end) * (1.0 - 1.0 / risk.examples)
-        near = [g for g in anchors if abs(trace / g.checkpoint.noise_trace - 1.0) <= FEEDBACK]
-        if not near:
-            near = [_measured(end, config, plan, progress)]
-            anchors += near
-        scaled = near[-1].scaled_to(training)
-        if scaled.stable:
-            rows += _rows(risk, path, scaled, plan, start, trace)
-    table = pd.DataFrame(rows)
-    if rows and is_cross_entropy(risk.example_loss):
-        table = table[table["predicted"] > -start]  # a cross-entropy is never negative
-    if table.empty:
+    stiffest = _stiffest_example(risk, plan.seed)
+    calm = [each for each in trainings if each.effective_lr * stiffest <= each.batch_size]
+    path, rows = None, []
+    if calm:
+        path = _descended(risk, calm, sharpness, None, progress)
+        rows = _predicted(risk, path, calm, config, plan, start, progress)
+    table = _possible(risk, rows, start)
+    bold = _beyond(table, trainings, config.batch_sizes[0])
+    if probe_runs and bold:
+        work = probe_runs * len(bold) * probe_steps(bold[0])
+        told = counted(progress, "short runs", work, exact=True)
+        tried = list(zip(bold, probe(risk, bold, plan, probe_runs, told), strict=True))
+        if stayed := [training for training, short in tried if not short.left]:
+            path = _descended(risk, stayed, sharpness, path, progress)
+        rows = [row for row in rows if not any(_is_row_of(row, training) for training in bold)]
+        for training, short in tried:
+            rows += _tried(risk, path, training, short, plan, start)
+        table = _possible(risk, rows, start)
+    if not np.isfinite(table["predicted"]).any():
         raise NQMError(
             "no training is predicted: every rate is unstable, on the mean or on a minibatch with "
             "the stiffest example; lower bridge.lr_times_sharpness, or raise the batch size"
         )
     by = ["lr", "batch_size", "weights", "members"]
-    return table.sort_values(by, ascending=[True, True, True, True]).reset_index(drop=True)
+    return table.sort_values(by).reset_index(drop=True)
+
+
+def check_probe(runs: int, config: BridgeConfig | None = None) -> None:
+    """Check the number of short runs at a rate.
+
+    Parameters
+    ----------
+    runs : int
+        See `measure_for_advice`.
+    config : BridgeConfig, optional
+        Gives the optimizer.
+
+    Raises
+    ------
+    NQMError
+        If it is odd or below 4 and not 0, or the optimizer is another one than SGD.
+    """
+    check_integer("probe_runs", runs, 0)
+    if runs and (runs < 4 or runs % 2):
+        raise NQMError(
+            f"probe_runs must be 0 or an even number >= 4, half of them for hard minibatches; got "
+            f"{runs}"
+        )
+    if runs and config is not None and config.optimizer != "sgd":
+        raise NQMError(
+            f"probe_runs must be 0 with optimizer = {config.optimizer!r}: short runs are "
+            "trained by SGD alone"
+        )
+
+
+def _few_calls(risk: EmpiricalRisk) -> EmpiricalRisk:
+    """The risk in one batch if its model is small and memory allows."""
+    small = sum(p.numel() for p in risk.model.parameters()) <= DOUBLE
+    if small and fitting(risk.example_bytes(), risk.examples) == risk.examples:
+        return risk.in_one_batch()
+    return risk
+
+
+def _possible(risk: EmpiricalRisk, rows: list[dict[str, Any]], start: float) -> pd.DataFrame:
+    """Table of the rows, without those below any possible loss: cross-entropy is not negative."""
+    import pandas as pd
+
+    columns = [*COLUMNS, TRIED, TRIED_STEPS, LEFT]
+    table = pd.DataFrame(rows, columns=columns, dtype=None if rows else float)
+    if is_cross_entropy(risk.example_loss):
+        table = table[~(table["predicted"] <= -start)]
+    return table
+
+
+def _beyond(table: pd.DataFrame, trainings: Sequence[Training], size: int) -> list[Training]:
+    """Trainings at rates above all those that are predicted reliably."""
+    highest = table.loc[reliable(table), "lr"].max()  # NaN without any
+    return [t for t in trainings if t.batch_size == size and not t.lr <= highest]
+
+
+def _descended(
+    risk: EmpiricalRisk,
+    trainings: Sequence[Training],
+    sharpness: float,
+    known: DescentPath | None,
+    progress: Progress | None,
+) -> DescentPath:
+    """Path of descent to the end of all trainings."""
+    longest = max(training.effective_lr * training.steps for training in trainings)
+    work = path_work(longest, sharpness)
+    stage = "descent"
+    if known is not None:
+        work, stage = work - path_work(float(known.times[-1]), sharpness), "descent, further"
+    return follow_descent(
+        risk, longest, sharpness, counted(progress, stage, float(max(work, 1))), known
+    )
+
+
+def _predicted(
+    risk: EmpiricalRisk,
+    path: DescentPath,
+    trainings: Sequence[Training],
+    config: BridgeConfig,
+    plan: Plan,
+    start: float,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Rows of trainings by theory, with noise measured where the middle one ends.
+
+    Noise only adds to the loss. Where descent alone ends above what another training is predicted
+    to reach, the noise is not measured.
+    """
+    rows: list[dict[str, Any]] = []
+    anchor: WeightGaussian | None = None
+    best = math.inf
+    for training in _from_the_middle(trainings):
+        end = risk.at(path.mean(training, training.steps))
+        if anchor is not None and (descent := end.loss() - start) > best:
+            rows += _given_up(training, plan, descent)
+            continue
+        anchor = anchor or _measured(end, config, plan, progress)
+        scaled = anchor.scaled_to(training)
+        if scaled.stable:
+            trace = gradient_noise.trace(end) * (1.0 - 1.0 / risk.examples)
+            rows += _rows(risk, path, scaled, plan, start, trace)
+            table = _possible(risk, rows, start)
+            best = table.loc[reliable(table), "predicted"].min()
+    return rows
+
+
+def _given_up(training: Training, plan: Plan, descent: float) -> list[dict[str, Any]]:
+    """Rows of a training of which descent alone is known, of its last weights."""
+    own = Prediction(descent, *[np.nan] * 3)
+    return [_row(training, plan, own, k, ITERATE) | {"predicted": descent} for k in plan.members]
+
+
+def _is_row_of(row: dict[str, Any], training: Training) -> bool:
+    return (row["lr"], row["batch_size"]) == (training.lr, training.batch_size)
+
+
+def _row(
+    training: Training, plan: Plan, own: Prediction, members: int, weights: str
+) -> dict[str, Any]:
+    """One row of the table, without indicators of the theory."""
+    row = dict.fromkeys(COLUMNS, np.nan) | {"way": plan.way} | asdict(training) | asdict(own)
+    row |= {"members": members, "weights": weights, "noise_free": own.descent}
+    return row | _changes(own, members)
+
+
+def _changes(own: Prediction, members: int) -> dict[str, float]:
+    """Columns that follow from a prediction and K."""
+    rises = {"predicted_rise": own.rise(members), "predicted_gain": own.rise() - own.rise(members)}
+    return rises | {"predicted": own.change(members)}
+
+
+def _tried(
+    risk: EmpiricalRisk,
+    path: DescentPath | None,
+    training: Training,
+    short: Probe,
+    plan: Plan,
+    start: float,
+) -> list[dict[str, Any]]:
+    """Rows of one training: noise of its short runs, around evaluated descent.
+
+    The excess of a single run follows from the loss of single runs and that of their mean. The
+    noise-free loss at the end of the short training is known, so that the rest is the floor. Both
+    are scaled by the noise where the whole descent ends, as those of theory are.
+    """
+    whole, part = plan.averages(training), plan.averages(short.training)
+    ends: dict[str, tuple[int | TimeAverage, int | TimeAverage]] = {
+        ITERATE: (training.steps, short.training.steps)
+    }
+    ends |= {a.name: (a, b) for a, b in zip(whole, part, strict=True)}
+    seen = {TRIED: short.runs, TRIED_STEPS: short.training.steps, LEFT: short.left}
+    runs, rows, growth = short.runs // 2, [], 1.0
+    if path is not None and not short.left:
+        points = (path.mean(each, each.steps) for each in (training, short.training))
+        whole_noise, part_noise = (gradient_noise.trace(risk.at(point)) for point in points)
+        growth = whole_noise / part_noise
+    for weights, (at, before) in ends.items():
+        own = Prediction(*[np.nan] * 4)
+        if path is not None and not short.left:
+            single, mean = short.losses[weights]
+            excess = max((single - mean) * runs / (runs - 1), TINY)
+            rest = mean - excess / runs - risk.loss(path.mean(short.training, before))
+            descent = risk.loss(path.mean(training, at)) - start
+            own = Prediction(descent, 0.0, max(rest, 0.0) * growth**2, excess * growth)
+        rows += [_row(training, plan, own, k, weights) | seen for k in plan.members]
+    return rows
 
 
 def _sharpness(risk: EmpiricalRisk, seed: int) -> float:
@@ -234,8 +414,6 @@ def _rows(
             nonsmooth_excess=there.nonsmooth_excess * growth,
             log2_slope=there.log2_slope * growth,
         )
-        k = int(row["members"])
         row |= asdict(own) | {"noise_free": descent, "noise_change_on_path": growth - 1.0}
-        row |= {"predicted": own.change(k), "predicted_rise": own.rise(k)}
-        row |= {"predicted_gain": own.rise(1) - own.rise(k)}
+        row |= _changes(own, int(row["members"]))
     return rows

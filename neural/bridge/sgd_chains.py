@@ -37,13 +37,15 @@ STACKED = 2**21
 FEW = 4
 
 
-def train_runs(
+def train_runs(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     training: Training,
     runs: int,
     at: Sequence[int],
     *,
     seed: int = 0,
+    lrs: Sequence[float] | None = None,
+    draws: Sequence[Iterator[Tensor]] | None = None,
     seen: Seen | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -61,6 +63,10 @@ def train_runs(
         Steps after which weights are yielded, increasing.
     seed : int
         Run c draws its minibatches with the key (seed, c).
+    lrs : sequence of float, optional
+        Learning rate of every run of SGD or heavy ball; by default that of the training.
+    draws : sequence of iterator of Tensor, optional
+        Indices of the minibatches of every run, in place of those of the seed.
     seen : callable, optional
         Called after every step with its number and the weights, shape (runs, p).
     progress : callable, optional
@@ -78,7 +84,9 @@ def train_runs(
     weights = risk.weights.repeat(runs, 1)
     buffers = torch.zeros_like(weights)
     adam = AdamRuns(risk, training, weights) if training.optimizer in ADAPTIVE else None
-    draws = [minibatches(risk.examples, training, (seed, c)) for c in range(runs)]
+    if draws is None:
+        draws = [minibatches(risk.examples, training, (seed, c)) for c in range(runs)]
+    each_lr = training.lr if lrs is None else torch.tensor(lrs)[:, None].to(weights)
     together = runs_together(risk, training.batch_size, runs)
     slope = _each_slope(lambda w, batch: risk.mean_loss(w, make(batch)))
     if together >= FEW:
@@ -108,7 +116,7 @@ def train_runs(
                     else:
                         if training.momentum:
                             moved = buffers.mul_(training.momentum).add_(moved)
-                        weights = weights - training.lr * moved
+                        weights = weights - each_lr * moved
                     if progress is not None:
                         progress(runs)
                 if seen is not None:

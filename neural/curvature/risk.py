@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jvp
 
-from neural.curvature.examples import EachRow, MakeBatch, input_rows, rows
+from neural.curvature.examples import EachRow, MakeBatch, input_rows, joined, rows
 from neural.curvature.ggn import JACOBIAN_ROWS, ggn_matrix, ggn_product
 from neural.curvature.memory import PASSES, fitting, kept_bytes
 from neural.curvature.plain_kernels import plain_kernels, through_detach
@@ -266,6 +266,21 @@ class EmpiricalRisk:
         check_integer("batches", batches, 1)
         moved = copy.copy(self)
         moved.curvature_batches = self.batches[:batches] if batches < len(self.batches) else None
+        return moved
+
+    def in_one_batch(self) -> EmpiricalRisk:
+        """The same loss, with all examples in one batch: a small network takes fewer calls so.
+
+        Results change by rounding; products of the curvature keep their data.
+
+        Returns
+        -------
+        EmpiricalRisk
+            A shallow copy that shares the model.
+        """
+        moved = copy.copy(self)
+        tensors, make = joined(self.batches)
+        moved._take([make(tensors)])
         return moved
 
     def rescaled(self, scale: Tensor) -> EmpiricalRisk:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from neural.bridge.advise import advise
 from neural.bridge.config import BridgeConfig, Plan, Training
+from neural.bridge.descent_path import follow_descent
 from neural.bridge.iterate_averages import Running
 from neural.bridge.pipeline import load_config
+from neural.bridge.probe import Probe
 from neural.bridge.quick import SETTINGS, measure_for_advice
 from neural.bridge.sgd_chains import noise_free
 from neural.curvature.risk import EmpiricalRisk
@@ -27,7 +31,7 @@ CURVATURE = (2.0, 0.7, 0.2)
 
 def test_on_a_quadratic_every_rate_is_predicted_from_one_measurement() -> None:
     """The prediction is descent plus half the trace of H times the weights' covariance."""
-    bowl = Bowl(CURVATURE, away=0.3)
+    bowl = Bowl(CURVATURE, away=0.02)  # noise decides, and not descent
     config, _ = load_config(None, [*SETTINGS, "bridge.eigenpairs=0", "bridge.steps=60"])
     plan = Plan(members=(1, 4), runs=4, records=1)
     table = measure_for_advice(bowl.risk, config, plan)
@@ -87,6 +91,88 @@ def test_rates_that_one_example_makes_unstable_are_left_out() -> None:
         measure_for_advice(risk, replace(one, lr_times_sharpness=(1.9,)), plan)
 
 
+def bold_bowl() -> tuple[Bowl, BridgeConfig, Plan]:
+    """Every example has curvature 2: at B = 1 only the lowest of three rates is below the limit."""
+    settings = [*SETTINGS, "bridge.eigenpairs=0", "bridge.steps=160", "bridge.batch_sizes=[1]"]
+    config, _ = load_config(None, [*settings, "bridge.lr_times_sharpness=[0.8,1.1,1.4]"])
+    return Bowl(CURVATURE, away=6.0), config, Plan((1, 4), 4, 1)
+
+
+def test_bold_rates_are_tried_in_short_runs() -> None:
+    """Of 64 runs, one eighth of the steps: the excess is about that of the covariance there."""
+    bowl, config, plan = bold_bowl()
+    told: list[tuple[str, float]] = []
+    table = measure_for_advice(
+        bowl.risk, config, plan, lambda stage, share: told.append((stage, share)), 64
+    )
+    alone = table[(table["weights"] == "iterate") & (table["members"] == 1)].set_index("lr")
+    assert alone.index.to_numpy() * 2.0 == pytest.approx([0.8, 1.1, 1.4])
+    assert alone["probe_runs"].fillna(0).tolist() == [0, 64, 64]
+    assert (alone["probe_steps"].iloc[1:] == 20).all()
+    assert (alone["probe_left"].iloc[1:] == 0).all()
+    slope = bowl.gradient().numpy()
+    for lr, row in alone.iloc[1:].iterrows():
+        spread = scatter(bowl.hessian, bowl.noise, float(lr), 1, 20)  # type: ignore[arg-type]
+        excess = 0.5 * float(np.trace(bowl.hessian @ spread))
+        assert row["excess"] == pytest.approx(excess, rel=0.9), "5 standard errors of 32 runs"
+        moved = slide(slope, bowl.hessian, float(lr), 160)  # type: ignore[arg-type]
+        assert row["descent"] == pytest.approx(quadratic(slope, bowl.hessian, moved), rel=0.02)
+        assert row["predicted"] == pytest.approx(row["descent"] + row["floor"] + row["excess"])
+        assert row["floor"] >= 0.0
+    assert ("short runs", 1.0) in told
+    assert "descent, further" in {stage for stage, _ in told}
+
+
+def test_rates_at_which_a_short_run_leaves_are_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    bowl, config, plan = bold_bowl()
+
+    def leaving(risk: EmpiricalRisk, trainings: list[Training], *_: Any) -> list[Probe]:
+        losses = dict.fromkeys(("iterate", "swa", "ema"), (risk.loss() + 0.2, risk.loss() + 0.1))
+        short = [replace(each, steps=20) for each in trainings]
+        return [Probe(short[0], 4, 0, losses), Probe(short[1], 4, 1, losses)]
+
+    monkeypatch.setattr("neural.bridge.quick.probe", leaving)
+    table = measure_for_advice(bowl.risk, config, plan, None, 4)
+    highest = table[table["lr"] == table["lr"].max()]
+    assert highest["predicted"].isna().all()
+    assert (highest["probe_left"] == 1).all()
+    middle = table[np.isclose(table["lr"], 0.55)]
+    assert np.isfinite(middle["predicted"]).all()
+    found = advise(middle)
+    assert found.basis == "short runs"
+    assert any(words.startswith("This rests on 4 short runs of 20 steps") for words in found.words)
+    assert "Too high: at lr = 0.7 short runs left the minimum." in advise(table).words
+    monkeypatch.setattr(
+        "neural.bridge.quick.probe", lambda risk, rest, *_: [Probe(t, 4, 4, {}) for t in rest]
+    )
+    alone = replace(config, lr_times_sharpness=(1.6,))
+    with pytest.raises(NQMError, match="no training is predicted"):
+        measure_for_advice(bowl.risk, alone, Plan((1,), 1, 1), None, 4)
+
+
+def test_a_path_of_descent_is_continued() -> None:
+    risk = tanh_risk()
+    whole = follow_descent(risk, 80.0, 1.0)
+    known = follow_descent(risk, 10.0, 1.0)
+    longer = follow_descent(risk, 80.0, 1.0, known=known)
+    np.testing.assert_allclose(longer.times, whole.times, rtol=1e-12)
+    assert (longer.weights - whole.weights).abs().max() < 1e-12
+    assert (longer.slopes - whole.slopes).abs().max() < 1e-12
+    assert follow_descent(risk, 5.0, 1.0, known=known) is known
+
+
+def test_the_noise_is_not_measured_where_descent_alone_decides() -> None:
+    """From far away the lowest rate falls less than the others are predicted to reach."""
+    bowl = Bowl(CURVATURE, away=30.0)
+    config, _ = load_config(None, [*SETTINGS, "bridge.eigenpairs=0", "bridge.steps=60"])
+    table = measure_for_advice(bowl.risk, config, Plan((1, 4), 4, 1))
+    low = table[table["lr"] == table["lr"].min()]
+    assert low["predicted_rise"].isna().all()
+    assert (low["predicted"] == low["descent"]).all()
+    assert low["predicted"].min() > table.loc[table["predicted_rise"] > 0, "predicted"].min()
+    assert not any("lowest of the" in words for words in advise(table).words)
+
+
 def test_late_phase_members_are_refused() -> None:
     plan = Plan((2,), runs=4, late_phase="all")
     with pytest.raises(NQMError, match=r"plan\.late_phase: advice is for independent runs"):
@@ -107,8 +193,10 @@ def test_the_command_measures_a_run(run: Path) -> None:
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("- Train 20 steps at lr = ")
-    assert "B = 10, and take" in done.stdout
-    assert "Nothing was trained: this rests on the prediction alone." in done.stdout
+    assert "B = 10, and " in done.stdout
+    assert "This rests on " in done.stdout
+    alone = CliRunner().invoke(main, [*words, "--probe-runs", "0"])
+    assert "This rests on the prediction alone: nothing was trained at this rate." in alone.stdout
 
 
 def test_epochs_are_those_of_the_run_and_the_answer_may_be_json(run: Path) -> None:
@@ -131,6 +219,12 @@ def test_epochs_are_those_of_the_run_and_the_answer_may_be_json(run: Path) -> No
         (["--epochs", "0"], "epochs must lie in (0, inf); got 0"),
         (["--epochs", "2", "--steps", "9"], "steps = 9 and epochs = 2 say the same; give one"),
         (["--set", "bridge.eigenpair=3"], "eigenpair"),
+        (["--probe-runs", "5"], "probe_runs must be 0 or an even number >= 4"),
+        (["--probe-runs", "-2"], "probe_runs must be an integer >= 0; got -2"),
+        (
+            ["--probe-runs", "4", "--set", "bridge.optimizer='adam'"],
+            "probe_runs must be 0 with optimizer = 'adam'",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_measured(

@@ -108,6 +108,17 @@ def test_curvature_of_the_first_batches_alone() -> None:
         whole.with_curvature_of(0)
 
 
+def test_all_examples_in_one_batch_are_the_same_loss() -> None:
+    whole = tanh_risk(quick=False)
+    one = whole.with_curvature_of(1).in_one_batch()
+    assert [len(y) for _, y in one.batches] == [40]
+    assert one.loss() == pytest.approx(whole.loss(), rel=1e-12)
+    torch.testing.assert_close(one.gradient(), whole.gradient())
+    v = torch.linspace(-1.0, 1.0, whole.size, dtype=torch.double)
+    few = whole.with_curvature_of(1).curvature_product(v)
+    torch.testing.assert_close(one.curvature_product(v), few)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_products_together_are_those_one_by_one(curvature: str) -> None:
     risk = tanh_risk(quick=False)

@@ -1,0 +1,94 @@
+"""Advice against a grid of real trainings: share of the best gain that it gets, and its cost.
+
+    python -m benchmarks.advice RUN STEPS [SETTING ...]
+
+The grid is three rates (lr times the largest curvature 0.0625, 0.25, 1), K = 1, 2, 4, 8, and the
+weights themselves, SWA and EMA, 16 runs of B = 32; the advised training is trained as well. Gains
+are over the last weights of a single run at the middle rate. A SETTING is one of the bridge, e.g.
+``bridge.select='head'``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neural.bridge.advise import Advice, advise
+from neural.bridge.api import measure_checkpoint
+from neural.bridge.comparison import measure_training
+from neural.bridge.config import BridgeConfig, Plan
+from neural.bridge.from_run import risk_of_run
+from neural.bridge.pipeline import advice_table, held_out_risk, load_config, open_target
+from neural.bridge.quick import PROBE_RUNS, SETTINGS
+from neural.curvature.risk import EmpiricalRisk
+from neural.training.task import Runtime
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RATES = (0.0625, 0.25, 1.0)
+PLAN = ["plan.members=[1,2,4,8]", "plan.runs=16", "plan.records=1"]
+
+
+def trained(
+    risk: EmpiricalRisk, test: EmpiricalRisk, config: BridgeConfig, plan: Plan, lr: float
+) -> pd.DataFrame:
+    """Measured losses at one learning rate."""
+    training = replace(config.reference(1.0), lr=lr)
+    return measure_training(risk, training, plan, test=test).table.assign(lr=lr)
+
+
+def loss_at(table: pd.DataFrame, weights: str, members: int, column: str) -> float:
+    """Loss of an average, between K of the grid by interpolation in 1 / K."""
+    rows = table[table["weights"] == weights].sort_values("members", ascending=False)
+    return float(np.interp(1.0 / members, 1.0 / rows["members"], rows[column]))
+
+
+def share(tables: Sequence[pd.DataFrame], own: pd.DataFrame, found: Advice) -> float:
+    """Gain of the advised cell over that of the best cell of the grid."""
+    middle = loss_at(tables[len(tables) // 2], "iterate", 1, "measured")
+    best = min(float(table["measured"].min()) for table in tables)
+    return (middle - loss_at(own, found.weights, found.members, "measured")) / (middle - best)
+
+
+def main(words: Sequence[str]) -> None:
+    """Print one line: the advice, its share of the best gain, its cost, and test losses."""
+    target, steps, *own = words
+    config, plan = load_config(None, [*SETTINGS, *PLAN, f"bridge.steps={steps}", *own])
+    runtime = Runtime()
+    opened = open_target(target, runtime)
+    times = [time.process_time()]
+    found = advise(advice_table(opened, config, plan, runtime, None, PROBE_RUNS))
+    times.append(time.process_time())
+    risk = risk_of_run(
+        opened.run,
+        opened.model,
+        runtime,
+        select=config.select,
+        examples=config.examples or None,
+        weight_decay=config.weight_decay,
+        curvature=config.curvature,
+    )
+    test = held_out_risk(risk, opened.task, config.test_examples)
+    largest = measure_checkpoint(risk.with_curvature_of(1), config, seed=0).largest
+    times.append(time.process_time())
+    grid = [trained(risk, test, config, plan, rate / largest) for rate in RATES]
+    times.append(time.process_time())
+    advised = trained(risk, test, config, plan, found.lr)
+    advice, _, whole = np.diff(times)
+    tests = [loss_at(advised, found.weights, found.members, "test_loss")]
+    tests += [min(float(table["test_loss"].min()) for table in grid)]
+    print(
+        f"lr h_max = {found.lr * largest:.3g}, {found.weights}, K = {found.members} "
+        f"({found.basis}): {share(grid, advised, found):.0%} of the best gain, cost "
+        f"{advice / whole:.0%}; test loss {tests[0]:.4f}, least of the grid {tests[1]:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
