@@ -116,7 +116,7 @@ def measure_for_advice(
         if training.effective_lr > highest * training.batch_size / config.batch_sizes[0]:
             continue
         end = risk.at(path.mean(training, training.steps))
-        trace = gradient_noise.trace(end) * (1.0 - 1.0 / risk.examples)
+        trace = gradient_noise.trace(end)
         near = [g for g in anchors if abs(trace / g.checkpoint.noise_trace - 1.0) <= FEEDBACK]
         if not near:
             near = [_measured(end, config, plan, progress)]

@@ -33,7 +33,7 @@ class PowerLaw:
 
 
 def trace(risk: EmpiricalRisk) -> float:
-    """Compute the trace of the sample covariance of the examples' gradients.
+    """Compute the trace of the covariance of the gradient of an example drawn from these N.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def trace(risk: EmpiricalRisk) -> float:
     Returns
     -------
     float
-        With denominator N - 1.
+        With denominator N: minibatches are drawn so.
 
     Raises
     ------
@@ -59,11 +59,11 @@ def trace(risk: EmpiricalRisk) -> float:
     n = risk.examples
     if n < 2:
         raise NQMError("gradient noise needs at least two examples; got 1")
-    return (squares - float((mean / n).square().sum()) * n) / (n - 1)
+    return squares / n - float((mean / n).square().sum())
 
 
 def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatArray:
-    """Compute the sample covariance of the examples' gradients along some directions.
+    """Compute the covariance of the gradient of an example drawn from these N along directions.
 
     One pass over the data suffices for any number of directions: the covariances of batches are
     pooled (Chan, Golub & LeVeque 1983).
@@ -78,7 +78,7 @@ def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatA
     Returns
     -------
     ndarray, shape (k, k)
-        With denominator N - 1.
+        With denominator N: minibatches are drawn so.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatA
         done += len(g)
     if done < 2:
         raise NQMError(f"gradient noise needs at least two examples; got {done}")
-    return products / (done - 1)
+    return products / done
 
 
 def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:

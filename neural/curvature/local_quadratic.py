@@ -242,8 +242,6 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
         raise NQMError("gradient noise needs at least two examples; got 1")
     stored = (cache or Cache()).of(risk, seed=seed)
     complete = eigenpairs is None or eigenpairs >= risk.size
-    # From the sample covariance to that of an example drawn from these N: minibatches are drawn so.
-    population = 1.0 - 1.0 / risk.examples
 
     def stiffest() -> dict[str, Any]:
         if complete:
@@ -255,7 +253,7 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
             pairs = stiffest_pairs(
                 risk, eigenpairs, tolerance=tolerance, seed=seed, progress=progress
             )
-        noise = population * gradient_noise.covariance(risk, pairs.vectors)
+        noise = gradient_noise.covariance(risk, pairs.vectors)
         return vars(pairs) | {"noise": noise}
 
     settings = {} if complete else {"eigenpairs": eigenpairs, "tolerance": tolerance}
@@ -289,8 +287,8 @@ def measure_local(  # noqa: PLR0913 - options, by keyword
     if complete:
         trace = np.trace(top["noise"])
     else:
-        known_trace = stored("noise_trace", lambda: {"trace": np.array(gradient_noise.trace(risk))})
-        trace = population * known_trace["trace"]
+        known_trace = stored("trace", lambda: {"trace": np.array(gradient_noise.trace(risk))})
+        trace = known_trace["trace"]
     return LocalQuadratic(
         risk.loss(),
         known,

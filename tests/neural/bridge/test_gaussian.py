@@ -25,7 +25,7 @@ from neural.bridge.scatter import (
     noise_age,
     rest_trace,
 )
-from neural.bridge.smoothing import measure_smoothing
+from neural.bridge.smoothing import measure_descent, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
 from tests.tiny_risks import Bowl, scatter, slide, tanh_risk
 from tests.tolerances import agree
@@ -130,7 +130,8 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
         risk, local, reference, averaging_displacements=1, **settings
     )  # fmt: skip
     assert averages is not None
-    drift = measure_drift(risk, local, reference, **settings)
+    there = measure_descent(risk, local, reference).at_descent(reference)
+    drift = measure_drift(risk, there, reference, **settings)
     expected = measure_smoothing(risk, local, reference, drift=drift, displacements=1)
     agree(averages.width.curvature, expected.width.curvature, 1e-9)
     agree(averages.mean.noise, expected.mean.noise, 1e-9)

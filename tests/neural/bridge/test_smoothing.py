@@ -30,7 +30,8 @@ def test_averages_are_those_of_the_ends(eigenpairs: int | None) -> None:
     rng = np.random.default_rng([0, 4])  # the same displacements
     calm = risk.weights + torch.from_numpy(descended(local, training))
     v, curvature, noise, traces = local.pairs.vectors, [], [], []
-    drawn = [torch.from_numpy(displacement(local, training, rng)) for _ in range(3)]
+    there = found.at_descent(training)  # the scatter that displacements have
+    drawn = [torch.from_numpy(displacement(there, training, rng)) for _ in range(3)]
     for moved in (0.0 * drawn[0], *drawn, *(-one for one in drawn)):
         there = risk.at(calm + moved)
         gradients = torch.cat(list(there.example_gradients())).numpy()
