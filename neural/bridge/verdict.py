@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Relative change of the noise by scatter up to which a first-order correction is taken to hold.
 #: Its change along noise-free descent has no bound: it is measured, and not extrapolated.
 FEEDBACK = 0.4
+#: Largest part of the rise by noise that may be due to the slope that descent leaves (`cross`): the
+#: displacement along it is known less well than the scatter.
+ALONG_SLOPE = 0.4
 #: What to do where that is exceeded everywhere.
 FAR = (
     "the checkpoint is too far from a minimum of the measured loss, or the learning rates are too "
@@ -62,13 +65,14 @@ def verdict(
         f"Noise along the stiffest directions goes as h^{exponent:.2f}; the noise "
         f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
     ]
-    near = in_range(table)
+    near = in_range(table) & ~along_slope(table)
     if not near.all():
         cells = f"{int(near.sum())} of {len(table)} cells are" if near.any() else "No cell is"
         lines.insert(
             0,
             f"{cells} within the range of the theory (scatter predicted to change the noise by "
-            f"less than {FEEDBACK:.0%}): "
+            f"less than {FEEDBACK:.0%}, and the slope that descent leaves to make less than "
+            f"{ALONG_SLOPE:.0%} of the rise): "
             + ("only those are counted below." if near.any() else FAR),
         )
     whole, diverged = table, np.isinf(table["measured"])
@@ -112,6 +116,21 @@ def in_range(table: pd.DataFrame) -> pd.Series[bool]:
     Series of bool
     """
     return ~(table["noise_growth"].abs() > FEEDBACK)
+
+
+def along_slope(table: pd.DataFrame) -> pd.Series[bool]:
+    """Rows whose rise by noise is, in too large a part, a displacement along a slope.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns ``cross`` and ``predicted_rise``.
+
+    Returns
+    -------
+    Series of bool
+    """
+    return table["cross"].abs() > ALONG_SLOPE * table["predicted_rise"].abs()
 
 
 def rank_order(table: pd.DataFrame) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from neural.bridge.comparison import COLUMNS
-from neural.bridge.verdict import rank_order, verdict
+from neural.bridge.verdict import along_slope, rank_order, verdict
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from tests.tiny_risks import Bowl
 
@@ -103,8 +103,11 @@ def test_only_cells_within_the_range_of_the_theory_count(local: LocalQuadratic) 
     near = cells(0.1, (1.0, 1.1), noise_growth=0.4)
     scattered = cells(0.2, (1.0, 9.0), noise_growth=0.41)
     descending = cells(0.4, (1.0, 1.1), noise_change_on_path=-0.9)
-    lines = verdict(pd.concat([near, scattered, descending]), local)
-    assert lines[0].startswith("4 of 6 cells are within the range of the theory")
+    pushed = cells(0.5, (1.0, 9.0), cross=[-0.41 * 2.0, 0.41 * 2.0])  # of a rise of 2
+    assert list(along_slope(pushed)) == [True, True]
+    assert not along_slope(pushed.assign(cross=-0.39 * 2.0)).any()
+    lines = verdict(pd.concat([near, scattered, descending, pushed]), local)
+    assert lines[0].startswith("4 of 8 cells are within the range of the theory")
     assert "4 of 4 cells within a factor 1.2." in lines
     assert any(line.startswith("Unreliable") for line in lines)
     far = scattered.assign(test_gain=1.0, predicted_test_gain=-1.0)
