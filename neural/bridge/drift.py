@@ -92,6 +92,9 @@ class Drift:
     loss_curvature : ndarray, shape (k, k), optional
         Curvature along the eigenpairs that turns the displacement of the mean into loss
         (`Smoothing.along_mean_path`); by default that of `local`, which balances the force.
+    path : NoiseFreePath, optional
+        Noise-free training of the loss itself. The force changes on it in proportion to the noise,
+        and the real slope is that where it ends.
     """
 
     local: LocalQuadratic
@@ -100,10 +103,14 @@ class Drift:
     force_rest: tuple[LanczosNodes, LanczosNodes]
     slopes: Slopes
     loss_curvature: FloatArray | None = None
+    path: NoiseFreePath | None = None
 
     def _response(self, training: Training, when: When) -> Function:
         """Response to a force that builds up with the scatter: it acts later by the noise's age."""
-        return response(training, when, noise_age(self.local, training))
+        psi, path = response(training, when, noise_age(self.local, training)), self.path
+        if path is None:
+            return psi
+        return lambda h: psi(h) * path.earlier_noise(training, when, h)
 
     def floor(self, training: Training, when: When) -> float:
         """Loss caused by the drift in the mean of any number of members.
@@ -128,22 +135,20 @@ class Drift:
             value += moved @ self.force_rest[1].apply(np.ones_like)
         return 0.5 * float(value) * training.noise_ratio(self.training) ** 2
 
-    def cross(self, training: Training, when: When, path: NoiseFreePath | None = None) -> float:
+    def cross(self, training: Training, when: When) -> float:
         """Change of the mean's loss by the drift acting along the slope that descent leaves.
 
         Parameters
         ----------
         training, when
             See `floor`.
-        path : NoiseFreePath, optional
-            Its slope is used in place of that on the quadratic.
 
         Returns
         -------
         float
         """
-        if path is not None:
-            return float(path.slope(training, when) @ self.displacement(training, when))
+        if self.path is not None:
+            return float(self.path.slope(training, when) @ self.displacement(training, when))
         pushed, descended = self._response(training, when), response(training, when)
 
         def function(h: FloatArray) -> FloatArray:
@@ -398,7 +403,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     top = (known.T @ forces[0], known.T @ forces[1])
     names = ("displacements", "differences", "beyond", "rises")
     slopes = Slopes(*(np.asarray(gradients[name]) for name in names))
-    return Drift(local, training, top, (rest[0], rest[1]), slopes)
+    return Drift(local, training, top, (rest[0], rest[1]), slopes, path=path)
 
 
 def _both_ends(
