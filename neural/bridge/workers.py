@@ -186,9 +186,11 @@ def side_by_side(model: nn.Module, task: Task, config: BridgeConfig, plan: Plan)
     tensors, make = input_rows(inputs, len(targets))
     args, kwargs = arguments(make([tensor[:2] for tensor in tensors]))
     counter = FlopCounterMode(display=False)
+    # Of weights without gradients: the counter fails on views of a parameter under `no_grad`.
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
     was = model.training
     with counter, torch.no_grad():
-        model.eval()(*args, **kwargs)
+        torch.func.functional_call(model.eval(), weights, args, kwargs)
     model.train(was)
     # A backward pass takes twice as many as the forward pass.
     each = 3.0 * counter.get_total_flops() / min(2, len(targets))

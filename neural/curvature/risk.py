@@ -8,6 +8,7 @@ evaluation mode: in training mode BatchNorm makes the loss a function of the bat
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -386,14 +387,15 @@ class EmpiricalRisk:
         return self._kept
 
     def check(self) -> None:
-        """Check on the first two examples that the loss can be measured.
+        """Check that the loss is finite and, on the first two examples, that it can be measured.
 
         Raises
         ------
         NQMError
-            If in evaluation mode the model is random, changes its state, or lets an example's
-            output depend on other examples; if its gradient is not the derivative of its loss, e.g.
-            because it detaches a tensor; or if torch cannot compute its second derivatives.
+            If a weight or the loss is not finite; if in evaluation mode the model is random,
+            changes its state, or lets an example's output depend on other examples; if its gradient
+            is not the derivative of its loss, e.g. because it detaches a tensor; or if torch cannot
+            compute its second derivatives.
         """
         if self._sound:
             return
@@ -403,6 +405,7 @@ class EmpiricalRisk:
         small = copy.copy(self)
         small.batches, small.examples, small._sound = [make(few)], len(few[-1]), True
         state = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
+        self._check_finite(name)
         versions = {n: tensor._version for n, tensor in state.items()}
         if is_cross_entropy(self.example_loss):
             few[-1] = next(small._over_batches(small._least_likely))
@@ -428,6 +431,22 @@ class EmpiricalRisk:
             raise _mixes(name, None)
         small._check_derivatives(name)
         self._sound = True
+
+    def _check_finite(self, name: str) -> None:
+        """Refuse a network that has diverged. A buffer may be infinite, as a mask is."""
+        for key, tensor in (
+            dict(self.model.named_parameters()) | self._named(self.weights)
+        ).items():
+            if not bool(tensor.isfinite().all()):
+                raise NQMError(
+                    f"{name}: {key} holds NaN or infinite numbers, as after a training that "
+                    "diverged; take an earlier checkpoint"
+                )
+        if not math.isfinite(loss := self.loss()):
+            raise NQMError(
+                f"{name}: its loss on the {self.examples} measured examples is {loss}; check the "
+                "checkpoint and the data"
+            )
 
     def _least_likely(self, batch: Batch) -> Tensor:
         """Labels that the model finds least likely.

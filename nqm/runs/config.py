@@ -598,7 +598,13 @@ def _with_noise(table: Mapped, curvature: Any, fields: dict[str, Any]) -> Proble
     if noise == "noise":
         # `Problem` reports a negative or NaN curvature before its power is computed.
         curvature = Problem(curvature, 0.0 * np.asarray(curvature)).curvature
-        settings = table_at("problem.noise", table["noise"])
+        settings = table["noise"]
+        if isinstance(settings, int | float):
+            raise NQMError(
+                "problem.noise must be a table, {scale = 1.0, exponent = 1.0}; "
+                f"got {settings}; the same noise in all directions is noise_variance = {settings}"
+            )
+        settings = table_at("problem.noise", settings)
         variance = call(spectra.power_noise, settings, "problem.noise", {"curvature": curvature})
         return Problem(curvature, variance, **fields)
     stated = leaf(f"problem.{noise}", table[noise], float | list[float])

@@ -166,3 +166,24 @@ def test_processes_for_small_nets(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert count(replace(long, batch_sizes=(10**9,))) is None
     monkeypatch.setattr(workers, "memory_limit", lambda: 2 * workers.PROCESS)
     assert count(replace(long, lr_times_sharpness=rates)) == 2, "as memory allows"
+
+
+def test_operations_of_a_view_of_a_weight_are_counted(run: Path) -> None:
+    """The counter of torch fails on such a view as the input of a module, without gradients."""
+    opened = open_target(str(run), Runtime())
+
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.zeros(1, 8))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.flatten(1).unflatten(1, (-1, 8))
+            query = self.query.expand(len(x), -1, -1)
+            mean: torch.Tensor = self.attention(query, rows, rows)[0]
+            return mean.flatten(1)
+
+    config = replace(SMALL, batch_sizes=(10**9,))
+    assert side_by_side(Query(), opened.task, config, PLAN) is None
+    assert side_by_side(Query(), opened.task, SMALL, PLAN) == 1

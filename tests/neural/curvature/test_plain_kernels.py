@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -300,6 +301,17 @@ class Counting(nn.Module):
         return x
 
 
+class Diverged(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        nn.init.constant_(self.bias, math.nan)
+
+
+class Undefined(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().neg().log()
+
+
 class Sampled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grid = x[:, :, None, :2].tanh()
@@ -315,6 +327,8 @@ class Sampled(nn.Module):
         (lambda: Straight(6, 6), "not the derivative of its loss"),
         (lambda: Unrecorded(6, 6), "not the derivative of its loss"),
         (Random, "random in evaluation mode"),
+        (Diverged, r"layer.1.bias holds NaN or infinite numbers"),
+        (Undefined, r"its loss on the 4 measured examples is nan"),
         (Counting, r"changes its 'layer.1.seen' in evaluation mode"),
         (lambda: nn.BatchNorm1d(5, track_running_stats=False), "depends on the others"),
         (Sampled, "second derivatives torch does not know"),

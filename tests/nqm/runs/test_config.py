@@ -131,6 +131,7 @@ MISTAKES = [
     ("problem.curvture=1", "problem.curvture is not a known key; did you mean 'curvature'?"),
     ("problem.spectrum={name='harmonic', directions=3}", "exactly one of curvature, spectrum"),
     ("problem.noise={}", "state noise by exactly one of"),
+    ("problem={curvature=[1.0], noise=0.5}", "in all directions is noise_variance = 0.5"),
     ("problem.bins=0", "problem.bins must be an integer >= 1; got 0"),
     ("problem=3", "problem must be a table; got 3"),
     ("phase=3", "phase must be a list of tables"),
