@@ -92,9 +92,6 @@ class Drift:
     loss_curvature : ndarray, shape (k, k), optional
         Curvature along the eigenpairs that turns the displacement of the mean into loss
         (`Smoothing.along_mean_path`); by default that of `local`, which balances the force.
-    path : NoiseFreePath, optional
-        Noise-free training of the loss itself. The force changes on it in proportion to the noise,
-        and the real slope is that where it ends.
     """
 
     local: LocalQuadratic
@@ -103,14 +100,10 @@ class Drift:
     force_rest: tuple[LanczosNodes, LanczosNodes]
     slopes: Slopes
     loss_curvature: FloatArray | None = None
-    path: NoiseFreePath | None = None
 
     def _response(self, training: Training, when: When) -> Function:
         """Response to a force that builds up with the scatter: it acts later by the noise's age."""
-        psi, path = response(training, when, noise_age(self.local, training)), self.path
-        if path is None:
-            return psi
-        return lambda h: psi(h) * path.earlier_noise(training, when, h)
+        return response(training, when, noise_age(self.local, training))
 
     def floor(self, training: Training, when: When) -> float:
         """Loss caused by the drift in the mean of any number of members.
@@ -135,20 +128,22 @@ class Drift:
             value += moved @ self.force_rest[1].apply(np.ones_like)
         return 0.5 * float(value) * training.noise_ratio(self.training) ** 2
 
-    def cross(self, training: Training, when: When) -> float:
+    def cross(self, training: Training, when: When, path: NoiseFreePath | None = None) -> float:
         """Change of the mean's loss by the drift acting along the slope that descent leaves.
 
         Parameters
         ----------
         training, when
             See `floor`.
+        path : NoiseFreePath, optional
+            Its slope is used in place of that on the quadratic.
 
         Returns
         -------
         float
         """
-        if self.path is not None:
-            return float(self.path.slope(training, when) @ self.displacement(training, when))
+        if path is not None:
+            return float(path.slope(training, when) @ self.displacement(training, when))
         pushed, descended = self._response(training, when), response(training, when)
 
         def function(h: FloatArray) -> FloatArray:
@@ -403,7 +398,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     top = (known.T @ forces[0], known.T @ forces[1])
     names = ("displacements", "differences", "beyond", "rises")
     slopes = Slopes(*(np.asarray(gradients[name]) for name in names))
-    return Drift(local, training, top, (rest[0], rest[1]), slopes, path=path)
+    return Drift(local, training, top, (rest[0], rest[1]), slopes)
 
 
 def _both_ends(

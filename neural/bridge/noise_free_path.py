@@ -28,8 +28,6 @@ from neural.curvature.risk import EmpiricalRisk
 FloatArray = NDArray[np.float64]
 #: Number of losses of the second half that are interpolated between, for other trainings.
 LOSSES = 16
-#: Number of moments of the path, denser towards its end, over which noise is summed.
-MOMENTS = 200
 #: Number of traces of the noise for every doubling of the steps.
 TRACES = 2
 #: Least change of the trace along the way, relative to that at its start, by which the noise is
@@ -86,7 +84,12 @@ class NoiseFreePath:
 
     def _scaled(self, training: Training, when: float | TimeAverage) -> float:
         """Number of steps of this path that go as far."""
-        return mean_step(when) * training.effective_lr / self.training.effective_lr
+        if isinstance(when, TimeAverage):
+            weights = when.weights()  # what they lack is that of the checkpoint, at step 0
+            steps = float(np.arange(1, when.steps + 1) @ weights)
+        else:
+            steps = when
+        return steps * training.effective_lr / self.training.effective_lr
 
     def _time(self, training: Training, when: float | TimeAverage) -> float:
         return min(self._scaled(training, when), float(self.training.steps))
@@ -196,79 +199,14 @@ class NoiseFreePath:
         whole = self.traces[-1] - self.traces[0]
         if abs(whole) <= TRACE_CHANGE * self.traces[0]:
             return self.fraction(training, when)
-        return (self._traces(training, when)[()] - self.traces[0]) / whole
-
-    def earlier_noise(
-        self, training: Training, when: float | TimeAverage, curvature: FloatArray
-    ) -> FloatArray:
-        """Noise that a direction remembers, relative to the noise after the training's steps.
-
-        Parameters
-        ----------
-        training, when
-            See `change`.
-        curvature : ndarray, shape (k,)
-            h, of every direction.
-
-        Returns
-        -------
-        ndarray, shape (k,)
-            Mean of the noise's trace over the steps t before T, that of `when`, with the weights
-            (1 - lr h)^(T - t), over its trace after the steps of the training.
-        """
-        steps = mean_step(when)
-        ages, spans = moments(steps)
-        left = np.abs(1.0 - np.clip(training.effective_lr * curvature, 0.0, 1.0))
-        weights = spans[:, None] * left ** ages[:, None]
-        then = self._traces(training, np.maximum(steps - 1.0 - ages, 0.0))
-        now = max(float(self._traces(training, float(training.steps))), 1e-300)
-        return np.asarray(then @ weights / weights.sum(0) / now)
-
-    def _traces(self, training: Training, when: float | TimeAverage | FloatArray) -> FloatArray:
-        """Trace of the noise, linear in log steps: it falls as a power of them."""
+        # Linear in log steps beyond the first one: the trace falls as a power of the steps.
         x, known = (np.log1p(t) for t in (self._times(training, when), self.trace_steps))
-        return np.asarray(np.interp(x, known, self.traces))
+        return (np.interp(x, known, self.traces)[()] - self.traces[0]) / whole
 
     def _times(self, training: Training, when: float | TimeAverage | FloatArray) -> FloatArray:
         if isinstance(when, np.ndarray):
             return np.asarray(when * training.effective_lr / self.training.effective_lr)
         return np.array(self._time(training, when))
-
-
-def mean_step(when: float | TimeAverage) -> float:
-    """Mean number of steps of an average over time; of a number of steps, itself.
-
-    Parameters
-    ----------
-    when : float or TimeAverage
-
-    Returns
-    -------
-    float
-    """
-    if not isinstance(when, TimeAverage):
-        return when
-    weights = when.weights()  # what they lack is that of the checkpoint, at step 0
-    return float(np.arange(1, when.steps + 1) @ weights)
-
-
-def moments(steps: float) -> tuple[FloatArray, FloatArray]:
-    """Moments before the last of some steps, denser towards it, over which noise is summed.
-
-    Parameters
-    ----------
-    steps : float
-        T, at least 1.
-
-    Returns
-    -------
-    ages, spans : ndarray, shape (m,)
-        Steps after that of each moment, and number of steps that it stands for. Its noise
-        is that of the weights after T - 1 - age steps.
-    """
-    ages = np.unique(np.geomspace(1.0, steps, MOMENTS).round()) - 1.0
-    spans = np.diff(ages, append=steps)
-    return ages + 0.5 * np.maximum(spans - 1.0, 0.0), spans
 
 
 def measure_path(

@@ -170,7 +170,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     problem = local.problem().replace(initial_mean=0.0)
     steps = [when if isinstance(when, int) else when.steps for when in at]
     excesses = expected_excess(problem, training, local.examples, [*at, *steps])
-    predictions, width = [], _width(local, training)
+    predictions, width, path = [], _width(local, training), gaussian.path
     for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
         # Far from a minimum the noise may be predicted to vanish.
         runs = iterate / excess if isinstance(when, TimeAverage) and excess > 0.0 else 1.0
@@ -184,7 +184,7 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
         predictions.append(
             Prediction(
                 descent=_fall(gaussian, when),
-                cross=drift.cross(training, when),
+                cross=drift.cross(training, when, path),
                 floor=drift.floor(training, when),
                 excess=excess,
                 curvature_change_part=change_part,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, calm_end, descended
-from neural.bridge.noise_free_path import NoiseFreePath, moments
+from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, rest_trace
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.shared_base import mean_model
@@ -39,6 +39,8 @@ NAMES = ("curvature", "noise", "trace")
 
 #: Work of the gradients of single examples, in gradients of their mean; about.
 PASS = 2
+#: Number of moments of the path, denser towards its end, of which the noise is summed.
+MOMENTS = 200
 
 
 @dataclass(frozen=True)
@@ -229,10 +231,11 @@ class Smoothing:
         """
         if self.far is None:
             return np.full((len(curvature), len(curvature)), self._noise_scale(training))
-        ages, spans = moments(training.steps)
+        ages = np.unique(np.geomspace(1.0, training.steps, MOMENTS).round()) - 1.0
+        spans = np.diff(ages, append=training.steps)
         left = np.abs(1.0 - np.clip(training.effective_lr * curvature, 0.0, 2.0))
-        weights = left ** ages[:, None]
-        done = self.far.noise_fraction(training, training.steps - 1.0 - ages)
+        weights = left ** (ages + 0.5 * (spans - 1.0))[:, None]
+        done = self.far.noise_fraction(training, training.steps - ages - 0.5 * (spans - 1.0))
         whole = weights.T @ (spans[:, None] * weights)
         return np.asarray(weights.T @ ((spans * done)[:, None] * weights) / whole)
 

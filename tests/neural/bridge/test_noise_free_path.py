@@ -93,30 +93,7 @@ def test_without_a_path_descent_is_that_of_the_quadratic() -> None:
     drift = measure_drift(bowl.risk, local, TRAINING, path=path, displacements=2)
     moved = drift.displacement(TRAINING)
     along = bowl.gradient(bowl.risk.weights + torch.from_numpy(path.ends[0])).numpy() @ moved
-    assert drift.cross(TRAINING, TRAINING.steps) == pytest.approx(along, abs=1e-15)
-
-
-def test_the_force_was_stronger_where_the_noise_was() -> None:
-    """Against the recursion of the mean under a force that falls with the noise."""
-    risk = Bowl((2.0, 0.3, 0.05), away=0.3).risk
-    local, path = measure_local(risk, None), measure_path(risk, TRAINING, PLAN)
-    fall = 1.0 - 0.8 * np.log1p(path.trace_steps) / np.log1p(TRAINING.steps)
-    path = replace(path, traces=fall * path.traces[0])
-    h, now = local.pairs.values, fall[-1]
-    moved, steady, lr = np.zeros(3), np.zeros(3), TRAINING.lr
-    for step in range(TRAINING.steps):
-        noise = 1.0 - 0.8 * np.log1p(step) / np.log1p(TRAINING.steps)
-        moved = (1.0 - lr * h) * moved + noise / now
-        steady = (1.0 - lr * h) * steady + 1.0
-    found = path.earlier_noise(TRAINING, TRAINING.steps, h)
-    agree(found, moved / steady, 0.01)  # it is known at some moments only
-    assert found[-1] > found[0] > 1.0
-    drift = measure_drift(risk, local, TRAINING, path=path, displacements=2)
-    forces = (np.ones(3), np.ones(3))
-    drift = replace(drift, force_top=forces)
-    part = drift.displacement(TRAINING) @ local.pairs.vectors
-    whole = replace(drift, path=None).displacement(TRAINING) @ local.pairs.vectors
-    agree(part / whole, found, 1e-9)
+    assert drift.cross(TRAINING, TRAINING.steps, path) == pytest.approx(along, abs=1e-15)
 
 
 def test_the_scatter_remembers_the_noise_of_the_way() -> None:
@@ -134,7 +111,7 @@ def test_the_scatter_remembers_the_noise_of_the_way() -> None:
     seen = Smoothing(local, TRAINING, still, still, change, far=far).seen_by(TRAINING)
     left, expected = np.diag(1.0 - TRAINING.lr * local.pairs.values), zero
     for step in range(1, TRAINING.steps + 1):
-        noise = local.noise + fall[step - 1] * less
+        noise = local.noise + fall[step] * less
         expected = left @ expected @ left + TRAINING.lr**2 / TRAINING.batch_size * noise
     turn = seen.pairs.vectors.T @ local.pairs.vectors
     # The noise before the end is that of a few moments, and not of all of the first ones.
