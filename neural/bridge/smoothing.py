@@ -522,13 +522,10 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
                 averaged = [
                     total + share * value for total, value in zip(averaged, end, strict=True)
                 ]
-        descent: Any = tuple(
-            old + getattr(still.descent, name)
-            for name, old in zip(
-                NAMES, (np.diag(local.pairs.values), local.noise, local.noise_trace), strict=True
-            )
-        )
-        if path is not still.far:
+        if path is still.far:
+            start = zip(NAMES, _at_checkpoint(local), strict=True)
+            descent: Any = [old + getattr(still.descent, name) for name, old in start]
+        else:
             descent = _along(risk.at(descent_end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
         return _differences("width", averaged, mean) | _differences("mean", mean, descent)
@@ -574,8 +571,7 @@ def measure_descent(  # noqa: PLR0913 - options, by keyword
 
     def descended() -> dict[str, Any]:
         end = _along(risk.at(risk.weights + vector(risk, moved)), vectors, progress)
-        checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
-        return _differences("descent", end, checkpoint)
+        return _differences("descent", end, _at_checkpoint(local))
 
     found = (cache or Cache()).of(risk, seed=seed)(
         "descent", descended, local=local.key(), moved=f"{float(np.linalg.norm(moved)):.8g}"
@@ -583,6 +579,11 @@ def measure_descent(  # noqa: PLR0913 - options, by keyword
     zero = np.zeros_like(local.noise)
     none = Change(zero, zero, 0.0)
     return Smoothing(local, training, none, none, _change(found, "descent"), far=far)
+
+
+def _at_checkpoint(local: LocalQuadratic) -> tuple[FloatArray, FloatArray, float]:
+    """Curvature and noise there, as `_along` gives them."""
+    return np.diag(local.pairs.values), local.noise, local.noise_trace
 
 
 def _differences(change: str, after: Any, before: Any) -> dict[str, Any]:
