@@ -20,7 +20,7 @@ from neural.bridge.comparison import (
 )
 from neural.bridge.config import ADAPTIVE, BridgeConfig, Plan, Training
 from neural.bridge.control_variate import measure_control_variate
-from neural.bridge.drift import descent, descent_of_loss
+from neural.bridge.drift import descent
 from neural.bridge.gaussian import (
     WeightGaussian,
     gradients_and_products,
@@ -43,8 +43,6 @@ from nqm.progress import Progress, counted
 #: If noise-free descent changes the loss by less than this fraction of the excess of the mean of
 #: the most runs, it is that on the quadratic; else it is trained.
 STILL = 0.01
-#: Largest difference of the loss and its quadratic after descent, over the predicted change.
-DESCENT = 0.5
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,8 @@ def measure(
     Raises
     ------
     NQMError
-        If epochs are shuffled and a batch size does not divide the number of examples, or the
-        checkpoint is too far from a minimum (`check_descent`).
+        If epochs are shuffled and a batch size does not divide the number of examples, or no
+        learning rate is stable where noise-free descent ends (`check_descent`).
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
@@ -177,66 +175,31 @@ def check_plan(config: BridgeConfig, plan: Plan | None) -> None:
         )
 
 
-def check_descent(
-    risk: EmpiricalRisk, local: LocalQuadratic, trainings: Sequence[Training]
-) -> None:
-    """Check that noise-free descent on the quadratic is that of the loss, before more is measured.
-
-    Takes one evaluation of the loss for each training. A training fails if the loss at the
-    predicted end of the descent differs from the quadratic's by more than `DESCENT` times the
-    predicted change (descent, and the excess by noise of one run).
+def check_descent(averages: Smoothing, trainings: Sequence[Training]) -> None:
+    """Check that some learning rate is stable where noise-free descent ends, before more is done.
 
     Parameters
     ----------
-    risk : EmpiricalRisk
-        The network's training loss.
-    local : LocalQuadratic
-        Measured on this risk.
+    averages : Smoothing
+        Gives the curvature measured there.
     trainings : sequence of Training
-        Those above the edge of stability are not checked.
+        The trainings.
 
     Raises
     ------
     NQMError
-        If all trainings fail.
+        If none is stable there.
     """
-    failed = []
-    for training in trainings:
-        fault = descent_fault(risk, local, training)
-        if fault is None:
-            return
-        failed.append(fault)
+    ends = [averages.at_descent(training) for training in trainings]
+    limits = [largest_stable_lr(end, t) for end, t in zip(ends, trainings, strict=True)]
+    if any(training.lr < limit for training, limit in zip(trainings, limits, strict=True)):
+        return
+    before, after = averages.local.largest, max(end.largest for end in ends)
     raise NQMError(
-        "the checkpoint is too far from a minimum for the quadratic: its change of the loss by "
-        f"descent in {trainings[0].steps} steps is {'; '.join(dict.fromkeys(failed))}; set "
-        "bridge.minimise = 300, or lower bridge.steps or bridge.lr_times_sharpness"
+        f"no learning rate is stable where noise-free descent ends: from the checkpoint to there "
+        f"the largest curvature grows from {before:.3g} to {after:.3g}; lower "
+        "bridge.lr_times_sharpness, or set bridge.minimise = 300"
     )
-
-
-def descent_fault(risk: EmpiricalRisk, local: LocalQuadratic, training: Training) -> str | None:
-    """Say how far descent on the quadratic is from that of the loss, if it is too far.
-
-    Parameters
-    ----------
-    risk, local
-        See `check_descent`.
-    training : Training
-        A training.
-
-    Returns
-    -------
-    str or None
-        Both changes of the loss. None if they agree, or above the edge of stability.
-    """
-    of_mean = mean_model(local)
-    if training.lr >= largest_stable_lr(of_mean, training):
-        return None
-    problem = of_mean.problem().replace(initial_mean=0.0)
-    predicted, actual = descent_of_loss(risk, of_mean, training)
-    excess = expected_excess(problem, training, local.examples, [training.steps])[0]
-    if abs(actual - predicted) <= DESCENT * (abs(predicted) + excess):
-        return None
-    return f"{predicted:.3g} predicted and {actual:.3g} evaluated at lr = {training.lr:.3g}"
 
 
 #: How the stages of the noise-free paths end, which begin with their rates.
@@ -378,9 +341,10 @@ def _gaussians(
     """Gaussian of the weights of every training."""
     config = options["config"]
     trainings = config.trainings(local.largest)
-    check_descent(risk, local, trainings)
     paths = paths_of(risk, local, trainings, plan, **options)
     averages = averages_of(risk, local, paths, **options)
+    if averages is not None:
+        check_descent(averages, trainings)
     work = _work(local, config) * len(trainings)
     third = counted(options["progress"], "third derivatives", work)
     return tuple(
@@ -560,9 +524,10 @@ def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Opt
     """
     own_plan, options = parts_of(plan, **options)[part]
     own, local = _part(risk, own_plan, **options)
-    check_descent(own, local, options["config"].trainings(local.largest))
     shared = shared_trainings(local, options["config"])
-    averages_of(own, local, paths_of(own, local, shared, plan, **options), **options)
+    averages = averages_of(own, local, paths_of(own, local, shared, plan, **options), **options)
+    if averages is not None:
+        check_descent(averages, options["config"].trainings(local.largest))
 
 
 def store_training(

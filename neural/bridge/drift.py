@@ -284,33 +284,6 @@ def _bounded_response(training: Training, when: When | None = None) -> Function:
     return bounded
 
 
-def descent_of_loss(
-    risk: EmpiricalRisk, local: LocalQuadratic, training: Training
-) -> tuple[float, float]:
-    """Change of the quadratic and of the loss itself where noise-free descent is predicted to end.
-
-    Where the two differ much, the checkpoint is too far from a minimum for the quadratic.
-
-    Parameters
-    ----------
-    risk : EmpiricalRisk
-        The network's training loss.
-    local : LocalQuadratic
-        Measured on this risk.
-    training : Training
-        Gives the effective learning rate and the number of steps.
-
-    Returns
-    -------
-    predicted, actual : float
-        Relative to the checkpoint, both at the same weights (`descended`).
-    """
-    psi = _bounded_response(training)
-    h, _, g = local.points()
-    end = risk.weights + vector(risk, descended(local, training))
-    return float(g @ (0.5 * psi(h) ** 2 * h - psi(h))), risk.loss(end) - local.loss
-
-
 def measure_drift(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
     local: LocalQuadratic,

@@ -21,7 +21,7 @@ from neural.bridge.kinks import find_kinks
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.smoothing import Smoothing, half_of, measure_smoothing
+from neural.bridge.smoothing import Smoothing, half_of, measure_descent, measure_smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import TOGETHER, EmpiricalRisk
@@ -164,9 +164,12 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     """
     if not averaging_displacements:
         return None
+    still = measure_descent(
+        risk, local, reference, path=path, far=far, seed=seed, cache=cache, progress=progress
+    )
     drift = measure_drift(
         risk,
-        local,
+        still.at_descent(reference),
         reference,
         path=path,
         displacements=displacements,
@@ -179,9 +182,9 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
         risk,
         local,
         reference,
+        still=still,
         drift=drift,
         path=path,
-        far=far,
         displacements=averaging_displacements,
         noise_displacements=half_of(displacements),
         seed=seed,

@@ -2,8 +2,9 @@
 
 Far from a minimum a quadratic at the checkpoint does not tell where descent ends: curvature and
 noise change on the way. Full-batch descent is therefore trained once for each training. Its losses
-are the descent of the prediction, its weights the places around which noise scatters, and the
-length of the way is the measure by which curvature and noise are interpolated between places.
+are the descent of the prediction, its weights the places around which noise scatters. Between its
+ends, curvature is interpolated in the length of the way, and noise in its own trace, which is
+measured along the way: noise may fall by most of its size on a small part of the length.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from torch import Tensor
 from neural.bridge.config import Plan, Training
 from neural.bridge.iterate_averages import Running, TimeAverage
 from neural.bridge.sgd_chains import noise_free
+from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
-from neural.curvature.gradient_noise import trace
 from neural.curvature.risk import EmpiricalRisk
 
 FloatArray = NDArray[np.float64]
 #: Number of losses of the second half that are interpolated between, for other trainings.
 LOSSES = 16
+#: Number of traces of the noise for every doubling of the steps.
+TRACES = 2
+#: Least change of the trace along the way, relative to that at its start, by which the noise is
+#: interpolated; below it, in the length.
+TRACE_CHANGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class NoiseFreePath:
     ends, slopes : ndarray, shape (1 + a, p)
         Displacement from the checkpoint, and gradient of the loss there: at the end, then at the
         averages.
-    noise_trace : float
-        Trace of the covariance of one example's gradient at the end.
+    trace_steps, traces : ndarray, shape (m,)
+        Trace of the covariance of one example's gradient after these steps, from 0 to T.
     """
 
     training: Training
@@ -63,7 +69,13 @@ class NoiseFreePath:
     lengths: FloatArray
     ends: FloatArray
     slopes: FloatArray
-    noise_trace: float
+    trace_steps: FloatArray
+    traces: FloatArray
+
+    @property
+    def noise_trace(self) -> float:
+        """Trace of the covariance of one example's gradient at the end."""
+        return float(self.traces[-1])
 
     def _known(self, training: Training, when: float | TimeAverage) -> int | None:
         """Row of an average of this path."""
@@ -166,13 +178,35 @@ class NoiseFreePath:
         float, or ndarray of the shape of `when`
             In [0, 1].
         """
-        if isinstance(when, np.ndarray):
-            times = when * training.effective_lr / self.training.effective_lr
-        else:
-            times = np.array(self._time(training, when))
-        known = np.arange(len(self.lengths))
+        times = self._times(training, when)
         whole = max(float(self.lengths[-1]), 1e-300)
-        return np.interp(times, known, self.lengths)[()] / whole
+        return np.interp(times, np.arange(len(self.lengths)), self.lengths)[()] / whole
+
+    def noise_fraction(self, training: Training, when: float | TimeAverage | FloatArray) -> Any:
+        """Change of the noise's trace, as a fraction of that at the end.
+
+        Parameters
+        ----------
+        training, when
+            See `fraction`.
+
+        Returns
+        -------
+        float, or ndarray of the shape of `when`
+            1 at the end. It may leave [0, 1] where the trace does not change in one direction. The
+            `fraction` of the length if the trace changes by less than `TRACE_CHANGE`.
+        """
+        whole = self.traces[-1] - self.traces[0]
+        if abs(whole) <= TRACE_CHANGE * self.traces[0]:
+            return self.fraction(training, when)
+        # Linear in log steps beyond the first one: the trace falls as a power of the steps.
+        x, known = (np.log1p(t) for t in (self._times(training, when), self.trace_steps))
+        return (np.interp(x, known, self.traces)[()] - self.traces[0]) / whole
+
+    def _times(self, training: Training, when: float | TimeAverage | FloatArray) -> FloatArray:
+        if isinstance(when, np.ndarray):
+            return np.asarray(when * training.effective_lr / self.training.effective_lr)
+        return np.array(self._time(training, when))
 
 
 def measure_path(
@@ -204,15 +238,20 @@ def measure_path(
     """
     averages = plan.averages(training)
     at = sorted({*training.course_steps(plan.records), *training.course_steps(LOSSES)})
+    halvings = np.arange(TRACES * np.log2(training.steps) + 1.0) / TRACES
+    traced = sorted({0, *(training.steps * 0.5**halvings).round().astype(int).tolist()})
 
     def trained() -> dict[str, Any]:
         running, last, lengths = Running(averages, risk.weights), risk.weights, [0.0]
+        traces = [gradient_noise.trace(risk)]
 
         def seen(step: int, weights: Tensor) -> None:
             nonlocal last
             running(step, weights)
             lengths.append(lengths[-1] + float(torch.linalg.vector_norm(weights - last)))
             last = weights
+            if step in traced:
+                traces.append(gradient_noise.trace(risk.at(weights)))
             if progress is not None:
                 progress(1)
 
@@ -220,18 +259,17 @@ def measure_path(
         losses = noise_free(risk, training, at, seen=seen) - start
         means = [running.values[average.name] for average in averages]
         places = [last, *means]
-        population = 1.0 - 1.0 / risk.examples  # as in `measure_local`
         return {
             "losses": np.concatenate([[0.0], losses, [risk.loss(mean) - start for mean in means]]),
             "lengths": np.array(lengths),
             "ends": np.stack([(w - risk.weights).double().cpu().numpy() for w in places]),
             "slopes": np.stack([risk.gradient(w).double().cpu().numpy() for w in places]),
-            "noise_trace": np.array(population * trace(risk.at(last))),
+            "traces": np.array(traces),
         }
 
     own = replace(training, batch_size=1, sampling="with replacement")  # they do not matter
     stored = (cache or Cache()).of(risk)(
-        "noise_free_path", trained, training=own, at=at, averages=averages
+        "noise_free_path", trained, training=own, at=at, averages=averages, traced=traced
     )
     return NoiseFreePath(
         training,
@@ -241,7 +279,8 @@ def measure_path(
         lengths=np.asarray(stored["lengths"]),
         ends=np.asarray(stored["ends"]),
         slopes=np.asarray(stored["slopes"]),
-        noise_trace=float(stored["noise_trace"]),
+        trace_steps=np.array(traced, dtype=float),
+        traces=np.asarray(stored["traces"]),
     )
 
 

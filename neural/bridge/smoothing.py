@@ -3,9 +3,10 @@
 To leading order in lr / B, three things change the averages: the covariance of the weights, the
 displacement of their mean by the noise (`neural.bridge.drift`), which is of the same order, and the
 displacement by noise-free descent. The change is measured in one training, along the known
-eigenpairs: at both ends of random displacements around the mean, at the mean, and at the end of
-descent. For any other training the first contribution is scaled with the covariance, the other two
-with the displacements.
+eigenpairs: at the end of descent, then, at both ends of random displacements with the covariance
+there, around the mean, and at the mean. For any other training the change with the covariance is
+scaled with it, that with the mean and that of curvature with the displacements, and that of noise
+along descent with its trace.
 """
 
 from __future__ import annotations
@@ -134,7 +135,13 @@ class Smoothing:
 
     @cached_property
     def _covariance(self) -> FloatArray:
-        return covariance(self.local, self.training)
+        return self._scatter(self.training)
+
+    def _scatter(self, training: Training) -> FloatArray:
+        """Covariance of the weights `at_descent`, along the checkpoint's eigenpairs."""
+        there = self.at_descent(training)
+        turn = self.local.pairs.vectors.T @ there.pairs.vectors
+        return np.asarray(turn @ covariance(there, training) @ turn.T)
 
     @cached_property
     def _descent(self) -> FloatArray:
@@ -160,7 +167,7 @@ class Smoothing:
         """
         stationary = training.noise_ratio(self.training)
         with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
-            scale = _projection(self._covariance, covariance(self.local, training))
+            scale = _projection(self._covariance, self._scatter(training))
         return min(scale, stationary) if np.isfinite(scale) else stationary
 
     def mean_scale(self, training: Training) -> float:
@@ -200,11 +207,17 @@ class Smoothing:
         scale = _projection(self._descent, descended(self.local, training))
         return float(np.clip(scale, 0.0, 1.0))
 
+    def _noise_scale(self, training: Training) -> float:
+        """Change of the noise by descent in another training, relative to the measured one's."""
+        if self.far is None:
+            return self.descent_scale(training)
+        return float(self.far.noise_fraction(training, training.steps))
+
     def remembered(self, training: Training, curvature: FloatArray) -> FloatArray:
         """Part of the noise's change by descent that the scatter at the end remembers.
 
         The scatter along two directions i, j is a sum over steps t of their noise then, with the
-        weight ((1 - lr h_i) (1 - lr h_j))^(T - t). The noise changes with the length of the path.
+        weight ((1 - lr h_i) (1 - lr h_j))^(T - t), h at the end. The noise changes with its trace.
 
         Parameters
         ----------
@@ -216,15 +229,15 @@ class Smoothing:
         Returns
         -------
         ndarray, shape (k, k)
-            Means of the `descent_scale` of the steps with these weights, in [0, 1].
+            Means of `NoiseFreePath.noise_fraction` over the steps with these weights.
         """
         if self.far is None:
-            return np.full((len(curvature), len(curvature)), self.descent_scale(training))
+            return np.full((len(curvature), len(curvature)), self._noise_scale(training))
         ages = np.unique(np.geomspace(1.0, training.steps, MOMENTS).round()) - 1.0
         spans = np.diff(ages, append=training.steps)
         left = np.abs(1.0 - np.clip(training.effective_lr * curvature, 0.0, 2.0))
         weights = left ** (ages + 0.5 * (spans - 1.0))[:, None]
-        done = self.far.fraction(training, training.steps - ages - 0.5 * (spans - 1.0))
+        done = self.far.noise_fraction(training, training.steps - ages - 0.5 * (spans - 1.0))
         whole = weights.T @ (spans[:, None] * weights)
         return np.asarray(weights.T @ ((spans * done)[:, None] * weights) / whole)
 
@@ -266,35 +279,55 @@ class Smoothing:
         LocalQuadratic
             With eigenpairs of the averaged curvature, kinks included.
         """
-        changes = (
+        return self._averaged(
+            training,
+            self.kinks,
             (self.width, self.width_scale(training)),
             (self.mean, mean_part * self.mean_scale(training)),
-            (self.descent, self.descent_scale(training)),
         )
+
+    def at_descent(self, training: Training) -> LocalQuadratic:
+        """The local model where noise-free descent ends, without kinks.
+
+        Parameters
+        ----------
+        training : Training
+            The training.
+
+        Returns
+        -------
+        LocalQuadratic
+            Its noise is that which the scatter at the end remembers.
+        """
+        return self._averaged(training, Kinks.none())
+
+    def _averaged(
+        self, training: Training, kinks: Kinks, *changes: tuple[Change, float]
+    ) -> LocalQuadratic:
+        """The local model where descent ends, with kinks, and changes times their factors."""
         local = self.local
-        along = local.pairs.values + self.kinks.pairs
-        curvature = np.sum([scale * change.curvature for change, scale in changes], axis=0)
+        along = local.pairs.values + kinks.pairs
+        curvature = self.descent_scale(training) * self.descent.curvature
+        curvature = curvature + sum(scale * change.curvature for change, scale in changes)
         size, turn = np.linalg.eigh(np.diag(along) + curvature)
         size, turn = size[::-1], turn[:, ::-1]
         size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
-        noise = local.noise + np.sum([s * change.noise for change, s in changes[:-1]], axis=0)
+        noise = local.noise + sum(scale * change.noise for change, scale in changes)
         remembered = self.remembered(training, size)
         by_descent = remembered * (turn.T @ self.descent.noise @ turn)
         noise = turn.T @ noise @ turn + by_descent
         power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
         # Differences and rounding may make a variance negative; it is set to zero.
         noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)
-        trace = local.noise_trace + sum(scale * change.trace for change, scale in changes[:-1])
+        trace = local.noise_trace + sum(scale * change.trace for change, scale in changes)
         beyond = self.descent.trace - float(np.trace(self.descent.noise))
-        trace += float(np.trace(by_descent)) + float(remembered.min()) * beyond
+        trace += float(np.trace(by_descent)) + float(remembered[-1, -1]) * beyond
         return replace(
             local,
             pairs=Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals),
             noise=noise,
             slope=turn.T @ local.slope,
-            draws=tuple(
-                replace(draw, values=draw.values + self.kinks.rest) for draw in local.draws
-            ),
+            draws=tuple(replace(draw, values=draw.values + kinks.rest) for draw in local.draws),
             noise_trace=max(trace, float(np.trace(noise))),
         )
 
@@ -394,7 +427,7 @@ class Smoothing:
         """
         change = self.width_scale(training) * self.width.trace
         change += self.mean_scale(training) * self.mean.trace
-        at_descent = self.local.noise_trace + self.descent_scale(training) * self.descent.trace
+        at_descent = self.local.noise_trace + self._noise_scale(training) * self.descent.trace
         return change / max(at_descent, 1e-300)
 
     def kink_fraction(self) -> float:
@@ -420,6 +453,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     local: LocalQuadratic,
     training: Training,
     *,
+    still: Smoothing | None = None,
     drift: Drift | None = None,
     scatter: LocalQuadratic | None = None,
     path: NoiseFreePath | None = None,
@@ -440,10 +474,12 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         Measured on this risk.
     training : Training
         The training whose covariance the displacements have.
+    still : Smoothing, optional
+        Result of `measure_descent`, which is measured by default.
     drift : Drift, optional
         Force that displaces the mean of the weights; by default the mean is where descent ends.
     scatter : LocalQuadratic, optional
-        Local model that gives the covariance of the displacements, if it is not `local`.
+        Local model that gives the covariance of the displacements; by default `at_descent`.
     path : NoiseFreePath, optional
         Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
     far : NoiseFreePath, optional
@@ -473,6 +509,12 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     """
     check_integer("averaging_displacements", displacements, 1)
     vectors = local.pairs.vectors
+    stored = (cache or Cache()).of(risk, seed=seed)
+    if still is None:
+        still = measure_descent(
+            risk, local, training, path=path, far=far, seed=seed, cache=cache, progress=progress
+        )
+    seen = scatter or still.at_descent(training)
     descent_end = risk.weights + vector(risk, calm_end(local, training, path))
     centre, pushed = descent_end, 0.0
     if drift is not None:
@@ -482,18 +524,17 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     count = max(displacements, noise_displacements)
 
     def averages() -> dict[str, Any]:
-        model = scatter or local
-        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(model, training)
-        checkpoint = np.diag(local.pairs.values), local.noise, local.noise_trace
-        descent = _along(risk.at(descent_end), vectors, progress)
-        if far is not None:
-            end = risk.weights + vector(risk, far.ends[0])
-            farthest = descent if far is path else _along(risk.at(end), vectors, progress)
+        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(seen, training)
+        if path is still.far:
+            start = zip(NAMES, _at_checkpoint(local), strict=True)
+            descent: Any = [old + getattr(still.descent, name) for name, old in start]
+        else:
+            descent = _along(risk.at(descent_end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
         samples = None if local.complete else ExampleSamples(risk.at(centre), SAMPLE, [seed, 8])
         curvature, noise = np.zeros((2, *local.noise.shape))
         trace = 0.0
-        for i, normal in enumerate(matched_normals(model, training, rng, count)):
+        for i, normal in enumerate(matched_normals(seen, training, rng, count)):
             moved = vector(risk, drawn(rng, None, normal))
             for end in (centre + moved, centre - moved):
                 own_noise, own_trace = _noise(risk.at(end), vectors, progress)
@@ -511,36 +552,75 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             if alone and progress is not None:
                 progress(_work_at(risk, local))
         averaged = mean[0] + curvature / displacements, noise, trace
-        changes = {
-            "width": (averaged, mean),
-            "mean": (mean, descent),
-            "descent": (descent if far is None else farthest, checkpoint),
-        }
-        return {
-            f"{change}-{name}": new - old
-            for change, (after, before) in changes.items()
-            for name, new, old in zip(NAMES, after, before, strict=True)
-        }
+        return _differences("width", averaged, mean) | _differences("mean", mean, descent)
 
-    settings: dict[str, Any] = {"sample": SAMPLE}
-    settings |= {} if far is None else {"far": f"{float(far.lengths[-1]):.8g}"}
-    if scatter is not None:
-        settings["scatter"] = scatter.key()
-    stored = (cache or Cache()).of(risk, seed=seed)(
+    found = stored(
         "averages",
         averages,
         training=training,
         displacements=displacements,
         noise_displacements=count,
         local=local.key(),
+        seen=seen.key(),
         pushed=f"{pushed:.8g}",
-        **settings,
+        sample=SAMPLE,
     )
-    width, mean_change, descent = (
-        Change(stored[f"{name}-curvature"], stored[f"{name}-noise"], float(stored[f"{name}-trace"]))
-        for name in ("width", "mean", "descent")
+    width, mean = _change(found, "width"), _change(found, "mean")
+    return replace(still, width=width, mean=mean, drift=drift)
+
+
+def measure_descent(  # noqa: PLR0913 - options, by keyword
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    training: Training,
+    *,
+    path: NoiseFreePath | None = None,
+    far: NoiseFreePath | None = None,
+    seed: int = 0,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Smoothing:
+    """Measure how curvature and noise change along descent: the first stage of `measure_smoothing`.
+
+    Parameters
+    ----------
+    risk, local, training, path, far, seed, cache, progress
+        See `measure_smoothing`.
+
+    Returns
+    -------
+    Smoothing
+        Its changes with covariance and mean are zero.
+    """
+    vectors = local.pairs.vectors
+    moved = calm_end(local, training, path) if far is None else far.ends[0]
+
+    def descended() -> dict[str, Any]:
+        end = _along(risk.at(risk.weights + vector(risk, moved)), vectors, progress)
+        return _differences("descent", end, _at_checkpoint(local))
+
+    found = (cache or Cache()).of(risk, seed=seed)(
+        "descent", descended, local=local.key(), moved=f"{float(np.linalg.norm(moved)):.8g}"
     )
-    return Smoothing(local, training, width, mean_change, descent, drift, far=far)
+    zero = np.zeros_like(local.noise)
+    none = Change(zero, zero, 0.0)
+    return Smoothing(local, training, none, none, _change(found, "descent"), far=far)
+
+
+def _at_checkpoint(local: LocalQuadratic) -> tuple[FloatArray, FloatArray, float]:
+    """Curvature and noise there, as `_along` gives them."""
+    return np.diag(local.pairs.values), local.noise, local.noise_trace
+
+
+def _differences(change: str, after: Any, before: Any) -> dict[str, Any]:
+    """Arrays of a change, for the cache."""
+    values = zip(NAMES, after, before, strict=True)
+    return {f"{change}-{name}": new - old for name, new, old in values}
+
+
+def _change(stored: dict[str, Any], name: str) -> Change:
+    curvature, noise, trace = (stored[f"{name}-{what}"] for what in NAMES)
+    return Change(curvature, noise, float(trace))
 
 
 def half_of(displacements: int) -> int:
@@ -606,8 +686,7 @@ def _noise(
     risk: EmpiricalRisk, vectors: FloatArray, progress: Progress | None
 ) -> tuple[FloatArray, float]:
     """Noise along directions, (k, k), and the trace of the whole noise."""
-    population = 1.0 - 1.0 / risk.examples
     noise, trace = gradient_noise.covariance_and_trace(risk, vectors)
     if progress is not None:
         progress(PASS)
-    return population * noise, population * trace
+    return noise, trace

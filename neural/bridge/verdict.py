@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Relative change of the noise up to which a first-order correction is taken to be valid.
+#: Relative change of the noise by scatter up to which a first-order correction is taken to hold.
+#: Its change along noise-free descent has no bound: it is measured, and not extrapolated.
 FEEDBACK = 0.4
+#: Largest part of the rise by noise that may be due to the slope that descent leaves (`cross`): the
+#: displacement along it is known less well than the scatter.
+ALONG_SLOPE = 0.4
 #: What to do where that is exceeded everywhere.
 FAR = (
     "the checkpoint is too far from a minimum of the measured loss, or the learning rates are too "
@@ -61,13 +65,15 @@ def verdict(
         f"Noise along the stiffest directions goes as h^{exponent:.2f}; the noise "
         f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
     ]
-    near = in_range(table)
+    near = in_range(table) & ~along_slope(table)
     if not near.all():
         cells = f"{int(near.sum())} of {len(table)} cells are" if near.any() else "No cell is"
         lines.insert(
             0,
-            f"{cells} within the range of the theory (noise predicted to change by less than "
-            f"{FEEDBACK:.0%}): " + ("only those are counted below." if near.any() else FAR),
+            f"{cells} within the range of the theory (scatter predicted to change the noise by "
+            f"less than {FEEDBACK:.0%}, and the slope that descent leaves to make less than "
+            f"{ALONG_SLOPE:.0%} of the rise): "
+            + ("only those are counted below." if near.any() else FAR),
         )
     whole, diverged = table, np.isinf(table["measured"])
     lines += _diverged(table[diverged])
@@ -98,20 +104,33 @@ def _diverged(table: pd.DataFrame) -> Iterator[str]:
 
 
 def in_range(table: pd.DataFrame) -> pd.Series[bool]:
-    """Rows whose noise is predicted to change little enough for first order to hold.
+    """Rows whose noise is predicted to change little enough by scatter for first order to hold.
 
     Parameters
     ----------
     table : DataFrame
-        Columns ``noise_growth`` and ``noise_change_on_path``; NaN where nothing was measured, which
-        counts as no change.
+        Column ``noise_growth``; NaN where nothing was measured, which counts as no change.
 
     Returns
     -------
     Series of bool
     """
-    near: pd.Series[bool] = ~(table["noise_growth"].abs() > FEEDBACK)
-    return near & ~(table["noise_change_on_path"].abs() > FEEDBACK)
+    return ~(table["noise_growth"].abs() > FEEDBACK)
+
+
+def along_slope(table: pd.DataFrame) -> pd.Series[bool]:
+    """Rows whose rise by noise is, in too large a part, a displacement along a slope.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns ``cross`` and ``predicted_rise``.
+
+    Returns
+    -------
+    Series of bool
+    """
+    return table["cross"].abs() > ALONG_SLOPE * table["predicted_rise"].abs()
 
 
 def rank_order(table: pd.DataFrame) -> tuple[int, int]:
@@ -188,10 +207,7 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
         )
     on_path = table.loc[table["noise_change_on_path"].notna(), "noise_change_on_path"]
     if len(on_path):
-        line = f"On the noise-free path the noise changes by {_range(on_path)}"
-        if on_path.abs().max() > FEEDBACK:
-            line += ", beyond the validity of first order: minimise further before measuring"
-        yield f"{line}."
+        yield f"On the noise-free path the noise changes by {_range(on_path)}."
 
 
 def _range(changes: pd.Series[float]) -> str:

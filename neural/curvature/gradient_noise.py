@@ -32,7 +32,7 @@ class PowerLaw:
 
 
 def trace(risk: EmpiricalRisk) -> float:
-    """Compute the trace of the sample covariance of the examples' gradients.
+    """Compute the trace of the covariance of the gradient of an example drawn from these N.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def trace(risk: EmpiricalRisk) -> float:
     Returns
     -------
     float
-        With denominator N - 1.
+        With denominator N: minibatches are drawn so.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def trace(risk: EmpiricalRisk) -> float:
 
 
 def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatArray:
-    """Compute the sample covariance of the examples' gradients along some directions.
+    """Compute the covariance of the gradient of an example drawn from these N along directions.
 
     One pass over the data suffices for any number of directions: the covariances of batches are
     pooled (Chan, Golub & LeVeque 1983).
@@ -68,7 +68,7 @@ def covariance(risk: EmpiricalRisk, vectors: FloatArray | None = None) -> FloatA
     Returns
     -------
     ndarray, shape (k, k)
-        With denominator N - 1.
+        With denominator N: minibatches are drawn so.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def covariance_and_trace(
     Returns
     -------
     covariance : ndarray, shape (k, k)
-        With denominator N - 1.
+        With denominator N: minibatches are drawn so.
     trace : float
         That of the covariance of all weights.
 
@@ -116,7 +116,7 @@ def covariance_and_trace(
         done += len(g)
     if done < 2:
         raise NQMError(f"gradient noise needs at least two examples; got {done}")
-    return products / (done - 1), (squares - float(total @ total) / done) / (done - 1)
+    return products / done, (squares - float(total @ total) / done) / done
 
 
 def fit_power_law(curvature: FloatArray, noise: FloatArray) -> PowerLaw:

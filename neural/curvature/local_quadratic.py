@@ -237,8 +237,6 @@ def measure_local(
         raise NQMError("gradient noise needs at least two examples; got 1")
     stored = (cache or Cache()).of(risk, seed=seed)
     complete = eigenpairs is None or eigenpairs >= risk.size
-    # From the sample covariance to that of an example drawn from these N: minibatches are drawn so.
-    population = 1.0 - 1.0 / risk.examples
 
     def stiffest() -> dict[str, Any]:
         if complete:
@@ -248,7 +246,7 @@ def measure_local(
         else:
             assert eigenpairs is not None
             pairs = leading_pairs(risk, eigenpairs, seed=seed, progress=progress)
-        noise = population * gradient_noise.covariance(risk, pairs.vectors)
+        noise = gradient_noise.covariance(risk, pairs.vectors)
         return vars(pairs) | {"noise": noise}
 
     settings = {} if complete else {"eigenpairs": eigenpairs}
@@ -278,8 +276,8 @@ def measure_local(
     if complete:
         trace = np.trace(top["noise"])
     else:
-        known_trace = stored("noise_trace", lambda: {"trace": np.array(gradient_noise.trace(risk))})
-        trace = population * known_trace["trace"]
+        known_trace = stored("trace", lambda: {"trace": np.array(gradient_noise.trace(risk))})
+        trace = known_trace["trace"]
     return LocalQuadratic(
         risk.loss(),
         known,

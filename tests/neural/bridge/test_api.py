@@ -9,23 +9,21 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from torch import Tensor
 
 from neural.bridge.api import check_descent, compare, measure, predict
 from neural.bridge.best_lr import best_lrs
 from neural.bridge.comparison import Outcome, compare_training
 from neural.bridge.config import BridgeConfig, Plan, Training
-from neural.bridge.drift import descent_of_loss
 from neural.bridge.gaussian import measure_averages, measure_gaussian
 from neural.bridge.noise_free_path import farthest, measure_path
 from neural.bridge.prediction import predict_each
+from neural.bridge.smoothing import measure_descent
 from neural.bridge.timing import STAGES, cost_table
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import measure_local
-from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
-from tests.tiny_risks import Bowl, Plain, quadratic, slide, tanh_risk
+from tests.tiny_risks import Bowl, tanh_risk
 from tests.tolerances import agree, within_error
 
 CONFIG = BridgeConfig(
@@ -172,7 +170,7 @@ def test_another_seed_and_other_settings_are_measured_anew(tmp_path: Path) -> No
         measure(risk, config, seed=seed, cache=cache)
         return {path.name.partition("-")[0] for path in set(tmp_path.iterdir()) - before}
 
-    whole = {"eigenpairs", "krylov", "noise_trace", "slopes", "force", "averages"}
+    whole = {"eigenpairs", "krylov", "trace", "slopes", "force", "averages", "descent"}
     assert stages(config) == whole | {"noise_free_path"}
     assert stages(config) == set()
     # The path draws nothing, but the rate may differ: the largest curvature is rounded differently.
@@ -231,52 +229,14 @@ def test_what_does_not_fit_is_told_before_anything_is_measured() -> None:
         measure(risk, config)
 
 
-def long_way(away: float) -> EmpiricalRisk:
-    """The loss sqrt(1 + (w - a)^2), a = -1e-3 and 1e-3: nearly linear far from its minimum at 0."""
-
-    def loss(output: Tensor, targets: Tensor) -> Tensor:
-        return (1.0 + output[:, 0].square().sum(1)).sqrt()
-
-    start = torch.tensor([away, 0.0], dtype=torch.double)
-    centres = 1e-3 * torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.double)
-    return EmpiricalRisk(
-        Plain(start[:1].clone(), start[1:].clone()), [(centres, torch.zeros(2).long())], loss=loss
-    )
-
-
-def test_a_checkpoint_too_far_from_a_minimum_is_refused() -> None:
-    # At w = 10 the slope is 10 / sqrt(101), the curvature 1 / sqrt(101)^3, across 1 / sqrt(101).
-    risk, steps = long_way(10.0), 400
+def test_no_rate_that_is_stable_where_descent_ends_is_refused() -> None:
+    risk = tanh_risk()
     local = measure_local(risk, None)
-    lr = 0.25 * np.sqrt(101.0)
-    training = Training(lr=lr, batch_size=1, steps=steps)
-    h, g = 101.0**-1.5, 10.0 / np.sqrt(101.0)
-    moved = (1.0 - (1.0 - lr * h) ** steps) / h * g
-    predicted, actual = descent_of_loss(risk, local, training)
-    agree(predicted, -g * moved + 0.5 * h * moved**2, 1e-5)
-    agree(actual, np.hypot(1.0, 10.0 - moved) - np.sqrt(101.0), 1e-5)
-    config = BridgeConfig(eigenpairs=0, steps=steps, batch_sizes=(1,), lr_times_sharpness=(0.25,))
-    with pytest.raises(NQMError, match=r"too far from a minimum .* set bridge\.minimise"):
-        measure(risk, config)
-
-
-def test_one_rate_within_the_quadratic_is_enough() -> None:
-    risk = long_way(10.0)
-    local = measure_local(risk, None)
-    # After one step of 0.1 the loss is still the quadratic, after 4000 of 5 it is not.
-    near, far = Training(0.1, batch_size=1, steps=1), Training(5.0, batch_size=1, steps=4000)
-    with pytest.raises(NQMError, match="evaluated at lr = 5;"):
-        check_descent(risk, local, [far])
-    check_descent(risk, local, [far, near])
-
-
-def test_descent_on_a_quadratic_is_never_refused() -> None:
-    bowl = Bowl([2.0, 0.5, 0.01], away=30.0)
-    local = measure_local(bowl.risk, None)
-    training = Training(lr=0.4, batch_size=8, steps=300)
-    predicted, actual = descent_of_loss(bowl.risk, local, training)
-    slope = bowl.gradient().numpy()
-    end = slide(slope, bowl.hessian, training.lr, training.steps)
-    agree(predicted, quadratic(slope, bowl.hessian, end), 1e-9)
-    agree(actual, quadratic(slope, bowl.hessian, end), 1e-9)
-    check_descent(bowl.risk, local, [training, replace(training, lr=4.0)])  # the second is unstable
+    near, far = (Training(x / local.largest, 4, 20) for x in (0.1, 0.5))
+    still = measure_descent(risk, local, far)
+    grown = replace(still.descent, curvature=4.0 * np.diag(local.pairs.values))
+    ends = replace(still, descent=grown)  # at the lower rate descent has not come as far
+    check_descent(still, [far])
+    check_descent(ends, [far, near])
+    with pytest.raises(NQMError, match=r"no learning rate is stable .* lower bridge\.lr_times_sh"):
+        check_descent(ends, [far])

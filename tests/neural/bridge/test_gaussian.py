@@ -29,7 +29,7 @@ from neural.bridge.scatter import (
     noise_age,
     rest_trace,
 )
-from neural.bridge.smoothing import measure_smoothing
+from neural.bridge.smoothing import measure_descent, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
 from tests.tiny_risks import Bowl, scatter, slide, tanh_risk
@@ -136,7 +136,8 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
         risk, local, reference, averaging_displacements=1, **settings
     )  # fmt: skip
     assert averages is not None
-    drift = measure_drift(risk, local, reference, **settings)
+    there = measure_descent(risk, local, reference).at_descent(reference)
+    drift = measure_drift(risk, there, reference, **settings)
     expected = measure_smoothing(
         risk, local, reference, drift=drift, displacements=1, noise_displacements=2
     )

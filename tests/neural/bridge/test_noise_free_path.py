@@ -48,8 +48,15 @@ def test_the_path_is_full_batch_descent() -> None:
     assert path.change(TRAINING, swa) < path.change(TRAINING, ema) < 0.0
     parts = np.linalg.norm(np.diff(moved, axis=0), axis=1)
     assert path.fraction(TRAINING, 10) == pytest.approx(parts[:10].sum() / parts.sum(), rel=1e-9)
-    end = (1.0 - 1.0 / risk.examples) * trace(risk.at(places[-1]))
-    assert path.noise_trace == pytest.approx(end, rel=1e-9)
+    assert path.noise_trace == pytest.approx(trace(risk.at(places[-1])), rel=1e-9)
+    assert path.trace_steps[0] == 0.0
+    steps, traces = path.trace_steps.astype(int), [trace(risk), trace(risk.at(places[20]))]
+    agree(path.traces[[0, list(steps).index(20)]], traces, 1e-10)
+    part = (traces[1] - traces[0]) / (path.noise_trace - traces[0])
+    assert path.noise_fraction(TRAINING, 20) == pytest.approx(part, rel=1e-9)
+    assert path.noise_fraction(replace(TRAINING, lr=0.1), 40) == pytest.approx(part, rel=1e-9)
+    same = replace(path, traces=np.full_like(path.traces, traces[0]))
+    assert same.noise_fraction(TRAINING, 20) == path.fraction(TRAINING, 20)
 
 
 def test_other_trainings_follow_the_same_way_and_not_beyond_it() -> None:
@@ -95,14 +102,16 @@ def test_the_scatter_remembers_the_noise_of_the_way() -> None:
     local = measure_local(bowl.risk, None)
     k, zero = len(local.noise), np.zeros_like(local.noise)
     still, less = Change(zero, zero, 0.0), -0.8 * local.noise
-    lengths = np.sqrt(np.arange(TRAINING.steps + 1.0))
-    rows = np.zeros((1, k))
-    far = NoiseFreePath(TRAINING, (), np.zeros(1), np.zeros(1), lengths, rows, rows, 0.0)
+    steps = np.arange(TRAINING.steps + 1.0)
+    fall = np.sqrt(steps / TRAINING.steps)
+    rows, none = np.zeros((1, k)), np.zeros(1)
+    traces = (1.0 - 0.8 * fall) * local.noise_trace
+    far = NoiseFreePath(TRAINING, (), none, none, steps, rows, rows, steps, traces)
     change = Change(zero, less, float(np.trace(less)))
     seen = Smoothing(local, TRAINING, still, still, change, far=far).seen_by(TRAINING)
     left, expected = np.diag(1.0 - TRAINING.lr * local.pairs.values), zero
     for step in range(1, TRAINING.steps + 1):
-        noise = local.noise + lengths[step] / lengths[-1] * less
+        noise = local.noise + fall[step] * less
         expected = left @ expected @ left + TRAINING.lr**2 / TRAINING.batch_size * noise
     turn = seen.pairs.vectors.T @ local.pairs.vectors
     # The noise before the end is that of a few moments, and not of all of the first ones.

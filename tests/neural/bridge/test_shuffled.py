@@ -54,8 +54,8 @@ def test_at_low_rates_the_force_is_a_quarter_of_the_slope_of_the_noise() -> None
     local = measure_local(risk, None)
     training = Training(lr, size, 10, sampling="shuffled")
 
-    def noise(w: Tensor) -> float:  # of a minibatch of 8 out of 40; `trace` divides by N - 1
-        return trace(risk.at(w)) * (40 - size) / 40 / size
+    def noise(w: Tensor) -> float:  # of a minibatch of 8 out of 40
+        return trace(risk.at(w)) * (40 - size) / 39 / size
 
     force = order_force(risk, local, training)
     for along in torch.randn(3, risk.size, generator=torch.Generator().manual_seed(0)).double():

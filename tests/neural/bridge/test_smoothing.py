@@ -27,16 +27,17 @@ def test_averages_are_those_of_the_ends(eigenpairs: int | None) -> None:
     risk, training = tanh_risk(quick=False), SLOW
     local = measure_local(risk, eigenpairs, noise_samples=2, lanczos_steps=10)
     found = measure_smoothing(risk, local, training, displacements=2, noise_displacements=3)
-    rng, draw = np.random.default_rng([0, 4]), displacements(local, training)  # the same
-    normals = matched_normals(local, training, rng, 3)
+    there = found.at_descent(training)  # the scatter that displacements have
+    rng, draw = np.random.default_rng([0, 4]), displacements(there, training)  # the same
+    normals = matched_normals(there, training, rng, 3)
     calm = risk.weights + torch.from_numpy(descended(local, training))
     v, curvature, noise, traces = local.pairs.vectors, [], [], []
     drawn = [torch.from_numpy(draw(rng, None, normal)) for normal in normals]
     for moved in (0.0 * drawn[0], *drawn, *(-one for one in drawn)):
-        there = risk.at(calm + moved)
-        gradients = torch.cat(list(there.example_gradients())).numpy()
+        place = risk.at(calm + moved)
+        gradients = torch.cat(list(place.example_gradients())).numpy()
         c = np.cov(gradients, rowvar=False, ddof=0)
-        curvature.append(v.T @ there.hessian().numpy() @ v)
+        curvature.append(v.T @ place.hessian().numpy() @ v)
         noise.append(v.T @ c @ v)
         traces.append(np.trace(c))
     del curvature[6], curvature[3]  # curvature is measured at two of the three

@@ -175,7 +175,7 @@ def test_noise_is_the_covariance_of_the_examples_gradients(risk: EmpiricalRisk) 
     gradients = torch.cat(list(risk.example_gradients()))
     mean = gradients.mean(0) + DECAY * risk.weights
     agree(mean, risk.gradient(), IDENTITY)
-    c = np.cov(gradients.numpy(), rowvar=False)
+    c = np.cov(gradients.numpy(), rowvar=False, ddof=0)
     agree(gradient_noise.covariance(risk), c, IDENTITY)
     assert gradient_noise.trace(risk) == pytest.approx(np.trace(c), rel=1e-11)
     rng = np.random.default_rng(0)

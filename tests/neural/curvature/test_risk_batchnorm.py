@@ -69,7 +69,7 @@ def test_it_is_the_loss_of_training_mode(risk: BatchNormRisk) -> None:
     slopes = gradients(risk, w)
     agree(risk.gradient(), slopes.mean(0) + DECAY * w, 1e-11)
     agree(torch.cat(list(risk.example_gradients())), slopes, 1e-11)
-    agree(gradient_noise.covariance(risk), np.cov(slopes.numpy(), rowvar=False), 1e-10)
+    agree(gradient_noise.covariance(risk), np.cov(slopes.numpy(), rowvar=False, ddof=0), 1e-10)
     # Of running statistics it is another loss.
     x, y = (torch.cat([part[i][0] for part in risk.batches]) for i in (0, 1))
     plain = EmpiricalRisk(risk.model, [(x, y)], weight_decay=DECAY)
