@@ -1,7 +1,7 @@
 """The numbers of one small bridge, so that a change of the code alone does not change them.
 
-This is a guard of a refactoring: the tables in ``data/`` were written by the code before the bridge
-got its present form (but for the root of the covariance by which displacements are drawn), and are
+This is a guard of a refactoring: the tables in ``data/`` were written by our own code, last when
+displacements got exact second moments and the next order of the noise's growth was added. They are
 no reference values of the theory (those are in the other tests of the bridge). A change that means
 to change numbers writes new tables and says so.
 """
