@@ -345,7 +345,7 @@ def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     trained = [f"train {i} of 3" for i in (1, 2, 3)]
     before = ["curvature and noise", "third derivatives", "test loss"]
     stages = [stage for stage in stages if not stage.endswith(", without noise")]
-    assert stages == [*before, *trained, "best learning rates"]
+    assert stages == [*before, *trained, "best learning rates", "density"]
     stated = read_metadata(out / "bridge.parquet")["config"]
     expected = {
         "select": "head", "examples": 60, "steps": 5, "test_examples": 10, "eigenpairs": 6,
