@@ -1,7 +1,7 @@
 """Short trainings at rates for which the theory gives no reliable prediction.
 
-At a bold rate the quadratic may end, or not: a network may diverge, or come back from single steps
-that are unstable. Theory of first order cannot tell, and a few short runs can. Half of them draw
+At a bold rate a network leaves its quadratic: it may diverge, or come back from single steps that
+are unstable. Theory of first order cannot tell, and a few short runs can. Half of them draw
 their minibatches as a training does, and show what noise adds to the loss. The other half meet now
 and then a minibatch with several copies of an example of large gradient. A whole training meets
 some such minibatches, and a short run would most likely meet none.
