@@ -445,9 +445,9 @@ def _risk(
             minimum = risk.at(found.weights)
         return {"weights": minimum.weights.cpu().numpy()}
 
-    own = {} if config.optimizer != ADAMW else {"decoupled": (config.batch_sizes[0], config.eps)}
+    decay = {} if config.optimizer != ADAMW else {"decoupled": (config.batch_sizes[0], config.eps)}
     stored = cache.of(risk)(
-        "minimised", minimised, iterations=config.minimise, lr=config.minimise_lr, **own
+        "minimised", minimised, iterations=config.minimise, lr=config.minimise_lr, **decay
     )
     return risk.at(torch.from_numpy(stored["weights"]).to(risk.weights))
 
