@@ -252,7 +252,7 @@ def _predicted(
         anchor = anchor or _measured(end, config, plan, progress)
         scaled = anchor.scaled_to(training)
         if scaled.stable:
-            trace = gradient_noise.trace(end) * (1.0 - 1.0 / risk.examples)
+            trace = gradient_noise.trace(end)
             rows += _rows(risk, path, scaled, plan, start, trace)
             table = _possible(risk, rows, start)
             best = table.loc[reliable(table), "predicted"].min()

@@ -82,8 +82,9 @@ def test_workers_compute_all_that_the_tables_need(
         open_target(str(run), Runtime()), config, plan, Runtime(), tmp_path / "two", workers=2
     )
     for name in ("table", "course", "best", "spectrum"):
+        # At a minimum the slope is rounding, and its products depend on where arrays are aligned.
         pd.testing.assert_frame_equal(
-            getattr(both, name), getattr(alone, name), check_exact=True, obj=name
+            getattr(both, name), getattr(alone, name), rtol=1e-12, atol=1e-25, obj=name
         )
     files = {path.name for path in (tmp_path / "one" / "kept").iterdir()}
     assert {path.name for path in (tmp_path / "two" / "kept").iterdir()} == files
