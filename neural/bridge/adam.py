@@ -10,7 +10,7 @@ w = P^(1/2) u: curvature P^(1/2) H P^(1/2), noise P^(1/2) C P^(1/2). At the chec
 gradient of a minibatch has the mean v = C_ii / B + slope_i^2.
 
 AdamW pulls the weights by -lr weight_decay w beside this step. In u that is the gradient of
-weight_decay / 2 |u|^2, whatever P is, and so AdamW is heavy ball on the loss with the weight decay
+1/2 weight_decay u'u, whatever P is, and so AdamW is heavy ball on the loss with the weight decay
 1/2 sum of weight_decay / P_ii w_i^2; v has no part of it. The pull does not pass through the
 momentum. By elimination of m this is exactly heavy ball, at the momentum
 beta1 (1 - lr weight_decay) in place of beta1: the difference is left out, and refused where it
