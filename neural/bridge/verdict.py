@@ -170,6 +170,14 @@ def _agreement(table: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
             f"{name}here lr h_max <= 0.5: measured rise over predicted {rows['ratio'].min():.2f} "
             f"to {rows['ratio'].max():.2f}."
         )
+    sure = table[table["ratio_error"].notna()]
+    if len(sure):
+        near = (sure["ratio"] - 1.0).abs() <= 2.0 * sure["ratio_error"]
+        yield (
+            "Measured and predicted rise differ by less than two standard errors in "
+            f"{int(near.sum())} of {len(sure)} cells, averages over time included; the standard "
+            f"error is {sure['ratio_error'].median():.0%} of the prediction (median)."
+        )
     gain = iterate[iterate["gain"].notna()]
     if len(gain):
         ratio = gain["gain"] / gain["predicted_gain"]
@@ -257,10 +265,13 @@ def _test_loss(table: pd.DataFrame) -> Iterator[str]:
     sure = tried["test_gain"].abs() > 2.0 * tried["test_gain_error"]
     ratio = tried["test_gain"] / tried["predicted_test_gain"]
     near = (ratio - 1.0).abs() <= 0.25
+    error = np.hypot(tried["test_gain_error"], tried["predicted_test_gain_error"].fillna(0.0))
+    agree = (tried["test_gain"] - tried["predicted_test_gain"]).abs() <= 2.0 * error
     yield (
         f"What averaging saves of the test loss: sign right in {int(right.sum())} of {len(tried)} "
         f"cells, in {int(right[sure].sum())} of the {int(sure.sum())} that are two standard errors "
-        f"from 0; size within 25% in {int(near.sum())}; measured over predicted "
+        f"from 0; size within 25% in {int(near.sum())}, and within two standard errors in "
+        f"{int(agree.sum())}; measured over predicted "
         f"{ratio.quantile(0.1):.2f} to {ratio.quantile(0.9):.2f} (80% of cells)."
     )
 

@@ -56,6 +56,8 @@ def test_the_verdict_counts(local: LocalQuadratic) -> None:
     assert "4 of 6 cells within a factor 1.5." in lines
     assert "Where lr h_max <= 0.5: measured rise over predicted 0.70 to 1.30." in lines
     assert "ema: where lr h_max <= 0.5: measured rise over predicted 0.90 to 8.00." in lines
+    sure = "less than two standard errors in 3 of 8 cells, averages over time included"
+    assert sum(sure in line and "is 10% of the prediction" in line for line in lines) == 1
     assert "runs, lr = 0.1, B = 8: beyond K = 20 the floor is most of the loss." in lines
     assert "runs, lr = 0.2, B = 8: no K reaches the floor." in lines
     # Predicted 10, 5, 2.5 twice; measured 10, 3.5, 7.5 and 11, 6.5, -2.5. Of 15 pairs three are
