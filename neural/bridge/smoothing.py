@@ -134,6 +134,11 @@ class Smoothing:
     far: NoiseFreePath | None = None
 
     @cached_property
+    def _width_scales(self) -> dict[Training, float]:
+        """Results of `width_scale`, each of which takes an eigendecomposition."""
+        return {}
+
+    @cached_property
     def _covariance(self) -> FloatArray:
         return self._scatter(self.training)
 
@@ -165,10 +170,14 @@ class Smoothing:
         float
             At most the ratio of lr / B, which it reaches when all directions are stationary.
         """
-        stationary = training.noise_ratio(self.training)
-        with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
-            scale = _projection(self._covariance, self._scatter(training))
-        return min(scale, stationary) if np.isfinite(scale) else stationary
+        if training not in self._width_scales:
+            stationary = training.noise_ratio(self.training)
+            with np.errstate(over="ignore", invalid="ignore"):  # beyond the edge of stability
+                scale = _projection(self._covariance, self._scatter(training))
+            self._width_scales[training] = (
+                min(scale, stationary) if np.isfinite(scale) else stationary
+            )
+        return self._width_scales[training]
 
     def mean_scale(self, training: Training) -> float:
         """Displacement of the mean by noise in another training, relative to the measured one's.
