@@ -190,10 +190,11 @@ def check_descent(averages: Smoothing, trainings: Sequence[Training]) -> None:
     NQMError
         If none is stable there.
     """
-    ends = [averages.at_descent(training) for training in trainings]
-    limits = [largest_stable_lr(end, t) for end, t in zip(ends, trainings, strict=True)]
-    if any(training.lr < limit for training, limit in zip(trainings, limits, strict=True)):
-        return
+    ends = []
+    for training in trainings:
+        ends.append(averages.at_descent(training))
+        if training.lr < largest_stable_lr(ends[-1], training):
+            return
     before, after = averages.local.largest, max(end.largest for end in ends)
     raise NQMError(
         f"no learning rate is stable where noise-free descent ends: from the checkpoint to there "
