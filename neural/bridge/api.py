@@ -292,9 +292,7 @@ def averages_of(
     config, paths = options["config"], paths or {}
     reference, longest = shared_trainings(local, config)
     path = paths.get(reference.lr)
-    work = averaging_work(
-        risk, local, config.averaging_displacements, half_of(config.displacements)
-    )
+    work = _averaging_work(risk, local, config)
     return measure_averages(
         risk,
         local,
@@ -321,7 +319,15 @@ def gaussian_of(
 ) -> WeightGaussian:
     """Gaussian of the weights of one training; `done` takes counts of gradients and products."""
     config = options["config"]
-    return measure_gaussian(
+    told = 0
+
+    def count(work: int) -> None:
+        nonlocal told
+        told += work
+        if done is not None:
+            done(work)
+
+    found = measure_gaussian(
         risk,
         local,
         training,
@@ -332,7 +338,23 @@ def gaussian_of(
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
         cache=options["cache"],
-        progress=done,
+        progress=count,
+    )
+    count(max(int(_work_of_gaussian(risk, local, averages, config)) - told, 0))
+    return found
+
+
+def _work_of_gaussian(
+    risk: EmpiricalRisk, local: LocalQuadratic, averages: Smoothing | None, config: BridgeConfig
+) -> float:
+    """Most work of one Gaussian: where noise grows much, averages and drift are measured again."""
+    once = _work(local, config)
+    return once if averages is None else 2.0 * once + _averaging_work(risk, local, config)
+
+
+def _averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, config: BridgeConfig) -> int:
+    return averaging_work(
+        risk, local, config.averaging_displacements, half_of(config.displacements)
     )
 
 
@@ -346,7 +368,7 @@ def _gaussians(
     averages = averages_of(risk, local, paths, **options)
     if averages is not None:
         check_descent(averages, trainings)
-    work = _work(local, config) * len(trainings)
+    work = _work_of_gaussian(risk, local, averages, config) * len(trainings)
     third = counted(options["progress"], "third derivatives", work)
     return tuple(
         gaussian_of(risk, local, training, averages, third, paths, **options)
@@ -355,7 +377,7 @@ def _gaussians(
 
 
 def _work(local: LocalQuadratic, config: BridgeConfig) -> float:
-    """Units of work of one Gaussian."""
+    """Work of one measurement of the drift."""
     return float(gradients_and_products(local, config.displacements, config.lanczos_steps))
 
 
@@ -565,7 +587,9 @@ def store_training(
     needed = [*shared_trainings(local, config), training]
     paths = paths_of(own, local, needed, plan, **options)  # as `measure` does
     averages = averages_of(own, local, paths, **options)
-    third = counted(options["progress"], "third derivatives", _work(local, config))
+    third = counted(
+        options["progress"], "third derivatives", _work_of_gaussian(own, local, averages, config)
+    )
     gaussian = gaussian_of(own, local, training, averages, third, paths, **options)
     measured = Measured(own, local, (gaussian,), options["cache"])
     its_test = _in_frame(test, measured)
