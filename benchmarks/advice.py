@@ -22,9 +22,15 @@ from neural.bridge.advise import Advice, advise
 from neural.bridge.api import measure_checkpoint
 from neural.bridge.comparison import measure_training
 from neural.bridge.config import BridgeConfig, Plan
-from neural.bridge.from_run import risk_of_run
-from neural.bridge.pipeline import advice_table, held_out_risk, load_config, open_target
+from neural.bridge.pipeline import (
+    advice_table,
+    held_out_risk,
+    load_config,
+    measured_risk,
+    open_target,
+)
 from neural.bridge.quick import PROBE_RUNS, SETTINGS
+from neural.curvature.cache import Cache
 from neural.curvature.risk import EmpiricalRisk
 from neural.training.task import Runtime
 
@@ -65,15 +71,7 @@ def main(words: Sequence[str]) -> None:
     times = [time.process_time()]
     found = advise(advice_table(opened, config, plan, runtime, None, PROBE_RUNS))
     times.append(time.process_time())
-    risk = risk_of_run(
-        opened.run,
-        opened.model,
-        runtime,
-        select=config.select,
-        examples=config.examples or None,
-        weight_decay=config.weight_decay,
-        curvature=config.curvature,
-    )
+    risk = measured_risk(opened, config, plan, runtime, Cache())
     test = held_out_risk(risk, opened.task, config.test_examples)
     largest = measure_checkpoint(risk.with_curvature_of(1), config, seed=0).largest
     times.append(time.process_time())

@@ -338,7 +338,7 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     # `local.key()` distinguishes local models of one checkpoint that are averaged over different
     # trainings (`Smoothing.seen_by`), by their spectrum and noise.
     settings: dict[str, Any] = {"training": training, "displacements": displacements}
-    settings |= {"local": local.key(), "sample": SAMPLE, "matched": True}
+    settings |= {"local": local.key(), "sample": SAMPLE}
     if path is not None:
         settings["path"] = f"{float(path.lengths[-1]):.8g}"
     stored = (cache or Cache()).of(risk, seed=seed)

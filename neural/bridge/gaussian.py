@@ -145,8 +145,8 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     displacements : int
         See `measure_drift`.
     averaging_displacements : int
-        The `displacements` of `measure_smoothing`, whose `noise_displacements` are `displacements`;
-        for 0 nothing is measured.
+        The `displacements` of `measure_smoothing`, whose `noise_displacements` are `half_of`
+        `displacements`; for 0 nothing is measured.
     lanczos_steps, seed, cache
         See `measure_drift`.
     progress : callable, optional

@@ -265,7 +265,7 @@ def run_bridge(
     # Raises NQMError if the file holds results of other settings.
     known = finished(out / "bridge.parquet", stamp)
     cache = Cache(out / "kept")
-    risk = _risk(opened, config, plan, runtime, cache, progress)
+    risk = measured_risk(opened, config, plan, runtime, cache, progress)
     local = measure_checkpoint(
         preconditioned(risk, config, cache), config, seed=plan.seed, cache=cache, progress=progress
     )
@@ -323,7 +323,7 @@ def advice_table(
     NQMError
         If the settings do not fit the network or its data.
     """
-    risk = _risk(opened, config, plan, runtime, Cache(), progress)
+    risk = measured_risk(opened, config, plan, runtime, Cache(), progress)
     return measure_for_advice(risk, config, plan, progress, probe_runs)
 
 
@@ -401,15 +401,35 @@ def _check_sizes(risk: EmpiricalRisk, training: Training, config: BridgeConfig, 
     check_size(f"lanczos_steps = {products} of {weights} weights", products * weights, 8)
 
 
-def _risk(
+def measured_risk(
     opened: Opened,
     config: BridgeConfig,
     plan: Plan,
     runtime: Runtime,
     cache: Cache,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> EmpiricalRisk:
-    """The network's loss on its training data, at a minimum near by if `minimise` is set."""
+    """Make the network's loss on its training data, at a minimum near by if `minimise` is set.
+
+    Parameters
+    ----------
+    opened, config, plan, runtime
+        See `run_bridge`.
+    cache : Cache
+        Stores the minimum.
+    progress : callable, optional
+        See `run_bridge`.
+
+    Returns
+    -------
+    EmpiricalRisk
+        The loss that `run_bridge` and `advice_table` measure.
+
+    Raises
+    ------
+    NQMError
+        If the settings do not fit the network or its data.
+    """
     _add_factors(opened, f"{config.select}+{plan.late_phase or ''}")
     risk = risk_of_run(
         opened.run,
