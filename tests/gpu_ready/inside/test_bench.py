@@ -10,7 +10,6 @@ from meter import CUDA, gpu
 
 from benchmarks.gpu import KINDS, Bench, work
 
-
 #: Not compiled; the fused members are the quick one.
 WORK = [
     pytest.param(kind, marks=() if kind == "fused" else pytest.mark.slow)
