@@ -238,10 +238,8 @@ class Plan:
         Returns
         -------
         tuple of TimeAverage
-            Uniform and exponential mean for independent runs; empty for late-phase members.
+            Uniform and exponential mean, of late-phase members those of their mean weights.
         """
-        if self.late_phase is not None:
-            return ()
         return TailMean(training.steps), ExponentialMean(training.steps, self.decay)
 
     @property
