@@ -6,7 +6,8 @@ displacement by unit noise after a steps (of SGD it is (1 - lr h)^(a - 1) in uni
 
 - The covariance of the weights loses what cancels: in place of C / B times the sum of r_a r_a' it
   is C / B N / (N - 1) times [sum r_a r_a' - sum over epochs R R' / n], with R the sum of r_a over
-  the steps of one epoch. Here it is averaged over the places in an epoch.
+  the steps of one epoch. The excess takes it after each step (`sums_at_end`), the force on the
+  mean as averaged over the places in an epoch (`scatter_sums`).
 - The minibatches that are still to come differ from those just used, and so does their curvature:
   the mean gradient where the weights are is larger by
 
