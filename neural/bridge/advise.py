@@ -172,9 +172,11 @@ def _of_late_phase(table: pd.DataFrame, most: int, worth: float) -> Advice:
         row = more
     count, change = int(row["members"]), float(row["predicted"])
     basis, reason = _rests_on(table, cells, left, row)
+    averaged = row["weights"] in AVERAGES
+    of = f"the {row['weights'].upper()} of their mean" if averaged else "their mean"
     words = [
         f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
-        f"with {count} late-phase members of {row['way']}: the training loss of their mean is "
+        f"with {count} late-phase members of {row['way']}: the training loss of {of} is "
         f"predicted to change by {change:+.3g} from the checkpoint's.",
         stop.format(count),
         *reason,

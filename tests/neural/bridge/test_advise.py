@@ -156,6 +156,8 @@ def test_late_phase_members_are_advised_in_a_number_that_was_measured() -> None:
     more = advise(table, worth=0.001)
     assert (more.lr, more.members) == (0.2, 9)
     assert "K = 9 is the largest of the reliable K up to 9." in more.words
+    averaged = advise(table.assign(weights="swa"))
+    assert "the training loss of the SWA of their mean is predicted" in averaged.words[0]
     few = advise(table, members=3)
     assert (few.lr, few.members) == (0.1, 2)
     assert "K = 2 is the largest of the reliable K up to 3." in few.words
