@@ -5,7 +5,8 @@
 The grid is three rates (lr times the largest curvature 0.0625, 0.25, 1), K = 1, 2, 4, 8, and the
 weights themselves, SWA and EMA, 16 runs of B = 32; the advised training is trained as well. Gains
 are over the last weights of a single run at the middle rate. Cost is processor time; reading the
-data, which both need, is not counted. A SETTING is one of the bridge, e.g. ``bridge.select='head'``.
+data, which both need, is not counted. A SETTING is one of the bridge, e.g.
+``bridge.select='head'``.
 """
 
 from __future__ import annotations
@@ -81,14 +82,16 @@ def main(words: Sequence[str]) -> None:
     near = [abs(rate / (found.lr * largest) - 1.0) < SAME for rate in RATES]
     advised = grid[near.index(True)] if any(near) else trained(risk, test, config, plan, found.lr)
     advice, _, whole = np.diff(times)
-    tests = [loss_at(advised, found.weights, found.members, "test_loss")]
-    tests += [loss_at(grid[1], "iterate", 1, "test_loss")]
-    tests += [min(float(table["test_loss"].min()) for table in grid)]
+    measured, test_loss = (
+        loss_at(advised, found.weights, found.members, name) for name in ("measured", "test_loss")
+    )
+    single = loss_at(grid[1], "iterate", 1, "test_loss")
+    least = min(float(table["test_loss"].min()) for table in grid)
     print(
         f"lr h_max = {found.lr * largest:.3g}, {found.weights}, K = {found.members} "
-        f"({found.basis}), loss changes by {found.change:+.3g}, measured "
-        f"{loss_at(advised, found.weights, found.members, 'measured'):+.3g}: {share(grid, advised, found):.0%} of the best gain, cost "
-        f"{advice / whole:.1%}; test loss {tests[0]:.4f}, single run {tests[1]:.4f}, least {tests[2]:.4f}"
+        f"({found.basis}): {share(grid, advised, found):.0%} of the best gain, cost "
+        f"{advice / whole:.1%}; loss {measured:+.3g}, expected {found.change:+.3g}; test loss "
+        f"{test_loss:.4f}, single run {single:.4f}, least of the grid {least:.4f}"
     )
 
 

@@ -1,4 +1,6 @@
-"""What advice needs, measured in a few passes over the data and a few short runs.
+"""What advice needs, by short runs or by prediction alone.
+
+By default it rests on short runs (`neural.bridge.short_runs`). The rest of this file predicts.
 
 Advice compares expected losses of trainings from a checkpoint that may be far from a minimum. The
 loss of a mean of many runs is that of noise-free descent, to leading order: descent is followed in
@@ -7,10 +9,6 @@ of averages over time included, are evaluated and not predicted. What noise adds
 a measurement where the training at the middle of the rates ends: the largest curvatures, the
 distribution of noise over curvature, and how noise and curvature change over the weights of that
 training. For any other rate the noise is scaled by its trace at the end of that rate's descent.
-
-Rates above those that are predicted reliably are tried in short runs (`neural.bridge.probe`). Where
-no run leaves the minimum, what noise added to their loss is scaled in the same way, and added to
-the descent of the whole training.
 
 Slope and noise are those of all examples, for a minimum of the loss of some examples is none of
 the loss of all. Curvature may come from fewer.
@@ -36,6 +34,7 @@ from neural.bridge.from_run import DOUBLE
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.prediction import Prediction
+from neural.bridge.probe import probe_steps
 from neural.bridge.short_runs import Row, ShortRuns, changes_of, row_of, table_of
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
@@ -70,8 +69,8 @@ BATCHES = 1
 PRODUCTS = 12
 #: Products for the curvature of one example, which has few directions.
 POWERS = 8
-#: Short runs at a rate by default.
-PROBE_RUNS = 4
+#: Short runs at a rate by default, and rates at which they are most often needed.
+PROBE_RUNS, TRIED_RATES = 4, 3
 
 
 def measure_for_advice(
@@ -81,7 +80,7 @@ def measure_for_advice(
     progress: Progress | None = None,
     probe_runs: int = 0,
 ) -> pd.DataFrame:
-    """Predict all trainings of a configuration from the path of descent and one measurement.
+    """Losses of all trainings of a configuration, by short runs or by prediction alone.
 
     Parameters
     ----------
@@ -94,18 +93,19 @@ def measure_for_advice(
     progress : callable, optional
         Called with the name of a stage and the fraction of it that is done.
     probe_runs : int
-        Short runs at each rate above those that are predicted reliably; 0 for none.
+        Short runs at a rate; 0 to predict only.
 
     Returns
     -------
     DataFrame
         The table of `neural.bridge.api.predict`, with ``descent`` the change of the loss itself
-        along the path, ``noise_change_on_path`` the change of the noise from where it was measured
-        to where the training's descent ends, and of what was tried the number of short runs, their
-        steps, and how many left the minimum: ``probe_runs``, ``probe_steps``, ``probe_left``.
-        Where descent alone decides, its loss is the only entry. Trainings that are neither tried
-        nor stable are left out: unstable there, or on a minibatch that draws the stiffest example
-        twice (lr times its curvature above B).
+        along the path. With short runs, of those from which a row's noise is scaled it has their
+        number, steps and learning rate, and how many left the minimum: ``probe_runs``,
+        ``probe_steps``, ``probe_lr``, ``probe_left``. Without, ``noise_change_on_path`` is the
+        change of the noise from where it was measured to where the training's descent ends; where
+        descent alone decides, its loss is the only entry; and trainings are left out that are
+        unstable there, or on a minibatch that draws the stiffest example twice (lr times its
+        curvature above B).
 
     Raises
     ------
@@ -173,6 +173,31 @@ def check_probe(runs: int, config: BridgeConfig | None = None) -> None:
             f"probe_runs must be 0 with optimizer = {config.optimizer!r}: short runs are "
             "trained by SGD alone"
         )
+
+
+def cost_in_runs(examples: int, config: BridgeConfig, probe_runs: int) -> float:
+    """Cost of advice by short runs, by the examples whose gradients it takes.
+
+    Parameters
+    ----------
+    examples : int
+        Number of training examples, N.
+    config : BridgeConfig
+        The trainings.
+    probe_runs : int
+        Number of short runs at a rate.
+
+    Returns
+    -------
+    float
+        In whole runs of the training to come: the descent to the end of the highest rate, if its
+        curvature does not grow, and short runs at three rates.
+    """
+    training = config.reference(1.0)
+    longest = max(config.lr_times_sharpness) * config.steps
+    descent = path_work(longest, 1.0) * examples / (config.steps * training.batch_size)
+    rates = min(len(config.lr_times_sharpness), TRIED_RATES)
+    return descent + rates * probe_runs * probe_steps(training) / config.steps
 
 
 def _few_calls(risk: EmpiricalRisk) -> EmpiricalRisk:

@@ -17,7 +17,7 @@ from neural.bridge.descent_path import follow_descent
 from neural.bridge.iterate_averages import Running
 from neural.bridge.pipeline import load_config
 from neural.bridge.probe import Probe
-from neural.bridge.quick import SETTINGS, measure_for_advice
+from neural.bridge.quick import SETTINGS, cost_in_runs, measure_for_advice
 from neural.bridge.sgd_chains import noise_free
 from neural.curvature.risk import EmpiricalRisk
 from neural.training.experiment import run_experiment
@@ -127,6 +127,23 @@ def test_noise_is_scaled_from_short_runs() -> None:
     assert {"short runs", "descent"} <= stages
 
 
+def test_the_cost_is_told_in_runs_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of all examples are counted, those of short runs are known: an eighth of each."""
+    bowl, config, plan = short_bowl()
+    counted: list[int] = []
+    gradient = EmpiricalRisk.loss_and_gradient
+
+    def count(risk: EmpiricalRisk, *at: Any) -> Any:
+        counted.append(risk.examples)
+        return gradient(risk, *at)
+
+    monkeypatch.setattr(EmpiricalRisk, "loss_and_gradient", count)
+    monkeypatch.setattr("neural.bridge.short_runs.probe", shorts(0.15, []))
+    measure_for_advice(bowl.risk, config, plan, None, 4)
+    told = cost_in_runs(bowl.risk.examples, replace(config, lr_times_sharpness=(0.2,)), 4)
+    assert sum(counted) / (160 * 8) == pytest.approx(told - 4 / 8, rel=0.35)
+
+
 def shorts(left_from: float, seen: list[float]) -> Any:
     """Short runs that leave at some rates, and have next to no noise at the others."""
 
@@ -222,6 +239,7 @@ def test_the_command_measures_a_run(run: Path) -> None:
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("- Train 20 steps at lr = ")
+    assert "runs of the training itself." in done.stderr
     assert "B = 10, and " in done.stdout
     assert "This rests on " in done.stdout
     alone = CliRunner().invoke(main, [*words, "--probe-runs", "0"])
