@@ -96,7 +96,8 @@ class ShortRuns:
                 break
             known = self._probed(below[-1:], known)
         rows = self._rows_of(below, known)
-        doublings = 0
+        # A single rate is one that was asked for.
+        doublings = 0 if len(rates) > 1 else DOUBLINGS
         while below == rates and doublings < DOUBLINGS and _best(rows, self) == rates[-1].lr:
             rates = [*rates, replace(rates[-1], lr=2.0 * rates[-1].lr)]
             known, doublings = self._probed(rates[-1:], known), doublings + 1

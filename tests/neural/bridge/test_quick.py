@@ -185,6 +185,15 @@ def test_rates_are_tried_from_the_highest_on(
     assert any(words.startswith("Too high: at lr = ") for words in found.words)
 
 
+def test_a_single_rate_that_was_asked_for_is_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    bowl, config, plan = short_bowl()
+    seen: list[float] = []
+    monkeypatch.setattr("neural.bridge.short_runs.probe", shorts(9.0, seen))
+    alone = replace(config, lr_times_sharpness=(0.4,))
+    assert measure_for_advice(bowl.risk, alone, plan, None, 4)["lr"].nunique() == 1
+    assert seen == pytest.approx([0.2])
+
+
 def test_without_a_rate_at_which_runs_stay_there_is_no_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
