@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from neural.curvature.example_losses import SmoothedCrossEntropy, cross_entropy
 from neural.curvature.memory import PASSES, kept_bytes
-from neural.curvature.risk import EmpiricalRisk, SmoothedCrossEntropy, cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
 from neural.data import TextData, evaluation_batches, evaluation_windows
 from neural.data.images import ImageData

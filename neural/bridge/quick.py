@@ -39,11 +39,12 @@ from neural.bridge.prediction import Prediction
 from neural.bridge.probe import Probe, probe, probe_steps
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
+from neural.curvature.example_losses import is_cross_entropy
 from neural.curvature.examples import joined
 from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.memory import fitting
-from neural.curvature.risk import EmpiricalRisk, is_cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import operator
 from nqm.errors import NQMError, check_integer
 from nqm.progress import Progress, counted
