@@ -24,12 +24,11 @@ from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.drift import descent
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
-from neural.bridge.scatter import covariance
+from neural.bridge.scatter import covariance, shuffled_sums
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import Phase, Program, solve
 from nqm.problems.quadratic import Problem
-from nqm.solvers.shuffle import shuffled_steady
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,7 @@ def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> P
     Parameters
     ----------
     gaussian : WeightGaussian
-        Gaussian of the weights in the training. For shuffled epochs the steady state is used, where
-        the noise cancels over an epoch.
+        Gaussian of the weights in the training.
     at : iterable of int or TimeAverage
         Steps after which the loss of the iterate is recorded, or averages over time.
 
@@ -238,26 +236,25 @@ def expected_excess(
     Returns
     -------
     list of float
-        One for each entry of `at`; NaN for averages over shuffled epochs, as the steady state does
-        not tell the correlation between the steps of an epoch.
+        One for each entry of `at`. That of shuffled epochs counts how much of their noise has
+        cancelled there.
     """
     method, lr, size = training.algorithm, training.lr, training.batch_size
-    shuffled = training.sampling == SHUFFLED
+    if training.sampling == SHUFFLED:
+        rate = training.effective_lr
+        sums = shuffled_sums(rate * problem.curvature, training, examples, at)
+        variance = rate**2 / size * problem.noise_variance
+        return [float(problem.weight @ (variance * each)) for each in sums]
     steps = sorted({when for when in at if isinstance(when, int)})
     known: dict[int, float] = {}
     if steps:
         phase = Phase(method, lr, steps[-1], batch_size=size)
-        if shuffled:
-            known = dict.fromkeys(steps, shuffled_steady(problem, phase, examples).loss)
-        else:
-            losses = solve(problem, Program((phase,)), at=steps).loss
-            known = dict(zip(steps, map(float, losses), strict=True))
+        losses = solve(problem, Program((phase,)), at=steps).loss
+        known = dict(zip(steps, map(float, losses), strict=True))
     excesses = []
     for when in at:
         if isinstance(when, int):
             excesses.append(known[when])
-        elif shuffled:
-            excesses.append(np.nan)
         else:
             losses = solve(problem, when.program(method, lr, size), at=[when.steps]).loss
             excesses.append(float(losses[-1]))

@@ -7,7 +7,8 @@ response of heavy ball to one step's noise after s further steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from scipy.signal import lfilter
 from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.shuffled import scatter_sums
+from neural.bridge.shuffled import read_sums, scatter_sums
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
@@ -56,7 +57,7 @@ def covariance(
     lr, steps = training.effective_lr, training.steps
     u = lr * local.pairs.values
     if average is not None:
-        sums = _averaged_sums(u, training, average, joint=True)
+        sums = _averaged_sums(u, training, average, local.examples, joint=True)
     elif training.sampling == SHUFFLED:
         sums = scatter_sums(_responses(u, training), local.examples, training)
     elif training.momentum:
@@ -226,9 +227,10 @@ def noise_sums(
     Returns
     -------
     ndarray, shape of `u`
+        Without an average, that of shuffled epochs is the mean over the places in an epoch.
     """
     if average is not None:
-        return _averaged_sums(u, training, average, joint=False)
+        return _averaged_sums(u, training, average, examples, joint=False)
     if training.sampling == SHUFFLED:
         return np.diag(scatter_sums(_responses(u, training), examples, training))
     if training.momentum:
@@ -236,6 +238,34 @@ def noise_sums(
     r, steps = (1.0 - u) ** 2, training.steps
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(np.abs(1.0 - r) < 1e-12, float(steps), (1.0 - r**steps) / (1.0 - r))
+
+
+def shuffled_sums(
+    u: FloatArray, training: Training, examples: int, at: Sequence[int | TimeAverage]
+) -> list[FloatArray]:
+    """`noise_sums` of shuffled epochs, each at its own place in an epoch.
+
+    Parameters
+    ----------
+    u, training, examples
+        See `noise_sums`.
+    at : sequence of int or TimeAverage
+        Steps, and averages over time.
+
+    Returns
+    -------
+    list of ndarray, shape of `u`
+        One for each entry of `at`.
+    """
+    most = max((when for when in at if isinstance(when, int)), default=1)
+    r = _responses(u, replace(training, steps=most))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return [
+            read_sums(r[:when][::-1], examples, training)
+            if isinstance(when, int)
+            else noise_sums(u, training, examples, when)
+            for when in at
+        ]
 
 
 def _responses(u: FloatArray, training: Training) -> FloatArray:
@@ -315,7 +345,7 @@ def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArr
 
 
 def _averaged_sums(
-    u: FloatArray, training: Training, average: TimeAverage, joint: bool
+    u: FloatArray, training: Training, average: TimeAverage, examples: int, joint: bool
 ) -> FloatArray:
     """`noise_sums` of an average over time; `joint` for all pairs of directions.
 
@@ -323,18 +353,23 @@ def _averaged_sums(
     t >= s of the weight of w_t times r_(t - s + 1) (see `_heavy_ball_sums`). The recursion of r
     gives y_s from the two steps after it.
     """
-    beta = training.momentum
+    beta, shuffled = training.momentum, training.sampling == SHUFFLED
     after, now = np.zeros(len(u)), np.zeros(len(u))
     total = np.zeros((len(u), len(u)) if joint else len(u))
-    weights = average.weights()[::-1]
+    weights = average.weights()
+    epoch = examples // training.batch_size if shuffled else 1
+    size = epoch * max(512 // epoch, 1)
     with np.errstate(invalid="ignore", over="ignore"):
-        for part in np.array_split(weights, max(len(weights) // 512, 1)):
-            block = np.empty((len(part), len(u)))
-            for row, weight in zip(block, part, strict=True):
+        for start in reversed(range(0, len(weights), size)):
+            block = np.empty((len(weights[start : start + size]), len(u)))
+            for row, weight in zip(block[::-1], weights[start : start + size][::-1], strict=True):
                 own = (1.0 - beta) * weight
                 after, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * after + own
                 row[:] = now
-            total += block.T @ block if joint else (block**2).sum(0)
+            if shuffled:
+                total += read_sums(block, examples, training, joint)
+            else:
+                total += block.T @ block if joint else (block**2).sum(0)
     return total
 
 

@@ -63,6 +63,39 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
     return np.asarray(examples / (examples - 1.0) * sums)
 
 
+def read_sums(
+    moved: FloatArray, examples: int, training: Training, joint: bool = False
+) -> FloatArray:
+    """Variance of what is read after some steps of shuffled epochs, in units of one step's.
+
+    Unlike `scatter_sums` it is that at one place in an epoch.
+
+    Parameters
+    ----------
+    moved : ndarray, shape (T, k)
+        Displacement of what is read, as of the last weights or of an average over time, by unit
+        noise in step 1 ... T. The first step begins an epoch; the last epoch may be incomplete.
+    examples : int
+        Number of examples, N.
+    training : Training
+        Gives the batch size.
+    joint : bool
+        For all pairs of directions.
+
+    Returns
+    -------
+    ndarray, shape (k,), or (k, k) if `joint`
+        The covariance is this times that of a minibatch drawn with replacement.
+    """
+    n = examples // training.batch_size
+    epochs = np.add.reduceat(moved, np.arange(0, len(moved), n), axis=0)
+    if joint:
+        sums = moved.T @ moved - epochs.T @ epochs / n
+    else:
+        sums = np.square(moved).sum(0) - np.square(epochs).sum(0) / n
+    return np.asarray(examples / (examples - 1.0) * sums)
+
+
 def order_force(risk: EmpiricalRisk, local: LocalQuadratic, training: Training) -> FloatArray:
     """Mean force of the order of shuffled epochs on the weights, f above.
 

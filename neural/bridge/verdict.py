@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neural.bridge.config import ITERATE
+from neural.bridge.config import ITERATE, SHUFFLED
 from neural.bridge.prediction import Prediction
 from neural.curvature.gradient_noise import noise_exponent
 from neural.curvature.local_quadratic import LocalQuadratic
@@ -74,6 +74,12 @@ def verdict(
             f"less than {FEEDBACK:.0%}, and the slope that descent leaves to make less than "
             f"{ALONG_SLOPE:.0%} of the rise): "
             + ("only those are counted below." if near.any() else FAR),
+        )
+    if (table["sampling"] == SHUFFLED).any():
+        lines.append(
+            "Shuffled epochs: that every minibatch has a curvature of its own makes noise which does "
+            "not cancel within an epoch; it is left out. Rises are larger than predicted, those of "
+            "averages over time most."
         )
     whole, diverged = table, np.isinf(table["measured"])
     lines += _diverged(table[diverged])

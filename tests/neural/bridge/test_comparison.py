@@ -122,9 +122,7 @@ def test_training_does_what_is_predicted(training: Training, plan: Plan, away: f
         assert saved["gain"].isna().all(), "members are no runs by themselves"
     course = found.course
     assert list(course.columns) == COURSE
-    if (
-        training.sampling == "shuffled"
-    ):  # no control variate is known, nor its way to the steady state
+    if training.sampling == "shuffled":  # no control variate is known
         np.testing.assert_array_equal(table["measured"], table["plain"])
         within_error(table["ratio"], np.ones(2), table["ratio_error"])
         within_error(saved["gain"], saved["predicted_gain"], saved["gain_error"])

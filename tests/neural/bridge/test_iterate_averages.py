@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -135,14 +137,24 @@ def test_training_does_what_is_predicted_of_averages(training: Training, away: f
     assert (table["effective_runs"][2:] > 2.0).all()
 
 
-def test_of_shuffled_epochs_and_late_phase_members_no_average_is_predicted() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_averages_of_few_shuffled_epochs(momentum: float) -> None:
+    """Two epochs and a half: neither the start nor the noise of the last half is averaged away."""
     bowl = Bowl((2.0, 0.7, 0.2))
-    training = Training(0.2, 32, 16, sampling="shuffled")
-    table = compare_training(bowl.risk, gaussian_of(bowl, training), Plan((1, 2), 4)).table
-    averaged = table["weights"] != "iterate"
-    assert table["predicted"].isna().tolist() == averaged.tolist()
-    assert table["measured"].notna().all()
-    assert Plan((2,), 4, late_phase="all").averages(training) == ()
+    steps = 5 * bowl.risk.examples // 2 // 16
+    training = Training(0.2 * (1.0 - momentum), 16, steps, momentum, "shuffled")
+    plan = Plan((1, 4), 256, 1, decay=0.9)
+    table = compare_training(bowl.risk, gaussian_of(bowl, training), plan).table
+    assert list(table["weights"]) == ["iterate"] * 2 + ["swa"] * 2 + ["ema"] * 2
+    within_error(table["plain"], table["predicted"], table["plain_error"])
+    assert (table["plain_error"] < 0.25 * table["predicted_rise"]).all()
+    drawn = replace(training, sampling="with replacement")
+    other = predict_loss(gaussian_of(bowl, drawn), plan.averages(drawn)).excess
+    assert predict_loss(gaussian_of(bowl, training), plan.averages(training)).excess < 0.8 * other
+
+
+def test_late_phase_members_have_no_averages() -> None:
+    assert Plan((2,), 4, late_phase="all").averages(Training(0.2, 32, 16)) == ()
 
 
 def test_a_decay_of_one_is_refused() -> None:
