@@ -446,8 +446,8 @@ def measured_risk(
             member_mask(risk, plan.late_phase)
         except NQMError as error:
             raise NQMError(f"plan.late_phase: {error}") from None
+    config.check_examples(risk.examples)
     for training in config.trainings(1.0):
-        training.check(risk.examples)
         _check_sizes(risk, training, config, plan)
     if not config.minimise:
         return risk

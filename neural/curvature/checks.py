@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from neural.batches import arguments
 from neural.curvature.example_losses import check_labels, is_cross_entropy
 from neural.curvature.examples import MakeBatch, rows
 from neural.curvature.plain_kernels import through_detach
@@ -235,13 +236,43 @@ def _of_first(
     except NQMError:
         raise
     except Exception as error:  # of the model's own code, which raises what it likes
-        let_through(error)
-        given = ", ".join(f"{str(t.dtype)[6:]} {tuple(t.shape[1:])}" for t in few[:-1])
-        raise NQMError(
-            f"{name} fails on the first examples (inputs {given}; targets {str(few[-1].dtype)[6:]} "
-            f"{tuple(few[-1].shape[1:])}; weights {str(small.weights.dtype)[6:]}): "
-            f"{type(error).__name__}: {_words(error, 150)}"
-        ) from error
+        raise _fails(name, few, error) from error
+
+
+def check_forward(model: nn.Module, batch: Batch) -> None:
+    """Check that a model takes the data, by a forward pass of two examples in evaluation mode.
+
+    Parameters
+    ----------
+    model : Module
+        On the device of the data.
+    batch : (inputs, targets)
+
+    Raises
+    ------
+    NQMError
+        If it raises an error.
+    """
+    tensors, make = rows(batch)
+    few, training = [tensor[:2].clone() for tensor in tensors], model.training
+    args, kwargs = arguments(make(few)[0])
+    try:
+        with torch.no_grad():
+            model.eval()(*args, **kwargs)
+    except Exception as error:
+        raise _fails(type(model).__name__, few, error) from error
+    finally:
+        model.train(training)
+
+
+def _fails(name: str, few: list[Tensor], error: Exception) -> NQMError:
+    """An error of the model or loss in one line, with the data that it got."""
+    let_through(error)
+    given = [f"{str(t.dtype)[6:]} {tuple(t.shape[1:])}" for t in few]
+    return NQMError(
+        f"{name} fails on the first examples (inputs {', '.join(given[:-1])}; targets {given[-1]}, "
+        f"each): {type(error).__name__}: {_words(error, 150)}"
+    )
 
 
 def _logits(small: EmpiricalRisk, few: list[Tensor], name: str) -> Tensor | None:

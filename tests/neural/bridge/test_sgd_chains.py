@@ -190,7 +190,7 @@ def test_draws_with_replacement_are_uniform() -> None:
 
 def test_an_epoch_must_be_whole_minibatches() -> None:
     training = Training(0.1, 7, 3, sampling="shuffled")
-    with pytest.raises(NQMError, match="batch_size that divides the 40 examples; got 7"):
+    with pytest.raises(NQMError, match="divides the 40 examples; got 7, which divides 35"):
         list(train_runs(tanh_risk(), training, 2, (3,)))
 
 
