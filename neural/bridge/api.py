@@ -138,7 +138,8 @@ def measure(
         learning rate is stable where noise-free descent ends (`check_descent`).
     """
     config, cache = config or BridgeConfig(), cache or Cache()
-    config.check_examples(risk.examples)
+    for training in config.trainings(1.0):
+        training.check(risk.examples)
     check_plan(config, plan)
     plan = plan or Plan()
     options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}

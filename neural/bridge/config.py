@@ -178,13 +178,15 @@ class Training:
         Raises
         ------
         NQMError
-            If sampling is "shuffled" and the batch size does not divide the number of examples.
+            If sampling is "shuffled" and the batch size does not divide the number of examples, or
+            is all of them.
         """
-        size = self.batch_size
-        if self.sampling == SHUFFLED and examples % size:
+        if self.sampling != SHUFFLED:
+            return
+        if examples % self.batch_size or self.batch_size == examples:
             raise NQMError(
-                f"shuffled epochs need a batch_size that divides the {examples} examples; got "
-                f"{size}, which divides {max(examples // size, 2) * size}"
+                f"shuffled epochs need a batch_size that divides the {examples} examples, in two "
+                f"minibatches or more; got {self.batch_size}"
             )
 
 
@@ -239,10 +241,8 @@ class Plan:
         Returns
         -------
         tuple of TimeAverage
-            Uniform and exponential mean for independent runs; empty for late-phase members.
+            Uniform and exponential mean, of late-phase members those of their mean weights.
         """
-        if self.late_phase is not None:
-            return ()
         return TailMean(training.steps), ExponentialMean(training.steps, self.decay)
 
     @property
@@ -453,27 +453,6 @@ class BridgeConfig:
         return [replace(middle, lr=float(lr)) for lr in lrs] + [
             replace(middle, batch_size=size) for size in self.batch_sizes[1:]
         ]
-
-    def check_examples(self, examples: int) -> None:
-        """Check that the data give every training minibatches with noise.
-
-        Parameters
-        ----------
-        examples : int
-            Number of training examples, N.
-
-        Raises
-        ------
-        NQMError
-            If epochs are shuffled and do not consist of two or more whole minibatches.
-        """
-        for training in self.trainings(1.0):
-            training.check(examples)
-            if training.sampling == SHUFFLED and training.batch_size == examples:
-                raise NQMError(
-                    f"a shuffled epoch of batch_size = {examples} is one minibatch of all "
-                    f"{examples} examples, without noise; take a smaller batch_size"
-                )
 
     def in_own_coordinates(self) -> list[BridgeConfig]:
         """Divide the trainings into those that are predicted in the same coordinates.

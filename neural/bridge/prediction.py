@@ -16,7 +16,7 @@ of the members' own scatter (`neural.bridge.shared_base`), and differ for every 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.drift import descent
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
-from neural.bridge.scatter import covariance, shuffled_sums
+from neural.bridge.scatter import covariance, responses
 from neural.bridge.shared_base import SharedBaseQuadratic
+from neural.bridge.shuffled import sums_at_end
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import Phase, Program, solve
 from nqm.problems.quadratic import Problem
@@ -236,26 +237,38 @@ def expected_excess(
     Returns
     -------
     list of float
-        One for each entry of `at`. That of shuffled epochs counts how much of their noise has
-        cancelled there.
+        One for each entry of `at`.
     """
-    method, lr, size = training.algorithm, training.lr, training.batch_size
     if training.sampling == SHUFFLED:
-        rate = training.effective_lr
-        sums = shuffled_sums(rate * problem.curvature, training, examples, at)
-        variance = rate**2 / size * problem.noise_variance
-        return [float(problem.weight @ (variance * each)) for each in sums]
+        return _shuffled_excess(problem, training, examples, at)
+    method, lr, size = training.algorithm, training.lr, training.batch_size
     steps = sorted({when for when in at if isinstance(when, int)})
     known: dict[int, float] = {}
     if steps:
         phase = Phase(method, lr, steps[-1], batch_size=size)
         losses = solve(problem, Program((phase,)), at=steps).loss
         known = dict(zip(steps, map(float, losses), strict=True))
+    return [
+        known[when]
+        if isinstance(when, int)
+        else float(solve(problem, when.program(method, lr, size), at=[when.steps]).loss[-1])
+        for when in at
+    ]
+
+
+def _shuffled_excess(
+    problem: Problem, training: Training, examples: int, at: Sequence[int | TimeAverage]
+) -> list[float]:
+    """`expected_excess` of shuffled epochs, whose noise cancels."""
+    lr, size = training.effective_lr, training.batch_size
+    last = max((when for when in at if isinstance(when, int)), default=1)
+    of_iterate = responses(lr * problem.curvature, replace(training, steps=last))
+    weight = 0.5 * problem.multiplicity * problem.curvature * problem.noise_variance
     excesses = []
     for when in at:
         if isinstance(when, int):
-            excesses.append(known[when])
+            rows = of_iterate[:when]
         else:
-            losses = solve(problem, when.program(method, lr, size), at=[when.steps]).loss
-            excesses.append(float(losses[-1]))
+            rows = responses(lr * problem.curvature, training, when)
+        excesses.append(lr**2 / size * float(weight @ sums_at_end(rows, examples, size)))
     return excesses

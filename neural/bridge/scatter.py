@@ -7,8 +7,7 @@ response of heavy ball to one step's noise after s further steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from scipy.signal import lfilter
 from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.shuffled import read_sums, scatter_sums
+from neural.bridge.shuffled import scatter_sums, sums_at_end
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
@@ -59,7 +58,7 @@ def covariance(
     if average is not None:
         sums = _averaged_sums(u, training, average, local.examples, joint=True)
     elif training.sampling == SHUFFLED:
-        sums = scatter_sums(_responses(u, training), local.examples, training)
+        sums = scatter_sums(responses(u, training), local.examples, training)
     elif training.momentum:
         sums = _heavy_ball_sums(u, training, joint=True)
     else:
@@ -227,12 +226,11 @@ def noise_sums(
     Returns
     -------
     ndarray, shape of `u`
-        Without an average, that of shuffled epochs is the mean over the places in an epoch.
     """
     if average is not None:
         return _averaged_sums(u, training, average, examples, joint=False)
     if training.sampling == SHUFFLED:
-        return np.diag(scatter_sums(_responses(u, training), examples, training))
+        return np.diag(scatter_sums(responses(u, training), examples, training))
     if training.momentum:
         return _heavy_ball_sums(u, training, joint=False)
     r, steps = (1.0 - u) ** 2, training.steps
@@ -240,36 +238,21 @@ def noise_sums(
         return np.where(np.abs(1.0 - r) < 1e-12, float(steps), (1.0 - r**steps) / (1.0 - r))
 
 
-def shuffled_sums(
-    u: FloatArray, training: Training, examples: int, at: Sequence[int | TimeAverage]
-) -> list[FloatArray]:
-    """`noise_sums` of shuffled epochs, each at its own place in an epoch.
+def responses(u: FloatArray, training: Training, average: TimeAverage | None = None) -> FloatArray:
+    """Displacement by unit noise in every step, in units of the effective rate.
 
     Parameters
     ----------
-    u, training, examples
+    u, training, average
         See `noise_sums`.
-    at : sequence of int or TimeAverage
-        Steps, and averages over time.
 
     Returns
     -------
-    list of ndarray, shape of `u`
-        One for each entry of `at`.
+    ndarray, shape (steps, k)
+        Of the last weights, or of the average; the last step first.
     """
-    most = max((when for when in at if isinstance(when, int)), default=1)
-    r = _responses(u, replace(training, steps=most))
-    with np.errstate(invalid="ignore", over="ignore"):
-        return [
-            read_sums(r[:when][::-1], examples, training)
-            if isinstance(when, int)
-            else noise_sums(u, training, examples, when)
-            for when in at
-        ]
-
-
-def _responses(u: FloatArray, training: Training) -> FloatArray:
-    """Displacement by unit noise after every step, with the effective rate, (steps, k)."""
+    if average is not None:
+        return np.concatenate(list(_averaged_responses(u, training, average)))
     beta = training.momentum
     rows = np.empty((training.steps, len(u)))
     before, now = np.zeros(len(u)), np.full(len(u), 1.0 - beta)
@@ -347,30 +330,37 @@ def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArr
 def _averaged_sums(
     u: FloatArray, training: Training, average: TimeAverage, examples: int, joint: bool
 ) -> FloatArray:
-    """`noise_sums` of an average over time; `joint` for all pairs of directions.
+    """`noise_sums` of an average over time; `joint` for all pairs of directions."""
+    if training.sampling == SHUFFLED:
+        rows = responses(u, training, average)
+        return sums_at_end(rows, examples, training.batch_size, joint)
+    total = np.zeros((len(u), len(u)) if joint else len(u))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for block in _averaged_responses(u, training, average):
+            total += block.T @ block if joint else (block**2).sum(0)
+    return total
+
+
+def _averaged_responses(
+    u: FloatArray, training: Training, average: TimeAverage
+) -> Iterator[FloatArray]:
+    """`responses` of an average over time, some steps at a time.
 
     Noise of size 1 in step s moves the average by the effective rate times y_s, the sum over
     t >= s of the weight of w_t times r_(t - s + 1) (see `_heavy_ball_sums`). The recursion of r
     gives y_s from the two steps after it.
     """
-    beta, shuffled = training.momentum, training.sampling == SHUFFLED
+    beta = training.momentum
     after, now = np.zeros(len(u)), np.zeros(len(u))
-    total = np.zeros((len(u), len(u)) if joint else len(u))
-    weights = average.weights()
-    epoch = examples // training.batch_size if shuffled else 1
-    size = epoch * max(512 // epoch, 1)
+    weights = average.weights()[::-1]
     with np.errstate(invalid="ignore", over="ignore"):
-        for start in reversed(range(0, len(weights), size)):
-            block = np.empty((len(weights[start : start + size]), len(u)))
-            for row, weight in zip(block[::-1], weights[start : start + size][::-1], strict=True):
+        for part in np.array_split(weights, max(len(weights) // 512, 1)):
+            block = np.empty((len(part), len(u)))
+            for row, weight in zip(block, part, strict=True):
                 own = (1.0 - beta) * weight
                 after, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * after + own
                 row[:] = now
-            if shuffled:
-                total += read_sums(block, examples, training, joint)
-            else:
-                total += block.T @ block if joint else (block**2).sum(0)
-    return total
+            yield block
 
 
 def _root(matrix: FloatArray) -> FloatArray:

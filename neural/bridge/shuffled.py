@@ -6,7 +6,8 @@ displacement by unit noise after a steps (of SGD it is (1 - lr h)^(a - 1) in uni
 
 - The covariance of the weights loses what cancels: in place of C / B times the sum of r_a r_a' it
   is C / B N / (N - 1) times [sum r_a r_a' - sum over epochs R R' / n], with R the sum of r_a over
-  the steps of one epoch. Here it is averaged over the places in an epoch.
+  the steps of one epoch. The excess takes it after each step (`sums_at_end`), the force on the
+  mean as averaged over the places in an epoch (`scatter_sums`).
 - The minibatches that are still to come differ from those just used, and so does their curvature:
   the mean gradient where the weights are is larger by
 
@@ -39,7 +40,8 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
     Parameters
     ----------
     responses : ndarray, shape (T, k)
-        Displacement by unit noise after 1 ... T steps. Only whole epochs count, at least one.
+        Displacement by unit noise after 1 ... T steps. Only whole epochs count where there is one;
+        of less than an epoch it is the variance at its end.
     examples : int
         Number of examples, N.
     training : Training
@@ -52,9 +54,12 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
         replacement.
     """
     n = examples // training.batch_size
-    steps = max(len(responses) // n, 1) * n
-    r = np.zeros((steps, responses.shape[1]))
-    r[: len(responses)] = responses[:steps]
+    steps = len(responses) // n * n
+    if not steps:
+        summed = responses.sum(0)
+        left = responses.T @ responses - np.outer(summed, summed) / n
+        return np.asarray(examples / (examples - 1.0) * left)
+    r = responses[:steps]
     # At place k of an epoch, ages up to steps - n + k count.
     weight = np.minimum(1.0, (steps - np.arange(steps)) / n)
     total = np.cumsum(r, 0)
@@ -63,36 +68,33 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
     return np.asarray(examples / (examples - 1.0) * sums)
 
 
-def read_sums(
-    moved: FloatArray, examples: int, training: Training, joint: bool = False
+def sums_at_end(
+    responses: FloatArray, examples: int, batch_size: int, joint: bool = False
 ) -> FloatArray:
-    """Variance of what is read after some steps of shuffled epochs, in units of one step's.
-
-    Unlike `scatter_sums` it is that at one place in an epoch.
+    """Variance that the noisy steps of shuffled epochs have accumulated at the end, exactly.
 
     Parameters
     ----------
-    moved : ndarray, shape (T, k)
-        Displacement of what is read, as of the last weights or of an average over time, by unit
-        noise in step 1 ... T. The first step begins an epoch; the last epoch may be incomplete.
-    examples : int
-        Number of examples, N.
-    training : Training
-        Gives the batch size.
+    responses : ndarray, shape (T, k)
+        Displacement by unit noise in each of T steps from the beginning of an epoch on, the last
+        step first.
+    examples, batch_size : int
+        Number of examples of an epoch, and of a minibatch.
     joint : bool
         For all pairs of directions.
 
     Returns
     -------
     ndarray, shape (k,), or (k, k) if `joint`
-        The covariance is this times that of a minibatch drawn with replacement.
+        In units of the variance of a minibatch drawn with replacement.
     """
-    n = examples // training.batch_size
-    epochs = np.add.reduceat(moved, np.arange(0, len(moved), n), axis=0)
+    n = examples // batch_size
+    starts = np.append(0, np.arange(len(responses) % n or n, len(responses), n))
+    of_epochs = np.add.reduceat(responses, starts)
     if joint:
-        sums = moved.T @ moved - epochs.T @ epochs / n
+        sums = responses.T @ responses - of_epochs.T @ of_epochs / n
     else:
-        sums = np.square(moved).sum(0) - np.square(epochs).sum(0) / n
+        sums = (responses**2).sum(0) - (of_epochs**2).sum(0) / n
     return np.asarray(examples / (examples - 1.0) * sums)
 
 

@@ -1,4 +1,4 @@
-"""Eigenvalues of an empirical risk's curvature: the largest or smallest, and the density."""
+"""Eigenvalues of an empirical risk's curvature: the largest, and the density."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator
 
 from neural.curvature.lanczos import lanczos_pairs, lanczos_together
 from neural.curvature.risk import EmpiricalRisk
-from nqm.errors import NQMError, check_integer, check_number
+from nqm.errors import check_integer, check_number
 
 FloatArray = NDArray[np.float64]
 #: Called with the number of products with the curvature done since the last call.
@@ -57,68 +57,6 @@ class Density:
     def trace(self) -> float:
         """Sum of the eigenvalues."""
         return float(self.values @ self.counts)
-
-
-def eigenpairs(
-    risk: EmpiricalRisk,
-    count: int,
-    end: str = "top",
-    *,
-    tolerance: float = 1e-4,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Eigenpairs:
-    """Compute the largest or smallest eigenvalues and their vectors, by Lanczos (ARPACK).
-
-    Parameters
-    ----------
-    risk : EmpiricalRisk
-        The loss.
-    count : int
-        Number of eigenpairs, less than the number of weights.
-    end : {"top", "bottom"}
-        The algebraically largest or smallest. The Hessian of a network in training has negative
-        eigenvalues.
-    tolerance : float
-        Relative accuracy at which ARPACK stops.
-    seed : int
-        Seed of the start vector.
-    progress : callable, optional
-        Called with 1 after every product with the curvature.
-
-    Returns
-    -------
-    Eigenpairs
-
-    Raises
-    ------
-    NQMError
-        If `count` or `end` is out of range, or the eigenpairs do not converge.
-    """
-    check_integer("count", count, 1)
-    if count >= risk.size:
-        raise NQMError(f"count must be less than the {risk.size} weights; got {count}")
-    if end not in ("top", "bottom"):
-        raise NQMError(f"end must be 'top' or 'bottom'; got {end!r}")
-    start = np.random.default_rng(seed).standard_normal(risk.size)
-    try:
-        values, vectors = eigsh(
-            operator(risk, progress),
-            k=count,
-            which="LA" if end == "top" else "SA",
-            tol=tolerance,
-            v0=start,
-        )
-    except ArpackNoConvergence as error:
-        raise NQMError(
-            f"only {len(error.eigenvalues)} of {count} eigenpairs converged; ask for fewer, or "
-            "raise the tolerance"
-        ) from None
-    order = np.argsort(values)[::-1]
-    values, vectors = values[order], vectors[:, order]
-    apply = operator(risk, progress)
-    products = np.stack([apply.matvec(v) for v in vectors.T], 1)
-    return Eigenpairs(values, vectors, np.linalg.norm(products - vectors * values, axis=0))
 
 
 def operator(risk: EmpiricalRisk, progress: Progress | None = None) -> LinearOperator:
@@ -181,8 +119,14 @@ def leading_pairs(
 
     Parameters
     ----------
-    risk, count, seed, progress
-        See `eigenpairs`.
+    risk : EmpiricalRisk
+        The loss.
+    count : int
+        Number of eigenpairs, at least 1.
+    seed : int
+        Seed of the start vector.
+    progress : callable, optional
+        Called with 1 after every product with the curvature.
 
     Returns
     -------

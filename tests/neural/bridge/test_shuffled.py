@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from neural.bridge.config import Training
-from neural.bridge.iterate_averages import ExponentialMean
-from neural.bridge.scatter import covariance, noise_sums, shuffled_sums
-from neural.bridge.shuffled import order_force, read_sums, scatter_sums
+from neural.bridge.scatter import covariance, noise_sums
+from neural.bridge.shuffled import order_force, scatter_sums, sums_at_end
 from neural.curvature.gradient_noise import trace
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
@@ -39,30 +38,22 @@ def test_the_scatter_of_all_places_written_out() -> None:
     agree(scatter_sums(responses, examples, training), expected, 1e-12)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.6])
-def test_what_is_read_at_every_place_written_out(momentum: float) -> None:
-    """Seven steps of epochs of four minibatches, by simulating the noise of each step."""
-    h, lr, n, examples = np.array([1.5, 0.3]), 0.4, 4, 4 * SIZE
-    training = Training(lr * (1.0 - momentum), SIZE, 7, momentum, "shuffled")
-    u = training.effective_lr * h
-    size = (examples - SIZE) / (examples - 1.0)
-    own = size * (n * np.eye(n) - np.ones((n, n))) / (n - 1.0)
-    noise = np.kron(np.eye(2), own)[:7, :7]
-    average = ExponentialMean(7, 0.8)
-    path, mean = np.zeros((8, 7, 2)), np.zeros((7, 2))  # after step, by noise of step
-    before = path[0]
-    for step in range(7):
-        moved = (1.0 + momentum - training.lr * h) * path[step] - momentum * before
-        moved[step] += 1.0 - momentum
-        before, path[step + 1] = path[step], moved
-        mean = 0.8 * mean + 0.2 * moved
-    reads = [*path[1:], mean]
-    expected = [np.einsum("sk,st,tk->k", read, noise, read) for read in reads]
-    agree(shuffled_sums(u, training, examples, [*range(1, 8), average]), expected, 1e-12)
-    whole = np.einsum("sk,st,tl->kl", mean, noise, mean)
-    agree(read_sums(mean, examples, training, joint=True), whole, 1e-12)
-    at_end = noise_sums(u, training, examples, ExponentialMean(7, 0.0))
-    agree(at_end, expected[6], 1e-12)
+@pytest.mark.parametrize("steps", [3, 4, 6, 8])
+def test_the_scatter_at_the_end_over_all_orders(steps: int) -> None:
+    """Up to two epochs of four minibatches of one example: the mean over all 24 x 24 orders."""
+    rng, n = np.random.default_rng(0), 4
+    responses, noise = rng.standard_normal((8, 2))[:steps], rng.standard_normal(n)
+    noise -= noise.mean()
+    ends = [
+        responses[::-1].T @ noise[[*first, *second][:steps]]
+        for first in permutations(range(n))
+        for second in permutations(range(n))
+    ]
+    expected = np.mean(np.square(ends), 0) / np.mean(noise**2)
+    agree(sums_at_end(responses, n, 1), expected, 1e-12)
+    if steps < n:
+        found = scatter_sums(responses, n, Training(0.1, 1, steps, sampling="shuffled"))
+        agree(np.diag(found), expected, 1e-12)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
@@ -74,8 +65,6 @@ def test_the_variance_is_that_of_the_steady_state(momentum: float) -> None:
     u = training.effective_lr * h
     found = training.effective_lr**2 / SIZE * noise_sums(u, training, examples)
     agree(found, steady.weight_variance, 1e-9)
-    last = shuffled_sums(u, training, examples, range(3993, 4001))  # all places of an epoch
-    agree(training.effective_lr**2 / SIZE * np.mean(last, 0), steady.weight_variance, 1e-9)
 
 
 def test_at_low_rates_the_force_is_a_quarter_of_the_slope_of_the_noise() -> None:
