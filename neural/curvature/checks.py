@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from neural.batches import arguments
 from neural.curvature.example_losses import check_labels, is_cross_entropy
 from neural.curvature.examples import MakeBatch, rows
 from neural.curvature.plain_kernels import through_detach
 from neural.evaluate.metrics import IGNORED
 from neural.late_phase.members import Batch
+from neural.late_phase.rows import arguments
 from nqm.errors import NQMError
 from nqm.runs.interrupts import let_through
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from neural.batches import arguments
 from neural.curvature.checks import (
     check_model,
     check_output,
@@ -41,6 +40,7 @@ from neural.curvature.memory import PASSES, fitting, kept_bytes
 from neural.curvature.plain_kernels import plain_kernels
 from neural.evaluate.precision import full_float32
 from neural.late_phase.members import Batch
+from neural.late_phase.rows import arguments
 from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import call, places
 from nqm.errors import NQMError, check_integer, check_number, check_word
