@@ -137,7 +137,8 @@ def check_size(field: str, count: float, bytes_each: float = 8, fix: str = "") -
     limit = memory_limit()
     needed = min(count, 2**900) * bytes_each  # no float of any size overflows
     if needed > limit:
-        advice = f"{fix}, or set NQM_MEMORY (GiB)" if fix else "set NQM_MEMORY (GiB) for more"
+        raised = "raise --memory" if limit == _BUDGET.get() else "set NQM_MEMORY"
+        advice = f"{fix}, or {raised} (GiB)" if fix else f"{raised} (GiB) for more"
         raise NQMError(
             f"{field} needs {readable(needed)} of memory; the limit is {readable(limit)}: {advice}"
         )

@@ -401,13 +401,18 @@ def measure_checkpoint(
     Returns
     -------
     LocalQuadratic
+
+    Raises
+    ------
+    NQMError
+        If the loss has no positive curvature, or its gradient no noise: nothing can be predicted.
     """
     if not config.eigenpairs or config.eigenpairs >= risk.size:
         work = float(risk.matrix_work)
     else:
         starts = config.noise_samples + 1
         work = float(leading_products(config.eigenpairs) + config.lanczos_steps * starts)
-    return measure_local(
+    local = measure_local(
         risk,
         config.eigenpairs or None,
         noise_samples=config.noise_samples,
@@ -416,6 +421,18 @@ def measure_checkpoint(
         cache=cache,
         progress=counted(progress, "curvature and noise", work),
     )
+    if not local.largest > 0.0:
+        raise NQMError(
+            f"the largest curvature of the loss is {local.largest:.3g}, and learning rates are "
+            "relative to it; give a loss that is curved along the selected weights, e.g. by "
+            "weight_decay"
+        )
+    if not local.noise_trace > 0.0:
+        raise NQMError(
+            "all examples have the same gradient, so that minibatches make no noise to predict; "
+            "check the loss and the data"
+        )
+    return local
 
 
 def predict(

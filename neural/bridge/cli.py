@@ -105,6 +105,7 @@ def bridge(
 
     from neural.bridge.pipeline import load_config, open_target, run_bridge, split_overrides
     from neural.bridge.plots import draw_bridge
+    from neural.bridge.verdict import along_slope, in_range
     from neural.bridge.workers import side_by_side
     from neural.training.run_folder import check_no_run
     from nqm.files import locked
@@ -143,8 +144,12 @@ def bridge(
         )
     columns = ["lr", "batch_size", "members", "weights"]
     columns += ["predicted", "measured", "error", "ratio"]
-    table = results.table[columns]
-    click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    counts = in_range(results.table) & ~along_slope(results.table)
+    table = results.table[columns].assign(ratio=results.table["ratio"].where(counts))
+    click.echo("Change of the training loss from the checkpoint; ratio: measured over predicted")
+    click.echo("rise by noise, - where that is beyond the range of the theory or not known:")
+    text = table.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}")
+    click.echo(text)
     for line in results.words:
         click.echo(f"- {line}")
     title = f"{name}, {settings.select}"

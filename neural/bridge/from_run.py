@@ -8,8 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from neural.curvature.checks import check_forward
+from neural.curvature.example_losses import SmoothedCrossEntropy, cross_entropy
 from neural.curvature.memory import PASSES, kept_bytes
-from neural.curvature.risk import EmpiricalRisk, SmoothedCrossEntropy, cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.risk_batchnorm import BatchNormRisk, grouped
 from neural.data import TextData, evaluation_batches, evaluation_windows
 from neural.data.images import ImageData
@@ -83,6 +85,7 @@ def risk_of_run(  # noqa: PLR0913 - options, by keyword
         for x, y in training_batches(run, runtime, examples, batch_size or BATCH)
     ]
     model.to(runtime.device, dtype)
+    check_forward(model, batches[0])
     recompute_statistics(model, batches)
     decay = run.train.weight_decay if weight_decay is None else weight_decay
     smoothing = run.train.label_smoothing

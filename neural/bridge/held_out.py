@@ -29,7 +29,7 @@ from torch import Tensor
 from neural.bridge.config import ITERATE, SHUFFLED, Plan
 from neural.bridge.drift import calm_end, draw_index
 from neural.bridge.gaussian import WeightGaussian
-from neural.bridge.iterate_averages import TimeAverage
+from neural.bridge.iterate_averages import ExponentialMean, TimeAverage
 from neural.bridge.scatter import covariance, displacements
 from neural.bridge.shared_base import mean_model
 from neural.curvature.cache import Cache
@@ -262,11 +262,10 @@ def measure_held_out(
     Returns
     -------
     dict of str to HeldOut
-        By the kind of weights. Empty beyond the edge of stability, and for shuffled epochs, whose
-        noise cancels within an epoch: the covariance of the weights is not known there.
+        By the kind of weights. Empty beyond the edge of stability.
     """
     training = gaussian.training
-    if not gaussian.stable or training.sampling == SHUFFLED:
+    if not gaussian.stable:
         return {}
     kinds: dict[str, TimeAverage | None] = {ITERATE: None}
     kinds |= {average.name: average for average in plan.averages(training)}
@@ -286,6 +285,8 @@ def measure_held_out(
         return value, np.zeros(0) if found is None else found.cpu().numpy()
 
     def of(average: TimeAverage | None) -> tuple[FloatArray, ...]:
+        if average is None and training.sampling == SHUFFLED:
+            average = ExponentialMean(training.steps, 0.0)  # how much has cancelled at this step
         pushes = gaussian.drift.displacement_twice(training, average)
         descent = calm_end(gaussian.checkpoint, training, gaussian.path, average)
         mean = descent + 0.5 * (pushes[0] + pushes[1])

@@ -16,7 +16,7 @@ from scipy.signal import lfilter
 from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.shuffled import scatter_sums
+from neural.bridge.shuffled import scatter_sums, sums_at_end
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import stability_edge
 
@@ -56,7 +56,7 @@ def covariance(
     lr, steps = training.effective_lr, training.steps
     u = lr * local.pairs.values
     if average is not None:
-        sums = _averaged_sums(u, training, average, joint=True)
+        sums = _averaged_sums(u, training, average, local.examples, joint=True)
     elif training.sampling == SHUFFLED:
         sums = scatter_sums(responses(u, training), local.examples, training)
     elif training.momentum:
@@ -228,7 +228,7 @@ def noise_sums(
     ndarray, shape of `u`
     """
     if average is not None:
-        return _averaged_sums(u, training, average, joint=False)
+        return _averaged_sums(u, training, average, examples, joint=False)
     if training.sampling == SHUFFLED:
         return np.diag(scatter_sums(responses(u, training), examples, training))
     if training.momentum:
@@ -328,9 +328,12 @@ def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArr
 
 
 def _averaged_sums(
-    u: FloatArray, training: Training, average: TimeAverage, joint: bool
+    u: FloatArray, training: Training, average: TimeAverage, examples: int, joint: bool
 ) -> FloatArray:
     """`noise_sums` of an average over time; `joint` for all pairs of directions."""
+    if training.sampling == SHUFFLED:
+        rows = responses(u, training, average)
+        return sums_at_end(rows, examples, training.batch_size, joint)
     total = np.zeros((len(u), len(u)) if joint else len(u))
     with np.errstate(invalid="ignore", over="ignore"):
         for block in _averaged_responses(u, training, average):

@@ -29,8 +29,9 @@ from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.prediction import Prediction
 from neural.bridge.probe import Probe, probe, probe_steps, stiffest
 from neural.curvature import gradient_noise
+from neural.curvature.example_losses import is_cross_entropy
 from neural.curvature.examples import joined
-from neural.curvature.risk import EmpiricalRisk, is_cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from nqm.progress import Progress, counted
 
 if TYPE_CHECKING:

@@ -68,7 +68,9 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
     return np.asarray(examples / (examples - 1.0) * sums)
 
 
-def sums_at_end(responses: FloatArray, examples: int, batch_size: int) -> FloatArray:
+def sums_at_end(
+    responses: FloatArray, examples: int, batch_size: int, joint: bool = False
+) -> FloatArray:
     """Variance that the noisy steps of shuffled epochs have accumulated at the end, exactly.
 
     Parameters
@@ -78,16 +80,21 @@ def sums_at_end(responses: FloatArray, examples: int, batch_size: int) -> FloatA
         step first.
     examples, batch_size : int
         Number of examples of an epoch, and of a minibatch.
+    joint : bool
+        For all pairs of directions.
 
     Returns
     -------
-    ndarray, shape (k,)
+    ndarray, shape (k,), or (k, k) if `joint`
         In units of the variance of a minibatch drawn with replacement.
     """
     n = examples // batch_size
     starts = np.append(0, np.arange(len(responses) % n or n, len(responses), n))
     of_epochs = np.add.reduceat(responses, starts)
-    sums = (responses**2).sum(0) - (of_epochs**2).sum(0) / n
+    if joint:
+        sums = responses.T @ responses - of_epochs.T @ of_epochs / n
+    else:
+        sums = (responses**2).sum(0) - (of_epochs**2).sum(0) / n
     return np.asarray(examples / (examples - 1.0) * sums)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neural.bridge.config import ITERATE
+from neural.bridge.config import ITERATE, SHUFFLED
 from neural.bridge.prediction import Prediction
 from neural.curvature.gradient_noise import noise_exponent
 from neural.curvature.local_quadratic import LocalQuadratic
@@ -23,11 +23,10 @@ FEEDBACK = 0.4
 #: Largest part of the rise by noise that may be due to the slope that descent leaves (`cross`): the
 #: displacement along it is known less well than the scatter.
 ALONG_SLOPE = 0.4
-#: What to do where that is exceeded everywhere.
-FAR = (
-    "the checkpoint is too far from a minimum of the measured loss, or the learning rates are too "
-    "high. Minimise first, e.g. by --set bridge.minimise=300, or try lower rates."
-)
+#: A measured rise within this fraction of its prediction counts as predicted.
+CLOSE = 0.25
+#: Largest standard error of a measured rise, relative to its prediction, that decides anything.
+DECIDES = 0.5
 
 
 def verdict(
@@ -55,9 +54,42 @@ def verdict(
     list of str
         One or two sentences each.
     """
+    near, diverged = in_range(table) & ~along_slope(table), np.isinf(table["measured"])
+    counted = table[near & ~diverged]
+    predicted = counted[np.isfinite(counted["predicted_rise"]) & (counted["predicted_rise"] > 0)]
+    trained = bool(table["measured"].notna().any())
+    lines = list(_headline(table, predicted, trained))
+    if not near.all():
+        cells = f"{int(near.sum())} of {len(table)} cells are" if near.any() else "No cell is"
+        lines.append(
+            f"{cells} within the range of the theory (scatter predicted to change the noise by "
+            f"less than {FEEDBACK:.0%}, and the slope that descent leaves to make less than "
+            f"{ALONG_SLOPE:.0%} of the rise)" + ("; only those are counted." if near.any() else ".")
+        )
+    lines += _diverged(table[diverged])
+    change = table[~diverged & table["measured"].notna() & np.isfinite(table["predicted"])]
+    if len(change):
+        off = (change["measured"] / change["predicted"] - 1.0).abs()
+        lines.append(
+            "The whole change of the training loss, descent included, differs from its prediction "
+            f"by {off.median():.1%} (median of all cells), {off.max():.1%} at most."
+        )
+    if trained and len(predicted):
+        lines += _agreement(predicted, local)
+    lines += _test_loss(counted)
+    if best is not None:
+        lines += _best(best, trained)
+    lines += _floors(predicted[predicted["weights"] == ITERATE])
+    lines += _trust(table)
+    if (table["sampling"] == SHUFFLED).any():
+        lines.append(
+            "Shuffled epochs: every minibatch has a curvature of its own, and the noise of that "
+            "does not cancel within an epoch. It is left out: rises are larger than predicted, "
+            "those of averages over time most."
+        )
     negative = local.negative_share()
     exponent = noise_exponent(local.pairs.values, np.diag(local.noise))
-    lines = [
+    lines += [
         f"Largest curvature {local.largest:.4g}; plain SGD is stable up to lr = "
         f"{2.0 / local.largest:.3g} on the quadratic.",
         f"{negative[0]:.1%} of the noise and {negative[1]:.1%} of the squared slope lie along "
@@ -65,35 +97,62 @@ def verdict(
         f"Noise along the stiffest directions goes as h^{exponent:.2f}; the noise "
         f"scale tr C / |g|^2 is {_noise_scale(local):.3g} examples.",
     ]
-    near = in_range(table) & ~along_slope(table)
-    if not near.all():
-        cells = f"{int(near.sum())} of {len(table)} cells are" if near.any() else "No cell is"
-        lines.insert(
-            0,
-            f"{cells} within the range of the theory (scatter predicted to change the noise by "
-            f"less than {FEEDBACK:.0%}, and the slope that descent leaves to make less than "
-            f"{ALONG_SLOPE:.0%} of the rise): "
-            + ("only those are counted below." if near.any() else FAR),
-        )
-    whole, diverged = table, np.isinf(table["measured"])
-    lines += _diverged(table[diverged])
-    table = table[near & ~diverged]
-    predicted = table[np.isfinite(table["predicted_rise"]) & (table["predicted_rise"] > 0)]
-    trained = bool(whole["measured"].notna().any())
-    if trained and len(predicted):
-        lines += _agreement(predicted, local)
-    lines += _trust(whole)
-    lines += _floors(predicted[predicted["weights"] == ITERATE])
-    if best is not None:
-        lines += _best(best, trained)
     if cost is not None:
         stages = [
             f"{stage} {epochs:.3g}"
             for stage, epochs in zip(cost["stage"], cost["epochs"], strict=True)
         ]
         lines.append(f"Cost in epochs, gradients of all training examples: {', '.join(stages)}.")
-    lines += _test_loss(table)
     return lines
+
+
+def _headline(whole: pd.DataFrame, table: pd.DataFrame, trained: bool) -> Iterator[str]:
+    """Whether to trust the prediction, what to do if not, and its best cell."""
+    if table.empty:
+        yield f"Do not trust this prediction: {_remedy(whole)}"
+        return
+    if not trained:
+        yield (
+            f"Not tried by training. {len(table)} of {len(whole)} cells are within the range of "
+            "the theory."
+        )
+    else:
+        off, error = (table["ratio"] - 1.0).abs(), table["ratio_error"]
+        sure = error <= DECIDES
+        right = int(((off <= 2.0 * error) | (off <= CLOSE))[sure].sum())
+        of = int(sure.sum())
+        if not of:
+            words = "Not decided: no rise is measured well enough. Raise plan.runs, to at least "
+            yield words + "twice the largest K."
+        else:
+            share = right / of
+            word = "Trust" if share >= 0.9 else "Trust in part" if share >= 0.5 else "Do not trust"
+            yield (
+                f"{word}: what noise adds to the training loss is as predicted, within {CLOSE:.0%} "
+                f"or two standard errors, in {right} of {of} cells that decide."
+            )
+    row = table.iloc[int(np.argmin(table["predicted"]))]
+    at = "" if row["weights"] == ITERATE else f", {row['weights']}"
+    measured = f", measured {row['measured']:+.3g}" if np.isfinite(row["measured"]) else ""
+    yield (
+        f"Least training loss predicted: lr = {row['lr']:.3g}, B = {row['batch_size']}, "
+        f"K = {row['members']}{at}; change {row['predicted']:+.3g}{measured}."
+    )
+
+
+def _remedy(table: pd.DataFrame) -> str:
+    """What to do where no cell is within the range of the theory, by what excludes most of them."""
+    if (~in_range(table)).mean() >= 0.5:
+        return (
+            "the learning rates are too high for it, or the minibatches too small. Lower "
+            "bridge.lr_times_sharpness, or raise bridge.batch_sizes."
+        )
+    if along_slope(table).any():
+        return (
+            "the checkpoint is too far from a minimum of its loss. Minimise first, e.g. by --set "
+            "bridge.minimise=300."
+        )
+    return "no rise by noise is predicted, or all runs diverged. Lower bridge.lr_times_sharpness."
 
 
 def _diverged(table: pd.DataFrame) -> Iterator[str]:
@@ -160,9 +219,12 @@ def rank_order(table: pd.DataFrame) -> tuple[int, int]:
 def _agreement(table: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
     """Agreement of measured and predicted losses."""
     iterate = table[table["weights"] == ITERATE]
-    for bound in (1.05, 1.2, 1.5):
-        near = np.abs(np.log(iterate["ratio"].clip(lower=1e-9))) < np.log(bound)
-        yield f"{int(near.sum())} of {len(iterate)} cells within a factor {bound:g}."
+    apart = np.abs(np.log(iterate["ratio"].clip(lower=1e-9)))
+    counts = [int((apart < np.log(bound)).sum()) for bound in (1.05, 1.2, 1.5)]
+    yield (
+        f"{counts[0]}, {counts[1]} and {counts[2]} of {len(iterate)} rises within a factor 1.05, "
+        "1.2 and 1.5 (averages over time apart)."
+    )
     slow = table["lr"] / (1.0 - table["momentum"]) * local.largest <= 0.5
     for weights, rows in table[slow].groupby("weights", sort=False):
         name = "W" if weights == ITERATE else f"{weights}: w"
@@ -185,8 +247,8 @@ def _agreement(table: pd.DataFrame, local: LocalQuadratic) -> Iterator[str]:
             "Gain by averaging (loss of one run less that of K): measured over predicted "
             f"{ratio.min():.2f} to {ratio.max():.2f}."
         )
-    counts = [rank_order(rows) for _, rows in iterate.groupby(["way", "batch_size"])]
-    right, pairs = (sum(column) for column in zip(*counts, strict=True))
+    orders = [rank_order(rows) for _, rows in iterate.groupby(["way", "batch_size"])]
+    right, pairs = (sum(column) for column in zip(*orders, strict=True))
     yield (
         f"Rank order of K and lr right in {right} of {pairs} pairs whose measured losses are two "
         "standard errors apart."

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from neural.curvature.risk import EmpiricalRisk, ExampleLoss, cross_entropy
+from neural.curvature.example_losses import ExampleLoss, cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from neural.evaluate.predict import evaluating
 from neural.late_phase.members import Batch
 from nqm.errors import NQMError

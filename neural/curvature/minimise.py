@@ -55,14 +55,14 @@ def minimise(
     Raises
     ------
     NQMError
-        If `lr` is not positive, or so high that the loss diverges; if the loss is not finite.
+        If `lr` is not positive, or so high that the loss diverges; if the loss cannot be measured
+        (`EmpiricalRisk.check`).
     """
     told = progress or (lambda count: None)
+    risk.check()
     if lr is not None:
         return risk.at(_descended(risk, iterations, lr, told))
     start = risk.loss()
-    if not math.isfinite(start):
-        raise NQMError(f"minimise: the loss at the checkpoint is {start}; use another checkpoint")
     weights = risk.weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],

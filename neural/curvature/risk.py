@@ -8,24 +8,36 @@ evaluation mode: in training mode BatchNorm makes the loss a function of the bat
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import reduce
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad
 
+from neural.curvature.checks import (
+    check_model,
+    check_output,
+    check_risk,
+    check_weights,
+    no_derivative,
+    one_tensor,
+    slope_along,
+)
+from neural.curvature.example_losses import (
+    ExampleLoss,
+    check_batches,
+    cross_entropy,
+    is_cross_entropy,
+)
 from neural.curvature.examples import EachRow, MakeBatch, input_rows, joined, rows
 from neural.curvature.ggn import JACOBIAN_ROWS, ggn_matrix, ggn_product
 from neural.curvature.memory import PASSES, fitting, kept_bytes
-from neural.curvature.plain_kernels import plain_kernels, through_detach
-from neural.evaluate.metrics import IGNORED
+from neural.curvature.plain_kernels import plain_kernels
 from neural.evaluate.precision import full_float32
 from neural.late_phase.members import Batch
 from neural.late_phase.rows import arguments
@@ -33,9 +45,6 @@ from neural.late_phase.select import select as resolve
 from neural.late_phase.swap import call, places
 from nqm.errors import NQMError, check_integer, check_number, check_word
 from nqm.runs.interrupts import let_through
-
-#: (output, targets) -> one loss per example, shape (B,).
-ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 #: Matrices that may be used as the curvature: the Hessian, or the generalised Gauss-Newton matrix.
 CURVATURES = ("hessian", "ggn")
@@ -50,81 +59,8 @@ GRADIENT_NUMBERS = 2**26
 #: Messages of torch if a derivative does not exist, or an operation does not work within `vmap`.
 _MISSING = re.compile(
     "forward AD|derivative for|implemented|double backward|atching rule|vmap|functorch|torch.func|"
-    "modified inplace|inplace operation"
+    "modified inplace|in-?place operation"
 )
-
-
-def cross_entropy(output: Tensor, targets: Tensor) -> Tensor:
-    """Compute the cross-entropy of each example; for a window of text, the mean over its symbols.
-
-    Parameters
-    ----------
-    output : Tensor, shape (B, ..., C)
-        Logits.
-    targets : Tensor of int64, shape (B, ...)
-        Class numbers; symbols with the label -100 are left out of the mean.
-
-    Returns
-    -------
-    Tensor, shape (B,)
-        In nats.
-    """
-    return _cross_entropy(output, targets, 0.0)
-
-
-def _cross_entropy(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    flat = nn.functional.cross_entropy(
-        output.flatten(0, -2),
-        targets.flatten(),
-        reduction="none",
-        ignore_index=IGNORED,
-        label_smoothing=smoothing,
-    )
-    counted = (targets != IGNORED).reshape(len(targets), -1)
-    return flat.view(len(targets), -1).sum(1) / counted.sum(1)
-
-
-@dataclass(frozen=True)
-class SmoothedCrossEntropy:
-    """`cross_entropy` with label smoothing, as it is trained.
-
-    Attributes
-    ----------
-    smoothing : float
-        Probability that is spread over all classes, in [0, 1].
-    """
-
-    smoothing: float
-
-    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Compute the loss of each example; see `cross_entropy`.
-
-        Parameters
-        ----------
-        output : Tensor, shape (B, ..., C)
-            Logits.
-        targets : Tensor of int64, shape (B, ...)
-            Class numbers.
-
-        Returns
-        -------
-        Tensor, shape (B,)
-        """
-        return _cross_entropy(output, targets, self.smoothing)
-
-
-def is_cross_entropy(loss: ExampleLoss) -> bool:
-    """Tell whether a loss is `cross_entropy`, with or without label smoothing.
-
-    Parameters
-    ----------
-    loss : callable
-
-    Returns
-    -------
-    bool
-    """
-    return loss is cross_entropy or isinstance(loss, SmoothedCrossEntropy)
 
 
 class EmpiricalRisk:
@@ -193,12 +129,13 @@ class EmpiricalRisk:
         no_decay: str = "",
         curvature: str = "hessian",
     ):
+        check_model(model)
         check_number("weight_decay", weight_decay, low=0.0)
         check_word("curvature", curvature, CURVATURES)
         self.model, self.example_loss = model, loss
         self.weight_decay, self.curvature = weight_decay, curvature
         names = resolve(model, select).parameters
-        _check_weights({name: model.get_parameter(name) for name in names})
+        check_weights({name: model.get_parameter(name) for name in names})
         self.places = places(model, names)
         self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.weights = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
@@ -223,9 +160,9 @@ class EmpiricalRisk:
     def _take(self, batches: Iterable[Batch]) -> None:
         """Store the data, which is read many times, as a list."""
         self.batches = list(batches)
-        if not self.batches:
-            raise NQMError("an empirical risk needs data; got no batch")
-        _check_targets([targets for _, targets in self.batches], self.example_loss)
+        check_batches(self.batches, self.example_loss)
+        if is_cross_entropy(self.example_loss):
+            self.batches = [(inputs, labels.long()) for inputs, labels in self.batches]
         self.examples = sum(len(targets) for _, targets in self.batches)
         self._sound = False
         self._kept: float | None = None
@@ -442,7 +379,7 @@ class EmpiricalRisk:
             few = make([tensor[:2].clone() for tensor in tensors])  # a slice keeps the whole batch
             weights = self.weights.clone().requires_grad_()
             with self.evaluating():
-                kept = kept_bytes(self.model, lambda: self._output(weights, few))
+                kept = kept_bytes(self.model, lambda: self.output(weights, few))
             self._kept = PASSES * kept / min(2, len(self.batches[0][1]))
         return self._kept
 
@@ -452,109 +389,73 @@ class EmpiricalRisk:
         Raises
         ------
         NQMError
-            If a weight or the loss is not finite; if in evaluation mode the model is random,
-            changes its state, or lets an example's output depend on other examples; if its gradient
-            is not the derivative of its loss, e.g. because it detaches a tensor; or if torch cannot
-            compute its second derivatives.
+            See `neural.curvature.checks.check_risk`.
         """
-        if self._sound:
-            return
-        name = type(self.model).__name__
-        tensors, make = rows(self.batches[0])
-        few = [tensor[:2] for tensor in tensors]
-        small = copy.copy(self)
-        small.batches, small.examples, small._sound = [make(few)], len(few[-1]), True
-        state = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
-        self._check_finite(name)
-        versions = {n: tensor._version for n, tensor in state.items()}
-        if is_cross_entropy(self.example_loss):
-            few[-1] = next(small._over_batches(small._least_likely))
-            small.batches = [make(few)]
-        first, again = list(small._over_batches(small._own_losses, small.batches * 2))
-        changed = [n for n, tensor in state.items() if tensor._version != versions[n]]
-        if changed:
-            raise NQMError(
-                f"{name} changes its {changed[0]!r} in evaluation mode, so that its loss is no "
-                "function of the weights alone"
-            )
-        if not _close(again, first):
-            raise NQMError(
-                f"{name} is random in evaluation mode, so that its loss has no derivatives; switch "
-                "its noise or dropout off"
-            )
-        apart = [make([tensor[i : i + 1] for tensor in few]) for i in range(len(few[-1]))]
-        try:
-            each = torch.cat(list(small._over_batches(small._own_losses, apart)))
-        except ValueError as error:  # BatchNorm has no statistics of a single value
-            raise _mixes(name, error) from None
-        if not _close(each, first):
-            raise _mixes(name, None)
-        small._check_derivatives(name)
-        self._sound = True
+        if not self._sound:
+            check_risk(self)
+            self._sound = True
 
-    def _check_finite(self, name: str) -> None:
-        """Refuse a network that has diverged. A buffer may be infinite, as a mask is."""
-        for key, tensor in (
-            dict(self.model.named_parameters()) | self._named(self.weights)
-        ).items():
-            if not bool(tensor.isfinite().all()):
-                raise NQMError(
-                    f"{name}: {key} holds NaN or infinite numbers, as after a training that "
-                    "diverged; take an earlier checkpoint"
-                )
-        if not math.isfinite(loss := self.loss()):
-            raise NQMError(
-                f"{name}: its loss on the {self.examples} measured examples is {loss}; check the "
-                "checkpoint and the data"
-            )
+    def of_examples(self, batch: Batch) -> EmpiricalRisk:
+        """The mean loss of other examples, with the same weight decay; it is not checked.
 
-    def _least_likely(self, batch: Batch) -> Tensor:
-        """Labels that the model finds least likely.
+        Parameters
+        ----------
+        batch : (inputs, targets)
+            The examples.
 
-        Where it is sure of the right ones, the gradient is lost in rounding.
+        Returns
+        -------
+        EmpiricalRisk
+            A shallow copy that shares model and weights.
         """
-        inputs, targets = batch
-        labels: Tensor = targets
-        output = self._output(self.weights, inputs)
-        if isinstance(output, Tensor) and output.shape[:-1] == labels.shape:
-            labels = torch.where(labels == IGNORED, labels, output.argmin(-1).to(labels))
-        return labels
-
-    def _check_derivatives(self, name: str) -> None:
-        """Compare the gradient with forward differentiation, and with examples' own gradients."""
-        w = self.weights
-        v = torch.randn(self.size, generator=torch.Generator().manual_seed(0)).to(w)
-        slope = self._mean(lambda f: grad(f)(w))
-        along = self._mean(lambda f: _slope_through(f, w, v))
-        room = 1e-8 if w.dtype == torch.float64 else 1e-4
-        if float((slope @ v - along).abs()) > room * float(slope.norm() * v.norm()):
-            raise NQMError(
-                f"{name}: its gradient is not the derivative of its loss (detach, no_grad, or a "
-                "straight-through estimator); select weights that it does not concern, or change "
-                "the model"
-            )
-        mean = torch.cat(list(self.example_gradients())).mean(0)
-        if float((mean - slope).norm()) > 10.0 * room * float(slope.norm()):
-            raise NQMError(f"{name}: torch's gradients of single examples are wrong; report it")
-        self.curvature_product(v)
-
-    def _own_losses(self, batch: Batch) -> Tensor:
-        return self._losses(self.weights, batch)
+        moved = copy.copy(self)
+        moved.batches, moved.examples = [batch], len(batch[1])
+        moved.curvature_batches = moved.factors = None
+        moved._sound = True
+        return moved
 
     # --- the function and its derivatives, of one batch ----------------------------------------
 
-    def _output(self, w: Tensor, inputs: Any) -> Tensor:
-        """The model's output at w, shape (B, ...)."""
+    def output(self, w: Tensor, inputs: Any) -> Tensor:
+        """The model's output.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,)
+            Weights.
+        inputs : object
+            Inputs of a batch.
+
+        Returns
+        -------
+        Tensor, shape (B, ...), or what else the model gives
+        """
         args, kwargs = arguments(inputs)
-        output: Tensor = call(self.model, self.places, self._named(w), args, kwargs)
+        output: Tensor = call(self.model, self.places, self.named(w), args, kwargs)
         return output
 
-    def _losses(self, w: Tensor, batch: Batch) -> Tensor:
-        """Losses of a batch's examples at w, shape (B,)."""
+    def example_losses(self, w: Tensor, batch: Batch) -> Tensor:
+        """Losses of a batch's examples.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,)
+            Weights.
+        batch : (inputs, targets)
+
+        Returns
+        -------
+        Tensor, shape (B,)
+
+        Raises
+        ------
+        NQMError
+            If the loss gives anything else than one number for each example.
+        """
         inputs, targets = batch
-        output = self._output(w, inputs)
+        output = self.output(w, inputs)
         if is_cross_entropy(self.example_loss):
-            _check_output(output, type(self.model).__name__)
+            check_output(output, type(self.model).__name__)
         losses = self.example_loss(output, targets)
         if not isinstance(losses, Tensor) or losses.shape != (len(targets),):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -564,7 +465,18 @@ class EmpiricalRisk:
             )
         return losses
 
-    def _named(self, w: Tensor) -> dict[str, Tensor]:
+    def named(self, w: Tensor) -> dict[str, Tensor]:
+        """Weights of the model by name.
+
+        Parameters
+        ----------
+        w : Tensor, shape (p,)
+            A point of the risk's coordinates.
+
+        Returns
+        -------
+        dict of str to Tensor
+        """
         sizes = [shape.numel() for shape in self.shapes.values()]
         parts = torch.split(self.model_weights(w), sizes)
         return {n: p.view(shape) for (n, shape), p in zip(self.shapes.items(), parts, strict=True)}
@@ -594,10 +506,27 @@ class EmpiricalRisk:
                 vars(module).update(attributes)
                 module._buffers.update(buffers)
 
-    def _over_batches(
+    def over_batches(
         self, term: Callable[[Batch], Tensor], batches: Iterable[Batch] | None = None
     ) -> Iterator[Tensor]:
-        """Compute a term of every batch, in evaluation mode."""
+        """Compute a term of every batch, in evaluation mode.
+
+        Parameters
+        ----------
+        term : callable
+            Maps a batch to a tensor.
+        batches : iterable of (inputs, targets), optional
+            Those of the risk by default.
+
+        Yields
+        ------
+        Tensor
+
+        Raises
+        ------
+        NQMError
+            If torch lacks a derivative.
+        """
         for batch in self.batches if batches is None else batches:
             with self.evaluating(), torch.no_grad():  # derivatives are those of torch.func alone
                 try:
@@ -606,12 +535,12 @@ class EmpiricalRisk:
                     let_through(error)
                     if not _MISSING.search(str(error)):
                         raise
-                    raise _no_derivative(type(self.model).__name__, error) from error
+                    raise no_derivative(type(self.model).__name__, error) from error
             yield value
 
     def _total(self, term: Callable[[Batch], Tensor]) -> Tensor:
         """Sum of a term over batches."""
-        return reduce(torch.add, self._over_batches(term))
+        return reduce(torch.add, self.over_batches(term))
 
     def _mean(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """Sum over batches of a linear functional of the batch's summand of the mean loss."""
@@ -619,7 +548,7 @@ class EmpiricalRisk:
 
         def term(batch: Batch) -> Tensor:
             summand = next(summands)
-            return of(lambda w: summand(self._losses(w, batch)))
+            return of(lambda w: summand(self.example_losses(w, batch)))
 
         return self._total(term)
 
@@ -645,7 +574,7 @@ class EmpiricalRisk:
         Tensor, scalar
             Differentiable in `w`.
         """
-        return self._losses(w, batch).mean()
+        return self.example_losses(w, batch).mean()
 
     # --- mean loss -------------------------------------------------------------------------------
 
@@ -683,7 +612,7 @@ class EmpiricalRisk:
 
         def term(batch: Batch) -> Tensor:
             inputs, targets = batch
-            output = self._output(w, inputs)
+            output = self.output(w, inputs)
             if isinstance(output, Tensor) and output.ndim == 2 and targets.ndim == 1:
                 right = output.gather(1, targets[:, None])
                 others = output.scatter(1, targets[:, None], -torch.inf)
@@ -739,6 +668,22 @@ class EmpiricalRisk:
         joined = self._mean(both)
         return float(joined[-1]) + self._decay(at), joined[:-1] + self.decay_gradient(at)
 
+    def slope(self, v: Tensor) -> Tensor:
+        """Derivative of the mean loss along a direction, without weight decay.
+
+        By forward differentiation; `gradient` goes backward.
+
+        Parameters
+        ----------
+        v : Tensor, shape (p,)
+
+        Returns
+        -------
+        Tensor, scalar
+        """
+        found: Tensor = self._mean(lambda f: slope_along(f, self.weights, v))
+        return found
+
     def weighted_gradient(self, weights: Tensor) -> Tensor:
         """Weighted sum of the examples' gradients, without weight decay.
 
@@ -758,7 +703,7 @@ class EmpiricalRisk:
 
         def term(batch: Batch) -> Tensor:
             factors = next(by_batch)
-            slope: Tensor = grad(lambda w: factors @ self._losses(w, batch))(self.weights)
+            slope: Tensor = grad(lambda w: factors @ self.example_losses(w, batch))(self.weights)
             return slope
 
         return self._total(term)
@@ -850,7 +795,7 @@ class EmpiricalRisk:
         -------
         Tensor, shape (p,)
         """
-        data: Tensor = self._mean(lambda f: _slope(grad(f), self.weights, v))
+        data: Tensor = self._mean(lambda f: slope_along(grad(f), self.weights, v))
         return data + self._decay_product(v)
 
     def hessian(self, progress: Callable[[int], None] | None = None) -> Tensor:
@@ -908,7 +853,7 @@ class EmpiricalRisk:
             inputs, targets = batch
             summand = next(summands)
             return ggn_product(
-                lambda w: _one_tensor(self._output(w, inputs)),
+                lambda w: one_tensor(self.output(w, inputs)),
                 lambda output: summand(self.example_loss(output, targets)),
                 self.weights,
                 v,
@@ -934,7 +879,7 @@ class EmpiricalRisk:
         count = fitting(self.example_bytes() + 32.0 * self.size, JACOBIAN_ROWS)
         data = self._total(
             lambda batch: ggn_matrix(
-                lambda w, inputs: _one_tensor(self._output(w, inputs)),
+                lambda w, inputs: one_tensor(self.output(w, inputs)),
                 self.example_loss,
                 self.weights,
                 *batch,
@@ -963,9 +908,9 @@ class EmpiricalRisk:
 
         def bend(f: Callable[[Tensor], Tensor]) -> Tensor:
             def slope(w: Tensor) -> Tensor:
-                return _slope(f, w, v)
+                return slope_along(f, w, v)
 
-            bent: Tensor = grad(lambda w: _slope(slope, w, v))(self.weights)
+            bent: Tensor = grad(lambda w: slope_along(slope, w, v))(self.weights)
             return bent
 
         return self._mean(bend)
@@ -985,9 +930,9 @@ class EmpiricalRisk:
         """
 
         def term(batch: Batch) -> Tensor:
-            return _slope(lambda w: self._losses(w, batch), self.weights, v)
+            return slope_along(lambda w: self.example_losses(w, batch), self.weights, v)
 
-        return torch.cat(list(self._over_batches(term)))
+        return torch.cat(list(self.over_batches(term)))
 
     def output_slopes(self, v: Tensor) -> Tensor:
         """Derivative of the model's outputs along a direction.
@@ -1003,9 +948,9 @@ class EmpiricalRisk:
         """
 
         def term(batch: Batch) -> Tensor:
-            return _slope(lambda w: self._output(w, batch[0]), self.weights, v)
+            return slope_along(lambda w: self.output(w, batch[0]), self.weights, v)
 
-        return torch.cat(list(self._over_batches(term)))
+        return torch.cat(list(self.over_batches(term)))
 
     def outputs(self) -> Tensor:
         """Compute the model's outputs.
@@ -1014,7 +959,7 @@ class EmpiricalRisk:
         -------
         Tensor, shape (N, ...)
         """
-        return torch.cat(list(self._over_batches(lambda b: self._output(self.weights, b[0]))))
+        return torch.cat(list(self.over_batches(lambda b: self.output(self.weights, b[0]))))
 
     def example_gradients(self) -> Iterator[Tensor]:
         """Gradient of every example's loss, without weight decay, in blocks of examples.
@@ -1032,11 +977,11 @@ class EmpiricalRisk:
 
             def gradient(*row: Tensor, make: MakeBatch = make) -> Tensor:
                 alone = make([tensor[None] for tensor in row])
-                slope: Tensor = grad(lambda w: self._losses(w, alone)[0])(self.weights)
+                slope: Tensor = grad(lambda w: self.example_losses(w, alone)[0])(self.weights)
                 return slope
 
             blocks = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
-            yield from self._over_batches(EachRow(gradient).of, blocks)
+            yield from self.over_batches(EachRow(gradient).of, blocks)
 
     def example_products(self, directions: Callable[[Tensor], Tensor]) -> Tensor:
         """Mean product of every example's own Hessian with a direction of its own.
@@ -1057,122 +1002,23 @@ class EmpiricalRisk:
 
             def product(v: Tensor, *row: Tensor, make: MakeBatch = make) -> Tensor:
                 alone = make([tensor[None] for tensor in row])
-                return _slope(grad(lambda w: self._losses(w, alone)[0]), self.weights, v)
+                return slope_along(
+                    grad(lambda w: self.example_losses(w, alone)[0]), self.weights, v
+                )
 
             each, one_by_one = EachRow(product), EachRow(product)
             one_by_one.together, start = False, 0
             while start < len(tensors[0]):
                 own = directions(next(gradients))
                 block: Any = (own, *(tensor[start : start + len(own)] for tensor in tensors))
-                (products,) = self._over_batches(each.of, [block])
+                (products,) = self.over_batches(each.of, [block])
                 if not start:  # as in `curvature_products`
                     head: Any = tuple(part[:1] for part in block)
-                    (alone,) = self._over_batches(one_by_one.of, [head])
+                    (alone,) = self.over_batches(one_by_one.of, [head])
                     room = 1e-7 if alone.dtype == torch.float64 else 1e-3
                     if float((products[0] - alone[0]).norm()) > room * float(alone.norm()):
                         each = one_by_one
-                        (products,) = self._over_batches(each.of, [block])
+                        (products,) = self.over_batches(each.of, [block])
                 total += products.sum(0)
                 start += len(own)
         return total / self.examples
-
-
-def _check_weights(weights: dict[str, nn.Parameter]) -> None:
-    """Raise NQMError unless all weights are float32 or float64, alike and on one device."""
-    first = next(iter(weights))
-    for name, weight in weights.items():
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise NQMError(
-                f"weight {name!r} is {weight.dtype}; a risk takes float32 or float64: convert "
-                "the model and its data, or select other weights"
-            )
-        if (weight.dtype, weight.device) != (weights[first].dtype, weights[first].device):
-            raise NQMError(
-                f"weights {first!r} and {name!r} differ in precision or device; give the model one"
-            )
-
-
-def _check_targets(targets: list[Any], loss: ExampleLoss) -> None:
-    """Raise NQMError unless examples can be counted and, for cross-entropy, labels are valid."""
-    counts = set()
-    for labels in targets:
-        if not isinstance(labels, Tensor) or labels.ndim == 0 or not len(labels):
-            got = (
-                f"shape {tuple(labels.shape)}"
-                if isinstance(labels, Tensor)
-                else type(labels).__name__
-            )
-            raise NQMError(
-                "targets of an empirical risk must be a tensor with a row for each example; got "
-                f"{got}"
-            )
-        if not is_cross_entropy(loss):
-            continue
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise NQMError(
-                f"targets must be integer labels; got {labels.dtype}; pass a loss of your own"
-            )
-        counted = labels != IGNORED
-        if bool((counted & (labels < 0)).any()):
-            raise NQMError(
-                f"labels must be 0 or more, or {IGNORED} for none; got {int(labels[counted].min())}"
-            )
-        counts |= set(counted.reshape(len(labels), -1).sum(1).tolist())
-    if len(counts) > 1 or 0 in counts:
-        raise NQMError(
-            f"examples have {min(counts)} to {max(counts)} labels other than {IGNORED}, so that "
-            "their mean is not that of a minibatch; cut all to one number, or pass your own loss"
-        )
-
-
-def _check_output(output: Any, name: str) -> None:
-    if not isinstance(output, Tensor):
-        raise NQMError(
-            f"{name} gives a {type(output).__name__}, not logits; wrap it in a module that returns "
-            "the logits, or pass a loss(output, targets) of your own"
-        )
-
-
-def _one_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    raise NQMError(
-        f"the Gauss-Newton matrix needs one tensor as output; got a {type(output).__name__}; wrap "
-        "the model in a module that returns the logits"
-    )
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether losses are equal up to rounding."""
-    double = one.dtype == torch.float64
-    return torch.allclose(
-        one, other, rtol=1e-6 if double else 1e-3, atol=1e-10 if double else 1e-5, equal_nan=True
-    )
-
-
-def _mixes(name: str, error: Exception | None) -> NQMError:
-    reason = f" ({str(error).partition(chr(10))[0]:.80})" if error is not None else ""
-    return NQMError(
-        f"{name}: an example's loss depends on the others of its batch{reason}, so that single "
-        "examples have no gradients: BatchNorm needs running statistics or groups of a "
-        "BatchNormRisk, and the batch must be the first axis"
-    )
-
-
-def _no_derivative(name: str, error: Exception) -> NQMError:
-    reason = " ".join(str(error).split())
-    return NQMError(
-        f"{name} has a layer whose second derivatives torch does not know: {reason:.200}"
-    )
-
-
-def _slope(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
-    """Derivative of f at w along v, by forward differentiation."""
-    slope: Tensor = jvp(f, (w,), (v,))[1]
-    return slope
-
-
-def _slope_through(f: Callable[[Tensor], Tensor], w: Tensor, v: Tensor) -> Tensor:
-    """`_slope`, with the derivatives of detached tensors included."""
-    with through_detach():
-        return _slope(f, w, v)

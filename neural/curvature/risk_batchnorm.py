@@ -31,9 +31,9 @@ class BatchNormRisk(EmpiricalRisk):
     number of groups, and `loss` returns one number per group.
     """
 
-    def _output(self, w: Tensor, inputs: Any) -> Tensor:
+    def output(self, w: Tensor, inputs: Any) -> Tensor:
         """Outputs of the groups, each computed separately, shape (groups, size, ...)."""
-        output = super()._output
+        output = super().output
         tensors, make = input_rows(inputs)
         return torch.stack([output(w, make(group)) for group in zip(*tensors, strict=True)])
 

@@ -226,9 +226,10 @@ def test_best_rates_are_found_among_the_gaussians() -> None:
 def test_what_does_not_fit_is_told_before_anything_is_measured() -> None:
     risk = tanh_risk()
     risk.hessian_product = refuse  # type: ignore[method-assign]
-    config = replace(CONFIG, sampling="shuffled", batch_sizes=(7,))
-    with pytest.raises(NQMError, match="divides the 40 examples; got 7"):
-        measure(risk, config)
+    for size, told in ((7, "divides the 40 examples.*got 7"), (40, "two minibatches or more")):
+        config = replace(CONFIG, sampling="shuffled", batch_sizes=(size,))
+        with pytest.raises(NQMError, match=told):
+            measure(risk, config)
 
 
 def test_no_rate_that_is_stable_where_descent_ends_is_refused() -> None:

@@ -12,8 +12,9 @@ from neural.bridge import from_run
 from neural.bridge.from_run import PASSES, fitting, risk_of_run
 from neural.bridge.pipeline import held_out_risk
 from neural.curvature.cache import fingerprint
+from neural.curvature.example_losses import SmoothedCrossEntropy, cross_entropy
 from neural.curvature.memory import kept_bytes
-from neural.curvature.risk import EmpiricalRisk, SmoothedCrossEntropy, cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from neural.training.build import plain_model
 from neural.training.task import Runtime, open_task
 from tests.tiny_runs import tiny

@@ -200,7 +200,7 @@ def test_heavy_ball_stands_a_higher_rate() -> None:
 
 def test_shuffled_epochs_are_checked_before_anything_is_measured(run: Path, tmp_path: Path) -> None:
     config = replace(SMALL, sampling="shuffled", batch_sizes=(7,))
-    with pytest.raises(NQMError, match="divides the 60 examples; got 7"):
+    with pytest.raises(NQMError, match=r"divides the 60 examples.*got 7"):
         run_bridge(open_target(str(run), Runtime()), config, PLAN, Runtime(), tmp_path)
     assert not list(tmp_path.iterdir())
 

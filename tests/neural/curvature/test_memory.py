@@ -17,7 +17,7 @@ from neural.bridge.config import Training
 from neural.bridge.sgd_chains import train_runs
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
-from nqm.limits import memory_budget, memory_limit
+from nqm.limits import check_size, memory_budget, memory_limit
 from tests.tolerances import agree
 
 MIB = 2**20
@@ -101,6 +101,10 @@ def test_a_budget_only_lowers_the_limit(monkeypatch: pytest.MonkeyPatch) -> None
             assert memory_limit() == 2**29
     with memory_budget(3.0):
         assert memory_limit() == 2**31
+        with pytest.raises(NQMError, match=r"set NQM_MEMORY \(GiB\) for more"):
+            check_size("much", 2**40)
+    with memory_budget(1.0), pytest.raises(NQMError, match=r"fewer, or raise --memory \(GiB\)"):
+        check_size("much", 2**40, fix="fewer")
     assert memory_limit() == 2**31
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(NQMError, match="memory must"), memory_budget(bad):

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neural.curvature import gradient_noise
 from neural.curvature.cache import fingerprint
+from neural.curvature.example_losses import cross_entropy
 from neural.curvature.examples import EachRow
-from neural.curvature.risk import EmpiricalRisk, cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import Density, binned, density, leading_pairs, trace_estimate
 from neural.models import build
 from nqm.errors import NQMError

@@ -98,7 +98,7 @@ def test_gauss_newton_of_groups(risk: BatchNormRisk) -> None:
 
         def logits(w: Tensor, x: Tensor = x) -> Tensor:
             with risk.evaluating():
-                return risk._output(w, x)[0]
+                return risk.output(w, x)[0]
 
         q = logits(w).softmax(1).detach()
         h = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
