@@ -178,15 +178,12 @@ class Training:
         Raises
         ------
         NQMError
-            If sampling is "shuffled" and the batch size does not divide the number of examples, or
-            is all of them.
+            If sampling is "shuffled" and the batch size does not divide the number of examples.
         """
-        if self.sampling != SHUFFLED:
-            return
-        if examples % self.batch_size or self.batch_size == examples:
+        if self.sampling == SHUFFLED and examples % self.batch_size:
             raise NQMError(
-                f"shuffled epochs need a batch_size that divides the {examples} examples, in two "
-                f"minibatches or more; got {self.batch_size}"
+                f"shuffled epochs need a batch_size that divides the {examples} examples; got "
+                f"{self.batch_size}"
             )
 
 
