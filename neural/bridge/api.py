@@ -139,7 +139,7 @@ def measure(
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
-        training.check(risk.examples)
+        training.check_noisy(risk.examples)
     check_plan(config, plan)
     plan = plan or Plan()
     options: Options = {"config": config, "seed": seed, "cache": cache, "progress": progress}

@@ -186,6 +186,26 @@ class Training:
                 f"{self.batch_size}"
             )
 
+    def check_noisy(self, examples: int) -> None:
+        """Check as `check` does, and that an epoch has noise.
+
+        Parameters
+        ----------
+        examples : int
+            Number of training examples, N.
+
+        Raises
+        ------
+        NQMError
+            See `check`; or if one minibatch of a shuffled epoch holds all examples.
+        """
+        self.check(examples)
+        if self.sampling == SHUFFLED and self.batch_size == examples:
+            raise NQMError(
+                f"shuffled epochs need two minibatches or more; a batch_size of {self.batch_size} "
+                f"is all of the {examples} examples, and leaves no noise"
+            )
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -415,7 +415,7 @@ def measured_risk(
         except NQMError as error:
             raise NQMError(f"plan.late_phase: {error}") from None
     for training in config.trainings(1.0):
-        training.check(risk.examples)
+        training.check_noisy(risk.examples)
         _check_sizes(risk, training, config, plan)
     if not config.minimise:
         return risk

@@ -668,22 +668,6 @@ class EmpiricalRisk:
         joined = self._mean(both)
         return float(joined[-1]) + self._decay(at), joined[:-1] + self.decay_gradient(at)
 
-    def slope(self, v: Tensor) -> Tensor:
-        """Derivative of the mean loss along a direction, without weight decay.
-
-        By forward differentiation; `gradient` goes backward.
-
-        Parameters
-        ----------
-        v : Tensor, shape (p,)
-
-        Returns
-        -------
-        Tensor, scalar
-        """
-        found: Tensor = self._mean(lambda f: slope_along(f, self.weights, v))
-        return found
-
     def weighted_gradient(self, weights: Tensor) -> Tensor:
         """Weighted sum of the examples' gradients, without weight decay.
 
