@@ -13,14 +13,14 @@ RELEASE := .venv-release
 # Tests to run, e.g. PYTEST=tests/nqm/test_table.py; all by default.
 PYTEST ?=
 
-.PHONY: reproduce test test-all test-portable test-lowest test-python release lint docs bench bench-gpu gallery pictures clean setup setup-neural
+.PHONY: reproduce test test-all checks test-portable test-lowest test-python release lint docs bench bench-gpu gallery pictures clean setup setup-neural
 reproduce: setup  ## the paper's theory figures, tables and report under $(OUT)
 	$(BIN)/nqm reproduce all --out $(OUT) --scale $(SCALE)
 
-test: lint docs  ## lint, types, the site without a warning, and every test that is quick
+test: checks  ## lint, types, the site without a warning, and every test that is quick
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow" $(PYTEST)
 
-test-all: lint docs  ## the same with notebooks, processes, a cluster, and long statistics
+test-all: checks  ## the same with notebooks, processes, a cluster, and long statistics
 	$(BIN)/pytest -n auto --dist worksteal $(PYTEST)
 
 test-portable: setup-neural  ## every test as on another processor, with another BLAS, on new examples
@@ -41,6 +41,9 @@ release:  ## archives in dist/, checked
 	rm -rf dist
 	$(RELEASE)/bin/python -m build
 	$(RELEASE)/bin/python -m twine check --strict dist/*
+
+checks: setup-neural $(VENV)/.installed-docs
+	$(MAKE) --jobs 2 lint docs
 
 lint: setup-neural
 	$(BIN)/ruff check .
@@ -86,7 +89,7 @@ $(VENV)/.installed-neural: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev,cluster,neural,vision,oracles]' --constraint constraints.txt
 	touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
+$(VENV)/.installed-docs: $(VENV)/.installed-neural
 	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
 	touch $@
 

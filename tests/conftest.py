@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +34,18 @@ settings.register_profile("nqm", deadline=None, derandomize=True, max_examples=3
 #: Other examples in every run; a failure prints how to have it again.
 settings.register_profile("random", settings.get_profile("nqm"), derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "nqm"))
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    """With more than one thread every later test is many times slower on a busy machine.
+
+    Numba's own threads, which no kernel here uses, give torch as many once they are started.
+    """
+    yield
+    if (torch := sys.modules.get("torch")) and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+        pytest.fail("this test left torch with more than one thread")
 
 
 @pytest.fixture

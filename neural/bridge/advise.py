@@ -22,9 +22,9 @@ from nqm.table import read_table
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Columns of `neural.bridge.quick`: number of short runs at a rate, their steps, and how many of
-#: them left the minimum. NaN where nothing was tried.
-TRIED, TRIED_STEPS, LEFT = "probe_runs", "probe_steps", "probe_left"
+#: Columns of `neural.bridge.quick`: number of the short runs from which noise is scaled, their
+#: steps and rate, and how many of them left the minimum. NaN where nothing was tried.
+TRIED, TRIED_STEPS, TRIED_LR, LEFT = "probe_runs", "probe_steps", "probe_lr", "probe_left"
 #: What the averages over time are, for readers of the advice.
 AVERAGES = {
     "swa": "the mean over the second half of the steps",
@@ -172,10 +172,12 @@ def _of_late_phase(table: pd.DataFrame, most: int, worth: float) -> Advice:
         row = more
     count, change = int(row["members"]), float(row["predicted"])
     basis, reason = _rests_on(table, cells, left, row)
+    averaged = row["weights"] in AVERAGES
+    of = f"the {row['weights'].upper()} of their mean" if averaged else "their mean"
     words = [
         f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
-        f"with {count} late-phase members of {row['way']}: the training loss of their mean is "
-        f"predicted to change by {change:+.3g} from the checkpoint's.",
+        f"with {count} late-phase members of {row['way']}, and take {of}.",
+        f"Expected change of the training loss: {change:+.3g}.",
         stop.format(count),
         *reason,
         *_ends(cells[cells["members"] == count], left[left["members"] == count], row),
@@ -257,18 +259,15 @@ def _choice(row: pd.Series[float], count: int, change: float, single: float) -> 
     return [
         f"Train {int(row['steps'])} steps at lr = {row['lr']:.3g}, B = {int(row['batch_size'])}, "
         f"and {what}.",
-        f"The training loss should then change by {change:+.3g} from the checkpoint's; that of a "
-        f"single run's last weights by {single:+.3g}.",
+        f"Expected change of the training loss: {change:+.3g}. With a single run's last weights: "
+        f"{single:+.3g}.",
     ]
 
 
 def _stop(own: Prediction, single: Prediction, count: int, most: int) -> list[str]:
     buys = (own.rise(count) - own.rise(count + 1)) / single.rise(1)
-    if count == most:
-        return [f"K = {count} is the largest asked for; one more would buy {buys:.1%}."]
-    return [
-        f"Stop at K = {count}: one more member buys {buys:.1%} of what noise costs a single run."
-    ]
+    end = f"K = {count} is the most you asked for" if count == most else f"Stop at K = {count}"
+    return [f"{end}: one more run would save {buys:.1%} of what noise costs a single run."]
 
 
 def _left(cells: pd.DataFrame) -> list[str]:
@@ -316,11 +315,11 @@ def _rests_on(
 ) -> tuple[str, list[str]]:
     """What the advice rests on, in a word and in sentences."""
     if TRIED in row and row[TRIED] > 0:
+        where = "at this rate" if row[TRIED_LR] == row["lr"] else f"at lr = {row[TRIED_LR]:.3g}"
         return "short runs", [
-            f"This rests on {int(row[TRIED])} short runs of {int(row[TRIED_STEPS])} steps at this "
-            "rate, beyond the validity of the theory, and on noise-free descent to the end. No run "
-            "left the minimum, even on minibatches with copies of the hardest examples; that none "
-            "will later is likely, not certain."
+            f"This rests on {int(row[TRIED])} short runs of {int(row[TRIED_STEPS])} steps {where}, "
+            "all of which stayed near the minimum, and on noise-free descent to the end. That a "
+            "whole training stays is likely, not certain."
         ]
     words = [f"{len(left)} of {len(cells)} trainings and averages are predicted reliably."]
     ratio = table.loc[reliable(table), "ratio"].dropna()

@@ -176,7 +176,7 @@ def bridge(
 @click.option(
     "--probe-runs",
     type=int,
-    help="Short runs at each rate that theory cannot judge; 0: predict only.  [default: 4]",
+    help="Short runs at a rate, an eighth of the steps; 0: predict only.  [default: 4]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON document to standard output.")
 @device_option
@@ -199,9 +199,9 @@ def advise(
 ) -> None:
     """Advise on learning rate, average and K for a training from a network's weights.
 
-    RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: descent is followed
-    and what noise adds is predicted. At bold rates, beyond the validity of the theory, a few short
-    runs (an eighth of the steps) show whether the network stays stable, and what noise adds.
+    RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: a few short runs (an
+    eighth of the steps) show at which rates the network stays near its minimum, and what noise
+    adds; noise-free descent is followed to the end. What this costs is told before it starts.
     BRIDGE is a folder that nqm neural bridge has written: nothing is measured, and trained cells
     that contradict their prediction do not count.
 
@@ -212,13 +212,20 @@ def advise(
     from neural.bridge.advise import advise as advice
     from neural.bridge.advise import check_asked, read_bridge
     from neural.bridge.pipeline import (
-        advice_table,
         load_config,
+        measured_risk,
         open_target,
         split_overrides,
         steps_of,
     )
-    from neural.bridge.quick import PROBE_RUNS, SETTINGS, check_probe
+    from neural.bridge.quick import (
+        PROBE_RUNS,
+        SETTINGS,
+        check_probe,
+        cost_in_runs,
+        measure_for_advice,
+    )
+    from neural.curvature.cache import Cache
     from nqm.errors import NQMError, check_number
 
     if epochs is not None:
@@ -256,7 +263,13 @@ def advise(
         if epochs is not None:
             settings = replace(settings, steps=steps_of(opened, epochs, settings.batch_sizes[0]))
         with progress_bar() as progress:
-            table = advice_table(opened, settings, plan, runtime, progress, probe_runs)
+            risk = measured_risk(opened, settings, plan, runtime, Cache(), progress)
+            if probe_runs:
+                cost = cost_in_runs(risk.examples, settings, probe_runs)
+                click.echo(
+                    f"This costs about as much as {cost:.2g} runs of the training itself.", err=True
+                )
+            table = measure_for_advice(risk, settings, plan, progress, probe_runs)
     found = advice(table, members, worth)
     if as_json:
         click.echo(json.dumps(asdict(found)))

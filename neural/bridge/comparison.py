@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -195,8 +195,9 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
             arrays |= losses(k, snapshots, k)
         return arrays
 
-    def run(k: int, seed: int) -> Iterator[tuple[int, Tensor]]:
-        return train_late_phase(
+    def run(k: int, seed: int) -> dict[str, Tensor]:
+        averages = Running(plan.averages(training), risk.weights)
+        trained = train_late_phase(
             risk,
             training,
             k,
@@ -205,14 +206,20 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
             gamma=plan.gamma,
             member_lr_ratio=plan.member_lr_ratio,
             seed=seed,
+            seen=averages,
             progress=progress,
         )
+        iterates = torch.stack([w for _, w in trained])
+        return {ITERATE: iterates} | {name: w[None] for name, w in averages.values.items()}
 
     def members() -> dict[str, Any]:
         arrays: dict[str, Any] = {}
         for k in plan.members:
-            runs = [torch.stack([w for _, w in run(k, seed)]) for seed in _runs(plan, k)]
-            arrays |= losses(k, {ITERATE: list(torch.stack(runs, 1))}, 1)
+            runs = [run(k, seed) for seed in _runs(plan, k)]
+            snapshots = {
+                name: list(torch.stack([each[name] for each in runs], 1)) for name in runs[0]
+            }
+            arrays |= losses(k, snapshots, 1)
         return arrays
 
     known = (cache or Cache()).of(risk)(
@@ -222,6 +229,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
         plan=plan,
         test=None if test_loss is None else f"{test_loss(risk.weights):.6g}",
         accuracy=margins or None,
+        averages=plan.averages(training) if plan.late_phase else None,
     )
     return _tabulate(known, training, plan, control, held_out or {})
 

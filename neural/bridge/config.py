@@ -178,12 +178,15 @@ class Training:
         Raises
         ------
         NQMError
-            If sampling is "shuffled" and the batch size does not divide the number of examples.
+            If sampling is "shuffled" and the batch size does not divide the number of examples, or
+            is all of them.
         """
-        if self.sampling == SHUFFLED and examples % self.batch_size:
+        if self.sampling != SHUFFLED:
+            return
+        if examples % self.batch_size or self.batch_size == examples:
             raise NQMError(
-                f"shuffled epochs need a batch_size that divides the {examples} examples; got "
-                f"{self.batch_size}"
+                f"shuffled epochs need a batch_size that divides the {examples} examples, in two "
+                f"minibatches or more; got {self.batch_size}"
             )
 
 
@@ -238,10 +241,8 @@ class Plan:
         Returns
         -------
         tuple of TimeAverage
-            Uniform and exponential mean for independent runs; empty for late-phase members.
+            Uniform and exponential mean, of late-phase members those of their mean weights.
         """
-        if self.late_phase is not None:
-            return ()
         return TailMean(training.steps), ExponentialMean(training.steps, self.decay)
 
     @property

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neural.bridge.config import SHUFFLED, Training
+from neural.bridge.config import Training
 from neural.bridge.held_out import HeldOut
 from neural.bridge.iterate_averages import Running, TimeAverage
 from neural.bridge.prediction import expected_excess
@@ -184,14 +184,14 @@ def measure_control_variate(
     Returns
     -------
     ControlVariate or None
-        None where the expectation is not known: for shuffled epochs, beyond the edge of stability,
-        and where no curvature is positive.
+        None where the expectation is not known: beyond the edge of stability, and where no
+        curvature is positive.
     """
     # With the Lanczos nodes of the rest of the slope; without them most of the variance would stay.
     rest = local.gradient
     curvature = np.concatenate([local.pairs.values, rest.values])
     chosen = np.flatnonzero(curvature > 0.0)[:DIRECTIONS]
-    if training.sampling == SHUFFLED or not len(chosen):
+    if not len(chosen):
         return None
     if training.lr >= largest_stable_lr(local, training):
         return None

@@ -27,6 +27,8 @@ FloatArray = NDArray[np.float64]
 #: Room for a curvature that grows along the path. Where it grows further, the loss rises, and the
 #: step is taken again with twice the curvature, so many times at most.
 ROOM, RETRIES = 1.2, 8
+#: Where the gradient grows to so many times that at the start of a step, curvature has grown.
+STEEP = 4.0
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,17 @@ def follow_descent(
     for span in np.diff(times[len(weights) - 1 :]):
         for attempt in range(RETRIES):
             end = _step(risk, weights[-1], slope, float(span), bound, progress)
-            end_loss, end_slope = risk.loss_and_gradient(end)
-            if end_loss <= loss + 1e-6 * abs(loss):
-                break
+            if end is not None:
+                end_loss, end_slope = risk.loss_and_gradient(end)
+                if end_loss <= loss + 1e-6 * abs(loss):
+                    break
             if attempt == RETRIES - 1:
                 raise NQMError(
                     f"noise-free descent from the checkpoint cannot be followed: curvature grows "
                     f"beyond {bound:.3g}; lower bridge.steps or bridge.lr_times_sharpness"
                 )
             bound *= 2.0
+        assert end is not None
         loss, slope = end_loss, end_slope
         weights.append(end)
         slopes.append(slope)
@@ -175,16 +179,22 @@ def _step(
     span: float,
     sharpness: float,
     progress: Callable[[int], None] | None,
-) -> Tensor:
-    """One Runge-Kutta-Legendre step; coefficients as in the paper, with b of the stages j."""
+) -> Tensor | None:
+    """One Runge-Kutta-Legendre step; coefficients as in the paper, with b of the stages j.
+
+    None where it is seen to be unstable before its end.
+    """
     stages = _stages(span * sharpness)
     share = 4.0 / (stages**2 + stages - 2.0) * span
     b = [1.0 / 3.0] * 2 + [(j * j + j - 2.0) / (2.0 * j * (j + 1.0)) for j in range(2, stages + 1)]
-    before, now = start, start - b[1] * share * slope
+    before, now, steepest = start, start - b[1] * share * slope, STEEP * slope.norm()
     for j in range(2, stages + 1):
         ahead = (2.0 * j - 1.0) / j * b[j] / b[j - 1]
         back = -(j - 1.0) / j * b[j] / b[j - 2]
-        force = risk.gradient(now) - (1.0 - b[j - 1]) * slope
+        gradient = risk.gradient(now)
+        if not gradient.norm() <= steepest:
+            return None
+        force = gradient - (1.0 - b[j - 1]) * slope
         latest = ahead * now + back * before + (1.0 - ahead - back) * start - ahead * share * force
         before, now = now, latest
     if progress is not None:

@@ -24,7 +24,6 @@ from neural.bridge.best_lr import POINTS, best_lrs
 from neural.bridge.comparison import Outcome
 from neural.bridge.config import ADAMW, EARLY, BridgeConfig, Plan, Training
 from neural.bridge.from_run import risk_of_run
-from neural.bridge.quick import measure_for_advice
 from neural.bridge.shared_base import member_mask
 from neural.bridge.timing import cost_table
 from neural.bridge.verdict import verdict
@@ -296,37 +295,6 @@ def run_bridge(
     )
 
 
-def advice_table(
-    opened: Opened,
-    config: BridgeConfig,
-    plan: Plan,
-    runtime: Runtime,
-    progress: Progress | None = None,
-    probe_runs: int = 0,
-) -> pd.DataFrame:
-    """Predict the losses of trainings of a network, by a quick measurement, for advice.
-
-    Parameters
-    ----------
-    opened, config, plan, runtime, progress
-        See `run_bridge`.
-    probe_runs : int
-        See `neural.bridge.quick.measure_for_advice`.
-
-    Returns
-    -------
-    DataFrame
-        See `neural.bridge.quick.measure_for_advice`.
-
-    Raises
-    ------
-    NQMError
-        If the settings do not fit the network or its data.
-    """
-    risk = measured_risk(opened, config, plan, runtime, Cache(), progress)
-    return measure_for_advice(risk, config, plan, progress, probe_runs)
-
-
 def steps_of(opened: Opened, epochs: float, batch_size: int) -> int:
     """Number of optimizer steps of some passes over the run's training data.
 
@@ -423,7 +391,7 @@ def measured_risk(
     Returns
     -------
     EmpiricalRisk
-        The loss that `run_bridge` and `advice_table` measure.
+        The loss that `run_bridge` and `neural.bridge.quick.measure_for_advice` measure.
 
     Raises
     ------

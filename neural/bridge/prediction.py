@@ -16,7 +16,7 @@ of the members' own scatter (`neural.bridge.shared_base`), and differ for every 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -24,12 +24,12 @@ from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.drift import descent
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
-from neural.bridge.scatter import covariance
+from neural.bridge.scatter import covariance, responses
 from neural.bridge.shared_base import SharedBaseQuadratic
+from neural.bridge.shuffled import sums_at_end
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import Phase, Program, solve
 from nqm.problems.quadratic import Problem
-from nqm.solvers.shuffle import shuffled_steady
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,7 @@ def predict_loss(gaussian: WeightGaussian, at: Iterable[int | TimeAverage]) -> P
     Parameters
     ----------
     gaussian : WeightGaussian
-        Gaussian of the weights in the training. For shuffled epochs the steady state is used, where
-        the noise cancels over an epoch.
+        Gaussian of the weights in the training.
     at : iterable of int or TimeAverage
         Steps after which the loss of the iterate is recorded, or averages over time.
 
@@ -238,27 +237,38 @@ def expected_excess(
     Returns
     -------
     list of float
-        One for each entry of `at`; NaN for averages over shuffled epochs, as the steady state does
-        not tell the correlation between the steps of an epoch.
+        One for each entry of `at`.
     """
+    if training.sampling == SHUFFLED:
+        return _shuffled_excess(problem, training, examples, at)
     method, lr, size = training.algorithm, training.lr, training.batch_size
-    shuffled = training.sampling == SHUFFLED
     steps = sorted({when for when in at if isinstance(when, int)})
     known: dict[int, float] = {}
     if steps:
         phase = Phase(method, lr, steps[-1], batch_size=size)
-        if shuffled:
-            known = dict.fromkeys(steps, shuffled_steady(problem, phase, examples).loss)
-        else:
-            losses = solve(problem, Program((phase,)), at=steps).loss
-            known = dict(zip(steps, map(float, losses), strict=True))
+        losses = solve(problem, Program((phase,)), at=steps).loss
+        known = dict(zip(steps, map(float, losses), strict=True))
+    return [
+        known[when]
+        if isinstance(when, int)
+        else float(solve(problem, when.program(method, lr, size), at=[when.steps]).loss[-1])
+        for when in at
+    ]
+
+
+def _shuffled_excess(
+    problem: Problem, training: Training, examples: int, at: Sequence[int | TimeAverage]
+) -> list[float]:
+    """`expected_excess` of shuffled epochs, whose noise cancels."""
+    lr, size = training.effective_lr, training.batch_size
+    last = max((when for when in at if isinstance(when, int)), default=1)
+    of_iterate = responses(lr * problem.curvature, replace(training, steps=last))
+    weight = 0.5 * problem.multiplicity * problem.curvature * problem.noise_variance
     excesses = []
     for when in at:
         if isinstance(when, int):
-            excesses.append(known[when])
-        elif shuffled:
-            excesses.append(np.nan)
+            rows = of_iterate[:when]
         else:
-            losses = solve(problem, when.program(method, lr, size), at=[when.steps]).loss
-            excesses.append(float(losses[-1]))
+            rows = responses(lr * problem.curvature, training, when)
+        excesses.append(lr**2 / size * float(weight @ sums_at_end(rows, examples, size)))
     return excesses

@@ -1,8 +1,8 @@
 """Short trainings at rates for which the theory gives no reliable prediction.
 
 At a bold rate a network leaves its quadratic: it may diverge, or come back from single steps that
-are unstable. Theory of first order cannot tell, and a few short runs can. Half of them draw
-their minibatches as a training does, and show what noise adds to the loss. The other half meet now
+are unstable. Theory of first order cannot tell, and a few short runs can. Most of them draw
+their minibatches as a training does, and show what noise adds to the loss. The others meet now
 and then a minibatch with several copies of an example of large gradient. A whole training meets
 some such minibatches, and a short run would most likely meet none.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import comb
+from math import comb, isfinite, log, nan
 
 import torch
 from torch import Tensor
@@ -23,11 +23,17 @@ from neural.curvature.risk import EmpiricalRisk
 
 #: A probe has one in so many of the steps of the training to come.
 PART = 8
+#: One in so many of the runs, and at least one, meets hard minibatches.
+HARD = 4
 #: Examples of largest gradient that are drawn several times, and steps from one such draw to the
 #: next.
 STIFF, EVERY = 8, 4
+#: The runs are looked at after these parts of their steps as well: half, and before.
+EARLY = (4, 2)
 #: A run has left the minimum near by if its loss is more than so many times the checkpoint's.
 LEFT = 2.0
+#: In place of an excess that short runs show to be 0 or less.
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,50 @@ class Probe:
         Number of runs that left the minimum.
     losses : dict of str to (float, float)
         For the last weights and each average over time: the mean loss of single runs, and the loss
-        of their mean weights; of the runs without hard minibatches.
+        of their mean weights; of the runs without hard minibatches. Empty if the runs were stopped
+        because at every rate one had left.
+    early : (float, float)
+        The same of the last weights after half of the steps.
     """
 
     training: Training
     runs: int
     left: int
     losses: dict[str, tuple[float, float]]
+    early: tuple[float, float] = (nan, nan)
+
+    @property
+    def plain(self) -> int:
+        """Number of runs without hard minibatches."""
+        return _plain(self.runs)
+
+    def excess(self, weights: str) -> float:
+        """What noise adds to the loss of a single run, as the runs differ from their mean.
+
+        Parameters
+        ----------
+        weights : str
+            The last weights, or an average over time.
+
+        Returns
+        -------
+        float
+            At least `TINY`.
+        """
+        return _excess(self.losses[weights], self.plain)
+
+    @property
+    def growth(self) -> float:
+        """Exponent a of the excess, which grows as steps^a; in [0, 1].
+
+        It is 0 where the scatter of the weights is at rest, and 1 where it still grows freely.
+        """
+        before = _excess(self.early, self.plain)
+        steps = self.training.steps
+        if steps < 2 or not isfinite(before):
+            return 0.0
+        power = log(self.excess(ITERATE) / before) / log(steps / (steps // 2))
+        return min(max(power, 0.0), 1.0)
 
 
 def probe(
@@ -58,6 +101,7 @@ def probe(
     trainings: Sequence[Training],
     plan: Plan,
     runs: int,
+    stiff: Tensor,
     progress: Callable[[int], None] | None = None,
 ) -> list[Probe]:
     """Train a few short runs at each of several learning rates, all of them together.
@@ -71,7 +115,9 @@ def probe(
     plan : Plan
         Averages over time, the largest number of members, and the seed.
     runs : int
-        Number of runs at each rate, an even number of at least 4.
+        Number of runs at each rate, at least 3.
+    stiff : Tensor of int64
+        Numbers of the examples that hard minibatches hold (`stiffest`).
     progress : callable, optional
         Called with the number of minibatches done since the last call.
 
@@ -81,9 +127,7 @@ def probe(
         One for each training.
     """
     short = [replace(each, steps=probe_steps(each)) for each in trainings]
-    count, steps, plain = len(short), short[0].steps, runs // 2
-    norms = torch.cat([each.norm(dim=1) for each in risk.example_gradients()])
-    stiff = norms.topk(min(STIFF, risk.examples)).indices.cpu()
+    count, steps, plain = len(short), short[0].steps, _plain(runs)
     copies = _copies(risk.examples, trainings[0], max(plan.members))
 
     def minibatches_of(run: int) -> Iterator[Tensor]:
@@ -91,30 +135,67 @@ def probe(
         return own if run < plain else _hard(own, stiff, copies)
 
     averages = Running(plan.averages(short[0]), risk.weights.repeat(count * runs, 1))
-    trained = train_runs(
+    looks = sorted({*(steps // part for part in EARLY if steps >= part), steps})
+    start = risk.loss()
+    highest = start + (LEFT - 1.0) * abs(start)
+    early: list[tuple[float, float]] = [(nan, nan)] * count
+    left = [0] * count
+    for step, last in train_runs(
         risk,
         short[0],
         count * runs,
-        [steps],
+        looks,
         lrs=[each.lr for each in short for _ in range(runs)],
         draws=[minibatches_of(run) for _ in short for run in range(runs)],
         seen=averages,
         progress=progress,
-    )
-    ((_, last),) = trained
-    taken = {ITERATE: last, **averages.values}
-    start = risk.loss()
-    highest = start + (LEFT - 1.0) * abs(start)
+    ):
+        each = torch.split(last, runs)
+        ends = [[risk.loss(w) for w in own] for own in each]
+        left = [sum(not end <= highest for end in own) for own in ends]
+        if all(left):
+            return [Probe(own, runs, gone, {}) for own, gone in zip(short, left, strict=True)]
+        if step == steps // 2:
+            early = [
+                (sum(own[:plain]) / plain, risk.loss(w[:plain].mean(0)))
+                for own, w in zip(ends, each, strict=True)
+            ]
+    taken = {name: torch.split(weights, runs) for name, weights in averages.values.items()}
     found = []
     for i, training in enumerate(short):
-        each = {name: weights[i * runs : (i + 1) * runs] for name, weights in taken.items()}
-        ends = [risk.loss(w) for w in each[ITERATE]]
-        losses = {}
-        for name, weights in each.items():
-            single = ends[:plain] if name == ITERATE else [risk.loss(w) for w in weights[:plain]]
-            losses[name] = sum(single) / plain, risk.loss(weights[:plain].mean(0))
-        found.append(Probe(training, runs, sum(not end <= highest for end in ends), losses))
+        losses = {ITERATE: (sum(ends[i][:plain]) / plain, risk.loss(each[i][:plain].mean(0)))}
+        for name, weights in taken.items():
+            own = weights[i][:plain]
+            losses[name] = sum(risk.loss(w) for w in own) / plain, risk.loss(own.mean(0))
+        found.append(Probe(training, runs, left[i], losses, early[i]))
     return found
+
+
+def stiffest(risk: EmpiricalRisk) -> Tensor:
+    """Examples of largest gradient.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The network's training loss.
+
+    Returns
+    -------
+    Tensor of int64, shape (STIFF,)
+        Their numbers, from 0; fewer if there are fewer examples.
+    """
+    norms = torch.cat([each.norm(dim=1) for each in risk.example_gradients()])
+    return norms.topk(min(STIFF, risk.examples)).indices.cpu()
+
+
+def _plain(runs: int) -> int:
+    """Number of runs that draw ordinary minibatches."""
+    return runs - max(runs // HARD, 1)
+
+
+def _excess(losses: tuple[float, float], runs: int) -> float:
+    single, mean = losses
+    return max((single - mean) * runs / (runs - 1), TINY)
 
 
 def probe_steps(training: Training) -> int:

@@ -1,4 +1,6 @@
-"""What advice needs, measured in a few passes over the data and a few short runs.
+"""What advice needs, by short runs or by prediction alone.
+
+By default it rests on short runs (`neural.bridge.short_runs`). The rest of this file predicts.
 
 Advice compares expected losses of trainings from a checkpoint that may be far from a minimum. The
 loss of a mean of many runs is that of noise-free descent, to leading order: descent is followed in
@@ -7,10 +9,6 @@ of averages over time included, are evaluated and not predicted. What noise adds
 a measurement where the training at the middle of the rates ends: the largest curvatures, the
 distribution of noise over curvature, and how noise and curvature change over the weights of that
 training. For any other rate the noise is scaled by its trace at the end of that rate's descent.
-
-Rates above those that are predicted reliably are tried in short runs (`neural.bridge.probe`). Where
-no run leaves the minimum, what noise added to their loss is scaled in the same way, and added to
-the descent of the whole training.
 
 Slope and noise are those of all examples, for a minimum of the loss of some examples is none of
 the loss of all. Curvature may come from fewer.
@@ -27,23 +25,24 @@ import numpy as np
 import torch
 
 from neural.bridge.adam import preconditioned
-from neural.bridge.advise import LEFT, TRIED, TRIED_STEPS, reliable
+from neural.bridge.advise import reliable
 from neural.bridge.api import Options, averages_of, gaussian_of, measure_checkpoint
-from neural.bridge.comparison import COLUMNS, predict_training
+from neural.bridge.comparison import predict_training
 from neural.bridge.config import ITERATE, BridgeConfig, Plan, Training
 from neural.bridge.descent_path import DescentPath, follow_descent, path_work
 from neural.bridge.from_run import DOUBLE
 from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.prediction import Prediction
-from neural.bridge.probe import Probe, probe, probe_steps
+from neural.bridge.probe import probe_steps
+from neural.bridge.short_runs import Row, ShortRuns, changes_of, row_of, table_of
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.examples import joined
 from neural.curvature.lanczos import LanczosNodes, lanczos_nodes
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.memory import fitting
-from neural.curvature.risk import EmpiricalRisk, is_cross_entropy
+from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import operator
 from nqm.errors import NQMError, check_integer
 from nqm.progress import Progress, counted
@@ -70,10 +69,8 @@ BATCHES = 1
 PRODUCTS = 12
 #: Products for the curvature of one example, which has few directions.
 POWERS = 8
-#: Short runs at a rate by default.
-PROBE_RUNS = 4
-#: In place of an excess that short runs show to be 0 or less.
-TINY = 1e-12
+#: Short runs at a rate by default, and rates at which they are most often needed.
+PROBE_RUNS, TRIED_RATES = 4, 3
 
 
 def measure_for_advice(
@@ -83,7 +80,7 @@ def measure_for_advice(
     progress: Progress | None = None,
     probe_runs: int = 0,
 ) -> pd.DataFrame:
-    """Predict all trainings of a configuration from the path of descent and one measurement.
+    """Losses of all trainings of a configuration, by short runs or by prediction alone.
 
     Parameters
     ----------
@@ -96,18 +93,19 @@ def measure_for_advice(
     progress : callable, optional
         Called with the name of a stage and the fraction of it that is done.
     probe_runs : int
-        Short runs at each rate above those that are predicted reliably; 0 for none.
+        Short runs at a rate; 0 to predict only.
 
     Returns
     -------
     DataFrame
         The table of `neural.bridge.api.predict`, with ``descent`` the change of the loss itself
-        along the path, ``noise_change_on_path`` the change of the noise from where it was measured
-        to where the training's descent ends, and of what was tried the number of short runs, their
-        steps, and how many left the minimum: ``probe_runs``, ``probe_steps``, ``probe_left``.
-        Where descent alone decides, its loss is the only entry. Trainings that are neither tried
-        nor stable are left out: unstable there, or on a minibatch that draws the stiffest example
-        twice (lr times its curvature above B).
+        along the path. With short runs, of those from which a row's noise is scaled it has their
+        number, steps and learning rate, and how many left the minimum: ``probe_runs``,
+        ``probe_steps``, ``probe_lr``, ``probe_left``. Without, ``noise_change_on_path`` is the
+        change of the noise from where it was measured to where the training's descent ends; where
+        descent alone decides, its loss is the only entry; and trainings are left out that are
+        unstable there, or on a minibatch that draws the stiffest example twice (lr times its
+        curvature above B).
 
     Raises
     ------
@@ -129,28 +127,22 @@ def measure_for_advice(
     risk = _few_calls(preconditioned(risk, config).with_curvature_of(BATCHES))
     start, sharpness = risk.loss(), _sharpness(risk, plan.seed)
     trainings = config.trainings(sharpness)
-    stiffest = _stiffest_example(risk, plan.seed)
-    calm = [each for each in trainings if each.effective_lr * stiffest <= each.batch_size]
-    path, rows = None, []
-    if calm:
-        path = _descended(risk, calm, sharpness, None, progress)
-        rows = _predicted(risk, path, calm, config, plan, start, progress)
-    table = _possible(risk, rows, start)
-    bold = _beyond(table, trainings, config.batch_sizes[0])
-    if probe_runs and bold:
-        work = probe_runs * len(bold) * probe_steps(bold[0])
-        told = counted(progress, "short runs", work, exact=True)
-        tried = list(zip(bold, probe(risk, bold, plan, probe_runs, told), strict=True))
-        if stayed := [training for training, short in tried if not short.left]:
-            path = _descended(risk, stayed, sharpness, path, progress)
-        rows = [row for row in rows if not any(_is_row_of(row, training) for training in bold)]
-        for training, short in tried:
-            rows += _tried(risk, path, training, short, plan, start)
-        table = _possible(risk, rows, start)
+    rows: list[Row] = []
+    if probe_runs:
+        short = ShortRuns(risk, plan, sharpness, probe_runs, progress)
+        for size in config.batch_sizes:
+            rows += short.rows([each for each in trainings if each.batch_size == size])
+    else:
+        stiff = _stiffest_example(risk, plan.seed)
+        calm = [each for each in trainings if each.effective_lr * stiff <= each.batch_size]
+        if calm:
+            path = _descended(risk, calm, sharpness, progress)
+            rows = _predicted(risk, path, calm, config, plan, start, progress)
+    table = table_of(risk, rows, start)
     if not np.isfinite(table["predicted"]).any():
         raise NQMError(
             "no training is predicted: every rate is unstable, on the mean or on a minibatch with "
-            "the stiffest example; lower bridge.lr_times_sharpness, or raise the batch size"
+            "the hardest examples; lower bridge.lr_times_sharpness, or raise the batch size"
         )
     by = ["lr", "batch_size", "weights", "members"]
     return table.sort_values(by).reset_index(drop=True)
@@ -169,19 +161,43 @@ def check_probe(runs: int, config: BridgeConfig | None = None) -> None:
     Raises
     ------
     NQMError
-        If it is odd or below 4 and not 0, or the optimizer is another one than SGD.
+        If it is below 3 and not 0, or the optimizer is another one than SGD.
     """
     check_integer("probe_runs", runs, 0)
-    if runs and (runs < 4 or runs % 2):
+    if runs and runs < 3:
         raise NQMError(
-            f"probe_runs must be 0 or an even number >= 4, half of them for hard minibatches; got "
-            f"{runs}"
+            f"probe_runs must be 0 or at least 3, one of them for hard minibatches; got {runs}"
         )
     if runs and config is not None and config.optimizer != "sgd":
         raise NQMError(
             f"probe_runs must be 0 with optimizer = {config.optimizer!r}: short runs are "
             "trained by SGD alone"
         )
+
+
+def cost_in_runs(examples: int, config: BridgeConfig, probe_runs: int) -> float:
+    """Cost of advice by short runs, by the examples whose gradients it takes.
+
+    Parameters
+    ----------
+    examples : int
+        Number of training examples, N.
+    config : BridgeConfig
+        The trainings.
+    probe_runs : int
+        Number of short runs at a rate.
+
+    Returns
+    -------
+    float
+        In whole runs of the training to come: the descent to the end of the highest rate, if its
+        curvature does not grow, and short runs at three rates.
+    """
+    training = config.reference(1.0)
+    longest = max(config.lr_times_sharpness) * config.steps
+    descent = path_work(longest, 1.0) * examples / (config.steps * training.batch_size)
+    rates = min(len(config.lr_times_sharpness), TRIED_RATES)
+    return descent + rates * probe_runs * probe_steps(training) / config.steps
 
 
 def _few_calls(risk: EmpiricalRisk) -> EmpiricalRisk:
@@ -192,39 +208,16 @@ def _few_calls(risk: EmpiricalRisk) -> EmpiricalRisk:
     return risk
 
 
-def _possible(risk: EmpiricalRisk, rows: list[dict[str, Any]], start: float) -> pd.DataFrame:
-    """Table of the rows, without those below any possible loss: cross-entropy is not negative."""
-    import pandas as pd
-
-    columns = [*COLUMNS, TRIED, TRIED_STEPS, LEFT]
-    table = pd.DataFrame(rows, columns=columns, dtype=None if rows else float)
-    if is_cross_entropy(risk.example_loss):
-        table = table[~(table["predicted"] <= -start)]
-    return table
-
-
-def _beyond(table: pd.DataFrame, trainings: Sequence[Training], size: int) -> list[Training]:
-    """Trainings at rates above all those that are predicted reliably."""
-    highest = table.loc[reliable(table), "lr"].max()  # NaN without any
-    return [t for t in trainings if t.batch_size == size and not t.lr <= highest]
-
-
 def _descended(
     risk: EmpiricalRisk,
     trainings: Sequence[Training],
     sharpness: float,
-    known: DescentPath | None,
     progress: Progress | None,
 ) -> DescentPath:
     """Path of descent to the end of all trainings."""
     longest = max(training.effective_lr * training.steps for training in trainings)
-    work = path_work(longest, sharpness)
-    stage = "descent"
-    if known is not None:
-        work, stage = work - path_work(float(known.times[-1]), sharpness), "descent, further"
-    return follow_descent(
-        risk, longest, sharpness, counted(progress, stage, float(max(work, 1))), known
-    )
+    work = float(path_work(longest, sharpness))
+    return follow_descent(risk, longest, sharpness, counted(progress, "descent", work))
 
 
 def _predicted(
@@ -254,7 +247,7 @@ def _predicted(
         if scaled.stable:
             trace = gradient_noise.trace(end)
             rows += _rows(risk, path, scaled, plan, start, trace)
-            table = _possible(risk, rows, start)
+            table = table_of(risk, rows, start)
             best = table.loc[reliable(table), "predicted"].min()
     return rows
 
@@ -262,63 +255,7 @@ def _predicted(
 def _given_up(training: Training, plan: Plan, descent: float) -> list[dict[str, Any]]:
     """Rows of a training of which descent alone is known, of its last weights."""
     own = Prediction(descent, *[np.nan] * 3)
-    return [_row(training, plan, own, k, ITERATE) | {"predicted": descent} for k in plan.members]
-
-
-def _is_row_of(row: dict[str, Any], training: Training) -> bool:
-    return (row["lr"], row["batch_size"]) == (training.lr, training.batch_size)
-
-
-def _row(
-    training: Training, plan: Plan, own: Prediction, members: int, weights: str
-) -> dict[str, Any]:
-    """One row of the table, without indicators of the theory."""
-    row = dict.fromkeys(COLUMNS, np.nan) | {"way": plan.way} | asdict(training) | asdict(own)
-    row |= {"members": members, "weights": weights, "noise_free": own.descent}
-    return row | _changes(own, members)
-
-
-def _changes(own: Prediction, members: int) -> dict[str, float]:
-    """Columns that follow from a prediction and K."""
-    rises = {"predicted_rise": own.rise(members), "predicted_gain": own.rise() - own.rise(members)}
-    return rises | {"predicted": own.change(members)}
-
-
-def _tried(
-    risk: EmpiricalRisk,
-    path: DescentPath | None,
-    training: Training,
-    short: Probe,
-    plan: Plan,
-    start: float,
-) -> list[dict[str, Any]]:
-    """Rows of one training: noise of its short runs, around evaluated descent.
-
-    The excess of a single run follows from the loss of single runs and that of their mean. The
-    noise-free loss at the end of the short training is known, so that the rest is the floor. Both
-    are scaled by the noise where the whole descent ends, as those of theory are.
-    """
-    whole, part = plan.averages(training), plan.averages(short.training)
-    ends: dict[str, tuple[int | TimeAverage, int | TimeAverage]] = {
-        ITERATE: (training.steps, short.training.steps)
-    }
-    ends |= {a.name: (a, b) for a, b in zip(whole, part, strict=True)}
-    seen = {TRIED: short.runs, TRIED_STEPS: short.training.steps, LEFT: short.left}
-    runs, rows, growth = short.runs // 2, [], 1.0
-    if path is not None and not short.left:
-        points = (path.mean(each, each.steps) for each in (training, short.training))
-        whole_noise, part_noise = (gradient_noise.trace(risk.at(point)) for point in points)
-        growth = whole_noise / part_noise
-    for weights, (at, before) in ends.items():
-        own = Prediction(*[np.nan] * 4)
-        if path is not None and not short.left:
-            single, mean = short.losses[weights]
-            excess = max((single - mean) * runs / (runs - 1), TINY)
-            rest = mean - excess / runs - risk.loss(path.mean(short.training, before))
-            descent = risk.loss(path.mean(training, at)) - start
-            own = Prediction(descent, 0.0, max(rest, 0.0) * growth**2, excess * growth)
-        rows += [_row(training, plan, own, k, weights) | seen for k in plan.members]
-    return rows
+    return [row_of(training, plan, own, k, ITERATE) | {"predicted": descent} for k in plan.members]
 
 
 def _sharpness(risk: EmpiricalRisk, seed: int) -> float:
@@ -415,5 +352,5 @@ def _rows(
             log2_slope=there.log2_slope * growth,
         )
         row |= asdict(own) | {"noise_free": descent, "noise_change_on_path": growth - 1.0}
-        row |= _changes(own, int(row["members"]))
+        row |= changes_of(own, int(row["members"]))
     return rows

@@ -7,7 +7,7 @@ response of heavy ball to one step's noise after s further steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def covariance(
     if average is not None:
         sums = _averaged_sums(u, training, average, joint=True)
     elif training.sampling == SHUFFLED:
-        sums = scatter_sums(_responses(u, training), local.examples, training)
+        sums = scatter_sums(responses(u, training), local.examples, training)
     elif training.momentum:
         sums = _heavy_ball_sums(u, training, joint=True)
     else:
@@ -235,7 +235,7 @@ def noise_sums(
     if average is not None:
         return _averaged_sums(u, training, average, joint=False)
     if training.sampling == SHUFFLED:
-        return np.diag(scatter_sums(_responses(u, training), examples, training))
+        return np.diag(scatter_sums(responses(u, training), examples, training))
     if training.momentum:
         return _heavy_ball_sums(u, training, joint=False)
     r, steps = (1.0 - u) ** 2, training.steps
@@ -243,8 +243,21 @@ def noise_sums(
         return np.where(np.abs(1.0 - r) < 1e-12, float(steps), (1.0 - r**steps) / (1.0 - r))
 
 
-def _responses(u: FloatArray, training: Training) -> FloatArray:
-    """Displacement by unit noise after every step, with the effective rate, (steps, k)."""
+def responses(u: FloatArray, training: Training, average: TimeAverage | None = None) -> FloatArray:
+    """Displacement by unit noise in every step, in units of the effective rate.
+
+    Parameters
+    ----------
+    u, training, average
+        See `noise_sums`.
+
+    Returns
+    -------
+    ndarray, shape (steps, k)
+        Of the last weights, or of the average; the last step first.
+    """
+    if average is not None:
+        return np.concatenate(list(_averaged_responses(u, training, average)))
     beta = training.momentum
     rows = np.empty((training.steps, len(u)))
     before, now = np.zeros(len(u)), np.full(len(u), 1.0 - beta)
@@ -322,7 +335,18 @@ def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArr
 def _averaged_sums(
     u: FloatArray, training: Training, average: TimeAverage, joint: bool
 ) -> FloatArray:
-    """`noise_sums` of an average over time; `joint` for all pairs of directions.
+    """`noise_sums` of an average over time; `joint` for all pairs of directions."""
+    total = np.zeros((len(u), len(u)) if joint else len(u))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for block in _averaged_responses(u, training, average):
+            total += block.T @ block if joint else (block**2).sum(0)
+    return total
+
+
+def _averaged_responses(
+    u: FloatArray, training: Training, average: TimeAverage
+) -> Iterator[FloatArray]:
+    """`responses` of an average over time, some steps at a time.
 
     Noise of size 1 in step s moves the average by the effective rate times y_s, the sum over
     t >= s of the weight of w_t times r_(t - s + 1) (see `_heavy_ball_sums`). The recursion of r
@@ -330,7 +354,6 @@ def _averaged_sums(
     """
     beta = training.momentum
     after, now = np.zeros(len(u)), np.zeros(len(u))
-    total = np.zeros((len(u), len(u)) if joint else len(u))
     weights = average.weights()[::-1]
     with np.errstate(invalid="ignore", over="ignore"):
         for part in np.array_split(weights, max(len(weights) // 512, 1)):
@@ -339,8 +362,7 @@ def _averaged_sums(
                 own = (1.0 - beta) * weight
                 after, now = now, (1.0 + beta - (1.0 - beta) * u) * now - beta * after + own
                 row[:] = now
-            total += block.T @ block if joint else (block**2).sum(0)
-    return total
+            yield block
 
 
 def _root(matrix: FloatArray) -> FloatArray:

@@ -206,6 +206,7 @@ def train_late_phase(  # noqa: PLR0913 - options, by keyword
     gamma: str | float = "mean",
     member_lr_ratio: float = 1.0,
     seed: int = 0,
+    seen: Seen | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Train late-phase members on a shared base, by `LatePhase` and `torch.optim.SGD`.
@@ -231,6 +232,8 @@ def train_late_phase(  # noqa: PLR0913 - options, by keyword
         Learning rate of the members over that of the base.
     seed : int
         Member k draws its minibatches with the key (seed, k).
+    seen : callable, optional
+        Called after every step with its number and the weights of the averaged model, shape (p,).
     progress : callable, optional
         Called with the number of minibatches done since the last call.
 
@@ -269,15 +272,7 @@ def train_late_phase(  # noqa: PLR0913 - options, by keyword
     def loss(output: Tensor, targets: Tensor) -> Tensor:
         return risk.example_loss(output, targets).mean()
 
-    done = 0
-    for stop in at:
-        for _ in range(stop - done):
-            index = [next(draw) for draw in draws]
-            batches = [make([tensor[i] for tensor in tensors]) for i in index]
-            late.step(batches, loss, base, own)
-            if progress is not None:
-                progress(members)
-        done = stop
+    def averaged() -> Tensor:
         # The coordinates of `LatePhase.averaged`, which multiplies rank-1 factors into the weights.
         stacked = zip(late.selection.parameters, late.member_parameters(), strict=True)
         own_means = {name: value.detach().mean(0) for name, value in stacked}
@@ -285,7 +280,18 @@ def train_late_phase(  # noqa: PLR0913 - options, by keyword
             own_means[name] if name in own_means else model.get_parameter(name).detach()
             for name in risk.shapes
         ]
-        yield stop, risk.coordinates(torch.cat([mean.flatten() for mean in means]))
+        return risk.coordinates(torch.cat([mean.flatten() for mean in means]))
+
+    for step in range(1, max(at, default=0) + 1):
+        index = [next(draw) for draw in draws]
+        batches = [make([tensor[i] for tensor in tensors]) for i in index]
+        late.step(batches, loss, base, own)
+        if seen is not None:
+            seen(step, averaged())
+        if progress is not None:
+            progress(members)
+        if step in at:
+            yield step, averaged()
 
 
 def noise_free(

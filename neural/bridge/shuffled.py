@@ -6,7 +6,8 @@ displacement by unit noise after a steps (of SGD it is (1 - lr h)^(a - 1) in uni
 
 - The covariance of the weights loses what cancels: in place of C / B times the sum of r_a r_a' it
   is C / B N / (N - 1) times [sum r_a r_a' - sum over epochs R R' / n], with R the sum of r_a over
-  the steps of one epoch. Here it is averaged over the places in an epoch.
+  the steps of one epoch. The excess takes it after each step (`sums_at_end`), the force on the
+  mean as averaged over the places in an epoch (`scatter_sums`).
 - The minibatches that are still to come differ from those just used, and so does their curvature:
   the mean gradient where the weights are is larger by
 
@@ -39,7 +40,8 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
     Parameters
     ----------
     responses : ndarray, shape (T, k)
-        Displacement by unit noise after 1 ... T steps. Only whole epochs count, at least one.
+        Displacement by unit noise after 1 ... T steps. Only whole epochs count where there is one;
+        of less than an epoch it is the variance at its end.
     examples : int
         Number of examples, N.
     training : Training
@@ -52,14 +54,40 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
         replacement.
     """
     n = examples // training.batch_size
-    steps = max(len(responses) // n, 1) * n
-    r = np.zeros((steps, responses.shape[1]))
-    r[: len(responses)] = responses[:steps]
+    steps = len(responses) // n * n
+    if not steps:
+        summed = responses.sum(0)
+        left = responses.T @ responses - np.outer(summed, summed) / n
+        return np.asarray(examples / (examples - 1.0) * left)
+    r = responses[:steps]
     # At place k of an epoch, ages up to steps - n + k count.
     weight = np.minimum(1.0, (steps - np.arange(steps)) / n)
     total = np.cumsum(r, 0)
     total[n:] -= total[:-n].copy()  # sums over one epoch, or what there is of it
     sums = (weight[:, None] * r).T @ r - total.T @ total / n**2
+    return np.asarray(examples / (examples - 1.0) * sums)
+
+
+def sums_at_end(responses: FloatArray, examples: int, batch_size: int) -> FloatArray:
+    """Variance that the noisy steps of shuffled epochs have accumulated at the end, exactly.
+
+    Parameters
+    ----------
+    responses : ndarray, shape (T, k)
+        Displacement by unit noise in each of T steps from the beginning of an epoch on, the last
+        step first.
+    examples, batch_size : int
+        Number of examples of an epoch, and of a minibatch.
+
+    Returns
+    -------
+    ndarray, shape (k,)
+        In units of the variance of a minibatch drawn with replacement.
+    """
+    n = examples // batch_size
+    starts = np.append(0, np.arange(len(responses) % n or n, len(responses), n))
+    of_epochs = np.add.reduceat(responses, starts)
+    sums = (responses**2).sum(0) - (of_epochs**2).sum(0) / n
     return np.asarray(examples / (examples - 1.0) * sums)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, grad_and_value, jvp
+from torch.func import grad, jvp
 
 from neural.curvature.examples import EachRow, MakeBatch, input_rows, joined, rows
 from neural.curvature.ggn import JACOBIAN_ROWS, ggn_matrix, ggn_product
@@ -729,8 +729,12 @@ class EmpiricalRisk:
         at = self.weights if w is None else w
 
         def both(f: Callable[[Tensor], Tensor]) -> Tensor:
-            slope, value = grad_and_value(f)(at)
-            return torch.cat((slope, value[None]))
+            # torch.func.grad keeps a graph for further derivatives, at twice the cost.
+            with torch.enable_grad():
+                w = at.detach().requires_grad_()
+                value = f(w)
+                (slope,) = torch.autograd.grad(value, w)
+            return torch.cat((slope, value.detach()[None]))
 
         joined = self._mean(both)
         return float(joined[-1]) + self._decay(at), joined[:-1] + self.decay_gradient(at)

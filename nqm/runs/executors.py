@@ -66,7 +66,7 @@ def processes(
     """
     others = set(multiprocessing.active_children())
     if start is None:
-        start, arguments = share_machine, (count,)
+        start = share_machine
     pool = Workers(count, _Context(), _start, (start, arguments))
     try:
         yield pool
@@ -83,23 +83,16 @@ def processes(
     pool.shutdown()
 
 
-def share_machine(workers: int) -> None:
-    """Limit the threads of a process while others compute on the same machine.
+def share_machine() -> None:
+    """Limit the BLAS of a process to one thread while others compute on the same machine.
 
-    BLAS gets one thread: on matrices of this size, threads of several processes lose more by
-    waiting for each other than they gain. Numba gets an equal part of the processors.
-
-    Parameters
-    ----------
-    workers : int
-        Number of processes that compute at the same time.
+    On matrices of this size, threads of several processes lose more by waiting for each other than
+    they gain. Compiled kernels have one thread anyhow.
     """
-    import numba
     import scipy.linalg  # noqa: F401  a BLAS is limited once it is loaded
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1, user_api="blas")
-    numba.set_num_threads(max(1, numba.get_num_threads() // workers))
 
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:

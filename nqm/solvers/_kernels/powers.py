@@ -16,22 +16,6 @@ _GONE = 1e-40
 
 
 @jit
-def compose(matrix1, noise1, matrix2, noise2, matrix, noise):
-    """Compose step 1, then step 2, for every direction.
-
-    Parameters
-    ----------
-    matrix1, noise1, matrix2, noise2 : ndarray, shape (d, n, n)
-        A and Q of both steps.
-    matrix, noise : ndarray, shape (d, n, n)
-        Outputs A and Q; arrays other than the inputs.
-    """
-    half = np.empty(matrix1.shape[1:])
-    for i in range(matrix1.shape[0]):
-        then(matrix1[i], noise1[i], matrix2[i], noise2[i], matrix[i], noise[i], half)
-
-
-@jit
 def power(matrix, noise, steps, out_matrix, out_noise):
     """Compose equal steps for every direction by repeated squaring, in O(log steps).
 
@@ -83,12 +67,12 @@ def power(matrix, noise, steps, out_matrix, out_noise):
 
 @jit
 def compose_exact(matrix1, noise1, low1, matrix2, noise2, low2, matrix, noise, low):
-    """Compose as `compose` does, with matrices of two doubles.
+    """Compose step 1, then step 2, for every direction, with matrices of two doubles.
 
     Parameters
     ----------
     matrix1, noise1, low1, matrix2, noise2, low2 : ndarray, shape (d, n, n)
-        Both steps; A is matrix + low.
+        A and Q of both steps; A is matrix + low.
     matrix, noise, low : ndarray, shape (d, n, n)
         Outputs; arrays other than the inputs.
     """

@@ -10,8 +10,15 @@ from meter import CUDA, gpu
 
 from benchmarks.gpu import KINDS, Bench, work
 
+#: Not compiled; the fused members are the quick one.
+WORK = [
+    pytest.param(kind, marks=() if kind == "fused" else pytest.mark.slow)
+    for kind in KINDS
+    if "compiled" not in kind
+]
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "compiled" not in kind])
+
+@pytest.mark.parametrize("kind", WORK)
 def test_work_of_the_benchmark(kind: str) -> None:
     with gpu() as meter:
         run, images = work("resnet20", kind, torch.bfloat16, Bench(CUDA, 1.0, Path()))

@@ -25,8 +25,13 @@ MOST_KERNELS = 1.3
 MOST_KERNELS_FUSED = 0.8
 #: Enough members for a cycle; with all of them in the slow tests.
 FEW = "late_phase.members=3"
-#: A recipe for each kind of layers; all recipes in the slow tests.
-KINDS = ["cifar10_bn", "imagenet_resnet50", "enwik8_lstm_rank1", "transformer_python_docs"]
+SMALL = 'model.name="wrn-10-1"'
+#: A recipe for each kind of layers, and changes; all recipes at full size in the slow tests.
+KINDS = {
+    "cifar10_bn": (FEW, SMALL),
+    "enwik8_lstm_rank1": (FEW,),
+    "transformer_python_docs": (FEW,),
+}
 
 
 def steps_wait_for_nothing(recipe: str, *changes: str, scale: str = "full") -> None:
@@ -54,12 +59,12 @@ def steps_wait_for_nothing(recipe: str, *changes: str, scale: str = "full") -> N
 
 @pytest.mark.parametrize("recipe", KINDS)
 def test_steps_wait_for_nothing(recipe: str) -> None:
-    steps_wait_for_nothing(recipe, FEW)
+    steps_wait_for_nothing(recipe, *KINDS[recipe])
 
 
 #: Compiled steps are in `test_compile`; a compiler for a GPU that is not there makes no kernels.
 ON_GPU = {
-    "cifar10_bn": (FEW, 'model.name="wrn-10-1"', "train.compile=false"),
+    "cifar10_bn": (FEW, SMALL, "train.compile=false"),
     "enwik8_lstm_rank1": (FEW,),
     "transformer_python_docs": (FEW, "train.compile=false"),
 }
@@ -81,7 +86,7 @@ def test_a_resumed_run_waits_for_nothing(
     recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Adam reads its counts of steps: on the GPU every weight would be waited for."""
-    changes = (FEW, 'model.name="wrn-10-1"') if recipe == "cifar10_bn" else (FEW,)
+    changes = (FEW, SMALL) if recipe == "cifar10_bn" else (FEW,)
 
     def load(path: Path, device: Any = "cpu") -> dict[str, Any]:
         def put(value: Any) -> Any:
@@ -159,7 +164,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("recipe", "arm", "changes"), LAYOUTS)
 def test_convolutions_keep_channels_last(recipe: str, arm: str, changes: str) -> None:
     others = {"cifar10_pyramidnet": (), "cifar10_hypernet": ('model.name="hyper_wrn-10-1"',)}
-    small = others.get(recipe, ('model.name="wrn-10-1"',))
+    small = others.get(recipe, (SMALL,))
     with gpu() as meter:
         train_state = state(recipe, FEW, *small, *changes.split(), arm=arm)
         batch = next(train_state.task.stream.epoch(0))
@@ -176,7 +181,7 @@ def test_convolutions_keep_channels_last(recipe: str, arm: str, changes: str) ->
 
 def test_minibatches_of_an_incomplete_cycle_go_back_to_the_gpu() -> None:
     with gpu():
-        train_state = state("cifar10_bn", FEW, 'model.name="wrn-10-1"')
+        train_state = state("cifar10_bn", FEW, SMALL)
         batch = next(train_state.task.stream.epoch(0))
         train_state.spawn()
         assert train_state.late is not None
@@ -192,7 +197,7 @@ def test_minibatches_of_an_incomplete_cycle_go_back_to_the_gpu() -> None:
 def test_recomputed_statistics_wait_for_nothing(members: bool) -> None:
     """Torch's cumulative mean would read one number for every layer and minibatch."""
     with gpu() as meter:
-        train_state = state("cifar10_bn", FEW, 'model.name="wrn-10-1"')
+        train_state = state("cifar10_bn", FEW, SMALL)
         if members:
             train_state.spawn()
         data = [next(train_state.task.stream.epoch(0))] * 2
@@ -211,7 +216,7 @@ def test_a_scaled_step_waits_once(options: dict[str, Any]) -> None:
     """For whether all gradients are finite. With clipping each member's norm is of its own."""
     with gpu() as meter:
         scaler = torch.amp.GradScaler("cuda")
-        train_state = state("cifar10_bn", FEW, 'model.name="wrn-10-1"')
+        train_state = state("cifar10_bn", FEW, SMALL)
         batches = [next(train_state.task.stream.epoch(0))] * 3
         train_state.spawn()
         late, own = train_state.late, train_state.member_optimizer

@@ -44,7 +44,14 @@ def few() -> ImageData:
     return replace(data, train=train, test=test)
 
 
-@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("plain", marks=pytest.mark.slow),
+        pytest.param("bfloat16", marks=pytest.mark.slow),
+        "SWA",
+    ],
+)
 def test_a_stopped_run_goes_on(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     saved: dict[str, Any] = {}
 

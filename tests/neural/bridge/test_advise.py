@@ -25,14 +25,14 @@ def test_it_stops_where_one_more_member_buys_too_little() -> None:
     assert (found.lr, found.batch_size, found.weights, found.members) == (0.1, 8, "iterate", 10)
     assert found.change == pytest.approx(0.5 + 10.0 / 10, rel=1e-12)
     assert found.single == pytest.approx(10.5, rel=1e-12)
-    assert "Stop at K = 10: one more member buys 0.9% of what noise costs a single run." in (
+    assert "Stop at K = 10: one more run would save 0.9% of what noise costs a single run." in (
         found.words
     )
     # 10 / K (K + 1) < 0.1 10.5 from K = 3 on, and a budget ends sooner.
     assert advise(ONE, members=64, worth=0.1).members == 3
     assert advise(ONE, members=2, worth=0.1).members == 2
     assert advise(ONE).members == 3, "the largest K of the table"
-    assert any("K = 3 is the largest asked for; one more would buy 7.9%." in w
+    assert any("K = 3 is the most you asked for: one more run would save 7.9%" in w
                for w in advise(ONE).words)  # 10 / 12 over 10.5  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_it_stops_where_one_more_member_buys_too_little() -> None:
 def test_what_to_take_is_told_in_words(weights: str, members: int, told: str) -> None:
     found = advise(cells(0.1, (1.0, 1.1), weights=weights), members)
     assert found.words[0] == f"Train 10 steps at lr = 0.1, B = 8, {told}"
-    assert found.words[1].startswith("The training loss should then change by +")
+    assert found.words[1].startswith("Expected change of the training loss: +")
 
 
 def test_the_least_loss_of_all_reliable_cells_is_chosen() -> None:
@@ -146,7 +146,7 @@ def test_late_phase_members_are_advised_in_a_number_that_was_measured() -> None:
     found = advise(table)  # (8 - 3) / 2 of 10 for each of two, (3 - 2.9) / 5 of it for five
     assert (found.lr, found.members, found.change, found.single) == (0.2, 4, 3.0, None)
     assert found.words[0].startswith(
-        "Train 10 steps at lr = 0.2, B = 8, with 4 late-phase members of head: the training loss of"
+        "Train 10 steps at lr = 0.2, B = 8, with 4 late-phase members of head, and take their mean."
     )
     assert "Stop at K = 4: up to 9, one more member buys 0.2% of what noise costs K = 2." in (
         found.words
@@ -156,6 +156,8 @@ def test_late_phase_members_are_advised_in_a_number_that_was_measured() -> None:
     more = advise(table, worth=0.001)
     assert (more.lr, more.members) == (0.2, 9)
     assert "K = 9 is the largest of the reliable K up to 9." in more.words
+    averaged = advise(table.assign(weights="swa"))
+    assert averaged.words[0].endswith("and take the SWA of their mean.")
     few = advise(table, members=3)
     assert (few.lr, few.members) == (0.1, 2)
     assert "K = 2 is the largest of the reliable K up to 3." in few.words

@@ -85,7 +85,6 @@ def test_what_is_left_of_the_slope_is_looked_at_too() -> None:
 def test_where_nothing_is_known_of_it(tmp_path: Path) -> None:
     risk = Bowl((2.0, 0.7, 0.2)).risk
     local = measure_local(risk, None)
-    assert measure_control_variate(risk, local, replace(TRAINING, sampling="shuffled")) is None
     assert measure_control_variate(risk, local, replace(TRAINING, lr=1.01)) is None
     hill = replace(local, pairs=replace(local.pairs, values=-local.pairs.values))
     assert measure_control_variate(risk, hill, TRAINING) is None

@@ -120,29 +120,29 @@ def test_a_prediction_is_the_literal_response_to_every_draw(average: TimeAverage
 
 
 @pytest.mark.parametrize(
-    ("training", "away"), [(Training(0.3, 4, 40), 0.5), (Training(0.06, 4, 80, momentum=0.8), 0.5)]
+    ("training", "late_phase"),
+    [
+        (Training(0.3, 4, 40), None),
+        (Training(0.06, 4, 80, momentum=0.8), None),
+        (Training(0.3, 4, 75, sampling="shuffled"), None),
+        (Training(0.06, 4, 80, 0.8, "shuffled"), None),
+        (Training(0.3, 4, 40), "name:first"),
+    ],
+    ids=["plain", "momentum", "shuffled", "shuffled with momentum", "members"],
 )
-def test_training_does_what_is_predicted_of_averages(training: Training, away: float) -> None:
-    bowl = Bowl((2.0, 0.7, 0.2), away=away)
-    plan = Plan((1, 4), 256, 1, decay=0.9)
+def test_training_does_what_is_predicted_of_averages(
+    training: Training, late_phase: str | None
+) -> None:
+    bowl = Bowl((2.0, 0.7, 0.2), away=0.5)
+    members, runs = ((1, 4), 256) if late_phase is None else ((2, 3), 60)
+    plan = Plan(members, runs, 1, late_phase=late_phase, decay=0.9)
     table = compare_training(bowl.risk, gaussian_of(bowl, training), plan).table
     assert list(table["weights"]) == ["iterate"] * 2 + ["swa"] * 2 + ["ema"] * 2
     within_error(table["plain"], table["predicted"], table["plain_error"])
     agree(table["measured"], table["predicted"], 1e-9)  # less the control variate
-    assert (
-        table["plain_error"] < 0.25 * table["predicted_rise"]
-    ).all()  # else it would tell little
+    # Else it would tell little.
+    assert (table["plain_error"] < 0.3 * table["predicted_rise"]).all()
     assert (table["effective_runs"][2:] > 2.0).all()
-
-
-def test_of_shuffled_epochs_and_late_phase_members_no_average_is_predicted() -> None:
-    bowl = Bowl((2.0, 0.7, 0.2))
-    training = Training(0.2, 32, 16, sampling="shuffled")
-    table = compare_training(bowl.risk, gaussian_of(bowl, training), Plan((1, 2), 4)).table
-    averaged = table["weights"] != "iterate"
-    assert table["predicted"].isna().tolist() == averaged.tolist()
-    assert table["measured"].notna().all()
-    assert Plan((2,), 4, late_phase="all").averages(training) == ()
 
 
 def test_a_decay_of_one_is_refused() -> None:

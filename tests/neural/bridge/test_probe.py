@@ -11,7 +11,17 @@ import torch
 from scipy.stats import binom
 
 from neural.bridge.config import Plan, Training
-from neural.bridge.probe import EVERY, PART, STIFF, _copies, _hard, probe, probe_steps
+from neural.bridge.probe import (
+    EVERY,
+    PART,
+    STIFF,
+    Probe,
+    _copies,
+    _hard,
+    probe,
+    probe_steps,
+    stiffest,
+)
 from neural.bridge.sgd_chains import minibatches, train_runs
 from tests.tiny_risks import Bowl, scatter, tanh_risk
 
@@ -19,22 +29,20 @@ CURVATURE = (2.0, 0.7, 0.2)
 
 
 def test_the_noise_is_that_of_the_covariance() -> None:
-    """Mean loss of single runs: half the trace of H S; of the mean of R runs, 1 / R of it."""
-    bowl, runs = Bowl(CURVATURE), 150
+    """The excess is half the trace of H S, of one run in four less."""
+    bowl, runs = Bowl(CURVATURE), 200
     trainings = [Training(lr, 8, 15 * PART) for lr in (0.05, 0.3)]
     plan = Plan(members=(1,), runs=1, records=1)
-    start = bowl.risk.loss()
-    for training, short in zip(trainings, probe(bowl.risk, trainings, plan, 2 * runs), strict=True):
-        assert (short.training, short.runs, short.left) == (
-            replace(training, steps=15),
-            2 * runs,
-            0,
-        )
-        single, mean = (loss - start for loss in short.losses["iterate"])
+    found = probe(bowl.risk, trainings, plan, runs, stiffest(bowl.risk))
+    for training, short in zip(trainings, found, strict=True):
+        assert short.training == replace(training, steps=15)
+        assert (short.runs, short.plain, short.left) == (runs, 150, 0)
+        single, mean = short.losses["iterate"]
         spread = scatter(bowl.hessian, bowl.noise, training.lr, 8, 15)
         # A form of three Gaussian numbers of these sizes scatters about as much as its mean.
         expected = 0.5 * float(np.trace(bowl.hessian @ spread))
-        assert (single - mean) * runs / (runs - 1) == pytest.approx(expected, rel=5 / runs**0.5)
+        assert short.excess("iterate") == pytest.approx(expected, rel=5 / 150**0.5)
+        assert short.excess("iterate") == pytest.approx((single - mean) * 150 / 149)
         assert set(short.losses) == {"iterate", "swa", "ema"}
 
 
@@ -75,6 +83,24 @@ def test_runs_that_leave_are_counted() -> None:
     """The edge of stability is lr = 1; the loss of the checkpoint is that of the noise."""
     risk, plan = Bowl(CURVATURE, away=0.1).risk, Plan(members=(1,), runs=1, records=1)
     trainings = [Training(lr, 8, 400) for lr in (0.02, 1.4, 1e200)]
-    calm, wild, infinite = probe(risk, trainings, plan, 4)
+    calm, wild, infinite = probe(risk, trainings, plan, 4, stiffest(risk))
     assert (calm.left, wild.left, infinite.left) == (0, 4, 4)
+    told: list[int] = []
+    (alone,) = probe(risk, trainings[2:], plan, 4, stiffest(risk), told.append)
+    assert alone.left == 4
+    assert not alone.losses
+    assert sum(told) < 4 * probe_steps(trainings[2]), "runs that all left are stopped"
     assert probe_steps(Training(0.1, 8, 3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "power"),
+    [(0.5, 1.0, 1.0), (1.0, 1.0, 0.0), (0.1, 1.0, 1.0), (2.0, 1.0, 0.0), (0.5**0.5, 1.0, 0.5)],
+)
+def test_the_excess_grows_as_a_power_of_the_steps(
+    before: float, after: float, power: float
+) -> None:
+    """Twice as much after twice the steps is diffusion, 1; the same is rest, 0."""
+    short = Probe(Training(0.1, 8, 20), 4, 0, {"iterate": (after, 0.0)}, (before, 0.0))
+    assert short.growth == pytest.approx(power)
+    assert replace(short, training=Training(0.1, 8, 1)).growth == 0.0

@@ -188,9 +188,10 @@ def test_draws_with_replacement_are_uniform() -> None:
     assert len(next(batches).unique()) <= 10
 
 
-def test_an_epoch_must_be_whole_minibatches() -> None:
-    training = Training(0.1, 7, 3, sampling="shuffled")
-    with pytest.raises(NQMError, match="batch_size that divides the 40 examples; got 7"):
+@pytest.mark.parametrize("size", [7, 40])
+def test_an_epoch_must_be_whole_minibatches(size: int) -> None:
+    training = Training(0.1, size, 3, sampling="shuffled")
+    with pytest.raises(NQMError, match="that divides the 40 examples, in two minibatches or more"):
         list(train_runs(tanh_risk(), training, 2, (3,)))
 
 

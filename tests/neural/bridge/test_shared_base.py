@@ -139,7 +139,8 @@ def test_late_phase_itself_does_what_is_predicted(
     measured = measure(bowl.risk, config, plan=plan)
     test = bowl.risk.on(bowl.risk.batches)
     table = compare(measured, plan, test=test).table
-    assert list(table["members"]) == [2, 3]
+    assert list(table["members"]) == [2, 2, 2, 3, 3, 3]
+    assert list(table["weights"]) == 2 * ["iterate", "swa", "ema"]
     assert (table["plain_error"] > 0.01 * table["predicted_rise"]).all()
     if eigenpairs == 0:  # less the control variate every run of a quadratic does what is expected
         agree(table["measured"], table["predicted"], 1e-9)
@@ -260,7 +261,7 @@ def test_rank_one_members_do_what_is_predicted() -> None:
     off = (table["ratio"] - 1.0).abs()
     # Three standard errors of the measurement, and a twentieth for what is beyond leading order.
     assert (off < 3.0 * table["ratio_error"] + 0.05).all()
-    assert (table["ratio_error"] < 0.05).all()
+    assert (table["ratio_error"][table["weights"] == "iterate"] < 0.05).all()
 
 
 def test_members_beyond_the_selected_weights_stay_as_they_are() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neural.bridge.config import Training
 from neural.bridge.scatter import covariance, noise_sums
-from neural.bridge.shuffled import order_force, scatter_sums
+from neural.bridge.shuffled import order_force, scatter_sums, sums_at_end
 from neural.curvature.gradient_noise import trace
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
@@ -36,6 +36,24 @@ def test_the_scatter_of_all_places_written_out() -> None:
         for r in epochs:
             expected += r.T @ own[: len(r), : len(r)] @ r / n
     agree(scatter_sums(responses, examples, training), expected, 1e-12)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 6, 8])
+def test_the_scatter_at_the_end_over_all_orders(steps: int) -> None:
+    """Up to two epochs of four minibatches of one example: the mean over all 24 x 24 orders."""
+    rng, n = np.random.default_rng(0), 4
+    responses, noise = rng.standard_normal((8, 2))[:steps], rng.standard_normal(n)
+    noise -= noise.mean()
+    ends = [
+        responses[::-1].T @ noise[[*first, *second][:steps]]
+        for first in permutations(range(n))
+        for second in permutations(range(n))
+    ]
+    expected = np.mean(np.square(ends), 0) / np.mean(noise**2)
+    agree(sums_at_end(responses, n, 1), expected, 1e-12)
+    if steps < n:
+        found = scatter_sums(responses, n, Training(0.1, 1, steps, sampling="shuffled"))
+        agree(np.diag(found), expected, 1e-12)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
