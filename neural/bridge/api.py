@@ -26,6 +26,8 @@ from neural.bridge.gaussian import (
     gradients_and_products,
     measure_averages,
     measure_gaussian,
+    rounds_to_come,
+    work_of_balance,
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
 from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
@@ -340,16 +342,24 @@ def gaussian_of(
         cache=options["cache"],
         progress=count,
     )
-    count(max(int(_work_of_gaussian(risk, local, averages, config)) - told, 0))
+    count(max(int(_work_of_gaussian(risk, local, training, averages, config)) - told, 0))
     return found
 
 
 def _work_of_gaussian(
-    risk: EmpiricalRisk, local: LocalQuadratic, averages: Smoothing | None, config: BridgeConfig
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    training: Training,
+    averages: Smoothing | None,
+    config: BridgeConfig,
 ) -> float:
-    """Most work of one Gaussian: where noise grows much, averages and drift are measured again."""
-    once = _work(local, config)
-    return once if averages is None else 2.0 * once + _averaging_work(risk, local, config)
+    """Most work of one Gaussian: where noise grows much, everything is measured again."""
+    once, rounds = _work(local, config), rounds_to_come(averages, training)
+    if not rounds:
+        return once
+    balance = work_of_balance(local, config.displacements, config.lanczos_steps)
+    again = once + _averaging_work(risk, local, config) + balance
+    return once + balance + rounds * again
 
 
 def _averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, config: BridgeConfig) -> int:
@@ -368,7 +378,7 @@ def _gaussians(
     averages = averages_of(risk, local, paths, **options)
     if averages is not None:
         check_descent(averages, trainings)
-    work = _work_of_gaussian(risk, local, averages, config) * len(trainings)
+    work = sum(_work_of_gaussian(risk, local, each, averages, config) for each in trainings)
     third = counted(options["progress"], "third derivatives", work)
     return tuple(
         gaussian_of(risk, local, training, averages, third, paths, **options)
@@ -605,7 +615,9 @@ def store_training(
     paths = paths_of(own, local, needed, plan, **options)  # as `measure` does
     averages = averages_of(own, local, paths, **options)
     third = counted(
-        options["progress"], "third derivatives", _work_of_gaussian(own, local, averages, config)
+        options["progress"],
+        "third derivatives",
+        _work_of_gaussian(own, local, training, averages, config),
     )
     gaussian = gaussian_of(own, local, training, averages, third, paths, **options)
     measured = Measured(own, local, (gaussian,), options["cache"])

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from neural.bridge.balance import balance_work, balanced
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, calm_end, measure_drift, passes_at_displacements
 from neural.bridge.kinks import find_kinks
@@ -28,8 +29,9 @@ from neural.curvature.risk import TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
-#: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter.
-GROWTH = 0.1
+#: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter; this
+#: is repeated until the growth changes by less than `SETTLED`, at most `ROUNDS` times.
+GROWTH, SETTLED, ROUNDS = 0.1, 0.03, 3
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,9 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     """Measure the Gaussian of one training; drift and kinks are measured at its own covariance.
 
     The averages of another training are scaled to this one. Where the noise grows by more than
-    `GROWTH`, they are then measured anew at the scatter that follows from them, and drift and kinks
-    once more: the next order of the noise's growth, at the cost of both measurements.
+    `GROWTH`, the force is corrected at the displaced mean (`neural.bridge.balance`), averages are
+    measured anew at the scatter that follows from them, and drift and kinks once more, until the
+    growth settles. Each round costs all of these measurements.
 
     Parameters
     ----------
@@ -255,26 +258,84 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
 
     if averages is None:
         return WeightGaussian(training, local, drift_at(local), path=path)
+
+    def at_balance(found: WeightGaussian) -> WeightGaussian:
+        if not found.stable:
+            return found
+        drift = balanced(
+            risk,
+            found.drift,
+            found.local,
+            calm_end(local, training, path),
+            displacements=max(half_of(displacements), 2),
+            lanczos_steps=lanczos_steps,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+        )
+        return replace(found, drift=drift)
+
     drift = drift_at(averages.seen_by(training))
     found = over(averages, drift)
     if not (averaging_displacements and found.stable and abs(found.noise_growth) > GROWTH):
         return found
-    own = measure_smoothing(
-        risk,
-        local,
-        training,
-        drift=found.drift,
-        scatter=found.local,
-        path=path,
-        far=averages.far,
-        displacements=averaging_displacements,
-        noise_displacements=half_of(displacements),
-        seed=seed,
-        cache=cache,
-        progress=progress,
-    )
-    own = replace(own, kinks=find_kinks(drift, own))
-    return over(own, drift_at(own.seen_by(training)))
+    found = at_balance(found)
+    for _ in range(ROUNDS):
+        before = found.noise_growth
+        own = measure_smoothing(
+            risk,
+            local,
+            training,
+            drift=found.drift,
+            scatter=found.local,
+            path=path,
+            far=averages.far,
+            displacements=averaging_displacements,
+            noise_displacements=half_of(displacements),
+            seed=seed,
+            cache=cache,
+            progress=progress,
+        )
+        drift = drift_at(replace(own, kinks=find_kinks(drift, own)).seen_by(training))
+        found = at_balance(over(own, drift))
+        if not found.stable or abs(found.noise_growth - before) < SETTLED:
+            break
+    return found
+
+
+def rounds_to_come(averages: Smoothing | None, training: Training) -> int:
+    """How often `measure_gaussian` measures averages anew, at most.
+
+    Parameters
+    ----------
+    averages, training
+        See `measure_gaussian`.
+
+    Returns
+    -------
+    int
+        By the averages of the other training, without the kinks of this one.
+    """
+    if averages is None:
+        return 0
+    stable = training.lr < largest_stable_lr(averages.seen_by(training), training)
+    return ROUNDS if stable and abs(averages.noise_growth(training)) > GROWTH else 0
+
+
+def work_of_balance(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:
+    """Work of one correction of the force by the balance, in gradients, for a progress bar.
+
+    Parameters
+    ----------
+    local, displacements, lanczos_steps
+        See `measure_drift`.
+
+    Returns
+    -------
+    int
+    """
+    products = 0 if local.complete else 2 * TOGETHER * lanczos_steps
+    return balance_work(max(half_of(displacements), 2), local.examples) + products
 
 
 def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:

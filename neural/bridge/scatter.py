@@ -100,7 +100,8 @@ def matched_normals(
     leading order, and mostly due to few directions, so that its mean over few displacements is
     uncertain. Along the directions that carry most of the loss of the scatter, as many as
     half of the displacements, the second moments of these normals are therefore exactly 1 and
-    uncorrelated. Means of quadratic functions have no bias by this, whichever function it is.
+    uncorrelated, with each other and with all other directions. Means of quadratic functions have
+    no bias by this, whichever function it is.
 
     Parameters
     ----------
@@ -129,7 +130,11 @@ def matched_normals(
     axes = np.linalg.eigh(_symmetric(root @ (h[:, None] * root)))[1][:, -exact:]
     along = normals @ axes
     size, turn = np.linalg.eigh(along.T @ along / count)
-    return np.asarray(normals + along @ (turn / np.sqrt(size) @ turn.T - np.eye(exact)) @ axes.T)
+    matched = along @ (turn / np.sqrt(size)) @ turn.T
+    others = normals - along @ axes.T
+    others -= matched @ (matched.T @ others) / count
+    # What is orthogonal to the matched normals has count - exact of the count degrees of freedom.
+    return np.asarray(matched @ axes.T + np.sqrt(count / (count - exact)) * others)
 
 
 def displacements(

@@ -226,8 +226,11 @@ def test_matched_normals_have_exact_moments_where_the_loss_is() -> None:
     top = np.linalg.eigh(form)[1][:, -3:]
     normals = matched_normals(local, TRAINING, rng, 6)
     agree((normals @ top).T @ (normals @ top) / 6, np.eye(3), 1e-9)
-    many = np.concatenate([matched_normals(local, TRAINING, rng, 6) for _ in range(2000)])
-    within_error(many.T @ many / len(many), np.eye(6), np.sqrt((1.0 + np.eye(6)) / len(many)))
+    assert np.abs((normals @ top).T @ (normals - normals @ top @ top.T)).max() < 1e-9
+    many = [matched_normals(local, TRAINING, rng, 6) for _ in range(2000)]
+    moments = np.array([each.T @ each / 6 for each in many])
+    error = moments.std(axis=0, ddof=1) / np.sqrt(len(moments)) + 1e-9
+    within_error(moments.mean(axis=0), np.eye(6), error)
     few = matched_normals(local, TRAINING, np.random.default_rng(4), 1)
     drawn = local.pairs.vectors.T @ np.random.default_rng(4).standard_normal(6)
     agree(few[0], drawn, 1e-12)
@@ -290,7 +293,7 @@ def test_the_next_order_of_the_noise_is_nearer_to_the_exact_loss(lr: float) -> N
     growth = found.noise_growth
     assert growth > 0.2
     assert -(growth**2) < errors[0] < -0.5 * growth**2
-    assert -(growth**3) < errors[1] < 0.0
+    assert abs(errors[1]) < 0.3 * growth**3
 
 
 def test_small_growth_is_not_measured_anew() -> None:

@@ -1,8 +1,8 @@
 """The numbers of one small bridge, so that a change of the code alone does not change them.
 
 This is a guard of a refactoring: the tables in ``data/`` were written by our own code, last when
-displacements got exact second moments and the next order of the noise's growth was added. They are
-no reference values of the theory (those are in the other tests of the bridge). A change that means
+averages were measured anew until they settle, with the force balanced at the mean. They are no
+reference values of the theory (those are in the other tests of the bridge). A change that means
 to change numbers writes new tables and says so.
 """
 
