@@ -59,7 +59,11 @@ def check_risk(risk: EmpiricalRisk) -> None:
     first = _checked_losses(small, few, name)
     _check_loss_finite(risk, name)
     _check_apart(small, few, make, first, name)
-    _check_derivatives(small, name)
+    try:
+        _check_derivatives(small, name)
+    except RuntimeError as error:
+        let_through(error)
+        raise no_derivative(name, error) from error
 
 
 def check_model(model: Any) -> None:
@@ -167,7 +171,7 @@ def no_derivative(name: str, error: Exception) -> NQMError:
     NQMError
     """
     return NQMError(
-        f"{name} has a layer whose second derivatives torch does not know: {_words(error, 200)}"
+        f"{name} has a layer whose second derivatives torch cannot compute: {_words(error, 200)}"
     )
 
 

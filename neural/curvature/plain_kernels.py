@@ -252,6 +252,11 @@ def _instance_norm(  # noqa: PLR0913 - the arguments of torch
     return y if bias is None else y + bias.view(shape)
 
 
+def _group_norm(x: Tensor, groups: int, *options: Any, **named: Any) -> Tensor:
+    """Torch's forward derivative of it takes a view, which channels-last images do not have."""
+    return functional.group_norm(x.contiguous(), groups, *options, **named)
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     over = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
     return v * (g / v.square().sum(over, keepdim=True).sqrt())
@@ -278,6 +283,7 @@ _PLAIN |= {
     functional.layer_norm: _layer_norm,
     torch.instance_norm: _instance_norm,
     functional.instance_norm: _instance_norm,
+    functional.group_norm: _group_norm,
     torch._weight_norm: _weight_norm,
     torch.prelu: _prelu,
     functional.prelu: _prelu,
