@@ -334,8 +334,8 @@ def work_of_balance(local: LocalQuadratic, displacements: int, lanczos_steps: in
     -------
     int
     """
-    products = 0 if local.complete else 2 * TOGETHER * lanczos_steps
-    return balance_work(max(half_of(displacements), 2), local.examples) + products
+    passes = balance_work(max(half_of(displacements), 2), local.examples)
+    return passes + _products_of_a_force(local, lanczos_steps)
 
 
 def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:
@@ -350,8 +350,13 @@ def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_st
     -------
     int
     """
-    products = 0 if local.complete else 2 * TOGETHER * lanczos_steps
-    return passes_at_displacements(displacements, local.examples) + products
+    passes = passes_at_displacements(displacements, local.examples)
+    return passes + _products_of_a_force(local, lanczos_steps)
+
+
+def _products_of_a_force(local: LocalQuadratic, lanczos_steps: int) -> int:
+    """Hessian products, counted in gradients, for both measurements outside the eigenpairs."""
+    return 0 if local.complete else 2 * TOGETHER * lanczos_steps
 
 
 def nearest_gaussians(

@@ -56,9 +56,7 @@ def scatter_sums(responses: FloatArray, examples: int, training: Training) -> Fl
     n = examples // training.batch_size
     steps = len(responses) // n * n
     if not steps:
-        summed = responses.sum(0)
-        left = responses.T @ responses - np.outer(summed, summed) / n
-        return np.asarray(examples / (examples - 1.0) * left)
+        return sums_at_end(responses, examples, training.batch_size, joint=True)
     r = responses[:steps]
     # At place k of an epoch, ages up to steps - n + k count.
     weight = np.minimum(1.0, (steps - np.arange(steps)) / n)
