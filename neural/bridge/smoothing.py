@@ -122,6 +122,8 @@ class Smoothing:
     far : NoiseFreePath, optional
         The path to whose knots `descent` is the change; by default the quadratic's descent in
         `training`.
+    path : NoiseFreePath, optional
+        Noise-free path of `training`; its end replaces that of descent on the quadratic.
     """
 
     local: LocalQuadratic
@@ -132,6 +134,7 @@ class Smoothing:
     drift: Drift | None = None
     kinks: Kinks = field(default_factory=Kinks.none)
     far: NoiseFreePath | None = None
+    path: NoiseFreePath | None = None
 
     @cached_property
     def _width_scales(self) -> dict[Training, float]:
@@ -459,14 +462,10 @@ def _projection(there: FloatArray, here: FloatArray) -> float:
 
 def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
-    local: LocalQuadratic,
-    training: Training,
+    still: Smoothing,
     *,
-    still: Smoothing | None = None,
     drift: Drift | None = None,
     scatter: LocalQuadratic | None = None,
-    path: NoiseFreePath | None = None,
-    far: NoiseFreePath | None = None,
     displacements: int = 4,
     noise_displacements: int = 0,
     seed: int = 0,
@@ -479,21 +478,12 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     ----------
     risk : EmpiricalRisk
         The network's training loss.
-    local : LocalQuadratic
-        Measured on this risk.
-    training : Training
-        The training whose covariance the displacements have.
-    still : Smoothing, optional
-        Result of `measure_descent`, which is measured by default.
+    still : Smoothing
+        Result of `measure_descent` for this training.
     drift : Drift, optional
         Force that displaces the mean of the weights; by default the mean is where descent ends.
     scatter : LocalQuadratic, optional
         Local model that gives the covariance of the displacements; by default `at_descent`.
-    path : NoiseFreePath, optional
-        Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
-    far : NoiseFreePath, optional
-        Path of the training that descends farthest; the change by descent is that to its knots. By
-        default it is that of `training` on the quadratic.
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
         products and the noise along k directions are computed; the products at the ends are those
@@ -517,35 +507,31 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         If `displacements` is below 1.
     """
     check_integer("averaging_displacements", displacements, 1)
-    vectors = local.pairs.vectors
-    stored = (cache or Cache()).of(risk, seed=seed)
-    if still is None:
-        still = measure_descent(
-            risk, local, training, path=path, far=far, seed=seed, cache=cache, progress=progress
-        )
-    seen = scatter or still.at_descent(training)
+    local, training, path = still.local, still.training, still.path
+    seen, vectors = scatter or still.at_descent(training), local.pairs.vectors
     descent_end = risk.weights + vector(risk, calm_end(local, training, path))
     centre, pushed = descent_end, 0.0
     if drift is not None:
         by_noise = drift.displacement(training)
         centre, pushed = descent_end + vector(risk, by_noise), float(np.linalg.norm(by_noise))
-
     count = max(displacements, noise_displacements)
 
     def averages() -> dict[str, Any]:
-        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(seen, training)
         if path is still.far:
             start = zip(NAMES, _at_checkpoint(local), strict=True)
             descent: Any = [old + getattr(still.descent[-1], name) for name, old in start]
         else:
             descent = _along(risk.at(descent_end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
+        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(seen, training)
+        normals = matched_normals(seen, training, rng, count)
+        moves = (vector(risk, drawn(rng, None, normal)) for normal in normals)
         samples = None if local.complete else ExampleSamples(risk.at(centre), SAMPLE, [seed, 8])
         curvature, noise = np.zeros((2, *local.noise.shape))
         trace = 0.0
-        for i, normal in enumerate(matched_normals(seen, training, rng, count)):
-            moved = vector(risk, drawn(rng, None, normal))
-            for end in (centre + moved, centre - moved):
+        for i, moved in enumerate(moves):
+            ends = centre + moved, centre - moved
+            for end in ends:
                 own_noise, own_trace = _noise(risk.at(end), vectors, progress)
                 noise, trace = noise + own_noise / (2 * count), trace + own_trace / (2 * count)
             if i >= displacements:
@@ -555,15 +541,14 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             # little between samples.
             alone = part.factors is not None
             curvature -= _curvature(part, vectors, None) if alone else mean[0]
-            for end in (centre + moved, centre - moved):
-                told = None if alone else progress
-                curvature += 0.5 * _curvature(part.at(end), vectors, told)
+            for end in ends:
+                curvature += 0.5 * _curvature(part.at(end), vectors, None if alone else progress)
             if alone and progress is not None:
                 progress(_work_at(risk, local))
         averaged = mean[0] + curvature / displacements, noise, trace
         return _differences("width", averaged, mean) | _differences("mean", mean, descent)
 
-    found = stored(
+    found = (cache or Cache()).of(risk, seed=seed)(
         "averages",
         averages,
         training=training,
@@ -589,11 +574,22 @@ def measure_descent(  # noqa: PLR0913 - options, by keyword
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Smoothing:
-    """Measure how curvature and noise change along descent: the first stage of `measure_smoothing`.
+    """Measure how curvature and noise change along descent, before `measure_smoothing`.
 
     Parameters
     ----------
-    risk, local, training, path, far, seed, cache, progress
+    risk : EmpiricalRisk
+        The network's training loss.
+    local : LocalQuadratic
+        Measured on this risk.
+    training : Training
+        The training whose weights curvature and noise will be averaged over.
+    path : NoiseFreePath, optional
+        Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
+    far : NoiseFreePath, optional
+        Path of the training that descends farthest; the change by descent is that to its knots. By
+        default it is that of `training` on the quadratic.
+    seed, cache, progress
         See `measure_smoothing`.
 
     Returns
@@ -615,7 +611,7 @@ def measure_descent(  # noqa: PLR0913 - options, by keyword
 
     zero = np.zeros_like(local.noise)
     none, changes = Change(zero, zero, 0.0), tuple(change_at(moved) for moved in places)
-    return Smoothing(local, training, none, none, changes, far=far)
+    return Smoothing(local, training, none, none, changes, far=far, path=path)
 
 
 def _at_checkpoint(local: LocalQuadratic) -> tuple[FloatArray, FloatArray, float]:

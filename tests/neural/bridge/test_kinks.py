@@ -16,7 +16,7 @@ from neural.bridge.drift import Drift, measure_drift
 from neural.bridge.kinks import find_kinks
 from neural.bridge.prediction import Prediction
 from neural.bridge.scatter import covariance
-from neural.bridge.smoothing import Kinks, Smoothing, measure_smoothing
+from neural.bridge.smoothing import Kinks, Smoothing, measure_descent, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
 from tests.tiny_risks import Plain, scatter, tanh_risk
@@ -62,7 +62,7 @@ def kinked(
 
 def smoothed(risk: EmpiricalRisk, eigenpairs: int | None) -> Smoothing:
     local = measure_local(risk, eigenpairs, noise_samples=2, lanczos_steps=2)
-    return measure_smoothing(risk, local, TRAINING, displacements=1)
+    return measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
 
 
 def slopes(risk: EmpiricalRisk, smoothing: Smoothing) -> Drift:
@@ -116,7 +116,9 @@ def test_flat_directions_share_one_value() -> None:
 
 def test_a_smooth_loss_has_none() -> None:
     risk, training = tanh_risk(quick=False), Training(0.02, SIZE, 30)
-    smoothing = measure_smoothing(risk, measure_local(risk, None), training, displacements=8)
+    smoothing = measure_smoothing(
+        risk, measure_descent(risk, measure_local(risk, None), training), displacements=8
+    )
     found = find_kinks(slopes(risk, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
@@ -144,7 +146,7 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter(lr: float
     """J |w| along a direction of scatter s: J E|d| d / s^2 = J sqrt(2 / pi) / s."""
     risk = kinked(at_checkpoint=True)
     local, training = measure_local(risk, None), replace(TRAINING, lr=lr)
-    smoothing = measure_smoothing(risk, local, training, displacements=1)
+    smoothing = measure_smoothing(risk, measure_descent(risk, local, training), displacements=1)
     found = find_kinks(measure_drift(risk, local, training, displacements=400), smoothing)
     size = np.sqrt(np.diag(covariance(local, training)))
     # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
@@ -157,7 +159,7 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter(lr: float
 def test_kinks_that_descent_leads_off_are_not_met() -> None:
     risk = kinked(at_checkpoint=True, slope=3.0)
     local = measure_local(risk, None)
-    smoothing = measure_smoothing(risk, local, TRAINING, displacements=1)
+    smoothing = measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
     found = find_kinks(measure_drift(risk, local, TRAINING, displacements=60), smoothing)
     assert np.abs(found.pairs).max() < 1e-6
 
@@ -182,7 +184,7 @@ def test_kinks_that_are_denser_the_nearer() -> None:
     """Of density log(X / |x|) / X they add J (log(X / s) + (gamma + log 2) / 2) / X at width s."""
     risk = kinked(denser=True)
     local = measure_local(risk, None)
-    smoothing = measure_smoothing(risk, local, TRAINING, displacements=1)
+    smoothing = measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
     found = find_kinks(measure_drift(risk, local, TRAINING, displacements=60), smoothing)
     size = np.sqrt(np.diag(covariance(local, TRAINING)))
     near = np.log(SPREAD / size) + 0.5 * (np.euler_gamma + np.log(2.0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from neural.bridge.config import Training
-from neural.bridge.smoothing import measure_smoothing
+from neural.bridge.smoothing import measure_descent, measure_smoothing
 from neural.curvature import ggn
 from neural.curvature.cache import Cache, fingerprint
 from neural.curvature.local_quadratic import measure_local
@@ -188,7 +188,9 @@ def test_a_local_model_of_it(eigenpairs: int | None, tmp_path: Path) -> None:
     # Averages over a scatter of size 0 are those of the checkpoint, for either kind.
     for kind, found in (("ggn", local), ("hessian", other)):
         risk.curvature = kind
-        still = measure_smoothing(risk, found, Training(1e-9, 1, 1), displacements=1)
+        still = measure_smoothing(
+            risk, measure_descent(risk, found, Training(1e-9, 1, 1)), displacements=1
+        )
         assert np.abs(still.width.curvature).max() < 1e-6 * values[0]
 
 
