@@ -36,6 +36,7 @@ from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
 from neural.bridge.smoothing import Smoothing, averaging_work, half_of, measure_descent
 from neural.curvature.cache import Cache
+from neural.curvature.checks import check_data
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import leading_products
@@ -136,8 +137,9 @@ def measure(
     Raises
     ------
     NQMError
-        If epochs are shuffled and a batch size does not divide the number of examples, or no
-        learning rate is stable where noise-free descent ends (`stable_descent`).
+        If the loss cannot be measured (`EmpiricalRisk.check`), if epochs are shuffled and a batch
+        size does not divide the number of examples, or no learning rate is stable where noise-free
+        descent ends (`stable_descent`).
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
@@ -500,8 +502,15 @@ def predict(
 
 
 def _in_frame(test: TestLoss | None, measured: Measured) -> TestLoss | None:
-    """The test loss in the coordinates of the measured risk."""
+    """The test loss in the coordinates of the measured risk, if the model takes its data."""
     risk = measured.risk
+    if isinstance(test, EmpiricalRisk):
+        check_data(test)
+    elif test is not None and not callable(test):
+        raise NQMError(
+            "test must be an EmpiricalRisk, e.g. risk.on(batches), or a function of the weights; "
+            f"got a {type(test).__name__}"
+        )
     if test is None or risk.frame is None:
         return test
     if isinstance(test, EmpiricalRisk):

@@ -234,6 +234,22 @@ def test_what_does_not_fit_is_told_before_anything_is_measured() -> None:
             measure(risk, config)
 
 
+def test_a_test_loss_that_does_not_fit_is_told_in_one_line(bridge: Bridge) -> None:
+    risk = tanh_risk()
+    measured = measure(risk, CONFIG, cache=Cache(bridge.folder))
+    (x, y), _ = risk.batches
+    cases: list[tuple[Any, str]] = [
+        ("cifar10", r"test must be an EmpiricalRisk, e\.g\. risk\.on\(batches\).*got a str"),
+        (risk.on([(x, y + 9)]), r"labels must lie in 0\.\."),
+        (risk.on([(x[..., :1, :], y)]), "takes images of 1 x 2 x 2; got 1 x 1 x 2"),
+    ]
+    for test, told in cases:
+        for call in (predict, compare):
+            with pytest.raises(NQMError, match=told) as error:
+                call(measured, PLAN, test=test)
+            assert "\n" not in str(error.value)
+
+
 def test_averages_are_taken_at_a_rate_that_is_stable_where_descent_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
