@@ -41,7 +41,7 @@ from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import leading_products
 from nqm.errors import NQMError
-from nqm.progress import Progress, counted
+from nqm.progress import Progress, counted, limited
 
 #: If noise-free descent changes the loss by less than this fraction of the excess of the mean of
 #: the most runs, it is that on the quadratic; else it is trained.
@@ -336,20 +336,9 @@ def gaussian_of(
     path: NoiseFreePath | None = None,
     **options: Unpack[Options],
 ) -> WeightGaussian:
-    """Gaussian of the weights of one training; `done` takes counts of gradients and products.
-
-    They add up to `_work_of_gaussian`, so that a bar of several trainings stays right.
-    """
-    config, told = options["config"], 0
-    most = int(_work_of_gaussian(risk, local, training, averages, config))
-
-    def count(work: int) -> None:
-        nonlocal told
-        before, told = told, min(told + work, most)
-        if done is not None:
-            done(told - before)
-
-    found = measure_gaussian(
+    """Gaussian of the weights of one training; `done` takes counts of gradients and products."""
+    config = options["config"]
+    return measure_gaussian(
         risk,
         local,
         training,
@@ -360,10 +349,8 @@ def gaussian_of(
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
         cache=options["cache"],
-        progress=count,
+        progress=done,
     )
-    count(most)
-    return found
 
 
 def _work_of_gaussian(
@@ -398,12 +385,18 @@ def _gaussians(
     path_of = path_finder(risk, local, plan, **options)
     paths = [path_of(training) for training in trainings]
     averages = averages_of(risk, local, path_of, **options)
-    work = sum(_work_of_gaussian(risk, local, each, averages, config) for each in trainings)
-    third = counted(options["progress"], "third derivatives", work)
-    return tuple(
-        gaussian_of(risk, local, training, averages, third, path, **options)
-        for training, path in zip(trainings, paths, strict=True)
-    )
+    if options["progress"] is not None:  # with all eigenpairs the next lines take a while
+        options["progress"]("third derivatives", 0.0)
+    works = [int(_work_of_gaussian(risk, local, each, averages, config)) for each in trainings]
+    third = counted(options["progress"], "third derivatives", float(sum(works)))
+
+    def gaussian(training: Training, path: NoiseFreePath | None, work: int) -> WeightGaussian:
+        told = limited(third, work)
+        found = gaussian_of(risk, local, training, averages, told, path, **options)
+        told(work)
+        return found
+
+    return tuple(map(gaussian, trainings, paths, works))
 
 
 def _work(local: LocalQuadratic, config: BridgeConfig) -> float:
@@ -573,6 +566,8 @@ def compare(
         for gaussian, own in zip(part.gaussians, held_out, strict=True):
             stage = f"train {len(outcomes) + 1} of {count}"
             work = float(gaussian.training.steps) * minibatches_of(its_plan)
+            if progress is not None:  # also where the training is in the cache, and only tabulated
+                progress(stage, 0.0)
             outcomes.append(
                 compare_training(
                     part.risk,

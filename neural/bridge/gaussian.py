@@ -22,13 +22,7 @@ from neural.bridge.kinks import find_kinks
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.smoothing import (
-    Kinks,
-    Smoothing,
-    half_of,
-    measure_descent,
-    measure_smoothing,
-)
+from neural.bridge.smoothing import Smoothing, half_of, measure_descent, measure_smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
@@ -321,11 +315,10 @@ def rounds_to_come(averages: Smoothing | None, training: Training) -> int:
     int
         By the averages of the other training. Its kinks are left out, since this one's may be less.
     """
-    if averages is None:
+    if averages is None or not abs(averages.noise_growth(training)) > GROWTH:
         return 0
-    seen = replace(averages, kinks=Kinks.none()).seen_by(training)
-    stable = training.lr < largest_stable_lr(seen, training)
-    return ROUNDS if stable and abs(averages.noise_growth(training)) > GROWTH else 0
+    sharpest = float(np.linalg.eigvalsh(averages.mean_hessian(training))[-1])
+    return ROUNDS if training.lr * sharpest < 2.0 * (1.0 + training.momentum) else 0
 
 
 def work_of_balance(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:

@@ -12,6 +12,7 @@ displacements, and that of noise along descent with its trace.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -376,49 +377,43 @@ class Smoothing:
             loss_curvature=across.T @ curvature @ across,
         )
 
-    def curvature_change_part(self, training: Training, steps: int, seen: LocalQuadratic) -> float:
-        """Part of a run's excess loss that is due to the change of curvature with the covariance.
+    def excess_parts(
+        self, training: Training, steps: Sequence[int], seen: LocalQuadratic
+    ) -> list[tuple[float, float]]:
+        """Parts of a run's excess loss that do not fall as 1 / K, or not alone.
 
         The covariance S settles by the mean curvature, H + D, while the loss of Gaussian weights is
         1/2 tr((H + D / 2) S), with D proportional to S. The mean of K members has the excess
-        (excess - part) / K + part / (2 K^2).
+        (excess - part) / K + part / (2 K^2). Kinks have half their curvature times the covariance.
 
         Parameters
         ----------
         training : Training
             The run's training.
-        steps : int
-            Number of steps after which the covariance is taken.
+        steps : sequence of int
+            Numbers of steps after which the covariance is taken.
         seen : LocalQuadratic
             `seen_by` of the training.
 
         Returns
         -------
-        float
+        list of (float, float)
+            For each of `steps`, the part due to the change of curvature with the covariance, and
+            the part due to kinks, which is at least 0.
         """
-        turn = self.local.pairs.vectors.T @ seen.pairs.vectors
+        vectors, of_mean = self.local.pairs.vectors.T, mean_model(seen)
+        turn = vectors @ seen.pairs.vectors
         change = turn.T @ (self.width_scale(training) * self.width.curvature) @ turn
-        now = replace(training, steps=steps)
-        return 0.5 * float(np.sum(change * covariance(mean_model(seen), now)))
-
-    def kink_part(self, training: Training, steps: int, seen: LocalQuadratic) -> float:
-        """Part of a run's excess loss due to kinks: half their curvature times the covariance.
-
-        Parameters
-        ----------
-        training, steps, seen
-            See `curvature_change_part`.
-
-        Returns
-        -------
-        float
-            At least 0.
-        """
-        now, seen = replace(training, steps=steps), mean_model(seen)
-        turn = self.local.pairs.vectors.T @ seen.pairs.vectors
+        turn = vectors @ of_mean.pairs.vectors
         along = (turn * self.kinks.pairs[:, None] * turn).sum(0)
-        top = float(along @ np.diag(covariance(seen, now)))
-        return max(0.5 * (top + self.kinks.rest * rest_trace(seen, now)), 0.0)
+        parts = {}
+        for when in set(steps):
+            now = replace(training, steps=when)
+            scatter = covariance(of_mean, now)
+            top = float(along @ np.diag(scatter))
+            kinks = 0.5 * (top + self.kinks.rest * rest_trace(of_mean, now))
+            parts[when] = 0.5 * float(np.sum(change * scatter)), max(kinks, 0.0)
+        return [parts[when] for when in steps]
 
     def noise_growth(self, training: Training) -> float:
         """Relative increase of the gradient-noise trace caused by the scatter of the weights.

@@ -98,7 +98,7 @@ def test_kinks_are_counted(pairs: int | None) -> None:
         np.testing.assert_allclose(local.pairs.values, expected, rtol=1e-9)
         for draw, before in zip(local.draws, smoothing.local.draws, strict=True):
             np.testing.assert_allclose(draw.values, before.values + found.rest, rtol=1e-9)
-    assert seen.curvature_change_part(TRAINING, STEPS, seen.seen_by(TRAINING)) == pytest.approx(
+    assert seen.excess_parts(TRAINING, [STEPS], seen.seen_by(TRAINING))[0][0] == pytest.approx(
         0.0, abs=1e-12
     )
 
@@ -124,7 +124,7 @@ def test_a_smooth_loss_has_none() -> None:
     assert abs(found.pairs.sum()) < 0.01 * whole
     seen = replace(smoothing, kinks=found)
     excess = 0.5 * smoothing.local.pairs.values @ np.diag(covariance(smoothing.local, training))
-    cost = seen.kink_part(training, 30, seen.seen_by(training)) * (
+    cost = seen.excess_parts(training, [30], seen.seen_by(training))[0][1] * (
         found.cost_ratio + found.log2_slope
     )
     assert cost < 0.01 * excess, "members do not make up for it"
@@ -168,14 +168,14 @@ def test_kinks_that_descent_leads_off_are_not_met() -> None:
 def test_what_kinks_cost_is_half_their_curvature_with_the_scatter(pairs: int | None) -> None:
     risk = kinked()
     smoothing = smoothed(risk, pairs)
-    assert smoothing.kink_part(TRAINING, STEPS, smoothing.seen_by(TRAINING)) == 0.0
+    assert smoothing.excess_parts(TRAINING, [STEPS], smoothing.seen_by(TRAINING))[0][1] == 0.0
     kinks = Kinks(np.array([0.1, 0.2, 0.3][:pairs]), 0.3)
     seen = replace(smoothing, kinks=kinks)
     h = np.array(CURVATURE) + np.array([0.1, 0.2, 0.3])
     c = np.cov(torch.cat(list(risk.example_gradients())).numpy(), rowvar=False, ddof=0)
     expected = 0.5 * np.trace(np.diag([0.1, 0.2, 0.3]) @ scatter(np.diag(h), c, LR, SIZE, STEPS))
     # Examples are drawn: their noise is not quite along the axes, that of the rest not quite known.
-    assert seen.kink_part(TRAINING, STEPS, seen.seen_by(TRAINING)) == pytest.approx(
+    assert seen.excess_parts(TRAINING, [STEPS], seen.seen_by(TRAINING))[0][1] == pytest.approx(
         expected, rel=1e-3
     )
 

@@ -94,7 +94,7 @@ def test_the_curvature_change_part_is_half_the_change_with_the_covariance() -> N
     whole = seen.pairs.vectors @ covariance(seen, TRAINING) @ seen.pairs.vectors.T
     change = local.pairs.vectors @ found.width.curvature @ local.pairs.vectors.T
     expected = 0.5 * np.trace(change @ whole)
-    assert found.curvature_change_part(TRAINING, STEPS, seen) == pytest.approx(expected, rel=1e-8)
+    assert found.excess_parts(TRAINING, [STEPS], seen)[0][0] == pytest.approx(expected, rel=1e-8)
 
 
 def test_the_mean_of_the_scatter_counts_as_well() -> None:
@@ -109,7 +109,7 @@ def test_the_mean_of_the_scatter_counts_as_well() -> None:
     agree(found.mean.curvature, v.T @ (bowl.third @ mean) @ v, 1e-9)
     assert np.abs(found.width.curvature).max() < 1e-9
     seen = found.seen_by(TRAINING)
-    assert found.curvature_change_part(TRAINING, STEPS, seen) == pytest.approx(0.0, abs=1e-9)
+    assert found.excess_parts(TRAINING, [STEPS], seen)[0][0] == pytest.approx(0.0, abs=1e-9)
     assert seen.pairs.values.sum() == pytest.approx(
         2.9 + np.einsum("iik,k->", bowl.third, mean), rel=1e-9
     )

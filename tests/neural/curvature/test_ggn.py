@@ -18,7 +18,7 @@ from neural.curvature import ggn
 from neural.curvature.cache import Cache, fingerprint
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
-from neural.curvature.spectrum import leading_pairs, trace_estimate
+from neural.curvature.spectrum import leading_pairs
 from neural.late_phase.reparametrize import add_rank1
 from neural.models import build
 from nqm.errors import NQMError
@@ -160,12 +160,10 @@ def test_the_model_is_left_as_it_is() -> None:
 # --- everything that asks for curvature ----------------------------------------------------------
 
 
-def test_eigenpairs_and_traces_are_its_own() -> None:
+def test_eigenpairs_are_its_own() -> None:
     risk = landscape_of_kind("mlp")
     values = torch.linalg.eigvalsh(written_out(risk)).flip(0).numpy()
     agree(leading_pairs(risk, 3).values, values[:3], 1e-7)
-    estimate, error = trace_estimate(risk, probes=20)
-    assert abs(estimate - values.sum()) < 4.5 * error
     risk.curvature = "hessian"
     assert abs(leading_pairs(risk, 1).values[0] - values[0]) > 0.01 * values[0]
 
