@@ -312,8 +312,11 @@ def averages_of(
         return None
     places = 1 if longest is None else len(longest.knots)
     places += path_of(config.reference(local.largest)) is not longest  # the end of its own descent
-    work = _work(local, config) + _averaging_work(risk, local, config, places)
-    done = counted(options["progress"], "averages", work)
+    stage, work = "end of descent", float(averaging_work(risk, local, 0, knots=places))
+    if config.averaging_displacements:
+        stage = "averages"
+        work = _work(local, config) + _averaging_work(risk, local, config, places)
+    done = counted(options["progress"], stage, work)
     still = stable_descent(risk, local, path_of, done, **options)
     return measure_averages(
         risk,

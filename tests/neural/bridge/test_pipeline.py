@@ -344,7 +344,7 @@ def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = [line.partition(" ")[2] for line in done.stderr.strip().splitlines()]
     stages = list(dict.fromkeys(line.partition(":")[0] for line in lines))
     trained = [f"train {i} of 3" for i in (1, 2, 3)]
-    before = ["curvature and noise", "third derivatives", "test loss"]
+    before = ["curvature and noise", "end of descent", "third derivatives", "test loss"]
     stages = [stage for stage in stages if not stage.endswith(", without noise")]
     assert stages == [*before, *trained, "best learning rates", "density"]
     stated = read_metadata(out / "bridge.parquet")["config"]
