@@ -143,8 +143,6 @@ def _device(asked: str | None) -> torch.device:
     try:
         chosen = torch.device(name)
         if chosen.type == "cuda":
-            if not torch.cuda.is_available():  # what torch raises depends on how it was built
-                raise RuntimeError("torch finds no GPU")
             if ":" in name and processes() > 1:
                 raise NQMError(
                     f"--device {name} would put all {processes()} processes on one GPU; "
@@ -155,6 +153,9 @@ def _device(asked: str | None) -> torch.device:
             torch.cuda.set_device(chosen)  # kernels and NCCL of a process use this GPU alone
         # A device without numbers, like "meta", cannot train.
         float(torch.ones(1, device=chosen).double().sum().item())
+    except AttributeError:  # of torch without its parts for a GPU
+        reason = "torch was built for CPUs"
+        raise NQMError(f"device {name!r} cannot be used: {reason}; use cpu") from None
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise NQMError(f"device {name!r} cannot be used: {reason:.100}; use cpu or cuda") from None
