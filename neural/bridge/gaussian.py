@@ -25,7 +25,7 @@ from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Smoothing, half_of, measure_descent, measure_smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
-from neural.curvature.risk import TOGETHER, EmpiricalRisk
+from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
@@ -129,11 +129,8 @@ class WeightGaussian:
 
 def measure_averages(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
-    local: LocalQuadratic,
-    reference: Training,
+    still: Smoothing,
     *,
-    path: NoiseFreePath | None = None,
-    far: NoiseFreePath | None = None,
     displacements: int = 64,
     averaging_displacements: int = 2,
     lanczos_steps: int = 10,
@@ -145,12 +142,10 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
 
     Parameters
     ----------
-    risk, local
+    risk : EmpiricalRisk
         See `measure_drift`.
-    reference : Training
-        The training over whose weights curvature and noise are averaged.
-    path, far
-        See `measure_smoothing`.
+    still : Smoothing
+        Result of `measure_descent` for this training.
     displacements : int
         See `measure_drift`.
     averaging_displacements : int
@@ -164,7 +159,7 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     Returns
     -------
     Smoothing or None
-        With the kinks of the reference training; None if `averaging_displacements` is 0.
+        With the kinks of this training; None if `averaging_displacements` is 0.
 
     Raises
     ------
@@ -173,14 +168,12 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     """
     if not averaging_displacements:
         return None
-    still = measure_descent(
-        risk, local, reference, path=path, far=far, seed=seed, cache=cache, progress=progress
-    )
+    reference = still.training
     drift = measure_drift(
         risk,
         still.at_descent(reference),
         reference,
-        path=path,
+        path=still.path,
         displacements=displacements,
         lanczos_steps=lanczos_steps,
         seed=seed,
@@ -189,11 +182,8 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     )
     smoothing = measure_smoothing(
         risk,
-        local,
-        reference,
-        still=still,
+        still,
         drift=drift,
-        path=path,
         displacements=averaging_displacements,
         noise_displacements=half_of(displacements),
         seed=seed,
@@ -231,7 +221,9 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         See `measure_drift`.
     averages : Smoothing, optional
         Result of `measure_averages`; by default curvature and noise are those of the checkpoint.
-    path, displacements, averaging_displacements, lanczos_steps, seed, cache, progress
+    path
+        See `measure_drift`.
+    displacements, averaging_displacements, lanczos_steps, seed, cache, progress
         See `measure_averages`; drift and kinks are computed from the same gradients. With 0
         `averaging_displacements` nothing is measured anew.
 
@@ -289,16 +281,23 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         return found
     first, change = found, abs(found.noise_growth)
     found = at_balance(found)
+    still = measure_descent(
+        risk,
+        local,
+        training,
+        path=path,
+        far=averages.far,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
     for _ in range(ROUNDS):
         before = found.noise_growth
         own = measure_smoothing(
             risk,
-            local,
-            training,
+            still,
             drift=found.drift,
             scatter=found.local,
-            path=path,
-            far=averages.far,
             displacements=averaging_displacements,
             noise_displacements=half_of(displacements),
             seed=seed,
@@ -326,12 +325,12 @@ def rounds_to_come(averages: Smoothing | None, training: Training) -> int:
     Returns
     -------
     int
-        By the averages of the other training, without the kinks of this one.
+        By the averages of the other training. Its kinks are left out, since this one's may be less.
     """
-    if averages is None:
+    if averages is None or not abs(averages.noise_growth(training)) > GROWTH:
         return 0
-    stable = training.lr < largest_stable_lr(averages.seen_by(training), training)
-    return ROUNDS if stable and abs(averages.noise_growth(training)) > GROWTH else 0
+    sharpest = float(np.linalg.eigvalsh(averages.mean_hessian(training))[-1])
+    return ROUNDS if training.lr * sharpest < 2.0 * (1.0 + training.momentum) else 0
 
 
 def work_of_balance(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:
@@ -362,8 +361,10 @@ def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_st
     -------
     int
     """
-    passes = passes_at_displacements(displacements, local.examples)
-    return passes + _products_of_a_force(local, lanczos_steps)
+    work = passes_at_displacements(displacements, local.examples)
+    if isinstance(local, SharedBaseQuadratic) and not local.complete:
+        work += PRODUCT * displacements
+    return work + _products_of_a_force(local, lanczos_steps)
 
 
 def _products_of_a_force(local: LocalQuadratic, lanczos_steps: int) -> int:
