@@ -29,9 +29,9 @@ from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
-#: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter; this
-#: is repeated until the growth changes by less than `SETTLED`, at most `ROUNDS` times, as long as it
-#: changes by less each time.
+#: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter. This
+#: is repeated until the growth changes by less than `SETTLED`, at most `ROUNDS` times, and as long
+#: as it changes by less each time.
 GROWTH, SETTLED, ROUNDS = 0.1, 0.03, 3
 
 

@@ -298,7 +298,8 @@ def test_where_the_scatter_has_no_bound_averages_do_not_settle() -> None:
     local = measure_local(problem.risk, None)
     training = Training(0.6, 1, 300)
     assert problem.excess(training) > 1e6
-    averages = measure_averages(problem.risk, local, training, displacements=16)
+    still = measure_descent(problem.risk, local, training)
+    averages = measure_averages(problem.risk, still, displacements=16)
     first, found = (
         measure_gaussian(
             problem.risk, local, training, averages, displacements=16, averaging_displacements=count
