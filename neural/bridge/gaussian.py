@@ -29,8 +29,9 @@ from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
-#: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter; this
-#: is repeated until the growth changes by less than `SETTLED`, at most `ROUNDS` times.
+#: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter. This
+#: is repeated until the growth changes by less than `SETTLED`, at most `ROUNDS` times, and as long
+#: as it changes by less each time.
 GROWTH, SETTLED, ROUNDS = 0.1, 0.03, 3
 
 
@@ -51,6 +52,9 @@ class WeightGaussian:
         default.
     path : NoiseFreePath, optional
         Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
+    settles : bool
+        False where averages over the scatter that follows from the ones before lead ever further
+        away. The Gaussian is then that of the first averages.
     """
 
     training: Training
@@ -58,6 +62,7 @@ class WeightGaussian:
     drift: Drift
     smoothing: Smoothing | None = None
     path: NoiseFreePath | None = None
+    settles: bool = True
 
     @cached_property
     def local(self) -> LocalQuadratic:
@@ -91,11 +96,13 @@ class WeightGaussian:
     def noise_growth(self) -> float:
         """Relative increase of the gradient-noise trace over the Gaussian; NaN if not measured.
 
-        Infinite where the averaged curvature is unstable: there the scatter has no bound.
+        Infinite where the averaged curvature is unstable, or averages do not settle: there the
+        scatter has no bound.
         """
         if self.smoothing is None:
             return np.nan
-        return self.smoothing.noise_growth(self.training) if self.stable else np.inf
+        bounded = self.stable and self.settles
+        return self.smoothing.noise_growth(self.training) if bounded else np.inf
 
     @property
     def kink_fraction(self) -> float:
@@ -205,7 +212,8 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     The averages of another training are scaled to this one. Where the noise grows by more than
     `GROWTH`, the force is corrected at the displaced mean (`neural.bridge.balance`), averages are
     measured anew at the scatter that follows from them, and drift and kinks once more, until the
-    growth settles. Each round costs all of these measurements.
+    growth settles. Each round costs all of these measurements. Where it does not settle, as near
+    the edge of stability, the first averages are kept.
 
     Parameters
     ----------
@@ -271,6 +279,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     found = over(averages, drift)
     if not (averaging_displacements and found.stable and abs(found.noise_growth) > GROWTH):
         return found
+    first, change = found, abs(found.noise_growth)
     found = at_balance(found)
     still = measure_descent(
         risk,
@@ -296,8 +305,11 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
             progress=progress,
         )
         drift = drift_at(replace(own, kinks=find_kinks(drift, own)).seen_by(training))
-        found = at_balance(over(own, drift))
-        if not found.stable or abs(found.noise_growth - before) < SETTLED:
+        found = over(own, drift)
+        if not abs(found.noise_growth - before) < change:
+            return replace(first, settles=False)
+        found, change = at_balance(found), abs(found.noise_growth - before)
+        if change < SETTLED:
             break
     return found
 

@@ -292,6 +292,27 @@ def test_the_next_order_of_the_noise_is_nearer_to_the_exact_loss(lr: float) -> N
     assert abs(errors[1]) < 0.3 * growth**3
 
 
+def test_where_the_scatter_has_no_bound_averages_do_not_settle() -> None:
+    """Least squares below the edge of the mean weights, but beyond that of their covariance."""
+    problem = LeastSquares()
+    local = measure_local(problem.risk, None)
+    training = Training(0.6, 1, 300)
+    assert problem.excess(training) > 1e6
+    still = measure_descent(problem.risk, local, training)
+    averages = measure_averages(problem.risk, still, displacements=16)
+    first, found = (
+        measure_gaussian(
+            problem.risk, local, training, averages, displacements=16, averaging_displacements=count
+        )
+        for count in (0, 1)
+    )
+    assert first.stable
+    assert first.settles
+    assert 0.4 < first.noise_growth < 2.0
+    assert found.noise_growth == np.inf
+    assert predict_loss(found, [300]) == predict_loss(first, [300])
+
+
 def test_small_growth_is_not_measured_anew() -> None:
     problem = LeastSquares()
     local = measure_local(problem.risk, None)
