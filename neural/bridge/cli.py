@@ -270,10 +270,18 @@ def advise(
         with progress_bar() as progress:
             risk = measured_risk(opened, settings, plan, runtime, Cache(), progress)
             if probe_runs:
-                cost = cost_in_runs(risk.examples, settings, probe_runs)
+                usual, most = cost_in_runs(risk.examples, settings, probe_runs)
                 click.echo(
-                    f"This costs about as much as {cost:.2g} runs of the training itself.", err=True
+                    f"This costs about as much as {usual:.2g} runs of the training itself, and "
+                    f"{most:.2g} at most.",
+                    err=True,
                 )
+                if usual > (runs := members or max(plan.members)):
+                    click.echo(
+                        f"That is more than the {runs} runs that may be averaged; --set "
+                        "bridge.examples=N takes fewer examples and costs less.",
+                        err=True,
+                    )
             table = measure_for_advice(risk, settings, plan, progress, probe_runs)
     found = advice(table, members, worth)
     if as_json:
