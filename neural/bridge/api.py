@@ -294,13 +294,14 @@ def averages_of(
     config, paths = options["config"], paths or {}
     reference, longest = shared_trainings(local, config)
     path = paths.get(reference.lr)
-    work = _averaging_work(risk, local, config)
+    far = paths.get(longest.lr, path)
+    work = _averaging_work(risk, local, config, 1 if far is None else len(far.knots))
     return measure_averages(
         risk,
         local,
         reference,
         path=path,
-        far=paths.get(longest.lr, path),
+        far=far,
         displacements=config.displacements,
         averaging_displacements=config.averaging_displacements,
         lanczos_steps=config.lanczos_steps,
@@ -362,10 +363,11 @@ def _work_of_gaussian(
     return once + balance + rounds * again
 
 
-def _averaging_work(risk: EmpiricalRisk, local: LocalQuadratic, config: BridgeConfig) -> int:
-    return averaging_work(
-        risk, local, config.averaging_displacements, half_of(config.displacements)
-    )
+def _averaging_work(
+    risk: EmpiricalRisk, local: LocalQuadratic, config: BridgeConfig, knots: int = 1
+) -> int:
+    noises = half_of(config.displacements)
+    return averaging_work(risk, local, config.averaging_displacements, noises, knots)
 
 
 def _gaussians(

@@ -234,6 +234,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
     return _tabulate(known, training, plan, control, held_out or {})
 
 
+@np.errstate(invalid="ignore", over="ignore")  # Losses of diverged runs are huge or infinite.
 def _tabulate(
     known: dict[str, Any],
     training: Training,

@@ -4,7 +4,9 @@ Far from a minimum a quadratic at the checkpoint does not tell where descent end
 noise change on the way. Full-batch descent is therefore trained once for each training. Its losses
 are the descent of the prediction, its weights the places around which noise scatters. Between its
 ends, curvature is interpolated in the length of the way, and noise in its own trace, which is
-measured along the way: noise may fall by most of its size on a small part of the length.
+measured along the way: noise may fall by most of its size on a small part of the length. Noise may
+also fall and then grow. Where its trace turns round, curvature and noise are known as well, and
+each part of the way between two such knots is interpolated for itself.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ FloatArray = NDArray[np.float64]
 LOSSES = 16
 #: Number of traces of the noise for every doubling of the steps.
 TRACES = 2
-#: Least change of the trace along the way, relative to that at its start, by which the noise is
-#: interpolated; below it, in the length.
+#: Least change of the trace between two knots, relative to that at the start, by which the noise is
+#: interpolated; below it, in the length. A trace that comes back by as much has turned round.
 TRACE_CHANGE = 0.1
 
 
@@ -60,6 +62,10 @@ class NoiseFreePath:
         averages.
     trace_steps, traces : ndarray, shape (m,)
         Trace of the covariance of one example's gradient after these steps, from 0 to T.
+    knots : ndarray of int, shape (n,)
+        Steps after which this trace has turned round, and T.
+    places : ndarray, shape (n, p)
+        Displacement from the checkpoint at the knots.
     """
 
     training: Training
@@ -71,6 +77,8 @@ class NoiseFreePath:
     slopes: FloatArray
     trace_steps: FloatArray
     traces: FloatArray
+    knots: NDArray[np.int64]
+    places: FloatArray
 
     @property
     def noise_trace(self) -> float:
@@ -182,8 +190,8 @@ class NoiseFreePath:
         whole = max(float(self.lengths[-1]), 1e-300)
         return np.interp(times, np.arange(len(self.lengths)), self.lengths)[()] / whole
 
-    def noise_fraction(self, training: Training, when: float | TimeAverage | FloatArray) -> Any:
-        """Change of the noise's trace, as a fraction of that at the end.
+    def shares(self, training: Training, when: float | TimeAverage | FloatArray) -> FloatArray:
+        """Interpolation in the length of the way: shares of what is known at the knots.
 
         Parameters
         ----------
@@ -192,16 +200,58 @@ class NoiseFreePath:
 
         Returns
         -------
-        float, or ndarray of the shape of `when`
-            1 at the end. It may leave [0, 1] where the trace does not change in one direction. The
-            `fraction` of the length if the trace changes by less than `TRACE_CHANGE`.
+        ndarray, shape (..., n)
+            In [0, 1]; what they lack of 1 is the share of the checkpoint.
         """
-        whole = self.traces[-1] - self.traces[0]
-        if abs(whole) <= TRACE_CHANGE * self.traces[0]:
-            return self.fraction(training, when)
+        times = self._times(training, when)
+        return self._shares(times, [self._part(times, i) for i in range(len(self.knots))])
+
+    def noise_shares(
+        self, training: Training, when: float | TimeAverage | FloatArray
+    ) -> FloatArray:
+        """Interpolation in the trace of the noise: shares of the noise at the knots.
+
+        Between two knots whose traces differ by less than `TRACE_CHANGE`, it is in the length.
+
+        Parameters
+        ----------
+        training, when
+            See `fraction`.
+
+        Returns
+        -------
+        ndarray, shape (..., n)
+            See `shares`. They may leave [0, 1] by as little as a trace that comes back without
+            having turned round.
+        """
+        times = self._times(training, when)
         # Linear in log steps beyond the first one: the trace falls as a power of the steps.
-        x, known = (np.log1p(t) for t in (self._times(training, when), self.trace_steps))
-        return (np.interp(x, known, self.traces)[()] - self.traces[0]) / whole
+        x, known = np.log1p(times), np.log1p(self.trace_steps)
+        trace = np.interp(x, known, self.traces)
+        ends = np.interp(np.log1p([0, *self.knots]), known, self.traces)
+        parts = []
+        for i, (start, whole) in enumerate(zip(ends, np.diff(ends), strict=False)):
+            far = abs(whole) > TRACE_CHANGE * self.traces[0]
+            parts.append((trace - start) / whole if far else self._part(times, i))
+        return self._shares(times, parts)
+
+    def _part(self, times: FloatArray, i: int) -> FloatArray:
+        """Length from the knot before knot i, as a fraction of that to knot i."""
+        steps = np.arange(len(self.lengths))
+        start, end = self.lengths[[0, *self.knots][i]], self.lengths[self.knots[i]]
+        done = np.interp(times, steps, self.lengths) - start
+        return np.asarray(done / max(end - start, 1e-300))
+
+    def _shares(self, times: FloatArray, parts: Sequence[FloatArray]) -> FloatArray:
+        """Shares of the knots, given how far each part of the way is done."""
+        own = np.searchsorted(self.knots[:-1], times)  # the part in which a time lies
+        shares = np.zeros((*np.shape(times), len(parts)))
+        for i, part in enumerate(parts):
+            here = own == i
+            shares[..., i] += np.where(here, part, 0.0)
+            if i:
+                shares[..., i - 1] += np.where(here, 1.0 - part, 0.0)
+        return shares
 
     def _times(self, training: Training, when: float | TimeAverage | FloatArray) -> FloatArray:
         if isinstance(when, np.ndarray):
@@ -244,6 +294,8 @@ def measure_path(
     def trained() -> dict[str, Any]:
         running, last, lengths = Running(averages, risk.weights), risk.weights, [0.0]
         traces = [gradient_noise.trace(risk)]
+        turns = Turns(TRACE_CHANGE * traces[0])
+        turns(0, risk.weights, traces[0])
 
         def seen(step: int, weights: Tensor) -> None:
             nonlocal last
@@ -252,6 +304,7 @@ def measure_path(
             last = weights
             if step in traced:
                 traces.append(gradient_noise.trace(risk.at(weights)))
+                turns(step, weights, traces[-1])
             if progress is not None:
                 progress(1)
 
@@ -259,17 +312,28 @@ def measure_path(
         losses = noise_free(risk, training, at, seen=seen) - start
         means = [running.values[average.name] for average in averages]
         places = [last, *means]
+        turned = [weights for _, weights, _ in turns.found]
         return {
             "losses": np.concatenate([[0.0], losses, [risk.loss(mean) - start for mean in means]]),
             "lengths": np.array(lengths),
             "ends": np.stack([(w - risk.weights).double().cpu().numpy() for w in places]),
             "slopes": np.stack([risk.gradient(w).double().cpu().numpy() for w in places]),
             "traces": np.array(traces),
+            "knots": np.array([*(step for step, *_ in turns.found), training.steps]),
+            "places": np.stack(
+                [(w - risk.weights).double().cpu().numpy() for w in [*turned, last]]
+            ),
         }
 
     own = replace(training, batch_size=1, sampling="with replacement")  # they do not matter
     stored = (cache or Cache()).of(risk)(
-        "noise_free_path", trained, training=own, at=at, averages=averages, traced=traced
+        "noise_free_path",
+        trained,
+        training=own,
+        at=at,
+        averages=averages,
+        traced=traced,
+        turning=TRACE_CHANGE,
     )
     return NoiseFreePath(
         training,
@@ -281,7 +345,52 @@ def measure_path(
         slopes=np.asarray(stored["slopes"]),
         trace_steps=np.array(traced, dtype=float),
         traces=np.asarray(stored["traces"]),
+        knots=np.asarray(stored["knots"]),
+        places=np.asarray(stored["places"]),
     )
+
+
+class Turns:
+    """Places where a value that is seen step by step turns round.
+
+    Parameters
+    ----------
+    least : float
+        By how much a value must come back from its extreme before this counts as a turn.
+
+    Attributes
+    ----------
+    found : list of (int, Tensor, float)
+        Step, weights and value of every extreme that was a turn; never the first step.
+    """
+
+    def __init__(self, least: float):
+        self.least, self.found = least, list[tuple[int, Tensor, float]]()
+        self._extremes: dict[int, tuple[int, Tensor, float]] = {}
+        self._way = 0
+
+    def __call__(self, step: int, weights: Tensor, value: float) -> None:
+        """Take the value at a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step.
+        weights : Tensor
+            Weights there, which must not change afterwards.
+        value : float
+            The value.
+        """
+        here = step, weights, value
+        for way in (1, -1):  # the value rises, or falls
+            far = self._extremes.get(way)
+            if far is not None and self._way != -way and way * (far[2] - value) > self.least:
+                if self._way:
+                    self.found.append(far)
+                self._way = -way
+                self._extremes[-way] = here
+            if far is None or way * (value - far[2]) >= 0.0:
+                self._extremes[way] = here
 
 
 def farthest(trainings: Sequence[Training]) -> Training:

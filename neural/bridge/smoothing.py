@@ -3,10 +3,10 @@
 To leading order in lr / B, three things change the averages: the covariance of the weights, the
 displacement of their mean by the noise (`neural.bridge.drift`), which is of the same order, and the
 displacement by noise-free descent. The change is measured in one training, along the known
-eigenpairs: at the end of descent, then, at both ends of random displacements with the covariance
-there, around the mean, and at the mean. For any other training the change with the covariance is
-scaled with it, that with the mean and that of curvature with the displacements, and that of noise
-along descent with its trace.
+eigenpairs: at the end of descent (and where its noise turns round), then, at both ends of random
+displacements with the covariance there, around the mean, and at the mean. For any other training
+the change with the covariance is scaled with it, that with the mean and that of curvature with the
+displacements, and that of noise along descent with its trace.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ class Smoothing:
         From the mean of the weights to the average over their covariance.
     mean : Change
         From the end of noise-free descent to the mean of the weights, which noise displaces.
-    descent : Change
-        From the checkpoint to the end of noise-free descent.
+    descent : tuple of Change
+        From the checkpoint to the knots of noise-free descent, of which the last one is its end.
     drift : Drift, optional
         Force that displaces the mean; by default there is no such displacement.
     kinks : Kinks
         Curvature and loss added by kinks; none by default.
     far : NoiseFreePath, optional
-        The path to whose end `descent` is the change; by default the quadratic's descent in
+        The path to whose knots `descent` is the change; by default the quadratic's descent in
         `training`.
     """
 
@@ -128,7 +128,7 @@ class Smoothing:
     training: Training
     width: Change
     mean: Change
-    descent: Change
+    descent: tuple[Change, ...]
     drift: Drift | None = None
     kinks: Kinks = field(default_factory=Kinks.none)
     far: NoiseFreePath | None = None
@@ -198,29 +198,24 @@ class Smoothing:
         scale = _projection(self._push, self.drift.displacement(training))
         return float(np.clip(scale, -stationary, stationary)) if np.isfinite(scale) else stationary
 
-    def descent_scale(self, training: Training) -> float:
-        """Displacement by noise-free descent in another training, relative to the measured one's.
-
-        Parameters
-        ----------
-        training : Training
-            The other training.
-
-        Returns
-        -------
-        float
-            In [0, 1]: what lies beyond the measured descent is not extrapolated.
-        """
+    def _descent_shares(self, training: Training) -> FloatArray:
+        """Shares of `descent` in the change of curvature by descent in another training."""
         if self.far is not None:
-            return float(self.far.fraction(training, training.steps))
+            return self.far.shares(training, training.steps)
+        # What lies beyond the measured descent is not extrapolated.
         scale = _projection(self._descent, descended(self.local, training))
-        return float(np.clip(scale, 0.0, 1.0))
+        return np.clip([scale], 0.0, 1.0)
 
-    def _noise_scale(self, training: Training) -> float:
-        """Change of the noise by descent in another training, relative to the measured one's."""
+    def _curvature_of_descent(self, training: Training) -> FloatArray:
+        """Change of the curvature by noise-free descent in another training, (k, k)."""
+        changes = [change.curvature for change in self.descent]
+        return np.asarray(np.tensordot(self._descent_shares(training), changes, 1))
+
+    def _noise_shares(self, training: Training) -> FloatArray:
+        """Shares of `descent` in the change of the noise by descent in another training."""
         if self.far is None:
-            return self.descent_scale(training)
-        return float(self.far.noise_fraction(training, training.steps))
+            return self._descent_shares(training)
+        return self.far.noise_shares(training, training.steps)
 
     def remembered(self, training: Training, curvature: FloatArray) -> FloatArray:
         """Part of the noise's change by descent that the scatter at the end remembers.
@@ -237,18 +232,20 @@ class Smoothing:
 
         Returns
         -------
-        ndarray, shape (k, k)
-            Means of `NoiseFreePath.noise_fraction` over the steps with these weights.
+        ndarray, shape (n, k, k)
+            Means of `NoiseFreePath.noise_shares` over the steps with these weights: shares of the
+            changes in `descent`.
         """
         if self.far is None:
-            return np.full((len(curvature), len(curvature)), self._noise_scale(training))
+            shares = self._noise_shares(training)[:, None, None]
+            return np.broadcast_to(shares, (len(shares), len(curvature), len(curvature)))
         ages = np.unique(np.geomspace(1.0, training.steps, MOMENTS).round()) - 1.0
         spans = np.diff(ages, append=training.steps)
         left = np.abs(1.0 - np.clip(training.effective_lr * curvature, 0.0, 2.0))
         weights = left ** (ages + 0.5 * (spans - 1.0))[:, None]
-        done = self.far.noise_fraction(training, training.steps - ages - 0.5 * (spans - 1.0))
+        done = self.far.noise_shares(training, training.steps - ages - 0.5 * (spans - 1.0))
         whole = weights.T @ (spans[:, None] * weights)
-        return np.asarray(weights.T @ ((spans * done)[:, None] * weights) / whole)
+        return np.stack([weights.T @ ((spans * d)[:, None] * weights) / whole for d in done.T])
 
     def mean_hessian(self, training: Training, width_part: float = 1.0) -> FloatArray:
         """Mean Hessian over the weights of another training, centred where descent ends.
@@ -266,7 +263,7 @@ class Smoothing:
             Along the checkpoint's eigenpairs, without the curvature added by kinks.
         """
         change = width_part * self.width_scale(training) * self.width.curvature
-        change = change + self.descent_scale(training) * self.descent.curvature
+        change = change + self._curvature_of_descent(training)
         return np.asarray(np.diag(self.local.pairs.values) + change)
 
     def seen_by(self, training: Training, mean_part: float = 1.0) -> LocalQuadratic:
@@ -316,21 +313,23 @@ class Smoothing:
         """The local model where descent ends, with kinks, and changes times their factors."""
         local = self.local
         along = local.pairs.values + kinks.pairs
-        curvature = self.descent_scale(training) * self.descent.curvature
+        curvature = self._curvature_of_descent(training)
         curvature = curvature + sum(scale * change.curvature for change, scale in changes)
         size, turn = np.linalg.eigh(np.diag(along) + curvature)
         size, turn = size[::-1], turn[:, ::-1]
         size = np.maximum(size, min(float(local.pairs.values.min(initial=0.0)), 0.0))
         noise = local.noise + sum(scale * change.noise for change, scale in changes)
         remembered = self.remembered(training, size)
-        by_descent = remembered * (turn.T @ self.descent.noise @ turn)
+        by_descent = np.zeros_like(noise)
+        for shares, change in zip(remembered, self.descent, strict=True):
+            by_descent += shares * (turn.T @ change.noise @ turn)
         noise = turn.T @ noise @ turn + by_descent
         power, axes = np.linalg.eigh(0.5 * (noise + noise.T))
         # Differences and rounding may make a variance negative; it is set to zero.
         noise = axes @ (np.maximum(power, 0.0)[:, None] * axes.T)
         trace = local.noise_trace + sum(scale * change.trace for change, scale in changes)
-        beyond = self.descent.trace - float(np.trace(self.descent.noise))
-        trace += float(np.trace(by_descent)) + float(remembered[-1, -1]) * beyond
+        beyond = [change.trace - float(np.trace(change.noise)) for change in self.descent]
+        trace += float(np.trace(by_descent)) + float(remembered[:, -1, -1] @ beyond)
         return replace(
             local,
             pairs=Eigenpairs(size, local.pairs.vectors @ turn, local.pairs.residuals),
@@ -361,7 +360,7 @@ class Smoothing:
         turn = seen.pairs.vectors.T @ drift.local.pairs.vectors
         curvature = np.diag(self.local.pairs.values + self.kinks.pairs)
         curvature += self.mean_scale(drift.training) / 3.0 * self.mean.curvature
-        curvature += self.descent_scale(drift.training) * self.descent.curvature
+        curvature += self._curvature_of_descent(drift.training)
         across = self.local.pairs.vectors.T @ seen.pairs.vectors
         first, second = (
             replace(half, values=half.values + self.kinks.rest) for half in drift.force_rest
@@ -436,7 +435,8 @@ class Smoothing:
         """
         change = self.width_scale(training) * self.width.trace
         change += self.mean_scale(training) * self.mean.trace
-        at_descent = self.local.noise_trace + self._noise_scale(training) * self.descent.trace
+        traces = [each.trace for each in self.descent]
+        at_descent = self.local.noise_trace + float(self._noise_shares(training) @ traces)
         return change / max(at_descent, 1e-300)
 
     def kink_fraction(self) -> float:
@@ -492,7 +492,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     path : NoiseFreePath, optional
         Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
     far : NoiseFreePath, optional
-        Path of the training that descends farthest; the change by descent is that to its end. By
+        Path of the training that descends farthest; the change by descent is that to its knots. By
         default it is that of `training` on the quadratic.
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
@@ -536,7 +536,7 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         rng, drawn = np.random.default_rng([seed, 4]), displacements_of(seen, training)
         if path is still.far:
             start = zip(NAMES, _at_checkpoint(local), strict=True)
-            descent: Any = [old + getattr(still.descent, name) for name, old in start]
+            descent: Any = [old + getattr(still.descent[-1], name) for name, old in start]
         else:
             descent = _along(risk.at(descent_end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
@@ -602,18 +602,20 @@ def measure_descent(  # noqa: PLR0913 - options, by keyword
         Its changes with covariance and mean are zero.
     """
     vectors = local.pairs.vectors
-    moved = calm_end(local, training, path) if far is None else far.ends[0]
+    places = far.places if far is not None else calm_end(local, training, path)[None]
+    stored = (cache or Cache()).of(risk, seed=seed)
 
-    def descended() -> dict[str, Any]:
-        end = _along(risk.at(risk.weights + vector(risk, moved)), vectors, progress)
-        return _differences("descent", end, _at_checkpoint(local))
+    def change_at(moved: FloatArray) -> Change:
+        def there() -> dict[str, Any]:
+            found = _along(risk.at(risk.weights + vector(risk, moved)), vectors, progress)
+            return _differences("descent", found, _at_checkpoint(local))
 
-    found = (cache or Cache()).of(risk, seed=seed)(
-        "descent", descended, local=local.key(), moved=f"{float(np.linalg.norm(moved)):.8g}"
-    )
+        length = f"{float(np.linalg.norm(moved)):.8g}"
+        return _change(stored("descent", there, local=local.key(), moved=length), "descent")
+
     zero = np.zeros_like(local.noise)
-    none = Change(zero, zero, 0.0)
-    return Smoothing(local, training, none, none, _change(found, "descent"), far=far)
+    none, changes = Change(zero, zero, 0.0), tuple(change_at(moved) for moved in places)
+    return Smoothing(local, training, none, none, changes, far=far)
 
 
 def _at_checkpoint(local: LocalQuadratic) -> tuple[FloatArray, FloatArray, float]:
@@ -648,7 +650,11 @@ def half_of(displacements: int) -> int:
 
 
 def averaging_work(
-    risk: EmpiricalRisk, local: LocalQuadratic, displacements: int, noise_displacements: int = 0
+    risk: EmpiricalRisk,
+    local: LocalQuadratic,
+    displacements: int,
+    noise_displacements: int = 0,
+    knots: int = 1,
 ) -> int:
     """Work that `measure_smoothing` reports with a drift, in gradients, for a progress bar.
 
@@ -656,14 +662,16 @@ def averaging_work(
     ----------
     risk, local, displacements, noise_displacements
         See `measure_smoothing`.
+    knots : int
+        Number of places of descent that are measured.
 
     Returns
     -------
     int
     """
     each = TOGETHER * (risk.matrix_work if local.complete else len(local.pairs.values))
-    noises = 2 * max(displacements, noise_displacements) + 2
-    return 2 * each + displacements * _work_at(risk, local) + noises * PASS
+    noises = 2 * max(displacements, noise_displacements) + knots + 1
+    return (knots + 1) * each + displacements * _work_at(risk, local) + noises * PASS
 
 
 def _work_at(risk: EmpiricalRisk, local: LocalQuadratic) -> int:

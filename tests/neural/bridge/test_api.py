@@ -237,8 +237,8 @@ def test_no_rate_that_is_stable_where_descent_ends_is_refused() -> None:
     local = measure_local(risk, None)
     near, far = (Training(x / local.largest, 4, 20) for x in (0.1, 0.5))
     still = measure_descent(risk, local, far)
-    grown = replace(still.descent, curvature=4.0 * np.diag(local.pairs.values))
-    ends = replace(still, descent=grown)  # at the lower rate descent has not come as far
+    grown = replace(still.descent[-1], curvature=4.0 * np.diag(local.pairs.values))
+    ends = replace(still, descent=(grown,))  # at the lower rate descent has not come as far
     check_descent(still, [far])
     check_descent(ends, [far, near])
     with pytest.raises(NQMError, match=r"no learning rate is stable .* lower bridge\.lr_times_sh"):

@@ -187,6 +187,14 @@ def test_a_rate_beyond_the_edge_is_told(bowl: Bowl) -> None:
     assert all("\n" not in line for line in lines)
 
 
+def test_runs_that_diverged_are_tabulated_without_a_warning(bowl: Bowl) -> None:
+    table = measure_training(
+        bowl.risk, Training(1.5, 4, 1200), Plan((1, 2), 4), test=lambda w: np.inf
+    ).table
+    assert np.isposinf(table[["measured", "test_loss"]]).all(axis=None)
+    assert table[["error", "gain", "test_gain"]].isna().all(axis=None)
+
+
 def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
     gaussian = gaussian_of(bowl, PLAIN)
     told: list[int] = []

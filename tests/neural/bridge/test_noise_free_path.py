@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from neural.bridge import BridgeConfig, Plan, measure, predict
 from neural.bridge.config import Training
 from neural.bridge.drift import calm_end, descended, measure_drift
 from neural.bridge.gaussian import measure_gaussian
-from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
+from neural.bridge.noise_free_path import NoiseFreePath, Turns, farthest, measure_path
 from neural.bridge.prediction import predict_loss
 from neural.bridge.scatter import covariance
 from neural.bridge.smoothing import Change, Smoothing
@@ -53,10 +54,12 @@ def test_the_path_is_full_batch_descent() -> None:
     steps, traces = path.trace_steps.astype(int), [trace(risk), trace(risk.at(places[20]))]
     agree(path.traces[[0, list(steps).index(20)]], traces, 1e-10)
     part = (traces[1] - traces[0]) / (path.noise_trace - traces[0])
-    assert path.noise_fraction(TRAINING, 20) == pytest.approx(part, rel=1e-9)
-    assert path.noise_fraction(replace(TRAINING, lr=0.1), 40) == pytest.approx(part, rel=1e-9)
+    agree(path.noise_shares(TRAINING, 20), [part], 1e-9)
+    agree(path.noise_shares(replace(TRAINING, lr=0.1), 40), [part], 1e-9)
     same = replace(path, traces=np.full_like(path.traces, traces[0]))
-    assert same.noise_fraction(TRAINING, 20) == path.fraction(TRAINING, 20)
+    agree(same.noise_shares(TRAINING, 20), [path.fraction(TRAINING, 20)], 1e-12)
+    assert list(path.knots) == [40]  # the noise only falls
+    agree(path.places, path.ends[:1], 0.0)
 
 
 def test_other_trainings_follow_the_same_way_and_not_beyond_it() -> None:
@@ -96,27 +99,74 @@ def test_without_a_path_descent_is_that_of_the_quadratic() -> None:
     assert drift.cross(TRAINING, TRAINING.steps, path) == pytest.approx(along, abs=1e-15)
 
 
-def test_the_scatter_remembers_the_noise_of_the_way() -> None:
+def test_a_value_turns_where_it_comes_back_by_the_least() -> None:
+    def turns(values: list[float]) -> list[int]:
+        seen, weights = Turns(1.0), torch.zeros(1)
+        for step, value in enumerate(values):
+            seen(step, weights, value)
+        return [step for step, *_ in seen.found]
+
+    assert turns([0.0, 1.0, 2.0, 3.0]) == turns([3.0, 2.0, 1.0]) == []
+    assert turns([5.0, 3.0, 3.8, 2.0, 4.0, 3.2, 5.0, 1.0]) == [3, 6]
+    assert turns([0.0, 0.8, -0.5, 2.0]) == [2]  # the first extreme is less than 1 above the start
+    assert turns([0.0, 4.0, 4.0, 1.0]) == [2]  # the last of equal ones
+
+
+def test_a_path_has_knots_where_its_noise_turns() -> None:
+    """Gradient of an example: w + 0.3 w^3 + a (1 + w), with a noise of 0 at w = -1."""
+    a = torch.tensor([0.5, -0.5, 0.2, -0.2]).double()[:, None]
+    risk = EmpiricalRisk(Weight(), [(a, torch.zeros(4, dtype=torch.long))], loss=quartic)
+    risk = risk.at(torch.tensor([-3.0]).double())
+    path = measure_path(risk, replace(TRAINING, lr=0.05), PLAN)
+    steps = path.trace_steps.astype(int)
+    weights, lowest = risk.weights, []
+    for _ in range(TRAINING.steps + 1):
+        lowest.append(float((1.0 + 2.0 * GROWTH * weights) ** 2))
+        weights = weights - 0.05 * risk.gradient(weights)
+    least = steps[np.argmin([lowest[step] for step in steps])]
+    assert list(path.knots) == [least, 40]
+    assert 0 < least < 40
+    agree(path.places[-1], path.ends[0], 0.0)
+    assert abs(float(risk.weights) + path.places[0, 0] + 1.0) < 0.2  # near where it vanishes
+    for found in (path.shares, path.noise_shares):
+        agree(found(path.training, np.array([0.0, least, 40.0])), [[0, 0], [1, 0], [0, 1]], 1e-12)
+
+
+@pytest.mark.parametrize("knots", [(40,), (15, 40)])
+def test_the_scatter_remembers_the_noise_of_the_way(knots: tuple[int, ...]) -> None:
     """Against the recursion of the covariance with a noise that changes at every step."""
     bowl = Bowl((2.0, 0.3, 0.05), away=0.3)
     local = measure_local(bowl.risk, None)
     k, zero = len(local.noise), np.zeros_like(local.noise)
-    still, less = Change(zero, zero, 0.0), -0.8 * local.noise
+    still = Change(zero, zero, 0.0)
     steps = np.arange(TRAINING.steps + 1.0)
-    fall = np.sqrt(steps / TRAINING.steps)
-    rows, none = np.zeros((1, k)), np.zeros(1)
-    traces = (1.0 - 0.8 * fall) * local.noise_trace
-    far = NoiseFreePath(TRAINING, (), none, none, steps, rows, rows, steps, traces)
-    change = Change(zero, less, float(np.trace(less)))
-    seen = Smoothing(local, TRAINING, still, still, change, far=far).seen_by(TRAINING)
-    left, expected = np.diag(1.0 - TRAINING.lr * local.pairs.values), zero
-    for step in range(1, TRAINING.steps + 1):
-        noise = local.noise + fall[step] * less
-        expected = left @ expected @ left + TRAINING.lr**2 / TRAINING.batch_size * noise
-    turn = seen.pairs.vectors.T @ local.pairs.vectors
-    # The noise before the end is that of a few moments, and not of all of the first ones.
-    agree(covariance(seen, TRAINING), turn @ expected @ turn.T, 0.01)
-    assert local.noise_trace * 0.2 < seen.noise_trace < local.noise_trace
+    rows, none = np.zeros((len(knots), k)), np.zeros(1)
+    # It falls in every direction, and grows again along the first alone.
+    first = np.diag([1.0, 0.0, 0.0]) * local.noise
+    changes = [-0.8 * local.noise, 2.5 * first - 0.8 * local.noise][: len(knots)]
+    fall = np.sqrt(np.minimum(steps / knots[0], 1.0))
+    noises = local.noise + np.tensordot(fall, changes[0], 0)
+    if len(knots) > 1:
+        back = np.clip((steps - knots[0]) / (knots[1] - knots[0]), 0.0, 1.0)
+        noises = noises + np.tensordot(back, changes[1] - changes[0], 0)
+    far = NoiseFreePath(
+        TRAINING, (), none, none, steps, rows, rows, steps, np.trace(noises, axis1=1, axis2=2),
+        np.array(knots), rows,
+    )  # fmt: skip
+    descent = tuple(Change(zero, change, float(np.trace(change))) for change in changes)
+    smoothing = Smoothing(local, TRAINING, still, still, descent, far=far)
+    for training in (TRAINING, replace(TRAINING, steps=12), replace(TRAINING, lr=0.1)):
+        seen = smoothing.seen_by(training)
+        left, expected = np.diag(1.0 - training.lr * local.pairs.values), zero
+        for step in range(1, training.steps + 1):
+            done = step * training.lr / TRAINING.lr
+            noise = noises[int(done)] + (done % 1.0) * (noises[math.ceil(done)] - noises[int(done)])
+            expected = left @ expected @ left + training.lr**2 / training.batch_size * noise
+        turn = seen.pairs.vectors.T @ local.pairs.vectors
+        # The noise before the end is that of a few moments, and not of all of the first ones.
+        agree(covariance(seen, training), turn @ expected @ turn.T, 0.01)
+    if len(knots) == 1:
+        assert local.noise_trace * 0.2 < seen.noise_trace < local.noise_trace
 
 
 class Weight(nn.Module):

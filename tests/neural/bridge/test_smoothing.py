@@ -42,9 +42,9 @@ def test_averages_are_those_of_the_ends(eigenpairs: int | None) -> None:
         traces.append(np.trace(c))
     del curvature[6], curvature[3]  # curvature is measured at two of the three
     end, noise_end, trace_end = curvature.pop(0), noise.pop(0), traces.pop(0)
-    agree(found.descent.curvature + np.diag(local.pairs.values), end, 1e-8)
-    agree(found.descent.noise + local.noise, noise_end, 1e-8)
-    assert found.descent.trace + local.noise_trace == pytest.approx(trace_end, rel=1e-9)
+    agree(found.descent[-1].curvature + np.diag(local.pairs.values), end, 1e-8)
+    agree(found.descent[-1].noise + local.noise, noise_end, 1e-8)
+    assert found.descent[-1].trace + local.noise_trace == pytest.approx(trace_end, rel=1e-9)
     agree(found.width.curvature + end, np.mean(curvature, axis=0), 1e-8)
     agree(found.width.noise + noise_end, np.mean(noise, axis=0), 1e-8)
     assert found.width.trace + trace_end == pytest.approx(np.mean(traces), rel=1e-9)
@@ -128,7 +128,7 @@ def test_what_holds_the_mean_and_what_it_costs_are_exact_of_a_cubic(rest: float)
     still = Change(np.zeros((3, 3)), np.zeros((3, 3)), 0.0)
     moved = replace(still, curvature=v.T @ (bowl.third @ mean) @ v)
     kinks = Kinks(np.full(3, rest), rest) if rest else Kinks.none()
-    smoothing = Smoothing(local, training, still, moved, still, drift, kinks)
+    smoothing = Smoothing(local, training, still, moved, (still,), drift, kinks)
     held = smoothing.along_mean_path(drift)
     agree(held.displacement(training), mean, 1e-9)
     rise = bowl.risk.loss(there) - bowl.risk.loss() + 0.5 * mean @ kinked @ mean
@@ -145,7 +145,7 @@ def test_the_rest_of_the_force_is_held_by_kinks_as_well() -> None:
     drift = measure_drift(risk, local, SLOW, displacements=2, lanczos_steps=3)
     still = Change(np.zeros((2, 2)), np.zeros((2, 2)), 0.0)
     kinks = Kinks(np.array([0.1, 0.2]), 0.3)
-    smoothing = Smoothing(local, SLOW, still, still, still, drift, kinks)
+    smoothing = Smoothing(local, SLOW, still, still, (still,), drift, kinks)
     held = smoothing.along_mean_path(drift)
     for half, before in zip(held.force_rest, drift.force_rest, strict=True):
         agree(half.values, before.values + 0.3, 1e-12)
@@ -162,8 +162,8 @@ def test_noise_at_the_mean_of_the_scatter() -> None:
     end = risk.weights + torch.from_numpy(descended(local, SLOW))
     there = risk.at(end + mean)
     c = np.cov(torch.cat(list(there.example_gradients())).numpy(), rowvar=False, ddof=0)
-    agree(found.mean.noise + found.descent.noise + local.noise, v.T @ c @ v, 1e-9)
-    calm = found.descent.trace + local.noise_trace
+    agree(found.mean.noise + found.descent[-1].noise + local.noise, v.T @ c @ v, 1e-9)
+    calm = found.descent[-1].trace + local.noise_trace
     assert found.mean.trace + calm == pytest.approx(np.trace(c), rel=1e-9)
     whole = found.seen_by(SLOW).noise_trace / calm - 1.0
     assert found.noise_growth(SLOW) == pytest.approx(whole, rel=1e-9)
