@@ -206,9 +206,9 @@ def advise(
 
     RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: a few short runs (an
     eighth of the steps) show at which rates the network stays near its minimum, and what noise
-    adds; noise-free descent is followed to the end. What this costs is told before it starts.
-    BRIDGE is a folder that nqm neural bridge has written: nothing is measured, and trained cells
-    that contradict their prediction do not count.
+    adds; noise-free descent is followed to half of the end. What this costs is told before it
+    starts. BRIDGE is a folder that nqm neural bridge has written: nothing is measured, and trained
+    cells that contradict their prediction do not count.
 
     \b
     nqm neural advise out/neural/digits_mlp-full/base/seed0 --epochs 40 --members 8

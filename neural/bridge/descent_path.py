@@ -94,7 +94,8 @@ class DescentPath:
         """By how much the loss falls from the end of the path to a later time, extrapolated.
 
         The falls of the last two doublings of the time are continued as a power of time. The last
-        half of a descent costs nearly half as much as all before it, and often adds little.
+        doubling of a descent costs nearly half as much as all before it. The last times of the
+        path must double, as they do unless it was continued by another factor.
 
         Parameters
         ----------

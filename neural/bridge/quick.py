@@ -106,11 +106,11 @@ def measure_for_advice(
     -------
     DataFrame
         The table of `neural.bridge.api.predict`, with ``descent`` the change of the loss itself
-        along the path. With short runs, of those from which a row's noise is scaled it has their
-        number, steps and learning rate, and how many left the minimum: ``probe_runs``,
-        ``probe_steps``, ``probe_lr``, ``probe_left``. Without, ``noise_change_on_path`` is the
-        change of the noise from where it was measured to where the training's descent ends; where
-        descent alone decides, its loss is the only entry; and trainings are left out that are
+        along the path. Where descent alone decides, its loss is the only entry. With short runs,
+        of those from which a row's noise is scaled it has their number, steps and learning rate,
+        and how many left the minimum: ``probe_runs``, ``probe_steps``, ``probe_lr``,
+        ``probe_left``. Without, ``noise_change_on_path`` is the change of the noise from where it
+        was measured to where the training's descent ends, and trainings are left out that are
         unstable there, or on a minibatch that draws the stiffest example twice (lr times its
         curvature above B).
 
