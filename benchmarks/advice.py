@@ -63,7 +63,8 @@ def best_cell(tables: Sequence[pd.DataFrame]) -> pd.Series[float]:
 def share(tables: Sequence[pd.DataFrame], own: pd.DataFrame, found: Advice) -> tuple[float, float]:
     """Gain of the advised cell over that of the best cell of the grid, and its standard error.
 
-    The two cells count as independent; the error of the single run is not counted.
+    The two cells count as independent; the error of the single run is not counted. The error is
+    NaN if a cell has one group of runs.
     """
     middle, best = loss_at(tables[len(tables) // 2], "iterate", 1, "measured"), best_cell(tables)
     measured, error = (
