@@ -200,7 +200,7 @@ def cost_in_runs(examples: int, config: BridgeConfig, probe_runs: int) -> tuple[
     usual, most : float
         In whole runs of the training to come. Usually short runs are made at three rates, and
         descent is followed to half of the end of the highest one. At most, every lower rate is
-        tried, or descent is followed as far again, with `DESCENT_ROOM`.
+        tried, or descent is followed twice as far, with `DESCENT_ROOM`.
     """
     training, given = config.reference(1.0), len(config.lr_times_sharpness)
     longest = max(config.lr_times_sharpness) * config.steps
