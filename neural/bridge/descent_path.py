@@ -30,8 +30,8 @@ FloatArray = NDArray[np.float64]
 ROOM, RETRIES = 1.2, 8
 #: Where the gradient grows to so many times that at the start of a step, curvature has grown.
 STEEP = 4.0
-#: Largest power of time by which a fall is continued: that of a constant slope.
-STEADY = 1.0
+#: Largest logarithm of the ratio of one doubling's fall to that of the last: of a constant slope.
+STEADY = math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class DescentPath:
         before, last = -np.diff(self.losses[-3:])
         if not min(before, last) > 0.0:
             return 0.0
-        power = min(math.log2(last / before), STEADY)
+        power = min(math.log(last / before), STEADY)
         ahead = math.log2(time / self.times[-1])
-        # The limit of the ratio where the power is 0.
-        ratio = (2.0 ** (power * ahead) - 1.0) / (1.0 - 2.0**-power) if power else ahead
+        # Its limit is the ratio where the power is 0.
+        ratio = -math.expm1(power * ahead) / math.expm1(-power) if power else ahead
         return float(last * ratio)
 
 
