@@ -46,6 +46,31 @@ def counted(
     return more
 
 
+def limited(progress: Callable[[int], None], most: int) -> Callable[[int], None]:
+    """Count a part of the work of `counted` up to what is expected of this part, and no further.
+
+    Parameters
+    ----------
+    progress : callable
+        Takes numbers of units.
+    most : int
+        Units that are expected of the part.
+
+    Returns
+    -------
+    callable
+        Takes the number of units done since its last call; called with `most`, it ends the part.
+    """
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        before, done = done, min(done + count, most)
+        progress(done - before)
+
+    return more
+
+
 def times(progress: Callable[[int], None] | None, units: int) -> Callable[[int], None] | None:
     """Count each piece of work as several units of `counted`, where pieces of another kind are one.
 

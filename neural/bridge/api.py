@@ -34,13 +34,14 @@ from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
 from neural.bridge.prediction import expected_excess
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
-from neural.bridge.smoothing import Smoothing, averaging_work, half_of
+from neural.bridge.smoothing import Smoothing, averaging_work, half_of, measure_descent
 from neural.curvature.cache import Cache
+from neural.curvature.checks import check_data
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import leading_products
 from nqm.errors import NQMError
-from nqm.progress import Progress, counted
+from nqm.progress import Progress, counted, limited
 
 #: If noise-free descent changes the loss by less than this fraction of the excess of the mean of
 #: the most runs, it is that on the quadratic; else it is trained.
@@ -136,8 +137,9 @@ def measure(
     Raises
     ------
     NQMError
-        If epochs are shuffled and a batch size does not divide the number of examples, or no
-        learning rate is stable where noise-free descent ends (`check_descent`).
+        If the loss cannot be measured (`EmpiricalRisk.check`), if epochs are shuffled and a batch
+        size does not divide the number of examples, or no learning rate is stable where noise-free
+        descent ends (`stable_descent`).
     """
     config, cache = config or BridgeConfig(), cache or Cache()
     for training in config.trainings(1.0):
@@ -177,38 +179,10 @@ def check_plan(config: BridgeConfig, plan: Plan | None) -> None:
         )
 
 
-def check_descent(averages: Smoothing, trainings: Sequence[Training]) -> None:
-    """Check that some learning rate is stable where noise-free descent ends, before more is done.
-
-    Parameters
-    ----------
-    averages : Smoothing
-        Gives the curvature measured there.
-    trainings : sequence of Training
-        The trainings.
-
-    Raises
-    ------
-    NQMError
-        If none is stable there.
-    """
-    ends = []
-    for training in trainings:
-        ends.append(averages.at_descent(training))
-        if training.lr < largest_stable_lr(ends[-1], training):
-            return
-    before, after = averages.local.largest, max(end.largest for end in ends)
-    raise NQMError(
-        f"no learning rate is stable where noise-free descent ends: from the checkpoint to there "
-        f"the largest curvature grows from {before:.3g} to {after:.3g}; lower "
-        "bridge.lr_times_sharpness, or set bridge.minimise = 300"
-    )
-
-
 #: How the stages of the noise-free paths end, which begin with their rates.
 WITHOUT_NOISE = "without noise"
-#: Noise-free paths by learning rate.
-Paths = dict[float, NoiseFreePath]
+#: Gives the noise-free path of a training, or None: that on the quadratic is meant.
+PathOf = Callable[[Training], NoiseFreePath | None]
 
 
 class Options(TypedDict):
@@ -256,58 +230,100 @@ def descends(local: LocalQuadratic, trainings: Sequence[Training], plan: Plan) -
     return False
 
 
-def paths_of(
+def path_finder(
+    risk: EmpiricalRisk, local: LocalQuadratic, plan: Plan, **options: Unpack[Options]
+) -> PathOf:
+    """Function that trains the noise-free path of a learning rate when it is first asked for.
+
+    There is none if no training of the configuration descends, or if the path diverges.
+    """
+    descending = descends(local, options["config"].trainings(local.largest), plan)
+    found: dict[float, NoiseFreePath | None] = {}
+
+    def path_of(training: Training) -> NoiseFreePath | None:
+        if descending and training.lr not in found:
+            stage = f"lr = {training.lr:.3g}, {WITHOUT_NOISE}"
+            done = counted(options["progress"], stage, float(training.steps))
+            path = measure_path(risk, training, plan, cache=options["cache"], progress=done)
+            found[training.lr] = path if bool(np.isfinite(path.ends).all()) else None
+        return found.get(training.lr)
+
+    return path_of
+
+
+def stable_descent(
     risk: EmpiricalRisk,
     local: LocalQuadratic,
-    trainings: Sequence[Training],
-    plan: Plan,
+    path_of: PathOf,
+    done: Callable[[int], None] | None = None,
     **options: Unpack[Options],
-) -> Paths:
-    """Noise-free paths by learning rate; none if no training of the configuration descends.
+) -> Smoothing:
+    """Measure the change along descent for the reference training, if it is stable where this ends.
 
-    A path that diverges is left out.
+    Beyond the edge of stability the weights have no Gaussian to average over. The next lower of the
+    learning rates that is stable then takes its place.
+
+    Raises
+    ------
+    NQMError
+        If no learning rate is stable there.
     """
-    found: Paths = {}
-    if not descends(local, options["config"].trainings(local.largest), plan):
-        return found
-    for training in {training.lr: training for training in trainings}.values():
-        stage = f"lr = {training.lr:.3g}, {WITHOUT_NOISE}"
-        done = counted(options["progress"], stage, float(training.steps))
-        path = measure_path(risk, training, plan, cache=options["cache"], progress=done)
-        if bool(np.isfinite(path.ends).all()):
-            found[training.lr] = path
-    return found
-
-
-def shared_trainings(local: LocalQuadratic, config: BridgeConfig) -> tuple[Training, Training]:
-    """The trainings at which averages are measured: the reference, and where descent is longest."""
-    return config.reference(local.largest), farthest(config.trainings(local.largest))
+    trainings = options["config"].trainings(local.largest)
+    reference = options["config"].reference(local.largest)
+    longest, sharpest = path_of(farthest(trainings)), local.largest
+    for lr in sorted({training.lr for training in trainings}, key=lambda x: (x > reference.lr, -x)):
+        training = replace(reference, lr=lr)
+        path = path_of(training)
+        still = measure_descent(
+            risk,
+            local,
+            training,
+            path=path,
+            far=longest or path,
+            seed=options["seed"],
+            cache=options["cache"],
+            progress=done,
+        )
+        there = still.at_descent(training)
+        if lr < largest_stable_lr(there, training):
+            return still
+        sharpest = max(sharpest, there.largest)
+    raise NQMError(
+        f"no learning rate is stable where noise-free descent ends: from the checkpoint to there "
+        f"the largest curvature grows from {local.largest:.3g} to {sharpest:.3g}; lower "
+        "bridge.lr_times_sharpness, or set bridge.minimise = 300"
+    )
 
 
 def averages_of(
     risk: EmpiricalRisk,
     local: LocalQuadratic,
-    paths: Paths | None = None,
+    path_of: PathOf = lambda training: None,
     **options: Unpack[Options],
 ) -> Smoothing | None:
-    """Curvature and noise averaged over the weights of the configuration's reference training."""
-    config, paths = options["config"], paths or {}
-    reference, longest = shared_trainings(local, config)
-    path = paths.get(reference.lr)
-    far = paths.get(longest.lr, path)
-    work = _averaging_work(risk, local, config, 1 if far is None else len(far.knots))
+    """Curvature and noise averaged over the weights of one training (see `stable_descent`).
+
+    With 0 `averaging_displacements` it is checked that some training is stable, unless none
+    descends.
+    """
+    config = options["config"]
+    longest = path_of(farthest(config.trainings(local.largest)))
+    if not config.averaging_displacements and longest is None:
+        return None
+    places = 1 if longest is None else len(longest.knots)
+    places += path_of(config.reference(local.largest)) is not longest  # the end of its own descent
+    work = _work(local, config) + _averaging_work(risk, local, config, places)
+    done = counted(options["progress"], "averages", work)
+    still = stable_descent(risk, local, path_of, done, **options)
     return measure_averages(
         risk,
-        local,
-        reference,
-        path=path,
-        far=far,
+        still,
         displacements=config.displacements,
         averaging_displacements=config.averaging_displacements,
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
         cache=options["cache"],
-        progress=counted(options["progress"], "averages", work + _work(local, config)),
+        progress=done,
     )
 
 
@@ -317,34 +333,24 @@ def gaussian_of(
     training: Training,
     averages: Smoothing | None,
     done: Callable[[int], None] | None = None,
-    paths: Paths | None = None,
+    path: NoiseFreePath | None = None,
     **options: Unpack[Options],
 ) -> WeightGaussian:
     """Gaussian of the weights of one training; `done` takes counts of gradients and products."""
     config = options["config"]
-    told = 0
-
-    def count(work: int) -> None:
-        nonlocal told
-        told += work
-        if done is not None:
-            done(work)
-
-    found = measure_gaussian(
+    return measure_gaussian(
         risk,
         local,
         training,
         averages,
-        path=(paths or {}).get(training.lr),
+        path=path,
         displacements=config.displacements,
         averaging_displacements=config.averaging_displacements,
         lanczos_steps=config.lanczos_steps,
         seed=options["seed"],
         cache=options["cache"],
-        progress=count,
+        progress=done,
     )
-    count(max(int(_work_of_gaussian(risk, local, training, averages, config)) - told, 0))
-    return found
 
 
 def _work_of_gaussian(
@@ -376,16 +382,21 @@ def _gaussians(
     """Gaussian of the weights of every training."""
     config = options["config"]
     trainings = config.trainings(local.largest)
-    paths = paths_of(risk, local, trainings, plan, **options)
-    averages = averages_of(risk, local, paths, **options)
-    if averages is not None:
-        check_descent(averages, trainings)
-    work = sum(_work_of_gaussian(risk, local, each, averages, config) for each in trainings)
-    third = counted(options["progress"], "third derivatives", work)
-    return tuple(
-        gaussian_of(risk, local, training, averages, third, paths, **options)
-        for training in trainings
-    )
+    path_of = path_finder(risk, local, plan, **options)
+    paths = [path_of(training) for training in trainings]
+    averages = averages_of(risk, local, path_of, **options)
+    if options["progress"] is not None:  # with all eigenpairs the next lines take a while
+        options["progress"]("third derivatives", 0.0)
+    works = [int(_work_of_gaussian(risk, local, each, averages, config)) for each in trainings]
+    third = counted(options["progress"], "third derivatives", float(sum(works)))
+
+    def gaussian(training: Training, path: NoiseFreePath | None, work: int) -> WeightGaussian:
+        told = limited(third, work)
+        found = gaussian_of(risk, local, training, averages, told, path, **options)
+        told(work)
+        return found
+
+    return tuple(map(gaussian, trainings, paths, works))
 
 
 def _work(local: LocalQuadratic, config: BridgeConfig) -> float:
@@ -484,8 +495,15 @@ def predict(
 
 
 def _in_frame(test: TestLoss | None, measured: Measured) -> TestLoss | None:
-    """The test loss in the coordinates of the measured risk."""
+    """The test loss in the coordinates of the measured risk, if the model takes its data."""
     risk = measured.risk
+    if isinstance(test, EmpiricalRisk):
+        check_data(test)
+    elif test is not None and not callable(test):
+        raise NQMError(
+            "test must be an EmpiricalRisk, e.g. risk.on(batches), or a function of the weights; "
+            f"got a {type(test).__name__}"
+        )
     if test is None or risk.frame is None:
         return test
     if isinstance(test, EmpiricalRisk):
@@ -548,6 +566,8 @@ def compare(
         for gaussian, own in zip(part.gaussians, held_out, strict=True):
             stage = f"train {len(outcomes) + 1} of {count}"
             work = float(gaussian.training.steps) * minibatches_of(its_plan)
+            if progress is not None:  # also where the training is in the cache, and only tabulated
+                progress(stage, 0.0)
             outcomes.append(
                 compare_training(
                     part.risk,
@@ -576,10 +596,7 @@ def store_part(risk: EmpiricalRisk, plan: Plan, part: int, **options: Unpack[Opt
     """
     own_plan, options = parts_of(plan, **options)[part]
     own, local = _part(risk, own_plan, **options)
-    shared = shared_trainings(local, options["config"])
-    averages = averages_of(own, local, paths_of(own, local, shared, plan, **options), **options)
-    if averages is not None:
-        check_descent(averages, options["config"].trainings(local.largest))
+    averages_of(own, local, path_finder(own, local, plan, **options), **options)
 
 
 def store_training(
@@ -613,15 +630,14 @@ def store_training(
     own, local = _part(risk, its_plan, **options)
     config = options["config"]
     training = config.trainings(local.largest)[index]
-    needed = [*shared_trainings(local, config), training]
-    paths = paths_of(own, local, needed, plan, **options)  # as `measure` does
-    averages = averages_of(own, local, paths, **options)
+    path_of = path_finder(own, local, plan, **options)
+    path, averages = path_of(training), averages_of(own, local, path_of, **options)
     third = counted(
         options["progress"],
         "third derivatives",
         _work_of_gaussian(own, local, training, averages, config),
     )
-    gaussian = gaussian_of(own, local, training, averages, third, paths, **options)
+    gaussian = gaussian_of(own, local, training, averages, third, path, **options)
     measured = Measured(own, local, (gaussian,), options["cache"])
     its_test = _in_frame(test, measured)
     _held_out(measured, its_plan, its_test, options["progress"])

@@ -75,7 +75,8 @@ def best_lr(
             best.append(None)
             continue
         ends = (grid[least - 1], grid[least + 1])
-        optimum = minimize_scalar(change, ends, ends, (k,), "bounded", options={"xatol": 1e-3})
+        with np.errstate(invalid="ignore"):  # infinite beyond the edge of the averaged curvature
+            optimum = minimize_scalar(change, ends, ends, (k,), "bounded", options={"xatol": 1e-3})
         best.append(float(np.exp(optimum.x)))
     return best
 

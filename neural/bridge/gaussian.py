@@ -25,12 +25,13 @@ from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Smoothing, half_of, measure_descent, measure_smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
-from neural.curvature.risk import TOGETHER, EmpiricalRisk
+from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
 from neural.curvature.spectrum import Progress
 
 FloatArray = NDArray[np.float64]
 #: Growth of the noise beyond which curvature and noise are averaged anew at the grown scatter; this
-#: is repeated until the growth changes by less than `SETTLED`, at most `ROUNDS` times.
+#: is repeated until the growth changes by less than `SETTLED`, at most `ROUNDS` times, as long as it
+#: changes by less each time.
 GROWTH, SETTLED, ROUNDS = 0.1, 0.03, 3
 
 
@@ -51,6 +52,9 @@ class WeightGaussian:
         default.
     path : NoiseFreePath, optional
         Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
+    settles : bool
+        False where averages over the scatter that follows from the ones before lead ever further
+        away. The Gaussian is then that of the first averages.
     """
 
     training: Training
@@ -58,6 +62,7 @@ class WeightGaussian:
     drift: Drift
     smoothing: Smoothing | None = None
     path: NoiseFreePath | None = None
+    settles: bool = True
 
     @cached_property
     def local(self) -> LocalQuadratic:
@@ -91,11 +96,13 @@ class WeightGaussian:
     def noise_growth(self) -> float:
         """Relative increase of the gradient-noise trace over the Gaussian; NaN if not measured.
 
-        Infinite where the averaged curvature is unstable: there the scatter has no bound.
+        Infinite where the averaged curvature is unstable, or averages do not settle: there the
+        scatter has no bound.
         """
         if self.smoothing is None:
             return np.nan
-        return self.smoothing.noise_growth(self.training) if self.stable else np.inf
+        bounded = self.stable and self.settles
+        return self.smoothing.noise_growth(self.training) if bounded else np.inf
 
     @property
     def kink_fraction(self) -> float:
@@ -122,11 +129,8 @@ class WeightGaussian:
 
 def measure_averages(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
-    local: LocalQuadratic,
-    reference: Training,
+    still: Smoothing,
     *,
-    path: NoiseFreePath | None = None,
-    far: NoiseFreePath | None = None,
     displacements: int = 64,
     averaging_displacements: int = 2,
     lanczos_steps: int = 10,
@@ -138,12 +142,10 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
 
     Parameters
     ----------
-    risk, local
+    risk : EmpiricalRisk
         See `measure_drift`.
-    reference : Training
-        The training over whose weights curvature and noise are averaged.
-    path, far
-        See `measure_smoothing`.
+    still : Smoothing
+        Result of `measure_descent` for this training.
     displacements : int
         See `measure_drift`.
     averaging_displacements : int
@@ -157,7 +159,7 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     Returns
     -------
     Smoothing or None
-        With the kinks of the reference training; None if `averaging_displacements` is 0.
+        With the kinks of this training; None if `averaging_displacements` is 0.
 
     Raises
     ------
@@ -166,14 +168,12 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     """
     if not averaging_displacements:
         return None
-    still = measure_descent(
-        risk, local, reference, path=path, far=far, seed=seed, cache=cache, progress=progress
-    )
+    reference = still.training
     drift = measure_drift(
         risk,
         still.at_descent(reference),
         reference,
-        path=path,
+        path=still.path,
         displacements=displacements,
         lanczos_steps=lanczos_steps,
         seed=seed,
@@ -182,11 +182,8 @@ def measure_averages(  # noqa: PLR0913 - options, by keyword
     )
     smoothing = measure_smoothing(
         risk,
-        local,
-        reference,
-        still=still,
+        still,
         drift=drift,
-        path=path,
         displacements=averaging_displacements,
         noise_displacements=half_of(displacements),
         seed=seed,
@@ -215,7 +212,8 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     The averages of another training are scaled to this one. Where the noise grows by more than
     `GROWTH`, the force is corrected at the displaced mean (`neural.bridge.balance`), averages are
     measured anew at the scatter that follows from them, and drift and kinks once more, until the
-    growth settles. Each round costs all of these measurements.
+    growth settles. Each round costs all of these measurements. Where it does not settle, as near
+    the edge of stability, the first averages are kept.
 
     Parameters
     ----------
@@ -223,7 +221,9 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         See `measure_drift`.
     averages : Smoothing, optional
         Result of `measure_averages`; by default curvature and noise are those of the checkpoint.
-    path, displacements, averaging_displacements, lanczos_steps, seed, cache, progress
+    path
+        See `measure_drift`.
+    displacements, averaging_displacements, lanczos_steps, seed, cache, progress
         See `measure_averages`; drift and kinks are computed from the same gradients. With 0
         `averaging_displacements` nothing is measured anew.
 
@@ -279,17 +279,25 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
     found = over(averages, drift)
     if not (averaging_displacements and found.stable and abs(found.noise_growth) > GROWTH):
         return found
+    first, change = found, abs(found.noise_growth)
     found = at_balance(found)
+    still = measure_descent(
+        risk,
+        local,
+        training,
+        path=path,
+        far=averages.far,
+        seed=seed,
+        cache=cache,
+        progress=progress,
+    )
     for _ in range(ROUNDS):
         before = found.noise_growth
         own = measure_smoothing(
             risk,
-            local,
-            training,
+            still,
             drift=found.drift,
             scatter=found.local,
-            path=path,
-            far=averages.far,
             displacements=averaging_displacements,
             noise_displacements=half_of(displacements),
             seed=seed,
@@ -297,8 +305,11 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
             progress=progress,
         )
         drift = drift_at(replace(own, kinks=find_kinks(drift, own)).seen_by(training))
-        found = at_balance(over(own, drift))
-        if not found.stable or abs(found.noise_growth - before) < SETTLED:
+        found = over(own, drift)
+        if not abs(found.noise_growth - before) < change:
+            return replace(first, settles=False)
+        found, change = at_balance(found), abs(found.noise_growth - before)
+        if change < SETTLED:
             break
     return found
 
@@ -314,12 +325,12 @@ def rounds_to_come(averages: Smoothing | None, training: Training) -> int:
     Returns
     -------
     int
-        By the averages of the other training, without the kinks of this one.
+        By the averages of the other training. Its kinks are left out, since this one's may be less.
     """
-    if averages is None:
+    if averages is None or not abs(averages.noise_growth(training)) > GROWTH:
         return 0
-    stable = training.lr < largest_stable_lr(averages.seen_by(training), training)
-    return ROUNDS if stable and abs(averages.noise_growth(training)) > GROWTH else 0
+    sharpest = float(np.linalg.eigvalsh(averages.mean_hessian(training))[-1])
+    return ROUNDS if training.lr * sharpest < 2.0 * (1.0 + training.momentum) else 0
 
 
 def work_of_balance(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:
@@ -350,8 +361,10 @@ def gradients_and_products(local: LocalQuadratic, displacements: int, lanczos_st
     -------
     int
     """
-    passes = passes_at_displacements(displacements, local.examples)
-    return passes + _products_of_a_force(local, lanczos_steps)
+    work = passes_at_displacements(displacements, local.examples)
+    if isinstance(local, SharedBaseQuadratic) and not local.complete:
+        work += PRODUCT * displacements
+    return work + _products_of_a_force(local, lanczos_steps)
 
 
 def _products_of_a_force(local: LocalQuadratic, lanczos_steps: int) -> int:

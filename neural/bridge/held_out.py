@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from torch import Tensor
 
-from neural.bridge.config import ITERATE, SHUFFLED, Plan
+from neural.bridge.config import ITERATE, Plan
 from neural.bridge.drift import calm_end, draw_index
 from neural.bridge.gaussian import WeightGaussian
-from neural.bridge.iterate_averages import ExponentialMean, TimeAverage
+from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.scatter import covariance, displacements
 from neural.bridge.shared_base import mean_model
 from neural.curvature.cache import Cache
@@ -267,7 +267,7 @@ def measure_held_out(
     training = gaussian.training
     if not gaussian.stable:
         return {}
-    kinds: dict[str, TimeAverage | None] = {ITERATE: None}
+    kinds: dict[str, int | TimeAverage] = {ITERATE: training.steps}
     kinds |= {average.name: average for average in plan.averages(training)}
     count, members, local = _count(gaussian), _evaluated(plan.members), mean_model(gaussian.local)
 
@@ -284,17 +284,15 @@ def measure_held_out(
             value = at(moved)
         return value, np.zeros(0) if found is None else found.cpu().numpy()
 
-    def of(average: TimeAverage | None) -> tuple[FloatArray, ...]:
-        if average is None and training.sampling == SHUFFLED:
-            average = ExponentialMean(training.steps, 0.0)  # how much has cancelled at this step
-        pushes = gaussian.drift.displacement_twice(training, average)
-        descent = calm_end(gaussian.checkpoint, training, gaussian.path, average)
+    def of(when: int | TimeAverage) -> tuple[FloatArray, ...]:
+        pushes = gaussian.drift.displacement_twice(training, when)
+        descent = calm_end(gaussian.checkpoint, training, gaussian.path, when)
         mean = descent + 0.5 * (pushes[0] + pushes[1])
         middle, margin = with_margins(mean)
         centre = np.array([middle, *(at(descent + push) for push in pushes)])
         even, odd = np.zeros_like(margin), np.zeros_like(margin)
         rng, rises, forms = np.random.default_rng([plan.seed, 5]), [], []
-        draw = displacements(local, training, average)
+        draw = displacements(local, training, when)
         for i in range(count):
             d = draw(rng, draw_index(local, i))
             row = []
@@ -309,7 +307,7 @@ def measure_held_out(
                     progress(2)
             rises.append(row)
             forms.append(0.5 * float(local.pairs.values @ (local.pairs.vectors.T @ d) ** 2))
-        spread = np.diag(covariance(local, training, average))
+        spread = np.diag(covariance(local, training, when))
         expected = 0.5 * float(local.pairs.values @ spread)
         gradient = np.zeros(0)
         if isinstance(test, EmpiricalRisk):
@@ -319,8 +317,8 @@ def measure_held_out(
 
     def measured() -> dict[str, Any]:
         arrays = {}
-        for name, average in kinds.items():
-            for what, values in zip(ARRAYS, of(average), strict=True):
+        for name, when in kinds.items():
+            for what, values in zip(ARRAYS, of(when), strict=True):
                 arrays[f"{name}-{what}"] = values
         return arrays
 

@@ -27,6 +27,7 @@ from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.scatter import covariance, responses
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.shuffled import sums_at_end
+from neural.bridge.smoothing import Kinks
 from neural.curvature.local_quadratic import LocalQuadratic
 from nqm import Phase, Program, solve
 from nqm.problems.quadratic import Problem
@@ -170,16 +171,14 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
     steps = [when if isinstance(when, int) else when.steps for when in at]
     excesses = expected_excess(problem, training, local.examples, [*at, *steps])
     predictions, width, path = [], _width(local, training), gaussian.path
-    for when, step, excess, iterate in zip(at, steps, excesses, excesses[len(at) :], strict=False):
+    smoothing, parts = gaussian.smoothing, [(0.0, 0.0)] * len(at)
+    if smoothing is not None:
+        parts = smoothing.excess_parts(training, steps, local)
+    for when, part, excess, iterate in zip(at, parts, excesses, excesses[len(at) :], strict=False):
         # Far from a minimum the noise may be predicted to vanish.
         runs = iterate / excess if isinstance(when, TimeAverage) and excess > 0.0 else 1.0
-        change_part = nonsmooth = slope = 0.0
-        if gaussian.smoothing is not None:
-            smoothing = gaussian.smoothing
-            change_part = smoothing.curvature_change_part(training, step, local) / runs
-            kinks, kink_part = smoothing.kinks, smoothing.kink_part(training, step, local) / runs
-            nonsmooth = kink_part * (kinks.cost_ratio - 1.0)
-            slope = kink_part * kinks.log2_slope
+        change_part, kink_part = (each / runs for each in part)
+        kinks = Kinks.none() if smoothing is None else smoothing.kinks
         predictions.append(
             Prediction(
                 descent=_fall(gaussian, when),
@@ -188,8 +187,8 @@ def predict_each(gaussian: WeightGaussian, at: Sequence[int | TimeAverage]) -> l
                 excess=excess,
                 curvature_change_part=change_part,
                 effective_runs=runs / width,
-                nonsmooth_excess=nonsmooth,
-                log2_slope=slope,
+                nonsmooth_excess=kink_part * (kinks.cost_ratio - 1.0),
+                log2_slope=kink_part * kinks.log2_slope,
             )
         )
     return predictions

@@ -8,6 +8,7 @@ response of heavy ball to one step's noise after s further steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,9 @@ BLOCK = 2048
 
 
 def covariance(
-    local: LocalQuadratic, training: Training, average: TimeAverage | None = None
+    local: LocalQuadratic, training: Training, when: int | TimeAverage | None = None
 ) -> FloatArray:
-    """Covariance of the weights along the eigenpairs after the training's steps.
+    """Covariance of the weights along the eigenpairs.
 
     Parameters
     ----------
@@ -40,25 +41,26 @@ def covariance(
         Gives curvature and noise. With a `SharedBaseQuadratic` it is the covariance of one member.
     training : Training
         Gives learning rate, batch size, momentum and number of steps.
-    average : TimeAverage, optional
-        Average over the steps of the training whose covariance is computed; by default it is that
-        of the last weights.
+    when : int or TimeAverage, optional
+        Number of steps after which, or average over the steps of the training; by default the end
+        of the training, of shuffled epochs the mean over the places in an epoch.
 
     Returns
     -------
     ndarray, shape (k, k)
     """
     if isinstance(local, SharedBaseQuadratic):
-        mean = covariance(local.mean_model, training, average)
+        mean = covariance(local.mean_model, training, when)
         across = local.pairs.vectors.T @ local.apart.pairs.vectors
-        apart = across @ covariance(local.apart, training, average) @ across.T
+        apart = across @ covariance(local.apart, training, when) @ across.T
         return local.mixed(mean, apart)
+    training = _until(training, when)
     lr, steps = training.effective_lr, training.steps
     u = lr * local.pairs.values
-    if average is not None:
-        sums = _averaged_sums(u, training, average, local.examples, joint=True)
+    if isinstance(when, TimeAverage):
+        sums = _averaged_sums(u, training, when, local.examples, joint=True)
     elif training.sampling == SHUFFLED:
-        sums = scatter_sums(responses(u, training), local.examples, training)
+        sums = _shuffled_sums(u, training, local.examples, when)
     elif training.momentum:
         sums = _heavy_ball_sums(u, training, joint=True)
     else:
@@ -138,7 +140,7 @@ def matched_normals(
 
 
 def displacements(
-    local: LocalQuadratic, training: Training, average: TimeAverage | None = None
+    local: LocalQuadratic, training: Training, when: int | TimeAverage | None = None
 ) -> Callable[..., FloatArray]:
     """Make a function that draws random displacements of the weights, of shape (p,).
 
@@ -148,7 +150,7 @@ def displacements(
 
     Parameters
     ----------
-    local, training, average
+    local, training, when
         See `covariance`.
 
     Returns
@@ -158,8 +160,8 @@ def displacements(
         `matched_normals` in place of normals from the generator.
     """
     if isinstance(local, SharedBaseQuadratic):
-        mean = displacements(local.mean_model, training, average)
-        apart = displacements(local.apart, training, average)
+        mean = displacements(local.mean_model, training, when)
+        apart = displacements(local.apart, training, when)
         share = 1.0 / local.members
 
         def member(
@@ -173,7 +175,7 @@ def displacements(
 
         return member
     vectors = local.pairs.vectors
-    root = _root(covariance(local, training, average))
+    root = _root(covariance(local, training, when))
     lr = training.effective_lr
     scale = local.draw_scale * lr**2 / training.batch_size
 
@@ -185,7 +187,7 @@ def displacements(
         moved = vectors @ (root @ normal)
         if local.draws and len(local.draws[0].values):
             noise = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
-            sums = noise_sums(lr * noise.values, training, local.examples, average)
+            sums = noise_sums(lr * noise.values, training, local.examples, when)
             moved = moved + noise.vectors @ (np.sqrt(scale * sums) * noise.amplitudes)
         return np.asarray(moved)
 
@@ -211,7 +213,7 @@ def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
 
 
 def noise_sums(
-    u: FloatArray, training: Training, examples: int, average: TimeAverage | None = None
+    u: FloatArray, training: Training, examples: int, when: int | TimeAverage | None = None
 ) -> FloatArray:
     """Variance that the training's noisy steps accumulate, in units of the variance of one step.
 
@@ -225,17 +227,18 @@ def noise_sums(
         Gives momentum, number of steps and sampling.
     examples : int
         Number of examples of a shuffled epoch.
-    average : TimeAverage, optional
+    when : int or TimeAverage, optional
         See `covariance`.
 
     Returns
     -------
     ndarray, shape of `u`
     """
-    if average is not None:
-        return _averaged_sums(u, training, average, examples, joint=False)
+    training = _until(training, when)
+    if isinstance(when, TimeAverage):
+        return _averaged_sums(u, training, when, examples, joint=False)
     if training.sampling == SHUFFLED:
-        return np.diag(scatter_sums(responses(u, training), examples, training))
+        return np.diag(_shuffled_sums(u, training, examples, when))
     if training.momentum:
         return _heavy_ball_sums(u, training, joint=False)
     r, steps = (1.0 - u) ** 2, training.steps
@@ -248,8 +251,10 @@ def responses(u: FloatArray, training: Training, average: TimeAverage | None = N
 
     Parameters
     ----------
-    u, training, average
+    u, training
         See `noise_sums`.
+    average : TimeAverage, optional
+        Average over the steps of the training.
 
     Returns
     -------
@@ -307,6 +312,21 @@ def noise_age(local: LocalQuadratic, training: Training) -> float:
         after = np.linalg.matrix_power(step, training.steps)[..., 0]
         age = training.steps - np.divide(*(h * v @ after[:, 4:2:-1]))
     return float(age) if np.isfinite(age) else 0.0
+
+
+def _until(training: Training, when: int | TimeAverage | None) -> Training:
+    """The training up to a number of steps."""
+    return replace(training, steps=when) if isinstance(when, int) else training
+
+
+def _shuffled_sums(
+    u: FloatArray, training: Training, examples: int, when: int | TimeAverage | None
+) -> FloatArray:
+    """`noise_sums` of shuffled epochs for all pairs of directions: over places, or at a step."""
+    rows = responses(u, training)
+    if when is None:
+        return scatter_sums(rows, examples, training)
+    return sums_at_end(rows, examples, training.batch_size, joint=True)
 
 
 def _heavy_ball_sums(u: FloatArray, training: Training, joint: bool) -> FloatArray:

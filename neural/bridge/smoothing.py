@@ -12,6 +12,7 @@ displacements, and that of noise along descent with its trace.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -122,6 +123,8 @@ class Smoothing:
     far : NoiseFreePath, optional
         The path to whose knots `descent` is the change; by default the quadratic's descent in
         `training`.
+    path : NoiseFreePath, optional
+        Noise-free path of `training`; its end replaces that of descent on the quadratic.
     """
 
     local: LocalQuadratic
@@ -132,6 +135,7 @@ class Smoothing:
     drift: Drift | None = None
     kinks: Kinks = field(default_factory=Kinks.none)
     far: NoiseFreePath | None = None
+    path: NoiseFreePath | None = None
 
     @cached_property
     def _width_scales(self) -> dict[Training, float]:
@@ -373,49 +377,43 @@ class Smoothing:
             loss_curvature=across.T @ curvature @ across,
         )
 
-    def curvature_change_part(self, training: Training, steps: int, seen: LocalQuadratic) -> float:
-        """Part of a run's excess loss that is due to the change of curvature with the covariance.
+    def excess_parts(
+        self, training: Training, steps: Sequence[int], seen: LocalQuadratic
+    ) -> list[tuple[float, float]]:
+        """Parts of a run's excess loss that do not fall as 1 / K, or not alone.
 
         The covariance S settles by the mean curvature, H + D, while the loss of Gaussian weights is
         1/2 tr((H + D / 2) S), with D proportional to S. The mean of K members has the excess
-        (excess - part) / K + part / (2 K^2).
+        (excess - part) / K + part / (2 K^2). Kinks have half their curvature times the covariance.
 
         Parameters
         ----------
         training : Training
             The run's training.
-        steps : int
-            Number of steps after which the covariance is taken.
+        steps : sequence of int
+            Numbers of steps after which the covariance is taken.
         seen : LocalQuadratic
             `seen_by` of the training.
 
         Returns
         -------
-        float
+        list of (float, float)
+            For each of `steps`, the part due to the change of curvature with the covariance, and
+            the part due to kinks, which is at least 0.
         """
-        turn = self.local.pairs.vectors.T @ seen.pairs.vectors
+        vectors, of_mean = self.local.pairs.vectors.T, mean_model(seen)
+        turn = vectors @ seen.pairs.vectors
         change = turn.T @ (self.width_scale(training) * self.width.curvature) @ turn
-        now = replace(training, steps=steps)
-        return 0.5 * float(np.sum(change * covariance(mean_model(seen), now)))
-
-    def kink_part(self, training: Training, steps: int, seen: LocalQuadratic) -> float:
-        """Part of a run's excess loss due to kinks: half their curvature times the covariance.
-
-        Parameters
-        ----------
-        training, steps, seen
-            See `curvature_change_part`.
-
-        Returns
-        -------
-        float
-            At least 0.
-        """
-        now, seen = replace(training, steps=steps), mean_model(seen)
-        turn = self.local.pairs.vectors.T @ seen.pairs.vectors
+        turn = vectors @ of_mean.pairs.vectors
         along = (turn * self.kinks.pairs[:, None] * turn).sum(0)
-        top = float(along @ np.diag(covariance(seen, now)))
-        return max(0.5 * (top + self.kinks.rest * rest_trace(seen, now)), 0.0)
+        parts = {}
+        for when in set(steps):
+            now = replace(training, steps=when)
+            scatter = covariance(of_mean, now)
+            top = float(along @ np.diag(scatter))
+            kinks = 0.5 * (top + self.kinks.rest * rest_trace(of_mean, now))
+            parts[when] = 0.5 * float(np.sum(change * scatter)), max(kinks, 0.0)
+        return [parts[when] for when in steps]
 
     def noise_growth(self, training: Training) -> float:
         """Relative increase of the gradient-noise trace caused by the scatter of the weights.
@@ -459,14 +457,10 @@ def _projection(there: FloatArray, here: FloatArray) -> float:
 
 def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     risk: EmpiricalRisk,
-    local: LocalQuadratic,
-    training: Training,
+    still: Smoothing,
     *,
-    still: Smoothing | None = None,
     drift: Drift | None = None,
     scatter: LocalQuadratic | None = None,
-    path: NoiseFreePath | None = None,
-    far: NoiseFreePath | None = None,
     displacements: int = 4,
     noise_displacements: int = 0,
     seed: int = 0,
@@ -479,21 +473,12 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
     ----------
     risk : EmpiricalRisk
         The network's training loss.
-    local : LocalQuadratic
-        Measured on this risk.
-    training : Training
-        The training whose covariance the displacements have.
-    still : Smoothing, optional
-        Result of `measure_descent`, which is measured by default.
+    still : Smoothing
+        Result of `measure_descent` for this training.
     drift : Drift, optional
         Force that displaces the mean of the weights; by default the mean is where descent ends.
     scatter : LocalQuadratic, optional
         Local model that gives the covariance of the displacements; by default `at_descent`.
-    path : NoiseFreePath, optional
-        Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
-    far : NoiseFreePath, optional
-        Path of the training that descends farthest; the change by descent is that to its knots. By
-        default it is that of `training` on the quadratic.
     displacements : int
         Number of random displacements, at least 1. At both ends of each, and at the mean, k Hessian
         products and the noise along k directions are computed; the products at the ends are those
@@ -517,35 +502,31 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
         If `displacements` is below 1.
     """
     check_integer("averaging_displacements", displacements, 1)
-    vectors = local.pairs.vectors
-    stored = (cache or Cache()).of(risk, seed=seed)
-    if still is None:
-        still = measure_descent(
-            risk, local, training, path=path, far=far, seed=seed, cache=cache, progress=progress
-        )
-    seen = scatter or still.at_descent(training)
+    local, training, path = still.local, still.training, still.path
+    seen, vectors = scatter or still.at_descent(training), local.pairs.vectors
     descent_end = risk.weights + vector(risk, calm_end(local, training, path))
     centre, pushed = descent_end, 0.0
     if drift is not None:
         by_noise = drift.displacement(training)
         centre, pushed = descent_end + vector(risk, by_noise), float(np.linalg.norm(by_noise))
-
     count = max(displacements, noise_displacements)
 
     def averages() -> dict[str, Any]:
-        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(seen, training)
         if path is still.far:
             start = zip(NAMES, _at_checkpoint(local), strict=True)
             descent: Any = [old + getattr(still.descent[-1], name) for name, old in start]
         else:
             descent = _along(risk.at(descent_end), vectors, progress)
         mean = descent if drift is None else _along(risk.at(centre), vectors, progress)
+        rng, drawn = np.random.default_rng([seed, 4]), displacements_of(seen, training)
+        normals = matched_normals(seen, training, rng, count)
+        moves = (vector(risk, drawn(rng, None, normal)) for normal in normals)
         samples = None if local.complete else ExampleSamples(risk.at(centre), SAMPLE, [seed, 8])
         curvature, noise = np.zeros((2, *local.noise.shape))
         trace = 0.0
-        for i, normal in enumerate(matched_normals(seen, training, rng, count)):
-            moved = vector(risk, drawn(rng, None, normal))
-            for end in (centre + moved, centre - moved):
+        for i, moved in enumerate(moves):
+            ends = centre + moved, centre - moved
+            for end in ends:
                 own_noise, own_trace = _noise(risk.at(end), vectors, progress)
                 noise, trace = noise + own_noise / (2 * count), trace + own_trace / (2 * count)
             if i >= displacements:
@@ -555,15 +536,14 @@ def measure_smoothing(  # noqa: PLR0913 - options, by keyword
             # little between samples.
             alone = part.factors is not None
             curvature -= _curvature(part, vectors, None) if alone else mean[0]
-            for end in (centre + moved, centre - moved):
-                told = None if alone else progress
-                curvature += 0.5 * _curvature(part.at(end), vectors, told)
+            for end in ends:
+                curvature += 0.5 * _curvature(part.at(end), vectors, None if alone else progress)
             if alone and progress is not None:
                 progress(_work_at(risk, local))
         averaged = mean[0] + curvature / displacements, noise, trace
         return _differences("width", averaged, mean) | _differences("mean", mean, descent)
 
-    found = stored(
+    found = (cache or Cache()).of(risk, seed=seed)(
         "averages",
         averages,
         training=training,
@@ -589,11 +569,22 @@ def measure_descent(  # noqa: PLR0913 - options, by keyword
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Smoothing:
-    """Measure how curvature and noise change along descent: the first stage of `measure_smoothing`.
+    """Measure how curvature and noise change along descent, before `measure_smoothing`.
 
     Parameters
     ----------
-    risk, local, training, path, far, seed, cache, progress
+    risk : EmpiricalRisk
+        The network's training loss.
+    local : LocalQuadratic
+        Measured on this risk.
+    training : Training
+        The training whose weights curvature and noise will be averaged over.
+    path : NoiseFreePath, optional
+        Noise-free training of the loss itself; its end replaces that of descent on the quadratic.
+    far : NoiseFreePath, optional
+        Path of the training that descends farthest; the change by descent is that to its knots. By
+        default it is that of `training` on the quadratic.
+    seed, cache, progress
         See `measure_smoothing`.
 
     Returns
@@ -615,7 +606,7 @@ def measure_descent(  # noqa: PLR0913 - options, by keyword
 
     zero = np.zeros_like(local.noise)
     none, changes = Change(zero, zero, 0.0), tuple(change_at(moved) for moved in places)
-    return Smoothing(local, training, none, none, changes, far=far)
+    return Smoothing(local, training, none, none, changes, far=far, path=path)
 
 
 def _at_checkpoint(local: LocalQuadratic) -> tuple[FloatArray, FloatArray, float]:

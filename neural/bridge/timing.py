@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 #: Row of the cost table -> stages of the cache (`neural.curvature.cache`) that it sums.
 STAGES = {
     "minimise": ("minimised",),
-    "curvature and noise": ("second_moments", "eigenpairs", "krylov", "noise_trace"),
-    "averages": ("averages",),
-    "third derivatives": ("slopes", "force"),
+    "curvature and noise": ("second_moments", "eigenpairs", "krylov", "trace"),
+    "averages": ("descent", "averages"),
+    "third derivatives": ("slopes", "force", "balance", "balanced"),
     "test loss": ("test_loss",),
     "noise-free paths": ("noise_free_path",),
     "training": ("training", "example_slopes"),
@@ -47,8 +47,10 @@ def cost_table(
     import pandas as pd
 
     epoch = min(_seconds(risk) for _ in range(3)) / share
+    known = {stage for stages in STAGES.values() for stage in stages}
+    others = {stage: (stage,) for stage, _ in log if stage not in known}  # nothing is left out
     rows = []
-    for name, stages in STAGES.items():
+    for name, stages in (STAGES | others).items():
         seconds = [spent for (stage, _), spent in log.items() if stage in stages]
         if seconds:
             rows.append((name, sum(seconds), sum(seconds) / epoch))

@@ -137,7 +137,7 @@ class Cache:
             self.log[stage, key] = float(known.pop("_seconds"))
             return known
         start = perf_counter()
-        arrays = compute()
+        arrays = {name: _as_read(values) for name, values in compute().items()}
         seconds = perf_counter() - start
         self.log[stage, key] = self.log.get((stage, key), 0.0) + seconds
         if path is not None:
@@ -145,6 +145,16 @@ class Cache:
             with replacing(path) as stream:
                 np.savez(stream, _key=np.array(text), _seconds=np.array(seconds), **arrays)
         return arrays
+
+
+def _as_read(values: Any) -> Any:
+    """An array with its entries in the order in memory that it has when it is read from a file.
+
+    By another order sums are rounded in another way, and work that was stopped and goes on would
+    give other numbers than work that was not.
+    """
+    values = np.asanyarray(values)
+    return values if values.flags.forc else np.ascontiguousarray(values)
 
 
 def _read(path: Path) -> dict[str, Any]:

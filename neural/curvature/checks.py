@@ -47,15 +47,7 @@ def check_risk(risk: EmpiricalRisk) -> None:
     """
     name = type(risk.model).__name__
     _check_weights_finite(risk, name)
-    tensors, make = rows(risk.batches[0])
-    few = [tensor[:2].clone() for tensor in tensors]
-    if is_cross_entropy(risk.example_loss):
-        logits = _logits(risk.of_examples(make(few)), few, name)
-        if logits is not None:
-            check_labels((labels for _, labels in risk.batches), logits.shape[-1])
-            # Where the model is sure of the right labels, the gradient is lost in rounding.
-            few[-1] = torch.where(few[-1] == IGNORED, few[-1], logits.argmin(-1).to(few[-1]))
-    small = risk.of_examples(make(few))
+    small, few, make = _first_examples(risk, name)
     first = _checked_losses(small, few, name)
     _check_loss_finite(risk, name)
     _check_apart(small, few, make, first, name)
@@ -64,6 +56,38 @@ def check_risk(risk: EmpiricalRisk) -> None:
     except RuntimeError as error:
         let_through(error)
         raise no_derivative(name, error) from error
+
+
+def check_data(risk: EmpiricalRisk) -> None:
+    """Check that a risk's model takes its data, by a forward pass of two examples.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+
+    Raises
+    ------
+    NQMError
+        If model or loss raise an error, or there is no logit for a label.
+    """
+    name = type(risk.model).__name__
+    small, few, _ = _first_examples(risk, name)
+    _of_first(small, lambda batch: small.example_losses(small.weights, batch), few, name)
+
+
+def _first_examples(
+    risk: EmpiricalRisk, name: str
+) -> tuple[EmpiricalRisk, list[Tensor], MakeBatch]:
+    """The loss of two examples, their tensors, and the function that makes a batch of them."""
+    tensors, make = rows(risk.batches[0])
+    few = [tensor[:2].clone() for tensor in tensors]
+    if is_cross_entropy(risk.example_loss):
+        logits = _logits(risk.of_examples(make(few)), few, name)
+        if logits is not None:
+            check_labels((labels for _, labels in risk.batches), logits.shape[-1])
+            # Where the model is sure of the right labels, the gradient is lost in rounding.
+            few[-1] = torch.where(few[-1] == IGNORED, few[-1], logits.argmin(-1).to(few[-1]))
+    return risk.of_examples(make(few)), few, make
 
 
 def check_model(model: Any) -> None:
@@ -85,7 +109,7 @@ def check_model(model: Any) -> None:
 
 
 def check_weights(weights: dict[str, nn.Parameter]) -> None:
-    """Check that all selected weights are float32 or float64, alike and on one device.
+    """Check that all selected weights have values, are float32 or float64, and on one device.
 
     Parameters
     ----------
@@ -98,6 +122,10 @@ def check_weights(weights: dict[str, nn.Parameter]) -> None:
     """
     first = next(iter(weights))
     for name, weight in weights.items():
+        if weight.is_meta:
+            raise NQMError(
+                f"weight {name!r} has no values (device 'meta'); load the model's weights first"
+            )
         if weight.dtype not in (torch.float32, torch.float64):
             raise NQMError(
                 f"weight {name!r} is {weight.dtype}; a risk takes float32 or float64: convert "

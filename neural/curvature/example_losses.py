@@ -127,6 +127,8 @@ def check_batches(batches: Sequence[Any], loss: ExampleLoss) -> None:
                 "targets of an empirical risk must be a tensor with a row for each example; got "
                 f"{got}"
             )
+        if labels.is_meta:
+            raise NQMError("targets have no values (device 'meta'); give data on a real device")
         if not is_cross_entropy(loss):
             continue
         if labels.is_floating_point() or labels.dtype == torch.bool:

@@ -229,7 +229,8 @@ def measure_local(
     Raises
     ------
     NQMError
-        If there are fewer than two examples, or a number is out of range.
+        If there are fewer than two examples, a number is out of range, or the loss cannot be
+        measured (`EmpiricalRisk.check`).
     """
     check_integer("noise_samples", noise_samples, 1)
     check_integer("lanczos_steps", lanczos_steps, 1)
@@ -239,6 +240,7 @@ def measure_local(
     complete = eigenpairs is None or eigenpairs >= risk.size
 
     def stiffest() -> dict[str, Any]:
+        risk.check()
         if complete:
             matrix = risk.curvature_matrix(progress).double().cpu().numpy()
             values, vectors = np.linalg.eigh(matrix)

@@ -901,23 +901,6 @@ class EmpiricalRisk:
 
     # --- single examples -------------------------------------------------------------------------
 
-    def example_slopes(self, v: Tensor) -> Tensor:
-        """Derivative of every example's loss along a direction, g_n'v, without weight decay.
-
-        Parameters
-        ----------
-        v : Tensor, shape (p,)
-
-        Returns
-        -------
-        Tensor, shape (N,)
-        """
-
-        def term(batch: Batch) -> Tensor:
-            return slope_along(lambda w: self.example_losses(w, batch), self.weights, v)
-
-        return torch.cat(list(self.over_batches(term)))
-
     def output_slopes(self, v: Tensor) -> Tensor:
         """Derivative of the model's outputs along a direction.
 

@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from neural.curvature.lanczos import lanczos_pairs, lanczos_together
 from neural.curvature.risk import EmpiricalRisk
-from nqm.errors import check_integer, check_number
+from nqm.errors import check_integer
 
 FloatArray = NDArray[np.float64]
 #: Called with the number of products with the curvature done since the last call.
@@ -227,30 +227,3 @@ def binned(spectrum: Density, bins: int) -> Density:
     np.add.at(sums, group, spectrum.counts * spectrum.values)
     filled = counts > 0
     return Density(sums[filled] / counts[filled], counts[filled])
-
-
-def trace_estimate(risk: EmpiricalRisk, probes: int = 10, seed: int = 0) -> tuple[float, float]:
-    """Estimate the trace of the curvature with random signs (Hutchinson 1990).
-
-    Parameters
-    ----------
-    risk : EmpiricalRisk
-        The loss.
-    probes : int
-        Number of random vectors, at least 2.
-    seed : int
-        Seed of the random vectors.
-
-    Returns
-    -------
-    trace, standard_error : float
-        The mean over the vectors, and its standard error.
-    """
-    check_number("probes", probes, low=2)
-    rng = np.random.default_rng(seed)
-    apply = operator(risk)
-    values = []
-    for _ in range(probes):
-        signs = rng.choice([-1.0, 1.0], risk.size)
-        values.append(float(signs @ apply.matvec(signs)))
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(probes))

@@ -178,6 +178,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = read_weights(path, model)
         if reason := untied(state, ties(model)):
             raise NQMError(f"{path}: {reason}")
+        for name, own in model.state_dict().items():
+            if name in state and (reason := _no_weight(state[name], own)):
+                raise NQMError(f"{path}: {name!r} {reason}")
     except NQMError as error:
         raise NQMError(f"model.checkpoint {error}") from None
     try:
@@ -185,6 +188,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NQMError(f"model.checkpoint {path} does not fit the model: {reason:.200}") from None
+
+
+def _no_weight(value: Tensor, own: Tensor) -> str | None:
+    """Why torch would copy a tensor into a model's own one, and yet nothing or nonsense."""
+    if value.is_meta:
+        return "has no values (device 'meta'); save the model when its weights are in memory"
+    if own.is_floating_point() and not value.is_floating_point():
+        return f"is {value.dtype}, not {own.dtype}; save the weights as real numbers"
+    return None
 
 
 def ties(model: nn.Module) -> dict[str, str]:

@@ -143,6 +143,8 @@ def _device(asked: str | None) -> torch.device:
     try:
         chosen = torch.device(name)
         if chosen.type == "cuda":
+            if not torch.cuda.is_available():  # what torch raises depends on how it was built
+                raise RuntimeError("torch finds no GPU")
             if ":" in name and processes() > 1:
                 raise NQMError(
                     f"--device {name} would put all {processes()} processes on one GPU; "

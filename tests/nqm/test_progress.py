@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nqm.progress import Lines, counted, duration, times
+from nqm.progress import Lines, counted, duration, limited, times
 
 
 def test_an_exact_count_reaches_1_and_an_estimate_does_not() -> None:
@@ -29,6 +29,17 @@ def test_work_of_several_kinds_is_counted_in_one_unit() -> None:
     three_each(1)
     assert shares == [0.25, 0.625]
     assert times(None, 3) is None
+
+
+def test_a_part_that_takes_longer_than_expected_leaves_the_others_their_share() -> None:
+    shares: list[float] = []
+    whole = counted(lambda _, share: shares.append(share), "third derivatives", 10.0)
+    for most, counts in ((4, (3, 3, 3)), (5, (1,))):
+        part = limited(whole, most)
+        for count in counts:
+            part(count)
+        part(most)
+    assert shares == [0.3, 0.4, 0.4, 0.4, 0.5, 0.9]
 
 
 def test_lines_say_the_stage_its_share_and_the_time_left() -> None:

@@ -39,7 +39,7 @@ def test_products_stay_on_the_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) 
         inputs, targets = next(train_state.task.stream.epoch(0))
         risk = EmpiricalRisk(train_state.model, [(inputs[:4], targets[:4])], "all")
         vector = torch.ones_like(risk.weights)
-        for product in (risk.hessian_product, risk.ggn_product, risk.example_slopes):
+        for product in (risk.hessian_product, risk.ggn_product, risk.output_slopes):
             meter.clear()
             product(vector)
             assert meter.launched > 0

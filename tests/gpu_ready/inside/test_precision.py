@@ -53,7 +53,7 @@ def test_curvature_and_evaluation_use_full_float32() -> None:
     model = Noting()
     data = [(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64))]
     risk = EmpiricalRisk(model, data, "all")
-    for measure in (risk.hessian_product, risk.ggn_product, risk.example_slopes):
+    for measure in (risk.hessian_product, risk.ggn_product, risk.output_slopes):
         measure(torch.ones_like(risk.weights))
     risk.gradient()
     next(risk.example_gradients())

@@ -132,15 +132,11 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
     settings = lanczos | {"displacements": 4}
     local = measure_local(risk, eigenpairs, noise_samples=2, **lanczos)
     reference, training = Training(0.1, 4, 20), Training(0.2, 8, 20)
-    averages = measure_averages(
-        risk, local, reference, averaging_displacements=1, **settings
-    )  # fmt: skip
+    still = measure_descent(risk, local, reference)
+    averages = measure_averages(risk, still, averaging_displacements=1, **settings)
     assert averages is not None
-    there = measure_descent(risk, local, reference).at_descent(reference)
-    drift = measure_drift(risk, there, reference, **settings)
-    expected = measure_smoothing(
-        risk, local, reference, drift=drift, displacements=1, noise_displacements=2
-    )
+    drift = measure_drift(risk, still.at_descent(reference), reference, **settings)
+    expected = measure_smoothing(risk, still, drift=drift, displacements=1, noise_displacements=2)
     agree(averages.width.curvature, expected.width.curvature, 1e-9)
     agree(averages.mean.noise, expected.mean.noise, 1e-9)
     agree(averages.kinks.pairs, find_kinks(drift, expected).pairs, 1e-9)
@@ -174,7 +170,8 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
 def test_no_averages_if_there_is_no_displacement() -> None:
     risk = tanh_risk()
     local = measure_local(risk, None)
-    assert measure_averages(risk, local, TRAINING, averaging_displacements=0) is None
+    still = measure_descent(risk, local, TRAINING)
+    assert measure_averages(risk, still, averaging_displacements=0) is None
 
 
 @pytest.mark.parametrize("eigenpairs", [None, 4])
@@ -281,9 +278,8 @@ def test_the_next_order_of_the_noise_is_nearer_to_the_exact_loss(lr: float) -> N
     problem = LeastSquares()
     local = measure_local(problem.risk, None)
     training = Training(lr, 2, 300)
-    averages = measure_averages(
-        problem.risk, local, replace(training, batch_size=32), displacements=16
-    )
+    still = measure_descent(problem.risk, local, replace(training, batch_size=32))
+    averages = measure_averages(problem.risk, still, displacements=16)
     exact, errors = problem.excess(training), []
     for count in (0, 1):
         found = measure_gaussian(
@@ -296,11 +292,32 @@ def test_the_next_order_of_the_noise_is_nearer_to_the_exact_loss(lr: float) -> N
     assert abs(errors[1]) < 0.3 * growth**3
 
 
+def test_where_the_scatter_has_no_bound_averages_do_not_settle() -> None:
+    """Least squares below the edge of the mean weights, but beyond that of their covariance."""
+    problem = LeastSquares()
+    local = measure_local(problem.risk, None)
+    training = Training(0.6, 1, 300)
+    assert problem.excess(training) > 1e6
+    averages = measure_averages(problem.risk, local, training, displacements=16)
+    first, found = (
+        measure_gaussian(
+            problem.risk, local, training, averages, displacements=16, averaging_displacements=count
+        )
+        for count in (0, 1)
+    )
+    assert first.stable
+    assert first.settles
+    assert 0.4 < first.noise_growth < 2.0
+    assert found.noise_growth == np.inf
+    assert predict_loss(found, [300]) == predict_loss(first, [300])
+
+
 def test_small_growth_is_not_measured_anew() -> None:
     problem = LeastSquares()
     local = measure_local(problem.risk, None)
     training = Training(0.2, 64, 300)
-    averages = measure_averages(problem.risk, local, training, displacements=4)
+    still = measure_descent(problem.risk, local, training)
+    averages = measure_averages(problem.risk, still, displacements=4)
     found = measure_gaussian(
         problem.risk, local, training, averages, displacements=4, averaging_displacements=1
     )

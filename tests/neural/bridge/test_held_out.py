@@ -133,6 +133,14 @@ def test_an_average_of_the_last_step_is_the_iterate(
     agree(covariance(local, training, last), covariance(local, training), 1e-9)
     u = training.effective_lr * local.pairs.values
     agree(noise_sums(u, training, 9, last), noise_sums(u, training, 9), 1e-9)
+    shuffled = replace(training, sampling="shuffled", batch_size=32)  # 8 of them are an epoch
+    for one in (training, shuffled):  # what has cancelled at this very step, of shuffled epochs
+        agree(covariance(local, one, 20), covariance(local, one, last), 1e-9)
+        sums = [noise_sums(u, one, local.examples, when) for when in (20, last)]
+        agree(*sums, 1e-9)
+        agree(covariance(local, one, 8), covariance(local, replace(one, steps=8), 8), 1e-9)
+    over_places, at_end = (covariance(local, shuffled, when)[-1, -1] for when in (None, 16))
+    assert at_end < 0.8 * over_places  # along the flat direction most cancels in an epoch
 
 
 # --- the prediction ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from neural.bridge.drift import Drift, measure_drift
 from neural.bridge.kinks import find_kinks
 from neural.bridge.prediction import Prediction
 from neural.bridge.scatter import covariance
-from neural.bridge.smoothing import Kinks, Smoothing, measure_smoothing
+from neural.bridge.smoothing import Kinks, Smoothing, measure_descent, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
 from tests.tiny_risks import Plain, scatter, tanh_risk
@@ -62,7 +62,7 @@ def kinked(
 
 def smoothed(risk: EmpiricalRisk, eigenpairs: int | None) -> Smoothing:
     local = measure_local(risk, eigenpairs, noise_samples=2, lanczos_steps=2)
-    return measure_smoothing(risk, local, TRAINING, displacements=1)
+    return measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
 
 
 def slopes(risk: EmpiricalRisk, smoothing: Smoothing) -> Drift:
@@ -98,7 +98,7 @@ def test_kinks_are_counted(pairs: int | None) -> None:
         np.testing.assert_allclose(local.pairs.values, expected, rtol=1e-9)
         for draw, before in zip(local.draws, smoothing.local.draws, strict=True):
             np.testing.assert_allclose(draw.values, before.values + found.rest, rtol=1e-9)
-    assert seen.curvature_change_part(TRAINING, STEPS, seen.seen_by(TRAINING)) == pytest.approx(
+    assert seen.excess_parts(TRAINING, [STEPS], seen.seen_by(TRAINING))[0][0] == pytest.approx(
         0.0, abs=1e-12
     )
 
@@ -116,13 +116,15 @@ def test_flat_directions_share_one_value() -> None:
 
 def test_a_smooth_loss_has_none() -> None:
     risk, training = tanh_risk(quick=False), Training(0.02, SIZE, 30)
-    smoothing = measure_smoothing(risk, measure_local(risk, None), training, displacements=8)
+    smoothing = measure_smoothing(
+        risk, measure_descent(risk, measure_local(risk, None), training), displacements=8
+    )
     found = find_kinks(slopes(risk, smoothing), smoothing)
     whole = np.abs(smoothing.local.pairs.values).sum()
     assert abs(found.pairs.sum()) < 0.01 * whole
     seen = replace(smoothing, kinks=found)
     excess = 0.5 * smoothing.local.pairs.values @ np.diag(covariance(smoothing.local, training))
-    cost = seen.kink_part(training, 30, seen.seen_by(training)) * (
+    cost = seen.excess_parts(training, [30], seen.seen_by(training))[0][1] * (
         found.cost_ratio + found.log2_slope
     )
     assert cost < 0.01 * excess, "members do not make up for it"
@@ -144,7 +146,7 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter(lr: float
     """J |w| along a direction of scatter s: J E|d| d / s^2 = J sqrt(2 / pi) / s."""
     risk = kinked(at_checkpoint=True)
     local, training = measure_local(risk, None), replace(TRAINING, lr=lr)
-    smoothing = measure_smoothing(risk, local, training, displacements=1)
+    smoothing = measure_smoothing(risk, measure_descent(risk, local, training), displacements=1)
     found = find_kinks(measure_drift(risk, local, training, displacements=400), smoothing)
     size = np.sqrt(np.diag(covariance(local, training)))
     # Of 400 |d| the mean is known to 0.76 / 20, and so is the mean of their squares.
@@ -157,7 +159,7 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter(lr: float
 def test_kinks_that_descent_leads_off_are_not_met() -> None:
     risk = kinked(at_checkpoint=True, slope=3.0)
     local = measure_local(risk, None)
-    smoothing = measure_smoothing(risk, local, TRAINING, displacements=1)
+    smoothing = measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
     found = find_kinks(measure_drift(risk, local, TRAINING, displacements=60), smoothing)
     assert np.abs(found.pairs).max() < 1e-6
 
@@ -166,14 +168,14 @@ def test_kinks_that_descent_leads_off_are_not_met() -> None:
 def test_what_kinks_cost_is_half_their_curvature_with_the_scatter(pairs: int | None) -> None:
     risk = kinked()
     smoothing = smoothed(risk, pairs)
-    assert smoothing.kink_part(TRAINING, STEPS, smoothing.seen_by(TRAINING)) == 0.0
+    assert smoothing.excess_parts(TRAINING, [STEPS], smoothing.seen_by(TRAINING))[0][1] == 0.0
     kinks = Kinks(np.array([0.1, 0.2, 0.3][:pairs]), 0.3)
     seen = replace(smoothing, kinks=kinks)
     h = np.array(CURVATURE) + np.array([0.1, 0.2, 0.3])
     c = np.cov(torch.cat(list(risk.example_gradients())).numpy(), rowvar=False, ddof=0)
     expected = 0.5 * np.trace(np.diag([0.1, 0.2, 0.3]) @ scatter(np.diag(h), c, LR, SIZE, STEPS))
     # Examples are drawn: their noise is not quite along the axes, that of the rest not quite known.
-    assert seen.kink_part(TRAINING, STEPS, seen.seen_by(TRAINING)) == pytest.approx(
+    assert seen.excess_parts(TRAINING, [STEPS], seen.seen_by(TRAINING))[0][1] == pytest.approx(
         expected, rel=1e-3
     )
 
@@ -182,7 +184,7 @@ def test_kinks_that_are_denser_the_nearer() -> None:
     """Of density log(X / |x|) / X they add J (log(X / s) + (gamma + log 2) / 2) / X at width s."""
     risk = kinked(denser=True)
     local = measure_local(risk, None)
-    smoothing = measure_smoothing(risk, local, TRAINING, displacements=1)
+    smoothing = measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
     found = find_kinks(measure_drift(risk, local, TRAINING, displacements=60), smoothing)
     size = np.sqrt(np.diag(covariance(local, TRAINING)))
     near = np.log(SPREAD / size) + 0.5 * (np.euler_gamma + np.log(2.0))

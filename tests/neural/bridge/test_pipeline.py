@@ -77,6 +77,7 @@ def test_a_run_becomes_tables_and_words(run: Path, tmp_path: Path) -> None:
     seconds = spent(tmp_path / "kept")
     parts = [stage for stage, kept in STAGES.items() if not set(kept).isdisjoint(seconds)]
     assert {"curvature and noise", "averages", "third derivatives", "test loss"} < set(parts)
+    assert set(seconds) <= {stage for kept in STAGES.values() for stage in kept}
     assert list(found.cost["stage"]) == parts
     assert (found.cost["epochs"] > 0.0).all()
     assert found.cost["seconds"].tolist() == pytest.approx(
@@ -209,12 +210,12 @@ def test_cost_is_told_in_epochs_of_training(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("neural.bridge.timing._seconds", lambda risk: 2.0)
     log = {
         ("slopes", "one"): 16.0, ("slopes", "other"): 4.0, ("force", "one"): 3.0,
-        ("eigenpairs", "one"): 8.0, ("unheard_of", "one"): 100.0,
+        ("eigenpairs", "one"): 8.0, ("balance", "one"): 1.0, ("a new one", "one"): 100.0,
     }  # fmt: skip
     found = cost_table(tanh_risk(), 0.25, log)  # an epoch takes eight seconds
-    assert found["stage"].tolist() == ["curvature and noise", "third derivatives"]
-    assert found["seconds"].tolist() == [8.0, 23.0]
-    assert found["epochs"].tolist() == [1.0, 2.875]
+    assert found["stage"].tolist() == ["curvature and noise", "third derivatives", "a new one"]
+    assert found["seconds"].tolist() == [8.0, 24.0, 100.0]
+    assert found["epochs"].tolist() == [1.0, 3.0, 12.5]
 
 
 TEXTS: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,7 +11,7 @@ import torch
 from neural.bridge.config import Training
 from neural.bridge.drift import descended, measure_drift
 from neural.bridge.scatter import covariance, displacements, matched_normals
-from neural.bridge.smoothing import Change, Kinks, Smoothing, measure_smoothing
+from neural.bridge.smoothing import Change, Kinks, Smoothing, measure_descent, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
 from tests.tiny_risks import Bowl, tanh_risk
@@ -26,7 +26,9 @@ SLOW = replace(TRAINING, lr=0.02)
 def test_averages_are_those_of_the_ends(eigenpairs: int | None) -> None:
     risk, training = tanh_risk(quick=False), SLOW
     local = measure_local(risk, eigenpairs, noise_samples=2, lanczos_steps=10)
-    found = measure_smoothing(risk, local, training, displacements=2, noise_displacements=3)
+    found = measure_smoothing(
+        risk, measure_descent(risk, local, training), displacements=2, noise_displacements=3
+    )
     there = found.at_descent(training)  # the scatter that displacements have
     rng, draw = np.random.default_rng([0, 4]), displacements(there, training)  # the same
     normals = matched_normals(there, training, rng, 3)
@@ -70,7 +72,9 @@ def test_where_descent_ends_counts_as_well() -> None:
     """With third derivatives and no fourth curvature is linear in the weights."""
     bowl = Bowl((2.0, 0.7, 0.2), cubic=0.03, away=0.5)
     local = measure_local(bowl.risk, None)
-    found = measure_smoothing(bowl.risk, local, TRAINING, displacements=1)
+    found = measure_smoothing(
+        bowl.risk, measure_descent(bowl.risk, local, TRAINING), displacements=1
+    )
     end, h = descended(local, TRAINING), bowl.risk.hessian().numpy()
     seen = found.seen_by(TRAINING).pairs.values
     agree(np.sort(seen), np.linalg.eigvalsh(h + bowl.third @ end), 1e-9)
@@ -85,12 +89,12 @@ def test_where_descent_ends_counts_as_well() -> None:
 def test_the_curvature_change_part_is_half_the_change_with_the_covariance() -> None:
     risk = tanh_risk()
     local = measure_local(risk, None)
-    found = measure_smoothing(risk, local, TRAINING, displacements=2)
+    found = measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=2)
     seen = found.seen_by(TRAINING)
     whole = seen.pairs.vectors @ covariance(seen, TRAINING) @ seen.pairs.vectors.T
     change = local.pairs.vectors @ found.width.curvature @ local.pairs.vectors.T
     expected = 0.5 * np.trace(change @ whole)
-    assert found.curvature_change_part(TRAINING, STEPS, seen) == pytest.approx(expected, rel=1e-8)
+    assert found.excess_parts(TRAINING, [STEPS], seen)[0][0] == pytest.approx(expected, rel=1e-8)
 
 
 def test_the_mean_of_the_scatter_counts_as_well() -> None:
@@ -98,12 +102,14 @@ def test_the_mean_of_the_scatter_counts_as_well() -> None:
     bowl = Bowl((2.0, 0.7, 0.2), cubic=0.3)
     local = measure_local(bowl.risk, None)
     drift = measure_drift(bowl.risk, local, TRAINING, displacements=40)
-    found = measure_smoothing(bowl.risk, local, TRAINING, drift=drift, displacements=2)
+    found = measure_smoothing(
+        bowl.risk, measure_descent(bowl.risk, local, TRAINING), drift=drift, displacements=2
+    )
     v, mean = local.pairs.vectors, drift.displacement(TRAINING)
     agree(found.mean.curvature, v.T @ (bowl.third @ mean) @ v, 1e-9)
     assert np.abs(found.width.curvature).max() < 1e-9
     seen = found.seen_by(TRAINING)
-    assert found.curvature_change_part(TRAINING, STEPS, seen) == pytest.approx(0.0, abs=1e-9)
+    assert found.excess_parts(TRAINING, [STEPS], seen)[0][0] == pytest.approx(0.0, abs=1e-9)
     assert seen.pairs.values.sum() == pytest.approx(
         2.9 + np.einsum("iik,k->", bowl.third, mean), rel=1e-9
     )
@@ -157,7 +163,9 @@ def test_noise_at_the_mean_of_the_scatter() -> None:
     risk = tanh_risk()
     local = measure_local(risk, None)
     drift = measure_drift(risk, local, SLOW, displacements=4)
-    found = measure_smoothing(risk, local, SLOW, drift=drift, displacements=1)
+    found = measure_smoothing(
+        risk, measure_descent(risk, local, SLOW), drift=drift, displacements=1
+    )
     v, mean = local.pairs.vectors, torch.from_numpy(drift.displacement(SLOW))
     end = risk.weights + torch.from_numpy(descended(local, SLOW))
     there = risk.at(end + mean)
@@ -173,7 +181,9 @@ def test_a_scatter_that_has_not_settled_is_scaled_by_its_size() -> None:
     bowl = Bowl((2.0, 0.7, 0.2), cubic=0.3)
     local = measure_local(bowl.risk, None)
     drift = measure_drift(bowl.risk, local, TRAINING, displacements=6)
-    found = measure_smoothing(bowl.risk, local, TRAINING, drift=drift, displacements=1)
+    found = measure_smoothing(
+        bowl.risk, measure_descent(bowl.risk, local, TRAINING), drift=drift, displacements=1
+    )
 
     def scales(lr: float, size: int = SIZE) -> tuple[float, float]:
         training = Training(lr, size, STEPS)
@@ -195,14 +205,16 @@ def test_a_scatter_that_has_not_settled_is_scaled_by_its_size() -> None:
 def test_nothing_to_average_over_is_refused() -> None:
     risk = tanh_risk()
     with pytest.raises(NQMError, match="averaging_displacements must be"):
-        measure_smoothing(risk, measure_local(risk, None), TRAINING, displacements=0)
+        measure_smoothing(
+            risk, measure_descent(risk, measure_local(risk, None), TRAINING), displacements=0
+        )
 
 
 def test_a_change_that_is_too_large_turns_nothing_downwards() -> None:
     risk = tanh_risk()
     local = measure_local(risk, 5)
     assert local.pairs.values.min() > 0.0
-    found = measure_smoothing(risk, local, TRAINING, displacements=1)
+    found = measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
     downwards = replace(found, width=replace(found.width, curvature=-np.diag(local.pairs.values)))
     assert (downwards.seen_by(replace(TRAINING, batch_size=1)).pairs.values == 0.0).all()
     agree(

@@ -15,6 +15,7 @@ from neural.bridge.config import Training
 from neural.bridge.iterate_averages import ExponentialMean, TailMean
 from neural.curvature import cache as module
 from neural.curvature.cache import Cache, fingerprint
+from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
 from tests.tiny_risks import tanh_risk
 
@@ -131,6 +132,23 @@ def test_without_a_folder_nothing_is_kept() -> None:
     assert compute.calls == 2
     assert len(cache.log) == 1
     assert cache.log.popitem()[1] > once  # both cost time
+
+
+def test_work_that_goes_on_gives_the_same_numbers_to_the_last_bit(tmp_path: Path) -> None:
+    """Eigenvectors come out reversed, and products with them are rounded by their order."""
+    ordered = np.random.default_rng(0).standard_normal((40, 30))
+    given = {"reversed": ordered[:, ::-1], "turned": ordered.T, "cut": ordered[:, 3:9]}
+    first, again = (Cache(tmp_path)("stage", lambda: given | {"one": 1.0}) for _ in range(2))
+    for name in given:
+        assert first[name].strides == again[name].strides
+    assert first["one"] == again["one"] == 1.0
+    risk = tanh_risk()
+    whole = measure_local(risk, 4, cache=Cache(tmp_path / "kept"))
+    (kept,) = (tmp_path / "kept").glob("krylov-*")
+    kept.unlink()
+    later = measure_local(risk, 4, cache=Cache(tmp_path / "kept"))
+    for one, other in zip(whole.draws, later.draws, strict=True):
+        assert one.vectors.tobytes() == other.vectors.tobytes()
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "empty", "unsigned"])

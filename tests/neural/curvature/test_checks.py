@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from neural.bridge import BridgeConfig, measure
 from neural.curvature.example_losses import cross_entropy
+from neural.curvature.local_quadratic import measure_local
 from neural.curvature.minimise import minimise
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
@@ -86,7 +87,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, str]] = {
 def test_what_cannot_be_measured_is_refused(case: str) -> None:
     make, batches, loss, told = CASES[case]
     torch.manual_seed(0)
-    for start in (lambda risk: risk.check(), lambda risk: minimise(risk, 2)):
+    starts: list[Callable[[EmpiricalRisk], Any]] = [
+        EmpiricalRisk.check,
+        lambda risk: minimise(risk, 2),
+        lambda risk: measure_local(risk, 2),
+    ]
+    for start in starts:
         with pytest.raises(NQMError, match=told) as said:
             start(EmpiricalRisk(make(), batches, loss=loss))
         assert "\n" not in str(said.value)
@@ -98,11 +104,17 @@ def test_what_cannot_be_measured_is_refused(case: str) -> None:
         ((X, Y), r"pairs \(inputs, targets\).*got a Tensor"),
         ([(X, X, Y)], "got a tuple of 3"),
         ([(X, X)], "integer labels.*CrossEntropyLoss"),
+        ([(X, Y.to("meta"))], r"targets have no values \(device 'meta'\)"),
     ],
 )
 def test_data_of_another_form_are_refused(batches: Any, told: str) -> None:
     with pytest.raises(NQMError, match=told):
         EmpiricalRisk(Net(), batches)
+
+
+def test_weights_without_values_are_refused() -> None:
+    with pytest.raises(NQMError, match=r"has no values \(device 'meta'\); load"):
+        EmpiricalRisk(Net().to("meta"), [(X, Y)])
 
 
 @pytest.mark.parametrize("model", [torch.tanh, None])

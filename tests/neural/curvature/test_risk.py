@@ -17,7 +17,7 @@ from neural.curvature.cache import fingerprint
 from neural.curvature.example_losses import cross_entropy
 from neural.curvature.examples import EachRow
 from neural.curvature.risk import EmpiricalRisk
-from neural.curvature.spectrum import Density, binned, density, leading_pairs, trace_estimate
+from neural.curvature.spectrum import Density, binned, density, leading_pairs
 from neural.models import build
 from nqm.errors import NQMError
 from nqm.runs.interrupts import Interrupted, interruptible
@@ -279,11 +279,6 @@ def test_binning_keeps_count_and_trace() -> None:
         assert len(few.values) <= bins
         assert few.counts.sum() == pytest.approx(spectrum.counts.sum(), rel=IDENTITY)
         assert few.trace == pytest.approx(spectrum.trace, rel=1e-9, abs=1e-9)
-
-
-def test_the_trace_by_random_signs(risk: EmpiricalRisk) -> None:
-    estimate, error = trace_estimate(risk, probes=40)
-    assert abs(estimate - float(risk.hessian().trace())) < SIGMAS * error
 
 
 def test_power_laws() -> None:

@@ -101,6 +101,12 @@ def test_safetensors(tmp_path: Path) -> None:
         (STATE | {"linear.weight": torch.zeros(3, 32)}, "size mismatch for linear.weight"),
         (STATE | {"extra": torch.zeros(3)}, "Unexpected key.*extra"),
         (prefixed("a.") | prefixed("b."), "does not fit the model"),
+        (
+            STATE | {"linear.bias": torch.zeros(10).cfloat()},
+            "'linear.bias' is torch.complex64, not",
+        ),
+        (STATE | {"linear.bias": torch.zeros(10).char()}, "'linear.bias' is torch.int8, not"),
+        (STATE | {"linear.bias": torch.zeros(10).to("meta")}, r"has no values \(device 'meta'\)"),
     ],
 )
 def test_refused(content: Any, words: str, tmp_path: Path) -> None:

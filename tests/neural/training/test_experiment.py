@@ -557,6 +557,7 @@ def test_a_title_is_drawn_as_it_is_written(title: str, tmp_path: Path) -> None:
     [
         (["--device", "meta"], "[arm.a]", "device 'meta' cannot be used"),
         (["--device", "tpu7"], "[arm.a]", "device 'tpu7' cannot be used"),
+        (["--device", "cuda:9"], "[arm.a]", "device 'cuda:9' cannot be used"),
         ([], '[arm."../../x"]', "becomes the name of a folder and must not hold '/'"),
         ([], '[arm."."]', "must not begin with '.'"),
         ([], "[arm.a]\n[arm.A]", "'A' and 'a' would be one folder"),
