@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from neural.bridge.advise import Advice, advise
 from neural.bridge.api import measure_checkpoint
@@ -33,9 +33,6 @@ from neural.bridge.quick import PROBE_RUNS, SETTINGS, measure_for_advice
 from neural.curvature.cache import Cache
 from neural.curvature.risk import EmpiricalRisk
 from neural.training.task import Runtime
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RATES = (0.0625, 0.25, 1.0)
 #: Rates this near, relatively, count as one of the grid: two measurements of the curvature differ.
@@ -57,11 +54,24 @@ def loss_at(table: pd.DataFrame, weights: str, members: int, column: str) -> flo
     return float(np.interp(1.0 / members, 1.0 / rows["members"], rows[column]))
 
 
-def share(tables: Sequence[pd.DataFrame], own: pd.DataFrame, found: Advice) -> float:
-    """Gain of the advised cell over that of the best cell of the grid."""
-    middle = loss_at(tables[len(tables) // 2], "iterate", 1, "measured")
-    best = min(float(table["measured"].min()) for table in tables)
-    return (middle - loss_at(own, found.weights, found.members, "measured")) / (middle - best)
+def best_cell(tables: Sequence[pd.DataFrame]) -> pd.Series[float]:
+    """Cell of least measured loss of the grid."""
+    cells = pd.concat(tables, ignore_index=True)
+    return cells.iloc[int(cells["measured"].to_numpy().argmin())]
+
+
+def share(tables: Sequence[pd.DataFrame], own: pd.DataFrame, found: Advice) -> tuple[float, float]:
+    """Gain of the advised cell over that of the best cell of the grid, and its standard error.
+
+    The two cells count as independent; the error of the single run is not counted. The error is
+    NaN if a cell has one group of runs.
+    """
+    middle, best = loss_at(tables[len(tables) // 2], "iterate", 1, "measured"), best_cell(tables)
+    measured, error = (
+        loss_at(own, found.weights, found.members, name) for name in ("measured", "error")
+    )
+    whole = middle - best["measured"]
+    return (middle - measured) / whole, float(np.hypot(error, best["error"]) / whole)
 
 
 def main(words: Sequence[str]) -> None:
@@ -87,9 +97,12 @@ def main(words: Sequence[str]) -> None:
     )
     single = loss_at(grid[1], "iterate", 1, "test_loss")
     least = min(float(table["test_loss"].min()) for table in grid)
+    gain, error = share(grid, advised, found)
+    best = best_cell(grid)
     print(
         f"lr h_max = {found.lr * largest:.3g}, {found.weights}, K = {found.members} "
-        f"({found.basis}): {share(grid, advised, found):.0%} of the best gain, cost "
+        f"({found.basis}): {gain:.0%} ± {error:.0%} of the gain of the best cell "
+        f"({best['lr'] * largest:.3g}, {best['weights']}, K = {best['members']}), cost "
         f"{advice / whole:.1%}; loss {measured:+.3g}, expected {found.change:+.3g}; test loss "
         f"{test_loss:.4f}, single run {single:.4f}, least of the grid {least:.4f}"
     )

@@ -318,8 +318,8 @@ def _rests_on(
         where = "at this rate" if row[TRIED_LR] == row["lr"] else f"at lr = {row[TRIED_LR]:.3g}"
         return "short runs", [
             f"This rests on {int(row[TRIED])} short runs of {int(row[TRIED_STEPS])} steps {where}, "
-            "all of which stayed near the minimum, and on noise-free descent to the end. That a "
-            "whole training stays is likely, not certain."
+            "all of which stayed near the minimum, and on noise-free descent. That a whole "
+            "training stays is likely, not certain."
         ]
     words = [f"{len(left)} of {len(cells)} trainings and averages are predicted reliably."]
     ratio = table.loc[reliable(table), "ratio"].dropna()

@@ -206,9 +206,9 @@ def advise(
 
     RUN is the folder of a finished run, RECIPE a recipe with model.checkpoint: a few short runs (an
     eighth of the steps) show at which rates the network stays near its minimum, and what noise
-    adds; noise-free descent is followed to the end. What this costs is told before it starts.
-    BRIDGE is a folder that nqm neural bridge has written: nothing is measured, and trained cells
-    that contradict their prediction do not count.
+    adds; noise-free descent is followed to half of the end. What this costs is told before it
+    starts. BRIDGE is a folder that nqm neural bridge has written: nothing is measured, and trained
+    cells that contradict their prediction do not count.
 
     \b
     nqm neural advise out/neural/digits_mlp-full/base/seed0 --epochs 40 --members 8
@@ -270,10 +270,18 @@ def advise(
         with progress_bar() as progress:
             risk = measured_risk(opened, settings, plan, runtime, Cache(), progress)
             if probe_runs:
-                cost = cost_in_runs(risk.examples, settings, probe_runs)
+                usual, most = cost_in_runs(risk.examples, settings, probe_runs)
                 click.echo(
-                    f"This costs about as much as {cost:.2g} runs of the training itself.", err=True
+                    f"This costs about as much as {usual:.2g} runs of the training itself, and "
+                    f"{most:.2g} at most.",
+                    err=True,
                 )
+                if usual > (runs := members or max(plan.members)):
+                    click.echo(
+                        f"That is more than the {runs} runs that may be averaged; --set "
+                        "bridge.examples=N takes fewer examples and costs less.",
+                        err=True,
+                    )
             table = measure_for_advice(risk, settings, plan, progress, probe_runs)
     found = advice(table, members, worth)
     if as_json:

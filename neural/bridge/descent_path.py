@@ -22,6 +22,7 @@ from neural.bridge.config import Training
 from neural.bridge.iterate_averages import TimeAverage
 from neural.curvature.risk import EmpiricalRisk
 from nqm.errors import NQMError
+from nqm.progress import Progress, counted
 
 FloatArray = NDArray[np.float64]
 #: Room for a curvature that grows along the path. Where it grows further, the loss rises, and the
@@ -29,6 +30,8 @@ FloatArray = NDArray[np.float64]
 ROOM, RETRIES = 1.2, 8
 #: Where the gradient grows to so many times that at the start of a step, curvature has grown.
 STEEP = 4.0
+#: Largest logarithm of the ratio of one doubling's fall to that of the last: of a constant slope.
+STEADY = math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,17 @@ class DescentPath:
     weights, slopes : Tensor, shape (n, p)
         Weights at these times, and the gradients of the loss there. In between, the weights are
         cubic in time (Hermite).
+    losses : ndarray, shape (n,)
+        Losses at these times.
+    work : int
+        Number of gradients that were taken.
     """
 
     times: FloatArray
     weights: Tensor
     slopes: Tensor
+    losses: FloatArray
+    work: int
 
     def mean(self, training: Training, when: int | TimeAverage) -> Tensor:
         """Weights of a training without noise, after some steps or averaged over time.
@@ -81,13 +90,41 @@ class DescentPath:
         on_nodes = torch.from_numpy(shares).to(self.weights) @ self.weights
         return on_nodes - torch.from_numpy(pulls).to(self.weights) @ self.slopes
 
+    def fall(self, time: float) -> float:
+        """By how much the loss falls from the end of the path to a later time, extrapolated.
+
+        The falls of the last two doublings of the time are continued as a power of time. The last
+        doubling of a descent costs nearly half as much as all before it. The last times of the
+        path must double, as they do unless it was continued by another factor.
+
+        Parameters
+        ----------
+        time : float
+            Learning rate times steps, at least that of the end.
+
+        Returns
+        -------
+        float
+            At least 0.
+        """
+        before, last = -np.diff(self.losses[-3:])
+        if not min(before, last) > 0.0:
+            return 0.0
+        power = min(math.log(last / before), STEADY)
+        ahead = math.log2(time / self.times[-1])
+        # Its limit is the ratio where the power is 0.
+        ratio = -math.expm1(power * ahead) / math.expm1(-power) if power else ahead
+        return float(last * ratio)
+
 
 def follow_descent(
     risk: EmpiricalRisk,
     longest: float,
     sharpness: float,
-    progress: Callable[[int], None] | None = None,
+    *,
+    progress: Progress | None = None,
     known: DescentPath | None = None,
+    most: int | None = None,
 ) -> DescentPath:
     """Follow noise-free descent of the loss from the risk's weights.
 
@@ -100,9 +137,12 @@ def follow_descent(
     sharpness : float
         Largest curvature at the start.
     progress : callable, optional
-        Called with the number of gradients since the last call (`path_work`).
+        Called with the name of the stage and the fraction of it that is done.
     known : DescentPath, optional
         A shorter path from these weights, which is continued.
+    most : int, optional
+        Number of gradients of the whole path after which it ends early, but not before it has
+        four times.
 
     Returns
     -------
@@ -118,15 +158,22 @@ def follow_descent(
     bound = sharpness * ROOM
     if known is None:
         times, weights = _times(longest, sharpness), [risk.weights]
+        (loss, slope), work = risk.loss_and_gradient(), 0
+        losses, slopes = [loss], [slope]
     else:
         doublings = math.ceil(math.log2(longest / known.times[-1]))
         more = np.geomspace(known.times[-1], longest, doublings + 1)
         times, weights = np.array([*known.times, *more[1:]]), list(known.weights)
-    loss, slope = risk.loss_and_gradient(weights[-1])
-    slopes = [slope] if known is None else list(known.slopes)
+        losses, slopes, work = [*known.losses], [*known.slopes], known.work
+        loss, slope = losses[-1], slopes[-1]
+    expected = path_work(longest, sharpness) - work
+    told = counted(progress, f"descent to lr steps = {longest:.3g}", max(expected, 1))
     for span in np.diff(times[len(weights) - 1 :]):
         for attempt in range(RETRIES):
-            end = _step(risk, weights[-1], slope, float(span), bound, progress)
+            stages = _stages(float(span) * bound)
+            if most is not None and len(weights) > 3 and work + stages > most:
+                return _path(times, weights, slopes, losses, work)
+            end, work = _step(risk, weights[-1], slope, float(span), stages, told), work + stages
             if end is not None:
                 end_loss, end_slope = risk.loss_and_gradient(end)
                 if end_loss <= loss + 1e-6 * abs(loss):
@@ -141,7 +188,15 @@ def follow_descent(
         loss, slope = end_loss, end_slope
         weights.append(end)
         slopes.append(slope)
-    return DescentPath(times, torch.stack(weights), torch.stack(slopes))
+        losses.append(loss)
+    return _path(times, weights, slopes, losses, work)
+
+
+def _path(
+    times: FloatArray, weights: list[Tensor], slopes: list[Tensor], losses: list[float], work: int
+) -> DescentPath:
+    known = times[: len(weights)]
+    return DescentPath(known, torch.stack(weights), torch.stack(slopes), np.array(losses), work)
 
 
 def path_work(longest: float, sharpness: float) -> int:
@@ -161,8 +216,8 @@ def path_work(longest: float, sharpness: float) -> int:
 
 
 def _times(longest: float, sharpness: float) -> FloatArray:
-    """Times of the path, each twice the one before, from 1 / (2 h_max) on."""
-    doublings = max(math.ceil(math.log2(longest * sharpness)), 0) + 1
+    """Times of the path, each twice the one before, from 1 / (2 h_max) on; at least four."""
+    doublings = max(math.ceil(math.log2(longest * sharpness)), 1) + 1
     return np.array([0.0, *(longest * 2.0**-k for k in range(doublings, -1, -1))])
 
 
@@ -177,14 +232,13 @@ def _step(
     start: Tensor,
     slope: Tensor,
     span: float,
-    sharpness: float,
-    progress: Callable[[int], None] | None,
+    stages: int,
+    told: Callable[[int], None],
 ) -> Tensor | None:
     """One Runge-Kutta-Legendre step; coefficients as in the paper, with b of the stages j.
 
     None where it is seen to be unstable before its end.
     """
-    stages = _stages(span * sharpness)
     share = 4.0 / (stages**2 + stages - 2.0) * span
     b = [1.0 / 3.0] * 2 + [(j * j + j - 2.0) / (2.0 * j * (j + 1.0)) for j in range(2, stages + 1)]
     before, now, steepest = start, start - b[1] * share * slope, STEEP * slope.norm()
@@ -197,6 +251,5 @@ def _step(
         force = gradient - (1.0 - b[j - 1]) * slope
         latest = ahead * now + back * before + (1.0 - ahead - back) * start - ahead * share * force
         before, now = now, latest
-    if progress is not None:
-        progress(stages)
+    told(stages)
     return now

@@ -50,8 +50,7 @@ class Probe:
         Number of runs that left the minimum.
     losses : dict of str to (float, float)
         For the last weights and each average over time: the mean loss of single runs, and the loss
-        of their mean weights; of the runs without hard minibatches. Empty if the runs were stopped
-        because at every rate one had left.
+        of their mean weights; of the runs without hard minibatches. Empty if a run left.
     early : (float, float)
         The same of the last weights after half of the steps.
     """
@@ -106,6 +105,8 @@ def probe(
 ) -> list[Probe]:
     """Train a few short runs at each of several learning rates, all of them together.
 
+    Where all runs at a rate have left the minimum, they take no more steps.
+
     Parameters
     ----------
     risk : EmpiricalRisk
@@ -139,7 +140,11 @@ def probe(
     start = risk.loss()
     highest = start + (LEFT - 1.0) * abs(start)
     early: list[tuple[float, float]] = [(nan, nan)] * count
-    left = [0] * count
+    left, stopped = [0] * count, set[int]()
+
+    def of_plain(weights: Tensor, singles: Sequence[float]) -> tuple[float, float]:
+        return sum(singles[:plain]) / plain, risk.loss(weights[:plain].mean(0))
+
     for step, last in train_runs(
         risk,
         short[0],
@@ -147,26 +152,30 @@ def probe(
         looks,
         lrs=[each.lr for each in short for _ in range(runs)],
         draws=[minibatches_of(run) for _ in short for run in range(runs)],
+        stopped=stopped,
         seen=averages,
         progress=progress,
     ):
-        each = torch.split(last, runs)
-        ends = [[risk.loss(w) for w in own] for own in each]
-        left = [sum(not end <= highest for end in own) for own in ends]
+        weights = torch.split(last, runs)
+        going = [i for i in range(count) if left[i] < runs]
+        ends = {i: [risk.loss(w) for w in weights[i]] for i in going}
+        for i in going:
+            left[i] = sum(not end <= highest for end in ends[i])
+            if left[i] == runs:
+                stopped.update(range(i * runs, (i + 1) * runs))
         if all(left):
-            return [Probe(own, runs, gone, {}) for own, gone in zip(short, left, strict=True)]
+            break
         if step == steps // 2:
-            early = [
-                (sum(own[:plain]) / plain, risk.loss(w[:plain].mean(0)))
-                for own, w in zip(ends, each, strict=True)
-            ]
-    taken = {name: torch.split(weights, runs) for name, weights in averages.values.items()}
+            for i in going:
+                early[i] = of_plain(weights[i], ends[i])
+    taken = {name: torch.split(each, runs) for name, each in averages.values.items()}
     found = []
     for i, training in enumerate(short):
-        losses = {ITERATE: (sum(ends[i][:plain]) / plain, risk.loss(each[i][:plain].mean(0)))}
-        for name, weights in taken.items():
-            own = weights[i][:plain]
-            losses[name] = sum(risk.loss(w) for w in own) / plain, risk.loss(own.mean(0))
+        losses = {}
+        if not left[i]:
+            losses = {ITERATE: of_plain(weights[i], ends[i])}
+            for name, each in taken.items():
+                losses[name] = of_plain(each[i], [risk.loss(w) for w in each[i][:plain]])
         found.append(Probe(training, runs, left[i], losses, early[i]))
     return found
 

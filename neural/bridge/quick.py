@@ -35,7 +35,14 @@ from neural.bridge.gaussian import WeightGaussian
 from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.prediction import Prediction
 from neural.bridge.probe import probe_steps
-from neural.bridge.short_runs import Row, ShortRuns, changes_of, row_of, table_of
+from neural.bridge.short_runs import (
+    DESCENT_ROOM,
+    Row,
+    ShortRuns,
+    changes_of,
+    given_up,
+    table_of,
+)
 from neural.curvature import gradient_noise
 from neural.curvature.cache import Cache
 from neural.curvature.examples import joined
@@ -45,7 +52,7 @@ from neural.curvature.memory import fitting
 from neural.curvature.risk import EmpiricalRisk
 from neural.curvature.spectrum import operator
 from nqm.errors import NQMError, check_integer
-from nqm.progress import Progress, counted
+from nqm.progress import Progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +76,7 @@ BATCHES = 1
 PRODUCTS = 12
 #: Products for the curvature of one example, which has few directions.
 POWERS = 8
-#: Short runs at a rate by default, and rates at which they are most often needed.
+#: Short runs at a rate by default, and rates at which they are tried first.
 PROBE_RUNS, TRIED_RATES = 4, 3
 
 
@@ -99,11 +106,11 @@ def measure_for_advice(
     -------
     DataFrame
         The table of `neural.bridge.api.predict`, with ``descent`` the change of the loss itself
-        along the path. With short runs, of those from which a row's noise is scaled it has their
-        number, steps and learning rate, and how many left the minimum: ``probe_runs``,
-        ``probe_steps``, ``probe_lr``, ``probe_left``. Without, ``noise_change_on_path`` is the
-        change of the noise from where it was measured to where the training's descent ends; where
-        descent alone decides, its loss is the only entry; and trainings are left out that are
+        along the path. Where descent alone decides, its loss is the only entry. With short runs,
+        of those from which a row's noise is scaled it has their number, steps and learning rate,
+        and how many left the minimum: ``probe_runs``, ``probe_steps``, ``probe_lr``,
+        ``probe_left``. Without, ``noise_change_on_path`` is the change of the noise from where it
+        was measured to where the training's descent ends, and trainings are left out that are
         unstable there, or on a minibatch that draws the stiffest example twice (lr times its
         curvature above B).
 
@@ -136,7 +143,8 @@ def measure_for_advice(
         stiff = _stiffest_example(risk, plan.seed)
         calm = [each for each in trainings if each.effective_lr * stiff <= each.batch_size]
         if calm:
-            path = _descended(risk, calm, sharpness, progress)
+            longest = max(training.effective_lr * training.steps for training in calm)
+            path = follow_descent(risk, longest, sharpness, progress=progress)
             rows = _predicted(risk, path, calm, config, plan, start, progress)
     table = table_of(risk, rows, start)
     if not np.isfinite(table["predicted"]).any():
@@ -175,7 +183,7 @@ def check_probe(runs: int, config: BridgeConfig | None = None) -> None:
         )
 
 
-def cost_in_runs(examples: int, config: BridgeConfig, probe_runs: int) -> float:
+def cost_in_runs(examples: int, config: BridgeConfig, probe_runs: int) -> tuple[float, float]:
     """Cost of advice by short runs, by the examples whose gradients it takes.
 
     Parameters
@@ -189,15 +197,20 @@ def cost_in_runs(examples: int, config: BridgeConfig, probe_runs: int) -> float:
 
     Returns
     -------
-    float
-        In whole runs of the training to come: the descent to the end of the highest rate, if its
-        curvature does not grow, and short runs at three rates.
+    usual, most : float
+        In whole runs of the training to come. Usually short runs are made at three rates, and
+        descent is followed to half of the end of the highest one. At most, every lower rate is
+        tried, or descent is followed twice as far, with `DESCENT_ROOM`.
     """
-    training = config.reference(1.0)
+    training, given = config.reference(1.0), len(config.lr_times_sharpness)
     longest = max(config.lr_times_sharpness) * config.steps
-    descent = path_work(longest, 1.0) * examples / (config.steps * training.batch_size)
-    rates = min(len(config.lr_times_sharpness), TRIED_RATES)
-    return descent + rates * probe_runs * probe_steps(training) / config.steps
+    usual, most = (
+        gradients * examples / (config.steps * training.batch_size)
+        for gradients in (path_work(0.5 * longest, 1.0), DESCENT_ROOM * path_work(longest, 1.0))
+    )
+    rate = probe_runs * probe_steps(training) / config.steps
+    first = min(given, TRIED_RATES - 1) + (given > 1)
+    return usual + first * rate, most + max(first + 1, given) * rate
 
 
 def _few_calls(risk: EmpiricalRisk) -> EmpiricalRisk:
@@ -206,18 +219,6 @@ def _few_calls(risk: EmpiricalRisk) -> EmpiricalRisk:
     if small and fitting(risk.example_bytes(), risk.examples) == risk.examples:
         return risk.in_one_batch()
     return risk
-
-
-def _descended(
-    risk: EmpiricalRisk,
-    trainings: Sequence[Training],
-    sharpness: float,
-    progress: Progress | None,
-) -> DescentPath:
-    """Path of descent to the end of all trainings."""
-    longest = max(training.effective_lr * training.steps for training in trainings)
-    work = float(path_work(longest, sharpness))
-    return follow_descent(risk, longest, sharpness, counted(progress, "descent", work))
 
 
 def _predicted(
@@ -240,7 +241,7 @@ def _predicted(
     for training in _from_the_middle(trainings):
         end = risk.at(path.mean(training, training.steps))
         if anchor is not None and (descent := end.loss() - start) > best:
-            rows += _given_up(training, plan, descent)
+            rows += given_up(training, plan, descent)
             continue
         anchor = anchor or _measured(end, config, plan, progress)
         scaled = anchor.scaled_to(training)
@@ -250,12 +251,6 @@ def _predicted(
             table = table_of(risk, rows, start)
             best = table.loc[reliable(table), "predicted"].min()
     return rows
-
-
-def _given_up(training: Training, plan: Plan, descent: float) -> list[dict[str, Any]]:
-    """Rows of a training of which descent alone is known, of its last weights."""
-    own = Prediction(descent, *[np.nan] * 3)
-    return [row_of(training, plan, own, k, ITERATE) | {"predicted": descent} for k in plan.members]
 
 
 def _sharpness(risk: EmpiricalRisk, seed: int) -> float:

@@ -6,7 +6,7 @@ mode and without augmentation: on the very loss whose curvature and noise were m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ def train_runs(  # noqa: PLR0913 - options, by keyword
     seed: int = 0,
     lrs: Sequence[float] | None = None,
     draws: Sequence[Iterator[Tensor]] | None = None,
+    stopped: Collection[int] = (),
     seen: Seen | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -67,6 +68,9 @@ def train_runs(  # noqa: PLR0913 - options, by keyword
         Learning rate of every run of SGD or heavy ball; by default that of the training.
     draws : sequence of iterator of Tensor, optional
         Indices of the minibatches of every run, in place of those of the seed.
+    stopped : collection of int
+        Numbers of the runs that take no more steps, whose weights are NaN from then on; a set may
+        grow whenever weights are yielded.
     seen : callable, optional
         Called after every step with its number and the weights, shape (runs, p).
     progress : callable, optional
@@ -105,10 +109,11 @@ def train_runs(  # noqa: PLR0913 - options, by keyword
 
     done = 0
     for stop in at:
+        goes_on = torch.tensor([run not in stopped for run in range(runs)], device=weights.device)
         with risk.evaluating():
             for step in range(done + 1, stop + 1):
                 # A run that has diverged takes no more steps; its losses are infinite.
-                alive = weights.isfinite().all(1)
+                alive = weights.isfinite().all(1) & goes_on
                 if bool(alive.any()):
                     moved = slopes(weights, alive)
                     if adam is not None:

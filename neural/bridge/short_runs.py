@@ -1,14 +1,16 @@
 """Losses of trainings to come, from a few short runs and the path of noise-free descent.
 
 Short runs (`neural.bridge.probe`) tell at which learning rates a network stays near its minimum,
-and what noise adds to the loss there. They begin at the highest rate and at a quarter of it. Where
-runs leave, the next lower rate is tried; where the highest rate is the best one, twice that rate.
+and what noise adds to the loss there. They begin at the highest rate, a quarter of it and twice
+it. Where runs leave, the next lower rate is tried. Twice the highest rate counts only where the
+highest is the best one.
 
-The loss of a mean of many runs is that of noise-free descent, which is followed to the end of the
-training (`neural.bridge.descent_path`). What noise adds is scaled from the short run to the
-training by three laws of first order: it is proportional to the learning rate and to the trace of
-the noise where each ends; it has grown further as steps^a, with the exponent a that the short run
-shows; and the floor of the mean is proportional to the square of rate and noise.
+The loss of a mean of many runs is that of noise-free descent (`neural.bridge.descent_path`). It is
+followed to half of the end of the training, or less far where curvature grows, and extrapolated
+from there. What noise adds is scaled from the short run to the training by three laws of first
+order: it is proportional to the learning rate and to the trace of the noise where each ends; it has
+grown further as steps^a, with the exponent a that the short run shows; and the floor of the mean is
+proportional to the square of rate and noise.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 
 #: Examples from which the trace of the noise is measured; only its ratios count.
 TRACED = 256
-#: How often the highest rate may be doubled.
-DOUBLINGS = 3
+#: Descent takes at most so many times the gradients that it takes if curvature does not grow.
+DESCENT_ROOM = 1.25
 #: One row of the table.
 Row = dict[str, Any]
 
@@ -91,23 +93,21 @@ class ShortRuns:
             Of rates above one at which a run left, and of these, losses are NaN.
         """
         rates = sorted(trainings, key=lambda training: training.lr)
-        known = self._probed(rates[::-2][:2], {})
+        # A single rate is one that was asked for.
+        beyond = [replace(rates[-1], lr=2.0 * rates[-1].lr)] if len(rates) > 1 else []
+        known = self._probed([*beyond, *rates[::-2][:2]], {})
         while (below := _below(rates, known)) and len(below) < len(rates):
             if below[-1].lr in known:
                 break
             known = self._probed(below[-1:], known)
         rows = self._rows_of(below, known)
-        # A single rate is one that was asked for.
-        doublings = 0 if len(rates) > 1 else DOUBLINGS
-        while below == rates and doublings < DOUBLINGS and _best(rows, self) == rates[-1].lr:
-            rates = [*rates, replace(rates[-1], lr=2.0 * rates[-1].lr)]
-            known, doublings = self._probed(rates[-1:], known), doublings + 1
-            below = _below(rates, known)
-            rows += self._rows_of([each for each in below if each == rates[-1]], known)
-        for training in rates[len(below) :]:
-            if training.lr in known:
-                none = Prediction(*[np.nan] * 4)
-                rows += self._each(training, known[training.lr], ITERATE, none)
+        best = table_of(self.risk, rows, self.start).dropna(subset="predicted")
+        if len(best) and best.sort_values("predicted")["lr"].iloc[0] == rates[-1].lr:
+            rows += self._rows_of(_below(beyond, known), known)
+        for short in known.values():
+            if short.left:
+                training = replace(short.training, steps=rates[0].steps)
+                rows += self._each(training, short, ITERATE, Prediction(*[np.nan] * 4))
         return rows
 
     def _probed(
@@ -121,26 +121,37 @@ class ShortRuns:
         return known | {each.training.lr: each for each in new}
 
     def _rows_of(self, trainings: Sequence[Training], known: dict[float, Probe]) -> list[Row]:
-        """Rows of trainings at rates at which no run left."""
+        """Rows of trainings at rates at which no run left, increasing.
+
+        Noise only adds to the loss. Where descent alone ends above what a higher rate is expected
+        to reach, the noise is not scaled.
+        """
         if not trainings:
             return []
-        longest = max(training.effective_lr * training.steps for training in trainings)
-        if self.path is None or longest > self.path.times[-1]:
-            work = path_work(longest, self.sharpness)
-            if self.path is not None:
-                work -= path_work(float(self.path.times[-1]), self.sharpness)
-            told = counted(self.progress, f"descent to lr steps = {longest:.3g}", max(work, 1))
-            self.path = follow_descent(self.risk, longest, self.sharpness, told, self.path)
-        rows = []
+        longest = 0.5 * trainings[-1].effective_lr * trainings[-1].steps
+        self.path = follow_descent(
+            self.risk,
+            longest,
+            self.sharpness,
+            progress=self.progress,
+            known=self.path,
+            most=int(DESCENT_ROOM * path_work(longest, self.sharpness)),
+        )
+        rows: list[Row] = []
+        best = np.inf
         stayed = [each for each in known.values() if not each.left]
-        for training in trainings:
+        for training in reversed(trainings):
+            descent = self._descent(training, training.steps)
+            if descent > best:
+                rows += given_up(training, self.plan, descent)
+                continue
             near = min(stayed, key=lambda each: abs(np.log(each.training.lr / training.lr)))
-            rows += self._scaled(training, near)
+            rows += self._scaled(training, near, descent)
+            best = table_of(self.risk, rows, self.start)["predicted"].min()
         return rows
 
-    def _scaled(self, training: Training, short: Probe) -> list[Row]:
-        """Rows of a training: evaluated descent, and the noise of short runs near by."""
-        assert self.path is not None
+    def _scaled(self, training: Training, short: Probe, descent: float) -> list[Row]:
+        """Rows of a training: its descent, and the noise of short runs near by."""
         lr_ratio = training.lr / short.training.lr
         noise = lr_ratio * self._trace(training) / self._trace(short.training)
         longer = (training.steps / short.training.steps) ** short.growth
@@ -152,10 +163,10 @@ class ShortRuns:
         rows = []
         for weights, at, before, settled in times:
             excess, runs = short.excess(weights), short.plain
-            there = self.risk.loss(self.path.mean(short.training, before))
+            there = self.start + self._descent(short.training, before)
             floor = max(short.losses[weights][1] - excess / runs - there, 0.0)
             own = Prediction(
-                self.risk.loss(self.path.mean(training, at)) - self.start,
+                descent if weights == ITERATE else self._descent(training, at),
                 0.0,
                 floor * noise**2,
                 excess * noise * longer * settled ** (1.0 - short.growth),
@@ -163,12 +174,35 @@ class ShortRuns:
             rows += self._each(training, short, weights, own)
         return rows
 
-    def _trace(self, training: Training) -> float:
-        """Trace of the noise where the descent of a training ends."""
+    def _descent(self, training: Training, when: int | TimeAverage) -> float:
+        """Change of the loss by noise-free descent, after some steps or of an average.
+
+        Where a training ends after the path, an average lags behind the last weights as with a
+        lower rate whose training ends on it.
+        """
         assert self.path is not None
-        key = training.effective_lr, training.steps
+        near = self._on_path(training)
+        loss = self.risk.loss(self.path.mean(near, when))
+        if near is not training:
+            end = self.path.losses[-1] - self.path.fall(training.effective_lr * training.steps)
+            loss += end - self.risk.loss(self.path.mean(near, near.steps))
+        return loss - self.start
+
+    def _on_path(self, training: Training) -> Training:
+        """The training, or one of half its rate, and so on, that ends on the path."""
+        assert self.path is not None
+        room = float(self.path.times[-1]) * (1.0 + 1e-9)
+        while training.effective_lr * training.steps > room:
+            training = replace(training, lr=0.5 * training.lr)
+        return training
+
+    def _trace(self, training: Training) -> float:
+        """Trace of the noise where the descent of a training ends, or on the path before."""
+        assert self.path is not None
+        near = self._on_path(training)
+        key = near.effective_lr, near.steps
         if key not in self._traces:
-            end = self._few.at(self.path.mean(training, training.steps))
+            end = self._few.at(self.path.mean(near, near.steps))
             self._traces[key] = gradient_noise.trace(end)
         return self._traces[key]
 
@@ -204,6 +238,25 @@ def row_of(training: Training, plan: Plan, own: Prediction, members: int, weight
     row = dict.fromkeys(COLUMNS, np.nan) | {"way": plan.way} | asdict(training) | asdict(own)
     row |= {"members": members, "weights": weights, "noise_free": own.descent}
     return row | changes_of(own, members)
+
+
+def given_up(training: Training, plan: Plan, descent: float) -> list[Row]:
+    """Rows of a training of which descent alone is known, of its last weights.
+
+    Parameters
+    ----------
+    training, plan
+        The training, and its kind of runs.
+    descent : float
+        Change of the loss by noise-free descent.
+
+    Returns
+    -------
+    list of dict
+        For every K, with the descent as the expected change.
+    """
+    own = Prediction(descent, *[np.nan] * 3)
+    return [row_of(training, plan, own, k, ITERATE) | {"predicted": descent} for k in plan.members]
 
 
 def changes_of(own: Prediction, members: int) -> dict[str, float]:
@@ -247,12 +300,6 @@ def table_of(risk: EmpiricalRisk, rows: list[Row], start: float) -> pd.DataFrame
     if is_cross_entropy(risk.example_loss):
         table = table[~(table["predicted"] <= -start)]
     return table
-
-
-def _best(rows: list[Row], measured: ShortRuns) -> float:
-    """Learning rate of least predicted loss; NaN if none is possible."""
-    table = table_of(measured.risk, rows, measured.start).dropna(subset="predicted")
-    return float(table.sort_values("predicted")["lr"].iloc[0]) if len(table) else np.nan
 
 
 def _below(rates: Sequence[Training], known: dict[float, Probe]) -> list[Training]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from torch import Tensor
 
 from neural.bridge.config import Plan, Training
 from neural.bridge.probe import (
@@ -56,6 +58,26 @@ def test_runs_at_several_rates_are_those_of_each_alone() -> None:
     torch.testing.assert_close(together, torch.cat([low, high]))
 
 
+def test_stopped_runs_take_no_more_steps() -> None:
+    risk, training = tanh_risk(), Training(0.1, 8, 4)
+    stopped: set[int] = set()
+    taken: list[list[int]] = [[], [], []]
+
+    def counted(run: int) -> Iterator[Tensor]:
+        for index in minibatches(risk.examples, training, (0, run)):
+            taken[run].append(run)
+            yield index
+
+    draws = [counted(run) for run in range(3)]
+    for step, last in train_runs(risk, training, 3, [2, 4], draws=draws, stopped=stopped):
+        assert bool(last.isfinite().all()) == (step == 2)
+        stopped.add(1)
+    assert [len(each) for each in taken] == [4, 2, 4]
+    ((_, whole),) = train_runs(risk, training, 3, [4])
+    assert last[1].isnan().all()
+    torch.testing.assert_close(last[[0, 2]], whole[[0, 2]])
+
+
 def test_hard_minibatches_hold_copies_of_one_example() -> None:
     drawn = [torch.full((5,), -1) for _ in range(4 * EVERY)]
     taken = list(islice(_hard(iter(drawn), torch.tensor([7, 9]), 2), len(drawn)))
@@ -85,6 +107,8 @@ def test_runs_that_leave_are_counted() -> None:
     trainings = [Training(lr, 8, 400) for lr in (0.02, 1.4, 1e200)]
     calm, wild, infinite = probe(risk, trainings, plan, 4, stiffest(risk))
     assert (calm.left, wild.left, infinite.left) == (0, 4, 4)
+    assert calm.losses
+    assert not wild.losses
     told: list[int] = []
     (alone,) = probe(risk, trainings[2:], plan, 4, stiffest(risk), told.append)
     assert alone.left == 4
