@@ -19,7 +19,7 @@ from neural.bridge.iterate_averages import TimeAverage
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.shuffled import scatter_sums, sums_at_end
 from neural.curvature.local_quadratic import LocalQuadratic
-from nqm import stability_edge
+from nqm import Problem, stability_edge
 
 FloatArray = NDArray[np.float64]
 #: Variances below this fraction of the largest are rounding errors and are set to zero.
@@ -209,7 +209,9 @@ def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
     float
         Learning rate of the optimizer, not the effective one.
     """
-    return float(stability_edge(local.problem(), training.algorithm))
+    # The direction of largest curvature becomes unstable first; a problem of all takes longer.
+    largest = max(float(local.points()[0].max(initial=0.0)), np.finfo(float).tiny)
+    return float(stability_edge(Problem([largest], [0.0]), training.algorithm))
 
 
 def noise_sums(
