@@ -20,7 +20,7 @@ from neural.bridge.config import Training
 from neural.bridge.drift import Drift, calm_end, measure_drift, passes_at_displacements
 from neural.bridge.kinks import find_kinks
 from neural.bridge.noise_free_path import NoiseFreePath
-from neural.bridge.scatter import covariance, largest_stable_lr
+from neural.bridge.scatter import covariance, edge_of, largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Smoothing, half_of, measure_descent, measure_smoothing
 from neural.curvature.cache import Cache
@@ -260,8 +260,6 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         return WeightGaussian(training, local, drift_at(local), path=path)
 
     def at_balance(found: WeightGaussian) -> WeightGaussian:
-        if not found.stable:
-            return found
         drift = balanced(
             risk,
             found.drift,
@@ -330,7 +328,7 @@ def rounds_to_come(averages: Smoothing | None, training: Training) -> int:
     if averages is None or not abs(averages.noise_growth(training)) > GROWTH:
         return 0
     sharpest = float(np.linalg.eigvalsh(averages.mean_hessian(training))[-1])
-    return ROUNDS if training.lr * sharpest < 2.0 * (1.0 + training.momentum) else 0
+    return ROUNDS if training.lr < edge_of(sharpest, training) else 0
 
 
 def work_of_balance(local: LocalQuadratic, displacements: int, lanczos_steps: int) -> int:

@@ -186,9 +186,8 @@ class NoiseFreePath:
         float, or ndarray of the shape of `when`
             In [0, 1].
         """
-        times = self._times(training, when)
         whole = max(float(self.lengths[-1]), 1e-300)
-        return np.interp(times, np.arange(len(self.lengths)), self.lengths)[()] / whole
+        return self._length(self._times(training, when))[()] / whole
 
     def shares(self, training: Training, when: float | TimeAverage | FloatArray) -> FloatArray:
         """Interpolation in the length of the way: shares of what is known at the knots.
@@ -237,10 +236,12 @@ class NoiseFreePath:
 
     def _part(self, times: FloatArray, i: int) -> FloatArray:
         """Length from the knot before knot i, as a fraction of that to knot i."""
-        steps = np.arange(len(self.lengths))
         start, end = self.lengths[[0, *self.knots][i]], self.lengths[self.knots[i]]
-        done = np.interp(times, steps, self.lengths) - start
-        return np.asarray(done / max(end - start, 1e-300))
+        return np.asarray((self._length(times) - start) / max(end - start, 1e-300))
+
+    def _length(self, times: FloatArray) -> FloatArray:
+        """Length of the way after steps of this path."""
+        return np.asarray(np.interp(times, np.arange(len(self.lengths)), self.lengths))
 
     def _shares(self, times: FloatArray, parts: Sequence[FloatArray]) -> FloatArray:
         """Shares of the knots, given how far each part of the way is done."""
@@ -291,6 +292,9 @@ def measure_path(
     halvings = np.arange(TRACES * np.log2(training.steps) + 1.0) / TRACES
     traced = sorted({0, *(training.steps * 0.5**halvings).round().astype(int).tolist()})
 
+    def moved_to(places: Sequence[Tensor]) -> FloatArray:
+        return np.stack([(w - risk.weights).double().cpu().numpy() for w in places])
+
     def trained() -> dict[str, Any]:
         running, last, lengths = Running(averages, risk.weights), risk.weights, [0.0]
         traces = [gradient_noise.trace(risk)]
@@ -312,17 +316,15 @@ def measure_path(
         losses = noise_free(risk, training, at, seen=seen) - start
         means = [running.values[average.name] for average in averages]
         places = [last, *means]
-        turned = [weights for _, weights, _ in turns.found]
+        knots = [*turns.found, (training.steps, last, traces[-1])]
         return {
             "losses": np.concatenate([[0.0], losses, [risk.loss(mean) - start for mean in means]]),
             "lengths": np.array(lengths),
-            "ends": np.stack([(w - risk.weights).double().cpu().numpy() for w in places]),
+            "ends": moved_to(places),
             "slopes": np.stack([risk.gradient(w).double().cpu().numpy() for w in places]),
             "traces": np.array(traces),
-            "knots": np.array([*(step for step, *_ in turns.found), training.steps]),
-            "places": np.stack(
-                [(w - risk.weights).double().cpu().numpy() for w in [*turned, last]]
-            ),
+            "knots": np.array([step for step, *_ in knots]),
+            "places": moved_to([weights for _, weights, _ in knots]),
         }
 
     own = replace(training, batch_size=1, sampling="with replacement")  # they do not matter

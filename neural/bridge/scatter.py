@@ -209,9 +209,24 @@ def largest_stable_lr(local: LocalQuadratic, training: Training) -> float:
     float
         Learning rate of the optimizer, not the effective one.
     """
-    # The direction of largest curvature becomes unstable first; a problem of all takes longer.
-    largest = max(float(local.points()[0].max(initial=0.0)), np.finfo(float).tiny)
-    return float(stability_edge(Problem([largest], [0.0]), training.algorithm))
+    return edge_of(float(local.points()[0].max(initial=0.0)), training)
+
+
+def edge_of(largest: float, training: Training) -> float:
+    """`largest_stable_lr` by the largest curvature, whose direction becomes unstable first.
+
+    Parameters
+    ----------
+    largest : float
+        Largest curvature.
+    training : Training
+        Gives the momentum.
+
+    Returns
+    -------
+    float
+    """
+    return float(stability_edge(Problem([max(largest, 1e-300)], [0.0]), training.algorithm))
 
 
 def noise_sums(
