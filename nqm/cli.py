@@ -169,6 +169,9 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.version_option(package_name="late-phase-nqm")
 def main() -> None:
     """Noisy quadratic theory of SGD, weight averaging and late-phase weights."""
+    # On a busy machine a second BLAS thread makes an eigendecomposition some hundred times slower:
+    # both wait for each other at every step. NumPy, which reads this, is not loaded yet.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def options(*names: str) -> Callable[[Any], Any]:

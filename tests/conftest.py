@@ -13,6 +13,12 @@ import pytest
 from hypothesis import settings
 
 from nqm import Problem
+from nqm.runs.executors import share_machine
+
+# A second BLAS thread is a hundred times slower on a busy machine; processes that tests start
+# read the variable.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+share_machine()
 
 if find_spec("torch"):
     import torch

@@ -30,11 +30,12 @@ from neural.bridge.gaussian import (
     work_of_balance,
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
+from neural.bridge.measure_smoothing import averaging_work, half_of, measure_descent
 from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
 from neural.bridge.prediction import expected_excess
 from neural.bridge.scatter import largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic, mean_model, member_mask, risk_of_mean
-from neural.bridge.smoothing import Smoothing, averaging_work, half_of, measure_descent
+from neural.bridge.smoothing import Smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.checks import check_data
 from neural.curvature.local_quadratic import LocalQuadratic, measure_local

@@ -19,10 +19,11 @@ from neural.bridge.balance import balance_work, balanced
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, calm_end, measure_drift, passes_at_displacements
 from neural.bridge.kinks import find_kinks
+from neural.bridge.measure_smoothing import half_of, measure_descent, measure_smoothing
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, edge_of, largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.smoothing import Smoothing, half_of, measure_descent, measure_smoothing
+from neural.bridge.smoothing import Smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk

@@ -421,13 +421,14 @@ def measured_risk(
         return risk
     if progress is not None:
         progress("minimise", 0.0)
-    steps = float(config.minimise) * (2.0 if config.minimise_lr is None else 1.0)
+    # AdamW's decay depends on its second moments, and these on the minimum.
+    rounds = DECOUPLED if config.optimizer == ADAMW else 1
+    steps = rounds * config.minimise * (2.0 if config.minimise_lr is None else 1.0)
     told = counted(progress, "minimise", steps)
 
     def minimised() -> dict[str, Any]:
         minimum = risk
-        # AdamW's decay depends on its second moments, and these on the minimum.
-        for _ in range(DECOUPLED if config.optimizer == ADAMW else 1):
+        for _ in range(rounds):
             own = decoupled(minimum, config)
             found = minimise(own, config.minimise, config.minimise_lr, progress=told)
             minimum = risk.at(found.weights)

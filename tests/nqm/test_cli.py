@@ -127,6 +127,27 @@ def test_help_and_import_stay_light() -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("asked", [None, "2"])
+def test_a_command_has_one_blas_thread_unless_told(asked: str | None) -> None:
+    program = """
+import os
+from nqm.cli import main
+main(["list"], standalone_mode=False)
+import scipy.linalg
+from threadpoolctl import threadpool_info
+blas = [one for one in threadpool_info() if one["internal_api"] == "openblas"]
+print(os.environ["OPENBLAS_NUM_THREADS"], all(one["num_threads"] == 1 for one in blas))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    if asked is not None:
+        environment["OPENBLAS_NUM_THREADS"] = asked
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told, alone = done.stdout.splitlines()[-1].split()
+    assert told == (asked or "1")
+    assert asked or alone == "True"
+
+
 # --- commands --------------------------------------------------------------------------------
 
 

@@ -17,9 +17,10 @@ from neural.bridge.best_lr import best_lrs
 from neural.bridge.comparison import Outcome, compare_training
 from neural.bridge.config import BridgeConfig, Plan
 from neural.bridge.gaussian import measure_averages, measure_gaussian
+from neural.bridge.measure_smoothing import measure_descent
 from neural.bridge.noise_free_path import farthest, measure_path
 from neural.bridge.prediction import predict_each
-from neural.bridge.smoothing import Smoothing, measure_descent
+from neural.bridge.smoothing import Smoothing
 from neural.bridge.timing import STAGES, cost_table
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import measure_local

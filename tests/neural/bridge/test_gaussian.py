@@ -20,6 +20,7 @@ from neural.bridge.gaussian import (
     nearest_gaussians,
 )
 from neural.bridge.kinks import find_kinks
+from neural.bridge.measure_smoothing import measure_descent, measure_smoothing
 from neural.bridge.prediction import predict_loss
 from neural.bridge.scatter import (
     covariance,
@@ -29,7 +30,6 @@ from neural.bridge.scatter import (
     noise_age,
     rest_trace,
 )
-from neural.bridge.smoothing import measure_descent, measure_smoothing
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
 from tests.tiny_risks import Bowl, scatter, slide, tanh_risk

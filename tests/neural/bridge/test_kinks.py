@@ -14,9 +14,10 @@ from neural.bridge import drift
 from neural.bridge.config import Training
 from neural.bridge.drift import Drift, measure_drift
 from neural.bridge.kinks import find_kinks
+from neural.bridge.measure_smoothing import measure_descent, measure_smoothing
 from neural.bridge.prediction import Prediction
 from neural.bridge.scatter import covariance
-from neural.bridge.smoothing import Kinks, Smoothing, measure_descent, measure_smoothing
+from neural.bridge.smoothing import Kinks, Smoothing
 from neural.curvature.local_quadratic import measure_local
 from neural.curvature.risk import EmpiricalRisk
 from tests.tiny_risks import Plain, scatter, tanh_risk

@@ -10,8 +10,9 @@ import torch
 
 from neural.bridge.config import Training
 from neural.bridge.drift import descended, measure_drift
+from neural.bridge.measure_smoothing import measure_descent, measure_smoothing
 from neural.bridge.scatter import covariance, displacements, matched_normals
-from neural.bridge.smoothing import Change, Kinks, Smoothing, measure_descent, measure_smoothing
+from neural.bridge.smoothing import Change, Kinks, Smoothing
 from neural.curvature.local_quadratic import measure_local
 from nqm.errors import NQMError
 from tests.tiny_risks import Bowl, tanh_risk

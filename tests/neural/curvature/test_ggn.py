@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from neural.bridge.config import Training
-from neural.bridge.smoothing import measure_descent, measure_smoothing
+from neural.bridge.measure_smoothing import measure_descent, measure_smoothing
 from neural.curvature import ggn
 from neural.curvature.cache import Cache, fingerprint
 from neural.curvature.local_quadratic import measure_local
