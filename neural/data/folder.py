@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -414,9 +416,22 @@ class _Asked(torch.utils.data.Sampler[list[_Index]]):
 
 
 def _ignore_stops(worker: int) -> None:
-    """A batch system signals every process; the one that trains still needs images to stop."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """A batch system signals every process; the one that trains still needs images to stop.
+
+    SIGTERM of the process that trains ends a worker: at its exit Python sends it and waits.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows, which have no batch systems
+        return
+    stops = (signal.SIGTERM, signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+
+    def listen() -> None:
+        while True:
+            told = signal.sigwaitinfo(stops)
+            if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _collate(examples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:

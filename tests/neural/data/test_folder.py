@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import multiprocessing
-import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +148,32 @@ def test_workers_leave_signals_to_the_process_that_trains(tree):
     own = set(multiprocessing.active_children()) - before
     assert own
     for process, number in itertools.product(own, (signal.SIGTERM, signal.SIGUSR1)):
-        os.kill(process.pid, number)
+        subprocess.run(["kill", f"-{number.value}", str(process.pid)], check=True)
     assert len(list(kept.epoch(1))) == 3
     assert all(process.is_alive() for process in own)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "list(images.epoch(0))",
+        "left = images.epoch(0), images.epoch(1); [next(each) for each in left]",
+        "raise ValueError",
+    ],
+)
+def test_a_script_that_used_workers_ends(tree, use):
+    """Python sends SIGTERM to all processes at exit and waits for them."""
+    program = f"""
+from pathlib import Path
+from neural.data import FolderBatches, ImageFolder
+tree, grey = ImageFolder.scan(Path({str(tree)!r})), (0.5, 0.5, 0.5)
+images = FolderBatches(tree, 5, mean=grey, std=grey, size=32, resize=40, workers=1)
+first = images.epoch(0)
+next(first)
+{use}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
+    assert done.returncode == ("raise" in use)
 
 
 def test_an_epoch_is_a_permutation_and_views_are_new_each_time(tree):
