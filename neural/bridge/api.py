@@ -15,8 +15,8 @@ from neural.bridge.comparison import (
     compare_training,
     joined,
     measure_training,
-    minibatches_of,
     predict_training,
+    training_work,
 )
 from neural.bridge.config import ADAPTIVE, BridgeConfig, Plan, Training
 from neural.bridge.control_variate import measure_control_variate
@@ -569,7 +569,7 @@ def compare(
         held_out = _held_out(part, its_plan, its_test, progress)
         for gaussian, own in zip(part.gaussians, held_out, strict=True):
             stage = f"train {len(outcomes) + 1} of {count}"
-            work = float(gaussian.training.steps) * minibatches_of(its_plan)
+            work = training_work(gaussian.training, its_plan, part.risk, its_test)
             if progress is not None:  # also where the training is in the cache, and only tabulated
                 progress(stage, 0.0)
             outcomes.append(
@@ -655,7 +655,7 @@ def store_training(
         test=its_test,
         cache=options["cache"],
         progress=counted(
-            options["progress"], "train", float(training.steps) * minibatches_of(its_plan)
+            options["progress"], "train", training_work(training, its_plan, own, its_test)
         ),
     )
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +20,14 @@ from neural.bridge.prediction import predict_each, predict_loss
 from neural.bridge.sgd_chains import group_losses, train_late_phase, train_runs
 from neural.curvature.cache import Cache
 from neural.curvature.risk import EmpiricalRisk
+from nqm.progress import times
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FloatArray = NDArray[np.float64]
+#: Work of the gradient of an example's loss in a minibatch, in losses among all examples; about.
+GRADIENT = 2
 #: In place of values that are not measured.
 UNKNOWN = np.full((1, 1), np.nan)
 MEASURED = [
@@ -153,7 +155,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
     cache : Cache, optional
         Stores the result.
     progress : callable, optional
-        Called with the number of minibatches done since the last call.
+        Called with the work done since the last call (`training_work`).
 
     Returns
     -------
@@ -170,23 +172,40 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
     start = risk.loss()
     test_loss = None if test is None else loss_of(test)
     margins = isinstance(test, EmpiricalRisk) and test.loss_and_margins(test.weights)[1] is not None
+    of_gradient = times(progress, GRADIENT * training.batch_size)
+    of_loss = times(progress, risk.examples)
+    of_test = times(progress, _examples(test))
+
+    def tested(snapshots: list[Tensor], groups_of: int) -> Iterator[tuple[str, FloatArray]]:
+        """Test loss of the last weights; with one label for each example, the accuracy as well."""
+        if test_loss is None:
+            return
+        if not (margins and isinstance(test, EmpiricalRisk)):
+            yield "test", group_losses(test_loss, snapshots[-1:], groups_of, of_test)
+            return
+        right: list[float] = []
+
+        def loss(w: Tensor) -> float:
+            value, margin = test.loss_and_margins(w)
+            assert margin is not None
+            right.append(float((margin > 0.0).double().mean()))
+            return value
+
+        yield "test", group_losses(loss, snapshots[-1:], groups_of, of_test)
+        yield "accuracy", np.array(right)[:, None]
 
     def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
         arrays = {}
         for weights, taken in snapshots.items():
             chosen = taken if weights != ITERATE or k in ends else taken[-len(late) :]
-            arrays[f"{weights}{k}"] = group_losses(risk.loss, chosen, groups_of) - start
-            if test_loss is not None:
-                arrays[f"test-{weights}{k}"] = group_losses(test_loss, taken[-1:], groups_of)
-            if isinstance(test, EmpiricalRisk) and margins:
-                right = group_losses(partial(_accuracy, test), taken[-1:], groups_of)
-                arrays[f"accuracy-{weights}{k}"] = right
+            arrays[f"{weights}{k}"] = group_losses(risk.loss, chosen, groups_of, of_loss) - start
+            arrays |= {f"{what}-{weights}{k}": of for what, of in tested(taken, groups_of)}
         return arrays
 
     def independent() -> dict[str, Any]:
         averages = Running(plan.averages(training), risk.weights.repeat(plan.runs, 1))
         trained = train_runs(
-            risk, training, plan.runs, at, seed=plan.seed, seen=averages, progress=progress
+            risk, training, plan.runs, at, seed=plan.seed, seen=averages, progress=of_gradient
         )
         snapshots = {ITERATE: [w for _, w in trained]}
         snapshots |= {name: [mean] for name, mean in averages.values.items()}
@@ -207,7 +226,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
             member_lr_ratio=plan.member_lr_ratio,
             seed=seed,
             seen=averages,
-            progress=progress,
+            progress=of_gradient,
         )
         iterates = torch.stack([w for _, w in trained])
         return {ITERATE: iterates} | {name: w[None] for name, w in averages.values.items()}
@@ -267,10 +286,10 @@ def _tabulate(
                     },
                 )
     rows, course = [], []
-    for weights, times in columns.items():
+    for weights, part in columns.items():
         losses = {k: known[f"{weights}{k}"] for k in plan.members}
         if controls:
-            losses = _calmed(losses, {k: variate[:, times] for k, variate in controls.items()})
+            losses = _calmed(losses, {k: variate[:, part] for k, variate in controls.items()})
         for k, groups in losses.items():
             plain = known[f"{weights}{k}"]
             gain = (np.nan, np.nan) if k == 1 else _gain(losses.get(1), groups, k, count)
@@ -324,7 +343,7 @@ def _runs(plan: Plan, members: int) -> list[int]:
 
 
 def minibatches_of(plan: Plan) -> int:
-    """Number of minibatches of one step of all runs, for a progress bar.
+    """Number of minibatches of one step of all runs.
 
     Parameters
     ----------
@@ -339,11 +358,35 @@ def minibatches_of(plan: Plan) -> int:
     return sum(k * len(_runs(plan, k)) for k in plan.members)
 
 
-def _accuracy(test: EmpiricalRisk, w: Tensor) -> float:
-    """Fraction of the examples whose margin is above 0."""
-    margins = test.loss_and_margins(w)[1]
-    assert margins is not None
-    return float((margins > 0.0).double().mean())
+def training_work(
+    training: Training, plan: Plan, risk: EmpiricalRisk, test: TestLoss | None = None
+) -> int:
+    """Work that `measure_training` reports, for a progress bar.
+
+    Parameters
+    ----------
+    training, plan, risk, test
+        See `measure_training`.
+
+    Returns
+    -------
+    int
+        In losses of one example: those of the gradients, and those of all mean weights.
+    """
+    averages = len(plan.averages(training))
+    ends = {min(plan.members), max(plan.members)}
+    work = GRADIENT * training.batch_size * training.steps * minibatches_of(plan)
+    for k in plan.members:
+        groups = plan.runs // k if plan.late_phase is None else len(_runs(plan, k))
+        course = training.course_steps if k in ends else training.record_steps
+        losses = (len(course(plan.records)) + averages) * risk.examples
+        work += groups * (losses + (1 + averages) * _examples(test))
+    return work
+
+
+def _examples(test: TestLoss | None) -> int:
+    """Number of test examples; of a function that is given, unknown, 0."""
+    return test.examples if isinstance(test, EmpiricalRisk) else 0
 
 
 def _test(known: dict[str, Any], weights: str, members: int) -> tuple[float, float, float, float]:

@@ -335,7 +335,10 @@ def noise_free(
 
 
 def group_losses(
-    loss: Callable[[Tensor], float], snapshots: Sequence[Tensor], members: int
+    loss: Callable[[Tensor], float],
+    snapshots: Sequence[Tensor],
+    members: int,
+    progress: Callable[[int], None] | None = None,
 ) -> FloatArray:
     """Compute the loss of the mean weights of groups of K runs.
 
@@ -347,6 +350,8 @@ def group_losses(
         Weights of all runs, one tensor for each time.
     members : int
         Number of runs in a group, K. Runs that do not fill a group are not used.
+    progress : callable, optional
+        Called with 1 after every loss.
 
     Returns
     -------
@@ -354,5 +359,10 @@ def group_losses(
         Infinite where the weights have diverged.
     """
     groups = len(snapshots[0]) // members
-    means = [[w[g * members : (g + 1) * members].mean(0) for w in snapshots] for g in range(groups)]
-    return np.nan_to_num([[loss(mean) for mean in row] for row in means], nan=np.inf, posinf=np.inf)
+    losses = np.empty((groups, len(snapshots)))
+    for group, time in np.ndindex(losses.shape):
+        runs = snapshots[time][group * members : (group + 1) * members]
+        losses[group, time] = loss(runs.mean(0))
+        if progress is not None:
+            progress(1)
+    return np.nan_to_num(losses, nan=np.inf, posinf=np.inf)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from neural.bridge.api import WITHOUT_NOISE, Options, parts_of, store_part, store_training
-from neural.bridge.comparison import minibatches_of
+from neural.bridge.comparison import minibatches_of, training_work
 from neural.bridge.config import BridgeConfig, Plan
 from neural.bridge.drift import passes_at_displacements
 from neural.bridge.held_out import DISPLACEMENTS
@@ -148,8 +148,8 @@ def _work(bridged: Bridged) -> dict[str, float]:
         "test loss": 2.0 * kinds * min(config.displacements, DISPLACEMENTS) * tested,
     }
     if config.train:
-        minibatches = config.steps * minibatches_of(plan)
-        work["train"] = 2.0 * minibatches * config.batch_sizes[0] / examples
+        training = config.trainings(1.0)[0]
+        work["train"] = training_work(training, plan, bridged.risk, bridged.test) / examples
     return work
 
 

@@ -16,6 +16,7 @@ from neural.bridge.comparison import (
     compare_training,
     measure_training,
     predict_training,
+    training_work,
 )
 from neural.bridge.config import Plan, Training
 from neural.bridge.gaussian import measure_gaussian
@@ -195,6 +196,21 @@ def test_runs_that_diverged_are_tabulated_without_a_warning(bowl: Bowl) -> None:
     assert table[["error", "gain", "test_gain"]].isna().all(axis=None)
 
 
+@pytest.mark.parametrize("late_phase", [None, "all"])
+@pytest.mark.parametrize("tested", [True, False])
+def test_progress_counts_gradients_and_losses(
+    bowl: Bowl, late_phase: str | None, tested: bool
+) -> None:
+    told: list[int] = []
+    training = replace(PLAIN, steps=8)
+    plan = Plan((2, 4), 8, records=2, late_phase=late_phase)
+    test = bowl.risk.on(bowl.risk.batches) if tested else None
+    measure_training(bowl.risk, training, plan, test=test, progress=told.append)
+    assert sum(told) == training_work(training, plan, bowl.risk, test)
+    least = 2 * training.batch_size * 8 * 8
+    assert sum(told) > least + 8 * bowl.risk.examples
+
+
 def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
     gaussian = gaussian_of(bowl, PLAIN)
     told: list[int] = []
@@ -211,7 +227,7 @@ def test_a_second_call_does_not_train(bowl: Bowl, tmp_path: Path) -> None:
     plan = Plan((1, 2), 4)
     short = replace(PLAIN, steps=5)
     first = run(short, plan)
-    assert sum(told) == 4 * 5
+    assert sum(told) == training_work(short, plan, bowl.risk)
     again = run(short, plan)
     assert not told
     pd.testing.assert_frame_equal(first, again)
