@@ -167,8 +167,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
         control variate; test_loss, test_error: the mean test loss; and test_gain, test_gain_error:
         the mean test loss of a group's single runs, of their last weights, less that of the row.
     """
-    at, late = training.course_steps(plan.records), training.record_steps(plan.records)
-    ends = {min(plan.members), max(plan.members)}
+    at = training.course_steps(plan.records)
     start = risk.loss()
     test_loss = None if test is None else loss_of(test)
     margins = isinstance(test, EmpiricalRisk) and test.loss_and_margins(test.weights)[1] is not None
@@ -197,7 +196,7 @@ def measure_training(  # noqa: PLR0913 - options, by keyword
     def losses(k: int, snapshots: dict[str, list[Tensor]], groups_of: int) -> dict[str, Any]:
         arrays = {}
         for weights, taken in snapshots.items():
-            chosen = taken if weights != ITERATE or k in ends else taken[-len(late) :]
+            chosen = taken[-len(_recorded(training, plan, k)) :]  # of an average there is one
             arrays[f"{weights}{k}"] = group_losses(risk.loss, chosen, groups_of, of_loss) - start
             arrays |= {f"{what}-{weights}{k}": of for what, of in tested(taken, groups_of)}
         return arrays
@@ -374,14 +373,19 @@ def training_work(
         In losses of one example: those of the gradients, and those of all mean weights.
     """
     averages = len(plan.averages(training))
-    ends = {min(plan.members), max(plan.members)}
     work = GRADIENT * training.batch_size * training.steps * minibatches_of(plan)
     for k in plan.members:
         groups = plan.runs // k if plan.late_phase is None else len(_runs(plan, k))
-        course = training.course_steps if k in ends else training.record_steps
-        losses = (len(course(plan.records)) + averages) * risk.examples
+        losses = (len(_recorded(training, plan, k)) + averages) * risk.examples
         work += groups * (losses + (1 + averages) * _examples(test))
     return work
+
+
+def _recorded(training: Training, plan: Plan, members: int) -> Sequence[int]:
+    """Steps after which the loss of the mean of K runs is measured."""
+    ends = {min(plan.members), max(plan.members)}
+    steps = training.course_steps if members in ends else training.record_steps
+    return steps(plan.records)
 
 
 def _examples(test: TestLoss | None) -> int:
