@@ -140,6 +140,7 @@ def against_members(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         yscale="log", xlabel="members $K$", ylabel="rise of the loss", title="members (dots: floor)"
     )
     legend_above(ax, 3, "lr")
+    _say_if_empty(ax, rows["predicted_rise"])
     return ax
 
 
@@ -178,6 +179,7 @@ def against_rate(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_title("learning rate")
     legend_above(ax, 3)
     plain_log(ax.yaxis)
+    _say_if_empty(ax, rows["predicted_rise"])
     return ax
 
 
@@ -211,6 +213,7 @@ def against_batch_size(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_title(f"batch size, lr {lr:.2g}")
     legend_above(ax, 3)
     plain_log(ax.yaxis)
+    _say_if_empty(ax, rows["predicted_rise"])
     return ax
 
 
@@ -275,6 +278,7 @@ def averages(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_title(f"averages over time, $K$ = {fewest}")
     legend_above(ax, 3)
     plain_log(ax.yaxis)
+    _say_if_empty(ax, rows["predicted_rise"])
     return ax
 
 
@@ -421,7 +425,17 @@ def residuals(table: pd.DataFrame, largest: float, *, ax: Axes | None = None) ->
     for part in (one for container in ax.containers for one in container.get_children()):
         part.set_clip_path(shown_part)
     legend_above(ax, 3)
+    _say_if_empty(ax, table["ratio"], "nothing to compare")
     return ax
+
+
+def _say_if_empty(ax: Axes, values: pd.Series[float], words: str = "not predicted") -> None:
+    """Say so where there is no value, as beyond the range of the theory."""
+    if not np.isfinite(values).any():
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_ticks([])
+            axis.set_minor_locator(NullLocator())
+        ax.text(0.5, 0.25, words, transform=ax.transAxes, ha="center", gid="empty")
 
 
 def _at_first_size(table: pd.DataFrame) -> pd.Series[bool]:

@@ -267,6 +267,8 @@ def legend_above(ax: Axes, columns: int = 2, title: str = "") -> None:
     share = 0.05 + 0.11 * rows
     low, high = ax.get_ylim()
     if ax.get_yscale() == "log":
+        if low <= 0.0:  # without any data a logarithmic axis keeps the limits of a linear one
+            low, high = 0.1, 1.0
         ax.set_ylim(low, high * (high / low) ** (share / (1.0 - share)))
     else:
         ax.set_ylim(low, high + (high - low) * share / (1.0 - share))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neural.bridge.drift import SAMPLE, Drift, draw_index
-from neural.bridge.response import Function, response
+from neural.bridge.response import Function, flat_below_zero, response
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.scatter import matched_normals, noise_age
 from neural.curvature.cache import Cache
@@ -72,7 +72,9 @@ def balanced(  # noqa: PLR0913 - options, by keyword
     """
     training, pairs = drift.training, drift.local.pairs
     age, lag = noise_age(drift.local, training), _lag(drift)
-    now, later = (response(training, training.steps, delay) for delay in (age, lag))
+    now, later = (
+        flat_below_zero(response(training, training.steps, delay)) for delay in (age, lag)
+    )
 
     def part(h: FloatArray) -> FloatArray:
         """Displacement by a force that begins later, over that by the force."""
@@ -168,9 +170,9 @@ def _lag(drift: Drift) -> float:
     The displacement after every step is compared with that after the last one by the loss of both.
     """
     steps, age = drift.training.steps, noise_age(drift.local, drift.training)
-    last = response(drift.training, steps, age)
+    last = flat_below_zero(response(drift.training, steps, age))
     times = (np.arange(TIMES) + 0.5) * steps / TIMES
-    course = [response(drift.training, time, age) for time in times]
+    course = [flat_below_zero(response(drift.training, time, age)) for time in times]
 
     def mean(h: FloatArray) -> FloatArray:
         return np.asarray(np.mean([psi(h) for psi in course], axis=0))

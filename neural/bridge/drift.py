@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from neural.bridge.config import SHUFFLED, Training
 from neural.bridge.noise_free_path import NoiseFreePath
-from neural.bridge.response import Function, When, response
+from neural.bridge.response import Function, When, flat_below_zero, response
 from neural.bridge.scatter import displacements as displacements_of
 from neural.bridge.scatter import matched_normals, noise_age
 from neural.bridge.shared_base import SharedBaseQuadratic
@@ -105,7 +105,7 @@ class Drift:
 
     def _response(self, training: Training, when: When) -> Function:
         """Response to a force that builds up with the scatter: it acts later by the noise's age."""
-        return response(training, when, noise_age(self.local, training))
+        return flat_below_zero(response(training, when, noise_age(self.local, training)))
 
     def floor(self, training: Training, when: When) -> float:
         """Loss caused by the drift in the mean of any number of members.
@@ -121,12 +121,12 @@ class Drift:
         -------
         float
         """
-        psi, h = self._response(training, when), self.local.pairs.values
+        psi, h = self._response(training, when), np.maximum(self.local.pairs.values, 0.0)
         first, second = (psi(h) * half for half in self.force_top)
         curved = h * second if self.loss_curvature is None else self.loss_curvature @ second
         value = first @ curved
         if len(self.force_rest[0].values):
-            moved = self.force_rest[0].apply(lambda h: psi(h) ** 2 * h)
+            moved = self.force_rest[0].apply(lambda h: psi(h) ** 2 * np.maximum(h, 0.0))
             value += moved @ self.force_rest[1].apply(np.ones_like)
         return 0.5 * float(value) * training.noise_ratio(self.training) ** 2
 
@@ -146,7 +146,10 @@ class Drift:
         """
         if path is not None:
             return float(path.slope(training, when) @ self.displacement(training, when))
-        pushed, descended = self._response(training, when), response(training, when)
+        pushed, descended = (
+            self._response(training, when),
+            flat_below_zero(response(training, when)),
+        )
 
         def function(h: FloatArray) -> FloatArray:
             return pushed(h) * (descended(h) * h - 1.0)

@@ -65,3 +65,21 @@ def response(training: Training, when: When, delay: float = 0.0) -> Function:
         return np.asarray(state[..., 2, 0])
 
     return psi
+
+
+def flat_below_zero(psi: Function) -> Function:
+    """Replace negative curvature by zero in a response.
+
+    On a quadratic, displacements along negative curvature grow exponentially; the loss, which is
+    bounded from below, bends back.
+
+    Parameters
+    ----------
+    psi : callable
+        Result of `response`.
+
+    Returns
+    -------
+    callable
+    """
+    return lambda h: psi(np.maximum(h, 0.0))

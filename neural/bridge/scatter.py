@@ -3,6 +3,9 @@
 With R = 1 - lr H and C the noise of a minibatch, t steps of SGD from a fixed start give the
 weights the covariance S = lr^2 sum over s < t of R^s C R^s. For heavy ball, R^s is replaced by the
 response of heavy ball to one step's noise after s further steps.
+
+Negative curvature counts as zero here. On a quadratic it would let the scatter grow exponentially;
+the loss, which is bounded from below, bends back.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def covariance(
         return local.mixed(mean, apart)
     training = _until(training, when)
     lr, steps = training.effective_lr, training.steps
-    u = lr * local.pairs.values
+    u = lr * np.maximum(local.pairs.values, 0.0)
     if isinstance(when, TimeAverage):
         sums = _averaged_sums(u, training, when, local.examples, joint=True)
     elif training.sampling == SHUFFLED:
@@ -87,7 +90,7 @@ def rest_trace(local: LocalQuadratic, training: Training) -> float:
         return 0.0
     lr = training.effective_lr
     squares = [
-        draw.amplitudes**2 @ noise_sums(lr * draw.values, training, local.examples)
+        draw.amplitudes**2 @ noise_sums(lr * np.maximum(draw.values, 0.0), training, local.examples)
         for draw in local.draws
     ]
     return local.draw_scale * lr**2 / training.batch_size * float(np.mean(squares))
@@ -187,7 +190,8 @@ def displacements(
         moved = vectors @ (root @ normal)
         if local.draws and len(local.draws[0].values):
             noise = local.draws[rng.integers(len(local.draws)) if draw is None else draw]
-            sums = noise_sums(lr * noise.values, training, local.examples, when)
+            u = lr * np.maximum(noise.values, 0.0)
+            sums = noise_sums(u, training, local.examples, when)
             moved = moved + noise.vectors @ (np.sqrt(scale * sums) * noise.amplitudes)
         return np.asarray(moved)
 

@@ -102,6 +102,7 @@ def test_what_is_saved_of_the_test_loss(table: pd.DataFrame) -> None:
         "rises below zero have no logarithm",
         pytest.param("nothing was measured", marks=pytest.mark.slow),
         "nothing was measured, and one batch size alone",
+        "nothing was predicted",
     ],
 )
 def test_the_page_is_drawn_of_any_table(
@@ -114,6 +115,10 @@ def test_the_page_is_drawn_of_any_table(
         names = ["measured", "error", "measured_rise", "ratio", "ratio_error"]
         table = table.assign(**dict.fromkeys(names, np.nan))
         course = course.assign(measured=np.nan, error=np.nan)
+    elif case == "nothing was predicted":  # beyond the edge of stability
+        names = ["predicted", "predicted_rise", "measured_rise", "ratio", "ratio_error", "floor"]
+        table = table.assign(**dict.fromkeys(names, np.nan))
+        course = course.assign(predicted=np.nan)
     else:
         table = table.assign(predicted_rise=-table["predicted_rise"], ratio=-table["ratio"])
     if case.startswith("rises below zero"):  # and with a panel of the test loss
@@ -123,6 +128,16 @@ def test_the_page_is_drawn_of_any_table(
     paths = draw_bridge(table, course, spectrum, tmp_path, case)
     assert [path.name for path in paths] == ["bridge.png", "bridge.pdf"]
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_an_empty_panel_says_so(table: pd.DataFrame) -> None:
+    panels = (bridge.against_members, bridge.against_rate, bridge.averages)
+    for panel in panels:
+        assert not panel(table).texts
+        words = [text.get_text() for text in panel(table.assign(predicted_rise=np.nan)).texts]
+        assert words == ["not predicted"]
+    words = [text.get_text() for text in bridge.residuals(table.assign(ratio=np.nan), 2.0).texts]
+    assert words == ["nothing to compare"]
 
 
 def test_the_law_goes_through_the_stiffest() -> None:
