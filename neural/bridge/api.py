@@ -20,7 +20,7 @@ from neural.bridge.comparison import (
 )
 from neural.bridge.config import ADAPTIVE, BridgeConfig, Plan, Training
 from neural.bridge.control_variate import measure_control_variate
-from neural.bridge.drift import descent
+from neural.bridge.drift import descent, passes_at_displacements
 from neural.bridge.gaussian import (
     WeightGaussian,
     gradients_and_products,
@@ -30,6 +30,7 @@ from neural.bridge.gaussian import (
     work_of_balance,
 )
 from neural.bridge.held_out import HeldOut, TestLoss, evaluations, measure_held_out
+from neural.bridge.kinks import KINKED
 from neural.bridge.measure_smoothing import averaging_work, half_of, measure_descent
 from neural.bridge.noise_free_path import NoiseFreePath, farthest, measure_path
 from neural.bridge.prediction import expected_excess
@@ -366,6 +367,8 @@ def _work_of_gaussian(
 ) -> float:
     """Most work of one Gaussian: where noise grows much, everything is measured again."""
     once, rounds = _work(local, config), rounds_to_come(averages, training)
+    if averages is not None and averages.kink_fraction() > KINKED:  # they are measured twice
+        once += passes_at_displacements(config.displacements, risk.examples)
     if not rounds:
         return once
     balance = work_of_balance(local, config.displacements, config.lanczos_steps)

@@ -46,6 +46,10 @@ FloatArray = NDArray[np.float64]
 SAMPLE = 128
 
 
+#: Fields of `Slopes`.
+SLOPES = ("displacements", "differences", "beyond", "rises")
+
+
 @dataclass(frozen=True)
 class Slopes:
     """Odd part of the gradients at both ends of n random displacements.
@@ -347,47 +351,15 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
     stored = (cache or Cache()).of(risk, seed=seed)
     known = local.pairs.vectors
     centre = risk.weights + vector(risk, calm_end(local, training, path))
-    apply = operator(risk, times(progress, PRODUCT))
 
     def sampled() -> dict[str, Any]:
-        samples = ExampleSamples(risk.at(centre), SAMPLE, [seed, 7])
-        work = passes_at_displacements(displacements, risk.examples)
-        rng, drawn = np.random.default_rng([seed, 3]), displacements_of(local, training)
-        # The two measurements of the force must be independent.
-        counts = (displacements + 1) // 2, displacements // 2
-        normals = [matched_normals(local, training, rng, count) for count in counts]
-        halves, rises = np.zeros((2, risk.size)), np.zeros(2)
-        moved, differences, beyond = [], [], np.zeros(3)
-        for i in range(displacements):
-            draw = draw_index(local, i)
-            d, part = drawn(rng, draw, normals[i % 2][i // 2]), samples.draw(i % 2, i // 2)
-            odd, even, loss = _both_ends(part, d)
-            _, near_even, near_loss = _both_ends(part, 0.5 * d)
-            middle = part.loss()
-            rises += loss - middle, near_loss - middle
-            halves[i % 2] += (even - near_even) / 0.75
-            moved.append(known.T @ d)
-            differences.append(known.T @ odd)
-            if draw is not None:
-                outside, rest = d - known @ moved[-1], local.draws[draw]
-                if isinstance(local, SharedBaseQuadratic):
-                    bent = outside @ apply(outside)
-                else:  # exact, as d lies in the span of the draw's vectors
-                    bent = rest.values @ (rest.vectors.T @ outside) ** 2
-                beyond += np.array([outside @ outside, bent, outside @ odd])
-            if progress is not None:
-                progress(work * (i + 1) // displacements - work * i // displacements)
-        forces = halves / np.array(counts)[:, None]
+        found = _at_displacements(
+            risk, risk.at(centre), local, training, displacements, seed, progress
+        )
         # With a shared base the members' own minibatches act on the mean by less; not derived.
         if training.sampling == SHUFFLED and not isinstance(local, SharedBaseQuadratic):
-            forces += order_force(risk.at(centre), local, training)
-        return {
-            "forces": forces,
-            "displacements": moved,
-            "differences": differences,
-            "beyond": beyond,
-            "rises": rises,
-        }
+            found["forces"] += order_force(risk.at(centre), local, training)
+        return found
 
     gradients = stored("slopes", sampled, **settings)
     forces = gradients["forces"]
@@ -403,9 +375,95 @@ def measure_drift(  # noqa: PLR0913 - options, by keyword
         for half in (0, 1)
     ]
     top = (known.T @ forces[0], known.T @ forces[1])
-    names = ("displacements", "differences", "beyond", "rises")
-    slopes = Slopes(*(np.asarray(gradients[name]) for name in names))
+    slopes = Slopes(*(np.asarray(gradients[name]) for name in SLOPES))
     return Drift(local, training, top, (rest[0], rest[1]), slopes)
+
+
+def slopes_at(
+    risk: EmpiricalRisk,
+    drift: Drift,
+    moved: FloatArray,
+    *,
+    displacements: int,
+    seed: int = 0,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> Slopes:
+    """Measure the slopes of a drift again, at the same displacements around another centre.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        See `measure_drift`.
+    drift : Drift
+        Result of `measure_drift`.
+    moved : ndarray, shape (p,)
+        The centre, relative to the checkpoint.
+    displacements, seed, cache, progress
+        See `measure_drift`.
+
+    Returns
+    -------
+    Slopes
+    """
+    local, training = drift.local, drift.training
+    settings = {"training": training, "displacements": displacements, "sample": SAMPLE}
+    settings |= {"local": local.key(), "moved": f"{float(np.linalg.norm(moved)):.8g}"}
+    centre = risk.at(risk.weights + vector(risk, moved))
+
+    def measured() -> dict[str, Any]:
+        found = _at_displacements(risk, centre, local, training, displacements, seed, progress)
+        return {name: found[name] for name in SLOPES}
+
+    found = (cache or Cache()).of(risk, seed=seed)("slopes_at_mean", measured, **settings)
+    return Slopes(*(np.asarray(found[name]) for name in SLOPES))
+
+
+def _at_displacements(
+    risk: EmpiricalRisk,
+    centre: EmpiricalRisk,
+    local: LocalQuadratic,
+    training: Training,
+    displacements: int,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Sums of the gradients' even part, for the force, and the fields of `Slopes`."""
+    known, apply = local.pairs.vectors, operator(risk, times(progress, PRODUCT))
+    samples = ExampleSamples(centre, SAMPLE, [seed, 7])
+    work = passes_at_displacements(displacements, risk.examples)
+    rng, drawn = np.random.default_rng([seed, 3]), displacements_of(local, training)
+    # The two measurements of the force must be independent.
+    counts = (displacements + 1) // 2, displacements // 2
+    normals = [matched_normals(local, training, rng, count) for count in counts]
+    halves, rises = np.zeros((2, risk.size)), np.zeros(2)
+    moved, differences, beyond = [], [], np.zeros(3)
+    for i in range(displacements):
+        draw = draw_index(local, i)
+        d, part = drawn(rng, draw, normals[i % 2][i // 2]), samples.draw(i % 2, i // 2)
+        odd, even, loss = _both_ends(part, d)
+        _, near_even, near_loss = _both_ends(part, 0.5 * d)
+        middle = part.loss()
+        rises += loss - middle, near_loss - middle
+        halves[i % 2] += (even - near_even) / 0.75
+        moved.append(known.T @ d)
+        differences.append(known.T @ odd)
+        if draw is not None:
+            outside, rest = d - known @ moved[-1], local.draws[draw]
+            if isinstance(local, SharedBaseQuadratic):
+                bent = outside @ apply(outside)
+            else:  # exact, as d lies in the span of the draw's vectors
+                bent = rest.values @ (rest.vectors.T @ outside) ** 2
+            beyond += np.array([outside @ outside, bent, outside @ odd])
+        if progress is not None:
+            progress(work * (i + 1) // displacements - work * i // displacements)
+    return {
+        "forces": halves / np.array(counts)[:, None],
+        "displacements": moved,
+        "differences": differences,
+        "beyond": beyond,
+        "rises": rises,
+    }
 
 
 def passes_at_displacements(displacements: int, examples: int) -> int:

@@ -8,22 +8,28 @@ and both change the mean curvature and noise (`neural.bridge.smoothing`, `neural
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from neural.bridge.balance import balance_work, balanced
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, calm_end, measure_drift, passes_at_displacements
-from neural.bridge.kinks import find_kinks
+from neural.bridge.drift import (
+    Drift,
+    calm_end,
+    measure_drift,
+    passes_at_displacements,
+    slopes_at,
+)
+from neural.bridge.kinks import KINKED, find_kinks
 from neural.bridge.measure_smoothing import half_of, measure_descent, measure_smoothing
 from neural.bridge.noise_free_path import NoiseFreePath
 from neural.bridge.scatter import covariance, edge_of, largest_stable_lr
 from neural.bridge.shared_base import SharedBaseQuadratic
-from neural.bridge.smoothing import Smoothing
+from neural.bridge.smoothing import Kinks, Smoothing
 from neural.curvature.cache import Cache
 from neural.curvature.local_quadratic import LocalQuadratic
 from neural.curvature.risk import PRODUCT, TOGETHER, EmpiricalRisk
@@ -210,7 +216,8 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
 ) -> WeightGaussian:
     """Measure the Gaussian of one training; drift and kinks are measured at its own covariance.
 
-    The averages of another training are scaled to this one. Where the noise grows by more than
+    The averages of another training are scaled to this one. Where kinks matter they are measured
+    again around the displaced mean (`neural.bridge.kinks`). Where the noise grows by more than
     `GROWTH`, the force is corrected at the displaced mean (`neural.bridge.balance`), averages are
     measured anew at the scatter that follows from them, and drift and kinks once more, until the
     growth settles. Each round costs all of these measurements. Where it does not settle, as near
@@ -253,9 +260,29 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
             progress=progress,
         )
 
-    def over(smoothing: Smoothing, drift: Drift) -> WeightGaussian:
-        smoothing = replace(smoothing, kinks=find_kinks(drift, smoothing))
+    def with_kinks(smoothing: Smoothing, kinks: Kinks, drift: Drift) -> WeightGaussian:
+        smoothing = replace(smoothing, kinks=kinks)
         return WeightGaussian(training, local, smoothing.along_mean_path(drift), smoothing, path)
+
+    def over(
+        smoothing: Smoothing, drift: Drift
+    ) -> tuple[WeightGaussian, Callable[[Smoothing], Kinks]]:
+        """The Gaussian, and a function that finds its kinks by other averages."""
+        kinks_by = partial(find_kinks, drift)
+        found = with_kinks(smoothing, kinks_by(smoothing), drift)
+        if not (found.stable and found.kink_fraction > KINKED):
+            return found, kinks_by
+        slopes = slopes_at(
+            risk,
+            drift,
+            found.mean,
+            displacements=displacements,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+        )
+        kinks_by = partial(find_kinks, replace(drift, slopes=slopes), mean_part=1.0)
+        return with_kinks(smoothing, kinks_by(smoothing), drift), kinks_by
 
     if averages is None:
         return WeightGaussian(training, local, drift_at(local), path=path)
@@ -275,7 +302,7 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
         return replace(found, drift=drift)
 
     drift = drift_at(averages.seen_by(training))
-    found = over(averages, drift)
+    found, kinks_by = over(averages, drift)
     if not (averaging_displacements and found.stable and abs(found.noise_growth) > GROWTH):
         return found
     first, change = found, abs(found.noise_growth)
@@ -303,8 +330,8 @@ def measure_gaussian(  # noqa: PLR0913 - options, by keyword
             cache=cache,
             progress=progress,
         )
-        drift = drift_at(replace(own, kinks=find_kinks(drift, own)).seen_by(training))
-        found = over(own, drift)
+        drift = drift_at(replace(own, kinks=kinks_by(own)).seen_by(training))
+        found, kinks_by = over(own, drift)
         if not abs(found.noise_growth - before) < change:
             return replace(first, settles=False)
         found, change = at_balance(found), abs(found.noise_growth - before)

@@ -14,10 +14,15 @@ larger this curvature: every training has its own, and so has the mean of K memb
 is narrower. The loss added by kinks is computed from the loss at both ends of the same
 displacements, and at both ends of half of each, which is the width for K = 4.
 
+Noise-free descent converges onto kinks as well, and where it ends their curvature grows with every
+halving of the width. The mean of noisy runs is displaced from there, and lies on far fewer: around
+it their curvature hardly depends on the width (`docs/bridge_images.md`). Kinks are therefore
+measured around the displaced mean, in two steps: at first around the end of descent, whose force
+displaces the mean, and then, if they add more than `KINKED`, around the mean.
+
 Assumption: the density of kinks grows by the same amount with every halving of the distance. Then
 the curvature added by kinks, and their loss divided by the width squared, grow by the same amount
-with every halving of the width. On the network where this was measured (CIFAR-10, in
-`docs/bridge_images.md`) it holds over three halvings.
+with every halving of the width.
 """
 
 from __future__ import annotations
@@ -31,8 +36,11 @@ from neural.bridge.shared_base import SharedBaseQuadratic
 from neural.bridge.smoothing import Kinks, Smoothing
 from neural.curvature.gradient_noise import STIFF
 
+#: Curvature added by kinks, relative, beyond which they are measured around the displaced mean.
+KINKED = 0.1
 
-def find_kinks(drift: Drift, smoothing: Smoothing) -> Kinks:
+
+def find_kinks(drift: Drift, smoothing: Smoothing, mean_part: float = 0.0) -> Kinks:
     """Measure the curvature that kinks add, at the covariance at which the drift was measured.
 
     Parameters
@@ -42,6 +50,8 @@ def find_kinks(drift: Drift, smoothing: Smoothing) -> Kinks:
         (`Smoothing.seen_by`).
     smoothing : Smoothing
         Gives the mean second derivatives. Kinks that it holds already are subtracted.
+    mean_part : float
+        Where the displacements are centred: 0 is the end of descent, 1 the mean displaced by noise.
 
     Returns
     -------
@@ -55,7 +65,7 @@ def find_kinks(drift: Drift, smoothing: Smoothing) -> Kinks:
     shared = isinstance(drift.local, SharedBaseQuadratic)  # whose `bent` is without kinks
     if length > 0.0 and not shared:  # subtract the kinks that `drift.local` holds beyond the pairs
         bent -= length * (drift.local.draws[0].values[0] - local.draws[0].values[0])
-    smooth = smoothing.mean_hessian(training)
+    smooth = smoothing.mean_hessian(training, mean_part=mean_part)
     over = (moved * (slopes.differences @ turn.T - moved @ smooth)).sum(0)
     beyond = odd - bent
     size = (moved**2).sum(0)
@@ -71,7 +81,7 @@ def find_kinks(drift: Drift, smoothing: Smoothing) -> Kinks:
     costs = []
     for rise, shortening in zip(slopes.rises, (1, 2), strict=True):
         narrower = replace(training, batch_size=training.batch_size * shortening**2)
-        smooth = smoothing.mean_hessian(narrower, 0.5)
+        smooth = smoothing.mean_hessian(narrower, 0.5, mean_part)
         costs.append(2.0 * rise * shortening**2 - (moved * (moved @ smooth)).sum() - bent)
     cost_ratio = float(np.clip(costs[0] / added, 1.0, 2.0))
     log2_slope = float(np.clip((costs[1] - costs[0]) / added, 0.0, 2.0))

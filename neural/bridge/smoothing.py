@@ -236,8 +236,10 @@ class Smoothing:
         whole = weights.T @ (spans[:, None] * weights)
         return np.stack([weights.T @ ((spans * d)[:, None] * weights) / whole for d in done.T])
 
-    def mean_hessian(self, training: Training, width_part: float = 1.0) -> FloatArray:
-        """Mean Hessian over the weights of another training, centred where descent ends.
+    def mean_hessian(
+        self, training: Training, width_part: float = 1.0, mean_part: float = 0.0
+    ) -> FloatArray:
+        """Mean Hessian over the weights of another training.
 
         Parameters
         ----------
@@ -245,6 +247,8 @@ class Smoothing:
             The other training.
         width_part : float
             Fraction of the change with the covariance that is included; in the loss it is one half.
+        mean_part : float
+            Where the weights are centred: 0 is the end of descent, 1 the mean displaced by noise.
 
         Returns
         -------
@@ -252,6 +256,7 @@ class Smoothing:
             Along the checkpoint's eigenpairs, without the curvature added by kinks.
         """
         change = width_part * self.width_scale(training) * self.width.curvature
+        change = change + mean_part * self.mean_scale(training) * self.mean.curvature
         change = change + self._curvature_of_descent(training)
         return np.asarray(np.diag(self.local.pairs.values) + change)
 

@@ -16,7 +16,7 @@ STAGES = {
     "minimise": ("minimised",),
     "curvature and noise": ("second_moments", "eigenpairs", "krylov", "trace"),
     "averages": ("descent", "averages"),
-    "third derivatives": ("slopes", "force", "balance", "balanced"),
+    "third derivatives": ("slopes", "slopes_at_mean", "force", "balance", "balanced"),
     "test loss": ("test_loss",),
     "noise-free paths": ("noise_free_path",),
     "training": ("training", "example_slopes"),

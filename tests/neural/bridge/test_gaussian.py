@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from neural.bridge.config import Training
-from neural.bridge.drift import descended, measure_drift
+from neural.bridge.drift import descended, measure_drift, slopes_at
 from neural.bridge.gaussian import (
     WeightGaussian,
     gradients_and_products,
@@ -19,7 +19,7 @@ from neural.bridge.gaussian import (
     measure_gaussian,
     nearest_gaussians,
 )
-from neural.bridge.kinks import find_kinks
+from neural.bridge.kinks import KINKED, find_kinks
 from neural.bridge.measure_smoothing import measure_descent, measure_smoothing
 from neural.bridge.prediction import predict_loss
 from neural.bridge.scatter import (
@@ -126,8 +126,10 @@ def test_it_is_stable_below_the_edge(plain: WeightGaussian, momentum: float) -> 
         assert largest_stable_lr(plain.checkpoint, training) == pytest.approx(edge, rel=1e-6)
 
 
-@pytest.mark.parametrize("eigenpairs", [None, 4])
-def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | None) -> None:
+@pytest.mark.parametrize(("eigenpairs", "kinked"), [(None, True), (4, False)])
+def test_with_averages_it_is_their_drift_and_kinks_together(
+    eigenpairs: int | None, kinked: bool
+) -> None:
     risk, lanczos = tanh_risk(), {"lanczos_steps": 6}
     settings = lanczos | {"displacements": 4}
     local = measure_local(risk, eigenpairs, noise_samples=2, **lanczos)
@@ -144,6 +146,11 @@ def test_with_averages_it_is_their_drift_and_kinks_together(eigenpairs: int | No
     found = measure_gaussian(risk, local, training, averages, **settings)
     own = measure_drift(risk, averages.seen_by(training), training, **settings)
     smoothing = replace(averages, kinks=find_kinks(own, averages))
+    if kinked:  # to this few displacements
+        assert smoothing.kink_fraction() > KINKED
+        at = descended(local, training) + smoothing.along_mean_path(own).displacement(training)
+        again = replace(own, slopes=slopes_at(risk, own, at, displacements=4))
+        smoothing = replace(averages, kinks=find_kinks(again, averages, mean_part=1.0))
     assert found.checkpoint is local
     assert found.smoothing is not None
     agree(found.smoothing.kinks.pairs, smoothing.kinks.pairs, 1e-9)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neural.bridge import drift
 from neural.bridge.config import Training
-from neural.bridge.drift import Drift, measure_drift
+from neural.bridge.drift import Drift, measure_drift, passes_at_displacements, slopes_at
 from neural.bridge.kinks import find_kinks
 from neural.bridge.measure_smoothing import measure_descent, measure_smoothing
 from neural.bridge.prediction import Prediction
@@ -155,6 +155,24 @@ def test_a_kink_at_the_checkpoint_weighs_more_the_narrower_the_scatter(lr: float
     np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
     # Twice E J |d| over E J |d|; and of half the displacement, over its square, twice as much.
     assert (found.cost_ratio, found.log2_slope) == pytest.approx((2.0, 2.0), abs=0.01)
+
+
+def test_a_mean_beside_a_kink_meets_less_of_it() -> None:
+    """J |w| around a mean m: E[J sign(m + d) d] / s^2 = 2 J p(m), p the density of d."""
+    risk = kinked(at_checkpoint=True)
+    local = measure_local(risk, None)
+    smoothing = measure_smoothing(risk, measure_descent(risk, local, TRAINING), displacements=1)
+    measured = measure_drift(risk, local, TRAINING, displacements=2)
+    size = np.sqrt(np.diag(covariance(local, TRAINING)))
+    beside = np.array([0.5, 1.0, 1.5])
+    moved = local.pairs.vectors @ (beside * size)
+    told: list[int] = []
+    beside_it = slopes_at(risk, measured, moved, displacements=2000, progress=told.append)
+    assert sum(told) == passes_at_displacements(2000, risk.examples)
+    found = find_kinks(replace(measured, slopes=beside_it), smoothing, mean_part=1.0)
+    expected = 2.0 * np.array(JUMP) * np.exp(-0.5 * beside**2) / (size * np.sqrt(2.0 * np.pi))
+    # One d adds J |d| or nothing: its standard deviation is about the mean, that of the sum 3 %.
+    np.testing.assert_allclose(found.pairs, expected, rtol=0.15)
 
 
 def test_kinks_that_descent_leads_off_are_not_met() -> None:

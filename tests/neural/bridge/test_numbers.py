@@ -1,7 +1,7 @@
 """The numbers of one small bridge, so that a change of the code alone does not change them.
 
 This is a guard of a refactoring: the tables in ``data/`` were written by our own code, last when
-averages were measured anew until they settle, with the force balanced at the mean. They are no
+negative curvature began to count as zero in scatter and drift. They are no
 reference values of the theory (those are in the other tests of the bridge). A change that means
 to change numbers writes new tables and says so.
 """
