@@ -44,8 +44,6 @@ from nqm.progress import times
 FloatArray = NDArray[np.float64]
 #: Number of examples whose gradients are measured at one displacement.
 SAMPLE = 128
-
-
 #: Fields of `Slopes`.
 SLOPES = ("displacements", "differences", "beyond", "rises")
 
@@ -150,10 +148,8 @@ class Drift:
         """
         if path is not None:
             return float(path.slope(training, when) @ self.displacement(training, when))
-        pushed, descended = (
-            self._response(training, when),
-            flat_below_zero(response(training, when)),
-        )
+        pushed = self._response(training, when)
+        descended = flat_below_zero(response(training, when))
 
         def function(h: FloatArray) -> FloatArray:
             return pushed(h) * (descended(h) * h - 1.0)

@@ -16,7 +16,7 @@ displacements, and at both ends of half of each, which is the width for K = 4.
 
 Noise-free descent converges onto kinks as well, and where it ends their curvature grows with every
 halving of the width. The mean of noisy runs is displaced from there, and lies on far fewer: around
-it their curvature hardly depends on the width (`docs/bridge_images.md`). Kinks are therefore
+it their curvature hardly depends on the width (`docs/bridge_method.md`). Kinks are therefore
 measured around the displaced mean, in two steps: at first around the end of descent, whose force
 displaces the mean, and then, if they add more than `KINKED`, around the mean.
 
