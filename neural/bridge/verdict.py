@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neural.bridge.config import ITERATE, SHUFFLED
+from neural.bridge.kinks import KINKED
 from neural.bridge.prediction import Prediction
 from neural.curvature.gradient_noise import noise_exponent
 from neural.curvature.local_quadratic import LocalQuadratic
@@ -264,7 +265,13 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
             f"{_range(known['noise_growth'])}."
         )
         if (kinks := known["kink_fraction"].max()) > 0.01:
-            yield f"Kinks of the loss add {kinks:.0%} to curvature along the stiffest directions."
+            told = f"Kinks of the loss add {kinks:.0%} to curvature along the stiffest directions"
+            if kinks > KINKED:
+                told += (
+                    "; what they add to the floor is not predicted: averages over time of many "
+                    "runs may rise by more than predicted, and fewer runs pay"
+                )
+            yield f"{told}."
     far = known[known["noise_growth"].abs() > FEEDBACK].drop_duplicates(["lr", "batch_size"])
     if len(far):
         cells = ", ".join(
