@@ -30,7 +30,8 @@ FloatArray = NDArray[np.float64]
 ROOM, RETRIES = 1.2, 8
 #: Where the gradient grows to so many times that at the start of a step, curvature has grown.
 STEEP = 4.0
-#: Largest logarithm of the ratio of one doubling's fall to that of the last: of a constant slope.
+#: Largest logarithm of the ratio of one doubling's fall to that of the last: that of a fall in
+#: proportion to time.
 STEADY = math.log(2.0)
 
 
@@ -56,6 +57,11 @@ class DescentPath:
     slopes: Tensor
     losses: FloatArray
     work: int
+
+    @property
+    def positive(self) -> bool:
+        """Whether the losses are positive, so that their falls are relative ones (`fall`)."""
+        return bool(self.losses.min() > 0.0)
 
     def mean(self, training: Training, when: int | TimeAverage) -> Tensor:
         """Weights of a training without noise, after some steps or averaged over time.
@@ -93,9 +99,10 @@ class DescentPath:
     def fall(self, time: float) -> float:
         """By how much the loss falls from the end of the path to a later time, extrapolated.
 
-        The falls of the last two doublings of the time are continued as a power of time. The last
-        doubling of a descent costs nearly half as much as all before it. The last times of the
-        path must double, as they do unless it was continued by another factor.
+        The falls of the last two doublings of the time are continued as a power of time: those of
+        the logarithm of the loss, which never falls below 0 so, if the loss is positive, else those
+        of the loss. The last doubling of a descent costs nearly half as much as all before it. The
+        last times of the path must double, as they do unless it was continued by another factor.
 
         Parameters
         ----------
@@ -107,14 +114,16 @@ class DescentPath:
         float
             At least 0.
         """
-        before, last = -np.diff(self.losses[-3:])
+        known = self.losses[-3:]
+        before, last = -np.diff(np.log(known) if self.positive else known)
         if not min(before, last) > 0.0:
             return 0.0
         power = min(math.log(last / before), STEADY)
         ahead = math.log2(time / self.times[-1])
         # Its limit is the ratio where the power is 0.
         ratio = -math.expm1(power * ahead) / math.expm1(-power) if power else ahead
-        return float(last * ratio)
+        fall = last * ratio
+        return float(-known[-1] * math.expm1(-fall) if self.positive else fall)
 
 
 def follow_descent(

@@ -7,10 +7,12 @@ highest is the best one.
 
 The loss of a mean of many runs is that of noise-free descent (`neural.bridge.descent_path`). It is
 followed to half of the end of the training, or less far where curvature grows, and extrapolated
-from there. What noise adds is scaled from the short run to the training by three laws of first
-order: it is proportional to the learning rate and to the trace of the noise where each ends; it has
-grown further as steps^a, with the exponent a that the short run shows; and the floor of the mean is
-proportional to the square of rate and noise.
+from there. What noise adds is scaled from the short run to the training by four laws of first
+order. The scatter is proportional to the learning rate and to the trace of the noise where each
+ends, and has grown further as steps^a, with the exponent a that the short run shows. Noise slows
+the descent of the mean: it is as far as noise-free descent at a rate 2^-b times as high, with b
+proportional to the rate and otherwise constant. Where half of the rate does not explain the loss of
+the mean, the rest is its floor, proportional to the square of rate and noise.
 """
 
 from __future__ import annotations
@@ -146,11 +148,11 @@ class ShortRuns:
                 rows += given_up(training, self.plan, descent)
                 continue
             near = min(stayed, key=lambda each: abs(np.log(each.training.lr / training.lr)))
-            rows += self._scaled(training, near, descent)
+            rows += self._scaled(training, near)
             best = table_of(self.risk, rows, self.start)["predicted"].min()
         return rows
 
-    def _scaled(self, training: Training, short: Probe, descent: float) -> list[Row]:
+    def _scaled(self, training: Training, short: Probe) -> list[Row]:
         """Rows of a training: its descent, and the noise of short runs near by."""
         lr_ratio = training.lr / short.training.lr
         noise = lr_ratio * self._trace(training) / self._trace(short.training)
@@ -163,16 +165,24 @@ class ShortRuns:
         rows = []
         for weights, at, before, settled in times:
             excess, runs = short.excess(weights), short.plain
-            there = self.start + self._descent(short.training, before)
-            floor = max(short.losses[weights][1] - excess / runs - there, 0.0)
+            there, slower = self._descents(short.training, before)
+            behind = max(short.losses[weights][1] - excess / runs - self.start - there, 0.0)
+            part = min(behind / slower, 1.0) if slower > 0.0 else 0.0
+            reached, slower_then = self._descents(training, at)
             own = Prediction(
-                descent if weights == ITERATE else self._descent(training, at),
-                0.0,
-                floor * noise**2,
+                reached,
+                min(part * lr_ratio, 1.0) * slower_then,
+                (behind - part * slower) * noise**2,
                 excess * noise * longer * settled ** (1.0 - short.growth),
             )
             rows += self._each(training, short, weights, own)
         return rows
+
+    def _descents(self, training: Training, when: int | TimeAverage) -> tuple[float, float]:
+        """Change of the loss by noise-free descent, and how much less it falls at half the rate."""
+        whole = self._descent(training, when)
+        half = self._descent(replace(training, lr=0.5 * training.lr), when)
+        return whole, max(half - whole, 0.0)
 
     def _descent(self, training: Training, when: int | TimeAverage) -> float:
         """Change of the loss by noise-free descent, after some steps or of an average.
@@ -185,7 +195,8 @@ class ShortRuns:
         loss = self.risk.loss(self.path.mean(near, when))
         if near is not training:
             end = self.path.losses[-1] - self.path.fall(training.effective_lr * training.steps)
-            loss += end - self.risk.loss(self.path.mean(near, near.steps))
+            before = self.risk.loss(self.path.mean(near, near.steps))
+            loss = loss * end / before if self.path.positive else loss + end - before
         return loss - self.start
 
     def _on_path(self, training: Training) -> Training:

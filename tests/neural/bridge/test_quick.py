@@ -241,6 +241,53 @@ def test_a_fall_is_continued_as_a_power_of_time(power: float) -> None:
     assert replace(path, losses=-(times**3)).fall(8.0) == pytest.approx(2 * (64 - 8))
 
 
+def test_a_positive_loss_falls_relatively_and_stays_positive() -> None:
+    """The logarithm c - t^power; beyond a constant slope of it, exponentially in time."""
+    times = np.array([0.0, 0.5, 1.0, 2.0, 4.0])
+    path = DescentPath(times, torch.zeros(5, 1), torch.zeros(5, 1), np.exp(-(times**0.7)), 0)
+    assert path.losses[-1] - path.fall(50.0) == pytest.approx(np.exp(-(50.0**0.7)), rel=1e-9)
+    path = replace(path, losses=np.exp(-0.01 * times**3))
+    assert path.losses[-1] - path.fall(16.0) == pytest.approx(np.exp(-0.01 * (64 + 6 * 56)))
+
+
+@pytest.mark.parametrize(("part", "explained"), [(0.3, 0.3), (1.5, 1.0), (-0.2, 0.0)])
+def test_a_mean_that_lags_is_as_far_as_descent_at_a_lower_rate(
+    part: float, explained: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean that is behind by a part of what half of the rate is: at the end by the same part.
+
+    At half of the rate of the short runs it is half of that part. The rest is the floor, with the
+    square of the rate, since the noise of the bowl is the same everywhere.
+    """
+    bowl, config, plan = short_bowl(away=30.0)
+    path = follow_descent(bowl.risk, 16.0, 2.0)
+
+    def descended(lr: float, steps: int) -> float:
+        return bowl.risk.loss(path.mean(Training(lr, 8, steps), steps))
+
+    def behind(lr: float, steps: int) -> float:
+        return descended(0.5 * lr, steps) - descended(lr, steps)
+
+    def probe(risk: EmpiricalRisk, trainings: list[Training], *_: Any) -> list[Probe]:
+        found = []
+        for each in trainings:
+            mean, excess = descended(each.lr, 20) + part * behind(each.lr, 20), 9.0
+            losses = dict.fromkeys(("iterate", "swa", "ema"), (mean + excess, mean + excess / 3))
+            left = int(each.lr > 0.3)
+            found.append(Probe(replace(each, steps=20), 4, left, {} if left else losses))
+        return found
+
+    monkeypatch.setattr("neural.bridge.short_runs.probe", probe)
+    table = measure_for_advice(bowl.risk, config, plan, None, 4)
+    one = table[(table["weights"] == "iterate") & (table["members"] == 1)]
+    row = one[one["lr"].sub(0.1).abs() < 1e-9].iloc[0]  # descent is followed to its end
+    assert row["probe_lr"] == pytest.approx(0.2)
+    assert row["excess"] == pytest.approx(4.5, rel=1e-6)
+    assert row["cross"] == pytest.approx(0.5 * explained * behind(0.1, 160), rel=1e-6)
+    rest = 0.25 * (max(part, 0.0) - explained) * behind(0.2, 20)
+    assert row["floor"] == pytest.approx(rest, rel=1e-6, abs=1e-9)
+
+
 def test_descent_ends_early_where_it_may_take_no_more_gradients() -> None:
     risk = tanh_risk()
     whole = follow_descent(risk, 80.0, 1.0)
