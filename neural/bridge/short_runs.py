@@ -80,6 +80,7 @@ class ShortRuns:
         self.path: DescentPath | None = None
         self._few = _some(risk, TRACED)
         self._traces: dict[tuple[float, int], float] = {}
+        self._known: dict[tuple[float, int | TimeAverage, float], float] = {}
 
     def rows(self, trainings: Sequence[Training]) -> list[Row]:
         """Rows of trainings of one batch size, and of higher rates where these are better.
@@ -191,13 +192,16 @@ class ShortRuns:
         lower rate whose training ends on it.
         """
         assert self.path is not None
-        near = self._on_path(training)
-        loss = self.risk.loss(self.path.mean(near, when))
-        if near is not training:
-            end = self.path.losses[-1] - self.path.fall(training.effective_lr * training.steps)
-            before = self.risk.loss(self.path.mean(near, near.steps))
-            loss = loss * end / before if self.path.positive else loss + end - before
-        return loss - self.start
+        key = training.effective_lr, when, float(self.path.times[-1])
+        if key not in self._known:
+            near = self._on_path(training)
+            loss = self.risk.loss(self.path.mean(near, when))
+            if near is not training:
+                before = self.start + self._descent(near, near.steps)
+                end = self.path.losses[-1] - self.path.fall(training.effective_lr * training.steps)
+                loss = loss * end / before if self.path.positive else loss + end - before
+            self._known[key] = loss - self.start
+        return self._known[key]
 
     def _on_path(self, training: Training) -> Training:
         """The training, or one of half its rate, and so on, that ends on the path."""
