@@ -168,12 +168,12 @@ class ShortRuns:
             excess, runs = short.excess(weights), short.plain
             there, slower = self._descents(short.training, before)
             behind = max(short.losses[weights][1] - excess / runs - self.start - there, 0.0)
-            part = min(behind / slower, 1.0) if slower > 0.0 else 0.0
+            lag = min(behind / slower, 1.0) if slower > 0.0 else 0.0
             reached, slower_then = self._descents(training, at)
             own = Prediction(
                 reached,
-                min(part * lr_ratio, 1.0) * slower_then,
-                (behind - part * slower) * noise**2,
+                min(lag * lr_ratio, 1.0) * slower_then,
+                (behind - lag * slower) * noise**2,
                 excess * noise * longer * settled ** (1.0 - short.growth),
             )
             rows += self._each(training, short, weights, own)
