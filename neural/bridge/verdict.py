@@ -268,8 +268,8 @@ def _trust(table: pd.DataFrame) -> Iterator[str]:
             told = f"Kinks of the loss add {kinks:.0%} to curvature along the stiffest directions"
             if kinks > KINKED:
                 told += (
-                    "; what they add to the floor is not predicted: averages over time of many "
-                    "runs may rise by more than predicted, and fewer runs pay"
+                    "; what they add to the floor is not predicted, and averaging many runs may "
+                    "save less"
                 )
             yield f"{told}."
     far = known[known["noise_growth"].abs() > FEEDBACK].drop_duplicates(["lr", "batch_size"])
