@@ -99,10 +99,10 @@ class DescentPath:
     def fall(self, time: float) -> float:
         """By how much the loss falls from the end of the path to a later time, extrapolated.
 
-        The falls of the last two doublings of the time are continued as a power of time: those of
-        the logarithm of the loss, which never falls below 0 so, if the loss is positive, else those
-        of the loss. The last doubling of a descent costs nearly half as much as all before it. The
-        last times of the path must double, as they do unless it was continued by another factor.
+        The falls of the last two doublings of the time are continued as a power of time. They are
+        falls of the logarithm of the loss if it is positive, and stays so; else of the loss itself.
+        The last doubling of a descent costs nearly half as much as all before it. The last times of
+        the path must double, as they do unless it was continued by another factor.
 
         Parameters
         ----------

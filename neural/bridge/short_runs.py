@@ -5,10 +5,10 @@ and what noise adds to the loss there. They begin at the highest rate, a quarter
 it. Where runs leave, the next lower rate is tried. Twice the highest rate counts only where the
 highest is the best one.
 
-The loss of a mean of many runs is that of noise-free descent (`neural.bridge.descent_path`). It is
-followed to half of the end of the training, or less far where curvature grows, and extrapolated
-from there. What noise adds is scaled from the short run to the training by four laws of first
-order. The scatter is proportional to the learning rate and to the trace of the noise where each
+To leading order the mean of many runs follows noise-free descent (`neural.bridge.descent_path`),
+which is followed to half of the end of the training, or less far where curvature grows, and
+extrapolated from there. What noise adds is scaled from the short run to the training by four laws
+of first order. The scatter is proportional to the learning rate and to the trace of the noise where each
 ends, and has grown further as steps^a, with the exponent a that the short run shows. Noise slows
 the descent of the mean: it is as far as noise-free descent at a rate 2^-b times as high, with b
 proportional to the rate and otherwise constant. Where half of the rate does not explain the loss of
