@@ -8,11 +8,11 @@ highest is the best one.
 To leading order the mean of many runs follows noise-free descent (`neural.bridge.descent_path`),
 which is followed to half of the end of the training, or less far where curvature grows, and
 extrapolated from there. What noise adds is scaled from the short run to the training by four laws
-of first order. The scatter is proportional to the learning rate and to the trace of the noise where each
-ends, and has grown further as steps^a, with the exponent a that the short run shows. Noise slows
-the descent of the mean: it is as far as noise-free descent at a rate 2^-b times as high, with b
-proportional to the rate and otherwise constant. Where half of the rate does not explain the loss of
-the mean, the rest is its floor, proportional to the square of rate and noise.
+of first order. The scatter is proportional to the learning rate and to the trace of the noise where
+each ends, and has grown further as steps^a, with the exponent a that the short run shows. Noise
+slows the descent of the mean: it is as far as noise-free descent at a rate 2^-b times as high, with
+b proportional to the rate and otherwise constant. Where half of the rate does not explain the loss
+of the mean, the rest is its floor, proportional to the square of rate and noise.
 """
 
 from __future__ import annotations
