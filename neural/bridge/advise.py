@@ -32,6 +32,8 @@ AVERAGES = {
 }
 #: Factor between measured and predicted rise from which on training contradicts a prediction.
 CONTRADICTED = 1.5
+#: Share of the expected fall from which on a lower rate, without noise, is worth telling.
+NEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     basis, reason = _rests_on(table, cells, left, row)
     words = [*_choice(row, count, change, single)]
     words += _stop(prediction, _single(left, row), count, most)
-    words += [*reason, *_left(cells), *_ends(cells, left, row), *_test(table, row, count)]
+    words += [*reason, *_safer(cells, row, change)]
+    words += [*_left(cells), *_ends(cells, left, row), *_test(table, row, count)]
     chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
     return Advice(*chosen, count, change, single, basis, tuple(words))
 
@@ -268,6 +271,19 @@ def _stop(own: Prediction, single: Prediction, count: int, most: int) -> list[st
     buys = (own.rise(count) - own.rise(count + 1)) / single.rise(1)
     end = f"K = {count} is the most you asked for" if count == most else f"Stop at K = {count}"
     return [f"{end}: one more run would save {buys:.1%} of what noise costs a single run."]
+
+
+def _safer(cells: pd.DataFrame, row: pd.Series[float], change: float) -> list[str]:
+    """The next lower rate, where short runs are what speaks for this one and it is hardly worse."""
+    below = cells[(cells["lr"] < row["lr"]) & (cells["batch_size"] == row["batch_size"])]
+    below = below[np.isfinite(below["descent"])]
+    if below.empty or not (TRIED in row and row[TRIED] > 0):
+        return []
+    lr = below["lr"].max()
+    best = float(below.loc[below["lr"] == lr, "descent"].min())
+    if not best <= NEARLY * change < 0.0:
+        return []
+    return [f"Safer and hardly worse: at lr = {lr:.3g} the loss changes by {best:+.3g} at best."]
 
 
 def _left(cells: pd.DataFrame) -> list[str]:
