@@ -148,7 +148,9 @@ def advise(table: pd.DataFrame, members: int | None = None, worth: float = 0.01)
     basis, reason = _rests_on(table, cells, left, row)
     words = [*_choice(row, count, change, single)]
     words += _stop(prediction, _single(left, row), count, most)
-    words += [*reason, *_safer(cells, row, change)]
+    words += reason
+    if basis == "short runs":
+        words += _safer(cells, row, change)
     words += [*_left(cells), *_ends(cells, left, row), *_test(table, row, count)]
     chosen = (float(row["lr"]), int(row["batch_size"]), str(row["weights"]))
     return Advice(*chosen, count, change, single, basis, tuple(words))
@@ -274,13 +276,11 @@ def _stop(own: Prediction, single: Prediction, count: int, most: int) -> list[st
 
 
 def _safer(cells: pd.DataFrame, row: pd.Series[float], change: float) -> list[str]:
-    """The next lower rate, where short runs are what speaks for this one and it is hardly worse."""
+    """The next lower rate, if it is hardly worse."""
     below = cells[(cells["lr"] < row["lr"]) & (cells["batch_size"] == row["batch_size"])]
-    below = below[np.isfinite(below["descent"])]
-    if below.empty or not (TRIED in row and row[TRIED] > 0):
-        return []
+    below = below.dropna(subset="descent")
     lr = below["lr"].max()
-    best = float(below.loc[below["lr"] == lr, "descent"].min())
+    best = float(below.loc[below["lr"] == lr, "descent"].min())  # NaN if there is no such rate
     if not best <= NEARLY * change < 0.0:
         return []
     return [f"Safer and hardly worse: at lr = {lr:.3g} the loss changes by {best:+.3g} at best."]
